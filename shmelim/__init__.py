@@ -1,0 +1,1 @@
+"""shmelim: is this hotkey eliminated? Answered from shared memory, in any process."""

@@ -1,0 +1,1 @@
+"""The domain: elimination records, their store, the server that publishes them and the reader."""

@@ -1,0 +1,130 @@
+"""Every exception that shmelim raises on its own account, as one small hierarchy.
+
+Bad arguments raise the built-in ``ValueError`` and ``TypeError``; everything else derives from
+:class:`ShmelimError`. Where a built-in type says the same thing (``TimeoutError``, ``ConnectionError``,
+``PermissionError``), the class derives from it too, so that callers who never heard of shmelim can handle it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyServingError",
+    "AuthenticationFailedError",
+    "CallTimeoutError",
+    "ChannelError",
+    "CorruptSegmentError",
+    "DamagedStoreError",
+    "MessageTooLargeError",
+    "NotServingError",
+    "OutcomeUnknownError",
+    "ProtocolError",
+    "RemoteError",
+    "SegmentError",
+    "SegmentFormatError",
+    "SegmentFullError",
+    "ShmelimError",
+    "StoreError",
+    "UnknownMethodError",
+    "UnsupportedPlatformError",
+    "UntrustedSegmentError",
+]
+
+
+class ShmelimError(Exception):
+    """Base of every error of this package.
+
+    Parameters
+    ----------
+    message
+        What happened, naming the object and the value.
+    hint
+        What to do about it, one sentence; shown by the command line under the message.
+
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message} ({self.hint})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.message, self.hint)
+
+
+def _rebuild(cls: type[ShmelimError], message: str, hint: str | None) -> ShmelimError:
+    return cls(message, hint=hint)
+
+
+class UnsupportedPlatformError(ShmelimError):
+    """This machine gives no guarantee that the chosen code path depends on."""
+
+
+class NotServingError(ShmelimError, ConnectionError):
+    """Nothing is served under that name: no writer has published yet, or its server cannot be reached."""
+
+
+class AlreadyServingError(ShmelimError):
+    """Another live process is the writer of that name, or uses that state directory."""
+
+
+class SegmentError(ShmelimError):
+    """A shared-memory segment could not be made, opened or used."""
+
+
+class SegmentFullError(SegmentError):
+    """No room for the segment: ``/dev/shm`` is full. The last published state stays as it was."""
+
+
+class SegmentFormatError(SegmentError):
+    """A segment was written by another format of the package."""
+
+
+class CorruptSegmentError(SegmentError):
+    """Bytes in shared memory contradict each other; the reader refused them."""
+
+
+class UntrustedSegmentError(SegmentError, PermissionError):
+    """A segment belongs to another user, or may be written by one."""
+
+
+class StoreError(ShmelimError):
+    """The state of record could not be read or written; the refused change was not applied."""
+
+
+class DamagedStoreError(StoreError):
+    """The state of record is damaged."""
+
+
+class ChannelError(ShmelimError, ConnectionError):
+    """The command channel failed; unless a subclass says otherwise, the call was not carried out."""
+
+
+class AuthenticationFailedError(ChannelError):
+    """The two ends of the channel hold different keys."""
+
+
+class ProtocolError(ChannelError):
+    """The peer sent something that is no message of this protocol."""
+
+
+class MessageTooLargeError(ChannelError, ValueError):
+    """A message exceeds the channel's limit; it was not sent."""
+
+
+class CallTimeoutError(ChannelError, TimeoutError):
+    """No connection within the deadline; the call was not carried out."""
+
+
+class OutcomeUnknownError(ChannelError, TimeoutError):
+    """The request was sent and no answer came; the call may or may not have been carried out."""
+
+
+class UnknownMethodError(ShmelimError, AttributeError):
+    """The server has no remote method of that name."""
+
+
+class RemoteError(ShmelimError):
+    """The server raised an exception of a type that this process does not know."""

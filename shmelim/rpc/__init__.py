@@ -1,0 +1,1 @@
+"""Generic command channel: authenticated request and reply over ``multiprocessing.connection``."""

@@ -1,0 +1,1 @@
+"""Generic shared-memory table: bytes keys to (flags, record bytes), one writer, lock-free readers."""
