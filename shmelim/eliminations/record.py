@@ -1,0 +1,375 @@
+"""What an elimination record is: its rules, and the bytes it is stored as.
+
+A record is a dict of JSON-like values. :func:`normalise` turns whatever a caller hands in (numpy scalars,
+tuples, enum members) into plain Python values or refuses it with an error that names the place;
+:func:`encode` and :func:`decode` are the msgpack codec of the store, the shared table and the channel;
+:func:`prepare` is the first two in one step.
+
+Everything here is a pure function: safe from any thread, and nothing of the argument is kept or changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, NoReturn
+
+import msgspec
+import numpy as np
+
+__all__ = [
+    "DEPARTED_HOTKEYS_KEY",
+    "ELIMINATIONS_KEY",
+    "MAX_HOTKEY_BYTES",
+    "MAX_NESTING",
+    "MAX_RECORD_BYTES",
+    "REQUIRED_FIELDS",
+    "EliminationReason",
+    "check_hotkey",
+    "decode",
+    "encode",
+    "generate_row",
+    "normalise",
+    "prepare",
+]
+
+DEPARTED_HOTKEYS_KEY = "departed_hotkeys"
+ELIMINATIONS_KEY = "eliminations"
+MAX_RECORD_BYTES = 1 << 20
+MAX_HOTKEY_BYTES = 255
+MAX_NESTING = 64
+REQUIRED_FIELDS = ("hotkey", "reason", "elimination_initiated_time_ms")
+
+_MIN_INT = -(1 << 63)
+_MAX_INT = (1 << 64) - 1
+_SHOWN = 64
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(dict[str, Any])
+
+
+class EliminationReason(str, Enum):  # noqa: UP042 - StrEnum would change str() of a member, which callers log
+    """Why a miner was eliminated; a record carries the value, which is the member's name."""
+
+    ZOMBIE = "ZOMBIE"
+    PLAGIARISM = "PLAGIARISM"
+    MAX_TOTAL_DRAWDOWN = "MAX_TOTAL_DRAWDOWN"
+    FAILED_CHALLENGE_PERIOD_TIME = "FAILED_CHALLENGE_PERIOD_TIME"
+    FAILED_CHALLENGE_PERIOD_DRAWDOWN = "FAILED_CHALLENGE_PERIOD_DRAWDOWN"
+    LIQUIDATED = "LIQUIDATED"
+
+
+class _NotStorableError(TypeError):
+    """A value that has no stored form; collects the path to it while the walk unwinds."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.path: list[str | int] = []
+
+    def __str__(self) -> str:
+        steps = "".join(f"[{_short(step)}]" for step in reversed(self.path))
+        return f"record{steps} cannot be stored: {self.problem}"
+
+
+def check_hotkey(hotkey: str) -> bytes:
+    """Return the UTF-8 bytes of a hotkey that is fit to be a key.
+
+    Parameters
+    ----------
+    hotkey
+        1 to 255 bytes of UTF-8; an ss58 address has 48.
+
+    Raises
+    ------
+    TypeError
+        The hotkey is no ``str``.
+    ValueError
+        It is empty, longer than 255 bytes, or holds lone surrogates, which UTF-8 cannot carry.
+
+    """
+    if not isinstance(hotkey, str):
+        raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {_short(hotkey)}")
+    try:
+        key = hotkey.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"hotkey {_short(hotkey)} is not valid Unicode text ({error.reason})") from None
+    if not key:
+        raise ValueError("a hotkey must not be empty")
+    if len(key) > MAX_HOTKEY_BYTES:
+        raise ValueError(
+            f"hotkey {_short(hotkey)} has {len(key)} bytes; at most {MAX_HOTKEY_BYTES} are allowed"
+        )
+    return key
+
+
+def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, Any]:
+    """Check a record and return it as a new dict of plain Python values, its keys in the same order.
+
+    Enum members and other ``str`` subclasses become ``str``, numpy scalars the Python number they are, tuples
+    lists, mappings dicts. ``elimination_initiated_time_ms`` may be a float that is a whole number, as old
+    files have it. NaN and infinities are legal. About 7 µs for a record of 0.5 kB.
+
+    Parameters
+    ----------
+    data
+        The record; ``hotkey``, ``reason`` and ``elimination_initiated_time_ms`` (milliseconds since 1970,
+        UTC) are required.
+    hotkey
+        The hotkey that the record must be of, or None to take the record's word.
+
+    Raises
+    ------
+    ValueError
+        A required field is missing (all missing ones are named), the hotkey is not the one expected or no
+        valid hotkey, the nesting is deeper than 64 levels (a cycle, for instance), or the record is larger
+        than any that could be stored.
+    TypeError
+        A value has the wrong type for its field, or no stored form; the message names its path, as in
+        ``record['price_info']['BTC/USD']``.
+
+    """
+    if not isinstance(data, Mapping):
+        raise TypeError(f"an elimination record must be a dict, not {type(data).__name__}: {_short(data)}")
+    own = data.get("hotkey", hotkey)
+    if isinstance(own, str):
+        check_hotkey(own)
+    if hotkey is not None and hotkey != own:
+        check_hotkey(hotkey)
+    try:
+        record = _plain_dict(data, 1, [MAX_RECORD_BYTES])
+    except _NotStorableError as error:
+        raise TypeError(str(error)) from None
+    for field in REQUIRED_FIELDS:
+        if field not in record:
+            _refuse_missing(record, hotkey)
+    _check_types(record)
+    if hotkey is not None and record["hotkey"] != hotkey:
+        raise ValueError(f"the record is of hotkey {_short(record['hotkey'])}, not of {_short(hotkey)}")
+    return record
+
+
+def encode(record: dict[str, Any]) -> bytes:
+    """Return the msgpack bytes of a record that :func:`normalise` made.
+
+    Raises
+    ------
+    ValueError
+        More than 1 MiB; the message names the hotkey and the size.
+
+    """
+    encoded = _encoder.encode(record)
+    if len(encoded) > MAX_RECORD_BYTES:
+        raise ValueError(
+            f"the record of hotkey {_short(record.get('hotkey'))} has {len(encoded)} bytes; "
+            f"at most {MAX_RECORD_BYTES} are allowed"
+        )
+    return encoded
+
+
+def decode(buffer: bytes | bytearray | memoryview) -> dict[str, Any]:
+    """Return the record in msgpack bytes, as objects that share nothing with the buffer.
+
+    Raises
+    ------
+    ValueError
+        The bytes are no record: not msgpack, or not a dict with text keys.
+
+    """
+    try:
+        return _decoder.decode(buffer)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{len(buffer)} bytes are no elimination record: {error}") from error
+
+
+def prepare(data: Mapping[str, Any], hotkey: str | None = None) -> tuple[str, bytes]:
+    """Normalise and encode a record in one step; returns its hotkey and its bytes.
+
+    Raises what :func:`normalise` and :func:`encode` raise.
+    """
+    record = normalise(data, hotkey)
+    return record["hotkey"], encode(record)
+
+
+def generate_row(  # noqa: PLR0917 - the field's signature
+    hotkey: str,
+    current_dd: float | None,
+    reason: str,
+    t_ms: int | None = None,
+    price_info: Mapping[str, Any] | None = None,
+    return_info: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Build an elimination record from its parts; whoever stores it checks it.
+
+    Parameters
+    ----------
+    hotkey
+        The miner's hotkey.
+    current_dd
+        Drawdown, stored as given: a percentage from the drawdown rule, a fraction elsewhere, None for
+        zombies.
+    reason
+        An :class:`EliminationReason` or text.
+    t_ms
+        Time of the elimination in milliseconds since 1970, UTC; None means now.
+    price_info
+        ``{"BTC/USD": price}``; None becomes an empty dict.
+    return_info
+        Returns that led to it; None becomes an empty dict.
+
+    """
+    return {
+        "hotkey": hotkey,
+        "dd": current_dd,
+        "reason": reason.value if isinstance(reason, Enum) else reason,
+        "elimination_initiated_time_ms": time.time_ns() // 1_000_000 if t_ms is None else t_ms,
+        "price_info": dict(price_info) if price_info else {},
+        "return_info": dict(return_info) if return_info else {},
+    }
+
+
+_DRAWDOWN_TYPES = frozenset({float, int, type(None)})
+_INFO_TYPES = frozenset({dict, type(None)})
+
+
+def _check_types(record: dict[str, Any]) -> None:
+    """Hold the named fields of a plain record to their types; a float time becomes the int it is."""
+    if type(record["hotkey"]) is not str:
+        raise _wrong_field(record, "hotkey", "text")
+    if type(record["reason"]) is not str:
+        raise _wrong_field(record, "reason", "text")
+    time_ms = record["elimination_initiated_time_ms"]
+    if type(time_ms) is float and time_ms.is_integer() and _MIN_INT <= time_ms <= _MAX_INT:
+        record["elimination_initiated_time_ms"] = int(time_ms)
+    elif type(time_ms) is not int:
+        raise _wrong_field(record, "elimination_initiated_time_ms", "a whole number of milliseconds")
+    if type(record.get("dd")) not in _DRAWDOWN_TYPES:
+        raise _wrong_field(record, "dd", "a number or None")
+    for field in ("price_info", "return_info"):
+        if type(record.get(field)) not in _INFO_TYPES:
+            raise _wrong_field(record, field, "a dict or None")
+
+
+def _plain_dict(data: Mapping[Any, Any], depth: int, room: list[int]) -> dict[str, Any]:
+    """Copy a mapping. `room` is what is left of 1 MiB, each value counted with the least it can take encoded.
+
+    The count ends the walk early where one list stands in another many times over: a few objects in memory
+    can spell out more values than there are atoms.
+    """
+    if depth > MAX_NESTING:
+        _refuse_depth()
+    plain: dict[str, Any] = {}
+    _take(room, len(data))
+    for key, value in data.items():
+        if type(key) is not str or not key.isascii():
+            key = _plain_key(key)  # noqa: PLW2901 - the loop's own key, made plain
+        kind = type(value)
+        # The plain types first: they are nearly all there is.
+        if (
+            kind is float
+            or (kind is str and len(value) <= _SHOWN and value.isascii())
+            or (kind is int and _MIN_INT <= value <= _MAX_INT)
+            or value is None
+            or kind is bool
+        ):
+            plain[key] = value
+        else:
+            try:
+                plain[key] = _plain(value, depth, room)
+            except _NotStorableError as error:
+                error.path.append(key)
+                raise
+    return plain
+
+
+def _plain_list(values: list[Any] | tuple[Any, ...], depth: int, room: list[int]) -> list[Any]:
+    if depth > MAX_NESTING:
+        _refuse_depth()
+    plain = []
+    _take(room, len(values))
+    for index, value in enumerate(values):
+        if type(value) is float:
+            plain.append(value)
+            continue
+        try:
+            plain.append(_plain(value, depth, room))
+        except _NotStorableError as error:
+            error.path.append(index)
+            raise
+    return plain
+
+
+def _plain(value: Any, depth: int, room: list[int]) -> Any:  # noqa: PLR0911 - one flat dispatch
+    """Return the plain form of any one value, or raise for one that has none."""
+    kind = type(value)
+    if kind is float or value is None or kind is bool:
+        return value
+    if isinstance(value, str):
+        _take(room, len(value))
+        return _plain_text(value)
+    if kind is dict or isinstance(value, Mapping):
+        return _plain_dict(value, depth + 1, room)
+    if isinstance(value, (list, tuple)):
+        return _plain_list(value, depth + 1, room)
+    # numpy counts time spans among its integers; they are no numbers to us.
+    if isinstance(value, (int, np.integer)) and kind is not np.timedelta64:
+        number = int(value)
+        if not _MIN_INT <= number <= _MAX_INT:
+            raise _NotStorableError(f"{_short(number)} does not fit into 64 bits")
+        return number
+    if isinstance(value, (float, np.floating)):
+        return float(value)
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, Enum) and isinstance(value.value, str):
+        return _plain_text(value.value)
+    raise _NotStorableError(f"a value of type {kind.__module__}.{kind.__qualname__} has no JSON form")
+
+
+def _plain_text(value: str) -> str:
+    text = value if type(value) is str else str.__str__(value)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _NotStorableError(f"{_short(text)} is not valid Unicode text ({error.reason})") from None
+    return text
+
+
+def _plain_key(key: Any) -> str:
+    if not isinstance(key, str):
+        raise _NotStorableError(f"the key {_short(key)} is of type {type(key).__name__}; keys must be text")
+    return _plain_text(key)
+
+
+def _take(room: list[int], count: int) -> None:
+    room[0] -= count
+    if room[0] < 0:
+        raise ValueError(f"the record takes more than {MAX_RECORD_BYTES} bytes, the most that is allowed")
+
+
+def _refuse_depth() -> NoReturn:
+    raise ValueError(f"the record is nested more than {MAX_NESTING} levels deep (does it contain itself?)")
+
+
+def _refuse_missing(record: dict[str, Any], hotkey: str | None) -> NoReturn:
+    missing = ", ".join(repr(field) for field in REQUIRED_FIELDS if field not in record)
+    known = record.get("hotkey", hotkey)
+    whose = "the elimination record" if known is None else f"the elimination record of hotkey {_short(known)}"
+    raise ValueError(f"{whose} lacks the required field {missing}")
+
+
+def _wrong_field(record: dict[str, Any], field: str, wanted: str) -> TypeError:
+    value = record[field]
+    whose = "" if field == "hotkey" else f" (hotkey {_short(record['hotkey'])})"
+    return TypeError(f"record[{field!r}] must be {wanted}, not {type(value).__name__} {_short(value)}{whose}")
+
+
+def _short(value: object) -> str:
+    """Show a value in a message, cut to a bearable length and printable in any encoding."""
+    try:
+        shown = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
+    except Exception:  # a foreign object's own repr must not hide the error at hand
+        shown = f"<{type(value).__name__}>"
+    return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
