@@ -1,0 +1,419 @@
+"""The store's database: opening, transactions, named values, and errors in the package's own words.
+
+:class:`~shmelim.eliminations.store.Store` adds what a row means.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+import msgspec
+
+from shmelim.eliminations import schema
+from shmelim.eliminations.files import sync_directory, unused_name
+from shmelim.errors import DamagedStoreError, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    from shmelim.eliminations.schema import Durability
+
+__all__ = ["Database", "Guard", "move_aside"]
+
+_log = logging.getLogger(__name__)
+
+_NEXT_ORDINAL = "next_ordinal"
+_FETCH = 500
+_IN_MEMORY = Path(":memory:")
+
+_HINTS = {
+    sqlite3.SQLITE_FULL: "make room on that file system; the change was not applied",
+    sqlite3.SQLITE_READONLY: "make the file and its directory writable for this user",
+    sqlite3.SQLITE_CANTOPEN: "check that the directory exists and that this user may write to it",
+    sqlite3.SQLITE_PERM: "make the file and its directory writable for this user",
+    sqlite3.SQLITE_IOERR: "check the disk and the room on it; the change was not applied",
+    sqlite3.SQLITE_BUSY: "another process holds a transaction open: find it with `fuser`, and end it",
+    sqlite3.SQLITE_LOCKED: "another connection holds a transaction open: end it",
+}
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT})
+_DAMAGED_HINT = "move it aside and start again: the state is rebuilt from the JSON files beside it"
+
+
+class Guard:
+    """Context manager that turns every ``sqlite3.Error`` into a :class:`StoreError` that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, sqlite3.Error):
+            self.refuse(error)
+
+    def refuse(self, error: sqlite3.Error) -> NoReturn:
+        """Raise the package's error for SQLite's."""
+        code = getattr(error, "sqlite_errorcode", None)
+        primary = None if code is None else code & 0xFF
+        name = getattr(error, "sqlite_errorname", type(error).__name__)
+        # A text column that is no UTF-8 is refused by the driver, which then gives no code.
+        if primary in _DAMAGED or (code is None and "decode to UTF-8" in str(error)):
+            raise DamagedStoreError(
+                f"{self.path} is damaged: {error} ({name})", hint=_DAMAGED_HINT
+            ) from error
+        hint = None if primary is None else _HINTS.get(primary)
+        raise StoreError(f"{self.path}: {error} ({name})", hint=hint) from error
+
+
+class Database:
+    """A connection to the store's database, with explicit transactions.
+
+    Every change stands between :meth:`begin` and :meth:`commit`; outside of a transaction it is refused. Not
+    thread-safe: one thread at a time, and a stream that is being read must end before the next change. Not to be
+    used in a forked child.
+    """
+
+    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
+        self._db = db
+        self._path = path
+        self._guard = Guard(path)
+        self._pid = os.getpid()
+        self._closed = False
+        # The next ordinal as this transaction sees it; None until it is asked for. It is read anew in every
+        # transaction and written once, by the commit, so that no rollback can leave it wrong.
+        self._next_ordinal: int | None = None
+        self._depth = 0
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        durability: Durability = "power",
+        *,
+        parents: bool = False,
+        busy_timeout: float = 5.0,
+    ) -> Self:
+        """Open the store in a state directory, creating both when they are missing.
+
+        Parameters
+        ----------
+        directory
+            The state directory; created with mode 0700, its file with 0600.
+        durability
+            ``"power"``: a commit survives a power cut (one fsync each). ``"process"``: it survives the death of
+            this process, and may be lost with the machine.
+        parents
+            Create missing parents of the directory too.
+        busy_timeout
+            Seconds to wait for another process that holds a transaction open.
+
+        Raises
+        ------
+        StoreError
+            The directory cannot be made or written, a newer version wrote the store, or it is another program's.
+        DamagedStoreError
+            The file is no database, or a damaged one; see :func:`move_aside`.
+
+        """
+        if durability not in ("power", "process"):
+            raise ValueError(f"durability must be 'power' or 'process', not {durability!r}")
+        folder = Path(directory)
+        path = folder / schema.FILE_NAME
+        try:
+            _make_directory(folder, parents=parents)
+            _make_file(path)
+        except OSError as error:
+            raise _cannot_make(folder, error) from error
+        return cls._install(path, lambda: schema.connect(path, durability, busy_timeout), path)
+
+    @classmethod
+    def in_memory(cls) -> Self:
+        """Open an empty store that lives in this process's memory and writes nothing to disk."""
+        return cls._install(_IN_MEMORY, lambda: schema.connect(None, "process", 0.0), None)
+
+    @classmethod
+    def _install(cls, name: Path, connect: Callable[[], sqlite3.Connection], path: Path | None) -> Self:
+        with Guard(name):
+            db = connect()
+            try:
+                schema.install(db, path)
+            except BaseException:
+                db.close()
+                raise
+        return cls(db, name)
+
+    @property
+    def path(self) -> Path:
+        """The database file, or ``:memory:``."""
+        return self._path
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open."""
+        return not self._closed and self._db.in_transaction
+
+    def begin(self) -> None:
+        """Start a transaction; waits for another process's for at most the busy timeout.
+
+        Raises
+        ------
+        StoreError
+            One is open already, another process did not end its own, or this is a forked child.
+
+        """
+        if self._pid != os.getpid():
+            raise StoreError(
+                f"{self._path} was opened by process {self._pid}; this is its child {os.getpid()}",
+                hint="open the store anew after the fork",
+            )
+        with self._guard:
+            self._db.execute("BEGIN IMMEDIATE")
+        self._next_ordinal = None
+
+    def commit(self) -> None:
+        """End the transaction; when this returns, it is as durable as the store was opened for.
+
+        Raises
+        ------
+        StoreError
+            It could not be written: it is rolled back, and no transaction is open.
+
+        """
+        self._need_transaction()
+        try:
+            with self._guard:
+                if self._next_ordinal is not None:
+                    self._write_meta(_NEXT_ORDINAL, self._next_ordinal)
+                self._db.execute("COMMIT")
+        except BaseException:
+            # The first error is the one to tell; SQLite has nothing to add when it is asked to undo.
+            with suppress(StoreError):
+                self.rollback()
+            raise
+        self._next_ordinal = None
+
+    def rollback(self) -> None:
+        """Undo the transaction; does nothing when none is open."""
+        self._next_ordinal = None
+        if self.in_transaction:
+            with self._guard:
+                self._db.execute("ROLLBACK")
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Begin; commit at the end of the block, or roll back and re-raise what the block raised."""
+        self.begin()
+        try:
+            yield
+        except BaseException:
+            with suppress(StoreError):
+                self.rollback()
+            raise
+        self.commit()
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Make a part of a transaction undoable: what the block raises undoes the block, and is re-raised."""
+        self._need_transaction()
+        name = f"part_{self._depth}"
+        before = self._next_ordinal
+        with self._guard:
+            self._db.execute(f"SAVEPOINT {name}")
+        self._depth += 1
+        try:
+            yield
+        except BaseException:
+            self._next_ordinal = before
+            # A full disk may have undone the whole transaction by itself.
+            if self.in_transaction:
+                with suppress(StoreError), self._guard:
+                    self._db.execute(f"ROLLBACK TO {name}")
+                    self._db.execute(f"RELEASE {name}")
+            raise
+        else:
+            with self._guard:
+                self._db.execute(f"RELEASE {name}")
+        finally:
+            self._depth -= 1
+
+    def meta(self, key: str, default: Any = None) -> Any:
+        """Return a named value, or the default."""
+        with self._guard:
+            found = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+            return default if found is None else self._decode_meta(key, found[0])
+
+    def meta_items(self, prefix: str = "") -> dict[str, Any]:
+        """Return all named values whose names start with `prefix`, by name."""
+        with self._guard:
+            found = self._db.execute("SELECT key, value FROM meta ORDER BY key").fetchall()
+        return {key: self._decode_meta(key, value) for key, value in found if key.startswith(prefix)}
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Keep a JSON-like value under a name; ``next_ordinal`` is the store's own."""
+        self._need_transaction()
+        if key == _NEXT_ORDINAL:
+            raise ValueError(f"the store keeps {key!r} itself")
+        with self._guard:
+            self._write_meta(key, value)
+
+    def delete_meta(self, key: str) -> bool:
+        """Forget a named value; says whether there was one."""
+        self._need_transaction()
+        if key == _NEXT_ORDINAL:
+            raise ValueError(f"the store keeps {key!r} itself")
+        with self._guard:
+            return self._db.execute("DELETE FROM meta WHERE key = ?", (key,)).rowcount > 0
+
+    def size_bytes(self) -> int:
+        """Return how much room the database takes, its write-ahead log included."""
+        with self._guard:
+            (pages,) = self._db.execute("PRAGMA page_count").fetchone()
+            (page_size,) = self._db.execute("PRAGMA page_size").fetchone()
+        size = int(pages * page_size)
+        with suppress(OSError):
+            size += os.stat(f"{self._path}-wal").st_size
+        return size
+
+    def check(self) -> None:
+        """Have SQLite check the whole file (about 0.6 s for each GB).
+
+        Raises
+        ------
+        DamagedStoreError
+            With the first things that it found.
+
+        """
+        with self._guard:
+            found = [str(line) for (line,) in self._db.execute("PRAGMA quick_check(10)")]
+        if found != ["ok"]:
+            raise DamagedStoreError(f"{self._path} is damaged: {'; '.join(found)}", hint=_DAMAGED_HINT)
+
+    def close(self) -> None:
+        """Roll back what is open, fold the write-ahead log into the main file, and close; may be repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._pid == os.getpid():
+            try:
+                self._db.rollback()
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.Error as error:
+                # Nothing is lost: what could not be folded in stays in the log, and the next opening reads it.
+                _log.warning("%s: its write-ahead log was not folded in while closing: %s", self._path, error)
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _need_transaction(self) -> None:
+        if not self.in_transaction:
+            raise StoreError(f"{self._path}: a change needs an open transaction", hint="call begin() first")
+
+    def _take_ordinals(self, count: int) -> int:
+        """Reserve ordinals for this transaction; returns the first."""
+        first = self._next_ordinal
+        if first is None:
+            first = int(self.meta(_NEXT_ORDINAL, 1))
+        self._next_ordinal = first + count
+        return first
+
+    def _write_meta(self, key: str, value: Any) -> None:
+        encoded = msgspec.msgpack.encode(value)
+        self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, encoded))
+
+    def _decode_meta(self, key: str, value: bytes) -> Any:
+        try:
+            return msgspec.msgpack.decode(value)
+        except (ValueError, TypeError) as error:
+            raise DamagedStoreError(
+                f"{self._path} is damaged: the value of {key!r} cannot be decoded", hint=_DAMAGED_HINT
+            ) from error
+
+    def _stream(self, sql: str) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows of a query, a few hundred in memory at a time."""
+        with self._guard:
+            cursor = self._db.execute(sql)
+        try:
+            while True:
+                with self._guard:
+                    rows = cursor.fetchmany(_FETCH)
+                if not rows:
+                    return
+                yield from rows
+        finally:
+            cursor.close()
+
+
+def move_aside(directory: str | os.PathLike[str]) -> Path:
+    """Rename a damaged database, so that a new one can take its place; returns its new path.
+
+    It becomes ``shmelim.sqlite.damaged-<UTC time>``, its write-ahead log beside it; nothing is overwritten, and
+    SQLite's own recovery tools work on the result. The store must be closed.
+
+    Raises
+    ------
+    StoreError
+        There is none, or it cannot be renamed.
+
+    """
+    path = Path(directory) / schema.FILE_NAME
+    try:
+        path.stat()  # that there is one, before a name is taken for it
+        aside = unused_name(path, "damaged")
+        for suffix in ("-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                os.replace(f"{path}{suffix}", f"{aside}{suffix}")
+        os.replace(path, aside)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be moved aside: {error.strerror}", hint="move it by hand, with its -wal and -shm"
+        ) from error
+    return aside
+
+
+def _make_directory(folder: Path, *, parents: bool) -> None:
+    if folder.is_dir():
+        return
+    if parents:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    sync_directory(folder.parent)
+
+
+def _make_file(path: Path) -> None:
+    """Create the file private before SQLite opens it, which gives its two companions the same mode."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        # Never opened here: closing it would drop the locks of every connection of this process to it.
+        status = path.stat()
+        if status.st_size == 0:
+            raise DamagedStoreError(f"{path} is damaged: it has 0 bytes", hint=_DAMAGED_HINT) from None
+        if status.st_mode & 0o077:
+            path.chmod(0o600)
+        return
+    os.close(descriptor)
+    sync_directory(path.parent)
+
+
+def _cannot_make(folder: Path, error: OSError) -> StoreError:
+    if isinstance(error, FileNotFoundError):
+        hint = f"create {folder.parent} first, or name another state directory"
+    elif isinstance(error, (NotADirectoryError, FileExistsError)):
+        hint = "a file stands where a directory should be: name another state directory"
+    else:
+        hint = "make the directory writable for this user, or name another state directory"
+    return StoreError(f"the state directory {folder} cannot be used: {error.strerror}", hint=hint)

@@ -1,0 +1,145 @@
+"""The history of the store: who changed what, when, from which process, with the old and the new record.
+
+Events are written in the transaction of the change they tell of, and never changed or deleted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shmelim.eliminations import schema
+from shmelim.eliminations.database import Guard
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterable
+
+__all__ = ["Change", "Event", "Origin", "read_events", "this_process"]
+
+_INSERT = (
+    "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+_SELECT = "SELECT id, at_ms, action, hotkey, pid, uid, program, note, old, new FROM events"
+_LARGEST_ID = (1 << 63) - 1
+
+
+class Origin(NamedTuple):
+    """The process that asked for a change."""
+
+    pid: int
+    uid: int | None
+    program: str
+
+
+class Change(NamedTuple):
+    """What an event tells of one change; records as msgpack."""
+
+    action: str
+    hotkey: str | None = None
+    old: bytes | None = None
+    new: bytes | None = None
+    note: str | None = None
+
+
+class Event(NamedTuple):
+    """One line of the history; `at_ms` is in milliseconds since 1970, UTC, records are msgpack."""
+
+    id: int
+    at_ms: int
+    action: str
+    hotkey: str | None
+    pid: int
+    uid: int | None
+    program: str
+    note: str | None
+    old: bytes | None
+    new: bytes | None
+
+
+def this_process() -> Origin:
+    """Return this process as an origin."""
+    return Origin(os.getpid(), os.getuid(), _program())
+
+
+def read_events(
+    directory: str | os.PathLike[str],
+    hotkey: str | None = None,
+    limit: int | None = 100,
+    before_id: int | None = None,
+    *,
+    busy_timeout: float = 5.0,
+) -> list[Event]:
+    """Return events from a state directory, newest first, whether or not a server runs there.
+
+    Opens the database read-only for this one call, so it may be called from any thread and process.
+
+    Parameters
+    ----------
+    directory
+        The state directory.
+    hotkey
+        Only this hotkey's events; None means all.
+    limit
+        At most so many; None means all.
+    before_id
+        Only events older than this one; for the next page.
+    busy_timeout
+        Seconds to wait where another process holds the file locked.
+
+    Raises
+    ------
+    StoreError
+        There is no store there, or it cannot be read.
+    DamagedStoreError
+        It is damaged.
+
+    """
+    path = Path(directory) / schema.FILE_NAME
+    with Guard(path):
+        db = schema.connect_read_only(path, busy_timeout)
+        try:
+            return select(db, hotkey, limit, before_id)
+        finally:
+            db.close()
+
+
+def insert(
+    db: sqlite3.Connection, changes: Iterable[Change], origin: Origin | None, at_ms: int | None
+) -> None:
+    """Append one event for each change, all of the same origin and time."""
+    pid, uid, program = this_process() if origin is None else origin
+    now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
+    db.executemany(
+        _INSERT,
+        (
+            (now, action, hotkey, pid, uid, program, note, old, new)
+            for action, hotkey, old, new, note in changes
+        ),
+    )
+
+
+def select(
+    db: sqlite3.Connection, hotkey: str | None, limit: int | None, before_id: int | None
+) -> list[Event]:
+    """Return events, newest first."""
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit must be at least 0, not {limit}")
+    before = _LARGEST_ID if before_id is None else before_id
+    arguments: list[Any] = [before]
+    where = " WHERE id < ?"
+    if hotkey is not None:
+        where += " AND hotkey = ?"
+        arguments.append(hotkey)
+    arguments.append(-1 if limit is None else limit)
+    return [Event._make(row) for row in db.execute(f"{_SELECT}{where} ORDER BY id DESC LIMIT ?", arguments)]
+
+
+@cache
+def _program() -> str:
+    return Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"

@@ -1,0 +1,192 @@
+"""The tables of the store, and how a connection to them is opened.
+
+    hotkeys   one row for each hotkey about which anything is known: what is published about it, nothing else
+    events    who changed what, when; append-only, which two triggers enforce
+    meta      named values: the next ordinal, digests of the files, whatever else the server must remember
+
+``PRAGMA application_id`` says that a file is ours, ``PRAGMA user_version`` which schema it has.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from typing import TYPE_CHECKING, Literal, NamedTuple
+from urllib.parse import quote
+
+from shmelim.errors import DamagedStoreError, StoreError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["FILE_NAME", "SCHEMA_NUMBER", "Durability", "Row", "connect", "connect_read_only", "install"]
+
+FILE_NAME = "shmelim.sqlite"
+SCHEMA_NUMBER = 1
+
+Durability = Literal["power", "process"]
+
+_APPLICATION_ID = 0x73686D65
+_SYNCHRONOUS = {"power": "FULL", "process": "NORMAL"}
+_CACHE_KIB = 32 * 1024
+_LARGEST_IDLE_WAL = 64 << 20
+
+# hotkeys keeps its rowid: with records of 0.5 kB, WITHOUT ROWID puts the records into the pages that a search
+# for a hotkey walks through, and every insert into the middle of them.
+_TABLES = (
+    """CREATE TABLE hotkeys (
+        hotkey             TEXT PRIMARY KEY NOT NULL,
+        eliminated_ordinal INTEGER,
+        record             BLOB,
+        departed_ordinal   INTEGER,
+        detected_ms        INTEGER,
+        registered         INTEGER NOT NULL DEFAULT 0,
+        CHECK (typeof(hotkey) = 'text'),
+        CHECK (typeof(record) = iif(eliminated_ordinal IS NULL, 'null', 'blob')),
+        CHECK ((departed_ordinal IS NULL) = (detected_ms IS NULL)),
+        CHECK (registered IN (0, 1)))""",
+    "CREATE INDEX eliminated ON hotkeys (eliminated_ordinal) WHERE eliminated_ordinal IS NOT NULL",
+    "CREATE INDEX departed ON hotkeys (departed_ordinal) WHERE departed_ordinal IS NOT NULL",
+    "CREATE INDEX registered ON hotkeys (hotkey) WHERE registered = 1",
+    """CREATE TABLE events (
+        id      INTEGER PRIMARY KEY AUTOINCREMENT,
+        at_ms   INTEGER NOT NULL,
+        action  TEXT NOT NULL,
+        hotkey  TEXT,
+        pid     INTEGER NOT NULL,
+        uid     INTEGER,
+        program TEXT NOT NULL,
+        note    TEXT,
+        old     BLOB,
+        new     BLOB)""",
+    "CREATE INDEX events_of_hotkey ON events (hotkey, id) WHERE hotkey IS NOT NULL",
+    """CREATE TRIGGER events_are_not_changed BEFORE UPDATE ON events
+       BEGIN SELECT RAISE(ABORT, 'events are append-only'); END""",
+    """CREATE TRIGGER events_are_not_deleted BEFORE DELETE ON events
+       BEGIN SELECT RAISE(ABORT, 'events are append-only'); END""",
+    "CREATE TABLE meta (key TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL) WITHOUT ROWID",
+)
+
+
+class Row(NamedTuple):
+    """What the store knows of one hotkey, which is what is published about it."""
+
+    hotkey: str
+    eliminated_ordinal: int | None
+    record: bytes | None
+    departed_ordinal: int | None
+    detected_ms: int | None
+    registered: bool
+
+
+def connect(path: Path | None, durability: Durability, busy_timeout: float) -> sqlite3.Connection:
+    """Open or create a database for writing; None opens one in memory. Raises ``sqlite3.Error`` as it comes."""
+    db = sqlite3.connect(
+        ":memory:" if path is None else path,
+        timeout=busy_timeout,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    try:
+        for pragma in (
+            f"synchronous={_SYNCHRONOUS[durability]}",
+            "fullfsync=ON",  # macOS only: there, fsync alone does not reach the disk
+            "checkpoint_fullfsync=ON",
+            "cell_size_check=ON",
+            "trusted_schema=OFF",
+            "temp_store=MEMORY",
+            f"cache_size=-{_CACHE_KIB}",
+            f"journal_size_limit={_LARGEST_IDLE_WAL}",
+        ):
+            db.execute(f"PRAGMA {pragma}")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def install(db: sqlite3.Connection, path: Path | None) -> None:
+    """Make sure that the database is ours and has the tables.
+
+    Raises
+    ------
+    StoreError
+        A newer shmelim wrote it, it belongs to another program, or its file system cannot keep a write-ahead log.
+    sqlite3.Error
+        As it comes.
+
+    """
+    found = _identify(db, path)
+    if path is not None:
+        (mode,) = db.execute("PRAGMA journal_mode=WAL").fetchone()
+        if mode != "wal":
+            raise StoreError(
+                f"{path} cannot keep a write-ahead log (journal mode {mode!r})",
+                hint="put the state directory on a local file system",
+            )
+    if found == SCHEMA_NUMBER:
+        return
+    db.execute("BEGIN IMMEDIATE")
+    for statement in _TABLES:
+        db.execute(statement)
+    db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version={SCHEMA_NUMBER}")
+    db.execute("COMMIT")
+
+
+def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
+    """Open an existing database for reading, beside a writer or without one. Raises ``sqlite3.Error`` as it comes.
+
+    Raises
+    ------
+    StoreError
+        As :func:`install` does.
+
+    """
+    location = f"file:{quote(os.fspath(path.absolute()))}?mode=ro"
+    try:
+        return _read_only(location, path, busy_timeout)
+    except sqlite3.OperationalError:
+        # A reader needs the index of the write-ahead log, and may be unable to make one (a directory that it
+        # may not write). Where nothing stands in the log, the main file alone is the whole truth.
+        wal = path.with_name(path.name + "-wal")
+        if os.access(path.parent, os.W_OK) or (wal.exists() and wal.stat().st_size):
+            raise
+        return _read_only(f"{location}&immutable=1", path, busy_timeout)
+
+
+def _read_only(location: str, path: Path, busy_timeout: float) -> sqlite3.Connection:
+    db = sqlite3.connect(
+        location, uri=True, timeout=busy_timeout, isolation_level=None, check_same_thread=False
+    )
+    try:
+        if _identify(db, path) != SCHEMA_NUMBER:
+            raise StoreError(f"{path} holds no tables yet", hint="nothing was ever stored there")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _identify(db: sqlite3.Connection, path: Path | None) -> int:
+    """Return the schema number of a database of ours, 0 of an empty one; refuse every other."""
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    (schema,) = db.execute("PRAGMA user_version").fetchone()
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application == 0 and schema == 0 and tables == 0:
+        return 0
+    if application != _APPLICATION_ID:
+        raise StoreError(
+            f"{path} is the database of another program (application id {application:#x})",
+            hint="move it out of the state directory, or name another state directory",
+        )
+    if schema > SCHEMA_NUMBER:
+        raise StoreError(
+            f"{path} has schema {schema}; this version of shmelim knows schemas up to {SCHEMA_NUMBER}",
+            hint="a newer shmelim wrote it: upgrade this one",
+        )
+    if schema < SCHEMA_NUMBER or not tables:
+        raise DamagedStoreError(
+            f"{path} says that it has schema {schema} and holds {tables} tables and indexes"
+        )
+    return SCHEMA_NUMBER
