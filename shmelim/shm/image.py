@@ -1,0 +1,317 @@
+"""One copy of the table as its writer sees it: placing, replacing and removing entries, and compaction.
+
+An :class:`Image` works on a copy that no reader looks at; publishing is somebody else's business
+(``writer.py``). Open addressing with linear probing; removal shifts the rest of the cluster back instead of
+leaving tombstones (Knuth, *The Art of Computer Programming* 3, section 6.4, algorithm R), so that probes stay
+as short as the load says.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import xxhash
+
+from shmelim.shm.layout import (
+    ARENA_ENTRY,
+    COPY_HEADER_SIZE,
+    COUNT,
+    ENTRY_HEADER,
+    EPOCH,
+    FLAG_COUNTS,
+    INLINE_KEY,
+    KEY_LENGTH_SHIFT,
+    KIND_PUT,
+    KIND_REMOVE,
+    LIVE,
+    NEXT_ORDINAL,
+    OFFSET_SHIFT,
+    PACKED,
+    SLOT_SIZE,
+    SLOT_WORDS,
+    USED,
+    WORD,
+    DataHeader,
+    align,
+    entry_size,
+    pack_entry,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from shmelim.shm.segment import Segment
+
+__all__ = ["Change", "Image", "place"]
+
+_FLAG_BITS = 8
+
+
+class Change(NamedTuple):
+    """What a transaction does to one key; ``flags`` None removes it, ``ordinal`` None keeps or gives one."""
+
+    key: bytes
+    flags: int | None
+    record: bytes
+    ordinal: int | None
+
+
+class Image:
+    """One of the two copies in a writable segment.
+
+    Single-threaded: only the writer's thread may use it, and only while the version word names the other copy.
+    """
+
+    def __init__(self, segment: Segment, header: DataHeader, copy: int) -> None:
+        self.header = header
+        self._memory = segment.memory
+        self._words = segment.words
+        self._head = header.copy_base(copy) // WORD
+        self._base = header.copy_base(copy)
+        self._slots = header.slots_base(copy) // WORD
+        self._arena = header.arena_base(copy)
+        self._mask = header.capacity - 1
+        count = header.capacity * SLOT_WORDS
+        self.rows: NDArray[np.uint64] = np.frombuffer(
+            segment.memory, np.uint64, count, header.slots_base(copy)
+        ).reshape(-1, SLOT_WORDS)
+        self.arena: NDArray[np.uint8] = np.frombuffer(
+            segment.memory, np.uint8, header.arena_size, self._arena
+        )
+
+    # ------------------------------------------------------------------ header fields
+
+    @property
+    def used(self) -> int:
+        """Bytes of the arena that are written."""
+        return self._words[self._head + USED]
+
+    @property
+    def count(self) -> int:
+        """Entries."""
+        return self._words[self._head + COUNT]
+
+    @property
+    def live(self) -> int:
+        """Bytes of the arena that current entries take."""
+        return self._words[self._head + LIVE]
+
+    def _add(self, field: int, amount: int) -> None:
+        self._words[self._head + field] += amount
+
+    def begin_overwrite(self) -> None:
+        """Move the epoch: what readers took for an append-only log is about to be written over.
+
+        Must come before the first such store; x86-64 keeps the two in order.
+        """
+        self._add(EPOCH, 1)
+
+    # ------------------------------------------------------------------ changes
+
+    def apply(self, changes: Sequence[Change]) -> None:
+        """Carry out changes in order. The caller has made sure that slots and arena have room for all."""
+        for change in changes:
+            if change.flags is None:
+                self._remove(change.key)
+            else:
+                self._put(change.key, change.flags, change.record, change.ordinal)
+
+    def count_new(self, changes: Sequence[Change]) -> int:
+        """Return how many keys that changes put are not in this copy."""
+        put = {change.key for change in changes if change.flags is not None}
+        return sum(not self._find(key, xxhash.xxh64_intdigest(key, self.header.seed))[1] for key in put)
+
+    def _find(self, key: bytes, digest: int) -> tuple[int, int]:
+        """Return slot index and packed word of ``key``, or those of the empty slot where it would go."""
+        words, mask = self._words, self._mask
+        length, inline = len(key), key[:INLINE_KEY]
+        index = digest & mask
+        while True:
+            slot = self._slots + index * SLOT_WORDS
+            packed = words[slot + PACKED]
+            if not packed:
+                return index, 0
+            if words[slot] == digest and packed >> KEY_LENGTH_SHIFT & 0xFF == length:
+                start = (slot + 1) * WORD
+                if self._memory[start : start + len(inline)] == inline and (
+                    length <= INLINE_KEY or self._key_at(packed) == key
+                ):
+                    return index, packed
+            index = (index + 1) & mask
+
+    def _key_at(self, packed: int) -> bytes:
+        start = self._arena + (packed >> OFFSET_SHIFT) + ENTRY_HEADER
+        return self._memory[start : start + (packed >> KEY_LENGTH_SHIFT & 0xFF)]
+
+    def _append(self, entry: bytes) -> int:
+        offset = self.used
+        start = self._arena + offset
+        self._memory[start : start + len(entry)] = entry
+        self._words[self._head + USED] = offset + len(entry)
+        return offset
+
+    def _put(self, key: bytes, flags: int, record: bytes, ordinal: int | None) -> None:
+        words = self._words
+        digest = xxhash.xxh64_intdigest(key, self.header.seed)
+        index, packed = self._find(key, digest)
+        if packed:
+            old_ordinal = self._forget(packed)
+            ordinal = old_ordinal if ordinal is None else ordinal
+        elif ordinal is None:
+            ordinal = words[self._head + NEXT_ORDINAL]
+        words[self._head + NEXT_ORDINAL] = max(words[self._head + NEXT_ORDINAL], ordinal + 1)
+        entry = pack_entry(self.header.seed, KIND_PUT, key, flags, ordinal, record)
+        offset = self._append(entry)
+        self._count(flags, len(entry), 1)
+        slot = self._slots + index * SLOT_WORDS
+        words[slot] = digest
+        start = (slot + 1) * WORD
+        self._memory[start : start + INLINE_KEY] = key[:INLINE_KEY].ljust(INLINE_KEY, b"\0")
+        words[slot + PACKED] = offset << OFFSET_SHIFT | len(key) << KEY_LENGTH_SHIFT | flags
+
+    def _forget(self, packed: int) -> int:
+        """Take an entry out of the counts; return its ordinal."""
+        at = self._arena + (packed >> OFFSET_SHIFT)
+        ordinal, _, length, key_length, _, _ = ARENA_ENTRY.unpack_from(self._memory, at)
+        self._count(packed & 0xFF, entry_size(key_length, length), -1)
+        return int(ordinal)
+
+    def _count(self, flags: int, size: int, sign: int) -> None:
+        self._add(COUNT, sign)
+        self._add(LIVE, sign * size)
+        for bit in range(_FLAG_BITS):
+            if flags >> bit & 1:
+                self._add(FLAG_COUNTS + bit, sign)
+
+    def _remove(self, key: bytes) -> None:
+        hole, packed = self._find(key, xxhash.xxh64_intdigest(key, self.header.seed))
+        if not packed:
+            return
+        ordinal = self._forget(packed)
+        self._append(pack_entry(self.header.seed, KIND_REMOVE, key, 0, ordinal, b""))
+        rows, mask = self.rows, self._mask
+        index = hole
+        while True:
+            index = (index + 1) & mask
+            if not rows[index, PACKED]:
+                break
+            home = int(rows[index, 0]) & mask
+            # An entry may move into the hole only if its probe passes there on the way to where it is.
+            if (index - home) & mask >= (index - hole) & mask:
+                rows[hole] = rows[index]
+                hole = index
+        rows[hole] = 0
+
+    # ------------------------------------------------------------------ whole copies
+
+    def fill(self, changes: Sequence[Change]) -> None:
+        """Put entries with distinct keys into this copy, which must be empty; quicker than :meth:`apply`."""
+        seed, words = self.header.seed, self._words
+        next_ordinal = words[self._head + NEXT_ORDINAL]
+        offset = self.used
+        packed, counts, parts, pending = [], [0] * _FLAG_BITS, [], 0
+        for key, flags, record, given in changes:
+            if flags is None:
+                continue
+            ordinal = next_ordinal if given is None else given
+            next_ordinal = max(next_ordinal, ordinal + 1)
+            entry = pack_entry(seed, KIND_PUT, key, flags, ordinal, record)
+            packed.append(offset + pending << OFFSET_SHIFT | len(key) << KEY_LENGTH_SHIFT | flags)
+            for bit in range(_FLAG_BITS):
+                counts[bit] += flags >> bit & 1
+            parts.append(entry)
+            pending += len(entry)
+            if pending > 1 << 20:
+                self._memory[self._arena + offset : self._arena + offset + pending] = b"".join(parts)
+                offset, pending, parts = offset + pending, 0, []
+        self._memory[self._arena + offset : self._arena + offset + pending] = b"".join(parts)
+        used = offset + pending
+        keys = [change.key for change in changes if change.flags is not None]
+        rows = np.zeros((len(keys), SLOT_WORDS), np.uint64)
+        rows[:, 0] = np.fromiter((xxhash.xxh64_intdigest(key, seed) for key in keys), np.uint64, len(keys))
+        inline = b"".join([key[:INLINE_KEY].ljust(INLINE_KEY, b"\0") for key in keys])
+        rows[:, 1:PACKED] = np.frombuffer(inline, np.uint64).reshape(-1, INLINE_KEY // WORD)
+        rows[:, PACKED] = np.array(packed, np.uint64)
+        self.rows[place(rows[:, 0], self.header.capacity)] = rows
+        self._set_header(used, len(keys), next_ordinal, used, counts)
+
+    def compact_into(self, target: Image) -> None:
+        """Write the current entries, without the garbage between them, into another copy or segment.
+
+        Everything that ``target`` held is lost. Its capacity and arena may be of another size.
+        """
+        live = self.rows[self.rows[:, PACKED] != 0]
+        live = live[np.argsort(live[:, PACKED])]
+        offsets = (live[:, PACKED] >> np.uint64(OFFSET_SHIFT)).astype(np.int64)
+        heads = self.arena.view(np.uint64)[(offsets >> 3) + 2]
+        lengths = (heads & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        sizes = (
+            lengths + (heads >> np.uint64(32) & np.uint64(0xFF)).astype(np.int64) + ENTRY_HEADER + 7
+        ) & -8
+        ends = np.cumsum(sizes)
+        moved = ends - sizes
+        target.begin_overwrite()
+        # Entries that stand side by side move together.
+        first = (
+            np.nonzero(np.diff(offsets, prepend=-1) != np.concatenate(([0], sizes[:-1])))[0]
+            if len(live)
+            else []
+        )
+        last = np.append(first[1:], len(live)) - 1 if len(live) else []
+        for a, b in zip(first, last, strict=True):
+            start, stop = offsets[a], offsets[b] + sizes[b]
+            target.arena[moved[a] : moved[a] + stop - start] = self.arena[start:stop]
+        live[:, PACKED] &= np.uint64(0xFFFF)
+        live[:, PACKED] |= moved.astype(np.uint64) << np.uint64(OFFSET_SHIFT)
+        target.rows[:] = 0
+        target.rows[place(live[:, 0], target.header.capacity)] = live
+        used = int(ends[-1]) if len(live) else 0
+        counts = [self._words[self._head + FLAG_COUNTS + bit] for bit in range(_FLAG_BITS)]
+        target._set_header(used, len(live), self._words[self._head + NEXT_ORDINAL], used, counts)  # noqa: SLF001
+
+    def mirror_into(self, target: Image, *, arena: bool) -> None:
+        """Make ``target``, of the same size, equal to this copy; without the arena where that is equal already."""
+        if arena:
+            target.begin_overwrite()
+            target.arena[: self.used] = self.arena[: self.used]
+        target.rows[:] = self.rows
+        epoch = target._words[target._head + EPOCH]  # noqa: SLF001
+        head = self._memory[self._base : self._base + COPY_HEADER_SIZE]
+        target._memory[target._base + WORD : target._base + COPY_HEADER_SIZE] = head[WORD:]  # noqa: SLF001
+        assert target._words[target._head + EPOCH] == epoch  # noqa: SLF001
+
+    def _set_header(self, used: int, count: int, next_ordinal: int, live: int, counts: Sequence[int]) -> None:
+        words, head = self._words, self._head
+        words[head + USED] = used
+        words[head + COUNT] = count
+        words[head + NEXT_ORDINAL] = next_ordinal
+        words[head + LIVE] = live
+        for bit in range(_FLAG_BITS):
+            words[head + FLAG_COUNTS + bit] = counts[bit]
+
+
+def place(hashes: NDArray[np.uint64], capacity: int) -> NDArray[np.int64]:
+    """Return where linear probing puts entries with these hashes in an empty table of ``capacity`` slots.
+
+    Sorted by home slot, each entry goes to its home or right behind its predecessor, whichever is later: a
+    running maximum. What runs over the end wraps to the first free slots.
+    """
+    homes = (hashes & np.uint64(capacity - 1)).astype(np.int64)
+    order = np.argsort(homes, kind="stable")
+    rank = np.arange(len(homes), dtype=np.int64)
+    spots = np.maximum.accumulate(homes[order] - rank) + rank
+    over = spots >= capacity
+    if over.any():
+        occupied = np.zeros(capacity, np.bool_)
+        occupied[spots[~over]] = True
+        spots[over] = np.nonzero(~occupied)[0][: np.count_nonzero(over)]
+    placed = np.empty_like(spots)
+    placed[order] = spots
+    return placed
+
+
+assert SLOT_SIZE == SLOT_WORDS * WORD
+assert align(ENTRY_HEADER) == ENTRY_HEADER

@@ -1,0 +1,247 @@
+"""The bytes of the two kinds of segment: offsets, sizes, and the checks made before any of them is believed.
+
+Everything is little-endian and addressed in 8-byte words, so that every field that more than one process
+touches is a single aligned load or store. ``docs/memory-format.md`` is the same in prose.
+
+::
+
+    root segment, one page
+      byte    0  magic "SHMELIM\\0"
+              8  format u32        12  byte-order mark u32
+             64  version u64       alone on its cache line: generation << 48 | sequence
+            128  writer pid        136  its start time, ms since 1970
+            144  writer state      152  heartbeat, CLOCK_MONOTONIC ns
+
+    data segment, one per generation
+      byte    0  magic "SHMELDAT"
+              8  format u32        12  byte-order mark u32
+             16  generation        24  hash algorithm     32  hash seed
+             40  capacity, slots   48  arena size, bytes  56  bytes from copy 0 to copy 1
+           4096  copy 0, then copy 1:  header (128 bytes), slots (64 bytes each), arena
+
+    copy header:  epoch, used, count, next ordinal, live bytes | second line: entries per flag bit
+    slot:         hash u64 | key, first 48 bytes | flags u8, key length u8, arena offset u48
+    arena entry:  ordinal u64 | checksum u64 | length u32, key length u8, flags u8, kind u8, 0 | key | record
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final, NamedTuple
+
+import xxhash
+
+from shmelim.errors import CorruptSegmentError, SegmentFormatError
+
+__all__ = [
+    "ARENA_ENTRY",
+    "DataHeader",
+    "align",
+    "check_root",
+    "copy_stride",
+    "next_version",
+    "pack_data_header",
+    "pack_entry",
+    "pack_root_header",
+    "unpack_data_header",
+]
+
+FORMAT: Final = 1
+BYTE_ORDER_MARK: Final = 0x01020304
+PAGE: Final = 4096
+WORD: Final = 8
+
+# Root segment, as word indices.
+ROOT_MAGIC: Final = b"SHMELIM\0"
+ROOT_SIZE: Final = PAGE
+VERSION: Final = 64 // WORD
+WRITER_PID: Final = 128 // WORD
+WRITER_STARTED: Final = 136 // WORD
+WRITER_STATE: Final = 144 // WORD
+HEARTBEAT: Final = 152 // WORD
+
+SEQUENCE_BITS: Final = 48
+SEQUENCE_MASK: Final = (1 << SEQUENCE_BITS) - 1
+MAX_GENERATION: Final = (1 << 16) - 1
+
+# Data segment.
+DATA_MAGIC: Final = b"SHMELDAT"
+DATA_HEADER_SIZE: Final = PAGE
+HASH_XXH64: Final = 1
+SLOT_SIZE: Final = 64
+SLOT_WORDS: Final = SLOT_SIZE // WORD
+INLINE_KEY: Final = 48
+MAX_KEY: Final = 255
+MAX_CAPACITY: Final = 1 << 32
+
+# Copy header, as word indices from the start of the copy.
+COPY_HEADER_SIZE: Final = 128
+EPOCH: Final = 0
+USED: Final = 1
+COUNT: Final = 2
+NEXT_ORDINAL: Final = 3
+LIVE: Final = 4
+FLAG_COUNTS: Final = 8
+
+# The last word of a slot.
+PACKED: Final = SLOT_WORDS - 1
+OFFSET_SHIFT: Final = 16
+KEY_LENGTH_SHIFT: Final = 8
+
+ARENA_ENTRY: Final = struct.Struct("<QQIBBBx")
+ENTRY_HEADER: Final = ARENA_ENTRY.size
+KIND_PUT: Final = 1
+KIND_REMOVE: Final = 2
+MAX_RECORD: Final = (1 << 32) - 1
+
+_HEADER = struct.Struct("<8sII")
+_DATA_HEADER = struct.Struct("<8sIIQQQQQQ")
+
+
+class DataHeader(NamedTuple):
+    """What a reader must know of a data segment; ``stride`` is the distance between the two copies."""
+
+    generation: int
+    seed: int
+    capacity: int
+    arena_size: int
+    stride: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole segment."""
+        return DATA_HEADER_SIZE + 2 * self.stride
+
+    def copy_base(self, copy: int) -> int:
+        """Byte offset of a copy's header."""
+        return DATA_HEADER_SIZE + copy * self.stride
+
+    def slots_base(self, copy: int) -> int:
+        """Byte offset of a copy's first slot."""
+        return self.copy_base(copy) + COPY_HEADER_SIZE
+
+    def arena_base(self, copy: int) -> int:
+        """Byte offset of a copy's arena."""
+        return self.slots_base(copy) + self.capacity * SLOT_SIZE
+
+
+def align(size: int, to: int = WORD) -> int:
+    """Round ``size`` up to a multiple of ``to``, a power of two."""
+    return (size + to - 1) & -to
+
+
+def copy_stride(capacity: int, arena_size: int) -> int:
+    """Bytes of one copy, rounded up to whole pages."""
+    return align(COPY_HEADER_SIZE + capacity * SLOT_SIZE + arena_size, PAGE)
+
+
+def next_version(version: int, generation: int) -> int:
+    """Return the word that publishes the next state, in ``generation``; the sequence never starts over."""
+    return generation << SEQUENCE_BITS | ((version + 1) & SEQUENCE_MASK)
+
+
+def next_generation(generation: int) -> int:
+    """Return the generation after this one; 0 is never used, since it means "nothing published"."""
+    return generation % MAX_GENERATION + 1
+
+
+def pack_root_header() -> bytes:
+    """Return the first 16 bytes of a root segment."""
+    return _HEADER.pack(ROOT_MAGIC, FORMAT, BYTE_ORDER_MARK)
+
+
+def check_root(data: bytes, label: str) -> None:
+    """Check the first 16 bytes of a root segment.
+
+    Raises
+    ------
+    SegmentFormatError
+        It was written by another format of the package, or on a machine of the other byte order.
+    CorruptSegmentError
+        It is no root segment.
+
+    """
+    if len(data) < _HEADER.size:
+        raise CorruptSegmentError(f"segment {label} is {len(data)} bytes long, too short for a root page")
+    magic, version, mark = _HEADER.unpack_from(data)
+    _check_common(magic, ROOT_MAGIC, version, mark, label)
+
+
+def pack_data_header(header: DataHeader) -> bytes:
+    """Return the header of a data segment."""
+    return _DATA_HEADER.pack(
+        DATA_MAGIC,
+        FORMAT,
+        BYTE_ORDER_MARK,
+        header.generation,
+        HASH_XXH64,
+        header.seed,
+        header.capacity,
+        header.arena_size,
+        header.stride,
+    )
+
+
+def unpack_data_header(data: bytes, size: int, generation: int, label: str) -> DataHeader:
+    """Read and check the header of a data segment against the size of the reader's own mapping.
+
+    Parameters
+    ----------
+    data
+        The first bytes of the segment.
+    size
+        Bytes of the mapping through which it will be read.
+    generation
+        The generation it must be of.
+    label
+        Its name, for messages.
+
+    Raises
+    ------
+    SegmentFormatError, CorruptSegmentError
+        The header cannot be believed; no offset computed from a header that passes leaves the mapping.
+
+    """
+    if len(data) < _DATA_HEADER.size:
+        raise CorruptSegmentError(f"segment {label} is {len(data)} bytes long, too short for its header")
+    magic, version, mark, found, algorithm, seed, capacity, arena, stride = _DATA_HEADER.unpack_from(data)
+    _check_common(magic, DATA_MAGIC, version, mark, label)
+    if algorithm != HASH_XXH64:
+        raise SegmentFormatError(f"segment {label} uses hash algorithm {algorithm}, this package knows 1")
+    header = DataHeader(found, seed, capacity, arena, stride)
+    if found != generation:
+        raise CorruptSegmentError(f"segment {label} says generation {found}")
+    if capacity < 1 or capacity > MAX_CAPACITY or capacity & (capacity - 1):
+        raise CorruptSegmentError(f"segment {label} says capacity {capacity}, not a power of two")
+    if arena % WORD or stride % PAGE or stride < copy_stride(capacity, arena) or header.size > size:
+        raise CorruptSegmentError(
+            f"segment {label} of {size} bytes says {capacity} slots and an arena of {arena} bytes "
+            f"in copies of {stride} bytes"
+        )
+    return header
+
+
+def _check_common(magic: bytes, expected: bytes, version: int, mark: int, label: str) -> None:
+    if magic != expected:
+        raise CorruptSegmentError(f"segment {label} does not start with {expected!r} but with {magic!r}")
+    if mark != BYTE_ORDER_MARK:
+        raise SegmentFormatError(f"segment {label} was written on a machine of the other byte order")
+    if version != FORMAT:
+        raise SegmentFormatError(
+            f"segment {label} has format {version}, this package reads format {FORMAT}",
+            hint="run readers and writer with the same release",
+        )
+
+
+def pack_entry(seed: int, kind: int, key: bytes, flags: int, ordinal: int, record: bytes) -> bytes:
+    """Return one arena entry, padded to whole words, with its checksum (XXH64 of all else) in place."""
+    body = key + record
+    bare = ARENA_ENTRY.pack(ordinal, 0, len(record), len(key), flags, kind) + body
+    checksum = xxhash.xxh64_intdigest(bare, seed)
+    entry = ARENA_ENTRY.pack(ordinal, checksum, len(record), len(key), flags, kind) + body
+    return entry.ljust(align(len(entry)), b"\0")
+
+
+def entry_size(key_length: int, record_length: int) -> int:
+    """Bytes that an arena entry takes."""
+    return align(ENTRY_HEADER + key_length + record_length)

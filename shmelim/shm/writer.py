@@ -1,0 +1,435 @@
+"""The writing side of the table: transactions, publishing, growth, and taking over from a dead writer.
+
+What: Linux's *seqcount latch* (``seqcount_latch_t``). There are two copies of the table, the lowest bit of the
+version word names the one that readers use, and the writer works on the other. How a transaction goes::
+
+    stage    apply the changes to the copy that nobody reads           (may fail: nothing has happened)
+    publish  version = version + 1                                     (one aligned 8-byte store, cannot fail)
+    settle   apply the same changes to the copy that readers just left
+
+Whoever commits the changes elsewhere does so between *stage* and *publish*: what could fail for want of memory
+has been done by then, and what readers see was durable first.
+
+Order: the publishing store must come after every store of *stage* and before every store of *settle*. x86-64
+makes stores visible in program order, so here the order of the statements is enough; a native path needs a store
+with release semantics and a release fence behind it (a release store alone does not hold back later stores).
+
+Killed anywhere, the writer leaves the version word naming a copy that is whole:
+
+1. in *stage*: the copy named by the word has not been touched;
+2. between *stage* and *publish*: the same, the staged changes are lost unseen;
+3. in *settle*: the word names the copy that *stage* completed.
+
+A successor never trusts the table it finds: it makes the next generation from what its caller gives it,
+publishes that with the same single store, and removes the old segment, which readers keep until they move.
+A growth is the same, made from the current copy.
+
+Trade-offs: every change is applied twice and memory is taken twice; a large transaction mirrors the staged copy
+instead. In return no reader ever waits, and none sees a batch half done.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from typing import TYPE_CHECKING, Final, Self
+
+import psutil
+
+from shmelim.errors import CorruptSegmentError, SegmentFormatError, ShmelimError
+from shmelim.shm.image import Change, Image
+from shmelim.shm.layout import (
+    HEARTBEAT,
+    MAX_KEY,
+    MAX_RECORD,
+    PAGE,
+    ROOT_SIZE,
+    SEQUENCE_BITS,
+    SLOT_SIZE,
+    VERSION,
+    WRITER_PID,
+    WRITER_STARTED,
+    WRITER_STATE,
+    DataHeader,
+    align,
+    check_root,
+    copy_stride,
+    entry_size,
+    next_generation,
+    next_version,
+    pack_data_header,
+    pack_root_header,
+)
+from shmelim.shm.reader import WriterState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+    from shmelim.shm.segment import Namespace, Segment
+
+__all__ = ["TableWriter", "Transaction"]
+
+MIN_CAPACITY: Final = 8
+MIN_ARENA: Final = PAGE
+_BYTES_PER_APPLY: Final = 32_768
+"""Bytes that are mirrored in about the time in which one change is applied."""
+
+# What the copy that nobody reads lacks, other than a list of changes: its slots, or slots and arena.
+_ROWS: Final = "rows"
+_ALL: Final = "all"
+
+
+class TableWriter:
+    """The one writer of a table.
+
+    Parameters
+    ----------
+    namespace
+        Where its segments go.
+    capacity
+        Smallest number of slots per copy; rounded up to a power of two. Half of them can be in use.
+    arena_size
+        Smallest number of bytes for records, per copy.
+
+    Raises
+    ------
+    AlreadyServingError
+        Another process writes this table.
+    SegmentFullError
+        No shared memory left.
+    UntrustedSegmentError
+        The name is taken by another user.
+
+    Notes
+    -----
+    Nothing is published before :meth:`load`; until then readers go on with what a predecessor left. Not
+    thread-safe: one thread owns it; :meth:`beat` alone may come from another. A forked child must not use it.
+
+    """
+
+    def __init__(self, namespace: Namespace, *, capacity: int = 1024, arena_size: int = 1 << 18) -> None:
+        self._namespace = namespace
+        self._min_capacity = max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
+        self._min_arena = align(max(MIN_ARENA, arena_size), PAGE)
+        self._pid = os.getpid()
+        namespace.acquire()
+        try:
+            self._root = self._take_root()
+        except BaseException:
+            namespace.release()
+            raise
+        # The published segment and its two copies; what the one that nobody reads lacks of the other.
+        self._segment: Segment | None = None
+        self._images: tuple[Image, Image] | None = None
+        self._behind: list[Change] | str | None = None
+        self._open: Transaction | None = None
+        words = self._root.words
+        words[WRITER_STATE] = WriterState.STARTING
+        words[WRITER_PID] = self._pid
+        words[WRITER_STARTED] = int(psutil.Process().create_time() * 1000)
+        self.beat()
+
+    def _take_root(self) -> Segment:
+        """Open the root segment for writing; one that is not ours to continue is withdrawn and replaced."""
+        root = self._namespace.open_root(writable=True)
+        if root.size >= ROOT_SIZE:
+            if not root.memory[:ROOT_SIZE].strip(b"\0"):
+                root.memory[:16] = pack_root_header()
+                return root
+            try:
+                check_root(root.memory[:PAGE], root.label)
+            except (CorruptSegmentError, SegmentFormatError):
+                # Generation 0 sends whoever has this root mapped back to the name.
+                root.words[VERSION] = 0
+            else:
+                return root
+        root.close()
+        root = self._namespace.create_root()
+        root.memory[:16] = pack_root_header()
+        return root
+
+    # ------------------------------------------------------------------ state
+
+    @property
+    def version(self) -> int:
+        """The version word as published last, possibly by a predecessor; 0 if nothing ever was."""
+        return self._root.words[VERSION]
+
+    @property
+    def loaded(self) -> bool:
+        """Whether this writer has published its own state yet."""
+        return self._images is not None
+
+    def beat(self) -> None:
+        """Renew the heartbeat that tells readers that the writer lives. One clock reading and one store."""
+        self._root.words[HEARTBEAT] = time.monotonic_ns()
+
+    def close(self) -> None:
+        """Say that the writer stopped, and release the lock. What is published stays readable. Idempotent."""
+        if self._pid != os.getpid() or self._root.size == 0:
+            return
+        if self._open is not None:
+            self._open.abort()
+        self._root.words[WRITER_STATE] = WriterState.STOPPED
+        self.beat()
+        self._namespace.release()
+        self._pid = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ transactions
+
+    def load(self, entries: Iterable[tuple[bytes, int, bytes, int | None]]) -> None:
+        """Publish a whole table as the next generation: (key, flags, record, ordinal) with distinct keys.
+
+        Raises
+        ------
+        SegmentFullError
+            No shared memory left; what a predecessor published stays.
+        ValueError
+            A key or a record is out of bounds.
+
+        """
+        with self.transaction(replace=True) as transaction:
+            for key, flags, record, ordinal in entries:
+                transaction.put(key, flags, record, ordinal)
+
+    def transaction(self, *, replace: bool = False) -> Transaction:
+        """Begin a transaction; at most one is open at a time.
+
+        Parameters
+        ----------
+        replace
+            Start from an empty table instead of the current one.
+
+        """
+        if self._pid != os.getpid():
+            raise ShmelimError("this table writer is closed, or belongs to the process that forked this one")
+        if self._open is not None:
+            raise ShmelimError("a transaction is already open on this table writer")
+        self._open = Transaction(self, replace=replace or not self.loaded)
+        return self._open
+
+    def settle(self) -> None:
+        """Bring the copy that nobody reads up to date. Done by the next transaction if not before."""
+        if self._images is None or self._behind is None:
+            return
+        current, spare = self._images[self.version & 1], self._images[~self.version & 1]
+        behind, self._behind = self._behind, _ALL
+        if isinstance(behind, list):
+            spare.apply(behind)
+        else:
+            current.mirror_into(spare, arena=behind == _ALL)
+        self._behind = None
+
+    # ------------------------------------------------------------------ what a transaction is made of
+
+    def _stage(self, changes: list[Change], *, replace: bool) -> _Staged:
+        """Make the next state in memory that nobody reads."""
+        self.settle()
+        if replace or self._images is None:
+            return self._stage_afresh(changes)
+        need = sum(entry_size(len(change.key), len(change.record)) for change in changes)
+        current, spare = self._images[self.version & 1], self._images[~self.version & 1]
+        header = current.header
+        count = current.count + sum(change.flags is not None for change in changes)
+        if 2 * count > header.capacity:
+            count = current.count + current.count_new(changes)
+        fits = 2 * count <= header.capacity
+        if fits and current.used + need <= header.arena_size:
+            staged = _Staged(self._segment, self._images, changes)
+            self._behind = _ROWS
+        elif fits and current.live + need <= header.arena_size // 4 * 3:
+            staged = _Staged(self._segment, self._images, _ALL)
+            self._behind = _ALL
+            current.compact_into(spare)
+        else:
+            capacity, arena = self._room_for(count, current.live + need, header.capacity)
+            staged = self._new_segment(capacity, arena, header.seed)
+            current.compact_into(staged.target(self.version))
+        staged.target(self.version).apply(changes)
+        if len(changes) * _BYTES_PER_APPLY > SLOT_SIZE * header.capacity + current.used:
+            staged.behind = _ALL
+        return staged
+
+    def _stage_afresh(self, changes: list[Change]) -> _Staged:
+        puts: dict[bytes, Change] = {}
+        for change in changes:
+            if change.flags is None:
+                puts.pop(change.key, None)
+            elif change.key in puts and change.ordinal is None:
+                puts[change.key] = change._replace(ordinal=puts[change.key].ordinal)
+            else:
+                puts[change.key] = change
+        live = sum(entry_size(len(change.key), len(change.record)) for change in puts.values())
+        capacity, arena = self._room_for(len(puts), live, self._min_capacity)
+        staged = self._new_segment(capacity, arena, secrets.randbits(64))
+        staged.target(self.version).fill(list(puts.values()))
+        return staged
+
+    def _room_for(self, count: int, live: int, capacity: int) -> tuple[int, int]:
+        while capacity < 2 * count:
+            capacity *= 2
+        return capacity, align(max(self._min_arena, live + live // 2), PAGE)
+
+    def _new_segment(self, capacity: int, arena: int, seed: int) -> _Staged:
+        """Make an empty segment. Hashes and checksums that move there as they are need the seed they have."""
+        generation = next_generation(self.version >> SEQUENCE_BITS)
+        header = DataHeader(generation, seed, capacity, arena, copy_stride(capacity, arena))
+        segment = self._namespace.create_data(generation, header.size)
+        packed = pack_data_header(header)
+        segment.memory[: len(packed)] = packed
+        return _Staged(segment, (Image(segment, header, 0), Image(segment, header, 1)), _ALL)
+
+    def _publish(self, staged: _Staged) -> int:
+        generation = staged.images[0].header.generation
+        grown = staged.segment is not self._segment
+        # Whether or not an interrupt lets the store happen, mirroring puts the other copy right.
+        self._behind = _ALL
+        version = next_version(self.version, generation)
+        if grown:
+            self._segment, self._images = staged.segment, staged.images
+        self._root.words[VERSION] = version
+        # Everything above is visible to whoever sees the new version; nothing below may be before that.
+        self._behind = staged.behind
+        self._open = None
+        if grown:
+            self._root.words[WRITER_STATE] = WriterState.SERVING
+            self._namespace.remove_data(keep=generation)
+        return version
+
+    def _abort(self, staged: _Staged | None) -> None:
+        self._open = None
+        if staged is not None and staged.segment is not self._segment:
+            self._namespace.remove_data(keep=self.version >> SEQUENCE_BITS or None)
+
+
+class _Staged:
+    """The next state, made but not published; ``behind`` is what the other copy will lack once it is."""
+
+    def __init__(
+        self, segment: Segment | None, images: tuple[Image, Image], behind: list[Change] | str
+    ) -> None:
+        self.segment = segment
+        self.images = images
+        self.behind: list[Change] | str = behind
+
+    def target(self, version: int) -> Image:
+        """Return the copy that the version after this one will name."""
+        return self.images[~version & 1]
+
+
+class Transaction:
+    """Changes that become visible together, or not at all.
+
+    As a context manager it publishes at the end of the block, and aborts if the block raises. By hand:
+    :meth:`stage`, then :meth:`publish` or :meth:`abort`.
+    """
+
+    def __init__(self, writer: TableWriter, *, replace: bool) -> None:
+        self._writer = writer
+        self._replace = replace
+        self._changes: list[Change] = []
+        self._staged: _Staged | None = None
+
+    def put(self, key: bytes, flags: int, record: bytes = b"", ordinal: int | None = None) -> None:
+        """Set flags and record of a key.
+
+        Parameters
+        ----------
+        key
+            1 to 255 bytes.
+        flags
+            0 to 255.
+        record
+            Any bytes.
+        ordinal
+            Its place in the order of a snapshot. None: a new key goes last, a known one keeps its place.
+
+        Raises
+        ------
+        ValueError
+            Something is out of bounds; the transaction is as before.
+
+        """
+        check_key(key)
+        if not 0 <= flags <= 0xFF:  # noqa: PLR2004
+            raise ValueError(f"flags {flags} must be 0 to 255")
+        if len(record) > MAX_RECORD:
+            raise ValueError(f"record of {len(record):,} bytes is longer than {MAX_RECORD:,}")
+        self._set(Change(key, flags, record, ordinal))
+
+    def remove(self, key: bytes) -> None:
+        """Remove a key; nothing happens if it is absent."""
+        check_key(key)
+        self._set(Change(key, None, b"", None))
+
+    def _set(self, change: Change) -> None:
+        if self._staged is not None:
+            raise ShmelimError("this transaction is staged: it takes no more changes")
+        self._changes.append(change)
+
+    def stage(self) -> None:
+        """Do everything that can fail, out of sight of readers.
+
+        Raises
+        ------
+        SegmentFullError
+            No room to grow; the transaction is aborted and the published state stands.
+
+        """
+        try:
+            self._staged = self._writer._stage(self._changes, replace=self._replace)  # noqa: SLF001
+        except BaseException:
+            self.abort()
+            raise
+
+    def publish(self) -> int:
+        """Make the staged changes visible and return the new version. Cannot fail for want of anything."""
+        if self._staged is None:
+            raise ShmelimError("this transaction must be staged before it is published")
+        staged, self._staged = self._staged, None
+        return self._writer._publish(staged)  # noqa: SLF001
+
+    def abort(self) -> None:
+        """Forget the changes. Idempotent."""
+        if self._writer._open is self:  # noqa: SLF001
+            staged, self._staged = self._staged, None
+            self._writer._abort(staged)  # noqa: SLF001
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.abort()
+            return
+        if self._staged is None:
+            self.stage()
+        self.publish()
+        self._writer.settle()
+
+
+def check_key(key: bytes) -> None:
+    """Check that ``key`` is 1 to 255 bytes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is not.
+
+    """
+    if not isinstance(key, bytes):
+        raise TypeError(f"key must be bytes, not {type(key).__name__}")
+    if not 1 <= len(key) <= MAX_KEY:
+        raise ValueError(f"key of {len(key)} bytes must be 1 to {MAX_KEY} bytes long")
