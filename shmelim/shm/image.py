@@ -78,9 +78,7 @@ class Image:
         self.rows: NDArray[np.uint64] = np.frombuffer(
             segment.memory, np.uint64, count, header.slots_base(copy)
         ).reshape(-1, SLOT_WORDS)
-        self.arena: NDArray[np.uint8] = np.frombuffer(
-            segment.memory, np.uint8, header.arena_size, self._arena
-        )
+        self.arena: NDArray[np.uint8] = np.frombuffer(segment.memory, np.uint8, header.arena_size, self._arena)
 
     # ------------------------------------------------------------------ header fields
 
@@ -248,20 +246,15 @@ class Image:
         offsets = (live[:, PACKED] >> np.uint64(OFFSET_SHIFT)).astype(np.int64)
         heads = self.arena.view(np.uint64)[(offsets >> 3) + 2]
         lengths = (heads & np.uint64(0xFFFFFFFF)).astype(np.int64)
-        sizes = (
-            lengths + (heads >> np.uint64(32) & np.uint64(0xFF)).astype(np.int64) + ENTRY_HEADER + 7
-        ) & -8
+        sizes = (lengths + (heads >> np.uint64(32) & np.uint64(0xFF)).astype(np.int64) + ENTRY_HEADER + 7) & -8
         ends = np.cumsum(sizes)
         moved = ends - sizes
         target.begin_overwrite()
         # Entries that stand side by side move together.
-        first = (
-            np.nonzero(np.diff(offsets, prepend=-1) != np.concatenate(([0], sizes[:-1])))[0]
-            if len(live)
-            else []
-        )
-        last = np.append(first[1:], len(live)) - 1 if len(live) else []
-        for a, b in zip(first, last, strict=True):
+        apart = np.diff(offsets, prepend=-1) != np.concatenate(([0], sizes))[: len(sizes)]
+        first = np.nonzero(apart)[0]
+        last = np.append(first[1:], len(live))[: len(first)] - 1
+        for a, b in zip(first.tolist(), last.tolist(), strict=True):
             start, stop = offsets[a], offsets[b] + sizes[b]
             target.arena[moved[a] : moved[a] + stop - start] = self.arena[start:stop]
         live[:, PACKED] &= np.uint64(0xFFFF)
@@ -270,7 +263,7 @@ class Image:
         target.rows[place(live[:, 0], target.header.capacity)] = live
         used = int(ends[-1]) if len(live) else 0
         counts = [self._words[self._head + FLAG_COUNTS + bit] for bit in range(_FLAG_BITS)]
-        target._set_header(used, len(live), self._words[self._head + NEXT_ORDINAL], used, counts)  # noqa: SLF001
+        target._set_header(used, len(live), self._words[self._head + NEXT_ORDINAL], used, counts)
 
     def mirror_into(self, target: Image, *, arena: bool) -> None:
         """Make ``target``, of the same size, equal to this copy; without the arena where that is equal already."""
@@ -278,10 +271,10 @@ class Image:
             target.begin_overwrite()
             target.arena[: self.used] = self.arena[: self.used]
         target.rows[:] = self.rows
-        epoch = target._words[target._head + EPOCH]  # noqa: SLF001
+        epoch = target._words[target._head + EPOCH]
         head = self._memory[self._base : self._base + COPY_HEADER_SIZE]
-        target._memory[target._base + WORD : target._base + COPY_HEADER_SIZE] = head[WORD:]  # noqa: SLF001
-        assert target._words[target._head + EPOCH] == epoch  # noqa: SLF001
+        target._memory[target._base + WORD : target._base + COPY_HEADER_SIZE] = head[WORD:]
+        assert target._words[target._head + EPOCH] == epoch
 
     def _set_header(self, used: int, count: int, next_ordinal: int, live: int, counts: Sequence[int]) -> None:
         words, head = self._words, self._head

@@ -6,7 +6,7 @@ touches is a single aligned load or store. ``docs/memory-format.md`` is the same
 ::
 
     root segment, one page
-      byte    0  magic "SHMELIM\\0"
+      byte    0  magic "SHMELIM" and a zero byte
               8  format u32        12  byte-order mark u32
              64  version u64       alone on its cache line: generation << 48 | sequence
             128  writer pid        136  its start time, ms since 1970

@@ -10,7 +10,7 @@ meanwhile. How::
 
 Why it is enough: the writer touches ``copy[v & 1]`` only after it has published ``v + 1``. A reader whose second
 look still finds ``v`` has therefore finished before the first of those stores. x86-64 keeps loads in order, and
-one bytecode's load never moves past another's; ``segment.require_store_order`` refuses other machines.
+one bytecode's load never moves past another's; ``shared.require_store_order`` refuses other machines.
 
 Trade-offs: a read that a publish overtakes is done again, so a read must be short against the time between two
 publishes. Long reads take another way: the arena is an append-only log between two compactions of a copy, so
@@ -27,37 +27,28 @@ import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import numpy as np
-import xxhash
 
 from shmelim.errors import CorruptSegmentError, NotServingError, SegmentError
 from shmelim.shm.layout import (
-    ARENA_ENTRY,
     COPY_HEADER_SIZE,
     COUNT,
-    ENTRY_HEADER,
     EPOCH,
     FLAG_COUNTS,
     HEARTBEAT,
-    INLINE_KEY,
-    KEY_LENGTH_SHIFT,
     LIVE,
-    OFFSET_SHIFT,
-    PACKED,
     PAGE,
     ROOT_SIZE,
     SEQUENCE_BITS,
-    SLOT_WORDS,
     USED,
     VERSION,
     WORD,
     WRITER_PID,
     WRITER_STARTED,
     WRITER_STATE,
-    DataHeader,
     check_root,
-    unpack_data_header,
 )
 from shmelim.shm.replay import Entry, replay
+from shmelim.shm.view import Batch, View
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,13 +101,13 @@ class WriterInfo(NamedTuple):
 
 
 class TableInfo(NamedTuple):
-    """How full the table is; sizes in bytes, ``capacity`` and ``count`` in entries."""
+    """How full the table is: ``capacity`` in slots, of which half can be in use, sizes in bytes per copy."""
 
     version: int
     generation: int
     sequence: int
     capacity: int
-    count: int
+    entries: int
     flag_counts: tuple[int, ...]
     arena_size: int
     arena_used: int
@@ -129,32 +120,6 @@ class TableSnapshot(NamedTuple):
 
     version: int
     entries: dict[bytes, Entry]
-
-
-class _View:
-    """An attached data segment: immutable once made, so that one reference read is a consistent set."""
-
-    __slots__ = ("arena", "arena_size", "capacity", "generation", "header", "mask", "memory", "seed")
-    __slots__ += ("segment", "slot_rows", "slot_words", "slots", "words")
-
-    def __init__(self, segment: Segment, header: DataHeader) -> None:
-        self.segment = segment
-        self.memory = segment.memory
-        self.words = segment.words
-        self.generation = header.generation
-        self.seed = header.seed
-        self.capacity = header.capacity
-        self.mask = header.capacity - 1
-        self.arena_size = header.arena_size
-        self.header = tuple(header.copy_base(copy) // WORD for copy in (0, 1))
-        self.slots = tuple(header.slots_base(copy) for copy in (0, 1))
-        self.slot_words = tuple(base // WORD for base in self.slots)
-        self.arena = tuple(header.arena_base(copy) for copy in (0, 1))
-        count = header.capacity * SLOT_WORDS
-        self.slot_rows = tuple(
-            np.frombuffer(segment.memory, np.uint64, count, base).reshape(-1, SLOT_WORDS)
-            for base in self.slots
-        )
 
 
 class TableReader:
@@ -191,7 +156,8 @@ class TableReader:
         self.retries = 0
         # Both are replaced under `_attaching` and read without it, each as one reference.
         self._root: Segment = self._open_root()
-        self._view: _View = self._attach(self._root.words[VERSION])
+        self._view: View = None  # type: ignore[assignment]  # until the next line
+        self._attach()
 
     # ------------------------------------------------------------------ single lookups
 
@@ -201,27 +167,28 @@ class TableReader:
         return self._current(self._root.words[VERSION])[0]
 
     def flags(self, key: bytes) -> int:
-        """Return the flags of ``key``, 0 if it is absent. One probe; about a microsecond."""
+        """Return the flags of ``key``, 0 if it is absent. One probe; less than a microsecond."""
         while True:
-            root = self._root
-            version = root.words[VERSION]
+            words = self._root.words
+            version = words[VERSION]
             view = self._view
             if version >> SEQUENCE_BITS != view.generation:
-                self._attach(version)
+                self._attach()
                 continue
             try:
-                packed = _probe(view, version & 1, key)
+                packed = view.probe(version & 1, key)
             except CorruptSegmentError:
-                if root.words[VERSION] == version:
+                if words[VERSION] == version:
                     raise
             else:
-                if root.words[VERSION] == version:
+                if words[VERSION] == version:
                     return packed & 0xFF
             self.retries += 1
 
     def get(self, key: bytes) -> Record | None:
         """Return flags, ordinal and a copy of the record of ``key``, or None."""
-        return self._locate(key, lambda view, start, end: view.memory[start:end], Record)
+        found = self._locate(key, None)
+        return None if found is None else Record(*found)
 
     def read(self, key: bytes, decode: Callable[[memoryview], T]) -> T | None:
         """Run ``decode`` on the record's bytes in shared memory and return its result, or None if absent.
@@ -230,40 +197,34 @@ class TableReader:
         error) counts only if no publish overtook it. It must copy what it keeps; the view is released
         afterwards.
         """
+        found = self._locate(key, decode)
+        return None if found is None else found[2]
 
-        def run(view: _View, start: int, end: int) -> T:
-            with memoryview(view.memory) as whole, whole[start:end] as window:
-                return decode(window)
-
-        return self._locate(key, run, lambda _flags, _ordinal, result: result)
-
-    def _locate(
-        self,
-        key: bytes,
-        take: Callable[[_View, int, int], Any],
-        build: Callable[[int, int, Any], Any],
-    ) -> Any:
-        """Find ``key``, take something from its record's bytes, and start over if a publish came between."""
+    def _locate(self, key: bytes, decode: Callable[[memoryview], T] | None) -> tuple[int, int, Any] | None:
+        """Return flags, ordinal, and the record or what ``decode`` makes of it; None if ``key`` is absent."""
         while True:
-            root = self._root
-            version = root.words[VERSION]
+            words = self._root.words
+            version = words[VERSION]
             view = self._view
             if version >> SEQUENCE_BITS != view.generation:
-                self._attach(version)
+                self._attach()
                 continue
-            copy = version & 1
+            found: tuple[int, int, Any] | None = None
             try:
-                packed = _probe(view, copy, key)
+                packed = view.probe(version & 1, key)
                 if packed:
-                    start, end, ordinal = _record_span(view, copy, packed)
-                    result = take(view, start, end)
+                    start, end, ordinal = view.record_span(version & 1, packed)
+                    if decode is None:
+                        found = packed & 0xFF, ordinal, view.memory[start:end]
+                    else:
+                        with memoryview(view.memory) as whole, whole[start:end] as window:
+                            found = packed & 0xFF, ordinal, decode(window)
             except Exception:
-                if root.words[VERSION] == version:
+                if words[VERSION] == version:
                     raise
-                self.retries += 1
-                continue
-            if root.words[VERSION] == version:
-                return build(packed & 0xFF, ordinal, result) if packed else None
+            else:
+                if words[VERSION] == version:
+                    return found
             self.retries += 1
 
     # ------------------------------------------------------------------ many at once
@@ -276,32 +237,28 @@ class TableReader:
         """
         if not keys:
             return np.zeros(0, np.uint8)
-        lengths = np.fromiter(map(len, keys), np.uint64, len(keys))
-        inline = b"".join([key[:INLINE_KEY].ljust(INLINE_KEY, b"\0") for key in keys])
-        wanted = np.frombuffer(inline, np.uint64).reshape(-1, INLINE_KEY // WORD)
-        seed, hashes = None, lengths
-        for _ in range(_BATCH_ATTEMPTS):
-            root = self._root
-            version = root.words[VERSION]
+        batch = Batch(keys)
+        attempts = 0
+        while attempts < _BATCH_ATTEMPTS:
+            words = self._root.words
+            version = words[VERSION]
             view = self._view
             if version >> SEQUENCE_BITS != view.generation:
-                self._attach(version)
+                self._attach()
                 continue
-            if seed != view.seed:
-                seed = view.seed
-                hashes = np.fromiter(
-                    (xxhash.xxh64_intdigest(key, seed) for key in keys), np.uint64, len(keys)
-                )
+            if not batch.hashed_for(view.seed):
+                batch.hash_for(view.seed)
                 continue
             try:
-                packed = _probe_many(view, version & 1, keys, lengths, wanted, hashes)
+                packed = view.probe_many(version & 1, batch)
             except CorruptSegmentError:
-                if root.words[VERSION] == version:
+                if words[VERSION] == version:
                     raise
             else:
-                if root.words[VERSION] == version:
+                if words[VERSION] == version:
                     return (packed & np.uint64(0xFF)).astype(np.uint8)
             self.retries += 1
+            attempts += 1
         entries = self.snapshot().entries
         return np.fromiter((entries[key].flags if key in entries else 0 for key in keys), np.uint8, len(keys))
 
@@ -326,16 +283,16 @@ class TableReader:
 
         """
         while True:
-            root = self._root
-            version = root.words[VERSION]
+            words = self._root.words
+            version = words[VERSION]
             view = self._view
             if version >> SEQUENCE_BITS != view.generation:
-                self._attach(version)
+                self._attach()
                 continue
             copy = version & 1
-            header = view.header[copy]
+            header = view.header_word[copy]
             epoch, used, count = (view.words[header + field] for field in (EPOCH, USED, COUNT))
-            if root.words[VERSION] != version:
+            if words[VERSION] != version:
                 self.retries += 1
                 continue
             if used > view.arena_size:
@@ -359,25 +316,25 @@ class TableReader:
     def info(self) -> TableInfo:
         """Return sizes and counts as of one version."""
         while True:
-            root = self._root
-            version = root.words[VERSION]
+            words = self._root.words
+            version = words[VERSION]
             view = self._view
             if version >> SEQUENCE_BITS != view.generation:
-                self._attach(version)
+                self._attach()
                 continue
-            base = view.header[version & 1]
-            words = view.words[base : base + COPY_HEADER_SIZE // WORD].tolist()
-            if root.words[VERSION] == version:
+            base = view.header_word[version & 1]
+            head = view.words[base : base + COPY_HEADER_SIZE // WORD].tolist()
+            if words[VERSION] == version:
                 return TableInfo(
                     version=version,
                     generation=view.generation,
                     sequence=version & ((1 << SEQUENCE_BITS) - 1),
                     capacity=view.capacity,
-                    count=words[COUNT],
-                    flag_counts=tuple(words[FLAG_COUNTS : FLAG_COUNTS + 8]),
+                    entries=head[COUNT],
+                    flag_counts=tuple(head[FLAG_COUNTS : FLAG_COUNTS + 8]),
                     arena_size=view.arena_size,
-                    arena_used=words[USED],
-                    arena_live=words[LIVE],
+                    arena_used=head[USED],
+                    arena_live=head[LIVE],
                     segment_size=view.segment.size,
                 )
             self.retries += 1
@@ -385,14 +342,14 @@ class TableReader:
     def count_flag(self, bit: int) -> int:
         """Return how many entries have the flag with the value ``1 << bit``. One load."""
         while True:
-            root = self._root
-            version = root.words[VERSION]
+            words = self._root.words
+            version = words[VERSION]
             view = self._view
             if version >> SEQUENCE_BITS != view.generation:
-                self._attach(version)
+                self._attach()
                 continue
-            count = view.words[view.header[version & 1] + FLAG_COUNTS + bit]
-            if root.words[VERSION] == version:
+            count = view.words[view.header_word[version & 1] + FLAG_COUNTS + bit]
+            if words[VERSION] == version:
                 return count
             self.retries += 1
 
@@ -458,17 +415,17 @@ class TableReader:
             check_root(root.memory[:PAGE], root.label)
         return root
 
-    def _current(self, version: int) -> tuple[int, _View]:
+    def _current(self, version: int) -> tuple[int, View]:
         """Return the version word and its attached view, as of one moment."""
         while True:
             view = self._view
             if version >> SEQUENCE_BITS == view.generation:
                 return version, view
-            self._attach(version)
+            self._attach()
             version = self._root.words[VERSION]
 
-    def _attach(self, version: int) -> _View:
-        """Make the data segment of ``version``'s generation the attached one.
+    def _attach(self) -> View:
+        """Attach the data segment that the version word names now, and return its view.
 
         A segment that is gone although the version word still names it was removed by somebody else.
         """
@@ -476,106 +433,24 @@ class TableReader:
             while True:
                 version = self._root.words[VERSION]
                 generation = version >> SEQUENCE_BITS
-                view: _View | None = getattr(self, "_view", None)
-                if view is not None and view.generation == generation:
-                    return view
+                if self._view is not None and self._view.generation == generation:
+                    return self._view
                 if generation == 0:
-                    # Never published, or the writer withdrew this root because its name leads elsewhere.
-                    if not self._namespace.root_replaced(self._root):
-                        raise NotServingError(
-                            f"the writer of {self._namespace.name!r} has not published anything yet",
-                            hint=f"see `shmelim status --name {self._namespace.name}`",
-                        )
-                    self._root = self._open_root()
+                    self._follow_name()
                     continue
                 try:
-                    segment = self._namespace.open_data(generation)
-                    header = unpack_data_header(
-                        segment.memory[:PAGE], segment.size, generation, segment.label
-                    )
+                    self._view = View(self._namespace.open_data(generation), generation)
                 except (NotServingError, SegmentError):
-                    if self._root.words[VERSION] != version:
-                        continue
-                    raise
-                self._view = _View(segment, header)
-                return self._view
+                    if self._root.words[VERSION] == version:
+                        raise
+                else:
+                    return self._view
 
-
-def _probe(view: _View, copy: int, key: bytes) -> int:
-    """Return the packed word of ``key``'s slot, 0 if it is absent. Linear probing from the hash."""
-    digest = xxhash.xxh64_intdigest(key, view.seed)
-    words = view.words
-    mask = view.mask
-    length = len(key)
-    inline = key[:INLINE_KEY]
-    base = view.slot_words[copy]
-    index = digest & mask
-    for _ in range(view.capacity):
-        slot = base + index * SLOT_WORDS
-        packed: int = words[slot + PACKED]
-        if not packed:
-            return 0
-        if words[slot] == digest and packed >> KEY_LENGTH_SHIFT & 0xFF == length:
-            start = (slot + 1) * WORD
-            if view.memory[start : start + len(inline)] == inline and (
-                length <= INLINE_KEY or _arena_key(view, copy, packed) == key
-            ):
-                return packed
-        index = (index + 1) & mask
-    raise CorruptSegmentError(f"segment {view.segment.label} has no empty slot: a lookup cannot end")
-
-
-def _arena_key(view: _View, copy: int, packed: int) -> bytes:
-    """Return a long key in full; a slice that a bad offset sends beyond the mapping is just shorter."""
-    start = view.arena[copy] + (packed >> OFFSET_SHIFT) + ENTRY_HEADER
-    return view.memory[start : start + (packed >> KEY_LENGTH_SHIFT & 0xFF)]
-
-
-def _record_span(view: _View, copy: int, packed: int) -> tuple[int, int, int]:
-    """Return first and last byte of a record, and its ordinal, after checking that they lie in the arena."""
-    offset = packed >> OFFSET_SHIFT
-    if offset + ENTRY_HEADER > view.arena_size:
-        raise CorruptSegmentError(f"segment {view.segment.label} has a record at {offset}, outside its arena")
-    at = view.arena[copy] + offset
-    ordinal, _, length, key_length, _, _ = ARENA_ENTRY.unpack_from(view.memory, at)
-    start = at + ENTRY_HEADER + key_length
-    end = start + length
-    if end > view.arena[copy] + view.arena_size or key_length != packed >> KEY_LENGTH_SHIFT & 0xFF:
-        raise CorruptSegmentError(
-            f"segment {view.segment.label} has a record of {length} bytes at {offset} that does not fit"
-        )
-    return start, end, ordinal
-
-
-def _probe_many(
-    view: _View,
-    copy: int,
-    keys: Sequence[bytes],
-    lengths: NDArray[np.uint64],
-    wanted: NDArray[np.uint64],
-    hashes: NDArray[np.uint64],
-) -> NDArray[np.uint64]:
-    """Probe for many keys at once: every round looks at one slot of each key that is not settled yet."""
-    rows = view.slot_rows[copy]
-    result = np.zeros(len(keys), np.uint64)
-    mask = np.uint64(view.mask)
-    index = hashes & mask
-    open_ = np.arange(len(keys))
-    for _ in range(view.capacity):
-        slots = rows[index]
-        packed = slots[:, PACKED]
-        hit = (
-            (slots[:, 0] == hashes[open_])
-            & (packed >> np.uint64(KEY_LENGTH_SHIFT) & np.uint64(0xFF) == lengths[open_])
-            & (slots[:, 1:PACKED] == wanted[open_]).all(axis=1)
-            & (packed != 0)
-        )
-        for position in np.nonzero(hit & (lengths[open_] > INLINE_KEY))[0]:
-            hit[position] = _arena_key(view, copy, int(packed[position])) == keys[open_[position]]
-        result[open_[hit]] = packed[hit]
-        left = ~hit & (packed != 0)
-        if not left.any():
-            return result
-        open_ = open_[left]
-        index = (index[left] + np.uint64(1)) & mask
-    raise CorruptSegmentError(f"segment {view.segment.label} has no empty slot: a lookup cannot end")
+    def _follow_name(self) -> None:
+        """Open the root anew for generation 0: nothing was published, or the writer withdrew the old root."""
+        if not self._namespace.root_replaced(self._root):
+            raise NotServingError(
+                f"the writer of {self._namespace.name!r} has not published anything yet",
+                hint=f"see `shmelim status --name {self._namespace.name}`",
+            )
+        self._root = self._open_root()

@@ -315,9 +315,7 @@ class TableWriter:
 class _Staged:
     """The next state, made but not published; ``behind`` is what the other copy will lack once it is."""
 
-    def __init__(
-        self, segment: Segment | None, images: tuple[Image, Image], behind: list[Change] | str
-    ) -> None:
+    def __init__(self, segment: Segment | None, images: tuple[Image, Image], behind: list[Change] | str) -> None:
         self.segment = segment
         self.images = images
         self.behind: list[Change] | str = behind

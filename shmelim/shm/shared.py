@@ -1,0 +1,361 @@
+"""Segments in POSIX shared memory, and the lock that makes a writer the only one of its name."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import platform
+import stat
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Final
+
+import posix_ipc
+
+from shmelim.errors import (
+    AlreadyServingError,
+    NotServingError,
+    SegmentError,
+    SegmentFullError,
+    UnsupportedPlatformError,
+    UntrustedSegmentError,
+)
+from shmelim.shm.layout import ROOT_SIZE
+from shmelim.shm.segment import Segment, check_name
+
+__all__ = ["SharedNamespace", "require_store_order"]
+
+_SHM_DIR: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps POSIX shared memory
+_ZEROS: Final = bytes(1 << 20)
+
+
+class SharedNamespace:
+    """Segments ``/shmelim.<name>`` and ``/shmelim.<name>.<generation>`` in POSIX shared memory.
+
+    Parameters
+    ----------
+    name
+        1 to 16 of ``a-z 0-9 _ -``.
+    mode
+        Permissions of segments made here: 0o600, or 0o640 to let a group read.
+    owner
+        For readers: the uid whose segments are trusted. Default: this user's and root's.
+
+    Raises
+    ------
+    ValueError
+        For a bad name or mode.
+    UnsupportedPlatformError
+        The machine's memory order is too weak for the pure-Python path.
+
+    Notes
+    -----
+    The lock is an ``flock`` on the root segment itself, through a descriptor of its own: it has exactly the
+    scope of the name, and the kernel releases it however the writer dies. A forked child closes its copy.
+
+    """
+
+    def __init__(self, name: str, *, mode: int = 0o600, owner: int | None = None) -> None:
+        self.name = check_name(name)
+        if mode not in (0o600, 0o640):
+            raise ValueError(f"mode {mode:#o} must be 0o600, or 0o640 to let a group read")
+        require_store_order()
+        self._mode = mode
+        self._trusted = {os.geteuid(), 0} if owner is None else {owner}
+        # Written by the writer's thread only, and by the fork hook in a child.
+        self._lock: int | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen, (self.name, self._mode, sorted(self._trusted))
+
+    @property
+    def root_name(self) -> str:
+        """The name of the root segment, as ``shm_open`` takes it."""
+        return f"/shmelim.{self.name}"
+
+    def data_name(self, generation: int) -> str:
+        """Return the name of a data segment, as ``shm_open`` takes it."""
+        return f"{self.root_name}.{generation}"
+
+    def acquire(self) -> None:
+        """Take the writer's lock, making the root segment (one page of zeros) if there is none.
+
+        Raises
+        ------
+        AlreadyServingError
+            A live process holds it.
+        SegmentFullError
+            ``/dev/shm`` is full.
+        UntrustedSegmentError
+            The root segment belongs to another user or may be written by one.
+
+        """
+        while True:
+            descriptor = self._open_lock()
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise AlreadyServingError(
+                        f"{self.name!r} is already served by another process",
+                        hint=f"see `shmelim status --name {self.name}`, or serve under another --name",
+                    ) from None
+                raise SegmentError(f"cannot lock segment {self.root_name}: {error}") from error
+            # A root that was removed or replaced between open and flock is no lock on the name.
+            if self._names(descriptor):
+                break
+            os.close(descriptor)
+        self._lock = descriptor
+        _locked.add(self)
+        if sys.platform == "linux" and os.fstat(descriptor).st_size == 0:
+            try:
+                reserve(descriptor, ROOT_SIZE)
+            except OSError as error:
+                self.release()
+                raise _no_room(self.root_name, ROOT_SIZE, error) from error
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens if it is not held."""
+        descriptor, self._lock = self._lock, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def create_root(self) -> Segment:
+        """Make a new root segment under the lock and move the lock to it.
+
+        Raises
+        ------
+        SegmentFullError
+            ``/dev/shm`` is full.
+
+        """
+        previous = self._lock
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(self.root_name)
+        segment = self._create(self.root_name, ROOT_SIZE)
+        self.acquire()
+        if previous is not None:
+            os.close(previous)
+        return segment
+
+    def open_root(self, *, writable: bool = False) -> Segment:
+        """Map the root segment.
+
+        Raises
+        ------
+        NotServingError
+            There is none.
+        UntrustedSegmentError
+            It belongs to another user or may be written by one.
+
+        """
+        return self._open(self.root_name, writable=writable)
+
+    def create_data(self, generation: int, size: int) -> Segment:
+        """Make a data segment of ``size`` bytes.
+
+        Raises
+        ------
+        SegmentFullError
+            ``/dev/shm`` is full; nothing is left behind.
+
+        """
+        label = self.data_name(generation)
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(label)
+        return self._create(label, size)
+
+    def open_data(self, generation: int) -> Segment:
+        """Map a data segment for reading; errors as in :meth:`open_root`."""
+        return self._open(self.data_name(generation), writable=False)
+
+    def remove_data(self, *, keep: int | None) -> None:
+        """Unlink every data segment of this name but generation ``keep``."""
+        for generation in self.generations():
+            if generation != keep:
+                with contextlib.suppress(posix_ipc.ExistentialError):
+                    posix_ipc.unlink_shared_memory(self.data_name(generation))
+
+    def generations(self) -> list[int]:
+        """Return the generations that have a data segment; Linux only, elsewhere the list is empty."""
+        prefix = self.root_name[1:] + "."
+        found = [path.name.removeprefix(prefix) for path in _SHM_DIR.glob(f"{prefix}*")]
+        return sorted(int(suffix) for suffix in found if suffix.isdecimal())
+
+    def remove(self) -> None:
+        """Unlink everything of this name; for temporary tables that are done with."""
+        self.remove_data(keep=None)
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(self.root_name)
+
+    def root_replaced(self, root: Segment) -> bool:
+        """Tell whether the name no longer leads to ``root`` (it was removed, or another made)."""
+        try:
+            other = self._open(self.root_name, writable=False)
+        except SegmentError:
+            return True
+        except NotServingError:
+            return False
+        other.close()
+        return other.identity != root.identity
+
+    def _open_lock(self) -> int:
+        if sys.platform != "linux":
+            # flock on shared memory is refused elsewhere: a file with the scope of the user stands in.
+            path = Path(tempfile.gettempdir()) / f"shmelim.{os.geteuid()}.{self.name}.lock"
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            shared = posix_ipc.SharedMemory(self.root_name, posix_ipc.O_CREAT, mode=self._mode)
+        except posix_ipc.PermissionsError:
+            raise self._untrusted(self.root_name, "it belongs to another user") from None
+        except OSError as error:
+            raise _no_room(self.root_name, ROOT_SIZE, error) from error
+        try:
+            self._check_owner(shared.fd, self.root_name, writable=True)
+            os.fchmod(shared.fd, self._mode)
+        except BaseException:
+            shared.close_fd()
+            raise
+        return int(shared.fd)
+
+    def _names(self, descriptor: int) -> bool:
+        if sys.platform != "linux":
+            return True
+        try:
+            shared = posix_ipc.SharedMemory(self.root_name)
+        except posix_ipc.ExistentialError:
+            return False
+        try:
+            return os.path.sameopenfile(shared.fd, descriptor)
+        finally:
+            shared.close_fd()
+
+    def _create(self, label: str, size: int) -> Segment:
+        try:
+            shared = posix_ipc.SharedMemory(label, posix_ipc.O_CREX, mode=self._mode)
+        except OSError as error:
+            raise _no_room(label, size, error) from error
+        try:
+            os.fchmod(shared.fd, self._mode)
+            reserve(shared.fd, size)
+            return self._map(shared.fd, label, size, mmap.PROT_READ | mmap.PROT_WRITE)
+        except (OSError, ValueError) as error:
+            posix_ipc.unlink_shared_memory(label)
+            raise _no_room(label, size, error) from error
+        finally:
+            shared.close_fd()
+
+    @staticmethod
+    def _map(descriptor: int, label: str, size: int, protection: int) -> Segment:
+        status = os.fstat(descriptor)
+        memory = mmap.mmap(descriptor, size, mmap.MAP_SHARED, protection)
+        return Segment(label, memory, (status.st_dev, status.st_ino))
+
+    def _open(self, label: str, *, writable: bool) -> Segment:
+        try:
+            shared = posix_ipc.SharedMemory(label, read_only=not writable)
+        except posix_ipc.ExistentialError:
+            raise NotServingError(
+                f"nothing is served under the name {self.name!r}",
+                hint=f"start it with `shmelim serve --name {self.name}`",
+            ) from None
+        except posix_ipc.PermissionsError:
+            raise self._untrusted(label, "this user may not open it") from None
+        try:
+            self._check_owner(shared.fd, label, writable=writable)
+            size = os.fstat(shared.fd).st_size
+            if size == 0:
+                raise self._unpublished()
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            return self._map(shared.fd, label, size, protection)
+        except (NotServingError, SegmentError):
+            raise
+        except (OSError, ValueError) as error:
+            raise SegmentError(f"cannot map segment {label}: {error}") from error
+        finally:
+            shared.close_fd()
+
+    def _check_owner(self, descriptor: int, label: str, *, writable: bool) -> None:
+        status = os.fstat(descriptor)
+        trusted = {os.geteuid()} if writable else self._trusted
+        if status.st_uid not in trusted:
+            raise self._untrusted(label, f"it belongs to uid {status.st_uid}")
+        if stat.S_IMODE(status.st_mode) & 0o022:
+            raise self._untrusted(label, f"its mode {stat.S_IMODE(status.st_mode):#o} lets others write")
+
+    def _unpublished(self) -> NotServingError:
+        return NotServingError(
+            f"the writer of {self.name!r} has not published anything yet",
+            hint=f"see `shmelim status --name {self.name}`",
+        )
+
+    def _untrusted(self, label: str, why: str) -> UntrustedSegmentError:
+        return UntrustedSegmentError(
+            f"segment {label} is not to be trusted: {why}",
+            hint="another user took the name: choose another one, or name its owner's uid if that is meant",
+        )
+
+
+def require_store_order() -> None:
+    """Check that this machine keeps stores in order, which the pure-Python path depends on.
+
+    Raises
+    ------
+    UnsupportedPlatformError
+        It is not an x86-64, or not little-endian.
+
+    """
+    machine = platform.machine()
+    if machine not in ("x86_64", "AMD64") or sys.byteorder != "little":
+        raise UnsupportedPlatformError(
+            f"the pure-Python path of shmelim needs the store order of x86-64; this machine is {machine!r}",
+            hint="use an x86-64 machine until a release with the native core supports this one",
+        )
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give a new segment ``size`` bytes of zeroed memory, or raise ``OSError`` now rather than SIGBUS later."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+        else:
+            return
+    os.ftruncate(descriptor, size)
+    for offset in range(0, size, len(_ZEROS)):
+        os.pwrite(descriptor, _ZEROS[: size - offset], offset)
+
+
+def _no_room(label: str, size: int, error: Exception) -> SegmentError:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+        return SegmentFullError(
+            f"no room for the {size:,} bytes of segment {label}: shared memory is full",
+            hint="enlarge /dev/shm (Docker: --shm-size) or remove what fills it; the published state stands",
+        )
+    return SegmentError(f"cannot make segment {label} of {size:,} bytes: {error}")
+
+
+def _reopen(name: str, mode: int, trusted: list[int]) -> SharedNamespace:
+    namespace = SharedNamespace(name, mode=mode)
+    namespace._trusted = set(trusted)  # noqa: SLF001
+    return namespace
+
+
+_locked: weakref.WeakSet[SharedNamespace] = weakref.WeakSet()
+
+
+def _drop_locks_in_child() -> None:
+    # An flock lives as long as any copy of its descriptor: a child must not keep a dead writer's lock.
+    for namespace in list(_locked):
+        namespace.release()
+
+
+os.register_at_fork(after_in_child=_drop_locks_in_child)

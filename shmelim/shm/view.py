@@ -1,0 +1,185 @@
+"""An attached data segment: where its two copies are, and how a key is found in one of them.
+
+Everything read from shared memory is checked against the reader's own mapping before it is used as an offset or
+a length: bad bytes give :class:`CorruptSegmentError`, never a crash.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from shmelim.errors import CorruptSegmentError
+from shmelim.shm.layout import (
+    ARENA_ENTRY,
+    ENTRY_HEADER,
+    INLINE_KEY,
+    KEY_LENGTH_SHIFT,
+    OFFSET_SHIFT,
+    PACKED,
+    PAGE,
+    SLOT_WORDS,
+    WORD,
+    DataHeader,
+    unpack_data_header,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from shmelim.shm.segment import Segment
+
+__all__ = ["Batch", "View"]
+
+
+class Batch:
+    """Keys of a batch lookup, prepared for probing before any version is looked at.
+
+    Parameters
+    ----------
+    keys
+        The keys, each 1 to 255 bytes.
+
+    """
+
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        self.keys = keys
+        self.lengths = np.fromiter(map(len, keys), np.uint64, len(keys))
+        inline = b"".join([key[:INLINE_KEY].ljust(INLINE_KEY, b"\0") for key in keys])
+        self.inline: NDArray[np.uint64] = np.frombuffer(inline, np.uint64).reshape(-1, INLINE_KEY // WORD)
+        self._seed: int | None = None
+        self._hashes: NDArray[np.uint64] = self.lengths
+
+    def hashed_for(self, seed: int) -> bool:
+        """Tell whether the hashes are those of ``seed``."""
+        return self._seed == seed
+
+    def hash_for(self, seed: int) -> None:
+        """Hash all keys with ``seed``."""
+        digest = xxhash.xxh64_intdigest
+        self._hashes = np.fromiter((digest(key, seed) for key in self.keys), np.uint64, len(self.keys))
+        self._seed = seed
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        """The hashes, in the order of the keys."""
+        return self._hashes
+
+
+class View:
+    """A data segment as a reader sees it: immutable once made, so that one reference read is a consistent set.
+
+    Parameters
+    ----------
+    segment
+        The mapped segment.
+    generation
+        The generation that it must be of.
+
+    Raises
+    ------
+    CorruptSegmentError, SegmentFormatError
+        Its header cannot be believed.
+
+    """
+
+    def __init__(self, segment: Segment, generation: int) -> None:
+        header: DataHeader = unpack_data_header(segment.memory[:PAGE], segment.size, generation, segment.label)
+        self.segment = segment
+        self.memory = segment.memory
+        self.words = segment.words
+        self.generation = generation
+        self.seed = header.seed
+        self.capacity = header.capacity
+        self.mask = header.capacity - 1
+        self.arena_size = header.arena_size
+        self.header_word = [header.copy_base(copy) // WORD for copy in (0, 1)]
+        self.slot_word = [header.slots_base(copy) // WORD for copy in (0, 1)]
+        self.arena = [header.arena_base(copy) for copy in (0, 1)]
+        count = header.capacity * SLOT_WORDS
+        self.rows = [
+            np.frombuffer(segment.memory, np.uint64, count, header.slots_base(copy)).reshape(-1, SLOT_WORDS)
+            for copy in (0, 1)
+        ]
+
+    def probe(self, copy: int, key: bytes) -> int:
+        """Return the packed word of ``key``'s slot, 0 if it is absent.
+
+        Linear probing from the home slot to the first empty one. A slot's hash is compared first: it
+        differs in all but one of 2**64 strangers.
+        """
+        words = self.words
+        digest = xxhash.xxh64_intdigest(key, self.seed)
+        base = self.slot_word[copy]
+        home = slot = base + (digest & self.mask) * SLOT_WORDS
+        while True:
+            if words[slot] == digest:
+                packed = words[slot + PACKED]
+                if packed >> KEY_LENGTH_SHIFT & 0xFF == len(key) and self._same_key(copy, slot, packed, key):
+                    return packed
+                if not packed:
+                    return 0
+            elif not words[slot + PACKED]:
+                return 0
+            slot += SLOT_WORDS
+            if slot == base + self.capacity * SLOT_WORDS:
+                slot = base
+            if slot == home:
+                raise self._full()
+
+    def _same_key(self, copy: int, slot: int, packed: int, key: bytes) -> bool:
+        length = len(key)
+        if length <= INLINE_KEY:
+            start = (slot + 1) * WORD
+            return self.memory[start : start + length] == key
+        # A slice that a bad offset sends beyond the mapping is only shorter.
+        start = self.arena[copy] + (packed >> OFFSET_SHIFT) + ENTRY_HEADER
+        return self.memory[start : start + length] == key
+
+    def probe_many(self, copy: int, batch: Batch) -> NDArray[np.uint64]:
+        """Return the packed words of many keys; each round looks at one slot of every key not settled yet."""
+        rows, lengths, hashes = self.rows[copy], batch.lengths, batch.hashes
+        result = np.zeros(len(batch.keys), np.uint64)
+        mask = np.uint64(self.mask)
+        index = hashes & mask
+        unsettled = np.arange(len(batch.keys))
+        for _ in range(self.capacity):
+            slots = rows[index]
+            packed = slots[:, PACKED]
+            hit = (
+                (slots[:, 0] == hashes[unsettled])
+                & (packed >> np.uint64(KEY_LENGTH_SHIFT) & np.uint64(0xFF) == lengths[unsettled])
+                & (slots[:, 1:PACKED] == batch.inline[unsettled]).all(axis=1)
+            )
+            for position in np.nonzero(hit & (lengths[unsettled] > INLINE_KEY))[0]:
+                key = batch.keys[unsettled[position]]
+                hit[position] = self._same_key(copy, 0, int(packed[position]), key)
+            result[unsettled[hit]] = packed[hit]
+            left = ~hit & (packed != 0)
+            if not left.any():
+                return result
+            unsettled = unsettled[left]
+            index = (index[left] + np.uint64(1)) & mask
+        raise self._full()
+
+    def record_span(self, copy: int, packed: int) -> tuple[int, int, int]:
+        """Return first byte, end and ordinal of a record, after checking that it lies in the arena."""
+        offset = packed >> OFFSET_SHIFT
+        if offset + ENTRY_HEADER > self.arena_size:
+            raise CorruptSegmentError(f"segment {self.segment.label} has a record at {offset}, outside its arena")
+        at = self.arena[copy] + offset
+        ordinal, _, length, key_length, _, _ = ARENA_ENTRY.unpack_from(self.memory, at)
+        start = at + ENTRY_HEADER + key_length
+        end = start + length
+        if end > self.arena[copy] + self.arena_size or key_length != packed >> KEY_LENGTH_SHIFT & 0xFF:
+            raise CorruptSegmentError(
+                f"segment {self.segment.label} has a record of {length} bytes at {offset} that does not fit"
+            )
+        return start, end, ordinal
+
+    def _full(self) -> CorruptSegmentError:
+        return CorruptSegmentError(f"segment {self.segment.label} has no empty slot: a lookup cannot end")
