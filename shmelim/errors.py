@@ -13,7 +13,9 @@ __all__ = [
     "CallTimeoutError",
     "ChannelError",
     "CorruptSegmentError",
+    "DamagedFileError",
     "DamagedStoreError",
+    "KeyFileError",
     "MessageTooLargeError",
     "NotServingError",
     "OutcomeUnknownError",
@@ -98,12 +100,20 @@ class DamagedStoreError(StoreError):
     """The state of record is damaged."""
 
 
+class DamagedFileError(StoreError):
+    """A JSON file of the state is damaged; the state of record is not touched by that."""
+
+
 class ChannelError(ShmelimError, ConnectionError):
     """The command channel failed; unless a subclass says otherwise, the call was not carried out."""
 
 
 class AuthenticationFailedError(ChannelError):
     """The two ends of the channel hold different keys."""
+
+
+class KeyFileError(ChannelError, PermissionError):
+    """The channel's key file cannot be read or made, or others than its owner may know or change it."""
 
 
 class ProtocolError(ChannelError):

@@ -28,7 +28,11 @@ __all__ = ["Database", "Guard", "move_aside"]
 
 _log = logging.getLogger(__name__)
 
-_NEXT_ORDINAL = "next_ordinal"
+_NEXT_ORDINAL = (
+    "SELECT 1 + max("
+    "coalesce((SELECT max(eliminated_ordinal) FROM hotkeys WHERE eliminated_ordinal IS NOT NULL), 0),"
+    " coalesce((SELECT max(departed_ordinal) FROM hotkeys WHERE departed_ordinal IS NOT NULL), 0))"
+)
 _FETCH = 500
 _IN_MEMORY = Path(":memory:")
 
@@ -42,7 +46,6 @@ _HINTS = {
     sqlite3.SQLITE_LOCKED: "another connection holds a transaction open: end it",
 }
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT})
-_DAMAGED_HINT = "move it aside and start again: the state is rebuilt from the JSON files beside it"
 
 
 class Guard:
@@ -68,7 +71,7 @@ class Guard:
         # A text column that is no UTF-8 is refused by the driver, which then gives no code.
         if primary in _DAMAGED or (code is None and "decode to UTF-8" in str(error)):
             raise DamagedStoreError(
-                f"{self.path} is damaged: {error} ({name})", hint=_DAMAGED_HINT
+                f"{self.path} is damaged: {error} ({name})", hint=schema.DAMAGED_HINT
             ) from error
         hint = None if primary is None else _HINTS.get(primary)
         raise StoreError(f"{self.path}: {error} ({name})", hint=hint) from error
@@ -78,8 +81,8 @@ class Database:
     """A connection to the store's database, with explicit transactions.
 
     Every change stands between :meth:`begin` and :meth:`commit`; outside of a transaction it is refused. Not
-    thread-safe: one thread at a time, and a stream that is being read must end before the next change. Not to be
-    used in a forked child.
+    thread-safe: one thread at a time, and a stream that is being read must end before the next change. Not to
+    be used in a forked child.
     """
 
     def __init__(self, db: sqlite3.Connection, path: Path) -> None:
@@ -88,8 +91,8 @@ class Database:
         self._guard = Guard(path)
         self._pid = os.getpid()
         self._closed = False
-        # The next ordinal as this transaction sees it; None until it is asked for. It is read anew in every
-        # transaction and written once, by the commit, so that no rollback can leave it wrong.
+        # The next ordinal as this transaction sees it; None until it is asked for. The rows are the only record
+        # of it, so that no rollback and no crash can leave it wrong.
         self._next_ordinal: int | None = None
         self._depth = 0
 
@@ -109,8 +112,8 @@ class Database:
         directory
             The state directory; created with mode 0700, its file with 0600.
         durability
-            ``"power"``: a commit survives a power cut (one fsync each). ``"process"``: it survives the death of
-            this process, and may be lost with the machine.
+            ``"power"``: a commit survives a power cut (one fsync each). ``"process"``: it survives the death
+            of this process, and may be lost with the machine.
         parents
             Create missing parents of the directory too.
         busy_timeout
@@ -119,7 +122,8 @@ class Database:
         Raises
         ------
         StoreError
-            The directory cannot be made or written, a newer version wrote the store, or it is another program's.
+            The directory cannot be made or written, a newer version wrote the store, or it is another
+            program's.
         DamagedStoreError
             The file is no database, or a damaged one; see :func:`move_aside`.
 
@@ -129,8 +133,7 @@ class Database:
         folder = Path(directory)
         path = folder / schema.FILE_NAME
         try:
-            _make_directory(folder, parents=parents)
-            _make_file(path)
+            schema.make_private(path, parents=parents)
         except OSError as error:
             raise _cannot_make(folder, error) from error
         return cls._install(path, lambda: schema.connect(path, durability, busy_timeout), path)
@@ -191,8 +194,6 @@ class Database:
         self._need_transaction()
         try:
             with self._guard:
-                if self._next_ordinal is not None:
-                    self._write_meta(_NEXT_ORDINAL, self._next_ordinal)
                 self._db.execute("COMMIT")
         except BaseException:
             # The first error is the one to tell; SQLite has nothing to add when it is asked to undo.
@@ -258,18 +259,14 @@ class Database:
         return {key: self._decode_meta(key, value) for key, value in found if key.startswith(prefix)}
 
     def set_meta(self, key: str, value: Any) -> None:
-        """Keep a JSON-like value under a name; ``next_ordinal`` is the store's own."""
+        """Keep a JSON-like value under a name."""
         self._need_transaction()
-        if key == _NEXT_ORDINAL:
-            raise ValueError(f"the store keeps {key!r} itself")
         with self._guard:
             self._write_meta(key, value)
 
     def delete_meta(self, key: str) -> bool:
         """Forget a named value; says whether there was one."""
         self._need_transaction()
-        if key == _NEXT_ORDINAL:
-            raise ValueError(f"the store keeps {key!r} itself")
         with self._guard:
             return self._db.execute("DELETE FROM meta WHERE key = ?", (key,)).rowcount > 0
 
@@ -280,7 +277,7 @@ class Database:
             (page_size,) = self._db.execute("PRAGMA page_size").fetchone()
         size = int(pages * page_size)
         with suppress(OSError):
-            size += os.stat(f"{self._path}-wal").st_size
+            size += _companion(self._path, "-wal").stat().st_size
         return size
 
     def check(self) -> None:
@@ -295,7 +292,7 @@ class Database:
         with self._guard:
             found = [str(line) for (line,) in self._db.execute("PRAGMA quick_check(10)")]
         if found != ["ok"]:
-            raise DamagedStoreError(f"{self._path} is damaged: {'; '.join(found)}", hint=_DAMAGED_HINT)
+            raise DamagedStoreError(f"{self._path} is damaged: {'; '.join(found)}", hint=schema.DAMAGED_HINT)
 
     def close(self) -> None:
         """Roll back what is open, fold the write-ahead log into the main file, and close; may be repeated."""
@@ -307,8 +304,8 @@ class Database:
                 self._db.rollback()
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             except sqlite3.Error as error:
-                # Nothing is lost: what could not be folded in stays in the log, and the next opening reads it.
-                _log.warning("%s: its write-ahead log was not folded in while closing: %s", self._path, error)
+                # Nothing is lost: the rest stays in the log, and the next opening reads it.
+                _log.warning("%s: its log was not folded in while closing: %s", self._path, error)
         self._db.close()
 
     def __enter__(self) -> Self:
@@ -325,7 +322,7 @@ class Database:
         """Reserve ordinals for this transaction; returns the first."""
         first = self._next_ordinal
         if first is None:
-            first = int(self.meta(_NEXT_ORDINAL, 1))
+            (first,) = self._db.execute(_NEXT_ORDINAL).fetchone()
         self._next_ordinal = first + count
         return first
 
@@ -338,7 +335,7 @@ class Database:
             return msgspec.msgpack.decode(value)
         except (ValueError, TypeError) as error:
             raise DamagedStoreError(
-                f"{self._path} is damaged: the value of {key!r} cannot be decoded", hint=_DAMAGED_HINT
+                f"{self._path} is damaged: the value of {key!r} cannot be decoded", hint=schema.DAMAGED_HINT
             ) from error
 
     def _stream(self, sql: str) -> Iterator[tuple[Any, ...]]:
@@ -359,8 +356,8 @@ class Database:
 def move_aside(directory: str | os.PathLike[str]) -> Path:
     """Rename a damaged database, so that a new one can take its place; returns its new path.
 
-    It becomes ``shmelim.sqlite.damaged-<UTC time>``, its write-ahead log beside it; nothing is overwritten, and
-    SQLite's own recovery tools work on the result. The store must be closed.
+    It becomes ``shmelim.sqlite.damaged-<UTC time>``, its write-ahead log beside it; nothing is overwritten,
+    and SQLite's own recovery tools work on the result. The store must be closed.
 
     Raises
     ------
@@ -374,8 +371,8 @@ def move_aside(directory: str | os.PathLike[str]) -> Path:
         aside = unused_name(path, "damaged")
         for suffix in ("-wal", "-shm"):
             with suppress(FileNotFoundError):
-                os.replace(f"{path}{suffix}", f"{aside}{suffix}")
-        os.replace(path, aside)
+                _companion(path, suffix).replace(_companion(aside, suffix))
+        path.replace(aside)
         sync_directory(path.parent)
     except OSError as error:
         raise StoreError(
@@ -384,29 +381,8 @@ def move_aside(directory: str | os.PathLike[str]) -> Path:
     return aside
 
 
-def _make_directory(folder: Path, *, parents: bool) -> None:
-    if folder.is_dir():
-        return
-    if parents:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    sync_directory(folder.parent)
-
-
-def _make_file(path: Path) -> None:
-    """Create the file private before SQLite opens it, which gives its two companions the same mode."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        # Never opened here: closing it would drop the locks of every connection of this process to it.
-        status = path.stat()
-        if status.st_size == 0:
-            raise DamagedStoreError(f"{path} is damaged: it has 0 bytes", hint=_DAMAGED_HINT) from None
-        if status.st_mode & 0o077:
-            path.chmod(0o600)
-        return
-    os.close(descriptor)
-    sync_directory(path.parent)
+def _companion(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 def _cannot_make(folder: Path, error: OSError) -> StoreError:

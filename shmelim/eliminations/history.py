@@ -109,24 +109,17 @@ def read_events(
             db.close()
 
 
-def insert(
-    db: sqlite3.Connection, changes: Iterable[Change], origin: Origin | None, at_ms: int | None
-) -> None:
+def insert(db: sqlite3.Connection, changes: Iterable[Change], origin: Origin | None, at_ms: int | None) -> None:
     """Append one event for each change, all of the same origin and time."""
     pid, uid, program = this_process() if origin is None else origin
     now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
     db.executemany(
         _INSERT,
-        (
-            (now, action, hotkey, pid, uid, program, note, old, new)
-            for action, hotkey, old, new, note in changes
-        ),
+        ((now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes),
     )
 
 
-def select(
-    db: sqlite3.Connection, hotkey: str | None, limit: int | None, before_id: int | None
-) -> list[Event]:
+def select(db: sqlite3.Connection, hotkey: str | None, limit: int | None, before_id: int | None) -> list[Event]:
     """Return events, newest first."""
     if limit is not None and limit < 0:
         raise ValueError(f"limit must be at least 0, not {limit}")

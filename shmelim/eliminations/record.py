@@ -98,9 +98,7 @@ def check_hotkey(hotkey: str) -> bytes:
     if not key:
         raise ValueError("a hotkey must not be empty")
     if len(key) > MAX_HOTKEY_BYTES:
-        raise ValueError(
-            f"hotkey {_short(hotkey)} has {len(key)} bytes; at most {MAX_HOTKEY_BYTES} are allowed"
-        )
+        raise ValueError(f"hotkey {_short(hotkey)} has {len(key)} bytes; at most {MAX_HOTKEY_BYTES} are allowed")
     return key
 
 
@@ -192,7 +190,7 @@ def prepare(data: Mapping[str, Any], hotkey: str | None = None) -> tuple[str, by
     return record["hotkey"], encode(record)
 
 
-def generate_row(  # noqa: PLR0917 - the field's signature
+def generate_row(
     hotkey: str,
     current_dd: float | None,
     reason: str,

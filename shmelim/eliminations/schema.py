@@ -2,7 +2,7 @@
 
     hotkeys   one row for each hotkey about which anything is known: what is published about it, nothing else
     events    who changed what, when; append-only, which two triggers enforce
-    meta      named values: the next ordinal, digests of the files, whatever else the server must remember
+    meta      named values: digests of the files, and whatever else the server must remember
 
 ``PRAGMA application_id`` says that a file is ours, ``PRAGMA user_version`` which schema it has.
 """
@@ -14,12 +14,23 @@ import sqlite3
 from typing import TYPE_CHECKING, Literal, NamedTuple
 from urllib.parse import quote
 
+from shmelim.eliminations.files import sync_directory
 from shmelim.errors import DamagedStoreError, StoreError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["FILE_NAME", "SCHEMA_NUMBER", "Durability", "Row", "connect", "connect_read_only", "install"]
+__all__ = [
+    "DAMAGED_HINT",
+    "FILE_NAME",
+    "SCHEMA_NUMBER",
+    "Durability",
+    "Row",
+    "connect",
+    "connect_read_only",
+    "install",
+    "make_private",
+]
 
 FILE_NAME = "shmelim.sqlite"
 SCHEMA_NUMBER = 1
@@ -27,10 +38,15 @@ SCHEMA_NUMBER = 1
 Durability = Literal["power", "process"]
 
 _APPLICATION_ID = 0x73686D65
+DAMAGED_HINT = "move it aside and start again: the state is rebuilt from the JSON files beside it"
+
 _SYNCHRONOUS = {"power": "FULL", "process": "NORMAL"}
 _CACHE_KIB = 32 * 1024
 _LARGEST_IDLE_WAL = 64 << 20
+# 16 MB: four times SQLite's default, so that a stream of small changes is folded in less often.
+_CHECKPOINT_PAGES = 4000
 
+# events needs no AUTOINCREMENT: where nothing is ever deleted, no number comes twice without it.
 # hotkeys keeps its rowid: with records of 0.5 kB, WITHOUT ROWID puts the records into the pages that a search
 # for a hotkey walks through, and every insert into the middle of them.
 _TABLES = (
@@ -49,7 +65,7 @@ _TABLES = (
     "CREATE INDEX departed ON hotkeys (departed_ordinal) WHERE departed_ordinal IS NOT NULL",
     "CREATE INDEX registered ON hotkeys (hotkey) WHERE registered = 1",
     """CREATE TABLE events (
-        id      INTEGER PRIMARY KEY AUTOINCREMENT,
+        id      INTEGER PRIMARY KEY,
         at_ms   INTEGER NOT NULL,
         action  TEXT NOT NULL,
         hotkey  TEXT,
@@ -79,8 +95,46 @@ class Row(NamedTuple):
     registered: bool
 
 
+def make_private(path: Path, *, parents: bool) -> None:
+    """Create the database's directory (0700) and file (0600) where missing. Raises ``OSError`` as it comes.
+
+    Raises
+    ------
+    DamagedStoreError
+        The file is empty, which no database ever is.
+
+    """
+    _make_directory(path.parent, parents=parents)
+    _make_file(path)
+
+
+def _make_directory(folder: Path, *, parents: bool) -> None:
+    if folder.is_dir():
+        return
+    if parents:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    sync_directory(folder.parent)
+
+
+def _make_file(path: Path) -> None:
+    """Create the file private before SQLite opens it, which gives its two companions the same mode."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        # Never opened here: closing it would drop the locks of every connection of this process to it.
+        status = path.stat()
+        if status.st_size == 0:
+            raise DamagedStoreError(f"{path} is damaged: it has 0 bytes", hint=DAMAGED_HINT) from None
+        if status.st_mode & 0o077:
+            path.chmod(0o600)
+        return
+    os.close(descriptor)
+    sync_directory(path.parent)
+
+
 def connect(path: Path | None, durability: Durability, busy_timeout: float) -> sqlite3.Connection:
-    """Open or create a database for writing; None opens one in memory. Raises ``sqlite3.Error`` as it comes."""
+    """Open or create a database for writing; None opens one in memory. ``sqlite3.Error`` comes as it is."""
     db = sqlite3.connect(
         ":memory:" if path is None else path,
         timeout=busy_timeout,
@@ -96,6 +150,7 @@ def connect(path: Path | None, durability: Durability, busy_timeout: float) -> s
             "trusted_schema=OFF",
             "temp_store=MEMORY",
             f"cache_size=-{_CACHE_KIB}",
+            f"wal_autocheckpoint={_CHECKPOINT_PAGES}",
             f"journal_size_limit={_LARGEST_IDLE_WAL}",
         ):
             db.execute(f"PRAGMA {pragma}")
@@ -111,7 +166,8 @@ def install(db: sqlite3.Connection, path: Path | None) -> None:
     Raises
     ------
     StoreError
-        A newer shmelim wrote it, it belongs to another program, or its file system cannot keep a write-ahead log.
+        A newer shmelim wrote it, it belongs to another program, or its file system cannot keep a write-ahead
+        log.
     sqlite3.Error
         As it comes.
 
@@ -135,7 +191,7 @@ def install(db: sqlite3.Connection, path: Path | None) -> None:
 
 
 def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
-    """Open an existing database for reading, beside a writer or without one. Raises ``sqlite3.Error`` as it comes.
+    """Open an existing database for reading, with or without a writer. ``sqlite3.Error`` comes as it is.
 
     Raises
     ------
@@ -156,15 +212,15 @@ def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
 
 
 def _read_only(location: str, path: Path, busy_timeout: float) -> sqlite3.Connection:
-    db = sqlite3.connect(
-        location, uri=True, timeout=busy_timeout, isolation_level=None, check_same_thread=False
-    )
+    db = sqlite3.connect(location, uri=True, timeout=busy_timeout, isolation_level=None, check_same_thread=False)
     try:
-        if _identify(db, path) != SCHEMA_NUMBER:
-            raise StoreError(f"{path} holds no tables yet", hint="nothing was ever stored there")
+        found = _identify(db, path)
     except BaseException:
         db.close()
         raise
+    if found != SCHEMA_NUMBER:
+        db.close()
+        raise StoreError(f"{path} holds no tables yet", hint="nothing was ever stored there")
     return db
 
 
@@ -186,7 +242,5 @@ def _identify(db: sqlite3.Connection, path: Path | None) -> int:
             hint="a newer shmelim wrote it: upgrade this one",
         )
     if schema < SCHEMA_NUMBER or not tables:
-        raise DamagedStoreError(
-            f"{path} says that it has schema {schema} and holds {tables} tables and indexes"
-        )
+        raise DamagedStoreError(f"{path} says that it has schema {schema} and holds {tables} tables and indexes")
     return SCHEMA_NUMBER

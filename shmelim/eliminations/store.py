@@ -1,4 +1,4 @@
-"""The state of record: one row per hotkey that mirrors what is published about it, and the history of changes.
+"""The state of record: a row per hotkey that mirrors what is published about it, and the history of changes.
 
 A change is made in a transaction, with its events; the server publishes it after the commit::
 
@@ -7,8 +7,8 @@ A change is made in a transaction, with its events; the server publishes it afte
         store.add_event("add", hotkey, old=old, new=record)
 
 Records are opaque msgpack bytes here (:mod:`shmelim.eliminations.record` makes them). Eliminated and departed
-hotkeys carry ordinals from one counter, which keep the order in which they first became so; an update keeps the
-ordinal, a removal frees the row, and a hotkey that comes again comes last.
+hotkeys carry ordinals, which keep the order in which they first became so: a new one gets a number above all
+in use, an update keeps it, a removal frees it, and a hotkey that comes again comes last.
 """
 
 from __future__ import annotations
@@ -38,13 +38,17 @@ __all__ = [
     "read_events",
 ]
 
-# Questions of one statement: below the 999 that the oldest SQLite allows, and one cached statement for nearly all.
+# Hotkeys in one question: below the 999 that an old SQLite allows, and nearly all chunks share one statement.
 _CHUNK = 500
-_COLUMNS = "hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered"
+_ALL = "SELECT hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered FROM hotkeys"
+_GET = f"{_ALL} WHERE hotkey = ?"
 _PUT = (
-    "INSERT INTO hotkeys (hotkey, eliminated_ordinal, record) VALUES (?, ?, ?) ON CONFLICT (hotkey) DO UPDATE"
-    " SET record = excluded.record, eliminated_ordinal = coalesce(eliminated_ordinal, excluded.eliminated_ordinal)"
+    "INSERT INTO hotkeys (hotkey, eliminated_ordinal, record) VALUES (?, ?, ?)"
+    " ON CONFLICT (hotkey) DO UPDATE SET record = excluded.record,"
+    " eliminated_ordinal = coalesce(eliminated_ordinal, excluded.eliminated_ordinal)"
 )
+_UPDATE = "UPDATE hotkeys SET record = ? WHERE hotkey = ?"
+_RECORDS = "SELECT hotkey, record FROM hotkeys WHERE record IS NOT NULL AND hotkey IN"
 _REMOVE = "UPDATE hotkeys SET eliminated_ordinal = NULL, record = NULL WHERE hotkey = ?"
 _DELETE_EMPTY = (
     "DELETE FROM hotkeys WHERE hotkey = ?"
@@ -64,16 +68,17 @@ class Counts(NamedTuple):
 class Store(Database):
     """The state of record in SQLite; open it with :meth:`open` or :meth:`in_memory`.
 
-    Used by one thread at a time, normally the one thread that owns it. Every method raises :class:`StoreError` when
-    the database cannot be read or written (:class:`DamagedStoreError` when it is damaged), and :class:`StoreError`
-    when a change is made outside of a transaction. What was changed by a call that raised is undone by the
-    rollback of its transaction or savepoint, not before.
+    Used by one thread at a time, normally the one thread that owns it. Every method raises
+    :class:`~shmelim.errors.StoreError` when the database cannot be read or written
+    (:class:`~shmelim.errors.DamagedStoreError` when it is damaged), and when a change is made outside of a
+    transaction. What a call changed before it raised is undone by the rollback of its transaction or
+    savepoint, not before.
     """
 
     def get(self, hotkey: str) -> Row | None:
         """Return what is known of a hotkey, or None; about 6 µs."""
         with self._guard:
-            row = self._db.execute(f"SELECT {_COLUMNS} FROM hotkeys WHERE hotkey = ?", (hotkey,)).fetchone()
+            row = self._db.execute(_GET, (hotkey,)).fetchone()
         return None if row is None else _row(row)
 
     def get_many(self, hotkeys: Iterable[str]) -> dict[str, Row]:
@@ -83,26 +88,23 @@ class Store(Database):
         while chunk := list(islice(remaining, _CHUNK)):
             marks = ",".join("?" * len(chunk))
             with self._guard:
-                rows = self._db.execute(
-                    f"SELECT {_COLUMNS} FROM hotkeys WHERE hotkey IN ({marks})", chunk
-                ).fetchall()
+                rows = self._db.execute(f"{_ALL} WHERE hotkey IN ({marks})", chunk).fetchall()
             found.update((row[0], _row(row)) for row in rows)
         return found
 
     def rows(self) -> Iterator[Row]:
-        """Stream every row, in the order in which the rows came to be; about 2.5 s for a million of 0.5 kB."""
-        return map(_row, self._stream(f"SELECT {_COLUMNS} FROM hotkeys ORDER BY rowid"))
+        """Stream every row, in the order in which the rows came to be; about 2 s for a million of 0.5 kB."""
+        return map(_row, self._stream(f"{_ALL} ORDER BY rowid"))
 
     def eliminated(self) -> Iterator[tuple[str, bytes]]:
         """Stream the hotkeys that are eliminated with their records, in the order of their elimination."""
-        return self._stream(  # type: ignore[return-value]
-            "SELECT hotkey, record FROM hotkeys"
-            " WHERE eliminated_ordinal IS NOT NULL ORDER BY eliminated_ordinal"
+        return self._stream(
+            "SELECT hotkey, record FROM hotkeys WHERE eliminated_ordinal IS NOT NULL ORDER BY eliminated_ordinal"
         )
 
     def departed(self) -> Iterator[tuple[str, int]]:
         """Stream the hotkeys that departed with the time it was seen (ms since 1970, UTC), in that order."""
-        return self._stream(  # type: ignore[return-value]
+        return self._stream(
             "SELECT hotkey, detected_ms FROM hotkeys WHERE departed_ordinal IS NOT NULL ORDER BY departed_ordinal"
         )
 
@@ -123,7 +125,7 @@ class Store(Database):
         return Counts._make(row)
 
     def put_elimination(self, hotkey: str, record: bytes) -> bytes | None:
-        """Store a hotkey's record; returns the one it replaces, or None where the hotkey is newly eliminated."""
+        """Store a hotkey's record; returns the one it replaces, or None for one newly eliminated."""
         self._need_transaction()
         with self._guard:
             row = self._db.execute("SELECT record FROM hotkeys WHERE hotkey = ?", (hotkey,)).fetchone()
@@ -132,26 +134,25 @@ class Store(Database):
                 return None
             old: bytes = row[0]
             if old != record:
-                self._db.execute("UPDATE hotkeys SET record = ? WHERE hotkey = ?", (record, hotkey))
+                self._db.execute(_UPDATE, (record, hotkey))
             return old
 
     def put_eliminations(self, records: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
         """Store many records at once; returns those that they replace, by hotkey.
 
-        New hotkeys follow each other in the order given. Of a hotkey that is given twice the last record counts, at
-        the place of the first. A record equal to the stored one costs a look and no write.
+        New hotkeys follow each other in the order given. Of a hotkey that is given twice the last record
+        counts, at the place of the first. A record equal to the stored one costs a look and no write.
         """
         self._need_transaction()
         given = dict(records)
         old = self._records_of(given)
-        changed = [(hotkey, record) for hotkey, record in given.items() if old.get(hotkey) != record]
-        first = self._take_ordinals(sum(hotkey not in old for hotkey, _ in changed))
-        numbered = []
-        for hotkey, record in changed:
-            numbered.append((hotkey, first, record))
-            first += hotkey not in old
+        new = [(hotkey, record) for hotkey, record in given.items() if hotkey not in old]
+        first = self._take_ordinals(len(new))
         with self._guard:
-            self._db.executemany(_PUT, numbered)
+            self._db.executemany(
+                _UPDATE, [(given[hotkey], hotkey) for hotkey, record in old.items() if given[hotkey] != record]
+            )
+            self._db.executemany(_PUT, ((hotkey, first + n, record) for n, (hotkey, record) in enumerate(new)))
         return old
 
     def remove_elimination(self, hotkey: str) -> bytes | None:
@@ -199,14 +200,13 @@ class Store(Database):
         """
         self._need_transaction()
         with self._guard:
-            row = self._db.execute(
-                "SELECT departed_ordinal FROM hotkeys WHERE hotkey = ?", (hotkey,)
-            ).fetchone()
+            row = self._db.execute("SELECT departed_ordinal FROM hotkeys WHERE hotkey = ?", (hotkey,)).fetchone()
             if row is not None and row[0] is not None:
                 return False
             self._db.execute(
-                "INSERT INTO hotkeys (hotkey, departed_ordinal, detected_ms) VALUES (?, ?, ?) ON CONFLICT (hotkey)"
-                " DO UPDATE SET departed_ordinal = excluded.departed_ordinal, detected_ms = excluded.detected_ms",
+                "INSERT INTO hotkeys (hotkey, departed_ordinal, detected_ms) VALUES (?, ?, ?)"
+                " ON CONFLICT (hotkey) DO UPDATE SET"
+                " departed_ordinal = excluded.departed_ordinal, detected_ms = excluded.detected_ms",
                 (hotkey, self._take_ordinals(1), detected_ms),
             )
         return True
@@ -272,14 +272,16 @@ class Store(Database):
         with self._guard:
             return history.select(self._db, hotkey, limit, before_id)
 
-    def _records_of(self, hotkeys: dict[str, object]) -> dict[str, bytes]:
+    def _records_of(self, hotkeys: Iterable[str]) -> dict[str, bytes]:
         """Return the stored records of these hotkeys, in their order."""
-        rows = self.get_many(hotkeys)
-        return {
-            hotkey: row.record
-            for hotkey in hotkeys
-            if (row := rows.get(hotkey)) is not None and row.record is not None
-        }
+        names = list(hotkeys)
+        found: dict[str, bytes] = {}
+        for start in range(0, len(names), _CHUNK):
+            chunk = names[start : start + _CHUNK]
+            marks = ",".join("?" * len(chunk))
+            with self._guard:
+                found.update(self._db.execute(f"{_RECORDS} ({marks})", chunk))
+        return {hotkey: found[hotkey] for hotkey in names if hotkey in found}
 
 
 def _row(row: tuple[str, int | None, bytes | None, int | None, int | None, int]) -> Row:
