@@ -154,24 +154,27 @@ class TableReader:
         self._namespace = namespace
         self._attaching = threading.Lock()
         self.retries = 0
-        # Both are replaced under `_attaching` and read without it, each as one reference.
-        self._root: Segment = self._open_root()
-        self._view: View = None  # type: ignore[assignment]  # until the next line
-        self._attach()
+        # Replaced under `_attaching` and read without it, as one reference: root and data segment belong together.
+        self._view: View = self._view_of(self._open_root())
 
     # ------------------------------------------------------------------ single lookups
 
     @property
     def version(self) -> int:
         """The version word: generation << 48 | sequence. It moves with every publish."""
-        return self._current(self._root.words[VERSION])[0]
+        while True:
+            view = self._view
+            version = view.root.words[VERSION]
+            if version >> SEQUENCE_BITS == view.generation:
+                return version
+            self._attach()
 
     def flags(self, key: bytes) -> int:
         """Return the flags of ``key``, 0 if it is absent. One probe; less than a microsecond."""
         while True:
-            words = self._root.words
-            version = words[VERSION]
             view = self._view
+            words = view.root.words
+            version = words[VERSION]
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
                 continue
@@ -203,9 +206,9 @@ class TableReader:
     def _locate(self, key: bytes, decode: Callable[[memoryview], T] | None) -> tuple[int, int, Any] | None:
         """Return flags, ordinal, and the record or what ``decode`` makes of it; None if ``key`` is absent."""
         while True:
-            words = self._root.words
-            version = words[VERSION]
             view = self._view
+            words = view.root.words
+            version = words[VERSION]
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
                 continue
@@ -240,9 +243,9 @@ class TableReader:
         batch = Batch(keys)
         attempts = 0
         while attempts < _BATCH_ATTEMPTS:
-            words = self._root.words
-            version = words[VERSION]
             view = self._view
+            words = view.root.words
+            version = words[VERSION]
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
                 continue
@@ -283,9 +286,9 @@ class TableReader:
 
         """
         while True:
-            words = self._root.words
-            version = words[VERSION]
             view = self._view
+            words = view.root.words
+            version = words[VERSION]
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
                 continue
@@ -316,9 +319,9 @@ class TableReader:
     def info(self) -> TableInfo:
         """Return sizes and counts as of one version."""
         while True:
-            words = self._root.words
-            version = words[VERSION]
             view = self._view
+            words = view.root.words
+            version = words[VERSION]
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
                 continue
@@ -342,9 +345,9 @@ class TableReader:
     def count_flag(self, bit: int) -> int:
         """Return how many entries have the flag with the value ``1 << bit``. One load."""
         while True:
-            words = self._root.words
-            version = words[VERSION]
             view = self._view
+            words = view.root.words
+            version = words[VERSION]
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
                 continue
@@ -355,22 +358,24 @@ class TableReader:
 
     def writer(self) -> WriterInfo:
         """Return who writes and whether it lives. Looks whether the root segment was replaced meanwhile."""
-        info = self._writer_of(self._root)
+        info = self._writer_of(self._view.root)
         if not info.alive and self.reattach():
-            info = self._writer_of(self._root)
+            info = self._writer_of(self._view.root)
         return info
 
     def reattach(self) -> bool:
         """Follow the name to another root segment, if it leads to one now; tell whether it did.
 
         Needed only after somebody removed the root segment behind a dead writer's back: a living writer
-        tells its readers by itself.
+        tells its readers by itself. As long as nothing is published in the other root, the old state stays.
         """
-        if not self._namespace.root_replaced(self._root):
-            return False
         with self._attaching:
-            self._root = self._open_root()
-        self._current(self._root.words[VERSION])
+            if not self._namespace.root_replaced(self._view.root):
+                return False
+            root = self._open_root()
+            if root.words[VERSION] == 0:
+                return False
+            self._view = self._view_of(root)
         return True
 
     def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
@@ -380,9 +385,9 @@ class TableReader:
         writer could use to wake them. Costs about 0.5 % of a core while waiting long.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        seen = self._root.words[VERSION] if since is None else since
+        seen = self._view.root.words[VERSION] if since is None else since
         pause = _POLL_FIRST
-        while self._root.words[VERSION] == seen:
+        while self._view.root.words[VERSION] == seen:
             if deadline is not None:
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -415,42 +420,35 @@ class TableReader:
             check_root(root.memory[:PAGE], root.label)
         return root
 
-    def _current(self, version: int) -> tuple[int, View]:
-        """Return the version word and its attached view, as of one moment."""
-        while True:
+    def _attach(self) -> None:
+        """Attach the data segment that the version word names now."""
+        with self._attaching:
             view = self._view
-            if version >> SEQUENCE_BITS == view.generation:
-                return version, view
-            self._attach()
-            version = self._root.words[VERSION]
+            if view.root.words[VERSION] >> SEQUENCE_BITS != view.generation:
+                self._view = self._view_of(view.root)
 
-    def _attach(self) -> View:
-        """Attach the data segment that the version word names now, and return its view.
+    def _view_of(self, root: Segment) -> View:
+        """Return a view of the data segment that a root's version word names now.
 
         A segment that is gone although the version word still names it was removed by somebody else.
         """
-        with self._attaching:
-            while True:
-                version = self._root.words[VERSION]
-                generation = version >> SEQUENCE_BITS
-                if self._view is not None and self._view.generation == generation:
-                    return self._view
-                if generation == 0:
-                    self._follow_name()
-                    continue
-                try:
-                    self._view = View(self._namespace.open_data(generation), generation)
-                except (NotServingError, SegmentError):
-                    if self._root.words[VERSION] == version:
-                        raise
-                else:
-                    return self._view
+        while True:
+            version = root.words[VERSION]
+            generation = version >> SEQUENCE_BITS
+            if generation == 0:
+                root = self._follow_name(root)
+                continue
+            try:
+                return View(self._namespace.open_data(generation), generation, root)
+            except (NotServingError, SegmentError):
+                if root.words[VERSION] == version:
+                    raise
 
-    def _follow_name(self) -> None:
+    def _follow_name(self, root: Segment) -> Segment:
         """Open the root anew for generation 0: nothing was published, or the writer withdrew the old root."""
-        if not self._namespace.root_replaced(self._root):
+        if not self._namespace.root_replaced(root):
             raise NotServingError(
                 f"the writer of {self._namespace.name!r} has not published anything yet",
                 hint=f"see `shmelim status --name {self._namespace.name}`",
             )
-        self._root = self._open_root()
+        return self._open_root()

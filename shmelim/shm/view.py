@@ -79,6 +79,9 @@ class View:
         The mapped segment.
     generation
         The generation that it must be of.
+    root
+        The root segment whose version word named it. A view is of use only together with that word: another
+        root of the same name may name the same generation and mean another segment.
 
     Raises
     ------
@@ -87,9 +90,10 @@ class View:
 
     """
 
-    def __init__(self, segment: Segment, generation: int) -> None:
+    def __init__(self, segment: Segment, generation: int, root: Segment) -> None:
         header: DataHeader = unpack_data_header(segment.memory[:PAGE], segment.size, generation, segment.label)
         self.segment = segment
+        self.root = root
         self.memory = segment.memory
         self.words = segment.words
         self.generation = generation

@@ -1,0 +1,67 @@
+"""What every test may ask for: names of tables that nobody else uses, and proof that none is left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_SHM = Path("/dev/shm")
+_PREFIX = f"t{secrets.token_hex(3)}"
+_numbers = itertools.count()
+
+
+def pytest_report_header() -> str:
+    native = importlib.util.find_spec("shmelim.shm._native") is not None and not os.environ.get("SHMELIM_PURE")
+    return f"shmelim: {'native' if native else 'pure-Python'} read path"
+
+
+def segments_of(name: str) -> list[str]:
+    """Return the names of the segments of a table, root first."""
+    return sorted(path.name for path in _SHM.glob(f"shmelim.{name}*") if path.name.split(".")[1] == name)
+
+
+@pytest.fixture
+def new_name() -> Iterator[Callable[[], str]]:
+    """Make unused table names; afterwards each may have its root and the current data segment, and no more."""
+    names: list[str] = []
+
+    def make() -> str:
+        names.append(f"{_PREFIX}-{next(_numbers)}")
+        return names[-1]
+
+    yield make
+    left = {name: segments_of(name) for name in names}
+    for name in names:
+        SharedNamespace(name).remove()
+        assert segments_of(name) == []
+    leaked = {name: segments for name, segments in left.items() if len(segments) > 2}
+    assert not leaked, f"more than a root and one data segment: {leaked}"
+
+
+@pytest.fixture
+def table_name(new_name: Callable[[], str]) -> str:
+    """One unused table name."""
+    return new_name()
+
+
+@pytest.fixture(params=["shared", "private"])
+def namespace(request: pytest.FixtureRequest, new_name: Callable[[], str]) -> Namespace:
+    """A namespace of each kind: what a table does must not depend on where its memory is."""
+    return SharedNamespace(new_name()) if request.param == "shared" else PrivateNamespace()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_segment_outlives_the_run() -> Iterator[None]:
+    yield
+    assert not list(_SHM.glob(f"shmelim.{_PREFIX}*"))
