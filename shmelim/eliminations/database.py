@@ -62,6 +62,9 @@ class Guard:
     ) -> None:
         if isinstance(error, sqlite3.Error):
             self.refuse(error)
+        if isinstance(error, UnicodeDecodeError):
+            # SQLite's own message quotes a damaged name.
+            raise DamagedStoreError(f"{self.path} is damaged: {error}", hint=schema.DAMAGED_HINT) from error
 
     def refuse(self, error: sqlite3.Error) -> NoReturn:
         """Raise the package's error for SQLite's."""

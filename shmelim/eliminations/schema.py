@@ -41,6 +41,7 @@ _APPLICATION_ID = 0x73686D65
 DAMAGED_HINT = "move it aside and start again: the state is rebuilt from the JSON files beside it"
 
 _SYNCHRONOUS = {"power": "FULL", "process": "NORMAL"}
+_SMALLEST = 512
 _CACHE_KIB = 32 * 1024
 _LARGEST_IDLE_WAL = 64 << 20
 # 16 MB: four times SQLite's default, so that a stream of small changes is folded in less often.
@@ -101,7 +102,7 @@ def make_private(path: Path, *, parents: bool) -> None:
     Raises
     ------
     DamagedStoreError
-        The file is empty, which no database ever is.
+        The file is smaller than any database.
 
     """
     _make_directory(path.parent, parents=parents)
@@ -124,8 +125,11 @@ def _make_file(path: Path) -> None:
     except FileExistsError:
         # Never opened here: closing it would drop the locks of every connection of this process to it.
         status = path.stat()
-        if status.st_size == 0:
-            raise DamagedStoreError(f"{path} is damaged: it has 0 bytes", hint=DAMAGED_HINT) from None
+        if status.st_size < _SMALLEST:
+            # SQLite would take a file without content for a new database, and the state for empty.
+            raise DamagedStoreError(
+                f"{path} is damaged: it has only {status.st_size} bytes", hint=DAMAGED_HINT
+            ) from None
         if status.st_mode & 0o077:
             path.chmod(0o600)
         return

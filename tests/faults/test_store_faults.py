@@ -1,0 +1,323 @@
+"""The store when the world is unkind: damaged files, a full disk, no permission, death at any moment."""
+
+import contextlib
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from shmelim.eliminations import files
+from shmelim.eliminations import store as st
+from shmelim.eliminations.record import encode, generate_row, normalise
+from shmelim.eliminations.store import Store
+from shmelim.errors import DamagedStoreError, StoreError
+
+RECORD = encode(normalise(generate_row("h", 1.0, "ZOMBIE", 5, return_info={"x": "y" * 400})))
+
+
+def in_child(work):
+    """Run a function in a forked child and return or raise what it does."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        try:
+            outcome = (True, work())
+        except BaseException as error:
+            outcome = (False, error)
+        with os.fdopen(writer, "wb") as pipe:
+            pipe.write(pickle.dumps(outcome))
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        data = pipe.read()
+    os.waitpid(pid, 0)
+    worked, value = pickle.loads(data)
+    if worked:
+        return value
+    raise value
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("filled")
+    with Store.open(directory) as store, store.transaction():
+        store.put_eliminations([(f"hotkey-{n}", RECORD + b"%d" % n) for n in range(300)])
+        for n in range(50):
+            store.put_departed(f"hotkey-{n * 3}", n)
+            store.add_event("add", f"hotkey-{n}", new=RECORD)
+    return directory
+
+
+@pytest.fixture
+def damaged(filled, tmp_path):
+    shutil.copy(filled / st.FILE_NAME, tmp_path)
+    return tmp_path / st.FILE_NAME
+
+
+def read_all(directory):
+    """Everything that a server reads at its start, and a change."""
+    with Store.open(directory) as store:
+        store.check()
+        found = (list(store.rows()), list(store.eliminated()), list(store.departed()), store.events(limit=None))
+        with store.transaction():
+            store.put_elimination("another", RECORD)
+        return found
+
+
+class TestDamage:
+    @pytest.mark.parametrize("keep", [0, 1, 50, 100, 2000, 4096, 5000, 40_960])
+    def test_truncated(self, damaged, keep):
+        os.truncate(damaged, keep)
+        with pytest.raises(DamagedStoreError, match=r"shmelim\.sqlite"):
+            read_all(damaged.parent)
+
+    @pytest.mark.parametrize("junk", [b"\0" * 4096, b"\xff" * 100, b'{"eliminations": []}'])
+    def test_overwritten_header(self, damaged, junk):
+        with damaged.open("r+b") as file:
+            file.write(junk)
+        with pytest.raises(DamagedStoreError) as caught:
+            read_all(damaged.parent)
+        assert "aside" in caught.value.hint
+        with pytest.raises(DamagedStoreError):
+            st.read_events(damaged.parent)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_flipped_pages_never_raise_anything_else(self, damaged, filled, seed):
+        rng = random.Random(seed)
+        data = bytearray(damaged.read_bytes())
+        page = 4096 * rng.randrange(1, len(data) // 4096)
+        data[page : page + 4096] = bytes(byte ^ 0xFF for byte in data[page : page + 4096])
+        damaged.write_bytes(data)
+        with pytest.raises(DamagedStoreError):
+            read_all(damaged.parent)
+
+    @pytest.mark.parametrize("seed", range(40))
+    def test_flipped_bytes_are_noticed_or_read(self, damaged, seed):
+        rng = random.Random(seed)
+        data = bytearray(damaged.read_bytes())
+        for _ in range(5):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        damaged.write_bytes(data)
+        with contextlib.suppress(StoreError):
+            read_all(damaged.parent)
+
+    def test_start_after_a_move_aside(self, damaged):
+        damaged.write_bytes(b"junk" * 2000)
+        with pytest.raises(DamagedStoreError):
+            Store.open(damaged.parent)
+        aside = st.move_aside(damaged.parent)
+        with Store.open(damaged.parent) as store:
+            assert list(store.rows()) == []
+        assert aside.read_bytes() == b"junk" * 2000
+
+    def test_value_that_cannot_be_decoded(self, tmp_path):
+        with Store.open(tmp_path) as store:
+            store._db.execute("INSERT INTO meta VALUES ('k', x'c1')")
+            with pytest.raises(DamagedStoreError, match="'k'"):
+                store.meta("k")
+
+
+class TestFullDisk:
+    def full(self, directory):
+        store = Store.open(directory)
+        with store.transaction():
+            store.put_eliminations([(f"h{n}", RECORD) for n in range(20)])
+        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+        store._db.execute(f"PRAGMA max_page_count={pages + 2}")
+        return store
+
+    def test_refused_transaction_is_undone(self, tmp_path):
+        with self.full(tmp_path) as store:
+            before = list(store.rows())
+            with pytest.raises(StoreError, match="SQLITE_FULL") as caught, store.transaction():
+                store.put_eliminations([(f"new{n}", RECORD) for n in range(500)])
+            assert "room" in caught.value.hint
+            assert not isinstance(caught.value, DamagedStoreError)
+            assert not store.in_transaction
+            assert list(store.rows()) == before
+            with store.transaction():
+                assert store.remove_elimination("h3") == RECORD
+                store.put_elimination("h3", RECORD)
+            assert store.get("h3").eliminated_ordinal == 21
+            store.check()
+
+    def test_inside_a_savepoint(self, tmp_path):
+        with self.full(tmp_path) as store:
+            with pytest.raises(StoreError, match="SQLITE_FULL"), store.transaction(), store.savepoint():
+                store.put_eliminations([(f"new{n}", RECORD) for n in range(500)])
+            assert not store.in_transaction
+            assert len(list(store.eliminated())) == 20
+            store.begin()
+            store.rollback()
+
+    def test_commit_that_fails_leaves_no_transaction(self, tmp_path):
+        def work():
+            store = Store.open(tmp_path)
+            with store.transaction():
+                store.put_elimination("old", RECORD)
+            size = (tmp_path / f"{st.FILE_NAME}-wal").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5000, resource.RLIM_INFINITY))
+            store.begin()
+            store.put_eliminations([(f"new{n}", RECORD) for n in range(100)])
+            with pytest.raises(StoreError) as caught:
+                store.commit()
+            state = (store.in_transaction, [row.hotkey for row in store.rows()], str(caught.value))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            with store.transaction():
+                store.put_elimination("later", RECORD)
+            ordinal = store.get("later").eliminated_ordinal
+            store.close()
+            return *state, ordinal
+
+        in_transaction, hotkeys, message, ordinal = in_child(work)
+        assert not in_transaction
+        assert hotkeys == ["old"]
+        assert "SQLITE_" in message
+        assert ordinal == 2
+        with Store.open(tmp_path) as store:
+            store.check()
+            assert [hotkey for hotkey, _ in store.eliminated()] == ["old", "later"]
+
+    @pytest.mark.parametrize("limit", [0, 100, 4096, 300_000])
+    def test_json_file_keeps_its_old_content(self, tmp_path, limit):
+        path = tmp_path / "eliminations.json"
+        files.write_eliminations(path, [RECORD])
+        old = path.read_bytes()
+        told = []
+
+        def work():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            files.write_eliminations(path, [RECORD] * 3000, before_rename=told.append)
+
+        with pytest.raises(StoreError, match="could not be written"):
+            in_child(work)
+        assert path.read_bytes() == old
+        assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+class TestNoPermission:
+    @pytest.fixture
+    def directory(self):
+        # Not below pytest's own directory, which only its owner may enter.
+        made = Path(tempfile.mkdtemp())
+        yield made
+        made.chmod(0o700)
+        shutil.rmtree(made)
+
+    @staticmethod
+    def as_nobody(work):
+        def dropped():
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            return work()
+
+        return in_child(dropped)
+
+    def test_unwritable_directory(self, directory):
+        directory.chmod(0o555)
+        for place in (directory, directory / "state"):
+            with pytest.raises(StoreError, match="cannot be used: Permission denied") as caught:
+                self.as_nobody(lambda place=place: Store.open(place))
+            assert "writable" in caught.value.hint
+            with pytest.raises(StoreError, match="Permission denied"):
+                self.as_nobody(lambda place=place: files.write_eliminations(directory / "e.json", []))
+
+    def test_history_where_nothing_may_be_written(self, directory):
+        with Store.open(directory) as store, store.transaction():
+            store.add_event("add", "a")
+        (directory / st.FILE_NAME).chmod(0o444)
+        directory.chmod(0o555)
+        assert [event.action for event in self.as_nobody(lambda: st.read_events(directory))] == ["add"]
+
+    def test_unreadable_files(self, directory):
+        with Store.open(directory):
+            pass
+        (directory / "e.json").write_text("[]")
+        for name in (st.FILE_NAME, "e.json"):
+            (directory / name).chmod(0)
+        directory.chmod(0o555)
+        with pytest.raises(StoreError, match="Permission denied"):
+            self.as_nobody(lambda: files.read_eliminations(directory / "e.json"))
+        with pytest.raises(StoreError):
+            self.as_nobody(lambda: st.read_events(directory))
+
+
+def die_at(directory, acknowledged, seed):
+    """Fork a child that streams transactions and reports each; kill it after so many. Returns the reports."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        rng = random.Random(seed)
+        store = Store.open(directory, "process")
+        for n in range(1_000_000):
+            with store.transaction():
+                store.put_elimination(f"h{n % 50}", b"%d" % n)
+                if rng.random() < 0.2:
+                    store.put_eliminations([(f"b{n}-{k}", b"%d" % n) for k in range(rng.randrange(200))])
+                store.add_event("add", f"h{n % 50}", note=str(n))
+            os.write(writer, b"%d\n" % n)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        reports = [int(next(pipe)) for _ in range(acknowledged)]
+        os.kill(pid, signal.SIGKILL)
+        reports += map(int, pipe)
+    _, status = os.waitpid(pid, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    return reports
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_writer_loses_nothing_that_it_acknowledged(tmp_path, seed):
+    reports = die_at(tmp_path, 20 + 37 * seed, seed)
+    with Store.open(tmp_path) as store:
+        store.check()
+        notes = sorted(int(event.note) for event in store.events(limit=None))
+        assert notes[: len(reports)] == reports
+        # At most the one that was committed and not yet reported; never a part of one.
+        last = notes[-1]
+        assert last - reports[-1] <= 1
+        rows = dict(store.eliminated())
+        for n in range(max(0, last - 49), last + 1):
+            assert rows[f"h{n % 50}"] == b"%d" % n
+        ordinals = [row.eliminated_ordinal for row in store.rows()]
+        assert len(set(ordinals)) == len(ordinals)
+        with store.transaction():
+            store.put_elimination("next", b"1")
+        assert store.get("next").eliminated_ordinal == max(ordinals) + 1
+
+
+def test_killed_file_writer_leaves_the_old_file_and_the_next_one_cleans_up(tmp_path):
+    path = tmp_path / "eliminations.json"
+    files.write_eliminations(path, [RECORD])
+    old = path.read_bytes()
+    pid = os.fork()
+    if pid == 0:
+        files.write_eliminations(path, [RECORD] * 5, before_rename=lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    os.waitpid(pid, 0)
+    assert path.read_bytes() == old
+    assert len(list(tmp_path.iterdir())) == 2
+    files.write_eliminations(path, [RECORD])
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_forked_child_is_refused_and_does_no_harm(tmp_path):
+    with Store.open(tmp_path) as store:
+        with store.transaction():
+            store.put_elimination("a", b"1")
+        with pytest.raises(StoreError, match="after the fork"):
+            in_child(store.begin)
+        in_child(store.close)
+        with store.transaction():
+            store.put_elimination("b", b"2")
+        store.check()
+    with Store.open(tmp_path) as store:
+        assert list(store.eliminated()) == [("a", b"1"), ("b", b"2")]

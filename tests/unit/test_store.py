@@ -1,0 +1,500 @@
+"""The store: rows, order, transactions, history, permissions."""
+
+import os
+import sqlite3
+import stat
+import threading
+
+import pytest
+
+from shmelim.eliminations import store as st
+from shmelim.eliminations.store import Change, Counts, Origin, Row, Store
+from shmelim.errors import DamagedStoreError, StoreError
+
+
+@pytest.fixture(params=["memory", "disk"])
+def store(request, tmp_path):
+    with Store.in_memory() if request.param == "memory" else Store.open(tmp_path / "state") as opened:
+        yield opened
+
+
+def reopened(store):
+    """The same store after a clean end; a store in memory is returned as it is."""
+    if store.path.name == ":memory:":
+        return store
+    store.close()
+    return Store.open(store.path.parent)
+
+
+class TestRows:
+    def test_nothing_at_first(self, store):
+        assert store.get("a") is None
+        assert list(store.rows()) == list(store.eliminated()) == list(store.departed()) == []
+        assert store.registered() == set()
+        assert store.counts() == Counts(0, 0, 0, 0)
+
+    def test_new_then_updated(self, store):
+        with store.transaction():
+            assert store.put_elimination("a", b"1") is None
+            assert store.put_elimination("b", b"2") is None
+            assert store.put_elimination("a", b"3") == b"1"
+        assert list(store.eliminated()) == [("a", b"3"), ("b", b"2")]
+        assert store.get("a") == Row("a", 1, b"3", None, None, registered=False)
+        assert type(store.get("a").registered) is bool
+
+    def test_state_survives_a_clean_end(self, store):
+        with store.transaction():
+            store.put_eliminations([("b", b"1"), ("a", b"2")])
+            store.put_departed("d", 5)
+            store.set_registered(["a", "r"])
+            store.set_meta("key", {"x": [1, None]})
+            store.add_event("add", "a", new=b"2")
+        before = list(store.rows())
+        with reopened(store) as again:
+            assert list(again.rows()) == before
+            assert list(again.eliminated()) == [("b", b"1"), ("a", b"2")]
+            assert list(again.departed()) == [("d", 5)]
+            assert again.registered() == {"a", "r"}
+            assert again.meta("key") == {"x": [1, None]}
+            assert again.counts() == Counts(2, 1, 2, 1)
+            again.check()
+
+    def test_removed_row_is_gone(self, store):
+        with store.transaction():
+            store.put_eliminations([("a", b"1"), ("b", b"2"), ("c", b"3")])
+            assert store.remove_elimination("a") == b"1"
+            assert store.remove_elimination("a") is None
+            assert list(store.remove_eliminations(["x", "c", "b", "c"]).items()) == [("c", b"3"), ("b", b"2")]
+        assert list(store.rows()) == []
+
+    def test_removed_row_keeps_what_else_is_known(self, store):
+        with store.transaction():
+            for hotkey in "abc":
+                store.put_elimination(hotkey, b"1")
+            store.put_departed("a", 7)
+            store.set_registered(["b"])
+            store.remove_eliminations("abc")
+        assert {row.hotkey: row for row in store.rows()} == {
+            "a": Row("a", None, None, 4, 7, registered=False),
+            "b": Row("b", None, None, None, None, registered=True),
+        }
+
+    def test_clear_keeps_what_else_is_known(self, store):
+        with store.transaction():
+            store.put_eliminations([(hotkey, b"1") for hotkey in "abc"])
+            store.put_departed("a", 7)
+            store.set_registered(["b"])
+            assert store.clear_eliminations() == 3
+            assert store.clear_eliminations() == 0
+        assert list(store.eliminated()) == []
+        assert [row.hotkey for row in store.rows()] == ["a", "b"]
+
+    def test_again_eliminated_comes_last(self, store):
+        with store.transaction():
+            store.put_eliminations([("a", b"1"), ("b", b"2")])
+            store.remove_elimination("a")
+            store.put_elimination("a", b"3")
+        assert list(store.eliminated()) == [("b", b"2"), ("a", b"3")]
+
+    def test_departed_once_and_for_ever(self, store):
+        with store.transaction():
+            assert store.put_departed("b", 5) is True
+            assert store.put_departed("a", 0) is True
+            assert store.put_departed("b", 9) is False
+        assert list(store.departed()) == [("b", 5), ("a", 0)]
+
+    def test_registered_is_replaced_as_a_whole(self, store):
+        with store.transaction():
+            assert store.set_registered(["a", "b", "a"]) == {"a", "b"}
+            assert store.set_registered(["c", "b"]) == {"a", "c"}
+            assert store.registered() == {"b", "c"}
+            assert store.set_registered([]) == {"b", "c"}
+        assert list(store.rows()) == []
+
+    def test_bulk_says_what_it_replaced(self, store):
+        with store.transaction():
+            assert store.put_eliminations([("a", b"1"), ("b", b"2"), ("a", b"3")]) == {}
+            store.put_departed("c", 1)
+            assert store.put_eliminations([("c", b"4"), ("b", b"5"), ("a", b"3")]) == {"b": b"2", "a": b"3"}
+        assert list(store.eliminated()) == [("a", b"3"), ("b", b"5"), ("c", b"4")]
+        assert store.get("c") == Row("c", 4, b"4", 3, 1, registered=False)
+
+    @pytest.mark.parametrize("count", [0, 1, 499, 500, 501, 1500])
+    def test_chunks_leave_nothing_out(self, store, count):
+        records = [(f"h{n}", b"%d" % n) for n in range(count)]
+        with store.transaction():
+            store.put_eliminations(records)
+            assert store.put_eliminations((hotkey, b"x") for hotkey, _ in records) == dict(records)
+        assert list(store.eliminated()) == [(hotkey, b"x") for hotkey, _ in records]
+        assert set(store.get_many([*dict(records), "unknown"])) == set(dict(records))
+        with store.transaction():
+            assert store.remove_eliminations(dict(records)).keys() == dict(records).keys()
+        assert list(store.rows()) == []
+
+    @pytest.mark.parametrize("hotkey", ["x" * 255, "é\u2028'\"%_", "nul\0inside", "\ufeff", "10", " "])
+    def test_any_text_is_a_hotkey(self, store, hotkey):
+        with store.transaction():
+            store.put_elimination(hotkey, b"r")
+        assert store.get(hotkey).hotkey == hotkey
+        assert list(store.eliminated()) == [(hotkey, b"r")]
+        assert hotkey in store.get_many([hotkey])
+
+    def test_counts_agree_with_the_streams(self, store):
+        with store.transaction():
+            store.put_eliminations([(f"e{n}", b"1") for n in range(7)])
+            for n in range(5):
+                store.put_departed(f"e{n * 2}", n)
+            store.set_registered(["e1", "z"])
+        counts = store.counts()
+        assert counts.eliminated == len(list(store.eliminated())) == 7
+        assert counts.departed == len(list(store.departed())) == 5
+        assert counts.registered == len(store.registered()) == 2
+
+
+class TestTransactions:
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda s: s.put_elimination("a", b"1"),
+            lambda s: s.put_eliminations([("a", b"1")]),
+            lambda s: s.remove_elimination("a"),
+            lambda s: s.clear_eliminations(),
+            lambda s: s.put_departed("a", 1),
+            lambda s: s.set_registered(["a"]),
+            lambda s: s.add_event("add"),
+            lambda s: s.set_meta("a", 1),
+            lambda s: s.delete_meta("a"),
+            lambda s: s.savepoint().__enter__(),
+            lambda s: s.commit(),
+        ],
+    )
+    def test_changes_outside_are_refused(self, store, change):
+        with pytest.raises(StoreError, match="transaction"):
+            change(store)
+        assert list(store.rows()) == []
+
+    def test_rollback_undoes_everything(self, store):
+        store.begin()
+        assert store.in_transaction
+        store.put_elimination("a", b"1")
+        store.add_event("add", "a")
+        store.set_meta("k", 1)
+        store.rollback()
+        store.rollback()
+        assert not store.in_transaction
+        assert (list(store.rows()), store.events(), store.meta("k")) == ([], [], None)
+
+    def test_block_that_raises_is_undone(self, store):
+        with pytest.raises(KeyError), store.transaction():  # noqa: PT012 - undone as a whole
+            store.put_elimination("a", b"1")
+            raise KeyError
+        assert not store.in_transaction
+        assert store.get("a") is None
+
+    def test_second_begin_is_refused(self, store):
+        with store.transaction():
+            with pytest.raises(StoreError):
+                store.begin()
+            store.put_elimination("a", b"1")
+        assert store.get("a") is not None
+
+    def test_savepoint_undoes_its_part(self, store):
+        with store.transaction():
+            store.put_elimination("a", b"1")
+            with pytest.raises(KeyError), store.savepoint():  # noqa: PT012 - undone as a whole
+                store.put_elimination("b", b"2")
+                store.put_elimination("a", b"3")
+                raise KeyError
+            with store.savepoint():
+                store.put_elimination("c", b"4")
+        assert list(store.eliminated()) == [("a", b"1"), ("c", b"4")]
+
+    def test_savepoints_nest(self, store):
+        with store.transaction(), store.savepoint():
+            store.put_elimination("a", b"1")
+            with pytest.raises(KeyError), store.savepoint():  # noqa: PT012 - undone as a whole
+                with store.savepoint():
+                    store.put_elimination("b", b"2")
+                store.put_elimination("c", b"3")
+                raise KeyError
+            store.put_elimination("d", b"4")
+        assert list(store.eliminated()) == [("a", b"1"), ("d", b"4")]
+
+
+class TestOrdinals:
+    def ordinals(self, store):
+        return [row.eliminated_ordinal or row.departed_ordinal for row in store.rows()]
+
+    def test_strictly_rising_in_every_way_of_adding(self, store):
+        with store.transaction():
+            store.put_elimination("a", b"1")
+            store.put_eliminations([("b", b"1"), ("a", b"2"), ("c", b"1")])
+            store.put_departed("d", 1)
+            store.put_elimination("e", b"1")
+        with store.transaction():
+            store.put_departed("f", 1)
+            store.put_eliminations([("g", b"1")])
+        assert self.ordinals(store) == [1, 2, 3, 4, 5, 6, 7]
+
+    def test_right_after_rollback(self, store):
+        with store.transaction():
+            store.put_elimination("a", b"1")
+        store.begin()
+        store.put_eliminations([("x", b"1"), ("y", b"1")])
+        store.rollback()
+        with store.transaction():
+            store.put_elimination("b", b"1")
+            store.put_elimination("c", b"1")
+        assert self.ordinals(store) == [1, 2, 3]
+
+    def test_right_after_rollback_to_savepoint(self, store):
+        with store.transaction():
+            store.put_elimination("a", b"1")
+            for _ in range(2):
+                with pytest.raises(KeyError), store.savepoint():  # noqa: PT012 - undone as a whole
+                    store.put_eliminations([("x", b"1"), ("y", b"1")])
+                    raise KeyError
+                with store.savepoint():
+                    store.put_elimination("b", b"1")
+            store.put_departed("c", 1)
+        assert self.ordinals(store) == [1, 2, 3]
+
+    def test_right_when_the_first_one_is_taken_in_a_savepoint(self, store):
+        with store.transaction():
+            with pytest.raises(KeyError), store.savepoint():  # noqa: PT012 - undone as a whole
+                store.put_elimination("x", b"1")
+                raise KeyError
+            store.put_elimination("a", b"1")
+            with store.savepoint():
+                store.put_elimination("b", b"1")
+            store.put_elimination("c", b"1")
+        assert self.ordinals(store) == [1, 2, 3]
+
+    def test_right_after_a_clean_end(self, store):
+        with store.transaction():
+            store.put_elimination("a", b"1")
+            store.put_departed("b", 1)
+        with reopened(store) as again, again.transaction():
+            again.put_elimination("c", b"1")
+            assert again.get("c").eliminated_ordinal == 3
+
+    def test_failed_statement_in_a_savepoint_takes_none(self, store):
+        with store.transaction():
+            with pytest.raises(StoreError, match="CHECK"), store.savepoint():
+                store.put_elimination("x", "text is no record")
+            store.put_elimination("a", b"1")
+        assert list(store.eliminated()) == [("a", b"1")]
+        assert self.ordinals(store) == [1]
+
+
+class TestMeta:
+    def test_values_and_default(self, store):
+        assert store.meta("k") is None
+        assert store.meta("k", 5) == 5
+        with store.transaction():
+            store.set_meta("k", [1, {"a": None}])
+            store.set_meta("k", 0)
+        assert store.meta("k", 5) == 0
+
+    def test_items_by_prefix_and_deletion(self, store):
+        with store.transaction():
+            for key in ("owed:b", "owed:a", "other"):
+                store.set_meta(key, key)
+            assert store.delete_meta("owed:b") is True
+            assert store.delete_meta("owed:b") is False
+        assert store.meta_items("owed:") == {"owed:a": "owed:a"}
+        assert set(store.meta_items()) == {"owed:a", "other"}
+
+
+class TestEvents:
+    def test_newest_first_with_everything(self, store):
+        origin = Origin(123, None, "validator")
+        with store.transaction():
+            store.add_event("add", "a", new=b"1", origin=origin, at_ms=10)
+            store.add_event("remove", "a", old=b"1", note="by hand", origin=origin, at_ms=11)
+        assert [tuple(event) for event in store.events()] == [
+            (2, 11, "remove", "a", 123, None, "validator", "by hand", b"1", None),
+            (1, 10, "add", "a", 123, None, "validator", None, None, b"1"),
+        ]
+
+    def test_origin_is_this_process_by_default(self, store):
+        with store.transaction():
+            store.add_event("add")
+        (event,) = store.events()
+        assert (event.pid, event.uid) == (os.getpid(), os.getuid())
+        assert event.program
+        assert event.at_ms > 1_700_000_000_000
+
+    def test_pages_of_one_hotkey(self, store):
+        with store.transaction():
+            store.add_events(Change("add", "ab"[n % 2], note=str(n)) for n in range(10))
+        assert [event.note for event in store.events("b", limit=2)] == ["9", "7"]
+        page = store.events("b", limit=2)
+        assert [event.note for event in store.events("b", 9, page[-1].id)] == ["5", "3", "1"]
+        assert len(store.events(limit=None)) == 10
+        assert store.events(limit=0) == []
+        with pytest.raises(ValueError, match="-1"):
+            store.events(limit=-1)
+
+    @pytest.mark.parametrize("sql", ["UPDATE events SET note = 'x'", "DELETE FROM events"])
+    def test_append_only(self, store, sql):
+        with store.transaction():
+            store.add_event("add", "a")
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            store._db.execute(sql)
+        assert len(store.events()) == 1
+
+    def test_numbers_never_come_twice(self, store):
+        with store.transaction():
+            store.add_event("one")
+        store.begin()
+        store.add_event("undone")
+        store.rollback()
+        with store.transaction():
+            store.add_event("two")
+        assert [(event.id, event.action) for event in store.events()] == [(2, "two"), (1, "one")]
+
+
+class TestReadEvents:
+    def test_beside_an_open_transaction_in_another_thread(self, tmp_path):
+        with Store.open(tmp_path / "state") as store:
+            with store.transaction():
+                store.add_event("add", "a")
+            store.begin()
+            store.add_event("not yet", "a")
+            seen = []
+            thread = threading.Thread(target=lambda: seen.extend(st.read_events(tmp_path / "state", "a")))
+            thread.start()
+            thread.join()
+            store.rollback()
+        assert [event.action for event in seen] == ["add"]
+
+    def test_without_a_writer(self, tmp_path):
+        with Store.open(tmp_path / "odd ?#%name") as store, store.transaction():
+            store.add_event("add", "a", new=b"1")
+        assert [event.new for event in st.read_events(tmp_path / "odd ?#%name")] == [b"1"]
+        assert st.read_events(tmp_path / "odd ?#%name", "b") == []
+
+    def test_where_nothing_is(self, tmp_path):
+        with pytest.raises(StoreError, match=r"shmelim\.sqlite"):
+            st.read_events(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestOpening:
+    @pytest.mark.parametrize("durability", ["power", "process"])
+    def test_settings(self, tmp_path, durability):
+        with Store.open(tmp_path, durability) as store:
+            pragma = {
+                name: store._db.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("journal_mode", "synchronous", "user_version", "application_id")
+            }
+        assert pragma == {
+            "journal_mode": "wal",
+            "synchronous": {"power": 2, "process": 1}[durability],
+            "user_version": st.SCHEMA_NUMBER,
+            "application_id": 0x73686D65,
+        }
+
+    def test_unknown_durability(self, tmp_path):
+        with pytest.raises(ValueError, match="'disk'"):
+            Store.open(tmp_path, "disk")
+
+    def test_everything_is_private(self, tmp_path):
+        before = os.umask(0)
+        try:
+            with Store.open(tmp_path / "state") as store:
+                with store.transaction():
+                    store.put_elimination("a", b"1")
+                modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "state").iterdir()}
+        finally:
+            os.umask(before)
+        assert modes == dict.fromkeys(("shmelim.sqlite", "shmelim.sqlite-wal", "shmelim.sqlite-shm"), 0o600)
+        assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+
+    def test_wider_permissions_are_taken_back(self, tmp_path):
+        Store.open(tmp_path).close()
+        (tmp_path / st.FILE_NAME).chmod(0o666)
+        with Store.open(tmp_path) as store:
+            assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
+
+    def test_missing_parent(self, tmp_path):
+        with pytest.raises(StoreError, match=r"cannot be used.*create"):
+            Store.open(tmp_path / "a" / "b")
+        with Store.open(tmp_path / "a" / "b", parents=True) as store:
+            assert store.path.is_file()
+
+    def test_file_in_the_way(self, tmp_path):
+        (tmp_path / "state").write_text("x")
+        with pytest.raises(StoreError, match="file stands"):
+            Store.open(tmp_path / "state")
+
+    def test_newer_schema_says_so_and_is_left_alone(self, tmp_path):
+        Store.open(tmp_path).close()
+        db = sqlite3.connect(tmp_path / st.FILE_NAME)
+        db.execute("PRAGMA user_version=99")
+        db.close()
+        for attempt in (Store.open, st.read_events):
+            with pytest.raises(StoreError, match=r"schema 99.*newer") as caught:
+                attempt(tmp_path)
+            assert not isinstance(caught.value, DamagedStoreError)
+
+    def test_database_of_another_program_is_left_alone(self, tmp_path):
+        db = sqlite3.connect(tmp_path / st.FILE_NAME)
+        db.execute("CREATE TABLE theirs (x)")
+        db.close()
+        with pytest.raises(StoreError, match="another program"):
+            Store.open(tmp_path)
+
+    def test_transaction_of_another_process_is_waited_for(self, tmp_path):
+        with Store.open(tmp_path) as one, Store.open(tmp_path, busy_timeout=0.0) as two:
+            with one.transaction(), pytest.raises(StoreError, match="SQLITE_BUSY") as caught:
+                two.begin()
+            assert "another process" in caught.value.hint
+            with two.transaction():
+                two.put_elimination("a", b"1")
+            with one.transaction():
+                one.put_elimination("b", b"1")
+            assert [row.eliminated_ordinal for row in one.rows()] == [1, 2]
+
+    def test_closed_store(self, tmp_path):
+        store = Store.open(tmp_path)
+        store.begin()
+        store.put_elimination("a", b"1")
+        store.close()
+        store.close()
+        assert not store.in_transaction
+        with pytest.raises(StoreError):
+            store.get("a")
+        with pytest.raises(StoreError):
+            store.begin()
+        with Store.open(tmp_path) as again:
+            assert again.get("a") is None
+
+    def test_close_leaves_one_file(self, tmp_path):
+        with Store.open(tmp_path) as store:
+            with store.transaction():
+                store.put_eliminations([(f"h{n}", b"x" * 500) for n in range(1000)])
+            assert store.size_bytes() > 500_000
+        assert [path.name for path in tmp_path.iterdir()] == [st.FILE_NAME]
+
+    def test_log_stays_bounded(self, tmp_path):
+        with Store.open(tmp_path, "process") as store:
+            for n in range(3000):
+                with store.transaction():
+                    store.put_elimination(f"h{n % 300}", os.urandom(3000))
+            assert (tmp_path / f"{st.FILE_NAME}-wal").stat().st_size < 20 << 20
+
+
+def test_move_aside_overwrites_nothing(tmp_path):
+    moved = []
+    for n in range(3):
+        (tmp_path / st.FILE_NAME).write_text(f"bad {n}")
+        (tmp_path / f"{st.FILE_NAME}-wal").write_text(f"wal {n}")
+        moved.append(st.move_aside(tmp_path))
+    assert [path.read_text() for path in moved] == ["bad 0", "bad 1", "bad 2"]
+    assert [path.with_name(path.name + "-wal").read_text() for path in moved] == ["wal 0", "wal 1", "wal 2"]
+    assert all(path.name.startswith("shmelim.sqlite.damaged-2") for path in moved)
+    with pytest.raises(StoreError, match="cannot be moved"):
+        st.move_aside(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 6
