@@ -1,1 +1,44 @@
-"""shmelim: is this hotkey eliminated? Answered from shared memory, in any process."""
+"""shmelim: is this hotkey eliminated? Answered from shared memory, in any process.
+
+Readers attach by name and look up without IPC and without locks; one server process owns the state::
+
+    from shmelim import EliminationReader
+
+    eliminations = EliminationReader("shmelim")
+    eliminations.is_hotkey_eliminated(hotkey)
+"""
+
+from importlib.metadata import version as _version
+
+from shmelim.eliminations import (
+    DEPARTED_HOTKEYS_KEY,
+    EliminationClient,
+    EliminationManagerServer,
+    EliminationReader,
+    EliminationReason,
+    Snapshot,
+    Status,
+)
+from shmelim.errors import (
+    AlreadyServingError,
+    NotServingError,
+    OutcomeUnknownError,
+    ShmelimError,
+)
+
+__version__ = _version("shmelim")
+
+__all__ = [
+    "DEPARTED_HOTKEYS_KEY",
+    "AlreadyServingError",
+    "EliminationClient",
+    "EliminationManagerServer",
+    "EliminationReader",
+    "EliminationReason",
+    "NotServingError",
+    "OutcomeUnknownError",
+    "ShmelimError",
+    "Snapshot",
+    "Status",
+    "__version__",
+]

@@ -1,1 +1,17 @@
 """The domain: elimination records, their store, the server that publishes them and the reader."""
+
+from shmelim.eliminations.client import EliminationClient
+from shmelim.eliminations.entry import Status
+from shmelim.eliminations.reader import EliminationReader, Snapshot
+from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, EliminationReason
+from shmelim.eliminations.server import EliminationManagerServer
+
+__all__ = [
+    "DEPARTED_HOTKEYS_KEY",
+    "EliminationClient",
+    "EliminationManagerServer",
+    "EliminationReader",
+    "EliminationReason",
+    "Snapshot",
+    "Status",
+]

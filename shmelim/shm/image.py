@@ -205,6 +205,12 @@ class Image:
 
     # ------------------------------------------------------------------ whole copies
 
+    def clear(self) -> None:
+        """Empty this copy."""
+        self.begin_overwrite()
+        self.rows[:] = 0
+        self._set_header(0, 0, 0, 0, [0] * _FLAG_BITS)
+
     def fill(self, changes: Sequence[Change]) -> None:
         """Put entries with distinct keys into this copy, which must be empty; quicker than :meth:`apply`."""
         seed, words = self.header.seed, self._words

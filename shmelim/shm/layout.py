@@ -82,6 +82,7 @@ COUNT: Final = 2
 NEXT_ORDINAL: Final = 3
 LIVE: Final = 4
 FLAG_COUNTS: Final = 8
+FLAG_BITS: Final = 8
 
 # The last word of a slot.
 PACKED: Final = SLOT_WORDS - 1

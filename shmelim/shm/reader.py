@@ -22,8 +22,10 @@ a length: bad bytes give :class:`CorruptSegmentError`, never a crash.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import numpy as np
@@ -33,6 +35,7 @@ from shmelim.shm.layout import (
     COPY_HEADER_SIZE,
     COUNT,
     EPOCH,
+    FLAG_BITS,
     FLAG_COUNTS,
     HEARTBEAT,
     LIVE,
@@ -153,6 +156,7 @@ class TableReader:
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
         self._attaching = threading.Lock()
+        _readers.add(self)
         self.retries = 0
         # Replaced under `_attaching` and read without it, as one reference: root and data segment belong together.
         self._view: View = self._view_of(self._open_root())
@@ -334,7 +338,7 @@ class TableReader:
                     sequence=version & ((1 << SEQUENCE_BITS) - 1),
                     capacity=view.capacity,
                     entries=head[COUNT],
-                    flag_counts=tuple(head[FLAG_COUNTS : FLAG_COUNTS + 8]),
+                    flag_counts=tuple(head[FLAG_COUNTS : FLAG_COUNTS + FLAG_BITS]),
                     arena_size=view.arena_size,
                     arena_used=head[USED],
                     arena_live=head[LIVE],
@@ -343,7 +347,9 @@ class TableReader:
             self.retries += 1
 
     def count_flag(self, bit: int) -> int:
-        """Return how many entries have the flag with the value ``1 << bit``. One load."""
+        """Return how many entries have the flag with the value ``1 << bit``, 0 to 7. One load."""
+        if not 0 <= bit < FLAG_BITS:
+            raise ValueError(f"bit {bit} must be 0 to {FLAG_BITS - 1}")
         while True:
             view = self._view
             words = view.root.words
@@ -452,3 +458,15 @@ class TableReader:
                 hint=f"see `shmelim status --name {self._namespace.name}`",
             )
         return self._open_root()
+
+
+_readers: weakref.WeakSet[TableReader] = weakref.WeakSet()
+
+
+def _renew_locks_in_child() -> None:
+    # A thread that was attaching during the fork does not exist in the child: nobody would release its lock.
+    for reader in list(_readers):
+        reader._attaching = threading.Lock()  # noqa: SLF001
+
+
+os.register_at_fork(after_in_child=_renew_locks_in_child)

@@ -63,8 +63,11 @@ def replay(log: bytes, label: str, *, seed: int | None = None) -> dict[bytes, En
                 raise _corrupt(label, position, "fails its checksum")
         key = log[start:middle]
         if kind == KIND_PUT:
+            known = entries.get(key)
             entries[key] = Entry(flags, log[middle:stop], ordinal)
-            in_order = in_order and ordinal >= highest
+            # Replacing a dict's item leaves it where it is.
+            if ordinal < highest if known is None else ordinal != known.ordinal:
+                in_order = False
             highest = max(highest, ordinal)
         elif kind == KIND_REMOVE:
             entries.pop(key, None)

@@ -10,6 +10,8 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Final, Protocol
 
+from shmelim.shm.layout import WORD
+
 if TYPE_CHECKING:
     import mmap
 
@@ -49,7 +51,8 @@ class Segment:
     memory : mmap.mmap
         Slicing it copies bytes out and never leaves the mapping.
     words : memoryview
-        The same memory as aligned 8-byte words; one item read or written is one load or store.
+        The same memory as aligned 8-byte words, as far as they are whole; one item read or written is one
+        load or store.
 
     """
 
@@ -59,7 +62,7 @@ class Segment:
         self.label = label
         self.memory = memory
         self.identity = identity
-        self.words = memoryview(memory).cast("Q")
+        self.words = memoryview(memory)[: len(memory) & -WORD].cast("Q")
 
     @property
     def size(self) -> int:

@@ -11,7 +11,6 @@ import platform
 import stat
 import sys
 import tempfile
-import weakref
 from pathlib import Path
 from typing import Final
 
@@ -113,9 +112,11 @@ class SharedNamespace:
             os.close(descriptor)
         self._lock = descriptor
         _locked.add(self)
-        if sys.platform == "linux" and os.fstat(descriptor).st_size == 0:
+        if sys.platform == "linux":
             try:
-                reserve(descriptor, ROOT_SIZE)
+                os.fchmod(descriptor, self._mode)
+                if os.fstat(descriptor).st_size == 0:
+                    reserve(descriptor, ROOT_SIZE)
             except OSError as error:
                 self.release()
                 raise _no_room(self.root_name, ROOT_SIZE, error) from error
@@ -123,6 +124,7 @@ class SharedNamespace:
     def release(self) -> None:
         """Give the lock back; nothing happens if it is not held."""
         descriptor, self._lock = self._lock, None
+        _locked.discard(self)
         if descriptor is not None:
             os.close(descriptor)
 
@@ -136,8 +138,7 @@ class SharedNamespace:
 
         """
         previous = self._lock
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(self.root_name)
+        self._unlink(self.root_name)
         segment = self._create(self.root_name, ROOT_SIZE)
         self.acquire()
         if previous is not None:
@@ -164,11 +165,12 @@ class SharedNamespace:
         ------
         SegmentFullError
             ``/dev/shm`` is full; nothing is left behind.
+        UntrustedSegmentError
+            Another user made a segment of that name.
 
         """
         label = self.data_name(generation)
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(label)
+        self._unlink(label)
         return self._create(label, size)
 
     def open_data(self, generation: int) -> Segment:
@@ -179,8 +181,9 @@ class SharedNamespace:
         """Unlink every data segment of this name but generation ``keep``."""
         for generation in self.generations():
             if generation != keep:
-                with contextlib.suppress(posix_ipc.ExistentialError):
-                    posix_ipc.unlink_shared_memory(self.data_name(generation))
+                # What another user put there is none of ours, and nothing reads it.
+                with contextlib.suppress(UntrustedSegmentError):
+                    self._unlink(self.data_name(generation))
 
     def generations(self) -> list[int]:
         """Return the generations that have a data segment; Linux only, elsewhere the list is empty."""
@@ -191,8 +194,7 @@ class SharedNamespace:
     def remove(self) -> None:
         """Unlink everything of this name; for temporary tables that are done with."""
         self.remove_data(keep=None)
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(self.root_name)
+        self._unlink(self.root_name)
 
     def root_replaced(self, root: Segment) -> bool:
         """Tell whether the name no longer leads to ``root`` (it was removed, or another made)."""
@@ -218,7 +220,6 @@ class SharedNamespace:
             raise _no_room(self.root_name, ROOT_SIZE, error) from error
         try:
             self._check_owner(shared.fd, self.root_name, writable=True)
-            os.fchmod(shared.fd, self._mode)
         except BaseException:
             shared.close_fd()
             raise
@@ -236,9 +237,19 @@ class SharedNamespace:
         finally:
             shared.close_fd()
 
+    def _unlink(self, label: str) -> None:
+        try:
+            posix_ipc.unlink_shared_memory(label)
+        except posix_ipc.ExistentialError:
+            pass
+        except posix_ipc.PermissionsError:
+            raise self._untrusted(label, "it belongs to another user") from None
+
     def _create(self, label: str, size: int) -> Segment:
         try:
             shared = posix_ipc.SharedMemory(label, posix_ipc.O_CREX, mode=self._mode)
+        except (posix_ipc.ExistentialError, posix_ipc.PermissionsError):
+            raise self._untrusted(label, "another process made it just now") from None
         except OSError as error:
             raise _no_room(label, size, error) from error
         try:
@@ -330,8 +341,10 @@ def reserve(descriptor: int, size: int) -> None:
         else:
             return
     os.ftruncate(descriptor, size)
-    for offset in range(0, size, len(_ZEROS)):
-        os.pwrite(descriptor, _ZEROS[: size - offset], offset)
+    offset = 0
+    while offset < size:
+        # Where room ends, a write is cut short before one fails.
+        offset += os.pwrite(descriptor, _ZEROS[: size - offset], offset)
 
 
 def _no_room(label: str, size: int, error: Exception) -> SegmentError:
@@ -349,7 +362,8 @@ def _reopen(name: str, mode: int, trusted: list[int]) -> SharedNamespace:
     return namespace
 
 
-_locked: weakref.WeakSet[SharedNamespace] = weakref.WeakSet()
+# Strong references: a namespace whose lock was never released still has it to drop in a child.
+_locked: set[SharedNamespace] = set()
 
 
 def _drop_locks_in_child() -> None:

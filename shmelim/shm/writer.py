@@ -76,6 +76,9 @@ MIN_ARENA: Final = PAGE
 _BYTES_PER_APPLY: Final = 32_768
 """Bytes that are mirrored in about the time in which one change is applied."""
 
+_SHRINK_FROM: Final = 8
+"""A segment this many times too large is replaced by one that fits, when everything is replaced."""
+
 # What the copy that nobody reads lacks, other than a list of changes: its slots, or slots and arena.
 _ROWS: Final = "rows"
 _ALL: Final = "all"
@@ -161,6 +164,11 @@ class TableWriter:
     def loaded(self) -> bool:
         """Whether this writer has published its own state yet."""
         return self._images is not None
+
+    @property
+    def entries(self) -> int:
+        """How many entries this writer has published."""
+        return 0 if self._images is None else self._images[self.version & 1].count
 
     def beat(self) -> None:
         """Renew the heartbeat that tells readers that the writer lives. One clock reading and one store."""
@@ -271,9 +279,24 @@ class TableWriter:
                 puts[change.key] = change
         live = sum(entry_size(len(change.key), len(change.record)) for change in puts.values())
         capacity, arena = self._room_for(len(puts), live, self._min_capacity)
-        staged = self._new_segment(capacity, arena, secrets.randbits(64))
+        if self._images is not None and self._fits(capacity, live):
+            staged = _Staged(self._segment, self._images, _ALL)
+            self._behind = _ALL
+            staged.target(self.version).clear()
+        else:
+            staged = self._new_segment(capacity, arena, secrets.randbits(64))
         staged.target(self.version).fill(list(puts.values()))
         return staged
+
+    def _fits(self, capacity: int, live: int) -> bool:
+        """Tell whether the present segment has room, and not far too much of it."""
+        assert self._images is not None
+        header = self._images[0].header
+        return (
+            capacity <= header.capacity <= _SHRINK_FROM * capacity
+            and live <= header.arena_size // 4 * 3
+            and header.arena_size <= max(self._min_arena, _SHRINK_FROM * live)
+        )
 
     def _room_for(self, count: int, live: int, capacity: int) -> tuple[int, int]:
         while capacity < 2 * count:

@@ -1,0 +1,217 @@
+"""The changes that can be made to the state: each is one step of a transaction on the store, with its events.
+
+A change is built and checked outside the transaction (bad input never reaches it), then run inside it by the
+committer, which publishes every hotkey that the change *touched*.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from shmelim.eliminations.departures import lost_hotkeys
+from shmelim.eliminations.history import Change as EventOf
+from shmelim.eliminations.record import check_hotkey, prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from shmelim.eliminations.history import Origin
+    from shmelim.eliminations.store import Store
+
+__all__ = [
+    "Step",
+    "add",
+    "check_hotkeys",
+    "clear",
+    "merge",
+    "note",
+    "prepare_all",
+    "record_departures",
+    "remove",
+    "replace_all",
+    "set_meta",
+    "update_metagraph",
+]
+
+
+class Step:
+    """One change inside a transaction: the store, who asked for the change, and what it touched.
+
+    Attributes
+    ----------
+    touched : dict
+        Hotkeys whose row may be another now, in order.
+    wrote : bool
+        Whether anything must be committed.
+
+    """
+
+    def __init__(self, store: Store, origin: Origin | None) -> None:
+        self.store = store
+        self.origin = origin
+        self.touched: dict[str, None] = {}
+        self.wrote = False
+
+    def record(self, events: Iterable[EventOf]) -> None:
+        """Write events, and touch the hotkeys that they speak of."""
+        listed = list(events)
+        if not listed:
+            return
+        self.store.add_events(listed, self.origin)
+        self.touched.update((event.hotkey, None) for event in listed if event.hotkey is not None)
+        self.wrote = True
+
+
+def prepare_all(records: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
+    """Check and encode a list of records; of a hotkey that is listed twice the last record counts.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A record is not fit to be stored; the message names its place in the list.
+
+    """
+    if isinstance(records, (str, bytes, dict)):
+        raise TypeError(f"eliminations must be a list of records, not {type(records).__name__}")
+    prepared: dict[str, bytes] = {}
+    for index, record in enumerate(records):
+        try:
+            hotkey, encoded = prepare(record)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"elimination {index} of the list: {error}") from None
+        prepared[hotkey] = encoded
+    return prepared
+
+
+def check_hotkeys(hotkeys: Iterable[str]) -> list[str]:
+    """Return hotkeys as a list without repetitions; ValueError or TypeError for one that can be no key."""
+    if isinstance(hotkeys, (str, bytes)):
+        raise TypeError(f"hotkeys must be a list or set of hotkeys, not {type(hotkeys).__name__}")
+    listed = list(dict.fromkeys(hotkeys))
+    for hotkey in listed:
+        check_hotkey(hotkey)
+    return listed
+
+
+def add(hotkey: str, record: bytes) -> Callable[[Step], bool]:
+    """Add or replace one record; the step returns True for a hotkey that was not eliminated before."""
+
+    def run(step: Step) -> bool:
+        old = step.store.put_elimination(hotkey, record)
+        if old != record:
+            step.record([EventOf("add" if old is None else "update", hotkey, old, record)])
+        return old is None
+
+    return run
+
+
+def remove(hotkeys: list[str]) -> Callable[[Step], list[str]]:
+    """Remove records; the step returns the hotkeys that had one."""
+
+    def run(step: Step) -> list[str]:
+        old = step.store.remove_eliminations(hotkeys)
+        step.record(EventOf("remove", hotkey, record) for hotkey, record in old.items())
+        return list(old)
+
+    return run
+
+
+def clear(reason: str = "clear") -> Callable[[Step], int]:
+    """Remove all records; the step returns how many there were."""
+
+    def run(step: Step) -> int:
+        old = dict(step.store.eliminated())
+        if old:
+            step.store.clear_eliminations()
+            step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in old.items())
+        return len(old)
+
+    return run
+
+
+def replace_all(
+    records: dict[str, bytes], reason: str = "sync", keep: Iterable[str] = ()
+) -> Callable[[Step], list[str]]:
+    """Make exactly these records the eliminations; the step returns the hotkeys that no longer are eliminated.
+
+    A hotkey that stays keeps its place in the order. Those in ``keep`` stay whatever the records say.
+    """
+
+    def run(step: Step) -> list[str]:
+        kept = set(keep)
+        gone = [hotkey for hotkey, _ in step.store.eliminated() if hotkey not in records and hotkey not in kept]
+        removed = step.store.remove_eliminations(gone)
+        step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in removed.items())
+        merge(records, reason)(step)
+        return gone
+
+    return run
+
+
+def merge(records: dict[str, bytes], reason: str) -> Callable[[Step], int]:
+    """Add or replace many records and leave the others; the step returns how many of them changed."""
+
+    def run(step: Step) -> int:
+        old = step.store.put_eliminations(records.items())
+        changed = [
+            EventOf("update" if hotkey in old else "add", hotkey, old.get(hotkey), record, reason)
+            for hotkey, record in records.items()
+            if old.get(hotkey) != record
+        ]
+        step.record(changed)
+        return len(changed)
+
+    return run
+
+
+def update_metagraph(hotkeys: list[str], now_ms: int | None = None) -> Callable[[Step], list[str]]:
+    """Make these hotkeys the registered ones; the step returns those whose departure it recorded."""
+
+    def run(step: Step) -> list[str]:
+        seen = set(hotkeys)
+        before = step.store.registered()
+        lost, anomalous = lost_hotkeys(before, seen)
+        at_ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
+        # After an anomalous loss the lost ones stay registered, so that the next look compares with them too.
+        changed = step.store.set_registered(seen | before if anomalous else seen)
+        step.touched.update(dict.fromkeys(changed))
+        step.wrote = step.wrote or bool(changed)
+        if anomalous:
+            step.record(
+                [EventOf("anomaly", note=f"{len(lost)} of {len(before)} hotkeys missing at once: not recorded")]
+            )
+            return []
+        return record_departures(dict.fromkeys(lost, at_ms), "metagraph")(step)
+
+    return run
+
+
+def record_departures(detected: Mapping[str, int], reason: str) -> Callable[[Step], list[str]]:
+    """Record when hotkeys departed, once and for ever; the step returns those that are new."""
+
+    def run(step: Step) -> list[str]:
+        new = [hotkey for hotkey, at_ms in detected.items() if step.store.put_departed(hotkey, at_ms)]
+        step.record(EventOf("depart", hotkey, note=reason) for hotkey in new)
+        return new
+
+    return run
+
+
+def note(action: str, text: str) -> Callable[[Step], None]:
+    """Write one event that concerns no hotkey."""
+
+    def run(step: Step) -> None:
+        step.record([EventOf(action, note=text)])
+
+    return run
+
+
+def set_meta(key: str, value: Any) -> Callable[[Step], None]:
+    """Keep a value in the store."""
+
+    def run(step: Step) -> None:
+        step.store.set_meta(key, value)
+        step.wrote = True
+
+    return run

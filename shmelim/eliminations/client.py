@@ -1,0 +1,219 @@
+"""A reader that can also change the state: reads from shared memory, changes over the command channel."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any, Final, TYPE_CHECKING
+
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.record import generate_row
+from shmelim.eliminations.runtime import RuntimeDirectory
+from shmelim.rpc import ChannelClient, load_key
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+__all__ = ["EliminationClient"]
+
+_PART: Final = 2000
+_PART_TIMEOUT: Final = 60.0
+_COMMIT_TIMEOUT: Final = 60.0
+_COMMIT_TIMEOUT_PER_ROW: Final = 0.001
+
+
+class EliminationClient(EliminationReader):
+    """An :class:`EliminationReader` plus the calls that change the state.
+
+    Parameters
+    ----------
+    name
+        The name that is served.
+    wait
+        Seconds to wait for a server to appear; None fails at once.
+    timeout
+        Seconds that a call may take.
+    connect_wait
+        Seconds within which a call tries to reach a server that is not there (one that restarts, say).
+    runtime_base
+        Where runtime directories are; None: the user's.
+
+    Raises
+    ------
+    NotServingError
+        Nothing is served under that name.
+    KeyFileError
+        This user may not read the key.
+
+    Notes
+    -----
+    Every call that changes something raises ``NotServingError``, ``CallTimeoutError`` or another ``ChannelError``
+    if it was not carried out, and ``OutcomeUnknownError`` if that cannot be known. When one returns, the change
+    is durable and every later read in every process sees it.
+
+    Thread-safe and fork-safe; a child opens connections of its own. Pickles as its name.
+
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        wait: float | None = None,
+        timeout: float = 10.0,
+        connect_wait: float = 0.0,
+        runtime_base: Path | None = None,
+    ) -> None:
+        super().__init__(name, wait=wait)
+        self._arguments = {"timeout": timeout, "connect_wait": connect_wait, "runtime_base": runtime_base}
+        runtime = RuntimeDirectory(name, runtime_base)
+        self._timeout = timeout
+        self._channel = ChannelClient(
+            runtime.server().address, lambda: load_key(runtime.key), timeout=timeout, connect_wait=connect_wait
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _connect_again, (type(self), self.name, self._arguments)
+
+    def close(self) -> None:
+        """Close the connections; reads go on working."""
+        self._channel.close()
+
+    def _call(self, method: str, *args: Any, idempotent: bool = False, timeout: float | None = None) -> Any:
+        return self._channel.call(method, args, timeout=timeout, idempotent=idempotent)
+
+    # ------------------------------------------------------------------ changing
+
+    def add_elimination(self, hotkey: str, data: Mapping[str, Any]) -> bool:
+        """Add or replace a record; True for a hotkey that was not eliminated before, False for an update.
+
+        Raises
+        ------
+        ValueError
+            A required field is missing, the record is of another hotkey, or larger than 1 MiB.
+        TypeError
+            A value cannot be stored; the message names its path.
+
+        """
+        return bool(self._call("add_elimination_rpc", hotkey, data))
+
+    def append_elimination_row(
+        self,
+        hotkey: str,
+        current_dd: float | None,
+        reason: str,
+        t_ms: int | None = None,
+        price_info: Mapping[str, Any] | None = None,
+        return_info: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Build a record from its parts, add it, and have the JSON files written."""
+        return bool(
+            self._call("append_elimination_row_rpc", hotkey, current_dd, reason, t_ms, price_info, return_info)
+        )
+
+    @staticmethod
+    def generate_elimination_row(
+        hotkey: str,
+        current_dd: float | None,
+        reason: str,
+        t_ms: int | None = None,
+        price_info: Mapping[str, Any] | None = None,
+        return_info: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Build a record from its parts; nothing is stored."""
+        return generate_row(hotkey, current_dd, reason, t_ms, price_info, return_info)
+
+    def remove_elimination(self, hotkey: str) -> bool:
+        """Remove a record; True if there was one."""
+        return bool(self._call("remove_elimination_rpc", hotkey))
+
+    def delete_eliminations(self, hotkeys: Iterable[str]) -> list[str]:
+        """Remove many records in one transaction; returns the hotkeys that had one."""
+        return list(self._call("delete_eliminations_rpc", list(hotkeys)))
+
+    def sync_eliminations(
+        self,
+        eliminations: Iterable[Mapping[str, Any]],
+        *,
+        on_progress: Callable[[int], Any] | None = None,
+    ) -> list[str]:
+        """Make exactly these records the eliminations, in one step, however many they are.
+
+        Parameters
+        ----------
+        eliminations
+            The records. A long list is sent in parts and applied as a whole.
+        on_progress
+            Called with the number of records sent so far; when all are sent, the commit is still to come.
+
+        Returns
+        -------
+        list of str
+            The hotkeys that are no longer eliminated.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A record is not fit to be stored; nothing is applied.
+
+        """
+        rows = iter(eliminations)
+        first = list(islice(rows, _PART))
+        if len(first) < _PART:
+            if on_progress is not None:
+                on_progress(len(first))
+            return list(self._call("sync_eliminations_rpc", first, timeout=max(self._timeout, _PART_TIMEOUT)))
+        token = self._call("begin_upload_rpc")
+        sent = 0
+        for part in _parts(first, rows):
+            self._call("upload_rpc", token, part, timeout=_PART_TIMEOUT)
+            sent += len(part)
+            if on_progress is not None:
+                on_progress(sent)
+        limit = _COMMIT_TIMEOUT + sent * _COMMIT_TIMEOUT_PER_ROW
+        return list(self._call("sync_uploaded_rpc", token, timeout=limit))
+
+    def clear_eliminations(self) -> None:
+        """Remove all records."""
+        self._call("clear_eliminations_rpc", timeout=max(self._timeout, _COMMIT_TIMEOUT))
+
+    def save_eliminations(self) -> None:
+        """Have the JSON files written now."""
+        self._call("save_eliminations_rpc", idempotent=True, timeout=max(self._timeout, _COMMIT_TIMEOUT))
+
+    def write_eliminations_to_disk(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
+        """Make exactly these records the eliminations, on disk and everywhere else."""
+        self._call(
+            "write_eliminations_to_disk_rpc", list(eliminations), timeout=max(self._timeout, _COMMIT_TIMEOUT)
+        )
+
+    def update_metagraph(self, hotkeys: Iterable[str]) -> list[str]:
+        """Say which hotkeys are in the metagraph now; returns those whose departure was recorded."""
+        return list(self._call("update_metagraph_rpc", list(hotkeys)))
+
+    # ------------------------------------------------------------------ asking the server
+
+    def get_eliminations_from_disk(self) -> list[dict[str, Any]]:
+        """Return the rows of ``eliminations.json``."""
+        return list(self._call("get_eliminations_from_disk_rpc", idempotent=True))
+
+    def get_history(
+        self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Return events, newest first: who changed what, when, with the old and the new record."""
+        return list(self._call("get_history_rpc", hotkey, limit, before_id, idempotent=True))
+
+    def health_check(self) -> dict[str, Any]:
+        """Return what the server says of itself."""
+        return dict(self._call("health_check_rpc", idempotent=True))
+
+
+def _parts(first: list[Any], rest: Iterator[Any]) -> Iterator[list[Any]]:
+    part = first
+    while part:
+        yield part
+        part = list(islice(rest, _PART))
+
+
+def _connect_again(cls: type[EliminationClient], name: str, arguments: dict[str, Any]) -> EliminationClient:
+    return cls(name, **arguments)

@@ -1,0 +1,71 @@
+"""How a row of the store stands in the shared table: its key, its flags, and the bytes of its record.
+
+::
+
+    flags    ELIMINATED | DEPARTED | REGISTERED
+    ordinal  of the elimination, else of the departure: the order in which results come
+    record   detected_ms i64 | departed ordinal i64 | the elimination record, msgpack (may be empty)
+
+A table is a pure function of the store: what is published for a hotkey follows from its row alone.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntFlag
+from typing import TYPE_CHECKING, Any, Final
+
+from shmelim.eliminations.record import decode
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from shmelim.eliminations.schema import Row
+    from shmelim.shm import Entry
+
+__all__ = ["ORIGIN_KEY", "Status", "departed_in", "eliminations_in", "row_entry"]
+
+PREFIX: Final = struct.Struct("<qq")
+ORIGIN_KEY: Final = b"\xff:origin"
+"""Key of the one entry that is no hotkey (it is not UTF-8): which state directory the table was made from."""
+
+
+class Status(IntFlag):
+    """What is known of a hotkey. *Re-registered* is ``DEPARTED | REGISTERED``."""
+
+    ELIMINATED = 1
+    DEPARTED = 2
+    REGISTERED = 4
+
+
+def row_entry(row: Row) -> tuple[bytes, int, bytes, int]:
+    """Return key, flags, record and ordinal under which a row is published."""
+    flags = 0
+    if row.record is not None:
+        flags |= Status.ELIMINATED
+    if row.departed_ordinal is not None:
+        flags |= Status.DEPARTED
+    if row.registered:
+        flags |= Status.REGISTERED
+    prefix = PREFIX.pack(row.detected_ms or 0, row.departed_ordinal or 0)
+    ordinal = row.eliminated_ordinal or row.departed_ordinal or 0
+    return row.hotkey.encode(), int(flags), prefix + (row.record or b""), ordinal
+
+
+def eliminations_in(entries: Mapping[bytes, Entry]) -> dict[str, dict[str, Any]]:
+    """Return the elimination records in a snapshot's entries, in the order of first elimination."""
+    size = PREFIX.size
+    return {
+        key.decode(): decode(record[size:])
+        for key, (flags, record, _) in entries.items()
+        if flags & Status.ELIMINATED
+    }
+
+
+def departed_in(entries: Mapping[bytes, Entry]) -> dict[str, dict[str, int]]:
+    """Return ``{hotkey: {"detected_ms": …}}`` of a snapshot's entries, in the order of departure."""
+    found = [
+        (PREFIX.unpack_from(record), key) for key, (flags, record, _) in entries.items() if flags & Status.DEPARTED
+    ]
+    found.sort(key=lambda item: item[0][1])
+    return {key.decode(): {"detected_ms": detected_ms} for (detected_ms, _), key in found}

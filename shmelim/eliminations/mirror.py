@@ -1,0 +1,230 @@
+"""Keeping the JSON files beside the store up to date, for the tools that read them.
+
+One thread writes. A change makes a file stale; it is written at most a second later, together with what else
+changed meanwhile, or at once where somebody waits for it (:meth:`FileMirror.flush`). After a write that took
+long, the next one that nobody waits for comes ten times as long later, so that a very large state does not keep
+a core busy.
+
+Before a new file takes its name, its digest is committed to the store: on the next start, a file with another
+digest was put there by a person.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Final, Literal
+
+from shmelim.eliminations import files
+from shmelim.eliminations.changes import set_meta
+from shmelim.eliminations.entry import PREFIX, Status, departed_in
+from shmelim.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from shmelim.eliminations.committer import Committer
+    from shmelim.shm import TableReader
+
+__all__ = ["DEPARTED_FILE", "ELIMINATIONS_FILE", "FileMirror", "FilesMode", "digest_key", "known_digests"]
+
+FilesMode = Literal["current", "lagged", "off"]
+
+ELIMINATIONS_FILE: Final = "eliminations.json"
+DEPARTED_FILE: Final = "departed_hotkeys.json"
+
+_COALESCE: Final = 0.3
+_PATIENCE: Final = 10
+_RETRY: Final = 1.0
+_FLUSH_LIMIT: Final = 300.0
+
+_log = logging.getLogger("shmelim.files")
+
+
+class FileMirror:
+    """Writes the two files behind the published state.
+
+    Parameters
+    ----------
+    directory
+        Where they are.
+    table
+        A reader of the published state.
+    committer
+        Commits their digests.
+    mode
+        ``"current"``: :meth:`flush` writes; ``"lagged"``: it returns at once; ``"off"``: no files.
+
+    Notes
+    -----
+    ``_stale``, ``_asked`` and ``_written`` are guarded by ``_changed``; the rest belongs to the thread, but that
+    anybody may reset ``_departed_written``, which costs a write too many at worst.
+
+    """
+
+    def __init__(self, directory: Path, table: TableReader, committer: Committer, mode: FilesMode) -> None:
+        self._directory = directory
+        self._table = table
+        self._committer = committer
+        self.mode = mode
+        self._changed = threading.Condition()
+        self._stale: dict[str, float] = {}
+        self._asked = 0
+        self._written = 0
+        self._stopping = False
+        self._not_before = 0.0
+        # Departures are for ever, so their number tells whether the file lacks any.
+        self._departed_written = -1
+        self._problem: StoreError | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def problem(self) -> StoreError | None:
+        """Why the last write failed, or None; one reference read."""
+        return self._problem
+
+    def start(self) -> None:
+        """Start the writing thread; nothing happens in mode ``"off"``."""
+        if self.mode != "off":
+            self._thread = threading.Thread(target=self._run, name="shmelim-files", daemon=True)
+            self._thread.start()
+
+    def mark(self, *, eliminations: bool = True, departed: bool = True) -> None:
+        """Say that the published state is ahead of the files. Cheap, from any thread."""
+        if self.mode == "off":
+            return
+        now = time.monotonic()
+        with self._changed:
+            if eliminations:
+                self._stale.setdefault(ELIMINATIONS_FILE, now)
+            if departed:
+                self._stale.setdefault(DEPARTED_FILE, now)
+            self._changed.notify_all()
+
+    def flush(self, *, insist: bool = False) -> None:
+        """Return when the files show everything published before the call.
+
+        Parameters
+        ----------
+        insist
+            Write in mode ``"lagged"`` too, and write both files even if they are not stale.
+
+        Raises
+        ------
+        StoreError
+            They could not be written; the state itself is safe in the store.
+
+        """
+        if self.mode == "off" or self._thread is None or (self.mode == "lagged" and not insist):
+            return
+        if insist:
+            self._departed_written = -1
+            self.mark()
+        with self._changed:
+            if not self._stale and self._asked == self._written:
+                return
+            self._asked += 1
+            wanted = self._asked
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self._written >= wanted or self._stopping, _FLUSH_LIMIT):
+                raise StoreError(f"the files in {self._directory} were not written within {_FLUSH_LIMIT:.0f} s")
+            problem = self._problem
+        if problem is not None:
+            raise problem
+
+    def stop(self) -> None:
+        """Write what is stale, and end the thread. Idempotent."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with self._changed:
+                self._stopping = True
+                self._changed.notify_all()
+            thread.join()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                stale, asked = self._wait_for_work()
+                if not stale and self._stopping:
+                    return
+            began = time.monotonic()
+            problem = self._write(stale)
+            took = time.monotonic() - began
+            with self._changed:
+                if problem is None:
+                    self._not_before = time.monotonic() + _PATIENCE * took
+                else:
+                    for name in stale:
+                        self._stale.setdefault(name, began)
+                    self._not_before = time.monotonic() + _RETRY
+                if problem is not None and str(problem) != str(self._problem):
+                    _log.error("%s", problem)
+                self._problem = problem
+                self._written = asked
+                self._changed.notify_all()
+                if problem is not None and self._stopping:
+                    return
+
+    def _wait_for_work(self) -> tuple[list[str], int]:
+        """Wait until something must be written now; return the stale files, which are stale no more."""
+        while not self._stopping and self._asked == self._written:
+            if not self._stale:
+                self._changed.wait()
+                continue
+            due = max(min(self._stale.values()) + _COALESCE, self._not_before)
+            if (left := due - time.monotonic()) <= 0:
+                break
+            self._changed.wait(left)
+        stale, self._stale = list(self._stale), {}
+        return stale, self._asked
+
+    def _write(self, stale: list[str]) -> StoreError | None:
+        try:
+            for name in stale:
+                path = self._directory / name
+                confirm = self._confirming(name)
+                if name == DEPARTED_FILE and self._departed_written == self._table.count_flag(1):
+                    continue
+                entries = self._table.snapshot().entries
+                if name == ELIMINATIONS_FILE:
+                    records = (
+                        record[PREFIX.size :] for flags, record, _ in entries.values() if flags & Status.ELIMINATED
+                    )
+                    files.write_eliminations(path, records, before_rename=confirm)
+                else:
+                    departed = departed_in(entries)
+                    files.write_departed(path, _times(departed), before_rename=confirm)
+                    self._departed_written = len(departed)
+        except StoreError as error:
+            return error
+        except Exception as error:
+            _log.exception("the files in %s could not be written", self._directory)
+            return StoreError(f"the files in {self._directory} could not be written: {error}")
+        return None
+
+    def _confirming(self, name: str) -> Callable[[str], None]:
+        def confirm(digest: str) -> None:
+            known = self._committer.read(lambda store: known_digests(store.meta(digest_key(name))))
+            if digest not in known[-1:]:
+                # The one before stays known: a crash may come before the rename.
+                self._committer.commit(set_meta(digest_key(name), [*known[-1:], digest]))
+
+        return confirm
+
+
+def digest_key(name: str) -> str:
+    """Return the key under which the store keeps a file's digests."""
+    return f"digests:{name}"
+
+
+def known_digests(value: object) -> list[str]:
+    """Return the digests under which the store knows a file, oldest first."""
+    return [digest for digest in value if isinstance(digest, str)] if isinstance(value, list) else []
+
+
+def _times(departed: dict[str, dict[str, int]]) -> Iterator[tuple[str, int]]:
+    return ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())

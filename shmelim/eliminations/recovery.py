@@ -1,0 +1,240 @@
+"""Finding the state to start from: the store, files that a person put there, or what is left when it is damaged.
+
+In this order:
+
+1. The store, if it is whole. A JSON file beside it that is not the one we wrote last was put there by a person:
+   it is taken over as it stands, and the history says so.
+2. If the store is damaged it is moved aside, and a new one made from what the last writer published in shared
+   memory (everything that was acknowledged), or else from the JSON files (at most a second behind).
+3. With no store at all, the JSON files are the state: that is how a validator migrates. A default departed file
+   stands in where there is none.
+
+A damaged JSON file is moved aside and costs nothing, unless it is all there is: then starting would mean to start
+empty and let eliminated miners trade, so the start is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from shmelim.eliminations import files
+from shmelim.eliminations.changes import Step, merge, record_departures, replace_all
+from shmelim.eliminations.entry import ORIGIN_KEY, PREFIX, Status, departed_in
+from shmelim.eliminations.history import Change as EventOf
+from shmelim.eliminations.mirror import DEPARTED_FILE, ELIMINATIONS_FILE, digest_key, known_digests
+from shmelim.eliminations.store import Store, move_aside
+from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError, StoreError
+from shmelim.shm import Namespace, TableReader
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from collections.abc import Callable
+
+    from shmelim.eliminations.schema import Durability
+
+__all__ = ["import_file", "origin_record", "recover"]
+
+_log = logging.getLogger("shmelim.recovery")
+_CHECK_LIMIT = 256 << 20
+
+
+class _Published(NamedTuple):
+    """What the last writer left in shared memory."""
+
+    records: dict[str, bytes]
+    departed: dict[str, int]
+    registered: list[str]
+
+
+def recover(
+    directory: Path,
+    namespace: Namespace,
+    *,
+    durability: Durability = "power",
+    default_departed: Path | None = None,
+    use_files: bool = True,
+) -> Store:
+    """Open the store of a state directory with the state to serve in it.
+
+    Parameters
+    ----------
+    directory
+        The state directory; made if missing.
+    namespace
+        Where the last writer's table may still be.
+    durability
+        As in :meth:`Store.open`.
+    default_departed
+        A departed file to use when there is none yet.
+    use_files
+        Whether the JSON files count at all.
+
+    Raises
+    ------
+    StoreError
+        The directory or a file cannot be read or written.
+    DamagedFileError
+        There is no store, and the JSON file in its place is damaged.
+
+    """
+    fresh = not (directory / "shmelim.sqlite").exists()
+    published: _Published | None = None
+    try:
+        store = Store.open(directory, durability, parents=True)
+        try:
+            if store.size_bytes() <= _CHECK_LIMIT:
+                store.check()
+            for _ in store.rows():
+                pass
+        except BaseException:
+            store.close()
+            raise
+    except DamagedStoreError as error:
+        published = _last_published(namespace, directory)
+        aside = move_aside(directory)
+        _log.error("%s; it is now %s", error, aside)
+        store = Store.open(directory, durability, parents=True)
+        fresh = True
+    try:
+        with store.transaction():
+            step = Step(store, None)
+            if published is not None:
+                _restore(step, published)
+            if use_files:
+                _take_files(step, directory, fresh=fresh and published is None)
+            if default_departed is not None and not store.counts().departed:
+                _take_departed(step, default_departed, "default departed file")
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def import_file(step: Step, path: Path) -> tuple[int, int]:
+    """Merge a file of eliminations or departed hotkeys into the state.
+
+    Rows that cannot be taken are set aside in a quarantine file beside it.
+
+    Returns
+    -------
+    tuple
+        How many rows were taken and how many set aside.
+
+    Raises
+    ------
+    DamagedFileError, StoreError
+        It cannot be read; nothing is applied.
+
+    """
+    try:
+        found = files.read_eliminations(path)
+    except DamagedFileError:
+        departed = files.read_departed(path)
+        if departed is None:
+            raise
+        record_departures(departed.items, f"import of {path}")(step)
+        _set_aside(path, departed.bad)
+        return len(departed.items), len(departed.bad)
+    if found is None:
+        raise StoreError(f"{path} does not exist", hint="name a JSON file of eliminations or departed hotkeys")
+    merge(dict(found.rows), f"import of {path}")(step)
+    _set_aside(path, found.bad)
+    return len(found.rows), len(found.bad)
+
+
+def origin_record(directory: Path | None) -> bytes:
+    """Return what a table says of its origin: the state directory it was made from."""
+    return msgspec.msgpack.encode({"state_dir": None if directory is None else str(directory.resolve())})
+
+
+def _take_files(step: Step, directory: Path, *, fresh: bool) -> None:
+    def eliminations(path: Path) -> str | None:
+        found = files.read_eliminations(path)
+        if found is None:
+            return None
+        # A row that cannot be taken says nothing against what the store knows of its hotkey.
+        unsure = [bad.row.get("hotkey") for bad in found.bad if isinstance(bad.row, dict)]
+        keep = [hotkey for hotkey in unsure if isinstance(hotkey, str)]
+        replace_all(dict(found.rows), f"file {path.name}", keep)(step)
+        _set_aside(path, found.bad)
+        return found.digest
+
+    def departed(path: Path) -> str | None:
+        return _take_departed(step, path, f"file {path.name}")
+
+    takers: dict[str, Callable[[Path], str | None]] = {ELIMINATIONS_FILE: eliminations, DEPARTED_FILE: departed}
+    for name, take in takers.items():
+        path = directory / name
+        known = known_digests(step.store.meta(digest_key(name)))
+        digest = files.digest_of(path)
+        if digest is None or digest in known:
+            continue
+        try:
+            take(path)
+        except DamagedFileError as error:
+            if fresh:
+                raise DamagedFileError(
+                    f"{error.message}, and there is no other record of the state",
+                    hint="repair the file, or move it away to start empty",
+                ) from None
+            aside = files.move_aside(path)
+            _log.error("%s; it is now %s, the state comes from the store", error.message, aside)
+            step.record([EventOf("damaged", note=f"{name} was damaged: moved aside to {aside.name}")])
+        else:
+            _log.info("%s was not written by this server: taken over", path)
+            step.record([EventOf("import", note=f"{name} was put there by somebody else: taken over")])
+            step.store.set_meta(digest_key(name), [digest])
+
+
+def _take_departed(step: Step, path: Path, reason: str) -> str | None:
+    found = files.read_departed(path)
+    if found is None:
+        raise StoreError(f"{path} does not exist", hint="name a JSON file of departed hotkeys")
+    record_departures(found.items, reason)(step)
+    _set_aside(path, found.bad)
+    return found.digest
+
+
+def _set_aside(path: Path, bad: list[files.BadRow]) -> None:
+    if bad:
+        target = files.quarantine(path, bad)
+        _log.warning("%d rows of %s cannot be taken and are set aside in %s:", len(bad), path, target)
+        for row in bad[:20]:
+            _log.warning("  row %d: %s", row.index, row.problem)
+
+
+def _last_published(namespace: Namespace, directory: Path) -> _Published | None:
+    """Return what stands in shared memory, if it was made from this state directory and is whole."""
+    try:
+        entries = TableReader(namespace).snapshot(verify=True).entries
+    except (NotServingError, SegmentError) as error:
+        _log.warning("shared memory does not help: %s", error)
+        return None
+    origin = entries.pop(ORIGIN_KEY, None)
+    if origin is None or origin.record != origin_record(directory):
+        _log.warning("shared memory does not help: what stands there is the state of another directory")
+        return None
+    return _Published(
+        {
+            key.decode(): entry.record[PREFIX.size :]
+            for key, entry in entries.items()
+            if entry.flags & Status.ELIMINATED
+        },
+        {hotkey: info["detected_ms"] for hotkey, info in departed_in(entries).items()},
+        [key.decode() for key, entry in entries.items() if entry.flags & Status.REGISTERED],
+    )
+
+
+def _restore(step: Step, published: _Published) -> None:
+    step.record([EventOf("recover", note="the store was damaged: restored from shared memory")])
+    merge(published.records, "recovered")(step)
+    record_departures(published.departed, "recovered")(step)
+    step.store.set_registered(published.registered)
+    _log.warning(
+        "restored %d eliminations and %d departed hotkeys from shared memory; the history starts anew",
+        len(published.records),
+        len(published.departed),
+    )

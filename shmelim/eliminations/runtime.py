@@ -1,0 +1,172 @@
+"""Where a name's things are: its runtime directory with key and socket, and its state directory.
+
+::
+
+    <runtime>/shmelim/<name>/     0700, of this user
+        key                       32 random bytes, 0600: who can read it may change the state
+        socket                    the command channel, unless it is on a TCP port
+        server.json               address and state directory of the server that started last
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+from typing import Final, Self
+
+import msgspec
+import platformdirs
+
+from shmelim.errors import AlreadyServingError, NotServingError, StoreError
+from shmelim.shm import check_name
+
+__all__ = ["RuntimeDirectory", "ServerInfo", "StateLock", "default_state_directory"]
+
+_PRIVATE: Final = 0o700
+
+
+class ServerInfo(msgspec.Struct, frozen=True):
+    """What a server leaves for its clients; ``address`` is a socket path or (host, port)."""
+
+    address: str | tuple[str, int]
+    state_dir: str | None
+    pid: int
+
+
+class RuntimeDirectory:
+    """The runtime directory of a name.
+
+    Parameters
+    ----------
+    name
+        The name that is served.
+    base
+        Where runtime directories are; default: the user's, by ``platformdirs``.
+
+    Raises
+    ------
+    ValueError
+        The name is no legal name.
+
+    """
+
+    def __init__(self, name: str, base: Path | None = None) -> None:
+        self.name = check_name(name)
+        self.path = (base or Path(platformdirs.user_runtime_dir("shmelim"))) / name
+
+    @property
+    def key(self) -> Path:
+        """The key file."""
+        return self.path / "key"
+
+    @property
+    def socket(self) -> Path:
+        """The Unix socket."""
+        return self.path / "socket"
+
+    def create(self) -> Self:
+        """Make the directory, private to this user, and check that it is.
+
+        Raises
+        ------
+        StoreError
+            It cannot be made, or others could enter it.
+
+        """
+        try:
+            self.path.parent.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+            self.path.mkdir(mode=_PRIVATE, exist_ok=True)
+            status = self.path.lstat()
+        except OSError as error:
+            raise StoreError(
+                f"the runtime directory {self.path} cannot be made: {error.strerror}",
+                hint="set XDG_RUNTIME_DIR to a directory of your own",
+            ) from error
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise StoreError(
+                f"the runtime directory {self.path} belongs to uid {status.st_uid}",
+                hint="remove it, or set XDG_RUNTIME_DIR to a directory of your own",
+            )
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            self.path.chmod(_PRIVATE)
+        return self
+
+    def announce(self, info: ServerInfo) -> None:
+        """Write down how the server is reached, in one step."""
+        target = self.path / "server.json"
+        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_bytes(msgspec.json.encode(info))
+        temporary.chmod(0o600)
+        temporary.replace(target)
+
+    def server(self) -> ServerInfo:
+        """Return how the server is reached, whether or not it runs.
+
+        Raises
+        ------
+        NotServingError
+            None ever ran here, or what it left cannot be read.
+
+        """
+        try:
+            return msgspec.json.decode((self.path / "server.json").read_bytes(), type=ServerInfo)
+        except (OSError, msgspec.DecodeError) as error:
+            raise NotServingError(
+                f"no server of the name {self.name!r} can be found in {self.path}"
+                + (f": {error.strerror}" if isinstance(error, PermissionError) else ""),
+                hint=f"start it with `shmelim serve --name {self.name}`",
+            ) from None
+
+
+class StateLock:
+    """The lock on a state directory: no two servers, of whatever names, use one.
+
+    An ``flock``, which the kernel releases however its holder dies.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises
+        ------
+        AlreadyServingError
+            Another process uses the directory.
+        StoreError
+            The directory cannot be made or written.
+
+        """
+        path = self._directory / "lock"
+        try:
+            self._directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise StoreError(
+                f"the state directory {self._directory} cannot be used: {error.strerror}",
+                hint="make it writable for this user, or name another with --state-dir",
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise AlreadyServingError(
+                f"the state directory {self._directory} is in use by another server",
+                hint="name another with --state-dir, or stop that server",
+            ) from None
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give the lock back. Idempotent."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def default_state_directory(name: str) -> Path:
+    """Return the state directory that a name has by default."""
+    return Path(platformdirs.user_state_dir("shmelim")) / check_name(name)

@@ -1,0 +1,183 @@
+"""A server process: takes the locks, recovers, publishes, answers, and ends cleanly on SIGTERM and SIGINT."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from shmelim.eliminations.runtime import RuntimeDirectory, ServerInfo, StateLock, default_state_directory
+from shmelim.eliminations.server import EliminationManagerServer
+from shmelim.rpc import ChannelServer, load_or_create_key
+from shmelim.shm import SharedNamespace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from collections.abc import Callable
+    from types import FrameType, TracebackType
+
+    from shmelim.eliminations.mirror import FilesMode
+    from shmelim.eliminations.schema import Durability
+
+__all__ = ["ServeOptions", "Service", "run"]
+
+_log = logging.getLogger("shmelim.serve")
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How to serve a name.
+
+    Attributes
+    ----------
+    name
+        1 to 16 of ``a-z 0-9 _ -``.
+    state_dir
+        Where the state is; None: the user's state directory of that name.
+    port
+        A TCP port on 127.0.0.1 for the command channel; None: a Unix socket in the runtime directory.
+    group_readable
+        Let the group of this process read the segments (mode 0640).
+    runtime_base
+        Where runtime directories are; None: the user's.
+    durability, files, default_departed, imports
+        As for :class:`EliminationManagerServer`.
+
+    """
+
+    name: str
+    state_dir: Path | None = None
+    port: int | None = None
+    group_readable: bool = False
+    runtime_base: Path | None = None
+    durability: Durability = "power"
+    files: FilesMode = "current"
+    default_departed: Path | None = None
+    imports: tuple[Path, ...] = field(default=())
+
+
+class Service:
+    """A served name: locks, state and command channel, for the length of a ``with`` block.
+
+    Parameters
+    ----------
+    options
+        What to serve.
+
+    Raises
+    ------
+    AlreadyServingError
+        The name, or the state directory, is in use.
+    StoreError, SegmentError, ChannelError
+        State, shared memory or channel cannot be had.
+
+    """
+
+    def __init__(self, options: ServeOptions) -> None:
+        self.options = options
+        self.state_dir = options.state_dir or default_state_directory(options.name)
+        self._closing = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        options = self.options
+        namespace = SharedNamespace(options.name, mode=0o640 if options.group_readable else 0o600)
+        runtime = RuntimeDirectory(options.name, options.runtime_base).create()
+        with contextlib.ExitStack() as stack:
+            lock = StateLock(self.state_dir)
+            lock.acquire()
+            stack.callback(lock.release)
+            self.server = stack.enter_context(
+                EliminationManagerServer(
+                    namespace,
+                    self.state_dir,
+                    durability=options.durability,
+                    files=options.files,
+                    default_departed=options.default_departed,
+                    imports=options.imports,
+                )
+            )
+            address = str(runtime.socket) if options.port is None else ("127.0.0.1", options.port)
+            channel = ChannelServer(
+                self.server, address, load_or_create_key(runtime.key), service_name="EliminationManagerServer"
+            )
+            self.channel = stack.enter_context(channel)
+            runtime.announce(ServerInfo(self.channel.address, str(self.state_dir.resolve()), os.getpid()))
+            self._closing = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # The channel ends first, so that no change is accepted that would not be saved.
+        self._closing.close()
+
+
+def run(options: ServeOptions, on_ready: Callable[[Service], Any] | None = None) -> None:
+    """Serve in the foreground until SIGTERM or SIGINT.
+
+    Parameters
+    ----------
+    options
+        What to serve.
+    on_ready
+        Called once readers and clients are served.
+
+    Raises
+    ------
+    What :class:`Service` raises.
+
+    Notes
+    -----
+    Must run in the main thread, which owns signals. A signal that comes during recovery ends it there; nothing
+    is lost by that.
+
+    """
+    with _StopSignals() as signals, Service(options) as service:
+        signals.defer()
+        _log.info("serving %r", options.name)
+        if on_ready is not None:
+            on_ready(service)
+        signals.wait()
+        _log.info("stopping %r", options.name)
+
+
+class _StopSignals:
+    """SIGTERM and SIGINT: at first they raise SystemExit, once deferred they only end :meth:`wait`.
+
+    So a start can be broken off, and neither serving nor closing is interrupted halfway. The interpreter
+    writes each signal to a pipe, which needs no lock that the main thread could hold.
+    """
+
+    def __enter__(self) -> Self:
+        self._deferred = False
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._before = {number: signal.signal(number, self._handle) for number in _STOP_SIGNALS}
+        self._old_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._old_fd)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._reading)
+        os.close(self._writing)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if not self._deferred:
+            raise SystemExit(128 + number)
+
+    def defer(self) -> None:
+        """Stop raising."""
+        self._deferred = True
+
+    def wait(self) -> None:
+        """Wait for a signal, or return at once if one came since :meth:`defer`."""
+        select.select([self._reading], [], [])

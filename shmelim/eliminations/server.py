@@ -1,0 +1,392 @@
+"""The one object that owns the state: its remote methods check, commit, publish and only then return.
+
+Every method whose name ends in ``_rpc`` can be called over the command channel, and directly where the server
+object lives in the caller's process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+from shmelim.eliminations import changes, files
+from shmelim.eliminations.committer import Committer
+from shmelim.eliminations.history import Origin, this_process
+from shmelim.eliminations.mirror import ELIMINATIONS_FILE, FileMirror, FilesMode
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.record import check_hotkey, decode, generate_row, prepare
+from shmelim.eliminations.recovery import import_file, origin_record, recover
+from shmelim.eliminations.store import Store
+from shmelim.eliminations.uploads import Uploads
+from shmelim.errors import DamagedFileError
+from shmelim.rpc import current_caller
+from shmelim.shm import PrivateNamespace, SharedNamespace, TableReader, TableWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from types import TracebackType
+
+    from shmelim.eliminations.changes import Step
+    from shmelim.eliminations.history import Event
+    from shmelim.eliminations.schema import Durability
+    from shmelim.shm import Namespace
+
+__all__ = ["EliminationManagerServer"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger("shmelim.server")
+
+BEAT_INTERVAL: Final = 0.25
+DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
+
+
+class EliminationManagerServer:
+    """Owns store, table and files of one name.
+
+    Parameters
+    ----------
+    namespace
+        Where the table goes; None keeps it in this process's private memory.
+    state_dir
+        Where the store and the JSON files are; None keeps everything in memory and writes nothing.
+    durability
+        ``"power"``: an acknowledged change survives a power cut. ``"process"``: it survives the death of this
+        process, at a third of the price or less.
+    files
+        ``"current"``: the JSON files are current when a saving call returns, and at most a second behind
+        otherwise. ``"lagged"``: always the latter. ``"off"``: there are none.
+    default_departed
+        A departed file to start from when nothing is known of departures yet.
+    imports
+        Files of eliminations or departed hotkeys, merged into the state once each.
+
+    Raises
+    ------
+    AlreadyServingError
+        Another process writes this table.
+    StoreError, DamagedFileError
+        The state directory cannot be used.
+    SegmentFullError
+        No shared memory left.
+
+    Notes
+    -----
+    Thread-safe: any thread may call any method; changes that come at once share a commit. Belongs to the
+    process that made it.
+
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace | None = None,
+        state_dir: Path | str | None = None,
+        *,
+        durability: Durability = "power",
+        files: FilesMode = "current",
+        default_departed: Path | str | None = None,
+        imports: Sequence[Path | str] = (),
+    ) -> None:
+        self.namespace = PrivateNamespace() if namespace is None else namespace
+        self.state_dir = None if state_dir is None else Path(state_dir)
+        self.started_ms = _now_ms()
+        self._first_refresh_ran = False
+        self._uploads = Uploads()
+        self._stopped = threading.Event()
+        table = TableWriter(self.namespace)
+        # From here on the heartbeat tells readers that a writer is at work, however long recovery takes.
+        self._beating = threading.Thread(target=self._beat, args=(table,), name="shmelim-heartbeat", daemon=True)
+        self._beating.start()
+        try:
+            store = self._open_store(durability, default_departed, use_files=files != "off")
+            try:
+                for path in imports:
+                    self._import(store, Path(path))
+                self._committer = Committer(store, table, self._after_publish)
+                self._mirror: FileMirror | None = None
+                self._committer.publish_all(origin_record(self.state_dir))
+            except BaseException:
+                store.close()
+                raise
+        except BaseException:
+            self._stopped.set()
+            self._beating.join()
+            table.close()
+            raise
+        self.reader = EliminationReader.over(self.namespace)
+        if self.state_dir is not None:
+            self._mirror = FileMirror(self.state_dir, TableReader(self.namespace), self._committer, files)
+            self._mirror.mark()
+            self._mirror.start()
+
+    def _open_store(
+        self, durability: Durability, default_departed: Path | str | None, *, use_files: bool
+    ) -> Store:
+        default = None if default_departed is None else Path(default_departed)
+        if self.state_dir is not None:
+            return recover(
+                self.state_dir,
+                self.namespace,
+                durability=durability,
+                default_departed=default,
+                use_files=use_files,
+            )
+        store = Store.in_memory()
+        if default is not None:
+            with store.transaction():
+                import_file(changes.Step(store, None), default)
+        return store
+
+    @staticmethod
+    def _import(store: Store, path: Path) -> None:
+        """Merge a file, unless this very content was merged before (a restart must not undo later changes)."""
+        key = f"imported:{files.digest_of(path)}"
+        if store.meta(key):
+            _log.info("%s was imported before", path)
+            return
+        with store.transaction():
+            taken, bad = import_file(changes.Step(store, None), path)
+            store.set_meta(key, True)  # noqa: FBT003
+        _log.info("imported %d rows of %s, set %d aside", taken, path, bad)
+
+    def _beat(self, table: TableWriter) -> None:
+        while not self._stopped.wait(BEAT_INTERVAL):
+            table.beat()
+
+    def _after_publish(self, _touched: Sequence[str]) -> None:
+        if self._mirror is not None:
+            self._mirror.mark()
+
+    # ------------------------------------------------------------------ life
+
+    def close(self) -> None:
+        """Write what the files lack, and close the state; readers keep what was published. Idempotent."""
+        if self._mirror is not None:
+            self._mirror.stop()
+        self._stopped.set()
+        self._beating.join()
+        self._committer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _commit(self, change: Callable[[Step], T]) -> T:
+        return self._committer.commit(change, _origin())
+
+    def _save(self) -> None:
+        """Bring the files up to date; what fails there is reported, since the change itself is safe."""
+        if self._mirror is not None:
+            try:
+                self._mirror.flush()
+            except Exception as error:
+                _log.warning("the change is stored and published, but its file is behind: %s", error)
+
+    # ------------------------------------------------------------------ health
+
+    def health_check_rpc(self) -> dict[str, Any]:
+        """Return ``status`` ("ok"), ``timestamp_ms``, the counts, and what else helps."""
+        table = self.reader.table
+        problem = None if self._mirror is None else self._mirror.problem
+        return {
+            "status": "ok",
+            "timestamp_ms": _now_ms(),
+            "num_eliminations": len(self.reader),
+            "num_departed_hotkeys": self.reader.num_departed_hotkeys,
+            "name": self.namespace.name if isinstance(self.namespace, SharedNamespace) else None,
+            "pid": os.getpid(),
+            "started_ms": self.started_ms,
+            "state_dir": None if self.state_dir is None else str(self.state_dir),
+            "store_bytes": self._committer.read(lambda store: store.size_bytes()),
+            "commits": self._committer.commits,
+            "changes": self._committer.changes,
+            "generation": table.generation,
+            "sequence": table.sequence,
+            "segment_bytes": table.segment_size,
+            "problems": [] if problem is None else [str(problem)],
+        }
+
+    # ------------------------------------------------------------------ reading
+
+    def is_hotkey_eliminated_rpc(self, hotkey: str) -> bool:
+        """Tell whether a hotkey is eliminated."""
+        return self.reader.is_hotkey_eliminated(hotkey)
+
+    def get_elimination_rpc(self, hotkey: str) -> dict[str, Any] | None:
+        """Return a hotkey's elimination record, or None."""
+        return self.reader.get_elimination(hotkey)
+
+    def get_eliminated_hotkeys_rpc(self) -> set[str]:
+        """Return the hotkeys that are eliminated."""
+        return self.reader.get_eliminated_hotkeys()
+
+    def get_eliminations_from_memory_rpc(self) -> list[dict[str, Any]]:
+        """Return all elimination records, in the order of first elimination."""
+        return self.reader.get_eliminations_from_memory()
+
+    def get_eliminations_dict_rpc(self) -> dict[str, dict[str, Any]]:
+        """Return all elimination records by hotkey, in the order of first elimination."""
+        return self.reader.get_eliminations_dict()
+
+    def get_eliminations_from_disk_rpc(self) -> list[dict[str, Any]]:
+        """Return the rows of ``eliminations.json``, or of the store where there is no such file."""
+        if self._mirror is not None and self._mirror.mode != "off" and self.state_dir is not None:
+            try:
+                found = files.read_eliminations(self.state_dir / ELIMINATIONS_FILE)
+            except DamagedFileError as error:
+                _log.warning("%s; answering from the store", error)
+            else:
+                if found is not None:
+                    return [decode(record) for _, record in found.rows]
+        return [decode(record) for record in self._committer.read(lambda s: [r for _, r in s.eliminated()])]
+
+    def is_hotkey_re_registered_rpc(self, hotkey: str) -> bool:
+        """Tell whether a hotkey that once left the metagraph is in it now."""
+        return self.reader.is_hotkey_re_registered(hotkey)
+
+    def get_departed_hotkeys_rpc(self) -> dict[str, dict[str, int]]:
+        """Return ``{hotkey: {"detected_ms": …}}`` of all that left the metagraph, in the order they did."""
+        return self.reader.get_departed_hotkeys()
+
+    def get_departed_hotkey_info_rpc(self, hotkey: str) -> dict[str, int] | None:
+        """Return ``{"detected_ms": …}`` of a hotkey that left the metagraph once, or None."""
+        return self.reader.get_departed_hotkey_info(hotkey)
+
+    def is_zombie_hotkey_rpc(self, hotkey: str, all_hotkeys_set: Iterable[str]) -> bool:
+        """Tell whether a hotkey is missing among all hotkeys of the metagraph, the development one excepted."""
+        check_hotkey(hotkey)
+        return hotkey != DEVELOPMENT_HOTKEY and hotkey not in all_hotkeys_set
+
+    def get_history_rpc(
+        self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Return events, newest first: who changed what, when, with the old and the new record.
+
+        Parameters
+        ----------
+        hotkey
+            Only this hotkey's events.
+        limit
+            At most so many; None for all.
+        before_id
+            Only events older than the one with this ``id``; for the next page.
+
+        """
+        events = self._committer.read(lambda store: store.events(hotkey, limit, before_id))
+        return [event_as_dict(event) for event in events]
+
+    # ------------------------------------------------------------------ changing
+
+    def add_elimination_rpc(self, hotkey: str, data: Mapping[str, Any]) -> bool:
+        """Add or replace a record; True for a hotkey that was not eliminated before, False for an update.
+
+        Raises
+        ------
+        ValueError
+            A required field is missing, the record is of another hotkey, or larger than 1 MiB.
+        TypeError
+            A value cannot be stored; the message names its path.
+
+        """
+        return self._commit(changes.add(*prepare(data, hotkey)))
+
+    def append_elimination_row_rpc(
+        self,
+        hotkey: str,
+        current_dd: float | None,
+        reason: str,
+        t_ms: int | None = None,
+        price_info: Mapping[str, Any] | None = None,
+        return_info: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Build a record from its parts, add it and save; returns as :meth:`add_elimination_rpc` does."""
+        row = generate_row(hotkey, current_dd, reason, t_ms, price_info, return_info)
+        added = self.add_elimination_rpc(hotkey, row)
+        self._save()
+        return added
+
+    def remove_elimination_rpc(self, hotkey: str) -> bool:
+        """Remove a record; True if there was one."""
+        return bool(self._commit(changes.remove(changes.check_hotkeys([hotkey]))))
+
+    def delete_eliminations_rpc(self, hotkeys: Iterable[str]) -> list[str]:
+        """Remove many records in one transaction and save; returns the hotkeys that had one."""
+        removed = self._commit(changes.remove(changes.check_hotkeys(hotkeys)))
+        self._save()
+        return removed
+
+    def sync_eliminations_rpc(self, eliminations: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Make exactly these records the eliminations, in one step, and save; returns the removed hotkeys.
+
+        Hotkeys that stay keep their place in the order. Of a hotkey that is listed twice the last record
+        counts. One record that is not fit refuses the whole list.
+        """
+        return self._replace(changes.prepare_all(eliminations), "sync")
+
+    def write_eliminations_to_disk_rpc(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
+        """Make exactly these records the eliminations, on disk and everywhere else."""
+        self._replace(changes.prepare_all(eliminations), "write")
+
+    def clear_eliminations_rpc(self) -> None:
+        """Remove all records and save."""
+        self._commit(changes.clear())
+        self._save()
+
+    def save_eliminations_rpc(self) -> None:
+        """Write the JSON files now; StoreError if that fails."""
+        if self._mirror is not None:
+            self._mirror.flush(insist=True)
+
+    def update_metagraph_rpc(self, hotkeys: Iterable[str]) -> list[str]:
+        """Say which hotkeys are in the metagraph now; returns those whose departure was recorded."""
+        return self._commit(changes.update_metagraph(changes.check_hotkeys(hotkeys)))
+
+    def begin_upload_rpc(self) -> str:
+        """Begin a list that is too large for one message; returns its token."""
+        return self._uploads.begin()
+
+    def upload_rpc(self, token: str, eliminations: Iterable[Mapping[str, Any]]) -> int:
+        """Add records to an upload; returns how many it has."""
+        return self._uploads.extend(token, eliminations)
+
+    def sync_uploaded_rpc(self, token: str) -> list[str]:
+        """Sync to what was uploaded; as :meth:`sync_eliminations_rpc`."""
+        return self._replace(self._uploads.finish(token), "sync")
+
+    def _replace(self, records: dict[str, bytes], reason: str) -> list[str]:
+        removed = self._commit(changes.replace_all(records, reason))
+        self._save()
+        return removed
+
+    def get_first_refresh_ran_rpc(self) -> bool:
+        """Tell whether the first refresh was made since this server started."""
+        return self._first_refresh_ran
+
+    def set_first_refresh_ran_rpc(self, value: bool) -> None:
+        """Say whether the first refresh was made."""
+        self._first_refresh_ran = bool(value)
+
+
+def event_as_dict(event: Event) -> dict[str, Any]:
+    """Return an event with its records decoded."""
+    return event._asdict() | {
+        "old": None if event.old is None else decode(event.old),
+        "new": None if event.new is None else decode(event.new),
+    }
+
+
+def _origin() -> Origin:
+    caller = current_caller()
+    return this_process() if caller is None else Origin(caller.pid, caller.uid, caller.program)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,92 @@
+"""Lists that are larger than one message: sent in parts, checked as they come, applied in one piece."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from shmelim.eliminations.changes import prepare_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["Uploads"]
+
+MAX_OPEN: Final = 4
+MAX_BYTES: Final = 4 << 30
+IDLE_LIMIT: Final = 120.0
+
+
+class _Upload:
+    def __init__(self) -> None:
+        self.records: dict[str, bytes] = {}
+        self.size = 0
+        self.touched = time.monotonic()
+
+
+class Uploads:
+    """The lists that clients are sending; thread-safe, everything is guarded by one lock.
+
+    An upload that nobody went on with for two minutes is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[str, _Upload] = {}
+        self._lock = threading.Lock()
+
+    def begin(self) -> str:
+        """Begin an upload and return its token.
+
+        Raises
+        ------
+        ValueError
+            Too many are under way.
+
+        """
+        with self._lock:
+            limit = time.monotonic() - IDLE_LIMIT
+            self._open = {token: upload for token, upload in self._open.items() if upload.touched > limit}
+            if len(self._open) >= MAX_OPEN:
+                raise ValueError(f"{MAX_OPEN} uploads are under way already: try again in {IDLE_LIMIT:.0f} s")
+            token = secrets.token_hex(8)
+            self._open[token] = _Upload()
+            return token
+
+    def extend(self, token: str, records: Iterable[Mapping[str, Any]]) -> int:
+        """Check records and add them; return how many the upload has now.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A record is not fit to be stored (the upload is given up), or there is no such upload.
+
+        """
+        try:
+            prepared = prepare_all(records)
+        except (ValueError, TypeError):
+            with self._lock:
+                self._open.pop(token, None)
+            raise
+        with self._lock:
+            upload = self._get(token)
+            upload.records.update(prepared)
+            upload.size += sum(map(len, prepared.values()))
+            upload.touched = time.monotonic()
+            if upload.size > MAX_BYTES:
+                del self._open[token]
+                raise ValueError(f"an upload of more than {MAX_BYTES:,} bytes is not accepted")
+            return len(upload.records)
+
+    def finish(self, token: str) -> dict[str, bytes]:
+        """Return what was uploaded, and forget the upload."""
+        with self._lock:
+            self._get(token)
+            return self._open.pop(token).records
+
+    def _get(self, token: str) -> _Upload:
+        try:
+            return self._open[token]
+        except KeyError:
+            raise ValueError(f"there is no upload {token!r}; it may have been idle for too long") from None
