@@ -203,11 +203,9 @@ class Database:
             with suppress(StoreError):
                 self.rollback()
             raise
-        self._next_ordinal = None
 
     def rollback(self) -> None:
         """Undo the transaction; does nothing when none is open."""
-        self._next_ordinal = None
         if self.in_transaction:
             with self._guard:
                 self._db.execute("ROLLBACK")

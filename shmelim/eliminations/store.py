@@ -44,8 +44,8 @@ _ALL = "SELECT hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms
 _GET = f"{_ALL} WHERE hotkey = ?"
 _PUT = (
     "INSERT INTO hotkeys (hotkey, eliminated_ordinal, record) VALUES (?, ?, ?)"
-    " ON CONFLICT (hotkey) DO UPDATE SET record = excluded.record,"
-    " eliminated_ordinal = coalesce(eliminated_ordinal, excluded.eliminated_ordinal)"
+    " ON CONFLICT (hotkey) DO UPDATE"
+    " SET eliminated_ordinal = excluded.eliminated_ordinal, record = excluded.record"
 )
 _UPDATE = "UPDATE hotkeys SET record = ? WHERE hotkey = ?"
 _RECORDS = "SELECT hotkey, record FROM hotkeys WHERE record IS NOT NULL AND hotkey IN"

@@ -117,6 +117,12 @@ class TestDamage:
             assert list(store.rows()) == []
         assert aside.read_bytes() == b"junk" * 2000
 
+    def test_hotkey_that_is_no_text(self, tmp_path):
+        with Store.open(tmp_path) as store:
+            store._db.execute("INSERT INTO hotkeys (hotkey, registered) VALUES (CAST(x'ff' AS TEXT), 1)")
+            with pytest.raises(DamagedStoreError, match="UTF-8"):
+                list(store.rows())
+
     def test_value_that_cannot_be_decoded(self, tmp_path):
         with Store.open(tmp_path) as store:
             store._db.execute("INSERT INTO meta VALUES ('k', x'c1')")
@@ -185,15 +191,19 @@ class TestFullDisk:
             store.check()
             assert [hotkey for hotkey, _ in store.eliminated()] == ["old", "later"]
 
-    @pytest.mark.parametrize("limit", [0, 100, 4096, 300_000])
+    # The last limit cuts the last write short, of which the system says only how far it came.
+    @pytest.mark.parametrize("limit", [0, 100, 4096, 300_000, -2])
     def test_json_file_keeps_its_old_content(self, tmp_path, limit):
         path = tmp_path / "eliminations.json"
         files.write_eliminations(path, [RECORD])
         old = path.read_bytes()
         told = []
+        files.write_eliminations(tmp_path / "whole", [RECORD] * 3000)
+        whole = (tmp_path / "whole").stat().st_size
+        (tmp_path / "whole").unlink()
 
         def work():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit % whole, resource.RLIM_INFINITY))
             files.write_eliminations(path, [RECORD] * 3000, before_rename=told.append)
 
         with pytest.raises(StoreError, match="could not be written"):

@@ -191,6 +191,21 @@ class TestTransactions:
         assert not store.in_transaction
         assert store.get("a") is None
 
+    def test_commit_that_is_refused_is_rolled_back(self, store):
+        # A deferred constraint is the one refusal after which SQLite itself keeps the transaction open.
+        store._db.execute("PRAGMA foreign_keys=ON")
+        store._db.execute("CREATE TEMP TABLE one (x PRIMARY KEY)")
+        store._db.execute("CREATE TEMP TABLE two (x REFERENCES one DEFERRABLE INITIALLY DEFERRED)")
+        store.begin()
+        store.put_elimination("a", b"1")
+        store._db.execute("INSERT INTO two VALUES (1)")
+        with pytest.raises(StoreError, match="FOREIGN KEY"):
+            store.commit()
+        assert not store.in_transaction
+        with store.transaction():
+            store.put_elimination("b", b"1")
+        assert list(store.rows()) == [Row("b", 1, b"1", None, None, registered=False)]
+
     def test_second_begin_is_refused(self, store):
         with store.transaction():
             with pytest.raises(StoreError):
