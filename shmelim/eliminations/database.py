@@ -282,7 +282,7 @@ class Database:
         return size
 
     def check(self) -> None:
-        """Have SQLite check the whole file (about 0.6 s for each GB).
+        """Have SQLite check the whole file (about 1.5 s for each GB).
 
         Raises
         ------
