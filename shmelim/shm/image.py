@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Change", "Image", "place"]
 
 _FLAG_BITS = 8
+_FILL_CHUNK = 1 << 20
 
 
 class Change(NamedTuple):
@@ -213,33 +214,34 @@ class Image:
 
     def fill(self, changes: Sequence[Change]) -> None:
         """Put entries with distinct keys into this copy, which must be empty; quicker than :meth:`apply`."""
-        seed, words = self.header.seed, self._words
-        next_ordinal = words[self._head + NEXT_ORDINAL]
+        seed = self.header.seed
+        next_ordinal = self._words[self._head + NEXT_ORDINAL]
         offset = self.used
-        packed, counts, parts, pending = [], [0] * _FLAG_BITS, [], 0
+        packed: list[int] = []
+        parts: list[bytes] = []
+        pending = 0
         for key, flags, record, given in changes:
-            if flags is None:
-                continue
+            assert flags is not None
             ordinal = next_ordinal if given is None else given
-            next_ordinal = max(next_ordinal, ordinal + 1)
+            if ordinal >= next_ordinal:
+                next_ordinal = ordinal + 1
             entry = pack_entry(seed, KIND_PUT, key, flags, ordinal, record)
             packed.append(offset + pending << OFFSET_SHIFT | len(key) << KEY_LENGTH_SHIFT | flags)
-            for bit in range(_FLAG_BITS):
-                counts[bit] += flags >> bit & 1
             parts.append(entry)
             pending += len(entry)
-            if pending > 1 << 20:
+            if pending > _FILL_CHUNK:
                 self._memory[self._arena + offset : self._arena + offset + pending] = b"".join(parts)
                 offset, pending, parts = offset + pending, 0, []
         self._memory[self._arena + offset : self._arena + offset + pending] = b"".join(parts)
         used = offset + pending
-        keys = [change.key for change in changes if change.flags is not None]
+        keys = [change.key for change in changes]
+        digest = xxhash.xxh64_intdigest
         rows = np.zeros((len(keys), SLOT_WORDS), np.uint64)
-        rows[:, 0] = np.fromiter((xxhash.xxh64_intdigest(key, seed) for key in keys), np.uint64, len(keys))
-        inline = b"".join([key[:INLINE_KEY].ljust(INLINE_KEY, b"\0") for key in keys])
-        rows[:, 1:PACKED] = np.frombuffer(inline, np.uint64).reshape(-1, INLINE_KEY // WORD)
+        rows[:, 0] = np.fromiter((digest(key, seed) for key in keys), np.uint64, len(keys))
+        rows[:, 1:PACKED] = inline_keys(keys)
         rows[:, PACKED] = np.array(packed, np.uint64)
         self.rows[place(rows[:, 0], self.header.capacity)] = rows
+        counts = [np.count_nonzero(rows[:, PACKED] >> np.uint64(bit) & np.uint64(1)) for bit in range(_FLAG_BITS)]
         self._set_header(used, len(keys), next_ordinal, used, counts)
 
     def compact_into(self, target: Image) -> None:
@@ -290,6 +292,12 @@ class Image:
         words[head + LIVE] = live
         for bit in range(_FLAG_BITS):
             words[head + FLAG_COUNTS + bit] = counts[bit]
+
+
+def inline_keys(keys: Sequence[bytes]) -> NDArray[np.uint64]:
+    """Return the first 48 bytes of each key, padded with zeros, as rows of words."""
+    inline = b"".join([key[:INLINE_KEY].ljust(INLINE_KEY, b"\0") for key in keys])
+    return np.frombuffer(inline, np.uint64).reshape(-1, INLINE_KEY // WORD)
 
 
 def place(hashes: NDArray[np.uint64], capacity: int) -> NDArray[np.int64]:

@@ -39,6 +39,8 @@ __all__ = [
     "align",
     "check_root",
     "copy_stride",
+    "entry_checksum",
+    "entry_size",
     "next_version",
     "pack_data_header",
     "pack_entry",
@@ -91,10 +93,14 @@ KEY_LENGTH_SHIFT: Final = 8
 
 ARENA_ENTRY: Final = struct.Struct("<QQIBBBx")
 ENTRY_HEADER: Final = ARENA_ENTRY.size
+ENTRY_CHECKED: Final = 16
 KIND_PUT: Final = 1
 KIND_REMOVE: Final = 2
 MAX_RECORD: Final = (1 << 32) - 1
 
+_ENTRY_HEAD = struct.Struct("<QQ")
+_ENTRY_TAIL = struct.Struct("<IBBBx")
+_PADDING = [bytes(size) for size in range(WORD)]
 _HEADER = struct.Struct("<8sII")
 _DATA_HEADER = struct.Struct("<8sIIQQQQQQ")
 
@@ -235,12 +241,15 @@ def _check_common(magic: bytes, expected: bytes, version: int, mark: int, label:
 
 
 def pack_entry(seed: int, kind: int, key: bytes, flags: int, ordinal: int, record: bytes) -> bytes:
-    """Return one arena entry, padded to whole words, with its checksum (XXH64 of all else) in place."""
-    body = key + record
-    bare = ARENA_ENTRY.pack(ordinal, 0, len(record), len(key), flags, kind) + body
-    checksum = xxhash.xxh64_intdigest(bare, seed)
-    entry = ARENA_ENTRY.pack(ordinal, checksum, len(record), len(key), flags, kind) + body
-    return entry.ljust(align(len(entry)), b"\0")
+    """Return one arena entry, padded to whole words."""
+    tail = _ENTRY_TAIL.pack(len(record), len(key), flags, kind) + key + record
+    entry = _ENTRY_HEAD.pack(ordinal, entry_checksum(seed, ordinal, tail)) + tail
+    return entry + _PADDING[-len(entry) % WORD]
+
+
+def entry_checksum(seed: int, ordinal: int, tail: bytes) -> int:
+    """Return an entry's checksum: XXH64 of all that follows it, seeded with the table's seed and the ordinal."""
+    return xxhash.xxh64_intdigest(tail, seed ^ ordinal)
 
 
 def entry_size(key_length: int, record_length: int) -> int:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import xxhash
-
 from shmelim.errors import CorruptSegmentError
-from shmelim.shm.layout import ARENA_ENTRY, ENTRY_HEADER, KIND_PUT, KIND_REMOVE, align
+from shmelim.shm.layout import (
+    ARENA_ENTRY,
+    ENTRY_CHECKED,
+    ENTRY_HEADER,
+    KIND_PUT,
+    KIND_REMOVE,
+    align,
+    entry_checksum,
+)
 
 __all__ = ["Entry", "replay"]
 
@@ -57,10 +63,8 @@ def replay(log: bytes, label: str, *, seed: int | None = None) -> dict[bytes, En
         stop = middle + length
         if stop > end or key_length == 0:
             raise _corrupt(label, position, f"of {length} bytes does not fit")
-        if seed is not None:
-            bare = ARENA_ENTRY.pack(ordinal, 0, length, key_length, flags, kind) + log[start:stop]
-            if xxhash.xxh64_intdigest(bare, seed) != checksum:
-                raise _corrupt(label, position, "fails its checksum")
+        if seed is not None and entry_checksum(seed, ordinal, log[position + ENTRY_CHECKED : stop]) != checksum:
+            raise _corrupt(label, position, "fails its checksum")
         key = log[start:middle]
         if kind == KIND_PUT:
             known = entries.get(key)

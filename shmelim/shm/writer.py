@@ -240,12 +240,11 @@ class TableWriter:
 
     # ------------------------------------------------------------------ what a transaction is made of
 
-    def _stage(self, changes: list[Change], *, replace: bool) -> _Staged:
+    def _stage(self, changes: list[Change], need: int, *, replace: bool) -> _Staged:
         """Make the next state in memory that nobody reads."""
         self.settle()
         if replace or self._images is None:
-            return self._stage_afresh(changes)
-        need = sum(entry_size(len(change.key), len(change.record)) for change in changes)
+            return self._stage_afresh(changes, need)
         current, spare = self._images[self.version & 1], self._images[~self.version & 1]
         header = current.header
         count = current.count + sum(change.flags is not None for change in changes)
@@ -268,7 +267,7 @@ class TableWriter:
             staged.behind = _ALL
         return staged
 
-    def _stage_afresh(self, changes: list[Change]) -> _Staged:
+    def _stage_afresh(self, changes: list[Change], live: int) -> _Staged:
         puts: dict[bytes, Change] = {}
         for change in changes:
             if change.flags is None:
@@ -277,7 +276,6 @@ class TableWriter:
                 puts[change.key] = change._replace(ordinal=puts[change.key].ordinal)
             else:
                 puts[change.key] = change
-        live = sum(entry_size(len(change.key), len(change.record)) for change in puts.values())
         capacity, arena = self._room_for(len(puts), live, self._min_capacity)
         if self._images is not None and self._fits(capacity, live):
             staged = _Staged(self._segment, self._images, _ALL)
@@ -359,6 +357,7 @@ class Transaction:
         self._writer = writer
         self._replace = replace
         self._changes: list[Change] = []
+        self._need = 0
         self._staged: _Staged | None = None
 
     def put(self, key: bytes, flags: int, record: bytes = b"", ordinal: int | None = None) -> None:
@@ -397,6 +396,7 @@ class Transaction:
         if self._staged is not None:
             raise ShmelimError("this transaction is staged: it takes no more changes")
         self._changes.append(change)
+        self._need += entry_size(len(change.key), len(change.record))
 
     def stage(self) -> None:
         """Do everything that can fail, out of sight of readers.
@@ -408,7 +408,7 @@ class Transaction:
 
         """
         try:
-            self._staged = self._writer._stage(self._changes, replace=self._replace)  # noqa: SLF001
+            self._staged = self._writer._stage(self._changes, self._need, replace=self._replace)  # noqa: SLF001
         except BaseException:
             self.abort()
             raise
