@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import threading
 from typing import TYPE_CHECKING
 
+import crashing
 import pytest
 
 from shmelim.errors import NotServingError
-from shmelim.shm import Namespace, SharedNamespace, TableReader, TableWriter
+from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter
 
 if TYPE_CHECKING:
     from shmelim.shm.segment import Segment
@@ -91,3 +90,109 @@ def test_withdrawn_root_sends_readers_to_the_name(table_name: str) -> None:
     assert list(reader.flags_of([b"old", b"new"])) == [0, 2]
     assert list(reader.snapshot().entries) == [b"new"]
     successor.close()
+
+
+def test_two_threads_on_both_sides_of_a_reattach(table_name: str) -> None:
+    """A read that began on the old root must not look at the new root's data segment of the same generation."""
+    serve(table_name, old=1).close()
+    reader = TableReader(SharedNamespace(table_name))
+    seen = []
+
+    def decode(window: memoryview) -> bytes:
+        if not seen:
+            SharedNamespace(table_name).remove()
+            serve(table_name, new=2).close()
+            other = threading.Thread(target=reader.reattach)
+            other.start()
+            other.join()
+        seen.append(bytes(window))
+        return seen[-1]
+
+    assert reader.read(b"old", decode) == b"oldoldold"
+    assert reader.read(b"old", decode) is None
+    assert reader.flags(b"new") == 2
+
+
+def test_forked_child_reads_on(namespace: Namespace) -> None:
+    writer = TableWriter(namespace)
+    writer.load([(b"a", 1, b"", None)])
+    reader = TableReader(namespace)
+    assert crashing.call(lambda: (reader.flags(b"a"), len(reader.snapshot(verify=True).entries))) == (1, 1)
+    writer.close()
+
+
+def test_forked_child_follows_the_parents_writer(table_name: str) -> None:
+    writer = serve(table_name, a=1)
+    reader = TableReader(SharedNamespace(table_name))
+
+    def follow() -> int:
+        while reader.flags(b"a") == 1:
+            reader.wait_for_change(0.1)
+        return reader.info().generation
+
+    with crashing.Child(follow) as child:
+        writer.load([(b"%d" % number, 3, b"", None) for number in range(2000)])
+        assert child.result() == reader.info().generation
+    writer.close()
+
+
+def test_fork_of_a_private_table_is_a_copy_of_that_moment() -> None:
+    namespace = PrivateNamespace()
+    writer = TableWriter(namespace)
+    writer.load([(b"a", 1, b"", None)])
+    reader = TableReader(namespace)
+    go = crashing.Counter()
+
+    def look() -> int:
+        while not go.value:
+            os.sched_yield()
+        return reader.flags(b"a")
+
+    with crashing.Child(look) as child:
+        with writer.transaction() as transaction:
+            transaction.put(b"a", 2)
+        go.value = 1
+        assert child.result() == 1
+    assert reader.flags(b"a") == 2
+
+
+class SlowToOpen(SharedNamespace):
+    """Opening a data segment takes until it is allowed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.opening = threading.Event()
+        self.allowed = threading.Event()
+        self.allowed.set()
+
+    def open_data(self, generation: int) -> Segment:
+        self.opening.set()
+        assert self.allowed.wait(60)
+        return super().open_data(generation)
+
+
+def test_fork_while_a_thread_attaches(table_name: str) -> None:
+    """The child has no such thread: nobody would ever release the lock that it held."""
+    writer = serve(table_name, a=1)
+    namespace = SlowToOpen(table_name)
+    reader = TableReader(namespace)
+    writer.load([(b"%d" % number, 7, b"", None) for number in range(2000)])
+    namespace.opening.clear()
+    namespace.allowed.clear()
+    thread = threading.Thread(target=reader.flags, args=(b"a",))
+    thread.start()
+    assert namespace.opening.wait(60)
+
+    def look() -> int:
+        namespace.allowed = threading.Event()
+        namespace.opening = threading.Event()
+        namespace.allowed.set()
+        return reader.flags(b"7")
+
+    try:
+        with crashing.Child(look) as child:
+            assert child.result() == 7
+    finally:
+        namespace.allowed.set()
+        thread.join()
+    writer.close()

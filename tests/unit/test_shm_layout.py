@@ -1,0 +1,166 @@
+"""The checks that stand between foreign bytes and an offset."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from shmelim.errors import CorruptSegmentError, SegmentFormatError
+from shmelim.shm import check_name
+from shmelim.shm.layout import (
+    DATA_HEADER_SIZE,
+    FORMAT,
+    MAX_GENERATION,
+    PAGE,
+    SEQUENCE_BITS,
+    DataHeader,
+    check_root,
+    copy_stride,
+    entry_size,
+    next_generation,
+    next_version,
+    pack_data_header,
+    pack_entry,
+    pack_root_header,
+    unpack_data_header,
+)
+
+HEADER = DataHeader(7, 0x1234, 16, 4096, copy_stride(16, 4096))
+
+
+def changed(data: bytes, offset: int, kind: str, value: int) -> bytes:
+    copy = bytearray(data)
+    struct.pack_into(kind, copy, offset, value)
+    return bytes(copy)
+
+
+def test_root_header_round_trip() -> None:
+    check_root(pack_root_header(), "label")
+
+
+@pytest.mark.parametrize("byte", range(8))
+def test_root_magic(byte: int) -> None:
+    data = bytearray(pack_root_header())
+    data[byte] ^= 1
+    with pytest.raises(CorruptSegmentError, match="label"):
+        check_root(bytes(data), "label")
+
+
+@pytest.mark.parametrize(("offset", "value"), [(8, 0), (8, FORMAT + 1), (8, 1 << 31), (12, 0x04030201), (12, 0)])
+def test_root_of_another_format(offset: int, value: int) -> None:
+    with pytest.raises(SegmentFormatError, match="label"):
+        check_root(changed(pack_root_header(), offset, "<I", value), "label")
+
+
+@pytest.mark.parametrize("size", [0, 1, 15])
+def test_root_too_short(size: int) -> None:
+    with pytest.raises(CorruptSegmentError, match="too short"):
+        check_root(pack_root_header()[:size], "label")
+
+
+def test_data_header_round_trip() -> None:
+    assert unpack_data_header(pack_data_header(HEADER), HEADER.size, 7, "label") == HEADER
+    assert unpack_data_header(pack_data_header(HEADER), HEADER.size + 1, 7, "label") == HEADER
+
+
+@pytest.mark.parametrize("byte", range(8))
+def test_data_magic(byte: int) -> None:
+    data = bytearray(pack_data_header(HEADER))
+    data[byte] ^= 0x80
+    with pytest.raises(CorruptSegmentError, match="label"):
+        unpack_data_header(bytes(data), HEADER.size, 7, "label")
+
+
+@pytest.mark.parametrize(
+    ("offset", "kind", "value"),
+    [(8, "<I", 0), (8, "<I", FORMAT + 1), (12, "<I", 0x04030201), (24, "<Q", 0), (24, "<Q", 2)],
+)
+def test_data_of_another_format(offset: int, kind: str, value: int) -> None:
+    with pytest.raises(SegmentFormatError, match="label"):
+        unpack_data_header(changed(pack_data_header(HEADER), offset, kind, value), HEADER.size, 7, "label")
+
+
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [
+        (16, 6),  # generation
+        (16, 8),
+        (16, 7 + (1 << 16)),
+        (40, 0),  # capacity
+        (40, 3),
+        (40, 15),
+        (40, 17),
+        (40, 64),  # that many slots do not fit the stride
+        (40, 1 << 32),
+        (40, 1 << 33),
+        (40, 1 << 63),
+        (48, 4095),  # arena
+        (48, 4097),
+        (48, HEADER.stride - 128 - 16 * 64 + 8),
+        (48, 1 << 63),
+        (48, (1 << 64) - 8),
+        (56, HEADER.stride - PAGE),  # distance of the copies
+        (56, HEADER.stride + 8),
+        (56, HEADER.stride + PAGE),
+        (56, 0),
+        (56, 1 << 63),
+    ],
+)
+def test_data_header_field_that_cannot_be(offset: int, value: int) -> None:
+    with pytest.raises(CorruptSegmentError, match="label"):
+        unpack_data_header(changed(pack_data_header(HEADER), offset, "<Q", value), HEADER.size, 7, "label")
+
+
+def test_data_header_larger_than_the_mapping() -> None:
+    with pytest.raises(CorruptSegmentError):
+        unpack_data_header(pack_data_header(HEADER), HEADER.size - 1, 7, "label")
+
+
+@pytest.mark.parametrize("size", [0, 1, 63])
+def test_data_header_too_short(size: int) -> None:
+    with pytest.raises(CorruptSegmentError, match="too short"):
+        unpack_data_header(pack_data_header(HEADER)[:size], HEADER.size, 7, "label")
+
+
+@pytest.mark.parametrize("capacity", [1, 8, 16, 1 << 20])
+@pytest.mark.parametrize("arena", [0, 8, 4096, 1 << 20])
+def test_copies_lie_apart_and_inside(capacity: int, arena: int) -> None:
+    header = DataHeader(1, 0, capacity, arena, copy_stride(capacity, arena))
+    assert header.copy_base(0) == DATA_HEADER_SIZE
+    assert header.arena_base(0) + arena <= header.copy_base(1)
+    assert header.arena_base(1) + arena <= header.size
+    assert header.slots_base(1) % 64 == 0
+
+
+def test_versions_and_generations_wrap() -> None:
+    top = (1 << SEQUENCE_BITS) - 1
+    assert next_version(3 << SEQUENCE_BITS | 5, 3) == 3 << SEQUENCE_BITS | 6
+    assert next_version(3 << SEQUENCE_BITS | 5, 4) == 4 << SEQUENCE_BITS | 6
+    assert next_version(3 << SEQUENCE_BITS | top, 3) == 3 << SEQUENCE_BITS
+    assert next_version(MAX_GENERATION << SEQUENCE_BITS | top, MAX_GENERATION) < 1 << 64
+    assert next_generation(0) == 1
+    assert next_generation(MAX_GENERATION - 1) == MAX_GENERATION
+    assert next_generation(MAX_GENERATION) == 1
+
+
+@pytest.mark.parametrize("key_length", [1, 7, 8, 9, 255])
+@pytest.mark.parametrize("record_length", [0, 1, 7, 8, 9])
+def test_entry_size(key_length: int, record_length: int) -> None:
+    entry = pack_entry(1, 1, b"k" * key_length, 0xFF, 2**63, b"r" * record_length)
+    assert len(entry) == entry_size(key_length, record_length)
+    assert len(entry) % 8 == 0
+
+
+@pytest.mark.parametrize("name", ["a", "0", "a-b_c", "-", "_", "a" * 16])
+def test_good_name(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a" * 17, "A", "a.b", "a/b", "../a", "a b", "a\n", "a\0", "ä", "a*", "٣", b"a", None, 7],
+)
+def test_bad_name(name: object) -> None:
+    with pytest.raises(ValueError, match="must be 1 to 16"):
+        check_name(name)  # type: ignore[arg-type]

@@ -1,0 +1,414 @@
+"""Segments in /dev/shm: names, permissions, whom to trust, odd sizes, and memory that must be there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import platform
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import crashing
+import pytest
+from conftest import segments_of
+
+from shmelim.errors import (
+    AlreadyServingError,
+    CorruptSegmentError,
+    NotServingError,
+    SegmentError,
+    SegmentFullError,
+    UnsupportedPlatformError,
+    UntrustedSegmentError,
+)
+from shmelim.shm import SharedNamespace, TableReader, TableWriter, shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SHM = Path("/dev/shm")
+STRANGER = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as another user")
+
+
+def path(name: str, generation: int | None = None) -> Path:
+    return SHM / (f"shmelim.{name}" if generation is None else f"shmelim.{name}.{generation}")
+
+
+def mode_of(file: Path) -> int:
+    return stat.S_IMODE(file.stat().st_mode)
+
+
+def serve(name: str, mode: int = 0o600) -> TableWriter:
+    writer = TableWriter(SharedNamespace(name, mode=mode), capacity=8, arena_size=4096)
+    writer.load([(b"a", 1, b"record", None)])
+    return writer
+
+
+def grow(writer: TableWriter) -> None:
+    """Put more than the first segment has slots for."""
+    with writer.transaction() as transaction:
+        for number in range(100):
+            transaction.put(b"%d" % number, 2)
+
+
+def as_user(uid: int, act: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        os.setgid(uid)
+        os.setuid(uid)
+        return act()
+
+    return run
+
+
+# ---------------------------------------------------------------------- permissions
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+def test_mode_whatever_the_umask(table_name: str, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        serve(table_name, mode).close()
+    finally:
+        os.umask(before)
+    assert mode_of(path(table_name)) == mode
+    assert mode_of(path(table_name, 1)) == mode
+
+
+def test_a_writer_of_another_mode_changes_the_root(table_name: str) -> None:
+    serve(table_name, 0o640).close()
+    serve(table_name, 0o600).close()
+    assert mode_of(path(table_name)) == 0o600
+
+
+def test_a_refused_writer_changes_nothing(table_name: str) -> None:
+    writer = serve(table_name, 0o600)
+    with pytest.raises(AlreadyServingError):
+        serve(table_name, 0o640)
+    assert mode_of(path(table_name)) == 0o600
+    writer.close()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o660, 0o666, 0o400, 0o700, 0])
+def test_other_modes_are_refused(mode: int) -> None:
+    with pytest.raises(ValueError, match="mode"):
+        SharedNamespace("x", mode=mode)
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o660, 0o666])
+@pytest.mark.parametrize("generation", [None, 1])
+def test_reader_refuses_what_others_may_write(table_name: str, mode: int, generation: int | None) -> None:
+    serve(table_name).close()
+    path(table_name, generation).chmod(mode)
+    with pytest.raises(UntrustedSegmentError, match="lets others write") as caught:
+        TableReader(SharedNamespace(table_name))
+    assert isinstance(caught.value, PermissionError)
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_writer_refuses_a_root_that_others_may_write(table_name: str, mode: int) -> None:
+    serve(table_name).close()
+    path(table_name).chmod(mode)
+    with pytest.raises(UntrustedSegmentError):
+        TableWriter(SharedNamespace(table_name))
+    assert mode_of(path(table_name)) == mode
+
+
+@as_root
+def test_another_users_table_is_not_trusted(table_name: str) -> None:
+    """A table of an ordinary user's: root does not trust it unless told to, nor takes it over."""
+    crashing.call(as_user(STRANGER, lambda: serve(table_name, 0o640).close()))
+    with pytest.raises(UntrustedSegmentError, match=f"uid {STRANGER}"):
+        TableReader(SharedNamespace(table_name))
+    with pytest.raises(UntrustedSegmentError):
+        TableWriter(SharedNamespace(table_name))
+    assert TableReader(SharedNamespace(table_name, owner=STRANGER)).flags(b"a") == 1
+
+
+@as_root
+def test_an_ordinary_user_trusts_root_and_must_be_let_in(table_name: str) -> None:
+    def look() -> tuple[str, str]:
+        try:
+            answer = str(TableReader(SharedNamespace(table_name)).flags(b"a"))
+        except UntrustedSegmentError as error:
+            answer = str(error)
+        with pytest.raises(UntrustedSegmentError):
+            TableWriter(SharedNamespace(table_name))
+        try:
+            TableReader(SharedNamespace(table_name, owner=STRANGER))
+        except UntrustedSegmentError as error:
+            return answer, str(error)
+        return answer, ""
+
+    serve(table_name, 0o600).close()
+    assert "may not open" in crashing.call(as_user(STRANGER, look))[0]
+
+    def in_group() -> tuple[str, str]:
+        os.setgroups([0])
+        os.setuid(STRANGER)
+        return look()
+
+    serve(table_name, 0o640).close()
+    answer, other_owner = crashing.call(in_group)
+    assert answer == "1"
+    assert "uid 0" in other_owner
+
+
+@as_root
+def test_a_squatter_on_the_next_generation(table_name: str) -> None:
+    """Anybody may put files into /dev/shm; the error says so, and the published state stays."""
+
+    def run() -> tuple[int, int, str]:
+        writer = serve(table_name)
+        reader = TableReader(SharedNamespace(table_name))
+        ready.value = 1
+        while ready.value != 2:
+            os.sched_yield()
+        with pytest.raises(UntrustedSegmentError) as caught:
+            grow(writer)
+        with writer.transaction() as transaction:
+            transaction.put(b"a", 3)
+        return reader.flags(b"a"), reader.flags(b"1"), str(caught.value)
+
+    ready = crashing.Counter()
+    with crashing.Child(as_user(STRANGER, run)) as child:
+        child.until(lambda: ready.value)
+        path(table_name, 2).touch(0o600)
+        path(table_name, 77).touch(0o600)
+        ready.value = 2
+        kept, unseen, message = child.result()
+    assert (kept, unseen) == (3, 0)
+    assert "another user" in message
+    path(table_name, 2).unlink()
+    path(table_name, 77).unlink()
+
+
+@as_root
+def test_a_squatter_on_an_unused_generation_disturbs_nobody(table_name: str) -> None:
+    path(table_name, 77).touch(0o600)
+
+    def run() -> int:
+        writer = serve(table_name)
+        grow(writer)
+        return TableReader(SharedNamespace(table_name)).flags(b"99")
+
+    assert crashing.call(as_user(STRANGER, run)) == 2
+    assert path(table_name, 77).exists()
+    path(table_name, 77).unlink()
+
+
+def test_readers_cannot_write(table_name: str) -> None:
+    writer = serve(table_name)
+    namespace = SharedNamespace(table_name)
+    for segment in (namespace.open_root(), namespace.open_data(1)):
+        with pytest.raises(TypeError):
+            segment.words[8] = 1
+        with pytest.raises(TypeError):
+            segment.memory[8:9] = b"x"
+    writer.close()
+
+
+# ---------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 15, 16, 4095])
+def test_truncated_root(table_name: str, size: int) -> None:
+    serve(table_name).close()
+    os.truncate(path(table_name), size)
+    with pytest.raises(CorruptSegmentError):
+        TableReader(SharedNamespace(table_name))
+    writer = serve(table_name)
+    assert TableReader(SharedNamespace(table_name)).flags(b"a") == 1
+    assert path(table_name).stat().st_size == 4096
+    writer.close()
+
+
+def test_emptied_root(table_name: str) -> None:
+    serve(table_name).close()
+    os.truncate(path(table_name), 0)
+    with pytest.raises(NotServingError):
+        TableReader(SharedNamespace(table_name))
+    serve(table_name).close()
+    assert TableReader(SharedNamespace(table_name)).flags(b"a") == 1
+
+
+@pytest.mark.parametrize("size", [4097, 8192, 12345])
+def test_root_of_more_than_a_page(table_name: str, size: int) -> None:
+    serve(table_name).close()
+    os.truncate(path(table_name), size)
+    assert TableReader(SharedNamespace(table_name)).flags(b"a") == 1
+    serve(table_name).close()
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 4095, 4096, 4097, 8191, -1])
+def test_truncated_data(table_name: str, size: int) -> None:
+    serve(table_name).close()
+    file = path(table_name, 1)
+    os.truncate(file, size if size >= 0 else file.stat().st_size - 1)
+    with pytest.raises((SegmentError, NotServingError)):
+        TableReader(SharedNamespace(table_name))
+    serve(table_name).close()
+    assert TableReader(SharedNamespace(table_name)).flags(b"a") == 1
+
+
+def test_data_removed_behind_the_readers_back(table_name: str) -> None:
+    serve(table_name).close()
+    attached = TableReader(SharedNamespace(table_name))
+    path(table_name, 1).unlink()
+    assert attached.flags(b"a") == 1
+    with pytest.raises(NotServingError):
+        TableReader(SharedNamespace(table_name))
+
+
+@pytest.mark.parametrize(("offset", "data"), [(0, b"X"), (8, b"\xff"), (12, b"\xff")])
+def test_a_foreign_root_is_replaced_by_a_writer(table_name: str, offset: int, data: bytes) -> None:
+    serve(table_name).close()
+    with path(table_name).open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    with pytest.raises(SegmentError):
+        TableReader(SharedNamespace(table_name))
+    writer = serve(table_name)
+    assert TableReader(SharedNamespace(table_name)).flags(b"a") == 1
+    with pytest.raises(AlreadyServingError):
+        SharedNamespace(table_name).acquire()
+    writer.close()
+    assert len(segments_of(table_name)) == 2
+
+
+# ---------------------------------------------------------------------- room
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOMEM])
+def test_no_room_for_growth(table_name: str, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    writer = serve(table_name)
+    reader = TableReader(SharedNamespace(table_name))
+    before = reader.snapshot(verify=True)
+
+    def full(*_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(SegmentFullError, match="published state stands"):
+            grow(writer)
+        assert len(segments_of(table_name)) == 2
+        assert reader.snapshot(verify=True) == before
+        with writer.transaction() as small:
+            small.put(b"b", 2)
+        assert list(reader.snapshot(verify=True).entries) == [b"a", b"b"]
+    grow(writer)
+    assert len(reader.snapshot(verify=True).entries) == 102
+    assert len(segments_of(table_name)) == 2
+    writer.close()
+
+
+def test_no_room_for_anything(table_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(SegmentFullError):
+            TableWriter(SharedNamespace(table_name))
+    serve(table_name).close()
+
+
+def test_no_room_for_a_successor(table_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(table_name).close()
+    reader = TableReader(SharedNamespace(table_name))
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        successor = TableWriter(SharedNamespace(table_name))
+        with pytest.raises(SegmentFullError):
+            successor.load([(b"b", 2, b"", None)])
+    assert reader.flags(b"a") == 1
+    assert TableReader(SharedNamespace(table_name)).flags(b"a") == 1
+    successor.load([(b"b", 2, b"", None)])
+    assert (reader.flags(b"a"), reader.flags(b"b")) == (0, 2)
+    successor.close()
+
+
+@pytest.mark.parametrize("why", ["missing", errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_without_fallocate_memory_is_written_instead(
+    table_name: str, monkeypatch: pytest.MonkeyPatch, why: str | int
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(why, "no")
+
+    if why == "missing":
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    writer = serve(table_name)
+    status = path(table_name, 1).stat()
+    assert status.st_blocks * 512 >= status.st_size
+    assert TableReader(SharedNamespace(table_name)).flags(b"a") == 1
+    writer.close()
+
+
+def test_without_fallocate_a_short_write_is_continued(table_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[: min(len(data), 1000)], at))
+    writer = serve(table_name)
+    status = path(table_name, 1).stat()
+    assert status.st_blocks * 512 >= status.st_size
+    writer.close()
+
+
+def test_other_failures_to_make_a_segment_are_errors_of_ours(
+    table_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: int) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    writer = serve(table_name)
+    monkeypatch.setattr(os, "posix_fallocate", broken)
+    with pytest.raises(SegmentError, match="broken"):
+        grow(writer)
+    assert len(segments_of(table_name)) == 2
+    writer.close()
+
+
+# ---------------------------------------------------------------------- the rest
+
+
+def test_pickled_for_another_process(table_name: str) -> None:
+    serve(table_name).close()
+    copy = pickle.loads(pickle.dumps(SharedNamespace(table_name, mode=0o640, owner=STRANGER)))
+    with pytest.raises(UntrustedSegmentError):
+        TableReader(copy)
+    assert TableReader(pickle.loads(pickle.dumps(SharedNamespace(table_name)))).flags(b"a") == 1
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "riscv64", "ppc64le", "i686", ""])
+def test_weakly_ordered_machines_are_refused(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    with pytest.raises(UnsupportedPlatformError):
+        SharedNamespace("x")
+
+
+def test_big_endian_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared.sys, "byteorder", "big")
+    with pytest.raises(UnsupportedPlatformError):
+        SharedNamespace("x")
+
+
+def test_tables_whose_names_begin_alike(new_name: Callable[[], str]) -> None:
+    """Removing one table's segments leaves those of a table whose name continues it."""
+    short = new_name()
+    long = f"{short}-"
+    first, second = serve(short), serve(long)
+    SharedNamespace(short).remove()
+    assert TableReader(SharedNamespace(long)).flags(b"a") == 1
+    first.close()
+    second.close()
+    SharedNamespace(long).remove()
