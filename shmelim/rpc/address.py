@@ -280,6 +280,8 @@ def connect(sock: socket.socket, location: Location, timeout: float) -> None:
         Nobody listens there.
     TimeoutError, BlockingIOError
         Somebody does, but took no new connection in time; worth another try.
+    ConnectionResetError
+        Somebody did, but ended the connection at once; worth another try.
     OSError
         Anything else, such as missing rights.
 
@@ -292,7 +294,11 @@ def connect(sock: socket.socket, location: Location, timeout: float) -> None:
     if not isinstance(location, str):
         # With nobody listening, a connection to a local port of the system's own range can be given that very
         # port as its source, and is then connected to itself, which also keeps the server from the port.
-        if sock.getsockname() == sock.getpeername():
+        try:
+            own, other = sock.getsockname(), sock.getpeername()
+        except OSError as error:
+            raise ConnectionResetError(errno.ECONNRESET, "the connection ended at once") from error
+        if own == other:
             raise NotServingError(f"nobody serves at {describe(location)}")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setblocking(True)  # noqa: FBT003

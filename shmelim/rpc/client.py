@@ -27,6 +27,7 @@ from shmelim.rpc.failures import unpack_failure
 from shmelim.rpc.pool import Pool
 from shmelim.rpc.protocol import (
     DEFAULT_MAX_MESSAGE,
+    GOODBYE,
     decode_reply,
     encode_request,
 )
@@ -38,11 +39,34 @@ if TYPE_CHECKING:
 
     from shmelim.rpc.address import Address
     from shmelim.rpc.codec import Codec
+    from shmelim.rpc.wire import Wire
 
 __all__ = ["ChannelClient"]
 
 _MAX_IDLE = 8  # connections kept for later calls
 _TRIES = 4  # connections that the server may break off before a call gives up
+
+
+class _AttemptError(Exception):
+    """A request was sent on a connection, and no reply came.
+
+    Attributes
+    ----------
+    final : bool
+        Whether another attempt would be in vain.
+    counts : bool
+        Whether there is a bound to attempts that end so, besides the call's deadline.
+
+    """
+
+    def __init__(self, what: str, *, final: bool = False, counts: bool = True) -> None:
+        super().__init__(what)
+        self.final = final
+        self.counts = counts
+
+
+class _NotDoneError(_AttemptError):
+    """A request was certainly not carried out on a connection."""
 
 
 class ChannelClient:
@@ -172,10 +196,7 @@ class ChannelClient:
         deadline = time.monotonic() + (self._timeout if timeout is None else _checked_timeout(timeout))
         number = next(self._numbers)
         request = encode_request(self._codec, number, method, args, kwargs or {})
-        if len(request) > self._max_message:
-            raise MessageTooLargeError(
-                f"{method}: the request has {len(request)} bytes, the limit is {self._max_message}"
-            )
+        self._check_size(method, request, self._max_message)
         reply = self._exchange(method, request, deadline, idempotent=idempotent)
         try:
             succeeded, value = decode_reply(self._codec, reply, number)
@@ -218,42 +239,74 @@ class ChannelClient:
 
     def _exchange(self, method: str, request: bytes, deadline: float, *, idempotent: bool) -> bytes:
         """Send a request and return the reply, on as many connections as that takes and is allowed."""
-        sent_before = False  # an earlier attempt of an idempotent call may have been carried out
-        for tries in itertools.count(1):
+        perhaps_done = False  # an earlier attempt of an idempotent call may have been carried out
+        tries = 0
+        while True:
+            wire = self._connection(method, request, deadline, perhaps_done=perhaps_done)
+            wire.deadline = deadline
             try:
-                wire = self._pool.take() or self._dialer.dial(deadline)
-            except (NotServingError, ChannelError) as error:
-                if sent_before:
-                    raise self._unknown_outcome(method, f"the connection was lost, and then: {error}") from error
-                raise
-            try:
-                wire.deadline = deadline
-                wire.send_bytes(request)
-            except OSError as error:
-                # The kernel never took all of it, so that the server cannot have the whole request.
-                self._pool.discard(wire)
-                if isinstance(error, TimeoutError) or tries >= _TRIES:
-                    raise self._not_sent(method, len(request), error, sent_before=sent_before) from error
-                continue
-            except BaseException:
-                self._pool.discard(wire)
-                raise
-            try:
-                reply = wire.recv_bytes(self._max_message)
-            except (EOFError, OSError) as error:
-                self._pool.discard(wire)
-                repeat = idempotent and tries < _TRIES and not isinstance(error, (TimeoutError, ProtocolError))
-                if not repeat or self._pool.closed:
-                    what = "no reply came in time" if isinstance(error, TimeoutError) else str(error)
-                    raise self._unknown_outcome(method, what) from error
-                sent_before = True
-                continue
+                outcome = self._send(wire, request) or self._receive(wire)
             except BaseException:  # such as KeyboardInterrupt: the reply may still come, and must find nobody
                 self._pool.discard(wire)
                 raise
+            if isinstance(outcome, bytes):
+                self._pool.give_back(wire)
+                return outcome
+            self._pool.discard(wire)
+            error = outcome
+            tries += error.counts
+            if not isinstance(error, _NotDoneError):
+                perhaps_done = True
+                if not idempotent:
+                    raise self._unknown_outcome(method, str(error)) from error
+            if error.final or tries >= _TRIES or self._pool.closed:
+                if perhaps_done:
+                    raise self._unknown_outcome(method, str(error)) from error
+                kind = CallTimeoutError if error.final else ChannelError
+                raise kind(f"{method} could not be sent to {describe(self._location)}: {error}") from error
+
+    def _connection(self, method: str, request: bytes, deadline: float, *, perhaps_done: bool) -> Wire:
+        """Return a connection that is up, that no other call uses, and that takes a request of that size."""
+        try:
+            wire = self._pool.take() or self._dialer.dial(deadline)
+        except (NotServingError, ChannelError) as error:
+            if perhaps_done:
+                raise self._unknown_outcome(method, f"the connection was lost, and then: {error}") from error
+            raise
+        if wire.longest is not None and len(request) > wire.longest:
             self._pool.give_back(wire)
-            return reply
-        raise AssertionError
+            self._check_size(method, request, wire.longest)
+        return wire
+
+    @staticmethod
+    def _send(wire: Wire, request: bytes) -> _NotDoneError | None:
+        """Send; return why that failed. The kernel then never took all of it, so nobody can carry it out."""
+        try:
+            wire.send_bytes(request)
+        except TimeoutError:
+            return _NotDoneError("the server did not take it in time", final=True)
+        except OSError as error:
+            return _NotDoneError(_reason(error))
+        return None
+
+    def _receive(self, wire: Wire) -> bytes | _AttemptError:
+        """Return the reply, or why there is none."""
+        try:
+            reply = wire.recv_bytes(self._max_message)
+        except TimeoutError:
+            return _AttemptError("no reply came in time", final=True)
+        except ProtocolError as error:  # too large: it would be so again
+            return _AttemptError(str(error), final=True)
+        except (EOFError, OSError) as error:
+            return _AttemptError(_reason(error))
+        if reply == GOODBYE:
+            return _NotDoneError("the server is closing", counts=False)  # the next is with another server
+        return reply
+
+    @staticmethod
+    def _check_size(method: str, request: bytes, limit: int) -> None:
+        if len(request) > limit:
+            raise MessageTooLargeError(f"{method}: the request has {len(request)} bytes, the limit is {limit}")
 
     def _unknown_outcome(self, method: str, what: str) -> OutcomeUnknownError:
         return OutcomeUnknownError(
@@ -261,16 +314,9 @@ class ChannelClient:
             hint="it may or may not have been carried out",
         )
 
-    def _not_sent(self, method: str, size: int, error: OSError, *, sent_before: bool) -> ChannelError:
-        if sent_before:
-            return self._unknown_outcome(method, "the connection was lost, and it could not be sent again")
-        where = describe(self._location)
-        if isinstance(error, TimeoutError):
-            return CallTimeoutError(f"the server at {where} did not take the request {method} in time")
-        return ChannelError(
-            f"the server at {where} breaks connections off while {method} ({size} bytes) is sent",
-            hint="its limit for messages may be smaller",
-        )
+
+def _reason(error: EOFError | OSError) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _checked_timeout(timeout: float) -> float:

@@ -17,7 +17,7 @@ from shmelim.errors import (
     ProtocolError,
 )
 from shmelim.rpc.address import connect, describe, new_socket
-from shmelim.rpc.protocol import HELLO_LIMIT, PROTOCOL, check_key, decode_welcome, encode_hello
+from shmelim.rpc.protocol import GOODBYE, HELLO_LIMIT, PROTOCOL, check_key, decode_welcome, encode_hello
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,7 +119,10 @@ class Dialer:
             raise TimeoutError
         wire, sock = self._pool.open(functools.partial(new_socket, self._location))
         try:
-            connect(sock, self._location, timeout)
+            try:
+                connect(sock, self._location, timeout)
+            except ConnectionResetError as error:
+                raise _DroppedError from error
             wire.deadline = deadline
             # After connecting, so that the key is that of the server that listens now.
             key = check_key(self._authkey()) if callable(self._authkey) else self._authkey
@@ -135,7 +138,7 @@ class Dialer:
             answer_challenge(wire, key)  # type: ignore[arg-type]  # needs no more than a Wire has
             deliver_challenge(wire, key)  # type: ignore[arg-type]
             wire.send_bytes(encode_hello())
-            welcome = decode_welcome(wire.recv_bytes(HELLO_LIMIT))
+            answer = wire.recv_bytes(HELLO_LIMIT)
         except AuthenticationError:
             raise AuthenticationFailedError(
                 f"the server at {where} holds another key", hint="load the key again from the server's key file"
@@ -146,6 +149,9 @@ class Dialer:
             raise
         except (EOFError, OSError) as error:
             raise _DroppedError from error
+        if answer == GOODBYE:
+            raise _DroppedError
+        welcome = decode_welcome(answer)
         if welcome.protocol != PROTOCOL:
             raise ProtocolError(
                 f"{welcome.service_name} at {where} speaks protocol {welcome.protocol}, this client {PROTOCOL}",
@@ -153,3 +159,4 @@ class Dialer:
             )
         if welcome.refusal is not None:
             raise ChannelError(f"the server at {where} refuses the connection: {welcome.refusal}")
+        wire.longest = welcome.max_message

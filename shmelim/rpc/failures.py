@@ -54,7 +54,7 @@ def pack_failure(error: BaseException, codec: Codec) -> list[Any]:
             return ["shmelim", name, [_clean(error.message), error.hint and _clean(error.hint)], text]
     elif isinstance(error, Exception) and _builtin_exception(name) is kind:
         arguments = [_carried(argument, codec) for argument in _arguments(error)]
-        if _size(arguments, codec) > FAILURE_LIMIT // 2:
+        if len(codec.dumps(arguments)) > FAILURE_LIMIT // 2:
             arguments = [text]
         return ["builtin", name, arguments, text]
     return ["other", _clean(name), [], text]
@@ -102,17 +102,10 @@ def _arguments(error: Exception) -> tuple[Any, ...]:
 
 def _carried(argument: Any, codec: Codec) -> Any:
     try:
-        codec.dumps(argument)
+        codec.dumps([[[argument]]])  # as deep as it will be in the reply
     except Exception:
         return _text(argument)
     return argument
-
-
-def _size(arguments: list[Any], codec: Codec) -> int:
-    try:
-        return len(codec.dumps(arguments))
-    except Exception:  # nested too deeply by one level, perhaps: then the text must do
-        return FAILURE_LIMIT
 
 
 def _text(value: object) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from shmelim.rpc import forks
 from shmelim.rpc.address import peer_credentials
+from shmelim.rpc.protocol import GOODBYE
 from shmelim.rpc.wire import Wire
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Admission(Enum):
 
     WELCOME = "welcome"
     CROWDED = "crowded"  # the bound of proven connections is reached
-    DROPPED = "dropped"  # it had to make room for a newer one meanwhile
+    DROPPED = "dropped"  # it had to make room for a newer one meanwhile, or the server closes
 
 
 class Peer:
@@ -123,7 +124,7 @@ class Peers:
     def prove(self, peer: Peer) -> Admission:
         """Decide about a connection that has proven to hold the key."""
         with self._lock:
-            if peer not in self._pending:
+            if peer not in self._pending or self._closing:
                 return Admission.DROPPED
             del self._pending[peer]
             if len(self._proven) >= self.max_proven:
@@ -177,7 +178,7 @@ class Peers:
             return any(peer.thread is thread for peer in self._all)
 
     def drain(self, seconds: float, join: float) -> int:
-        """End all connections: idle ones at once, the others when their call ends or the time is over.
+        """End all connections: idle ones at once with a goodbye, the others when their call ends or time is over.
 
         The connection of the calling thread, if it has one, is left alone: it ends after its reply. Call this
         after :meth:`begin_closing`, when nothing is accepted any more.
@@ -199,8 +200,12 @@ class Peers:
         with self._lock:
             others = [peer for peer in self._all if peer.thread is not threading.current_thread()]
             for peer in others:
+                # An idle peer's thread sends nothing; or its welcome, which the goodbye may overtake.
                 if not peer.busy:
-                    peer.wire.shutdown()
+                    if peer in self._proven:
+                        peer.wire.bid_farewell(GOODBYE)
+                    else:
+                        peer.wire.shutdown()
             while running := sum(peer.busy for peer in others):
                 left = deadline - time.monotonic()
                 if left <= 0:

@@ -5,11 +5,14 @@ then the client says hello and the server answers; from there on it is one reque
 
     client                                server
       hello   [protocol, pid, program]      →
-                                            ←   welcome [protocol, service name, refusal or None]
+                                            ←   welcome [protocol, service name, refusal or None, longest request]
       request [id, method, args, kwargs]    →
                                             ←   reply   [id, True, result] or [id, False, failure]
+                                            ←   goodbye, an empty message
 
-Hello and welcome are always msgpack; requests and replies are in the channel's codec.
+With its goodbye a server that closes says: no request that came after my last reply was carried out, or will be.
+So its client can send such a request to the next server, although it cannot know what happened to one that was
+lost in any other way. Hello and welcome are always msgpack; requests and replies are in the channel's codec.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_MAX_MESSAGE",
+    "GOODBYE",
     "HELLO_LIMIT",
     "MIN_KEY_SIZE",
     "PROTOCOL",
@@ -48,6 +52,7 @@ __all__ = [
 
 PROTOCOL = 1  # raised with every change that one of the two ends would misunderstand
 DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024  # bytes
+GOODBYE = b""
 HELLO_LIMIT = 512  # bytes; hello and welcome
 MIN_KEY_SIZE = 16  # bytes; a shorter key is a mistake
 
@@ -70,6 +75,7 @@ class Welcome:
     protocol: int
     service_name: str
     refusal: str | None
+    max_message: int  # longest request in bytes
 
 
 class Request(NamedTuple):
@@ -104,16 +110,16 @@ def decode_hello(data: bytes) -> Hello:
     raise ProtocolError("the client's hello has an unknown form")
 
 
-def encode_welcome(service_name: str, refusal: str | None) -> bytes:
+def encode_welcome(service_name: str, refusal: str | None, max_message: int) -> bytes:
     """Return the answer to a hello."""
-    return MSGPACK.dumps([PROTOCOL, _short(service_name), refusal])
+    return MSGPACK.dumps([PROTOCOL, _short(service_name), refusal, max_message])
 
 
 def decode_welcome(data: bytes) -> Welcome:
     """Return the welcome in `data`; ``ProtocolError`` if there is none."""
     match MSGPACK.loads(data):
-        case [int(protocol), str(service_name), None | str() as refusal, *_]:
-            return Welcome(protocol, service_name, refusal)
+        case [int(protocol), str(service_name), None | str() as refusal, int(max_message), *_]:
+            return Welcome(protocol, service_name, refusal, max_message)
     raise ProtocolError("the server's welcome has an unknown form")
 
 

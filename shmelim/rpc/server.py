@@ -27,6 +27,7 @@ from shmelim.rpc.limited_log import LimitedLog
 from shmelim.rpc.peers import Admission, Peer, Peers
 from shmelim.rpc.protocol import (
     DEFAULT_MAX_MESSAGE,
+    GOODBYE,
     HELLO_LIMIT,
     PROTOCOL,
     check_key,
@@ -315,7 +316,7 @@ class ChannelServer:
         refusal = None
         if admission is Admission.CROWDED:
             refusal = f"{self._service_name} is at its limit of {self._peers.max_proven} connections"
-        wire.send_bytes(encode_welcome(self._service_name, refusal))
+        wire.send_bytes(encode_welcome(self._service_name, refusal, self._max_message))
         if refusal is not None:
             self._warn("refused", f"refused {peer.label}: {refusal}")
             return False
@@ -332,15 +333,16 @@ class ChannelServer:
         while True:
             request = wire.recv_bytes(self._max_message)
             if not peers.begin_call(peer):
-                return
+                break
             try:
                 reply = answer(request)
                 wire.send_bytes(reply)
             finally:
                 may_go_on = peers.end_call(peer)
             if not may_go_on:
-                return
+                break
             del request, reply  # an idle connection keeps no large message alive
+        wire.bid_farewell(GOODBYE)
 
     def _blame(self, peer: Peer, count: str, what: str) -> None:
         if self._peers.count(count):

@@ -33,7 +33,8 @@ _SLACK = 0.05  # seconds by which a kernel timeout may overshoot a deadline, to 
 class Wire:
     """A connected stream socket with message framing and deadlines.
 
-    One thread at a time may send and receive; :meth:`shutdown` and :meth:`close` may come from any thread.
+    One thread at a time may send and receive; :meth:`shutdown`, :meth:`bid_farewell` and :meth:`close` may come
+    from any.
 
     Parameters
     ----------
@@ -49,14 +50,17 @@ class Wire:
         ``time.monotonic()`` value at which sending and receiving give up with ``TimeoutError``. None: wait for
         ever for the first byte of a message, and `patience` for everything else. Set by the thread that uses
         the wire.
+    longest : int | None
+        Longest message in bytes that the peer takes, if it has said so. Kept here for whoever sends.
 
     """
 
-    __slots__ = ("_closing", "_limits", "_poller", "_sock", "_surplus", "deadline", "patience")
+    __slots__ = ("_closing", "_limits", "_poller", "_sock", "_surplus", "deadline", "longest", "patience")
 
     def __init__(self, sock: socket.socket, *, patience: float) -> None:
         self.deadline: float | None = None
         self.patience = patience
+        self.longest: int | None = None
         self._sock = sock
         # Only the thread that uses the wire touches these two.
         self._surplus = b""  # received beyond the last message
@@ -220,6 +224,15 @@ class Wire:
         """End the connection and wake the thread that waits on it; harmless on a closed wire."""
         with self._closing, contextlib.suppress(OSError):  # closed here, or the peer was faster
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    def bid_farewell(self, data: bytes) -> None:
+        """Send a short last message if that is possible at once, then :meth:`shutdown`.
+
+        Another thread may be receiving meanwhile, but none sending.
+        """
+        with self._closing, contextlib.suppress(OSError):  # no room, or nobody there: then without it
+            self._sock.send(_HEADER.pack(len(data)) + data, socket.MSG_DONTWAIT)
+        self.shutdown()
 
     def close(self) -> None:
         """Release the descriptor. Call it when no other thread uses the wire; idempotent."""

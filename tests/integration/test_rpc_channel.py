@@ -1,0 +1,599 @@
+"""Server and client together in one process, over both kinds of address."""
+
+import contextlib
+import logging
+import os
+import pickle
+import socket
+import stat
+import threading
+import time
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from pathlib import Path
+
+import pytest
+
+from shmelim.errors import (
+    AuthenticationFailedError,
+    CallTimeoutError,
+    ChannelError,
+    MessageTooLargeError,
+    NotServingError,
+    OutcomeUnknownError,
+    UnknownMethodError,
+)
+from shmelim.rpc import ChannelClient, ChannelServer, current_caller
+
+KEY = b"0123456789abcdef0123456789abcdef"
+PATIENCE = 30.0
+
+
+def until(condition, what="the condition"):
+    """Poll an observable condition; how long it takes is nobody's business, only that it comes true."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} never came true"
+        time.sleep(0.002)
+
+
+class Target:
+    def __init__(self):
+        self.entered = threading.Event()
+        self.release = threading.Event()
+        self.server = None
+        self.count = 0
+
+    def echo_rpc(self, *args, **kwargs):
+        return [list(args), kwargs]
+
+    def hang_rpc(self):
+        self.entered.set()
+        assert self.release.wait(PATIENCE)
+        return "done"
+
+    def meet_rpc(self, barrier):
+        self.barrier.wait(PATIENCE)
+        return barrier
+
+    def caller_rpc(self):
+        caller = current_caller()
+        return [caller.pid, caller.uid, caller.program]
+
+    def grow_rpc(self, size):
+        return "x" * size
+
+    def fail_rpc(self, text):
+        raise KeyError(text)
+
+    def close_rpc(self):
+        self.server.close()
+        return "closing"
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def address(request, tmp_path):
+    return str(tmp_path / "s") if request.param == "unix" else ("127.0.0.1", 0)
+
+
+@pytest.fixture
+def target():
+    target = Target()
+    yield target
+    target.release.set()
+
+
+@pytest.fixture
+def server(target, address):
+    with ChannelServer(target, address, KEY, service_name="svc") as server:
+        target.server = server
+        yield server
+        target.release.set()
+
+
+@pytest.fixture
+def client(server):
+    with ChannelClient(server.address, KEY, timeout=PATIENCE) as client:
+        yield client
+
+
+def test_a_call_and_its_result(client):
+    assert client.call("echo_rpc", (1, (2,)), {"x": {3}}) == [[1, [2]], {"x": {3}}]
+    assert client.proxy().echo_rpc(1, timeout=5, idempotent=6) == [[1], {"timeout": 5, "idempotent": 6}]
+
+
+def test_exceptions_of_the_method(client):
+    with pytest.raises(KeyError) as caught:
+        client.call("fail_rpc", ("k",))
+    assert caught.value.args == ("k",)
+    with pytest.raises(UnknownMethodError):
+        client.call("hang")
+    with pytest.raises(UnknownMethodError):
+        client.proxy().hang  # noqa: B018
+    with pytest.raises(AttributeError):
+        client.proxy().__deepcopy__  # noqa: B018
+
+
+def test_arguments_are_checked_before_anything_is_sent(client, server):
+    with pytest.raises(TypeError, match=r"args\[0\]"):
+        client.call("echo_rpc", (object(),))
+    with pytest.raises(ValueError, match="timeout"):
+        client.call("echo_rpc", timeout=-1)
+    assert server.stats()["accepted"] == 0
+
+
+def test_large_messages_both_ways(client):
+    text = "x" * 5_000_000
+    assert client.call("echo_rpc", (text,)) == [[text], {}]
+
+
+def test_limits_of_size(target, address):
+    with ChannelServer(target, address, KEY, max_message=20_000) as server:
+        with ChannelClient(server.address, KEY, max_message=20_000) as client:
+            with pytest.raises(MessageTooLargeError, match="request has"):
+                client.call("echo_rpc", ("x" * 20_000,))
+            assert server.stats()["accepted"] == 0
+        with ChannelClient(server.address, KEY) as client:
+            with pytest.raises(MessageTooLargeError, match="the limit is 20000"):  # the server's
+                client.call("echo_rpc", ("x" * 5_000_000,))
+            assert server.stats()["calls"] == 0
+            with pytest.raises(MessageTooLargeError, match="carried out"):
+                client.call("grow_rpc", (30_000,))
+            assert client.call("echo_rpc", (1,)) == [[1], {}]
+            assert server.stats()["accepted"] == 1
+    with (
+        ChannelServer(target, address, KEY) as server,
+        ChannelClient(server.address, KEY, max_message=20_000) as client,
+    ):
+        with pytest.raises(OutcomeUnknownError, match="limit is 20000"):
+            client.call("grow_rpc", (30_000,), idempotent=True)
+        assert server.stats()["calls"] == 1
+
+
+def test_a_connection_is_used_again(client, server):
+    for number in range(50):
+        assert client.call("echo_rpc", (number,)) == [[number], {}]
+    assert server.stats()["accepted"] == 1
+    assert server.stats()["calls"] == 50
+
+
+def test_many_threads_have_calls_under_way_at_once(client, server, target):
+    threads = 20
+    target.barrier = threading.Barrier(threads)  # passes only when all calls are in the server at once
+    results = []
+
+    def call(number):
+        results.append(client.call("meet_rpc", (number,)))
+        for step in range(20):
+            assert client.call("echo_rpc", (number, step)) == [[number, step], {}]
+
+    running = [threading.Thread(target=call, args=(number,)) for number in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert sorted(results) == list(range(threads))
+    until(lambda: server.stats()["connections"] <= 8, "only the bounded number kept idle")
+
+
+def test_who_calls(client, server):
+    pid, uid, program = client.call("caller_rpc")
+    assert pid == os.getpid()
+    assert uid == (os.getuid() if isinstance(server.address, str) else None)
+    assert program
+    assert current_caller() is None
+
+
+def test_what_the_kernel_says_beats_what_the_client_says(client, server, monkeypatch):
+    monkeypatch.setattr("shmelim.rpc.protocol.os.getpid", lambda: 424242)
+    pid, _, _ = client.call("caller_rpc")
+    monkeypatch.undo()
+    assert (pid == os.getpid()) == isinstance(server.address, str)
+    assert (pid == 424242) != isinstance(server.address, str)
+
+
+def test_a_deadline_on_a_method_that_hangs(client, server, target):
+    with pytest.raises(OutcomeUnknownError, match=r"hang_rpc .*no reply came in time") as caught:
+        client.call("hang_rpc", timeout=0.2)
+    assert str(caught.value).count("may or may not") == 1
+    assert target.entered.is_set()
+    with pytest.raises(OutcomeUnknownError):
+        client.call("hang_rpc", timeout=0.1, idempotent=True)
+    target.release.set()
+    for number in range(5):  # the late reply must reach nobody
+        assert client.call("echo_rpc", (number,)) == [[number], {}]
+    until(lambda: server.stats()["running"] == 0)
+
+
+def test_no_time_at_all(client):
+    with pytest.raises(CallTimeoutError):
+        client.call("echo_rpc", timeout=0)
+
+
+def test_a_server_that_never_shakes_hands(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        with ChannelClient(tmp_path / "s", KEY) as client, pytest.raises(CallTimeoutError, match="handshake"):
+            client.call("echo_rpc", timeout=0.1)
+
+
+def test_another_key(server, caplog):
+    client = ChannelClient(server.address, b"another key, long enough")
+    with client, pytest.raises(AuthenticationFailedError):
+        client.call("echo_rpc")
+    until(lambda: server.stats()["wrong_key"] == 1)
+    until(lambda: "does not hold the key" in caplog.text)
+    for secret in (KEY, b"another key, long enough"):
+        assert secret.decode() not in caplog.text
+        assert repr(secret) not in repr(vars(server)).replace(repr(server._authkey), "")
+
+
+def test_a_server_with_another_key_is_not_believed(tmp_path):
+    """The challenge is mutual: a server that accepts any client still has to prove its own key."""
+    seen = []
+
+    def impostor(listener):
+        sock, _ = listener.accept()
+        connection = Connection(sock.detach())
+        connection.send_bytes(b"#CHALLENGE#" + b"{sha256}" + b"c" * 20)
+        connection.recv_bytes()
+        connection.send_bytes(b"#WELCOME#")
+        with contextlib.suppress(Exception):
+            answer_challenge(connection, b"a guess, and a wrong one")
+        with contextlib.suppress(EOFError, OSError):
+            seen.append(connection.recv_bytes())
+        connection.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        thread = threading.Thread(target=impostor, args=(listener,))
+        thread.start()
+        with ChannelClient(tmp_path / "s", KEY) as client, pytest.raises(AuthenticationFailedError):
+            client.call("echo_rpc", ("secret",))
+        thread.join()
+    assert seen == []
+
+
+def test_the_key_is_asked_for_at_each_connect(target, tmp_path):
+    keys = [b"a" * 32]
+    client = ChannelClient(tmp_path / "s", lambda: keys[-1])
+    with ChannelServer(target, tmp_path / "s", keys[-1]):
+        assert client.call("echo_rpc") == [[], {}]
+    keys.append(b"b" * 32)
+    with ChannelServer(target, tmp_path / "s", keys[-1]):
+        assert client.call("echo_rpc") == [[], {}]
+    client.close()
+
+
+@pytest.mark.parametrize("key", ["text", b"", b"short", None])
+def test_what_is_no_key(tmp_path, key):
+    with pytest.raises((TypeError, ValueError), match="the key must"):
+        ChannelServer(object(), tmp_path / "s", key)
+    with pytest.raises((TypeError, ValueError), match="the key must"):
+        ChannelClient(tmp_path / "s", key)
+
+
+def test_nobody_serves(address):
+    free = address if isinstance(address, str) else ("127.0.0.1", _free_port())
+    with ChannelClient(free, KEY) as client:
+        with pytest.raises(NotServingError, match=str(free[1]) if isinstance(free, tuple) else free):
+            client.call("echo_rpc")
+        with pytest.raises(NotServingError):
+            client.call("echo_rpc", timeout=0.1)
+
+
+def _free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_a_client_waits_for_its_server(target, tmp_path):
+    asked = threading.Event()
+
+    def key():
+        asked.set()
+        return KEY
+
+    with ChannelClient(tmp_path / "s", key, connect_wait=PATIENCE, timeout=PATIENCE) as client:
+        results = []
+        thread = threading.Thread(target=lambda: results.append(client.call("echo_rpc", (1,))))
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive()
+        with ChannelServer(target, tmp_path / "s", KEY):
+            thread.join()
+    assert results == [[[1], {}]]
+
+
+def test_a_restarted_server_is_found(target, server, client):
+    """The pooled connection, which the first server closed, is noticed before anything is sent on it."""
+    for round_ in range(3):
+        assert client.call("echo_rpc", (round_,)) == [[round_], {}]
+        server.close()
+        with pytest.raises(NotServingError):
+            client.call("echo_rpc")
+        server = ChannelServer(target, server.address, KEY).start()
+    assert client.call("echo_rpc", (9,)) == [[9], {}]
+    assert server.stats()["calls"] == 1
+    server.close()
+
+
+def test_close_lets_a_running_call_finish(server, client, target):
+    results = []
+    caller = threading.Thread(target=lambda: results.append(client.call("hang_rpc")))
+    caller.start()
+    assert target.entered.wait(PATIENCE)
+    closer = threading.Thread(target=server.close, args=(PATIENCE,))
+    closer.start()
+    until(lambda: not _connects(server.address), "the address is free")
+    assert closer.is_alive()
+    assert results == []
+    target.release.set()
+    closer.join()
+    caller.join()
+    assert results == ["done"]
+
+
+def _connects(address):
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    with socket.socket(family) as sock:
+        return sock.connect_ex(address) == 0
+
+
+def test_close_does_not_wait_for_ever(server, client, target, caplog):
+    errors = []
+
+    def call():
+        try:
+            client.call("hang_rpc")
+        except OutcomeUnknownError as error:
+            errors.append(error)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    assert target.entered.wait(PATIENCE)
+    server.close(0.05)
+    caller.join()
+    assert len(errors) == 1
+    assert "1 calls still ran" in caplog.text
+    target.release.set()
+
+
+def test_a_method_may_close_the_server(server, client):
+    assert client.call("close_rpc") == "closing"
+    server.close()
+    with pytest.raises(NotServingError):
+        client.call("echo_rpc")
+    until(lambda: not any(t.name.startswith("svc") for t in threading.enumerate()), "no thread is left")
+
+
+def test_close_is_idempotent_and_leaves_nothing(target, address, tmp_path):
+    server = ChannelServer(target, address, KEY, service_name="leaver")
+    server.close()
+    server.close()
+    with pytest.raises(RuntimeError):
+        server.start()
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    server = ChannelServer(target, address, KEY, service_name="leaver").start()
+    clients = [ChannelClient(server.address, KEY) for _ in range(5)]
+    for client in clients:
+        client.call("echo_rpc")
+    closers = [threading.Thread(target=server.close) for _ in range(3)]
+    for thread in closers:
+        thread.start()
+    for thread in closers:
+        thread.join()
+    assert not any(thread.name.startswith("leaver") for thread in threading.enumerate())
+    for client in clients:
+        client.close()
+        client.close()
+        with pytest.raises(ChannelError, match="closed"):
+            client.call("echo_rpc")
+    assert list(tmp_path.iterdir()) == []
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+
+def test_a_client_that_is_forgotten_closes_its_connections(server):
+    client = ChannelClient(server.address, KEY)
+    client.call("echo_rpc")
+    assert server.stats()["connections"] == 1
+    del client  # by reference count, without waiting for the collector
+    until(lambda: server.stats()["connections"] == 0)
+
+
+def test_closing_a_client_ends_its_calls(server, target):
+    client = ChannelClient(server.address, KEY, timeout=PATIENCE)
+    errors = []
+
+    def call():
+        try:
+            client.call("hang_rpc", idempotent=True)
+        except OutcomeUnknownError as error:
+            errors.append(error)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    assert target.entered.wait(PATIENCE)
+    client.close()
+    caller.join()
+    assert len(errors) == 1
+
+
+def test_a_client_cannot_be_pickled(client):
+    for thing in (client, client.proxy()):
+        with pytest.raises(TypeError, match="pickle"):
+            pickle.dumps(thing)
+    assert KEY.decode() not in repr(client) + repr(client.proxy())
+
+
+def test_starting_twice(server):
+    with pytest.raises(RuntimeError):
+        server.start()
+
+
+def test_two_servers_of_one_address(server, target, client):
+    with pytest.raises(ChannelError, match="another server uses this address"):
+        ChannelServer(target, server.address, KEY).start()
+    assert client.call("echo_rpc") == [[], {}]
+
+
+def test_of_servers_that_start_at_once_one_wins(target, tmp_path):
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(tmp_path / "s"))  # what all of them want to replace
+    servers, losers, barrier = [], [], threading.Barrier(6)
+
+    def start():
+        barrier.wait()
+        try:
+            servers.append(ChannelServer(target, tmp_path / "s", KEY).start())
+        except ChannelError as error:
+            losers.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(servers), len(losers)) == (1, 5)
+    with ChannelClient(tmp_path / "s", KEY) as client:
+        assert client.call("echo_rpc") == [[], {}]
+    servers[0].close()
+
+
+@pytest.mark.parametrize("umask", [0, 0o077, 0o777])
+def test_the_socket_file(target, tmp_path, umask):
+    path = tmp_path / "s"
+    before = os.umask(umask)
+    try:
+        server = ChannelServer(target, path, KEY).start()
+    finally:
+        os.umask(before)
+    with server:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not path.exists()
+
+
+def test_the_socket_file_is_never_wider(target, tmp_path, monkeypatch):
+    """Right after bind(), before anything else could narrow it."""
+    modes = []
+
+    class Spy(socket.socket):
+        def bind(self, where):
+            super().bind(where)
+            modes.append(stat.S_IMODE(Path(where).stat().st_mode))
+
+    monkeypatch.setattr("shmelim.rpc.address.socket.socket", Spy)
+    before = os.umask(0)
+    try:
+        ChannelServer(target, tmp_path / "s", KEY).start().close()
+    finally:
+        os.umask(before)
+    assert modes == [0o600]
+
+
+def test_a_file_that_is_no_socket_is_left_alone(target, tmp_path):
+    (tmp_path / "s").write_text("precious")
+    with pytest.raises(ChannelError, match="no socket"):
+        ChannelServer(target, tmp_path / "s", KEY).start()
+    assert (tmp_path / "s").read_text() == "precious"
+
+
+def test_a_successors_socket_file_is_left_alone(target, tmp_path):
+    first = ChannelServer(target, tmp_path / "s", KEY).start()
+    (tmp_path / "s").unlink()
+    with ChannelServer(target, tmp_path / "s", KEY):
+        first.close()
+        with ChannelClient(tmp_path / "s", KEY) as client:
+            assert client.call("echo_rpc") == [[], {}]
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ("/tmp/" + "x" * 120, "107"),
+        ("", "empty"),
+        ("a\0b", "NUL"),
+        (("127.0.0.1", 65536), "65535"),
+        (("", 1), "host"),
+        (("h", "1"), "host, port"),
+        (("h", 1, 2), "host, port"),
+        (b"bytes", "bytes"),
+        (7, "int"),
+    ],
+)
+def test_bad_addresses(bad, words):
+    for make in (lambda: ChannelServer(object(), bad, KEY), lambda: ChannelClient(bad, KEY)):
+        with pytest.raises((TypeError, ValueError), match=words):
+            make()
+
+
+def test_an_address_that_cannot_be_used(target, tmp_path):
+    with pytest.raises(ChannelError, match="absent"):
+        ChannelServer(target, tmp_path / "absent" / "s", KEY).start()
+    with pytest.raises(ChannelError, match=r"192\.0\.2\.1:0"):
+        ChannelServer(target, ("192.0.2.1", 0), KEY).start()
+
+
+def test_bad_limits(tmp_path):
+    for limits in (
+        {"max_message": 100},
+        {"max_message": 2**31},
+        {"max_connections": 0},
+        {"max_pending": 0},
+        {"handshake_timeout": 0},
+        {"message_timeout": -1},
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            ChannelServer(object(), tmp_path / "s", KEY, **limits)
+    with pytest.raises(ValueError, match="connect_wait"):
+        ChannelClient(tmp_path / "s", KEY, connect_wait=-1)
+    with pytest.raises(ValueError, match="timeout"):
+        ChannelClient(tmp_path / "s", KEY, timeout=float("inf"))
+
+
+def test_tcp_has_no_delay_at_both_ends(target):
+    with ChannelServer(target, ("127.0.0.1", 0), KEY) as server, ChannelClient(server.address, KEY) as client:
+        client.call("echo_rpc")
+        ends = [*server._peers._all, *client._pool._wires]
+        for end in ends:
+            sock = getattr(end, "wire", end)._sock
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert len(ends) == 2
+
+
+def test_a_plain_connection_of_the_standard_library_can_call(server):
+    """The framing and the handshake are those of multiprocessing.connection."""
+    from shmelim.rpc.codec import MSGPACK
+
+    sock = socket.socket(socket.AF_UNIX if isinstance(server.address, str) else socket.AF_INET)
+    sock.connect(server.address)
+    connection = Connection(sock.detach())
+    answer_challenge(connection, KEY)
+    deliver_challenge(connection, KEY)
+    connection.send_bytes(MSGPACK.dumps([1, 77, "other"]))
+    assert MSGPACK.loads(connection.recv_bytes()) == [1, "svc", None, 64 * 1024 * 1024]
+    connection.send_bytes(MSGPACK.dumps([5, "echo_rpc", [1], {}]))
+    assert MSGPACK.loads(connection.recv_bytes()) == [5, True, [[1], {}]]
+    connection.close()
+
+
+def test_a_codec_can_be_plugged_in(target, tmp_path):
+    class Pickle:
+        dumps = staticmethod(pickle.dumps)
+        loads = staticmethod(pickle.loads)
+
+    server = ChannelServer(target, tmp_path / "s", KEY, codec=Pickle())
+    with server, ChannelClient(tmp_path / "s", KEY, codec=Pickle()) as client:
+        assert client.call("echo_rpc", ((1, 2j),)) == [[(1, 2j)], {}]
+        with pytest.raises(KeyError):
+            client.call("fail_rpc", ("k",))
+
+
+def test_logging_goes_to_the_channels_logger(server, caplog):
+    caplog.set_level(logging.WARNING, "shmelim.rpc")
+    with ChannelClient(server.address, b"x" * 32) as client, pytest.raises(AuthenticationFailedError):
+        client.call("echo_rpc")
+    until(lambda: caplog.records)
+    assert {record.name for record in caplog.records} == {"shmelim.rpc"}
