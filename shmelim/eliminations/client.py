@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any, Final, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import generate_row
@@ -11,8 +11,8 @@ from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.rpc import ChannelClient, load_key
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
 
 __all__ = ["EliminationClient"]
 

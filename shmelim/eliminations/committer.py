@@ -38,6 +38,7 @@ _Outcome = tuple[Any, BaseException | None]
 
 MAX_GROUP: Final = 1024
 _REBUILD_FROM: Final = 1000
+_REPORT_EVERY: Final = 10_000
 
 
 class _Request(Generic[T]):
@@ -112,20 +113,25 @@ class Committer:
                 self._commit_group(request)
         return request.outcome()
 
-    def publish_all(self, origin_record: bytes) -> None:
+    def publish_all(self, origin_record: bytes, on_progress: Callable[[int, int], Any] | None = None) -> None:
         """Publish the whole store as the next generation of the table.
 
         Parameters
         ----------
         origin_record
             Kept under :data:`ORIGIN_KEY`: tells a successor where this table came from.
+        on_progress
+            Called now and then with how many rows are read, and how many there are at most.
 
         """
         with self._leading, self._table.transaction(replace=True) as transaction:
             transaction.put(ORIGIN_KEY, 0, origin_record, 0)
             self._origin_record = origin_record
-            for row in self._store.rows():
+            total = sum(self._store.counts()[:3]) if on_progress else 0
+            for done, row in enumerate(self._store.rows()):
                 transaction.put(*row_entry(row))
+                if on_progress is not None and done % _REPORT_EVERY == 0:
+                    on_progress(done, total)
 
     def read(self, question: Callable[[Store], T]) -> T:
         """Ask the store something between two commits."""

@@ -30,8 +30,8 @@ from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError,
 from shmelim.shm import Namespace, TableReader
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Callable
+    from pathlib import Path
 
     from shmelim.eliminations.schema import Durability
 

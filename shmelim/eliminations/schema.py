@@ -1,6 +1,7 @@
 """The tables of the store, and how a connection to them is opened.
 
-    hotkeys   one row for each hotkey about which anything is known: what is published about it, nothing else
+    hotkeys   one row for each hotkey about which anything is known: what is published about it, and the CRC-32
+              of its record (SQLite checks its own structure, not the bytes of a value)
     events    who changed what, when; append-only, which two triggers enforce
     meta      named values: digests of the files, and whatever else the server must remember
 
@@ -55,11 +56,13 @@ _TABLES = (
         hotkey             TEXT PRIMARY KEY NOT NULL,
         eliminated_ordinal INTEGER,
         record             BLOB,
+        checksum           INTEGER,
         departed_ordinal   INTEGER,
         detected_ms        INTEGER,
         registered         INTEGER NOT NULL DEFAULT 0,
         CHECK (typeof(hotkey) = 'text'),
         CHECK (typeof(record) = iif(eliminated_ordinal IS NULL, 'null', 'blob')),
+        CHECK ((record IS NULL) = (checksum IS NULL)),
         CHECK ((departed_ordinal IS NULL) = (detected_ms IS NULL)),
         CHECK (registered IN (0, 1)))""",
     "CREATE INDEX eliminated ON hotkeys (eliminated_ordinal) WHERE eliminated_ordinal IS NOT NULL",

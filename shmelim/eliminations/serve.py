@@ -16,8 +16,8 @@ from shmelim.rpc import ChannelServer, load_or_create_key
 from shmelim.shm import SharedNamespace
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Callable
+    from pathlib import Path
     from types import FrameType, TracebackType
 
     from shmelim.eliminations.mirror import FilesMode
@@ -68,6 +68,8 @@ class Service:
     ----------
     options
         What to serve.
+    on_progress
+        As for :class:`EliminationManagerServer`.
 
     Raises
     ------
@@ -78,8 +80,11 @@ class Service:
 
     """
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(
+        self, options: ServeOptions, on_progress: Callable[[str, int, int | None], Any] | None = None
+    ) -> None:
         self.options = options
+        self._on_progress = on_progress
         self.state_dir = options.state_dir or default_state_directory(options.name)
         self._closing = contextlib.ExitStack()
 
@@ -99,6 +104,7 @@ class Service:
                     files=options.files,
                     default_departed=options.default_departed,
                     imports=options.imports,
+                    on_progress=self._on_progress,
                 )
             )
             address = str(runtime.socket) if options.port is None else ("127.0.0.1", options.port)
@@ -117,7 +123,11 @@ class Service:
         self._closing.close()
 
 
-def run(options: ServeOptions, on_ready: Callable[[Service], Any] | None = None) -> None:
+def run(
+    options: ServeOptions,
+    on_ready: Callable[[Service], Any] | None = None,
+    on_progress: Callable[[str, int, int | None], Any] | None = None,
+) -> None:
     """Serve in the foreground until SIGTERM or SIGINT.
 
     Parameters
@@ -126,6 +136,8 @@ def run(options: ServeOptions, on_ready: Callable[[Service], Any] | None = None)
         What to serve.
     on_ready
         Called once readers and clients are served.
+    on_progress
+        As for :class:`EliminationManagerServer`.
 
     Raises
     ------
@@ -137,7 +149,7 @@ def run(options: ServeOptions, on_ready: Callable[[Service], Any] | None = None)
     is lost by that.
 
     """
-    with _StopSignals() as signals, Service(options) as service:
+    with _StopSignals() as signals, Service(options, on_progress) as service:
         signals.defer()
         _log.info("serving %r", options.name)
         if on_ready is not None:

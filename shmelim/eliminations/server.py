@@ -64,6 +64,9 @@ class EliminationManagerServer:
         A departed file to start from when nothing is known of departures yet.
     imports
         Files of eliminations or departed hotkeys, merged into the state once each.
+    on_progress
+        Called while the state is being loaded with what is done, how far it is, and how far it will go (None
+        where nobody knows).
 
     Raises
     ------
@@ -90,7 +93,9 @@ class EliminationManagerServer:
         files: FilesMode = "current",
         default_departed: Path | str | None = None,
         imports: Sequence[Path | str] = (),
+        on_progress: Callable[[str, int, int | None], Any] | None = None,
     ) -> None:
+        tell = on_progress or _tell_nobody
         self.namespace = PrivateNamespace() if namespace is None else namespace
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.started_ms = _now_ms()
@@ -102,13 +107,17 @@ class EliminationManagerServer:
         self._beating = threading.Thread(target=self._beat, args=(table,), name="shmelim-heartbeat", daemon=True)
         self._beating.start()
         try:
+            tell("opening the state", 0, None)
             store = self._open_store(durability, default_departed, use_files=files != "off")
             try:
                 for path in imports:
+                    tell(f"importing {path}", 0, None)
                     self._import(store, Path(path))
                 self._committer = Committer(store, table, self._after_publish)
                 self._mirror: FileMirror | None = None
-                self._committer.publish_all(origin_record(self.state_dir))
+                self._committer.publish_all(
+                    origin_record(self.state_dir), lambda done, total: tell("publishing", done, total)
+                )
             except BaseException:
                 store.close()
                 raise
@@ -386,6 +395,10 @@ def event_as_dict(event: Event) -> dict[str, Any]:
 def _origin() -> Origin:
     caller = current_caller()
     return this_process() if caller is None else Origin(caller.pid, caller.uid, caller.program)
+
+
+def _tell_nobody(_what: str, _done: int, _total: int | None) -> None:
+    """Stand in where nobody asked for progress."""
 
 
 def _now_ms() -> int:

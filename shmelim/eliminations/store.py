@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
+from zlib import crc32
 
 from shmelim.eliminations import history
 from shmelim.eliminations.database import Database, move_aside
 from shmelim.eliminations.history import Change, Event, Origin, read_events
-from shmelim.eliminations.schema import FILE_NAME, SCHEMA_NUMBER, Durability, Row
+from shmelim.eliminations.schema import DAMAGED_HINT, FILE_NAME, SCHEMA_NUMBER, Durability, Row
+from shmelim.errors import DamagedStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -40,16 +42,18 @@ __all__ = [
 
 # Hotkeys in one question: below the 999 that an old SQLite allows, and nearly all chunks share one statement.
 _CHUNK = 500
-_ALL = "SELECT hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered FROM hotkeys"
+_ALL = (
+    "SELECT hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum FROM hotkeys"
+)
 _GET = f"{_ALL} WHERE hotkey = ?"
 _PUT = (
-    "INSERT INTO hotkeys (hotkey, eliminated_ordinal, record) VALUES (?, ?, ?)"
+    "INSERT INTO hotkeys (hotkey, eliminated_ordinal, record, checksum) VALUES (?, ?, ?, ?)"
     " ON CONFLICT (hotkey) DO UPDATE"
-    " SET eliminated_ordinal = excluded.eliminated_ordinal, record = excluded.record"
+    " SET eliminated_ordinal = excluded.eliminated_ordinal, record = excluded.record, checksum = excluded.checksum"
 )
-_UPDATE = "UPDATE hotkeys SET record = ? WHERE hotkey = ?"
+_UPDATE = "UPDATE hotkeys SET record = ?, checksum = ? WHERE hotkey = ?"
 _RECORDS = "SELECT hotkey, record FROM hotkeys WHERE record IS NOT NULL AND hotkey IN"
-_REMOVE = "UPDATE hotkeys SET eliminated_ordinal = NULL, record = NULL WHERE hotkey = ?"
+_REMOVE = "UPDATE hotkeys SET eliminated_ordinal = NULL, record = NULL, checksum = NULL WHERE hotkey = ?"
 _DELETE_EMPTY = (
     "DELETE FROM hotkeys WHERE hotkey = ?"
     " AND eliminated_ordinal IS NULL AND departed_ordinal IS NULL AND registered = 0"
@@ -98,9 +102,8 @@ class Store(Database):
 
     def eliminated(self) -> Iterator[tuple[str, bytes]]:
         """Stream the hotkeys that are eliminated with their records, in the order of their elimination."""
-        return self._stream(
-            "SELECT hotkey, record FROM hotkeys WHERE eliminated_ordinal IS NOT NULL ORDER BY eliminated_ordinal"
-        )
+        rows = map(_row, self._stream(f"{_ALL} WHERE eliminated_ordinal IS NOT NULL ORDER BY eliminated_ordinal"))
+        return ((row.hotkey, row.record) for row in rows if row.record is not None)
 
     def departed(self) -> Iterator[tuple[str, int]]:
         """Stream the hotkeys that departed with the time it was seen (ms since 1970, UTC), in that order."""
@@ -130,11 +133,11 @@ class Store(Database):
         with self._guard:
             row = self._db.execute("SELECT record FROM hotkeys WHERE hotkey = ?", (hotkey,)).fetchone()
             if row is None or row[0] is None:
-                self._db.execute(_PUT, (hotkey, self._take_ordinals(1), record))
+                self._db.execute(_PUT, (hotkey, self._take_ordinals(1), record, crc32(record)))
                 return None
             old: bytes = row[0]
             if old != record:
-                self._db.execute(_UPDATE, (record, hotkey))
+                self._db.execute(_UPDATE, (record, crc32(record), hotkey))
             return old
 
     def put_eliminations(self, records: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
@@ -150,9 +153,16 @@ class Store(Database):
         first = self._take_ordinals(len(new))
         with self._guard:
             self._db.executemany(
-                _UPDATE, [(given[hotkey], hotkey) for hotkey, record in old.items() if given[hotkey] != record]
+                _UPDATE,
+                [
+                    (given[hotkey], crc32(given[hotkey]), hotkey)
+                    for hotkey, record in old.items()
+                    if given[hotkey] != record
+                ],
             )
-            self._db.executemany(_PUT, ((hotkey, first + n, record) for n, (hotkey, record) in enumerate(new)))
+            self._db.executemany(
+                _PUT, ((hotkey, first + n, record, crc32(record)) for n, (hotkey, record) in enumerate(new))
+            )
         return old
 
     def remove_elimination(self, hotkey: str) -> bytes | None:
@@ -178,7 +188,8 @@ class Store(Database):
                 " WHERE eliminated_ordinal IS NOT NULL AND departed_ordinal IS NULL AND registered = 0"
             ).rowcount
             emptied = self._db.execute(
-                "UPDATE hotkeys SET eliminated_ordinal = NULL, record = NULL WHERE eliminated_ordinal IS NOT NULL"
+                "UPDATE hotkeys SET eliminated_ordinal = NULL, record = NULL, checksum = NULL"
+                " WHERE eliminated_ordinal IS NOT NULL"
             ).rowcount
         return deleted + emptied
 
@@ -284,6 +295,8 @@ class Store(Database):
         return {hotkey: found[hotkey] for hotkey in names if hotkey in found}
 
 
-def _row(row: tuple[str, int | None, bytes | None, int | None, int | None, int]) -> Row:
-    hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered = row
+def _row(row: tuple[str, int | None, bytes | None, int | None, int | None, int, int | None]) -> Row:
+    hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum = row
+    if record is not None and crc32(record) != checksum:
+        raise DamagedStoreError(f"the stored record of hotkey {hotkey!r} is damaged", hint=DAMAGED_HINT)
     return Row(hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered == 1)

@@ -108,6 +108,20 @@ class TestDamage:
         with contextlib.suppress(StoreError):
             read_all(damaged.parent)
 
+    def test_a_bit_flipped_inside_a_record_is_noticed(self, tmp_path):
+        record = b"a record of some length, as it stands on the page"
+        with Store.open(tmp_path) as store, store.transaction():
+            store.put_elimination("hotkey", record)
+        path = tmp_path / "shmelim.sqlite"
+        data = path.read_bytes()
+        assert data.count(record) == 1
+        path.write_bytes(data.replace(record, record.replace(b"length", b"lengtj")))
+        with Store.open(tmp_path) as store:
+            store.check()
+            for read in (store.rows, store.eliminated, lambda: [store.get("hotkey")]):
+                with pytest.raises(DamagedStoreError, match="'hotkey'"):
+                    list(read())
+
     def test_start_after_a_move_aside(self, damaged):
         damaged.write_bytes(b"junk" * 2000)
         with pytest.raises(DamagedStoreError):

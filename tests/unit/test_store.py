@@ -296,7 +296,7 @@ class TestOrdinals:
     def test_failed_statement_in_a_savepoint_takes_none(self, store):
         with store.transaction():
             with pytest.raises(StoreError, match="CHECK"), store.savepoint():
-                store.put_elimination("x", "text is no record")
+                store.put_departed("x", None)
             store.put_elimination("a", b"1")
         assert list(store.eliminated()) == [("a", b"1")]
         assert self.ordinals(store) == [1]
