@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from shmelim.eliminations.changes import Step
@@ -201,14 +202,17 @@ class Committer:
             self._published(touched)
 
     def _apply(self, group: list[_Request[Any]]) -> tuple[list[_Outcome], list[str], bool]:
-        """Run each change in a savepoint of its own; return outcomes, touched hotkeys, whether to commit."""
+        """Run each change in a savepoint of its own; return outcomes, touched hotkeys, whether to commit.
+
+        A change that is alone needs none: if it raises, nothing is committed.
+        """
         touched: dict[str, None] = {}
         outcomes: list[_Outcome] = []
         wrote = False
         for request in group:
             step = Step(self._store, request.origin)
             try:
-                with self._store.savepoint():
+                with self._store.savepoint() if len(group) > 1 else nullcontext():
                     result = request.change(step)
             except StoreError:
                 raise
