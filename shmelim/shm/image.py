@@ -273,11 +273,11 @@ class Image:
         counts = [self._words[self._head + FLAG_COUNTS + bit] for bit in range(_FLAG_BITS)]
         target._set_header(used, len(live), self._words[self._head + NEXT_ORDINAL], used, counts)
 
-    def mirror_into(self, target: Image, *, arena: bool) -> None:
-        """Make ``target``, of the same size, equal to this copy; without the arena where that is equal already."""
-        if arena:
+    def mirror_into(self, target: Image, *, arena_from: int) -> None:
+        """Make ``target``, of the same size, equal to this copy; the arenas differ from ``arena_from`` on."""
+        if arena_from == 0:
             target.begin_overwrite()
-            target.arena[: self.used] = self.arena[: self.used]
+        target.arena[arena_from : self.used] = self.arena[arena_from : self.used]
         target.rows[:] = self.rows
         epoch = target._words[target._head + EPOCH]
         head = self._memory[self._base : self._base + COPY_HEADER_SIZE]

@@ -97,6 +97,7 @@ ENTRY_CHECKED: Final = 16
 KIND_PUT: Final = 1
 KIND_REMOVE: Final = 2
 MAX_RECORD: Final = (1 << 32) - 1
+MAX_ORDINAL: Final = (1 << 63) - 1
 
 _ENTRY_HEAD = struct.Struct("<QQ")
 _ENTRY_TAIL = struct.Struct("<IBBBx")

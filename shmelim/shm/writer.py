@@ -42,6 +42,7 @@ from shmelim.shm.image import Change, Image
 from shmelim.shm.layout import (
     HEARTBEAT,
     MAX_KEY,
+    MAX_ORDINAL,
     MAX_RECORD,
     PAGE,
     ROOT_SIZE,
@@ -79,8 +80,10 @@ _BYTES_PER_APPLY: Final = 32_768
 _SHRINK_FROM: Final = 8
 """A segment this many times too large is replaced by one that fits, when everything is replaced."""
 
-# What the copy that nobody reads lacks, other than a list of changes: its slots, or slots and arena.
+# What the copy that nobody reads lacks, other than a list of changes: its slots; slots and the end of the arena;
+# everything. Only the last writes over what a reader of an older version may be taking for an append-only log.
 _ROWS: Final = "rows"
+_TAIL: Final = "tail"
 _ALL: Final = "all"
 
 
@@ -120,6 +123,7 @@ class TableWriter:
         namespace.acquire()
         try:
             self._root = self._take_root()
+            started = int(psutil.Process().create_time() * 1000)
         except BaseException:
             namespace.release()
             raise
@@ -131,7 +135,7 @@ class TableWriter:
         words = self._root.words
         words[WRITER_STATE] = WriterState.STARTING
         words[WRITER_PID] = self._pid
-        words[WRITER_STARTED] = int(psutil.Process().create_time() * 1000)
+        words[WRITER_STARTED] = started
         self.beat()
 
     def _take_root(self) -> Segment:
@@ -227,15 +231,19 @@ class TableWriter:
         return self._open
 
     def settle(self) -> None:
-        """Bring the copy that nobody reads up to date. Done by the next transaction if not before."""
-        if self._images is None or self._behind is None:
+        """Bring the copy that nobody reads up to date. Done by the next transaction if not before.
+
+        Nothing happens while a transaction is staged: what it stages is in that copy.
+        """
+        if self._images is None or self._behind is None or (self._open is not None and self._open.staged):
             return
         current, spare = self._images[self.version & 1], self._images[~self.version & 1]
         behind, self._behind = self._behind, _ALL
         if isinstance(behind, list):
             spare.apply(behind)
         else:
-            current.mirror_into(spare, arena=behind == _ALL)
+            start = {_ROWS: current.used, _TAIL: spare.used, _ALL: 0}[behind]
+            current.mirror_into(spare, arena_from=start)
         self._behind = None
 
     # ------------------------------------------------------------------ what a transaction is made of
@@ -263,8 +271,8 @@ class TableWriter:
             staged = self._new_segment(capacity, arena, header.seed)
             current.compact_into(staged.target(self.version))
         staged.target(self.version).apply(changes)
-        if len(changes) * _BYTES_PER_APPLY > SLOT_SIZE * header.capacity + current.used:
-            staged.behind = _ALL
+        if staged.behind is changes and len(changes) * _BYTES_PER_APPLY > SLOT_SIZE * header.capacity + need:
+            staged.behind = _TAIL
         return staged
 
     def _stage_afresh(self, changes: list[Change], live: int) -> _Staged:
@@ -313,12 +321,11 @@ class TableWriter:
     def _publish(self, staged: _Staged) -> int:
         generation = staged.images[0].header.generation
         grown = staged.segment is not self._segment
-        # Whether or not an interrupt lets the store happen, mirroring puts the other copy right.
-        self._behind = _ALL
         version = next_version(self.version, generation)
-        if grown:
-            self._segment, self._images = staged.segment, staged.images
-        self._root.words[VERSION] = version
+        # Whether or not an interrupt lets the store happen, mirroring puts the other copy right. One statement,
+        # since no signal handler runs inside it: segment and version word must not disagree.
+        self._behind = _ALL
+        self._segment, self._images, self._root.words[VERSION] = staged.segment, staged.images, version
         # Everything above is visible to whoever sees the new version; nothing below may be before that.
         self._behind = staged.behind
         self._open = None
@@ -327,10 +334,10 @@ class TableWriter:
             self._namespace.remove_data(keep=generation)
         return version
 
-    def _abort(self, staged: _Staged | None) -> None:
+    def _abort(self) -> None:
         self._open = None
-        if staged is not None and staged.segment is not self._segment:
-            self._namespace.remove_data(keep=self.version >> SEQUENCE_BITS or None)
+        # A segment made for the next state may be there even if staging failed; the version word knows.
+        self._namespace.remove_data(keep=self.version >> SEQUENCE_BITS or None)
 
 
 class _Staged:
@@ -372,7 +379,8 @@ class Transaction:
         record
             Any bytes.
         ordinal
-            Its place in the order of a snapshot. None: a new key goes last, a known one keeps its place.
+            Its place in the order of a snapshot, 0 to 2**63 - 1. None: a new key goes last, a known one keeps its
+            place.
 
         Raises
         ------
@@ -383,6 +391,8 @@ class Transaction:
         check_key(key)
         if not 0 <= flags <= 0xFF:  # noqa: PLR2004
             raise ValueError(f"flags {flags} must be 0 to 255")
+        if ordinal is not None and not 0 <= ordinal <= MAX_ORDINAL:
+            raise ValueError(f"ordinal {ordinal} must be 0 to {MAX_ORDINAL}")
         if len(record) > MAX_RECORD:
             raise ValueError(f"record of {len(record):,} bytes is longer than {MAX_RECORD:,}")
         self._set(Change(key, flags, record, ordinal))
@@ -392,7 +402,14 @@ class Transaction:
         check_key(key)
         self._set(Change(key, None, b"", None))
 
+    @property
+    def staged(self) -> bool:
+        """Whether the changes are made and wait for :meth:`publish`."""
+        return self._staged is not None
+
     def _set(self, change: Change) -> None:
+        if self._writer._open is not self:  # noqa: SLF001
+            raise ShmelimError("this transaction has ended")
         if self._staged is not None:
             raise ShmelimError("this transaction is staged: it takes no more changes")
         self._changes.append(change)
@@ -407,6 +424,9 @@ class Transaction:
             No room to grow; the transaction is aborted and the published state stands.
 
         """
+        self._check_open()
+        if self._staged is not None:
+            return
         try:
             self._staged = self._writer._stage(self._changes, self._need, replace=self._replace)  # noqa: SLF001
         except BaseException:
@@ -415,16 +435,26 @@ class Transaction:
 
     def publish(self) -> int:
         """Make the staged changes visible and return the new version. Cannot fail for want of anything."""
+        self._check_open()
         if self._staged is None:
             raise ShmelimError("this transaction must be staged before it is published")
         staged, self._staged = self._staged, None
-        return self._writer._publish(staged)  # noqa: SLF001
+        try:
+            return self._writer._publish(staged)  # noqa: SLF001
+        except BaseException:
+            # An interrupt; the version word tells whether it came before or after.
+            self._writer._abort()  # noqa: SLF001
+            raise
 
     def abort(self) -> None:
         """Forget the changes. Idempotent."""
-        if self._writer._open is self:  # noqa: SLF001
-            staged, self._staged = self._staged, None
-            self._writer._abort(staged)  # noqa: SLF001
+        if self._writer._open is self and self._writer._pid == os.getpid():  # noqa: SLF001
+            self._staged = None
+            self._writer._abort()  # noqa: SLF001
+
+    def _check_open(self) -> None:
+        if self._writer._open is not self or self._writer._pid != os.getpid():  # noqa: SLF001
+            raise ShmelimError("this transaction has ended, or belongs to the process that forked this one")
 
     def __enter__(self) -> Self:
         return self
