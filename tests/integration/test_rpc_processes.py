@@ -1,6 +1,7 @@
 """The channel between processes, forked and spawned, with forks at awkward moments and restarts under load."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -190,6 +191,7 @@ def count_sockets():
 
 
 def test_a_servers_forked_copy_is_inert(address, tmp_path):
+    gc.collect()  # sockets that other tests left to the collector
     before = count_sockets()
     with ChannelServer(Counter(), address, KEY) as server, ChannelClient(server.address, KEY) as client:
         client.call("add_rpc")
