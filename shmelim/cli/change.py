@@ -1,0 +1,154 @@
+"""``shmelim add``, ``remove`` and ``sync``: changes by hand, durable when the command returns."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shmelim.cli import output
+from shmelim.cli.failure import NO, FileProblemError, RefusedError
+from shmelim.cli.options import HOTKEY, Command, Settings, settings_options
+from shmelim.cli.progress import DelayedProgress
+from shmelim.eliminations import EliminationClient, EliminationReason, files
+from shmelim.eliminations.record import decode, generate_row
+from shmelim.errors import DamagedFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["add", "remove", "sync"]
+
+_STDIN = Path("/dev/stdin")
+_SHOWN = 3
+
+
+@contextlib.contextmanager
+def _client(name: str) -> Iterator[EliminationClient]:
+    client = EliminationClient(name)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@click.command(cls=Command, short_help="Eliminate a hotkey.")
+@click.argument("hotkey", type=HOTKEY)
+@click.option(
+    "--reason",
+    required=True,
+    metavar="REASON",
+    help=f"Why: normally one of {', '.join(reason.value for reason in EliminationReason)}.",
+)
+@click.option("--dd", type=float, metavar="X", help="The drawdown, stored as given.")
+@click.option(
+    "--time-ms",
+    type=click.IntRange(0, (1 << 63) - 1),
+    metavar="T",
+    help="When, in milliseconds since 1970 UTC [default: now].",
+)
+@settings_options
+@click.pass_obj
+def add(settings: Settings, *, hotkey: str, reason: str, dd: float | None, time_ms: int | None) -> None:
+    """Eliminate HOTKEY, or replace its record. When this returns, every reader sees it and it is durable.
+
+    With --json: name, added (false: a record was replaced), elimination (the record).
+
+    For example:
+      shmelim add 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --reason PLAGIARISM --dd 0.1
+    """
+    if reason not in EliminationReason.__members__:
+        usual = ", ".join(EliminationReason.__members__)
+        click.echo(f"note: {output.printable(repr(reason))} is stored as given; usual are {usual}", err=True)
+    at_ms = time.time_ns() // 1_000_000 if time_ms is None else time_ms
+    with _client(settings.name) as client:
+        added = client.append_elimination_row(hotkey, dd, reason, at_ms)
+    if settings.as_json:
+        elimination = generate_row(hotkey, dd, reason, at_ms)
+        output.document({"name": settings.name, "added": added, "elimination": elimination})
+    else:
+        click.echo(f"{'added' if added else 'replaced'}: {output.printable(hotkey)}")
+
+
+@click.command(cls=Command, short_help="Take an elimination back.")
+@click.argument("hotkey", type=HOTKEY)
+@settings_options
+@click.pass_context
+def remove(context: click.Context, *, hotkey: str) -> None:
+    """Remove the elimination of HOTKEY; exit code 1 if there was none. The history keeps what it was.
+
+    With --json: name, hotkey, removed.
+
+    For example:
+      shmelim remove 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
+    """
+    settings: Settings = context.obj
+    with _client(settings.name) as client:
+        removed = bool(client.delete_eliminations([hotkey]))
+    if settings.as_json:
+        output.document({"name": settings.name, "hotkey": hotkey, "removed": removed})
+    else:
+        click.echo(f"{'removed' if removed else 'not eliminated'}: {output.printable(hotkey)}")
+    if not removed:
+        context.exit(NO)
+
+
+@click.command(cls=Command, short_help="Replace all eliminations by those of a file.")
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@settings_options
+@click.pass_obj
+def sync(settings: Settings, *, file: Path) -> None:
+    """Make exactly the eliminations in FILE the current ones, in one step; "-" is stdin.
+
+    FILE is {"eliminations": [record, …]}. Whatever is not in it is no longer eliminated. If a single record is not
+    fit to be stored, nothing is changed, the exit code is 1, and the error names the record.
+
+    With --json: name, records (in the file), removed [hotkey], eliminated (how many there are now).
+
+    For example:
+      shmelim sync eliminations.json
+      ssh other shmelim export - | shmelim sync -
+    """
+    records = _read(file)
+    with _client(settings.name) as client, DelayedProgress() as progress:
+        progress.tell("sending", 0, len(records))
+
+        def tell(sent: int) -> None:
+            if sent < len(records):
+                progress.tell("sending", sent, len(records))
+            else:
+                progress.tell("committing", 0, None)
+
+        try:
+            removed = client.sync_eliminations(map(decode, records), on_progress=tell)
+        except (ValueError, TypeError) as error:
+            raise RefusedError(str(error), hint="nothing was changed") from error
+        eliminated = len(client)
+    if settings.as_json:
+        output.document(
+            {"name": settings.name, "records": len(records), "removed": removed, "eliminated": eliminated}
+        )
+    else:
+        click.echo(f"{len(removed)} removed, {eliminated} eliminated now")
+
+
+def _read(file: Path) -> list[bytes]:
+    """Return the records of a file, or refuse it whole."""
+    shown = "stdin" if str(file) == "-" else str(file)
+    path = _STDIN if str(file) == "-" else file
+    if path.is_dir():
+        raise FileProblemError(f"{shown} is a directory, not a file")
+    try:
+        found = files.read_eliminations(path)
+    except DamagedFileError as error:
+        raise FileProblemError(error.message.replace(str(path), shown, 1), hint="nothing was changed") from error
+    if found is None:
+        raise FileProblemError(f"{shown} does not exist")
+    if found.bad:
+        problems = "; ".join(f"row {bad.index}: {bad.problem}" for bad in found.bad[:_SHOWN])
+        more = f"; and {len(found.bad) - _SHOWN} more" if len(found.bad) > _SHOWN else ""
+        raise RefusedError(f"{shown} is refused: {problems}{more}", hint="nothing was changed; repair the file")
+    return [record for _, record in found.rows]

@@ -1,0 +1,68 @@
+"""``shmelim export``: the published state as one of the JSON files that other tools read."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shmelim.cli import output
+from shmelim.cli.failure import FileProblemError
+from shmelim.cli.options import Command, Settings, owner_option, settings_options
+from shmelim.eliminations import EliminationReader, files
+from shmelim.eliminations.record import encode
+
+if TYPE_CHECKING:
+    from shmelim.eliminations import Snapshot
+
+__all__ = ["export"]
+
+
+@click.command(cls=Command, short_help="Write the state to a JSON file.")
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@click.option("--departed", is_flag=True, help="Write the departed hotkeys instead of the eliminations.")
+@owner_option
+@settings_options
+@click.pass_obj
+def export(settings: Settings, *, file: Path, departed: bool, owner: int | None) -> None:
+    """Write the current eliminations to FILE as {"eliminations": […]}, or to stdout if it is "-".
+
+    As of one moment, and in one step: FILE is either the old one or the whole new one. Works while the server is
+    dead.
+
+    With --json: name, version, file, count.
+
+    For example:
+      shmelim export eliminations.json
+      shmelim export - --departed | jq '.departed_hotkeys | length'
+    """
+    snapshot = EliminationReader(settings.name, owner=owner).snapshot()
+    count = len(snapshot.departed if departed else snapshot.eliminations)
+    if str(file) == "-":
+        with tempfile.TemporaryDirectory() as directory:
+            whole = Path(directory) / "export.json"
+            _write(whole, snapshot, departed=departed)
+            click.echo(whole.read_text("utf-8"), nl=False, file=sys.stdout)
+        return
+    if file.is_dir():
+        raise FileProblemError(f"{file} is a directory, not a file")
+    if not file.absolute().parent.is_dir():
+        raise FileProblemError(f"there is no directory {file.absolute().parent} to write {file.name} to")
+    _write(file, snapshot, departed=departed)
+    if settings.as_json:
+        output.document(
+            {"name": settings.name, "version": snapshot.version, "file": str(file.absolute()), "count": count}
+        )
+    else:
+        what = "departed hotkeys" if departed else "eliminations"
+        click.echo(f"{count} {what} written to {output.printable(str(file))}")
+
+
+def _write(path: Path, snapshot: Snapshot, *, departed: bool) -> None:
+    if departed:
+        files.write_departed(path, ((hotkey, info["detected_ms"]) for hotkey, info in snapshot.departed.items()))
+    else:
+        files.write_eliminations(path, map(encode, snapshot.eliminations.values()))

@@ -1,0 +1,110 @@
+"""How data is printed: tables for people, tab-separated lines for pipes, one JSON document for programs.
+
+What is printed was chosen by strangers (hotkeys, reasons), so nothing of it reaches a terminal as a control
+character.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+__all__ = ["document", "facts", "moment", "on_terminal", "printable", "records", "size", "span", "value"]
+
+_HOTKEY_WIDTH: Final = 48
+_LATEST_MS: Final = 253_402_300_799_999
+_KIB: Final = 1024
+
+
+def on_terminal() -> bool:
+    """Tell whether stdout is a terminal."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def document(content: dict[str, Any]) -> None:
+    """Print one JSON document, in ASCII, with keys in the order given."""
+    click.echo(json.dumps(content, default=str))
+
+
+def records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows: a table on a terminal, else a line each, tab-separated and complete, without a heading."""
+    if not on_terminal():
+        for row in rows:
+            click.echo("\t".join(map(value, row)))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        # Folding shows every character, however narrow the terminal.
+        table.add_column(column, overflow="fold", min_width=_HOTKEY_WIDTH if column == "hotkey" else None)
+    for row in rows:
+        table.add_row(*(Text(value(cell)) for cell in row))
+    Console().print(table)
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> None:
+    """Print what is known of one thing: names and values in two columns, or tab-separated."""
+    if not on_terminal():
+        for name, fact in pairs:
+            click.echo(f"{name}\t{value(fact)}")
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, fact in pairs:
+        table.add_row(name, Text(value(fact)))
+    Console().print(table)
+
+
+def printable(text: str) -> str:
+    """Return text with everything escaped that a terminal would obey, or that has no UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def value(thing: object) -> str:
+    """Return any value as it is shown: text as it is, "-" for None, the rest as JSON."""
+    if thing is None:
+        return "-"
+    if isinstance(thing, str):
+        return printable(thing)
+    if isinstance(thing, bool):
+        return "yes" if thing else "no"
+    return printable(json.dumps(thing, ensure_ascii=False, default=str))
+
+
+def moment(ms: object) -> str | None:
+    """Return milliseconds since 1970 as UTC text to the second; None where nobody knows."""
+    if not isinstance(ms, int) or ms == 0:
+        return None
+    if not 0 < ms <= _LATEST_MS:
+        return f"{ms} ms"
+    return datetime.fromtimestamp(ms // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def span(seconds: float) -> str:
+    """Return a length of time as people say it."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as people say it."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < _KIB:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= _KIB
+    return f"{count:,.1f} GiB"

@@ -1,0 +1,82 @@
+"""A progress bar on stderr, for what takes longer than a second, and only where somebody looks at it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import TYPE_CHECKING, Final, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["DelayedProgress"]
+
+_DELAY: Final = 1.0
+
+
+class DelayedProgress:
+    """A progress bar that appears after a second; nothing is shown where stderr is no terminal.
+
+    :meth:`tell` may be called from any thread, also outside of the ``with`` block, where it does nothing.
+    """
+
+    def __init__(self, delay: float = _DELAY) -> None:
+        # Guards everything below: the timer's thread and the caller's meet here.
+        self._lock = threading.Lock()
+        self._delay = delay
+        self._progress: Progress | None = None
+        self._timer: threading.Timer | None = None
+        self._shown = False
+        self._what: str | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr is not None and sys.stderr.isatty():
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._timer = threading.Timer(self._delay, self._show)
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar away. Idempotent."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._progress is not None and self._shown:
+                self._progress.stop()
+            self._progress = None
+
+    def tell(self, what: str, done: int, total: int | None) -> None:
+        """Say what is being done and how far it is; None: nobody knows how far it will go."""
+        with self._lock:
+            if self._progress is None:
+                return
+            if what != self._what:
+                for task in self._progress.task_ids:
+                    self._progress.remove_task(task)
+                self._progress.add_task(what, total=total, completed=done)
+                self._what = what
+            else:
+                self._progress.update(self._progress.task_ids[0], completed=done, total=total)
+
+    def _show(self) -> None:
+        with self._lock:
+            if self._progress is not None:
+                self._progress.start()
+                self._shown = True

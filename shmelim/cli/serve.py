@@ -1,0 +1,202 @@
+"""``shmelim serve``: a server in the foreground, for a terminal or a supervisor."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from shmelim.cli.failure import FileProblemError
+from shmelim.cli.options import Command, Settings, settings_options
+from shmelim.cli.output import printable
+from shmelim.cli.progress import DelayedProgress
+from shmelim.eliminations import EliminationReader
+from shmelim.eliminations.serve import ServeOptions, run
+from shmelim.errors import AlreadyServingError, ShmelimError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shmelim.eliminations.mirror import FilesMode
+    from shmelim.eliminations.schema import Durability
+    from shmelim.eliminations.serve import Service
+
+__all__ = ["serve"]
+
+_STANDARD_ERROR: Final = 2
+
+
+class _StderrHandler(logging.Handler):
+    """Log records on stderr, one line each, as it is now: a progress bar may have put itself in between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; a stderr that nobody reads any more ends nothing."""
+        text = f"{record.levelname.lower()}: {printable(record.getMessage())}"
+        if record.exc_info:
+            text = f"{text}\n{logging.Formatter().formatException(record.exc_info)}"
+        with contextlib.suppress(OSError):
+            click.echo(text, err=True)
+
+
+@click.command(cls=Command, short_help="Serve a name in the foreground.")
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the state is kept [default: a directory of that name among the user's state].",
+)
+@click.option(
+    "--import",
+    "imports",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    multiple=True,
+    help="Merge a file of eliminations or of departed hotkeys into the state, once; repeatable.",
+)
+@click.option(
+    "--default-departed",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A file of departed hotkeys to start from while none are known.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="Take commands on this TCP port of 127.0.0.1, 0 for any [default: a Unix socket].",
+)
+@click.option(
+    "--durability",
+    type=click.Choice(["power", "process"]),
+    default="power",
+    show_default=True,
+    help="What an acknowledged change survives: a power cut, or the death of the process only.",
+)
+@click.option(
+    "--files",
+    type=click.Choice(["current", "lagged", "off"]),
+    default="current",
+    show_default=True,
+    help="Whether the JSON files are current when a saving call returns, follow within a second, or are not kept.",
+)
+@click.option("--group-readable", is_flag=True, help="Let the group of this process read the state.")
+@click.option(
+    "--ready-fd",
+    type=click.IntRange(min=1),
+    metavar="FD",
+    help='Write "ready" and a newline to this descriptor once readers and commands are served, and close it.',
+)
+@click.option("-v", "--verbose", is_flag=True, help="Log more than warnings.")
+@settings_options
+@click.pass_obj
+def serve(
+    settings: Settings,
+    *,
+    state_dir: Path | None,
+    imports: tuple[Path, ...],
+    default_departed: Path | None,
+    port: int | None,
+    durability: Durability,
+    files: FilesMode,
+    group_readable: bool,
+    ready_fd: int | None,
+    verbose: bool,
+) -> None:
+    """Serve a name until SIGTERM or Ctrl-C.
+
+    Recovers the state, publishes it in shared memory, and takes changes from whoever may read the key. When it
+    is ready it says so in one line on stderr that begins with "serving". Whatever ends it, readers keep the last
+    state, and the next server goes on from there.
+
+    For example:
+      shmelim serve
+      shmelim serve --name mainnet --state-dir /var/lib/shmelim --default-departed departed_hotkeys.json
+      shmelim serve --import old/eliminations.json --import old/departed_hotkeys.json
+    """
+    _check_descriptor(ready_fd)
+    for path in (*imports, *([] if default_departed is None else [default_departed])):
+        if path.is_dir():
+            raise FileProblemError(f"{path} is a directory, not a file")
+        if not path.exists():
+            raise FileProblemError(f"{path} does not exist")
+    options = ServeOptions(
+        name=settings.name,
+        state_dir=state_dir,
+        port=port,
+        group_readable=group_readable,
+        durability=durability,
+        files=files,
+        default_departed=default_departed,
+        imports=imports,
+    )
+    progress = DelayedProgress()
+
+    def announce(service: Service) -> None:
+        progress.stop()
+        with contextlib.suppress(OSError):
+            click.echo(_ready_line(service), err=True)
+        if ready_fd is not None:
+            _tell_ready(ready_fd)
+
+    with _logging(verbose=verbose), progress:
+        try:
+            run(options, announce, progress.tell)
+        except AlreadyServingError as error:
+            raise _naming_the_other(error, settings.name) from error
+
+
+def _ready_line(service: Service) -> str:
+    reader, address = service.server.reader, service.channel.address
+    channel = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
+    return printable(
+        f"serving {service.options.name!r}: {len(reader)} eliminated, {reader.num_departed_hotkeys} departed; "
+        f"channel {channel}; state {service.state_dir}"
+    )
+
+
+def _check_descriptor(descriptor: int | None) -> None:
+    if descriptor is not None:
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            raise click.UsageError(f"--ready-fd: descriptor {descriptor} is not open") from None
+
+
+def _tell_ready(descriptor: int) -> None:
+    # Whoever wanted to know may be gone; that is no reason to stop serving.
+    with contextlib.suppress(OSError):
+        os.write(descriptor, b"ready\n")
+    if descriptor > _STANDARD_ERROR:
+        os.close(descriptor)
+
+
+def _naming_the_other(error: AlreadyServingError, name: str) -> ShmelimError:
+    """Return the error with the process that serves the name, if that can be seen."""
+    try:
+        writer = EliminationReader(name).writer
+    except ShmelimError:
+        return error
+    if not writer.alive:
+        return error
+    return AlreadyServingError(
+        f"{name!r} is already served by process {writer.pid}",
+        hint=f"see `shmelim status --name {name}`, stop that process, or serve under another --name",
+    )
+
+
+@contextlib.contextmanager
+def _logging(*, verbose: bool) -> Iterator[None]:
+    log = logging.getLogger("shmelim")
+    handler = _StderrHandler()
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
