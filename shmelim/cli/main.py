@@ -95,7 +95,7 @@ def main() -> NoReturn:
         if stream is not None:
             # A terminal that cannot show a character gets its escape, not an exception.
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    warnings.showwarning = _show_warning  # type: ignore[assignment]  # it takes them as they come
+    warnings.showwarning = _show_warning
     cli.main(prog_name="shmelim")
 
 
