@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import os
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from serving import Served
 
 from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace
 
@@ -53,6 +55,19 @@ def new_name() -> Iterator[Callable[[], str]]:
 def table_name(new_name: Callable[[], str]) -> str:
     """One unused table name."""
     return new_name()
+
+
+@pytest.fixture
+def serve(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """Start servers in processes of their own; whatever of them still runs afterwards is killed."""
+    with contextlib.ExitStack() as stack:
+
+        def start(name: str | None = None, **options: Any) -> Served:
+            name = name or new_name()
+            options.setdefault("state_dir", tmp_path / f"state-of-{name}")
+            return stack.enter_context(Served(name, **options))
+
+        yield start
 
 
 @pytest.fixture(params=["shared", "private"])
