@@ -282,7 +282,7 @@ class Database:
         return size
 
     def check(self) -> None:
-        """Have SQLite check the whole file (about 1.5 s for each GB).
+        """Have SQLite check the whole file (about 2 s for each GB).
 
         Raises
         ------
@@ -291,7 +291,7 @@ class Database:
 
         """
         with self._guard:
-            found = [str(line) for (line,) in self._db.execute("PRAGMA quick_check(10)")]
+            found = [str(line) for (line,) in self._db.execute("PRAGMA integrity_check(10)")]
         if found != ["ok"]:
             raise DamagedStoreError(f"{self._path} is damaged: {'; '.join(found)}", hint=schema.DAMAGED_HINT)
 

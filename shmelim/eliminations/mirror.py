@@ -5,8 +5,8 @@ changed meanwhile, or at once where somebody waits for it (:meth:`FileMirror.flu
 long, the next one that nobody waits for comes ten times as long later, so that a very large state does not keep
 a core busy.
 
-Before a new file takes its name, its digest is committed to the store: on the next start, a file with another
-digest was put there by a person.
+Before a new file takes its name, its digest is committed to the store beside that of the file that stands there,
+and alone once it has: on the next start, a file with another digest was put there by a person.
 """
 
 from __future__ import annotations
@@ -194,11 +194,13 @@ class FileMirror:
                     records = (
                         record[PREFIX.size :] for flags, record, _ in entries.values() if flags & Status.ELIMINATED
                     )
-                    files.write_eliminations(path, records, before_rename=confirm)
+                    digest = files.write_eliminations(path, records, before_rename=confirm)
                 else:
                     departed = departed_in(entries)
-                    files.write_departed(path, _times(departed), before_rename=confirm)
+                    digest = files.write_departed(path, _times(departed), before_rename=confirm)
                     self._departed_written = len(departed)
+                # An earlier version that a person puts back is that person's work.
+                self._know(name, [digest])
         except StoreError as error:
             return error
         except Exception as error:
@@ -208,12 +210,27 @@ class FileMirror:
 
     def _confirming(self, name: str) -> Callable[[str], None]:
         def confirm(digest: str) -> None:
-            known = self._committer.read(lambda store: known_digests(store.meta(digest_key(name))))
-            if digest not in known[-1:]:
-                # The one before stays known: a crash may come before the rename.
-                self._committer.commit(set_meta(digest_key(name), [*known[-1:], digest]))
+            # The one that stands there stays known: a crash may come before the rename.
+            standing = self._standing(name)
+            if digest not in standing:
+                self._know(name, [*standing, digest])
 
         return confirm
+
+    def _standing(self, name: str) -> list[str]:
+        """Return the digest of the file on disk, as a list, if it is known to be ours."""
+        known = self._committer.read(lambda store: known_digests(store.meta(digest_key(name))))
+        if len(known) <= 1:
+            return known
+        # A write ended between the two steps: only the file itself can tell which of them it is.
+        digest = files.digest_of(self._directory / name)
+        return [digest] if digest in known else []
+
+    def _know(self, name: str, digests: list[str]) -> None:
+        """Make these the digests under which the store knows a file."""
+        known = self._committer.read(lambda store: known_digests(store.meta(digest_key(name))))
+        if known != digests:
+            self._committer.commit(set_meta(digest_key(name), digests))
 
 
 def digest_key(name: str) -> str:

@@ -9,8 +9,8 @@ In this order:
 3. With no store at all, the JSON files are the state: that is how a validator migrates. A default departed file
    stands in where there is none.
 
-A damaged JSON file is moved aside and costs nothing, unless it is all there is: then starting would mean to start
-empty and let eliminated miners trade, so the start is refused.
+A damaged JSON file is moved aside and costs nothing. Where it is all there is, or a damaged store is, starting would
+mean to start empty and let eliminated miners trade: so the start is refused, and everything left as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shmelim.eliminations.changes import Step, merge, record_departures, replace
 from shmelim.eliminations.entry import ORIGIN_KEY, PREFIX, Status, departed_in
 from shmelim.eliminations.history import Change as EventOf
 from shmelim.eliminations.mirror import DEPARTED_FILE, ELIMINATIONS_FILE, digest_key, known_digests
-from shmelim.eliminations.store import Store, move_aside
+from shmelim.eliminations.store import FILE_NAME, Store, move_aside
 from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError, StoreError
 from shmelim.shm import Namespace, TableReader
 
@@ -76,41 +76,71 @@ def recover(
     ------
     StoreError
         The directory or a file cannot be read or written.
+    DamagedStoreError
+        The store is damaged, and neither shared memory nor the JSON files can stand in.
     DamagedFileError
         There is no store, and the JSON file in its place is damaged.
 
     """
-    fresh = not (directory / "shmelim.sqlite").exists()
     published: _Published | None = None
+    made = not (directory / FILE_NAME).exists()
     try:
-        store = Store.open(directory, durability, parents=True)
-        try:
-            if store.size_bytes() <= _CHECK_LIMIT:
-                store.check()
-            for _ in store.rows():
-                pass
-        except BaseException:
-            store.close()
-            raise
+        store = _open_whole(directory, durability)
     except DamagedStoreError as error:
         published = _last_published(namespace, directory)
+        if published is None:
+            _need_files(directory if use_files else None, error)
         aside = move_aside(directory)
         _log.error("%s; it is now %s", error, aside)
-        store = Store.open(directory, durability, parents=True)
-        fresh = True
+        store, made = Store.open(directory, durability, parents=True), True
     try:
         with store.transaction():
             step = Step(store, None)
+            fresh = not any(store.counts()) and not store.meta_items()
             if published is not None:
-                _restore(step, published)
-            if use_files:
-                _take_files(step, directory, fresh=fresh and published is None)
+                _restore(step, published, directory)
+            elif use_files:
+                _take_files(step, directory, fresh=fresh)
             if default_departed is not None and not store.counts().departed:
                 _take_departed(step, default_departed, "default departed file")
     except BaseException:
         store.close()
+        if made:
+            # The next start must not take an empty store for the state.
+            _remove_store(directory)
         raise
     return store
+
+
+def _open_whole(directory: Path, durability: Durability) -> Store:
+    """Open the store, and read it through; DamagedStoreError where that shows damage."""
+    store = Store.open(directory, durability, parents=True)
+    try:
+        if store.size_bytes() <= _CHECK_LIMIT:
+            store.check()
+        for _ in store.rows():
+            pass
+        store.meta_items()
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _need_files(directory: Path | None, damage: DamagedStoreError) -> None:
+    """Refuse to go on without the damaged store unless the files are there, and whole; nothing is touched."""
+    if directory is not None and files.read_eliminations(directory / ELIMINATIONS_FILE) is not None:
+        files.read_departed(directory / DEPARTED_FILE)
+        return
+    raise DamagedStoreError(
+        f"{damage.message}, and there is no other record of the state",
+        hint="put a backup in its place, or move it away to start empty",
+    ) from damage
+
+
+def _remove_store(directory: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        (directory / (FILE_NAME + suffix)).unlink(missing_ok=True)
 
 
 def import_file(step: Step, path: Path) -> tuple[int, int]:
@@ -228,11 +258,16 @@ def _last_published(namespace: Namespace, directory: Path) -> _Published | None:
     )
 
 
-def _restore(step: Step, published: _Published) -> None:
+def _restore(step: Step, published: _Published, directory: Path) -> None:
     step.record([EventOf("recover", note="the store was damaged: restored from shared memory")])
     merge(published.records, "recovered")(step)
     record_departures(published.departed, "recovered")(step)
     step.store.set_registered(published.registered)
+    # What stands in the files is at most as new: no start must take it for a person's work.
+    for name in (ELIMINATIONS_FILE, DEPARTED_FILE):
+        digest = files.digest_of(directory / name)
+        if digest is not None:
+            step.store.set_meta(digest_key(name), [digest])
     _log.warning(
         "restored %d eliminations and %d departed hotkeys from shared memory; the history starts anew",
         len(published.records),
