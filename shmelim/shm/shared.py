@@ -133,17 +133,19 @@ class SharedNamespace:
 
         Raises
         ------
+        AlreadyServingError
+            Another process took the name in the moment in which it led nowhere.
         SegmentFullError
             ``/dev/shm`` is full.
 
         """
         previous = self._lock
         self._unlink(self.root_name)
-        segment = self._create(self.root_name, ROOT_SIZE)
+        # Whoever comes first makes it and locks it, in the same way as when there never was one.
         self.acquire()
         if previous is not None:
             os.close(previous)
-        return segment
+        return self.open_root(writable=True)
 
     def open_root(self, *, writable: bool = False) -> Segment:
         """Map the root segment.

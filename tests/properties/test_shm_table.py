@@ -123,11 +123,13 @@ def carry_out(writer: TableWriter, model: Model, commit: Commit) -> Model:
             after.entries.pop(change.key, None)
         else:
             ordinal = after.ordinal_at(change.key, change.place)
-            if commit.replace and ordinal is None:
+            if commit.replace and ordinal is None and change.key not in after.entries:
                 # In a fresh table ordinals are dealt out at the end: name them here to keep the model simple.
                 ordinal = after.ordinal_at(change.key, after.next_ordinal)
             transaction.put(change.key, change.flags, change.record, ordinal)
             after.put(change.key, change.flags, change.record, ordinal)
+    if commit.replace:
+        after.next_ordinal = max((entry.ordinal + 1 for entry in after.entries.values()), default=0)
     if commit.end == "block":
         with transaction:
             pass

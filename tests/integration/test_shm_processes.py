@@ -1,0 +1,353 @@
+"""One writer and many readers in processes of their own: the lock, taking over, waiting, threads."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import crashing
+import pytest
+
+from shmelim.errors import AlreadyServingError
+from shmelim.shm import Namespace, SharedNamespace, TableReader, TableWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def serve(name: str, flags: int = 1) -> TableWriter:
+    writer = TableWriter(SharedNamespace(name), capacity=8, arena_size=4096)
+    writer.load([(b"a", flags, b"record", None)])
+    return writer
+
+
+def refused(name: str) -> bool:
+    """Tell whether the lock of a name is held by somebody."""
+    try:
+        TableWriter(SharedNamespace(name)).close()
+    except AlreadyServingError:
+        return True
+    return False
+
+
+def serve_and_wait(name: str, ready: Any, done: Any) -> None:
+    writer = serve(name, 3)
+    ready.set()
+    done.wait()
+    writer.close()
+
+
+# ---------------------------------------------------------------------- the writer's lock
+
+
+def test_second_writer_in_the_same_process(table_name: str) -> None:
+    writer = serve(table_name)
+    with pytest.raises(AlreadyServingError, match=table_name):
+        TableWriter(SharedNamespace(table_name))
+    with pytest.raises(AlreadyServingError):
+        TableWriter(writer._namespace)
+    assert refused(table_name)
+    writer.close()
+    assert not refused(table_name)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_second_writer_in_another_process(table_name: str, method: str) -> None:
+    context = multiprocessing.get_context(method)
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=serve_and_wait, args=(table_name, ready, done))
+    process.start()
+    try:
+        assert ready.wait(60)
+        reader = TableReader(SharedNamespace(table_name))
+        with pytest.raises(AlreadyServingError):
+            TableWriter(SharedNamespace(table_name))
+        assert reader.flags(b"a") == 3
+        info = reader.writer()
+        assert (info.pid, info.state, info.alive) == (process.pid, "serving", True)
+        assert abs(info.started_ms / 1000 - time.time()) < 3600
+    finally:
+        done.set()
+        process.join()
+    assert reader.writer().state == "stopped"
+    writer = serve(table_name, 4)
+    assert reader.flags(b"a") == 4
+    writer.close()
+
+
+def test_killed_writer_frees_the_name_at_once(table_name: str) -> None:
+    ready = crashing.Counter()
+
+    def hold() -> None:
+        writer = serve(table_name)
+        ready.value = 1
+        signal.pause()
+        writer.close()
+
+    with crashing.Child(hold) as child:
+        child.until(lambda: ready.value)
+        reader = TableReader(SharedNamespace(table_name))
+        assert refused(table_name)
+        child.kill()
+    assert reader.flags(b"a") == 1
+    assert reader.writer().pid == child.pid
+    writer = serve(table_name, 2)
+    assert reader.flags(b"a") == 2
+    writer.close()
+
+
+@pytest.mark.parametrize("how", ["fork", "dropped", "subprocess"])
+def test_a_child_does_not_keep_the_lock_of_its_killed_parent(table_name: str, how: str) -> None:
+    """Not a forked one, not an executed one; not if the writer object was dropped without being closed."""
+    pid = crashing.Counter()
+
+    def hold() -> None:
+        writer = serve(table_name)
+        if how == "subprocess":
+            pid.value = subprocess.Popen(["/bin/sleep", str(crashing.WATCHDOG)], close_fds=False).pid
+        else:
+            if how == "dropped":
+                writer = None
+                gc.collect()
+            if os.fork() == 0:
+                pid.value = os.getpid()
+                signal.alarm(crashing.WATCHDOG)
+        signal.pause()
+        assert writer
+
+    try:
+        with crashing.Child(hold) as child:
+            child.until(lambda: pid.value)
+            assert refused(table_name)
+            child.kill()
+        os.kill(pid.value, 0)
+        assert not refused(table_name)
+    finally:
+        if pid.value:
+            os.kill(pid.value, signal.SIGKILL)
+
+
+def test_a_writer_in_a_forked_child_keeps_its_own_lock(table_name: str, new_name: Callable[[], str]) -> None:
+    """The child drops what it inherited and can lock what is free."""
+    other = new_name()
+    writer = serve(table_name)
+
+    def child() -> tuple[bool, bool]:
+        mine = serve(other)
+        answer = refused(table_name), refused(other)
+        mine.close()
+        return answer
+
+    assert crashing.call(child) == (True, True)
+    assert refused(table_name)
+    assert not refused(other)
+    writer.close()
+
+
+def test_closing_in_a_forked_child_leaves_the_parent_its_lock(table_name: str) -> None:
+    writer = serve(table_name)
+    crashing.call(writer.close)
+    assert refused(table_name)
+    assert TableReader(SharedNamespace(table_name)).writer().state == "serving"
+    writer.close()
+
+
+def test_only_one_of_many_becomes_the_writer(table_name: str) -> None:
+    """Processes that race for a name: exactly one gets it, also when the root is being made or replaced."""
+    rounds = 12
+    go, marks = crashing.Counter(), [crashing.Counter() for _ in range(4)]
+
+    def contend(mine: crashing.Counter) -> int:
+        won = 0
+        for number in range(rounds):
+            reach(go, 2 * number + 1)
+            try:
+                writer = serve(table_name)
+            except AlreadyServingError:
+                mine.value = 2 * number + 1
+                reach(go, 2 * number + 2)
+            else:
+                won += 1
+                mine.value = 2 * number + 1
+                reach(go, 2 * number + 2)
+                writer.close()
+            mine.value = 2 * number + 2
+        return won
+
+    children = [crashing.Child(functools.partial(contend, mine)) for mine in marks]
+    for step in range(1, 2 * rounds + 1):
+        if step % 6 == 3:
+            SharedNamespace(table_name).remove()
+        elif step % 6 == 5:
+            SharedNamespace(table_name).open_root(writable=True).memory[:8] = b"\xff" * 8
+        go.value = step
+        for child, mine in zip(children, marks, strict=True):
+            child.until(functools.partial(reached, mine, step))
+    assert sum(child.result() for child in children) == rounds
+    assert TableReader(SharedNamespace(table_name)).flags(b"a") == 1
+
+
+def reached(counter: crashing.Counter, value: int) -> bool:
+    return counter.value >= value
+
+
+def reach(counter: crashing.Counter, value: int) -> None:
+    while counter.value < value:
+        os.sched_yield()
+
+
+# ---------------------------------------------------------------------- waiting
+
+
+def test_wait_for_change_times_out(namespace: Namespace) -> None:
+    writer = TableWriter(namespace)
+    writer.load([])
+    reader = TableReader(namespace)
+    assert not reader.wait_for_change(0)
+    assert not reader.wait_for_change(0.01)
+    writer.close()
+
+
+def test_wait_for_change_since(namespace: Namespace) -> None:
+    writer = TableWriter(namespace)
+    writer.load([])
+    reader = TableReader(namespace)
+    before = reader.version
+    writer.load([])
+    assert reader.wait_for_change(0, since=before)
+    assert reader.wait_for_change(since=before)
+    assert not reader.wait_for_change(0, since=reader.version)
+    writer.close()
+
+
+def test_wait_for_change_sees_another_threads_publish(namespace: Namespace) -> None:
+    writer = TableWriter(namespace)
+    writer.load([])
+    reader = TableReader(namespace)
+    before = reader.version
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(reader.wait_for_change(since=before)))
+    thread.start()
+    with writer.transaction() as transaction:
+        transaction.put(b"a", 1)
+    thread.join()
+    assert answers == [True]
+    writer.close()
+
+
+def test_wait_for_change_sees_a_successor(table_name: str) -> None:
+    serve(table_name).close()
+    reader = TableReader(SharedNamespace(table_name))
+    before = reader.version
+    with crashing.Child(lambda: serve(table_name, 2).close()) as child:
+        assert reader.wait_for_change(since=before)
+        assert reader.flags(b"a") == 2
+        child.result()
+
+
+# ---------------------------------------------------------------------- writer's liveness
+
+
+def test_heartbeat(namespace: Namespace) -> None:
+    writer = TableWriter(namespace)
+    writer.load([])
+    reader = TableReader(namespace)
+    assert reader.writer().alive
+    writer._root.words[152 // 8] = 0
+    assert not reader.writer().alive
+    assert reader.writer().heartbeat_age > 3
+    writer.beat()
+    assert reader.writer().alive
+    writer._root.words[144 // 8] = 99
+    assert not reader.writer().alive
+    assert reader.writer().state == "unknown (99)"
+    writer.close()
+    assert reader.writer().state == "stopped"
+
+
+def test_starting(table_name: str) -> None:
+    serve(table_name).close()
+    reader = TableReader(SharedNamespace(table_name))
+    writer = TableWriter(SharedNamespace(table_name))
+    assert (reader.writer().state, reader.writer().alive) == ("starting", True)
+    assert reader.flags(b"a") == 1
+    writer.load([])
+    assert reader.writer().state == "serving"
+    writer.close()
+
+
+# ---------------------------------------------------------------------- threads
+
+
+@pytest.fixture
+def _quick_switches() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_quick_switches")
+def test_one_reader_under_many_threads(namespace: Namespace) -> None:
+    """Publishes, compactions and new generations, while threads share one reader."""
+    keys = [b"key-%d" % number for number in range(30)] + [b"k" * 60 + b"%d" % number for number in range(10)]
+    writer = TableWriter(namespace, capacity=128, arena_size=1 << 14)
+    writer.load((key, 0, b"0" * 50, None) for key in keys)
+    reader = TableReader(namespace)
+    stop = threading.Event()
+    wrong: list[object] = []
+
+    def look() -> None:
+        last = 0
+        try:
+            while not stop.is_set():
+                entries = reader.snapshot().entries
+                stamps = {(entry.flags, entry.record) for entry in entries.values()}
+                assert len(stamps) == 1, stamps
+                assert len(set(reader.flags_of(keys).tolist())) == 1
+                record = reader.get(keys[7])
+                assert set(record.data) == {ord("0") + record.flags % 10}
+                seen = int(reader.read(keys[31], lambda window: window[0]) is not None)
+                assert seen == 1
+                version = reader.version
+                assert version & (1 << 48) - 1 >= last
+                last = version & (1 << 48) - 1
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for stamp in range(1, 250):
+        with writer.transaction(replace=stamp % 50 == 0) as transaction:
+            for key in keys:
+                transaction.put(key, stamp % 200, b"%d" % (stamp % 200 % 10) * 50)
+            if stamp % 50 == 10:
+                transaction.put(keys[0], stamp % 200, b"%d" % (stamp % 200 % 10) * 50)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong
+    assert reader.info().sequence >= 250
+    writer.close()
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_namespace_goes_to_another_process(table_name: str, method: str) -> None:
+    writer = serve(table_name, 5)
+    context = multiprocessing.get_context(method)
+    with context.Pool(1) as pool:
+        assert pool.apply(look_up, (SharedNamespace(table_name),)) == 5
+    writer.close()
+
+
+def look_up(namespace: SharedNamespace) -> int:
+    return TableReader(namespace).flags(b"a")
