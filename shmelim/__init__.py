@@ -8,8 +8,6 @@ Readers attach by name and look up without IPC and without locks; one server pro
     eliminations.is_hotkey_eliminated(hotkey)
 """
 
-from importlib.metadata import version as _version
-
 from shmelim.eliminations import (
     DEPARTED_HOTKEYS_KEY,
     EliminationClient,
@@ -26,8 +24,6 @@ from shmelim.errors import (
     ShmelimError,
 )
 
-__version__ = _version("shmelim")
-
 __all__ = [
     "DEPARTED_HOTKEYS_KEY",
     "AlreadyServingError",
@@ -42,3 +38,12 @@ __all__ = [
     "Status",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> str:
+    # Looked up only when asked for: finding it costs tens of milliseconds.
+    if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415
+
+        return version("shmelim")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

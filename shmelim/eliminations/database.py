@@ -136,7 +136,8 @@ class Database:
         folder = Path(directory)
         path = folder / schema.FILE_NAME
         try:
-            schema.make_private(path, parents=parents)
+            with Guard(path):
+                schema.make_private(path, parents=parents)
         except OSError as error:
             raise _cannot_make(folder, error) from error
         return cls._install(path, lambda: schema.connect(path, durability, busy_timeout), path)
@@ -193,12 +194,16 @@ class Database:
         StoreError
             It could not be written: it is rolled back, and no transaction is open.
 
+        Notes
+        -----
+        After an interrupt (``KeyboardInterrupt``) a transaction is still open if it was not committed.
+
         """
         self._need_transaction()
         try:
             with self._guard:
                 self._db.execute("COMMIT")
-        except BaseException:
+        except StoreError:
             # The first error is the one to tell; SQLite has nothing to add when it is asked to undo.
             with suppress(StoreError):
                 self.rollback()
@@ -216,11 +221,11 @@ class Database:
         self.begin()
         try:
             yield
+            self.commit()
         except BaseException:
             with suppress(StoreError):
                 self.rollback()
             raise
-        self.commit()
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:

@@ -10,16 +10,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
-from typing import TYPE_CHECKING, Literal, NamedTuple
+import tempfile
+from pathlib import Path
+from typing import Literal, NamedTuple
 from urllib.parse import quote
 
 from shmelim.eliminations.files import sync_directory
 from shmelim.errors import DamagedStoreError, StoreError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = [
     "DAMAGED_HINT",
@@ -100,16 +100,24 @@ class Row(NamedTuple):
 
 
 def make_private(path: Path, *, parents: bool) -> None:
-    """Create the database's directory (0700) and file (0600) where missing. Raises ``OSError`` as it comes.
+    """Make the database's directory (0700) and file (0600) where missing. Raises ``OSError`` as it comes.
+
+    A new database takes its name when it is whole, so that a start that is killed leaves nothing that the next
+    one could take for a damaged store.
 
     Raises
     ------
     DamagedStoreError
         The file is smaller than any database.
+    sqlite3.Error
+        As it comes.
 
     """
     _make_directory(path.parent, parents=parents)
-    _make_file(path)
+    if path.exists():
+        _check_file(path)
+    else:
+        _make_file(path)
 
 
 def _make_directory(folder: Path, *, parents: bool) -> None:
@@ -121,22 +129,33 @@ def _make_directory(folder: Path, *, parents: bool) -> None:
     sync_directory(folder.parent)
 
 
+def _check_file(path: Path) -> None:
+    # Never opened here: closing it would drop the locks of every connection of this process to it.
+    status = path.stat()
+    if status.st_size < _SMALLEST:
+        # SQLite would take a file without content for a new database, and the state for empty.
+        raise DamagedStoreError(f"{path} is damaged: it has only {status.st_size} bytes", hint=DAMAGED_HINT)
+    if status.st_mode & 0o077:
+        path.chmod(0o600)
+
+
 def _make_file(path: Path) -> None:
-    """Create the file private before SQLite opens it, which gives its two companions the same mode."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        # Never opened here: closing it would drop the locks of every connection of this process to it.
-        status = path.stat()
-        if status.st_size < _SMALLEST:
-            # SQLite would take a file without content for a new database, and the state for empty.
-            raise DamagedStoreError(
-                f"{path} is damaged: it has only {status.st_size} bytes", hint=DAMAGED_HINT
-            ) from None
-        if status.st_mode & 0o077:
-            path.chmod(0o600)
-        return
+    """Make an empty database under another name, private before SQLite opens it, and link it into place."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink(missing_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
+    temporary = Path(name)
+    try:
+        db = connect(temporary, "power", 0.0)
+        try:
+            install(db, temporary)
+        finally:
+            db.close()
+        with contextlib.suppress(FileExistsError):
+            path.hardlink_to(temporary)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 

@@ -241,7 +241,9 @@ class Image:
         rows[:, 1:PACKED] = inline_keys(keys)
         rows[:, PACKED] = np.array(packed, np.uint64)
         self.rows[place(rows[:, 0], self.header.capacity)] = rows
-        counts = [np.count_nonzero(rows[:, PACKED] >> np.uint64(bit) & np.uint64(1)) for bit in range(_FLAG_BITS)]
+        counts = [
+            int(np.count_nonzero(rows[:, PACKED] >> np.uint64(bit) & np.uint64(1))) for bit in range(_FLAG_BITS)
+        ]
         self._set_header(used, len(keys), next_ordinal, used, counts)
 
     def compact_into(self, target: Image) -> None:

@@ -513,3 +513,25 @@ def test_move_aside_overwrites_nothing(tmp_path):
     with pytest.raises(StoreError, match="cannot be moved"):
         st.move_aside(tmp_path)
     assert len(list(tmp_path.iterdir())) == 6
+
+
+class TestCreation:
+    def test_a_creation_that_fails_leaves_nothing_that_looks_like_a_store(self, tmp_path, monkeypatch):
+        def broken(db, path):
+            db.execute("CREATE TABLE half (x)")
+            raise RuntimeError("died here")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("shmelim.eliminations.schema.install", broken)
+            with pytest.raises(RuntimeError, match="died here"):
+                Store.open(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        with Store.open(tmp_path) as store:
+            assert not any(store.counts())
+
+    def test_what_a_killed_creation_left_is_removed(self, tmp_path):
+        (tmp_path / ".shmelim.sqlite.abc").write_bytes(b"half")
+        with Store.open(tmp_path):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == ["shmelim.sqlite"]
+        assert (tmp_path / "shmelim.sqlite").stat().st_mode & 0o777 == 0o600
