@@ -342,7 +342,7 @@ def reserve(descriptor: int, size: int) -> None:
                 raise
         else:
             return
-    os.ftruncate(descriptor, size)
+    # The segment grows with what is written: its size never promises memory that is not there.
     offset = 0
     while offset < size:
         # Where room ends, a write is cut short before one fails.
