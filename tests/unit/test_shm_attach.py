@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import crashing
@@ -195,4 +196,41 @@ def test_fork_while_a_thread_attaches(table_name: str) -> None:
     finally:
         namespace.allowed.set()
         thread.join()
+    writer.close()
+
+
+def test_root_removed_under_a_living_writer(table_name: str) -> None:
+    """Who is attached goes on with the living writer, through growth as well; the name leads nowhere."""
+    writer = serve(table_name, a=1)
+    reader = TableReader(SharedNamespace(table_name))
+    (Path("/dev/shm") / f"shmelim.{table_name}").unlink()
+    for generation in (1, 2):
+        with writer.transaction() as transaction:
+            transaction.put(b"a", generation + 1)
+            if generation == 2:
+                transaction.put(b"b", 1, bytes(1 << 20))
+        assert (reader.info().generation, reader.flags(b"a")) == (generation, generation + 1)
+    assert not reader.reattach()
+    assert reader.writer().alive
+    with pytest.raises(NotServingError):
+        TableReader(SharedNamespace(table_name))
+    writer.close()
+
+
+def test_attaching_while_generations_come_and_go(table_name: str) -> None:
+    """The segment that the version word named is gone when it is opened: the word is read again."""
+    writer = serve(table_name, a=1)
+
+    class Overtaken(SharedNamespace):
+        left = 3
+
+        def open_data(self, generation: int) -> Segment:
+            if self.left:
+                self.left -= 1
+                writer.load([(b"a", self.left + 10, bytes(300_000 << 2 * (3 - self.left)), None)])
+            return super().open_data(generation)
+
+    reader = TableReader(Overtaken(table_name))
+    assert reader.flags(b"a") == 10
+    assert reader.info().generation == 4
     writer.close()
