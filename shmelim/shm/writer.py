@@ -465,9 +465,14 @@ class Transaction:
         if kind is not None:
             self.abort()
             return
-        if self._staged is None:
-            self.stage()
-        self.publish()
+        try:
+            if self._staged is None:
+                self.stage()
+            self.publish()
+        except BaseException:
+            # An interrupt between the two; after publishing there is nothing left to abort.
+            self.abort()
+            raise
         self._writer.settle()
 
 

@@ -456,6 +456,7 @@ def _interrupted(change: Callable[[TableWriter], None], name: str, stops: range)
     if change is compacting:
         assert reader.info().arena_used < info.arena_used + 1600
     outcomes = set()
+    opened = 0
     for stop in stops:
         prepare()
         crashing.at_line(stop, interrupt)
@@ -464,6 +465,7 @@ def _interrupted(change: Callable[[TableWriter], None], name: str, stops: range)
         except Interrupt:
             pass
         else:
+            assert opened <= 12
             return stop, outcomes
         finally:
             sys.settrace(None)
@@ -471,6 +473,8 @@ def _interrupted(change: Callable[[TableWriter], None], name: str, stops: range)
         assert seen in (before, after), (stop, seen)
         outcomes.add(seen == after)
         if writer._open is not None:
+            # It came before the block, or in its very first or last line: then its owner must call abort().
+            opened += 1
             writer._open.abort()
         for number in range(2):
             with writer.transaction() as transaction:
