@@ -97,7 +97,7 @@ def remove(context: click.Context, *, hotkey: str) -> None:
 
 
 @click.command(cls=Command, short_help="Replace all eliminations by those of a file.")
-@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
 @settings_options
 @click.pass_obj
 def sync(settings: Settings, *, file: Path) -> None:
@@ -112,8 +112,10 @@ def sync(settings: Settings, *, file: Path) -> None:
       shmelim sync eliminations.json
       ssh other shmelim export - | shmelim sync -
     """
-    records = _read(file)
-    with _client(settings.name) as client, DelayedProgress() as progress:
+    with DelayedProgress() as progress, contextlib.ExitStack() as stack:
+        progress.tell("reading", 0, None)
+        records = _read(file)
+        client = stack.enter_context(_client(settings.name))
         progress.tell("sending", 0, len(records))
 
         def tell(sent: int) -> None:

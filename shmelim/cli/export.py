@@ -22,7 +22,7 @@ __all__ = ["export"]
 
 
 @click.command(cls=Command, short_help="Write the state to a JSON file.")
-@click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
+@click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
 @click.option("--departed", is_flag=True, help="Write the departed hotkeys instead of the eliminations.")
 @owner_option
 @settings_options

@@ -30,7 +30,7 @@ _PAGE: Final = 200
 )
 @click.option(
     "--state-dir",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     metavar="DIR",
     help="Read the history in this state directory, without asking a server.",
 )

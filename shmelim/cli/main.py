@@ -28,12 +28,23 @@ if TYPE_CHECKING:
 __all__ = ["cli", "main"]
 
 
+class _ReaderGoneError(Exception):
+    """Whoever read stdout went away; click must not take that for its own exit code 1, which is an answer here."""
+
+
 class _Commands(click.Group):
     """A group that ends every error in one line, a hint and an exit code."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         named["help"] = keep_lines(named.get("help"))
         super().__init__(*arguments, **named)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command of a context."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _ReaderGoneError from error
 
     def main(  # type: ignore[override]  # click's own has overloads over standalone_mode, which is always on here
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
@@ -49,7 +60,7 @@ class _Commands(click.Group):
                 sys.stdout.flush()
         except (click.Abort, KeyboardInterrupt):
             sys.exit(failure.INTERRUPTED)
-        except BrokenPipeError:
+        except (BrokenPipeError, _ReaderGoneError):
             _drop_stdout()
             sys.exit(failure.PIPE_CLOSED)
         except Exception as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["document", "facts", "moment", "on_terminal", "printable", "records", "size", "span", "value"]
 
 _HOTKEY_WIDTH: Final = 48
+_OTHER_WIDTH: Final = 12
+_LINES_AT_ONCE: Final = 500
 _LATEST_MS: Final = 253_402_300_799_999
 _KIB: Final = 1024
 
@@ -38,14 +41,19 @@ def document(content: dict[str, Any]) -> None:
 
 
 def records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows: a table on a terminal, else a line each, tab-separated and complete, without a heading."""
-    if not on_terminal():
-        for row in rows:
-            click.echo("\t".join(map(value, row)))
+    """Print rows: a table on a terminal, else a line each, tab-separated and complete, without a heading.
+
+    A terminal too narrow for the table gets the lines too: nothing is ever shortened.
+    """
+    least = sum(_HOTKEY_WIDTH if column == "hotkey" else _OTHER_WIDTH for column in columns)
+    if not on_terminal() or Console().width < least:
+        lines = ("\t".join(map(value, row)) for row in rows)
+        # Each echo is a system call of its own.
+        while chunk := list(islice(lines, _LINES_AT_ONCE)):
+            click.echo("\n".join(chunk))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        # Folding shows every character, however narrow the terminal.
         table.add_column(column, overflow="fold", min_width=_HOTKEY_WIDTH if column == "hotkey" else None)
     for row in rows:
         table.add_row(*(Text(value(cell)) for cell in row))

@@ -45,21 +45,21 @@ class _StderrHandler(logging.Handler):
 @click.command(cls=Command, short_help="Serve a name in the foreground.")
 @click.option(
     "--state-dir",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     metavar="DIR",
     help="Where the state is kept [default: a directory of that name among the user's state].",
 )
 @click.option(
     "--import",
     "imports",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     metavar="FILE",
     multiple=True,
     help="Merge a file of eliminations or of departed hotkeys into the state, once; repeatable.",
 )
 @click.option(
     "--default-departed",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     metavar="FILE",
     help="A file of departed hotkeys to start from while none are known.",
 )

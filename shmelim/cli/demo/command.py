@@ -52,7 +52,9 @@ _ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
 @settings_options
 @click.pass_context
 def demo(context: click.Context, *, seconds: float, readers: int | None) -> None:
-    """Show the whole job on 367 real hotkeys, and measure it; touches no state of yours.
+    """Show the whole job on 367 real hotkeys, and measure it.
+
+    Touches no state of yours: it serves a name of its own, whatever --name says, from a temporary directory.
 
     Starts a server, and reader processes that read without pause and check every answer. Adds, removes and syncs
     under their eyes, kills the server without warning in the middle of that, starts the next one, and looks for

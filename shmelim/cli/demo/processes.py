@@ -28,6 +28,7 @@ __all__ = ["Crowd", "ServerProcess"]
 
 _PATIENCE: Final = 60.0
 _STOPPING: Final = 10.0
+_LONGEST_SOCKET: Final = 100  # bytes; the kernel takes 107, macOS 103
 _KEPT_BACK: Final = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -50,6 +51,8 @@ class ServerProcess:
         runtime = home / "run"
         runtime.mkdir(mode=0o700, exist_ok=True)
         command = [sys.executable, "-m", "shmelim", "serve", "--name", name, "--state-dir", str(home / "state")]
+        if len(os.fsencode(runtime / "shmelim" / name / "socket")) > _LONGEST_SOCKET:
+            command += ["--port", "0"]
         reading, writing = os.pipe()
         self._ready = reading
         try:

@@ -1,0 +1,449 @@
+"""Every command against a real server: what it prints, what it changes, how it ends."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from shmelim.cli.main import cli
+from shmelim.eliminations import EliminationClient, EliminationReader
+from shmelim.shm import SharedNamespace
+
+PATIENCE = 60.0
+A = "5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs"
+B = "5C5GANtAKokcPvJBGyLcFgY5fYuQaXC3MpVt75codZbLLZrZ"
+T = 1_746_396_435_687
+
+
+def environment(home):
+    return {"XDG_RUNTIME_DIR": str(home / "run"), "XDG_STATE_HOME": str(home / "state")}
+
+
+def until(condition, what):
+    """Poll an observable condition; how long it takes is nobody's business, only that it comes true."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} never came true"
+        time.sleep(0.005)
+
+
+class Server:
+    """A real ``python -m shmelim serve``, ready when it is made."""
+
+    def __init__(self, name, home, *arguments):
+        (home / "run").mkdir(mode=0o700, exist_ok=True)
+        self.name, self.home, self.log = name, home, home / "stderr"
+        reading, writing = os.pipe()
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "shmelim", "serve", "--name", name, "--ready-fd", str(writing), *arguments],
+                pass_fds=(writing,),
+                env={**os.environ, **environment(home)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        os.close(writing)
+        with os.fdopen(reading, "rb") as ready:
+            assert ready.read() == b"ready\n", self.said()
+
+    def said(self):
+        return self.log.read_text()
+
+    def end(self, number=signal.SIGTERM):
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        output, _ = self.process.communicate(timeout=PATIENCE)
+        assert output == b""
+        return self.process.returncode
+
+    def client(self):
+        return EliminationClient(self.name, runtime_base=self.home / "run" / "shmelim")
+
+
+def runner(name, home):
+    def run(*arguments, stdin=None):
+        env = {**environment(home), "SHMELIM_NAME": name, "COLUMNS": "200"}
+        return CliRunner().invoke(cli, arguments, prog_name="shmelim", input=stdin, env=env)
+
+    return run
+
+
+@contextlib.contextmanager
+def serving(name, home, *arguments):
+    server = Server(name, home, *arguments)
+    try:
+        yield server
+    finally:
+        server.end(signal.SIGKILL)
+        SharedNamespace(name).remove()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    departed = Path(sys.modules["shmelim"].__file__).parent / "data" / "default_departed_hotkeys.json"
+    with serving(
+        f"cli-{os.getpid()}", tmp_path_factory.mktemp("c"), "--default-departed", str(departed)
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def run(served):
+    client = served.client()
+    client.clear_eliminations()
+    client.update_metagraph([B])
+    client.close()
+    return runner(served.name, served.home)
+
+
+def document(result, code=0):
+    assert result.exit_code == code, result.output
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def row(hotkey, **more):
+    return {"hotkey": hotkey, "reason": "ZOMBIE", "elimination_initiated_time_ms": T, **more}
+
+
+# ------------------------------------------------------------------ looking
+
+
+def test_check_tells_of_each_hotkey(run):
+    assert run("add", "mine", "--reason", "ZOMBIE").exit_code == 0
+    result = run("check", A, B, "mine", "other")
+    assert result.exit_code == 1
+    assert result.stdout == f"{A}\tdeparted\n{B}\tre-registered\nmine\teliminated\nother\tclear\n"
+    assert run("check", A, B).exit_code == 0
+
+
+def test_check_as_json(run):
+    run("add", A, "--reason", "ZOMBIE")
+    found = document(run("check", A, B, "--json"), code=1)
+    assert set(found) == {"name", "version", "eliminated", "hotkeys"}
+    assert found["eliminated"] == 1
+    assert found["hotkeys"] == [
+        {"hotkey": A, "eliminated": True, "departed": True, "registered": False, "re_registered": False},
+        {"hotkey": B, "eliminated": False, "departed": True, "registered": True, "re_registered": True},
+    ]
+
+
+def test_hotkeys_from_stdin(run):
+    run("add", A, "--reason", "ZOMBIE")
+    result = run("check", "-", stdin=f"{A}\n\n  other \n")
+    assert (result.exit_code, result.stdout) == (1, f"{A}\teliminated, departed\nother\tclear\n")
+    assert document(run("get", "-", "--json", stdin=f"{A}\n"))["eliminations"][0]["hotkey"] == A
+
+
+@pytest.mark.parametrize(
+    ("stdin", "problem"), [("", "no hotkey"), ("a\n" + "x" * 256, "line 2"), (b"\xff\n", "line 1")]
+)
+def test_bad_hotkeys_from_stdin(run, stdin, problem):
+    result = run("check", "-", stdin=stdin)
+    assert result.exit_code == 2
+    assert problem in result.stderr
+
+
+def test_get_prints_the_record(run):
+    run("add", A, "--reason", "LIQUIDATED", "--dd", "0.25", "--time-ms", str(T))
+    lines = dict(line.split("\t") for line in run("get", A).stdout.splitlines())
+    assert lines["hotkey"] == A
+    assert (lines["reason"], lines["dd"], lines["(UTC)"]) == ("LIQUIDATED", "0.25", "2025-05-04 22:07:15")
+    record = {**row(A, reason="LIQUIDATED", dd=0.25), "price_info": {}, "return_info": {}}
+    found = document(run("get", A, "other", "--json"), code=1)
+    assert found == {"name": found["name"], "eliminations": [record], "missing": ["other"]}
+
+
+def test_get_of_what_is_not_eliminated(run):
+    result = run("get", "other")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "not eliminated: other\n"
+
+
+def test_list_in_order_and_by_reason(run):
+    run("add", B, "--reason", "PLAGIARISM", "--time-ms", str(T))
+    run("add", A, "--reason", "ZOMBIE", "--dd", "0.1", "--time-ms", str(T))
+    assert (
+        run("list").stdout == f"{B}\tPLAGIARISM\t-\t2025-05-04 22:07:15\n{A}\tZOMBIE\t0.1\t2025-05-04 22:07:15\n"
+    )
+    assert run("list", "--reason", "ZOMBIE").stdout.startswith(f"{A}\t")
+    found = document(run("list", "--json"))
+    assert set(found) == {"name", "version", "count", "eliminations"}
+    assert [record["hotkey"] for record in found["eliminations"]] == [B, A]
+    assert document(run("list", "--reason", "NONE", "--json"))["count"] == 0
+
+
+def test_list_of_the_departed(run):
+    lines = run("list", "--departed").stdout.splitlines()
+    assert len(lines) == 367
+    assert f"{A}\t2025-05-04 22:07:15" in lines
+    found = document(run("list", "--departed", "--json"))
+    assert found["count"] == len(found["departed"]) == 367
+    assert {"hotkey": A, "detected_ms": T} in found["departed"]
+
+
+def test_what_strangers_chose_reaches_no_terminal_as_a_command(run):
+    run("add", "evil\x1b[2J\there", "--reason", "\x1b]0;title\x07", "--time-ms", str(T))
+    for arguments in (("list",), ("get", "evil\x1b[2J\there"), ("history", "--limit", "1")):
+        result = run(*arguments)
+        assert "\x1b" not in result.output
+        assert "evil\\x1b[2J\\there" in result.stdout
+
+
+def test_status(run, served):
+    found = document(run("status", "--verify", "--json"))
+    assert found["writer"]["pid"] == served.process.pid
+    assert found["writer"]["alive"]
+    assert found["writer"]["state"] == "serving"
+    assert found["channel"]["answers"]
+    assert found["state_dir"].endswith(served.name)
+    assert found["server"]["problems"] == []
+    assert (found["eliminated"], found["departed"], found["registered"]) == (0, 367, 1)
+    assert found["verified"] == found["entries"] == 368
+    assert found["table"]["usable"] * 2 == found["table"]["capacity"]
+    lines = dict(line.split("\t", 1) for line in run("status").stdout.splitlines())
+    assert lines["writer"].startswith(f"process {served.process.pid}, alive, serving")
+    assert lines["departed"] == "367"
+
+
+def test_status_without_a_key(run, served, tmp_path):
+    tmp_path.chmod(0o700)
+    result = CliRunner().invoke(
+        cli, ["status", "--name", served.name, "--json"], env={"XDG_RUNTIME_DIR": str(tmp_path)}
+    )
+    found = document(result)
+    assert found["eliminated"] == 0
+    assert found["server"] is None
+    assert not found["channel"]["answers"]
+    assert found["channel"]["problem"]
+
+
+# ------------------------------------------------------------------ changing
+
+
+def test_add_and_replace(run, served):
+    first = run("add", A, "--reason", "ZOMBIE")
+    assert (first.exit_code, first.stdout, first.stderr) == (0, f"added: {A}\n", "")
+    assert run("add", A, "--reason", "ZOMBIE").stdout == f"replaced: {A}\n"
+    found = document(run("add", A, "--reason", "ZOMBIE", "--dd", "0.5", "--time-ms", str(T), "--json"))
+    assert not found["added"]
+    assert found["elimination"] == EliminationReader(served.name).get_elimination(A)
+
+
+def test_an_unusual_reason_is_stored_and_remarked_upon(run):
+    result = run("add", A, "--reason", "ZOMBY")
+    assert result.exit_code == 0
+    assert "ZOMBIE" in result.stderr
+    assert document(run("get", A, "--json"))["eliminations"][0]["reason"] == "ZOMBY"
+
+
+def test_remove(run):
+    run("add", A, "--reason", "ZOMBIE")
+    assert run("remove", A).stdout == f"removed: {A}\n"
+    again = run("remove", A)
+    assert (again.exit_code, again.stdout) == (1, f"not eliminated: {A}\n")
+    found = document(run("remove", A, "--json"), code=1)
+    assert found == {"name": found["name"], "hotkey": A, "removed": False}
+
+
+def write(path, rows):
+    path.write_text(json.dumps({"eliminations": rows}))
+    return str(path)
+
+
+def test_sync(run, tmp_path):
+    run("add", A, "--reason", "ZOMBIE")
+    file = write(tmp_path / "eliminations.json", [row(B), row("c")])
+    assert run("sync", file).stdout == "1 removed, 2 eliminated now\n"
+    found = document(run("sync", write(tmp_path / "two.json", [row("c")]), "--json"))
+    assert {key: found[key] for key in ("records", "removed", "eliminated")} == {
+        "records": 1,
+        "removed": [B],
+        "eliminated": 1,
+    }
+
+
+def test_sync_of_a_list_larger_than_a_message_part(run, tmp_path):
+    file = write(tmp_path / "eliminations.json", [row(f"hotkey-{number}") for number in range(4500)])
+    assert run("sync", file).stdout == "0 removed, 4500 eliminated now\n"
+
+
+def test_sync_refuses_a_file_with_a_bad_row_whole(run, tmp_path):
+    run("add", A, "--reason", "ZOMBIE")
+    bad = {"hotkey": "c", "elimination_initiated_time_ms": T}
+    result = run("sync", write(tmp_path / "eliminations.json", [row(B), bad, row("d", dd="much")]))
+    assert result.exit_code == 1
+    assert "row 1:" in result.stderr
+    assert "'reason'" in result.stderr
+    assert "row 2:" in result.stderr
+    assert "hint: nothing was changed" in result.stderr
+    assert run("list").stdout.startswith(A)
+    assert run("list").stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "does not exist"),
+        (b"", "0 bytes"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"other": []}', "holds neither"),
+        (b"7", "holds neither"),
+        ("directory", "is a directory"),
+    ],
+)
+def test_sync_of_a_file_that_is_none(run, tmp_path, content, problem):
+    run("add", A, "--reason", "ZOMBIE")
+    path = tmp_path / "eliminations.json"
+    if content == "directory":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    result = run("sync", str(path))
+    assert result.exit_code == 4
+    assert problem in result.stderr
+    assert str(path) in result.stderr
+    assert result.stderr.count("\n") <= 2
+    assert run("check", A).exit_code == 1
+    assert set(json.loads(run("sync", str(path), "--json").stderr)) == {"error", "hint"}
+
+
+def test_export_and_sync_are_each_others_reverse(run, tmp_path):
+    run("add", B, "--reason", "PLAGIARISM", "--dd", "0.3")
+    run("add", A, "--reason", "ZOMBIE")
+    before = document(run("list", "--json"))["eliminations"]
+    file = tmp_path / "export.json"
+    assert run("export", str(file)).stdout == f"2 eliminations written to {file}\n"
+    assert json.loads(file.read_text()) == {"eliminations": before}
+    run("remove", A)
+    run("remove", B)
+    run("sync", str(file))
+    assert document(run("list", "--json"))["eliminations"] == before
+    found = document(run("export", str(file), "--json"))
+    assert (found["count"], found["file"]) == (2, str(file))
+
+
+def test_export_to_stdout(run):
+    run("add", A, "--reason", "ZOMBIE", "--time-ms", str(T))
+    assert [record["hotkey"] for record in json.loads(run("export", "-").stdout)["eliminations"]] == [A]
+    assert len(json.loads(run("export", "-", "--departed").stdout)["departed_hotkeys"]) == 367
+
+
+@pytest.mark.parametrize("where", [".", "missing/export.json"])
+def test_export_to_where_no_file_can_be(run, tmp_path, where):
+    result = run("export", str(tmp_path / where))
+    assert result.exit_code == 4
+    assert "directory" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ history
+
+
+def test_history_online(run):
+    run("add", A, "--reason", "ZOMBIE", "--dd", "0.1", "--time-ms", str(T))
+    run("add", A, "--reason", "LIQUIDATED", "--dd", "0.1", "--time-ms", str(T))
+    run("remove", A)
+    lines = [line.split("\t") for line in run("history", A, "--limit", "3").stdout.splitlines()]
+    assert [line[1] for line in lines] == ["remove", "update", "add"]
+    assert [line[4] for line in lines] == [
+        "LIQUIDATED dd 0.1 →",
+        "reason: ZOMBIE → LIQUIDATED",
+        "→ ZOMBIE dd 0.1",
+    ]
+    assert all(f"[{os.getpid()}] uid {os.getuid()}" in line[3] for line in lines)
+    found = document(run("history", A, "--limit", "2", "--json"))
+    assert found["source"] == "server"
+    assert [event["action"] for event in found["events"]] == ["remove", "update"]
+    assert set(found["events"][0]) == {
+        *("id", "at_ms", "action", "hotkey", "pid", "uid", "program", "note", "old", "new")
+    }
+    assert found["events"][1]["old"]["reason"] == "ZOMBIE"
+
+
+def test_history_in_pages(run):
+    found = document(run("history", "--limit", "350", "--json"))["events"]
+    assert len(found) == 350
+    numbers = [event["id"] for event in found]
+    assert numbers == list(range(numbers[0], numbers[0] - 350, -1))
+
+
+def test_history_of_one_who_has_none(run):
+    result = run("history", "nobody")
+    assert (result.exit_code, result.stdout) == (0, "")
+
+
+def test_history_in_a_directory_without_a_store(run, tmp_path):
+    result = run("history", "--state-dir", str(tmp_path))
+    assert result.exit_code == 4
+    assert str(tmp_path) in result.stderr
+
+
+# ------------------------------------------------------------------ as programs of their own
+
+
+def start(served, *arguments, **more):
+    return subprocess.Popen(
+        [sys.executable, "-m", "shmelim", *arguments],
+        env={**os.environ, **environment(served.home), "SHMELIM_NAME": served.name},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **more},
+    )
+
+
+def test_a_reader_who_goes_away_ends_it_quietly(run, served, tmp_path):
+    file = write(tmp_path / "eliminations.json", [row(f"{number:0200}") for number in range(2000)])
+    run("sync", file)
+    process = start(served, "list")
+    assert process.stdout.readline().startswith("0" * 199)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(PATIENCE) == 141
+
+
+def test_a_closed_stdout_is_no_error(run, served):
+    script = f'"{sys.executable}" -m shmelim check {A} >&-'
+    process = subprocess.run(
+        ["sh", "-c", script],
+        env={**os.environ, **environment(served.home), "SHMELIM_NAME": served.name},
+        stderr=subprocess.PIPE,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (process.returncode, process.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_under_stdout_is_one_line(run, served):
+    with Path("/dev/full").open("w") as full:
+        process = start(served, "status", stdout=full)
+        _, error = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 4
+    assert error == "error: No space left on device\n"
+
+
+def test_what_an_encoding_lacks_is_escaped(run, served):
+    run("add", "größer日", "--reason", "ZOMBIE", "--time-ms", str(T))
+    process = subprocess.run(
+        [sys.executable, "-m", "shmelim", "list"],
+        env={
+            **os.environ,
+            **environment(served.home),
+            "SHMELIM_NAME": served.name,
+            "PYTHONIOENCODING": "latin-1",
+        },
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith(b"gr\xf6\xdfer\\u65e5\t")

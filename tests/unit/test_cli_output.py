@@ -1,0 +1,88 @@
+"""What is printed: nothing that a terminal obeys, nothing shortened, figures as people say them."""
+
+import json
+
+import pytest
+
+from shmelim.cli import output
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("5C511WZ", "5C511WZ"),
+        ("größer", "größer"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("a\tb\nc\r", "a\\tb\\nc\\r"),
+        ("\u202egnp", "\\u202egnp"),
+        ("\x9b31m", "\\x9b31m"),
+        ("\udc80", "\\udc80"),
+        ("", ""),
+    ],
+)
+def test_nothing_that_a_terminal_obeys_is_printed(text, shown):
+    assert output.printable(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("thing", "shown"),
+    [(None, "-"), (True, "yes"), (False, "no"), (0.1, "0.1"), (7, "7"), ({"a": [1]}, '{"a": [1]}'), ("-", "-")],
+)
+def test_values(thing, shown):
+    assert output.value(thing) == shown
+
+
+@pytest.mark.parametrize(
+    ("ms", "shown"),
+    [
+        (0, None),
+        (None, None),
+        (1, "1970-01-01 00:00:00"),
+        (1746396435687, "2025-05-04 22:07:15"),
+        (-5, "-5 ms"),
+        (1 << 62, f"{1 << 62} ms"),
+    ],
+)
+def test_moments(ms, shown):
+    assert output.moment(ms) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 B"), (1023, "1,023 B"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (3 << 40, "3,072.0 GiB")],
+)
+def test_sizes(count, shown):
+    assert output.size(count) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.04, "0.0 s"), (119, "119.0 s"), (180, "3.0 min"), (9000, "2.5 h"), (200_000, "2.3 d")],
+)
+def test_spans(seconds, shown):
+    assert output.span(seconds) == shown
+
+
+def test_off_a_terminal_rows_are_whole_lines(capsys):
+    long = "x" * 300
+    output.records(("hotkey", "reason"), [(long, None), ("b", "c\td")])
+    assert capsys.readouterr().out == f"{long}\t-\nb\tc\\td\n"
+
+
+@pytest.mark.parametrize("width", [10, 40, 59, 72, 73, 80, 200])
+def test_on_a_terminal_no_character_is_left_out(capsys, monkeypatch, width):
+    monkeypatch.setattr(output, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    hotkey = "5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs"
+    output.records(("hotkey", "reason", "x"), [(hotkey, "[bold]" + "long" * 20, None)])
+    printed = capsys.readouterr().out
+    assert hotkey in printed
+    assert "[bold]" in printed
+
+
+def test_a_document_is_one_line_of_ascii(capsys):
+    output.document({"hotkey": "größer", "dd": None})
+    printed = capsys.readouterr().out
+    assert printed.isascii()
+    assert printed.count("\n") == 1
+    assert json.loads(printed) == {"hotkey": "größer", "dd": None}

@@ -1,0 +1,82 @@
+"""The progress bar: late, on a terminal only, and gone when it is over."""
+
+import io
+import sys
+import threading
+
+import pytest
+
+from shmelim.cli import progress
+from shmelim.cli.progress import DelayedProgress
+
+PATIENCE = 30.0
+
+
+class Terminal(io.StringIO):
+    def __init__(self, wanted):
+        super().__init__()
+        self.wanted = wanted
+        self.seen = threading.Event()
+
+    def write(self, text):
+        written = super().write(text)
+        if self.wanted in self.getvalue():
+            self.seen.set()
+        return written
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def on_terminal(monkeypatch):
+    """Put a terminal in stderr's place; to be called in the test, since pytest's capture has its turn before."""
+
+    def put():
+        terminal = Terminal("committing")
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        return terminal
+
+    return put
+
+
+def test_it_appears_while_the_caller_is_busy_and_tells_nothing_new(on_terminal):
+    terminal = on_terminal()
+    with DelayedProgress(delay=0.0) as bar:
+        bar.tell("sending", 1, 10)
+        bar.tell("sending", 10, 10)
+        bar.tell("committing [1/2]", 0, None)
+        assert terminal.seen.wait(PATIENCE)
+    assert "[1/2]" in terminal.getvalue()
+
+
+def test_it_does_not_appear_before_its_time(on_terminal):
+    terminal = on_terminal()
+    with DelayedProgress(delay=PATIENCE) as bar:
+        bar.tell("committing", 0, None)
+    assert terminal.getvalue() == ""
+
+
+def test_it_does_not_come_after_its_end(on_terminal):
+    terminal = on_terminal()
+    with DelayedProgress(delay=PATIENCE) as bar:
+        bar.stop()
+        bar._show()
+        bar.tell("committing", 0, None)
+    assert terminal.getvalue() == ""
+
+
+def test_it_is_silent_where_nobody_looks(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with DelayedProgress(delay=0.0) as bar:
+        bar.tell("sending", 0, 10)
+        bar._show()
+    assert stream.getvalue() == ""
+
+
+def test_it_lives_without_a_stderr(monkeypatch):
+    monkeypatch.setattr(progress.sys, "stderr", None)
+    with DelayedProgress(delay=0.0) as bar:
+        bar.tell("sending", 0, 10)
