@@ -8,6 +8,10 @@ There is no committing thread. Callers queue their change and take the lock; who
 queued, in one transaction with one fsync, and the others find theirs done when the lock comes to them. A lone
 caller pays for no hand-over between threads, and a hundred callers share one commit.
 
+A change that cannot be made takes no other with it: its group is undone and each change tried alone. A caller that
+is interrupted (Ctrl-C, where the server object lives in the caller's process) leaves its own change whole or
+undone, and those of others to be carried out.
+
 Shared variables: ``_queue`` is appended to by any thread (``deque.append`` is atomic) and emptied under
 ``_leading``; a request's outcome is written by the leader under ``_leading`` and read by its caller after it
 held that lock too. Store and table are used under ``_leading`` alone.
@@ -22,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from shmelim.eliminations.changes import Step
 from shmelim.eliminations.entry import ORIGIN_KEY, row_entry
-from shmelim.errors import ShmelimError, StoreError
+from shmelim.errors import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,11 +39,16 @@ __all__ = ["Committer"]
 
 T = TypeVar("T")
 
-_Outcome = tuple[Any, BaseException | None]
-
 MAX_GROUP: Final = 1024
 _REBUILD_FROM: Final = 1000
 _REPORT_EVERY: Final = 10_000
+
+
+class _Round:
+    """One attempt to commit a group; ``finished`` acknowledges all of it in one store."""
+
+    def __init__(self) -> None:
+        self.finished = False
 
 
 class _Request(Generic[T]):
@@ -48,9 +57,19 @@ class _Request(Generic[T]):
     def __init__(self, change: Callable[[Step], T], origin: Origin | None) -> None:
         self.change = change
         self.origin = origin
-        self.done = False
+        self.wanted = True
+        self.round = _Round()
         self.result: T | None = None
         self.error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.round.finished
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+        self.round = _Round()
+        self.round.finished = True
 
     def outcome(self) -> T:
         if self.error is not None:
@@ -79,6 +98,8 @@ class Committer:
         self._queue: deque[_Request[Any]] = deque()
         self._leading = threading.Lock()
         self._closed = False
+        # Hotkeys with which the store may be ahead of the table; more than none only after an interrupt.
+        self._owed: dict[str, None] = {}
         # For statistics; written under `_leading`.
         self.commits = 0
         self.changes = 0
@@ -107,11 +128,13 @@ class Committer:
         """
         request = _Request(change, origin)
         self._queue.append(request)
-        with self._leading:
-            if not request.done:
-                if self._closed:
-                    raise StoreError("the state is closed: the server has been shut down")
-                self._commit_group(request)
+        try:
+            with self._leading:
+                if not request.done:
+                    self._lead(request)
+        except BaseException:
+            request.wanted = False
+            raise
         return request.outcome()
 
     def publish_all(self, origin_record: bytes, on_progress: Callable[[int, int], Any] | None = None) -> None:
@@ -149,80 +172,114 @@ class Committer:
 
     # ------------------------------------------------------------------ under the lock
 
-    def _commit_group(self, own: _Request[Any]) -> None:
-        group: list[_Request[Any]] = []
-        while self._queue and len(group) < MAX_GROUP:
-            group.append(self._queue.popleft())
+    def _lead(self, own: _Request[Any]) -> None:
+        """Carry out what is queued, ``own`` in any case. What is done leaves the queue, and nothing else does."""
+        if self._closed:
+            raise StoreError("the state is closed: the server has been shut down")
+        waiting = [self._queue[n] for n in range(min(len(self._queue), MAX_GROUP))]
+        group = [request for request in waiting if request.wanted and not request.done]
         if own not in group:
             # More were queued before it than one group takes.
-            self._queue.remove(own)
             group.append(own)
         try:
             self._run(group)
-        except ShmelimError as error:
-            if len(group) == 1:
-                own.error, own.done = error, True
-                return
-            # One change that does not fit must not take the others with it.
+        except Exception as error:
+            if len(group) == 1 and not own.done:
+                own.fail(error)
+            # One change that cannot be made must not take the others with it.
             for request in group:
-                try:
-                    self._run([request])
-                except ShmelimError as lone_error:
-                    request.error, request.done = lone_error, True
-        except BaseException as error:
-            for request in group:
-                request.error, request.done = error, True
-            raise
+                if not request.done:
+                    self._run_alone(request)
+        finally:
+            while self._queue and (self._queue[0].done or not self._queue[0].wanted):
+                self._queue.popleft()
+
+    def _run_alone(self, request: _Request[Any]) -> None:
+        try:
+            self._run([request])
+        except Exception as error:
+            if not request.done:
+                request.fail(error)
 
     def _run(self, group: list[_Request[Any]]) -> None:
-        """Commit and publish a group; on an exception nothing of it is applied."""
-        store = self._store
+        """Commit and publish a group; on an ``Exception`` nothing of it is applied.
+
+        An interrupt (``KeyboardInterrupt``, say) may come between any two steps. Before the commit it undoes the
+        group; after it, the group is published and acknowledged first.
+        """
+        store, owed = self._store, self._owed
+        this_round = _Round()
+        touched: dict[str, None] = {}
         transaction: Transaction | None = None
-        store.begin()
+        wrote = committed = False
         try:
-            outcomes, touched, wrote = self._apply(group)
-            if touched:
-                transaction = self._stage(touched)
+            self._clean_up()
+            store.begin()
+            touched, wrote = self._apply(group, this_round)
+            if not wrote:
+                store.rollback()
+            if touched or owed:
+                transaction = self._stage([*{**owed, **touched}])
             if wrote:
+                self._owed = {**owed, **touched}
                 store.commit()
-        except BaseException:
+            committed = True
             if transaction is not None:
-                transaction.abort()
+                transaction.publish()
+            self._acknowledge(this_round, touched)
+        except BaseException as error:
+            # A commit that fails says so; one that was interrupted has ended its transaction, or has not.
+            committed = committed or (wrote and not isinstance(error, Exception) and not store.in_transaction)
+            self._clean_up()
+            if not committed:
+                self._owed = owed
+            elif not this_round.finished:
+                self._catch_up()
+                self._acknowledge(this_round, touched)
             raise
         finally:
-            if store.in_transaction:
-                store.rollback()
-        if transaction is not None:
-            transaction.publish()
+            self._clean_up()
         self.commits += wrote
         self.changes += len(group)
-        for request, (result, error) in zip(group, outcomes, strict=True):
-            request.result, request.error, request.done = result, error, True
-        if touched:
-            self._published(touched)
 
-    def _apply(self, group: list[_Request[Any]]) -> tuple[list[_Outcome], list[str], bool]:
-        """Run each change in a savepoint of its own; return outcomes, touched hotkeys, whether to commit.
+    def _acknowledge(self, this_round: _Round, touched: dict[str, None]) -> None:
+        self._owed = {}
+        this_round.finished = True
+        if touched:
+            self._published([*touched])
+
+    def _catch_up(self) -> None:
+        """Publish what the store may be ahead with."""
+        if self._owed:
+            self._stage([*self._owed]).publish()
+
+    def _clean_up(self) -> None:
+        """End what an interrupt, or a failure, left open."""
+        self._table.abort()
+        if self._store.in_transaction:
+            self._store.rollback()
+
+    def _apply(self, group: list[_Request[Any]], this_round: _Round) -> tuple[dict[str, None], bool]:
+        """Run each change in a savepoint of its own; return the touched hotkeys, and whether to commit.
 
         A change that is alone needs none: if it raises, nothing is committed.
         """
         touched: dict[str, None] = {}
-        outcomes: list[_Outcome] = []
         wrote = False
         for request in group:
             step = Step(self._store, request.origin)
+            request.round, request.result, request.error = this_round, None, None
             try:
                 with self._store.savepoint() if len(group) > 1 else nullcontext():
-                    result = request.change(step)
+                    request.result = request.change(step)
             except StoreError:
                 raise
             except Exception as error:
-                outcomes.append((None, error))
+                request.error = error
             else:
-                outcomes.append((result, None))
                 touched.update(step.touched)
                 wrote = wrote or step.wrote
-        return outcomes, list(touched), wrote
+        return touched, wrote
 
     def _stage(self, touched: list[str]) -> Transaction:
         """Stage what the store now says of the touched hotkeys, or of all when most of them are touched."""

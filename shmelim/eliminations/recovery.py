@@ -9,8 +9,8 @@ In this order:
 3. With no store at all, the JSON files are the state: that is how a validator migrates. A default departed file
    stands in where there is none.
 
-A damaged JSON file is moved aside and costs nothing. Where it is all there is, or a damaged store is, starting would
-mean to start empty and let eliminated miners trade: so the start is refused, and everything left as it is.
+A damaged JSON file is moved aside and costs nothing. Where it is all there is, or a damaged store is, starting
+would mean to start empty and let eliminated miners trade: so the start is refused, and everything left as it is.
 """
 
 from __future__ import annotations

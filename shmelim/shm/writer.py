@@ -182,8 +182,7 @@ class TableWriter:
         """Say that the writer stopped, and release the lock. What is published stays readable. Idempotent."""
         if self._pid != os.getpid() or self._root.size == 0:
             return
-        if self._open is not None:
-            self._open.abort()
+        self.abort()
         self._root.words[WRITER_STATE] = WriterState.STOPPED
         self.beat()
         self._namespace.release()
@@ -229,6 +228,11 @@ class TableWriter:
             raise ShmelimError("a transaction is already open on this table writer")
         self._open = Transaction(self, replace=replace or not self.loaded)
         return self._open
+
+    def abort(self) -> None:
+        """Forget the open transaction, if there is one: for who was interrupted before it had hold of it."""
+        if self._open is not None:
+            self._open.abort()
 
     def settle(self) -> None:
         """Bring the copy that nobody reads up to date. Done by the next transaction if not before.
