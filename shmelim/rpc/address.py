@@ -118,11 +118,13 @@ class SocketFile:
                 Path(self.path).unlink()
 
 
-def listen(location: Location) -> tuple[socket.socket, Location, SocketFile | None]:
-    """Open a listening socket, non-blocking.
+def listen(sock: socket.socket, location: Location) -> tuple[Location, SocketFile | None]:
+    """Make a socket listen, non-blocking.
 
     Parameters
     ----------
+    sock
+        From :func:`new_socket` for that address. The caller closes it, also when this fails.
     location
         A normalized address. A Unix socket file is created with mode 0600; one that is already there is replaced
         if nobody answers on it. Port 0 lets the system choose one.
@@ -130,18 +132,18 @@ def listen(location: Location) -> tuple[socket.socket, Location, SocketFile | No
     Returns
     -------
     tuple
-        The socket, its real address, and the socket file if there is one.
+        The real address, and the socket file if there is one.
 
     Raises
     ------
     ChannelError
-        The address is taken, or cannot be used; the message names it.
+        The address is taken, or cannot be used; the message names it. May take 5 seconds while other servers start
+        or stop in the same directory.
 
     """
     try:
-        if isinstance(location, str):
-            return _listen_unix(location)
-        return _listen_tcp(location)
+        sock.setblocking(False)  # noqa: FBT003
+        return _listen_unix(sock, location) if isinstance(location, str) else _listen_tcp(sock, location)
     except OSError as error:
         if isinstance(error, ChannelError):
             raise
@@ -153,35 +155,23 @@ def listen(location: Location) -> tuple[socket.socket, Location, SocketFile | No
         ) from error
 
 
-def _listen_tcp(location: tuple[str, int]) -> tuple[socket.socket, Location, None]:
-    sock = socket.socket(_family(location), socket.SOCK_STREAM)
-    try:
-        # A server's own closed connections linger in TIME_WAIT and must not keep its successor from the port.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setblocking(False)  # noqa: FBT003
-        sock.bind(location)
+def _listen_tcp(sock: socket.socket, location: tuple[str, int]) -> tuple[Location, None]:
+    # A server's own closed connections linger in TIME_WAIT and must not keep its successor from the port.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(location)
+    sock.listen(_BACKLOG)
+    host, port = sock.getsockname()[:2]
+    return (host, port), None
+
+
+def _listen_unix(sock: socket.socket, path: str) -> tuple[Location, SocketFile]:
+    # From the question "does anybody answer?" to our own listen(), no other server may act in this directory:
+    # between two that start at once, the second must find the first one listening.
+    with _directory_lock(path):
+        _clear_stale(path)
+        _bind_private(sock, path)
         sock.listen(_BACKLOG)
-        host, port = sock.getsockname()[:2]
-    except BaseException:
-        sock.close()
-        raise
-    return sock, (host, port), None
-
-
-def _listen_unix(path: str) -> tuple[socket.socket, Location, SocketFile]:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)  # noqa: FBT003
-        # From the question "does anybody answer?" to our own listen(), no other server may act in this directory:
-        # between two that start at once, the second must find the first one listening.
-        with _directory_lock(path):
-            _clear_stale(path)
-            _bind_private(sock, path)
-            sock.listen(_BACKLOG)
-            return sock, path, SocketFile(path)
-    except BaseException:
-        sock.close()
-        raise
+        return path, SocketFile(path)
 
 
 def _bind_private(sock: socket.socket, path: str) -> None:
@@ -252,7 +242,10 @@ def _directory_lock(path: str) -> Iterator[None]:
                         f"the directory {directory} has been locked by another process for {_LOCK_WAIT:g} s"
                     ) from None
                 time.sleep(0.005)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do if a child was forked meanwhile
     finally:
         os.close(descriptor)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 from shmelim.errors import ProtocolError
 from shmelim.rpc import forks
-from shmelim.rpc.address import describe, listen, normalize
+from shmelim.rpc.address import describe, listen, new_socket, normalize
 from shmelim.rpc.codec import MSGPACK
 from shmelim.rpc.dispatch import Caller, Dispatcher, set_caller
 from shmelim.rpc.failures import FAILURE_LIMIT
@@ -157,10 +157,11 @@ class ChannelServer:
             raise RuntimeError(f"{self!r} was started or closed before; make a new one")
         self._started = True
         try:
-            with forks.creating_descriptors:
-                self._listener, self._location, self._socket_file = listen(self._location)
-                self._wake = socket.socketpair()
             forks.register(self)
+            with forks.creating_descriptors:
+                self._listener = new_socket(self._location)
+                self._wake = socket.socketpair()
+            self._location, self._socket_file = listen(self._listener, self._location)
             self._acceptor = threading.Thread(
                 target=self._accept,
                 args=(self._listener, self._wake[0]),

@@ -211,9 +211,9 @@ def test_stopped_in_the_middle_of_a_call(address, tmp_path, processes):
         assert time.monotonic() < deadline
     try:
         with pytest.raises(OutcomeUnknownError):
-            client.call("pid_rpc", timeout=0.5)
+            client.call("pid_rpc", timeout=0.3)
         with pytest.raises(TimeoutError, match="handshake"):
-            client.call("pid_rpc", timeout=0.5)
+            client.call("pid_rpc", timeout=0.3)
     finally:
         os.kill(process.pid, signal.SIGCONT)
     assert client.call("pid_rpc") == process.pid

@@ -113,7 +113,7 @@ def test_a_silent_peer_is_dropped_in_time(address, caplog):
 
 
 def test_one_byte_at_a_time_does_not_stretch_the_handshake(address):
-    with serving(address, handshake_timeout=1.0) as server, connect(server) as sock:
+    with serving(address, handshake_timeout=0.4) as server, connect(server) as sock:
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             for byte in itertools.chain(struct.pack("!i", 200), itertools.repeat(0)):
                 sock.send(bytes([byte]))
@@ -254,9 +254,9 @@ def test_a_message_that_is_cut(address):
 
 
 def test_an_idle_connection_may_stay_but_a_begun_message_must_end(address):
-    with serving(address, message_timeout=0.5) as server:
+    with serving(address, message_timeout=0.3) as server:
         connection, _ = authenticated(server)
-        time.sleep(0.6)  # idle for longer than a message may take
+        time.sleep(0.4)  # idle for longer than a message may take
         connection.send_bytes(MSGPACK.dumps([1, "echo_rpc", [5], {}]))
         assert MSGPACK.loads(connection.recv_bytes()) == [1, True, 5]
         with socket.socket(fileno=socket.dup(connection.fileno())) as sock:
@@ -319,7 +319,7 @@ def test_no_thread_to_be_had_the_server_goes_on(address, monkeypatch):
 
 
 @contextlib.contextmanager
-def fake_server(tmp_path, behave):
+def fake_server(tmp_path, behave, welcome=None):
     """A server that shakes hands properly, and then does what `behave` says with each connection."""
     path = str(tmp_path / "fake")
     listener = socket.socket(socket.AF_UNIX)
@@ -337,7 +337,8 @@ def fake_server(tmp_path, behave):
                 deliver_challenge(connection, KEY)
                 answer_challenge(connection, KEY)
                 connection.recv_bytes()
-                connection.send_bytes(MSGPACK.dumps([1, "fake", None, 2**30]))
+                usual = MSGPACK.dumps([1, "fake", None, 2**30])
+                connection.send_bytes(usual if welcome is None else welcome(number, usual))
                 behave(connection, number)
             connection.close()
 
@@ -444,6 +445,17 @@ def test_a_server_that_says_goodbye_did_not_carry_it_out(tmp_path):
 
     with fake_server(tmp_path, behave) as path, ChannelClient(path, KEY) as client:
         assert client.call("echo_rpc") == "at last"
+
+
+def test_a_server_may_say_goodbye_before_its_welcome(tmp_path):
+    def welcome(number, usual):
+        return usual if number else b""
+
+    def behave(connection, _):
+        answer(connection, 5)
+
+    with fake_server(tmp_path, behave, welcome) as path, ChannelClient(path, KEY) as client:
+        assert client.call("echo_rpc") == 5
 
 
 @pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9\r\n", struct.pack("!i", 5) + b"hello", b"\x00" * 64])

@@ -1,6 +1,7 @@
 """Server and client together in one process, over both kinds of address."""
 
 import contextlib
+import fcntl
 import logging
 import os
 import pickle
@@ -193,11 +194,11 @@ def test_what_the_kernel_says_beats_what_the_client_says(client, server, monkeyp
 
 def test_a_deadline_on_a_method_that_hangs(client, server, target):
     with pytest.raises(OutcomeUnknownError, match=r"hang_rpc .*no reply came in time") as caught:
-        client.call("hang_rpc", timeout=0.5)
+        client.call("hang_rpc", timeout=0.3)
     assert str(caught.value).count("may or may not") == 1
     assert target.entered.is_set()
     with pytest.raises(OutcomeUnknownError):
-        client.call("hang_rpc", timeout=0.5, idempotent=True)
+        client.call("hang_rpc", timeout=0.3, idempotent=True)
     target.release.set()
     for number in range(5):  # the late reply must reach nobody
         assert client.call("echo_rpc", (number,)) == [[number], {}]
@@ -460,6 +461,25 @@ def test_of_servers_that_start_at_once_one_wins(target, tmp_path):
     with ChannelClient(tmp_path / "s", KEY) as client:
         assert client.call("echo_rpc") == [[], {}]
     servers[0].close()
+
+
+def test_a_server_waits_while_another_starts_in_its_directory(target, tmp_path, monkeypatch):
+    holder = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    server = ChannelServer(target, tmp_path / "s", KEY)
+    thread = threading.Thread(target=server.start)
+    thread.start()
+    thread.join(0.1)
+    assert thread.is_alive()
+    assert not (tmp_path / "s").exists()
+    monkeypatch.setattr("shmelim.rpc.address._LOCK_WAIT", 0.01)
+    with pytest.raises(ChannelError, match="locked by another process"):
+        ChannelServer(target, tmp_path / "t", KEY).start()
+    monkeypatch.undo()
+    os.close(holder)
+    thread.join()
+    assert (tmp_path / "s").exists()
+    server.close()
 
 
 @pytest.mark.parametrize("umask", [0, 0o077, 0o777])

@@ -172,7 +172,7 @@ def test_forks_while_other_threads_call(server):
     for thread in threads:
         thread.start()
     try:
-        answers = {in_child(lambda: client.call("add_rpc", (0,))) for _ in range(25)}
+        answers = {in_child(lambda: client.call("add_rpc", (0,))) for _ in range(15)}
     finally:
         stop.set()
         for thread in threads:
