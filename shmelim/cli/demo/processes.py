@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
     from pathlib import Path
+    from types import FrameType
 
     from shmelim.cli.demo.records import Cast
 
-__all__ = ["Crowd", "ServerProcess"]
+__all__ = ["Crowd", "ServerProcess", "signals_deferred"]
 
 _PATIENCE: Final = 60.0
 _STOPPING: Final = 10.0
@@ -132,15 +133,19 @@ class Crowd:
     def __init__(self, name: str, cast: Cast, count: int) -> None:
         self._members: list[tuple[SpawnProcess, Connection]] = []
         spawning = multiprocessing.get_context("spawn")
-        with _signals_kept_back():
-            for number in range(count):
-                mine, theirs = spawning.Pipe()
-                member = spawning.Process(
-                    target=watch, args=(theirs, name, cast), name=f"shmelim-demo-reader-{number}", daemon=True
-                )
-                self._members.append((member, mine))
-                member.start()
-                theirs.close()
+        try:
+            with _signals_kept_back():
+                for number in range(count):
+                    mine, theirs = spawning.Pipe()
+                    member = spawning.Process(
+                        target=watch, args=(theirs, name, cast), name=f"shmelim-demo-reader-{number}", daemon=True
+                    )
+                    self._members.append((member, mine))
+                    member.start()
+                    theirs.close()
+        except BaseException:
+            self.close()
+            raise
 
     def gather(self, what: str) -> list[Any]:
         """Return every reader's next message, which must be of this kind.
@@ -196,6 +201,24 @@ class Crowd:
                     member.kill()
                     member.join()
         self._members = []
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Let a signal take effect at the end of the block, so that no process is started that nobody knows of."""
+    came: list[int] = []
+
+    def remember(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, remember) for number in _KEPT_BACK}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
-from shmelim.cli.demo.processes import Crowd, ServerProcess
+from shmelim.cli.demo.processes import Crowd, ServerProcess, signals_deferred
 from shmelim.cli.demo.records import Cast, make_record
 from shmelim.eliminations import EliminationClient, files
 from shmelim.eliminations.record import decode
@@ -153,13 +153,14 @@ class Scenario:
         self._singles = cycle(cast.single)
         self._cast = cast
         self._tell("starting a server")
-        self._server = ServerProcess(self._name, self._home, self._departed)
+        self._server = self._start_server()
         self._server.wait_ready()
         self._client = self._connect()
         self.findings.departed = self._client.num_departed_hotkeys
         self._sync()
         self._tell(f"starting {self._count} readers")
-        self._crowd = Crowd(self._name, cast, self._count)
+        with signals_deferred():
+            self._crowd = Crowd(self._name, cast, self._count)
         self._crowd.gather("attached")
         self._crowd.enter(BEFORE)
         self._tell("adding, removing and syncing under the eyes of the readers")
@@ -184,6 +185,12 @@ class Scenario:
                 part.close()
 
     # ------------------------------------------------------------------ changes
+
+    def _start_server(self) -> ServerProcess:
+        with signals_deferred():
+            # Kept here too: once signals have effect again, whoever cleans up must know of it.
+            self._server = server = ServerProcess(self._name, self._home, self._departed)
+        return server
 
     def _connect(self) -> EliminationClient:
         return EliminationClient(self._name, runtime_base=self._home / "run" / "shmelim")
@@ -287,7 +294,7 @@ class Scenario:
         self._client.close()
         self._server.close()
         self._crowd.look_out_for(self._cast.first)
-        self._server = ServerProcess(self._name, self._home, self._departed)
+        self._server = self._start_server()
         self._server.wait_ready()
         self._client = self._connect()
         recovered = self._client.eliminations

@@ -164,10 +164,10 @@ def watch(line: Connection, name: str, cast: Cast) -> None:
     :class:`Tally`.
     """
     watcher = Watcher(EliminationReader(name, wait=_ATTACH), cast)
-    line.send(("attached", os.getpid()))
     entering: str | None = None
     began = time.monotonic()
     try:
+        line.send(("attached", os.getpid()))
         while True:
             if line.poll():
                 what, about = line.recv()
