@@ -59,8 +59,8 @@ class FileMirror:
 
     Notes
     -----
-    ``_stale``, ``_asked`` and ``_written`` are guarded by ``_changed``; the rest belongs to the thread, but that
-    anybody may reset ``_departed_written``, which costs a write too many at worst.
+    ``_stale``, ``_asked``, ``_written`` and the flags are guarded by ``_changed``; the rest belongs to the thread,
+    but that anybody may reset ``_departed_written``, which costs a write too many at worst.
 
     """
 
@@ -73,7 +73,10 @@ class FileMirror:
         self._stale: dict[str, float] = {}
         self._asked = 0
         self._written = 0
+        # Whether a write is under way: what it writes is stale no more, and not yet written.
+        self._writing = False
         self._stopping = False
+        self._ended = False
         self._not_before = 0.0
         # Departures are for ever, so their number tells whether the file lacks any.
         self._departed_written = -1
@@ -123,12 +126,12 @@ class FileMirror:
             self._departed_written = -1
             self.mark()
         with self._changed:
-            if not self._stale and self._asked == self._written:
+            if not self._stale and not self._writing and self._asked == self._written:
                 return
             self._asked += 1
             wanted = self._asked
             self._changed.notify_all()
-            if not self._changed.wait_for(lambda: self._written >= wanted or self._stopping, _FLUSH_LIMIT):
+            if not self._changed.wait_for(lambda: self._written >= wanted or self._ended, _FLUSH_LIMIT):
                 raise StoreError(f"the files in {self._directory} were not written within {_FLUSH_LIMIT:.0f} s")
             problem = self._problem
         if problem is not None:
@@ -136,21 +139,29 @@ class FileMirror:
 
     def stop(self) -> None:
         """Write what is stale, and end the thread. Idempotent."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
+        if self._thread is not None:
             with self._changed:
                 self._stopping = True
                 self._changed.notify_all()
-            thread.join()
+            self._thread.join()
 
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
+        try:
+            self._write_until_stopped()
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _write_until_stopped(self) -> None:
         while True:
             with self._changed:
                 stale, asked = self._wait_for_work()
                 if not stale and self._stopping:
                     return
+                self._writing = True
             began = time.monotonic()
             problem = self._write(stale)
             took = time.monotonic() - began
@@ -165,6 +176,7 @@ class FileMirror:
                     _log.error("%s", problem)
                 self._problem = problem
                 self._written = asked
+                self._writing = False
                 self._changed.notify_all()
                 if problem is not None and self._stopping:
                     return

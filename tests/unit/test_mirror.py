@@ -1,0 +1,339 @@
+"""The JSON files: when they are current, when they may be behind, and when nothing is written."""
+
+import json
+import os
+import threading
+import time
+
+import pytest
+from serving import listing, row, state_in_files, state_in_table
+
+from shmelim import EliminationManagerServer
+from shmelim.eliminations import files, mirror
+from shmelim.errors import StoreError
+
+LIMIT = 30.0
+"""Seconds after which a condition that must come true counts as never coming true."""
+
+
+def until(condition):
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
+@pytest.fixture
+def state_dir(tmp_path):
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def server(state_dir):
+    with EliminationManagerServer(state_dir=state_dir, durability="process") as server:
+        server.save_eliminations_rpc()
+        yield server
+
+
+@pytest.fixture
+def never_by_itself(monkeypatch):
+    """Nothing is written but what somebody waits for."""
+    monkeypatch.setattr(mirror, "_COALESCE", 1e6)
+
+
+def same(server, state_dir):
+    return state_in_files(state_dir) == state_in_table(server.reader).without_registered()
+
+
+def in_file(state_dir):
+    return [
+        record["hotkey"] for record in json.loads((state_dir / "eliminations.json").read_text())["eliminations"]
+    ]
+
+
+SAVING = {
+    "append": lambda server: server.append_elimination_row_rpc("new", 1.0, "ZOMBIE"),
+    "delete": lambda server: server.delete_eliminations_rpc(["a", "b"]),
+    "sync": lambda server: server.sync_eliminations_rpc([row("c"), row("a")]),
+    "sync in parts": lambda server: _upload(server, [row("c"), row("a")]),
+    "clear": lambda server: server.clear_eliminations_rpc(),
+    "write": lambda server: server.write_eliminations_to_disk_rpc([row("c"), row("a")]),
+    "save": lambda server: server.save_eliminations_rpc(),
+}
+
+LAGGING = {
+    "add": lambda server: server.add_elimination_rpc("new", row("new")),
+    "update": lambda server: server.add_elimination_rpc("a", row("a", 7)),
+    "remove": lambda server: server.remove_elimination_rpc("a"),
+    "departure": lambda server: server.update_metagraph_rpc(["m1"]),
+}
+
+
+def _upload(server, rows):
+    token = server.begin_upload_rpc()
+    server.upload_rpc(token, rows)
+    server.sync_uploaded_rpc(token)
+
+
+def fill(server):
+    server.add_elimination_rpc("a", row("a"))
+    server.add_elimination_rpc("b", row("b"))
+    server.update_metagraph_rpc(["m1", "m2"])
+
+
+class TestCurrent:
+    @pytest.mark.parametrize("call", SAVING)
+    def test_when_a_saving_call_returns(self, never_by_itself, server, state_dir, call):
+        fill(server)
+        assert not same(server, state_dir)
+        SAVING[call](server)
+        assert same(server, state_dir)
+
+    @pytest.mark.parametrize("call", LAGGING)
+    def test_soon_after_any_other(self, server, state_dir, call):
+        fill(server)
+        server.save_eliminations_rpc()
+        LAGGING[call](server)
+        until(lambda: same(server, state_dir))
+
+    def test_when_the_server_has_closed(self, never_by_itself, state_dir):
+        with EliminationManagerServer(state_dir=state_dir) as server:
+            fill(server)
+        assert same(server, state_dir)
+
+    def test_soon_after_a_start(self, state_dir):
+        with EliminationManagerServer(state_dir=state_dir, files="off") as server:
+            fill(server)
+        assert not (state_dir / "eliminations.json").exists()
+        with EliminationManagerServer(state_dir=state_dir) as server:
+            until((state_dir / "departed_hotkeys.json").exists)
+            assert same(server, state_dir)
+
+    @pytest.mark.parametrize("call", ["sync", "delete", "clear", "append"])
+    def test_when_a_saving_call_returns_while_a_write_is_under_way(self, monkeypatch, state_dir, call):
+        """A write that has begun by itself is waited for, even by a call that itself changes nothing."""
+        calls = {
+            "sync": lambda: server.sync_eliminations_rpc([row("a")]),
+            "delete": lambda: server.delete_eliminations_rpc(["absent"]),
+            "append": lambda: server.append_elimination_row_rpc(
+                "a", 0.0, "ZOMBIE", 1_700_000_000_000, row("a")["price_info"], row("a")["return_info"]
+            ),
+            "clear": lambda: server.clear_eliminations_rpc(),  # noqa: PLW0108 - not there yet
+        }
+        writing, go_on = threading.Event(), threading.Event()
+        write = files.write_eliminations
+
+        def slow(*args, **kwargs):
+            if armed:
+                writing.set()
+                assert go_on.wait(LIMIT)
+            return write(*args, **kwargs)
+
+        armed = False
+        monkeypatch.setattr(files, "write_eliminations", slow)
+        seen = []
+        with EliminationManagerServer(state_dir=state_dir, durability="process") as server:
+            if call == "clear":
+                server.append_elimination_row_rpc("a", 1.0, "ZOMBIE")
+            else:
+                server.save_eliminations_rpc()
+            armed = True
+            if call == "clear":
+                server.remove_elimination_rpc("a")
+            else:
+                server.add_elimination_rpc("a", row("a"))
+            assert writing.wait(LIMIT)
+
+            def caller():
+                calls[call]()
+                seen.extend(in_file(state_dir))
+                seen.append("returned")
+
+            thread = threading.Thread(target=caller)
+            thread.start()
+            # It has either returned, wrongly, or waits for the writer.
+            until(lambda: server._mirror._asked > server._mirror._written or not thread.is_alive())
+            armed = False
+            go_on.set()
+            thread.join()
+        assert seen == (["returned"] if call == "clear" else ["a", "returned"])
+
+    def test_many_saving_calls_at_once(self, server, state_dir):
+        wrong = []
+
+        def work(number):
+            for n in range(15):
+                hotkey = f"h{number}-{n}"
+                server.append_elimination_row_rpc(hotkey, 1.0, "ZOMBIE")
+                if hotkey not in in_file(state_dir):
+                    wrong.append(hotkey)
+                server.add_elimination_rpc(f"other-{hotkey}", row(f"other-{hotkey}"))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+    def test_each_is_a_file_of_json_that_keeps_the_order(self, server, state_dir):
+        for hotkey in ("z", "a", "m"):
+            server.add_elimination_rpc(hotkey, row(hotkey))
+        server.append_elimination_row_rpc("b", None, "ZOMBIE")
+        assert in_file(state_dir) == ["z", "a", "m", "b"]
+        assert (state_dir / "eliminations.json").stat().st_mode & 0o777 == 0o600
+        assert server.get_eliminations_from_disk_rpc() == server.get_eliminations_from_memory_rpc()
+
+
+class TestBehind:
+    def test_lagged_calls_do_not_wait_for_the_files(self, never_by_itself, state_dir):
+        with EliminationManagerServer(state_dir=state_dir, files="lagged") as server:
+            fill(server)
+            for call in ("append", "delete", "sync", "clear", "write"):
+                SAVING[call](server)
+            assert not (state_dir / "eliminations.json").exists()
+            fill(server)
+            server.save_eliminations_rpc()
+            assert same(server, state_dir)
+
+    def test_lagged_files_follow(self, state_dir):
+        with EliminationManagerServer(state_dir=state_dir, files="lagged") as server:
+            fill(server)
+            until(lambda: (state_dir / "departed_hotkeys.json").exists() and same(server, state_dir))
+            server.append_elimination_row_rpc("new", 1.0, "ZOMBIE")
+            until(lambda: same(server, state_dir))
+
+    def test_off_writes_none(self, state_dir):
+        with EliminationManagerServer(state_dir=state_dir, files="off") as server:
+            fill(server)
+            for call in SAVING.values():
+                call(server)
+            disk = server.get_eliminations_from_disk_rpc()
+            assert disk == server.get_eliminations_from_memory_rpc()
+        assert not list(state_dir.glob("*.json"))
+
+    def test_in_memory_writes_nothing_at_all(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        with EliminationManagerServer() as server:
+            fill(server)
+            for call in SAVING.values():
+                call(server)
+            assert server.get_eliminations_from_disk_rpc() == server.get_eliminations_from_memory_rpc()
+        assert listing(tmp_path) == {}
+
+
+class TestNotRewritten:
+    @pytest.fixture
+    def written(self, monkeypatch):
+        written = []
+        for name in ("write_eliminations", "write_departed"):
+            write = getattr(files, name)
+            monkeypatch.setattr(
+                files, name, lambda *a, _write=write, _name=name, **k: (written.append(_name), _write(*a, **k))[1]
+            )
+        return written
+
+    def test_when_nothing_changed(self, written, server):
+        server.sync_eliminations_rpc([row("a"), row("b")])
+        server.update_metagraph_rpc(["m1"])
+        server.save_eliminations_rpc()
+        written.clear()
+        assert server.add_elimination_rpc("a", row("a")) is False
+        server.remove_elimination_rpc("absent")
+        server.delete_eliminations_rpc([])
+        server.update_metagraph_rpc(["m1"])
+        server.sync_eliminations_rpc([row("a"), row("b")])
+        server._mirror.stop()
+        assert written == []
+
+    def test_departed_when_only_eliminations_changed(self, written, server):
+        fill(server)
+        server.save_eliminations_rpc()
+        written.clear()
+        server.append_elimination_row_rpc("new", 1.0, "ZOMBIE")
+        assert written == ["write_eliminations"]
+
+    def test_many_changes_share_a_write(self, written, server, state_dir):
+        written.clear()
+        for n in range(100):
+            server.add_elimination_rpc(f"h{n}", row(f"h{n}"))
+        until(lambda: same(server, state_dir))
+        assert len(written) < 100
+
+
+class TestFailing:
+    @pytest.fixture
+    def full(self, monkeypatch):
+        """Switch on and off that the files cannot be written."""
+        switch = {"on": False}
+        write = files._write
+
+        def failing(path, *args):
+            if switch["on"]:
+                raise StoreError(f"{path} could not be written: no space left", hint="make room")
+            return write(path, *args)
+
+        monkeypatch.setattr(files, "_write", failing)
+        return switch
+
+    def test_the_change_stands_and_health_names_the_problem_until_it_is_solved(
+        self, full, server, state_dir, caplog
+    ):
+        fill(server)
+        server.save_eliminations_rpc()
+        full["on"] = True
+        assert server.append_elimination_row_rpc("new", 1.0, "ZOMBIE") is True
+        assert server.is_hotkey_eliminated_rpc("new")
+        assert "new" not in in_file(state_dir)
+        health = server.health_check_rpc()
+        assert health["status"] == "ok"
+        assert "no space left" in str(health["problems"])
+        assert "no space left" in caplog.text
+        with pytest.raises(StoreError, match="no space left"):
+            server.save_eliminations_rpc()
+        full["on"] = False
+        # Without anybody asking.
+        until(lambda: same(server, state_dir))
+        until(lambda: server.health_check_rpc()["problems"] == [])
+
+    def test_the_files_are_written_by_the_next_saving_call_that_works(
+        self, full, never_by_itself, server, state_dir
+    ):
+        full["on"] = True
+        server.append_elimination_row_rpc("new", 1.0, "ZOMBIE")
+        full["on"] = False
+        server.save_eliminations_rpc()
+        assert same(server, state_dir)
+        assert server.health_check_rpc()["problems"] == []
+
+    def test_closing_does_not_hang_and_the_next_start_has_everything(self, full, state_dir):
+        with EliminationManagerServer(state_dir=state_dir) as server:
+            full["on"] = True
+            server.append_elimination_row_rpc("new", 1.0, "ZOMBIE")
+        full["on"] = False
+        with EliminationManagerServer(state_dir=state_dir) as server:
+            assert server.get_eliminated_hotkeys_rpc() == {"new"}
+            server.save_eliminations_rpc()
+            assert same(server, state_dir)
+
+    def test_a_mistake_in_writing_does_not_end_the_writer(self, server, state_dir, monkeypatch):
+        write = files.write_eliminations
+        monkeypatch.setattr(files, "write_eliminations", lambda *_a, **_k: 1 / 0)
+        server.append_elimination_row_rpc("new", 1.0, "ZOMBIE")
+        assert "division" in str(server.health_check_rpc()["problems"])
+        monkeypatch.setattr(files, "write_eliminations", write)
+        server.save_eliminations_rpc()
+        assert same(server, state_dir)
+
+    def test_a_damaged_file_is_answered_from_the_store(self, server, state_dir):
+        server.append_elimination_row_rpc("new", 1.0, "ZOMBIE")
+        (state_dir / "eliminations.json").write_text("{")
+        assert [record["hotkey"] for record in server.get_eliminations_from_disk_rpc()] == ["new"]
+
+    def test_a_file_that_is_gone_is_answered_from_the_store_and_comes_back(self, server, state_dir):
+        server.append_elimination_row_rpc("new", 1.0, "ZOMBIE")
+        (state_dir / "eliminations.json").unlink()
+        assert [record["hotkey"] for record in server.get_eliminations_from_disk_rpc()] == ["new"]
+        server.save_eliminations_rpc()
+        assert in_file(state_dir) == ["new"]
