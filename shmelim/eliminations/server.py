@@ -305,6 +305,7 @@ class EliminationManagerServer:
             A value cannot be stored; the message names its path.
 
         """
+        check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
         return self._commit(changes.add(*prepare(data, hotkey)))
 
     def append_elimination_row_rpc(
