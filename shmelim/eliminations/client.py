@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import generate_row
 from shmelim.eliminations.runtime import RuntimeDirectory
+from shmelim.errors import MessageTooLargeError
 from shmelim.rpc import ChannelClient, load_key
 
 if TYPE_CHECKING:
@@ -160,18 +162,31 @@ class EliminationClient(EliminationReader):
         rows = iter(eliminations)
         first = list(islice(rows, _PART))
         if len(first) < _PART:
-            if on_progress is not None:
-                on_progress(len(first))
-            return list(self._call("sync_eliminations_rpc", first, timeout=max(self._timeout, _PART_TIMEOUT)))
+            with contextlib.suppress(MessageTooLargeError):
+                removed = self._call("sync_eliminations_rpc", first, timeout=max(self._timeout, _PART_TIMEOUT))
+                if on_progress is not None:
+                    on_progress(len(first))
+                return list(removed)
         token = self._call("begin_upload_rpc")
         sent = 0
         for part in _parts(first, rows):
-            self._call("upload_rpc", token, part, timeout=_PART_TIMEOUT)
+            self._upload(token, part)
             sent += len(part)
             if on_progress is not None:
                 on_progress(sent)
         limit = _COMMIT_TIMEOUT + sent * _COMMIT_TIMEOUT_PER_ROW
         return list(self._call("sync_uploaded_rpc", token, timeout=limit))
+
+    def _upload(self, token: str, part: list[Mapping[str, Any]]) -> None:
+        """Send records in one message, or in two where that is too large."""
+        try:
+            self._call("upload_rpc", token, part, timeout=_PART_TIMEOUT)
+        except MessageTooLargeError:
+            if len(part) == 1:
+                raise
+            middle = len(part) // 2
+            self._upload(token, part[:middle])
+            self._upload(token, part[middle:])
 
     def clear_eliminations(self) -> None:
         """Remove all records."""

@@ -356,7 +356,7 @@ def _load(path: Path, key: str) -> tuple[dict[str, Any] | list[Any], str] | None
         return None
     except OSError as error:
         raise _unreadable(path, error) from error
-    hint = "it is moved aside; repair that copy and put it back, or delete it"
+    hint = "repair it (its end is often cut off), or use a backup"
     if not data:
         raise DamagedFileError(f"{path} is damaged: it has 0 bytes", hint=hint)
     try:

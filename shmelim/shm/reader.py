@@ -453,9 +453,15 @@ class TableReader:
     def _follow_name(self, root: Segment) -> Segment:
         """Open the root anew for generation 0: nothing was published, or the writer withdrew the old root."""
         if not self._namespace.root_replaced(root):
+            name, writer = self._namespace.name, self._writer_of(root)
+            if writer.alive:
+                raise NotServingError(
+                    f"{name!r} is not served yet: its writer, process {writer.pid}, is still starting",
+                    hint="try again in a moment, or attach with wait=seconds",
+                )
             raise NotServingError(
-                f"the writer of {self._namespace.name!r} has not published anything yet",
-                hint=f"see `shmelim status --name {self._namespace.name}`",
+                f"nothing is served under the name {name!r}: its writer ended before it published anything",
+                hint=f"start it with `shmelim serve --name {name}`",
             )
         return self._open_root()
 

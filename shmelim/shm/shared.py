@@ -304,8 +304,8 @@ class SharedNamespace:
 
     def _unpublished(self) -> NotServingError:
         return NotServingError(
-            f"the writer of {self.name!r} has not published anything yet",
-            hint=f"see `shmelim status --name {self.name}`",
+            f"nothing is served under the name {self.name!r}: no writer has published anything yet",
+            hint=f"start it with `shmelim serve --name {self.name}`",
         )
 
     def _untrusted(self, label: str, why: str) -> UntrustedSegmentError:

@@ -442,13 +442,14 @@ class Transaction:
         self._check_open()
         if self._staged is None:
             raise ShmelimError("this transaction must be staged before it is published")
-        staged, self._staged = self._staged, None
         try:
-            return self._writer._publish(staged)  # noqa: SLF001
+            return self._writer._publish(self._staged)  # noqa: SLF001
         except BaseException:
             # An interrupt; the version word tells whether it came before or after.
             self._writer._abort()  # noqa: SLF001
             raise
+        finally:
+            self._staged = None
 
     def abort(self) -> None:
         """Forget the changes. Idempotent."""
