@@ -30,8 +30,12 @@ def test_nothing_there(table_name: str) -> None:
 
 def test_nothing_published_yet(namespace: Namespace) -> None:
     writer = TableWriter(namespace)
-    with pytest.raises(NotServingError, match="not published"):
+    with pytest.raises(NotServingError, match=f"process {os.getpid()}, is still starting"):
         TableReader(namespace)
+    writer.close()
+    with pytest.raises(NotServingError, match="ended before it published"):
+        TableReader(namespace)
+    writer = TableWriter(namespace)
     writer.load([])
     assert TableReader(namespace).flags(b"a") == 0
     writer.close()
