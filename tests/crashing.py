@@ -118,10 +118,10 @@ class Counter:
         self._words[0] = value
 
 
-def at_line(stop: int, act: Callable[[], None], lines: Counter | None = None) -> None:
+def at_line(stop: int, act: Callable[[], None], functions: tuple[str, ...] = ()) -> None:
     """From now on count the lines of ``shmelim.shm`` that this thread runs; at number ``stop``, act.
 
-    ``lines`` counts along, so that a run with an unreachable ``stop`` tells how many there are.
+    With ``functions`` given, only lines of functions of these names count.
     """
     count = 0
 
@@ -129,14 +129,14 @@ def at_line(stop: int, act: Callable[[], None], lines: Counter | None = None) ->
         nonlocal count
         if event == "line":
             count += 1
-            if lines is not None:
-                lines.value = count
             if count == stop:
                 act()
         return inside
 
     def outside(frame: FrameType, _event: str, _arg: object) -> Any:
-        return inside if frame.f_code.co_filename.startswith(_CODE) else None
+        code = frame.f_code
+        wanted = code.co_filename.startswith(_CODE) and (not functions or code.co_name in functions)
+        return inside if wanted else None
 
     sys.settrace(outside)
 

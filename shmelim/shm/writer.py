@@ -409,7 +409,7 @@ class Transaction:
     @property
     def staged(self) -> bool:
         """Whether the changes are made and wait for :meth:`publish`."""
-        return self._staged is not None
+        return self._staged is not None and self._writer._open is self  # noqa: SLF001
 
     def _set(self, change: Change) -> None:
         if self._writer._open is not self:  # noqa: SLF001

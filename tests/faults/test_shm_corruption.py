@@ -231,6 +231,22 @@ def test_record_that_ends_outside_the_arena(table_name: str, length: int) -> Non
     crashing.call(run)
 
 
+def test_key_lengths_that_differ(table_name: str) -> None:
+    """Slot and entry do not agree where the record begins."""
+
+    def run() -> None:
+        damaged = Damaged(table_name)
+        for copy in (0, 1):
+            at = damaged.attached._view.memory.find(b"changed", damaged.header.arena_base(copy)) - len(KEYS[1]) - 4
+            assert damaged.data.memory[at] == len(KEYS[1])
+            damaged.data.memory[at : at + 1] = b"\1"
+        assert damaged.attached.flags(KEYS[1]) == 255
+        with pytest.raises(CorruptSegmentError):
+            damaged.attached.get(KEYS[1])
+
+    crashing.call(run)
+
+
 @pytest.mark.parametrize("rounds", [150, pytest.param(5000, marks=pytest.mark.long)])
 def test_segments_of_any_length_and_content(table_name: str, rounds: int) -> None:
     """Files cut, lengthened and overwritten before a reader opens them."""

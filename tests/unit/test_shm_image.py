@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmelim.shm import PrivateNamespace, TableReader, TableWriter
+from shmelim.shm import Namespace, PrivateNamespace, TableReader, TableWriter
 from shmelim.shm.image import place
 from shmelim.shm.layout import MAX_GENERATION, PACKED, SEQUENCE_BITS, VERSION
 
@@ -249,3 +249,22 @@ def test_sequence_comes_round() -> None:
         table.put(b"%d" % number)
         assert table.reader.info().generation == 1
     table.check([b"a", *[b"%d" % number for number in range(5)]])
+
+
+def test_removals_need_room_in_the_log(namespace: Namespace) -> None:
+    """Each removal is an entry too: many of them in a nearly full arena must not run over its end."""
+    with TableWriter(namespace, capacity=64, arena_size=4096) as writer:
+        keys = [bytes([number]) * 200 for number in range(16)]
+        writer.load([])
+        for key in keys:
+            with writer.transaction() as transaction:
+                transaction.put(key, 1)
+        reader = TableReader(namespace)
+        assert reader.info().arena_size == 4096
+        for gone in (keys[:8], keys[8:]):
+            with writer.transaction() as transaction:
+                for key in gone:
+                    transaction.remove(key)
+            assert reader.info().arena_used <= reader.info().arena_size
+        assert reader.snapshot(verify=True).entries == {}
+        assert reader.flags_of(keys).tolist() == [0] * 16

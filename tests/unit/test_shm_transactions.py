@@ -430,13 +430,55 @@ def test_an_interrupt_anywhere_leaves_all_or_nothing(
     """The published state stands or the next one does; the writer goes on; no segment is left over."""
     # In a child, so that tracing touches nobody else.
     first = random.randint(1, stride)
-    lines, outcomes = crashing.call(lambda: _interrupted(change, table_name, range(first, 1 << 30, stride)))
+    stops = range(first, 1 << 30, stride)
+    lines, outcomes = crashing.call(lambda: _interrupted(change, table_name, stops, ()))
     assert False in outcomes
     assert stride > 1 or outcomes == {False, True}
     assert lines > 30
 
 
-def _interrupted(change: Callable[[TableWriter], None], name: str, stops: range) -> tuple[int, set[bool]]:
+PUBLISHING = ("stage", "publish", "_publish", "remove_data", "__exit__", "_abort", "settle", "mirror_into")
+
+
+@pytest.mark.parametrize("change", [small, compacting, growing, replacing, mirroring])
+def test_an_interrupt_at_every_line_around_publishing(
+    change: Callable[[TableWriter], None], table_name: str
+) -> None:
+    lines, outcomes = crashing.call(lambda: _interrupted(change, table_name, range(1, 1 << 30), PUBLISHING))
+    assert outcomes == {False, True}
+    assert lines > 20
+
+
+def test_an_interrupted_publish_by_hand_is_still_to_come_or_over(namespace: Namespace) -> None:
+    def run() -> int:
+        writer = TableWriter(namespace, capacity=8, arena_size=4096)
+        writer.load([])
+        reader = TableReader(namespace)
+        for stop in range(1, 1000):
+            transaction = writer.transaction()
+            transaction.put(b"a", stop & 0xFF)
+            transaction.stage()
+            crashing.at_line(stop, interrupt, ("publish", "_publish"))
+            try:
+                transaction.publish()
+            except Interrupt:
+                sys.settrace(None)
+            else:
+                return stop
+            finally:
+                sys.settrace(None)
+            if transaction.staged:
+                transaction.publish()
+                assert reader.flags(b"a") == stop & 0xFF
+            writer.transaction().abort()
+        raise AssertionError
+
+    assert crashing.call(run) > 8
+
+
+def _interrupted(
+    change: Callable[[TableWriter], None], name: str, stops: range, functions: tuple[str, ...]
+) -> tuple[int, set[bool]]:
     writer = TableWriter(SharedNamespace(name), capacity=8, arena_size=4096)
 
     def prepare() -> None:
@@ -459,7 +501,7 @@ def _interrupted(change: Callable[[TableWriter], None], name: str, stops: range)
     opened = 0
     for stop in stops:
         prepare()
-        crashing.at_line(stop, interrupt)
+        crashing.at_line(stop, interrupt, functions)
         try:
             change(writer)
         except Interrupt:
