@@ -175,7 +175,34 @@ def waiting(writer: TableWriter) -> None:
     transaction.stage()
 
 
-CHANGES = [touching, moving, compacting, growing, replacing, waiting]
+def waiting_to_compact(writer: TableWriter) -> None:
+    """Publish once, and leave a compaction staged: it writes over the copy that was current before."""
+    with writer.transaction() as transaction:
+        for number in range(3):
+            transaction.put(b"a", 64 + number, bytes([number]) * 1000)
+        transaction.remove(b"b")
+    used = _used(writer)
+    transaction = writer.transaction()
+    transaction.put(b"c", 65, b"x" * 900)
+    transaction.stage()
+    assert _used(writer, staged=True) < used + 900
+
+
+def waiting_to_replace(writer: TableWriter) -> None:
+    """Publish once, and leave a replacement of everything staged."""
+    with writer.transaction() as transaction:
+        transaction.remove(b"b")
+    transaction = writer.transaction(replace=True)
+    for key in reversed(KEYS[:5]):
+        transaction.put(key, 32, b"replaced" * 5)
+    transaction.stage()
+
+
+def _used(writer: TableWriter, *, staged: bool = False) -> int:
+    return writer._images[writer.version + staged & 1].used
+
+
+CHANGES = [touching, moving, compacting, growing, replacing, waiting, waiting_to_compact, waiting_to_replace]
 
 
 @pytest.fixture(params=["colliding", "xxh64"])
