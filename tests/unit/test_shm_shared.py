@@ -336,6 +336,36 @@ def test_no_room_for_a_successor(table_name: str, monkeypatch: pytest.MonkeyPatc
     successor.close()
 
 
+def test_a_segment_without_room_leaves_no_name(table_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(SegmentFullError):
+        SharedNamespace(table_name).create_data(1, 4096)
+    assert segments_of(table_name) == []
+
+
+def test_a_lock_on_a_root_that_lost_its_name_is_none(table_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking the root, it is removed, and another writer makes and locks a new one."""
+    flock = shared.fcntl.flock
+    others = []
+
+    def overtaken(descriptor: int, operation: int) -> None:
+        if not others:
+            others.append(None)
+            SharedNamespace(table_name).remove()
+            others.append(serve(table_name))
+        flock(descriptor, operation)
+
+    serve(table_name).close()
+    monkeypatch.setattr(shared.fcntl, "flock", overtaken)
+    with pytest.raises(AlreadyServingError):
+        TableWriter(SharedNamespace(table_name))
+    others[1].close()
+    serve(table_name).close()
+
+
 @pytest.mark.parametrize("why", ["missing", errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
 def test_without_fallocate_memory_is_written_instead(
     table_name: str, monkeypatch: pytest.MonkeyPatch, why: str | int
