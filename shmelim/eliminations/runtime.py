@@ -123,7 +123,8 @@ class RuntimeDirectory:
 class StateLock:
     """The lock on a state directory: no two servers, of whatever names, use one.
 
-    An ``flock``, which the kernel releases however its holder dies.
+    An ``flock``, which the kernel releases however its holder dies. A forked child closes its copy, so that it
+    does not keep a dead server's lock.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -136,7 +137,7 @@ class StateLock:
         Raises
         ------
         AlreadyServingError
-            Another process uses the directory.
+            Another server uses the directory.
         StoreError
             The directory cannot be made or written.
 
@@ -159,12 +160,26 @@ class StateLock:
                 hint="name another with --state-dir, or stop that server",
             ) from None
         self._descriptor = descriptor
+        _held.add(self)
 
     def release(self) -> None:
         """Give the lock back. Idempotent."""
         descriptor, self._descriptor = self._descriptor, None
+        _held.discard(self)
         if descriptor is not None:
             os.close(descriptor)
+
+
+# Strong references: a lock that its holder forgot is held all the same.
+_held: set[StateLock] = set()
+
+
+def _drop_locks_in_child() -> None:
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_drop_locks_in_child)
 
 
 def default_state_directory(name: str) -> Path:

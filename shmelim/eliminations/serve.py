@@ -10,7 +10,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-from shmelim.eliminations.runtime import RuntimeDirectory, ServerInfo, StateLock, default_state_directory
+from shmelim.eliminations.runtime import RuntimeDirectory, ServerInfo, default_state_directory
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.rpc import ChannelServer, load_or_create_key
 from shmelim.shm import SharedNamespace
@@ -93,9 +93,6 @@ class Service:
         namespace = SharedNamespace(options.name, mode=0o640 if options.group_readable else 0o600)
         runtime = RuntimeDirectory(options.name, options.runtime_base).create()
         with contextlib.ExitStack() as stack:
-            lock = StateLock(self.state_dir)
-            lock.acquire()
-            stack.callback(lock.release)
             self.server = stack.enter_context(
                 EliminationManagerServer(
                     namespace,

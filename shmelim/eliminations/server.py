@@ -20,6 +20,7 @@ from shmelim.eliminations.mirror import ELIMINATIONS_FILE, FileMirror, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import check_hotkey, decode, generate_row, prepare
 from shmelim.eliminations.recovery import import_file, origin_record, recover
+from shmelim.eliminations.runtime import StateLock
 from shmelim.eliminations.store import Store
 from shmelim.eliminations.uploads import Uploads
 from shmelim.errors import DamagedFileError
@@ -71,7 +72,7 @@ class EliminationManagerServer:
     Raises
     ------
     AlreadyServingError
-        Another process writes this table.
+        Another server writes this table, or uses that state directory.
     StoreError, DamagedFileError
         The state directory cannot be used.
     SegmentFullError
@@ -102,7 +103,14 @@ class EliminationManagerServer:
         self._first_refresh_ran = False
         self._uploads = Uploads()
         self._stopped = threading.Event()
-        table = TableWriter(self.namespace)
+        self._lock = None if self.state_dir is None else StateLock(self.state_dir)
+        if self._lock is not None:
+            self._lock.acquire()
+        try:
+            table = TableWriter(self.namespace)
+        except BaseException:
+            self._unlock()
+            raise
         # From here on the heartbeat tells readers that a writer is at work, however long recovery takes.
         self._beating = threading.Thread(target=self._beat, args=(table,), name="shmelim-heartbeat", daemon=True)
         self._beating.start()
@@ -125,6 +133,7 @@ class EliminationManagerServer:
             self._stopped.set()
             self._beating.join()
             table.close()
+            self._unlock()
             raise
         self.reader = EliminationReader.over(self.namespace)
         if self.state_dir is not None:
@@ -179,6 +188,11 @@ class EliminationManagerServer:
         self._stopped.set()
         self._beating.join()
         self._committer.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self

@@ -59,7 +59,7 @@ class Remote(Api):
         return self.client._call(f"{name}_rpc", *args)
 
 
-@pytest.fixture(params=["in memory", "with files", "served", "over tcp"])
+@pytest.fixture(params=["in memory", "with files", "served", pytest.param("over tcp", marks=pytest.mark.long)])
 def api(request, tmp_path, serve):
     if request.param == "in memory":
         with EliminationManagerServer() as server:
