@@ -134,22 +134,24 @@ class MsgpackCodec:
         if simple_keys and _ATOMS.issuperset(map(type, value.values())):
             return value if type(value) is dict else dict(value)
         copy = {}
-        for key, item in value.items():
-            try:
-                copy[key if simple_keys else _plain_key(key)] = self._plain(item, depth + 1)
-            except UncarriedValueError as error:
-                raise UncarriedValueError((key, *error.path), error.reason) from None
+        key = None
+        try:
+            for key, item in value.items():
+                plain = item if type(item) in _ATOMS else self._plain(item, depth + 1)
+                copy[key if simple_keys else _plain_key(key)] = plain
+        except UncarriedValueError as error:
+            raise UncarriedValueError((key, *error.path), error.reason) from None
         return copy
 
     def _plain_items(self, value: list[Any] | tuple[Any, ...], depth: int) -> list[Any] | tuple[Any, ...]:
         if type(value) in _SEQUENCES and _ATOMS.issuperset(map(type, value)):
             return value
-        copy = []
-        for index, item in enumerate(value):
-            try:
-                copy.append(self._plain(item, depth + 1))
-            except UncarriedValueError as error:
-                raise UncarriedValueError((index, *error.path), error.reason) from None
+        copy: list[Any] = []
+        try:
+            for item in value:
+                copy.append(item if type(item) in _ATOMS else self._plain(item, depth + 1))  # noqa: PERF401
+        except UncarriedValueError as error:
+            raise UncarriedValueError((len(copy), *error.path), error.reason) from None
         return copy
 
     def _blame(self, value: Any, path: tuple[Any, ...] = ()) -> None:
