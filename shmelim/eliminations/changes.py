@@ -63,8 +63,10 @@ class Step:
         self.wrote = True
 
 
-def prepare_all(records: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
+def prepare_all(records: Iterable[Mapping[str, Any]], first: int = 0) -> dict[str, bytes]:
     """Check and encode a list of records; of a hotkey that is listed twice the last record counts.
+
+    ``first`` is the place of the first one, where the list is part of a longer one.
 
     Raises
     ------
@@ -75,7 +77,7 @@ def prepare_all(records: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
     if isinstance(records, (str, bytes, dict)):
         raise TypeError(f"eliminations must be a list of records, not {type(records).__name__}")
     prepared: dict[str, bytes] = {}
-    for index, record in enumerate(records):
+    for index, record in enumerate(records, first):
         try:
             hotkey, encoded = prepare(record)
         except (ValueError, TypeError) as error:

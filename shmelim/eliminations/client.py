@@ -197,10 +197,8 @@ class EliminationClient(EliminationReader):
         self._call("save_eliminations_rpc", idempotent=True, timeout=max(self._timeout, _COMMIT_TIMEOUT))
 
     def write_eliminations_to_disk(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
-        """Make exactly these records the eliminations, on disk and everywhere else."""
-        self._call(
-            "write_eliminations_to_disk_rpc", list(eliminations), timeout=max(self._timeout, _COMMIT_TIMEOUT)
-        )
+        """Make exactly these records the eliminations, on disk and everywhere else; a sync without an answer."""
+        self.sync_eliminations(eliminations)
 
     def update_metagraph(self, hotkeys: Iterable[str]) -> list[str]:
         """Say which hotkeys are in the metagraph now; returns those whose departure was recorded."""

@@ -377,7 +377,7 @@ class EliminationManagerServer:
         """Begin a list that is too large for one message; returns its token."""
         return self._uploads.begin()
 
-    def upload_rpc(self, token: str, eliminations: Iterable[Mapping[str, Any]]) -> int:
+    def upload_rpc(self, token: str, eliminations: Sequence[Mapping[str, Any]]) -> int:
         """Add records to an upload; returns how many it has."""
         return self._uploads.extend(token, eliminations)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from shmelim.eliminations.changes import prepare_all
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Uploads"]
 
@@ -22,6 +22,7 @@ IDLE_LIMIT: Final = 120.0
 class _Upload:
     def __init__(self) -> None:
         self.records: dict[str, bytes] = {}
+        self.given = 0
         self.size = 0
         self.touched = time.monotonic()
 
@@ -54,7 +55,7 @@ class Uploads:
             self._open[token] = _Upload()
             return token
 
-    def extend(self, token: str, records: Iterable[Mapping[str, Any]]) -> int:
+    def extend(self, token: str, records: Sequence[Mapping[str, Any]]) -> int:
         """Check records and add them; return how many the upload has now.
 
         Raises
@@ -63,14 +64,17 @@ class Uploads:
             A record is not fit to be stored (the upload is given up), or there is no such upload.
 
         """
+        with self._lock:
+            first = self._get(token).given
         try:
-            prepared = prepare_all(records)
+            prepared = prepare_all(records, first)
         except (ValueError, TypeError):
             with self._lock:
                 self._open.pop(token, None)
             raise
         with self._lock:
             upload = self._get(token)
+            upload.given += len(records)
             upload.records.update(prepared)
             upload.size += sum(map(len, prepared.values()))
             upload.touched = time.monotonic()
