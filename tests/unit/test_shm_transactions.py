@@ -408,6 +408,8 @@ def growing(writer: TableWriter) -> None:
     with writer.transaction() as transaction:
         for number in range(9):
             transaction.put(b"%d" % number, 1, b"x" * number)
+        # So large that the next load does not do with the grown segment.
+        transaction.put(b"large", 1, bytes(100_000))
 
 
 def replacing(writer: TableWriter) -> None:
@@ -462,7 +464,7 @@ def test_an_interrupted_publish_by_hand_is_still_to_come_or_over(namespace: Name
             try:
                 transaction.publish()
             except Interrupt:
-                sys.settrace(None)
+                pass
             else:
                 return stop
             finally:
@@ -501,12 +503,15 @@ def _interrupted(
     opened = 0
     for stop in stops:
         prepare()
+        generation = reader.info().generation
         crashing.at_line(stop, interrupt, functions)
         try:
             change(writer)
         except Interrupt:
             pass
         else:
+            sys.settrace(None)
+            assert (reader.info().generation != generation) == (change is growing)
             assert opened <= 12
             return stop, outcomes
         finally:
