@@ -207,6 +207,23 @@ class ChannelClient:
             raise failure
         return value
 
+    def connect(self, *, timeout: float | None = None) -> None:
+        """Make sure that there is a connection, without calling anything.
+
+        Parameters
+        ----------
+        timeout
+            Seconds; None: the client's.
+
+        Raises
+        ------
+        NotServingError, CallTimeoutError, AuthenticationFailedError, ProtocolError, ChannelError
+            As :meth:`call`.
+
+        """
+        deadline = time.monotonic() + (self._timeout if timeout is None else _checked_timeout(timeout))
+        self._pool.give_back(self._pool.take() or self._dialer.dial(deadline))
+
     def proxy(self, *, timeout: float | None = None, idempotent: Collection[str] = ()) -> Proxy:
         """Return an object whose remote methods can be called like its own.
 

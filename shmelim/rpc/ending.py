@@ -1,0 +1,142 @@
+"""What ends a server process: a SIGTERM, or the end of the process that owns it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import psutil
+
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+
+__all__ = ["Ending", "Owner"]
+
+_LOOK_AGAIN = 0.5  # seconds between two looks at the owner, where the kernel does not report its end
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process that must not be mistaken for a later one of the same id.
+
+    Attributes
+    ----------
+    pid : int
+        Its id.
+    started : float
+        When it was started, as :mod:`psutil` says.
+
+    """
+
+    pid: int
+    started: float
+
+    @classmethod
+    def this_process(cls) -> Self:
+        """Return the process that calls this."""
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Self:
+        """Return the process that has this id now, or an ended one."""
+        try:
+            return cls(pid, psutil.Process(pid).create_time())
+        except psutil.Error:
+            return cls(pid, 0.0)
+
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        try:
+            process = psutil.Process(self.pid)
+            return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def open(self) -> int | None:
+        """Return a descriptor that becomes readable when it ends; None where there is no such thing."""
+        opener = getattr(os, "pidfd_open", None)
+        try:
+            return None if opener is None else int(opener(self.pid))
+        except OSError:  # it has ended, or the kernel is too old: is_running() tells
+            return None
+
+
+class Ending:
+    """Waits for the end of this process' work, for the length of a ``with`` block.
+
+    Up to :meth:`defer` a SIGTERM raises ``SystemExit``, so that a start can be broken off. From then on it only
+    ends :meth:`wait`, so that neither serving nor closing is interrupted halfway. SIGINT is ignored: a terminal
+    sends it to every process of the group, and the owner decides what it means. The owner's death is watched by
+    a descriptor of the process itself: a pipe would also be held open by each of its other children.
+
+    Outside of the main thread, which alone may handle signals, only the owner's end counts.
+
+    Parameters
+    ----------
+    owner
+        The process with which this one ends; None: it outlives all others.
+
+    """
+
+    def __init__(self, owner: Owner | None) -> None:
+        self._owner = owner
+        self._deferred = False  # main thread only
+        self._reading = self._writing = self._old_wakeup = -1
+        self._before: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> Self:
+        self._reading, self._writing = os.pipe()
+        if threading.current_thread() is threading.main_thread():
+            os.set_blocking(self._writing, False)
+            # The interpreter writes each signal to the pipe, which needs no lock that the main thread could hold.
+            # Whatever descriptor stood there before is the parent's, who must not be told of our signals.
+            self._old_wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+            self._before = {
+                signal.SIGTERM: signal.signal(signal.SIGTERM, self._handle),
+                signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            }
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._old_wakeup)
+        os.close(self._reading)
+        os.close(self._writing)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if not self._deferred:
+            raise SystemExit(128 + number)
+
+    def defer(self) -> None:
+        """Stop raising."""
+        self._deferred = True
+
+    def wait(self) -> str:
+        """Wait for the end; return what it was."""
+        poller = select.poll()
+        poller.register(self._reading, select.POLLIN)
+        watched = None if self._owner is None else self._owner.open()
+        try:
+            if watched is not None:
+                poller.register(watched, select.POLLIN)
+            # Looked at after opening, so that the descriptor is certainly not of a later process of that id.
+            while self._owner is None or self._owner.is_running():
+                ready = [number for number, _ in poller.poll(self._pause(watched))]
+                if self._reading in ready:
+                    return "a signal"
+        finally:
+            if watched is not None:
+                os.close(watched)
+        return f"the end of its owner, process {self._owner.pid}"
+
+    def _pause(self, watched: int | None) -> float | None:
+        """Milliseconds to wait for a descriptor."""
+        return None if self._owner is None or watched is not None else _LOOK_AGAIN * 1000

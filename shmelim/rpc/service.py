@@ -1,0 +1,426 @@
+"""The base of a service: an object served by a process of its own, or living in this one, behind the same methods.
+
+A complete service::
+
+    class Positions(RPCServiceBase):
+        def __init__(self, limit, running_unit_tests=False):
+            super().__init__("PositionManagerServer", 50002, running_unit_tests)
+            self.limit = limit
+            self._initialize_service()
+
+        def _create_direct_server(self):
+            return PositionServer(self.limit)
+
+        def _start_server_process(self, address, authkey, server_ready):
+            return self._spawn_server(
+                PositionServer, self.limit, address=address, authkey=authkey, server_ready=server_ready
+            )
+
+        def open_position(self, hotkey, pair, size):
+            return self._server_proxy.open_position_rpc(hotkey, pair, size)
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import multiprocessing.context
+import os
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Self
+
+from shmelim.errors import ChannelError
+from shmelim.rpc import forks
+from shmelim.rpc.address import describe, normalize
+from shmelim.rpc.monitor import HealthMonitor, HealthPolicy, tell
+from shmelim.rpc.restarts import RestartDesk
+from shmelim.rpc.service_client import ServiceClient
+from shmelim.rpc.service_key import ServiceKey
+from shmelim.rpc.serving import run_server, serve_rpc
+from shmelim.rpc.settings import ServiceSettings
+from shmelim.rpc.supervisor import Supervisor
+from shmelim.rpc.titles import check_service_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.process import BaseProcess
+    from types import TracebackType
+
+    from shmelim.rpc.address import Address, Location
+    from shmelim.rpc.launch import ServerReady
+    from shmelim.rpc.monitor import Notifier
+
+__all__ = ["RPCServiceBase"]
+
+_LOCALHOST = "127.0.0.1"
+
+_logger = logging.getLogger("shmelim.service")
+
+
+class RPCServiceBase(ABC):
+    """A service: starts its server, keeps it alive, and carries its clients' calls.
+
+    In RPC mode the server is a process of its own, and a child of the process that made the service: its owner.
+    A copy of the service in another process, forked or given to a process that is being started, is a client:
+    its calls go over connections of its own, and it never ends or starts anything. In direct mode the server
+    is an object of this process, without process, address or key.
+
+    Thread-safe. Every call has a deadline, and ends as :class:`~shmelim.rpc.client.ChannelClient` says.
+
+    Parameters
+    ----------
+    service_name
+        Name for messages, threads and titles: the server process is titled ``vali_<service_name>``.
+    port
+        TCP port on 127.0.0.1, 0 for any; None if there is an `address`.
+    running_unit_tests
+        Direct mode.
+    enable_health_check
+        Whether :meth:`health_check` does anything.
+    health_check_interval_s
+        Seconds between two checks.
+    max_consecutive_failures
+        Failures in a row that lead to a restart.
+    enable_auto_restart
+        Whether they do; otherwise they are only told.
+    slack_notifier
+        Who is told: anything with ``send_message(text, level=...)``.
+    address
+        Path of a Unix socket, or ``(host, port)``, instead of `port`.
+    key_path
+        File for the key, for clients that are no copies of this object; None: the key is in memory only.
+    settings
+        The fields of :class:`~shmelim.rpc.settings.ServiceSettings`: every figure, each with a default.
+
+    Attributes
+    ----------
+    service_name, running_unit_tests
+        As given.
+    port
+        As given, or as chosen by the system; None for a Unix socket.
+    enable_health_check, health_check_interval_s, max_consecutive_failures, enable_auto_restart, slack_notifier
+        As given; may be changed at any time.
+
+    Raises
+    ------
+    TypeError, ValueError
+        There is neither `port` nor `address` in RPC mode, or both; the name is no title for a process; or a
+        setting is unknown or impossible.
+
+    """
+
+    def __init__(
+        self,
+        service_name: str,
+        port: int | None,
+        running_unit_tests: bool = False,
+        enable_health_check: bool = False,
+        health_check_interval_s: float = 60,
+        max_consecutive_failures: int = 3,
+        enable_auto_restart: bool = True,
+        slack_notifier: Notifier | None = None,
+        *,
+        address: Address | None = None,
+        key_path: str | os.PathLike[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.service_name = check_service_name(service_name)
+        self.port = port
+        self.running_unit_tests = running_unit_tests
+        self.enable_health_check = enable_health_check
+        self.health_check_interval_s = health_check_interval_s
+        self.max_consecutive_failures = max_consecutive_failures
+        self.enable_auto_restart = enable_auto_restart
+        self.slack_notifier = slack_notifier
+        self._location = None if running_unit_tests and address is None else _location(port, address)
+        self._key = ServiceKey(key_path)
+        self._settings = ServiceSettings(**settings)
+        # Written by _initialize_service(), by shutdown(), and by a forked child, which is alone.
+        self._server_proxy: Any = None
+        self._supervisor: Supervisor | None = None  # in the owner only
+        self._desk: RestartDesk | None = None
+        self._client: ServiceClient | None = None
+        self._owner_pid = os.getpid()
+        self._begin_here()
+
+    def _begin_here(self) -> None:
+        """Make what each process has of its own."""
+        self._closing = threading.Lock()  # guards `_closed`
+        self._closed = False
+        self._monitor = HealthMonitor(
+            self.service_name, _weakly(self._probe), _weakly(self._restart_after), _weakly(self._tell)
+        )
+        forks.register(self)
+        _services.add(self)
+
+    # ------------------------------------------------------------------ what a subclass writes
+
+    @abstractmethod
+    def _create_direct_server(self) -> Any:
+        """Return the server object for direct mode."""
+
+    @abstractmethod
+    def _start_server_process(self, address: Location, authkey: bytes, server_ready: ServerReady) -> BaseProcess:
+        """Start a process that serves, and return it.
+
+        Either by :meth:`_spawn_server`, or by a ``Process`` of one's own that calls :meth:`_serve_rpc`. Called
+        again for each restart, from any thread.
+
+        Parameters
+        ----------
+        address
+            Where to serve.
+        authkey
+            The key: 32 bytes that must not get into a log, an environment or an argument list.
+        server_ready
+            To be handed to :meth:`_serve_rpc`.
+
+        """
+
+    # ------------------------------------------------------------------ what a subclass uses
+
+    def _initialize_service(self) -> None:
+        """Make the server, in direct or in RPC mode; to be called once the subclass is ready for it.
+
+        Afterwards ``self._server_proxy.some_rpc(...)`` calls the server's methods.
+
+        Raises
+        ------
+        ChannelError
+            Another process is at the address.
+        TimeoutError
+            The server was not ready in time.
+        NotServingError
+            The server process ended before it was ready.
+        Exception
+            Whatever kept the server from being made.
+
+        """
+        if self._server_proxy is not None or self._closed:
+            raise RuntimeError(f"{self.service_name} was initialized or shut down before")
+        if self.running_unit_tests:
+            self._server_proxy = self._create_direct_server()
+            return
+        assert self._location is not None
+        supervisor = Supervisor(self._location, self._key, self.service_name, self._settings)
+        self._supervisor = supervisor
+        try:
+            self._location = supervisor.start(self._start_server_process)
+            if not isinstance(self._location, str):
+                self.port = self._location[1]
+            self._client = ServiceClient(self._location, self._key, self._settings)
+            self._client.reach(self.service_name)
+            self._server_proxy = self._client.proxy
+            if self.enable_health_check:
+                self._desk = RestartDesk()
+                self._desk.open(self.service_name, _weakly(self._restart))
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def _spawn_server(
+        self,
+        factory: Callable[..., object],
+        *args: Any,
+        address: Location,
+        authkey: bytes,
+        server_ready: ServerReady,
+        **kwargs: Any,
+    ) -> BaseProcess:
+        """Start a process that serves ``factory(*args, **kwargs)``; for :meth:`_start_server_process`.
+
+        Works with every start method; for all but ``fork``, `factory` and its arguments must be picklable. If the
+        object has a method ``close``, that is called at the process' end.
+        """
+        context = multiprocessing.get_context(self._settings.start_method)
+        process: BaseProcess = context.Process(  # type: ignore[attr-defined]  # each context has one
+            target=run_server,
+            args=(factory, args, kwargs, address, authkey, server_ready),
+            name=self.service_name,
+            daemon=True,
+        )
+        process.start()
+        return process
+
+    _serve_rpc = staticmethod(serve_rpc)
+
+    # ------------------------------------------------------------------ life
+
+    @property
+    def address(self) -> Location | None:
+        """Where the server is; None in direct mode."""
+        return self._location
+
+    @property
+    def _server_process(self) -> BaseProcess | None:
+        """The server process that was started last; None in direct mode and outside of the owner."""
+        supervisor = self._supervisor
+        return None if supervisor is None else supervisor.process
+
+    def restart_server(self) -> None:
+        """Restart the server process by hand; clients reconnect by themselves.
+
+        Raises
+        ------
+        ChannelError
+            This process is not the owner, or the service was shut down; or as for :meth:`_initialize_service`.
+
+        """
+        self._restart(None)
+
+    def shutdown(self) -> None:
+        """End the server, if this process is its owner, and close this process' connections. Idempotent."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        if self._client is not None:
+            self._client.close()
+        if self._supervisor is not None:
+            self._supervisor.close()
+        if self._desk is not None and self._is_owner:
+            self._desk.close()
+        if self.running_unit_tests:
+            server, self._server_proxy = self._server_proxy, None
+            close = getattr(server, "close", None)
+            if self._is_owner and callable(close):
+                close()
+
+    @property
+    def _is_owner(self) -> bool:
+        return self._owner_pid == os.getpid()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def __del__(self) -> None:
+        if self.__dict__.get("_closed") is False:  # otherwise there is nothing to end, or no whole object
+            self.shutdown()
+
+    def __repr__(self) -> str:
+        where = "direct" if self._location is None else f"at {describe(self._location)}"
+        return f"<{type(self).__name__} {self.service_name!r} {where}>"
+
+    # ------------------------------------------------------------------ other processes
+
+    def after_fork_in_child(self) -> None:
+        """Become a client. Called by :mod:`shmelim.rpc.forks`."""
+        if self._supervisor is not None:
+            self._supervisor.disown()
+            self._supervisor = None
+        if self._desk is not None:
+            self._desk.after_fork_in_child()
+        closed = self._closed
+        self._begin_here()
+        self._closed = closed
+
+    def __getstate__(self) -> dict[str, Any]:
+        multiprocessing.context.assert_spawning(self)
+        if self.running_unit_tests:
+            raise TypeError(f"{self.service_name} is in direct mode: its server lives in this process only")
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(dict.fromkeys(_OF_ONE_PROCESS), **state)
+        self._owner_pid = 0  # nobody's
+        self._begin_here()
+        if self._client is not None:
+            self._server_proxy = self._client.proxy
+
+    # ------------------------------------------------------------------ health
+
+    def health_check(self, current_time_ms: float | None = None) -> bool:
+        """Check the server, if it is time to; restart it when it failed too often in a row.
+
+        May be called as often as one likes, from any thread, and in any copy of the service.
+
+        Parameters
+        ----------
+        current_time_ms
+            The time in milliseconds; None: now.
+
+        Returns
+        -------
+        bool
+            Whether the check found the server healthy: it answered ``health_check_rpc`` with the status "ok".
+            False also if it was restarted since. What the last check found, if it is not time yet. True while
+            health checks are not enabled.
+
+        """
+        if not self.enable_health_check:
+            return True
+        if self._closed or self._server_proxy is None:
+            return False
+        restarts = self.enable_auto_restart and not self.running_unit_tests
+        policy = HealthPolicy(self.health_check_interval_s * 1000, self.max_consecutive_failures, restarts)
+        return self._monitor.check(
+            self._settings.clock_ms() if current_time_ms is None else current_time_ms, policy
+        )
+
+    def _probe(self) -> Any:
+        if self.running_unit_tests:
+            return self._server_proxy.health_check_rpc()
+        assert self._client is not None
+        return self._client.health()
+
+    def _tell(self, text: str, level: str) -> None:
+        tell(self.slack_notifier, text, level)
+
+    def _restart(self, failed_at: float | None) -> None:
+        """Restart the server, unless that was done since `failed_at`; in the owner."""
+        if self._supervisor is None or self._client is None:
+            raise ChannelError(f"{self.service_name} can only be restarted by the process that made it")
+        if self._supervisor.restart(self._start_server_process, failed_at):
+            self._client.reach(self.service_name)
+
+    def _restart_after(self, failed_at: float) -> None:
+        """Restart the server, or have it restarted by the owner."""
+        if self._supervisor is not None or self._desk is None:
+            self._restart(failed_at)
+        else:
+            figures = self._settings
+            patience = figures.stop_timeout + figures.release_timeout + figures.ready_timeout
+            self._desk.ask_and_wait(failed_at, self._monitor.is_well, patience)
+
+
+# Attributes of the base that mean nothing in another process.
+_OF_ONE_PROCESS = frozenset({"_server_proxy", "_supervisor", "_closing", "_closed", "_monitor"})
+
+_services: weakref.WeakSet[RPCServiceBase] = weakref.WeakSet()
+
+
+@atexit.register
+def _shutdown_all() -> None:
+    """End the servers of this process before :mod:`multiprocessing` waits for them."""
+    for service in list(_services):
+        try:
+            service.shutdown()
+        except Exception:
+            _logger.exception("%r could not be shut down", service)
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls a bound method without keeping its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        alive = reference()
+        if alive is None:
+            raise ChannelError("the service is gone")
+        return alive(*args)
+
+    return call
+
+
+def _location(port: int | None, address: Address | None) -> Location:
+    if (port is None) == (address is None):
+        raise ValueError("a service needs a port or an address, and not both")
+    return normalize((_LOCALHOST, port) if port is not None else address)  # type: ignore[arg-type]

@@ -1,0 +1,100 @@
+"""A service's way to its server, in each process that has it: calls, health checks, the first connection."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing.context
+import time
+from typing import TYPE_CHECKING, Any
+
+from shmelim.errors import AuthenticationFailedError, ChannelError, ProtocolError
+from shmelim.rpc.client import ChannelClient
+
+if TYPE_CHECKING:
+    from shmelim.rpc.address import Location
+    from shmelim.rpc.service_key import ServiceKey
+    from shmelim.rpc.settings import ServiceSettings
+
+__all__ = ["ServiceClient"]
+
+_logger = logging.getLogger("shmelim.service")
+
+
+class ServiceClient:
+    """The connections of one process to a service's server. Thread-safe, and safe over a fork.
+
+    Nothing is connected before the first call. Pickled to a process that is being started, it has no connections
+    there, either.
+
+    Parameters
+    ----------
+    location
+        Where the server is.
+    key
+        Its key.
+    settings
+        How calls are made, and how often is tried to connect.
+
+    Attributes
+    ----------
+    proxy : Proxy
+        The server's remote methods.
+
+    """
+
+    def __init__(self, location: Location, key: ServiceKey, settings: ServiceSettings) -> None:
+        self._arguments = location, key, settings
+        self._connect_tries, self._connect_delay = settings.connect_tries, settings.connect_delay
+        self._calls = ChannelClient(
+            location,
+            key.for_client,
+            timeout=settings.call_timeout,
+            connect_wait=settings.connect_wait,
+            max_message=settings.max_message,
+            codec=settings.codec_in_use,
+        )
+        # Its calls are short, and tell of a missing server at once.
+        self._checks = ChannelClient(
+            location, key.for_client, timeout=settings.health_check_timeout, codec=settings.codec_in_use
+        )
+        self.proxy = self._calls.proxy(idempotent=settings.idempotent)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        multiprocessing.context.assert_spawning(self)
+        return type(self), self._arguments
+
+    def reach(self, service_name: str) -> None:
+        """Connect to a server that says it is ready.
+
+        Parameters
+        ----------
+        service_name
+            For messages.
+
+        Raises
+        ------
+        ChannelError
+            All tries were in vain; or one showed that another server is there, and will be.
+
+        """
+        for left in reversed(range(self._connect_tries)):
+            try:
+                self._calls.connect()
+            except (AuthenticationFailedError, ProtocolError):
+                raise
+            except ChannelError as error:
+                _logger.warning("%s: cannot connect, %d tries left: %s", service_name, left, error)
+                if not left:
+                    raise
+                time.sleep(self._connect_delay)
+            else:
+                return
+
+    def health(self) -> Any:
+        """Return what the server says of itself; raises as :meth:`ChannelClient.call`."""
+        return self._checks.call("health_check_rpc", idempotent=True)
+
+    def close(self) -> None:
+        """Close every connection; idempotent. Calls under way end with an error."""
+        self._calls.close()
+        self._checks.close()

@@ -1,0 +1,129 @@
+"""A server process seen from inside: serves one object until it is told to end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+from typing import TYPE_CHECKING, Any
+
+from shmelim.rpc.ending import Ending, Owner
+from shmelim.rpc.launch import ServerOptions, ServerReady
+from shmelim.rpc.server import ChannelServer
+from shmelim.rpc.titles import server_title, set_title
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from multiprocessing.synchronize import Event
+
+    from shmelim.rpc.address import Address
+
+__all__ = ["run_server", "serve_rpc"]
+
+_logger = logging.getLogger("shmelim.service")
+
+
+def serve_rpc(server: object, address: Address, authkey: bytes, server_ready: ServerReady | Event) -> None:
+    """Serve an object in this process until SIGTERM or the end of the process' owner.
+
+    Sets the process title, handles signals, serves, says that it is ready, waits for the end, and lets running
+    calls finish. To be called from the process' main thread.
+
+    Parameters
+    ----------
+    server
+        The object; its methods whose name ends in ``_rpc`` can be called.
+    address, authkey, server_ready
+        What ``_start_server_process`` got. A plain ``multiprocessing.Event`` will do as `server_ready`; the
+        service is then named after the object's type.
+
+    Raises
+    ------
+    ChannelError
+        The address is taken or cannot be used. The owner is told.
+
+    """
+    options = _options(server, server_ready)
+    set_title(server_title(options.service_name))
+    with Ending(options.owner) as ending:
+        _serve(server, address, authkey, server_ready, options, ending)
+
+
+def run_server(
+    factory: Callable[..., object],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    address: Address,
+    authkey: bytes,
+    server_ready: ServerReady,
+) -> None:
+    """Make an object and serve it; what a server process runs that was started by ``_spawn_server``.
+
+    Parameters
+    ----------
+    factory, args, kwargs
+        ``factory(*args, **kwargs)`` makes the object. If that has a method ``close``, it is called in the end.
+    address, authkey, server_ready
+        As for :func:`serve_rpc`.
+
+    Raises
+    ------
+    SystemExit
+        There is no server, and the owner was told why.
+
+    """
+    options = server_ready.options
+    set_title(server_title(options.service_name))
+    # First of all, so that no signal reaches a handler that was inherited from the owner.
+    with Ending(options.owner) as ending, contextlib.ExitStack() as stack:
+        try:
+            server = factory(*args, **kwargs)
+            close = getattr(server, "close", None)
+            if callable(close):
+                stack.callback(close)
+            _serve(server, address, authkey, server_ready, options, ending)
+        except Exception as error:
+            _logger.exception("%s: the server process failed", options.service_name)
+            server_ready.fail(error)
+            raise SystemExit(1) from None
+
+
+def _serve(
+    server: object,
+    address: Address,
+    authkey: bytes,
+    server_ready: ServerReady | Event,
+    options: ServerOptions,
+    ending: Ending,
+) -> None:
+    channel = ChannelServer(
+        server,
+        address,
+        authkey,
+        service_name=options.service_name,
+        max_message=options.max_message,
+        codec=options.codec_in_use,
+    )
+    try:
+        channel.start()
+    except Exception as error:
+        if isinstance(server_ready, ServerReady):
+            server_ready.fail(error)
+        raise
+    try:
+        ending.defer()
+        if isinstance(server_ready, ServerReady):
+            server_ready.set(channel.address)
+        else:
+            server_ready.set()
+        _logger.info("%s: ending because of %s", options.service_name, ending.wait())
+    finally:
+        channel.close(options.drain)
+
+
+def _options(server: object, server_ready: ServerReady | Event) -> ServerOptions:
+    if isinstance(server_ready, ServerReady):
+        return server_ready.options
+    parent = multiprocessing.parent_process()
+    owner = None if parent is None or parent.pid is None else Owner.of(parent.pid)
+    return ServerOptions(type(server).__name__, owner)

@@ -1,0 +1,170 @@
+"""Starts, restarts and stops the one server process of a service, in the process that owns it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, TypeAlias
+
+from shmelim.errors import ChannelError
+from shmelim.rpc.address import describe
+from shmelim.rpc.ending import Owner
+from shmelim.rpc.launch import ServerOptions, ServerProcess, ServerReady
+from shmelim.rpc.stale import clear_stale, wait_until_free
+from shmelim.rpc.titles import server_title
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.process import BaseProcess
+
+    from shmelim.rpc.address import Location
+    from shmelim.rpc.service_key import ServiceKey
+    from shmelim.rpc.settings import ServiceSettings
+
+__all__ = ["Supervisor"]
+
+_logger = logging.getLogger("shmelim.service")
+
+Start: TypeAlias = "Callable[[Location, bytes, ServerReady], BaseProcess]"
+
+
+class Supervisor:
+    """The server process of a service, over its restarts.
+
+    Thread-safe: whoever starts, restarts or stops waits for the others. Belongs to the process that made it; in a
+    forked child nothing but :meth:`disown` may be called.
+
+    Parameters
+    ----------
+    location
+        Where to serve. If the system chooses the port, the first start decides it for all others.
+    key
+        The key of every server.
+    service_name
+        Its name.
+    settings
+        How long what may take, and what else a server process must know.
+
+    """
+
+    def __init__(self, location: Location, key: ServiceKey, service_name: str, settings: ServiceSettings) -> None:
+        self.location = location
+        self._key = key
+        self._name = service_name
+        self._settings = settings
+        self._options = ServerOptions(
+            service_name,
+            None if settings.outlive_owner else Owner.this_process(),
+            settings.codec,
+            settings.max_message,
+            settings.stop_timeout / 2,
+        )
+        # The lock is held over whole starts and stops, and guards everything below and `location`.
+        self._lock = threading.RLock()
+        self._server: ServerProcess | None = None
+        self._restarted_at = float("-inf")  # time.monotonic()
+        self._closed = False  # written without the lock, so that who waits for it sees it; never goes back
+
+    @property
+    def process(self) -> BaseProcess | None:
+        """The server process that was started last."""
+        server = self._server
+        return None if server is None else server.process
+
+    def start(self, start: Start) -> Location:
+        """Start a server process, and return its address when it is ready.
+
+        Raises
+        ------
+        ChannelError
+            Another process is at the address; or a server process cannot be had, as its subclasses say.
+        Exception
+            Whatever kept the server process from serving.
+
+        """
+        with self._lock:
+            if self._closed:
+                raise ChannelError(f"{self._name} was shut down")
+            if not _chosen_by_system(self.location):
+                self._claim()
+            ready = ServerReady(self._options)
+            try:
+                process = start(self.location, self._key.for_server(), ready)
+                self._server = server = ServerProcess(process, self._name)
+                try:
+                    self.location = self._settled(ready.outcome(process, self._settings.ready_timeout))
+                except BaseException:
+                    server.stop(self._settings.stop_timeout)
+                    raise
+            finally:
+                ready.close()
+            _logger.info("%s: process %d serves at %s", self._name, process.pid, describe(self.location))
+            return self.location
+
+    def _settled(self, reported: Location | None) -> Location:
+        location = reported or self.location
+        if _chosen_by_system(location):
+            raise ChannelError("the server process does not say which port it has", hint="name a port")
+        return location
+
+    def _claim(self) -> None:
+        """Free the address of what an earlier run has left there."""
+        try:
+            if self._settings.replace_stale:
+                clear_stale(
+                    self.location,
+                    server_title(self._name),
+                    grace=min(self._settings.stop_timeout, 1.0),
+                    release=self._settings.release_timeout,
+                )
+        except ChannelError as error:
+            raise type(error)(f"{self._name} cannot be served: {error.message}", hint=error.hint) from error
+
+    def restart(self, start: Start, failed_at: float | None = None) -> bool:
+        """Stop the server process, and start another at the same address with the same key.
+
+        Parameters
+        ----------
+        start
+            As for :meth:`start`.
+        failed_at
+            The ``time.monotonic()`` since which the server is known to fail; if it was restarted later than that,
+            nothing is done.
+
+        Returns
+        -------
+        bool
+            Whether it was restarted.
+
+        """
+        with self._lock:
+            if failed_at is not None and failed_at < self._restarted_at:
+                return False
+            if self._closed:
+                raise ChannelError(f"{self._name} was shut down")
+            _logger.warning("%s: restarting the server process", self._name)
+            self._stop_server()
+            wait_until_free(self.location, self._settings.release_timeout)
+            self.start(start)
+            self._restarted_at = time.monotonic()
+            return True
+
+    def close(self) -> None:
+        """Stop the server process for good; idempotent. Waits for a start that is under way."""
+        self._closed = True
+        with self._lock:
+            self._stop_server()
+
+    def _stop_server(self) -> None:
+        if self._server is not None:
+            self._server.stop(self._settings.stop_timeout)
+
+    def disown(self) -> None:
+        """Let a forked child's exit leave the server process alone; the child then drops this object."""
+        if self._server is not None:
+            self._server.disown()
+
+
+def _chosen_by_system(location: Location) -> bool:
+    return not isinstance(location, str) and location[1] == 0
