@@ -61,7 +61,7 @@ def _rebuild(cls: type[ShmelimError], message: str, hint: str | None) -> Shmelim
 
 
 class UnsupportedPlatformError(ShmelimError):
-    """This machine gives no guarantee that the chosen code path depends on."""
+    """The chosen code path depends on a guarantee that this machine does not give."""
 
 
 class NotServingError(ShmelimError, ConnectionError):
