@@ -1,0 +1,419 @@
+"""A reader in any process: when it attaches, what it follows, and that it needs nobody."""
+
+import multiprocessing
+import os
+import pickle
+import threading
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from crashing import Child, call
+from serving import Served, row, stamp_of
+
+from shmelim import EliminationManagerServer, EliminationReader, NotServingError
+from shmelim.eliminations import entry
+from shmelim.eliminations import reader as reader_module
+from shmelim.eliminations.record import decode
+from shmelim.shm import SharedNamespace, TableWriter
+
+try:
+    from test import mapping_tests
+except ImportError:  # some distributions ship Python without its tests
+    mapping_tests = None
+
+
+@pytest.fixture
+def server(table_name):
+    with EliminationManagerServer(SharedNamespace(table_name)) as server:
+        yield server
+
+
+@pytest.fixture
+def reader(server, table_name):
+    return EliminationReader(table_name)
+
+
+class TestAttaching:
+    def test_where_nothing_is_served_names_the_name_and_the_command(self, table_name):
+        with pytest.raises(NotServingError) as caught:
+            EliminationReader(table_name)
+        assert repr(table_name) in str(caught.value)
+        assert f"shmelim serve --name {table_name}" in str(caught.value)
+        assert isinstance(caught.value, ConnectionError)
+
+    @pytest.mark.parametrize("name", ["", "x" * 17, "Upper", "a/b", "../x", "a b"])
+    def test_to_an_illegal_name(self, name):
+        with pytest.raises(ValueError, match="name"):
+            EliminationReader(name)
+
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_waits_for_a_writer_that_another_process_starts_later(self, serve, new_name, method):
+        name = new_name()
+        waiting = threading.Event()
+        found = []
+
+        def attach():
+            waiting.set()
+            found.append(EliminationReader(name, wait=60.0))
+
+        thread = threading.Thread(target=attach)
+        thread.start()
+        waiting.wait()
+        server = serve(name, method=method)
+        thread.join()
+        assert isinstance(server, Served)
+        server.client().add_elimination("a", row("a"))
+        assert found[0].get_elimination("a") == row("a")
+
+    def test_waits_no_longer_than_it_is_told(self, table_name):
+        with pytest.raises(NotServingError):
+            EliminationReader(table_name, wait=0.05)
+
+    def test_to_a_writer_that_has_not_published_yet(self, table_name):
+        with TableWriter(SharedNamespace(table_name)), pytest.raises(NotServingError, match="starting"):
+            EliminationReader(table_name)
+
+    def test_does_not_need_the_runtime_directory(self, serve):
+        server = serve()
+        server.client().add_elimination("a", row("a"))
+        (server.runtime / server.name / "key").unlink()
+        assert server.reader().get_elimination("a") == row("a")
+
+    def test_by_its_repr(self, server, reader):
+        server.add_elimination_rpc("a", row("a"))
+        assert reader.name in repr(reader)
+        assert "1" in repr(reader)
+
+
+class TestFollowing:
+    def test_growth(self, server, reader):
+        generations = set()
+        for n in range(3000):
+            server.add_elimination_rpc(f"h{n}", row(f"h{n}", n))
+            assert stamp_of(f"h{n}", reader.get_elimination(f"h{n}")) == n
+            generations.add(reader.version >> 48)
+        assert len(generations) >= 3
+        assert len(reader) == 3000
+        assert list(reader) == [f"h{n}" for n in range(3000)]
+
+    def test_restarts(self, serve):
+        server = serve()
+        reader = server.reader()
+        versions = [reader.version]
+        for n in range(4):
+            server.client().add_elimination(f"h{n}", row(f"h{n}"))
+            (server.kill if n % 2 else server.stop)()
+            assert list(reader) == [f"h{m}" for m in range(n + 1)]
+            server.start()
+            assert list(reader) == [f"h{m}" for m in range(n + 1)]
+            versions.append(reader.version)
+        assert versions == sorted(set(versions))
+
+    @pytest.mark.long  # a dead writer counts as alive for some seconds
+    def test_a_root_that_was_removed_and_made_again(self, serve):
+        server = serve()
+        reader = server.reader()
+        server.client().add_elimination("a", row("a"))
+        server.kill()
+        SharedNamespace(server.name).remove()
+        assert reader.get_elimination("a") == row("a")
+        server.start()
+        server.client().add_elimination("b", row("b"))
+        # Once the old writer counts as dead, a look at it follows the name to where it leads now.
+        deadline = time.monotonic() + 60
+        while reader.writer.pid != server.pid:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert sorted(reader) == ["a", "b"]
+
+    def test_a_dead_writer_is_told_from_a_live_one(self, serve):
+        server = serve()
+        reader = server.reader()
+        assert reader.writer.alive
+        assert reader.writer.pid == server.pid
+        assert reader.writer.state == "serving"
+        assert reader.writer.started_ms > 1_700_000_000_000
+        server.kill()
+        deadline = time.monotonic() + 60
+        while reader.writer.alive:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert reader.writer.heartbeat_age > 1
+        server.start()
+        assert reader.writer.alive
+        assert reader.writer.pid == server.pid
+        server.stop()
+        assert (reader.writer.alive, reader.writer.state) == (False, "stopped")
+
+    def test_a_live_writer_keeps_its_heart_beating(self, server, reader):
+        first = reader._table._view.root.words[152 // 8]
+        deadline = time.monotonic() + 60
+        while reader._table._view.root.words[152 // 8] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert reader.writer.alive
+
+
+class TestWaiting:
+    def test_for_a_change_that_another_thread_makes(self, server, reader):
+        since = reader.version
+        thread = threading.Thread(target=server.add_elimination_rpc, args=("a", row("a")))
+        thread.start()
+        assert reader.wait_for_change(60, since) is True
+        thread.join()
+        assert "a" in reader
+
+    def test_for_a_change_that_came_already(self, server, reader):
+        since = reader.version
+        server.add_elimination_rpc("a", row("a"))
+        assert reader.wait_for_change(None, since) is True
+
+    def test_in_vain(self, reader):
+        assert reader.wait_for_change(0) is False
+        assert reader.wait_for_change(0.02) is False
+
+    def test_over_a_growth_and_a_restart(self, serve):
+        server = serve()
+        reader = server.reader()
+        since = reader.version
+        server.client().sync_eliminations([row(f"h{n}") for n in range(1500)])
+        assert reader.wait_for_change(60, since) is True
+        since = reader.version
+        server.kill()
+        server.start()
+        assert reader.wait_for_change(60, since) is True
+
+
+class TestProcesses:
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_pickles_as_its_name(self, serve, method):
+        server = serve()
+        server.client().add_elimination("a", row("a"))
+        reader = server.reader()
+        again = pickle.loads(pickle.dumps(reader))
+        assert (again.name, again.get_elimination("a")) == (reader.name, row("a"))
+        context = multiprocessing.get_context(method)
+        queue = context.SimpleQueue()
+        process = context.Process(target=_read_in_process, args=(reader, queue))
+        process.start()
+        assert queue.get() == row("a")
+        process.join()
+        assert process.exitcode == 0
+
+    def test_pickled_where_nothing_is_served(self, table_name):
+        with EliminationManagerServer(SharedNamespace(table_name)):
+            data = pickle.dumps(EliminationReader(table_name))
+        SharedNamespace(table_name).remove()
+        with pytest.raises(NotServingError):
+            pickle.loads(data)
+
+    def test_in_the_middle_of_a_fork_while_threads_read_and_the_table_grows(self, server, reader):  # noqa: C901
+        stop = threading.Event()
+        problems = []
+
+        def read(times=None):
+            while not stop.is_set() and times != 0:
+                for hotkey, record in reader.items():
+                    stamp_of(hotkey, record)
+                times = None if times is None else times - 1
+            return True
+
+        def write():
+            n = 0
+            while not stop.is_set():
+                n += 1
+                server.add_elimination_rpc(f"h{n % 3000}", row(f"h{n % 3000}", n))
+                if n % 5000 == 0:
+                    server.clear_eliminations_rpc()
+
+        def guarded(work):
+            try:
+                work()
+            except BaseException as error:
+                problems.append(error)
+
+        threads = [threading.Thread(target=guarded, args=(work,)) for work in (read, read, write)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(10):
+                assert call(lambda: read(20))
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert problems == []
+
+    def test_a_child_follows_what_its_parent_does_later(self, server, reader):
+        server.add_elimination_rpc("a", row("a"))
+        reading, writing = os.pipe()
+
+        def child():
+            assert "a" in reader
+            os.read(reading, 1)
+            return reader.get_eliminations_from_memory()
+
+        with Child(child) as process:
+            rows = [row(f"h{n}", n) for n in range(3000)]
+            server.sync_eliminations_rpc(rows)
+            os.write(writing, b"x")
+            assert process.result() == rows
+
+    def test_many_threads_share_one_reader(self, server, reader):
+        server.sync_eliminations_rpc([row(f"h{n}") for n in range(100)])
+        stop = threading.Event()
+        reads, problems = [0], []
+
+        def read():
+            try:
+                while not stop.is_set():
+                    found = reader.snapshot().eliminations
+                    stamps = {stamp_of(hotkey, record) for hotkey, record in found.items()}
+                    assert len(stamps) == 1
+                    assert len(found) == 100
+                    assert reader.are_eliminated([f"h{n}" for n in range(100)]).all()
+                    reads[0] += 1
+            except BaseException as error:
+                problems.append(error)
+
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for stamp in range(30):
+            server.sync_eliminations_rpc([row(f"h{n}", stamp) for n in range(100)])
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert problems == []
+        assert reads[0] > 0
+
+
+def _read_in_process(reader, queue):
+    queue.put(reader.get_elimination("a"))
+
+
+class TestBatches:
+    def test_of_any_iterable(self, server, reader):
+        server.sync_eliminations_rpc([row("a"), row("c")])
+        for hotkeys in (
+            ["a", "b", "c"],
+            ("a", "b", "c"),
+            iter("abc"),
+            dict.fromkeys("abc"),
+            np.array(["a", "b", "c"]),
+        ):
+            found = reader.are_eliminated(hotkeys)
+            assert found.dtype == np.bool_
+            assert found.tolist() == [True, False, True]
+        assert reader.are_eliminated([]).shape == (0,)
+
+    def test_of_many_more_than_there_are(self, server, reader):
+        server.sync_eliminations_rpc([row(f"h{n}") for n in range(0, 5000, 2)])
+        assert reader.are_eliminated([f"h{n}" for n in range(5000)]).tolist() == [n % 2 == 0 for n in range(5000)]
+
+    def test_zero_copy(self, server, reader):
+        server.add_elimination_rpc("a", row("a"))
+        views = []
+        assert reader.read("a", lambda view: views.append(view) or bytes(view)) is not None
+        with pytest.raises(ValueError, match="released"):
+            bytes(views[0])
+        assert reader.read("absent", lambda _view: 1 / 0) is None
+        with pytest.raises(ZeroDivisionError):
+            reader.read("a", lambda _view: 1 / 0)
+
+
+class TestMapping:
+    """The assertions of the standard library's own tests of read-only mappings, which are not everywhere."""
+
+    FULL = {f"key{n}": row(f"key{n}", n) for n in range(3)}  # noqa: RUF012 - read only
+
+    @pytest.fixture
+    def full(self, server, reader):
+        server.sync_eliminations_rpc(self.FULL.values())
+        return reader
+
+    def test_full(self, full):
+        reference = self.FULL
+        assert isinstance(full, Mapping)
+        assert len(full) == len(reference)
+        assert bool(full) is True
+        assert list(full) == list(full.keys()) == list(reference)
+        assert list(full.values()) == list(reference.values())
+        assert list(full.items()) == list(reference.items())
+        assert dict(full) == {**full} == reference
+        assert full == reference
+        assert not full != reference  # noqa: SIM202 - both operators are meant
+        assert full != {}
+        for key, value in reference.items():
+            assert key in full
+            assert full[key] == full.get(key) == value
+        for key in ("other", "", 5, None, ("a",)):
+            assert key not in full
+            assert full.get(key, 17) == 17
+            with pytest.raises(KeyError):
+                full[key]
+        assert full.get("other") is None
+        assert next(iter(full)) in reference
+        iterator = iter(full)
+        assert sorted(iterator) == sorted(reference)
+        with pytest.raises(StopIteration):
+            next(iterator)
+
+    def test_empty(self, reader):
+        assert len(reader) == 0
+        assert bool(reader) is False
+        assert list(reader) == list(reader.keys()) == list(reader.values()) == list(reader.items()) == []
+        assert reader == {}
+        assert reader.get("a") is None
+        with pytest.raises(StopIteration):
+            next(iter(reader))
+
+    def test_cannot_be_changed(self, full):
+        with pytest.raises(TypeError):
+            full["a"] = row("a")
+        with pytest.raises(TypeError):
+            del full["key0"]
+        for name in ("pop", "popitem", "clear", "update", "setdefault"):
+            assert not hasattr(full, name)
+
+    def test_iteration_stands_while_the_table_changes(self, server, full):
+        seen = []
+        for hotkey in full:
+            server.remove_elimination_rpc(hotkey)
+            seen.append(hotkey)
+        assert seen == list(self.FULL)
+        assert len(full) == 0
+
+    @pytest.mark.skipif(mapping_tests is None, reason="this Python comes without its own tests")
+    def test_by_the_tests_of_the_standard_library(self, server, reader, monkeypatch):
+        """Those put values into sets: so here, records are dicts with a hash."""
+        monkeypatch.setattr(entry, "decode", lambda data: _Record(decode(data)))
+        monkeypatch.setattr(reader_module, "decode_record", lambda data: _Record(decode(data)))
+        records = {key: _Record(value) for key, value in self.FULL.items()}
+
+        class Tests(mapping_tests.BasicTestMappingProtocol):
+            def __init__(self):
+                super().__init__("test_read")
+                self.reference = records
+                self.inmapping = {"key0": records["key0"]}
+                self.other = {"other": _Record(row("other"))}
+
+            def _reference(self):
+                return dict(records, other=None)
+
+            def _full_mapping(self, data):
+                server.sync_eliminations_rpc(data.values())
+                return reader
+
+            def _empty_mapping(self):
+                return empty.reader
+
+        with EliminationManagerServer() as empty:
+            Tests().test_read()
+
+
+class _Record(dict):
+    def __hash__(self):
+        return hash(self["hotkey"])
