@@ -92,7 +92,7 @@ def look_at_everything(name: str, until: float) -> dict[str, int]:
     return retries
 
 
-@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.long)])
 def test_never_a_mixture(table_name: str, seconds: float) -> None:
     stop, ready = crashing.Counter(), crashing.Counter()
     until = time.monotonic() + seconds
