@@ -1,0 +1,142 @@
+"""The changes one by one, on a store in memory: what they return, touch, and write into the history."""
+
+import pytest
+from serving import row
+
+from shmelim.eliminations import changes
+from shmelim.eliminations.changes import Step
+from shmelim.eliminations.history import Origin
+from shmelim.eliminations.record import prepare
+from shmelim.eliminations.store import Store
+
+ORIGIN = Origin(17, 18, "somebody")
+
+
+@pytest.fixture
+def store():
+    with Store.in_memory() as store:
+        yield store
+
+
+def apply(store, change):
+    """Make a change; returns its result, the step, and the events it wrote, oldest first."""
+    before = store.counts().events
+    step = Step(store, ORIGIN)
+    with store.transaction():
+        result = change(step)
+    events = store.events(limit=store.counts().events - before)[::-1]
+    assert all((event.pid, event.uid, event.program) == ORIGIN for event in events)
+    return result, step, [(event.action, event.hotkey, event.note) for event in events]
+
+
+def add(store, *hotkeys):
+    for hotkey in hotkeys:
+        apply(store, changes.add(*prepare(row(hotkey))))
+
+
+def test_add(store):
+    hotkey, record = prepare(row("a"))
+    result, step, events = apply(store, changes.add(hotkey, record))
+    assert (result, list(step.touched), step.wrote) == (True, ["a"], True)
+    assert events == [("add", "a", None)]
+    _, record = prepare(row("a", 1))
+    result, step, events = apply(store, changes.add(hotkey, record))
+    assert (result, list(step.touched), events) == (False, ["a"], [("update", "a", None)])
+    result, step, events = apply(store, changes.add(hotkey, record))
+    assert (result, step.touched, step.wrote, events) == (False, {}, False, [])
+
+
+def test_remove(store):
+    add(store, "a", "b", "c")
+    result, step, events = apply(store, changes.remove(["c", "x", "a"]))
+    assert (result, list(step.touched)) == (["c", "a"], ["c", "a"])
+    assert events == [("remove", "c", None), ("remove", "a", None)]
+    result, step, events = apply(store, changes.remove(["c", "x", "a"]))
+    assert (result, step.touched, step.wrote, events) == ([], {}, False, [])
+
+
+def test_clear(store):
+    add(store, "a", "b")
+    result, step, events = apply(store, changes.clear("because"))
+    assert (result, list(step.touched)) == (2, ["a", "b"])
+    assert events == [("remove", "a", "because"), ("remove", "b", "because")]
+    result, step, events = apply(store, changes.clear())
+    assert (result, step.touched, step.wrote, events) == (0, {}, False, [])
+
+
+def test_replace_all(store):
+    add(store, "a", "b", "c", "d")
+    records = dict([prepare(row("e")), prepare(row("b", 1)), prepare(row("d"))])
+    result, step, events = apply(store, changes.replace_all(records, "why", keep=["c", "unknown"]))
+    assert result == ["a"]
+    assert set(step.touched) == {"a", "b", "e"}
+    assert events == [("remove", "a", "why"), ("add", "e", "why"), ("update", "b", "why")]
+    assert [hotkey for hotkey, _ in store.eliminated()] == ["b", "c", "d", "e"]
+
+
+def test_merge(store):
+    add(store, "a", "b")
+    records = dict([prepare(row("b", 1)), prepare(row("c")), prepare(row("a"))])
+    result, step, events = apply(store, changes.merge(records, "why"))
+    assert (result, set(step.touched)) == (2, {"b", "c"})
+    assert events == [("update", "b", "why"), ("add", "c", "why")]
+
+
+def test_record_departures(store):
+    result, step, events = apply(store, changes.record_departures({"a": 5, "b": 6}, "why"))
+    assert (result, list(step.touched)) == (["a", "b"], ["a", "b"])
+    assert events == [("depart", "a", "why"), ("depart", "b", "why")]
+    result, step, events = apply(store, changes.record_departures({"b": 7, "c": 8}, "why"))
+    assert (result, list(step.touched)) == (["c"], ["c"])
+    assert list(store.departed()) == [("a", 5), ("b", 6), ("c", 8)]
+
+
+def test_update_metagraph(store):
+    result, step, events = apply(store, changes.update_metagraph(["a", "b"], 5))
+    assert (result, set(step.touched), step.wrote, events) == ([], {"a", "b"}, True, [])
+    result, step, events = apply(store, changes.update_metagraph(["b", "c"], 6))
+    assert (result, set(step.touched)) == (["a"], {"a", "c"})
+    assert events == [("depart", "a", "metagraph")]
+    result, step, events = apply(store, changes.update_metagraph(["c", "b"], 7))
+    assert (result, step.touched, step.wrote, events) == ([], {}, False, [])
+    assert list(store.departed()) == [("a", 6)]
+
+
+def test_an_anomaly_keeps_the_lost_for_the_next_look(store):
+    hotkeys = [f"h{n:02}" for n in range(44)]
+    apply(store, changes.update_metagraph(hotkeys))
+    result, step, events = apply(store, changes.update_metagraph([*hotkeys[11:], "new"]))
+    assert (result, list(step.touched)) == ([], ["new"])
+    assert [(action, hotkey) for action, hotkey, _ in events] == [("anomaly", None)]
+    assert store.registered() == {*hotkeys, "new"}
+    result, _, _ = apply(store, changes.update_metagraph([*hotkeys[10:], "new"]))
+    assert result == hotkeys[:10]
+
+
+def test_note_and_meta(store):
+    assert apply(store, changes.note("said", "something"))[2] == [("said", None, "something")]
+    _, step, events = apply(store, changes.set_meta("k", [1]))
+    assert (step.wrote, step.touched, events, store.meta("k")) == (True, {}, [], [1])
+
+
+class TestArguments:
+    def test_lists_of_records(self):
+        assert list(changes.prepare_all(row(hotkey) for hotkey in "ba")) == ["b", "a"]
+        assert changes.prepare_all([row("a", 1), row("a", 2)]) == dict([prepare(row("a", 2))])
+        for wrong in ("text", b"bytes", {"a": row("a")}, ["a"], 5, None):
+            with pytest.raises(TypeError):
+                changes.prepare_all(wrong)
+        with pytest.raises(ValueError, match="elimination 1 of the list"):
+            changes.prepare_all([row("a"), {"hotkey": "b"}])
+        with pytest.raises(ValueError, match="elimination 11 of the list"):
+            changes.prepare_all([row("a"), {"hotkey": "b"}], 10)
+
+    def test_lists_of_hotkeys(self):
+        assert changes.check_hotkeys(["b", "a", "b"]) == ["b", "a"]
+        assert set(changes.check_hotkeys({"b", "a"})) == {"a", "b"}
+        for wrong in ("text", b"bytes", 5, None, [5], [None]):
+            with pytest.raises(TypeError):
+                changes.check_hotkeys(wrong)
+        for wrong in ([""], ["x" * 256], ["\ud800"]):
+            with pytest.raises(ValueError, match="hotkey"):
+                changes.check_hotkeys(wrong)
