@@ -182,8 +182,20 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
         numpy.ndarray
             Of bool, shape ``(n,)``, in the order of the hotkeys.
 
+        Raises
+        ------
+        TypeError
+            One of them is no text.
+
         """
-        flags = self._table.flags_of([_key(hotkey) for hotkey in hotkeys])
+        if isinstance(hotkeys, str):
+            raise TypeError("hotkeys must be a list of hotkeys, not one hotkey")
+        listed = list(hotkeys)
+        try:
+            keys = [hotkey.encode() for hotkey in listed]
+        except (AttributeError, UnicodeEncodeError):
+            keys = [_key(hotkey) for hotkey in listed]
+        flags = self._table.flags_of(keys)
         return (flags & _ELIMINATED).astype(np.bool_)
 
     def get_eliminated_hotkeys(self) -> set[str]:

@@ -49,8 +49,9 @@ class Batch:
     def __init__(self, keys: Sequence[bytes]) -> None:
         self.keys = keys
         self.lengths = np.fromiter(map(len, keys), np.uint64, len(keys))
-        inline = b"".join([key[:INLINE_KEY].ljust(INLINE_KEY, b"\0") for key in keys])
-        self.inline: NDArray[np.uint64] = np.frombuffer(inline, np.uint64).reshape(-1, INLINE_KEY // WORD)
+        self.inline: NDArray[np.uint64] = (
+            np.array(keys, f"S{INLINE_KEY}").view(np.uint64).reshape(-1, INLINE_KEY // WORD)
+        )
         self._seed: int | None = None
         self._hashes: NDArray[np.uint64] = self.lengths
 
@@ -145,30 +146,42 @@ class View:
         return self.memory[start : start + length] == key
 
     def probe_many(self, copy: int, batch: Batch) -> NDArray[np.uint64]:
-        """Return the packed words of many keys; each round looks at one slot of every key not settled yet."""
-        rows, lengths, hashes = self.rows[copy], batch.lengths, batch.hashes
-        result = np.zeros(len(batch.keys), np.uint64)
+        """Return the packed words of many keys.
+
+        Each round looks at one slot of every key not settled yet, and compares hashes only. What was found is
+        compared in full afterwards; a key that is not the one found there, or is longer than a slot, is probed
+        for on its own.
+        """
+        rows, hashes = self.rows[copy], batch.hashes
+        slot_hashes, slot_packed = rows[:, 0], rows[:, PACKED]
+        packed_of = np.zeros(len(batch.keys), np.uint64)
+        slot_of = np.zeros(len(batch.keys), np.uint64)
         mask = np.uint64(self.mask)
         index = hashes & mask
         unsettled = np.arange(len(batch.keys))
         for _ in range(self.capacity):
-            slots = rows[index]
-            packed = slots[:, PACKED]
-            hit = (
-                (slots[:, 0] == hashes[unsettled])
-                & (packed >> np.uint64(KEY_LENGTH_SHIFT) & np.uint64(0xFF) == lengths[unsettled])
-                & (slots[:, 1:PACKED] == batch.inline[unsettled]).all(axis=1)
-            )
-            for position in np.nonzero(hit & (lengths[unsettled] > INLINE_KEY))[0]:
-                key = batch.keys[unsettled[position]]
-                hit[position] = self._same_key(copy, 0, int(packed[position]), key)
-            result[unsettled[hit]] = packed[hit]
-            left = ~hit & (packed != 0)
-            if not left.any():
-                return result
+            packed = slot_packed[index]
+            occupied = packed != 0
+            same = (slot_hashes[index] == hashes[unsettled]) & occupied
+            settled = unsettled[same]
+            packed_of[settled], slot_of[settled] = packed[same], index[same]
+            left = np.flatnonzero(occupied & ~same)
+            if not len(left):
+                break
             unsettled = unsettled[left]
             index = (index[left] + np.uint64(1)) & mask
-        raise self._full()
+        else:
+            raise self._full()
+        hits = np.flatnonzero(packed_of)
+        lengths = batch.lengths[hits]
+        doubtful = (
+            (packed_of[hits] >> np.uint64(KEY_LENGTH_SHIFT) & np.uint64(0xFF) != lengths)
+            | (lengths > INLINE_KEY)
+            | (rows[slot_of[hits], 1:PACKED] != batch.inline[hits]).any(axis=1)
+        )
+        for position in hits[doubtful]:
+            packed_of[position] = self.probe(copy, batch.keys[position])
+        return packed_of
 
     def record_span(self, copy: int, packed: int) -> tuple[int, int, int]:
         """Return first byte, end and ordinal of a record, after checking that it lies in the arena."""
