@@ -144,7 +144,8 @@ class ServerReady:
             left = deadline - time.monotonic()
             if wait([self._reading], min(_LOOK_AGAIN, max(left, 0.0)) if alive else 0.0):
                 with contextlib.suppress(EOFError, OSError):
-                    return self._read()
+                    report = self._reading.recv_bytes(_REPORT_LIMIT)
+                    break
                 process.join(_LOOK_AGAIN)  # it closed the pipe, and so is about to end
                 alive = process.is_alive()
             if not alive:
@@ -157,9 +158,7 @@ class ServerReady:
                     f"the server process of {name} (pid {process.pid}) was not ready within {timeout:g} s"
                 )
 
-    def _read(self) -> Location | None:
-        assert self._reading is not None
-        match MSGPACK.loads(self._reading.recv_bytes(_REPORT_LIMIT)):
+        match MSGPACK.loads(report):
             case [True, None]:
                 return None
             case [True, str(path)]:

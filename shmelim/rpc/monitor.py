@@ -158,7 +158,7 @@ class HealthMonitor:
             streak.failures,
             policy.max_failures,
             problem.text,
-            exc_info=problem.error,
+            exc_info=problem.error if streak.checks == 1 else None,  # those that follow are mostly the same
         )
         if streak.failures >= policy.max_failures:
             self._act(policy, streak, began, problem.text, messages)

@@ -260,6 +260,12 @@ class RPCServiceBase(ABC):
         supervisor = self._supervisor
         return None if supervisor is None else supervisor.process
 
+    @property
+    def server_pid(self) -> int | None:
+        """Id of the server process that was started last; None in direct mode and outside of the owner."""
+        process = self._server_process
+        return None if process is None else process.pid
+
     def restart_server(self) -> None:
         """Restart the server process by hand; clients reconnect by themselves.
 

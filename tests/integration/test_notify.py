@@ -1,0 +1,426 @@
+"""Alerts over real HTTP on loopback: to a webhook that is well, slow, full, broken, silent or not there."""
+
+import gc
+import http.server
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+from ledger import PATIENCE, Clock, until
+
+from shmelim.rpc import SlackNotifier
+from shmelim.rpc.repeats import Repeats
+
+SECRET = "T0SECRET/B0SECRET/x0SECRET"
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class Slack:
+    """A webhook that keeps what it gets, and answers as it is told: (status, headers), or a function."""
+
+    def __init__(self):
+        slack = self
+        self.answers = []  # for the next requests; then 200
+        self.texts = []  # of all requests
+        self.accepted = []  # of those that were answered with 200
+        self.go_on = threading.Event()  # ends every delay
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                assert self.path.endswith(SECRET)
+                slack.texts.append(body["text"])
+                answer = slack.answers.pop(0) if slack.answers else (200, {})
+                if callable(answer):
+                    answer = answer(self)
+                if answer is None:
+                    return
+                status, headers = answer
+                if status == 200:
+                    slack.accepted.append(body["text"])
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", "2")
+                self.end_headers()
+                self.wfile.write(b"ok")
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None
+        self.url = f"http://127.0.0.1:{self.server.server_port}/services/{SECRET}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+
+    def hang(self, _handler):
+        self.go_on.wait(PATIENCE)
+
+    def close(self):
+        self.go_on.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def slack():
+    slack = Slack()
+    yield slack
+    slack.close()
+
+
+@pytest.fixture
+def make(slack):
+    made = []
+
+    def make(url=None, **options):
+        options = {"interval": 0.0, "retry_delay": 0.001, "timeout": PATIENCE} | options
+        made.append(SlackNotifier(url or slack.url, **options))
+        return made[-1]
+
+    yield make
+    slack.go_on.set()
+    for notifier in made:
+        notifier.close(0)
+
+
+def test_levels(slack, make):
+    notifier = make()
+    for level in ("info", "success", "warning", "error", "fantasy"):
+        assert notifier.send_message(f"this is {level}", level=level)
+    assert notifier.send_message("this is nothing")
+    assert notifier.flush(PATIENCE)
+    signs = [text.split(" ")[0] for text in slack.accepted]
+    assert signs == ["\u2139\ufe0f", "✅", "⚠️", "❌", "\u2139\ufe0f", "\u2139\ufe0f"]
+    assert [text.split(" ", 1)[1] for text in slack.accepted][3] == "this is error"
+    assert notifier.stats() == {"sent": 6, "held_back": 0, "dropped": 0, "failed": 0, "queued": 0}
+
+
+def test_the_source_and_slacks_control_characters(slack, make):
+    notifier = make(source="validator-1")
+    notifier.send_message("<!channel> a & b > c", "error")
+    notifier.send_message("x" * 100_000)
+    assert notifier.flush(PATIENCE)
+    assert slack.accepted[0] == "❌ [validator-1] &lt;!channel&gt; a &amp; b &gt; c"
+    assert len(slack.accepted[1]) < 4000
+
+
+def test_repetitions_are_held_back_and_counted(slack, make):
+    clock = Clock()
+    notifier = make(repeat_after=60_000, clock=clock)
+    assert notifier.send_message("down", "error")
+    for _ in range(7):
+        assert not notifier.send_message("down", "error")
+    assert notifier.send_message("down", "warning")  # another level is another message
+    assert notifier.send_message("up", "success")
+    clock.now += 59_999
+    assert not notifier.send_message("down", "error")
+    clock.now += 1
+    assert notifier.send_message("down", "error")
+    assert not notifier.send_message("down", "error")
+    clock.now += 60_000
+    assert notifier.send_message("down", "error")
+    clock.now += 60_000
+    assert notifier.send_message("down", "error")
+    assert notifier.flush(PATIENCE)
+    assert [text for text in slack.accepted if text.startswith("❌")] == [
+        "❌ down",
+        "❌ down (repeated 8 times meanwhile)",
+        "❌ down (repeated 1 times meanwhile)",
+        "❌ down",
+    ]
+    assert notifier.stats()["held_back"] == 9
+
+
+def test_a_bounded_number_of_messages_is_remembered():
+    repeats = Repeats(1000, lambda: 0.0)
+    assert [repeats.admit(number) for number in range(300)] == [0] * 300
+    assert repeats.admit(299) is None
+    assert repeats.admit(0) == 0
+    assert len(repeats._seen) <= 256
+
+
+def test_the_rate_is_bounded_after_a_burst(slack, make):
+    notifier = make(burst=3, interval=3600.0)
+    for number in range(10):
+        assert notifier.send_message(f"message {number}")
+    until(lambda: notifier.stats()["sent"] == 3)
+    assert notifier.stats()["queued"] == 7
+    assert not notifier.flush(0)
+    assert len(slack.accepted) == 3
+    assert notifier.close(PATIENCE)  # at the end nothing waits for its turn any more
+    assert len(slack.accepted) == 10
+
+
+def test_the_rate_recovers_with_time(slack, make):
+    notifier = make(burst=1, interval=0.01)
+    for number in range(5):
+        notifier.send_message(f"message {number}")
+    assert notifier.flush(PATIENCE)
+    assert slack.accepted == [f"\u2139\ufe0f message {number}" for number in range(5)]
+
+
+def test_a_full_queue_drops_and_says_so(slack, make):
+    slack.answers = [lambda _: (slack.go_on.wait(PATIENCE), (200, {}))[1]]
+    notifier = make(max_queued=2)
+    assert notifier.send_message("first")
+    assert notifier.send_message("second")
+    for _ in range(3):
+        assert not notifier.send_message("lost")
+    assert notifier.stats()["dropped"] == 3
+    slack.go_on.set()
+    assert notifier.flush(PATIENCE)
+    assert notifier.send_message("lost")  # nobody has seen it, so it is no repetition
+    assert notifier.flush(PATIENCE)
+    assert slack.accepted == [
+        "\u2139\ufe0f first",
+        "\u2139\ufe0f second (3 other messages were dropped)",
+        "\u2139\ufe0f lost",
+    ]
+
+
+@pytest.mark.parametrize(
+    "refusal", [(429, {"Retry-After": "0.01"}), (429, {"Retry-After": "soon"}), (500, {}), (503, {})]
+)
+def test_what_is_refused_for_now_is_tried_again(slack, make, refusal):
+    slack.answers = [refusal, refusal]
+    notifier = make()
+    notifier.send_message("important")
+    notifier.send_message("the next one")
+    assert notifier.flush(PATIENCE)
+    assert len(slack.texts) == 4
+    assert slack.accepted == ["\u2139\ufe0f important", "\u2139\ufe0f the next one"]
+
+
+def test_retry_after_is_obeyed(slack, make):
+    slack.answers = [(429, {"Retry-After": "3600"})]
+    notifier = make()
+    notifier.send_message("important")
+    until(lambda: slack.texts)
+    assert not notifier.flush(0.05)
+    assert len(slack.texts) == 1
+    assert notifier.close(PATIENCE)
+    assert slack.accepted == ["\u2139\ufe0f important"]
+
+
+def test_what_is_refused_for_ever_is_not_tried_again(slack, make, caplog):
+    slack.answers = [(404, {}), (403, {})]
+    notifier = make()
+    notifier.send_message("one")
+    notifier.send_message("two")
+    notifier.send_message("three")
+    assert notifier.flush(PATIENCE)
+    assert slack.texts == ["\u2139\ufe0f one", "\u2139\ufe0f two", "\u2139\ufe0f three"]
+    assert notifier.stats()["failed"] == 2
+    assert "not delivered (HTTP status 404): \u2139\ufe0f one" in caplog.text
+
+
+def test_tries_have_an_end(slack, make, caplog):
+    slack.answers = [(500, {})] * 3
+    notifier = make(max_tries=3)
+    notifier.send_message("one")
+    notifier.send_message("two")
+    assert notifier.flush(PATIENCE)
+    assert slack.accepted == ["\u2139\ufe0f two"]
+    assert len(slack.texts) == 4
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_a_refused_connection(make, caplog):
+    notifier = make(f"http://127.0.0.1:{free_port()}/services/{SECRET}", max_tries=2)
+    assert notifier.send_message("hello")
+    until(lambda: notifier.stats()["failed"] == 1)
+    assert "Connection refused" in caplog.text
+
+
+def test_a_connection_that_breaks(slack, make):
+    slack.answers = [lambda handler: handler.connection.shutdown(socket.SHUT_RDWR)]
+    notifier = make()
+    notifier.send_message("hello")
+    assert notifier.flush(PATIENCE)
+    assert slack.accepted == ["\u2139\ufe0f hello"]
+
+
+def test_a_hanging_slack_holds_up_nobody(slack, make):
+    slack.answers = [slack.hang] * 4
+    notifier = make(max_queued=50)
+    longest = 0.0
+    for number in range(200):
+        began = time.perf_counter()
+        notifier.send_message(f"message {number}")
+        longest = max(longest, time.perf_counter() - began)
+    assert notifier.stats()["dropped"] == 150
+    began = time.monotonic()
+    assert not notifier.flush(0.05)
+    assert not notifier.close(0.05)
+    assert (
+        time.monotonic() - began < PATIENCE / 2
+    )  # a call that waited for the hanging answer would take twice that
+    assert longest < PATIENCE / 2
+
+
+def test_an_answer_that_takes_too_long_is_a_failed_try(slack, make):
+    slack.answers = [slack.hang]
+    notifier = make(timeout=0.05)
+    notifier.send_message("hello")
+    assert notifier.flush(PATIENCE)
+    assert slack.accepted == ["\u2139\ufe0f hello"]
+
+
+class Unprintable:
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def test_it_never_raises(slack, make, monkeypatch):
+    notifier = make()
+    assert notifier.send_message(Unprintable()) is False
+    assert notifier.send_message(None, level=None)
+    assert notifier.send_message("\ud800 lone", level=["unhashable"]) is False
+    assert notifier.send_message("\ud800 lone")
+    assert notifier.flush(PATIENCE)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            threading.Thread, "start", lambda _self: (_ for _ in ()).throw(RuntimeError("no more threads"))
+        )
+        assert notifier.send_message("while there are no threads") is False
+        assert notifier.flush(PATIENCE) is False
+    assert notifier.send_message("with threads again")
+    assert notifier.flush(PATIENCE)
+    assert slack.accepted[-2:] == ["\u2139\ufe0f while there are no threads", "\u2139\ufe0f with threads again"]
+    notifier.close()
+    assert notifier.send_message("after the end") is False
+
+
+def test_the_url_is_shown_nowhere(slack, make, caplog):
+    caplog.set_level(logging.DEBUG)
+    slack.answers = [(404, {}), (500, {}), lambda handler: handler.connection.shutdown(socket.SHUT_RDWR)]
+    notifier = make(max_tries=2)
+    for number in range(4):
+        notifier.send_message(f"message {number}")
+    assert notifier.flush(PATIENCE)
+    refused = make(f"http://127.0.0.1:{free_port()}/services/{SECRET}", max_tries=1)
+    refused.send_message("hello")
+    refused.flush(PATIENCE)
+    assert "not delivered" in caplog.text
+    shown = caplog.text + repr(notifier) + str(notifier) + repr(notifier._webhook)
+    assert "SECRET" not in shown
+
+
+@pytest.mark.parametrize(
+    "url", ["", "ftp://host/SECRET", "host/SECRET", "http://", "http://ho st/SECRET", "http://[/SECRET"]
+)
+def test_a_url_that_is_none(url):
+    with pytest.raises(ValueError, match="no http") as caught:
+        SlackNotifier(url)
+    assert "SECRET" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("figures", [{"burst": 0}, {"max_queued": 0}, {"max_tries": 0}, {"interval": -1}])
+def test_impossible_figures(figures):
+    with pytest.raises(ValueError, match="1 or more"):
+        SlackNotifier("http://host/", **figures)
+
+
+def test_a_forked_child_sends_its_own_messages_and_none_of_the_parents(slack, make):
+    slack.answers = [lambda _: (slack.go_on.wait(PATIENCE), (200, {}))[1]]
+    notifier = make()
+    notifier.send_message("of the parent")
+    notifier.send_message("of the parent, too")
+    until(lambda: slack.texts)
+    with notifier._changed:  # a lock that is held at the fork is free in the child
+        pid = os.fork()
+        if pid == 0:
+            done = notifier.send_message("of the child") and notifier.flush(PATIENCE)
+            os._exit(0 if done else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    slack.go_on.set()
+    assert notifier.flush(PATIENCE)
+    assert sorted(slack.accepted) == [
+        "\u2139\ufe0f of the child",
+        "\u2139\ufe0f of the parent",
+        "\u2139\ufe0f of the parent, too",
+    ]
+
+
+def send_and_return(notifier):
+    notifier.send_message("from the process")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_child_of_multiprocessing_sends_before_it_ends(slack, make, method):
+    notifier = make(exit_timeout=PATIENCE)
+    process = multiprocessing.get_context(method).Process(target=send_and_return, args=(notifier,))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    assert slack.accepted == ["\u2139\ufe0f from the process"]
+
+
+def test_it_is_pickled_to_a_starting_process_only(make):
+    with pytest.raises(RuntimeError):
+        pickle.dumps(make())
+
+
+SCRIPT = """
+import sys
+from shmelim.rpc import SlackNotifier
+notifier = SlackNotifier(sys.stdin.readline().strip(), exit_timeout=float(sys.argv[1]))
+notifier.send_message("last words", level="warning")
+"""
+
+
+def run_script(url, exit_timeout):
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(exit_timeout)], stdin=subprocess.PIPE, text=True)
+    process.stdin.write(url + "\n")
+    process.stdin.close()
+    try:
+        return process.wait(PATIENCE)
+    finally:
+        process.send_signal(signal.SIGKILL)
+
+
+def test_last_words_leave_before_the_process_does(slack):
+    assert run_script(slack.url, PATIENCE) == 0
+    assert slack.accepted == ["⚠️ last words"]
+
+
+def test_a_hanging_slack_does_not_keep_a_process_from_ending(slack):
+    slack.answers = [slack.hang]
+    assert run_script(slack.url, 0.1) == 0
+    assert slack.accepted == []
+
+
+def test_it_leaves_nothing_behind(slack, make):
+    notifier = SlackNotifier(slack.url)
+    notifier.send_message("hello")
+    assert notifier.flush(PATIENCE)
+    until(lambda: not any(thread.name == "slack-notifier" for thread in threading.enumerate()))
+    gone = weakref.ref(notifier)
+    del notifier
+    gc.collect()
+    assert gone() is None

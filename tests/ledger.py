@@ -1,0 +1,167 @@
+"""A service for tests, in every way in which one can be written, and a place where alerts can be read."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import threading
+import time
+from pathlib import Path
+
+from setproctitle import setproctitle
+
+from shmelim.rpc import RPCServiceBase
+
+PATIENCE = 60.0
+"""Seconds after which a test fails that waits for something; no test waits for them to pass."""
+
+
+def until(condition, what="the condition"):
+    """Wait until something is true."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} never came true"
+        time.sleep(0.002)
+
+
+def is_alive(pid):
+    """Whether a process runs; a zombie does not."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+class LedgerServer:
+    """Writes entries into a file, each by one system call; a line there is an entry that was carried out."""
+
+    def __init__(self, directory):
+        if not Path(directory).is_dir():
+            raise FileNotFoundError(2, "No such directory", str(directory))
+        self.directory = Path(directory)
+        self.journal = os.open(self.directory / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self.never = threading.Event()
+        self.closed = False
+
+    def health_check_rpc(self):
+        with contextlib.suppress(FileNotFoundError):
+            return {"status": (self.directory / "status").read_text()}
+        return {"status": "ok", "timestamp_ms": 0, "pid": os.getpid()}
+
+    def enter_rpc(self, entry):
+        if not isinstance(entry, str):
+            raise TypeError(f"an entry is text, not {entry!r}")
+        os.write(self.journal, f"{entry}\n".encode())
+        return entry
+
+    def entries_rpc(self):
+        return (self.directory / "journal").read_text().split()
+
+    def pid_rpc(self):
+        return os.getpid()
+
+    def hang_rpc(self):
+        self.never.wait(PATIENCE)
+
+    def fail_rpc(self):
+        raise ZeroDivisionError("on purpose")
+
+    def _hidden_rpc(self):
+        return "hidden"
+
+    def local_method(self):
+        return "local"
+
+    def close(self):
+        if not self.closed:
+            self.closed = True
+            os.close(self.journal)
+            (self.directory / "closed").touch()
+
+
+class Ledger(RPCServiceBase):
+    """The service, with the short way to start a server."""
+
+    def __init__(self, directory, port=0, *, running_unit_tests=False, **options):
+        options.setdefault("call_timeout", PATIENCE)
+        options.setdefault("ready_timeout", PATIENCE)
+        if "address" in options:
+            port = None
+        super().__init__("LedgerServer", port, running_unit_tests, **options)
+        self.directory = directory
+        self._initialize_service()
+
+    def _create_direct_server(self):
+        return LedgerServer(self.directory)
+
+    def _start_server_process(self, address, authkey, server_ready):
+        return self._spawn_server(
+            LedgerServer, self.directory, address=address, authkey=authkey, server_ready=server_ready
+        )
+
+    def enter(self, entry):
+        return self._server_proxy.enter_rpc(entry)
+
+    def entries(self):
+        return self._server_proxy.entries_rpc()
+
+    def pid(self):
+        return self._server_proxy.pid_rpc()
+
+
+class ClosureLedger(Ledger):
+    """A local function as the process' target, and the object's own helper in it."""
+
+    def _start_server_process(self, address, authkey, server_ready):
+        def server_main():
+            setproctitle("vali_LedgerServer")
+            server = LedgerServer(self.directory)
+            self._serve_rpc(server, address, authkey, server_ready)
+
+        process = multiprocessing.get_context("fork").Process(target=server_main, daemon=True)
+        process.start()
+        return process
+
+
+def start_ledger_server(address, authkey, directory, server_ready):
+    with contextlib.closing(LedgerServer(directory)) as server:
+        RPCServiceBase._serve_rpc(server, address, authkey, server_ready)
+
+
+class EntryPointLedger(Ledger):
+    """A function of the server's module as the process' target."""
+
+    def _start_server_process(self, address, authkey, server_ready):
+        context = multiprocessing.get_context(self._settings.start_method)
+        process = context.Process(
+            target=start_ledger_server, args=(address, authkey, self.directory, server_ready), daemon=True
+        )
+        process.start()
+        return process
+
+
+class Alerts:
+    """A notifier that keeps what it is told."""
+
+    def __init__(self):
+        self.messages = []
+
+    def send_message(self, text, level="info"):
+        self.messages.append((level, text))
+
+    def of(self, level):
+        return [text for found, text in self.messages if found == level]
+
+
+class Clock:
+    """Milliseconds that pass when they are told to."""
+
+    def __init__(self):
+        self.now = 1_000_000.0
+
+    def __call__(self):
+        return self.now
+
+    def later(self, seconds):
+        self.now += seconds * 1000
+        return self.now
