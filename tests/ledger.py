@@ -55,7 +55,7 @@ class LedgerServer:
         return entry
 
     def entries_rpc(self):
-        return (self.directory / "journal").read_text().split()
+        return (self.directory / "journal").read_text().splitlines()
 
     def pid_rpc(self):
         return os.getpid()

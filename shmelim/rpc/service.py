@@ -33,7 +33,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Self
 
 from shmelim.errors import ChannelError
-from shmelim.rpc import forks
+from shmelim.rpc import forks, log_streams
 from shmelim.rpc.address import describe, normalize
 from shmelim.rpc.monitor import HealthMonitor, HealthPolicy, tell
 from shmelim.rpc.restarts import RestartDesk
@@ -242,7 +242,8 @@ class RPCServiceBase(ABC):
             name=self.service_name,
             daemon=True,
         )
-        process.start()
+        with log_streams.at_rest():
+            process.start()
         return process
 
     _serve_rpc = staticmethod(serve_rpc)

@@ -7,7 +7,7 @@ import multiprocessing.context
 import time
 from typing import TYPE_CHECKING, Any
 
-from shmelim.errors import AuthenticationFailedError, ChannelError, ProtocolError
+from shmelim.errors import AuthenticationFailedError, ChannelError, NotServingError, ProtocolError
 from shmelim.rpc.client import ChannelClient
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ServiceClient:
 
         Raises
         ------
-        ChannelError
+        NotServingError, ChannelError
             All tries were in vain; or one showed that another server is there, and will be.
 
         """
@@ -82,7 +82,7 @@ class ServiceClient:
                 self._calls.connect()
             except (AuthenticationFailedError, ProtocolError):
                 raise
-            except ChannelError as error:
+            except (NotServingError, ChannelError) as error:
                 _logger.warning("%s: cannot connect, %d tries left: %s", service_name, left, error)
                 if not left:
                     raise

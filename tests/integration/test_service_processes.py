@@ -1,0 +1,516 @@
+"""The service base among processes: copies that are clients, forks that end in every way, owners that die."""
+
+import contextlib
+import faulthandler
+import gc
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import psutil
+import pytest
+from ledger import PATIENCE, Alerts, EntryPointLedger, Ledger, LedgerServer, is_alive, until
+
+from shmelim.errors import ChannelError, NotServingError
+from shmelim.rpc import RPCServiceBase, ServerReady
+from shmelim.rpc.launch import ServerOptions
+
+TESTS = str(Path(__file__).parents[1])
+
+
+@pytest.fixture(params=["fork", "spawn"])
+def method(request):
+    return request.param
+
+
+@pytest.fixture
+def make(tmp_path):
+    with contextlib.ExitStack() as stack:
+
+        def make(kind=Ledger, *, directory=tmp_path, **options):
+            return stack.enter_context(kind(directory, **options))
+
+        yield make
+
+
+@pytest.fixture
+def service(make, method):
+    return make(start_method=method, enable_health_check=True)
+
+
+def in_fork(function):
+    """Run `function` in a forked child, which then leaves as `function` leaves; return its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# ------------------------------------------------------------------ copies are clients
+
+
+def use_copy(service, results):
+    first = service.pid()
+    service.enter("from a copy")
+    facts = [first, service.server_pid, service.health_check()]
+    with contextlib.suppress(ChannelError):
+        service.restart_server()
+        facts.append("restarted")
+    service.shutdown()
+    service.__del__()
+    results.send(facts)
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_a_copy_in_a_child_is_a_client_and_nothing_more(service, how):
+    service.enter("from the owner")
+    context = multiprocessing.get_context(how)
+    results, sending = context.Pipe(duplex=False)
+    process = context.Process(target=use_copy, args=(service, sending))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    assert results.recv() == [service.server_pid, None, True]
+    assert service.entries() == ["from the owner", "from a copy"]
+    assert service.pid() == service.server_pid
+
+
+@pytest.mark.parametrize("how", ["_exit", "sys.exit", "return", "gc", "exception"])
+def test_a_fork_that_ends_in_any_way_ends_nothing(tmp_path, method, how):
+    """In an interpreter of its own, so that the child runs all of an interpreter's exit functions."""
+    program = tmp_path / "program.py"
+    program.write_text(FORKING)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([TESTS, *sys.path])}
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path), method, how],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.stdout.split() == ["child", "parent"], done.stderr
+    if how != "exception":
+        assert "Error" not in done.stderr
+
+
+FORKING = """
+import gc, multiprocessing, os, sys, time
+from ledger import Ledger
+from shmelim.rpc import HealthCheckDaemon
+
+def main():
+    directory, method, how = sys.argv[1:]
+    service = Ledger(directory, start_method=method, enable_health_check=True, health_check_interval_s=3600)
+    daemon = HealthCheckDaemon(service, 3600).start("process")
+    pid, checker = service.pid(), daemon._runner
+    child = os.fork()
+    if child == 0:
+        assert service.pid() == pid
+        print("child", flush=True)
+        if how == "_exit":
+            os._exit(0)
+        if how == "sys.exit":
+            sys.exit(0)
+        if how == "exception":
+            raise RuntimeError("on purpose")
+        if how == "gc":
+            del service, daemon
+            gc.collect()
+        return
+    os.waitpid(child, 0)
+    # A signal that the child had sent would have arrived by now.
+    assert service.pid() == pid
+    assert service._server_process.is_alive()
+    assert checker.is_alive()
+    print("parent", flush=True)
+    daemon.stop()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_fork_while_other_threads_restart_and_check(make, monkeypatch):
+    """Whatever locks they hold, the child's calls, checks and ending work."""
+    service = make(enable_health_check=True, health_check_interval_s=0)
+    stop = threading.Event()
+    # A log stream's lock, held by another thread at the fork, is stuck in the child: no matter of the service.
+    monkeypatch.setattr(logging.getLogger("shmelim"), "disabled", True)
+    monkeypatch.setattr(logging.getLogger("shmelim.service"), "disabled", True)
+
+    def disturb():
+        while not stop.is_set():
+            service.restart_server()
+            service.health_check()
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+
+        def child():
+            faulthandler.dump_traceback_later(PATIENCE, exit=True)
+            for _ in range(100):  # a call may meet a server that is being killed
+                with contextlib.suppress(ConnectionError):
+                    service.pid()
+                    break
+            service.health_check()
+            service.shutdown()
+
+        assert [in_fork(child) for _ in range(10)] == [0] * 10
+    finally:
+        stop.set()
+        thread.join(PATIENCE)
+    assert service.pid() == service.server_pid
+
+
+def test_a_copy_may_go_to_a_starting_process_only(service):
+    with pytest.raises(RuntimeError, match="inheritance"):
+        pickle.dumps(service)
+    for part in (service._key, service._client, ServerReady(ServerOptions("S"))):
+        with pytest.raises(RuntimeError, match="inheritance"):
+            pickle.dumps(part)
+
+
+def test_a_direct_service_stays_where_it_is(make):
+    service = make(running_unit_tests=True)
+    process = multiprocessing.get_context("spawn").Process(target=print, args=(service,))
+    with pytest.raises(TypeError, match="in this process only"):
+        process.start()
+
+
+def call_until_changed(service, first, ready):
+    ready.set()
+    while service.pid() == first:
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_every_client_in_every_process_finds_the_next_server(make, how):
+    service = make(connect_wait=PATIENCE, idempotent=["pid_rpc"])
+    first = service.pid()
+    context = multiprocessing.get_context(how)
+    processes = []
+    for _ in range(2):
+        ready = context.Event()
+        process = context.Process(target=call_until_changed, args=(service, first, ready))
+        process.start()
+        assert ready.wait(PATIENCE)
+        processes.append(process)
+    threads = [
+        threading.Thread(target=call_until_changed, args=(service, first, threading.Event())) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    os.kill(first, signal.SIGKILL)
+    service.restart_server()
+    for one in (*threads, *processes):
+        one.join(PATIENCE)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def restart_from_copy(service, results):
+    alerts = service.slack_notifier = Alerts()
+    outcomes = [service.health_check(60_000.0 * number) for number in range(1, 5)]
+    results.send((outcomes, [level for level, _ in alerts.messages], service.pid()))
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_a_copys_health_check_has_the_owner_restart(make, how):
+    service = make(enable_health_check=True, max_consecutive_failures=2)
+    first = service.pid()
+    os.kill(first, signal.SIGKILL)
+    service._server_process.join()
+    context = multiprocessing.get_context(how)
+    results, sending = context.Pipe(duplex=False)
+    process = context.Process(target=restart_from_copy, args=(service, sending))
+    process.start()
+    assert results.poll(PATIENCE)
+    outcomes, told, pid = results.recv()
+    assert outcomes == [False, False, True, True]
+    assert told == ["error", "warning", "success"]
+    assert pid == service.server_pid != first
+    assert psutil.Process(pid).ppid() == os.getpid()
+    process.join(PATIENCE)
+
+
+def test_many_copies_that_see_one_death_cause_one_restart(make, tmp_path):
+    service = make(enable_health_check=True, max_consecutive_failures=1)
+    starts = []
+    start = service._start_server_process
+    service._start_server_process = lambda *arguments: starts.append(1) or start(*arguments)
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(5)
+    results, sending = context.Pipe(duplex=False)
+
+    def copy():
+        barrier.wait(PATIENCE)
+        service.health_check(1)
+        sending.send(service.health_check(10**9))
+
+    processes = [context.Process(target=copy) for _ in range(4)]
+    for process in processes:
+        process.start()
+    os.kill(service.server_pid, signal.SIGKILL)
+    service._server_process.join()
+    barrier.wait(PATIENCE)
+    answers = [results.recv() for _ in processes]
+    for process in processes:
+        process.join(PATIENCE)
+    assert answers == [True] * 4
+    # A check that began before the restart asks for it, however late; one that began after it does not fail.
+    assert len(starts) == 1
+
+
+# ------------------------------------------------------------------ starting
+
+
+def test_whatever_keeps_the_server_from_being_made_reaches_the_owner(make, tmp_path, method):
+    with pytest.raises(FileNotFoundError) as caught:
+        make(directory=tmp_path / "missing", start_method=method)
+    assert caught.value.filename == str(tmp_path / "missing")
+
+
+def test_a_server_that_dies_before_it_is_ready_is_not_waited_for(make, tmp_path, method):
+    with pytest.raises(NotServingError, match="ended with exit code 1 before it was ready"):
+        make(EntryPointLedger, directory=tmp_path / "missing", start_method=method)
+
+
+class Sluggish:
+    def __init__(self, directory):
+        (directory / "pid").write_text(str(os.getpid()))
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Event().wait(PATIENCE)
+
+
+class SluggishService(Ledger):
+    def _start_server_process(self, address, authkey, server_ready):
+        return self._spawn_server(
+            Sluggish, self.directory, address=address, authkey=authkey, server_ready=server_ready
+        )
+
+
+def test_a_server_that_is_not_ready_in_time_is_ended(make, tmp_path):
+    """One that does not even react to SIGTERM."""
+    with pytest.raises(TimeoutError, match=r"was not ready within 0\.2 s"):
+        make(SluggishService, ready_timeout=0.2, stop_timeout=0.1)
+    pid = tmp_path / "pid"
+    assert not pid.exists() or not is_alive(pid.read_text())
+
+
+def test_what_is_no_started_process_is_refused(make):
+    class Wrong(Ledger):
+        def _start_server_process(self, address, authkey, server_ready):
+            return multiprocessing.Process(target=print)
+
+    with pytest.raises(TypeError, match="must return a started Process"):
+        make(Wrong)
+
+
+class Unreachable(Ledger):
+    """Says that it is ready, and listens elsewhere."""
+
+    def _start_server_process(self, address, authkey, server_ready):
+        process = multiprocessing.get_context("fork").Process(
+            target=say_ready, args=(address, server_ready), daemon=True
+        )
+        process.start()
+        return process
+
+
+def say_ready(address, server_ready):
+    server_ready.set(address)
+    threading.Event().wait(PATIENCE)
+
+
+def test_connecting_is_tried_as_often_as_said(make, tmp_path, caplog):
+    with pytest.raises(NotServingError):
+        make(Unreachable, address=tmp_path / "s", connect_tries=3, connect_delay=0.01, connect_wait=0.0)
+    assert [record.getMessage() for record in caplog.records if "tries left" in record.getMessage()] == [
+        f"LedgerServer: cannot connect, {left} tries left: nobody serves at {tmp_path / 's'}" for left in (2, 1, 0)
+    ]
+    assert not [child for child in psutil.Process().children() if "ledger" in " ".join(child.cmdline())]
+
+
+def test_a_plain_event_will_do(tmp_path):
+    """As in a server module that knows nothing of the service base."""
+    context = multiprocessing.get_context("fork")
+    event = context.Event()
+    address, key = str(tmp_path / "s"), b"k" * 32
+    process = context.Process(
+        target=RPCServiceBase._serve_rpc, args=(LedgerServer(tmp_path), address, key, event), daemon=True
+    )
+    process.start()
+    assert event.wait(PATIENCE)
+    assert " ".join(psutil.Process(process.pid).cmdline()).rstrip() == "vali_LedgerServer"
+    process.terminate()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+
+
+# ------------------------------------------------------------------ ending
+
+
+def test_shutdown_is_clean(make, tmp_path, method):
+    service = make(start_method=method)
+    process = service._server_process
+    service.shutdown()
+    assert process.exitcode == 0
+    assert (tmp_path / "closed").exists()
+
+
+def test_a_server_that_does_not_end_is_killed(make):
+    service = make(stop_timeout=0.05)
+    process = service._server_process
+    os.kill(process.pid, signal.SIGSTOP)
+    service.shutdown()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_call_under_way_may_finish(make, tmp_path):
+    """The server ends as soon as the call does, and the caller gets its answer."""
+    service = make(SlowLedger)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(service._server_proxy.slow_rpc()))
+    thread.start()
+    until((tmp_path / "entered").exists)
+    os.kill(service.server_pid, signal.SIGTERM)
+    thread.join(PATIENCE)
+    assert answers == ["finished"]
+    service._server_process.join(PATIENCE)
+    assert service._server_process.exitcode == 0
+
+
+class SlowServer(LedgerServer):
+    def slow_rpc(self):
+        (self.directory / "entered").touch()
+        until(lambda: any(thread.name == "MainThread" and closing() for thread in threading.enumerate()))
+        return "finished"
+
+
+def closing():
+    """Whether the main thread is past its wait."""
+    frame = sys._current_frames()[threading.main_thread().ident]
+    names = []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return "drain" in names
+
+
+class SlowLedger(Ledger):
+    def _start_server_process(self, address, authkey, server_ready):
+        return self._spawn_server(
+            SlowServer, self.directory, address=address, authkey=authkey, server_ready=server_ready
+        )
+
+
+def test_a_terminals_interrupt_ends_the_owner_and_not_the_server(make, method):
+    service = make(start_method=method)
+    os.kill(service.server_pid, signal.SIGINT)
+    assert service.pid() == service.server_pid
+
+
+def test_a_forgotten_service_ends_its_server(tmp_path):
+    service = Ledger(tmp_path, enable_health_check=True)
+    process, gone = service._server_process, weakref.ref(service)
+    service.health_check()
+    del service
+    gc.collect()
+    assert gone() is None
+    assert not process.is_alive()
+    until(lambda: not any(thread.name == "LedgerServer-restarts" for thread in threading.enumerate()))
+
+
+def test_an_object_that_was_never_made_can_be_forgotten():
+    Ledger.__new__(Ledger).__del__()
+
+
+OWNING = """
+import os, signal, sys, threading
+from ledger import Ledger, PATIENCE
+
+if __name__ == "__main__":
+    directory, method, how = sys.argv[1:]
+    service = Ledger(directory, start_method=method, enable_health_check=True, outlive_owner=how == "outlive")
+    print(service.pid(), *service.address, flush=True)
+    if how == "exit":
+        sys.exit(0)
+    threading.Event().wait(PATIENCE)
+"""
+
+
+@pytest.fixture
+def owner(tmp_path, method):
+    """Start an owner in an interpreter of its own; return it with its server's id."""
+    with contextlib.ExitStack() as stack:
+
+        def start(how):
+            program = tmp_path / "program.py"
+            program.write_text(OWNING)
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, str(program), str(tmp_path), method, how],
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join([TESTS, *sys.path])},
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            stack.callback(process.kill)
+            return process, int(process.stdout.readline().split()[0])
+
+        yield start
+
+
+def test_an_owner_that_exits_ends_its_server(owner, tmp_path):
+    process, server = owner("exit")
+    assert process.wait(PATIENCE) == 0
+    assert not is_alive(server)
+    assert (tmp_path / "closed").exists()
+
+
+def test_an_owner_that_is_killed_takes_its_server_along(owner, tmp_path):
+    process, server = owner("wait")
+    process.kill()
+    process.wait()
+    until(lambda: not is_alive(server))
+    until((tmp_path / "closed").exists)
+
+
+def test_a_server_outlives_its_owner_if_it_is_told_to(owner, make, tmp_path):
+    process, server = owner("outlive")
+    port = psutil.Process(server).net_connections("tcp")[0].laddr.port
+    process.kill()
+    process.wait()
+    assert is_alive(server)
+    # The next owner finds it there, as a stale one.
+    service = make(port=port)
+    assert service.pid() != server
+    assert not is_alive(server)
+
+
+def test_the_end_of_an_owner_is_seen_without_the_kernels_help(owner, monkeypatch):
+    """As on systems that have no descriptors of processes."""
+    from shmelim.rpc import ending
+
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    monkeypatch.setattr(ending, "_LOOK_AGAIN", 0.01)
+    process, _ = owner("wait")
+    with ending.Ending(ending.Owner.of(process.pid)) as end:
+        threading.Thread(target=lambda: (process.kill(), process.wait())).start()
+        assert end.wait() == f"the end of its owner, process {process.pid}"
+        assert end.wait() == f"the end of its owner, process {process.pid}"  # and when it is over already
