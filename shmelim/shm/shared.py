@@ -169,9 +169,16 @@ class SharedNamespace:
             ``/dev/shm`` is full; nothing is left behind.
         UntrustedSegmentError
             Another user made a segment of that name.
+        SegmentError
+            The root segment was removed behind the writer's back: the name may be another writer's by now.
 
         """
         label = self.data_name(generation)
+        if self._lost_name():
+            raise SegmentError(
+                f"the root segment {self.root_name} was removed, and another writer has the name by now",
+                hint="restart the server; readers that it had will follow",
+            )
         self._unlink(label)
         return self._create(label, size)
 
@@ -180,8 +187,8 @@ class SharedNamespace:
         return self._open(self.data_name(generation), writable=False)
 
     def remove_data(self, *, keep: int | None) -> None:
-        """Unlink every data segment of this name but generation ``keep``."""
-        for generation in self.generations():
+        """Unlink every data segment of this name but generation ``keep``, unless the name was lost."""
+        for generation in [] if self._lost_name() else self.generations():
             if generation != keep:
                 # What another user put there is none of ours, and nothing reads it.
                 with contextlib.suppress(UntrustedSegmentError):
@@ -227,17 +234,24 @@ class SharedNamespace:
             raise
         return int(shared.fd)
 
-    def _names(self, descriptor: int) -> bool:
+    def _names(self, descriptor: int) -> bool | None:
+        """Tell whether the name leads to the root segment that is open here; None if it leads nowhere."""
         if sys.platform != "linux":
             return True
         try:
-            shared = posix_ipc.SharedMemory(self.root_name)
+            shared = posix_ipc.SharedMemory(self.root_name, read_only=True)
         except posix_ipc.ExistentialError:
+            return None
+        except posix_ipc.PermissionsError:
             return False
         try:
             return os.path.sameopenfile(shared.fd, descriptor)
         finally:
             shared.close_fd()
+
+    def _lost_name(self) -> bool:
+        """Tell whether the name leads to a root segment other than the one whose lock is held."""
+        return self._lock is not None and self._names(self._lock) is False
 
     def _unlink(self, label: str) -> None:
         try:
