@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import zlib
 from dataclasses import dataclass, replace
@@ -33,6 +34,9 @@ _SPAWNED = """
 import pickle, sys, serving
 serving.serve_and_exit(pickle.load(sys.stdin.buffer), int(sys.argv[1]))
 """
+
+# A server that is forked while another is being started would keep that one's pipe open.
+_starting = threading.Lock()
 
 
 # ---------------------------------------------------------------------- records
@@ -141,6 +145,17 @@ class Served:
     def start(self) -> Self:
         """Start, and return when readers and clients are served; raises what the start raised."""
         assert self.pid is None
+        with _starting:
+            reading = self._launch()
+        with os.fdopen(reading, "rb") as pipe:
+            answer = pipe.read()
+        if answer != b"ready":
+            self._wait()
+            raise pickle.loads(answer) if answer else AssertionError("the server died before it was ready")
+        return self
+
+    def _launch(self) -> int:
+        """Start the process; return the end of the pipe on which it will tell."""
         reading, writing = os.pipe()
         if self.method == "fork":
             self.pid = os.fork()
@@ -155,12 +170,7 @@ class Served:
             self._process.stdin.write(pickle.dumps(self.options))
             self._process.stdin.close()
         os.close(writing)
-        with os.fdopen(reading, "rb") as pipe:
-            answer = pipe.read()
-        if answer != b"ready":
-            self._wait()
-            raise pickle.loads(answer) if answer else AssertionError("the server died before it was ready")
-        return self
+        return reading
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""

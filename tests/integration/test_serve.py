@@ -79,16 +79,14 @@ class TestOneWriter:
         def serve_and_fork():
             service = Service(options)
             service.__enter__()
-            pid = os.fork()
-            if pid == 0:
-                os.close(writing)
+            if os.fork() == 0:
+                os.write(writing, b"%d" % os.getpid())
                 signal.pause()
-            os.write(writing, b"%d" % pid)
-            os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()
 
         with Child(serve_and_fork) as child:
-            assert child.wait() == -signal.SIGKILL
-        grandchild = int(os.read(reading, 20))
+            grandchild = int(os.read(reading, 20))
+            child.kill()
         try:
             with Service(options) as service:
                 assert service.server.add_elimination_rpc("a", row("a")) is True
