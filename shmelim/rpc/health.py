@@ -188,7 +188,7 @@ class HealthCheckDaemon:
 
     def _run(self) -> None:
         # A wall clock that is set would lengthen or shorten an interval; this one does neither.
-        began_ms, began = time.time_ns() / 1e6, time.monotonic()
+        began_ms, began = time.time_ns() // 1_000_000, time.monotonic()
         due = began
         poller = select.poll()
         poller.register(self._waking, select.POLLIN)
@@ -199,8 +199,9 @@ class HealthCheckDaemon:
                 poller.register(watched, select.POLLIN)
             while self._pause(due, poller, None if watched is not None else maker):
                 now = time.monotonic()
-                self._check(began_ms + (now - began) * 1000)
-                due = max(due + self.interval_s, time.monotonic())
+                # Whole milliseconds, rounded up: two checks are never less than the interval apart by these.
+                self._check(began_ms + math.ceil((now - began) * 1000))
+                due = now + self.interval_s
         finally:
             if watched is not None:
                 os.close(watched)

@@ -1,0 +1,340 @@
+"""Whoever holds a service's address: a stale server of ours is replaced, and nobody else is ever touched."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from ledger import PATIENCE, Ledger, is_alive, until
+
+from shmelim.errors import ChannelError
+from shmelim.rpc import stale
+from shmelim.rpc.stale import clear_stale, is_free, wait_until_free
+
+TITLE = "vali_LedgerServer"
+
+HOLDER = """
+import json, os, signal, socket, sys
+from setproctitle import setproctitle
+address, title, uid, ways = json.loads(sys.argv[1])
+sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET, socket.SOCK_STREAM)
+sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+if uid is not None:
+    os.setgid(uid)
+    os.setuid(uid)
+sock.bind(address if isinstance(address, str) else tuple(address))
+if "bound only" not in ways:
+    sock.listen(1)
+if "deaf" in ways:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if "child" in ways:
+    if os.fork() == 0:
+        signal.pause()
+if title is not None:
+    setproctitle(title)
+print(json.dumps(sock.getsockname()), flush=True)
+while True:
+    signal.pause()
+"""
+
+
+class Holder:
+    """A process that holds an address."""
+
+    def __init__(self, address=("127.0.0.1", 0), title=TITLE, uid=None, ways=()):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, json.dumps([address, title, uid, list(ways)])],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        found = json.loads(self.process.stdout.readline())
+        self.address = found if isinstance(found, str) else tuple(found)
+        self.pid = self.process.pid
+
+    def close(self):
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self.pid).children():
+                child.kill()
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def hold():
+    with contextlib.ExitStack() as stack:
+
+        def hold(*arguments, **options):
+            return stack.enter_context(contextlib.closing(Holder(*arguments, **options)))
+
+        yield hold
+
+
+@pytest.fixture
+def make(tmp_path):
+    with contextlib.ExitStack() as stack:
+
+        def make(address, **options):
+            where = {"address": address} if isinstance(address, str) else {"port": address[1]}
+            return stack.enter_context(Ledger(tmp_path, **where, **options))
+
+        yield make
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def address(request, tmp_path):
+    return ("127.0.0.1", 0) if request.param == "tcp" else str(tmp_path / "s")
+
+
+# ------------------------------------------------------------------ ours
+
+
+@pytest.mark.parametrize("ways", [(), ("deaf",)])
+def test_a_stale_server_of_ours_is_replaced(hold, make, address, ways):
+    holder = hold(address, ways=ways)
+    began = time.monotonic()
+    service = make(holder.address, start_method="spawn")
+    seconds = time.monotonic() - began
+    assert holder.process.wait(PATIENCE) == -(signal.SIGKILL if ways else signal.SIGTERM)
+    assert service.pid() == service.server_pid
+    assert seconds < PATIENCE / 2
+    print(f"replaced in {seconds:.2f} s")
+
+
+def test_a_stopped_one_too(hold, make, address):
+    """Its queue of connections is full, so that the kernel does not even say who it is."""
+    holder = hold(address)
+    os.kill(holder.pid, signal.SIGSTOP)
+    connections = []
+    with contextlib.suppress(BlockingIOError, TimeoutError):
+        for _ in range(10):
+            family = socket.AF_UNIX if isinstance(holder.address, str) else socket.AF_INET
+            connections.append(socket.socket(family, socket.SOCK_STREAM))
+            connections[-1].settimeout(0.01)
+            connections[-1].connect(holder.address)
+    service = make(holder.address)
+    assert holder.process.wait(PATIENCE) == -signal.SIGKILL
+    assert service.pid() == service.server_pid
+    for connection in connections:
+        connection.close()
+
+
+def test_where_one_of_several_holders_is_foreign_none_is_touched(hold):
+    """A child that was forked before the title was set holds the socket, too."""
+    holder = hold(ways=["child"])
+    child = psutil.Process(holder.pid).children()[0]
+    with pytest.raises(ChannelError, match=f"process {child.pid} "):
+        clear_stale(holder.address, TITLE)
+    assert child.is_running()
+    assert holder.process.poll() is None
+
+
+def test_a_free_address_needs_nothing(address, monkeypatch):
+    monkeypatch.setattr(stale, "_holders", None)
+    assert clear_stale(address, TITLE) == []
+
+
+def test_it_says_whom_it_ended(hold, address):
+    holder = hold(address)
+    assert clear_stale(holder.address, TITLE) == [holder.pid]
+    assert is_free(holder.address)
+    assert clear_stale(holder.address, TITLE) == []
+
+
+def test_without_the_kernels_help(hold, address, monkeypatch):
+    """As on systems that have no descriptors of processes."""
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    first, second = hold(address), None
+    assert clear_stale(first.address, TITLE) == [first.pid]
+    second = hold(first.address if isinstance(address, str) is False else address + "2", ways=["deaf"])
+    assert clear_stale(second.address, TITLE, grace=0.05) == [second.pid]
+
+
+# ------------------------------------------------------------------ not ours
+
+
+FOREIGN = {
+    "another title": {"title": "vali_OtherServer"},
+    "python without a title": {"title": None},
+    "a longer title": {"title": f"{TITLE}_HealthChecker"},
+    "a title within": {"title": f"my {TITLE}"},
+    "more words": {"title": f"{TITLE} more"},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_process_is_never_touched(hold, make, address, kind):
+    holder = hold(address, **FOREIGN[kind])
+    name = psutil.Process(holder.pid).name()
+    with pytest.raises(ChannelError) as caught:
+        make(holder.address)
+    where = holder.address if isinstance(holder.address, str) else f"127.0.0.1:{holder.address[1]}"
+    message = f"LedgerServer cannot be served: {where} is in use by process {holder.pid} ({name})"
+    assert caught.value.message == message
+    assert TITLE in caught.value.hint
+    assert holder.process.poll() is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_our_title_in_another_users_process(hold, make, tmp_path):
+    holder = hold(uid=65534)
+    with pytest.raises(ChannelError, match=f"in use by process {holder.pid} "):
+        make(holder.address)
+    assert holder.process.poll() is None
+
+
+def test_a_process_that_cannot_be_seen(hold, make, monkeypatch):
+    holder = hold()
+    monkeypatch.setattr(psutil, "net_connections", lambda _kind: [])
+    with pytest.raises(ChannelError, match="in use by a process that this user may not see"):
+        make(holder.address)
+
+    def denied(_kind):
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil, "net_connections", denied)
+    with pytest.raises(ChannelError, match="in use by a process that this user may not see"):
+        make(holder.address)
+    assert holder.process.poll() is None
+
+
+def test_this_very_process(make, monkeypatch, address):
+    """Even one that carries the title."""
+    monkeypatch.setattr(stale, "title_of", lambda _process: TITLE)
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.bind(address)
+        sock.listen()
+        with pytest.raises(ChannelError, match=f"in use by process {os.getpid()} "):
+            make(sock.getsockname())
+
+
+def test_a_port_that_is_only_used_by_a_connection(make):
+    """The system gave it to somebody as the source of a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as client:
+        client.connect(server.getsockname())
+        with pytest.raises(ChannelError, match=f"in use by process {os.getpid()} "):
+            make(client.getsockname())
+
+
+def test_a_port_on_all_addresses_is_taken_too(hold, make):
+    holder = hold(("0.0.0.0", 0), title=None)
+    with pytest.raises(ChannelError, match=f"in use by process {holder.pid} "):
+        make(("127.0.0.1", holder.address[1]))
+
+
+def test_replacing_can_be_off(hold, make):
+    holder = hold()
+    with pytest.raises(ChannelError, match="cannot serve at"):
+        make(holder.address, replace_stale=False)
+    assert holder.process.poll() is None
+
+
+def test_a_file_that_is_no_socket_stays(make, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("precious")
+    with pytest.raises(ChannelError, match="a file that is no socket is there"):
+        make(str(path))
+    assert path.read_text() == "precious"
+
+
+# ------------------------------------------------------------------ between looking and acting
+
+
+def test_it_is_looked_at_again_right_before_each_signal(hold, monkeypatch):
+    """Here the process changes its face between two looks, as one that was replaced by another would."""
+    holder = hold(ways=["deaf"])
+    looks = []
+
+    def title_of(_process):
+        looks.append(time.monotonic())
+        return TITLE if len(looks) <= honest else "sshd"
+
+    monkeypatch.setattr(stale, "title_of", title_of)
+    for honest in (0, 1, 2):
+        looks.clear()
+        with pytest.raises(ChannelError, match=f"in use by process {holder.pid} "):
+            clear_stale(holder.address, TITLE, grace=0.05)
+        assert len(looks) == honest + 1  # the first look; before SIGTERM; before SIGKILL
+        assert holder.process.poll() is None
+
+
+def test_a_reused_process_id_is_not_hit(hold, monkeypatch):
+    """The holder dies after it was looked at, and its id goes to another process, which has our title, too."""
+    first, innocent = hold(), hold()
+    process = psutil.Process(innocent.pid)
+    process._ident = (innocent.pid, -1.0)  # what psutil knew of the dead one
+    monkeypatch.setattr(stale, "_holders", lambda _location: [process])
+    real_check = stale._check
+    calls = []
+
+    def check(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:
+            real_check(*arguments)
+
+    monkeypatch.setattr(stale, "_check", check)
+    with pytest.raises(ChannelError):
+        clear_stale(first.address, TITLE, release=0.0)
+    assert len(calls) == 2
+    assert innocent.process.poll() is None
+
+
+def test_one_that_goes_by_itself(hold, monkeypatch):
+    holder = hold()
+    holders = stale._holders
+
+    def gone(location):
+        found = holders(location)
+        holder.close()
+        return found
+
+    monkeypatch.setattr(stale, "_holders", gone)
+    clear_stale(holder.address, TITLE)
+    assert is_free(holder.address)
+
+
+def test_one_that_goes_before_it_is_looked_for(hold, monkeypatch):
+    holder = hold()
+    monkeypatch.setattr(stale, "_holders", lambda _location: holder.close() or [])
+    assert clear_stale(holder.address, TITLE) == []
+
+
+def test_waiting_has_an_end(hold):
+    holder = hold()
+    assert not wait_until_free(holder.address, 0.02)
+    threading.Timer(0.01, holder.close).start()
+    assert wait_until_free(holder.address, PATIENCE)
+
+
+# ------------------------------------------------------------------ at a restart
+
+
+def test_a_stranger_who_took_the_port_meanwhile_is_not_touched(make, hold):
+    service = make(("127.0.0.1", 0), release_timeout=0.0, connect_wait=0.0)
+    service._server_process.kill()
+    service._server_process.join()
+    stranger = hold(service.address, title=None)
+    with pytest.raises(ChannelError, match=f"in use by process {stranger.pid} "):
+        service.restart_server()
+    assert stranger.process.poll() is None
+    stranger.close()
+    service.restart_server()
+    assert service.pid() == service.server_pid
+
+
+def test_two_services_at_one_address_are_told_apart(make, tmp_path):
+    """The later one takes the port of the earlier one; each calls its own server, or none."""
+    first = make(("127.0.0.1", 0), connect_wait=0.0)
+    first_pid = first.server_pid
+    second = make(first.address)
+    until(lambda: not is_alive(first_pid))
+    assert second.pid() == second.server_pid
+    with pytest.raises(ChannelError, match="holds another key"):
+        first.pid()

@@ -1,0 +1,274 @@
+"""The health check daemon, as a thread and as processes: it checks, has the owner restart, survives, and ends."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ledger import PATIENCE, Alerts, Ledger, is_alive, until
+
+from shmelim.rpc import HealthCheckDaemon
+
+TESTS = str(Path(__file__).parents[1])
+KINDS = {
+    "thread": ("thread", None),
+    "forked process": ("process", "fork"),
+    "spawned process": ("process", "spawn"),
+}
+
+
+class FileAlerts:
+    """A notifier whose messages can be read in every process."""
+
+    def __init__(self, directory):
+        self.path = directory / "alerts"
+
+    def send_message(self, text, level="info"):
+        with self.path.open("a") as file:
+            file.write(f"{level}: {text}\n")
+
+    def flush(self, timeout=None):
+        with self.path.open("a") as file:
+            file.write("flushed\n")
+
+    def levels(self):
+        return [line.split(":")[0] for line in self.lines()]
+
+    def lines(self):
+        return self.path.read_text().splitlines() if self.path.exists() else []
+
+
+@pytest.fixture
+def alerts(tmp_path):
+    return FileAlerts(tmp_path)
+
+
+@pytest.fixture
+def service(tmp_path, alerts):
+    with Ledger(
+        tmp_path,
+        enable_health_check=True,
+        health_check_interval_s=0,
+        max_consecutive_failures=2,
+        slack_notifier=alerts,
+    ) as service:
+        yield service
+
+
+@pytest.fixture
+def begin(service):
+    with contextlib.ExitStack() as stack:
+
+        def begin(kind, **options):
+            how, method = KINDS[kind]
+            daemon = HealthCheckDaemon(service, 0.01, start_method=method, **options)
+            return stack.enter_context(daemon.start(how))
+
+        yield begin
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_server_comes_back_and_is_told_of_once(begin, service, alerts, kind):
+    begin(kind)
+    for round_number in range(1, 4):
+        before = service.server_pid
+        os.kill(before, signal.SIGKILL)
+        until(lambda: alerts.levels().count("success") == round_number, "the recovery")  # noqa: B023
+        assert service.pid() == service.server_pid != before
+    assert [level for level in alerts.levels() if level != "flushed"] == ["error", "warning", "success"] * 3
+
+
+def titles():
+    return [" ".join(child.cmdline()).rstrip() for child in psutil.Process().children()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_a_process_has_a_title(begin, service, kind):
+    own = " ".join(psutil.Process().cmdline())
+    begin(kind)
+    if kind != "thread":
+        until(lambda: "vali_LedgerServer_HealthChecker" in titles())
+    else:
+        assert "vali_LedgerServer_HealthChecker" not in titles()
+    assert " ".join(psutil.Process().cmdline()) == own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_stopped_within_a_second(begin, service, kind, caplog):
+    daemon = begin(kind)
+    runner = daemon._runner
+    began = time.monotonic()
+    daemon.stop()
+    seconds = time.monotonic() - began
+    assert not runner.is_alive()
+    assert seconds < PATIENCE / 2
+    daemon.stop()
+    with pytest.raises(RuntimeError):
+        daemon.start()
+    assert service.pid() == service.server_pid  # and the server is left alone
+
+
+def test_stopping_does_not_wait_for_a_check_that_hangs():
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Hanging:
+        service_name = "Hanging"
+
+        def health_check(self, current_time_ms=None):
+            entered.set()
+            go_on.wait(PATIENCE)
+            return True
+
+    daemon = HealthCheckDaemon(Hanging(), 0.001).start()
+    assert entered.wait(PATIENCE)
+    began = time.monotonic()
+    daemon.stop()
+    assert time.monotonic() - began < PATIENCE / 2
+    go_on.set()
+    daemon._runner.join(PATIENCE)
+    assert not daemon._runner.is_alive()
+
+
+def test_a_checking_process_that_hangs_is_killed(begin, service):
+    daemon = begin("forked process")
+    os.kill(daemon._runner.pid, signal.SIGSTOP)
+    daemon.stop()
+    assert daemon._runner.exitcode == -signal.SIGKILL
+
+
+class Counted:
+    service_name = "Counted"
+
+    def __init__(self, outcomes):
+        self.outcomes = list(outcomes)
+        self.times = []
+
+    def health_check(self, current_time_ms=None):
+        self.times.append(current_time_ms)
+        outcome = self.outcomes.pop(0) if self.outcomes else True
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+def test_it_survives_every_exception_and_says_so(caplog):
+    service, alerts = Counted([RuntimeError("broken"), False, OSError("too"), True]), Alerts()
+    with HealthCheckDaemon(service, 0.001, alerts).start():
+        until(lambda: len(service.times) > 5)
+    assert alerts.messages == [
+        ("error", "Counted: health check daemon error: RuntimeError: broken"),
+        ("error", "Counted: health check daemon error: OSError: too"),
+    ]
+    assert "Counted: not healthy" in caplog.text
+
+
+def test_the_checks_are_an_interval_apart_by_the_time_they_are_given():
+    """So that a service with the same interval is not asked a moment too early each second time."""
+    service = Counted([])
+    with HealthCheckDaemon(service, 0.005).start():
+        until(lambda: len(service.times) > 20)
+    apart = [after - before for before, after in zip(service.times, service.times[1:], strict=False)]
+    assert min(apart) >= 5
+    assert abs(service.times[0] / 1000 - time.time()) < PATIENCE
+
+
+def test_the_interval_is_the_services_if_none_is_said(service):
+    service.health_check_interval_s = 17
+    assert HealthCheckDaemon(service).interval_s == 17
+    assert "LedgerServer, every 17 s" in repr(HealthCheckDaemon(service))
+
+
+def test_impossible_arguments(service):
+    with pytest.raises(TypeError, match="interval_s is a number"):
+        HealthCheckDaemon(service, Alerts())
+    with pytest.raises(ValueError, match="more than 0"):
+        HealthCheckDaemon(service, 0)
+    with pytest.raises(ValueError, match="'thread' or 'process'"):
+        HealthCheckDaemon(service, 1).start("fiber")
+    service.enable_health_check = False
+    with pytest.raises(ValueError, match="enable_health_check=True"):
+        HealthCheckDaemon(service, 1)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_in_a_process_of_ones_own(service, alerts, method):
+    daemon = HealthCheckDaemon(service, 0.01, alerts)
+    process = multiprocessing.get_context(method).Process(target=daemon.run, daemon=True)
+    process.start()
+    os.kill(service.server_pid, signal.SIGKILL)
+    until(lambda: "success" in alerts.levels())
+    assert " ".join(psutil.Process(process.pid).cmdline()).rstrip() == "vali_LedgerServer_HealthChecker"
+    daemon.stop()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    assert alerts.levels() == ["error", "warning", "success", "flushed", "flushed"]
+
+
+def test_it_is_pickled_to_a_starting_process_only(service):
+    with pytest.raises(RuntimeError, match="inheritance"):
+        pickle.dumps(HealthCheckDaemon(service, 1))
+
+
+def test_a_copy_stops_nothing(begin, service):
+    daemon = begin("forked process")
+    runner = daemon._runner
+    pid = os.fork()
+    if pid == 0:
+        daemon.stop()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert runner.is_alive()
+
+
+def test_it_checks_a_direct_server(tmp_path):
+    alerts = Alerts()
+    with Ledger(
+        tmp_path,
+        running_unit_tests=True,
+        enable_health_check=True,
+        health_check_interval_s=0,
+        slack_notifier=alerts,
+    ) as service:
+        (tmp_path / "status").write_text("sick")
+        with HealthCheckDaemon(service, 0.001).start():
+            until(lambda: len(alerts.of("error")) == 2)
+            (tmp_path / "status").unlink()
+            until(lambda: alerts.of("success"))
+
+
+ABANDONED = """
+import sys, threading
+from ledger import Ledger, PATIENCE
+from shmelim.rpc import HealthCheckDaemon
+
+if __name__ == "__main__":
+    service = Ledger(sys.argv[1], enable_health_check=True)
+    daemon = HealthCheckDaemon(service, 3600, start_method=sys.argv[2]).start("process")
+    print(daemon._runner.pid, service.server_pid, flush=True)
+    threading.Event().wait(PATIENCE)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_it_ends_with_the_process_that_made_it(tmp_path, method):
+    program = tmp_path / "program.py"
+    program.write_text(ABANDONED)
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(tmp_path), method],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([TESTS, *sys.path])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    pids = [int(word) for word in process.stdout.readline().split()]
+    assert all(is_alive(pid) for pid in pids)
+    process.kill()
+    process.wait()
+    until(lambda: not any(is_alive(pid) for pid in pids))
