@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,6 +61,10 @@ def add(settings: Settings, *, hotkey: str, reason: str, dd: float | None, time_
     For example:
       shmelim add 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --reason PLAGIARISM --dd 0.1
     """
+    if not reason.strip():
+        raise click.UsageError("--reason must say why")
+    if dd is not None and not math.isfinite(dd):
+        raise click.UsageError(f"--dd must be a number, not {dd}")
     if reason not in EliminationReason.__members__:
         usual = ", ".join(EliminationReason.__members__)
         click.echo(f"note: {output.printable(repr(reason))} is stored as given; usual are {usual}", err=True)

@@ -47,8 +47,12 @@ def export(settings: Settings, *, file: Path, departed: bool, owner: int | None)
             _write(whole, snapshot, departed=departed)
             click.echo(whole.read_text("utf-8"), nl=False, file=sys.stdout)
         return
+    # Through a link, which stays one.
+    file = file.resolve()
     if file.is_dir():
         raise FileProblemError(f"{file} is a directory, not a file")
+    if file.exists() and not file.is_file():
+        raise FileProblemError(f"{file} is no regular file", hint='write to stdout with "-" instead')
     if not file.absolute().parent.is_dir():
         raise FileProblemError(f"there is no directory {file.absolute().parent} to write {file.name} to")
     _write(file, snapshot, departed=departed)

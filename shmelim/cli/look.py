@@ -13,7 +13,6 @@ from shmelim.eliminations import EliminationReader, Status
 
 __all__ = ["check", "get", "list_"]
 
-_AT_ONCE: Final = 10_000
 _RE_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
 
 
@@ -28,7 +27,7 @@ def check(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None
     "-" stands for the hotkeys on stdin, one a line. Exit code 0: none is eliminated; 1: at least one is;
     3: nothing is served, so that nobody knows.
 
-    With --json: name, version, eliminated (how many), hotkeys [{hotkey, eliminated, departed,
+    With --json: name, eliminated (how many), hotkeys [{hotkey, eliminated, departed,
     registered, re_registered}].
 
     For example:
@@ -37,19 +36,13 @@ def check(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None
     """
     settings: Settings = context.obj
     reader = EliminationReader(settings.name, owner=owner)
-    asked = hotkeys_from(hotkeys)
-    while True:
-        version = reader.version
-        found = {hotkey: reader.status(hotkey) for hotkey in asked}
-        # One answer for all of them: as of one version, unless the list is so long that there is none.
-        if reader.version == version or len(found) > _AT_ONCE:
-            break
+    asked = list(dict.fromkeys(hotkeys_from(hotkeys)))
+    found = dict(zip(asked, reader.statuses(asked), strict=True))
     eliminated = sum(Status.ELIMINATED in status for status in found.values())
     if settings.as_json:
         output.document(
             {
                 "name": settings.name,
-                "version": version,
                 "eliminated": eliminated,
                 "hotkeys": [
                     {

@@ -7,14 +7,15 @@ committer, which publishes every hotkey that the change *touched*.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from shmelim.eliminations.departures import lost_hotkeys
 from shmelim.eliminations.history import Change as EventOf
 from shmelim.eliminations.record import check_hotkey, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from shmelim.eliminations.history import Origin
     from shmelim.eliminations.store import Store
@@ -23,6 +24,7 @@ __all__ = [
     "Step",
     "add",
     "check_hotkeys",
+    "check_listed",
     "clear",
     "merge",
     "note",
@@ -33,6 +35,9 @@ __all__ = [
     "set_meta",
     "update_metagraph",
 ]
+
+
+_ANOMALY: Final = "anomaly"
 
 
 class Step:
@@ -74,8 +79,7 @@ def prepare_all(records: Iterable[Mapping[str, Any]], first: int = 0) -> dict[st
         A record is not fit to be stored; the message names its place in the list.
 
     """
-    if isinstance(records, (str, bytes, dict)):
-        raise TypeError(f"eliminations must be a list of records, not {type(records).__name__}")
+    check_listed(records)
     prepared: dict[str, bytes] = {}
     for index, record in enumerate(records, first):
         try:
@@ -86,9 +90,15 @@ def prepare_all(records: Iterable[Mapping[str, Any]], first: int = 0) -> dict[st
     return prepared
 
 
+def check_listed(records: object) -> None:
+    """Refuse what can be iterated over and yet is no list of records; TypeError says what it is."""
+    if isinstance(records, (str, bytes, bytearray, memoryview, Mapping)):
+        raise TypeError(f"eliminations must be a list of records, not {type(records).__name__}")
+
+
 def check_hotkeys(hotkeys: Iterable[str]) -> list[str]:
     """Return hotkeys as a list without repetitions; ValueError or TypeError for one that can be no key."""
-    if isinstance(hotkeys, (str, bytes)):
+    if isinstance(hotkeys, (str, bytes, bytearray, memoryview)):
         raise TypeError(f"hotkeys must be a list or set of hotkeys, not {type(hotkeys).__name__}")
     listed = list(dict.fromkeys(hotkeys))
     for hotkey in listed:
@@ -179,10 +189,15 @@ def update_metagraph(hotkeys: list[str], now_ms: int | None = None) -> Callable[
         changed = step.store.set_registered(seen | before if anomalous else seen)
         step.touched.update(dict.fromkeys(changed))
         step.wrote = step.wrote or bool(changed)
+        missing = lost if anomalous else []
+        if missing != step.store.meta(_ANOMALY, []):
+            # One event for each anomaly, however often it is looked at.
+            step.store.set_meta(_ANOMALY, missing)
+            step.wrote = True
+            if anomalous:
+                text = f"{len(lost)} of {len(before)} hotkeys missing at once: not recorded"
+                step.record([EventOf("anomaly", note=text)])
         if anomalous:
-            step.record(
-                [EventOf("anomaly", note=f"{len(lost)} of {len(before)} hotkeys missing at once: not recorded")]
-            )
             return []
         return record_departures(dict.fromkeys(lost, at_ms), "metagraph")(step)
 

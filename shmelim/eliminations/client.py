@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
+from shmelim.eliminations.changes import check_hotkeys, check_listed
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import generate_row
 from shmelim.eliminations.runtime import RuntimeDirectory
-from shmelim.errors import MessageTooLargeError
+from shmelim.errors import CallTimeoutError, MessageTooLargeError, NotServingError, ShmelimError
 from shmelim.rpc import ChannelClient, load_key
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["EliminationClient"]
 
 _PART: Final = 2000
+_WAIT_PAUSE: Final = 0.01
+_ABANDON_TIMEOUT: Final = 2.0
 _PART_TIMEOUT: Final = 60.0
 _COMMIT_TIMEOUT: Final = 60.0
 _COMMIT_TIMEOUT_PER_ROW: Final = 0.001
@@ -66,13 +70,24 @@ class EliminationClient(EliminationReader):
         connect_wait: float = 0.0,
         runtime_base: Path | None = None,
     ) -> None:
+        deadline = time.monotonic() + (wait or 0.0)
         super().__init__(name, wait=wait)
         self._arguments = {"timeout": timeout, "connect_wait": connect_wait, "runtime_base": runtime_base}
-        runtime = RuntimeDirectory(name, runtime_base)
+        self._runtime = RuntimeDirectory(name, runtime_base)
         self._timeout = timeout
-        self._channel = ChannelClient(
-            runtime.server().address, lambda: load_key(runtime.key), timeout=timeout, connect_wait=connect_wait
-        )
+        self._connect_wait = connect_wait
+        while True:
+            try:
+                # One reference, replaced when the server is found elsewhere; any thread may do that.
+                self._channel = self._open_channel()
+                if wait is not None:
+                    self._channel.connect(timeout=max(0.0, deadline - time.monotonic()))
+            except (NotServingError, CallTimeoutError):
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_WAIT_PAUSE)
+            else:
+                return
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _connect_again, (type(self), self.name, self._arguments)
@@ -81,8 +96,26 @@ class EliminationClient(EliminationReader):
         """Close the connections; reads go on working."""
         self._channel.close()
 
+    def _open_channel(self) -> ChannelClient:
+        return ChannelClient(
+            self._runtime.server().address,
+            lambda: load_key(self._runtime.key),
+            timeout=self._timeout,
+            connect_wait=self._connect_wait,
+        )
+
     def _call(self, method: str, *args: Any, idempotent: bool = False, timeout: float | None = None) -> Any:
-        return self._channel.call(method, args, timeout=timeout, idempotent=idempotent)
+        channel = self._channel
+        try:
+            return channel.call(method, args, timeout=timeout, idempotent=idempotent)
+        except NotServingError:
+            # Nothing was carried out. The next server may listen at another address.
+            elsewhere = self._open_channel()
+            if elsewhere.address == channel.address:
+                raise
+            self._channel = elsewhere
+            channel.close()
+            return elsewhere.call(method, args, timeout=timeout, idempotent=idempotent)
 
     # ------------------------------------------------------------------ changing
 
@@ -131,7 +164,7 @@ class EliminationClient(EliminationReader):
 
     def delete_eliminations(self, hotkeys: Iterable[str]) -> list[str]:
         """Remove many records in one transaction; returns the hotkeys that had one."""
-        return list(self._call("delete_eliminations_rpc", list(hotkeys)))
+        return list(self._call("delete_eliminations_rpc", check_hotkeys(hotkeys), timeout=self._long()))
 
     def sync_eliminations(
         self,
@@ -159,23 +192,33 @@ class EliminationClient(EliminationReader):
             A record is not fit to be stored; nothing is applied.
 
         """
+        check_listed(eliminations)
         rows = iter(eliminations)
         first = list(islice(rows, _PART))
         if len(first) < _PART:
             with contextlib.suppress(MessageTooLargeError):
-                removed = self._call("sync_eliminations_rpc", first, timeout=max(self._timeout, _PART_TIMEOUT))
+                removed = self._call("sync_eliminations_rpc", first, timeout=self._long())
                 if on_progress is not None:
                     on_progress(len(first))
                 return list(removed)
         token = self._call("begin_upload_rpc")
         sent = 0
-        for part in _parts(first, rows):
-            self._upload(token, part)
-            sent += len(part)
-            if on_progress is not None:
-                on_progress(sent)
+        try:
+            for part in _parts(first, rows):
+                self._upload(token, part)
+                sent += len(part)
+                if on_progress is not None:
+                    on_progress(sent)
+        except BaseException:
+            with contextlib.suppress(ShmelimError):
+                self._call("abandon_upload_rpc", token, timeout=_ABANDON_TIMEOUT)
+            raise
         limit = _COMMIT_TIMEOUT + sent * _COMMIT_TIMEOUT_PER_ROW
         return list(self._call("sync_uploaded_rpc", token, timeout=limit))
+
+    def _long(self) -> float:
+        """Return how long a call may take that writes the files, or changes many records."""
+        return max(self._timeout, _COMMIT_TIMEOUT + len(self) * _COMMIT_TIMEOUT_PER_ROW)
 
     def _upload(self, token: str, part: list[Mapping[str, Any]]) -> None:
         """Send records in one message, or in two where that is too large."""
@@ -190,11 +233,11 @@ class EliminationClient(EliminationReader):
 
     def clear_eliminations(self) -> None:
         """Remove all records."""
-        self._call("clear_eliminations_rpc", timeout=max(self._timeout, _COMMIT_TIMEOUT))
+        self._call("clear_eliminations_rpc", timeout=self._long())
 
     def save_eliminations(self) -> None:
         """Have the JSON files written now."""
-        self._call("save_eliminations_rpc", idempotent=True, timeout=max(self._timeout, _COMMIT_TIMEOUT))
+        self._call("save_eliminations_rpc", idempotent=True, timeout=self._long())
 
     def write_eliminations_to_disk(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
         """Make exactly these records the eliminations, on disk and everywhere else; a sync without an answer."""
@@ -202,7 +245,7 @@ class EliminationClient(EliminationReader):
 
     def update_metagraph(self, hotkeys: Iterable[str]) -> list[str]:
         """Say which hotkeys are in the metagraph now; returns those whose departure was recorded."""
-        return list(self._call("update_metagraph_rpc", list(hotkeys)))
+        return list(self._call("update_metagraph_rpc", check_hotkeys(hotkeys), timeout=self._long()))
 
     # ------------------------------------------------------------------ asking the server
 

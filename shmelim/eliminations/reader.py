@@ -77,6 +77,7 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
     def __init__(self, name: str, *, wait: float | None = None, owner: int | None = None) -> None:
         self.name = name
         self._owner = owner
+        self._private = False
         self._attach(SharedNamespace(name, owner=owner), wait)
 
     @classmethod
@@ -85,6 +86,7 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
         reader = cls.__new__(cls)
         reader.name = namespace.name
         reader._owner = None  # noqa: SLF001
+        reader._private = not isinstance(namespace, SharedNamespace)  # noqa: SLF001
         reader._attach(namespace, None)  # noqa: SLF001
         return reader
 
@@ -103,6 +105,8 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
         self._flags = self._table.flags
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._private:
+            raise TypeError("a reader over private memory cannot be pickled: no other process has that memory")
         return _attach_again, (type(self), self.name, self._owner)
 
     # ------------------------------------------------------------------ one hotkey
@@ -129,11 +133,11 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
 
     def get_elimination(self, hotkey: str) -> dict[str, Any] | None:
         """Return a hotkey's elimination record, or None."""
-        return self.read(hotkey, decode_record)
+        return self.read(hotkey, _decode)
 
     def hotkey_in_eliminations(self, hotkey: str) -> dict[str, Any] | None:
         """Return a hotkey's elimination record, or None; the field's other name for `get_elimination`."""
-        return self.read(hotkey, decode_record)
+        return self.read(hotkey, _decode)
 
     def read(self, hotkey: str, decode: Callable[[memoryview], T]) -> T | None:
         """Run ``decode`` on a record's msgpack bytes where they stand, without copying them.
@@ -188,6 +192,13 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
             One of them is no text.
 
         """
+        return (self._flags_of(hotkeys) & _ELIMINATED).astype(np.bool_)
+
+    def statuses(self, hotkeys: Iterable[str]) -> list[Status]:
+        """Return all that the table says of many hotkeys, in their order and as of one version."""
+        return [Status(flags) for flags in self._flags_of(hotkeys).tolist()]
+
+    def _flags_of(self, hotkeys: Iterable[str]) -> NDArray[np.uint8]:
         if isinstance(hotkeys, str):
             raise TypeError("hotkeys must be a list of hotkeys, not one hotkey")
         listed = list(hotkeys)
@@ -195,8 +206,7 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
             keys = [hotkey.encode() for hotkey in listed]
         except (AttributeError, UnicodeEncodeError):
             keys = [_key(hotkey) for hotkey in listed]
-        flags = self._table.flags_of(keys)
-        return (flags & _ELIMINATED).astype(np.bool_)
+        return self._table.flags_of(keys)
 
     def get_eliminated_hotkeys(self) -> set[str]:
         """Return the hotkeys that are eliminated."""
@@ -328,6 +338,13 @@ def _key(hotkey: str) -> bytes:
     if not isinstance(hotkey, str):
         raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {hotkey!r:.60}")
     return hotkey.encode("utf-8", "surrogatepass")
+
+
+def _decode(record: memoryview) -> dict[str, Any]:
+    try:
+        return decode_record(record)
+    except ValueError as error:
+        raise CorruptSegmentError(f"a record in shared memory cannot be decoded: {error}") from error
 
 
 def _attach_again(cls: type[EliminationReader], name: str, owner: int | None) -> EliminationReader:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -91,7 +90,7 @@ class Service:
     def __enter__(self) -> Self:
         options = self.options
         namespace = SharedNamespace(options.name, mode=0o640 if options.group_readable else 0o600)
-        runtime = RuntimeDirectory(options.name, options.runtime_base).create()
+        self._runtime = RuntimeDirectory(options.name, options.runtime_base).create()
         with contextlib.ExitStack() as stack:
             self.server = stack.enter_context(
                 EliminationManagerServer(
@@ -104,14 +103,21 @@ class Service:
                     on_progress=self._on_progress,
                 )
             )
-            address = str(runtime.socket) if options.port is None else ("127.0.0.1", options.port)
-            channel = ChannelServer(
-                self.server, address, load_or_create_key(runtime.key), service_name="EliminationManagerServer"
-            )
-            self.channel = stack.enter_context(channel)
-            runtime.announce(ServerInfo(self.channel.address, str(self.state_dir.resolve()), os.getpid()))
+            self._open_channel()
+            stack.callback(self.channel.close)
             self._closing = stack.pop_all()
         return self
+
+    def _open_channel(self) -> None:
+        port, runtime = self.options.port, self._runtime
+        address = str(runtime.socket) if port is None else ("127.0.0.1", port)
+        key = load_or_create_key(runtime.key)
+        self.channel = ChannelServer(self.server, address, key, service_name="EliminationManagerServer").start()
+        try:
+            runtime.announce(ServerInfo(self.channel.address, str(self.state_dir.resolve()), os.getpid()))
+        except BaseException:
+            self.channel.close()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -188,5 +194,6 @@ class _StopSignals:
         self._deferred = True
 
     def wait(self) -> None:
-        """Wait for a signal, or return at once if one came since :meth:`defer`."""
-        select.select([self._reading], [], [])
+        """Wait for a stop signal, or return at once if one came since :meth:`defer`."""
+        while not set(os.read(self._reading, 256)) & set(_STOP_SIGNALS):
+            pass

@@ -6,6 +6,7 @@ object lives in the caller's process.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -21,7 +22,7 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import check_hotkey, decode, generate_row, prepare
 from shmelim.eliminations.recovery import import_file, origin_record, recover
 from shmelim.eliminations.runtime import StateLock
-from shmelim.eliminations.store import Store
+from shmelim.eliminations.store import FILE_NAME, Store, read_events
 from shmelim.eliminations.uploads import Uploads
 from shmelim.errors import DamagedFileError
 from shmelim.rpc import current_caller
@@ -43,6 +44,7 @@ T = TypeVar("T")
 _log = logging.getLogger("shmelim.server")
 
 BEAT_INTERVAL: Final = 0.25
+HISTORY_LIMIT: Final = 10_000
 DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
 
 
@@ -174,6 +176,7 @@ class EliminationManagerServer:
     def _beat(self, table: TableWriter) -> None:
         while not self._stopped.wait(BEAT_INTERVAL):
             table.beat()
+            self._uploads.expire()
 
     def _after_publish(self, _touched: Sequence[str]) -> None:
         if self._mirror is not None:
@@ -228,7 +231,7 @@ class EliminationManagerServer:
             "pid": os.getpid(),
             "started_ms": self.started_ms,
             "state_dir": None if self.state_dir is None else str(self.state_dir),
-            "store_bytes": self._committer.read(lambda store: store.size_bytes()),
+            "store_bytes": self._store_bytes(),
             "commits": self._committer.commits,
             "changes": self._committer.changes,
             "generation": table.generation,
@@ -236,6 +239,15 @@ class EliminationManagerServer:
             "segment_bytes": table.segment_size,
             "problems": [] if problem is None else [str(problem)],
         }
+
+    def _store_bytes(self) -> int:
+        """Return what the store takes on disk, without waiting for a commit that is under way."""
+        size = 0
+        if self.state_dir is not None:
+            for suffix in ("", "-wal"):
+                with contextlib.suppress(FileNotFoundError):
+                    size += (self.state_dir / (FILE_NAME + suffix)).stat().st_size
+        return size
 
     # ------------------------------------------------------------------ reading
 
@@ -298,12 +310,24 @@ class EliminationManagerServer:
         hotkey
             Only this hotkey's events.
         limit
-            At most so many; None for all.
+            At most so many, up to 10,000; None: 10,000.
         before_id
             Only events older than the one with this ``id``; for the next page.
 
+        Raises
+        ------
+        ValueError
+            The limit is out of bounds.
+
         """
-        events = self._committer.read(lambda store: store.events(hotkey, limit, before_id))
+        limit = HISTORY_LIMIT if limit is None else limit
+        if not 0 <= limit <= HISTORY_LIMIT:
+            raise ValueError(f"limit must be 0 to {HISTORY_LIMIT:,}, not {limit!r}; go on with before_id")
+        if self.state_dir is None:
+            events = self._committer.read(lambda store: store.events(hotkey, limit, before_id))
+        else:
+            # Beside the one who commits, who may be busy with a long sync.
+            events = read_events(self.state_dir, hotkey, limit, before_id)
         return [event_as_dict(event) for event in events]
 
     # ------------------------------------------------------------------ changing
@@ -380,6 +404,10 @@ class EliminationManagerServer:
     def upload_rpc(self, token: str, eliminations: Sequence[Mapping[str, Any]]) -> int:
         """Add records to an upload; returns how many it has."""
         return self._uploads.extend(token, eliminations)
+
+    def abandon_upload_rpc(self, token: str) -> None:
+        """Forget an upload."""
+        self._uploads.abandon(token)
 
     def sync_uploaded_rpc(self, token: str) -> list[str]:
         """Sync to what was uploaded; as :meth:`sync_eliminations_rpc`."""

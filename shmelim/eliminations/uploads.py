@@ -30,7 +30,7 @@ class _Upload:
 class Uploads:
     """The lists that clients are sending; thread-safe, everything is guarded by one lock.
 
-    An upload that nobody went on with for two minutes is forgotten.
+    An upload that nobody went on with for two minutes is forgotten by the next :meth:`expire`.
     """
 
     def __init__(self) -> None:
@@ -46,9 +46,8 @@ class Uploads:
             Too many are under way.
 
         """
+        self.expire()
         with self._lock:
-            limit = time.monotonic() - IDLE_LIMIT
-            self._open = {token: upload for token, upload in self._open.items() if upload.touched > limit}
             if len(self._open) >= MAX_OPEN:
                 raise ValueError(f"{MAX_OPEN} uploads are under way already: try again in {IDLE_LIMIT:.0f} s")
             token = secrets.token_hex(8)
@@ -78,9 +77,9 @@ class Uploads:
             upload.records.update(prepared)
             upload.size += sum(map(len, prepared.values()))
             upload.touched = time.monotonic()
-            if upload.size > MAX_BYTES:
+            if sum(each.size for each in self._open.values()) > MAX_BYTES:
                 del self._open[token]
-                raise ValueError(f"an upload of more than {MAX_BYTES:,} bytes is not accepted")
+                raise ValueError(f"uploads of more than {MAX_BYTES:,} bytes together are not accepted")
             return len(upload.records)
 
     def finish(self, token: str) -> dict[str, bytes]:
@@ -88,6 +87,18 @@ class Uploads:
         with self._lock:
             self._get(token)
             return self._open.pop(token).records
+
+    def abandon(self, token: str) -> None:
+        """Forget an upload; nothing happens if there is none."""
+        with self._lock:
+            self._open.pop(token, None)
+
+    def expire(self) -> None:
+        """Forget the uploads that nobody goes on with."""
+        if self._open:
+            limit = time.monotonic() - IDLE_LIMIT
+            with self._lock:
+                self._open = {token: upload for token, upload in self._open.items() if upload.touched > limit}
 
     def _get(self, token: str) -> _Upload:
         try:

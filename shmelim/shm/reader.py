@@ -22,6 +22,7 @@ a length: bad bytes give :class:`CorruptSegmentError`, never a crash.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -391,9 +392,9 @@ class TableReader:
         writer could use to wake them. Costs about 0.5 % of a core while waiting long.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        seen = self._view.root.words[VERSION] if since is None else since
+        seen = self._followed_version() if since is None else since
         pause = _POLL_FIRST
-        while self._view.root.words[VERSION] == seen:
+        while self._followed_version() == seen:
             if deadline is not None:
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -402,6 +403,13 @@ class TableReader:
             time.sleep(pause)
             pause = min(pause * 1.5, _POLL_LONGEST)
         return True
+
+    def _followed_version(self) -> int:
+        """Return the version word, of the root segment that the name leads to if the old one was withdrawn."""
+        if self._view.root.words[VERSION] == 0:
+            with contextlib.suppress(NotServingError, SegmentError):
+                self._attach()
+        return self._view.root.words[VERSION]
 
     @staticmethod
     def _writer_of(root: Segment) -> WriterInfo:

@@ -282,6 +282,22 @@ class TestHotkeys:
             api.rpc("update_metagraph", "a")
         assert "a" in api
 
+    @pytest.mark.parametrize("not_a_list", ["", "a", b"", b"a", {}, {"a": row("a")}, memoryview(b"")], ids=repr)
+    def test_what_can_be_iterated_over_is_not_yet_a_list(self, api, not_a_list):
+        api.add_elimination("a", row("a"))
+        api.update_metagraph(["a", "m1", "m2"])
+        before = api.snapshot()
+        with pytest.raises(TypeError):
+            api.sync_eliminations(not_a_list)
+        with pytest.raises(TypeError):
+            api.write_eliminations_to_disk(not_a_list)
+        if not isinstance(not_a_list, dict):
+            with pytest.raises(TypeError):
+                api.delete_eliminations(not_a_list)
+            with pytest.raises(TypeError):
+                api.update_metagraph(not_a_list)
+        assert api.snapshot() == before
+
 
 class TestOrder:
     def test_is_that_of_the_first_elimination(self, api):

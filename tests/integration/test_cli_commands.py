@@ -128,7 +128,7 @@ def test_check_tells_of_each_hotkey(run):
 def test_check_as_json(run):
     run("add", A, "--reason", "ZOMBIE")
     found = document(run("check", A, B, "--json"), code=1)
-    assert set(found) == {"name", "version", "eliminated", "hotkeys"}
+    assert set(found) == {"name", "eliminated", "hotkeys"}
     assert found["eliminated"] == 1
     assert found["hotkeys"] == [
         {"hotkey": A, "eliminated": True, "departed": True, "registered": False, "re_registered": False},
