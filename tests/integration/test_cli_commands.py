@@ -338,6 +338,26 @@ def test_export_to_stdout(run):
     assert len(json.loads(run("export", "-", "--departed").stdout)["departed_hotkeys"]) == 367
 
 
+def test_export_leaves_what_is_no_regular_file(run, tmp_path):
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    found = run("export", str(pipe))
+    assert found.returncode == 4
+    assert "no regular file" in found.stderr
+    assert pipe.is_fifo()
+    link.symlink_to(target)
+    run("export", str(link))
+    assert link.is_symlink()
+    assert json.loads(target.read_text()) == {"eliminations": []}
+
+
+@pytest.mark.parametrize("wrong", [("--reason", " "), ("--reason", "ZOMBIE", "--dd", "nan")])
+def test_add_refuses_what_says_nothing(run, wrong):
+    found = run("add", A, *wrong)
+    assert found.returncode == 2
+    assert run("check", A).returncode == 0
+
+
 @pytest.mark.parametrize("where", [".", "missing/export.json"])
 def test_export_to_where_no_file_can_be(run, tmp_path, where):
     result = run("export", str(tmp_path / where))
