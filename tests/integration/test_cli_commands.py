@@ -342,7 +342,7 @@ def test_export_leaves_what_is_no_regular_file(run, tmp_path):
     pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
     os.mkfifo(pipe)
     found = run("export", str(pipe))
-    assert found.returncode == 4
+    assert found.exit_code == 4
     assert "no regular file" in found.stderr
     assert pipe.is_fifo()
     link.symlink_to(target)
@@ -354,8 +354,8 @@ def test_export_leaves_what_is_no_regular_file(run, tmp_path):
 @pytest.mark.parametrize("wrong", [("--reason", " "), ("--reason", "ZOMBIE", "--dd", "nan")])
 def test_add_refuses_what_says_nothing(run, wrong):
     found = run("add", A, *wrong)
-    assert found.returncode == 2
-    assert run("check", A).returncode == 0
+    assert found.exit_code == 2
+    assert run("check", A).exit_code == 0
 
 
 @pytest.mark.parametrize("where", [".", "missing/export.json"])
