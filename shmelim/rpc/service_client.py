@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ServiceClient"]
 
+_LOOK_AGAIN = 0.02  # seconds
+
 _logger = logging.getLogger("shmelim.service")
 
 
@@ -44,6 +46,7 @@ class ServiceClient:
 
     def __init__(self, location: Location, key: ServiceKey, settings: ServiceSettings) -> None:
         self._arguments = location, key, settings
+        self._closed = False  # never goes back
         self._connect_tries, self._connect_delay = settings.connect_tries, settings.connect_delay
         self._calls = ChannelClient(
             location,
@@ -84,9 +87,11 @@ class ServiceClient:
                 raise
             except (NotServingError, ChannelError) as error:
                 _logger.warning("%s: cannot connect, %d tries left: %s", service_name, left, error)
-                if not left:
+                pause_ends = time.monotonic() + self._connect_delay
+                while left and not self._closed and time.monotonic() < pause_ends:
+                    time.sleep(min(self._connect_delay, _LOOK_AGAIN))
+                if not left or self._closed:
                     raise
-                time.sleep(self._connect_delay)
             else:
                 return
 
@@ -96,5 +101,6 @@ class ServiceClient:
 
     def close(self) -> None:
         """Close every connection; idempotent. Calls under way end with an error."""
+        self._closed = True
         self._calls.close()
         self._checks.close()

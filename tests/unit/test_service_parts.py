@@ -1,0 +1,277 @@
+"""The small parts of the service base, each by itself."""
+
+import collections
+import io
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+from ledger import PATIENCE, until
+
+from shmelim.errors import CallTimeoutError, ChannelError, NotServingError, ProtocolError
+from shmelim.rpc import MSGPACK, PickleCodec, ServerReady, ServiceSettings, log_streams, titles
+from shmelim.rpc.codec import UncarriedValueError
+from shmelim.rpc.ending import Ending, Owner
+from shmelim.rpc.launch import ServerOptions, ServerProcess
+from shmelim.rpc.restarts import RestartDesk
+
+fork = multiprocessing.get_context("fork")
+
+
+# ------------------------------------------------------------------ log streams
+
+
+@pytest.fixture
+def handler():
+    handler = logging.StreamHandler(io.StringIO())
+    logger = logging.getLogger("shmelim.test.streams")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+
+
+def in_thread(function):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join(PATIENCE)
+    return results[0]
+
+
+def test_no_handler_is_at_work_during_a_fork(handler):
+    with log_streams.at_rest():
+        assert not in_thread(lambda: handler.lock.acquire(blocking=False))
+        logging.getLogger("shmelim.test.streams").error("this thread may still log")
+    assert in_thread(lambda: handler.lock.acquire(blocking=False) and not handler.lock.release())
+
+
+def test_a_handler_that_hangs_does_not_hold_up_a_fork(handler, monkeypatch):
+    monkeypatch.setattr(log_streams, "_PATIENCE", 0.001)
+    held, go_on = threading.Event(), threading.Event()
+
+    def hang():
+        with handler.lock:
+            held.set()
+            go_on.wait(PATIENCE)
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    assert held.wait(PATIENCE)
+    with log_streams.at_rest():
+        pass
+    go_on.set()
+    thread.join(PATIENCE)
+
+
+# ------------------------------------------------------------------ titles
+
+
+def test_a_title_without_room_is_told(monkeypatch, caplog):
+    monkeypatch.setattr(titles, "setproctitle", lambda _title: None)
+    titles.set_title("vali_X")
+    assert "'vali_X' could not be set" in caplog.text
+
+
+def test_a_process_that_is_gone_has_no_title():
+    process = fork.Process(target=int)
+    process.start()
+    seen = psutil.Process(process.pid)
+    process.join()
+    assert titles.title_of(seen) is None
+
+
+# ------------------------------------------------------------------ readiness
+
+
+def ready():
+    return ServerReady(ServerOptions("Svc"))
+
+
+def run(function, *arguments):
+    process = fork.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def test_ready_is_used_like_an_event():
+    report = ready()
+    assert not report.is_set()
+    assert not report.wait(0)
+    process = run(report.set)
+    assert report.wait(PATIENCE)
+    assert report.is_set()
+    assert report.outcome(process, PATIENCE) is None
+    process.join()
+    report.close()
+    report.close()
+    assert not report.is_set()
+    assert repr(report) == "<ServerReady of Svc>"
+
+
+@pytest.mark.parametrize("address", ["/tmp/s", ("127.0.0.1", 5)])
+def test_ready_says_where(address):
+    report = ready()
+    process = run(report.set, address)
+    assert report.outcome(process, PATIENCE) == address
+    process.join()
+
+
+def test_ready_says_what_went_wrong():
+    report = ready()
+    process = run(report.fail, PermissionError(13, "Permission denied", "/root/x"))
+    with pytest.raises(PermissionError, match="/root/x"):
+        report.outcome(process, PATIENCE)
+    process.join()
+
+
+def test_a_report_of_another_kind_is_refused():
+    report = ready()
+    process = run(report._report, ["what"])
+    with pytest.raises(ProtocolError):
+        report.outcome(process, PATIENCE)
+    process.join()
+
+
+def test_a_dead_process_is_noticed_although_others_hold_its_pipe():
+    """A child that was forked meanwhile has a copy of the pipe's other end."""
+    report = ready()
+    go_on = fork.Event()
+    bystander = run(go_on.wait, PATIENCE)
+    process = run(os._exit, 7)
+    with pytest.raises(NotServingError, match="exit code 7"):
+        report.outcome(process, PATIENCE)
+    go_on.set()
+    bystander.join()
+
+
+def test_a_process_that_closes_the_pipe_and_lives_is_waited_for():
+    report = ready()
+
+    def close_and_wait():
+        report.close()
+        time.sleep(PATIENCE)
+
+    process = run(close_and_wait)
+    with pytest.raises(CallTimeoutError):
+        report.outcome(process, 0.1)
+    server = ServerProcess(process, "Svc")
+    server.stop(PATIENCE)
+    server.stop(PATIENCE)
+    assert not process.is_alive()
+
+
+# ------------------------------------------------------------------ endings
+
+
+def test_an_owner_is_not_taken_for_a_later_process_of_its_id():
+    this = Owner.this_process()
+    assert this.is_running()
+    assert not Owner(this.pid, this.started - 1).is_running()
+    assert not Owner.of(2**22 + 1).is_running()
+    assert Owner.of(2**22 + 1).open() is None
+
+
+def test_a_zombie_does_not_run():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    owner = Owner.of(pid)
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    assert not owner.is_running()
+    with Ending(owner) as ending:
+        assert str(pid) in ending.wait()
+    os.waitpid(pid, 0)
+
+
+def test_signal_handlers_are_as_before():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with Ending(None) as ending:
+        with pytest.raises(SystemExit) as caught:
+            signal.raise_signal(signal.SIGTERM)
+        assert caught.value.code == 143
+        signal.raise_signal(signal.SIGINT)
+        ending.defer()
+        signal.raise_signal(signal.SIGTERM)
+        assert ending.wait() == "a signal"
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_outside_of_the_main_thread_signals_are_left_alone():
+    def use():
+        with Ending(Owner(1, -1.0)) as ending:
+            return ending.wait()
+
+    assert in_thread(use) == "the end of its owner, process 1"
+
+
+# ------------------------------------------------------------------ asking for restarts
+
+
+def test_a_full_pipe_holds_up_nobody():
+    desk = RestartDesk()
+    with pytest.raises(ChannelError, match="cannot be asked"):
+        collections.deque(map(desk.ask, itertools.repeat(0.0)), maxlen=0)
+
+
+def test_an_owner_that_is_gone_cannot_be_asked():
+    desk = RestartDesk()
+    desk.after_fork_in_child()  # the only reader
+    with pytest.raises(ChannelError, match="cannot be asked"):
+        desk.ask(0.0)
+
+
+def test_requests_are_served_in_turn_and_survive_failures(caplog):
+    served = []
+
+    def restart(failed_at):
+        served.append(failed_at)
+        raise RuntimeError("not this time")
+
+    desk = RestartDesk()
+    desk.open("Svc", restart)
+    process = run(desk.ask, 1.5)
+    process.join()
+    desk.ask(2.5)
+    until(lambda: served == [1.5, 2.5])
+    desk.close()
+    desk.close()
+    assert "that another process asked for failed" in caplog.text
+    assert not any(thread.name == "Svc-restarts" for thread in threading.enumerate())
+
+
+def test_waiting_for_a_restart_has_an_end():
+    desk = RestartDesk()
+    with pytest.raises(CallTimeoutError, match="did not in"):
+        desk.ask_and_wait(0.0, lambda: False, 0.01)
+    desk.ask_and_wait(0.0, lambda: True, 0.0)
+
+
+# ------------------------------------------------------------------ settings and pickle
+
+
+def test_settings_keep_msgpack_out_of_pickles():
+    assert ServiceSettings(codec=MSGPACK).codec is None
+    assert ServiceSettings().codec_in_use is MSGPACK
+    codec = PickleCodec()
+    assert ServiceSettings(codec=codec).codec_in_use is codec
+
+
+class Rude:
+    def __reduce__(self):
+        return os._exit, ("no number",)
+
+
+def test_what_cannot_be_pickled_or_unpickled():
+    codec = PickleCodec()
+    assert codec.loads(codec.dumps({(1, 2): {3}})) == {(1, 2): {3}}
+    with pytest.raises(UncarriedValueError, match="pickle"):
+        codec.dumps(lambda: None)
+    for data in (b"", b"garbage", codec.dumps(Rude())):
+        with pytest.raises(ProtocolError, match="cannot be unpickled"):
+            codec.loads(data)
