@@ -375,10 +375,11 @@ def move_aside(directory: str | os.PathLike[str]) -> Path:
     try:
         path.stat()  # that there is one, before a name is taken for it
         aside = unused_name(path, "damaged")
+        # Its log last: in its place without it, the file might pass for a whole one, and would be an old one.
+        path.replace(aside)
         for suffix in ("-wal", "-shm"):
             with suppress(FileNotFoundError):
                 _companion(path, suffix).replace(_companion(aside, suffix))
-        path.replace(aside)
         sync_directory(path.parent)
     except OSError as error:
         raise StoreError(

@@ -4,8 +4,9 @@ In this order:
 
 1. The store, if it is whole. A JSON file beside it that is not the one we wrote last was put there by a person:
    it is taken over as it stands, and the history says so.
-2. If the store is damaged it is moved aside, and a new one made from what the last writer published in shared
-   memory (everything that was acknowledged), or else from the JSON files (at most a second behind).
+2. If the store is damaged a new one is made from what the last writer published in shared memory (everything that
+   was acknowledged), or else from the JSON files (at most a second behind); then the damaged one is moved aside.
+   A damaged store that was moved aside with none in its place is a recovery that did not end: it is ended first.
 3. With no store at all, the JSON files are the state: that is how a validator migrates. A default departed file
    stands in where there is none.
 
@@ -20,12 +21,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from shmelim.eliminations import files
+from shmelim.eliminations import files, replacement
 from shmelim.eliminations.changes import Step, merge, record_departures, replace_all
 from shmelim.eliminations.entry import ORIGIN_KEY, PREFIX, Status, departed_in
 from shmelim.eliminations.history import Change as EventOf
 from shmelim.eliminations.mirror import DEPARTED_FILE, ELIMINATIONS_FILE, digest_key, known_digests
-from shmelim.eliminations.store import FILE_NAME, Store, move_aside
+from shmelim.eliminations.store import FILE_NAME, Store
 from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError, StoreError
 from shmelim.shm import Namespace, TableReader
 
@@ -82,24 +83,20 @@ def recover(
         There is no store, and the JSON file in its place is damaged.
 
     """
-    published: _Published | None = None
     made = not (directory / FILE_NAME).exists()
     try:
+        replacement.need_finished_recovery(directory)
         store = _open_whole(directory, durability)
     except DamagedStoreError as error:
-        published = _last_published(namespace, directory)
-        if published is None:
-            _need_files(directory if use_files else None, error)
-        aside = move_aside(directory)
-        _log.error("%s; it is now %s", error, aside)
-        store, made = Store.open(directory, durability, parents=True), True
+        _replace(directory, namespace, error, use_files=use_files)
+        store, made = _open_whole(directory, durability), False
+    else:
+        replacement.discard(directory)
     try:
         with store.transaction():
             step = Step(store, None)
-            fresh = not any(store.counts()) and not store.meta_items()
-            if published is not None:
-                _restore(step, published, directory)
-            elif use_files:
+            if use_files:
+                fresh = not any(store.counts()) and not store.meta_items()
                 _take_files(step, directory, fresh=fresh)
             if default_departed is not None and not store.counts().departed:
                 _take_departed(step, default_departed, "default departed file")
@@ -127,6 +124,21 @@ def _open_whole(directory: Path, durability: Durability) -> Store:
     return store
 
 
+def _replace(directory: Path, namespace: Namespace, damage: DamagedStoreError, *, use_files: bool) -> None:
+    """Put a whole store in the place of the damaged one; DamagedStoreError if nothing is left to make it from."""
+    finished = replacement.is_finished(directory)
+    between = finished and not (directory / FILE_NAME).exists()
+    # Nothing was published since the replacement was finished: only its two renames are missing.
+    published = None if between else _last_published(namespace, directory)
+    if published is not None:
+        replacement.build(directory, lambda step: _restore(step, published, directory))
+    elif not finished:
+        _need_files(directory if use_files else None, damage)
+        replacement.build(directory, lambda step: _restore_from_files(step, directory))
+    aside = replacement.put_in_place(directory)
+    _log.error("%s%s", damage.message, "" if aside is None else f"; it is now {aside}")
+
+
 def _need_files(directory: Path | None, damage: DamagedStoreError) -> None:
     """Refuse to go on without the damaged store unless the files are there, and whole; nothing is touched."""
     if directory is not None and files.read_eliminations(directory / ELIMINATIONS_FILE) is not None:
@@ -134,7 +146,7 @@ def _need_files(directory: Path | None, damage: DamagedStoreError) -> None:
         return
     raise DamagedStoreError(
         f"{damage.message}, and there is no other record of the state",
-        hint="put a backup in its place, or move it away to start empty",
+        hint=f"put a backup in its place, or move every {FILE_NAME}* out of the directory to start empty",
     ) from damage
 
 
@@ -273,3 +285,8 @@ def _restore(step: Step, published: _Published, directory: Path) -> None:
         len(published.records),
         len(published.departed),
     )
+
+
+def _restore_from_files(step: Step, directory: Path) -> None:
+    step.record([EventOf("recover", note="the store was damaged: restored from the JSON files")])
+    _take_files(step, directory, fresh=True)

@@ -31,6 +31,7 @@ __all__ = [
     "connect_read_only",
     "install",
     "make_private",
+    "remove_log",
 ]
 
 FILE_NAME = "shmelim.sqlite"
@@ -118,6 +119,15 @@ def make_private(path: Path, *, parents: bool) -> None:
         _check_file(path)
     else:
         _make_file(path)
+
+
+def remove_log(path: Path) -> None:
+    """Remove the write-ahead log and its index that a database which is gone left behind.
+
+    SQLite would replay them onto the next database of that name.
+    """
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def _make_directory(folder: Path, *, parents: bool) -> None:
