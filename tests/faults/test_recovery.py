@@ -4,11 +4,14 @@ import json
 import os
 import random
 import sqlite3
+import sys
+from pathlib import Path
 
 import pytest
-from crashing import Child, call, kill_self
+from crashing import Child, Counter, call, kill_self
 from serving import State, listing, row, state_in_files, state_in_store, state_in_table
 
+import shmelim
 from shmelim import EliminationManagerServer, EliminationReader
 from shmelim.eliminations import files, mirror
 from shmelim.eliminations.store import FILE_NAME, Store
@@ -526,3 +529,75 @@ def test_two_states_are_told_apart():
     assert State.of([row("a"), row("b")], [], []) != State.of([row("b"), row("a")], [], [])
     assert State.of([], ["a", "b"], []) != State.of([], ["b", "a"], [])
     assert State.of([], [], ["a"]) != State.of([], [], ["b"])
+
+
+class TestDeathDuringRecovery:
+    """A start may be killed as well, by an impatient supervisor for instance; the next one finds all there is."""
+
+    @staticmethod
+    def lines_until_death(table_name, state_dir, number):
+        """Start, and die at some line of recovery; returns how many lines there were before."""
+        count = Counter()
+
+        def inside(_frame, event, _arg):
+            if event == "line":
+                count.value += 1
+                if count.value == number:
+                    kill_self()
+            return inside
+
+        def outside(frame, _event, _arg):
+            name = frame.f_code.co_name
+            return inside if frame.f_code.co_filename in _TRACED and not name.startswith("<") else None
+
+        def run():
+            sys.settrace(outside)
+            EliminationManagerServer(SharedNamespace(table_name), state_dir, durability="process", files="current")
+            kill_self()
+
+        with Child(run) as child:
+            assert child.wait() == -9
+        return count.value
+
+    @pytest.mark.parametrize("stride", [60, pytest.param(1, marks=pytest.mark.long)])
+    def test_of_a_damaged_store_from_shared_memory(self, new_name, tmp_path, stride):
+        self.check(new_name, tmp_path, stride, remove_table=False)
+
+    @pytest.mark.parametrize("stride", [60, pytest.param(1, marks=pytest.mark.long)])
+    def test_of_a_damaged_store_from_files(self, new_name, tmp_path, stride):
+        self.check(new_name, tmp_path, stride, remove_table=True)
+
+    def check(self, new_name, tmp_path, stride, *, remove_table):
+        lines = self.start_and_die(new_name(), tmp_path / "all", 1 << 30, remove_table=remove_table)
+        assert lines > 50
+        first = random.randrange(1, stride + 1)
+        print(f"{lines} lines, every {stride}th from {first}")
+        for number in range(first, lines + 1, stride):
+            self.start_and_die(new_name(), tmp_path / f"{number}", number, remove_table=remove_table)
+
+    def start_and_die(self, name, state_dir, number, *, remove_table):
+        """Damage a store, start and die at a line, and start again; returns how many lines the first one made."""
+        with EliminationManagerServer(SharedNamespace(name), state_dir, durability="process") as server:
+            fill(server)
+        if not remove_table:
+            die_after(name, state_dir, lambda server: server.add_elimination_rpc("late", row("late")))
+        before = state_in_table(EliminationReader(name))
+        if remove_table:
+            SharedNamespace(name).remove()
+            before = before.without_registered()
+        _checkpoint(state_dir)
+        overwrite_header(state_dir / FILE_NAME)
+        lines = self.lines_until_death(name, state_dir, number)
+        with EliminationManagerServer(SharedNamespace(name), state_dir, durability="process") as server:
+            assert state_in_table(server.reader) == before, f"line {number}"
+            assert same_in_all(server, state_dir) == before
+        # A name that was taken for it just before the death stays behind, empty.
+        asides = [path for path in state_dir.glob(f"{FILE_NAME}.damaged-*") if path.stat().st_size]
+        assert len(asides) == 1
+        assert not (state_dir / ".rebuilding").exists()
+        SharedNamespace(name).remove()
+        return lines
+
+
+_PACKAGE = Path(shmelim.__file__).parent / "eliminations"
+_TRACED = frozenset(str(_PACKAGE / name) for name in ("recovery.py", "replacement.py", "database.py"))
