@@ -35,6 +35,7 @@ _NEXT_ORDINAL = (
 )
 _FETCH = 500
 _IN_MEMORY = Path(":memory:")
+_GONE = (0, 0)
 
 _HINTS = {
     sqlite3.SQLITE_FULL: "make room on that file system; the change was not applied",
@@ -91,6 +92,9 @@ class Database:
     def __init__(self, db: sqlite3.Connection, path: Path) -> None:
         self._db = db
         self._path = path
+        # Absolute, as a daemon may change its directory; None in memory.
+        self._file = None if path == _IN_MEMORY else path.absolute()
+        self._identity = None if self._file is None else _identity(self._file)
         self._guard = Guard(path)
         self._pid = os.getpid()
         self._closed = False
@@ -192,7 +196,8 @@ class Database:
         Raises
         ------
         StoreError
-            It could not be written: it is rolled back, and no transaction is open.
+            It could not be written, or the file that is open is no longer the one of that name: it is rolled
+            back, and no transaction is open.
 
         Notes
         -----
@@ -201,6 +206,7 @@ class Database:
         """
         self._need_transaction()
         try:
+            self._need_place()
             with self._guard:
                 self._db.execute("COMMIT")
         except StoreError:
@@ -324,6 +330,22 @@ class Database:
         if not self.in_transaction:
             raise StoreError(f"{self._path}: a change needs an open transaction", hint="call begin() first")
 
+    def _need_place(self) -> None:
+        """Refuse a commit to a file that was deleted or replaced: no start would find it there.
+
+        One ``stat``, a microsecond or two. What is deleted between it and the commit is noticed by the next one.
+        """
+        if self._file is None:
+            return
+        found = _identity(self._file)
+        if found is not None and found != self._identity:
+            what = "deleted" if found == _GONE else "replaced by another file"
+            raise StoreError(
+                f"{self._file} was {what} while it was in use; the change was not applied",
+                hint="put it back, or restart the server with an empty file of that name in its place:"
+                " it restores the state from shared memory",
+            )
+
     def _take_ordinals(self, count: int) -> int:
         """Reserve ordinals for this transaction; returns the first."""
         first = self._next_ordinal
@@ -386,6 +408,18 @@ def move_aside(directory: str | os.PathLike[str]) -> Path:
             f"{path} cannot be moved aside: {error.strerror}", hint="move it by hand, with its -wal and -shm"
         ) from error
     return aside
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells one file from another of the same name; None where nothing can be said."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return _GONE
+    except OSError:
+        # Not to be seen is not to be gone: this process may have changed its user since.
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _companion(path: Path, suffix: str) -> Path:
