@@ -39,8 +39,15 @@ def enter_without_pause(service, prefix, stop, results):
     results.put((done, doubtful, refused))
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.long)])
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("method", "kills"),
+    [
+        ("fork", 5),
+        ("spawn", 1),
+        pytest.param("fork", 50, marks=pytest.mark.long),
+        pytest.param("spawn", 50, marks=pytest.mark.long),
+    ],
+)
 def test_killed_under_load(tmp_path, method, kills):
     alerts = Alerts()
     context = multiprocessing.get_context(method)

@@ -99,7 +99,7 @@ def address(request, tmp_path):
 def test_a_stale_server_of_ours_is_replaced(hold, make, address, ways):
     holder = hold(address, ways=ways)
     began = time.monotonic()
-    service = make(holder.address, start_method="spawn")
+    service = make(holder.address)
     seconds = time.monotonic() - began
     assert holder.process.wait(PATIENCE) == -(signal.SIGKILL if ways else signal.SIGTERM)
     assert service.pid() == service.server_pid

@@ -143,7 +143,7 @@ class Caller(threading.Thread):
                 return
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_all_four_at_once_and_each_killed_in_turn(tmp_path, table_name, method):
     numbers = iter(range(10**9))
     with contextlib.ExitStack() as stack:

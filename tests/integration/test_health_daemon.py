@@ -90,7 +90,7 @@ def titles():
     return [" ".join(child.cmdline()).rstrip() for child in psutil.Process().children()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["thread", "forked process"])
 def test_only_a_process_has_a_title(begin, service, kind):
     own = " ".join(psutil.Process().cmdline())
     begin(kind)
@@ -101,7 +101,7 @@ def test_only_a_process_has_a_title(begin, service, kind):
     assert " ".join(psutil.Process().cmdline()) == own
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["thread", "forked process"])
 def test_it_is_stopped_within_a_second(begin, service, kind, caplog):
     daemon = begin(kind)
     runner = daemon._runner
@@ -198,7 +198,7 @@ def test_impossible_arguments(service):
         HealthCheckDaemon(service, 1)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_in_a_process_of_ones_own(service, alerts, method):
     daemon = HealthCheckDaemon(service, 0.01, alerts)
     process = multiprocessing.get_context(method).Process(target=daemon.run, daemon=True)
@@ -257,7 +257,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_it_ends_with_the_process_that_made_it(tmp_path, method):
     program = tmp_path / "program.py"
     program.write_text(ABANDONED)

@@ -182,6 +182,7 @@ def test_a_full_queue_drops_and_says_so(slack, make):
     slack.answers = [lambda _: (slack.go_on.wait(PATIENCE), (200, {}))[1]]
     notifier = make(max_queued=2)
     assert notifier.send_message("first")
+    until(lambda: slack.texts)
     assert notifier.send_message("second")
     for _ in range(3):
         assert not notifier.send_message("lost")

@@ -30,7 +30,8 @@ WAYS = {
     "entry point, fork": (EntryPointLedger, {"start_method": "fork"}),
     "entry point, spawn": (EntryPointLedger, {"start_method": "spawn"}),
 }
-RPC = [way for way in WAYS if way != "direct"]
+LONG = {"forkserver", "entry point, fork", "entry point, spawn"}  # the same code as the others, for the most part
+RPC = [pytest.param(way, marks=[pytest.mark.long] if way in LONG else []) for way in WAYS if way != "direct"]
 
 
 @pytest.fixture

@@ -26,6 +26,9 @@ from shmelim.rpc.launch import ServerOptions
 TESTS = str(Path(__file__).parents[1])
 
 
+SPAWN_LONG = ["fork", pytest.param("spawn", marks=pytest.mark.long)]
+
+
 @pytest.fixture(params=["fork", "spawn"])
 def method(request):
     return request.param
@@ -88,6 +91,7 @@ def test_a_copy_in_a_child_is_a_client_and_nothing_more(service, how):
     assert service.pid() == service.server_pid
 
 
+@pytest.mark.parametrize("method", SPAWN_LONG)
 @pytest.mark.parametrize("how", ["_exit", "sys.exit", "return", "gc", "exception"])
 def test_a_fork_that_ends_in_any_way_ends_nothing(tmp_path, method, how):
     """In an interpreter of its own, so that the child runs all of an interpreter's exit functions."""
@@ -177,6 +181,7 @@ def test_a_fork_while_other_threads_restart_and_check(make, monkeypatch):
     assert service.pid() == service.server_pid
 
 
+@pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
 def test_a_copy_may_go_to_a_starting_process_only(service):
     with pytest.raises(RuntimeError, match="inheritance"):
         pickle.dumps(service)
@@ -279,12 +284,14 @@ def test_many_copies_that_see_one_death_cause_one_restart(make, tmp_path):
 # ------------------------------------------------------------------ starting
 
 
+@pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
 def test_whatever_keeps_the_server_from_being_made_reaches_the_owner(make, tmp_path, method):
     with pytest.raises(FileNotFoundError) as caught:
         make(directory=tmp_path / "missing", start_method=method)
     assert caught.value.filename == str(tmp_path / "missing")
 
 
+@pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
 def test_a_server_that_dies_before_it_is_ready_is_not_waited_for(make, tmp_path, method):
     with pytest.raises(NotServingError, match="ended with exit code 1 before it was ready"):
         make(EntryPointLedger, directory=tmp_path / "missing", start_method=method)
@@ -419,6 +426,7 @@ class SlowLedger(Ledger):
         )
 
 
+@pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
 def test_a_terminals_interrupt_ends_the_owner_and_not_the_server(make, method):
     service = make(start_method=method)
     os.kill(service.server_pid, signal.SIGINT)
@@ -476,6 +484,7 @@ def owner(tmp_path, method):
         yield start
 
 
+@pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
 def test_an_owner_that_exits_ends_its_server(owner, tmp_path):
     process, server = owner("exit")
     assert process.wait(PATIENCE) == 0
@@ -491,6 +500,7 @@ def test_an_owner_that_is_killed_takes_its_server_along(owner, tmp_path):
     until((tmp_path / "closed").exists)
 
 
+@pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
 def test_a_server_outlives_its_owner_if_it_is_told_to(owner, make, tmp_path):
     process, server = owner("outlive")
     port = psutil.Process(server).net_connections("tcp")[0].laddr.port
@@ -503,6 +513,7 @@ def test_a_server_outlives_its_owner_if_it_is_told_to(owner, make, tmp_path):
     assert not is_alive(server)
 
 
+@pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
 def test_the_end_of_an_owner_is_seen_without_the_kernels_help(owner, monkeypatch):
     """As on systems that have no descriptors of processes."""
     from shmelim.rpc import ending
