@@ -168,7 +168,7 @@ def check_history(server, model):
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-@settings(SETTINGS, max_examples=100)
+@settings(SETTINGS, max_examples=50)
 @given(st.lists(step, max_size=40))
 def test_table_store_files_and_history_equal_the_model(steps):
     play(steps)
