@@ -25,6 +25,7 @@ from shmelim.eliminations import files, replacement
 from shmelim.eliminations.changes import Step, merge, record_departures, replace_all
 from shmelim.eliminations.entry import ORIGIN_KEY, PREFIX, Status, departed_in
 from shmelim.eliminations.history import Change as EventOf
+from shmelim.eliminations.imports import restore_imported, set_aside
 from shmelim.eliminations.mirror import DEPARTED_FILE, ELIMINATIONS_FILE, digest_key, known_digests
 from shmelim.eliminations.store import FILE_NAME, Store
 from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError, StoreError
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from shmelim.eliminations.schema import Durability
 
-__all__ = ["import_file", "origin_record", "recover"]
+__all__ = ["origin_record", "recover"]
 
 _log = logging.getLogger("shmelim.recovery")
 _CHECK_LIMIT = 256 << 20
@@ -48,6 +49,7 @@ class _Published(NamedTuple):
     records: dict[str, bytes]
     departed: dict[str, int]
     registered: list[str]
+    imported: list[str] | None
 
 
 def recover(
@@ -155,41 +157,27 @@ def _remove_store(directory: Path) -> None:
         (directory / (FILE_NAME + suffix)).unlink(missing_ok=True)
 
 
-def import_file(step: Step, path: Path) -> tuple[int, int]:
-    """Merge a file of eliminations or departed hotkeys into the state.
+class _Origin(msgspec.Struct):
+    """What a table says of its origin; ``imported`` is None where that is not known."""
 
-    Rows that cannot be taken are set aside in a quarantine file beside it.
+    state_dir: str | None
+    imported: list[str] | None = None
 
-    Returns
-    -------
-    tuple
-        How many rows were taken and how many set aside.
 
-    Raises
-    ------
-    DamagedFileError, StoreError
-        It cannot be read; nothing is applied.
+def origin_record(directory: Path | None, imported: list[str] | None = None) -> bytes:
+    """Return what a table says of its origin: its state directory, and the digests of what was imported there."""
+    return msgspec.msgpack.encode(_Origin(_resolved(directory), imported))
 
-    """
+
+def _resolved(directory: Path | None) -> str | None:
+    return None if directory is None else str(directory.resolve())
+
+
+def _origin_in(record: bytes) -> _Origin | None:
     try:
-        found = files.read_eliminations(path)
-    except DamagedFileError:
-        departed = files.read_departed(path)
-        if departed is None:
-            raise
-        record_departures(departed.items, f"import of {path}")(step)
-        _set_aside(path, departed.bad)
-        return len(departed.items), len(departed.bad)
-    if found is None:
-        raise StoreError(f"{path} does not exist", hint="name a JSON file of eliminations or departed hotkeys")
-    merge(dict(found.rows), f"import of {path}")(step)
-    _set_aside(path, found.bad)
-    return len(found.rows), len(found.bad)
-
-
-def origin_record(directory: Path | None) -> bytes:
-    """Return what a table says of its origin: the state directory it was made from."""
-    return msgspec.msgpack.encode({"state_dir": None if directory is None else str(directory.resolve())})
+        return msgspec.msgpack.decode(record, type=_Origin)
+    except msgspec.DecodeError:
+        return None
 
 
 def _take_files(step: Step, directory: Path, *, fresh: bool) -> None:
@@ -201,7 +189,7 @@ def _take_files(step: Step, directory: Path, *, fresh: bool) -> None:
         unsure = [bad.row.get("hotkey") for bad in found.bad if isinstance(bad.row, dict)]
         keep = [hotkey for hotkey in unsure if isinstance(hotkey, str)]
         replace_all(dict(found.rows), f"file {path.name}", keep)(step)
-        _set_aside(path, found.bad)
+        set_aside(path, found.bad)
         return found.digest
 
     def departed(path: Path) -> str | None:
@@ -236,16 +224,8 @@ def _take_departed(step: Step, path: Path, reason: str) -> str | None:
     if found is None:
         raise StoreError(f"{path} does not exist", hint="name a JSON file of departed hotkeys")
     record_departures(found.items, reason)(step)
-    _set_aside(path, found.bad)
+    set_aside(path, found.bad)
     return found.digest
-
-
-def _set_aside(path: Path, bad: list[files.BadRow]) -> None:
-    if bad:
-        target = files.quarantine(path, bad)
-        _log.warning("%d rows of %s cannot be taken and are set aside in %s:", len(bad), path, target)
-        for row in bad[:20]:
-            _log.warning("  row %d: %s", row.index, row.problem)
 
 
 def _last_published(namespace: Namespace, directory: Path) -> _Published | None:
@@ -255,8 +235,9 @@ def _last_published(namespace: Namespace, directory: Path) -> _Published | None:
     except (NotServingError, SegmentError) as error:
         _log.warning("shared memory does not help: %s", error)
         return None
-    origin = entries.pop(ORIGIN_KEY, None)
-    if origin is None or origin.record != origin_record(directory):
+    entry_of_origin = entries.pop(ORIGIN_KEY, None)
+    origin = None if entry_of_origin is None else _origin_in(entry_of_origin.record)
+    if origin is None or origin.state_dir != _resolved(directory):
         _log.warning("shared memory does not help: what stands there is the state of another directory")
         return None
     return _Published(
@@ -267,6 +248,7 @@ def _last_published(namespace: Namespace, directory: Path) -> _Published | None:
         },
         {hotkey: info["detected_ms"] for hotkey, info in departed_in(entries).items()},
         [key.decode() for key, entry in entries.items() if entry.flags & Status.REGISTERED],
+        origin.imported,
     )
 
 
@@ -275,6 +257,7 @@ def _restore(step: Step, published: _Published, directory: Path) -> None:
     merge(published.records, "recovered")(step)
     record_departures(published.departed, "recovered")(step)
     step.store.set_registered(published.registered)
+    restore_imported(step, published.imported)
     # What stands in the files is at most as new: no start must take it for a person's work.
     for name in (ELIMINATIONS_FILE, DEPARTED_FILE):
         digest = files.digest_of(directory / name)
@@ -290,3 +273,4 @@ def _restore(step: Step, published: _Published, directory: Path) -> None:
 def _restore_from_files(step: Step, directory: Path) -> None:
     step.record([EventOf("recover", note="the store was damaged: restored from the JSON files")])
     _take_files(step, directory, fresh=True)
+    restore_imported(step, None)

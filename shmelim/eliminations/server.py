@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from shmelim.eliminations import changes, files
 from shmelim.eliminations.committer import Committer
 from shmelim.eliminations.history import Origin, this_process
+from shmelim.eliminations.imports import import_file, imported, merge_once
 from shmelim.eliminations.mirror import ELIMINATIONS_FILE, FileMirror, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import check_hotkey, decode, generate_row, prepare
-from shmelim.eliminations.recovery import import_file, origin_record, recover
+from shmelim.eliminations.recovery import origin_record, recover
 from shmelim.eliminations.runtime import StateLock
 from shmelim.eliminations.store import FILE_NAME, Store, read_events
 from shmelim.eliminations.uploads import Uploads
@@ -120,13 +121,13 @@ class EliminationManagerServer:
             tell("opening the state", 0, None)
             store = self._open_store(durability, default_departed, use_files=files != "off")
             try:
-                for path in imports:
-                    tell(f"importing {path}", 0, None)
-                    self._import(store, Path(path))
+                paths = [Path(path) for path in imports]
+                merge_once(store, paths, lambda path: tell(f"importing {path}", 0, None))
                 self._committer = Committer(store, table, self._after_publish)
                 self._mirror: FileMirror | None = None
                 self._committer.publish_all(
-                    origin_record(self.state_dir), lambda done, total: tell("publishing", done, total)
+                    origin_record(self.state_dir, imported(store)),
+                    lambda done, total: tell("publishing", done, total),
                 )
             except BaseException:
                 store.close()
@@ -160,18 +161,6 @@ class EliminationManagerServer:
             with store.transaction():
                 import_file(changes.Step(store, None), default)
         return store
-
-    @staticmethod
-    def _import(store: Store, path: Path) -> None:
-        """Merge a file, unless this very content was merged before (a restart must not undo later changes)."""
-        key = f"imported:{files.digest_of(path)}"
-        if store.meta(key):
-            _log.info("%s was imported before", path)
-            return
-        with store.transaction():
-            taken, bad = import_file(changes.Step(store, None), path)
-            store.set_meta(key, True)  # noqa: FBT003
-        _log.info("imported %d rows of %s, set %d aside", taken, path, bad)
 
     def _beat(self, table: TableWriter) -> None:
         while not self._stopped.wait(BEAT_INTERVAL):
