@@ -27,6 +27,7 @@ from shmelim.eliminations.entry import ORIGIN_KEY, PREFIX, Status, departed_in
 from shmelim.eliminations.history import Change as EventOf
 from shmelim.eliminations.imports import restore_imported, set_aside
 from shmelim.eliminations.mirror import DEPARTED_FILE, ELIMINATIONS_FILE, digest_key, known_digests
+from shmelim.eliminations.schema import RESTORE_HINT
 from shmelim.eliminations.store import FILE_NAME, Store
 from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError, StoreError
 from shmelim.shm import Namespace, TableReader
@@ -148,7 +149,7 @@ def _need_files(directory: Path | None, damage: DamagedStoreError) -> None:
         return
     raise DamagedStoreError(
         f"{damage.message}, and there is no other record of the state",
-        hint=f"put a backup in its place, or move every {FILE_NAME}* out of the directory to start empty",
+        hint=f"{RESTORE_HINT}; or move every {FILE_NAME}* out of the directory to start empty",
     ) from damage
 
 

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import os
 import sqlite3
 import tempfile
@@ -24,6 +24,7 @@ from shmelim.errors import DamagedStoreError, StoreError
 __all__ = [
     "DAMAGED_HINT",
     "FILE_NAME",
+    "RESTORE_HINT",
     "SCHEMA_NUMBER",
     "Durability",
     "Row",
@@ -40,7 +41,11 @@ SCHEMA_NUMBER = 1
 Durability = Literal["power", "process"]
 
 _APPLICATION_ID = 0x73686D65
-DAMAGED_HINT = "move it aside and start again: the state is rebuilt from the JSON files beside it"
+DAMAGED_HINT = (
+    "start the server again: it moves the file aside, and restores the state from shared memory or the JSON files"
+)
+# What the log of an earlier file holds would be replayed onto the one that takes its place.
+RESTORE_HINT = f"remove {FILE_NAME}-wal and -shm first, then put a backup in its place"
 
 _SYNCHRONOUS = {"power": "FULL", "process": "NORMAL"}
 _SMALLEST = 512
@@ -150,9 +155,25 @@ def _check_file(path: Path) -> None:
 
 
 def _make_file(path: Path) -> None:
-    """Make an empty database under another name, private before SQLite opens it, and link it into place."""
+    """Make an empty database under another name, private before SQLite opens it, and link it into place.
+
+    One process at a time in one directory, so that none removes what another one has just begun.
+    """
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not path.exists():
+            _make_file_alone(path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_file_alone(path: Path) -> None:
     for leftover in path.parent.glob(f".{path.name}.*"):
         leftover.unlink(missing_ok=True)
+    # Of a database that was deleted or moved without them.
+    remove_log(path)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
@@ -162,11 +183,9 @@ def _make_file(path: Path) -> None:
             install(db, temporary)
         finally:
             db.close()
-        with contextlib.suppress(FileExistsError):
-            path.hardlink_to(temporary)
+        path.hardlink_to(temporary)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
 
 
 def connect(path: Path | None, durability: Durability, busy_timeout: float) -> sqlite3.Connection:

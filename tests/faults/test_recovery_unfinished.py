@@ -169,6 +169,7 @@ class TestBetweenTheTwoRenames:
         for _ in range(2):
             with pytest.raises(DamagedStoreError, match="no other record") as caught:
                 start(table_name, state_dir, files="off")
+            assert f"remove {FILE_NAME}-wal and -shm first" in caught.value.hint
             assert f"move every {FILE_NAME}* out of the directory" in caught.value.hint
             assert listing(state_dir) == before
         (tmp_path / "elsewhere").mkdir()

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from shmelim.eliminations import schema
 from shmelim.eliminations import store as st
 from shmelim.eliminations.store import Change, Counts, Origin, Row, Store
 from shmelim.errors import DamagedStoreError, StoreError
@@ -528,6 +529,37 @@ class TestCreation:
         assert list(tmp_path.iterdir()) == []
         with Store.open(tmp_path) as store:
             assert not any(store.counts())
+
+    def test_the_log_of_a_database_that_is_gone_is_not_replayed_onto_the_new_one(self, tmp_path):
+        with Store.open(tmp_path) as store:
+            with store.transaction():
+                store.put_elimination("old", b"record")
+            # As after a kill, and a deletion of the main file alone.
+            for suffix in ("-wal", "-shm"):
+                path = tmp_path / f"{st.FILE_NAME}{suffix}"
+                path.with_name(f"kept{suffix}").write_bytes(path.read_bytes())
+        (tmp_path / st.FILE_NAME).unlink()
+        for suffix in ("-wal", "-shm"):
+            (tmp_path / f"kept{suffix}").rename(tmp_path / f"{st.FILE_NAME}{suffix}")
+        with Store.open(tmp_path) as store:
+            store.check()
+            assert not any(store.counts())
+
+    def test_two_that_create_at_once_open_the_same_one(self, tmp_path, monkeypatch):
+        make, opened = schema._make_file, []
+
+        def late(path):
+            # Another one was quicker: found missing, made and filled in between.
+            monkeypatch.setattr(schema, "_make_file", make)
+            opened.append(Store.open(tmp_path))
+            with opened[0].transaction():
+                opened[0].put_elimination("first", b"record")
+            make(path)
+
+        monkeypatch.setattr(schema, "_make_file", late)
+        with Store.open(tmp_path) as store:
+            assert store.get("first") is not None
+        opened[0].close()
 
     def test_what_a_killed_creation_left_is_removed(self, tmp_path):
         (tmp_path / ".shmelim.sqlite.abc").write_bytes(b"half")
