@@ -37,7 +37,9 @@ __all__ = [
     "BadRow",
     "DepartedFile",
     "EliminationsFile",
+    "Identity",
     "digest_of",
+    "identity_of",
     "move_aside",
     "quarantine",
     "read_departed",
@@ -69,6 +71,15 @@ class EliminationsFile(NamedTuple):
     rows: list[tuple[str, bytes]]
     bad: list[BadRow]
     digest: str
+
+
+class Identity(NamedTuple):
+    """What tells a file from every other, and from itself after it was written to."""
+
+    device: int
+    inode: int
+    changed_ns: int
+    size: int
 
 
 class DepartedFile(NamedTuple):
@@ -204,6 +215,17 @@ def digest_of(path: str | os.PathLike[str]) -> str | None:
         raise _unreadable(path, error) from error
 
 
+def identity_of(path: str | os.PathLike[str]) -> Identity | None:
+    """Return what identifies a file and its content, or None where there is none; StoreError if unreadable."""
+    try:
+        status = Path(path).stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return Identity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
 def quarantine(path: str | os.PathLike[str], bad_rows: Iterable[BadRow]) -> Path:
     """Keep the rows that could not be taken from a file, with what is wrong with each; returns where.
 
@@ -236,8 +258,8 @@ def quarantine(path: str | os.PathLike[str], bad_rows: Iterable[BadRow]) -> Path
     return target
 
 
-def move_aside(path: str | os.PathLike[str]) -> Path:
-    """Rename a damaged file to ``<name>.damaged-<UTC time>``, never over an earlier one; returns the new path.
+def move_aside(path: str | os.PathLike[str], what: str = "damaged") -> Path:
+    """Rename a file to ``<name>.<what>-<UTC time>``, never over an earlier one; returns the new path.
 
     Raises
     ------
@@ -248,7 +270,7 @@ def move_aside(path: str | os.PathLike[str]) -> Path:
     old = Path(path)
     try:
         old.stat()  # that there is one, before a name is taken for it
-        aside = unused_name(old, "damaged")
+        aside = unused_name(old, what)
         old.replace(aside)
         sync_directory(old.parent)
     except OSError as error:

@@ -6,7 +6,8 @@ long, the next one that nobody waits for comes ten times as long later, so that 
 a core busy.
 
 Before a new file takes its name, its digest is committed to the store beside that of the file that stands there,
-and alone once it has: on the next start, a file with another digest was put there by a person.
+and alone once it has: on the next start, a file with another digest was put there by a person. One that is put
+there while the server runs is not overwritten: it is moved aside, and a warning says how to apply it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from typing import TYPE_CHECKING, Final, Literal
 
 from shmelim.eliminations import files
-from shmelim.eliminations.changes import set_meta
+from shmelim.eliminations.changes import note, set_meta
 from shmelim.eliminations.entry import PREFIX, Status, departed_in
 from shmelim.errors import StoreError
 
@@ -80,6 +81,8 @@ class FileMirror:
         self._not_before = 0.0
         # Departures are for ever, so their number tells whether the file lacks any.
         self._departed_written = -1
+        # The files as they stood when they were last known to be ours.
+        self._ours: dict[str, files.Identity | None] = {}
         self._problem: StoreError | None = None
         self._thread: threading.Thread | None = None
 
@@ -211,6 +214,7 @@ class FileMirror:
                     departed = departed_in(entries)
                     digest = files.write_departed(path, _times(departed), before_rename=confirm)
                     self._departed_written = len(departed)
+                self._ours[name] = files.identity_of(path)
                 # An earlier version that a person puts back is that person's work.
                 self._know(name, [digest])
         except StoreError as error:
@@ -222,6 +226,7 @@ class FileMirror:
 
     def _confirming(self, name: str) -> Callable[[str], None]:
         def confirm(digest: str) -> None:
+            self._keep_edit(name)
             # The one that stands there stays known: a crash may come before the rename.
             standing = self._standing(name)
             if digest not in standing:
@@ -229,9 +234,37 @@ class FileMirror:
 
         return confirm
 
+    def _keep_edit(self, name: str) -> None:
+        """Move a file that is not ours out of the way of the one that is about to take its place."""
+        path = self._directory / name
+        found = files.identity_of(path)
+        if found is None or found == self._ours.get(name):
+            return
+        # A file that was only touched, or copied over itself, or that stood there at the start, is as we left it.
+        if files.digest_of(path) in self._known(name):
+            return
+        aside = files.move_aside(path, "edited")
+        apply = (
+            f"`shmelim sync {aside}` applies it"
+            if name == ELIMINATIONS_FILE
+            else f"the next start with `--import {aside}` applies it"
+        )
+        _log.warning(
+            "%s was changed while the server runs, which takes no notice of it: it is now %s; %s."
+            " To edit it in place, stop the server first.",
+            path,
+            aside,
+            apply,
+        )
+        text = f"{name} was changed while the server ran: not applied, moved aside to {aside.name}"
+        self._committer.commit(note("edited", text))
+
+    def _known(self, name: str) -> list[str]:
+        return self._committer.read(lambda store: known_digests(store.meta(digest_key(name))))
+
     def _standing(self, name: str) -> list[str]:
         """Return the digest of the file on disk, as a list, if it is known to be ours."""
-        known = self._committer.read(lambda store: known_digests(store.meta(digest_key(name))))
+        known = self._known(name)
         if len(known) <= 1:
             return known
         # A write ended between the two steps: only the file itself can tell which of them it is.
@@ -240,8 +273,7 @@ class FileMirror:
 
     def _know(self, name: str, digests: list[str]) -> None:
         """Make these the digests under which the store knows a file."""
-        known = self._committer.read(lambda store: known_digests(store.meta(digest_key(name))))
-        if known != digests:
+        if self._known(name) != digests:
             self._committer.commit(set_meta(digest_key(name), digests))
 
 

@@ -337,3 +337,82 @@ class TestFailing:
         assert [record["hotkey"] for record in server.get_eliminations_from_disk_rpc()] == ["new"]
         server.save_eliminations_rpc()
         assert in_file(state_dir) == ["new"]
+
+
+class TestAFileThatIsEditedWhileTheServerRuns:
+    @pytest.fixture
+    def edited(self, never_by_itself, server, state_dir):
+        """The text of an edit, made in place."""
+        server.append_elimination_row_rpc("a", 1.0, "ZOMBIE")
+        path = state_dir / "eliminations.json"
+        text = json.dumps({"eliminations": [row("of-a-person")]})
+        path.write_text(text)
+        return text
+
+    @staticmethod
+    def asides(state_dir, name="eliminations.json"):
+        return sorted(state_dir.glob(f"{name}.edited-*"))
+
+    def test_is_moved_aside_and_named(self, edited, server, state_dir, caplog):
+        server.append_elimination_row_rpc("b", 1.0, "ZOMBIE")
+        assert in_file(state_dir) == ["a", "b"]
+        (aside,) = self.asides(state_dir)
+        assert aside.read_text() == edited
+        assert f"shmelim sync {aside}" in caplog.text
+        (event,) = [event for event in server.get_history_rpc(limit=None) if event["action"] == "edited"]
+        assert aside.name in event["note"]
+        assert server.health_check_rpc()["problems"] == []
+
+    def test_is_moved_aside_once(self, edited, server, state_dir):
+        for hotkey in "bcd":
+            server.append_elimination_row_rpc(hotkey, 1.0, "ZOMBIE")
+        assert len(self.asides(state_dir)) == 1
+
+    def test_each_edit_is_kept(self, edited, server, state_dir):
+        server.append_elimination_row_rpc("b", 1.0, "ZOMBIE")
+        # As an editor saves: another file takes the name.
+        (state_dir / "new").write_text("not even JSON")
+        (state_dir / "new").replace(state_dir / "eliminations.json")
+        server.append_elimination_row_rpc("c", 1.0, "ZOMBIE")
+        assert sorted(path.read_text() for path in self.asides(state_dir)) == sorted([edited, "not even JSON"])
+        assert same(server, state_dir)
+
+    def test_of_departed_hotkeys_is_kept_too(self, never_by_itself, server, state_dir, caplog):
+        path = state_dir / "departed_hotkeys.json"
+        path.write_text('{"departed_hotkeys": ["mine"]}')
+        server.save_eliminations_rpc()
+        (aside,) = self.asides(state_dir, path.name)
+        assert aside.read_text() == '{"departed_hotkeys": ["mine"]}'
+        assert f"--import {aside}" in caplog.text
+
+    def test_that_is_only_touched_or_copied_is_ours(self, never_by_itself, server, state_dir):
+        path = state_dir / "eliminations.json"
+        os.utime(path, ns=(1, 1))
+        server.append_elimination_row_rpc("a", 1.0, "ZOMBIE")
+        (state_dir / "copy").write_bytes(path.read_bytes())
+        (state_dir / "copy").replace(path)
+        server.append_elimination_row_rpc("b", 1.0, "ZOMBIE")
+        assert self.asides(state_dir) == []
+        assert not [event for event in server.get_history_rpc(limit=None) if event["action"] == "edited"]
+
+    def test_before_the_first_write_is_kept(self, never_by_itself, state_dir):
+        with EliminationManagerServer(state_dir=state_dir, durability="process") as server:
+            server.append_elimination_row_rpc("a", 1.0, "ZOMBIE")
+        with EliminationManagerServer(state_dir=state_dir, durability="process") as server:
+            (state_dir / "eliminations.json").write_text("an edit")
+            server.append_elimination_row_rpc("b", 1.0, "ZOMBIE")
+            assert [path.read_text() for path in self.asides(state_dir)] == ["an edit"]
+
+    def test_that_cannot_be_moved_is_not_overwritten(self, edited, server, state_dir, monkeypatch):
+        def refuse(*_args):
+            raise StoreError("cannot be moved")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "move_aside", refuse)
+            with pytest.raises(StoreError, match="cannot be moved"):
+                server.save_eliminations_rpc()
+            assert (state_dir / "eliminations.json").read_text() == edited
+            assert server.health_check_rpc()["problems"]
+        server.save_eliminations_rpc()
+        assert same(server, state_dir)
+        assert [path.read_text() for path in self.asides(state_dir)] == [edited]
