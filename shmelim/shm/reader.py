@@ -210,6 +210,25 @@ class TableReader:
 
     def _locate(self, key: bytes, decode: Callable[[memoryview], T] | None) -> tuple[int, int, Any] | None:
         """Return flags, ordinal, and the record or what ``decode`` makes of it; None if ``key`` is absent."""
+
+        def look(view: View, version: int) -> tuple[int, int, Any] | None:
+            packed = view.probe(version & 1, key)
+            if not packed:
+                return None
+            start, end, ordinal = view.record_span(version & 1, packed)
+            if decode is None:
+                return packed & 0xFF, ordinal, view.memory[start:end]
+            with memoryview(view.memory) as whole, whole[start:end] as window:
+                return packed & 0xFF, ordinal, decode(window)
+
+        return self._consistently(look)
+
+    def _consistently(self, look: Callable[[View, int], T]) -> T:
+        """Return what ``look`` makes of a view at a version; start over if a publish came between.
+
+        The frame of all reads but :meth:`flags`, where it stands unrolled, and :meth:`flags_of`, which gives up.
+        An exception counts as a result does: only if nothing was published meanwhile.
+        """
         while True:
             view = self._view
             words = view.root.words
@@ -217,22 +236,14 @@ class TableReader:
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
                 continue
-            found: tuple[int, int, Any] | None = None
             try:
-                packed = view.probe(version & 1, key)
-                if packed:
-                    start, end, ordinal = view.record_span(version & 1, packed)
-                    if decode is None:
-                        found = packed & 0xFF, ordinal, view.memory[start:end]
-                    else:
-                        with memoryview(view.memory) as whole, whole[start:end] as window:
-                            found = packed & 0xFF, ordinal, decode(window)
+                result = look(view, version)
             except Exception:
                 if words[VERSION] == version:
                     raise
             else:
                 if words[VERSION] == version:
-                    return found
+                    return result
             self.retries += 1
 
     # ------------------------------------------------------------------ many at once
@@ -290,26 +301,21 @@ class TableReader:
             The log contradicts itself.
 
         """
-        while True:
-            view = self._view
-            words = view.root.words
-            version = words[VERSION]
-            if version >> SEQUENCE_BITS != view.generation:
-                self._attach()
-                continue
-            copy = version & 1
-            header = view.header_word[copy]
+
+        def look(view: View, version: int) -> tuple[View, int, int, int, int]:
+            header = view.header_word[version & 1]
             epoch, used, count = (view.words[header + field] for field in (EPOCH, USED, COUNT))
-            if words[VERSION] != version:
-                self.retries += 1
-                continue
+            return view, version, epoch, used, count
+
+        while True:
+            view, version, epoch, used, count = self._consistently(look)
             if used > view.arena_size:
                 raise CorruptSegmentError(
                     f"segment {view.segment.label} says {used} bytes used of an arena of {view.arena_size}"
                 )
-            start = view.arena[copy]
+            start = view.arena[version & 1]
             log = view.memory[start : start + used]
-            if view.words[header + EPOCH] != epoch:
+            if view.words[view.header_word[version & 1] + EPOCH] != epoch:
                 self.retries += 1
                 continue
             entries = replay(log, view.segment.label, seed=view.seed if verify else None)
@@ -323,45 +329,32 @@ class TableReader:
 
     def info(self) -> TableInfo:
         """Return sizes and counts as of one version."""
-        while True:
-            view = self._view
-            words = view.root.words
-            version = words[VERSION]
-            if version >> SEQUENCE_BITS != view.generation:
-                self._attach()
-                continue
+
+        def look(view: View, version: int) -> TableInfo:
             base = view.header_word[version & 1]
             head = view.words[base : base + COPY_HEADER_SIZE // WORD].tolist()
-            if words[VERSION] == version:
-                return TableInfo(
-                    version=version,
-                    generation=view.generation,
-                    sequence=version & ((1 << SEQUENCE_BITS) - 1),
-                    capacity=view.capacity,
-                    entries=head[COUNT],
-                    flag_counts=tuple(head[FLAG_COUNTS : FLAG_COUNTS + FLAG_BITS]),
-                    arena_size=view.arena_size,
-                    arena_used=head[USED],
-                    arena_live=head[LIVE],
-                    segment_size=view.segment.size,
-                )
-            self.retries += 1
+            return TableInfo(
+                version=version,
+                generation=view.generation,
+                sequence=version & ((1 << SEQUENCE_BITS) - 1),
+                capacity=view.capacity,
+                entries=head[COUNT],
+                flag_counts=tuple(head[FLAG_COUNTS : FLAG_COUNTS + FLAG_BITS]),
+                arena_size=view.arena_size,
+                arena_used=head[USED],
+                arena_live=head[LIVE],
+                segment_size=view.segment.size,
+            )
+
+        return self._consistently(look)
 
     def count_flag(self, bit: int) -> int:
         """Return how many entries have the flag with the value ``1 << bit``, 0 to 7. One load."""
         if not 0 <= bit < FLAG_BITS:
             raise ValueError(f"bit {bit} must be 0 to {FLAG_BITS - 1}")
-        while True:
-            view = self._view
-            words = view.root.words
-            version = words[VERSION]
-            if version >> SEQUENCE_BITS != view.generation:
-                self._attach()
-                continue
-            count = view.words[view.header_word[version & 1] + FLAG_COUNTS + bit]
-            if words[VERSION] == version:
-                return count
-            self.retries += 1
+        return self._consistently(
+            lambda view, version: int(view.words[view.header_word[version & 1] + FLAG_COUNTS + bit])
+        )
 
     def writer(self) -> WriterInfo:
         """Return who writes and whether it lives. Looks whether the root segment was replaced meanwhile."""
