@@ -7,6 +7,7 @@ import select
 import signal
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import psutil
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Ending", "Owner"]
 
+_HAS_PROC = Path("/proc/self/stat").exists()
+_STARTED = 18  # index of the start time after the state, see proc(5)
 _LOOK_AGAIN = 0.5  # seconds between two looks at the owner, where the kernel does not report its end
 
 
@@ -28,7 +31,7 @@ class Owner:
     pid : int
         Its id.
     started : float
-        When it was started, as :mod:`psutil` says.
+        When it was started, in a form that only compares.
 
     """
 
@@ -43,18 +46,11 @@ class Owner:
     @classmethod
     def of(cls, pid: int) -> Self:
         """Return the process that has this id now, or an ended one."""
-        try:
-            return cls(pid, psutil.Process(pid).create_time())
-        except psutil.Error:
-            return cls(pid, 0.0)
+        return cls(pid, _start_of(pid) or 0.0)
 
     def is_running(self) -> bool:
         """Whether it has not ended."""
-        try:
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
+        return self.started != 0.0 and _start_of(self.pid) == self.started
 
     def open(self) -> int | None:
         """Return a descriptor that becomes readable when it ends; None where there is no such thing."""
@@ -63,6 +59,23 @@ class Owner:
             return None if opener is None else int(opener(self.pid))
         except OSError:  # it has ended, or the kernel is too old: is_running() tells
             return None
+
+
+def _start_of(pid: int) -> float | None:
+    """Return when a process was started; None if it has ended, waited for or not."""
+    if _HAS_PROC:
+        # Counted from the boot. What psutil makes of it moves when the clock is set, and so would differ between
+        # two processes.
+        try:
+            state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return None if state in "ZX" else float(fields[_STARTED])
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
 
 
 class Ending:

@@ -112,6 +112,10 @@ class RPCServiceBase(ABC):
 
     """
 
+    # On the class as well, for mocks made after it, and for objects that are forgotten before they are made.
+    _server_proxy: Any = None
+    _closed = True
+
     def __init__(
         self,
         service_name: str,
@@ -139,7 +143,7 @@ class RPCServiceBase(ABC):
         self._key = ServiceKey(key_path)
         self._settings = ServiceSettings(**settings)
         # Written by _initialize_service(), by shutdown(), and by a forked child, which is alone.
-        self._server_proxy: Any = None
+        self._server_proxy = None
         self._supervisor: Supervisor | None = None  # in the owner only
         self._desk: RestartDesk | None = None
         self._client: ServiceClient | None = None
@@ -309,7 +313,7 @@ class RPCServiceBase(ABC):
         self.shutdown()
 
     def __del__(self) -> None:
-        if self.__dict__.get("_closed") is False:  # otherwise there is nothing to end, or no whole object
+        if not self._closed:
             self.shutdown()
 
     def __repr__(self) -> str:

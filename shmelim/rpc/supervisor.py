@@ -141,8 +141,6 @@ class Supervisor:
         with self._lock:
             if failed_at is not None and failed_at < self._restarted_at:
                 return False
-            if self._closed:
-                raise ChannelError(f"{self._name} was shut down")
             _logger.warning("%s: restarting the server process", self._name)
             self._stop_server()
             wait_until_free(self.location, self._settings.release_timeout)

@@ -171,10 +171,12 @@ def test_the_rate_is_bounded_after_a_burst(slack, make):
 
 
 def test_the_rate_recovers_with_time(slack, make):
-    notifier = make(burst=1, interval=0.01)
+    notifier = make(burst=1, interval=0.03)
+    began = time.monotonic()
     for number in range(5):
         notifier.send_message(f"message {number}")
     assert notifier.flush(PATIENCE)
+    assert time.monotonic() - began >= 4 * 0.03
     assert slack.accepted == [f"\u2139\ufe0f message {number}" for number in range(5)]
 
 

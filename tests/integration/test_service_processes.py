@@ -19,7 +19,7 @@ import psutil
 import pytest
 from ledger import PATIENCE, Alerts, EntryPointLedger, Ledger, LedgerServer, is_alive, until
 
-from shmelim.errors import ChannelError, NotServingError
+from shmelim.errors import AuthenticationFailedError, ChannelError, NotServingError
 from shmelim.rpc import RPCServiceBase, ServerReady
 from shmelim.rpc.launch import ServerOptions
 
@@ -183,7 +183,7 @@ def test_a_fork_while_other_threads_restart_and_check(make, monkeypatch):
 
 @pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
 def test_a_copy_may_go_to_a_starting_process_only(service):
-    with pytest.raises(RuntimeError, match="inheritance"):
+    with pytest.raises(RuntimeError, match=r"Ledger objects should only be shared .* through inheritance"):
         pickle.dumps(service)
     for part in (service._key, service._client, ServerReady(ServerOptions("S"))):
         with pytest.raises(RuntimeError, match="inheritance"):
@@ -319,6 +319,32 @@ def test_a_server_that_is_not_ready_in_time_is_ended(make, tmp_path):
     assert not pid.exists() or not is_alive(pid.read_text())
 
 
+def test_a_restart_that_is_not_ready_in_time_leaves_no_process(make):
+    service = make(ready_timeout=PATIENCE, stop_timeout=0.1)
+    started = []
+
+    def start(address, authkey, server_ready):
+        process = service._spawn_server(
+            Sluggish, service.directory, address=address, authkey=authkey, server_ready=server_ready
+        )
+        started.append(process)
+        until((service.directory / "pid").exists)
+        server_ready.outcome = lambda process, _: type(server_ready).outcome(server_ready, process, 0.0)
+        return process
+
+    service._start_server_process = start
+    with pytest.raises(TimeoutError):
+        service.restart_server()
+    assert not started[0].is_alive()
+
+
+def test_a_fork_of_a_direct_service_closes_nothing(make, tmp_path):
+    service = make(running_unit_tests=True)
+    assert in_fork(service.shutdown) == 0
+    assert not (tmp_path / "closed").exists()
+    assert service.enter("still here") == "still here"
+
+
 def test_what_is_no_started_process_is_refused(make):
     class Wrong(Ledger):
         def _start_server_process(self, address, authkey, server_ready):
@@ -351,6 +377,17 @@ def test_connecting_is_tried_as_often_as_said(make, tmp_path, caplog):
         f"LedgerServer: cannot connect, {left} tries left: nobody serves at {tmp_path / 's'}" for left in (2, 1, 0)
     ]
     assert not [child for child in psutil.Process().children() if "ledger" in " ".join(child.cmdline())]
+
+
+class OtherKey(Ledger):
+    def _start_server_process(self, address, authkey, server_ready):
+        return super()._start_server_process(address, bytes(reversed(authkey)), server_ready)
+
+
+def test_connecting_to_a_server_with_another_key_is_not_tried_again(make, caplog):
+    with pytest.raises(AuthenticationFailedError):
+        make(OtherKey)
+    assert "tries left" not in caplog.text
 
 
 def test_a_plain_event_will_do(tmp_path):

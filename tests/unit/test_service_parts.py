@@ -53,12 +53,12 @@ def test_no_handler_is_at_work_during_a_fork(handler):
 
 def test_a_handler_that_hangs_does_not_hold_up_a_fork(handler, monkeypatch):
     monkeypatch.setattr(log_streams, "_PATIENCE", 0.001)
-    held, go_on = threading.Event(), threading.Event()
+    held, go_on, in_time = threading.Event(), threading.Event(), []
 
     def hang():
         with handler.lock:
             held.set()
-            go_on.wait(PATIENCE)
+            in_time.append(go_on.wait(PATIENCE))
 
     thread = threading.Thread(target=hang)
     thread.start()
@@ -67,6 +67,7 @@ def test_a_handler_that_hangs_does_not_hold_up_a_fork(handler, monkeypatch):
         pass
     go_on.set()
     thread.join(PATIENCE)
+    assert in_time == [True]
 
 
 # ------------------------------------------------------------------ titles
@@ -175,6 +176,19 @@ def test_an_owner_is_not_taken_for_a_later_process_of_its_id():
     assert not Owner(this.pid, this.started - 1).is_running()
     assert not Owner.of(2**22 + 1).is_running()
     assert Owner.of(2**22 + 1).open() is None
+
+
+def test_an_owner_is_known_by_what_no_clock_changes(monkeypatch):
+    """psutil adds the time of the boot, which moves when the clock is set."""
+    child = run(time.sleep, PATIENCE)
+    owner = Owner.of(child.pid)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _self: 12345.0)
+    assert owner.is_running()
+    assert Owner.of(child.pid) == owner
+    assert owner != Owner.this_process()
+    child.kill()
+    child.join()
+    assert not owner.is_running()
 
 
 def test_a_zombie_does_not_run():
