@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import struct
 from enum import IntFlag
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["ORIGIN_KEY", "Status", "departed_in", "eliminations_in", "row_entry"]
 
 _MANY: Final = 1000
+
+# Whether a thread of this process keeps the garbage collector switched off; written by that thread alone.
+_collector_rests = False
 PREFIX: Final = struct.Struct("<qq")
 ORIGIN_KEY: Final = b"\xff:origin"
 """Key of the one entry that is no hotkey (it is not UTF-8): which state directory the table was made from."""
@@ -72,14 +76,28 @@ def _collector_at_rest(size: int) -> Iterator[None]:
 
     Decoded records hold no cycles, and the walks double the time from some thousand records on.
     """
+    global _collector_rests  # noqa: PLW0603
     if size < _MANY or not gc.isenabled():
         yield
         return
+    _collector_rests = True
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        _collector_rests = False
+
+
+def _wake_collector_in_child() -> None:
+    # The thread that would have switched it on again does not exist in the child.
+    global _collector_rests  # noqa: PLW0603
+    if _collector_rests:
+        gc.enable()
+        _collector_rests = False
+
+
+os.register_at_fork(after_in_child=_wake_collector_in_child)
 
 
 def departed_in(entries: Mapping[bytes, Entry]) -> dict[str, dict[str, int]]:
