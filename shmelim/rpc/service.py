@@ -22,25 +22,24 @@ A complete service::
 
 from __future__ import annotations
 
-import atexit
-import logging
 import multiprocessing
 import multiprocessing.context
 import os
 import threading
-import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Self
 
 from shmelim.errors import ChannelError
 from shmelim.rpc import forks, log_streams
-from shmelim.rpc.address import describe, normalize
+from shmelim.rpc.address import describe
+from shmelim.rpc.lifetimes import end_at_exit, weakly
+from shmelim.rpc.lifetimes import end_at_exit, weakly
 from shmelim.rpc.monitor import HealthMonitor, HealthPolicy, tell
 from shmelim.rpc.restarts import RestartDesk
 from shmelim.rpc.service_client import ServiceClient
 from shmelim.rpc.service_key import ServiceKey
 from shmelim.rpc.serving import run_server, serve_rpc
-from shmelim.rpc.settings import ServiceSettings
+from shmelim.rpc.settings import ServiceSettings, service_location
 from shmelim.rpc.supervisor import Supervisor
 from shmelim.rpc.titles import check_service_name
 
@@ -54,10 +53,6 @@ if TYPE_CHECKING:
     from shmelim.rpc.monitor import Notifier
 
 __all__ = ["RPCServiceBase"]
-
-_LOCALHOST = "127.0.0.1"
-
-_logger = logging.getLogger("shmelim.service")
 
 
 class RPCServiceBase(ABC):
@@ -139,7 +134,7 @@ class RPCServiceBase(ABC):
         self.max_consecutive_failures = max_consecutive_failures
         self.enable_auto_restart = enable_auto_restart
         self.slack_notifier = slack_notifier
-        self._location = None if running_unit_tests and address is None else _location(port, address)
+        self._location = None if running_unit_tests and address is None else service_location(port, address)
         self._key = ServiceKey(key_path)
         self._settings = ServiceSettings(**settings)
         # Written by _initialize_service(), by shutdown(), and by a forked child, which is alone.
@@ -155,10 +150,10 @@ class RPCServiceBase(ABC):
         self._closing = threading.Lock()  # guards `_closed`
         self._closed = False
         self._monitor = HealthMonitor(
-            self.service_name, _weakly(self._probe), _weakly(self._restart_after), _weakly(self._tell)
+            self.service_name, weakly(self._probe), weakly(self._restart_after), weakly(self._tell)
         )
         forks.register(self)
-        _services.add(self)
+        end_at_exit(self)
 
     # ------------------------------------------------------------------ what a subclass writes
 
@@ -220,7 +215,7 @@ class RPCServiceBase(ABC):
             self._server_proxy = self._client.proxy
             if self.enable_health_check:
                 self._desk = RestartDesk()
-                self._desk.open(self.service_name, _weakly(self._restart))
+                self._desk.open(self.service_name, weakly(self._restart))
         except BaseException:
             self.shutdown()
             raise
@@ -404,34 +399,3 @@ class RPCServiceBase(ABC):
 
 # Attributes of the base that mean nothing in another process.
 _OF_ONE_PROCESS = frozenset({"_server_proxy", "_supervisor", "_closing", "_closed", "_monitor"})
-
-_services: weakref.WeakSet[RPCServiceBase] = weakref.WeakSet()
-
-
-@atexit.register
-def _shutdown_all() -> None:
-    """End the servers of this process before :mod:`multiprocessing` waits for them."""
-    for service in list(_services):
-        try:
-            service.shutdown()
-        except Exception:
-            _logger.exception("%r could not be shut down", service)
-
-
-def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls a bound method without keeping its object alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> Any:
-        alive = reference()
-        if alive is None:
-            raise ChannelError("the service is gone")
-        return alive(*args)
-
-    return call
-
-
-def _location(port: int | None, address: Address | None) -> Location:
-    if (port is None) == (address is None):
-        raise ValueError("a service needs a port or an address, and not both")
-    return normalize((_LOCALHOST, port) if port is not None else address)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The figures of a service: how long what may take, how often it is tried, how its calls are made."""
+"""The settings of a service: where it is, how long what may take, how its calls are made."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import time
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from shmelim.rpc.address import normalize
 from shmelim.rpc.codec import MSGPACK
 from shmelim.rpc.protocol import DEFAULT_MAX_MESSAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from shmelim.rpc.address import Address, Location
     from shmelim.rpc.codec import Codec
 
-__all__ = ["ServiceSettings"]
+__all__ = ["ServiceSettings", "service_location"]
+
+_LOCALHOST = "127.0.0.1"
 
 
 def _now_ms() -> float:
@@ -92,3 +96,12 @@ class ServiceSettings:
     def codec_in_use(self) -> Codec:
         """The codec itself."""
         return self.codec or MSGPACK
+
+
+def service_location(port: int | None, address: Address | None) -> Location:
+    """Return where a service is to be served; ``ValueError`` if it has neither `port` nor `address`, or both."""
+    if port is not None and address is None:
+        return normalize((_LOCALHOST, port))
+    if port is None and address is not None:
+        return normalize(address)
+    raise ValueError("a service needs a port or an address, and not both")
