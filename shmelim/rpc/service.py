@@ -33,7 +33,6 @@ from shmelim.errors import ChannelError
 from shmelim.rpc import forks, log_streams
 from shmelim.rpc.address import describe
 from shmelim.rpc.lifetimes import end_at_exit, weakly
-from shmelim.rpc.lifetimes import end_at_exit, weakly
 from shmelim.rpc.monitor import HealthMonitor, HealthPolicy, tell
 from shmelim.rpc.restarts import RestartDesk
 from shmelim.rpc.service_client import ServiceClient
