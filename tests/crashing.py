@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import mmap
 import os
@@ -34,6 +33,7 @@ class Child:
     """
 
     def __init__(self, function: Callable[[], Any]) -> None:
+        self._reading: int | None
         self._reading, writing = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
@@ -65,7 +65,8 @@ class Child:
 
     def result(self) -> Any:
         """Return what the function returned, or fail with what it raised."""
-        with os.fdopen(self._reading, "rb") as pipe:
+        reading, self._reading = self._reading, None
+        with os.fdopen(reading, "rb") as pipe:
             data = pipe.read()
         status = self.wait()
         assert data, f"child died with status {status}"
@@ -77,7 +78,8 @@ class Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
+        # Once only: the number may be another thread's descriptor by now.
+        if self._reading is not None:
             os.close(self._reading)
         if self._status is None:
             os.kill(self.pid, signal.SIGKILL)

@@ -85,6 +85,9 @@ class TestCurrent:
     @pytest.mark.parametrize("call", SAVING)
     def test_when_a_saving_call_returns(self, never_by_itself, server, state_dir, call):
         fill(server)
+        server.save_eliminations_rpc()
+        server.add_elimination_rpc("unsaved", row("unsaved"))
+        server.update_metagraph_rpc(["m1"])
         assert not same(server, state_dir)
         SAVING[call](server)
         assert same(server, state_dir)
