@@ -334,6 +334,8 @@ class TestOrder:
         assert api.update_metagraph(["a", "m", "k"]) == ["z"]
         api.add_elimination("a", row("a"))
         assert api.update_metagraph(["k"]) == ["a", "m"]
+        # Eliminated later than others departed.
+        api.add_elimination("z", row("z"))
         assert list(api.get_departed_hotkeys()) == ["z", "a", "m"]
         assert list(api.departed_hotkeys) == ["z", "a", "m"]
 

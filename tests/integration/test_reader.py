@@ -323,6 +323,31 @@ class TestBatches:
         with pytest.raises(ZeroDivisionError):
             reader.read("a", lambda _view: 1 / 0)
 
+    def test_a_read_that_a_publish_overtakes_is_done_again(self, server, reader):
+        """Also where what was read in the meantime cannot be decoded."""
+        server.add_elimination_rpc("a", row("a", 0))
+        stamps = []
+
+        def overtaken(view):
+            record = decode(bytes(view))
+            stamps.append(record["return_info"]["stamp"])
+            if len(stamps) < 4:
+                server.add_elimination_rpc("a", row("a", len(stamps)))
+                # Into the copy from which this read came, too.
+                server.add_elimination_rpc("b", row("b", len(stamps)))
+                if len(stamps) == 2:
+                    raise ValueError("torn")
+            return record
+
+        before = reader.retries
+        assert reader.read("a", overtaken) == row("a", 3)
+        assert stamps == [0, 1, 2, 3]
+        assert reader.retries == before + 3
+
+    def test_a_read_that_a_removal_overtakes_finds_nothing(self, server, reader):
+        server.add_elimination_rpc("a", row("a"))
+        assert reader.read("a", lambda _view: server.remove_elimination_rpc("a")) is None
+
 
 class TestMapping:
     """The assertions of the standard library's own tests of read-only mappings, which are not everywhere."""

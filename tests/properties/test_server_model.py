@@ -128,6 +128,7 @@ step = st.one_of(
     st.tuples(st.just("upload"), hotkeys, stamp),
     st.tuples(st.just("clear")),
     st.tuples(st.just("metagraph"), hotkeys),
+    st.tuples(st.just("metagraph"), st.sets(st.sampled_from(HOTKEYS[4:])).map(lambda gone: [*HOTKEYS[:4], *gone])),
     st.tuples(st.just("metagraph"), st.just(HOTKEYS)),
     st.tuples(st.just("refuse"), hotkey, stamp),
     st.tuples(st.just("restart")),
