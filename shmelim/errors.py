@@ -29,6 +29,7 @@ __all__ = [
     "UnknownMethodError",
     "UnsupportedPlatformError",
     "UntrustedSegmentError",
+    "UploadLostError",
 ]
 
 
@@ -102,6 +103,10 @@ class DamagedStoreError(StoreError):
 
 class DamagedFileError(StoreError):
     """A JSON file of the state is damaged; the state of record is not touched by that."""
+
+
+class UploadLostError(ShmelimError, ValueError):
+    """The server does not know the upload (any more); nothing of the list was applied."""
 
 
 class ChannelError(ShmelimError, ConnectionError):

@@ -190,6 +190,8 @@ class EliminationClient(EliminationReader):
         ------
         ValueError, TypeError
             A record is not fit to be stored; nothing is applied.
+        UploadLostError
+            The server was started anew in the middle of a long list; nothing is applied.
 
         """
         check_listed(eliminations)

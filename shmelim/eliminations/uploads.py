@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from shmelim.eliminations.changes import prepare_all
+from shmelim.errors import UploadLostError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,7 +61,9 @@ class Uploads:
         Raises
         ------
         ValueError, TypeError
-            A record is not fit to be stored (the upload is given up), or there is no such upload.
+            A record is not fit to be stored; the upload is given up.
+        UploadLostError
+            There is no such upload.
 
         """
         with self._lock:
@@ -104,4 +107,7 @@ class Uploads:
         try:
             return self._open[token]
         except KeyError:
-            raise ValueError(f"there is no upload {token!r}; it may have been idle for too long") from None
+            raise UploadLostError(
+                f"there is no upload {token!r}: the server was started anew, or the upload was idle for too long",
+                hint="send the whole list again",
+            ) from None

@@ -10,7 +10,7 @@ from crashing import Child, call
 from serving import row
 
 from shmelim import EliminationClient, EliminationReader, NotServingError, OutcomeUnknownError
-from shmelim.errors import KeyFileError
+from shmelim.errors import KeyFileError, UploadLostError
 
 
 def _tell(pipe, text):
@@ -254,6 +254,25 @@ class TestLargeLists:
         assert list(client) == ["x"]
         client.sync_eliminations([row(f"h{n}") for n in range(2500)])
         assert len(client) == 2500
+
+    @pytest.mark.parametrize("lost_after", [2500, 4999])
+    def test_an_upload_that_a_restart_lost_is_an_error_of_its_own(self, serve, lost_after):
+        server = serve(durability="process")
+        client = server.client(connect_wait=30.0, timeout=30.0)
+        client.sync_eliminations([row("x")])
+
+        def rows():
+            for n in range(5000):
+                yield row(f"h{n}")
+                if n == lost_after:
+                    server.kill()
+                    server.start()
+
+        with pytest.raises((UploadLostError, OutcomeUnknownError)):
+            client.sync_eliminations(rows())
+        assert list(client) == ["x"]
+        client.sync_eliminations(row(f"h{n}") for n in range(5000))
+        assert len(client) == 5000
 
     def test_two_syncs_at_once_end_as_one_of_them(self, serve):
         server = serve(durability="process", files="off")
