@@ -25,6 +25,7 @@ __all__ = [
     "SegmentFormatError",
     "SegmentFullError",
     "ShmelimError",
+    "SlashNotMadeError",
     "StoreError",
     "UnknownMethodError",
     "UnsupportedPlatformError",
@@ -103,6 +104,13 @@ class DamagedStoreError(StoreError):
 
 class DamagedFileError(StoreError):
     """A JSON file of the state is damaged; the state of record is not touched by that."""
+
+
+class SlashNotMadeError(ShmelimError):
+    """A slash certainly moved nothing, so that it may be tried again; for a contract manager to raise.
+
+    After every other error it stays unknown whether money moved, and the slash is not repeated.
+    """
 
 
 class UploadLostError(ShmelimError, ValueError):

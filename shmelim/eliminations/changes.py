@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from shmelim.eliminations.debts import OWED
 from shmelim.eliminations.departures import lost_hotkeys
 from shmelim.eliminations.history import Change as EventOf
 from shmelim.eliminations.record import check_hotkey, prepare
@@ -32,12 +33,14 @@ __all__ = [
     "record_departures",
     "remove",
     "replace_all",
+    "replacements",
     "set_meta",
     "update_metagraph",
 ]
 
 
 _ANOMALY: Final = "anomaly"
+_REPLACEMENTS: Final = "replacements"
 
 
 class Step:
@@ -63,8 +66,12 @@ class Step:
         listed = list(events)
         if not listed:
             return
-        self.store.add_events(listed, self.origin)
+        self.tell(listed)
         self.touched.update((event.hotkey, None) for event in listed if event.hotkey is not None)
+
+    def tell(self, events: Iterable[EventOf]) -> None:
+        """Write events of what nobody publishes."""
+        self.store.add_events(events, self.origin)
         self.wrote = True
 
 
@@ -124,6 +131,7 @@ def remove(hotkeys: list[str]) -> Callable[[Step], list[str]]:
     def run(step: Step) -> list[str]:
         old = step.store.remove_eliminations(hotkeys)
         step.record(EventOf("remove", hotkey, record) for hotkey, record in old.items())
+        _cancel_debts(step, old, "remove")
         return list(old)
 
     return run
@@ -137,6 +145,8 @@ def clear(reason: str = "clear") -> Callable[[Step], int]:
         if old:
             step.store.clear_eliminations()
             step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in old.items())
+            _cancel_debts(step, old, reason)
+        _count_replacement(step)
         return len(old)
 
     return run
@@ -155,10 +165,43 @@ def replace_all(
         gone = [hotkey for hotkey, _ in step.store.eliminated() if hotkey not in records and hotkey not in kept]
         removed = step.store.remove_eliminations(gone)
         step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in removed.items())
+        _cancel_debts(step, removed, reason)
         merge(records, reason)(step)
+        _count_replacement(step)
         return gone
 
     return run
+
+
+def replacements(store: Store) -> int:
+    """Return how often the whole list was replaced, whether or not that changed anything in it."""
+    return int(store.meta(_REPLACEMENTS, 0))
+
+
+def _count_replacement(step: Step) -> None:
+    step.store.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
+    step.wrote = True
+
+
+def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
+    """Cancel what these hotkeys owe, which are no longer eliminated.
+
+    A slash that was begun stays, as money may have moved; it only ceases to be due.
+    """
+    # Few owe anything, even where a million are removed.
+    owing = step.store.debtors()
+    for hotkey in hotkeys:
+        if hotkey not in owing:
+            continue
+        cancelled = []
+        for debt in step.store.debts(hotkey):
+            if debt.state == OWED:
+                step.store.remove_debt(debt)
+                cancelled.append(debt.kind)
+            else:
+                step.store.put_debt(debt._replace(due=False))
+        if cancelled:
+            step.tell([EventOf("cancel", hotkey, note=f"{', '.join(cancelled)}: {reason}")])
 
 
 def merge(records: dict[str, bytes], reason: str) -> Callable[[Step], int]:

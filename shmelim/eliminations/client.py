@@ -249,7 +249,29 @@ class EliminationClient(EliminationReader):
         """Say which hotkeys are in the metagraph now; returns those whose departure was recorded."""
         return list(self._call("update_metagraph_rpc", check_hotkeys(hotkeys), timeout=self._long()))
 
+    def resolve_slash(self, hotkey: str, made: bool) -> bool:
+        """Say whether a slash that was begun, and of which that is not known, was made.
+
+        Parameters
+        ----------
+        hotkey
+            Whose collateral.
+        made
+            True: it is settled. False: it is owed again, unless the elimination was taken back, and will be made.
+
+        Returns
+        -------
+        bool
+            False where there is no such slash, or where a running process may still be making it.
+
+        """
+        return bool(self._call("resolve_slash_rpc", hotkey, made))
+
     # ------------------------------------------------------------------ asking the server
+
+    def get_debts(self, hotkey: str | None = None) -> list[dict[str, Any]]:
+        """Return what eliminations still owe, one hotkey's or all: what, since when, and what went wrong."""
+        return list(self._call("get_debts_rpc", hotkey, idempotent=True))
 
     def get_eliminations_from_disk(self) -> list[dict[str, Any]]:
         """Return the rows of ``eliminations.json``."""

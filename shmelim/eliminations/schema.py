@@ -4,8 +4,10 @@
               of its record (SQLite checks its own structure, not the bytes of a value)
     events    who changed what, when; append-only, which two triggers enforce
     meta      named values: digests of the files, and whatever else the server must remember
+    debts     what eliminations still owe, see :mod:`shmelim.eliminations.debts`; since schema 2
 
-``PRAGMA application_id`` says that a file is ours, ``PRAGMA user_version`` which schema it has.
+``PRAGMA application_id`` says that a file is ours, ``PRAGMA user_version`` which schema it has. A database of an
+older schema is brought up to date when it is opened for writing.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 FILE_NAME = "shmelim.sqlite"
-SCHEMA_NUMBER = 1
+SCHEMA_NUMBER = 2
 
 Durability = Literal["power", "process"]
 
@@ -57,7 +59,7 @@ _CHECKPOINT_PAGES = 4000
 # events needs no AUTOINCREMENT: where nothing is ever deleted, no number comes twice without it.
 # hotkeys keeps its rowid: with records of 0.5 kB, WITHOUT ROWID puts the records into the pages that a search
 # for a hotkey walks through, and every insert into the middle of them.
-_TABLES = (
+_FIRST = (
     """CREATE TABLE hotkeys (
         hotkey             TEXT PRIMARY KEY NOT NULL,
         eliminated_ordinal INTEGER,
@@ -92,6 +94,28 @@ _TABLES = (
        BEGIN SELECT RAISE(ABORT, 'events are append-only'); END""",
     "CREATE TABLE meta (key TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL) WITHOUT ROWID",
 )
+# A debt has its own ordinal, for it may outlive the row of its hotkey.
+_SECOND = (
+    """CREATE TABLE debts (
+        hotkey            TEXT NOT NULL,
+        kind              TEXT NOT NULL,
+        state             TEXT NOT NULL,
+        ordinal           INTEGER NOT NULL,
+        due               INTEGER NOT NULL,
+        since_ms          INTEGER NOT NULL,
+        attempts          INTEGER NOT NULL,
+        error             TEXT,
+        attempt           TEXT,
+        in_doubt_since_ms INTEGER,
+        PRIMARY KEY (hotkey, kind),
+        CHECK (kind IN ('limit_orders', 'positions', 'slash')),
+        CHECK (state IN ('owed', 'attempting', 'in_doubt')),
+        CHECK (state = 'owed' OR (kind = 'slash' AND attempt IS NOT NULL)),
+        CHECK (due = 1 OR (due = 0 AND state != 'owed')),
+        CHECK ((state = 'in_doubt') = (in_doubt_since_ms IS NOT NULL))) WITHOUT ROWID""",
+)
+# The statements that lead from each schema to the next.
+_SCHEMAS = (_FIRST, _SECOND)
 
 
 class Row(NamedTuple):
@@ -216,7 +240,7 @@ def connect(path: Path | None, durability: Durability, busy_timeout: float) -> s
 
 
 def install(db: sqlite3.Connection, path: Path | None) -> None:
-    """Make sure that the database is ours and has the tables.
+    """Make sure that the database is ours and has the tables, those of an older schema in one transaction.
 
     Raises
     ------
@@ -238,8 +262,10 @@ def install(db: sqlite3.Connection, path: Path | None) -> None:
     if found == SCHEMA_NUMBER:
         return
     db.execute("BEGIN IMMEDIATE")
-    for statement in _TABLES:
-        db.execute(statement)
+    # Looked at again: another process may have been quicker.
+    for statements in _SCHEMAS[_identify(db, path) :]:
+        for statement in statements:
+            db.execute(statement)
     db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
     db.execute(f"PRAGMA user_version={SCHEMA_NUMBER}")
     db.execute("COMMIT")
@@ -247,6 +273,8 @@ def install(db: sqlite3.Connection, path: Path | None) -> None:
 
 def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
     """Open an existing database for reading, with or without a writer. ``sqlite3.Error`` comes as it is.
+
+    It may have an older schema, and so lack tables.
 
     Raises
     ------
@@ -273,7 +301,7 @@ def _read_only(location: str, path: Path, busy_timeout: float) -> sqlite3.Connec
     except BaseException:
         db.close()
         raise
-    if found != SCHEMA_NUMBER:
+    if not found:
         db.close()
         raise StoreError(f"{path} holds no tables yet", hint="nothing was ever stored there")
     return db
@@ -296,6 +324,6 @@ def _identify(db: sqlite3.Connection, path: Path | None) -> int:
             f"{path} has schema {schema}; this version of shmelim knows schemas up to {SCHEMA_NUMBER}",
             hint="a newer shmelim wrote it: upgrade this one",
         )
-    if schema < SCHEMA_NUMBER or not tables:
+    if schema < 1 or not tables:
         raise DamagedStoreError(f"{path} says that it has schema {schema} and holds {tables} tables and indexes")
-    return SCHEMA_NUMBER
+    return int(schema)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from shmelim.eliminations import changes, files
 from shmelim.eliminations.committer import Committer
+from shmelim.eliminations.debt_book import DebtBook
 from shmelim.eliminations.history import Origin, this_process
 from shmelim.eliminations.imports import import_file, imported, merge_once
 from shmelim.eliminations.mirror import ELIMINATIONS_FILE, FileMirror, FilesMode
@@ -138,6 +139,7 @@ class EliminationManagerServer:
             table.close()
             self._unlock()
             raise
+        self._debts = DebtBook(self._committer, _origin, self.state_dir)
         self.reader = EliminationReader.over(self.namespace)
         if self.state_dir is not None:
             self._mirror = FileMirror(self.state_dir, TableReader(self.namespace), self._committer, files)
@@ -211,6 +213,7 @@ class EliminationManagerServer:
         """Return ``status`` ("ok"), ``timestamp_ms``, the counts, and what else helps."""
         table = self.reader.table
         problem = None if self._mirror is None else self._mirror.problem
+        debts, debt_problems = self._debts.health()
         return {
             "status": "ok",
             "timestamp_ms": _now_ms(),
@@ -226,7 +229,8 @@ class EliminationManagerServer:
             "generation": table.generation,
             "sequence": table.sequence,
             "segment_bytes": table.segment_size,
-            "problems": [] if problem is None else [str(problem)],
+            **debts,
+            "problems": [*([] if problem is None else [str(problem)]), *debt_problems],
         }
 
     def _store_bytes(self) -> int:
@@ -406,6 +410,78 @@ class EliminationManagerServer:
         removed = self._commit(changes.replace_all(records, reason))
         self._save()
         return removed
+
+    # ------------------------------------------------------------------ debts
+
+    def eliminate_rpc(
+        self, hotkey: str, record: Mapping[str, Any], owed: Iterable[str], replacements: int | None = None
+    ) -> str:
+        """Eliminate a hotkey that is not eliminated yet, and record in the same transaction what that owes.
+
+        Parameters
+        ----------
+        hotkey, record
+            Whom, and the record.
+        owed
+            Kinds of debts: ``"limit_orders"``, ``"positions"``, ``"slash"``. A slash that was begun for an earlier
+            elimination and is not settled stands for this one too.
+        replacements
+            What :meth:`get_replacements_rpc` returned when the decision was made; None: whatever it is.
+
+        Returns
+        -------
+        str
+            ``"added"``; ``"already"`` where it was eliminated, whose reason and debts stay; ``"superseded"`` where
+            the list was replaced since. Only ``"added"`` changes anything.
+
+        """
+        return self._debts.eliminate(hotkey, record, owed, replacements)
+
+    def get_replacements_rpc(self) -> int:
+        """Return how often all eliminations were replaced: by a sync, a write, a clear, or a file at a start."""
+        return self._debts.replacements()
+
+    def get_debts_rpc(self, hotkey: str | None = None) -> list[dict[str, Any]]:
+        """Return what eliminations still owe, in their order, and of one: limit orders, positions, slash.
+
+        Each is ``{"hotkey", "kind", "state", "due", "since_ms", "attempts", "error", "attempt",
+        "in_doubt_since_ms"}``; :class:`~shmelim.eliminations.debts.Debt` says what they mean.
+        """
+        return self._debts.debts(hotkey)
+
+    def settle_debt_rpc(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:
+        """Say that an effect is made; a slash only by the attempt that stands. False where nothing fits."""
+        return self._debts.settle(hotkey, kind, attempt)
+
+    def fail_debt_rpc(
+        self, hotkey: str, kind: str, error: str, attempt: str | None = None, in_doubt: bool = False
+    ) -> bool:
+        """Say that an effect could not be made; False where nothing fits.
+
+        A slash that is attempted is owed again, or ``in_doubt`` where nobody knows whether it was made.
+        """
+        return self._debts.fail(hotkey, kind, error, attempt, in_doubt=in_doubt)
+
+    def begin_slash_rpc(self, hotkey: str, attempt: str) -> bool:
+        """Let an attempt have an owed slash, durable before this returns; may be repeated with the same token.
+
+        False: the slash is not owed, or another attempt has it; it must not be made.
+        """
+        return self._debts.begin_slash(hotkey, attempt)
+
+    def doubt_slash_rpc(self, hotkey: str, attempt: str, error: str) -> bool:
+        """Put the slash that this very attempt has in doubt; False where it has none."""
+        return self._debts.doubt_slash(hotkey, attempt, error)
+
+    def resolve_slash_rpc(self, hotkey: str, made: bool) -> bool:
+        """Say by hand whether a slash that was begun was made; False where there is none.
+
+        If it was not, it is owed again, unless its elimination was taken back. While a running process has it,
+        nobody can say so: False.
+        """
+        return self._debts.resolve_slash(hotkey, made)
+
+    # ------------------------------------------------------------------ first refresh
 
     def get_first_refresh_ran_rpc(self) -> bool:
         """Tell whether the first refresh was made since this server started."""

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
-from shmelim.eliminations import history
+from shmelim.eliminations import debt_table, history
 from shmelim.eliminations.database import Database, move_aside
 from shmelim.eliminations.history import Change, Event, Origin, read_events
 from shmelim.eliminations.schema import DAMAGED_HINT, FILE_NAME, SCHEMA_NUMBER, Durability, Row
@@ -25,6 +25,8 @@ from shmelim.errors import DamagedStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from shmelim.eliminations.debts import Debt
 
 __all__ = [
     "FILE_NAME",
@@ -282,6 +284,42 @@ class Store(Database):
         """Return events, newest first; the parameters are those of :func:`read_events`."""
         with self._guard:
             return history.select(self._db, hotkey, limit, before_id)
+
+    def debts(self, hotkey: str | None = None) -> list[Debt]:
+        """Return what is owed, by one hotkey or by all, in the order of the eliminations that owe it."""
+        with self._guard:
+            return debt_table.select(self._db, hotkey)
+
+    def debt(self, hotkey: str, kind: str) -> Debt | None:
+        """Return one debt, or None."""
+        with self._guard:
+            return debt_table.find(self._db, hotkey, kind)
+
+    def debtors(self) -> set[str]:
+        """Return the hotkeys that owe anything."""
+        return {hotkey for (hotkey,) in self._stream("SELECT DISTINCT hotkey FROM debts")}
+
+    def put_debt(self, debt: Debt) -> None:
+        """Store a debt; it replaces the one of this hotkey and kind."""
+        self._need_transaction()
+        with self._guard:
+            debt_table.put(self._db, debt)
+
+    def remove_debt(self, debt: Debt) -> None:
+        """Remove a debt."""
+        self._need_transaction()
+        with self._guard:
+            debt_table.delete(self._db, debt)
+
+    def next_debt_ordinal(self) -> int:
+        """Return the ordinal for the debts of the next elimination."""
+        with self._guard:
+            return debt_table.next_ordinal(self._db)
+
+    def debt_figures(self) -> debt_table.Figures:
+        """Count the debts."""
+        with self._guard:
+            return debt_table.figures(self._db)
 
     def _records_of(self, hotkeys: Iterable[str]) -> dict[str, bytes]:
         """Return the stored records of these hotkeys, in their order."""

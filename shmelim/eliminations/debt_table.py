@@ -1,0 +1,131 @@
+"""The ``debts`` table of the store, and reading it without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from shmelim.eliminations import schema
+from shmelim.eliminations.database import Guard
+from shmelim.eliminations.debts import IN_DOUBT, Debt
+
+if TYPE_CHECKING:
+    import os
+    import sqlite3
+    from collections.abc import Callable
+
+__all__ = [
+    "Figures",
+    "delete",
+    "figures",
+    "find",
+    "next_ordinal",
+    "put",
+    "read_debt_figures",
+    "read_debts",
+    "select",
+]
+
+T = TypeVar("T")
+
+# The columns are the fields of a Debt; the names of the kinds stand in the alphabet in their own order.
+_SELECT = (
+    "SELECT hotkey, kind, state, ordinal, due, since_ms, attempts, error, attempt, in_doubt_since_ms FROM debts"
+)
+_ALL = f"{_SELECT} ORDER BY ordinal, kind"
+_OF_HOTKEY = f"{_SELECT} WHERE hotkey = ? ORDER BY ordinal, kind"
+_ONE = f"{_SELECT} WHERE hotkey = ? AND kind = ?"
+_PUT = "INSERT OR REPLACE INTO debts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_DOUBTFUL = "SELECT hotkey FROM debts WHERE state = ? ORDER BY ordinal"
+
+
+class Figures(NamedTuple):
+    """How much is owed, and the hotkeys whose slash is in doubt."""
+
+    debts: int
+    in_doubt: list[str]
+
+
+def read_debts(
+    directory: str | os.PathLike[str], hotkey: str | None = None, *, busy_timeout: float = 5.0
+) -> list[Debt]:
+    """Return what is owed from a state directory, whether or not a server runs there.
+
+    Opens the database read-only for this one call, so it may be called from any thread and process.
+
+    Parameters
+    ----------
+    directory
+        The state directory.
+    hotkey
+        Only this hotkey's debts; None means all.
+    busy_timeout
+        Seconds to wait where another process holds the file locked.
+
+    Raises
+    ------
+    StoreError
+        There is no store there, or it cannot be read.
+    DamagedStoreError
+        It is damaged.
+
+    """
+    return _ask(directory, busy_timeout, lambda db: select(db, hotkey), [])
+
+
+def read_debt_figures(directory: str | os.PathLike[str], *, busy_timeout: float = 5.0) -> Figures:
+    """Count the debts in a state directory, as :func:`read_debts` reads them."""
+    return _ask(directory, busy_timeout, figures, Figures(0, []))
+
+
+def _ask(
+    directory: str | os.PathLike[str], busy_timeout: float, question: Callable[[sqlite3.Connection], T], nothing: T
+) -> T:
+    path = Path(directory) / schema.FILE_NAME
+    with Guard(path):
+        db = schema.connect_read_only(path, busy_timeout)
+        try:
+            known = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'debts'").fetchone()
+            return nothing if known is None else question(db)
+        finally:
+            db.close()
+
+
+def select(db: sqlite3.Connection, hotkey: str | None) -> list[Debt]:
+    """Return the debts of one hotkey, or all, in order."""
+    found = db.execute(_ALL) if hotkey is None else db.execute(_OF_HOTKEY, (hotkey,))
+    return [_debt(row) for row in found]
+
+
+def find(db: sqlite3.Connection, hotkey: str, kind: str) -> Debt | None:
+    """Return one debt, or None."""
+    row = db.execute(_ONE, (hotkey, kind)).fetchone()
+    return None if row is None else _debt(row)
+
+
+def put(db: sqlite3.Connection, debt: Debt) -> None:
+    """Store a debt in the place of the one of its hotkey and kind."""
+    db.execute(_PUT, debt)
+
+
+def delete(db: sqlite3.Connection, debt: Debt) -> None:
+    """Remove a debt."""
+    db.execute("DELETE FROM debts WHERE hotkey = ? AND kind = ?", (debt.hotkey, debt.kind))
+
+
+def next_ordinal(db: sqlite3.Connection) -> int:
+    """Return an ordinal above all in use."""
+    (ordinal,) = db.execute("SELECT 1 + coalesce(max(ordinal), 0) FROM debts").fetchone()
+    return int(ordinal)
+
+
+def figures(db: sqlite3.Connection) -> Figures:
+    """Count the debts."""
+    (count,) = db.execute("SELECT count(*) FROM debts").fetchone()
+    doubtful = db.execute(_DOUBTFUL, (IN_DOUBT,))
+    return Figures(count, [hotkey for (hotkey,) in doubtful])
+
+
+def _debt(row: tuple[object, ...]) -> Debt:
+    debt = Debt._make(row)
+    return debt._replace(due=bool(debt.due))
