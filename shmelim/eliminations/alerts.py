@@ -1,0 +1,113 @@
+"""What failed, told once: each failure is logged when it happens, and sent to Slack until it is known there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from shmelim.eliminations.collaborators import Collaborators
+
+__all__ = ["Alerts", "Round"]
+
+_MOST: Final = 10_000  # failures that are remembered
+
+_log = logging.getLogger("shmelim.processing")
+
+
+class Alerts:
+    """Remembers which failures were told, by their kind and by whom they concern. Thread-safe.
+
+    Parameters
+    ----------
+    collaborators
+        Whose ``slack_notifier`` is told.
+
+    """
+
+    def __init__(self, collaborators: Collaborators) -> None:
+        self._collaborators = collaborators
+        self._lock = threading.Lock()  # held for a few instructions only
+        self._told: dict[tuple[str, str], None] = {}
+
+    def failed(self, kind: str, whom: str, text: str, error: BaseException | None = None) -> None:
+        """Report a failure: to the log each time, to Slack the first time since it last went well."""
+        with self._lock:
+            first = (kind, whom) not in self._told
+            self._told[kind, whom] = None
+            if len(self._told) > _MOST:
+                del self._told[next(iter(self._told))]
+        # The whole trace once: the repetitions say the same.
+        _log.error("%s", text, exc_info=error if first else None)
+        if first:
+            self.tell(text, "error")
+
+    def succeeded(self, kind: str, whom: str) -> None:
+        """Say that it went well, so that the next failure is told again."""
+        with self._lock:
+            self._told.pop((kind, whom), None)
+
+    def only(self, kind: str, failed: Collection[str]) -> None:
+        """Say that of this kind nothing failed but for these."""
+        with self._lock:
+            for told in [told for told in self._told if told[0] == kind and told[1] not in failed]:
+                del self._told[told]
+
+    def tell(self, text: str, level: str) -> None:
+        """Send a message to Slack; what fails there is logged, since nothing may depend on it."""
+        notifier = self._collaborators.slack_notifier
+        if notifier is None:
+            return
+        try:
+            notifier.send_message(text, level=level)
+        except Exception:
+            _log.exception("a message to Slack could not be sent: %s", text)
+
+    @contextlib.contextmanager
+    def round(self, kind: str, *passing: type[Exception]) -> Iterator[Round]:
+        """Go round the miners for one rule: whoever failed in an earlier round, and not in this one, is well.
+
+        Parameters
+        ----------
+        kind
+            What is done in this round.
+        passing
+            Errors that are no miner's, and end the round.
+
+        """
+        this = Round(self, kind, passing)
+        yield this
+        self.only(kind, this.failed)
+
+
+class Round:
+    """One pass over many miners.
+
+    Attributes
+    ----------
+    failed : set of str
+        Whose part failed.
+
+    """
+
+    def __init__(self, alerts: Alerts, kind: str, passing: tuple[type[Exception], ...]) -> None:
+        self._alerts = alerts
+        self._kind = kind
+        self._passing = passing
+        self.failed: set[str] = set()
+
+    @contextlib.contextmanager
+    def guard(self, hotkey: str) -> Iterator[None]:
+        """Do one miner's part; what it raises is reported, and stops nobody else's."""
+        try:
+            yield
+        except self._passing:
+            raise
+        except Exception as error:
+            self.failed.add(hotkey)
+            text = f"{self._kind}: failed for miner {hotkey}: {type(error).__name__}: {error}"
+            self._alerts.failed(self._kind, hotkey, text, error)

@@ -1,0 +1,116 @@
+"""Deleting what is left of miners who were eliminated long ago and have left the metagraph."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from shmelim.eliminations.debts import SLASH
+from shmelim.eliminations.iteration import OvertakenError
+from shmelim.eliminations.statecalls import StateUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shmelim.eliminations.alerts import Alerts
+    from shmelim.eliminations.collaborators import Collaborators
+    from shmelim.eliminations.environment import ValidatorEnvironment
+    from shmelim.eliminations.iteration import Iteration
+    from shmelim.eliminations.membership import Membership
+    from shmelim.eliminations.reader import EliminationReader
+    from shmelim.eliminations.statecalls import StateCalls
+
+__all__ = ["Expiry"]
+
+_log = logging.getLogger("shmelim.processing")
+
+
+class Expiry:
+    """Deletes expired eliminations.
+
+    Of a miner go, in this order, so that a crash between them leaves the row and all is repeated: the entry in
+    the challenge period, the positions, the directory, the row. A row stays while a slash of it is owed or in
+    doubt; limit orders and positions that are still owed go with the rest.
+
+    Parameters
+    ----------
+    collaborators, environment, reader, state, alerts, membership
+        As of the processor.
+
+    """
+
+    def __init__(
+        self,
+        collaborators: Collaborators,
+        environment: ValidatorEnvironment,
+        reader: EliminationReader,
+        state: StateCalls,
+        alerts: Alerts,
+        membership: Membership,
+    ) -> None:
+        self._collaborators = collaborators
+        self._environment = environment
+        self._reader = reader
+        self._state = state
+        self._alerts = alerts
+        self._membership = membership
+        # Whether entries were removed from the challenge period that are still on its disk.
+        self._unwritten = False
+        # Of which version of the table, and when who was eliminated in it: decoding every record costs more than
+        # the rest of a tick.
+        self._times: tuple[int, dict[str, int]] = (-1, {})
+
+    def delete(self, iteration: Iteration, stopping: Callable[[], bool]) -> None:
+        """Delete all that is expired."""
+        expired = self._membership.missing(self._old_enough())
+        if not expired:
+            return
+        slashes = {debt["hotkey"] for debt in self._state.get_debts() if debt["kind"] == SLASH}
+        gone: list[str] = []
+        with self._alerts.round("deletion", OvertakenError, StateUnavailableError) as this_round:
+            for hotkey in expired:
+                if stopping():
+                    return
+                if hotkey in slashes:
+                    continue
+                iteration.check()
+                with this_round.guard(hotkey):
+                    self._remove_challenge_entry(hotkey)
+                    self._remove_positions(hotkey)
+                    self._environment.remove_miner_directory(hotkey)
+                    gone.append(hotkey)
+        self._write_challenge_entries()
+        # A sync may have eliminated somebody anew.
+        iteration.check()
+        if gone:
+            self._state.delete_eliminations(gone)
+            _log.info("deleted %d expired eliminations: %s", len(gone), ", ".join(gone[:10]))
+
+    def _old_enough(self) -> list[str]:
+        version, times = self._times
+        now = self._reader.version
+        if version != now:
+            records = self._reader.get_eliminations_dict()
+            times = {hotkey: record["elimination_initiated_time_ms"] for hotkey, record in records.items()}
+            self._times = now, times
+        latest = self._environment.now_ms() - self._environment.deletion_delay_ms
+        return [hotkey for hotkey, time_ms in times.items() if time_ms <= latest]
+
+    def _remove_challenge_entry(self, hotkey: str) -> None:
+        challenge: Any = self._collaborators.challengeperiod_manager
+        if challenge is not None and challenge.has_miner(hotkey):
+            self._unwritten = True
+            challenge.remove_miner(hotkey)
+
+    def _write_challenge_entries(self) -> None:
+        """Have removals of entries stored, before the rows that would tell a later pass to remove them again."""
+        challenge: Any = self._collaborators.challengeperiod_manager
+        if self._unwritten and challenge is not None:
+            challenge._write_challengeperiod_from_memory_to_disk()  # noqa: SLF001 - the field's name for it
+        self._unwritten = False
+
+    def _remove_positions(self, hotkey: str) -> None:
+        positions = self._collaborators.position_manager
+        if positions is not None:
+            for position in list(positions.get_positions_for_one_hotkey(hotkey)):
+                positions.delete_position(position)

@@ -1,0 +1,77 @@
+"""Who is in the metagraph: told to the server when it changed, and asked by the rules."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from shmelim.eliminations.entry import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from shmelim.eliminations.collaborators import Collaborators
+    from shmelim.eliminations.reader import EliminationReader
+    from shmelim.eliminations.statecalls import StateCalls
+
+__all__ = ["Membership"]
+
+_GENERATION: Final = 48  # bits of a version below its generation
+
+_log = logging.getLogger("shmelim.processing")
+
+
+class Membership:
+    """The metagraph as the processing sees it.
+
+    Parameters
+    ----------
+    collaborators, reader, state
+        As of the processor.
+
+    """
+
+    def __init__(self, collaborators: Collaborators, reader: EliminationReader, state: StateCalls) -> None:
+        self._collaborators = collaborators
+        self._reader = reader
+        self._state = state
+        # What the server was told last, and by which of its tables that was published.
+        self._told: tuple[int, list[str]] | None = None
+
+    def look(self) -> list[str]:
+        """Tell the server who is registered, unless it knows; returns those whose departure was recorded."""
+        hotkeys = self._hotkeys()
+        if hotkeys is None or self._is_known(hotkeys):
+            return []
+        departed = self._state.update_metagraph(hotkeys)
+        self._told = (self._reader.version >> _GENERATION, hotkeys)
+        if departed:
+            _log.info("%d hotkeys left the metagraph: %s", len(departed), ", ".join(departed[:10]))
+        return departed
+
+    def missing(self, hotkeys: Iterable[str]) -> list[str]:
+        """Return those of these hotkeys that are certainly not in the metagraph.
+
+        A hotkey that is missing together with so many others that their loss was not believed still counts as
+        registered; and while the metagraph has no hotkey at all, nobody is missing.
+        """
+        wanted = list(hotkeys)
+        now = self._hotkeys()
+        if not now or not wanted:
+            return []
+        self.look()
+        members = set(now)
+        absent = [hotkey for hotkey in wanted if hotkey not in members]
+        statuses = self._reader.statuses(absent)
+        return [hk for hk, status in zip(absent, statuses, strict=True) if not status & Status.REGISTERED]
+
+    def _hotkeys(self) -> list[str] | None:
+        metagraph = self._collaborators.metagraph
+        return None if metagraph is None else list(metagraph.hotkeys)
+
+    def _is_known(self, hotkeys: list[str]) -> bool:
+        told = self._told
+        if told is None or told != (self._reader.version >> _GENERATION, hotkeys):
+            return False
+        # Others may have told it something else since.
+        return all(status & Status.REGISTERED for status in self._reader.statuses(hotkeys))

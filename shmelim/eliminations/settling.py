@@ -1,0 +1,125 @@
+"""Settling what eliminations owe: limit orders to delete, positions to close, collateral to slash.
+
+What is owed stands in the store since the elimination itself. It is settled right after it, and what fails there,
+or is broken off by a crash, in each later pass until it is done.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from shmelim.eliminations.debts import IN_DOUBT, LIMIT_ORDERS, OWED, POSITIONS, SLASH
+from shmelim.eliminations.flattening import Flattening
+from shmelim.eliminations.iteration import OvertakenError
+from shmelim.eliminations.slashing import Slashing
+from shmelim.eliminations.statecalls import StateUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from shmelim.eliminations.alerts import Alerts
+    from shmelim.eliminations.collaborators import Collaborators
+    from shmelim.eliminations.environment import ValidatorEnvironment
+    from shmelim.eliminations.iteration import Iteration
+    from shmelim.eliminations.reader import EliminationReader
+    from shmelim.eliminations.statecalls import StateCalls
+
+__all__ = ["Settling"]
+
+_log = logging.getLogger("shmelim.processing")
+
+
+class Settling:
+    """Settles debts.
+
+    Parameters
+    ----------
+    collaborators, environment, reader, state, alerts
+        As of the processor.
+
+    """
+
+    def __init__(
+        self,
+        collaborators: Collaborators,
+        environment: ValidatorEnvironment,
+        reader: EliminationReader,
+        state: StateCalls,
+        alerts: Alerts,
+    ) -> None:
+        self._collaborators = collaborators
+        self._reader = reader
+        self._state = state
+        self._alerts = alerts
+        self.flattening = Flattening(collaborators, environment, state)
+        self._slashing = Slashing(collaborators, environment, state, alerts)
+
+    def kinds(self, *, slash: bool) -> list[str]:
+        """Return what an elimination owes now: nothing that this validator has no collaborator for.
+
+        Nobody could ever settle such a debt, so it is not recorded.
+        """
+        with_whom = [
+            (LIMIT_ORDERS, self._collaborators.limit_order_manager),
+            (POSITIONS, self._collaborators.position_manager),
+            (SLASH, self._collaborators.contract_manager if slash else None),
+        ]
+        return [kind for kind, collaborator in with_whom if collaborator is not None]
+
+    def settle_new(self, hotkey: str, owed: list[str], iteration: Iteration) -> None:
+        """Settle what an elimination owes that was just recorded."""
+        for kind in owed:
+            self._settle({"hotkey": hotkey, "kind": kind, "state": OWED}, iteration)
+
+    def settle_all(self, iteration: Iteration, stopping: Callable[[], bool]) -> None:
+        """Settle everything that is owed, as far as that goes."""
+        for debt in self._state.get_debts():
+            if stopping():
+                return
+            self._settle(debt, iteration)
+
+    def _settle(self, debt: Mapping[str, Any], iteration: Iteration) -> None:
+        """Settle one debt; a failure is reported and recorded, and it stays owed."""
+        if debt["state"] == IN_DOUBT:
+            return  # a person's business
+        iteration.check()
+        hotkey, kind = debt["hotkey"], debt["kind"]
+        if debt["state"] != OWED:
+            self._slashing.review(debt)
+            return
+        record = self._reader.get_elimination(hotkey)
+        if record is None:
+            return  # taken back meanwhile, and the debt with it
+        if kind == SLASH:
+            self._slashing.make(hotkey, record)
+            return
+        try:
+            done = self._make(hotkey, kind, record, iteration)
+        except (OvertakenError, StateUnavailableError):
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            self._alerts.failed(kind, hotkey, f"{kind} of eliminated miner {hotkey} failed: {what}", error)
+            self._state.fail_debt(hotkey, kind, what)
+        else:
+            if done:
+                self._state.settle_debt(hotkey, kind)
+                self._alerts.succeeded(kind, hotkey)
+
+    def _make(self, hotkey: str, kind: str, record: Mapping[str, Any], iteration: Iteration) -> bool:
+        """Make an effect that may be repeated; False if there is nobody to make it with now."""
+        if kind == LIMIT_ORDERS:
+            manager = self._collaborators.limit_order_manager
+            if manager is None:
+                return False
+            deleted = manager.delete_all_limit_orders_for_hotkey(hotkey)
+            _log.info("deleted the limit orders of eliminated miner %s: %s", hotkey, deleted)
+            return True
+        if kind == POSITIONS:
+            if self._collaborators.position_manager is None:
+                return False
+            self.flattening.close_open(hotkey, record, iteration)
+            return True
+        _log.warning("a debt of a kind that nobody knows: %s of miner %s", kind, hotkey)
+        return False
