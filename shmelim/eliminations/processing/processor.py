@@ -10,15 +10,15 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
-from shmelim.eliminations.alerts import Alerts
 from shmelim.eliminations.debts import POSITIONS
-from shmelim.eliminations.expiry import Expiry
-from shmelim.eliminations.iteration import Iteration, OvertakenError, current_epoch
-from shmelim.eliminations.loop import run_loop
-from shmelim.eliminations.membership import Membership
+from shmelim.eliminations.processing.alerts import Alerts
+from shmelim.eliminations.processing.expiry import Expiry
+from shmelim.eliminations.processing.iteration import Iteration, OvertakenError, current_epoch
+from shmelim.eliminations.processing.loop import run_loop
+from shmelim.eliminations.processing.membership import Membership
+from shmelim.eliminations.processing.settling import Settling
+from shmelim.eliminations.processing.statecalls import StateCalls, StateUnavailableError
 from shmelim.eliminations.record import EliminationReason, generate_row, normalise
-from shmelim.eliminations.settling import Settling
-from shmelim.eliminations.statecalls import StateCalls, StateUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -112,7 +112,7 @@ class EliminationProcessor:
             return True
 
     def run_update_loop(self) -> None:
-        """Tick every second until the validator ends; see :mod:`shmelim.eliminations.loop`."""
+        """Tick every second until the validator ends; see :mod:`shmelim.eliminations.processing.loop`."""
         run_loop(self)
 
     # ------------------------------------------------------------------ the tick
@@ -359,5 +359,5 @@ def _whose(row: Any, place: int) -> str:
 
 
 def _as_set(hotkeys: Any) -> frozenset[str]:
-    """Return hotkeys that may live in another process, fetched once; those of a ledger manager without any: none."""
+    """Return hotkeys that may live in another process, fetched once; of what is no list of them: none."""
     return frozenset(hotkeys) if isinstance(hotkeys, Iterable) else frozenset()

@@ -11,15 +11,15 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from shmelim.eliminations.iteration import OvertakenError
+from shmelim.eliminations.processing.iteration import OvertakenError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from shmelim.eliminations.collaborators import Collaborators
     from shmelim.eliminations.environment import ValidatorEnvironment
-    from shmelim.eliminations.iteration import Iteration
-    from shmelim.eliminations.statecalls import StateCalls
+    from shmelim.eliminations.processing.iteration import Iteration
+    from shmelim.eliminations.processing.statecalls import StateCalls
 
 __all__ = ["Flattening"]
 

@@ -10,20 +10,20 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from shmelim.eliminations.debts import IN_DOUBT, LIMIT_ORDERS, OWED, POSITIONS, SLASH
-from shmelim.eliminations.flattening import Flattening
-from shmelim.eliminations.iteration import OvertakenError
-from shmelim.eliminations.slashing import Slashing
-from shmelim.eliminations.statecalls import StateUnavailableError
+from shmelim.eliminations.processing.flattening import Flattening
+from shmelim.eliminations.processing.iteration import OvertakenError
+from shmelim.eliminations.processing.slashing import Slashing
+from shmelim.eliminations.processing.statecalls import StateUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from shmelim.eliminations.alerts import Alerts
     from shmelim.eliminations.collaborators import Collaborators
     from shmelim.eliminations.environment import ValidatorEnvironment
-    from shmelim.eliminations.iteration import Iteration
+    from shmelim.eliminations.processing.alerts import Alerts
+    from shmelim.eliminations.processing.iteration import Iteration
+    from shmelim.eliminations.processing.statecalls import StateCalls
     from shmelim.eliminations.reader import EliminationReader
-    from shmelim.eliminations.statecalls import StateCalls
 
 __all__ = ["Settling"]
 

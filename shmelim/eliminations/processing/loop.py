@@ -1,9 +1,9 @@
 """The loop that ticks, in a thread or in a process of its own, until the validator ends.
 
-In the main thread of a child process a SIGTERM ends it too: at once between two ticks, and within a tick as soon as
-the miner at hand is done. Where that takes longer than a second, because a collaborator waits for something that
-does not come, ``SystemExit`` is raised in the midst of it, and again until it got through; a slash that is broken off
-that way is in doubt. Signal handlers are left as they were found.
+In the main thread of a child process a SIGTERM ends it too: at once between two ticks, and within a tick as soon
+as the miner at hand is done. Where that takes longer than a second, because a collaborator waits for something
+that does not come, ``SystemExit`` is raised in the midst of it, and again until it got through; a slash that is
+broken off that way is in doubt. Signal handlers are left as they were found.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType, TracebackType
 
-    from shmelim.eliminations.processing import EliminationProcessor
+    from shmelim.eliminations.processing.processor import EliminationProcessor
 
 __all__ = ["run_loop"]
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from shmelim.eliminations.collaborators import Collaborators
+    from shmelim.eliminations.processing.statecalls import StateCalls
     from shmelim.eliminations.reader import EliminationReader
-    from shmelim.eliminations.statecalls import StateCalls
 
 __all__ = ["Membership"]
 

@@ -7,9 +7,9 @@ durably and with a token, before the contract is called, and its outcome afterwa
 2. The contract is called.
 3. It returned: *settled*. It raised ``SlashNotMadeError``: *owed* again. Anything else: *in doubt*.
 
-A process that dies between 1 and 3 leaves an attempt whose process is gone. Nobody knows whether money moved: it is
-put *in doubt*, told to people, and never made again by itself. What a living process knows of an attempt and could
-not record, because the server was away, it remembers and records in a later pass.
+A process that dies between 1 and 3 leaves an attempt whose process is gone. Nobody knows whether money moved: it
+is put *in doubt*, told to people, and never made again by itself. What a living process knows of an attempt and
+could not record, because the server was away, it remembers and records in a later pass.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from shmelim.errors import SlashNotMadeError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from shmelim.eliminations.alerts import Alerts
     from shmelim.eliminations.collaborators import Collaborators
     from shmelim.eliminations.environment import ValidatorEnvironment
-    from shmelim.eliminations.statecalls import StateCalls
+    from shmelim.eliminations.processing.alerts import Alerts
+    from shmelim.eliminations.processing.statecalls import StateCalls
 
 __all__ = ["Slashing"]
 
