@@ -17,6 +17,7 @@ __all__ = [
     "DamagedStoreError",
     "KeyFileError",
     "MessageTooLargeError",
+    "NoCollaboratorsError",
     "NotServingError",
     "OutcomeUnknownError",
     "ProtocolError",
@@ -147,6 +148,10 @@ class OutcomeUnknownError(ChannelError, TimeoutError):
 
 class UnknownMethodError(ShmelimError, AttributeError):
     """The server has no remote method of that name."""
+
+
+class NoCollaboratorsError(ShmelimError):
+    """The object was asked to process eliminations, and does not hold the collaborators that this takes."""
 
 
 class RemoteError(ShmelimError):

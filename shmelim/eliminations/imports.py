@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from shmelim.eliminations.store import Store
 
-__all__ = ["import_file", "imported", "merge_once", "restore_imported", "set_aside"]
+__all__ = ["import_departed", "import_file", "imported", "merge_once", "restore_imported", "set_aside"]
 
 _log = logging.getLogger("shmelim.recovery")
 
@@ -107,14 +107,29 @@ def import_file(step: Step, path: Path) -> tuple[int, int]:
         departed = files.read_departed(path)
         if departed is None:
             raise
-        record_departures(departed.items, f"import of {path}")(step)
-        set_aside(path, departed.bad)
-        return len(departed.items), len(departed.bad)
+        return _take_departed(step, path, departed)
     if found is None:
         raise StoreError(f"{path} does not exist", hint="name a JSON file of eliminations or departed hotkeys")
+    if found.bad and not found.rows and all(isinstance(bad.row, str) for bad in found.bad):
+        # A bare list of hotkeys, the legacy form of a departed file.
+        return import_departed(step, path)
     merge(dict(found.rows), f"import of {path}")(step)
     set_aside(path, found.bad)
     return len(found.rows), len(found.bad)
+
+
+def import_departed(step: Step, path: Path) -> tuple[int, int]:
+    """Merge a departed file into the state; returns and raises as :func:`import_file` does."""
+    departed = files.read_departed(path)
+    if departed is None:
+        raise StoreError(f"{path} does not exist", hint="name a JSON file of departed hotkeys")
+    return _take_departed(step, path, departed)
+
+
+def _take_departed(step: Step, path: Path, departed: files.DepartedFile) -> tuple[int, int]:
+    record_departures(departed.items, f"import of {path}")(step)
+    set_aside(path, departed.bad)
+    return len(departed.items), len(departed.bad)
 
 
 def set_aside(path: Path, bad: list[files.BadRow]) -> None:

@@ -18,7 +18,7 @@ from shmelim.eliminations import changes, files
 from shmelim.eliminations.committer import Committer
 from shmelim.eliminations.debt_book import DebtBook
 from shmelim.eliminations.history import Origin, this_process
-from shmelim.eliminations.imports import import_file, imported, merge_once
+from shmelim.eliminations.imports import import_departed, imported, merge_once
 from shmelim.eliminations.mirror import ELIMINATIONS_FILE, FileMirror, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import check_hotkey, decode, generate_row, prepare
@@ -26,7 +26,7 @@ from shmelim.eliminations.recovery import origin_record, recover
 from shmelim.eliminations.runtime import StateLock
 from shmelim.eliminations.store import FILE_NAME, Store, read_events
 from shmelim.eliminations.uploads import Uploads
-from shmelim.errors import DamagedFileError
+from shmelim.errors import DamagedFileError, NoCollaboratorsError
 from shmelim.rpc import current_caller
 from shmelim.shm import PrivateNamespace, SharedNamespace, TableReader, TableWriter
 
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from shmelim.eliminations.changes import Step
+    from shmelim.eliminations.collaborators import PositionLocks
     from shmelim.eliminations.history import Event
+    from shmelim.eliminations.processing import EliminationProcessor
     from shmelim.eliminations.schema import Durability
     from shmelim.shm import Namespace
 
@@ -73,6 +75,13 @@ class EliminationManagerServer:
         Called while the state is being loaded with what is done, how far it is, and how far it will go (None
         where nobody knows).
 
+    Attributes
+    ----------
+    live_price_fetcher
+        In direct mode, what the processing closes positions with; may be replaced at any time.
+    processor
+        In direct mode, what processes eliminations; None in a server process, which has no collaborators.
+
     Raises
     ------
     AlreadyServingError
@@ -104,6 +113,8 @@ class EliminationManagerServer:
         self.namespace = PrivateNamespace() if namespace is None else namespace
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.started_ms = _now_ms()
+        self.live_price_fetcher: Any = None
+        self.processor: EliminationProcessor | None = None
         self._first_refresh_ran = False
         self._uploads = Uploads()
         self._stopped = threading.Event()
@@ -161,7 +172,7 @@ class EliminationManagerServer:
         store = Store.in_memory()
         if default is not None:
             with store.transaction():
-                import_file(changes.Step(store, None), default)
+                import_departed(changes.Step(store, None), default)
         return store
 
     def _beat(self, table: TableWriter) -> None:
@@ -490,6 +501,41 @@ class EliminationManagerServer:
     def set_first_refresh_ran_rpc(self, value: bool) -> None:
         """Say whether the first refresh was made."""
         self._first_refresh_ran = bool(value)
+
+    # ------------------------------------------------------------------ processing, in direct mode
+
+    def process_eliminations_rpc(
+        self, position_locks: PositionLocks | None = None, iteration_epoch: int | None = None
+    ) -> None:
+        """Run one tick of the processing rules; NoCollaboratorsError in a process of the server's own."""
+        self._processing("process_eliminations").process_eliminations(position_locks, iteration_epoch)
+
+    def handle_perf_ledger_eliminations_rpc(
+        self, position_locks: PositionLocks | None = None, iteration_epoch: int | None = None
+    ) -> None:
+        """Eliminate whom the perf ledgers name; raises as :meth:`process_eliminations_rpc`."""
+        processor = self._processing("handle_perf_ledger_eliminations")
+        processor.handle_perf_ledger_eliminations(position_locks, iteration_epoch)
+
+    def handle_mdd_eliminations_rpc(
+        self, position_locks: PositionLocks | None = None, iteration_epoch: int | None = None
+    ) -> None:
+        """Eliminate whose drawdown is too large; raises as :meth:`process_eliminations_rpc`."""
+        self._processing("handle_mdd_eliminations").handle_mdd_eliminations(position_locks, iteration_epoch)
+
+    def handle_first_refresh_rpc(
+        self, position_locks: PositionLocks | None = None, iteration_epoch: int | None = None
+    ) -> None:
+        """Close what eliminated miners still hold, once; raises as :meth:`process_eliminations_rpc`."""
+        self._processing("handle_first_refresh").handle_first_refresh(position_locks, iteration_epoch)
+
+    def _processing(self, method: str) -> EliminationProcessor:
+        if self.processor is None:
+            raise NoCollaboratorsError(
+                f"{method} cannot run in the server's process, which has no metagraph and no positions",
+                hint=f"call EliminationManager.{method} in the process that holds them",
+            )
+        return self.processor
 
 
 def event_as_dict(event: Event) -> dict[str, Any]:
