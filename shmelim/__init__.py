@@ -11,11 +11,13 @@ Readers attach by name and look up without IPC and without locks; one server pro
 from shmelim.eliminations import (
     DEPARTED_HOTKEYS_KEY,
     EliminationClient,
+    EliminationManager,
     EliminationManagerServer,
     EliminationReader,
     EliminationReason,
     Snapshot,
     Status,
+    ValidatorEnvironment,
 )
 from shmelim.errors import (
     AlreadyServingError,
@@ -23,19 +25,25 @@ from shmelim.errors import (
     OutcomeUnknownError,
     ShmelimError,
 )
+from shmelim.rpc import HealthCheckDaemon, RPCServiceBase, SlackNotifier
 
 __all__ = [
     "DEPARTED_HOTKEYS_KEY",
     "AlreadyServingError",
     "EliminationClient",
+    "EliminationManager",
     "EliminationManagerServer",
     "EliminationReader",
     "EliminationReason",
+    "HealthCheckDaemon",
     "NotServingError",
     "OutcomeUnknownError",
+    "RPCServiceBase",
     "ShmelimError",
+    "SlackNotifier",
     "Snapshot",
     "Status",
+    "ValidatorEnvironment",
     "__version__",
 ]
 

@@ -7,12 +7,14 @@ import importlib.util
 import itertools
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from serving import Served
 
+from shmelim import EliminationManager
 from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace
 
 if TYPE_CHECKING:
@@ -68,6 +70,26 @@ def serve(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Callable[...,
             return stack.enter_context(Served(name, **options))
 
         yield start
+
+
+@pytest.fixture
+def managers(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Callable[..., EliminationManager]]:
+    """Make managers without collaborators, each with a name, a port and a state of its own; afterwards all end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*args: Any, **options: Any) -> EliminationManager:
+            name = options.setdefault("name", new_name())
+            # A socket's path must be short, which tmp_path is not.
+            if "runtime_base" not in options:
+                options["runtime_base"] = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shmelim-")))
+            if not options.get("running_unit_tests"):
+                options.setdefault("state_dir", tmp_path / f"state-of-{name}")
+            options.setdefault("durability", "process")
+            if "address" not in options:
+                options.setdefault("port", None)
+            return stack.enter_context(EliminationManager(*(args or (None, None, None)), **options))
+
+        yield make
 
 
 @pytest.fixture(params=["shared", "private"])

@@ -154,7 +154,7 @@ def _ready_line(service: Service) -> str:
     channel = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
     return printable(
         f"serving {service.options.name!r}: {len(reader)} eliminated, {reader.num_departed_hotkeys} departed; "
-        f"channel {channel}; state {service.state_dir}"
+        f"channel {channel}; state {service.server.state_dir}"
     )
 
 

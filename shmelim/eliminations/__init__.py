@@ -2,6 +2,8 @@
 
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.entry import Status
+from shmelim.eliminations.environment import ValidatorEnvironment
+from shmelim.eliminations.manager import EliminationManager
 from shmelim.eliminations.reader import EliminationReader, Snapshot
 from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, EliminationReason
 from shmelim.eliminations.server import EliminationManagerServer
@@ -9,9 +11,11 @@ from shmelim.eliminations.server import EliminationManagerServer
 __all__ = [
     "DEPARTED_HOTKEYS_KEY",
     "EliminationClient",
+    "EliminationManager",
     "EliminationManagerServer",
     "EliminationReader",
     "EliminationReason",
     "Snapshot",
     "Status",
+    "ValidatorEnvironment",
 ]

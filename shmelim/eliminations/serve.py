@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from shmelim.eliminations.runtime import RuntimeDirectory, ServerInfo, default_state_directory
 from shmelim.eliminations.server import EliminationManagerServer
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from shmelim.eliminations.mirror import FilesMode
     from shmelim.eliminations.schema import Durability
 
-__all__ = ["ServeOptions", "Service", "run"]
+__all__ = ["SERVICE_NAME", "ServeOptions", "Service", "announce", "open_server", "run"]
+
+SERVICE_NAME: Final = "EliminationManagerServer"
 
 _log = logging.getLogger("shmelim.serve")
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -44,6 +46,8 @@ class ServeOptions:
         Let the group of this process read the segments (mode 0640).
     runtime_base
         Where runtime directories are; None: the user's.
+    in_memory
+        Keep no state on disk at all: it ends with the server.
     durability, files, default_departed, imports
         As for :class:`EliminationManagerServer`.
 
@@ -54,10 +58,33 @@ class ServeOptions:
     port: int | None = None
     group_readable: bool = False
     runtime_base: Path | None = None
+    in_memory: bool = False
     durability: Durability = "power"
     files: FilesMode = "current"
     default_departed: Path | None = None
     imports: tuple[Path, ...] = field(default=())
+
+
+def open_server(
+    options: ServeOptions, on_progress: Callable[[str, int, int | None], Any] | None = None
+) -> EliminationManagerServer:
+    """Take the locks, recover and publish; raises as :class:`EliminationManagerServer` does."""
+    return EliminationManagerServer(
+        SharedNamespace(options.name, mode=0o640 if options.group_readable else 0o600),
+        None if options.in_memory else options.state_dir or default_state_directory(options.name),
+        durability=options.durability,
+        files=options.files,
+        default_departed=options.default_departed,
+        imports=options.imports,
+        on_progress=on_progress,
+    )
+
+
+def announce(options: ServeOptions, server: EliminationManagerServer, address: str | tuple[str, int]) -> None:
+    """Leave word for clients of where the server is that this process runs."""
+    state_dir = None if server.state_dir is None else str(server.state_dir.resolve())
+    runtime = RuntimeDirectory(options.name, options.runtime_base)
+    runtime.announce(ServerInfo(address, state_dir, os.getpid()))
 
 
 class Service:
@@ -84,25 +111,12 @@ class Service:
     ) -> None:
         self.options = options
         self._on_progress = on_progress
-        self.state_dir = options.state_dir or default_state_directory(options.name)
         self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        options = self.options
-        namespace = SharedNamespace(options.name, mode=0o640 if options.group_readable else 0o600)
-        self._runtime = RuntimeDirectory(options.name, options.runtime_base).create()
+        self._runtime = RuntimeDirectory(self.options.name, self.options.runtime_base).create()
         with contextlib.ExitStack() as stack:
-            self.server = stack.enter_context(
-                EliminationManagerServer(
-                    namespace,
-                    self.state_dir,
-                    durability=options.durability,
-                    files=options.files,
-                    default_departed=options.default_departed,
-                    imports=options.imports,
-                    on_progress=self._on_progress,
-                )
-            )
+            self.server = stack.enter_context(open_server(self.options, self._on_progress))
             self._open_channel()
             stack.callback(self.channel.close)
             self._closing = stack.pop_all()
@@ -112,9 +126,9 @@ class Service:
         port, runtime = self.options.port, self._runtime
         address = str(runtime.socket) if port is None else ("127.0.0.1", port)
         key = load_or_create_key(runtime.key)
-        self.channel = ChannelServer(self.server, address, key, service_name="EliminationManagerServer").start()
+        self.channel = ChannelServer(self.server, address, key, service_name=SERVICE_NAME).start()
         try:
-            runtime.announce(ServerInfo(self.channel.address, str(self.state_dir.resolve()), os.getpid()))
+            announce(self.options, self.server, self.channel.address)
         except BaseException:
             self.channel.close()
             raise

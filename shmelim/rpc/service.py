@@ -226,17 +226,19 @@ class RPCServiceBase(ABC):
         address: Location,
         authkey: bytes,
         server_ready: ServerReady,
+        on_listening: Callable[[Any, Location], object] | None = None,
         **kwargs: Any,
     ) -> BaseProcess:
         """Start a process that serves ``factory(*args, **kwargs)``; for :meth:`_start_server_process`.
 
-        Works with every start method; for all but ``fork``, `factory` and its arguments must be picklable. If the
-        object has a method ``close``, that is called at the process' end.
+        Works with every start method; for all but ``fork``, `factory`, its arguments and `on_listening` must be
+        picklable. If the object has a method ``close``, that is called at the process' end. `on_listening` is
+        called in that process, with the object and its address, before clients are told that it is ready.
         """
         context = multiprocessing.get_context(self._settings.start_method)
         process: BaseProcess = context.Process(  # type: ignore[attr-defined]  # each context has one
             target=run_server,
-            args=(factory, args, kwargs, address, authkey, server_ready),
+            args=(factory, args, kwargs, address, authkey, server_ready, on_listening),
             name=self.service_name,
             daemon=True,
         )

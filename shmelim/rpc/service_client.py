@@ -41,6 +41,8 @@ class ServiceClient:
     ----------
     proxy : Proxy
         The server's remote methods.
+    call : callable
+        One call with a deadline of its own: :meth:`ChannelClient.call`.
 
     """
 
@@ -61,6 +63,7 @@ class ServiceClient:
             location, key.for_client, timeout=settings.health_check_timeout, codec=settings.codec_in_use
         )
         self.proxy = self._calls.proxy(idempotent=settings.idempotent)
+        self.call = self._calls.call
 
     def __reduce__(self) -> tuple[Any, ...]:
         multiprocessing.context.assert_spawning(self)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from multiprocessing.synchronize import Event
 
-    from shmelim.rpc.address import Address
+    from shmelim.rpc.address import Address, Location
 
 __all__ = ["run_server", "serve_rpc"]
 
@@ -56,6 +56,7 @@ def run_server(
     address: Address,
     authkey: bytes,
     server_ready: ServerReady,
+    on_listening: Callable[[Any, Location], object] | None = None,
 ) -> None:
     """Make an object and serve it; what a server process runs that was started by ``_spawn_server``.
 
@@ -65,6 +66,8 @@ def run_server(
         ``factory(*args, **kwargs)`` makes the object. If that has a method ``close``, it is called in the end.
     address, authkey, server_ready
         As for :func:`serve_rpc`.
+    on_listening
+        Called with the object and its address before the owner is told that the server is ready.
 
     Raises
     ------
@@ -81,7 +84,7 @@ def run_server(
             close = getattr(server, "close", None)
             if callable(close):
                 stack.callback(close)
-            _serve(server, address, authkey, server_ready, options, ending)
+            _serve(server, address, authkey, server_ready, options, ending, on_listening)
         except Exception as error:
             _logger.exception("%s: the server process failed", options.service_name)
             server_ready.fail(error)
@@ -95,6 +98,7 @@ def _serve(
     server_ready: ServerReady | Event,
     options: ServerOptions,
     ending: Ending,
+    on_listening: Callable[[Any, Location], object] | None = None,
 ) -> None:
     channel = ChannelServer(
         server,
@@ -111,6 +115,8 @@ def _serve(
             server_ready.fail(error)
         raise
     try:
+        if on_listening is not None:
+            on_listening(server, channel.address)
         ending.defer()
         if isinstance(server_ready, ServerReady):
             server_ready.set(channel.address)

@@ -59,14 +59,41 @@ class Remote(Api):
         return self.client._call(f"{name}_rpc", *args)
 
 
-@pytest.fixture(params=["in memory", "with files", "served", pytest.param("over tcp", marks=pytest.mark.long)])
-def api(request, tmp_path, serve):
+class Managed(Api):
+    """What a validator holds; what it does not have is asked of its reader."""
+
+    def __init__(self, manager):
+        self.manager, self.reader = manager, manager.reader
+
+    def __getattr__(self, name):
+        return getattr(self.manager if hasattr(self.manager, name) else self.reader, name)
+
+    def rpc(self, name, *args):
+        return getattr(self.manager._server_proxy, f"{name}_rpc")(*args)
+
+    def health_check(self):
+        return self.rpc("health_check")
+
+
+@pytest.fixture(
+    params=[
+        "in memory",
+        "with files",
+        "served",
+        "direct manager",
+        "manager",
+        pytest.param("over tcp", marks=pytest.mark.long),
+    ]
+)
+def api(request, tmp_path, serve, managers):
     if request.param == "in memory":
         with EliminationManagerServer() as server:
             yield Direct(server)
     elif request.param == "with files":
         with EliminationManagerServer(state_dir=tmp_path / "state", durability="process") as server:
             yield Direct(server)
+    elif request.param.endswith("manager"):
+        yield Managed(managers(running_unit_tests=request.param == "direct manager"))
     else:
         served = serve(durability="process", port=0 if request.param == "over tcp" else None)
         with_client = served.client()

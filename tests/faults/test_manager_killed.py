@@ -1,0 +1,149 @@
+"""A manager's server is killed again and again: no reader sees an error or what is stale, no change is lost."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+
+import pytest
+from ledger import PATIENCE, Alerts, until
+from serving import row, stamp_of, state_in_store, state_in_table
+
+from shmelim import EliminationReader
+from shmelim.errors import CallTimeoutError, NotServingError, OutcomeUnknownError
+from shmelim.rpc import HealthCheckDaemon
+
+# Each changer has hotkeys of its own, and for each a place in shared memory for the last acknowledged stamp.
+PER_CHANGER = 50
+
+
+def hotkeys_of(changer):
+    return [f"{changer}-{n}" for n in range(PER_CHANGER)]
+
+
+def change_without_pause(manager, changer, acknowledged, stop, results):
+    """Give this changer's hotkeys ever larger stamps; say how many changes were in doubt or refused."""
+    doubtful = refused = 0
+    first = changer * PER_CHANGER
+    for stamp in itertools.count(1):
+        if stop.is_set():
+            break
+        place = stamp % PER_CHANGER
+        hotkey = hotkeys_of(changer)[place]
+        try:
+            manager.add_elimination(hotkey, row(hotkey, stamp))
+            acknowledged[first + place] = stamp
+        except OutcomeUnknownError:
+            doubtful += 1
+        except (NotServingError, CallTimeoutError):
+            refused += 1
+    results.put((doubtful, refused))
+
+
+def read_without_pause(manager, changers, acknowledged, stop, ready, results):
+    """Read what was acknowledged: it must be there, whole, and no older."""
+    reads = 0
+    names = [hotkey for changer in range(changers) for hotkey in hotkeys_of(changer)]
+    last = [0] * len(names)
+    while not stop.is_set():
+        for place, hotkey in enumerate(names):
+            floor = max(last[place], acknowledged[place])  # before the read
+            if not floor:
+                continue
+            assert manager.is_hotkey_eliminated(hotkey)
+            last[place] = stamp_of(hotkey, manager.get_elimination(hotkey))
+            assert last[place] >= floor, f"{hotkey}: {last[place]} is older than {floor}"
+            reads += 1
+        everything = manager.get_eliminations_dict()
+        for hotkey, record in everything.items():
+            stamp_of(hotkey, record)
+        ready.set()
+    results.put(reads)
+
+
+@pytest.mark.parametrize(
+    ("method", "kills"),
+    [
+        ("fork", 5),
+        pytest.param("fork", 50, marks=pytest.mark.long),
+        pytest.param("spawn", 50, marks=pytest.mark.long),
+    ],
+)
+def test_killed_while_one_process_changes_and_three_read(managers, tmp_path, method, kills):
+    alerts = Alerts()
+    context = multiprocessing.get_context(method)
+    manager = managers(
+        state_dir=tmp_path / "state",
+        start_method=method,
+        health_check_interval_s=0,
+        max_consecutive_failures=1,
+        connect_wait=PATIENCE,
+        call_timeout=PATIENCE,
+        slack_notifier=None,
+    )
+    stop, results, readings = context.Event(), context.Queue(), context.Queue()
+    # Two changers in one other process, two threads of it, and one thread here.
+    acknowledged = context.RawArray("Q", 3 * PER_CHANGER)
+    processes = [context.Process(target=_two_threads, args=(manager, acknowledged, stop, results))]
+    readers = []
+    for _ in range(3):
+        ready = context.Event()
+        readers.append(ready)
+        arguments = (manager, 3, acknowledged, stop, ready, readings)
+        processes.append(context.Process(target=read_without_pause, args=arguments))
+    for process in processes:
+        process.start()
+    here = threading.Thread(target=change_without_pause, args=(manager, 2, acknowledged, stop, results))
+    here.start()
+    try:
+        for ready in readers:
+            assert ready.wait(PATIENCE)
+        manager.slack_notifier = alerts
+        with HealthCheckDaemon(manager, 0.01).start():
+            for round_number in range(1, kills + 1):
+                # Every changer has got through to the server that is killed next.
+                before = [max(acknowledged[c * PER_CHANGER : (c + 1) * PER_CHANGER]) for c in range(3)]
+                until(lambda before=before: _all_went_on(acknowledged, before))
+                os.kill(manager.server_pid, signal.SIGKILL)
+                until(lambda number=round_number: len(alerts.of("success")) == number)
+    finally:
+        stop.set()
+    outcomes = [results.get(timeout=PATIENCE) for _ in range(3)]
+    reads = [readings.get(timeout=PATIENCE) for _ in range(3)]
+    here.join(PATIENCE)
+    for process in processes:
+        process.join(PATIENCE)
+        assert process.exitcode == 0
+    assert [level for level, _ in alerts.messages] == ["error", "warning", "success"] * kills
+    assert sum(refused for _, refused in outcomes) == 0  # every call waited for the next server
+    assert min(reads) > 0
+    for changer in range(3):
+        for place, hotkey in enumerate(hotkeys_of(changer)):
+            stamp = acknowledged[changer * PER_CHANGER + place]
+            if stamp:
+                assert stamp_of(hotkey, manager.get_elimination(hotkey)) >= stamp
+    manager.shutdown()
+    assert state_in_table(EliminationReader(manager.name)) == state_in_store(tmp_path / "state")
+    changes = sum(stamp > 0 for stamp in acknowledged)
+    print(f"{kills} kills: {changes} hotkeys, {sum(reads)} rounds of reads, {outcomes} (in doubt, refused)")
+
+
+def _two_threads(manager, acknowledged, stop, results):
+    threads = [
+        threading.Thread(target=change_without_pause, args=(manager, changer, acknowledged, stop, results))
+        for changer in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _all_went_on(acknowledged, before):
+    return all(
+        max(acknowledged[changer * PER_CHANGER : (changer + 1) * PER_CHANGER]) > before[changer]
+        for changer in range(3)
+    )
