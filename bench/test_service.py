@@ -1,0 +1,104 @@
+"""The manager beside the BaseManager pattern that it replaces, both with their server on loopback TCP.
+
+One check, all of 256 records, a sync of 100, an update of one. *channel* is what the manager does not do: it asks
+its server for what stands in shared memory, to compare the two channels alone. Only shmelim's changes are durable.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from bench.contenders import BaseManagerRpc
+from bench.records import hotkey, record, records
+from shmelim import EliminationManager
+from shmelim.shm import SharedNamespace
+
+SIZE = 256
+
+
+class Manager:
+    """The manager of a validator: reads from shared memory, changes over TCP."""
+
+    label = "manager"
+    durability = "power"
+
+    def __init__(self) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        base = Path(self.directory.name)
+        self.manager = EliminationManager(
+            None,
+            None,
+            None,
+            name=f"bench-{os.getpid()}",
+            port=0,
+            state_dir=base / "state",
+            runtime_base=base,
+            durability=self.durability,
+            start_method="spawn",
+        )
+        self.check = self.manager.is_hotkey_eliminated
+        self.everything = self.manager.get_eliminations_from_memory
+        self.add = self.manager.add_elimination
+        self.sync = self.manager.sync_eliminations
+
+    def close(self):
+        self.manager.shutdown()
+        SharedNamespace(self.manager.name).remove()
+        self.directory.cleanup()
+
+
+class Lenient(Manager):
+    """Changes that survive the death of the server, not that of the machine."""
+
+    label = "manager, durability=process"
+    durability = "process"
+
+
+class Channel(Manager):
+    """Everything asked of the server."""
+
+    label = "channel"
+
+    def __init__(self) -> None:
+        super().__init__()
+        proxy = self.manager._server_proxy  # noqa: SLF001
+        self.check = proxy.is_hotkey_eliminated_rpc
+        self.everything = proxy.get_eliminations_from_memory_rpc
+
+
+@pytest.fixture(
+    scope="module", params=[Manager, Lenient, Channel, BaseManagerRpc], ids=lambda contender: contender.label
+)
+def service(request):
+    contender = request.param()
+    contender.sync(records(SIZE))
+    yield contender
+    contender.close()
+
+
+def test_check(benchmark, service):
+    benchmark.group = "one check"
+    assert benchmark(service.check, hotkey(7)) is True
+
+
+def test_everything(benchmark, service):
+    benchmark.group = f"all of {SIZE} records"
+    assert len(benchmark(service.everything)) == SIZE
+
+
+def test_update_one(benchmark, service):
+    benchmark.group = "update one record"
+    stamps = count(1)
+    benchmark.pedantic(service.add, setup=lambda: ((hotkey(7), record(7, next(stamps))), {}), rounds=200)
+
+
+def test_sync_100(benchmark, service):
+    benchmark.group = "sync of 100 records, all of them changed"
+    stamps = count(1)
+    benchmark.pedantic(service.sync, setup=lambda: ((records(100, next(stamps)),), {}), rounds=30)
+    service.sync(records(SIZE))
