@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
-import os
 import secrets
 import tempfile
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 from serving import Served
 
 from shmelim import EliminationManager
-from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace
+from shmelim.shm import READ_PATH, Namespace, PrivateNamespace, SharedNamespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,8 +24,7 @@ _numbers = itertools.count()
 
 
 def pytest_report_header() -> str:
-    native = importlib.util.find_spec("shmelim.shm._native") is not None and not os.environ.get("SHMELIM_PURE")
-    return f"shmelim: {'native' if native else 'pure-Python'} read path"
+    return f"shmelim: {READ_PATH} read path"
 
 
 def segments_of(name: str) -> list[str]:

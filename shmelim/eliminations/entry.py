@@ -16,9 +16,12 @@ import gc
 import os
 import struct
 from enum import IntFlag
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import msgspec
 
 from shmelim.eliminations.record import decode
+from shmelim.errors import CorruptSegmentError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,9 +29,25 @@ if TYPE_CHECKING:
     from shmelim.eliminations.schema import Row
     from shmelim.shm import Entry
 
-__all__ = ["ORIGIN_KEY", "Status", "departed_in", "eliminations_in", "row_entry"]
+__all__ = [
+    "ORIGIN_KEY",
+    "Status",
+    "decode_departures",
+    "decode_eliminations",
+    "decode_hotkeys",
+    "decode_rows",
+    "departed_in",
+    "eliminations_in",
+    "row_entry",
+]
+
+T = TypeVar("T")
 
 _MANY: Final = 1000
+_rows: Final = msgspec.msgpack.Decoder(list[dict[str, Any]])
+_eliminations: Final = msgspec.msgpack.Decoder(dict[str, dict[str, Any]])
+_hotkeys: Final = msgspec.msgpack.Decoder(list[str])
+_prefixes: Final = msgspec.msgpack.Decoder(dict[str, bytes])
 
 # Whether a thread of this process keeps the garbage collector switched off; written by that thread alone.
 _collector_rests = False
@@ -100,10 +119,45 @@ def _wake_collector_in_child() -> None:
 os.register_at_fork(after_in_child=_wake_collector_in_child)
 
 
+def decode_rows(found: bytes) -> list[dict[str, Any]]:
+    """Return the elimination records in a msgpack array of them."""
+    return _decode_all(_rows, found)
+
+
+def decode_eliminations(found: bytes) -> dict[str, dict[str, Any]]:
+    """Return the elimination records in a msgpack map of hotkey to record."""
+    return _decode_all(_eliminations, found)
+
+
+def decode_hotkeys(found: bytes) -> list[str]:
+    """Return the hotkeys in a msgpack array of them."""
+    return _decode_all(_hotkeys, found)
+
+
+def decode_departures(found: bytes) -> dict[str, dict[str, int]]:
+    """Return ``{hotkey: {"detected_ms": …}}``, in the order of departure, of a msgpack map of hotkey to prefix."""
+    prefixes = [(PREFIX.unpack(prefix), hotkey) for hotkey, prefix in _decode_all(_prefixes, found).items()]
+    prefixes.sort(key=_departed_ordinal)
+    return {hotkey: {"detected_ms": detected_ms} for (detected_ms, _), hotkey in prefixes}
+
+
+def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes) -> T:
+    # The number of items stands in the four bytes behind the first.
+    with _collector_at_rest(int.from_bytes(found[1:5], "big")):
+        try:
+            return decoder.decode(found)
+        except msgspec.DecodeError as error:
+            raise CorruptSegmentError(f"the records in shared memory cannot be decoded: {error}") from error
+
+
+def _departed_ordinal(item: tuple[tuple[int, int], Any]) -> int:
+    return item[0][1]
+
+
 def departed_in(entries: Mapping[bytes, Entry]) -> dict[str, dict[str, int]]:
     """Return ``{hotkey: {"detected_ms": …}}`` of a snapshot's entries, in the order of departure."""
     found = [
         (PREFIX.unpack_from(record), key) for key, (flags, record, _) in entries.items() if flags & Status.DEPARTED
     ]
-    found.sort(key=lambda item: item[0][1])
+    found.sort(key=_departed_ordinal)
     return {key.decode(): {"detected_ms": detected_ms} for (detected_ms, _), key in found}

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TypeVar
 
 import numpy as np
 
-from shmelim.eliminations.entry import PREFIX, Status, departed_in, eliminations_in
+from shmelim.eliminations.entry import (
+    PREFIX,
+    Status,
+    decode_departures,
+    decode_eliminations,
+    decode_hotkeys,
+    decode_rows,
+    departed_in,
+    eliminations_in,
+)
 from shmelim.eliminations.record import decode as decode_record
 from shmelim.errors import CorruptSegmentError, NotServingError
-from shmelim.shm import Namespace, SharedNamespace, TableReader
+from shmelim.shm import (
+    HEADS,
+    ITEMS,
+    KEYS,
+    VALUES,
+    Lookups,
+    Namespace,
+    SharedNamespace,
+    TableReader,
+    flag_choice,
+    flag_test,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, ItemsView, Iterable, Iterator, ValuesView
@@ -26,8 +46,9 @@ T = TypeVar("T")
 
 _ELIMINATED = int(Status.ELIMINATED)
 _DEPARTED = int(Status.DEPARTED)
+_REGISTERED = int(Status.REGISTERED)
 _RE_REGISTERED = int(Status.DEPARTED | Status.REGISTERED)
-_PREFIX = PREFIX.size
+_STATUSES = tuple(Status(flags) for flags in range(256))
 _WAIT_PAUSE = 0.01
 
 
@@ -40,7 +61,7 @@ class Snapshot(NamedTuple):
     registered: set[str]
 
 
-class EliminationReader(Mapping[str, dict[str, Any]]):
+class EliminationReader(Lookups, Mapping[str, dict[str, Any]]):
     """The current eliminations, read from shared memory: a read-only mapping of hotkey to record.
 
     Parameters
@@ -74,6 +95,9 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
 
     """
 
+    _head = PREFIX.size
+    _member = _ELIMINATED
+
     def __init__(self, name: str, *, wait: float | None = None, owner: int | None = None) -> None:
         self.name = name
         self._owner = owner
@@ -101,8 +125,6 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
                 time.sleep(_WAIT_PAUSE)
             else:
                 break
-        # Bound once: the hot path goes through no attribute of the table.
-        self._flags = self._table.flags
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._private:
@@ -111,33 +133,33 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
 
     # ------------------------------------------------------------------ one hotkey
 
+    @flag_test(_ELIMINATED)
     def is_hotkey_eliminated(self, hotkey: str) -> bool:
         """Tell whether a hotkey is eliminated. One probe of shared memory."""
-        return self._status(hotkey) & _ELIMINATED != 0
+        return self._flags(hotkey) & _ELIMINATED != 0
 
+    @flag_test(_RE_REGISTERED)
     def is_hotkey_re_registered(self, hotkey: str) -> bool:
         """Tell whether a hotkey that once left the metagraph is in it now. One probe of shared memory."""
-        return self._status(hotkey) & _RE_REGISTERED == _RE_REGISTERED
+        return self._flags(hotkey) & _RE_REGISTERED == _RE_REGISTERED
 
+    @flag_choice(_STATUSES)
     def status(self, hotkey: str) -> Status:
         """Return all that the table says of a hotkey, as flags. One probe of shared memory."""
-        return Status(self._status(hotkey))
+        return _STATUSES[self._flags(hotkey)]
 
-    def _status(self, hotkey: str) -> int:
-        try:
-            return self._flags(hotkey.encode())
-        except AttributeError:
-            raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {hotkey!r:.60}") from None
-        except UnicodeEncodeError:
-            return 0
+    def _refuse(self, key: object) -> NoReturn:
+        raise TypeError(f"a hotkey must be text, not {type(key).__name__}: {key!r:.60}")
 
     def get_elimination(self, hotkey: str) -> dict[str, Any] | None:
         """Return a hotkey's elimination record, or None."""
-        return self.read(hotkey, _decode)
+        record = self._record(hotkey)
+        return None if record is None else _decode(record)
 
     def hotkey_in_eliminations(self, hotkey: str) -> dict[str, Any] | None:
         """Return a hotkey's elimination record, or None; the field's other name for `get_elimination`."""
-        return self.read(hotkey, _decode)
+        record = self._record(hotkey)
+        return None if record is None else _decode(record)
 
     def read(self, hotkey: str, decode: Callable[[memoryview], T]) -> T | None:
         """Run ``decode`` on a record's msgpack bytes where they stand, without copying them.
@@ -155,18 +177,11 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
         The result of ``decode``, or None where the hotkey is not eliminated.
 
         """
-
-        def eliminated(record: memoryview) -> T | None:
-            if len(record) == _PREFIX:
-                return None
-            with record[_PREFIX:] as elimination:
-                return decode(elimination)
-
-        return self._table.read(_key(hotkey), eliminated)
+        return self._read(hotkey, decode)
 
     def get_departed_hotkey_info(self, hotkey: str) -> dict[str, int] | None:
         """Return ``{"detected_ms": …}`` of a hotkey that left the metagraph once, or None."""
-        found = self._table.get(_key(hotkey))
+        found = self._table.get(self._key(hotkey))
         if found is None or not found.flags & _DEPARTED:
             return None
         return {"detected_ms": PREFIX.unpack_from(found.data)[0]}
@@ -179,7 +194,7 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
         Parameters
         ----------
         hotkeys
-            Any number of hotkeys.
+            Any number of hotkeys; a list, a tuple, or a numpy array of byte strings is quickest.
 
         Returns
         -------
@@ -192,21 +207,25 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
             One of them is no text.
 
         """
-        return (self._flags_of(hotkeys) & _ELIMINATED).astype(np.bool_)
+        return self._answers(hotkeys, np.bool_, _ELIMINATED)
 
     def statuses(self, hotkeys: Iterable[str]) -> list[Status]:
         """Return all that the table says of many hotkeys, in their order and as of one version."""
-        return [Status(flags) for flags in self._flags_of(hotkeys).tolist()]
+        return [_STATUSES[flags] for flags in self._answers(hotkeys, np.uint8, 0).tolist()]
 
-    def _flags_of(self, hotkeys: Iterable[str]) -> NDArray[np.uint8]:
-        if isinstance(hotkeys, str):
+    def _answers(self, hotkeys: Iterable[str], kind: type[Any], mask: int) -> NDArray[Any]:
+        if isinstance(hotkeys, np.ndarray):
+            keys = np.ascontiguousarray(hotkeys) if hotkeys.dtype.kind == "S" else hotkeys.tolist()
+        elif isinstance(hotkeys, (list, tuple)):
+            keys = hotkeys
+        elif isinstance(hotkeys, str):
             raise TypeError("hotkeys must be a list of hotkeys, not one hotkey")
-        listed = list(hotkeys)
-        try:
-            keys = [hotkey.encode() for hotkey in listed]
-        except (AttributeError, UnicodeEncodeError):
-            keys = [_key(hotkey) for hotkey in listed]
-        return self._table.flags_of(keys)
+        else:
+            keys = list(hotkeys)
+        answers: NDArray[Any] = np.empty(len(keys), kind)
+        if not self._fill(keys, answers, mask):
+            self._fill_in_any_case(keys, answers, mask)
+        return answers
 
     def get_eliminated_hotkeys(self) -> set[str]:
         """Return the hotkeys that are eliminated."""
@@ -214,10 +233,15 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
 
     def get_eliminations_from_memory(self) -> list[dict[str, Any]]:
         """Return all elimination records, in the order of first elimination."""
-        return list(self.get_eliminations_dict().values())
+        found = self._collect(_ELIMINATED, VALUES)
+        return list(self._replayed_eliminations().values()) if found is None else decode_rows(found[1])
 
     def get_eliminations_dict(self) -> dict[str, dict[str, Any]]:
         """Return all elimination records by hotkey, in the order of first elimination."""
+        found = self._collect(_ELIMINATED, ITEMS)
+        return self._replayed_eliminations() if found is None else decode_eliminations(found[1])
+
+    def _replayed_eliminations(self) -> dict[str, dict[str, Any]]:
         return eliminations_in(self._table.snapshot().entries)
 
     @property
@@ -227,7 +251,8 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
 
     def get_departed_hotkeys(self) -> dict[str, dict[str, int]]:
         """Return ``{hotkey: {"detected_ms": …}}`` of all that left the metagraph, in the order they did."""
-        return departed_in(self._table.snapshot().entries)
+        found = self._collect(_DEPARTED, HEADS)
+        return departed_in(self._table.snapshot().entries) if found is None else decode_departures(found[1])
 
     @property
     def departed_hotkeys(self) -> dict[str, dict[str, int]]:
@@ -236,17 +261,24 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
 
     def snapshot(self) -> Snapshot:
         """Return everything as of one version."""
+        eliminated = self._collect(_ELIMINATED, ITEMS)
+        departed = self._collect(_DEPARTED, HEADS)
+        registered = self._collect(_REGISTERED, KEYS)
+        if eliminated and departed and registered and eliminated[0] == departed[0] == registered[0]:
+            return Snapshot(
+                eliminated[0],
+                decode_eliminations(eliminated[1]),
+                decode_departures(departed[1]),
+                set(decode_hotkeys(registered[1])),
+            )
         version, entries = self._table.snapshot()
-        registered = {key.decode() for key, entry in entries.items() if entry.flags & Status.REGISTERED}
-        return Snapshot(version, eliminations_in(entries), departed_in(entries), registered)
+        present = {key.decode() for key, entry in entries.items() if entry.flags & _REGISTERED}
+        return Snapshot(version, eliminations_in(entries), departed_in(entries), present)
 
     # ------------------------------------------------------------------ the mapping
 
     def __len__(self) -> int:
         return self._table.count_flag(0)
-
-    def __contains__(self, hotkey: object) -> bool:
-        return isinstance(hotkey, str) and self.is_hotkey_eliminated(hotkey)
 
     def __getitem__(self, hotkey: str) -> dict[str, Any]:
         record = self.get_elimination(hotkey) if isinstance(hotkey, str) else None
@@ -255,6 +287,9 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
         return record
 
     def __iter__(self) -> Iterator[str]:
+        found = self._collect(_ELIMINATED, KEYS)
+        if found is not None:
+            return iter(decode_hotkeys(found[1]))
         entries = self._table.snapshot().entries
         return iter([key.decode() for key, entry in entries.items() if entry.flags & _ELIMINATED])
 
@@ -333,14 +368,7 @@ class EliminationReader(Mapping[str, dict[str, Any]]):
         return len(keys)
 
 
-def _key(hotkey: str) -> bytes:
-    """Return the key of a hotkey that is looked up; one that can be no key becomes one that is in no table."""
-    if not isinstance(hotkey, str):
-        raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {hotkey!r:.60}")
-    return hotkey.encode("utf-8", "surrogatepass")
-
-
-def _decode(record: memoryview) -> dict[str, Any]:
+def _decode(record: bytes) -> dict[str, Any]:
     try:
         return decode_record(record)
     except ValueError as error:

@@ -37,6 +37,7 @@ from shmelim.shm.layout import (
     entry_size,
     pack_entry,
 )
+from shmelim.shm.native import release_fence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,9 +105,10 @@ class Image:
     def begin_overwrite(self) -> None:
         """Move the epoch: what readers took for an append-only log is about to be written over.
 
-        Must come before the first such store; x86-64 keeps the two in order.
+        Must be seen before the first such store.
         """
         self._add(EPOCH, 1)
+        release_fence()
 
     # ------------------------------------------------------------------ changes
 

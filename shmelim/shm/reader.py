@@ -27,7 +27,7 @@ import os
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -154,6 +154,8 @@ class TableReader:
 
     """
 
+    _view_type: ClassVar[type[View]] = View
+
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
         self._attaching = threading.Lock()
@@ -223,12 +225,16 @@ class TableReader:
 
         return self._consistently(look)
 
+    def _fence(self) -> None:
+        """Keep the loads before this call before those behind it. On x86-64, loads do that by themselves."""
+
     def _consistently(self, look: Callable[[View, int], T]) -> T:
         """Return what ``look`` makes of a view at a version; start over if a publish came between.
 
         The frame of all reads but :meth:`flags`, where it stands unrolled, and :meth:`flags_of`, which gives up.
         An exception counts as a result does: only if nothing was published meanwhile.
         """
+        fence = self._fence
         while True:
             view = self._view
             words = view.root.words
@@ -236,12 +242,15 @@ class TableReader:
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
                 continue
+            fence()
             try:
                 result = look(view, version)
             except Exception:
+                fence()
                 if words[VERSION] == version:
                     raise
             else:
+                fence()
                 if words[VERSION] == version:
                     return result
             self.retries += 1
@@ -278,6 +287,9 @@ class TableReader:
                     return (packed & np.uint64(0xFF)).astype(np.uint8)
             self.retries += 1
             attempts += 1
+        return self._flags_of_snapshot(keys)
+
+    def _flags_of_snapshot(self, keys: Sequence[bytes]) -> NDArray[np.uint8]:
         entries = self.snapshot().entries
         return np.fromiter((entries[key].flags if key in entries else 0 for key in keys), np.uint8, len(keys))
 
@@ -315,6 +327,7 @@ class TableReader:
                 )
             start = view.arena[version & 1]
             log = view.memory[start : start + used]
+            self._fence()
             if view.words[view.header_word[version & 1] + EPOCH] != epoch:
                 self.retries += 1
                 continue
@@ -446,7 +459,7 @@ class TableReader:
                 root = self._follow_name(root)
                 continue
             try:
-                return View(self._namespace.open_data(generation), generation, root)
+                return self._view_type(self._namespace.open_data(generation), generation, root)
             except (NotServingError, SegmentError):
                 if root.words[VERSION] == version:
                     raise

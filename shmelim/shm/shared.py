@@ -25,6 +25,7 @@ from shmelim.errors import (
     UntrustedSegmentError,
 )
 from shmelim.shm.layout import ROOT_SIZE
+from shmelim.shm.native import READ_PATH
 from shmelim.shm.segment import Segment, check_name
 
 __all__ = ["SharedNamespace", "require_store_order"]
@@ -50,7 +51,7 @@ class SharedNamespace:
     ValueError
         For a bad name or mode.
     UnsupportedPlatformError
-        The machine's memory order is too weak for the pure-Python path.
+        The machine's memory order is too weak for the pure-Python path, and the extension is not there.
 
     Notes
     -----
@@ -330,20 +331,22 @@ class SharedNamespace:
 
 
 def require_store_order() -> None:
-    """Check that this machine keeps stores in order, which the pure-Python path depends on.
+    """Check that stores and loads can be kept in order here: by the extension, or by the machine itself.
 
     Raises
     ------
     UnsupportedPlatformError
-        It is not an x86-64, or not little-endian.
+        The extension is not there, or not used, and this is no x86-64.
 
     """
     machine = platform.machine()
-    if machine not in ("x86_64", "AMD64") or sys.byteorder != "little":
-        raise UnsupportedPlatformError(
-            f"the pure-Python path of shmelim needs the store order of x86-64; this machine is {machine!r}",
-            hint="use an x86-64 machine until a release with the native core supports this one",
-        )
+    if READ_PATH == "native" or (machine in ("x86_64", "AMD64") and sys.byteorder == "little"):
+        return
+    raise UnsupportedPlatformError(
+        f"the pure-Python path of shmelim needs the store order of x86-64; this machine is {machine!r}",
+        hint="install shmelim where there is a C compiler (SHMELIM_BUILD=native says what is wrong), "
+        "and do not set SHMELIM_PURE",
+    )
 
 
 def reserve(descriptor: int, size: int) -> None:

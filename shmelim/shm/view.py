@@ -101,6 +101,7 @@ class View:
         self.seed = header.seed
         self.capacity = header.capacity
         self.mask = header.capacity - 1
+        self.stride = header.stride
         self.arena_size = header.arena_size
         self.header_word = [header.copy_base(copy) // WORD for copy in (0, 1)]
         self.slot_word = [header.slots_base(copy) // WORD for copy in (0, 1)]
@@ -141,8 +142,10 @@ class View:
         if length <= INLINE_KEY:
             start = (slot + 1) * WORD
             return self.memory[start : start + length] == key
-        # A slice that a bad offset sends beyond the mapping is only shorter.
-        start = self.arena[copy] + (packed >> OFFSET_SHIFT) + ENTRY_HEADER
+        start = (packed >> OFFSET_SHIFT) + ENTRY_HEADER
+        if start + length > self.arena_size:
+            return False
+        start += self.arena[copy]
         return self.memory[start : start + length] == key
 
     def probe_many(self, copy: int, batch: Batch) -> NDArray[np.uint64]:

@@ -10,9 +10,9 @@ version word names the one that readers use, and the writer works on the other. 
 Whoever commits the changes elsewhere does so between *stage* and *publish*: what could fail for want of memory
 has been done by then, and what readers see was durable first.
 
-Order: the publishing store must come after every store of *stage* and before every store of *settle*. x86-64
-makes stores visible in program order, so here the order of the statements is enough; a native path needs a store
-with release semantics and a release fence behind it (a release store alone does not hold back later stores).
+Order: the publishing store must come after every store of *stage* and before every store of *settle*. With the
+extension it is a release store with a release fence behind it (a release store alone does not hold back later
+stores). Without it, the order of the statements must do, which is enough on x86-64; other machines are refused.
 
 Killed anywhere, the writer leaves the version word naming a copy that is whole:
 
@@ -62,6 +62,7 @@ from shmelim.shm.layout import (
     pack_data_header,
     pack_root_header,
 )
+from shmelim.shm.native import release_word
 from shmelim.shm.reader import WriterState
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class TableWriter:
         namespace.acquire()
         try:
             self._root = self._take_root()
+            self._published = release_word(self._root, VERSION)
             started = int(psutil.Process().create_time() * 1000)
         except BaseException:
             namespace.release()
@@ -329,7 +331,7 @@ class TableWriter:
         # Whether or not an interrupt lets the store happen, mirroring puts the other copy right. One statement,
         # since no signal handler runs inside it: segment and version word must not disagree.
         self._behind = _ALL
-        self._segment, self._images, self._root.words[VERSION] = staged.segment, staged.images, version
+        self._segment, self._images, self._published[0] = staged.segment, staged.images, version
         # Everything above is visible to whoever sees the new version; nothing below may be before that.
         self._behind = staged.behind
         self._open = None

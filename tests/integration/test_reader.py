@@ -416,6 +416,7 @@ class TestMapping:
         """Those put values into sets: so here, records are dicts with a hash."""
         monkeypatch.setattr(entry, "decode", lambda data: _Record(decode(data)))
         monkeypatch.setattr(reader_module, "decode_record", lambda data: _Record(decode(data)))
+        monkeypatch.setattr(reader_module, "decode_eliminations", _decode_into_records)
         records = {key: _Record(value) for key, value in self.FULL.items()}
 
         class Tests(mapping_tests.BasicTestMappingProtocol):
@@ -437,6 +438,10 @@ class TestMapping:
 
         with EliminationManagerServer() as empty:
             Tests().test_read()
+
+
+def _decode_into_records(found):
+    return {hotkey: _Record(record) for hotkey, record in entry.decode_eliminations(found).items()}
 
 
 class _Record(dict):

@@ -16,8 +16,9 @@ import pytest
 import xxhash
 
 from shmelim.errors import ShmelimError
-from shmelim.shm import SharedNamespace, TableReader, TableWriter
+from shmelim.shm import SharedNamespace, TableWriter
 from shmelim.shm.layout import EPOCH, VERSION
+from shmelim.shm.reader import TableReader  # the reference: the other path cannot be interposed
 from shmelim.shm.segment import Segment
 from shmelim.shm.view import View
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shmelim.shm import PrivateNamespace, TableReader, TableWriter
+from shmelim.shm import PrivateNamespace, TableWriter
+from shmelim.shm.reader import TableReader  # the reference: the other path cannot be interposed
 from shmelim.shm.segment import Segment
 
 if TYPE_CHECKING:

@@ -1,0 +1,138 @@
+"""Lookups by text: the base of a class that gives the table's keys, flags and records a meaning.
+
+This is the reference, in pure Python. ``fast.py`` has the same over the compiled read path, which also takes the
+place of the methods that are marked with :func:`flag_test` and :func:`flag_choice`: their bodies are what they do
+here, and say what they do there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from shmelim.shm.reader import TableReader
+
+__all__ = ["HEADS", "ITEMS", "KEYS", "VALUES", "Lookups", "Mark", "flag_choice", "flag_test"]
+
+T = TypeVar("T")
+Keys: TypeAlias = "Sequence[str] | NDArray[np.bytes_]"
+Method = TypeVar("Method", bound="Callable[..., Any]")
+
+KEYS: Final = 0
+VALUES: Final = 1
+ITEMS: Final = 2
+HEADS: Final = 3
+"""Forms of :meth:`Lookups._collect`: keys; records without their heads; both; keys with heads."""
+
+
+class Mark(NamedTuple):
+    """What a marked method does: a test for all flags of ``mask``, or the one of ``choices`` that they select."""
+
+    mask: int
+    choices: tuple[Any, ...] | None
+
+
+def flag_test(mask: int) -> Callable[[Method], Method]:
+    """Mark a method of one text that tells whether its flags have all of ``mask``."""
+    return _marked(Mark(mask, None))
+
+
+def flag_choice(choices: tuple[Any, ...]) -> Callable[[Method], Method]:
+    """Mark a method of one text that returns what its flags select from ``choices``, of which there are 256."""
+    return _marked(Mark(0, choices))
+
+
+def _marked(mark: Mark) -> Callable[[Method], Method]:
+    def decorate(method: Method) -> Method:
+        method.__mark__ = mark  # type: ignore[attr-defined]
+        return method
+
+    return decorate
+
+
+class Lookups:
+    """Lookups by text in a table.
+
+    Attributes
+    ----------
+    _table
+        The table; set once, before anything is looked up.
+    _head
+        How many bytes at the beginning of each record are its head; the rest is its body.
+    _member
+        The flags that make a key a member (``in``).
+
+    """
+
+    __slots__ = ()
+
+    _table: TableReader
+    _head: ClassVar[int] = 0
+    _member: ClassVar[int] = 1
+
+    def _refuse(self, key: object) -> NoReturn:
+        """Raise the error for a key that is no text."""
+        raise TypeError(f"a key must be text, not {type(key).__name__}: {key!r:.60}")
+
+    def _key(self, key: str) -> bytes:
+        """Return the bytes of a key that is looked up; one that can be no key becomes one that is in no table."""
+        if not isinstance(key, str):
+            self._refuse(key)
+        return key.encode("utf-8", "surrogatepass")
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._flags(key) & self._member == self._member
+
+    def _flags(self, key: str) -> int:
+        """Return the flags of a text, 0 if it is absent."""
+        try:
+            return self._table.flags(key.encode())
+        except AttributeError:
+            self._refuse(key)
+        except UnicodeEncodeError:
+            return 0
+
+    def _record(self, key: str) -> bytes | None:
+        """Return a copy of the body of a text's record; None if there is none."""
+        found = self._table.get(self._key(key))
+        if found is None or (self._head and len(found.data) <= self._head):
+            return None
+        return found.data[self._head :]
+
+    def _read(self, key: str, decode: Callable[[memoryview], T]) -> T | None:
+        """Run ``decode`` on the body of a text's record where it stands; None if there is none."""
+
+        def look(record: memoryview) -> T | None:
+            if self._head and len(record) <= self._head:
+                return None
+            with record[self._head :] as body:
+                return decode(body)
+
+        return self._table.read(self._key(key), look)
+
+    def _fill(self, keys: Keys, answers: NDArray[Any], mask: int, /) -> bool:
+        """Write an answer for each key, all as of one version; False if publishes overtook it every time.
+
+        The answer is whether the key has all flags of ``mask``, or all its flags where ``mask`` is 0.
+        """
+        self._fill_in_any_case(keys, answers, mask)
+        return True
+
+    def _fill_in_any_case(self, keys: Keys, answers: NDArray[Any], mask: int) -> None:
+        """Do the same, however fast publishes come."""
+        listed = keys.tolist() if isinstance(keys, np.ndarray) else [self._key(key) for key in keys]
+        flags = self._table.flags_of(listed)
+        answers[:] = flags if mask == 0 else flags & mask == mask
+
+    def _collect(self, mask: int, form: int) -> tuple[int, bytes] | None:  # noqa: ARG002  # the signature of the other path
+        """Return version and msgpack of all entries with the flags of ``mask``, in the order of their ordinals.
+
+        None where the path has nothing quicker than a snapshot, or publishes overtook it every time.
+        """
+        return None

@@ -1,0 +1,61 @@
+"""Which of the two read paths is in use: decided once, when the package is imported.
+
+``native`` is the extension ``_native``, compiled when the package is installed; ``pure`` is Python, and the
+reference. ``SHMELIM_PURE=1`` in the environment forces the latter.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from shmelim.shm.segment import Segment
+
+__all__ = ["READ_PATH", "release_fence", "release_word"]
+
+_INTERFACE: Final = 1
+
+
+class _Word(Protocol):
+    def __setitem__(self, index: int, value: int, /) -> None: ...
+
+
+def _load() -> ModuleType | None:
+    if os.environ.get("SHMELIM_PURE", "0") not in {"", "0"}:
+        return None
+    try:
+        from shmelim.shm import _native  # noqa: PLC0415  # it may not be there
+    except ImportError:
+        return None
+    # One that another release left in the directory is none.
+    return _native if getattr(_native, "INTERFACE", None) == _INTERFACE else None
+
+
+_extension: Final = _load()
+
+READ_PATH: Final = "pure" if _extension is None else "native"
+"""``"native"`` or ``"pure"``."""
+
+
+def release_fence() -> None:
+    """Keep what was stored before this call from being seen after what is stored behind it.
+
+    Without the extension nothing is to be done: such machines are refused unless they keep stores in order.
+    """
+    if _extension is not None:
+        _extension.fence()
+
+
+def release_word(segment: Segment, index: int) -> _Word:
+    """Return a word of a writable segment; assigning to its item 0 publishes.
+
+    Everything stored before is seen before it, everything stored behind is seen after it. The assignment is a
+    statement in which no signal handler runs, as a call could be.
+    """
+    if _extension is None:
+        return segment.words[index : index + 1]
+    word: _Word = _extension.ReleaseWord(segment.memory, index)
+    return word
