@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shmelim.cli import output
+from shmelim.cli.offline import from_store
 from shmelim.cli.options import HOTKEY, Command, Settings, settings_options
 from shmelim.eliminations import EliminationClient
-from shmelim.eliminations.runtime import RuntimeDirectory, default_state_directory
 from shmelim.eliminations.server import event_as_dict
 from shmelim.eliminations.store import read_events
-from shmelim.errors import ChannelError, KeyFileError, MessageTooLargeError, NotServingError, StoreError
+from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,7 +57,8 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
             events = _from_server(settings.name, hotkey, limit)
             source = "server"
         except (NotServingError, KeyFileError) as error:
-            events = _from_store(settings.name, hotkey, limit, error)
+            found = from_store(settings.name, lambda directory: read_events(directory, hotkey, limit), error)
+            events = [event_as_dict(event) for event in found]
     if settings.as_json:
         output.document({"name": settings.name, "source": source, "events": events})
         return
@@ -92,21 +93,6 @@ def _from_server(name: str, hotkey: str | None, limit: int) -> list[dict[str, An
     finally:
         client.close()
     return events
-
-
-def _from_store(name: str, hotkey: str | None, limit: int, why: ChannelError | NotServingError) -> list[Any]:
-    """Read the store that the last server of this name used, or the one that the name has by default."""
-    try:
-        announced = RuntimeDirectory(name).server().state_dir
-    except NotServingError:
-        announced = None
-    directory = default_state_directory(name) if announced is None else Path(announced)
-    try:
-        return [event_as_dict(event) for event in read_events(directory, hotkey, limit)]
-    except StoreError as error:
-        if (directory / "shmelim.sqlite").exists():
-            raise
-        raise why from error
 
 
 def _who(event: Mapping[str, Any]) -> str:

@@ -13,11 +13,12 @@ import click
 from shmelim import __version__
 from shmelim.cli import failure
 from shmelim.cli.change import add, remove, sync
+from shmelim.cli.debts import debts, slash
 from shmelim.cli.demo import demo
 from shmelim.cli.export import export
 from shmelim.cli.history import history
 from shmelim.cli.look import check, get, list_
-from shmelim.cli.options import Settings, keep_lines, settings_from_environment, settings_options
+from shmelim.cli.options import Group, Settings, settings_from_environment, settings_options
 from shmelim.cli.output import printable
 from shmelim.cli.serve import serve
 from shmelim.cli.status import status
@@ -32,12 +33,8 @@ class _ReaderGoneError(Exception):
     """Whoever read stdout went away; click must not take that for its own exit code 1, which is an answer here."""
 
 
-class _Commands(click.Group):
+class _Commands(Group):
     """A group that ends every error in one line, a hint and an exit code."""
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        named["help"] = keep_lines(named.get("help"))
-        super().__init__(*arguments, **named)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command of a context."""
@@ -95,7 +92,7 @@ def cli() -> None:
     """
 
 
-for _command in (serve, status, check, get, list_, add, remove, sync, history, export, demo):
+for _command in (serve, status, check, get, list_, add, remove, sync, debts, slash, history, export, demo):
     cli.add_command(_command)
 
 

@@ -17,7 +17,7 @@ from shmelim.shm import check_name
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["HOTKEY", "Command", "Hotkey", "Settings", "hotkeys_from", "owner_option", "settings_options"]
+__all__ = ["HOTKEY", "Command", "Group", "Hotkey", "Settings", "hotkeys_from", "owner_option", "settings_options"]
 
 _BLOCK: Final = re.compile(r"^(?=(With --json|For example):)", re.MULTILINE)
 
@@ -30,6 +30,14 @@ DEFAULT_NAME: Final = "shmelim"
 
 class Command(click.Command):
     """A command whose help keeps the lines of its examples, and of what it says about JSON, as they are."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        named["help"] = keep_lines(named.get("help"))
+        super().__init__(*arguments, **named)
+
+
+class Group(click.Group):
+    """A group whose help keeps its lines in the same way."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         named["help"] = keep_lines(named.get("help"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -9,8 +10,10 @@ import click
 from shmelim.cli import output
 from shmelim.cli.options import Command, Settings, owner_option, settings_options
 from shmelim.eliminations import EliminationClient, EliminationReader
+from shmelim.eliminations.debt_book import MOST_SHOWN
+from shmelim.eliminations.debt_table import read_debt_figures
 from shmelim.eliminations.runtime import RuntimeDirectory
-from shmelim.errors import NotServingError, ShmelimError
+from shmelim.errors import NotServingError, ShmelimError, StoreError
 
 if TYPE_CHECKING:
     from shmelim.shm import TableInfo, WriterInfo
@@ -26,15 +29,17 @@ _ASKING: Final = 2.0
 @settings_options
 @click.pass_obj
 def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
-    """Show who serves a name, what is published, and how full it is.
+    """Show who serves a name, what is published, how full it is, and what needs a person.
 
     Needs no key and no living server: the last published state stays readable. What only the server knows (its
-    store, trouble with its files) is asked of it where this user may.
+    store, trouble with its files) is asked of it where this user may; what is still owed is read from the store
+    where no server answers.
 
     With --json: name, version, generation, sequence, eliminated, departed, registered, entries,
     writer {pid, alive, state, heartbeat_age_s, started_ms}, table {capacity, usable, arena_size,
     arena_used, arena_live, segment_bytes}, channel {address, answers, problem}, state_dir,
-    server {commits, changes, store_bytes, problems} or null, verified (entries, or null).
+    server {commits, changes, store_bytes, problems} or null, debts (how many, or null),
+    slashes_in_doubt [hotkey] (the first 20, or null), verified (entries, or null).
 
     For example:
       shmelim status
@@ -45,6 +50,7 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
     writer, table = reader.writer, reader.table
     address, state_dir, channel_problem = _announced(settings.name)
     server, channel_problem = (None, channel_problem) if address is None else _ask(settings.name)
+    owed, in_doubt = _owed(server, state_dir)
     document = {
         "name": settings.name,
         "version": table.version,
@@ -72,6 +78,8 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
         "channel": {"address": address, "answers": server is not None, "problem": channel_problem},
         "state_dir": state_dir,
         "server": server and {key: server.get(key) for key in ("commits", "changes", "store_bytes", "problems")},
+        "debts": owed,
+        "slashes_in_doubt": in_doubt,
         "verified": verified,
     }
     if settings.as_json:
@@ -102,6 +110,23 @@ def _ask(name: str) -> tuple[dict[str, Any] | None, str | None]:
         return None, error.message
 
 
+def _owed(server: dict[str, Any] | None, state_dir: str | None) -> tuple[int | None, list[str] | None]:
+    """Return how many debts there are and whose slash is in doubt, as server or store say; None: nobody knows."""
+    if server is not None:
+        return server.get("num_debts"), server.get("slashes_in_doubt")
+    if state_dir is not None:
+        with contextlib.suppress(StoreError):
+            figures = read_debt_figures(state_dir)
+            return figures.debts, figures.in_doubt[:MOST_SHOWN]
+    return None, None
+
+
+def _in_doubt_line(hotkeys: list[str]) -> str:
+    if not hotkeys:
+        return "none"
+    return f"{', '.join(hotkeys)}: settle with `shmelim slash resolve HOTKEY --made` or `--not-made`"
+
+
 def _lines(document: dict[str, Any], writer: WriterInfo, table: TableInfo) -> list[tuple[str, object]]:
     channel, server = document["channel"], document["server"]
     answers = "" if channel["answers"] else f" ({channel['problem']})"
@@ -118,7 +143,10 @@ def _lines(document: dict[str, Any], writer: WriterInfo, table: TableInfo) -> li
         ("segment", output.size(table.segment_size)),
         ("channel", f"{channel['address'] or 'unknown'}{answers}"),
         ("state", document["state_dir"]),
+        ("debts", document["debts"]),
     ]
+    if document["slashes_in_doubt"] is not None:
+        lines.append(("slashes in doubt", _in_doubt_line(document["slashes_in_doubt"])))
     if server is not None:
         lines.append(("store", f"{output.size(server['store_bytes'])}, {server['commits']} commits"))
         lines.append(("problems", "; ".join(server["problems"] or []) or "none"))

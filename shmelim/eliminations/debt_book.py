@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from shmelim.eliminations.committer import Committer
     from shmelim.eliminations.history import Origin
 
-__all__ = ["DebtBook"]
+__all__ = ["MOST_SHOWN", "DebtBook"]
 
 T = TypeVar("T")
 
 _MAX_ATTEMPT: Final = 255
 _MAX_ERROR: Final = 500
-_SHOWN: Final = 20
+MOST_SHOWN: Final = 20
+"""Hotkeys in doubt that a health check names."""
 
 
 class DebtBook:
@@ -111,7 +112,7 @@ class DebtBook:
             figures = self._figures()
         except StoreError as error:
             return {"num_debts": None, "slashes_in_doubt": None}, [f"what is owed cannot be read: {error}"]
-        shown = figures.in_doubt[:_SHOWN]
+        shown = figures.in_doubt[:MOST_SHOWN]
         said: dict[str, Any] = {"num_debts": figures.debts, "slashes_in_doubt": shown}
         if not shown:
             return said, []

@@ -265,7 +265,8 @@ def _restore(step: Step, published: _Published, directory: Path) -> None:
         if digest is not None:
             step.store.set_meta(digest_key(name), [digest])
     _log.warning(
-        "restored %d eliminations and %d departed hotkeys from shared memory; the history starts anew",
+        "restored %d eliminations and %d departed hotkeys from shared memory; the history starts anew, and what"
+        " eliminations still owed is in the damaged store alone",
         len(published.records),
         len(published.departed),
     )
@@ -275,3 +276,4 @@ def _restore_from_files(step: Step, directory: Path) -> None:
     step.record([EventOf("recover", note="the store was damaged: restored from the JSON files")])
     _take_files(step, directory, fresh=True)
     restore_imported(step, None)
+    _log.warning("the history starts anew, and what eliminations still owed is in the damaged store alone")

@@ -1,0 +1,293 @@
+"""``shmelim debts``, ``slash resolve`` and what ``status`` says of both, against a real server and without one."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from crashing import call
+from serving import row
+
+from shmelim import EliminationClient
+from shmelim.cli import debts as command
+from shmelim.cli.main import cli
+from shmelim.eliminations.debts import new_attempt
+
+A = "5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs"
+B = "5C5GANtAKokcPvJBGyLcFgY5fYuQaXC3MpVt75codZbLLZrZ"
+
+
+@pytest.fixture
+def server(serve):
+    """A server with two eliminations, of which A's slash is in doubt."""
+    # Of its own, since a socket's path must be short.
+    runtime = Path(tempfile.mkdtemp(prefix="shmelim-"))
+    served = serve(runtime_base=runtime / "shmelim", durability="process")
+    owe(served, A)
+    owe(served, B)
+    change(served, "fail_debt_rpc", B, "positions", "no price for BTC/USD")
+    doubt(served, A)
+    yield served
+    shutil.rmtree(runtime)
+
+
+def change(served, method, *arguments):
+    client = served.client()
+    try:
+        return client._call(method, *arguments)
+    finally:
+        client.close()
+
+
+def owe(served, hotkey):
+    assert change(served, "eliminate_rpc", hotkey, row(hotkey), ["limit_orders", "positions", "slash"]) == "added"
+
+
+def doubt(served, hotkey, token=None):
+    token = token or call(new_attempt)
+    assert change(served, "begin_slash_rpc", hotkey, token)
+    assert change(served, "doubt_slash_rpc", hotkey, token, "the chain did not answer")
+
+
+@pytest.fixture
+def run(server):
+    def run(*arguments, stdin=None):
+        env = {
+            "XDG_RUNTIME_DIR": str(server.runtime.parent),
+            "XDG_STATE_HOME": str(server.runtime.parent / "state"),
+            "SHMELIM_NAME": server.name,
+            "COLUMNS": "200",
+        }
+        return CliRunner().invoke(cli, arguments, prog_name="shmelim", input=stdin, env=env)
+
+    return run
+
+
+@pytest.fixture
+def at_a_terminal(monkeypatch):
+    monkeypatch.setattr(command, "_can_ask", lambda: True)
+
+
+def document(result, code=0):
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+def slash_of(run, hotkey):
+    found = document(run("debts", hotkey, "--json"))["debts"]
+    return next((debt["state"] for debt in found if debt["kind"] == "slash"), None)
+
+
+# ------------------------------------------------------------------ debts
+
+
+def test_debts_are_listed(run):
+    lines = [line.split("\t") for line in run("debts").stdout.splitlines()]
+    assert [(line[0], line[1], line[2], *line[4:]) for line in lines] == [
+        (A, "limit_orders", "owed", "0", "-"),
+        (A, "positions", "owed", "0", "-"),
+        (A, "slash", "in_doubt", "1", "the chain did not answer"),
+        (B, "limit_orders", "owed", "0", "-"),
+        (B, "positions", "owed", "1", "no price for BTC/USD"),
+        (B, "slash", "owed", "0", "-"),
+    ]
+    assert run("debts", B).stdout.splitlines() == ["\t".join(line) for line in lines[3:]]
+    found = document(run("debts", "--json"))
+    assert (found["source"], found["count"]) == ("server", 6)
+    assert found["debts"][2]["in_doubt_since_ms"] > 0
+    assert run("debts", "unknown").stdout == ""
+
+
+def test_debts_without_a_server(run, server):
+    listed = run("debts").stdout
+    server.kill()
+    assert run("debts").stdout == listed
+    assert document(run("debts", "--json"))["source"] == "store"
+    result = run("debts", "--name", "nobody")
+    assert (result.exit_code, result.stdout) == (3, "")
+
+
+def test_what_an_error_says_reaches_no_terminal_as_a_command(run, server):
+    change(server, "fail_debt_rpc", B, "positions", "\x1b[2J")
+    assert "\x1b" not in run("debts").stdout
+
+
+# ------------------------------------------------------------------ status
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_status_tells_of_debts_and_doubts(run, server, alive):
+    if not alive:
+        server.kill()
+    found = document(run("status", "--json"))
+    assert (found["debts"], found["slashes_in_doubt"]) == (6, [A])
+    assert (found["server"] is not None) is alive
+    lines = dict(line.split("\t", 1) for line in run("status").stdout.splitlines())
+    assert lines["debts"] == "6"
+    assert lines["slashes in doubt"].startswith(f"{A}: settle with `shmelim slash resolve HOTKEY --made`")
+    if alive:
+        assert f"slashes in doubt: {A}" in found["server"]["problems"][0]
+
+
+def test_status_when_nothing_is_in_doubt(run, server):
+    assert run("slash", "resolve", A, "--made", "--yes").exit_code == 0
+    lines = dict(line.split("\t", 1) for line in run("status").stdout.splitlines())
+    assert (lines["debts"], lines["slashes in doubt"], lines["problems"]) == ("5", "none", "none")
+
+
+def test_status_when_nobody_knows(run, server):
+    server.kill()
+    (server.state_dir / "shmelim.sqlite").unlink()
+    found = document(run("status", "--json"))
+    assert (found["debts"], found["slashes_in_doubt"]) == (None, None)
+    lines = dict(line.split("\t", 1) for line in run("status").stdout.splitlines())
+    assert lines["debts"] == "-"
+    assert "slashes in doubt" not in lines
+
+
+# ------------------------------------------------------------------ slash resolve
+
+
+def test_resolve_as_made(run, server):
+    result = run("slash", "resolve", A, "--made", "--yes")
+    assert (result.exit_code, result.stdout) == (0, f"resolved: {A}: the slash was made\n")
+    assert slash_of(run, A) is None
+    (event,) = [e for e in document(run("history", A, "--json"))["events"] if e["action"] == "resolve"]
+    assert event["note"].endswith(": made")
+    assert event["uid"] is not None
+
+
+def test_resolve_as_not_made(run):
+    result = run("slash", "resolve", A, "--not-made", "--yes")
+    assert (result.exit_code, result.stdout) == (
+        0,
+        f"resolved: {A}: the slash was not made; it is owed again\n",
+    )
+    assert slash_of(run, A) == "owed"
+
+
+def test_resolve_of_an_elimination_that_was_taken_back(run):
+    assert run("remove", A).exit_code == 0
+    result = run("slash", "resolve", A, "--not-made", "--yes")
+    assert result.stdout == f"resolved: {A}: the slash was not made; it is no longer due\n"
+    assert slash_of(run, A) is None
+
+
+def test_resolve_as_json(run):
+    found = document(run("slash", "resolve", A, "--made", "--yes", "--json"))
+    assert found == {"name": found["name"], "hotkey": A, "made": True, "resolved": True}
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_resolve_asks_first(run):
+    result = run("slash", "resolve", A, "--not-made", stdin="n\n")
+    assert (result.exit_code, result.stdout) == (1, "nothing was changed\n")
+    assert "NOT made" in result.stderr
+    assert "the chain did not answer" in result.stderr
+    assert slash_of(run, A) == "in_doubt"
+    assert run("slash", "resolve", A, "--not-made", stdin="").exit_code == 130
+    found = document(run("slash", "resolve", A, "--made", "--json", stdin="no\n"), 1)
+    assert found["resolved"] is False
+    assert slash_of(run, A) == "in_doubt"
+    assert run("slash", "resolve", A, "--made", stdin="y\n").exit_code == 0
+    assert slash_of(run, A) is None
+
+
+def test_without_a_terminal_nobody_is_asked(run):
+    result = run("slash", "resolve", A, "--made", stdin="y\n")
+    assert result.exit_code == 2
+    assert "--yes" in result.stderr
+    assert slash_of(run, A) == "in_doubt"
+
+
+def test_resolve_must_say_which(run):
+    result = run("slash", "resolve", A, "--yes")
+    assert result.exit_code == 2
+    assert "--made or --not-made" in result.stderr
+    assert "shmelim slash resolve --help" in result.stderr
+
+
+def test_where_none_is_in_doubt(run):
+    for hotkey, problem in (("unknown", "no slash of unknown is in doubt"), (B, "is owed, not in doubt")):
+        result = run("slash", "resolve", hotkey, "--made", "--yes")
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert problem in result.stderr
+        assert "hint: " in result.stderr
+    assert run("slash", "resolve", B, "--made", "--yes", "--json").stderr.startswith('{"error": ')
+    assert slash_of(run, B) == "owed"
+
+
+def test_where_a_process_is_at_it(run, server):
+    token = new_attempt()
+    change(server, "begin_slash_rpc", B, token)
+    for answer in ("--made", "--not-made"):
+        result = run("slash", "resolve", B, answer, "--yes")
+        assert result.exit_code == 1
+        assert f"process {token.partition('-')[0]} has begun the slash" in result.stderr
+    assert slash_of(run, B) == "attempting"
+
+
+def test_where_the_process_that_was_at_it_is_gone(run, server):
+    change(server, "begin_slash_rpc", B, call(new_attempt))
+    assert run("slash", "resolve", B, "--not-made", "--yes").exit_code == 0
+    assert slash_of(run, B) == "owed"
+
+
+def test_where_somebody_was_quicker(run, server, monkeypatch):
+    def resolve(client, hotkey, made):
+        client._call("resolve_slash_rpc", hotkey, made)
+        return client._call("resolve_slash_rpc", hotkey, made)
+
+    monkeypatch.setattr(EliminationClient, "resolve_slash", resolve)
+    result = run("slash", "resolve", A, "--made", "--yes")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "no slash of" in result.stderr
+
+
+def test_resolve_without_a_server(run, server):
+    server.kill()
+    result = run("slash", "resolve", A, "--made", "--yes")
+    assert result.exit_code == 3
+
+
+# ------------------------------------------------------------------ the client
+
+
+def test_the_client_lists_and_resolves(server):
+    client = server.client()
+    try:
+        assert [debt["kind"] for debt in client.get_debts(A)] == ["limit_orders", "positions", "slash"]
+        assert len(client.get_debts()) == 6
+        assert client.resolve_slash(A, made=True) is True
+        assert client.resolve_slash(A, made=True) is False
+        with pytest.raises(TypeError, match="made"):
+            client.resolve_slash(A, made="no")
+    finally:
+        client.close()
+
+
+def test_debts_survive_the_death_of_the_server(server):
+    client = server.client(connect_wait=10.0)
+    try:
+        assert client._call("begin_slash_rpc", B, "token")
+        before = client.get_debts()
+        server.kill()
+        server.start()
+        assert client.get_debts() == before
+        assert client._call("begin_slash_rpc", B, "another") is False
+        assert client._call("get_replacements_rpc") == 0
+    finally:
+        client.close()
+
+
+def test_one_of_several_processes_gets_the_slash(server):
+    def try_it():
+        client = server.client()
+        try:
+            return client._call("begin_slash_rpc", B, new_attempt())
+        finally:
+            client.close()
+
+    assert sorted(call(try_it) for _ in range(3)) == [False, False, True]
