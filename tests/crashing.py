@@ -120,10 +120,16 @@ class Counter:
         self._words[0] = value
 
 
-def at_line(stop: int, act: Callable[[], None], functions: tuple[str, ...] = ()) -> None:
-    """From now on count the lines of ``shmelim.shm`` that this thread runs; at number ``stop``, act.
+def at_line(
+    stop: int,
+    act: Callable[[], None],
+    functions: tuple[str, ...] = (),
+    files: tuple[str, ...] = (_CODE,),
+    lines: Counter | None = None,
+) -> None:
+    """From now on count the lines that this thread runs in ``files`` (``shmelim.shm``); at number ``stop``, act.
 
-    With ``functions`` given, only lines of functions of these names count.
+    With ``functions`` given, only lines of functions of these names count; ``lines`` tells how many there were.
     """
     count = 0
 
@@ -131,13 +137,15 @@ def at_line(stop: int, act: Callable[[], None], functions: tuple[str, ...] = ())
         nonlocal count
         if event == "line":
             count += 1
+            if lines is not None:
+                lines.value = count
             if count == stop:
                 act()
         return inside
 
     def outside(frame: FrameType, _event: str, _arg: object) -> Any:
         code = frame.f_code
-        wanted = code.co_filename.startswith(_CODE) and (not functions or code.co_name in functions)
+        wanted = code.co_filename.startswith(files) and (not functions or code.co_name in functions)
         return inside if wanted else None
 
     sys.settrace(outside)

@@ -33,6 +33,7 @@ def _fill(server):
 CHANGES = {
     "add": lambda server: server.add_elimination_rpc("new", row("new", 7)),
     "update": lambda server: server.add_elimination_rpc("h3", row("h3", 70)),
+    "eliminate": lambda server: server.eliminate_rpc("new", row("new", 7), ["positions", "slash"]),
     "remove": lambda server: server.remove_elimination_rpc("h2"),
     "append": lambda server: server.append_elimination_row_rpc("new", 1.0, "ZOMBIE", 5),
     "sync": lambda server: server.sync_eliminations_rpc([row("h5", 50), row("new", 7), row("h1", 1)]),
