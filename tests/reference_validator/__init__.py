@@ -1,0 +1,11 @@
+"""A validator small enough to read and real enough to fail: what the processing of eliminations is tested against.
+
+Its classes have names and methods of their own, as any validator's do; ``adapter.py`` makes them fit. With a
+directory it keeps everything on disk, so that it comes back after a SIGKILL with what it had.
+"""
+
+from reference_validator.adapter import plug_in
+from reference_validator.faults import Faults, InjectedError
+from reference_validator.validator import HOUR, MINUTE, ReferenceValidator
+
+__all__ = ["HOUR", "MINUTE", "Faults", "InjectedError", "ReferenceValidator", "plug_in"]
