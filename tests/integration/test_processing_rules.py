@@ -1,0 +1,696 @@
+"""Who is eliminated, when and why: each rule and each of its boundaries, through the manager, in both modes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from reference_validator import HOUR, MINUTE, Managed
+
+from shmelim.eliminations.debts import IN_DOUBT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+DAY = 24 * HOUR
+
+
+@pytest.fixture
+def make(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Callable[..., Managed]]:
+    made: list[Managed] = []
+
+    def start(mode: str, **options: Any) -> Managed:
+        made.append(Managed(mode, new_name(), tmp_path, **options))
+        return made[-1]
+
+    yield start
+    for managed in made:
+        managed.close()
+
+
+@pytest.fixture(params=["direct", "rpc"])
+def managed(request: pytest.FixtureRequest, make: Callable[..., Managed]) -> Managed:
+    return make(request.param)
+
+
+@pytest.fixture
+def in_rpc_mode(make: Callable[..., Managed]) -> Managed:
+    return make("rpc")
+
+
+@pytest.fixture
+def directly(make: Callable[..., Managed]) -> Managed:
+    return make("direct")
+
+
+# ---------------------------------------------------------------------- when a tick is due
+
+
+def test_tick_runs_only_after_strictly_more_than_the_interval(in_rpc_mode: Managed) -> None:
+    validator = in_rpc_mode.validator
+    validator.register("a")
+    in_rpc_mode.tick()
+    last = in_rpc_mode.manager.get_last_update_time_ms()
+    assert last == validator.now_ms
+    validator.lose("a", 0.2)
+    in_rpc_mode.tick(300_000)
+    assert in_rpc_mode.reasons == {}
+    assert in_rpc_mode.manager.get_last_update_time_ms() == last
+    in_rpc_mode.tick(1)
+    assert in_rpc_mode.reasons == {"a": "MAX_TOTAL_DRAWDOWN"}
+
+
+def test_waiting_challenge_reasons_make_a_tick_due_at_once(in_rpc_mode: Managed) -> None:
+    in_rpc_mode.validator.register("a")
+    in_rpc_mode.tick()
+    in_rpc_mode.validator.probation.fail("a", "FAILED_CHALLENGE_PERIOD_TIME", None)
+    in_rpc_mode.tick(0)
+    assert in_rpc_mode.reasons == {"a": "FAILED_CHALLENGE_PERIOD_TIME"}
+
+
+def test_direct_mode_ticks_whenever_it_is_asked(directly: Managed) -> None:
+    directly.validator.register("a")
+    directly.tick(0)
+    directly.validator.lose("a", 0.2)
+    directly.tick(0)
+    assert directly.reasons == {"a": "MAX_TOTAL_DRAWDOWN"}
+
+
+def test_steps_come_in_their_order(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a", "b")
+    managed.tick()
+    validator.faults.passed.clear()
+    validator.lose("a", 0.6)
+    validator.probation.fail("b", "PLAGIARISM", None)
+    validator.deregister("b")
+    managed.tick()
+    # The gate asks for reasons first where an interval counts; the order is that of what only one step does.
+    passed = [name for name, _ in validator.faults.passed]
+    firsts = [passed.index(name) for name in ("registry", "liquidated", "all failed", "in stage")]
+    assert firsts == sorted(firsts)
+    assert managed.reasons == {"a": "LIQUIDATED", "b": "PLAGIARISM"}, "the first rule that fits counts"
+
+
+# ---------------------------------------------------------------------- departed hotkeys
+
+
+def miners(count: int) -> list[str]:
+    return [f"miner{number:02}" for number in range(count)]
+
+
+def test_10_lost_of_40_are_recorded(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register(*miners(40))
+    managed.tick()
+    validator.deregister(*miners(10))
+    managed.tick()
+    assert sorted(managed.manager.get_departed_hotkeys()) == miners(10)
+
+
+def test_11_lost_of_44_are_not_recorded_until_the_metagraph_recovered(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register(*miners(44))
+    managed.tick()
+    validator.deregister(*miners(11))
+    managed.tick()
+    assert managed.manager.get_departed_hotkeys() == {}
+    validator.registry.set([*validator.registry.hotkeys, *miners(10)])
+    managed.tick()
+    assert list(managed.manager.get_departed_hotkeys()) == ["miner10"], "the one who is still missing"
+
+
+def test_hotkey_that_comes_back_is_re_registered_once_a_tick_saw_it(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a", "b")
+    managed.tick()
+    validator.deregister("a")
+    managed.tick()
+    info = managed.manager.get_departed_hotkey_info("a")
+    validator.registry.set(["a", "b"])
+    assert not managed.manager.is_hotkey_re_registered("a")
+    managed.tick()
+    assert managed.manager.is_hotkey_re_registered("a")
+    validator.deregister("a")
+    managed.tick()
+    assert managed.manager.get_departed_hotkey_info("a") == info, "recorded once, for ever"
+
+
+def test_legacy_departed_list_reads_as_departed_in_1970(tmp_path: Path, make: Callable[..., Managed]) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "departed_hotkeys.json").write_text(json.dumps({"departed_hotkeys": ["old", "older"]}))
+    managed = make("direct")
+    managed.validator.register("old")
+    managed.tick()
+    assert managed.manager.get_departed_hotkeys() == {"old": {"detected_ms": 0}, "older": {"detected_ms": 0}}
+    assert managed.manager.is_hotkey_re_registered("old")
+
+
+def test_default_departed_file_is_used_when_there_is_none_yet(tmp_path: Path) -> None:
+    from reference_validator import ReferenceValidator, manager_of, plug_in
+
+    default = tmp_path / "default.json"
+    default.write_text(json.dumps({"departed_hotkeys": {"gone": {"detected_ms": 5}}}))
+    validator = ReferenceValidator(tmp_path / "validator")
+    validator.register("gone")
+    collaborators, environment = plug_in(validator)
+    manager = manager_of(collaborators, environment, running_unit_tests=True, default_departed=default)
+    try:
+        manager.process_eliminations()
+        assert manager.get_departed_hotkeys() == {"gone": {"detected_ms": 5}}
+        assert manager.is_hotkey_re_registered("gone")
+    finally:
+        manager.shutdown()
+
+
+# ---------------------------------------------------------------------- first refresh
+
+
+def test_first_refresh_closes_what_eliminated_miners_hold_once(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a", "b")
+    validator.open_position("a")
+    validator.open_position("b")
+    managed.manager.append_elimination_row("a", 0.2, "PLAGIARISM", validator.now_ms + MINUTE)
+    managed.tick()
+    assert validator.is_flat("a")
+    assert not validator.is_flat("b")
+    assert managed.manager.first_refresh_ran
+    assert validator.collateral.slashes() == [], "a row from elsewhere owes nothing"
+    validator.open_position("a", "ETH/USD")
+    managed.tick()
+    assert not validator.is_flat("a"), "not a second time"
+
+
+def test_first_refresh_that_failed_for_a_miner_comes_again(managed: Managed) -> None:
+    validator = managed.validator
+    for hotkey in ("a", "b"):
+        validator.register(hotkey)
+        validator.open_position(hotkey)
+        managed.manager.append_elimination_row(hotkey, 0.2, "PLAGIARISM")
+    validator.faults.fail("store", hotkey="a")
+    managed.tick()
+    assert (validator.is_flat("a"), validator.is_flat("b")) == (False, True)
+    assert not managed.manager.first_refresh_ran
+    managed.tick()
+    assert validator.is_flat("a")
+    assert managed.manager.first_refresh_ran
+
+
+# ---------------------------------------------------------------------- perf ledger, challenge period, drawdown
+
+
+def test_liquidated_miner_keeps_what_its_ledger_says(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.open_position("a")
+    validator.limit_orders.place("a")
+    validator.pass_time(MINUTE)
+    validator.lose("a", 0.7)
+    at_ms, prices = validator.now_ms, {pair: validator.prices.at(pair, validator.now_ms) for pair in ("BTC/USD",)}
+    managed.tick(HOUR)
+    row = managed.manager.get_elimination("a")
+    assert row is not None
+    assert (row["reason"], row["elimination_initiated_time_ms"]) == ("LIQUIDATED", at_ms)
+    assert row["dd"] == pytest.approx(0.7)
+    [holding] = validator.book.on_disk("a")
+    assert holding.closed
+    assert holding.trades[-1].at_ms == at_ms
+    assert holding.trades[-1].price == prices["BTC/USD"], "closed at the price of the elimination"
+    assert validator.is_flat("a")
+    assert validator.collateral.slashes() == ["a"]
+    assert validator.websockets.messages == [{"hotkey": "a", "position": holding.id, "closed": True}]
+    assert managed.debts == []
+
+
+def test_failed_challenge_period_is_cleared_once_it_is_recorded(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a", "b")
+    validator.open_position("a")
+    validator.probation.fail("a", "FAILED_CHALLENGE_PERIOD_DRAWDOWN", 0.12)
+    validator.probation.fail("b", "FAILED_CHALLENGE_PERIOD_TIME", None)
+    managed.tick()
+    assert managed.reasons == {"a": "FAILED_CHALLENGE_PERIOD_DRAWDOWN", "b": "FAILED_CHALLENGE_PERIOD_TIME"}
+    assert validator.probation.failed == {}
+    assert validator.is_flat("a")
+    assert sorted(validator.collateral.slashes()) == ["a", "b"]
+    row = managed.manager.get_elimination("a")
+    assert row is not None
+    assert (row["dd"], row["elimination_initiated_time_ms"]) == (0.12, validator.now_ms)
+
+
+def test_reason_that_comes_while_others_are_recorded_is_not_cleared(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a", "b")
+    validator.probation.fail("a", "PLAGIARISM", None)
+    validator.faults.at("slash", lambda: validator.probation.fail("b", "PLAGIARISM", None))
+    managed.tick()
+    assert set(validator.probation.failed) == {"a", "b"}
+    assert managed.reasons == {"a": "PLAGIARISM"}
+    managed.tick(0)
+    assert validator.probation.failed == {}
+    assert managed.reasons == {"a": "PLAGIARISM", "b": "PLAGIARISM"}
+    assert validator.collateral.slashes() == ["a", "b"]
+
+
+def test_drawdown_of_exactly_10_percent_eliminates(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("below", "exact", "above")
+    validator.lose("below", 0.0999)
+    validator.lose("exact", 0.1)
+    validator.lose("above", 0.1001)
+    managed.tick()
+    assert managed.reasons == dict.fromkeys(("exact", "above"), "MAX_TOTAL_DRAWDOWN")
+    row = managed.manager.get_elimination("exact")
+    assert row is not None
+    assert row["dd"] == pytest.approx(10.0), "a percentage"
+
+
+def test_drawdown_judges_only_the_bucket_that_is_scored(managed: Managed) -> None:
+    managed.validator.register("a", stage="probation")
+    managed.validator.lose("a", 0.3)
+    managed.tick()
+    assert managed.reasons == {}
+
+
+def test_ledger_that_is_being_built_again_is_not_judged(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.lose("a", 0.3)
+    validator.ledgers.stale["a"] = validator.now_ms
+    managed.tick()
+    assert managed.reasons == {}
+    validator.ledgers.stale.clear()
+    managed.tick()
+    assert managed.reasons == {"a": "MAX_TOTAL_DRAWDOWN"}
+
+
+def test_first_reason_stays(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.lose("a", 0.2)
+    managed.tick()
+    validator.probation.fail("a", "PLAGIARISM", None)
+    validator.lose("a", 0.9)
+    managed.tick()
+    assert managed.reasons == {"a": "MAX_TOTAL_DRAWDOWN"}
+    assert validator.probation.failed == {}
+    assert validator.collateral.slashes() == ["a"]
+
+
+def test_slash_takes_the_share_of_its_reason_or_leaves_it_to_the_contract(make: Callable[..., Managed]) -> None:
+    managed = make("direct", slash_proportions={"PLAGIARISM": 1.0})
+    managed.validator.register("a", "b")
+    managed.validator.probation.fail("a", "PLAGIARISM", None)
+    managed.validator.probation.fail("b", "FAILED_CHALLENGE_PERIOD_TIME", None)
+    managed.tick()
+    assert managed.validator.collateral.taken("a") == [100.0]
+    assert managed.validator.collateral.taken("b") == [25.0]
+
+
+# ---------------------------------------------------------------------- closing positions
+
+
+@pytest.mark.parametrize(("before", "closed_at"), [(1, 0), (0, 1), (-5, 6)])
+def test_flat_order_stands_at_the_elimination_or_1_ms_after_a_later_order(
+    managed: Managed, before: int, closed_at: int
+) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.pass_time(HOUR)
+    validator.lose("a", 0.7)
+    eliminated = validator.now_ms
+    validator.open_position("a", at_ms=eliminated - before)
+    managed.tick()
+    [holding] = validator.book.on_disk("a")
+    assert holding.trades[-1].at_ms == eliminated + closed_at
+
+
+def test_every_pair_is_closed_and_closed_positions_are_left_alone(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    first = validator.open_position("a", "ETH/USD")
+    first.trade(-1.0, 5.0, validator.now_ms + 1)
+    validator.book.store(first)
+    for pair in ("BTC/USD", "EUR/USD", "ETH/USD"):
+        validator.open_position("a", pair)
+    validator.lose("a", 0.2)
+    managed.tick()
+    assert validator.is_flat("a")
+    assert [len(holding.trades) for holding in validator.book.on_disk("a")] == [2, 2, 2, 2]
+    assert first in validator.book.on_disk("a")
+
+
+def test_position_is_read_again_under_its_lock(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    holding = validator.open_position("a")
+    validator.lose("a", 0.2)
+
+    def order_comes_in() -> None:
+        late = validator.book.holding("a", holding.id)
+        late.trade(3.0, 1.0, validator.now_ms + 500)
+        validator.book.store(late)
+
+    validator.faults.at("lock", order_comes_in)
+    managed.tick(0)
+    [found] = validator.book.on_disk("a")
+    assert [trade.size for trade in found.trades] == [1.0, 3.0, -4.0]
+    assert found.trades[-1].at_ms == found.trades[-2].at_ms + 1
+    assert validator.locks.held() == []
+
+
+def test_position_is_stored_under_its_lock(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.open_position("a")
+    validator.lose("a", 0.2)
+    held: list[Any] = []
+    validator.faults.at("store", lambda: held.extend(validator.locks.held()))
+    managed.tick()
+    assert held == [("a", "BTC/USD")]
+
+
+def test_price_that_the_elimination_does_not_have_is_fetched(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.open_position("a")
+    validator.pass_time(HOUR)
+    managed.validator.probation.fail("a", "PLAGIARISM", None)
+    managed.tick()
+    [holding] = validator.book.on_disk("a")
+    assert holding.trades[-1].price == validator.prices.at("BTC/USD", validator.now_ms)
+
+
+# ---------------------------------------------------------------------- zombies
+
+
+def test_zombie_is_flattened_and_never_slashed(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a", "b")
+    validator.open_position("a")
+    validator.limit_orders.place("a")
+    managed.tick()
+    validator.deregister("a")
+    managed.tick()
+    row = managed.manager.get_elimination("a")
+    assert row is not None
+    assert (row["reason"], row["dd"], row["elimination_initiated_time_ms"]) == ("ZOMBIE", None, validator.now_ms)
+    assert validator.is_flat("a")
+    assert validator.collateral.slashes() == []
+    assert managed.reasons == {"a": "ZOMBIE"}
+
+
+def test_development_hotkey_is_no_zombie(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a", "DEVELOPMENT")
+    managed.tick()
+    validator.deregister("DEVELOPMENT")
+    managed.tick()
+    assert managed.reasons == {}
+
+
+def test_missing_miners_whose_loss_is_not_believed_are_no_zombies(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register(*miners(44))
+    managed.tick()
+    everybody = list(validator.registry.hotkeys)
+    validator.deregister(*miners(11))
+    managed.tick()
+    assert managed.reasons == {}
+    validator.registry.set([])
+    managed.tick()
+    assert managed.reasons == {}
+    validator.registry.set(everybody[1:])
+    managed.tick()
+    assert managed.reasons == {"miner00": "ZOMBIE"}
+
+
+def test_metagraph_that_is_not_loaded_yet_makes_no_zombies(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.registry.set([])
+    managed.tick()
+    assert managed.reasons == {}
+
+
+# ---------------------------------------------------------------------- deletion
+
+
+def eliminated_and_gone(managed: Managed, hotkey: str = "a") -> int:
+    """Eliminate a miner, let it leave, and return when it was eliminated."""
+    validator = managed.validator
+    validator.register(hotkey, "other")
+    validator.open_position(hotkey)
+    validator.probation.fail(hotkey, "PLAGIARISM", None)
+    managed.tick()
+    validator.deregister(hotkey)
+    managed.tick()
+    return int(managed.manager.get_elimination(hotkey)["elimination_initiated_time_ms"])
+
+
+def test_elimination_is_deleted_at_exactly_the_delay(managed: Managed) -> None:
+    at_ms = eliminated_and_gone(managed)
+    validator = managed.validator
+    managed.tick(at_ms + 2 * DAY - 1 - validator.now_ms)
+    assert "a" in managed.reasons
+    validator.pass_time(1)
+    managed.manager._processor.delete_expired()
+    assert managed.reasons == {}
+    assert validator.book.on_disk("a") == []
+    assert "a" not in validator.disk.read("stages", {})
+    assert not (validator.miners_directory / "a").exists()
+    assert (validator.miners_directory / "other").exists()
+    assert list(managed.manager.get_departed_hotkeys()) == ["a"], "that it left is never forgotten"
+
+
+def test_elimination_of_a_registered_miner_is_not_deleted(managed: Managed) -> None:
+    eliminated_and_gone(managed)
+    managed.validator.registry.set(["a", "other"])
+    managed.tick(10 * DAY)
+    assert "a" in managed.reasons
+    assert len(managed.validator.book.on_disk("a")) == 1
+
+
+def test_nothing_is_deleted_while_so_many_are_missing_that_it_is_not_believed(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register(*miners(44))
+    validator.probation.fail("miner00", "PLAGIARISM", None)
+    managed.tick()
+    validator.deregister(*miners(11))
+    managed.tick(10 * DAY)
+    assert managed.reasons == {"miner00": "PLAGIARISM"}
+
+
+def test_entries_of_the_challenge_period_are_written_once_for_all_that_are_deleted(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a", "b", "c", "other")
+    for hotkey in ("a", "b", "c"):
+        validator.probation.fail(hotkey, "PLAGIARISM", None)
+    managed.tick()
+    validator.deregister("a", "b", "c")
+    before = validator.faults.count("save stages!")
+    managed.tick(3 * DAY)
+    assert managed.reasons == {}
+    assert validator.faults.count("save stages!") == before + 1
+    assert set(validator.disk.read("stages", {})) == {"other"}
+    managed.tick(3 * DAY)
+    assert validator.faults.count("save stages!") == before + 1
+
+
+def test_elimination_whose_slash_is_in_doubt_is_not_deleted(managed: Managed) -> None:
+    managed.validator.faults.fail("slash!")
+    eliminated_and_gone(managed)
+    managed.tick(10 * DAY)
+    assert [(debt["kind"], debt["state"]) for debt in managed.debts] == [("slash", IN_DOUBT)]
+    assert "a" in managed.reasons
+    assert managed.manager._server_proxy.resolve_slash_rpc("a", made=True)
+    managed.tick()
+    assert managed.reasons == {}
+
+
+def test_positions_that_are_still_owed_do_not_keep_an_expired_elimination(managed: Managed) -> None:
+    managed.validator.faults.fail("store", hotkey="a", times=None)
+    managed.validator.register("a", "other")
+    managed.validator.faults.clear()
+    managed.validator.open_position("a")
+    managed.validator.faults.fail("store", hotkey="a", times=None)
+    managed.validator.probation.fail("a", "PLAGIARISM", None)
+    managed.tick()
+    managed.validator.deregister("a")
+    managed.tick(3 * DAY)
+    assert managed.reasons == {}
+    assert managed.debts == []
+    assert managed.validator.book.on_disk("a") == []
+
+
+def test_deletion_that_was_broken_off_is_repeated(managed: Managed) -> None:
+    eliminated_and_gone(managed)
+    managed.validator.faults.fail("drop!")
+    managed.tick(3 * DAY)
+    assert "a" in managed.reasons
+    managed.tick()
+    assert managed.reasons == {}
+    assert not (managed.validator.miners_directory / "a").exists()
+
+
+# ---------------------------------------------------------------------- restarts, syncs, missing collaborators
+
+
+def test_unsaved_state_is_there_after_a_restart(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a", "b", "c")
+    validator.open_position("a")
+    validator.lose("a", 0.2)
+    managed.tick()
+    validator.deregister("b")
+    managed.tick()
+    managed.manager.add_elimination("c", managed.manager.generate_elimination_row("c", 0.5, "PLAGIARISM"))
+    before = managed.manager.get_eliminations_dict(), managed.manager.get_departed_hotkeys()
+    managed.restart()
+    assert (managed.manager.get_eliminations_dict(), managed.manager.get_departed_hotkeys()) == before
+    managed.tick()
+    assert managed.validator.collateral.slashes() == ["a"]
+
+
+def test_what_is_owed_is_settled_after_a_restart(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.open_position("a")
+    validator.limit_orders.place("a")
+    validator.pass_time(HOUR)
+    validator.lose("a", 0.7)
+    at_ms = validator.now_ms
+    for point in ("cancel", "store"):
+        validator.faults.fail(point, hotkey="a")
+    managed.tick()
+    assert [debt["kind"] for debt in managed.debts] == ["limit_orders", "positions"]
+    managed.restart()
+    managed.tick()
+    assert managed.debts == []
+    assert managed.validator.is_flat("a")
+    [holding] = managed.validator.book.on_disk("a")
+    assert holding.trades[-1].at_ms == at_ms
+    assert managed.validator.collateral.slashes() == ["a"]
+
+
+@pytest.mark.parametrize("point", ["liquidated", "all failed", "in stage", "ledgers", "slash", "store", "cancel!"])
+def test_nothing_from_before_a_sync_is_written_after_it(managed: Managed, point: str) -> None:
+    """Wherever in a tick the sync comes."""
+    validator = managed.validator
+    validator.register("a", "b", "c")
+    for hotkey in ("a", "b", "c"):
+        validator.open_position(hotkey)
+    validator.lose("a", 0.7)
+    validator.probation.fail("b", "PLAGIARISM", None)
+    validator.lose("c", 0.2)
+    synced = managed.manager.generate_elimination_row("elsewhere", 0.1, "ZOMBIE", validator.now_ms)
+    written: list[Any] = []
+    store = managed.manager.position_manager.save_miner_position
+
+    def sync() -> None:
+        validator.sync(lambda: managed.manager.sync_eliminations([synced]))
+        written.extend(managed.manager.get_eliminations_from_memory())
+
+    def save(position: Any, **options: Any) -> None:
+        assert not written, "a position from before the sync was saved after it"
+        store(position, **options)
+
+    managed.manager.position_manager.save_miner_position = save
+    validator.faults.at(point, sync)
+    if point == "store":
+        # It is being stored already: whoever syncs waits for its lock.
+        managed.manager.position_manager.save_miner_position = store
+    managed.tick()
+    assert written == [synced]
+    assert managed.manager.get_eliminations_from_memory() == written
+    managed.manager.position_manager.save_miner_position = store
+    reasons = set(validator.probation.failed)
+    managed.tick(0)
+    # The reasons of the challenge period are gone once they were recorded, also if a sync says otherwise.
+    assert set(managed.reasons) == {"elsewhere", "a", "c"} | reasons, (
+        "the next tick is due at once, and decides anew"
+    )
+    assert all(validator.is_flat(hotkey) for hotkey in ("a", "b", "c"))
+
+
+def test_sync_without_an_epoch_is_noticed_by_the_server(managed: Managed) -> None:
+    managed.manager.sync_epoch = None
+    validator = managed.validator
+    validator.register("a")
+    validator.lose("a", 0.7)
+    validator.faults.at("liquidated", lambda: managed.manager.sync_eliminations([]))
+    managed.tick()
+    assert managed.reasons == {}
+    managed.tick(0)
+    assert managed.reasons == {"a": "LIQUIDATED"}
+
+
+def test_given_epoch_is_the_one_that_counts(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.lose("a", 0.7)
+    validator.sync(lambda: None)
+    managed.manager.handle_perf_ledger_eliminations(iteration_epoch=validator.epoch.value - 1)
+    assert managed.reasons == {}
+    managed.manager.handle_perf_ledger_eliminations(iteration_epoch=validator.epoch.value)
+    assert managed.reasons == {"a": "LIQUIDATED"}
+
+
+@pytest.mark.parametrize(
+    "missing",
+    "metagraph position_manager challengeperiod_manager contract_manager position_locks limit_order_manager "
+    "live_price_fetcher shared_queue_websockets slack_notifier sync_epoch shutdown_dict sync_in_progress".split(),
+)
+def test_tick_without_a_collaborator_leaves_out_what_needs_it(directly: Managed, missing: str) -> None:
+    validator = directly.validator
+    validator.register("a", "b")
+    directly.tick()
+    validator.open_position("a")
+    validator.lose("a", 0.7)
+    validator.probation.fail("b", "PLAGIARISM", None)
+    setattr(directly.manager, missing, None)
+    directly.tick()
+    expected = {"a": "LIQUIDATED", "b": "PLAGIARISM"}
+    if missing == "position_manager":
+        del expected["a"]
+    if missing == "challengeperiod_manager":
+        del expected["b"]
+    assert directly.reasons == expected
+    assert directly.debts == [], "nobody owes what nobody can settle"
+    slashed = [] if missing == "contract_manager" else sorted(expected)
+    assert sorted(validator.collateral.slashes()) == slashed
+    assert validator.is_flat("a") == (missing != "position_manager")
+
+
+def test_collaborator_that_is_replaced_is_the_one_that_is_used(managed: Managed) -> None:
+    from types import SimpleNamespace
+
+    slashed: list[str] = []
+    managed.tick()
+    managed.manager.contract_manager = SimpleNamespace(slash_miner_collateral_proportion=slashed.append)
+    managed.validator.register("a")
+    managed.validator.lose("a", 0.2)
+    managed.tick()
+    assert slashed == ["a"]
+    assert managed.validator.collateral.slashes() == []
+
+
+def test_backtest_has_no_first_refresh_and_no_zombies(tmp_path: Path) -> None:
+    from reference_validator import ReferenceValidator, manager_of, plug_in
+
+    validator = ReferenceValidator(tmp_path)
+    validator.register("a", "b")
+    validator.open_position("a")
+    validator.deregister("b")
+    collaborators, environment = plug_in(validator)
+    manager = manager_of(collaborators, environment, running_unit_tests=True, is_backtesting=True)
+    try:
+        manager.append_elimination_row("a", 0.2, "PLAGIARISM")
+        manager.process_eliminations()
+        assert not validator.is_flat("a")
+        assert set(manager.get_eliminations_dict()) == {"a"}
+    finally:
+        manager.shutdown()
