@@ -641,8 +641,20 @@ def test_given_epoch_is_the_one_that_counts(managed: Managed) -> None:
 
 @pytest.mark.parametrize(
     "missing",
-    "metagraph position_manager challengeperiod_manager contract_manager position_locks limit_order_manager "
-    "live_price_fetcher shared_queue_websockets slack_notifier sync_epoch shutdown_dict sync_in_progress".split(),
+    [
+        "metagraph",
+        "position_manager",
+        "challengeperiod_manager",
+        "contract_manager",
+        "position_locks",
+        "limit_order_manager",
+        "live_price_fetcher",
+        "shared_queue_websockets",
+        "slack_notifier",
+        "sync_epoch",
+        "shutdown_dict",
+        "sync_in_progress",
+    ],
 )
 def test_tick_without_a_collaborator_leaves_out_what_needs_it(directly: Managed, missing: str) -> None:
     validator = directly.validator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from shmelim.errors import ChannelError, ShmelimError, StoreError
+from shmelim.errors import MessageTooLargeError, ShmelimError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +83,12 @@ class StateCalls:
         self._call("set_first_refresh_ran_rpc", True)  # noqa: FBT003 - the server's signature
 
     def _call(self, method: str, *args: Any) -> Any:
+        server = self._server()
+        if server is None:
+            raise StateUnavailableError(f"{method} failed: the manager is shut down")
         try:
-            return getattr(self._server(), method)(*args)
-        except (ChannelError, StoreError) as error:
+            return getattr(server, method)(*args)
+        except MessageTooLargeError:
+            raise  # a record's fault
+        except (ConnectionError, TimeoutError, StoreError) as error:
             raise StateUnavailableError(f"{method} failed: {error}") from error
