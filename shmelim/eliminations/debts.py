@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from shmelim.rpc.ending import Owner
+from shmelim.rpc.service.ending import Owner
 
 __all__ = [
     "ATTEMPTING",

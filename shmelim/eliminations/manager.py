@@ -19,7 +19,7 @@ from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, ope
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.errors import ChannelError
 from shmelim.rpc import RPCServiceBase
-from shmelim.rpc.lifetimes import weakly
+from shmelim.rpc.service.lifetimes import weakly
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from shmelim.eliminations.mirror import FilesMode
     from shmelim.eliminations.schema import Durability
     from shmelim.rpc import Address, ServerReady
-    from shmelim.rpc.address import Location
+    from shmelim.rpc.channel.address import Location
 
 __all__ = ["DEFAULT_NAME", "DEFAULT_PORT", "EliminationManager"]
 
@@ -112,7 +112,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
     group_readable
         Let the group of this process read the shared memory.
     enable_health_check, health_check_interval_s, max_consecutive_failures, enable_auto_restart, settings
-        As for :class:`~shmelim.rpc.service.RPCServiceBase`.
+        As for :class:`~shmelim.rpc.service.base.RPCServiceBase`.
 
     Raises
     ------

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from shmelim.eliminations.runtime import RuntimeDirectory, ServerInfo, default_state_directory
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.rpc import ChannelServer, load_or_create_key
+from shmelim.rpc.service.ending import Ending
 from shmelim.shm import SharedNamespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-    from types import FrameType, TracebackType
+    from types import TracebackType
 
     from shmelim.eliminations.mirror import FilesMode
     from shmelim.eliminations.schema import Durability
@@ -27,7 +27,6 @@ __all__ = ["SERVICE_NAME", "ServeOptions", "Service", "announce", "open_server",
 SERVICE_NAME: Final = "EliminationManagerServer"
 
 _log = logging.getLogger("shmelim.serve")
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -166,48 +165,10 @@ def run(
     is lost by that.
 
     """
-    with _StopSignals() as signals, Service(options, on_progress) as service:
-        signals.defer()
+    with Ending(None, in_foreground=True) as ending, Service(options, on_progress) as service:
+        ending.defer()
         _log.info("serving %r", options.name)
         if on_ready is not None:
             on_ready(service)
-        signals.wait()
+        ending.wait()
         _log.info("stopping %r", options.name)
-
-
-class _StopSignals:
-    """SIGTERM and SIGINT: at first they raise SystemExit, once deferred they only end :meth:`wait`.
-
-    So a start can be broken off, and neither serving nor closing is interrupted halfway. The interpreter
-    writes each signal to a pipe, which needs no lock that the main thread could hold.
-    """
-
-    def __enter__(self) -> Self:
-        self._deferred = False
-        self._reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)
-        self._before = {number: signal.signal(number, self._handle) for number in _STOP_SIGNALS}
-        self._old_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.set_wakeup_fd(self._old_fd)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        os.close(self._reading)
-        os.close(self._writing)
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if not self._deferred:
-            raise SystemExit(128 + number)
-
-    def defer(self) -> None:
-        """Stop raising."""
-        self._deferred = True
-
-    def wait(self) -> None:
-        """Wait for a stop signal, or return at once if one came since :meth:`defer`."""
-        while not set(os.read(self._reading, 256)) & set(_STOP_SIGNALS):
-            pass

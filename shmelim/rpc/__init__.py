@@ -5,21 +5,21 @@ loopback TCP, to every :class:`ChannelClient` that holds the same key. :class:`R
 into a process and keeps it alive. Nothing here knows what the methods do.
 """
 
-from shmelim.rpc.address import Address
-from shmelim.rpc.client import ChannelClient
-from shmelim.rpc.codec import MSGPACK, Codec, MsgpackCodec
-from shmelim.rpc.dispatch import Caller, current_caller
-from shmelim.rpc.health import HealthCheckDaemon
-from shmelim.rpc.key import KEY_SIZE, load_key, load_or_create_key
-from shmelim.rpc.launch import ServerReady
-from shmelim.rpc.notify import SlackNotifier
-from shmelim.rpc.pickled import PickleCodec
-from shmelim.rpc.protocol import DEFAULT_MAX_MESSAGE, PROTOCOL
-from shmelim.rpc.proxy import Proxy
-from shmelim.rpc.server import ChannelServer
-from shmelim.rpc.service import RPCServiceBase
-from shmelim.rpc.serving import serve_rpc
-from shmelim.rpc.settings import ServiceSettings
+from shmelim.rpc.alerts.slack import SlackNotifier
+from shmelim.rpc.channel.address import Address
+from shmelim.rpc.channel.client import ChannelClient
+from shmelim.rpc.channel.codec import MSGPACK, Codec, MsgpackCodec
+from shmelim.rpc.channel.dispatch import Caller, current_caller
+from shmelim.rpc.channel.key import KEY_SIZE, load_key, load_or_create_key
+from shmelim.rpc.channel.pickled import PickleCodec
+from shmelim.rpc.channel.protocol import DEFAULT_MAX_MESSAGE, PROTOCOL
+from shmelim.rpc.channel.proxy import Proxy
+from shmelim.rpc.channel.server import ChannelServer
+from shmelim.rpc.service.base import RPCServiceBase
+from shmelim.rpc.service.health import HealthCheckDaemon
+from shmelim.rpc.service.launch import ServerReady
+from shmelim.rpc.service.serving import serve_rpc
+from shmelim.rpc.service.settings import ServiceSettings
 
 __all__ = [
     "DEFAULT_MAX_MESSAGE",

@@ -19,7 +19,7 @@ import pytest
 from ledger import PATIENCE, Clock, until
 
 from shmelim.rpc import SlackNotifier
-from shmelim.rpc.repeats import Repeats
+from shmelim.rpc.alerts.repeats import Repeats
 
 SECRET = "T0SECRET/B0SECRET/x0SECRET"
 

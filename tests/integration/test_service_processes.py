@@ -21,7 +21,7 @@ from ledger import PATIENCE, Alerts, EntryPointLedger, Ledger, LedgerServer, is_
 
 from shmelim.errors import AuthenticationFailedError, ChannelError, NotServingError
 from shmelim.rpc import RPCServiceBase, ServerReady
-from shmelim.rpc.launch import ServerOptions
+from shmelim.rpc.service.launch import ServerOptions
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -553,7 +553,7 @@ def test_a_server_outlives_its_owner_if_it_is_told_to(owner, make, tmp_path):
 @pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
 def test_the_end_of_an_owner_is_seen_without_the_kernels_help(owner, monkeypatch):
     """As on systems that have no descriptors of processes."""
-    from shmelim.rpc import ending
+    from shmelim.rpc.service import ending
 
     monkeypatch.delattr(os, "pidfd_open", raising=False)
     monkeypatch.setattr(ending, "_LOOK_AGAIN", 0.01)

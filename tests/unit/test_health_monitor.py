@@ -6,7 +6,7 @@ import threading
 import pytest
 from ledger import PATIENCE
 
-from shmelim.rpc.monitor import HealthMonitor, HealthPolicy, tell
+from shmelim.rpc.service.monitor import HealthMonitor, HealthPolicy, tell
 
 OK = {"status": "ok"}
 

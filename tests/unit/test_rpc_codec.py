@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmelim.errors import ProtocolError
-from shmelim.rpc.codec import MSGPACK, UncarriedValueError
+from shmelim.rpc.channel.codec import MSGPACK, UncarriedValueError
 
 
 def there_and_back(value):

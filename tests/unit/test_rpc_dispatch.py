@@ -6,11 +6,10 @@ import logging
 import pytest
 
 from shmelim.errors import MessageTooLargeError, ProtocolError, RemoteError, UnknownMethodError
-from shmelim.rpc import dispatch
-from shmelim.rpc.codec import MSGPACK
-from shmelim.rpc.failures import unpack_failure
-from shmelim.rpc.limited_log import LimitedLog
-from shmelim.rpc.protocol import (
+from shmelim.rpc.channel import dispatch
+from shmelim.rpc.channel.codec import MSGPACK
+from shmelim.rpc.channel.failures import unpack_failure
+from shmelim.rpc.channel.protocol import (
     decode_hello,
     decode_reply,
     decode_welcome,
@@ -18,6 +17,7 @@ from shmelim.rpc.protocol import (
     encode_request,
     encode_welcome,
 )
+from shmelim.rpc.limited_log import LimitedLog
 
 
 def decorated(function):

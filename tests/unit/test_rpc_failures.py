@@ -6,8 +6,8 @@ import pytest
 
 from shmelim import errors
 from shmelim.errors import OutcomeUnknownError, ProtocolError, RemoteError, UnknownMethodError
-from shmelim.rpc.codec import MSGPACK
-from shmelim.rpc.failures import FAILURE_LIMIT, pack_failure, unpack_failure
+from shmelim.rpc.channel.codec import MSGPACK
+from shmelim.rpc.channel.failures import FAILURE_LIMIT, pack_failure, unpack_failure
 
 
 def there_and_back(error):

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 import pytest
 
 from shmelim.errors import ProtocolError
-from shmelim.rpc.wire import Wire
+from shmelim.rpc.channel.wire import Wire
 
 
 @pytest.fixture

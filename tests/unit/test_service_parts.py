@@ -15,11 +15,12 @@ import pytest
 from ledger import PATIENCE, until
 
 from shmelim.errors import CallTimeoutError, ChannelError, NotServingError, ProtocolError
-from shmelim.rpc import MSGPACK, PickleCodec, ServerReady, ServiceSettings, log_streams, titles
-from shmelim.rpc.codec import UncarriedValueError
-from shmelim.rpc.ending import Ending, Owner
-from shmelim.rpc.launch import ServerOptions, ServerProcess
-from shmelim.rpc.restarts import RestartDesk
+from shmelim.rpc import MSGPACK, PickleCodec, ServerReady, ServiceSettings
+from shmelim.rpc.channel.codec import UncarriedValueError
+from shmelim.rpc.service import log_streams, titles
+from shmelim.rpc.service.ending import Ending, Owner
+from shmelim.rpc.service.launch import ServerOptions, ServerProcess
+from shmelim.rpc.service.restarts import RestartDesk
 
 fork = multiprocessing.get_context("fork")
 
@@ -289,3 +290,25 @@ def test_what_cannot_be_pickled_or_unpickled():
     for data in (b"", b"garbage", codec.dumps(Rude())):
         with pytest.raises(ProtocolError, match="cannot be unpickled"):
             codec.loads(data)
+
+
+def test_a_signal_that_others_handle_ends_nothing(monkeypatch):
+    seen = []
+
+    def read(descriptor, size, read=os.read):
+        found = read(descriptor, size)
+        seen.append(set(found))
+        if seen == [{signal.SIGUSR1}]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(os, "read", read)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with Ending(None) as ending:
+            ending.defer()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert ending.wait() == "a signal"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [{signal.SIGUSR1}, {signal.SIGTERM}]

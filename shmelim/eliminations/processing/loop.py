@@ -15,7 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from shmelim.rpc.titles import set_title
+from shmelim.rpc.service.titles import set_title
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,16 +7,16 @@ import logging
 import multiprocessing
 from typing import TYPE_CHECKING, Any
 
-from shmelim.rpc.ending import Ending, Owner
-from shmelim.rpc.launch import ServerOptions, ServerReady
-from shmelim.rpc.server import ChannelServer
-from shmelim.rpc.titles import server_title, set_title
+from shmelim.rpc.channel.server import ChannelServer
+from shmelim.rpc.service.ending import Ending, Owner
+from shmelim.rpc.service.launch import ServerOptions, ServerReady
+from shmelim.rpc.service.titles import server_title, set_title
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from multiprocessing.synchronize import Event
 
-    from shmelim.rpc.address import Address, Location
+    from shmelim.rpc.channel.address import Address, Location
 
 __all__ = ["run_server", "serve_rpc"]
 

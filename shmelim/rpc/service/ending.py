@@ -82,9 +82,10 @@ class Ending:
     """Waits for the end of this process' work, for the length of a ``with`` block.
 
     Up to :meth:`defer` a SIGTERM raises ``SystemExit``, so that a start can be broken off. From then on it only
-    ends :meth:`wait`, so that neither serving nor closing is interrupted halfway. SIGINT is ignored: a terminal
-    sends it to every process of the group, and the owner decides what it means. The owner's death is watched by
-    a descriptor of the process itself: a pipe would also be held open by each of its other children.
+    ends :meth:`wait`, so that neither serving nor closing is interrupted halfway. SIGINT does the same in
+    a foreground process; in others it is ignored: a terminal sends it to every process of the group, and the owner
+    decides what it means. The owner's death is watched by a descriptor of the process itself: a pipe would also be
+    held open by each of its other children.
 
     Outside of the main thread, which alone may handle signals, only the owner's end counts.
 
@@ -92,14 +93,17 @@ class Ending:
     ----------
     owner
         The process with which this one ends; None: it outlives all others.
+    in_foreground
+        Whether a person started this process, who may end it by Ctrl-C.
 
     """
 
-    def __init__(self, owner: Owner | None) -> None:
+    def __init__(self, owner: Owner | None, *, in_foreground: bool = False) -> None:
         self._owner = owner
+        self._signals = {signal.SIGTERM, signal.SIGINT} if in_foreground else {signal.SIGTERM}
         self._deferred = False  # main thread only
         self._reading = self._writing = self._old_wakeup = -1
-        self._before: dict[int, signal._HANDLER] = {}
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> Self:
         self._reading, self._writing = os.pipe()
@@ -108,10 +112,9 @@ class Ending:
             # The interpreter writes each signal to the pipe, which needs no lock that the main thread could hold.
             # Whatever descriptor stood there before is the parent's, who must not be told of our signals.
             self._old_wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-            self._before = {
-                signal.SIGTERM: signal.signal(signal.SIGTERM, self._handle),
-                signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-            }
+            for number in (signal.SIGTERM, signal.SIGINT):
+                handler = self._handle if number in self._signals else signal.SIG_IGN
+                self._before[number] = signal.signal(number, handler)
         return self
 
     def __exit__(
@@ -143,7 +146,8 @@ class Ending:
             # Looked at after opening, so that the descriptor is certainly not of a later process of that id.
             while self._owner is None or self._owner.is_running():
                 ready = [number for number, _ in poller.poll(self._pause(watched))]
-                if self._reading in ready:
+                # Signals that others handle are written there too.
+                if self._reading in ready and self._signals.intersection(os.read(self._reading, 256)):
                     return "a signal"
         finally:
             if watched is not None:

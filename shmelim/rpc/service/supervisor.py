@@ -8,19 +8,19 @@ import time
 from typing import TYPE_CHECKING, TypeAlias
 
 from shmelim.errors import ChannelError
-from shmelim.rpc.address import describe
-from shmelim.rpc.ending import Owner
-from shmelim.rpc.launch import ServerOptions, ServerProcess, ServerReady
-from shmelim.rpc.stale import clear_stale, wait_until_free
-from shmelim.rpc.titles import server_title
+from shmelim.rpc.channel.address import describe
+from shmelim.rpc.service.ending import Owner
+from shmelim.rpc.service.launch import ServerOptions, ServerProcess, ServerReady
+from shmelim.rpc.service.stale import clear_stale, wait_until_free
+from shmelim.rpc.service.titles import server_title
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.process import BaseProcess
 
-    from shmelim.rpc.address import Location
-    from shmelim.rpc.service_key import ServiceKey
-    from shmelim.rpc.settings import ServiceSettings
+    from shmelim.rpc.channel.address import Location
+    from shmelim.rpc.service.key import ServiceKey
+    from shmelim.rpc.service.settings import ServiceSettings
 
 __all__ = ["Supervisor"]
 

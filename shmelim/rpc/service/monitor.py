@@ -18,7 +18,7 @@ _logger = logging.getLogger("shmelim.service")
 
 
 class Notifier(Protocol):
-    """Who is told of what people should know, such as a :class:`~shmelim.rpc.notify.SlackNotifier`."""
+    """Who is told of what people should know, such as a :class:`~shmelim.rpc.alerts.slack.SlackNotifier`."""
 
     def send_message(self, text: str, level: str = "info") -> object:
         """Pass a message on; `level` is info, success, warning or error."""

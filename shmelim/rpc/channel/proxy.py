@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shmelim.errors import UnknownMethodError
-from shmelim.rpc.dispatch import is_remote_name
+from shmelim.rpc.channel.dispatch import is_remote_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shmelim.rpc.client import ChannelClient
+    from shmelim.rpc.channel.client import ChannelClient
 
 __all__ = ["Proxy"]
 

@@ -20,26 +20,26 @@ from shmelim.errors import (
     OutcomeUnknownError,
     ProtocolError,
 )
-from shmelim.rpc.address import describe, normalize
-from shmelim.rpc.codec import MSGPACK
-from shmelim.rpc.dial import Dialer
-from shmelim.rpc.failures import unpack_failure
-from shmelim.rpc.pool import Pool
-from shmelim.rpc.protocol import (
+from shmelim.rpc.channel.address import describe, normalize
+from shmelim.rpc.channel.codec import MSGPACK
+from shmelim.rpc.channel.dial import Dialer
+from shmelim.rpc.channel.failures import unpack_failure
+from shmelim.rpc.channel.pool import Pool
+from shmelim.rpc.channel.protocol import (
     DEFAULT_MAX_MESSAGE,
     GOODBYE,
     decode_reply,
     encode_request,
 )
-from shmelim.rpc.proxy import Proxy
+from shmelim.rpc.channel.proxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from types import TracebackType
 
-    from shmelim.rpc.address import Address
-    from shmelim.rpc.codec import Codec
-    from shmelim.rpc.wire import Wire
+    from shmelim.rpc.channel.address import Address
+    from shmelim.rpc.channel.codec import Codec
+    from shmelim.rpc.channel.wire import Wire
 
 __all__ = ["ChannelClient"]
 
@@ -70,7 +70,7 @@ class _NotDoneError(_AttemptError):
 
 
 class ChannelClient:
-    """Calls the remote methods of the object that a :class:`~shmelim.rpc.server.ChannelServer` serves.
+    """Calls the remote methods of the object that a :class:`~shmelim.rpc.channel.server.ChannelServer` serves.
 
     Nothing is connected before the first call. Connections are pooled; each carries one call at a time, so that
     many threads can have calls under way at once. After a restart of the server the next call finds the new

@@ -2,7 +2,7 @@
 
 A restart is made where the service was made, wherever the checks run: a server is a child of its owner, which
 alone can wait for it, and alone has what it was made with. From another process the check asks the owner (see
-:mod:`shmelim.rpc.restarts`).
+:mod:`shmelim.rpc.service.restarts`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from shmelim.rpc import forks
-from shmelim.rpc.ending import Owner
-from shmelim.rpc.monitor import tell
-from shmelim.rpc.titles import checker_title, set_title
+from shmelim.rpc.service.ending import Owner
+from shmelim.rpc.service.monitor import tell
+from shmelim.rpc.service.titles import checker_title, set_title
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
     from types import TracebackType
 
-    from shmelim.rpc.monitor import Notifier
+    from shmelim.rpc.service.monitor import Notifier
 
 __all__ = ["HealthCheckDaemon"]
 
@@ -40,7 +40,7 @@ _logger = logging.getLogger("shmelim.service")
 
 
 class Checked(Protocol):
-    """What can be checked: an :class:`~shmelim.rpc.service.RPCServiceBase`."""
+    """What can be checked: an :class:`~shmelim.rpc.service.base.RPCServiceBase`."""
 
     @property
     def service_name(self) -> str:

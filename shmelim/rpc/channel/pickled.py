@@ -6,7 +6,7 @@ import pickle
 from typing import Any
 
 from shmelim.errors import ProtocolError
-from shmelim.rpc.codec import UncarriedValueError
+from shmelim.rpc.channel.codec import UncarriedValueError
 
 __all__ = ["PickleCodec"]
 

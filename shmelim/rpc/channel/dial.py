@@ -16,15 +16,15 @@ from shmelim.errors import (
     NotServingError,
     ProtocolError,
 )
-from shmelim.rpc.address import connect, describe, new_socket
-from shmelim.rpc.protocol import GOODBYE, HELLO_LIMIT, PROTOCOL, check_key, decode_welcome, encode_hello
+from shmelim.rpc.channel.address import connect, describe, new_socket
+from shmelim.rpc.channel.protocol import GOODBYE, HELLO_LIMIT, PROTOCOL, check_key, decode_welcome, encode_hello
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shmelim.rpc.address import Location
-    from shmelim.rpc.pool import Pool
-    from shmelim.rpc.wire import Wire
+    from shmelim.rpc.channel.address import Location
+    from shmelim.rpc.channel.pool import Pool
+    from shmelim.rpc.channel.wire import Wire
 
 __all__ = ["Dialer"]
 
@@ -81,7 +81,7 @@ class Dialer:
         Raises
         ------
         NotServingError, CallTimeoutError, AuthenticationFailedError, ProtocolError, ChannelError
-            As :meth:`shmelim.rpc.client.ChannelClient.call` says.
+            As :meth:`shmelim.rpc.channel.client.ChannelClient.call` says.
 
         """
         give_up = min(deadline, time.monotonic() + self._connect_wait)

@@ -7,7 +7,7 @@ import os
 import secrets
 from typing import Any
 
-from shmelim.rpc.key import KEY_SIZE, load_key, load_or_create_key
+from shmelim.rpc.channel.key import KEY_SIZE, load_key, load_or_create_key
 
 __all__ = ["ServiceKey"]
 

@@ -8,9 +8,9 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from shmelim.rpc import forks
-from shmelim.rpc.address import peer_credentials
-from shmelim.rpc.protocol import GOODBYE
-from shmelim.rpc.wire import Wire
+from shmelim.rpc.channel.address import peer_credentials
+from shmelim.rpc.channel.protocol import GOODBYE
+from shmelim.rpc.channel.wire import Wire
 
 if TYPE_CHECKING:
     import socket

@@ -13,17 +13,17 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from shmelim.errors import CallTimeoutError, NotServingError, ProtocolError
-from shmelim.rpc.address import normalize
-from shmelim.rpc.codec import MSGPACK
-from shmelim.rpc.failures import pack_failure, unpack_failure
-from shmelim.rpc.protocol import DEFAULT_MAX_MESSAGE
+from shmelim.rpc.channel.address import normalize
+from shmelim.rpc.channel.codec import MSGPACK
+from shmelim.rpc.channel.failures import pack_failure, unpack_failure
+from shmelim.rpc.channel.protocol import DEFAULT_MAX_MESSAGE
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-    from shmelim.rpc.address import Address, Location
-    from shmelim.rpc.codec import Codec
-    from shmelim.rpc.ending import Owner
+    from shmelim.rpc.channel.address import Address, Location
+    from shmelim.rpc.channel.codec import Codec
+    from shmelim.rpc.service.ending import Owner
 
 __all__ = ["ServerOptions", "ServerProcess", "ServerReady"]
 

@@ -30,26 +30,27 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Self
 
 from shmelim.errors import ChannelError
-from shmelim.rpc import forks, log_streams
-from shmelim.rpc.address import describe
-from shmelim.rpc.lifetimes import end_at_exit, weakly
-from shmelim.rpc.monitor import HealthMonitor, HealthPolicy, tell
-from shmelim.rpc.restarts import RestartDesk
-from shmelim.rpc.service_client import ServiceClient
-from shmelim.rpc.service_key import ServiceKey
-from shmelim.rpc.serving import run_server, serve_rpc
-from shmelim.rpc.settings import ServiceSettings, service_location
-from shmelim.rpc.supervisor import Supervisor
-from shmelim.rpc.titles import check_service_name
+from shmelim.rpc import forks
+from shmelim.rpc.channel.address import describe
+from shmelim.rpc.service import log_streams
+from shmelim.rpc.service.client import ServiceClient
+from shmelim.rpc.service.key import ServiceKey
+from shmelim.rpc.service.lifetimes import end_at_exit, weakly
+from shmelim.rpc.service.monitor import HealthMonitor, HealthPolicy, tell
+from shmelim.rpc.service.restarts import RestartDesk
+from shmelim.rpc.service.serving import run_server, serve_rpc
+from shmelim.rpc.service.settings import ServiceSettings, service_location
+from shmelim.rpc.service.supervisor import Supervisor
+from shmelim.rpc.service.titles import check_service_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.process import BaseProcess
     from types import TracebackType
 
-    from shmelim.rpc.address import Address, Location
-    from shmelim.rpc.launch import ServerReady
-    from shmelim.rpc.monitor import Notifier
+    from shmelim.rpc.channel.address import Address, Location
+    from shmelim.rpc.service.launch import ServerReady
+    from shmelim.rpc.service.monitor import Notifier
 
 __all__ = ["RPCServiceBase"]
 
@@ -62,7 +63,7 @@ class RPCServiceBase(ABC):
     its calls go over connections of its own, and it never ends or starts anything. In direct mode the server
     is an object of this process, without process, address or key.
 
-    Thread-safe. Every call has a deadline, and ends as :class:`~shmelim.rpc.client.ChannelClient` says.
+    Thread-safe. Every call has a deadline, and ends as :class:`~shmelim.rpc.channel.client.ChannelClient` says.
 
     Parameters
     ----------
@@ -87,7 +88,7 @@ class RPCServiceBase(ABC):
     key_path
         File for the key, for clients that are no copies of this object; None: the key is in memory only.
     settings
-        The fields of :class:`~shmelim.rpc.settings.ServiceSettings`: every figure, each with a default.
+        The fields of :class:`~shmelim.rpc.service.settings.ServiceSettings`: every figure, each with a default.
 
     Attributes
     ----------

@@ -8,12 +8,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from shmelim.errors import AuthenticationFailedError, ChannelError, NotServingError, ProtocolError
-from shmelim.rpc.client import ChannelClient
+from shmelim.rpc.channel.client import ChannelClient
 
 if TYPE_CHECKING:
-    from shmelim.rpc.address import Location
-    from shmelim.rpc.service_key import ServiceKey
-    from shmelim.rpc.settings import ServiceSettings
+    from shmelim.rpc.channel.address import Location
+    from shmelim.rpc.service.key import ServiceKey
+    from shmelim.rpc.service.settings import ServiceSettings
 
 __all__ = ["ServiceClient"]
 

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmelim.errors import ProtocolError
-from shmelim.rpc.codec import MSGPACK, UncarriedValueError
+from shmelim.rpc.channel.codec import MSGPACK, UncarriedValueError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from shmelim.rpc.codec import Codec
+    from shmelim.rpc.channel.codec import Codec
 
 __all__ = [
     "DEFAULT_MAX_MESSAGE",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from shmelim.errors import ChannelError
 from shmelim.rpc import forks
-from shmelim.rpc.wire import Wire
+from shmelim.rpc.channel.wire import Wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ class Pool:
     max_idle
         Connections kept for later.
     patience
-        See :class:`~shmelim.rpc.wire.Wire`.
+        See :class:`~shmelim.rpc.channel.wire.Wire`.
 
     """
 

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 import psutil
 
 from shmelim.errors import ChannelError
-from shmelim.rpc.address import describe, new_socket, peer_credentials
-from shmelim.rpc.titles import title_of
+from shmelim.rpc.channel.address import describe, new_socket, peer_credentials
+from shmelim.rpc.service.titles import title_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from shmelim.rpc.address import Location
+    from shmelim.rpc.channel.address import Location
 
 __all__ = ["clear_stale", "is_free", "wait_until_free"]
 

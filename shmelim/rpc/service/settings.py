@@ -6,15 +6,15 @@ import time
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from shmelim.rpc.address import normalize
-from shmelim.rpc.codec import MSGPACK
-from shmelim.rpc.protocol import DEFAULT_MAX_MESSAGE
+from shmelim.rpc.channel.address import normalize
+from shmelim.rpc.channel.codec import MSGPACK
+from shmelim.rpc.channel.protocol import DEFAULT_MAX_MESSAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from shmelim.rpc.address import Address, Location
-    from shmelim.rpc.codec import Codec
+    from shmelim.rpc.channel.address import Address, Location
+    from shmelim.rpc.channel.codec import Codec
 
 __all__ = ["ServiceSettings", "service_location"]
 
@@ -27,7 +27,7 @@ def _now_ms() -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceSettings:
-    """What :class:`~shmelim.rpc.service.RPCServiceBase` takes besides its arguments, as keywords.
+    """What :class:`~shmelim.rpc.service.base.RPCServiceBase` takes besides its arguments, as keywords.
 
     Attributes
     ----------

@@ -20,7 +20,7 @@ from shmelim import errors
 from shmelim.errors import ProtocolError, RemoteError, ShmelimError
 
 if TYPE_CHECKING:
-    from shmelim.rpc.codec import Codec
+    from shmelim.rpc.channel.codec import Codec
 
 __all__ = ["FAILURE_LIMIT", "is_expected", "pack_failure", "unpack_failure"]
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shmelim.errors import MessageTooLargeError, UnknownMethodError
-from shmelim.rpc.codec import UncarriedValueError
-from shmelim.rpc.failures import is_expected, pack_failure
-from shmelim.rpc.protocol import decode_request
+from shmelim.rpc.channel.codec import UncarriedValueError
+from shmelim.rpc.channel.failures import is_expected, pack_failure
+from shmelim.rpc.channel.protocol import decode_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shmelim.rpc.codec import Codec
+    from shmelim.rpc.channel.codec import Codec
     from shmelim.rpc.limited_log import LimitedLog
 
 __all__ = ["Caller", "Dispatcher", "current_caller", "is_remote_name", "set_caller"]

@@ -17,9 +17,9 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 from shmelim.rpc import forks
+from shmelim.rpc.alerts.repeats import Repeats
+from shmelim.rpc.alerts.webhook import Webhook
 from shmelim.rpc.limited_log import LimitedLog
-from shmelim.rpc.repeats import Repeats
-from shmelim.rpc.webhook import Webhook
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,7 +1,7 @@
 """The server's end of a channel: accepts connections, proves keys, carries out requests, and cannot be held up.
 
 One thread accepts, and does nothing else. Each connection has a thread of its own, in which the handshake and
-the calls run, every step under a deadline that the socket itself keeps (see :mod:`shmelim.rpc.wire`); so a
+the calls run, every step under a deadline that the socket itself keeps (see :mod:`shmelim.rpc.channel.wire`); so a
 silent, slow or hostile peer holds up its own thread, and that one only until its deadline. How many connections
 there are, proven and unproven, has a bound each.
 """
@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Self
 
 from shmelim.errors import ProtocolError
 from shmelim.rpc import forks
-from shmelim.rpc.address import describe, listen, new_socket, normalize
-from shmelim.rpc.codec import MSGPACK
-from shmelim.rpc.dispatch import Caller, Dispatcher, set_caller
-from shmelim.rpc.failures import FAILURE_LIMIT
-from shmelim.rpc.limited_log import LimitedLog
-from shmelim.rpc.peers import Admission, Peer, Peers
-from shmelim.rpc.protocol import (
+from shmelim.rpc.channel.address import describe, listen, new_socket, normalize
+from shmelim.rpc.channel.codec import MSGPACK
+from shmelim.rpc.channel.dispatch import Caller, Dispatcher, set_caller
+from shmelim.rpc.channel.failures import FAILURE_LIMIT
+from shmelim.rpc.channel.peers import Admission, Peer, Peers
+from shmelim.rpc.channel.protocol import (
     DEFAULT_MAX_MESSAGE,
     GOODBYE,
     HELLO_LIMIT,
@@ -34,12 +33,13 @@ from shmelim.rpc.protocol import (
     decode_hello,
     encode_welcome,
 )
+from shmelim.rpc.limited_log import LimitedLog
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from shmelim.rpc.address import Address, SocketFile
-    from shmelim.rpc.codec import Codec
+    from shmelim.rpc.channel.address import Address, SocketFile
+    from shmelim.rpc.channel.codec import Codec
 
 __all__ = ["ChannelServer"]
 

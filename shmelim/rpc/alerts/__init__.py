@@ -1,0 +1,1 @@
+"""Telling people: alerts to Slack that never hold up, and never repeat themselves."""

@@ -1,0 +1,1 @@
+"""The command channel: authenticated request and reply between processes of one host."""
