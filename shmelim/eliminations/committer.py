@@ -157,6 +157,10 @@ class Committer:
                 if on_progress is not None and done % _REPORT_EVERY == 0:
                     on_progress(done, total)
 
+    def sync(self) -> None:
+        """Make all that was committed survive a power cut, whatever the store was opened for."""
+        self._store.sync()
+
     def read(self, question: Callable[[Store], T]) -> T:
         """Ask the store something between two commits."""
         with self._leading:

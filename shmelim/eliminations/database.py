@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import msgspec
 
 from shmelim.eliminations import schema
-from shmelim.eliminations.files import sync_directory, unused_name
+from shmelim.eliminations.files import sync_directory, sync_file, unused_name
 from shmelim.errors import DamagedStoreError, StoreError
 
 if TYPE_CHECKING:
@@ -257,6 +257,25 @@ class Database:
                 self._db.execute(f"RELEASE {name}")
         finally:
             self._depth -= 1
+
+    def sync(self) -> None:
+        """Make all that was committed survive a power cut, whatever the store was opened for; from any thread.
+
+        Raises
+        ------
+        StoreError
+            Nobody knows whether it would.
+
+        """
+        if self._file is None:
+            return
+        # A checkpoint that takes what is committed out of the log has synced both files by itself.
+        try:
+            sync_file(_companion(self._file, "-wal"))
+        except OSError as error:
+            raise StoreError(
+                f"{self._file}: its log could not be synced: {error.strerror}", hint="check the disk"
+            ) from error
 
     def meta(self, key: str, default: Any = None) -> Any:
         """Return a named value, or the default."""

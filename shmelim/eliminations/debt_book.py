@@ -92,7 +92,11 @@ class DebtBook:
         """Let an attempt have a slash that is owed."""
         check_hotkey(hotkey)
         _check_attempt(attempt)
-        return self._commit(debt_changes.begin_slash(hotkey, attempt))
+        if not self._commit(debt_changes.begin_slash(hotkey, attempt)):
+            return False
+        # After a power cut that took this with it, the slash would be owed, and made again.
+        self._committer.sync()
+        return True
 
     def doubt_slash(self, hotkey: str, attempt: str, error: str) -> bool:
         """Put the slash of an attempt in doubt."""

@@ -45,6 +45,7 @@ __all__ = [
     "read_departed",
     "read_eliminations",
     "sync_directory",
+    "sync_file",
     "unused_name",
     "write_departed",
     "write_eliminations",
@@ -291,7 +292,17 @@ def unused_name(path: Path, what: str, suffix: str = "") -> Path:
 
 def sync_directory(directory: Path) -> None:
     """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync(directory, os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file that somebody else holds open durable, its name included."""
+    _sync(path, 0)
+    sync_directory(path.parent)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -3,6 +3,7 @@
 And races for one slash: of all who want to make it, one may.
 """
 
+import os
 import random
 import shutil
 import threading
@@ -17,6 +18,7 @@ import shmelim
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.debts import KINDS, POSITIONS, SLASH, new_attempt
 from shmelim.eliminations.store import Store
+from shmelim.errors import StoreError
 
 ROUNDS = 2000
 _TRACED = tuple(
@@ -145,6 +147,43 @@ def test_at_every_line_of_a_step(tmp_path, step):
     taken = crash.at_all(range(1, lines + 1))
     assert not taken[0]
     assert taken[-1]
+
+
+# ------------------------------------------------------------------ power cuts
+
+
+def test_a_slash_is_begun_on_disk_whatever_the_durability(server, monkeypatch):
+    synced = []
+    sync = os.fsync
+
+    def watch(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    server.eliminate_rpc("a", row("a"), [SLASH])
+    assert "shmelim.sqlite-wal" not in synced
+    for _ in range(2):
+        synced.clear()
+        assert server.begin_slash_rpc("a", "one")
+        assert "shmelim.sqlite-wal" in synced
+        assert server.state_dir.name in synced
+    synced.clear()
+    assert not server.begin_slash_rpc("a", "two")
+    assert "shmelim.sqlite-wal" not in synced
+
+
+def test_a_slash_that_may_not_be_on_disk_is_not_begun(server, monkeypatch):
+    server.eliminate_rpc("a", row("a"), [SLASH])
+
+    def fail(_path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shmelim.eliminations.database.sync_file", fail)
+        with pytest.raises(StoreError, match=r"shmelim\.sqlite.*Input/output error"):
+            server.begin_slash_rpc("a", "one")
+    assert server.begin_slash_rpc("a", "one"), "it can be repeated"
 
 
 # ------------------------------------------------------------------ races
