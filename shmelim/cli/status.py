@@ -14,6 +14,7 @@ from shmelim.eliminations.debt_book import MOST_SHOWN
 from shmelim.eliminations.debt_table import read_debt_figures
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import NotServingError, ShmelimError, StoreError
+from shmelim.shm import READ_PATH
 
 if TYPE_CHECKING:
     from shmelim.shm import TableInfo, WriterInfo
@@ -36,8 +37,9 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
     where no server answers.
 
     With --json: name, version, generation, sequence, eliminated, departed, registered, entries,
-    writer {pid, alive, state, heartbeat_age_s, started_ms}, table {capacity, usable, arena_size,
-    arena_used, arena_live, segment_bytes}, channel {address, answers, problem}, state_dir,
+    read_path ("native" or "pure"), writer {pid, alive, state, heartbeat_age_s, started_ms},
+    table {capacity, usable, arena_size, arena_used, arena_live, segment_bytes},
+    channel {address, answers, problem}, state_dir,
     server {commits, changes, store_bytes, problems} or null, debts (how many, or null),
     slashes_in_doubt [hotkey] (the first 20, or null), verified (entries, or null).
 
@@ -60,6 +62,7 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
         "departed": table.flag_counts[1],
         "registered": table.flag_counts[2],
         "entries": table.entries,
+        "read_path": READ_PATH,
         "writer": {
             "pid": writer.pid,
             "alive": writer.alive,
@@ -141,6 +144,7 @@ def _lines(document: dict[str, Any], writer: WriterInfo, table: TableInfo) -> li
         ("slots", _share(table.entries, table.capacity // 2, "{:,}".format)),
         ("records", _share(table.arena_used, table.arena_size, output.size)),
         ("segment", output.size(table.segment_size)),
+        ("read path", document["read_path"]),
         ("channel", f"{channel['address'] or 'unknown'}{answers}"),
         ("state", document["state_dir"]),
         ("debts", document["debts"]),

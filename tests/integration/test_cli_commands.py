@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import shmelim.shm
 from shmelim.cli.main import cli
 from shmelim.eliminations import EliminationClient, EliminationReader
 from shmelim.shm import SharedNamespace
@@ -212,6 +213,7 @@ def test_status(run, served):
     lines = dict(line.split("\t", 1) for line in run("status").stdout.splitlines())
     assert lines["writer"].startswith(f"process {served.process.pid}, alive, serving")
     assert lines["departed"] == "367"
+    assert lines["read path"] == found["read_path"] == shmelim.shm.READ_PATH
 
 
 def test_status_without_a_key(run, served, tmp_path):
