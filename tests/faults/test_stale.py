@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -326,6 +327,30 @@ def test_a_stranger_who_took_the_port_meanwhile_is_not_touched(make, hold):
     assert stranger.process.poll() is None
     stranger.close()
     service.restart_server()
+    assert service.pid() == service.server_pid
+
+
+def serve_until_told(directory, pipe):
+    with Ledger(directory, port=0) as service:
+        pipe.send((service.address, service.server_pid))
+        pipe.recv()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names that end with their process")
+def test_a_server_whose_owner_lives_is_not_stale(make, tmp_path):
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    owner = context.Process(target=serve_until_told, args=(tmp_path, there))
+    owner.start()
+    address, pid = here.recv()
+    with pytest.raises(ChannelError, match=f"process {pid}, the server of a process that lives"):
+        make(address)
+    assert is_alive(pid)
+    os.kill(pid, signal.SIGSTOP)  # so that it does not end with its owner
+    owner.kill()
+    owner.join()
+    service = make(address)
+    assert not is_alive(pid)
     assert service.pid() == service.server_pid
 
 

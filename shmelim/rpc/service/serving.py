@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 from typing import TYPE_CHECKING, Any
 
+from shmelim.errors import ShmelimError
 from shmelim.rpc.channel.server import ChannelServer
 from shmelim.rpc.service.ending import Ending, Owner
 from shmelim.rpc.service.launch import ServerOptions, ServerReady
@@ -86,7 +87,9 @@ def run_server(
                 stack.callback(close)
             _serve(server, address, authkey, server_ready, options, ending, on_listening)
         except Exception as error:
-            _logger.exception("%s: the server process failed", options.service_name)
+            # An error of ours explains itself, and the owner raises it.
+            trace = None if isinstance(error, ShmelimError) else error
+            _logger.error("%s: the server process failed: %s", options.service_name, error, exc_info=trace)  # noqa: TRY400
             server_ready.fail(error)
             raise SystemExit(1) from None
 

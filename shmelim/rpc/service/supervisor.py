@@ -11,6 +11,7 @@ from shmelim.errors import ChannelError
 from shmelim.rpc.channel.address import describe
 from shmelim.rpc.service.ending import Owner
 from shmelim.rpc.service.launch import ServerOptions, ServerProcess, ServerReady
+from shmelim.rpc.service.ownership import OwnerMark
 from shmelim.rpc.service.stale import clear_stale, wait_until_free
 from shmelim.rpc.service.titles import server_title
 
@@ -63,6 +64,7 @@ class Supervisor:
         # The lock is held over whole starts and stops, and guards everything below and `location`.
         self._lock = threading.RLock()
         self._server: ServerProcess | None = None
+        self._mark: OwnerMark | None = None
         self._restarted_at = float("-inf")  # time.monotonic()
         self._closed = False  # written without the lock, so that who waits for it sees it; never goes back
 
@@ -91,11 +93,13 @@ class Supervisor:
             ready = ServerReady(self._options)
             try:
                 process = start(self.location, self._key.for_server(), ready)
-                self._server = server = ServerProcess(process, self._name)
+                self._server = ServerProcess(process, self._name)
+                assert process.pid is not None
+                self._mark = OwnerMark(process.pid)
                 try:
                     self.location = self._settled(ready.outcome(process, self._settings.ready_timeout))
                 except BaseException:
-                    server.stop(self._settings.stop_timeout)
+                    self._stop_server()
                     raise
             finally:
                 ready.close()
@@ -157,11 +161,18 @@ class Supervisor:
     def _stop_server(self) -> None:
         if self._server is not None:
             self._server.stop(self._settings.stop_timeout)
+        self._unmark()
+
+    def _unmark(self) -> None:
+        mark, self._mark = self._mark, None
+        if mark is not None:
+            mark.close()
 
     def disown(self) -> None:
         """Let a forked child's exit leave the server process alone; the child then drops this object."""
         if self._server is not None:
             self._server.disown()
+        self._unmark()
 
 
 def _chosen_by_system(location: Location) -> bool:
