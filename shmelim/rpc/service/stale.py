@@ -1,10 +1,10 @@
 """Frees an address from a server that an earlier run of the same service left behind, and from nothing else.
 
 A process is ended only if it holds the address, carries the service's title, belongs to this user, and has no
-living owner in another process (see :mod:`shmelim.rpc.service.ownership`). Of two service objects in one process, the
-later one takes the address. All that is looked at once more right before each signal, on a process that cannot be
-mistaken for a later one of the same id meanwhile. Anything else at the address is an error that names it, a Python
-process included.
+living owner in another process (see :mod:`shmelim.rpc.service.ownership`). Of two service objects in one process
+the later one takes the address. All that is looked at once more right before each signal, on a process that cannot
+be mistaken for a later one of the same id meanwhile. Anything else at the address is an error that names it, a
+Python process included.
 """
 
 from __future__ import annotations
