@@ -97,6 +97,7 @@ class _Termination:
             signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+            self._processor.end_asked = False
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self._processor.end_asked = True

@@ -1,0 +1,233 @@
+"""The loop: in a thread, and in a process of its own that is told to end in the worst moments."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+from reference_validator import Managed
+
+from shmelim.eliminations.debts import IN_DOUBT
+from shmelim.rpc.titles import title_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+FORK = multiprocessing.get_context("fork")
+AT_ONCE = {"tick_pause_s": 0.0, "error_pause_s": 0.0}
+PATIENCE = 30.0
+
+
+def until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
+    end = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        os.sched_yield()
+
+
+@pytest.fixture
+def make(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Callable[..., Managed]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda mode, **figures: stack.enter_context(Managed(mode, new_name(), tmp_path, **figures))
+
+
+@contextlib.contextmanager
+def in_a_thread(managed: Managed) -> Iterator[threading.Thread]:
+    thread = threading.Thread(target=managed.manager.run_update_loop, daemon=True)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        managed.validator.ending["now"] = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+# ---------------------------------------------------------------------- in a thread
+
+
+@pytest.mark.parametrize("mode", ["direct", "rpc"])
+def test_loop_ticks_until_the_validator_ends(make: Callable[..., Managed], mode: str) -> None:
+    managed = make(mode, tick_pause_s=0.0)
+    managed.validator.register("a")
+    before = signal.getsignal(signal.SIGTERM)
+    with in_a_thread(managed) as thread:
+        managed.validator.probation.fail("a", "PLAGIARISM", None)
+        until(lambda: not managed.validator.probation.failed)
+        managed.validator.ending["now"] = True
+        thread.join(2.0)
+        assert not thread.is_alive()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert managed.reasons == {"a": "PLAGIARISM"}
+
+
+def test_end_of_the_validator_is_noticed_within_2_s_of_the_longest_pause(make: Callable[..., Managed]) -> None:
+    managed = make("direct", tick_pause_s=3600.0, error_pause_s=3600.0)
+    managed.validator.faults.fail("liquidated")
+    with in_a_thread(managed) as thread:
+        until(lambda: managed.alerts)
+        managed.validator.ending["now"] = True
+        thread.join(2.0)
+        assert not thread.is_alive()
+
+
+def test_loop_pauses_while_a_sync_is_in_progress(make: Callable[..., Managed]) -> None:
+    managed = make("direct", tick_pause_s=0.0)
+    looks: list[None] = []
+
+    class Flag:
+        @property
+        def value(self) -> bool:
+            looks.append(None)
+            return self.set
+
+        set = True
+
+    managed.manager.sync_in_progress = flag = Flag()
+    managed.validator.faults.passed.clear()
+    with in_a_thread(managed):
+        until(lambda: len(looks) > 10)
+        assert managed.validator.faults.count("registry") == 0
+        flag.set = False
+        until(lambda: managed.validator.faults.count("registry"))
+
+
+def test_loop_survives_every_exception_and_tells_of_each_once(make: Callable[..., Managed]) -> None:
+    managed = make("direct", **AT_ONCE)
+
+    class Broken:
+        looks = 0
+
+        @property
+        def value(self) -> bool:
+            self.looks += 1
+            raise OSError("the validator's shared value is gone")
+
+    managed.manager.sync_in_progress = broken = Broken()
+    with in_a_thread(managed):
+        until(lambda: broken.looks > 20)
+        assert len(managed.alerts) == 1
+        managed.manager.sync_in_progress = None
+        managed.validator.register("a")
+        managed.validator.lose("a", 0.2)
+        until(lambda: managed.validator.collateral.slashes() == ["a"])
+
+
+def test_loop_ends_when_nobody_can_be_asked_whether_to(make: Callable[..., Managed]) -> None:
+    managed = make("direct", **AT_ONCE)
+
+    class Gone:
+        def __bool__(self) -> bool:
+            raise EOFError("the process that has it is gone")
+
+    managed.manager.shutdown_dict = Gone()
+    managed.manager.run_update_loop()
+
+
+# ---------------------------------------------------------------------- in a process of its own
+
+
+@contextlib.contextmanager
+def in_a_process(managed: Managed) -> Iterator[Any]:
+    process = FORK.Process(target=managed.manager.run_update_loop, daemon=True)
+    process.start()
+    try:
+        yield process
+    finally:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+def ends(process: Any) -> bool:
+    """Whether a SIGTERM ends it within 2 s."""
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(2.0)
+    return not process.is_alive()
+
+
+def test_process_of_the_loop_ends_on_sigterm_and_carries_a_title(make: Callable[..., Managed]) -> None:
+    managed = make("rpc")
+    managed.validator.register("a")
+    managed.validator.lose("a", 0.2)
+    with in_a_process(managed) as process:
+        until(lambda: managed.manager.is_hotkey_eliminated("a"))
+        assert title_of(psutil.Process(process.pid)) == "vali_EliminationProcessing"
+        assert ends(process)
+        assert process.exitcode == 0
+
+
+def forever(waiting: Any) -> None:
+    """Wait as Python code waits, for what does not come."""
+    waiting.set()
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize("point", ["liquidated", "cancel", "store", "slash", "slash!"])
+def test_sigterm_ends_a_process_whose_collaborator_hangs(make: Callable[..., Managed], point: str) -> None:
+    managed = make("rpc", **AT_ONCE)
+    validator = managed.validator
+    validator.register("a")
+    validator.open_position("a")
+    validator.lose("a", 0.2)
+    waiting = FORK.Event()
+    validator.faults.at(point, lambda: forever(waiting))
+    with in_a_process(managed) as process:
+        assert waiting.wait(PATIENCE)
+        assert ends(process)
+    validator.faults.clear()
+    if point.startswith("slash"):
+        assert [(debt["kind"], debt["state"]) for debt in managed.debts] == [("slash", IN_DOUBT)]
+    # What is left is made by the next process.
+    managed.restart()
+    managed.tick()
+    assert managed.validator.is_flat("a")
+    assert len(managed.validator.collateral.slashes()) <= 1
+    states = [debt["state"] for debt in managed.debts]
+    assert states == ([IN_DOUBT] if point.startswith("slash") else [])
+
+
+def test_sigterm_lets_the_miner_at_hand_be_finished(make: Callable[..., Managed]) -> None:
+    managed = make("rpc", **AT_ONCE)
+    validator = managed.validator
+    validator.register("a", "b")
+    for hotkey in ("a", "b"):
+        validator.open_position(hotkey)
+        validator.lose(hotkey, 0.2)
+    validator.faults.at("store", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with in_a_process(managed) as process:
+        process.join(PATIENCE)
+        assert process.exitcode == 0
+    assert managed.reasons == {"a": "MAX_TOTAL_DRAWDOWN"}
+    assert managed.debts == []
+    assert validator.collateral.slashes() == ["a"]
+
+
+def test_loop_leaves_signal_handlers_as_it_found_them(make: Callable[..., Managed]) -> None:
+    managed = make("rpc", **AT_ONCE)
+    found = FORK.SimpleQueue()
+
+    def run() -> None:
+        def own(*_: object) -> None:
+            """Stand in for a handler of the validator."""
+
+        for number in (signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, own)
+        managed.validator.faults.at("liquidated", lambda: os.kill(os.getpid(), signal.SIGTERM))
+        managed.manager.run_update_loop()
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)]
+        found.put((handlers == [own, own], signal.getitimer(signal.ITIMER_REAL)))
+
+    process = FORK.Process(target=run, daemon=True)
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    assert found.get() == (True, (0.0, 0.0))
