@@ -42,6 +42,9 @@ class ValidatorEnvironment:
         An elimination of at least this age is deleted once its miner has left the metagraph.
     slash_proportions
         ``{reason: share of the collateral}``; a reason that is not in it is left to the contract.
+    slash_once_within_ms
+        A miner who was slashed for an elimination is not slashed for another that begins less than this later (or
+        earlier): a sync that takes an elimination back gives no collateral back.
     development_hotkey
         The hotkey that is no zombie, though it is in no metagraph.
     miner_directory
@@ -65,6 +68,7 @@ class ValidatorEnvironment:
         check_interval_ms: int = 300_000,
         deletion_delay_ms: int = 172_800_000,
         slash_proportions: Mapping[str, float] | None = None,
+        slash_once_within_ms: int = 172_800_000,
         development_hotkey: str = DEVELOPMENT_HOTKEY,
         miner_directory: Path | str | None = None,
         live_price_fetcher: Any = None,
@@ -77,6 +81,7 @@ class ValidatorEnvironment:
         self.check_interval_ms = check_interval_ms
         self.deletion_delay_ms = deletion_delay_ms
         self.slash_proportions = dict(slash_proportions or {})
+        self.slash_once_within_ms = slash_once_within_ms
         self.development_hotkey = development_hotkey
         self.live_price_fetcher = live_price_fetcher
         self.tick_pause_s = tick_pause_s

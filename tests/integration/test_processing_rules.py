@@ -428,6 +428,17 @@ def test_missing_miners_whose_loss_is_not_believed_are_no_zombies(managed: Manag
     assert managed.reasons == {"miner00": "ZOMBIE"}
 
 
+def test_newcomer_is_no_zombie_of_a_metagraph_that_is_not_believed(managed: Managed) -> None:
+    """Its first look at the metagraph is one in which a third of all are missing, itself among them."""
+    validator = managed.validator
+    validator.register(*miners(44))
+    managed.tick()
+    validator.register("newcomer")
+    validator.deregister("newcomer", *miners(15))
+    managed.tick()
+    assert managed.reasons == {}
+
+
 def test_metagraph_that_is_not_loaded_yet_makes_no_zombies(managed: Managed) -> None:
     validator = managed.validator
     validator.register("a")
@@ -614,6 +625,59 @@ def test_nothing_from_before_a_sync_is_written_after_it(managed: Managed, point:
         "the next tick is due at once, and decides anew"
     )
     assert all(validator.is_flat(hotkey) for hotkey in ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("resolved", [False, True])
+def test_elimination_that_a_sync_took_back_is_not_slashed_again(managed: Managed, resolved: bool) -> None:
+    validator = managed.validator
+    validator.register("a", "b")
+    validator.lose("a", 0.2)
+    validator.lose("b", 0.7)
+    if resolved:
+        validator.faults.fail("slash!", times=2)
+    managed.tick()
+    for hotkey in ("a", "b") if resolved else ():
+        assert managed.manager._server_proxy.resolve_slash_rpc(hotkey, made=True)
+    managed.manager.sync_eliminations([])
+    managed.tick()
+    assert set(managed.reasons) == {"a", "b"}
+    assert sorted(validator.collateral.slashes()) == ["a", "b"]
+    assert managed.debts == []
+
+
+def test_miner_who_is_eliminated_anew_after_days_is_slashed_anew(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.lose("a", 0.2)
+    managed.tick()
+    managed.manager.remove_elimination("a")
+    managed.tick(2 * DAY)
+    assert validator.collateral.slashes() == ["a", "a"]
+
+
+def test_slash_that_was_not_made_is_owed_anew(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.lose("a", 0.2)
+    validator.faults.fail("slash")
+    managed.tick()
+    managed.manager.sync_eliminations([])
+    assert managed.manager._server_proxy.resolve_slash_rpc("a", made=False)
+    managed.tick()
+    assert validator.collateral.slashes() == ["a"]
+
+
+def test_ledger_that_names_a_miner_long_gone_eliminates_nobody(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a", "b")
+    validator.lose("a", 0.7)
+    managed.tick()
+    validator.deregister("a")
+    managed.tick(2 * DAY)
+    assert managed.reasons == {}
+    managed.tick()
+    added = [e for e in managed.manager._server_proxy.get_history_rpc("a") if e["action"] == "add"]
+    assert len(added) == 1
 
 
 def test_sync_without_an_epoch_is_noticed_by_the_server(managed: Managed) -> None:

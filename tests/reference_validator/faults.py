@@ -34,10 +34,13 @@ class Fault:
 class Faults:
     """The faults that are planned, and the points that were passed.
 
+    Nothing happens while it is not ``armed``.
+
     A point is named after what is done: ``"slash"`` is passed before the effect, ``"slash!"`` after it.
     """
 
     def __init__(self) -> None:
+        self.armed = True
         self.passed: list[tuple[str, str | None]] = []
         self._planned: list[Fault] = []
 
@@ -71,7 +74,7 @@ class Faults:
     def reached(self, point: str, hotkey: str | None = None) -> None:
         """Pass a point."""
         self.passed.append((point, hotkey))
-        for fault in self._planned:
+        for fault in self._planned if self.armed else ():
             if fault.fits(point, hotkey):
                 fault.happened += 1
                 fault.act()

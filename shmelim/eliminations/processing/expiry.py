@@ -10,7 +10,7 @@ from shmelim.eliminations.processing.iteration import OvertakenError
 from shmelim.eliminations.processing.statecalls import StateUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from shmelim.eliminations.collaborators import Collaborators
     from shmelim.eliminations.environment import ValidatorEnvironment
@@ -85,6 +85,12 @@ class Expiry:
         if gone:
             self._state.delete_eliminations(gone)
             _log.info("deleted %d expired eliminations: %s", len(gone), ", ".join(gone[:10]))
+
+    def is_due(self, record: Mapping[str, Any]) -> bool:
+        """Tell whether an elimination would be deleted at once, if it were made."""
+        latest = self._environment.now_ms() - self._environment.deletion_delay_ms
+        old = bool(record["elimination_initiated_time_ms"] <= latest)
+        return old and bool(self._membership.missing([record["hotkey"]]))
 
     def _old_enough(self) -> list[str]:
         version, times = self._times

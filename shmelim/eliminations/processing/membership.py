@@ -52,18 +52,17 @@ class Membership:
     def missing(self, hotkeys: Iterable[str]) -> list[str]:
         """Return those of these hotkeys that are certainly not in the metagraph.
 
-        A hotkey that is missing together with so many others that their loss was not believed still counts as
-        registered; and while the metagraph has no hotkey at all, nobody is missing.
+        Nobody is while the metagraph has no hotkey at all, nor while so many are missing that their loss was not
+        believed: what it shows of the others, whom the server perhaps never saw, is not believed either.
         """
-        wanted = list(hotkeys)
         now = self._hotkeys()
-        if not now or not wanted:
+        members = set(now or ())
+        absent = [hotkey for hotkey in hotkeys if hotkey not in members] if members else []
+        if not absent:
             return []
         self.look()
-        members = set(now)
-        absent = [hotkey for hotkey in wanted if hotkey not in members]
-        statuses = self._reader.statuses(absent)
-        return [hk for hk, status in zip(absent, statuses, strict=True) if not status & Status.REGISTERED]
+        # The server keeps those registered whose loss it did not believe.
+        return absent if self._reader.snapshot().registered <= members else []
 
     def _hotkeys(self) -> list[str] | None:
         metagraph = self._collaborators.metagraph

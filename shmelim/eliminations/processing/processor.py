@@ -262,7 +262,10 @@ class EliminationProcessor:
                     return
                 with this_round.guard(_whose(row, place)):
                     # Everything the row says is kept; what cannot be stored is this miner's failure.
-                    self._eliminate(normalise(row), iteration, slash=True)
+                    record = normalise(row)
+                    # Ledgers name miners also when they and their eliminations are long gone.
+                    if not self._expiry.is_due(record):
+                        self._eliminate(record, iteration, slash=True)
 
     def _challenge_period(self, iteration: Iteration) -> None:
         challenge = self.collaborators.challengeperiod_manager
@@ -320,13 +323,13 @@ class EliminationProcessor:
     def _zombies(self, iteration: Iteration) -> None:
         if self._is_backtesting:
             return
+        eliminated = self._reader.is_hotkey_eliminated
         hotkeys = [hk for hk in self.environment.miner_hotkeys() if hk != self.environment.development_hotkey]
+        missing = self._membership.missing(hotkey for hotkey in hotkeys if not eliminated(hotkey))
         with self.alerts.round("zombie elimination", *_NOT_A_MINERS) as this_round:
-            for hotkey in self._membership.missing(hotkeys):
+            for hotkey in missing:
                 if self.is_stopping():
                     return
-                if self._reader.is_hotkey_eliminated(hotkey):
-                    continue
                 with this_round.guard(hotkey):
                     row = generate_row(hotkey, None, EliminationReason.ZOMBIE, self.environment.now_ms())
                     self._eliminate(normalise(row), iteration, slash=False)
@@ -343,7 +346,7 @@ class EliminationProcessor:
         if self._reader.is_hotkey_eliminated(hotkey):
             return
         iteration.check()
-        owed = self._settling.kinds(slash=slash)
+        owed = self._settling.owed(record, slash=slash)
         outcome = self._state.eliminate(hotkey, dict(record), owed, iteration.replacements)
         if outcome == "superseded":
             iteration.supersede()

@@ -55,15 +55,16 @@ class Settling:
         self.flattening = Flattening(collaborators, environment, state)
         self._slashing = Slashing(collaborators, environment, state, alerts)
 
-    def kinds(self, *, slash: bool) -> list[str]:
-        """Return what an elimination owes now: nothing that this validator has no collaborator for.
+    def owed(self, record: Mapping[str, Any], *, slash: bool) -> list[str]:
+        """Return what an elimination owes: nothing that this validator has no collaborator for.
 
-        Nobody could ever settle such a debt, so it is not recorded.
+        Nobody could ever settle such a debt, so it is not recorded. Nor is a slash that was made already.
         """
+        slash = slash and self._collaborators.contract_manager is not None and not self._slashing.was_made(record)
         with_whom = [
             (LIMIT_ORDERS, self._collaborators.limit_order_manager),
             (POSITIONS, self._collaborators.position_manager),
-            (SLASH, self._collaborators.contract_manager if slash else None),
+            (SLASH, slash or None),
         ]
         return [kind for kind, collaborator in with_whom if collaborator is not None]
 

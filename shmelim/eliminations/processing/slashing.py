@@ -84,6 +84,22 @@ class Slashing:
         self._state = state
         self._alerts = alerts
 
+    def was_made(self, record: Mapping[str, Any]) -> bool:
+        """Tell whether a miner was slashed a short while before an elimination, or for the very same one.
+
+        A sync can take an elimination back that was only just made, and the next tick makes it again. The money
+        does not come back that way, so it is not taken again.
+        """
+        made = False
+        time_ms = record["elimination_initiated_time_ms"]
+        for event in self._state.get_history(record["hotkey"]):
+            if _tells_of_a_slash(event):
+                made = True
+            elif event["action"] == "add" and made:
+                earlier_ms = event["new"]["elimination_initiated_time_ms"]
+                return bool(abs(time_ms - earlier_ms) < self._environment.slash_once_within_ms)
+        return False
+
     def make(self, hotkey: str, record: Mapping[str, Any]) -> None:
         """Make the slash that an elimination owes, if it is still owed."""
         contract = self._collaborators.contract_manager
@@ -156,6 +172,14 @@ class Slashing:
             " look at the contract and settle it by hand"
         )
         self._alerts.failed(_KIND, hotkey, text)
+
+
+def _tells_of_a_slash(event: Mapping[str, Any]) -> bool:
+    """Tell whether an event of the history says that a slash was made."""
+    action, note = event["action"], event["note"] or ""
+    if not note.startswith(SLASH):
+        return False
+    return action == "settle" or (action == "resolve" and not note.endswith("not made"))
 
 
 def _call(contract: Any, hotkey: str, proportion: float | None) -> _Outcome:

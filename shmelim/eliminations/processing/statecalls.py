@@ -48,6 +48,10 @@ class StateCalls:
         """Return what is still owed, in order."""
         return list(self._call("get_debts_rpc", hotkey))
 
+    def get_history(self, hotkey: str) -> list[dict[str, Any]]:
+        """Return a hotkey's last events, newest first."""
+        return list(self._call("get_history_rpc", hotkey))
+
     def settle_debt(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:
         """Say that an effect is made."""
         return bool(self._call("settle_debt_rpc", hotkey, kind, attempt))

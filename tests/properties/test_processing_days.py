@@ -1,0 +1,253 @@
+"""Whole days of a validator with 256 miners, by fixed seeds: everything happens, everything fails now and then.
+
+What must hold at the end is told by a ledger of the simulation's own, which knows what it did to whom.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from reference_validator import HOUR, MINUTE, Managed
+from reference_validator.scoring import NothingMovedError
+from reference_validator.trading import PAIRS
+
+from shmelim.eliminations.debts import IN_DOUBT
+from shmelim.eliminations.departures import lost_hotkeys
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+POINTS = [
+    "registry", "liquidated", "has failed", "all failed", "clear failed", "in stage", "ledgers", "holdings",
+    "holding", "lock", "price", "store", "store!", "cancel", "cancel!", "slash", "slash!",
+    "websockets", "slack", "remove", "drop", "drop!", "save stages",
+]  # fmt: skip
+REASONS = ("PLAGIARISM", "FAILED_CHALLENGE_PERIOD_TIME", "FAILED_CHALLENGE_PERIOD_DRAWDOWN")
+DELAY = 3 * HOUR  # of deletion: so that a day sees many
+
+
+class Day:
+    """A validator's day, and what the simulation knows of it."""
+
+    def __init__(self, managed: Managed, seed: int, miners: int) -> None:
+        self.managed = managed
+        self.validator = managed.validator
+        self.validator.faults.armed = False
+        self.random = random.Random(seed)
+        self.validator.register(*(self._new() for _ in range(miners)))
+        self.causes: dict[str, set[str]] = {}
+        self.departed: list[str] = []
+        self.seen: set[str] = set()
+        self.first: dict[str, tuple[str, int]] = {}
+        self.removed: set[str] = set()
+        self.restarts = self.syncs = self.hits = 0
+
+    def _new(self) -> str:
+        return f"miner-{self.random.getrandbits(64):016x}"
+
+    def one(self) -> str | None:
+        return self.random.choice(self.validator.registry._hotkeys) if self.validator.registry._hotkeys else None
+
+    def cause(self, hotkey: str, reason: str) -> None:
+        self.causes.setdefault(hotkey, set()).add(reason)
+
+    # ------------------------------------------------------------------ what happens
+
+    def trade(self) -> None:
+        for _ in range(8):
+            hotkey = self.one()
+            if hotkey not in self.managed.reasons:
+                self.validator.open_position(hotkey, self.random.choice(PAIRS))
+                if self.random.random() < 0.3:
+                    self.validator.limit_orders.place(hotkey)
+
+    def lose(self) -> None:
+        hotkey = self.one()
+        share = self.random.choice([0.02, 0.0999, 0.1, 0.15, 0.7])
+        self.validator.lose(hotkey, share)
+        if share >= 0.1:
+            self.cause(hotkey, "MAX_TOTAL_DRAWDOWN")
+        if share > 0.5:
+            self.cause(hotkey, "LIQUIDATED")
+
+    def fail_probation(self) -> None:
+        hotkey, reason = self.one(), self.random.choice(REASONS)
+        self.validator.probation.fail(hotkey, reason, self.random.random())
+        self.cause(hotkey, reason)
+
+    def leave(self) -> None:
+        gone = {self.one() for _ in range(self.random.randint(1, 4))}
+        self.validator.deregister(*gone)
+        self.validator.register(*(self._new() for _ in gone))
+        for hotkey in gone:
+            self.cause(hotkey, "ZOMBIE")
+
+    def come_back(self) -> None:
+        known = sorted(set(self.departed) - set(self.validator.registry._hotkeys))
+        if known:
+            hotkey = self.random.choice(known)
+            self.validator.registry.set([*self.validator.registry._hotkeys, hotkey])
+
+    def metagraph_breaks(self) -> None:
+        """A tick that sees a third of the metagraph, and the whole again after it."""
+        whole = list(self.validator.registry._hotkeys)
+        self.validator.registry.set(self.random.sample(whole, len(whole) // 3))
+        self.tick()
+        self.validator.registry.set(whole)
+
+    def collaborator_fails(self) -> None:
+        point = self.random.choice(POINTS)
+        certain = point == "slash" and self.random.random() < 0.5
+        error = NothingMovedError("refused") if certain else None
+        self.validator.faults.fail(point, error, times=self.random.randint(1, 3))
+
+    def sync_in_the_middle(self) -> None:
+        """A sync that knows all eliminations but one."""
+
+        def sync() -> None:
+            rows = self.managed.manager.get_eliminations_from_memory()
+            if rows:
+                dropped = rows.pop(self.random.randrange(len(rows)))["hotkey"]
+                self.removed.add(dropped)
+                self.first.pop(dropped, None)
+            self.validator.sync(lambda: self.managed.manager.sync_eliminations(rows))
+            self.syncs += 1
+
+        self.validator.faults.at(
+            self.random.choice(["liquidated", "all failed", "ledgers", "cancel", "slash!"]), sync
+        )
+
+    def restart(self) -> None:
+        self.managed.restart()
+        self.validator = self.managed.validator
+        self.validator.faults.armed = False
+        self.restarts += 1
+
+    # ------------------------------------------------------------------ ticks
+
+    def tick(self) -> None:
+        before = set(self.managed.reasons)
+        self.validator.pass_time(1)
+        self.validator.faults.armed = True
+        self.managed.tick(0)
+        self.validator.faults.armed = False
+        now = self.managed.reasons
+        for hotkey in set(now) - before:
+            reason = now[hotkey]
+            assert reason in self.causes.get(hotkey, ()), f"{hotkey} was eliminated without cause: {reason}"
+            at_ms = self.managed.manager.get_elimination(hotkey)["elimination_initiated_time_ms"]
+            self.first[hotkey] = reason, at_ms
+        for hotkey, (reason, _) in self.first.items():
+            assert now.get(hotkey, reason) == reason, "the first reason stays"
+        self._expect_departures()
+
+    def _expect_departures(self) -> None:
+        """What the rule says of what the metagraph showed; a look that failed shows nothing."""
+        now = set(self.validator.registry._hotkeys)
+        shown = set(self.managed.manager.reader.snapshot().registered)
+        if not now <= shown:
+            return  # the look at the metagraph failed this time
+        lost, anomalous = lost_hotkeys(self.seen, now)
+        if anomalous:
+            self.seen |= now
+        else:
+            self.departed += [hotkey for hotkey in lost if hotkey not in self.departed]
+            self.seen = now
+
+    def run(self, steps: int) -> None:
+        happenings: list[tuple[Callable[[], None], int]] = [
+            (self.trade, 10), (self.lose, 8), (self.fail_probation, 3), (self.leave, 4),
+            (self.come_back, 1), (self.metagraph_breaks, 1), (self.collaborator_fails, 8),
+            (self.sync_in_the_middle, 1), (self.restart, 1),
+        ]  # fmt: skip
+        acts, weights = zip(*happenings, strict=True)
+        for _ in range(steps):
+            for act in self.random.choices(acts, weights, k=2):
+                act()
+            self.validator.pass_time(24 * HOUR // steps)
+            self.tick()
+            if self.random.random() < 0.5:
+                self.hits += sum(fault.happened for fault in self.validator.faults._planned)
+                self.validator.faults.clear()
+
+    # ------------------------------------------------------------------ the end
+
+    def end(self) -> None:
+        """Let everything go well, settle doubts as a person would, and check."""
+        self.validator.faults.clear()
+        for _ in range(2):
+            self.tick()
+        for debt in self.managed.debts:
+            assert (debt["kind"], debt["state"]) == ("slash", IN_DOUBT), debt
+            made = debt["hotkey"] in self.validator.collateral.slashes()
+            assert self.managed.manager._server_proxy.resolve_slash_rpc(debt["hotkey"], made=made)
+        for _ in range(2):
+            self.tick()
+        assert self.managed.debts == []
+        self.check()
+
+    def check(self) -> None:
+        manager, validator = self.managed.manager, self.validator
+        rows = manager.get_eliminations_dict()
+        slashes = validator.collateral.slashes()
+        for hotkey, row in rows.items():
+            assert validator.is_flat(hotkey), f"{hotkey} is eliminated and not flat"
+            for holding in validator.book.on_disk(hotkey):
+                opened, closed = (trade.at_ms for trade in holding.trades)
+                if hotkey not in self.removed:
+                    assert closed == max(row["elimination_initiated_time_ms"], opened + 1)
+            if hotkey not in self.removed:
+                assert slashes.count(hotkey) == (row["reason"] != "ZOMBIE"), f"{hotkey}: {row['reason']}"
+        assert sorted(set(slashes)) == sorted(slashes), "somebody was slashed twice"
+        additions: dict[str, int] = {}
+        for event in self._history():
+            if event["action"] == "add" and event["new"]["reason"] != "ZOMBIE":
+                additions[event["hotkey"]] = additions.get(event["hotkey"], 0) + 1
+        for hotkey in set(slashes):
+            assert slashes.count(hotkey) <= additions.get(hotkey, 0), (
+                f"{hotkey} was slashed without an elimination"
+            )
+        assert sorted(manager.get_departed_hotkeys()) == sorted(self.departed)
+        # Nobody who should be eliminated is not.
+        registered = set(validator.registry._hotkeys)
+        for hotkey, ledger in validator.ledgers._ledgers.items():
+            if hotkey in registered and validator.probation.stages.get(hotkey) == "scored":
+                assert (ledger.drawdown() < 0.1) or hotkey in rows, f"{hotkey} lost {ledger.drawdown()}"
+        expired = [
+            row for row in rows.values() if validator.now_ms - row["elimination_initiated_time_ms"] >= DELAY
+        ]
+        assert all(row["hotkey"] in registered for row in expired)
+
+    def _history(self) -> list[dict[str, Any]]:
+        return list(self.managed.manager._server_proxy.get_history_rpc(None, 10_000))
+
+
+def live_through(mode: str, name: str, directory: Path, seed: int, *, miners: int, steps: int) -> Day:
+    with Managed(mode, name, directory, deletion_delay_ms=DELAY, check_interval_ms=0) as managed:
+        day = Day(managed, seed, miners)
+        managed.tick()
+        day.seen = set(day.validator.registry._hotkeys)
+        day.run(steps)
+        day.end()
+        return day
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("mode", ["direct", "rpc"])
+def test_a_day(new_name: Callable[[], str], tmp_path: Path, mode: str, seed: int) -> None:
+    day = live_through(mode, new_name(), tmp_path, seed, miners=256, steps=60)
+    assert len(day.first) > 10
+    assert day.departed
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(10, 40))
+@pytest.mark.parametrize("mode", ["direct", "rpc"])
+def test_a_long_day(new_name: Callable[[], str], tmp_path: Path, mode: str, seed: int) -> None:
+    day = live_through(mode, new_name(), tmp_path, seed, miners=256, steps=24 * HOUR // (5 * MINUTE))
+    assert day.restarts
+    assert day.syncs
