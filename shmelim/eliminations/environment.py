@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +16,6 @@ __all__ = ["DEVELOPMENT_HOTKEY", "ValidatorEnvironment", "ledger_drawdown_percen
 
 DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
 
-_mdd = operator.attrgetter("mdd")
 _DIGITS: Final = 9  # of a percentage: what binary fractions add or lose lies far behind
 
 
@@ -155,7 +153,7 @@ def ledger_drawdown_percentage(ledger: Any) -> float:
     checkpoints = getattr(ledger, "cps", None)
     if not checkpoints:
         return 0.0
-    lowest = float(min(map(_mdd, checkpoints)))
+    lowest = float(min([checkpoint.mdd for checkpoint in checkpoints]))
     if math.isnan(lowest):
         raise ValueError("the ledger has a checkpoint whose mdd is not a number")
     # Rounded, since (1 - 0.9) * 100 is a little less than the 10 % that it stands for.

@@ -15,7 +15,7 @@ import pytest
 from reference_validator import Managed
 
 from shmelim.eliminations.debts import IN_DOUBT
-from shmelim.rpc.titles import title_of
+from shmelim.rpc.service.titles import title_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from shmelim.eliminations.processing.alerts import Alerts
     from shmelim.eliminations.processing.iteration import Iteration
     from shmelim.eliminations.processing.membership import Membership
+    from shmelim.eliminations.processing.roster import Roster
     from shmelim.eliminations.processing.statecalls import StateCalls
-    from shmelim.eliminations.reader import EliminationReader
 
 __all__ = ["Expiry"]
 
@@ -34,7 +34,7 @@ class Expiry:
 
     Parameters
     ----------
-    collaborators, environment, reader, state, alerts, membership
+    collaborators, environment, state, alerts, roster, membership
         As of the processor.
 
     """
@@ -43,22 +43,19 @@ class Expiry:
         self,
         collaborators: Collaborators,
         environment: ValidatorEnvironment,
-        reader: EliminationReader,
         state: StateCalls,
         alerts: Alerts,
+        roster: Roster,
         membership: Membership,
     ) -> None:
         self._collaborators = collaborators
         self._environment = environment
-        self._reader = reader
         self._state = state
         self._alerts = alerts
+        self._roster = roster
         self._membership = membership
         # Whether entries were removed from the challenge period that are still on its disk.
         self._unwritten = False
-        # Of which version of the table, and when who was eliminated in it: decoding every record costs more than
-        # the rest of a tick.
-        self._times: tuple[int, dict[str, int]] = (-1, {})
 
     def delete(self, iteration: Iteration, stopping: Callable[[], bool]) -> None:
         """Delete all that is expired."""
@@ -93,14 +90,8 @@ class Expiry:
         return old and bool(self._membership.missing([record["hotkey"]]))
 
     def _old_enough(self) -> list[str]:
-        version, times = self._times
-        now = self._reader.version
-        if version != now:
-            records = self._reader.get_eliminations_dict()
-            times = {hotkey: record["elimination_initiated_time_ms"] for hotkey, record in records.items()}
-            self._times = now, times
         latest = self._environment.now_ms() - self._environment.deletion_delay_ms
-        return [hotkey for hotkey, time_ms in times.items() if time_ms <= latest]
+        return [hotkey for hotkey, time_ms in self._roster.now().eliminated.items() if time_ms <= latest]
 
     def _remove_challenge_entry(self, hotkey: str) -> None:
         challenge: Any = self._collaborators.challengeperiod_manager

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
-
-from shmelim.eliminations.entry import Status
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from shmelim.eliminations.collaborators import Collaborators
+    from shmelim.eliminations.processing.roster import Roster
     from shmelim.eliminations.processing.statecalls import StateCalls
-    from shmelim.eliminations.reader import EliminationReader
 
 __all__ = ["Membership"]
-
-_GENERATION: Final = 48  # bits of a version below its generation
 
 _log = logging.getLogger("shmelim.processing")
 
@@ -26,17 +22,16 @@ class Membership:
 
     Parameters
     ----------
-    collaborators, reader, state
+    collaborators, state, roster
         As of the processor.
 
     """
 
-    def __init__(self, collaborators: Collaborators, reader: EliminationReader, state: StateCalls) -> None:
+    def __init__(self, collaborators: Collaborators, state: StateCalls, roster: Roster) -> None:
         self._collaborators = collaborators
-        self._reader = reader
         self._state = state
-        # What the server was told last, and by which of its tables that was published.
-        self._told: tuple[int, list[str]] | None = None
+        self._roster = roster
+        self._told: list[str] | None = None  # what the server was told last
 
     def look(self) -> list[str]:
         """Tell the server who is registered, unless it knows; returns those whose departure was recorded."""
@@ -44,7 +39,7 @@ class Membership:
         if hotkeys is None or self._is_known(hotkeys):
             return []
         departed = self._state.update_metagraph(hotkeys)
-        self._told = (self._reader.version >> _GENERATION, hotkeys)
+        self._told = hotkeys
         if departed:
             _log.info("%d hotkeys left the metagraph: %s", len(departed), ", ".join(departed[:10]))
         return departed
@@ -55,22 +50,18 @@ class Membership:
         Nobody is while the metagraph has no hotkey at all, nor while so many are missing that their loss was not
         believed: what it shows of the others, whom the server perhaps never saw, is not believed either.
         """
-        now = self._hotkeys()
-        members = set(now or ())
+        members = set(self._hotkeys() or ())
         absent = [hotkey for hotkey in hotkeys if hotkey not in members] if members else []
         if not absent:
             return []
         self.look()
         # The server keeps those registered whose loss it did not believe.
-        return absent if self._reader.snapshot().registered <= members else []
+        return absent if self._roster.now().registered <= members else []
 
     def _hotkeys(self) -> list[str] | None:
         metagraph = self._collaborators.metagraph
         return None if metagraph is None else list(metagraph.hotkeys)
 
     def _is_known(self, hotkeys: list[str]) -> bool:
-        told = self._told
-        if told is None or told != (self._reader.version >> _GENERATION, hotkeys):
-            return False
-        # Others may have told it something else since.
-        return all(status & Status.REGISTERED for status in self._reader.statuses(hotkeys))
+        # Others may have told the server something else since.
+        return hotkeys == self._told and self._roster.now().registered >= set(hotkeys)

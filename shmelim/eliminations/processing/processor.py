@@ -16,6 +16,7 @@ from shmelim.eliminations.processing.expiry import Expiry
 from shmelim.eliminations.processing.iteration import Iteration, OvertakenError, current_epoch
 from shmelim.eliminations.processing.loop import run_loop
 from shmelim.eliminations.processing.membership import Membership
+from shmelim.eliminations.processing.roster import Roster
 from shmelim.eliminations.processing.settling import Settling
 from shmelim.eliminations.processing.statecalls import StateCalls, StateUnavailableError
 from shmelim.eliminations.record import EliminationReason, generate_row, normalise
@@ -81,9 +82,10 @@ class EliminationProcessor:
         self.end_asked = False  # written by a signal handler too
         # The reasons that a pass could not record: they alone make no tick due.
         self._left_over: dict[str, Any] = {}
-        self._membership = Membership(collaborators, reader, self._state)
+        self._roster = Roster(reader)
+        self._membership = Membership(collaborators, self._state, self._roster)
         self._settling = Settling(collaborators, environment, reader, self._state, self.alerts)
-        self._expiry = Expiry(collaborators, environment, reader, self._state, self.alerts, self._membership)
+        self._expiry = Expiry(collaborators, environment, self._state, self.alerts, self._roster, self._membership)
 
     # ------------------------------------------------------------------ when
 
@@ -256,8 +258,11 @@ class EliminationProcessor:
         ledgers = self._ledgers()
         if ledgers is None:
             return
+        eliminated = self._roster.now().eliminated
         with self.alerts.round("perf-ledger elimination", *_NOT_A_MINERS) as this_round:
             for place, row in enumerate(ledgers.get_perf_ledger_eliminations()):
+                if _whose(row, place) in eliminated:
+                    continue
                 if self.is_stopping():
                     return
                 with this_round.guard(_whose(row, place)):
@@ -306,16 +311,15 @@ class EliminationProcessor:
             return
         scored = list(challenge.get_hotkeys_by_bucket(self.environment.scored_bucket))
         judged = ledgers.filtered_ledger_for_scoring(portfolio_only=True, hotkeys=scored) if scored else {}
+        eliminated = self._roster.now().eliminated
         stale = _as_set(getattr(ledgers, "perf_ledger_hks_to_invalidate", ()))
         with self.alerts.round("drawdown elimination", *_NOT_A_MINERS) as this_round:
             for hotkey, ledger in judged.items():
-                if self.is_stopping():
-                    return
-                if hotkey in stale or self._reader.is_hotkey_eliminated(hotkey):
+                if hotkey in stale or hotkey in eliminated:
                     continue
                 with this_round.guard(hotkey):
                     beyond, percentage = self.environment.drawdown(ledger)
-                    if beyond:
+                    if beyond and not self.is_stopping():
                         reason = EliminationReason.MAX_TOTAL_DRAWDOWN
                         row = generate_row(hotkey, percentage, reason, self.environment.now_ms())
                         self._eliminate(normalise(row), iteration, slash=True)
@@ -323,9 +327,9 @@ class EliminationProcessor:
     def _zombies(self, iteration: Iteration) -> None:
         if self._is_backtesting:
             return
-        eliminated = self._reader.is_hotkey_eliminated
-        hotkeys = [hk for hk in self.environment.miner_hotkeys() if hk != self.environment.development_hotkey]
-        missing = self._membership.missing(hotkey for hotkey in hotkeys if not eliminated(hotkey))
+        # Those eliminated already, and the one that is none.
+        known = {*self._roster.now().eliminated, self.environment.development_hotkey}
+        missing = self._membership.missing(hk for hk in self.environment.miner_hotkeys() if hk not in known)
         with self.alerts.round("zombie elimination", *_NOT_A_MINERS) as this_round:
             for hotkey in missing:
                 if self.is_stopping():

@@ -1,0 +1,63 @@
+"""A tick in which nothing happens: 256 miners with ledgers and directories, 40 of them eliminated.
+
+The collaborators answer from what they have in hand, so that the time is the package's own, the default drawdown
+rule over 180 checkpoints of each miner included.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from bench.records import hotkey, records
+from shmelim import EliminationManager
+from shmelim.eliminations.environment import ValidatorEnvironment
+from shmelim.shm import SharedNamespace
+
+MINERS = 256
+ELIMINATED = 40
+CHECKPOINTS = 180
+
+
+@pytest.fixture(params=["direct", "shmelim"])
+def manager(request, tmp_path):
+    everybody = [hotkey(number) for number in range(MINERS)]
+    for name in everybody:
+        (tmp_path / "miners" / name).mkdir(parents=True)
+    checkpoints = [SimpleNamespace(mdd=0.99) for _ in range(CHECKPOINTS)]
+    ledgers = {name: SimpleNamespace(cps=list(checkpoints)) for name in everybody}
+    rows = records(ELIMINATED)
+    manager = EliminationManager(
+        SimpleNamespace(hotkeys=everybody),
+        SimpleNamespace(
+            get_positions_for_hotkeys=lambda *_, **__: {},
+            perf_ledger_manager=SimpleNamespace(
+                get_perf_ledger_eliminations=lambda: rows,
+                filtered_ledger_for_scoring=lambda **_: ledgers,
+                perf_ledger_hks_to_invalidate={},
+            ),
+        ),
+        SimpleNamespace(has_elimination_reasons=lambda: False, get_hotkeys_by_bucket=lambda _bucket: everybody),
+        running_unit_tests=request.param == "direct",
+        environment=ValidatorEnvironment(miner_directory=tmp_path / "miners", check_interval_ms=-1),
+        name=f"bench-{os.getpid()}",
+        port=0,
+        state_dir=tmp_path / "state",
+        runtime_base=tmp_path,
+        enable_health_check=False,
+    )
+    manager.sync_eliminations(rows)
+    manager.process_eliminations()
+    yield manager
+    name = manager.name
+    manager.shutdown()
+    SharedNamespace(name).remove()
+
+
+@pytest.mark.parametrize("size", [MINERS])
+def test_tick_with_nothing_to_do(benchmark, manager, size):
+    benchmark.group = f"a tick over {size} miners with nothing to do"
+    benchmark.pedantic(manager.process_eliminations, rounds=200, warmup_rounds=5)
+    assert len(manager.reader) == ELIMINATED

@@ -1,0 +1,81 @@
+"""What a tick costs in which nothing happens: counted, since a timing tells more of the machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from reference_validator import Managed
+
+from shmelim.eliminations.processing.statecalls import StateCalls
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+MINERS = 256
+ELIMINATED = 40
+
+
+@pytest.fixture(params=["direct", "rpc"])
+def managed(request: pytest.FixtureRequest, new_name: Callable[[], str], tmp_path: Path) -> Iterator[Managed]:
+    with Managed(request.param, new_name(), tmp_path) as made:
+        validator = made.validator
+        validator.register(*(f"miner-{number:040}" for number in range(MINERS)))
+        for hotkey in validator.registry.hotkeys[:ELIMINATED]:
+            validator.probation.fail(hotkey, "PLAGIARISM", None)
+        made.tick()
+        made.tick()
+        yield made
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    original, made = StateCalls._call, []
+
+    def call(self: StateCalls, method: str, *args: Any) -> Any:
+        made.append(method)
+        return original(self, method, *args)
+
+    monkeypatch.setattr(StateCalls, "_call", call)
+    return made
+
+
+def test_tick_with_nothing_to_do_asks_three_things_and_commits_nothing(managed: Managed, calls: list[str]) -> None:
+    proxy = managed.manager._server_proxy
+    before = proxy.health_check_rpc()["commits"], managed.manager.reader.version
+    for _ in range(3):
+        managed.tick()
+    assert calls == ["get_replacements_rpc", "get_debts_rpc", "get_first_refresh_ran_rpc"] * 3
+    assert (proxy.health_check_rpc()["commits"], managed.manager.reader.version) == before
+
+
+def test_look_between_two_ticks_asks_the_server_nothing(
+    new_name: Callable[[], str], tmp_path: Path, calls: list[str]
+) -> None:
+    with Managed("rpc", new_name(), tmp_path) as managed:
+        managed.validator.register("a")
+        managed.tick()
+        calls.clear()
+        managed.tick(1000)
+        assert calls == []
+
+
+def test_tick_whose_metagraph_changed_tells_the_server_once(managed: Managed, calls: list[str]) -> None:
+    managed.validator.deregister(managed.validator.registry.hotkeys[-1])
+    for _ in range(2):
+        managed.tick()
+    assert calls.count("update_metagraph_rpc") == 1
+
+
+def test_records_are_decoded_only_when_they_changed(managed: Managed, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = managed.manager.reader
+    decoded: list[None] = []
+    original = type(reader).snapshot
+    monkeypatch.setattr(type(reader), "snapshot", lambda self: decoded.append(None) or original(self))
+    for _ in range(3):
+        managed.tick()
+    assert decoded == []
+    managed.manager.append_elimination_row("one-more", 0.1, "PLAGIARISM")
+    managed.tick()
+    assert len(decoded) == 1
