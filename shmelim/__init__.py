@@ -24,6 +24,7 @@ from shmelim.errors import (
     NotServingError,
     OutcomeUnknownError,
     ShmelimError,
+    SlashNotMadeError,
 )
 from shmelim.rpc import HealthCheckDaemon, RPCServiceBase, SlackNotifier
 
@@ -41,6 +42,7 @@ __all__ = [
     "RPCServiceBase",
     "ShmelimError",
     "SlackNotifier",
+    "SlashNotMadeError",
     "Snapshot",
     "Status",
     "ValidatorEnvironment",
