@@ -2,7 +2,8 @@
 
 A debt that fails with every tick must not flood a history that is never shortened: of the failures of one debt
 the 1st, 2nd, 4th, 8th, … are told, and so are the beginnings of these attempts. What puts a slash in doubt,
-settles or resolves it is always told.
+settles or resolves it is always told, and in words that processing looks for (``slashing.py``): that a slash was
+made outlives the debt and its elimination in the history alone.
 """
 
 from __future__ import annotations
