@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -45,7 +46,7 @@ setup(
         Extension(
             "shmelim.shm._native",
             ["shmelim/shm/_native.c"],
-            depends=["shmelim/shm/probe.h", "shmelim/shm/xxh64.h"],
+            depends=sorted(str(header) for header in Path("shmelim/shm").glob("*.h")),
             extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden", *_WARNINGS],
             optional=_BUILD != "native",
         )

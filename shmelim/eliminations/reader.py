@@ -48,6 +48,7 @@ _ELIMINATED = int(Status.ELIMINATED)
 _DEPARTED = int(Status.DEPARTED)
 _REGISTERED = int(Status.REGISTERED)
 _RE_REGISTERED = int(Status.DEPARTED | Status.REGISTERED)
+_BOOL = np.dtype(np.bool_)
 _STATUSES = tuple(Status(flags) for flags in range(256))
 _WAIT_PAUSE = 0.01
 
@@ -207,25 +208,19 @@ class EliminationReader(Lookups, Mapping[str, dict[str, Any]]):
             One of them is no text.
 
         """
-        return self._answers(hotkeys, np.bool_, _ELIMINATED)
+        keys = hotkeys if type(hotkeys) is list else _listed(hotkeys)
+        answers = np.empty(len(keys), _BOOL)
+        if not self._fill(keys, answers, _ELIMINATED):
+            self._fill_in_any_case(keys, answers, _ELIMINATED)
+        return answers
 
     def statuses(self, hotkeys: Iterable[str]) -> list[Status]:
         """Return all that the table says of many hotkeys, in their order and as of one version."""
-        return [_STATUSES[flags] for flags in self._answers(hotkeys, np.uint8, 0).tolist()]
-
-    def _answers(self, hotkeys: Iterable[str], kind: type[Any], mask: int) -> NDArray[Any]:
-        if isinstance(hotkeys, np.ndarray):
-            keys = np.ascontiguousarray(hotkeys) if hotkeys.dtype.kind == "S" else hotkeys.tolist()
-        elif isinstance(hotkeys, (list, tuple)):
-            keys = hotkeys
-        elif isinstance(hotkeys, str):
-            raise TypeError("hotkeys must be a list of hotkeys, not one hotkey")
-        else:
-            keys = list(hotkeys)
-        answers: NDArray[Any] = np.empty(len(keys), kind)
-        if not self._fill(keys, answers, mask):
-            self._fill_in_any_case(keys, answers, mask)
-        return answers
+        keys = _listed(hotkeys)
+        answers = np.empty(len(keys), np.uint8)
+        if not self._fill(keys, answers, 0):
+            self._fill_in_any_case(keys, answers, 0)
+        return [_STATUSES[flags] for flags in answers.tolist()]
 
     def get_eliminated_hotkeys(self) -> set[str]:
         """Return the hotkeys that are eliminated."""
@@ -366,6 +361,15 @@ class EliminationReader(Lookups, Mapping[str, dict[str, Any]]):
                 if found != snapshot.entries[key].flags:
                     raise CorruptSegmentError(f"{self.name!r}: a lookup of {key!r} does not find its entry")
         return len(keys)
+
+
+def _listed(hotkeys: Iterable[str]) -> list[str] | tuple[str, ...] | NDArray[np.bytes_]:
+    """Return hotkeys in a form that can be looked up at once."""
+    if isinstance(hotkeys, np.ndarray):
+        return np.ascontiguousarray(hotkeys) if hotkeys.dtype.kind == "S" else hotkeys.tolist()
+    if isinstance(hotkeys, str):
+        raise TypeError("hotkeys must be a list of hotkeys, not one hotkey")
+    return hotkeys if isinstance(hotkeys, (list, tuple)) else list(hotkeys)
 
 
 def _decode(record: bytes) -> dict[str, Any]:

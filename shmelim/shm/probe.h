@@ -25,6 +25,8 @@
 #endif
 
 #define LIKELY(condition) __builtin_expect(!!(condition), 1)
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define NEVER_INLINE __attribute__((noinline))
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 
 enum {
@@ -70,7 +72,7 @@ typedef struct {
     uint8_t key_size; /* the key stands right before the record */
 } Span;
 
-typedef enum { ABSENT, FOUND, CONTRADICTION } Found;
+typedef enum { ABSENT, FOUND, CONTRADICTION, NO_KEY } Found;
 
 static inline uint64_t
 load(const Word *word)
@@ -105,6 +107,17 @@ read_ends(const Map *map, uint64_t version)
 
 /* ---------------------------------------------------------------- finding a key */
 
+ALWAYS_INLINE static inline bool
+same_words(const Word *words, const unsigned char *key)
+{
+    uint64_t difference = 0;
+#pragma GCC unroll 6
+    for (int n = 0; n < INLINE_KEY / WORD; n++) {
+        difference |= load(words + n) ^ xxh64_word(key + n * WORD);
+    }
+    return difference == 0;
+}
+
 static inline bool
 same_inline(const Word *words, const unsigned char *key, size_t size)
 {
@@ -120,7 +133,7 @@ same_inline(const Word *words, const unsigned char *key, size_t size)
     return difference == 0;
 }
 
-static inline bool
+NEVER_INLINE static bool
 same_in_arena(const Map *map, const Copy *copy, uint64_t packed, const unsigned char *key, size_t size)
 {
     uint64_t offset = packed >> 16;
@@ -135,7 +148,7 @@ same_key(const Map *map, const Copy *copy, const Word *slot, uint64_t packed, co
         return false;
     }
     if (LIKELY(size == INLINE_KEY)) {
-        return same_inline(slot + 1, key, INLINE_KEY);
+        return same_words(slot + 1, key);
     }
     return size < INLINE_KEY ? same_inline(slot + 1, key, size) : same_in_arena(map, copy, packed, key, size);
 }
@@ -160,6 +173,27 @@ probe(const Map *map, unsigned which, const unsigned char *key, size_t size, uin
             return CONTRADICTION;
         }
         index = (index + 1) & map->mask;
+    }
+}
+
+/* The same for a key of 48 bytes, without the branches that only other keys need. */
+ALWAYS_INLINE static inline Found
+probe_48(const Map *map, unsigned which, const unsigned char *key, uint64_t hash, uint64_t *packed)
+{
+    const Word *slots = map->copies[which].slots;
+    const uint64_t mask = map->mask;
+    for (uint64_t index = hash & mask, left = mask; ; index = (index + 1) & mask, left--) {
+        const Word *slot = slots + index * SLOT_WORDS;
+        *packed = load(slot + PACKED);
+        if (*packed == 0) {
+            return ABSENT;
+        }
+        if (load(slot) == hash && key_size_of(*packed) == INLINE_KEY && same_words(slot + 1, key)) {
+            return FOUND;
+        }
+        if (UNLIKELY(left == 0)) {
+            return CONTRADICTION;
+        }
     }
 }
 

@@ -1,8 +1,7 @@
 /* XXH64, written from its specification:
  * https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
  *
- * One-shot and little-endian. The body is inlined with a constant length for the keys that matter (48 bytes), where
- * every loop below unrolls into straight-line code. */
+ * One-shot and little-endian, with a form of its own for 48 bytes, the length of the keys that matter. */
 
 #ifndef SHMELIM_XXH64_H
 #define SHMELIM_XXH64_H
@@ -43,62 +42,108 @@ xxh64_merge(uint64_t accumulator, uint64_t other)
     return (accumulator ^ xxh64_round(0, other)) * XXH64_PRIME_1 + XXH64_PRIME_4;
 }
 
-/* Steps 1 to 3: as many stripes of 32 bytes as there are, and their convergence. */
-static inline uint64_t
-xxh64_stripes(const unsigned char **data, const unsigned char *end, uint64_t seed)
+typedef struct {
+    uint64_t a, b, c, d;
+} Xxh64Lanes;
+
+static inline Xxh64Lanes
+xxh64_begin(uint64_t seed)
 {
-    uint64_t a = seed + XXH64_PRIME_1 + XXH64_PRIME_2;
-    uint64_t b = seed + XXH64_PRIME_2;
-    uint64_t c = seed;
-    uint64_t d = seed - XXH64_PRIME_1;
-    const unsigned char *at = *data;
-    for (; end - at >= 32; at += 32) {
-        a = xxh64_round(a, xxh64_word(at));
-        b = xxh64_round(b, xxh64_word(at + 8));
-        c = xxh64_round(c, xxh64_word(at + 16));
-        d = xxh64_round(d, xxh64_word(at + 24));
-    }
-    *data = at;
-    uint64_t hash = xxh64_rotate(a, 1) + xxh64_rotate(b, 7) + xxh64_rotate(c, 12) + xxh64_rotate(d, 18);
-    hash = xxh64_merge(hash, a);
-    hash = xxh64_merge(hash, b);
-    hash = xxh64_merge(hash, c);
-    return xxh64_merge(hash, d);
+    return (Xxh64Lanes){seed + XXH64_PRIME_1 + XXH64_PRIME_2, seed + XXH64_PRIME_2, seed, seed - XXH64_PRIME_1};
 }
 
-__attribute__((always_inline)) static inline uint64_t
-xxh64_body(const unsigned char *data, size_t size, uint64_t seed)
+/* A stripe of 32 bytes. */
+static inline void
+xxh64_stripe(Xxh64Lanes *lanes, const unsigned char *at)
 {
-    const unsigned char *end = data + size;
-    uint64_t hash = size >= 32 ? xxh64_stripes(&data, end, seed) : seed + XXH64_PRIME_5;
-    hash += size;
-    for (; end - data >= 8; data += 8) {
-        hash = xxh64_rotate(hash ^ xxh64_round(0, xxh64_word(data)), 27) * XXH64_PRIME_1 + XXH64_PRIME_4;
-    }
-    if (end - data >= 4) {
-        uint32_t half;
-        memcpy(&half, data, sizeof half);
-        hash = xxh64_rotate(hash ^ half * XXH64_PRIME_1, 23) * XXH64_PRIME_2 + XXH64_PRIME_3;
-        data += 4;
-    }
-    for (; data < end; data++) {
-        hash = xxh64_rotate(hash ^ *data * XXH64_PRIME_5, 11) * XXH64_PRIME_1;
-    }
+    lanes->a = xxh64_round(lanes->a, xxh64_word(at));
+    lanes->b = xxh64_round(lanes->b, xxh64_word(at + 8));
+    lanes->c = xxh64_round(lanes->c, xxh64_word(at + 16));
+    lanes->d = xxh64_round(lanes->d, xxh64_word(at + 24));
+}
+
+static inline uint64_t
+xxh64_converge(const Xxh64Lanes *lanes)
+{
+    uint64_t hash = xxh64_rotate(lanes->a, 1) + xxh64_rotate(lanes->b, 7) + xxh64_rotate(lanes->c, 12)
+                    + xxh64_rotate(lanes->d, 18);
+    hash = xxh64_merge(hash, lanes->a);
+    hash = xxh64_merge(hash, lanes->b);
+    hash = xxh64_merge(hash, lanes->c);
+    return xxh64_merge(hash, lanes->d);
+}
+
+/* What is left after the stripes: words, then half a word, then bytes. */
+static inline uint64_t
+xxh64_left_word(uint64_t hash, const unsigned char *at)
+{
+    return xxh64_rotate(hash ^ xxh64_round(0, xxh64_word(at)), 27) * XXH64_PRIME_1 + XXH64_PRIME_4;
+}
+
+static inline uint64_t
+xxh64_left_half(uint64_t hash, const unsigned char *at)
+{
+    uint32_t half;
+    memcpy(&half, at, sizeof half);
+    return xxh64_rotate(hash ^ half * XXH64_PRIME_1, 23) * XXH64_PRIME_2 + XXH64_PRIME_3;
+}
+
+static inline uint64_t
+xxh64_left_byte(uint64_t hash, const unsigned char *at)
+{
+    return xxh64_rotate(hash ^ *at * XXH64_PRIME_5, 11) * XXH64_PRIME_1;
+}
+
+static inline uint64_t
+xxh64_avalanche(uint64_t hash)
+{
     hash = (hash ^ hash >> 33) * XXH64_PRIME_2;
     hash = (hash ^ hash >> 29) * XXH64_PRIME_3;
     return hash ^ hash >> 32;
 }
 
-__attribute__((unused)) static uint64_t
+/* The hash of 48 bytes: one stripe and two words, without a branch. */
+static inline uint64_t
+xxh64_48(const unsigned char *data, uint64_t seed)
+{
+    Xxh64Lanes lanes = xxh64_begin(seed);
+    xxh64_stripe(&lanes, data);
+    uint64_t hash = xxh64_converge(&lanes) + 48;
+    hash = xxh64_left_word(hash, data + 32);
+    hash = xxh64_left_word(hash, data + 40);
+    return xxh64_avalanche(hash);
+}
+
+/* The hash of any number of bytes. */
+static inline uint64_t
 xxh64_any(const unsigned char *data, size_t size, uint64_t seed)
 {
-    return xxh64_body(data, size, seed);
+    size_t left = size;
+    uint64_t hash = seed + XXH64_PRIME_5;
+    if (left >= 32) {
+        Xxh64Lanes lanes = xxh64_begin(seed);
+        for (; left >= 32; left -= 32, data += 32) {
+            xxh64_stripe(&lanes, data);
+        }
+        hash = xxh64_converge(&lanes);
+    }
+    hash += size;
+    for (; left >= 8; left -= 8, data += 8) {
+        hash = xxh64_left_word(hash, data);
+    }
+    for (; left >= 4; left -= 4, data += 4) {
+        hash = xxh64_left_half(hash, data);
+    }
+    for (; left > 0; left--, data++) {
+        hash = xxh64_left_byte(hash, data);
+    }
+    return xxh64_avalanche(hash);
 }
 
 static inline uint64_t
 xxh64(const unsigned char *data, size_t size, uint64_t seed)
 {
-    return size == 48 ? xxh64_body(data, 48, seed) : xxh64_any(data, size, seed);
+    return size == 48 ? xxh64_48(data, seed) : xxh64_any(data, size, seed);
 }
 
 #endif

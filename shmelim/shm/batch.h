@@ -1,0 +1,253 @@
+/* Lookups of many keys at once, all as of one version.
+ *
+ * One pass takes a key from its list or array, hashes it, asks for its slot, and only some keys later probes for it: the
+ * multiplications of one key's hash run while the slots of others are on their way. */
+
+#ifndef SHMELIM_BATCH_H
+#define SHMELIM_BATCH_H
+
+#include "table.h"
+
+/* Keys that need no memory of their own; keys that are asked for ahead; slots that a processor's caches hold anyway. */
+enum { STACK_KEYS = 256, AHEAD = 8, SMALL = 1 << 12 };
+
+typedef struct {
+    const unsigned char *data;
+    size_t size;
+    uint64_t hash;
+} Key;
+
+typedef struct {
+    PyObject *op;     /* who is asked: who refuses what is no key */
+    PyObject *list;   /* where the keys are: a list, or a tuple, */
+    Py_buffer array;  /* or an array of fixed-size byte strings, padded with zero bytes that do not count */
+    Py_ssize_t count;
+    Key *keys;
+    bool hashed;      /* keys[] is filled, and hashed with this seed: */
+    uint64_t seed;
+    Key on_stack[STACK_KEYS];
+} Batch;
+
+/* How one item of a list becomes a key: 1, or 0 for one that is in no table, or -1 with an exception. */
+typedef int (*Convert)(PyObject *op, PyObject *item, const unsigned char **data, size_t *size);
+
+static int
+batch_reserve(Batch *batch, Py_ssize_t count)
+{
+    batch->count = count;
+    batch->keys = count <= STACK_KEYS ? batch->on_stack : PyMem_New(Key, (size_t)count);
+    if (batch->keys == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    return 0;
+}
+
+static int
+batch_of_array(Batch *batch, PyObject *array)
+{
+    if (PyObject_GetBuffer(array, &batch->array, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) < 0) {
+        return -1;
+    }
+    const char *format = batch->array.format;
+    if (batch->array.ndim != 1 || format == NULL || format[0] == 0 || format[strlen(format) - 1] != 's') {
+        PyErr_SetString(PyExc_TypeError, "an array of keys must be one-dimensional, of byte strings");
+        return -1;
+    }
+    return batch_reserve(batch, batch->array.shape[0]);
+}
+
+static int
+batch_of_list(Batch *batch, PyObject *list)
+{
+#ifdef Py_GIL_DISABLED
+    /* Other threads may change a list at any time. */
+    batch->list = PySequence_Tuple(list);
+    if (batch->list == NULL) {
+        return -1;
+    }
+#else
+    batch->list = Py_NewRef(list);
+#endif
+    return batch_reserve(batch, PySequence_Fast_GET_SIZE(list));
+}
+
+/* Take the keys of a list or tuple, or of anything that has the buffer of an array. For batch_release in any case. */
+static int
+batch_init(Batch *batch, PyObject *op, PyObject *source)
+{
+    batch->op = op;
+    batch->list = NULL;
+    batch->array.obj = NULL;
+    batch->keys = batch->on_stack;
+    batch->hashed = false;
+    return PyList_Check(source) || PyTuple_Check(source) ? batch_of_list(batch, source) : batch_of_array(batch, source);
+}
+
+static void
+batch_release(Batch *batch)
+{
+    if (batch->keys != batch->on_stack) {
+        PyMem_Free(batch->keys);
+    }
+    Py_XDECREF(batch->list);
+    if (batch->array.obj != NULL) {
+        PyBuffer_Release(&batch->array);
+    }
+}
+
+/* Take one key from where it is, and hash it. The bytes of a text live as long as the text is in the list, which is
+ * until Python code runs: see batch_answer. */
+ALWAYS_INLINE static inline int
+batch_take(const Batch *batch, PyObject **items, Py_ssize_t n, Key *key, Convert convert)
+{
+    if (items != NULL) {
+        int converted = convert(batch->op, items[n], &key->data, &key->size);
+        if (UNLIKELY(converted <= 0)) {
+            /* No key has no bytes. */
+            *key = (Key){(const unsigned char *)"", 0, 0};
+            return converted;
+        }
+    }
+    else {
+        size_t size = (size_t)batch->array.itemsize;
+        key->data = (const unsigned char *)batch->array.buf + (size_t)n * size;
+        while (size > 0 && key->data[size - 1] == 0) {
+            size--;
+        }
+        key->size = size;
+    }
+    key->hash = xxh64(key->data, key->size, batch->seed);
+    return 0;
+}
+
+ALWAYS_INLINE static inline Found
+batch_probe(const Map *map, unsigned which, const Key *key, unsigned mask, uint8_t *answer)
+{
+    uint64_t packed;
+    Found found = LIKELY(key->size == INLINE_KEY) ? probe_48(map, which, key->data, key->hash, &packed)
+                                                  : probe(map, which, key->data, key->size, key->hash, &packed);
+    *answer = mask == 0 ? (uint8_t)packed : (packed & mask) == mask;
+    return found;
+}
+
+/* Look up all keys in one version, and write an answer for each: whether it has all flags of the mask, or all its flags
+ * where the mask is 0. NO_KEY: an exception is set. CONTRADICTION is one only if the version stands. */
+ALWAYS_INLINE static inline Found
+batch_pass(Batch *batch, const Map *map, unsigned which, unsigned mask, uint8_t *answers, Convert convert)
+{
+    PyObject **items = batch->list == NULL ? NULL : PySequence_Fast_ITEMS(batch->list);
+    if (map->mask < SMALL) {
+        /* Slots are at hand: nothing is gained by asking for them, and a key need not be put down. */
+        for (Py_ssize_t n = 0; n < batch->count; n++) {
+            Key key;
+            if (batch_take(batch, items, n, &key, convert) < 0) {
+                return NO_KEY;
+            }
+            if (UNLIKELY(batch_probe(map, which, &key, mask, &answers[n]) == CONTRADICTION)) {
+                return CONTRADICTION;
+            }
+        }
+        return FOUND;
+    }
+    for (Py_ssize_t n = -AHEAD; n < batch->count; n++) {
+        Py_ssize_t ahead = n + AHEAD;
+        if (ahead < batch->count) {
+            if (!batch->hashed && batch_take(batch, items, ahead, &batch->keys[ahead], convert) < 0) {
+                return NO_KEY;
+            }
+            prefetch(map, which, batch->keys[ahead].hash);
+        }
+        if (n >= 0 && UNLIKELY(batch_probe(map, which, &batch->keys[n], mask, &answers[n]) == CONTRADICTION)) {
+            return CONTRADICTION;
+        }
+    }
+    batch->hashed = true;
+    return FOUND;
+}
+
+/* Answer for all keys. 1 when done, 0 when publishes overtook it every time, -1 on an error.
+ *
+ * A list may change whenever Python code runs, and that is in attach only: each attach is followed by taking the keys
+ * anew, and whoever made the list shorter meanwhile is told. */
+ALWAYS_INLINE static inline int
+batch_answer(Batch *batch, Table *table, unsigned mask, uint8_t *answers, Convert convert)
+{
+    for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
+        uint64_t version;
+        bool attached = false;
+        View *view = hold(table, &version, &attached);
+        if (view == NULL) {
+            return -1;
+        }
+        if (batch->list != NULL && PySequence_Fast_GET_SIZE(batch->list) != batch->count) {
+            PyErr_SetString(PyExc_RuntimeError, "the list of keys changed its size");
+            Py_DECREF(view);
+            return -1;
+        }
+        if (attached || batch->seed != view->map.seed) {
+            batch->hashed = false;
+        }
+        batch->seed = view->map.seed;
+        Found found = batch_pass(batch, &view->map, version & 1, mask, answers, convert);
+        bool whole = found == NO_KEY || read_ends(&view->map, version);
+        if (whole && found == CONTRADICTION) {
+            raise_corrupt((PyObject *)table, view, NO_END);
+        }
+        Py_DECREF(view);
+        if (whole) {
+            return found == FOUND ? 1 : -1;
+        }
+        count_retry(table);
+    }
+    return 0;
+}
+
+/* What Table._fill and Lookups._fill have in common: (keys, answers, mask), the answers into a buffer. */
+ALWAYS_INLINE static inline PyObject *
+batch_fill(Table *table, PyObject *op, PyObject *const *args, Py_ssize_t count, Convert convert)
+{
+    Py_buffer answers;
+    Batch batch;
+    if (count != 3) {
+        return PyErr_Format(PyExc_TypeError, "_fill expected 3 arguments, got %zd", count);
+    }
+    unsigned long mask = PyLong_AsUnsignedLong(args[2]);
+    if (mask > 0xFF) {
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "mask %lu must be 0 to 255", mask);
+    }
+    if (PyObject_GetBuffer(args[1], &answers, PyBUF_CONTIG) < 0) {
+        return NULL;
+    }
+    int done = batch_init(&batch, op, args[0]);
+    if (done == 0 && answers.len != batch.count) {
+        PyErr_Format(PyExc_ValueError, "%zd bytes cannot take %zd answers", answers.len, batch.count);
+        done = -1;
+    }
+    if (done == 0) {
+        done = batch_answer(&batch, table, (unsigned)mask, answers.buf, convert);
+    }
+    batch_release(&batch);
+    PyBuffer_Release(&answers);
+    return done < 0 ? NULL : PyBool_FromLong(done);
+}
+
+static int
+convert_bytes(PyObject *Py_UNUSED(op), PyObject *item, const unsigned char **data, size_t *size)
+{
+    return bytes_key(item, data, size) < 0 ? -1 : 1;
+}
+
+PyDoc_STRVAR(table_fill_doc,
+"_fill($self, keys, answers, mask, /)\n--\n\n"
+"Write an answer for each key into a buffer of bytes: whether it has all flags of ``mask``, or all its\n"
+"flags if that is 0. Keys are a list or tuple of bytes, or an array of byte strings. False: publishes\n"
+"overtook it every time.");
+
+static PyObject *
+table_fill(PyObject *op, PyObject *const *args, Py_ssize_t count)
+{
+    return batch_fill((Table *)op, op, args, count, convert_bytes);
+}
+
+#endif

@@ -1,0 +1,261 @@
+/* All records of one version, as one msgpack array or map, in the order of their ordinals. */
+
+#ifndef SHMELIM_COLLECT_H
+#define SHMELIM_COLLECT_H
+
+#include "table.h"
+
+/* Slots from which on others may run meanwhile, and entries that are asked for ahead. */
+enum { LARGE = 1 << 15, PREFETCH_RECORDS = 8 };
+
+/* In which form entries are collected: their keys, what follows a record's first bytes, both, keys with those first bytes. */
+enum { KEYS, VALUES, ITEMS, HEADS };
+
+typedef struct {
+    uint64_t ordinal;
+    uint64_t start;
+    uint32_t size;
+    uint8_t key_size;
+} Entry;
+
+typedef struct {
+    View *view;
+    uint64_t version;
+    unsigned mask, form;
+    uint32_t skip;
+    Entry *entries;
+    size_t count;
+    uint64_t bytes; /* of the result, without its header */
+    Found found;
+} Collection;
+
+static size_t
+text_header(uint8_t size)
+{
+    return size < 32 ? 1 : 2;
+}
+
+static uint64_t
+collected_size(const Collection *all, const Entry *entry)
+{
+    uint64_t key = all->form == VALUES ? 0 : text_header(entry->key_size) + entry->key_size;
+    uint64_t value = all->form == KEYS ? 0 : all->form == HEADS ? 2 + all->skip : entry->size - all->skip;
+    return key + value;
+}
+
+/* Find all entries that have the flags of the mask. CONTRADICTION may come of a publish, or of corruption. */
+static Found
+gather(Collection *all, uint64_t room)
+{
+    const Map *map = &all->view->map;
+    const Copy *copy = &map->copies[all->version & 1];
+    uint64_t live = 0, arena = 0;
+    all->count = 0;
+    all->bytes = 0;
+    for (uint64_t index = 0; index <= map->mask; index++) {
+        uint64_t packed = load(copy->slots + index * SLOT_WORDS + PACKED);
+        if (packed == 0) {
+            continue;
+        }
+        live++;
+        if ((packed & all->mask) != all->mask) {
+            continue;
+        }
+        Span span;
+        if (all->count == room || find_record(map, all->version & 1, packed, &span) != FOUND || span.size < all->skip) {
+            return CONTRADICTION;
+        }
+        Entry *entry = &all->entries[all->count++];
+        *entry = (Entry){span.ordinal, span.start, span.size, span.key_size};
+        all->bytes += collected_size(all, entry);
+        arena += ENTRY_HEADER + span.size;
+        /* Entries that lie in each other are none; and no more is allocated than the arena could hold. */
+        if (arena > map->arena_size || (index % 4096 == 0 && load(map->version) != all->version)) {
+            return CONTRADICTION;
+        }
+    }
+    return live == load(copy->header + COUNT) ? FOUND : CONTRADICTION;
+}
+
+/* Sort by ordinal: a radix sort of bytes, least significant first, that leaves out those in which none differ. */
+static void
+sort_entries(Entry **entries, Entry **spare, size_t count)
+{
+    uint64_t differ = 0;
+    bool in_order = true;
+    for (size_t n = 1; n < count; n++) {
+        differ |= (*entries)[n].ordinal ^ (*entries)[0].ordinal;
+        in_order = in_order && (*entries)[n - 1].ordinal <= (*entries)[n].ordinal;
+    }
+    for (unsigned shift = 0; !in_order && shift < 64 && differ >> shift != 0; shift += 8) {
+        size_t starts[256] = {0}, at = 0;
+        if ((differ >> shift & 0xFF) == 0) {
+            continue;
+        }
+        for (size_t n = 0; n < count; n++) {
+            starts[(*entries)[n].ordinal >> shift & 0xFF]++;
+        }
+        for (unsigned byte = 0; byte < 256; byte++) {
+            size_t size = starts[byte];
+            starts[byte] = at;
+            at += size;
+        }
+        for (size_t n = 0; n < count; n++) {
+            (*spare)[starts[(*entries)[n].ordinal >> shift & 0xFF]++] = (*entries)[n];
+        }
+        Entry *sorted = *spare;
+        *spare = *entries;
+        *entries = sorted;
+    }
+}
+
+static size_t
+put_header(unsigned char *to, bool map, size_t count)
+{
+    to[0] = map ? 0xDF : 0xDD;
+    for (unsigned n = 0; n < 4; n++) {
+        to[1 + n] = (unsigned char)(count >> (24 - 8 * n));
+    }
+    return 5;
+}
+
+static unsigned char *
+put_key(unsigned char *to, const unsigned char *key, uint8_t size)
+{
+    if (size < 32) {
+        *to++ = (unsigned char)(0xA0 | size);
+    }
+    else {
+        *to++ = 0xD9;
+        *to++ = size;
+    }
+    memcpy(to, key, size);
+    return to + size;
+}
+
+/* Write the result: one msgpack array, or map, of what was gathered. Every place was checked by gather. */
+static void
+put_all(const Collection *all, unsigned char *to)
+{
+    const unsigned char *arena = all->view->map.copies[all->version & 1].arena;
+    to += put_header(to, all->form == ITEMS || all->form == HEADS, all->count);
+    for (size_t n = 0; n < all->count; n++) {
+        const Entry *entry = &all->entries[n];
+        const unsigned char *record = arena + entry->start;
+        if (n + PREFETCH_RECORDS < all->count) {
+            __builtin_prefetch(arena + all->entries[n + PREFETCH_RECORDS].start);
+        }
+        if (all->form != VALUES) {
+            to = put_key(to, record - entry->key_size, entry->key_size);
+        }
+        if (all->form == VALUES || all->form == ITEMS) {
+            memcpy(to, record + all->skip, entry->size - all->skip);
+            to += entry->size - all->skip;
+        }
+        else if (all->form == HEADS) {
+            *to++ = 0xC4;
+            *to++ = (unsigned char)all->skip;
+            memcpy(to, record, all->skip);
+            to += all->skip;
+        }
+    }
+}
+
+/* Gather and sort. 1 when done, 0 when a publish overtook it, -1 on an error. */
+static int
+collect_entries(Table *table, Collection *all)
+{
+    const Map *map = &all->view->map;
+    uint64_t room = load(map->copies[all->version & 1].header + COUNT);
+    room = room > map->mask ? map->mask + 1 : room;
+    Entry *entries = PyMem_RawMalloc((size_t)(room ? room : 1) * sizeof(Entry));
+    Entry *spare = PyMem_RawMalloc((size_t)(room ? room : 1) * sizeof(Entry));
+    all->entries = entries;
+    if (entries == NULL || spare == NULL) {
+        PyMem_RawFree(entries);
+        PyMem_RawFree(spare);
+        all->entries = NULL;
+        PyErr_NoMemory();
+        return -1;
+    }
+    bool whole;
+    PyThreadState *thread = map->mask < LARGE ? NULL : PyEval_SaveThread();
+    all->found = gather(all, room);
+    whole = read_ends(map, all->version);
+    if (whole && all->found == FOUND) {
+        sort_entries(&entries, &spare, all->count);
+    }
+    if (thread != NULL) {
+        PyEval_RestoreThread(thread);
+    }
+    all->entries = entries;
+    PyMem_RawFree(spare);
+    if (whole && all->found == CONTRADICTION) {
+        raise_corrupt((PyObject *)table, all->view, "has entries that contradict each other");
+        return -1;
+    }
+    return whole;
+}
+
+/* One attempt: the result, Py_None when a publish overtook it, NULL with an exception. */
+static PyObject *
+collect_once(Table *table, Collection *all)
+{
+    PyObject *result = NULL;
+    int gathered = collect_entries(table, all);
+    if (gathered > 0) {
+        result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(all->bytes + 5));
+    }
+    if (result != NULL) {
+        unsigned char *to = (unsigned char *)PyBytes_AS_STRING(result);
+        PyThreadState *thread = all->bytes < LARGE * SLOT_SIZE ? NULL : PyEval_SaveThread();
+        put_all(all, to);
+        gathered = read_ends(&all->view->map, all->version);
+        if (thread != NULL) {
+            PyEval_RestoreThread(thread);
+        }
+    }
+    PyMem_RawFree(all->entries);
+    if (gathered == 0) {
+        Py_XDECREF(result);
+        return Py_NewRef(Py_None);
+    }
+    return result;
+}
+
+PyDoc_STRVAR(table_collect_doc,
+"_collect($self, mask, form, skip, /)\n--\n\n"
+"Return version and msgpack of all entries that have the flags of ``mask``, in the order of their ordinals.\n\n"
+"``form`` 0: an array of keys, 1: an array of what follows the first ``skip`` bytes of each record, 2: a map\n"
+"of both, 3: a map of keys to those first bytes. None: publishes overtook it every time.");
+
+static PyObject *
+table_collect(PyObject *op, PyObject *args)
+{
+    Table *self = (Table *)op;
+    unsigned char mask, form, skip;
+    if (!PyArg_ParseTuple(args, "bbb:_collect", &mask, &form, &skip)) {
+        return NULL;
+    }
+    if (form > HEADS) {
+        return PyErr_Format(PyExc_ValueError, "form %d must be 0 to %d", form, HEADS);
+    }
+    for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
+        Collection all = {.mask = mask, .form = form, .skip = skip};
+        bool attached;
+        all.view = hold(self, &all.version, &attached);
+        if (all.view == NULL) {
+            return NULL;
+        }
+        PyObject *result = collect_once(self, &all);
+        Py_DECREF(all.view);
+        if (result != Py_None) {
+            return result == NULL ? NULL : Py_BuildValue("KN", (unsigned long long)all.version, result);
+        }
+        Py_DECREF(result);
+        count_retry(self);
+    }
+    Py_RETURN_NONE;
+}
+
+#endif

@@ -1,0 +1,341 @@
+/* Lookups: lookups by text, and the methods that are made of them. */
+
+#ifndef SHMELIM_LOOKUPS_H
+#define SHMELIM_LOOKUPS_H
+
+#include "batch.h"
+
+enum { FLAGS = 256, TESTS = 4 };
+
+typedef struct {
+    PyObject_HEAD
+    Table *table; /* set once, so that it can be used without a reference */
+    uint8_t masks[TESTS];
+    uint8_t skip;
+    PyObject *choices; /* a tuple, by flags */
+    PyObject *argument; /* the name that callers give a key */
+} Lookups;
+
+static int
+no_table(PyObject *Py_UNUSED(op))
+{
+    PyErr_SetString(PyExc_RuntimeError, "this object has no table yet");
+    return -1;
+}
+
+/* Have the subclass say in its own words what is wrong with a key that is no text. */
+static int
+refuse(PyObject *op, PyObject *key)
+{
+    PyObject *result = PyObject_CallMethod(op, "_refuse", "O", key);
+    if (result != NULL) {
+        Py_DECREF(result);
+        PyErr_Format(PyExc_TypeError, "key must be text, not %.200s", Py_TYPE(key)->tp_name);
+    }
+    return -1;
+}
+
+/* Any text that is not plain ASCII. */
+static int
+text_key_slow(PyObject *op, PyObject *key, const unsigned char **data, size_t *size)
+{
+    if (!PyUnicode_Check(key)) {
+        return refuse(op, key);
+    }
+    Py_ssize_t length;
+    *data = (const unsigned char *)PyUnicode_AsUTF8AndSize(key, &length);
+    if (*data == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) {
+            return -1;
+        }
+        PyErr_Clear();
+        return 0;
+    }
+    *size = (size_t)length;
+    return 1;
+}
+
+/* The UTF-8 of a text: 1, or 0 where it has none (lone surrogates), or -1 with an exception. */
+ALWAYS_INLINE static inline int
+text_key(PyObject *op, PyObject *key, const unsigned char **data, size_t *size)
+{
+    if (LIKELY(PyUnicode_Check(key) && PyUnicode_IS_COMPACT_ASCII(key))) {
+        *data = PyUnicode_1BYTE_DATA(key);
+        *size = (size_t)PyUnicode_GET_LENGTH(key);
+        return 1;
+    }
+    return text_key_slow(op, key, data, size);
+}
+
+NEVER_INLINE static int
+any_text_flags(PyObject *op, PyObject *key, uint64_t *packed)
+{
+    const unsigned char *data;
+    size_t size;
+    int converted = text_key(op, key, &data, &size);
+    if (converted > 0) {
+        return look_up(((Lookups *)op)->table, data, size, packed);
+    }
+    *packed = 0;
+    return converted;
+}
+
+/* Find the flags of a text; 0 where it is no key of this table. */
+ALWAYS_INLINE static inline int
+text_flags(PyObject *op, PyObject *key, uint64_t *packed)
+{
+    Table *table = ((Lookups *)op)->table;
+    if (UNLIKELY(table == NULL)) {
+        return no_table(op);
+    }
+    if (LIKELY(PyUnicode_Check(key) && PyUnicode_IS_COMPACT_ASCII(key) && PyUnicode_GET_LENGTH(key) == INLINE_KEY)) {
+        /* Such a text is its header and then its characters. */
+        return look_up_48(table, (const unsigned char *)((PyASCIIObject *)key + 1), packed);
+    }
+    return any_text_flags(op, key, packed);
+}
+
+/* The one argument of a call, however it was given; a borrowed reference. */
+static PyObject *
+only_argument(PyObject *op, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    PyObject *argument = ((Lookups *)op)->argument;
+    if (count == 0 && names != NULL && PyTuple_GET_SIZE(names) == 1 && argument != NULL) {
+        int same = PyObject_RichCompareBool(PyTuple_GET_ITEM(names, 0), argument, Py_EQ);
+        if (same != 0) {
+            return same < 0 ? NULL : args[0];
+        }
+    }
+    PyErr_Format(PyExc_TypeError, "%.200s expected exactly one argument, %S", Py_TYPE(op)->tp_name,
+                 argument == NULL ? Py_None : argument);
+    return NULL;
+}
+
+/* The methods that bind() hands out. What sets them apart is a constant, so that each is one function to its caller. */
+
+ALWAYS_INLINE static inline PyObject *
+test_flags(PyObject *op, PyObject *const *args, Py_ssize_t count, PyObject *names, unsigned which)
+{
+    uint64_t packed;
+    PyObject *key = LIKELY(count == 1 && names == NULL) ? args[0] : only_argument(op, args, count, names);
+    if (key == NULL || text_flags(op, key, &packed) < 0) {
+        return NULL;
+    }
+    uint8_t mask = ((Lookups *)op)->masks[which];
+    return Py_NewRef((packed & mask) == mask ? Py_True : Py_False);
+}
+
+#define TEST(which)                                                                                                \
+    static PyObject *test_##which(PyObject *op, PyObject *const *args, Py_ssize_t count, PyObject *names)          \
+    {                                                                                                              \
+        return test_flags(op, args, count, names, which);                                                          \
+    }
+
+TEST(0)
+TEST(1)
+TEST(2)
+TEST(3)
+
+static PyObject *
+choose(PyObject *op, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    uint64_t packed;
+    PyObject *choices = ((Lookups *)op)->choices;
+    PyObject *key = LIKELY(count == 1 && names == NULL) ? args[0] : only_argument(op, args, count, names);
+    if (key == NULL || text_flags(op, key, &packed) < 0) {
+        return NULL;
+    }
+    if (choices == NULL) {
+        return PyLong_FromLong((long)(packed & 0xFF));
+    }
+    return Py_NewRef(PyTuple_GET_ITEM(choices, (Py_ssize_t)(packed & 0xFF)));
+}
+
+static int
+lookups_contains(PyObject *op, PyObject *key)
+{
+    uint64_t packed;
+    if (!PyUnicode_Check(key)) {
+        return 0;
+    }
+    if (text_flags(op, key, &packed) < 0) {
+        return -1;
+    }
+    uint8_t mask = ((Lookups *)op)->masks[0];
+    return (packed & mask) == mask;
+}
+
+PyDoc_STRVAR(lookups_flags_doc, "_flags($self, key, /)\n--\n\nReturn the flags of a text, 0 if it is absent.");
+
+static PyObject *
+lookups_flags(PyObject *op, PyObject *key)
+{
+    uint64_t packed;
+    return text_flags(op, key, &packed) < 0 ? NULL : PyLong_FromLong((long)(packed & 0xFF));
+}
+
+PyDoc_STRVAR(lookups_record_doc,
+"_record($self, key, /)\n--\n\n"
+"Return a copy of what follows the first bytes of a text's record; None if there is nothing.");
+
+static PyObject *
+lookups_record(PyObject *op, PyObject *key)
+{
+    Lookups *self = (Lookups *)op;
+    const unsigned char *data;
+    size_t size;
+    uint32_t skip = self->skip;
+    int converted = self->table == NULL ? no_table(op) : text_key(op, key, &data, &size);
+    if (converted <= 0) {
+        return converted < 0 ? NULL : Py_NewRef(Py_None);
+    }
+    return with_record(self->table, data, size, copy_record, &skip);
+}
+
+PyDoc_STRVAR(lookups_read_doc,
+"_read($self, key, decode, /)\n--\n\n"
+"Run ``decode`` on what follows the first bytes of a text's record; None if there is nothing.");
+
+static PyObject *
+lookups_read(PyObject *op, PyObject *args)
+{
+    Lookups *self = (Lookups *)op;
+    PyObject *key;
+    Decoding decoding = {NULL, self->skip};
+    const unsigned char *data;
+    size_t size;
+    if (!PyArg_ParseTuple(args, "OO:_read", &key, &decoding.decode)) {
+        return NULL;
+    }
+    int converted = self->table == NULL ? no_table(op) : text_key(op, key, &data, &size);
+    if (converted <= 0) {
+        return converted < 0 ? NULL : Py_NewRef(Py_None);
+    }
+    return with_record(self->table, data, size, decode_in_place, &decoding);
+}
+
+PyDoc_STRVAR(lookups_fill_doc,
+"_fill($self, keys, answers, mask, /)\n--\n\nAs ``Table._fill``, with texts in lists and tuples.");
+
+static PyObject *
+lookups_fill(PyObject *op, PyObject *const *args, Py_ssize_t count)
+{
+    Table *table = ((Lookups *)op)->table;
+    if (table == NULL) {
+        no_table(op);
+        return NULL;
+    }
+    return batch_fill(table, op, args, count, text_key);
+}
+
+static PyObject *
+lookups_get_table(PyObject *op, void *Py_UNUSED(closure))
+{
+    PyObject *table = Py_XNewRef((PyObject *)((Lookups *)op)->table);
+    if (table == NULL) {
+        PyErr_SetString(PyExc_AttributeError, "_table");
+    }
+    return table;
+}
+
+/* Read from the class what its methods test for: (masks, choices or None, name of the argument, skip). */
+static int
+lookups_prepare(Lookups *self, PyTypeObject *type)
+{
+    PyObject *settings = PyObject_GetAttrString((PyObject *)type, "_settings");
+    PyObject *masks, *choices, *argument;
+    if (settings == NULL) {
+        return -1;
+    }
+    int done = -1;
+    if (!PyTuple_Check(settings)) {
+        PyErr_SetString(PyExc_TypeError, "_settings must be a tuple");
+    }
+    else if (PyArg_ParseTuple(settings, "O!OUb", &PyTuple_Type, &masks, &choices, &argument, &self->skip)
+             && PyArg_ParseTuple(masks, "bbbb", &self->masks[0], &self->masks[1], &self->masks[2], &self->masks[3])) {
+        if (choices != Py_None && !(PyTuple_Check(choices) && PyTuple_GET_SIZE(choices) == FLAGS)) {
+            PyErr_Format(PyExc_TypeError, "choices must be a tuple of %d", FLAGS);
+        }
+        else {
+            Py_XSETREF(self->choices, choices == Py_None ? NULL : Py_NewRef(choices));
+            Py_XSETREF(self->argument, Py_NewRef(argument));
+            done = 0;
+        }
+    }
+    Py_DECREF(settings);
+    return done;
+}
+
+static int
+lookups_set_table(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
+{
+    Lookups *self = (Lookups *)op;
+    State *state = state_of(op);
+    if (state == NULL) {
+        return -1;
+    }
+    if (value == NULL || self->table != NULL || !PyObject_TypeCheck(value, state->table_type)) {
+        PyErr_SetString(PyExc_TypeError, "_table is a Table, and set once");
+        return -1;
+    }
+    if (lookups_prepare(self, Py_TYPE(op)) < 0) {
+        return -1;
+    }
+    self->table = (Table *)Py_NewRef(value);
+    return 0;
+}
+
+static int
+lookups_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(((Lookups *)op)->table);
+    Py_VISIT(((Lookups *)op)->choices);
+    return 0;
+}
+
+/* No tp_clear: a table and a tuple of flags lead back to no lookups, and the table must stay as long as the object. */
+static void
+lookups_dealloc(PyObject *op)
+{
+    Lookups *self = (Lookups *)op;
+    PyTypeObject *type = Py_TYPE(op);
+    PyObject_GC_UnTrack(op);
+    Py_CLEAR(self->table);
+    Py_CLEAR(self->choices);
+    Py_CLEAR(self->argument);
+    type->tp_free(op);
+    Py_DECREF(type);
+}
+
+static PyMethodDef lookups_methods[] = {
+    {"_flags", lookups_flags, METH_O, lookups_flags_doc},
+    {"_record", lookups_record, METH_O, lookups_record_doc},
+    {"_read", lookups_read, METH_VARARGS, lookups_read_doc},
+    {"_fill", (PyCFunction)(void (*)(void))lookups_fill, METH_FASTCALL, lookups_fill_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef lookups_getset[] = {
+    {"_table", lookups_get_table, lookups_set_table, "The table that is looked up in.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot lookups_slots[] = {
+    {Py_tp_doc, "Lookups by text in a table."},
+    {Py_tp_methods, lookups_methods},
+    {Py_tp_getset, lookups_getset},
+    {Py_tp_traverse, lookups_traverse},
+    {Py_tp_dealloc, lookups_dealloc},
+    {Py_sq_contains, lookups_contains},
+    {0, NULL},
+};
+
+static PyType_Spec lookups_spec = {
+    .name = "shmelim.shm._native.Lookups",
+    .basicsize = sizeof(Lookups),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = lookups_slots,
+};
+
+#endif

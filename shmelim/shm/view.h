@@ -1,0 +1,178 @@
+/* What every part of the extension needs: the state of the module, and View, an attached data segment.
+ *
+ * A view holds the memory of a data segment and of the root segment whose version word named it, and the numbers that
+ * were checked against that memory. It never changes. */
+
+#ifndef SHMELIM_VIEW_H
+#define SHMELIM_VIEW_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "probe.h"
+
+#if PY_VERSION_HEX < 0x030D0000
+#define Py_BEGIN_CRITICAL_SECTION(object) {
+#define Py_END_CRITICAL_SECTION() }
+#endif
+
+typedef struct {
+    PyObject *corrupt; /* CorruptSegmentError */
+    PyTypeObject *view_type;
+    PyTypeObject *table_type;
+    PyTypeObject *lookups_type;
+} State;
+
+static struct PyModuleDef native_module;
+
+static State *
+state_of(PyObject *object)
+{
+    PyObject *module = PyType_GetModuleByDef(Py_TYPE(object), &native_module);
+    return module == NULL ? NULL : PyModule_GetState(module);
+}
+
+typedef struct {
+    PyObject_HEAD
+    Map map; /* map.version is NULL until map() was called */
+    Py_buffer root;
+    Py_buffer data;
+    PyObject *label;
+} View;
+
+/* Check the numbers of a data header against the buffer, and compute from them where everything is. */
+static int
+view_place(View *self, uint64_t capacity, uint64_t arena_size, uint64_t stride)
+{
+    uint64_t size = (uint64_t)self->data.len;
+    const unsigned char *root = self->root.buf, *data = self->data.buf;
+    if (self->root.len < PAGE || ((uintptr_t)root | (uintptr_t)data) % WORD != 0) {
+        PyErr_SetString(PyExc_ValueError, "a segment is too short, or not aligned");
+        return -1;
+    }
+    if (capacity == 0 || capacity > MAX_CAPACITY || (capacity & (capacity - 1)) != 0 || size < PAGE
+        || arena_size > size || stride > (size - PAGE) / 2 || stride % WORD != 0
+        || COPY_HEADER_SIZE + capacity * SLOT_SIZE + arena_size > stride) {
+        PyErr_SetString(PyExc_ValueError, "the copies of the table do not fit into the segment");
+        return -1;
+    }
+    self->map.mask = capacity - 1;
+    self->map.arena_size = arena_size;
+    for (unsigned which = 0; which < 2; which++) {
+        const unsigned char *base = data + PAGE + which * stride;
+        self->map.copies[which].header = (const Word *)(const void *)base;
+        self->map.copies[which].slots = (const Word *)(const void *)(base + COPY_HEADER_SIZE);
+        self->map.copies[which].arena = base + COPY_HEADER_SIZE + capacity * SLOT_SIZE;
+    }
+    self->map.version = (const Word *)(const void *)(root + VERSION_AT);
+    return 0;
+}
+
+PyDoc_STRVAR(view_map_doc,
+"_map($self, root, data, label, generation, seed, capacity, arena_size, stride, /)\n--\n\n"
+"Hold the memory of root and data segment, and place the copies in it. Once per view.");
+
+static PyObject *
+view_map(PyObject *op, PyObject *args)
+{
+    View *self = (View *)op;
+    PyObject *root, *data, *label;
+    unsigned long long generation, seed, capacity, arena_size, stride;
+    if (!PyArg_ParseTuple(args, "OOUKKKKK:_map", &root, &data, &label, &generation, &seed, &capacity, &arena_size,
+                          &stride)) {
+        return NULL;
+    }
+    if (self->label != NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "a view is mapped once");
+        return NULL;
+    }
+    if (PyObject_GetBuffer(root, &self->root, PyBUF_SIMPLE) < 0) {
+        return NULL;
+    }
+    if (PyObject_GetBuffer(data, &self->data, PyBUF_SIMPLE) < 0) {
+        PyBuffer_Release(&self->root);
+        return NULL;
+    }
+    self->map.generation = generation;
+    self->map.seed = seed;
+    if (view_place(self, capacity, arena_size, stride) < 0) {
+        PyBuffer_Release(&self->root);
+        PyBuffer_Release(&self->data);
+        return NULL;
+    }
+    self->label = Py_NewRef(label);
+    Py_RETURN_NONE;
+}
+
+static int
+view_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    View *self = (View *)op;
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(self->root.obj);
+    Py_VISIT(self->data.obj);
+    return 0;
+}
+
+/* No tp_clear: buffers refer to memory, and memory refers to nothing, so that no cycle goes through a view. */
+static void
+view_dealloc(PyObject *op)
+{
+    View *self = (View *)op;
+    PyTypeObject *type = Py_TYPE(op);
+    PyObject_GC_UnTrack(op);
+    PyBuffer_Release(&self->root);
+    PyBuffer_Release(&self->data);
+    Py_CLEAR(self->label);
+    type->tp_free(op);
+    Py_DECREF(type);
+}
+
+static PyMethodDef view_methods[] = {
+    {"_map", view_map, METH_VARARGS, view_map_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot view_slots[] = {
+    {Py_tp_doc, "An attached data segment, with the root segment that named it."},
+    {Py_tp_methods, view_methods},
+    {Py_tp_traverse, view_traverse},
+    {Py_tp_dealloc, view_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec view_spec = {
+    .name = "shmelim.shm._native.View",
+    .basicsize = sizeof(View),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = view_slots,
+};
+
+static void
+raise_corrupt(PyObject *op, const View *view, const char *what)
+{
+    State *state = state_of(op);
+    if (state != NULL) {
+        PyErr_Format(state->corrupt, "segment %U %s", view->label, what);
+    }
+}
+
+#define NO_END "has no empty slot: a lookup cannot end"
+
+/* Say what is wrong with the record of a slot. */
+static void
+raise_misplaced(PyObject *op, const View *view, uint64_t packed, const Span *span)
+{
+    char what[128];
+    unsigned long long offset = packed >> 16;
+    if (offset + ENTRY_HEADER > view->map.arena_size) {
+        PyOS_snprintf(what, sizeof what, "has a record at %llu, outside its arena", offset);
+    }
+    else {
+        PyOS_snprintf(what, sizeof what, "has a record of %lu bytes at %llu that does not fit",
+                      (unsigned long)span->size, offset);
+    }
+    raise_corrupt(op, view, what);
+}
+
+#endif
