@@ -4,7 +4,8 @@ from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.entry import Status
 from shmelim.eliminations.environment import ValidatorEnvironment
 from shmelim.eliminations.manager import EliminationManager
-from shmelim.eliminations.reader import EliminationReader, Snapshot
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.reading import Snapshot
 from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, EliminationReason
 from shmelim.eliminations.server import EliminationManagerServer
 

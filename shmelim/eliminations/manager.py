@@ -233,6 +233,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
         self._initialize_service()
         try:
             self._reader = self._open_reader()
+            self._table = self._reader._table  # noqa: SLF001  # what the reads of both look into
             self._processor = self._make_processor()
             self._look_at_metagraph()
         except BaseException:
@@ -310,6 +311,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._table = self._reader._table  # noqa: SLF001
         self._processor = self._make_processor()
 
     # ------------------------------------------------------------------ names and places

@@ -12,7 +12,9 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
+
+import msgspec
 
 from shmelim.eliminations import changes, files
 from shmelim.eliminations.committer import Committer
@@ -269,7 +271,10 @@ class EliminationManagerServer:
 
     def get_eliminations_from_memory_rpc(self) -> list[dict[str, Any]]:
         """Return all elimination records, in the order of first elimination."""
-        return self.reader.get_eliminations_from_memory()
+        if current_caller() is None:
+            return self.reader.get_eliminations_from_memory()
+        # They are msgpack in shared memory, and msgpack on their way: decoded where they arrive, and only there.
+        return cast("list[dict[str, Any]]", msgspec.Raw(self.reader.pack_eliminations()))
 
     def get_eliminations_dict_rpc(self) -> dict[str, dict[str, Any]]:
         """Return all elimination records by hotkey, in the order of first elimination."""

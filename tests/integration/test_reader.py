@@ -14,7 +14,7 @@ from serving import Served, row, stamp_of
 
 from shmelim import EliminationManagerServer, EliminationReader, NotServingError
 from shmelim.eliminations import entry
-from shmelim.eliminations import reader as reader_module
+from shmelim.eliminations import reading as reading_module
 from shmelim.eliminations.record import decode
 from shmelim.shm import SharedNamespace, TableWriter
 
@@ -415,8 +415,8 @@ class TestMapping:
     def test_by_the_tests_of_the_standard_library(self, server, reader, monkeypatch):
         """Those put values into sets: so here, records are dicts with a hash."""
         monkeypatch.setattr(entry, "decode", lambda data: _Record(decode(data)))
-        monkeypatch.setattr(reader_module, "decode_record", lambda data: _Record(decode(data)))
-        monkeypatch.setattr(reader_module, "decode_eliminations", _decode_into_records)
+        monkeypatch.setattr(reading_module, "decode_record", lambda data: _Record(decode(data)))
+        monkeypatch.setattr(reading_module, "decode_eliminations", _decode_into_records)
         records = {key: _Record(value) for key, value in self.FULL.items()}
 
         class Tests(mapping_tests.BasicTestMappingProtocol):

@@ -215,7 +215,7 @@ def test_a_key_file_lets_other_clients_in_over_restarts(make, tmp_path):
 def test_the_key_is_in_no_argument_environment_log_or_repr(make, way, caplog):
     caplog.set_level(logging.DEBUG)
     service = make(way, enable_health_check=True)
-    key = service._key.for_server()
+    key = service._service_key.for_server()
     assert len(key) == 32
     process = psutil.Process(service.server_pid)
     kill_at_once = service.restart_server
@@ -241,7 +241,7 @@ def test_the_key_is_in_no_argument_environment_log_or_repr(make, way, caplog):
 def test_each_service_has_a_key_of_its_own(make, tmp_path):
     (tmp_path / "other").mkdir()
     first, second = make(), make(directory=tmp_path / "other")
-    assert first._key.for_server() != second._key.for_server()
+    assert first._service_key.for_server() != second._service_key.for_server()
 
 
 # ------------------------------------------------------------------ calls

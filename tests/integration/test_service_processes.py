@@ -185,7 +185,7 @@ def test_a_fork_while_other_threads_restart_and_check(make, monkeypatch):
 def test_a_copy_may_go_to_a_starting_process_only(service):
     with pytest.raises(RuntimeError, match=r"Ledger objects should only be shared .* through inheritance"):
         pickle.dumps(service)
-    for part in (service._key, service._client, ServerReady(ServerOptions("S"))):
+    for part in (service._service_key, service._client, ServerReady(ServerOptions("S"))):
         with pytest.raises(RuntimeError, match="inheritance"):
             pickle.dumps(part)
 

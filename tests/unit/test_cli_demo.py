@@ -17,7 +17,7 @@ from shmelim.cli.demo.records import (
 from shmelim.cli.demo.scenario import BEFORE, DEAD, Findings, Ledger
 from shmelim.cli.demo.watcher import BATCH, Tally, Watcher
 from shmelim.eliminations import files
-from shmelim.eliminations.reader import Snapshot
+from shmelim.eliminations.reading import Snapshot
 from shmelim.eliminations.record import decode, prepare
 
 HOTKEYS = list(files.read_departed(real_departed_hotkeys()).items)

@@ -193,3 +193,9 @@ _values = st.recursive(
 @given(_values)
 def test_json_like_values_and_sets_come_back_equal(value):
     assert there_and_back(value) == value
+
+
+def test_what_is_msgpack_already_is_put_in_as_it_is():
+    rows = [{"hotkey": "a"}, {"hotkey": "b", "more": [1, 2.5, None]}]
+    packed = msgspec.Raw(MSGPACK.dumps(rows))
+    assert MSGPACK.loads(MSGPACK.dumps([1, True, packed])) == [1, True, rows]

@@ -19,7 +19,7 @@ _INT_MIN, _INT_MAX = -(2**63), 2**64 - 1
 
 # What msgspec writes as it is. Integers and text are checked by msgspec itself, which is free; only when it
 # objects is the culprit looked for.
-_ATOMS = frozenset({str, int, float, bool, bytes, type(None)})
+_ATOMS = frozenset({str, int, float, bool, bytes, type(None), msgspec.Raw})
 _SEQUENCES = frozenset({list, tuple})
 
 
@@ -65,7 +65,8 @@ class UncarriedValueError(TypeError, ValueError):
 class MsgpackCodec:
     """JSON-like values, bytes and sets, as msgpack. Thread-safe.
 
-    Carried as they are: None, bool, int of 64 bits (signed or unsigned), float, str, bytes, list, dict, set.
+    Carried as they are: None, bool, int of 64 bits (signed or unsigned), float, str, bytes, list, dict, set, and
+    ``msgspec.Raw``, which is taken for the msgpack that it says it is.
     Carried as the nearest of these: tuple and list subclasses (list; inside a set they stay hashable, as
     tuple), frozenset (set), Enum (its value), subclasses of the types above, bytearray and memoryview (bytes),
     numpy scalars (Python numbers). The keys of a dict may be None, bool, int, float, str, bytes and tuples of

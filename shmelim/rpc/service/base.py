@@ -135,7 +135,7 @@ class RPCServiceBase(ABC):
         self.enable_auto_restart = enable_auto_restart
         self.slack_notifier = slack_notifier
         self._location = None if running_unit_tests and address is None else service_location(port, address)
-        self._key = ServiceKey(key_path)
+        self._service_key = ServiceKey(key_path)
         self._settings = ServiceSettings(**settings)
         # Written by _initialize_service(), by shutdown(), and by a forked child, which is alone.
         self._server_proxy = None
@@ -204,13 +204,13 @@ class RPCServiceBase(ABC):
             self._server_proxy = self._create_direct_server()
             return
         assert self._location is not None
-        supervisor = Supervisor(self._location, self._key, self.service_name, self._settings)
+        supervisor = Supervisor(self._location, self._service_key, self.service_name, self._settings)
         self._supervisor = supervisor
         try:
             self._location = supervisor.start(self._start_server_process)
             if not isinstance(self._location, str):
                 self.port = self._location[1]
-            self._client = ServiceClient(self._location, self._key, self._settings)
+            self._client = ServiceClient(self._location, self._service_key, self._settings)
             self._client.reach(self.service_name)
             self._server_proxy = self._client.proxy
             if self.enable_health_check:
