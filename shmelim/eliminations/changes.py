@@ -7,7 +7,7 @@ committer, which publishes every hotkey that the change *touched*.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from shmelim.eliminations.debts import OWED
@@ -16,7 +16,7 @@ from shmelim.eliminations.history import Change as EventOf
 from shmelim.eliminations.record import check_hotkey, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from shmelim.eliminations.history import Origin
     from shmelim.eliminations.store import Store
@@ -99,13 +99,13 @@ def prepare_all(records: Iterable[Mapping[str, Any]], first: int = 0) -> dict[st
 
 def check_listed(records: object) -> None:
     """Refuse what can be iterated over and yet is no list of records; TypeError says what it is."""
-    if isinstance(records, (str, bytes, bytearray, memoryview, Mapping)):
+    if isinstance(records, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(records, Iterable):
         raise TypeError(f"eliminations must be a list of records, not {type(records).__name__}")
 
 
 def check_hotkeys(hotkeys: Iterable[str]) -> list[str]:
     """Return hotkeys as a list without repetitions; ValueError or TypeError for one that can be no key."""
-    if isinstance(hotkeys, (str, bytes, bytearray, memoryview)):
+    if isinstance(hotkeys, (str, bytes, bytearray, memoryview)) or not isinstance(hotkeys, Iterable):
         raise TypeError(f"hotkeys must be a list or set of hotkeys, not {type(hotkeys).__name__}")
     listed = list(dict.fromkeys(hotkeys))
     for hotkey in listed:

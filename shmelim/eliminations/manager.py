@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
+from shmelim.eliminations.changes import check_hotkeys
 from shmelim.eliminations.changing import Changing
 from shmelim.eliminations.environment import ValidatorEnvironment
 from shmelim.eliminations.processing import EliminationProcessor
@@ -20,6 +21,7 @@ from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.errors import ChannelError
 from shmelim.rpc import RPCServiceBase
 from shmelim.rpc.service.lifetimes import weakly
+from shmelim.shm import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -121,7 +123,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
     ChannelError
         Another process is at the address.
     TimeoutError
-        The server was not ready in time.
+        The server was not ready in time: within `ready_timeout`, here 60 s, since a large state takes a while.
     StoreError, SegmentError
         State or shared memory cannot be had.
 
@@ -144,6 +146,13 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
     sync_in_progress: SharedValue | None = None
     sync_epoch: SharedValue | None = None
     is_backtesting: bool = False
+    # Set by the base, and named here for mocks.
+    slack_notifier: Any = None
+    environment: Any = None
+    service_name: str = SERVICE_NAME
+    port: int | None = None
+    running_unit_tests: bool = False
+    enable_health_check: bool = False
 
     def __init__(
         self,
@@ -167,7 +176,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
         port: int | None = DEFAULT_PORT,
         address: Address | None = None,
         state_dir: Path | str | None = None,
-        runtime_base: Path | None = None,
+        runtime_base: Path | str | None = None,
         durability: Durability = "power",
         files: FilesMode = "current",
         default_departed: Path | str | None = None,
@@ -185,14 +194,17 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
                 DeprecationWarning,
                 stacklevel=2,
             )
-        runtime = RuntimeDirectory(name, runtime_base)
-        if running_unit_tests:
+        check_name(name)
+        runtime = None if running_unit_tests else RuntimeDirectory(name, runtime_base).create()
+        if runtime is None:
             address = None
-        elif port is None and address is None:
+        elif address is not None:
+            port = None if port == DEFAULT_PORT else port
+        elif port is None:
             address = str(runtime.socket)
         super().__init__(
             SERVICE_NAME,
-            None if address is not None else port,
+            port,
             running_unit_tests,
             enable_health_check,
             health_check_interval_s,
@@ -200,7 +212,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
             enable_auto_restart,
             slack_notifier,
             address=address,
-            key_path=None if running_unit_tests else runtime.key,
+            key_path=None if runtime is None else runtime.key,
             **{"ready_timeout": _READY_TIMEOUT, "idempotent": _IDEMPOTENT} | settings,
         )
         self.metagraph = metagraph
@@ -219,7 +231,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
             name=name,
             state_dir=None if state_dir is None else _absolute(state_dir),
             group_readable=group_readable,
-            runtime_base=runtime_base,
+            runtime_base=None if runtime_base is None else _absolute(runtime_base),
             in_memory=is_backtesting or (running_unit_tests and state_dir is None),
             durability=durability,
             files=files,
@@ -228,8 +240,6 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
         )
         self._timeout = self._settings.call_timeout
         self._live_price_fetcher = self.environment.live_price_fetcher
-        if not running_unit_tests:
-            runtime.create()
         self._initialize_service()
         try:
             self._reader = self._open_reader()
@@ -288,13 +298,14 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
 
     def _look_at_metagraph(self) -> None:
         """Tell the server who is registered, if that is known yet."""
+        hotkeys: Any = [] if self.metagraph is None else self.metagraph.hotkeys
         try:
-            hotkeys = [] if self.metagraph is None else list(self.metagraph.hotkeys)
+            listed = check_hotkeys(hotkeys)
         except TypeError as error:
             _log.warning("the metagraph has no list of hotkeys yet: %s", error)
             return
-        if hotkeys:
-            self.update_metagraph(hotkeys)
+        if listed:
+            self.update_metagraph(listed)
 
     def _call(self, method: str, *args: Any, idempotent: bool = False, timeout: float | None = None) -> Any:
         if self._client is None:

@@ -29,9 +29,18 @@ if TYPE_CHECKING:
     from shmelim.eliminations.committer import Committer
     from shmelim.shm import TableReader
 
-__all__ = ["DEPARTED_FILE", "ELIMINATIONS_FILE", "FileMirror", "FilesMode", "digest_key", "known_digests"]
+__all__ = [
+    "DEPARTED_FILE",
+    "ELIMINATIONS_FILE",
+    "FILES_MODES",
+    "FileMirror",
+    "FilesMode",
+    "digest_key",
+    "known_digests",
+]
 
 FilesMode = Literal["current", "lagged", "off"]
+FILES_MODES: Final = ("current", "lagged", "off")
 
 ELIMINATIONS_FILE: Final = "eliminations.json"
 DEPARTED_FILE: Final = "departed_hotkeys.json"

@@ -13,7 +13,6 @@ from shmelim.shm import Namespace, SharedNamespace, TableReader
 if TYPE_CHECKING:
     from collections.abc import ItemsView, Iterator, ValuesView
 
-    from shmelim.shm import TableInfo, WriterInfo
 
 __all__ = ["EliminationReader"]
 
@@ -113,51 +112,6 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}: {len(self)} eliminated>"
-
-    # ------------------------------------------------------------------ the table and its writer
-
-    @property
-    def version(self) -> int:
-        """A number that changes with every published change (generation << 48 | sequence)."""
-        return self._table.version
-
-    @property
-    def writer(self) -> WriterInfo:
-        """The writer: pid, whether it is alive, age of its heartbeat in seconds, state, start time."""
-        return self._table.writer()
-
-    @property
-    def table(self) -> TableInfo:
-        """Sizes and counts of the table."""
-        return self._table.info()
-
-    @property
-    def retries(self) -> int:
-        """How often a read of this reader started over because a publish overtook it."""
-        return self._table.retries
-
-    @property
-    def num_departed_hotkeys(self) -> int:
-        """How many hotkeys left the metagraph once. One load."""
-        return self._table.count_flag(1)
-
-    def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
-        """Wait for a publish.
-
-        Parameters
-        ----------
-        timeout
-            Seconds; None waits for ever.
-        since
-            The version that counts as known; default: the one at the call.
-
-        Returns
-        -------
-        bool
-            False if nothing was published in time.
-
-        """
-        return self._table.wait_for_change(timeout, since)
 
     def verify(self) -> int:
         """Check every record's checksum and that lookups find each entry; return the number of entries.

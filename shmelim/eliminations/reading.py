@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from shmelim.shm import TableInfo, WriterInfo
+
 __all__ = ["Reading", "Snapshot"]
 
 T = TypeVar("T")
@@ -206,6 +208,51 @@ class Reading(Lookups):
         version, entries = self._table.snapshot()
         present = {key.decode() for key, entry in entries.items() if entry.flags & _REGISTERED}
         return Snapshot(version, eliminations_in(entries), departed_in(entries), present)
+
+    # ------------------------------------------------------------------ the table and its writer
+
+    @property
+    def version(self) -> int:
+        """A number that changes with every published change (generation << 48 | sequence)."""
+        return self._table.version
+
+    @property
+    def writer(self) -> WriterInfo:
+        """The writer: pid, whether it is alive, age of its heartbeat in seconds, state, start time."""
+        return self._table.writer()
+
+    @property
+    def table(self) -> TableInfo:
+        """Sizes and counts of the table."""
+        return self._table.info()
+
+    @property
+    def retries(self) -> int:
+        """How often a read of this reader started over because a publish overtook it."""
+        return self._table.retries
+
+    @property
+    def num_departed_hotkeys(self) -> int:
+        """How many hotkeys left the metagraph once. One load."""
+        return self._table.count_flag(1)
+
+    def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
+        """Wait for a publish.
+
+        Parameters
+        ----------
+        timeout
+            Seconds; None waits for ever.
+        since
+            The version that counts as known; default: the one at the call.
+
+        Returns
+        -------
+        bool
+            False if nothing was published in time.
+
+        """
+        return self._table.wait_for_change(timeout, since)
 
 
 def _listed(hotkeys: Iterable[str]) -> list[str] | tuple[str, ...] | NDArray[np.bytes_]:

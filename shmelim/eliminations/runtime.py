@@ -11,8 +11,10 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import stat
+import warnings
 from pathlib import Path
 from typing import Final, Self
 
@@ -25,6 +27,8 @@ from shmelim.shm import check_name
 __all__ = ["RuntimeDirectory", "ServerInfo", "StateLock", "default_state_directory"]
 
 _PRIVATE: Final = 0o700
+
+_log = logging.getLogger("shmelim.runtime")
 
 
 class ServerInfo(msgspec.Struct, frozen=True):
@@ -52,9 +56,10 @@ class RuntimeDirectory:
 
     """
 
-    def __init__(self, name: str, base: Path | None = None) -> None:
+    def __init__(self, name: str, base: Path | str | None = None) -> None:
         self.name = check_name(name)
-        self.path = (base or Path(platformdirs.user_runtime_dir("shmelim"))) / name
+        self._is_default = base is None
+        self.path = (_default_base() if base is None else Path(base)) / name
 
     @property
     def key(self) -> Path:
@@ -91,7 +96,19 @@ class RuntimeDirectory:
             )
         if stat.S_IMODE(status.st_mode) & 0o077:
             self.path.chmod(_PRIVATE)
+        if self._is_default:
+            self._check_above()
         return self
+
+    def _check_above(self) -> None:
+        """Refuse directories of another user on the way, who could put another one in the place of ours."""
+        for above in (self.path.parent, self.path.parent.parent):
+            owner = above.stat().st_uid
+            if owner not in {0, os.geteuid()}:
+                raise StoreError(
+                    f"the runtime directory {above} belongs to uid {owner}",
+                    hint="set XDG_RUNTIME_DIR to a directory of your own",
+                )
 
     def announce(self, info: ServerInfo) -> None:
         """Write down how the server is reached, in one step."""
@@ -149,7 +166,7 @@ class StateLock:
         except OSError as error:
             raise StoreError(
                 f"the state directory {self._directory} cannot be used: {error.strerror}",
-                hint="make it writable for this user, or name another with --state-dir",
+                hint="make it writable for this user, or name another (state_dir, --state-dir)",
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,7 +174,7 @@ class StateLock:
             os.close(descriptor)
             raise AlreadyServingError(
                 f"the state directory {self._directory} is in use by another server",
-                hint="name another with --state-dir, or stop that server",
+                hint="name another (state_dir, --state-dir), or stop that server",
             ) from None
         self._descriptor = descriptor
         _held.add(self)
@@ -180,6 +197,16 @@ def _drop_locks_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_drop_locks_in_child)
+
+
+def _default_base() -> Path:
+    """Return where runtime directories are; what is said of a bad XDG_RUNTIME_DIR goes to the log."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        base = Path(platformdirs.user_runtime_dir("shmelim"))
+    for warning in said:
+        _log.info("%s", warning.message)
+    return base
 
 
 def default_state_directory(name: str) -> Path:

@@ -6,12 +6,14 @@ import contextlib
 import logging
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from shmelim.eliminations.runtime import RuntimeDirectory, ServerInfo, default_state_directory
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.rpc import ChannelServer, load_or_create_key
 from shmelim.rpc.service.ending import Ending
+from shmelim.rpc.service.serving import run_server
 from shmelim.shm import SharedNamespace
 
 if TYPE_CHECKING:
@@ -21,8 +23,17 @@ if TYPE_CHECKING:
 
     from shmelim.eliminations.mirror import FilesMode
     from shmelim.eliminations.schema import Durability
+    from shmelim.rpc import Address, ServerReady
 
-__all__ = ["SERVICE_NAME", "ServeOptions", "Service", "announce", "open_server", "run"]
+__all__ = [
+    "SERVICE_NAME",
+    "ServeOptions",
+    "Service",
+    "announce",
+    "open_server",
+    "run",
+    "start_elimination_manager_server",
+]
 
 SERVICE_NAME: Final = "EliminationManagerServer"
 
@@ -84,6 +95,27 @@ def announce(options: ServeOptions, server: EliminationManagerServer, address: s
     state_dir = None if server.state_dir is None else str(server.state_dir.resolve())
     runtime = RuntimeDirectory(options.name, options.runtime_base)
     runtime.announce(ServerInfo(address, state_dir, os.getpid()))
+
+
+def start_elimination_manager_server(
+    address: Address, authkey: bytes, server_ready: ServerReady, options: ServeOptions
+) -> None:
+    """Serve eliminations in this process until SIGTERM or its owner's end: a target for a ``Process``.
+
+    Parameters
+    ----------
+    address, authkey, server_ready
+        What ``_start_server_process`` got.
+    options
+        What to serve; its `port` does not count.
+
+    Raises
+    ------
+    SystemExit
+        There is no server, and the owner was told why.
+
+    """
+    run_server(open_server, (options,), {}, address, authkey, server_ready, partial(announce, options))
 
 
 class Service:

@@ -21,7 +21,7 @@ from shmelim.eliminations.committer import Committer
 from shmelim.eliminations.debt_book import DebtBook
 from shmelim.eliminations.history import Origin, this_process
 from shmelim.eliminations.imports import import_departed, imported, merge_once
-from shmelim.eliminations.mirror import ELIMINATIONS_FILE, FileMirror, FilesMode
+from shmelim.eliminations.mirror import ELIMINATIONS_FILE, FILES_MODES, FileMirror, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import check_hotkey, decode, generate_row, prepare
 from shmelim.eliminations.recovery import origin_record, recover
@@ -112,6 +112,8 @@ class EliminationManagerServer:
         on_progress: Callable[[str, int, int | None], Any] | None = None,
     ) -> None:
         tell = on_progress or _tell_nobody
+        if files not in FILES_MODES:
+            raise ValueError(f"files must be one of {', '.join(FILES_MODES)}, not {files!r}")
         self.namespace = PrivateNamespace() if namespace is None else namespace
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.started_ms = _now_ms()

@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import weakref
@@ -19,6 +21,7 @@ import pytest
 from serving import listing, row, state_in_store
 
 from shmelim import EliminationClient, EliminationManager, EliminationReader, RPCServiceBase
+from shmelim.eliminations.serve import start_elimination_manager_server
 from shmelim.errors import AlreadyServingError, ChannelError, NoCollaboratorsError, NotServingError
 from shmelim.shm import SharedNamespace
 
@@ -176,11 +179,35 @@ class TestConstructor:
         with pytest.raises(TypeError, match="retries"):
             make(retries=3)
 
+    @pytest.mark.parametrize(
+        ("options", "error", "names"),
+        [
+            ({"files": "of"}, ValueError, "current, lagged, off"),
+            ({"durability": "mains"}, ValueError, "durability"),
+            ({"name": "Bad Name"}, ValueError, "Bad Name"),
+        ],
+    )
+    def test_refuses_what_cannot_be(self, make, tmp_path, options, error, names):
+        with pytest.raises(error, match=names):
+            make(state_dir=tmp_path / "state", **options)
+
+    def test_a_text_is_no_list_of_hotkeys(self, make):
+        metagraph = Metagraph()
+        metagraph.hotkeys = "abc"
+        assert make(metagraph, None, None).snapshot().registered == set()
+
+    def test_no_list_at_all_is_named(self, make):
+        manager = make()
+        for call in (manager.sync_eliminations, manager.update_metagraph, manager.delete_eliminations):
+            with pytest.raises(TypeError, match=r"must be a list .*not NoneType"):
+                call(None)
+
 
 class TestTheFace:
     def test_every_method_stands_on_the_class(self):
         mock = Mock(spec=EliminationManager)
-        for name in [*READS, *CHANGES, *THE_REST, *COLLABORATORS, "_server_proxy"]:
+        own = ["environment", "port", "reader", "running_unit_tests", "service_name", "slack_notifier"]
+        for name in [*READS, *CHANGES, *THE_REST, *COLLABORATORS, *own, "_server_proxy"]:
             assert hasattr(EliminationManager, name), name
             getattr(mock, name)
         with pytest.raises(AttributeError):
@@ -408,8 +435,41 @@ def _use(manager, pipe):
         pipe.send(error)
     manager.shutdown()
 
+    def test_needs_no_place_and_warns_of_none(self, tmp_path):
+        environment = {k: v for k, v in os.environ.items() if k != "XDG_RUNTIME_DIR"}
+        code = "from shmelim import EliminationManager; EliminationManager(None, None, None, True).shutdown()"
+        command = [sys.executable, "-W", "error", "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def start_by_hand(self, address, authkey, server_ready):
+    """As services did before there was `_spawn_server`."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=start_elimination_manager_server, args=(address, authkey, server_ready, self._options), daemon=True
+    )
+    process.start()
+    return process
+
 
 class TestRpcMode:
+    def test_a_process_made_by_hand(self, managers, monkeypatch):
+        monkeypatch.setattr(EliminationManager, "_start_server_process", start_by_hand)
+        manager = managers(port=0)
+        manager.add_elimination("a", row("a"))
+        assert EliminationReader(manager.name).is_hotkey_eliminated("a")
+
+    def test_port_and_address_contradict(self, managers, tmp_path):
+        with pytest.raises(ValueError, match="port or an address"):
+            managers(port=50123, address=str(tmp_path / "s"))
+
+    def test_places_may_be_text(self, managers, tmp_path):
+        with tempfile.TemporaryDirectory(prefix="shmelim-") as base:
+            manager = managers(runtime_base=base, state_dir=str(tmp_path / "state"))
+            manager.add_elimination("a", row("a"))
+            assert (Path(base) / manager.name / "key").exists()
+            manager.shutdown()
+
     def test_readers_and_clients_find_it_by_name(self, managers):
         manager = managers()
         manager.add_elimination("a", row("a"))

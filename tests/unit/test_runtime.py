@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import platformdirs
 import pytest
 from crashing import call
 
@@ -123,3 +124,14 @@ class TestStateLock:
         with pytest.raises(StoreError):
             StateLock(tmp_path).acquire()
         assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_default_place_below_somebody_elses_directory_is_refused(tmp_path, monkeypatch):
+    above = tmp_path / "runtime"
+    monkeypatch.setattr(platformdirs, "user_runtime_dir", lambda _: str(above / "shmelim"))
+    above.mkdir(mode=0o700)
+    RuntimeDirectory("ours").create()
+    os.chown(above, 12345, -1)
+    with pytest.raises(StoreError, match="belongs to uid 12345"):
+        RuntimeDirectory("theirs").create()
