@@ -114,7 +114,7 @@ class EliminationClient(Changing, EliminationReader):
     # ------------------------------------------------------------------ asking the server
 
     def health_check(self) -> dict[str, Any]:
-        """Return what the server says of itself."""
+        """Return what the server says of itself; a manager's method of this name tells whether it is well."""
         return dict(self._call("health_check_rpc", idempotent=True))
 
 
