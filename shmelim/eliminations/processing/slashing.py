@@ -169,7 +169,7 @@ class Slashing:
     def _report_doubt(self, hotkey: str, error: str) -> None:
         text = (
             f"slash of miner {hotkey}: nobody knows whether it was made ({error}). It is not repeated;"
-            " look at the contract and settle it by hand"
+            f" look at the contract, then say what you found: shmelim slash resolve {hotkey}"
         )
         self._alerts.failed(_KIND, hotkey, text)
 

@@ -1,0 +1,113 @@
+"""The defaults of what is the validator's own, and the directories of its miners."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from shmelim.eliminations.directories import MinerDirectories
+from shmelim.eliminations.environment import ValidatorEnvironment, ledger_drawdown_percentage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def ledger(*factors: Any) -> SimpleNamespace:
+    return SimpleNamespace(cps=[SimpleNamespace(mdd=factor) for factor in factors])
+
+
+def test_figures_are_those_of_the_field() -> None:
+    environment = ValidatorEnvironment()
+    assert environment.check_interval_ms == 300_000
+    assert environment.deletion_delay_ms == 172_800_000
+    assert environment.development_hotkey == "DEVELOPMENT"
+    assert environment.slash_proportion("PLAGIARISM") is None
+    assert environment.miner_hotkeys() == []
+    environment.remove_miner_directory("a")
+
+
+@pytest.mark.parametrize(
+    ("factors", "eliminated", "percentage"),
+    [
+        ((1.0, 0.9), True, 10.0),
+        ((0.9, 1.0), True, 10.0),
+        ((0.90001,), False, 9.999),
+        ((0.89999,), True, 10.001),
+        ((1.0,), False, 0.0),
+        ((1.5,), False, 0.0),
+        ((-0.5,), True, 100.0),
+        ((), False, 0.0),
+    ],
+)
+def test_drawdown_from_10_percent_on_eliminates(factors: Any, eliminated: bool, percentage: float) -> None:
+    assert ValidatorEnvironment().drawdown(ledger(*factors)) == (eliminated, pytest.approx(percentage))
+
+
+def test_drawdown_of_no_ledger_is_none_and_of_a_broken_one_an_error() -> None:
+    assert ledger_drawdown_percentage(None) == 0.0
+    with pytest.raises(ValueError, match="not a number"):
+        ledger_drawdown_percentage(ledger(float("nan")))
+
+
+@pytest.mark.parametrize("key", ["BTC/USD", "BTCUSD", "the pair"])
+def test_price_is_found_under_every_name_of_the_pair(key: str) -> None:
+    class Pair:
+        trade_pair = "BTC/USD"
+        trade_pair_id = "BTCUSD"
+
+        def __str__(self) -> str:
+            return "the pair"
+
+    environment = ValidatorEnvironment()
+    assert environment.price_source(Pair(), {key: 5.0}, 0) == 5.0
+    assert environment.price_source(Pair(), {"ETH/USD": 5.0}, 0) is None
+
+
+def test_what_is_passed_replaces_the_default() -> None:
+    environment = ValidatorEnvironment(
+        price_source=lambda *given: given, drawdown=lambda _: (True, 1.0), clock=lambda: 7
+    )
+    assert environment.price_source("pair", {}, 3) == ("pair", {}, 3)
+    assert environment.drawdown(ledger()) == (True, 1.0)
+    assert environment.now_ms() == 7
+
+
+@pytest.fixture
+def directories(tmp_path: Path) -> MinerDirectories:
+    for name in ("miners/a/positions", "miners/.hidden", "victim/kept"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "miners/file").write_text("")
+    (tmp_path / "miners/link").symlink_to(tmp_path / "victim")
+    (tmp_path / "miners/a/positions/link").symlink_to(tmp_path / "victim")
+    (tmp_path / "miners" / os.fsdecode(b"\xff")).mkdir()  # no UTF-8
+    return MinerDirectories(tmp_path / "miners")
+
+
+def test_miners_are_the_real_directories_that_can_be_hotkeys(directories: MinerDirectories) -> None:
+    assert directories.hotkeys() == ["a"]
+
+
+def test_removal_follows_no_link(directories: MinerDirectories) -> None:
+    assert directories.remove("a")
+    assert not directories.remove("a")
+    assert directories.hotkeys() == []
+    assert (directories.root.parent / "victim/kept").is_dir()
+
+
+@pytest.mark.parametrize(
+    "hotkey", ["link", "file", "..", ".", ".hidden", "../victim", "a/positions", "/etc", "", "a\0", "x" * 256]
+)
+def test_what_is_no_miners_directory_is_not_removed(directories: MinerDirectories, hotkey: str) -> None:
+    before = sorted(path.name for path in directories.root.iterdir())
+    assert not directories.remove(hotkey)
+    assert sorted(path.name for path in directories.root.iterdir()) == before
+    assert (directories.root.parent / "victim/kept").is_dir()
+
+
+def test_root_that_is_not_there_has_no_miners(tmp_path: Path) -> None:
+    absent = MinerDirectories(tmp_path / "nowhere")
+    assert absent.hotkeys() == []
+    assert not absent.remove("a")
