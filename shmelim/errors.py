@@ -27,6 +27,7 @@ __all__ = [
     "SegmentFullError",
     "ShmelimError",
     "SlashNotMadeError",
+    "StateUnavailableError",
     "StoreError",
     "UnknownMethodError",
     "UnsupportedPlatformError",
@@ -112,6 +113,10 @@ class SlashNotMadeError(ShmelimError):
 
     After every other error it stays unknown whether money moved, and the slash is not repeated.
     """
+
+
+class StateUnavailableError(ShmelimError):
+    """The processing of eliminations cannot reach the server, or the server cannot store anything."""
 
 
 class UploadLostError(ShmelimError, ValueError):

@@ -22,8 +22,8 @@ from reference_validator import HOUR, Managed
 
 import shmelim.eliminations
 from shmelim.eliminations.debts import IN_DOUBT
-from shmelim.eliminations.processing import StateUnavailableError
 from shmelim.eliminations.processing.statecalls import StateCalls
+from shmelim.errors import StateUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,8 +10,7 @@ from reference_validator import InjectedError, Managed
 from reference_validator.scoring import NothingMovedError
 
 from shmelim.eliminations.debts import ATTEMPTING, IN_DOUBT, OWED
-from shmelim.eliminations.processing import StateUnavailableError
-from shmelim.errors import NotServingError
+from shmelim.errors import NotServingError, StateUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -5,6 +5,5 @@ elimination owes; ``expiry.py`` its end; ``loop.py`` the loop.
 """
 
 from shmelim.eliminations.processing.processor import EliminationProcessor
-from shmelim.eliminations.processing.statecalls import StateUnavailableError
 
-__all__ = ["EliminationProcessor", "StateUnavailableError"]
+__all__ = ["EliminationProcessor"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -31,16 +30,15 @@ class Alerts:
 
     def __init__(self, collaborators: Collaborators) -> None:
         self._collaborators = collaborators
-        self._lock = threading.Lock()  # held for a few instructions only
-        self._told: dict[tuple[str, str], None] = {}
+        # Each step on it is one operation of the dict: no lock that a forked child could inherit held.
+        self._told: dict[tuple[str, str], object] = {}
 
     def failed(self, kind: str, whom: str, text: str, error: BaseException | None = None) -> None:
         """Report a failure: to the log each time, to Slack the first time since it last went well."""
-        with self._lock:
-            first = (kind, whom) not in self._told
-            self._told[kind, whom] = None
-            if len(self._told) > _MOST:
-                del self._told[next(iter(self._told))]
+        mine = object()
+        first = self._told.setdefault((kind, whom), mine) is mine
+        if len(self._told) > _MOST:
+            self._told.pop(next(iter(list(self._told))), None)
         # The whole trace once: the repetitions say the same.
         _log.error("%s", text, exc_info=error if first else None)
         if first:
@@ -48,14 +46,13 @@ class Alerts:
 
     def succeeded(self, kind: str, whom: str) -> None:
         """Say that it went well, so that the next failure is told again."""
-        with self._lock:
-            self._told.pop((kind, whom), None)
+        self._told.pop((kind, whom), None)
 
     def only(self, kind: str, failed: Collection[str]) -> None:
         """Say that of this kind nothing failed but for these."""
-        with self._lock:
-            for told in [told for told in self._told if told[0] == kind and told[1] not in failed]:
-                del self._told[told]
+        for told in list(self._told):
+            if told[0] == kind and told[1] not in failed:
+                self._told.pop(told, None)
 
     def tell(self, text: str, level: str) -> None:
         """Send a message to Slack; what fails there is logged, since nothing may depend on it."""

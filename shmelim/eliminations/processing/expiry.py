@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmelim.eliminations.debts import SLASH
 from shmelim.eliminations.processing.iteration import OvertakenError
-from shmelim.eliminations.processing.statecalls import StateUnavailableError
+from shmelim.errors import StateUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

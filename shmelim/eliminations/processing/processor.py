@@ -18,8 +18,9 @@ from shmelim.eliminations.processing.loop import run_loop
 from shmelim.eliminations.processing.membership import Membership
 from shmelim.eliminations.processing.roster import Roster
 from shmelim.eliminations.processing.settling import Settling
-from shmelim.eliminations.processing.statecalls import StateCalls, StateUnavailableError
+from shmelim.eliminations.processing.statecalls import StateCalls
 from shmelim.eliminations.record import EliminationReason, generate_row, normalise
+from shmelim.errors import StateUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

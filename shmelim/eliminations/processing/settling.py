@@ -13,7 +13,7 @@ from shmelim.eliminations.debts import IN_DOUBT, LIMIT_ORDERS, OWED, POSITIONS, 
 from shmelim.eliminations.processing.flattening import Flattening
 from shmelim.eliminations.processing.iteration import OvertakenError
 from shmelim.eliminations.processing.slashing import Slashing
-from shmelim.eliminations.processing.statecalls import StateUnavailableError
+from shmelim.errors import StateUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

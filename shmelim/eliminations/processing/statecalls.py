@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from shmelim.errors import MessageTooLargeError, ShmelimError, StoreError
+from shmelim.errors import MessageTooLargeError, StateUnavailableError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["StateCalls", "StateUnavailableError"]
-
-
-class StateUnavailableError(ShmelimError):
-    """The server cannot be reached, or cannot store anything: no failure of any one miner."""
+__all__ = ["StateCalls"]
 
 
 class StateCalls:
