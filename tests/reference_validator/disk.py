@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -16,6 +17,7 @@ class Disk:
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
+        self._writing = threading.Lock()
         self._memory: dict[str, str] = {}
         self._logs: dict[str, list[str]] = {}
         if directory is not None:
@@ -30,13 +32,15 @@ class Disk:
         return default if text is None else json.loads(text)
 
     def write(self, name: str, value: Any) -> None:
-        text = json.dumps(value)
-        if self.directory is None:
-            self._memory[name] = text
-            return
-        new = self._path(name + ".new")
-        new.write_text(text)
-        new.replace(self._path(name))
+        # What is written last is what there was last, also if two threads write the same.
+        with self._writing:
+            text = json.dumps(value)
+            if self.directory is None:
+                self._memory[name] = text
+                return
+            new = self._path(name + ".new")
+            new.write_text(text)
+            new.replace(self._path(name))
 
     def remove(self, name: str) -> None:
         if self.directory is None:
