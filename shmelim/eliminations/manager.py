@@ -317,7 +317,8 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        del state["_processor"]
+        for name in ("_processor", "_table"):  # made anew there
+            state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
