@@ -1,0 +1,308 @@
+"""The run: every contender with every number of records, and the duels; what is not measured is noted with why."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+from bench import machine, worker
+from bench.crew import Crew, Process, WorkerError, place_for
+from bench.peers import LABELS, NAMES, load
+from bench.plan import DUELS_WITH
+from bench.verdicts import verdicts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from bench.peers.base import Peer
+    from bench.plan import Plan
+
+__all__ = ["Run"]
+
+_HEAD_START = 0.05
+_SLACK = 60.0
+
+
+@dataclasses.dataclass
+class Run:
+    """One run and what it found.
+
+    Parameters
+    ----------
+    plan
+        What to measure.
+    names
+        Which contenders.
+    say
+        Told what is being done.
+
+    """
+
+    plan: Plan
+    names: Sequence[str] = NAMES
+    say: Callable[[str], Any] = print
+    cells: list[dict] = dataclasses.field(default_factory=list)
+    duels: list[dict] = dataclasses.field(default_factory=list)
+    scaling: list[dict] = dataclasses.field(default_factory=list)
+    skipped: list[dict] = dataclasses.field(default_factory=list)
+    peers: dict[str, dict] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    _classes: dict[str, type[Peer]] = dataclasses.field(default_factory=dict)
+
+    def run(self) -> dict:
+        """Measure everything, and return what is written to results.json."""
+        began = time.monotonic()
+        about = machine.describe()
+        before = machine.load()
+        self._meet()
+        for size in self.plan.sizes:
+            for name in self.names:
+                if name in self._classes and name != "shmelim-pure":
+                    with self._timed(f"{name}, {size}"):
+                        self._compare(name, size)
+        with self._timed("durable syncs"):
+            self._durable_syncs()
+        results = {
+            "machine": {**about, "load_before": before, "load_after": machine.load()},
+            "plan": dataclasses.asdict(self.plan),
+            "peers": self.peers,
+            "cells": self.cells,
+            "duels": self.duels,
+            "scaling": self.scaling,
+            "skipped": self.skipped,
+            "seconds": {**self.seconds, "all": round(time.monotonic() - began, 1)},
+        }
+        results["verdicts"] = verdicts(results)
+        return results
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[what] = round(time.monotonic() - began, 1)
+
+    def _skip(self, peer: str, why: str, **where: Any) -> None:
+        self.skipped.append({"peer": peer, "why": why, **where})
+        self.say(f"    skipped: {why}")
+
+    def _meet(self) -> None:
+        """Find out who is there."""
+        for name in self.names:
+            about: dict[str, Any] = {"label": LABELS[name]}
+            self.peers[name] = about
+            try:
+                peer = load(name)
+                missing = peer.missing()
+            except ImportError as error:
+                missing = f"not installed: {error.name} (pip install 'shmelim[bench]')"
+            if missing is None:
+                self._classes[name] = peer
+                about |= {"version": peer.version(), "how": peer.how, "limits": peer.limits}
+            else:
+                about["missing"] = missing
+                self.say(f"{LABELS[name]}: missing, {missing}")
+
+    def _compare(self, name: str, size: int) -> None:
+        self.say(f"{LABELS[name]}, {size:,} records")
+        peer = self._classes[name]
+        why = peer.too_much(size)
+        if why is not None:
+            self._skip(name, why, size=size)
+            return
+        with (
+            place_for(size) as place,
+            Crew(name, place, peer.environment) as crew,
+            contextlib.suppress(_Noted),
+            self._noting(name, size=size),
+        ):
+            crew.open(self.plan.fill_seconds)
+            self._measure(crew, name)
+            if name == "shmelim":
+                self._measure_ourselves(crew)
+            if size == min(self.plan.sizes) and not peer.durable and name != "cache":
+                self._sync(crew)
+
+    def _measure(self, crew: Crew, name: str) -> None:
+        """Measure one view of a running host, with ever more readers."""
+        peer, size = self._classes[name], crew.place.size
+        counts = self.plan.reader_counts(size, own_copies=peer.own_copies)
+        # All at once, since they start side by side; those that are not needed yet wait in their pipe.
+        crew.add_readers(max(counts), self.plan.fill_seconds, name=name, environment=peer.environment)
+        for count in self.plan.readers:
+            if count not in counts:
+                why = f"each reader has its own {size:,} records, so {count} take {count} times the memory"
+                self._skip(name, why, size=size, readers=count)
+                continue
+            self._measure_with(crew, name, count, None)
+            with crew.writing(count) as writing:
+                cells = self._measure_with(crew, name, count, writing)
+            for cell in cells:
+                cell["written_per_second"] = writing["per_second"]
+
+    def _measure_with(self, crew: Crew, name: str, count: int, writing: dict | None) -> list[dict]:
+        peer, size = self._classes[name], crew.place.size
+        found = []
+        for operation in self.plan.operations(count):
+            why = peer.too_much(size, operation)
+            if why is not None:
+                if count == 1 and writing is None:
+                    self._skip(name, why, size=size, operation=operation)
+                continue
+            seconds = self.plan.main_seconds if count == 1 else self.plan.crowd_seconds
+            samples = self._together(crew.readers[:count], "sample", operation, seconds)
+            cell = {
+                "peer": name,
+                "size": size,
+                "readers": count,
+                "writer": writing is not None,
+                "operation": operation,
+                **_worst(samples),
+            }
+            found.append(cell)
+        self.cells += found
+        return found
+
+    def _together(self, readers: Sequence[Process], command: str, operation: str, seconds: float) -> list[Any]:
+        """Have readers do the same at the same time."""
+        # Each warms up before it waits for that moment; who is late begins late.
+        begin_at = time.perf_counter() + _HEAD_START * len(readers)
+        for process in readers:
+            process.tell(command, operation, seconds, begin_at)
+        return [process.answer(seconds + _SLACK) for process in readers]
+
+    # ------------------------------------------------------------------ shmelim's own
+
+    def _measure_ourselves(self, crew: Crew) -> None:
+        """While its host runs: two readers against one, the pure path, and the duels."""
+        size = crew.place.size
+        with self._timed(f"scaling, {size}"):
+            self._scale(crew)
+        crew.dismiss_readers()
+        if "shmelim-pure" in self._classes:
+            self.say(f"{LABELS['shmelim-pure']}, {size:,} records")
+            with (
+                self._timed(f"shmelim-pure, {size}"),
+                contextlib.suppress(_Noted),
+                self._noting("shmelim-pure", size=size),
+            ):
+                self._measure(crew, "shmelim-pure")
+            crew.dismiss_readers()
+        if "dict" in self._classes:
+            self.say(f"duels, {size:,} records")
+            with self._timed(f"duels, {size}"), self._noting("shmelim", size=size, operation="duels"):
+                self._fight(crew)
+
+    @contextlib.contextmanager
+    def _noting(self, name: str, **where: Any) -> Iterator[None]:
+        try:
+            yield
+        except WorkerError as error:
+            self._skip(name, str(error), **where)
+            raise _Noted from None
+
+    def _scale(self, crew: Crew) -> None:
+        """Measure the checks of one reader alone and of two together, in turn."""
+        crew.add_readers(2, self.plan.fill_seconds)
+        both = crew.readers[:2]
+        seconds = max(self.plan.crowd_seconds, 0.1)
+        for number in range(self.plan.scaling_rounds):
+            alone = self._together([both[number % 2]], "rate", "hit", seconds)
+            together = self._together(both, "rate", "hit", seconds)
+            self.scaling.append({"size": crew.place.size, "alone": alone[0], "together": sum(together)})
+
+    def _fight(self, crew: Crew) -> None:
+        place, seconds = crew.place, self.plan.duel_seconds
+        with contextlib.ExitStack() as stack:
+            names = [name for name in DUELS_WITH if name in self._classes and not place.large]
+            crews = self._start(stack, names, place.size)
+            others = {other.name: (other.place, other.facts) for other in crews}
+            environment = self._classes["shmelim"].environment
+            process = stack.enter_context(
+                Process("the duels", worker.duellist, place, others, environment=environment)
+            )
+            process.answer(self.plan.fill_seconds)
+            quiet = process.ask("duels", seconds, within=40 * seconds + _SLACK)
+            with crew.writing() as writing:
+                busy = process.ask("brief duels", seconds, within=20 * seconds + _SLACK)
+            self.duels += [{**result, "writer": False} for result in quiet]
+            self.duels += [
+                {**result, "writer": True, "written_per_second": writing["per_second"]} for result in busy
+            ]
+            if place.size == min(self.plan.sizes):
+                self._keep(process.ask("manager", seconds, within=_SLACK))
+                if "base-manager" in others:
+                    self._keep(process.ask("lists", 2 * seconds, within=_SLACK))
+        if place.size == min(self.plan.sizes) and "base-manager" in self._classes:
+            self._fight_with_short_records()
+
+    def _fight_with_short_records(self) -> None:
+        """Compare lists whose reply fits into one TCP segment, and so runs into Nagle's algorithm."""
+        size, environment = min(self.plan.sizes), self._classes["shmelim"].environment
+        with contextlib.ExitStack() as stack:
+            ours, theirs = self._start(stack, ("shmelim", "base-manager"), size, short=True)
+            others = {theirs.name: (theirs.place, theirs.facts)}
+            process = stack.enter_context(
+                Process("the duel of lists", worker.duellist, ours.place, others, environment=environment)
+            )
+            process.answer(self.plan.fill_seconds)
+            self._keep(process.ask("lists", 2 * self.plan.duel_seconds, within=_SLACK))
+
+    def _start(
+        self, stack: contextlib.ExitStack, names: Sequence[str], size: int, *, short: bool = False
+    ) -> list[Crew]:
+        """Start hosts side by side."""
+        crews = []
+        for name in names:
+            place = stack.enter_context(place_for(size, short=short))
+            crews.append(stack.enter_context(Crew(name, place, self._classes[name].environment)))
+            crews[-1].start()
+        for crew in crews:
+            crew.wait(self.plan.fill_seconds)
+        return crews
+
+    def _keep(self, found: list[dict]) -> None:
+        self.duels += [{**result, "writer": False} for result in found]
+
+    # ------------------------------------------------------------------ syncs
+
+    def _durable_syncs(self) -> None:
+        """Measure the syncs of those who can make them durable, on hosts that do."""
+        for name, peer in self._classes.items():
+            if not peer.durable or name == "shmelim-pure":
+                continue
+            self.say(f"{LABELS[name]}, durable sync")
+            with (
+                place_for(min(self.plan.sizes), durable=True) as place,
+                Crew(name, place, peer.environment) as crew,
+                contextlib.suppress(_Noted),
+                self._noting(name, size=place.size, operation="sync"),
+            ):
+                crew.open(self.plan.fill_seconds)
+                self._sync(crew)
+
+    def _sync(self, crew: Crew) -> None:
+        """Measure the replacement of the whole state by a hundred records; there is no other afterwards."""
+        size = crew.place.size
+        sample = crew.host.ask("sync", max(self.plan.main_seconds * 3, 0.2))
+        where = {"peer": crew.name, "size": size, "readers": 0, "writer": False, "operation": "sync"}
+        self.cells.append({**where, **sample})
+
+
+class _Noted(Exception):  # noqa: N818
+    """What went wrong is noted already."""
+
+
+def _worst(samples: Sequence[dict]) -> dict:
+    """Join what several readers found: of each percentile the worst, of the rates the sum."""
+    joined = {}
+    for key in ("p50", "p99", "p999"):
+        values = [sample[key] for sample in samples]
+        joined[key] = None if None in values else max(values)
+    return {
+        **joined,
+        "calls": min(sample["calls"] for sample in samples),
+        "rate": sum(sample["rate"] for sample in samples),
+        "batched": samples[0]["batched"],
+    }
