@@ -45,7 +45,10 @@ def main() -> None:
         def say(what: str) -> None:
             print(f"[{time.monotonic() - began:5.0f} s] {what}", flush=True)
 
-        results = Run(_plan(options), options.only, say).run()
+        try:
+            results = Run(_plan(options), options.only, say).run()
+        except KeyboardInterrupt:
+            sys.exit("interrupted: nothing was written")
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     results = json.loads(path.read_text(encoding="utf-8"))
     (output / "results.md").write_text(document(results), encoding="utf-8")

@@ -6,11 +6,12 @@ import contextlib
 import multiprocessing
 import os
 import tempfile
-from multiprocessing.managers import BaseManager
 from pathlib import Path
 
+from bench.peers.base_manager import RpcManager
+from bench.peers.shmelim_ import serve
 from shmelim import EliminationClient
-from shmelim.eliminations.serve import ServeOptions, run
+from shmelim.eliminations.serve import ServeOptions
 from shmelim.shm import SharedNamespace
 
 
@@ -58,45 +59,6 @@ class ManagerDict(InProcessDict):
         self.manager.shutdown()
 
 
-class RpcTarget:
-    """The server side of the BaseManager pattern: a local dict behind methods."""
-
-    def __init__(self) -> None:
-        self.data: dict[str, dict] = {}
-
-    def check_rpc(self, hotkey):
-        return hotkey in self.data
-
-    def get_rpc(self, hotkey):
-        return self.data.get(hotkey)
-
-    def everything_rpc(self):
-        return list(self.data.values())
-
-    def hotkeys_rpc(self):
-        return set(self.data)
-
-    def add_rpc(self, hotkey, record):
-        self.data[hotkey] = record
-
-    def sync_rpc(self, records):
-        self.data = {record["hotkey"]: record for record in records}
-
-
-_target = RpcTarget()
-
-
-def _get_target():
-    return _target
-
-
-class RpcManager(BaseManager):
-    pass
-
-
-RpcManager.register("target", callable=_get_target)
-
-
 class BaseManagerRpc:
     """One BaseManager server over loopback TCP, as validators run it today. Nothing is durable."""
 
@@ -123,10 +85,6 @@ class BaseManagerRpc:
         self.manager.shutdown()
 
 
-def _serve(options, ready):
-    run(options, lambda _service: ready.set())
-
-
 class Shmelim:
     """This package: reads from shared memory, changes over a Unix socket, each durable before it returns."""
 
@@ -138,7 +96,7 @@ class Shmelim:
         context = multiprocessing.get_context("spawn")
         ready = context.Event()
         options = ServeOptions(f"bench-{os.getpid()}", state_dir=base / "state", runtime_base=base)
-        self.process = context.Process(target=_serve, args=(options, ready))
+        self.process = context.Process(target=serve, args=(options, ready))
         self.process.start()
         if not ready.wait(30):
             raise TimeoutError("the server did not become ready")

@@ -18,12 +18,11 @@ that was just received.
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from bench.measure import duel
+from bench.measure import duel, duel_with_slow
 from bench.operations import BATCH
 from bench.peers import load
 from bench.records import hits, misses, mixed
@@ -45,16 +44,6 @@ def by_bound(check: Callable, hotkeys: list[str]) -> Callable[[], None]:
     def run() -> None:
         for hotkey in hotkeys:
             check(hotkey)
-
-    return run
-
-
-def in_turn(check: Callable, hotkeys: list[str]) -> Callable[[], None]:
-    """Return a pass of one call, each time with the next hotkey."""
-    following = itertools.cycle(hotkeys).__next__
-
-    def run() -> None:
-        check(following())
 
     return run
 
@@ -247,19 +236,15 @@ class Arena:
     def _others(self, seconds: float) -> Iterator[dict]:
         check = self.reader.is_hotkey_eliminated
         for name, other in self.others.items():
-            # One call that waits for another process makes a pass, so that the median is that of calls. Ours makes
-            # many in about that time: the first ones after a system call find cold caches.
-            count, others = (512, 64) if name == "lmdb" else (1024, 1)
             for answer in ("hit", "miss"):
-                keys = self._keys(answer, count)
-                yield self._duel(
-                    by_bound(check, keys),
-                    in_turn(other.check, keys) if others == 1 else by_bound(other.check, keys[:others]),
-                    (count, others),
-                    seconds,
-                    what=f"check, {answer}",
-                    against=name,
-                )
+                keys = self._keys(answer, _WARM)
+                about = {"what": f"check, {answer}", "against": name}
+                ours = by_bound(check, keys)
+                if name == "lmdb":
+                    yield self._duel(ours, by_bound(other.check, keys[:64]), (_WARM, 64), seconds, **about)
+                else:
+                    found = duel_with_slow(ours, _WARM, other.check, keys[:40], seconds)
+                    yield {"size": self.place.size, **about, **found.as_dict()}
 
     def fight_lists(self, seconds: float) -> list[dict]:
         """Compare lists of all records with BaseManager RPC's."""

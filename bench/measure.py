@@ -18,11 +18,14 @@ from bench.stats import enough_for, percentile
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["QUICK", "Duel", "Sample", "duel", "rate", "sample", "timer_cost"]
+__all__ = ["QUICK", "Duel", "Sample", "duel", "duel_with_slow", "rate", "sample", "timer_cost"]
 
 QUICK = 2e-6
 # Few, so that a rare stall spoils few of them: their median then is that of the calls that were not stalled.
 BATCH = 64
+LEAST_ROUNDS = 3
+LONG = 0.5
+WAKING = 8
 _clock = time.perf_counter_ns
 
 
@@ -79,8 +82,8 @@ def sample(call: Callable[[Any], Any], arguments: Sequence[Any], seconds: float,
     began = time.perf_counter()
     call(arguments[0])
     first = time.perf_counter() - began
-    warming = arguments[:8]
-    quick = min(first, _pass(call, warming) / len(warming)) < QUICK
+    warming = arguments[:8] if first < LONG else ()
+    quick = bool(warming) and min(first, _pass(call, warming) / len(warming)) < QUICK
     if quick:
         _pass(call, arguments)
     _wait_until(begin_at)
@@ -210,10 +213,10 @@ def duel(
     for run in (ours, theirs) * 2:
         prepare()
         run()
-    mine: list[int] = []
-    other: list[int] = []
+    mine: list[float] = []
+    other: list[float] = []
     ends = time.perf_counter() + seconds
-    while time.perf_counter() < ends or len(mine) < 3:
+    while time.perf_counter() < ends or len(mine) < LEAST_ROUNDS:
         pairs = ((ours, mine), (theirs, other))
         for run, found in pairs if len(mine) % 2 else pairs[::-1]:
             prepare()
@@ -221,6 +224,48 @@ def duel(
             run()
             found.append(_clock() - began)
     our_calls, their_calls = calls if isinstance(calls, tuple) else (calls, calls)
-    ratios = sorted(a / our_calls / (b / their_calls) for a, b in zip(mine, other, strict=True))
-    a, b = statistics.median(mine) / our_calls / 1e9, statistics.median(other) / their_calls / 1e9
+    return _judge([each / our_calls for each in mine], [each / their_calls for each in other])
+
+
+def duel_with_slow(
+    ours: Callable[[], Any], calls: int, theirs: Callable[[Any], Any], arguments: Sequence[Any], seconds: float
+) -> Duel:
+    """As `duel`, with an operation that waits for another process: its calls are timed one by one.
+
+    A round makes a pass of ours and a call of theirs with each argument. The first few of these do not count: the
+    process that answers may have gone to sleep meanwhile. Of the others the median does, so that a call which had
+    to wait for a processor spoils no round.
+
+    Parameters
+    ----------
+    ours, calls
+        A pass, and how many calls it makes.
+    theirs, arguments
+        What is called, and with what; more than `WAKING` of them.
+    seconds
+        How long in all; at least three rounds are made.
+
+    """
+    mine: list[float] = []
+    other: list[float] = []
+    ends = time.perf_counter() + seconds
+    while time.perf_counter() < ends or len(mine) < LEAST_ROUNDS:
+        singles = []
+        for argument in arguments:
+            began = _clock()
+            theirs(argument)
+            singles.append(_clock() - began)
+        other.append(statistics.median(singles[WAKING:]))
+        # Once untimed: after system calls the first pass finds cold caches.
+        ours()
+        began = _clock()
+        ours()
+        mine.append((_clock() - began) / calls)
+    return _judge(mine, other)
+
+
+def _judge(mine: Sequence[float], other: Sequence[float]) -> Duel:
+    """Compare nanoseconds per call of each round."""
+    ratios = sorted(a / b for a, b in zip(mine, other, strict=True))
+    a, b = statistics.median(mine) / 1e9, statistics.median(other) / 1e9
     return Duel(a, b, a / b, percentile(ratios, 0.25), percentile(ratios, 0.75), len(ratios))

@@ -46,7 +46,7 @@ def figures(raw: dict, folder: str) -> str:
     operations = (*READS, "sync")
     rows = []
     for name in results.names:
-        row = [f"[{results.label(name)}]({folder}/results.md#contenders)"]
+        row = [results.label(name)]
         row += [results.shown(notes, name, _SIZE, operation) for operation in operations]
         rows.append((*row, results.shown(notes, name, _LARGE, "hit")))
     judged = [verdict["met"] for verdict in raw["verdicts"] if verdict["met"] is not None]

@@ -52,13 +52,13 @@ class Results:
     def cell(self, name: str, size: int, operation: str, readers: int = 1, *, writer: bool = False) -> dict | None:
         return self._cells.get((name, size, operation, 0 if operation == "sync" else readers, writer))
 
-    def reason(self, name: str, size: int, operation: str, readers: int = 1) -> str:
+    def reason(self, name: str, size: int, operation: str, readers: int = 1, *, writer: bool = False) -> str:
         """Say why there is no such cell."""
         missing = self.raw["peers"][name].get("missing")
         if missing is not None:
             return missing
         for skip in self.raw["skipped"]:
-            wanted = (("size", size), ("operation", operation), ("readers", readers))
+            wanted = (("size", size), ("operation", operation), ("readers", readers), ("writer", writer))
             if skip["peer"] == name and all(key not in skip or skip[key] == value for key, value in wanted):
                 return _last_line(skip["why"])
         if operation == "sync":
@@ -79,7 +79,7 @@ class Results:
         """Return a figure as text, or a mark with a reason."""
         cell = self.cell(name, size, operation, readers, writer=writer)
         if cell is None:
-            reason = self.reason(name, size, operation, readers)
+            reason = self.reason(name, size, operation, readers, writer=writer)
             return ("missing" if "missing" in self.raw["peers"][name] else "skipped") + notes.mark(reason)
         if cell[figure] is None:
             return "–" + notes.mark("too few calls in the time given to tell this percentile")

@@ -150,6 +150,10 @@ class Run:
                 if count == 1 and writing is None:
                     self._skip(name, why, size=size, operation=operation)
                 continue
+            if writing is not None and operation == "everything" and crew.place.large:
+                why = "takes seconds a call with so many records: measured without a writer only"
+                self._skip(name, why, size=size, operation=operation, writer=True)
+                continue
             seconds = self.plan.main_seconds if count == 1 else self.plan.crowd_seconds
             samples = self._together(crew.readers[:count], "sample", operation, seconds)
             cell = {

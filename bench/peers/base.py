@@ -130,10 +130,8 @@ class Peer:
         raise NotImplementedError
 
     @classmethod
-    def too_much(cls, size: int, operation: str | None = None) -> str | None:
+    def too_much(cls, size: int, operation: str | None = None) -> str | None:  # noqa: ARG003
         """Say why this is not measured with so many records, or None; without an operation: nothing of it."""
-        if operation == "everything" and size >= COMPACT_FROM:
-            return "takes seconds a call with 1,000,000 records; `python -m bench.million` measures it for shmelim"
         return None
 
 

@@ -51,9 +51,3 @@ class Cache(Peer):
     @classmethod
     def version(cls) -> str:
         return BaseManagerRpc.version()
-
-    @classmethod
-    def too_much(cls, size: int, operation: str | None = None) -> str | None:  # noqa: ARG003
-        if size >= 1_000_000:
-            return "fetching 1,000,000 records takes longer than the 5 seconds for which they count as fresh"
-        return None

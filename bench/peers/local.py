@@ -51,7 +51,3 @@ class LocalDict(Peer):
     @classmethod
     def version(cls) -> str:
         return f"CPython {platform.python_version()}"
-
-    @classmethod
-    def too_much(cls, _size: int, _operation: str | None = None) -> str | None:
-        return None

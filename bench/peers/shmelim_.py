@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, ClassVar
 
 from bench.peers.base import Host, Peer, Place, Reader, distribution
+from bench.records import COMPACT_FROM
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
@@ -77,7 +78,7 @@ class ShmelimReader(Reader):
 
 class Native(Peer):
     how = "`EliminationReader`, compiled read path; changes by `EliminationClient` over a Unix socket"
-    limits = "one writer, one host"
+    limits = "one writer, one host; a sync also writes the history of every changed record, and a JSON file"
     durable = True
     environment: ClassVar = {"SHMELIM_PURE": "0"}
     host = ShmelimHost
@@ -99,4 +100,10 @@ class Pure(Native):
 
     @classmethod
     def missing(cls) -> str | None:
+        return None
+
+    @classmethod
+    def too_much(cls, size: int, operation: str | None = None) -> str | None:
+        if operation == "everything" and size >= COMPACT_FROM:
+            return "takes many seconds a call in pure Python; `python -m bench.million` measures a snapshot"
         return None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
 
-from bench.measure import duel, rate, sample, timer_cost
+from bench.measure import duel, duel_with_slow, rate, sample, timer_cost
 from bench.stats import enough_for, percentile
 from bench.units import duration, per_second, times
 
@@ -137,3 +138,17 @@ def test_a_rare_stall_does_not_move_the_median_of_quick_calls():
             time.sleep(0.02)
 
     assert sample(call, [None] * 512, 0.1).p50 < 2e-6
+
+
+def test_a_slow_operation_is_judged_by_its_calls_once_it_is_awake():
+    calls = itertools.count()
+
+    def slow(_):
+        # The first calls of a round take long, as where a server has to wake up; one later call is stalled.
+        time.sleep(0.01 if next(calls) % 20 < 8 or next(stalls) else 0.001)
+
+    stalls = itertools.cycle([0] * 11 + [1])
+    found = duel_with_slow(lambda: time.sleep(0.001), 10, slow, range(20), 0.01)
+    assert found.rounds >= 3
+    assert 0.001 <= found.theirs < 0.005
+    assert found.ratio < 0.5
