@@ -40,7 +40,7 @@ class Results:
     def __init__(self, results: dict) -> None:
         self.raw = results
         self._cells = {_key(cell): cell for cell in results["cells"]}
-        self.sizes = sorted({cell["size"] for cell in results["cells"]})
+        self.sizes = sorted({cell["size"] for cell in results["cells"] if cell["operation"] != "sync"})
 
     @property
     def names(self) -> list[str]:
@@ -50,7 +50,9 @@ class Results:
         return self.raw["peers"][name]["label"]
 
     def cell(self, name: str, size: int, operation: str, readers: int = 1, *, writer: bool = False) -> dict | None:
-        return self._cells.get((name, size, operation, 0 if operation == "sync" else readers, writer))
+        if operation == "sync":
+            size, readers = 0, 0
+        return self._cells.get((name, size, operation, readers, writer))
 
     def reason(self, name: str, size: int, operation: str, readers: int = 1, *, writer: bool = False) -> str:
         """Say why there is no such cell."""
@@ -87,7 +89,9 @@ class Results:
 
 
 def _key(cell: dict) -> tuple:
-    return cell["peer"], cell["size"], cell["operation"], cell["readers"], cell["writer"]
+    # A sync ends with its own number of records, whatever was there.
+    size = 0 if cell["operation"] == "sync" else cell["size"]
+    return cell["peer"], size, cell["operation"], cell["readers"], cell["writer"]
 
 
 def _last_line(text: str) -> str:
