@@ -53,6 +53,9 @@ gather(Collection *all, uint64_t room)
     all->count = 0;
     all->bytes = 0;
     for (uint64_t index = 0; index <= map->mask; index++) {
+        if (index % 4096 == 0 && load(map->version) != all->version) {
+            return CONTRADICTION;
+        }
         uint64_t packed = load(copy->slots + index * SLOT_WORDS + PACKED);
         if (packed == 0) {
             continue;
@@ -70,7 +73,7 @@ gather(Collection *all, uint64_t room)
         all->bytes += collected_size(all, entry);
         arena += ENTRY_HEADER + span.size;
         /* Entries that lie in each other are none; and no more is allocated than the arena could hold. */
-        if (arena > map->arena_size || (index % 4096 == 0 && load(map->version) != all->version)) {
+        if (arena > map->arena_size) {
             return CONTRADICTION;
         }
     }
