@@ -57,9 +57,9 @@ class Plan:
 full = Plan(
     sizes=(256, 10_000, 1_000_000),
     readers=(1, 2, 4),
-    main_seconds=0.25,
-    crowd_seconds=0.12,
-    duel_seconds=0.5,
+    main_seconds=0.3,
+    crowd_seconds=0.15,
+    duel_seconds=0.6,
     scaling_rounds=9,
 )
 

@@ -54,7 +54,10 @@ class ManagerReader(Reader):
 
 class ManagerDict(Peer):
     how = "`multiprocessing.Manager().dict()` over its Unix socket; 256 checks are 256 calls"
-    limits = "a sync is a clear and an update, so readers see it empty between; nothing is durable; pickle"
+    limits = (
+        "a sync is a clear and an update, so readers see it empty between; nothing is durable; ends with its "
+        "server; whoever has the key can run any code there (pickle)"
+    )
     host = ManagerHost
     reader = ManagerReader
 

@@ -78,7 +78,10 @@ class ShmelimReader(Reader):
 
 class Native(Peer):
     how = "`EliminationReader`, compiled read path; changes by `EliminationClient` over a Unix socket"
-    limits = "one writer, one host; a sync also writes the history of every changed record, and a JSON file"
+    limits = (
+        "one writer, one host; every record stands in shared memory twice; changes cost far more than reads, and "
+        "a sync also writes the history of every changed record and a JSON file before it returns"
+    )
     durable = True
     environment: ClassVar = {"SHMELIM_PURE": "0"}
     host = ShmelimHost

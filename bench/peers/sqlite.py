@@ -81,7 +81,7 @@ class SqliteReader(Reader):
 
 class Sqlite(Peer):
     how = "WAL, memory-mapped, prepared statements, msgpack values; `synchronous=NORMAL` but for the sync row"
-    limits = "a read takes locks and system calls, and may have to wait (busy) while the log is checkpointed"
+    limits = "every read takes a file lock and gives it back: system calls; records come in the order of keys"
     host = SqliteHost
     durable = True
     reader = SqliteReader
