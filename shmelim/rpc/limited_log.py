@@ -35,7 +35,7 @@ class LimitedLog:
         # Topic -> [lines that may pass, when that was counted, lines held back]; under the lock. Topics are
         # constants of this package, so that the dictionary stays small.
         self._topics: dict[str, list[float]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant, since a signal handler may log while its thread does
 
     def __call__(self, level: int, topic: str, message: str, *args: object, exc_info: bool = False) -> None:
         """Log `message` unless too many lines of `topic` came before it; say how many were held back."""
@@ -56,4 +56,4 @@ class LimitedLog:
 
     def after_fork_in_child(self) -> None:
         """Re-make the lock, whose holder may not exist in the child."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()

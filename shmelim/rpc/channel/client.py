@@ -242,9 +242,29 @@ class ChannelClient:
         """
         return Proxy(self, timeout=timeout, idempotent=frozenset(idempotent))
 
-    def close(self) -> None:
-        """Close every connection; idempotent. Calls under way in other threads end with an error."""
-        self._pool.close()
+    def retire(self, why: str) -> None:
+        """Take no more calls; those under way are left alone. Idempotent.
+
+        Parameters
+        ----------
+        why
+            The message of the ``ChannelError`` that further calls raise.
+
+        """
+        self._pool.retire(why)
+
+    def close(self, why: str = "the client is closed") -> None:
+        """Close every connection; idempotent. Calls under way in other threads end with an error.
+
+        May be called by a signal handler, whatever its thread was doing.
+
+        Parameters
+        ----------
+        why
+            The message of the ``ChannelError`` that further calls raise, unless a reason was given before.
+
+        """
+        self._pool.close(why)
 
     def __enter__(self) -> Self:
         return self
@@ -276,7 +296,7 @@ class ChannelClient:
                 perhaps_done = True
                 if not idempotent:
                     raise self._unknown_outcome(method, str(error)) from error
-            if error.final or tries >= _TRIES or self._pool.closed:
+            if error.final or tries >= _TRIES or self._pool.refusal is not None:
                 if perhaps_done:
                     raise self._unknown_outcome(method, str(error)) from error
                 kind = CallTimeoutError if error.final else ChannelError

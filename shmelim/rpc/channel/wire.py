@@ -67,7 +67,8 @@ class Wire:
         self._limits = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}  # what the kernel has; 0: no limit
         self._poller: select.poll | None = None
         # Orders shutdown() before close(), so that it never hits a descriptor number that was given away again.
-        self._closing = threading.Lock()
+        # Re-entrant, since a signal handler may shut a wire that its thread is about to close.
+        self._closing = threading.RLock()
 
     def send_bytes(self, data: bytes) -> None:
         """Send one message.
@@ -241,5 +242,5 @@ class Wire:
 
     def abandon(self) -> None:
         """Close a forked child's copy of the descriptor: without the lock and without a word to the peer."""
-        self._closing = threading.Lock()
+        self._closing = threading.RLock()
         self._sock.close()
