@@ -62,7 +62,7 @@ def retire_and_close(pool, _sockets):
 
 
 def interrupted_at(step, function, interrupt):
-    """Call a function, and `interrupt` before the given step of this package's code in it; say if it came to that."""
+    """Call a function, and `interrupt` it before that step of this package's code; say if it came to that."""
     left = step
 
     def trace(frame, event, _argument):
@@ -101,13 +101,12 @@ def test_closed_by_a_signal_handler_at_any_step(sockets, use):
             pool.give_back(pool.open(sockets.make)[0])
             try:
                 came = interrupted_at(len(steps), lambda: use(pool, sockets), lambda: pool.close("the end"))  # noqa: B023
-            except ChannelError as error:
-                assert error.message in {"the end", "for now"}
+            except ChannelError:
                 came = True
             if not came:
                 return
             steps.append(sockets.all_closed())
-            with pytest.raises(ChannelError, match="the end|for now"):
+            with pytest.raises(ChannelError, match=r"the end|for now"):
                 pool.take()
 
     thread = threading.Thread(target=at_every_step, daemon=True)  # one that waits for itself would never come back

@@ -36,9 +36,9 @@ class Pool:
     def __init__(self, *, max_idle: int, patience: float) -> None:
         self._max_idle = max_idle
         self._patience = patience
-        # The lock guards everything below, from other threads. It is re-entrant, since a signal handler that closes
-        # may have interrupted its holder at any point: so whoever has entered a wire looks once more whether it
-        # was closed meanwhile. `_wires` has every connection; `_idle` those that no call uses, the
+        # The lock guards everything below, from other threads. It is re-entrant, since a signal handler that
+        # closes may have interrupted its holder at any point: so whoever has entered a wire looks once more
+        # whether it was closed meanwhile. `_wires` has every connection; `_idle` those that no call uses, the
         # last used one last. Entries of `_wires` are also made inside forks.creating_descriptors, so that a
         # forked child finds every inherited descriptor here.
         self._lock = threading.RLock()
