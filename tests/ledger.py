@@ -153,6 +153,27 @@ class Alerts:
         return [text for found, text in self.messages if found == level]
 
 
+class FileAlerts:
+    """A notifier whose messages can be read in every process."""
+
+    def __init__(self, directory):
+        self.path = directory / "alerts"
+
+    def send_message(self, text, level="info"):
+        with self.path.open("a") as file:
+            file.write(f"{level}: {text}\n")
+
+    def flush(self, timeout=None):
+        with self.path.open("a") as file:
+            file.write("flushed\n")
+
+    def levels(self):
+        return [line.split(":")[0] for line in self.lines()]
+
+    def lines(self):
+        return self.path.read_text().splitlines() if self.path.exists() else []
+
+
 class Clock:
     """Milliseconds that pass when they are told to."""
 

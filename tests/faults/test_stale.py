@@ -355,11 +355,11 @@ def test_a_server_whose_owner_lives_is_not_stale(make, tmp_path):
 
 
 def test_two_services_at_one_address_are_told_apart(make, tmp_path):
-    """The later one takes the port of the earlier one; each calls its own server, or none."""
+    """The later one takes the port of the earlier one, which knows that and says so."""
     first = make(("127.0.0.1", 0), connect_wait=0.0)
     first_pid = first.server_pid
     second = make(first.address)
     until(lambda: not is_alive(first_pid))
     assert second.pid() == second.server_pid
-    with pytest.raises(ChannelError, match="holds another key"):
+    with pytest.raises(ChannelError, match="a later LedgerServer of this process has taken"):
         first.pid()

@@ -1,6 +1,7 @@
 """The health check daemon, as a thread and as processes: it checks, has the owner restart, survives, and ends."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ledger import PATIENCE, Alerts, Ledger, is_alive, until
+from ledger import PATIENCE, Alerts, FileAlerts, Ledger, is_alive, until
 
 from shmelim.rpc import HealthCheckDaemon
+from shmelim.rpc.service import log_streams
 
 TESTS = str(Path(__file__).parents[1])
 KINDS = {
@@ -23,27 +25,6 @@ KINDS = {
     "forked process": ("process", "fork"),
     "spawned process": ("process", "spawn"),
 }
-
-
-class FileAlerts:
-    """A notifier whose messages can be read in every process."""
-
-    def __init__(self, directory):
-        self.path = directory / "alerts"
-
-    def send_message(self, text, level="info"):
-        with self.path.open("a") as file:
-            file.write(f"{level}: {text}\n")
-
-    def flush(self, timeout=None):
-        with self.path.open("a") as file:
-            file.write("flushed\n")
-
-    def levels(self):
-        return [line.split(":")[0] for line in self.lines()]
-
-    def lines(self):
-        return self.path.read_text().splitlines() if self.path.exists() else []
 
 
 @pytest.fixture
@@ -84,6 +65,22 @@ def test_a_killed_server_comes_back_and_is_told_of_once(begin, service, alerts, 
         until(lambda: alerts.levels().count("success") == round_number, "the recovery")  # noqa: B023
         assert service.pid() == service.server_pid != before
     assert [level for level in alerts.levels() if level != "flushed"] == ["error", "warning", "success"] * 3
+
+
+def test_no_log_handler_is_at_work_when_the_process_is_forked(service, monkeypatch):
+    resting = []
+
+    @contextlib.contextmanager
+    def at_rest():
+        resting.append("begun")
+        yield
+        resting.append("ended")
+
+    monkeypatch.setattr(log_streams, "at_rest", at_rest)
+    with HealthCheckDaemon(service, 3600).start("thread"):
+        assert resting == []
+    with HealthCheckDaemon(service, 3600, start_method="fork").start("process"):
+        assert resting == ["begun", "ended"]
 
 
 def titles():
@@ -160,6 +157,7 @@ class Counted:
 
 
 def test_it_survives_every_exception_and_says_so(caplog):
+    caplog.set_level(logging.DEBUG, "shmelim.service")
     service, alerts = Counted([RuntimeError("broken"), False, OSError("too"), True]), Alerts()
     with HealthCheckDaemon(service, 0.001, alerts).start():
         until(lambda: len(service.times) > 5)

@@ -16,7 +16,7 @@ import time
 import weakref
 
 import pytest
-from ledger import PATIENCE, Clock, until
+from ledger import PATIENCE, Clock, Ledger, until
 
 from shmelim.rpc import SlackNotifier
 from shmelim.rpc.alerts.repeats import Repeats
@@ -427,3 +427,24 @@ def test_it_leaves_nothing_behind(slack, make):
     del notifier
     gc.collect()
     assert gone() is None
+
+
+def test_no_outage_of_a_service_is_held_back_as_a_repetition(slack, make, tmp_path):
+    """Two quick ones, and a third of the object that comes after."""
+    notifier = make()
+    for outages in (2, 1):
+        with Ledger(
+            tmp_path,
+            enable_health_check=True,
+            health_check_interval_s=0,
+            max_consecutive_failures=1,
+            slack_notifier=notifier,
+        ) as service:
+            for _ in range(outages):
+                service._server_process.kill()
+                service._server_process.join()
+                assert service.health_check() is False
+                assert service.health_check() is True
+    assert notifier.flush(PATIENCE)
+    assert notifier.stats()["held_back"] == 0
+    assert [text.split()[0] for text in slack.accepted] == ["❌", "⚠️", "✅"] * 3

@@ -6,7 +6,10 @@ import threading
 import pytest
 from ledger import PATIENCE
 
+from shmelim.errors import NotServingError, UnknownMethodError
+from shmelim.rpc.service import outages
 from shmelim.rpc.service.monitor import HealthMonitor, HealthPolicy, tell
+from shmelim.rpc.service.outages import Outages
 
 OK = {"status": "ok"}
 
@@ -22,7 +25,9 @@ class Subject:
         self.healed_by_restart = True
         self.told = []
         self.now = 0.0
-        self.monitor = HealthMonitor("Svc", self.probe, self.restart, self.notify)
+        self.ended = False
+        report = Outages("Svc", self.notify).report
+        self.monitor = HealthMonitor("Svc", self.probe, self.restart, report, lambda: self.ended)
 
     def probe(self):
         self.probes += 1
@@ -49,7 +54,8 @@ class Subject:
 
 
 @pytest.fixture
-def subject():
+def subject(monkeypatch):
+    monkeypatch.setattr(outages, "_numbers", {})
     return Subject()
 
 
@@ -98,7 +104,7 @@ def test_between_checks_the_last_result_holds(subject):
 def test_rpc_errors_and_status_errors_are_told_apart(subject, answer, expected):
     subject.answer = answer
     assert not subject.check()
-    assert subject.told == [("error", f"Svc: health check failed: {expected}")]
+    assert subject.told == [("error", f"Svc: outage 1: health check failed: {expected}")]
 
 
 def test_both_kinds_count_and_restart_at_the_threshold(subject):
@@ -257,7 +263,7 @@ def test_alerts_go_out_after_the_restart_and_without_a_lock(subject):
         assert subject.monitor._turn.acquire(blocking=False)
         subject.monitor._turn.release()
 
-    subject.monitor._notify = notify
+    subject.monitor._report = Outages("Svc", notify).report
     subject.answer = OSError("x")
     subject.check(limit=1)
     assert order == ["error", "warning", "success"]
@@ -289,3 +295,44 @@ def test_a_failing_notifier_is_logged_and_nothing_else(caplog):
     tell(Broken(), "the alert", "error")
     assert "the alert" in caplog.text
     tell(None, "nobody listens", "error")
+
+
+def test_an_error_of_ours_is_logged_without_its_traceback(subject, caplog):
+    subject.answer = subject.restart_error = NotServingError("nobody serves")
+    with caplog.at_level(logging.WARNING, logger="shmelim.service"):
+        subject.check(limit=1)
+    assert [record.exc_info for record in caplog.records] == [None, None]
+    assert "restart failed, the next check tries again: nobody serves" in caplog.text
+
+
+def test_a_server_that_cannot_be_checked_is_told_of_once_and_left_alone(subject):
+    subject.answer = UnknownMethodError("Svc has no remote method 'health_check_rpc'")
+    for _ in range(5):
+        assert subject.check(limit=1)
+    assert subject.told == [
+        ("warning", "Svc: health cannot be checked: Svc has no remote method 'health_check_rpc'")
+    ]
+    assert not subject.restarts
+    subject.answer = OSError("x")  # that it cannot be reached is another matter
+    assert not subject.check(limit=1)
+    assert len(subject.restarts) == 1
+
+
+def test_what_fails_after_the_end_is_no_failure(subject):
+    subject.ended = True
+    subject.answer = OSError("x")
+    for _ in range(5):
+        assert not subject.check(limit=1)
+    assert subject.told == []
+    assert subject.restarts == []
+
+
+def test_an_end_while_it_restarts_is_no_failure_either(subject):
+    def restart(_failed_at):
+        subject.ended = True
+        raise NotServingError("too late")
+
+    subject.answer = OSError("x")
+    subject.monitor._restart = restart
+    assert not subject.check(limit=1)
+    assert [level for level, _ in subject.told] == ["error"]  # which the service keeps to itself by now

@@ -20,6 +20,7 @@ from shmelim.rpc.channel.codec import UncarriedValueError
 from shmelim.rpc.service import log_streams, titles
 from shmelim.rpc.service.ending import Ending, Owner
 from shmelim.rpc.service.launch import ServerOptions, ServerProcess
+from shmelim.rpc.service.outages import Finding
 from shmelim.rpc.service.restarts import RestartDesk
 
 fork = multiprocessing.get_context("fork")
@@ -69,6 +70,27 @@ def test_a_handler_that_hangs_does_not_hold_up_a_fork(handler, monkeypatch):
     go_on.set()
     thread.join(PATIENCE)
     assert in_time == [True]
+
+
+def test_whoever_forks_waits_for_the_logging_module_first(handler, monkeypatch):
+    """A fork waits for that lock, whose holder may wait for a handler's: then no handler may be held."""
+    monkeypatch.setattr(log_streams, "_PATIENCE", 0.001)
+    held, go_on = threading.Event(), threading.Event()
+
+    def configure():
+        with logging._lock:
+            held.set()
+            go_on.wait(PATIENCE)
+
+    thread = threading.Thread(target=configure)
+    thread.start()
+    assert held.wait(PATIENCE)
+    with log_streams.at_rest():
+        assert in_thread(lambda: handler.lock.acquire(blocking=False) and not handler.lock.release())
+    go_on.set()
+    thread.join(PATIENCE)
+    with log_streams.at_rest():
+        assert not in_thread(lambda: logging._lock.acquire(blocking=False))
 
 
 # ------------------------------------------------------------------ titles
@@ -168,6 +190,15 @@ def test_a_process_that_closes_the_pipe_and_lives_is_waited_for():
     assert not process.is_alive()
 
 
+def test_a_process_that_is_not_wanted_any_more_is_not_waited_for():
+    report = ServerReady(ServerOptions("Svc"), lambda: "Svc was shut down")
+    process = run(time.sleep, PATIENCE)
+    with pytest.raises(ChannelError, match="Svc was shut down"):
+        report.outcome(process, PATIENCE)
+    process.kill()
+    process.join()
+
+
 # ------------------------------------------------------------------ endings
 
 
@@ -242,21 +273,26 @@ def test_an_owner_that_is_gone_cannot_be_asked():
 
 
 def test_requests_are_served_in_turn_and_survive_failures(caplog):
-    served = []
+    served, found = [], []
 
     def restart(failed_at):
         served.append(failed_at)
         raise RuntimeError("not this time")
 
     desk = RestartDesk()
-    desk.open("Svc", restart)
+    desk.open("Svc", restart, found.append)
     process = run(desk.ask, 1.5)
     process.join()
     desk.ask(2.5)
-    until(lambda: served == [1.5, 2.5])
+    finding = Finding("failed", 1.0, 2.0, 3, "\ud800" + "x" * 5000)
+    desk.report(finding)
+    until(lambda: served == [1.5, 2.5] and found)
+    assert found[0][:4] == finding[:4]
+    assert set(found[0].detail) == {"?", "x"}
     desk.close()
     desk.close()
-    assert "that another process asked for failed" in caplog.text
+    desk.join(PATIENCE)
+    assert "a request of another process failed: not this time" in caplog.text
     assert not any(thread.name == "Svc-restarts" for thread in threading.enumerate())
 
 
@@ -265,6 +301,50 @@ def test_waiting_for_a_restart_has_an_end():
     with pytest.raises(CallTimeoutError, match="did not in"):
         desk.ask_and_wait(0.0, lambda: False, 0.01)
     desk.ask_and_wait(0.0, lambda: True, 0.0)
+
+
+def test_a_copy_knows_how_the_owner_is():
+    """Here and there stand for owner and copy: a fork leaves the copy without the owner's ends."""
+    for end, states in (("close", (True, False)), ("after_fork_in_child", (False, True))):
+        desk = RestartDesk()
+        here, there = fork.Pipe()
+
+        def copy(desk=desk, here=here, there=there):
+            desk.after_fork_in_child()
+            there.send((desk.has_ended(), desk.is_abandoned()))
+            there.recv()
+            there.send((desk.has_ended(), desk.is_abandoned()))
+
+        process = run(copy)
+        assert here.recv() == (False, False)
+        getattr(desk, end)()
+        here.send("look")
+        assert here.recv() == states
+        process.join()
+
+
+def test_waiting_for_a_restart_ends_with_the_owner():
+    desk = RestartDesk()
+    looks = []
+
+    def is_well():
+        looks.append(1)
+        desk.close()
+        return False
+
+    with pytest.raises(ChannelError, match="has ended"):
+        desk.ask_and_wait(0.0, is_well, PATIENCE)
+    assert looks == [1]
+
+
+def test_a_desk_with_a_full_pipe_can_be_closed():
+    desk = RestartDesk()
+    with pytest.raises(ChannelError):
+        collections.deque(map(desk.ask, itertools.repeat(0.0)), maxlen=0)
+    desk.close()
+    desk.open("Svc", int, int)
+    desk.join(PATIENCE)
+    assert not any(thread.name == "Svc-restarts" for thread in threading.enumerate())
 
 
 # ------------------------------------------------------------------ settings and pickle

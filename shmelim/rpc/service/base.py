@@ -29,14 +29,16 @@ import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Self
 
-from shmelim.errors import ChannelError
+from shmelim.errors import ChannelError, UnknownMethodError
 from shmelim.rpc import forks
 from shmelim.rpc.channel.address import describe
 from shmelim.rpc.service import log_streams
+from shmelim.rpc.service.absent import Absent
 from shmelim.rpc.service.client import ServiceClient
 from shmelim.rpc.service.key import ServiceKey
 from shmelim.rpc.service.lifetimes import end_at_exit, weakly
 from shmelim.rpc.service.monitor import HealthMonitor, HealthPolicy, tell
+from shmelim.rpc.service.outages import Outages
 from shmelim.rpc.service.restarts import RestartDesk
 from shmelim.rpc.service.serving import run_server, serve_rpc
 from shmelim.rpc.service.settings import ServiceSettings, service_location
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from shmelim.rpc.channel.address import Address, Location
     from shmelim.rpc.service.launch import ServerReady
     from shmelim.rpc.service.monitor import Notifier
+    from shmelim.rpc.service.outages import Finding
 
 __all__ = ["RPCServiceBase"]
 
@@ -62,6 +65,9 @@ class RPCServiceBase(ABC):
     A copy of the service in another process, forked or given to a process that is being started, is a client:
     its calls go over connections of its own, and it never ends or starts anything. In direct mode the server
     is an object of this process, without process, address or key.
+
+    Of two objects of one process that are the same service (of equal name and key path) at one address, the later
+    one takes it, and the earlier one ends as if it had been shut down. Objects of different services are refused.
 
     Thread-safe. Every call has a deadline, and ends as :class:`~shmelim.rpc.channel.client.ChannelClient` says.
 
@@ -82,7 +88,9 @@ class RPCServiceBase(ABC):
     enable_auto_restart
         Whether they do; otherwise they are only told.
     slack_notifier
-        Who is told: anything with ``send_message(text, level=...)``.
+        Who is told: anything with ``send_message(text, level=...)``. The owner's is told what any process finds.
+        That of a copy is told what the copy finds after the owner's death, or if the owner had none when the copy
+        was made.
     address
         Path of a Unix socket, or ``(host, port)``, instead of `port`.
     key_path
@@ -110,6 +118,8 @@ class RPCServiceBase(ABC):
     # On the class as well, for mocks made after it, and for objects that are forgotten before they are made.
     _server_proxy: Any = None
     _closed = True
+    _why_ended = "it was shut down"
+    _owner_tells = True  # in a copy: whether the owner had a notifier
 
     def __init__(
         self,
@@ -134,11 +144,11 @@ class RPCServiceBase(ABC):
         self.max_consecutive_failures = max_consecutive_failures
         self.enable_auto_restart = enable_auto_restart
         self.slack_notifier = slack_notifier
-        self._location = None if running_unit_tests and address is None else service_location(port, address)
+        self._location = None if running_unit_tests else service_location(port, address)
         self._service_key = ServiceKey(key_path)
-        self._settings = ServiceSettings(**settings)
+        self._settings = ServiceSettings.checked(type(self).__name__, settings)
         # Written by _initialize_service(), by shutdown(), and by a forked child, which is alone.
-        self._server_proxy = None
+        self._server_proxy = self._not_yet()
         self._supervisor: Supervisor | None = None  # in the owner only
         self._desk: RestartDesk | None = None
         self._client: ServiceClient | None = None
@@ -147,10 +157,16 @@ class RPCServiceBase(ABC):
 
     def _begin_here(self) -> None:
         """Make what each process has of its own."""
-        self._closing = threading.Lock()  # guards `_closed`
+        # Guards `_closed`. Re-entrant, since a signal handler may shut down what its thread is shutting down.
+        self._closing = threading.RLock()
         self._closed = False
+        self._outages = Outages(self.service_name, weakly(self._tell))
         self._monitor = HealthMonitor(
-            self.service_name, weakly(self._probe), weakly(self._restart_after), weakly(self._tell)
+            self.service_name,
+            weakly(self._probe),
+            weakly(self._restart_after),
+            weakly(self._report),
+            weakly(self._is_over),
         )
         forks.register(self)
         end_at_exit(self)
@@ -159,7 +175,11 @@ class RPCServiceBase(ABC):
 
     @abstractmethod
     def _create_direct_server(self) -> Any:
-        """Return the server object for direct mode."""
+        """Return the server object for direct mode.
+
+        Its methods are called as they are: values do not pass through the codec. So a tuple stays a tuple, an
+        object arrives that no server process would get, and what a method returns may be its own state.
+        """
 
     @abstractmethod
     def _start_server_process(self, address: Location, authkey: bytes, server_ready: ServerReady) -> BaseProcess:
@@ -189,7 +209,8 @@ class RPCServiceBase(ABC):
         Raises
         ------
         ChannelError
-            Another process is at the address.
+            Another process, or another service of this one, is at the address; or this process may have no
+            children.
         TimeoutError
             The server was not ready in time.
         NotServingError
@@ -198,26 +219,33 @@ class RPCServiceBase(ABC):
             Whatever kept the server from being made.
 
         """
-        if self._server_proxy is not None or self._closed:
+        if not isinstance(self._server_proxy, Absent) or self._closed:
             raise RuntimeError(f"{self.service_name} was initialized or shut down before")
         if self.running_unit_tests:
             self._server_proxy = self._create_direct_server()
             return
         assert self._location is not None
-        supervisor = Supervisor(self._location, self._service_key, self.service_name, self._settings)
+        supervisor = Supervisor(
+            self._location, self._service_key, self.service_name, self._settings, weakly(self._end)
+        )
         self._supervisor = supervisor
         try:
             self._location = supervisor.start(self._start_server_process)
             if not isinstance(self._location, str):
                 self.port = self._location[1]
             self._client = ServiceClient(self._location, self._service_key, self._settings)
+            self._check_not_ended()  # by a signal handler, meanwhile
             self._client.reach(self.service_name)
-            self._server_proxy = self._client.proxy
-            if self.enable_health_check:
+            # Also without health checks: they can be enabled at any time, in any copy.
+            with forks.creating_descriptors:
                 self._desk = RestartDesk()
-                self._desk.open(self.service_name, weakly(self._restart))
+            self._desk.open(self.service_name, weakly(self._restart), weakly(self._report))
+            self._server_proxy = self._client.proxy
+            self._check_not_ended()
         except BaseException:
             self.shutdown()
+            if self._desk is not None:
+                self._desk.close()
             raise
 
     def _spawn_server(
@@ -236,6 +264,12 @@ class RPCServiceBase(ABC):
         picklable. If the object has a method ``close``, that is called at the process' end. `on_listening` is
         called in that process, with the object and its address, before clients are told that it is ready.
         """
+        this = multiprocessing.current_process()
+        if this.daemon:
+            raise ChannelError(
+                f"{self.service_name} cannot be served: the daemonic process {this.name!r} may have no children",
+                hint="make that process with daemon=False, or give it a copy of a service that is made elsewhere",
+            )
         context = multiprocessing.get_context(self._settings.start_method)
         process: BaseProcess = context.Process(  # type: ignore[attr-defined]  # each context has one
             target=run_server,
@@ -274,28 +308,57 @@ class RPCServiceBase(ABC):
         Raises
         ------
         ChannelError
-            This process is not the owner, or the service was shut down; or as for :meth:`_initialize_service`.
+            There is no server process; this process is not the owner; or the service was shut down; or as for
+            :meth:`_initialize_service`.
 
         """
         self._restart(None)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was shut down, here or by its owner, or a later object has taken its address."""
+        return self._closed or (self._desk is not None and not self._is_owner and self._desk.has_ended())
+
     def shutdown(self) -> None:
-        """End the server, if this process is its owner, and close this process' connections. Idempotent."""
+        """End the server, if this process is its owner, and close this process' connections. Idempotent.
+
+        Calls of this process that are under way get their answers, as far as the server gives them within half of
+        `stop_timeout`; others end with an error. Copies in other processes see an end, and no failure. May be
+        called by a signal handler, whatever its thread was doing.
+        """
+        self._end(f"{self.service_name} was shut down")
+
+    def _end(self, why: str) -> None:
+        """Shut down, and let whoever still wants something know why."""
         with self._closing:
             if self._closed:
                 return
-            self._closed = True
+            self._closed, self._why_ended = True, why
+        desk = self._desk if self._is_owner else None
+        if desk is not None:
+            desk.close()  # first, so that no copy takes what follows for a failure
         if self._client is not None:
-            self._client.close()
-        if self._supervisor is not None:
-            self._supervisor.close()
-        if self._desk is not None and self._is_owner:
-            self._desk.close()
-        if self.running_unit_tests:
-            server, self._server_proxy = self._server_proxy, None
+            self._client.retire(why)
+        try:
+            if self._supervisor is not None:
+                self._supervisor.close(why)
+        finally:
+            if self._client is not None:
+                self._client.close(why)
+            server, self._server_proxy = self._server_proxy, Absent(why)
+        if desk is not None:
+            desk.join(_DESK_JOIN)
+        if self.running_unit_tests and not isinstance(server, Absent):
             close = getattr(server, "close", None)
             if self._is_owner and callable(close):
                 close()
+
+    def _check_not_ended(self) -> None:
+        if self._closed:
+            raise ChannelError(self._why_ended)
+
+    def _not_yet(self) -> Absent:
+        return Absent(f"{self.service_name} has no server yet", hint="call _initialize_service() first")
 
     @property
     def _is_owner(self) -> bool:
@@ -322,6 +385,7 @@ class RPCServiceBase(ABC):
     def after_fork_in_child(self) -> None:
         """Become a client. Called by :mod:`shmelim.rpc.forks`."""
         if self._supervisor is not None:
+            self._owner_tells = self.slack_notifier is not None
             self._supervisor.disown()
             self._supervisor = None
         if self._desk is not None:
@@ -334,14 +398,16 @@ class RPCServiceBase(ABC):
         multiprocessing.context.assert_spawning(self)
         if self.running_unit_tests:
             raise TypeError(f"{self.service_name} is in direct mode: its server lives in this process only")
-        return {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_PROCESS}
+        state = {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_PROCESS}
+        if self._supervisor is not None:
+            state["_owner_tells"] = self.slack_notifier is not None
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(dict.fromkeys(_OF_ONE_PROCESS), **state)
         self._owner_pid = 0  # nobody's
         self._begin_here()
-        if self._client is not None:
-            self._server_proxy = self._client.proxy
+        self._server_proxy = self._not_yet() if self._client is None else self._client.proxy
 
     # ------------------------------------------------------------------ health
 
@@ -360,12 +426,13 @@ class RPCServiceBase(ABC):
         bool
             Whether the check found the server healthy: it answered ``health_check_rpc`` with the status "ok".
             False also if it was restarted since. What the last check found, if it is not time yet. True while
-            health checks are not enabled.
+            health checks are not enabled, and if the server has no ``health_check_rpc``, which is told once.
+            False, without a check, once the service :attr:`has_ended`, and before it has a server.
 
         """
         if not self.enable_health_check:
             return True
-        if self._closed or self._server_proxy is None:
+        if self.has_ended or isinstance(self._server_proxy, Absent):
             return False
         restarts = self.enable_auto_restart and not self.running_unit_tests
         policy = HealthPolicy(self.health_check_interval_s * 1000, self.max_consecutive_failures, restarts)
@@ -375,15 +442,40 @@ class RPCServiceBase(ABC):
 
     def _probe(self) -> Any:
         if self.running_unit_tests:
-            return self._server_proxy.health_check_rpc()
+            check = getattr(self._server_proxy, "health_check_rpc", None)
+            if not callable(check):
+                raise UnknownMethodError(f"{self.service_name} has no remote method 'health_check_rpc'")
+            return check()
         assert self._client is not None
         return self._client.health()
+
+    def _is_over(self) -> bool:
+        return self.has_ended
+
+    def _report(self, finding: Finding) -> None:
+        """Have a finding told, by the owner if there is one."""
+        if self.has_ended:
+            return
+        if self._supervisor is not None:
+            self._outages.report(finding, self._supervisor.restarted_at)
+            return
+        if self._desk is not None and (self._owner_tells or self.slack_notifier is None):
+            try:
+                self._desk.report(finding)
+            except ChannelError:
+                pass  # it is gone
+            else:
+                return
+        self._outages.report(finding)
 
     def _tell(self, text: str, level: str) -> None:
         tell(self.slack_notifier, text, level)
 
     def _restart(self, failed_at: float | None) -> None:
         """Restart the server, unless that was done since `failed_at`; in the owner."""
+        self._check_not_ended()
+        if self.running_unit_tests:
+            raise ChannelError(f"{self.service_name} is in direct mode: it has no server process to restart")
         if self._supervisor is None or self._client is None:
             raise ChannelError(f"{self.service_name} can only be restarted by the process that made it")
         if self._supervisor.restart(self._start_server_process, failed_at):
@@ -399,5 +491,7 @@ class RPCServiceBase(ABC):
             self._desk.ask_and_wait(failed_at, self._monitor.is_well, patience)
 
 
+_DESK_JOIN = 1.0  # seconds; its thread may be at a notifier, or in this very shutdown
+
 # Attributes of the base that mean nothing in another process.
-_OF_ONE_PROCESS = frozenset({"_server_proxy", "_supervisor", "_closing", "_closed", "_monitor"})
+_OF_ONE_PROCESS = frozenset({"_server_proxy", "_supervisor", "_closing", "_closed", "_monitor", "_outages"})

@@ -102,8 +102,14 @@ class ServiceClient:
         """Return what the server says of itself; raises as :meth:`ChannelClient.call`."""
         return self._checks.call("health_check_rpc", idempotent=True)
 
-    def close(self) -> None:
+    def retire(self, why: str) -> None:
+        """Take no more calls, and say why; those under way are left alone. Idempotent."""
+        self._closed = True
+        self._calls.retire(why)
+        self._checks.retire(why)
+
+    def close(self, why: str) -> None:
         """Close every connection; idempotent. Calls under way end with an error."""
         self._closed = True
-        self._calls.close()
-        self._checks.close()
+        self._calls.close(why)
+        self._checks.close(why)

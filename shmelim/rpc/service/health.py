@@ -20,6 +20,7 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from shmelim.rpc import forks
+from shmelim.rpc.service import log_streams
 from shmelim.rpc.service.ending import Owner
 from shmelim.rpc.service.monitor import tell
 from shmelim.rpc.service.titles import checker_title, set_title
@@ -51,7 +52,7 @@ class Checked(Protocol):
 
 
 class HealthCheckDaemon:
-    """Checks a service's health until it is stopped, or the process that made the daemon ends.
+    """Checks a service's health until it is stopped, the service is shut down, or the daemon's maker ends.
 
     Survives every exception of a check: it is logged, told to the notifier, and the next check comes in time.
 
@@ -136,11 +137,15 @@ class HealthCheckDaemon:
             self._runner = process
         else:
             raise ValueError(f"kind is 'thread' or 'process', not {kind!r}")
-        self._runner.start()
+        with log_streams.at_rest() if kind == "process" else contextlib.nullcontext():
+            self._runner.start()
         return self
 
     def run(self) -> None:
-        """Check until stopped; what a checking process runs. Returns when the process that made this ends."""
+        """Check until stopped; what a checking process runs.
+
+        Returns also when the service was shut down, and when the process that made this ends.
+        """
         elsewhere = self._maker.pid != os.getpid()
         if elsewhere:
             set_title(checker_title(self.service.service_name))
@@ -201,6 +206,8 @@ class HealthCheckDaemon:
                 now = time.monotonic()
                 # Whole milliseconds, rounded up: two checks are never less than the interval apart by these.
                 self._check(began_ms + math.ceil((now - began) * 1000))
+                if getattr(self.service, "has_ended", False):
+                    return
                 due = now + self.interval_s
         finally:
             if watched is not None:
@@ -223,7 +230,7 @@ class HealthCheckDaemon:
         name = self.service.service_name
         try:
             if not self.service.health_check(now_ms):
-                _logger.warning("%s: not healthy", name)
+                _logger.debug("%s: not healthy", name)  # the service has said it, if it is news
         except Exception as error:
             _logger.exception("%s: the health check daemon failed, and goes on", name)
             text = f"{name}: health check daemon error: {type(error).__name__}: {error}"

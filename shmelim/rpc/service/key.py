@@ -30,6 +30,11 @@ class ServiceKey:
         self._path = None if path is None else os.path.abspath(path)  # noqa: PTH100  # links are for load_key to judge
         self._key = secrets.token_bytes(KEY_SIZE) if path is None else b""
 
+    @property
+    def path(self) -> str | None:
+        """The key file; None: there is none."""
+        return self._path
+
     def for_server(self) -> bytes:
         """Return the key for a server, making the file if there is none; ``KeyFileError`` if it cannot be had."""
         return self._key if self._path is None else load_or_create_key(self._path)

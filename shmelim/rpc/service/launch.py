@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
-from shmelim.errors import CallTimeoutError, NotServingError, ProtocolError
+from shmelim.errors import CallTimeoutError, ChannelError, NotServingError, ProtocolError
 from shmelim.rpc.channel.address import normalize
 from shmelim.rpc.channel.codec import MSGPACK
 from shmelim.rpc.channel.failures import pack_failure, unpack_failure
 from shmelim.rpc.channel.protocol import DEFAULT_MAX_MESSAGE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from multiprocessing.process import BaseProcess
 
     from shmelim.rpc.channel.address import Address, Location
@@ -75,11 +76,14 @@ class ServerReady:
     ----------
     options
         What the server process must know.
+    refusal
+        Says why its owner does not want it any more, None while it does; asked while it is waited for.
 
     """
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerOptions, refusal: Callable[[], str | None] = lambda: None) -> None:
         self.options = options
+        self._refusal: Callable[[], str | None] | None = refusal
         # One report goes through this pipe. The owner reads it in one thread.
         self._reading: Connection | None
         self._writing: Connection | None
@@ -90,7 +94,7 @@ class ServerReady:
 
     def __getstate__(self) -> dict[str, Any]:
         multiprocessing.context.assert_spawning(self)
-        return {"options": self.options, "_reading": None, "_writing": self._writing}
+        return {"options": self.options, "_refusal": None, "_reading": None, "_writing": self._writing}
 
     def set(self, address: Address | None = None) -> None:
         """Say that clients can connect; in the server process.
@@ -129,6 +133,8 @@ class ServerReady:
             It was not within `timeout` seconds.
         NotServingError
             It ended before.
+        ChannelError
+            It is not wanted any more.
         Exception
             Whatever it says has kept it from serving.
 
@@ -153,11 +159,17 @@ class ServerReady:
                     f"the server process of {name} ended with exit code {process.exitcode} before it was ready",
                     hint="its own output says why",
                 )
+            refusal = None if self._refusal is None else self._refusal()
+            if refusal is not None:
+                raise ChannelError(refusal)
             if left <= 0:
                 raise CallTimeoutError(
                     f"the server process of {name} (pid {process.pid}) was not ready within {timeout:g} s"
                 )
+        return self._read(report)
 
+    def _read(self, report: bytes) -> Location | None:
+        """Return what a report says, or raise it."""
         match MSGPACK.loads(report):
             case [True, None]:
                 return None

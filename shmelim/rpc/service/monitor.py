@@ -1,4 +1,4 @@
-"""The state of a service's health: when to look, how to count, when to restart, and what to tell whom."""
+"""The state of a service's health: when to look, how to count, when to restart, and what to report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from shmelim.errors import ShmelimError, UnknownMethodError
+from shmelim.rpc.service.outages import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,11 +46,6 @@ class HealthPolicy(NamedTuple):
     restarts: bool
 
 
-class _Message(NamedTuple):
-    text: str
-    level: str
-
-
 class _Problem(NamedTuple):
     text: str
     error: Exception | None = None  # that the call raised
@@ -57,18 +55,14 @@ class _Problem(NamedTuple):
 class _Streak:
     """Failures without a success between them."""
 
-    since: float  # time.monotonic()
     failures: int = 0  # since the last restart
     checks: int = 0
-    restarts: int = 0
-    told_of_restart_failure: bool = False
-    told_of_no_restart: bool = False
 
 
 class HealthMonitor:
-    """Checks a server at most so often, restarts it when it failed too often in a row, and tells of changes.
+    """Checks a server at most so often, restarts it when it failed too often in a row, and reports what it finds.
 
-    Each streak of failures is told once: when it begins, when it leads to a restart (or cannot), when it ends.
+    A server that has no ``health_check_rpc`` cannot be checked, and so is never found to fail.
 
     Thread-safe. A call that comes while another one checks returns what is known, and does not wait.
 
@@ -80,8 +74,10 @@ class HealthMonitor:
         Asks the server how it is.
     restart
         Restarts it, given the ``time.monotonic()`` at which the failed check began.
-    notify
-        Passes a text and its level on. Called without a lock, after any restart, so that it may be slow.
+    report
+        Gets each finding. Called without a lock, after any restart, so that it may be slow.
+    has_ended
+        Whether the service was ended on purpose: what fails then is no failure.
 
     """
 
@@ -90,18 +86,21 @@ class HealthMonitor:
         service_name: str,
         probe: Callable[[], object],
         restart: Callable[[float], None],
-        notify: Callable[[str, str], None],
+        report: Callable[[Finding], object],
+        has_ended: Callable[[], bool] = lambda: False,
     ) -> None:
         self._name = service_name
         self._probe = probe
         self._restart = restart
-        self._notify = notify
+        self._report = report
+        self._has_ended = has_ended
         # Whoever holds the turn, which nobody waits for, reads and writes everything below; the others only read
         # `_healthy`, which is one reference.
         self._turn = threading.Lock()
         self._healthy = True
         self._last_ms: float | None = None
         self._streak: _Streak | None = None
+        self._unchecked = False
 
     @property
     def consecutive_failures(self) -> int:
@@ -128,50 +127,72 @@ class HealthMonitor:
         """
         if not self._turn.acquire(blocking=False):
             return self._healthy
-        messages: list[_Message] = []
+        findings: list[Finding] = []
         try:
             if self._last_ms is not None and 0 <= now_ms - self._last_ms < policy.interval_ms:
                 return self._healthy
             self._last_ms = now_ms
-            return self._look(policy, messages)
+            return self._look(policy, findings)
         finally:
             self._turn.release()
-            for message in messages:
-                self._notify(*message)
+            for finding in findings:
+                self._report(finding)
 
-    def _look(self, policy: HealthPolicy, messages: list[_Message]) -> bool:
+    def _look(self, policy: HealthPolicy, findings: list[Finding]) -> bool:
         began = time.monotonic()
-        problem = self._ask()
-        if problem is None:
-            self._end_streak(messages)
+        try:
+            problem = self._ask()
+        except UnknownMethodError as error:
+            self._cannot_be_checked(began, error, findings)
             return True
+        if problem is None:
+            self._end_streak(began, findings)
+            return True
+        if self._has_ended():
+            self._healthy = False
+            return False
         self._healthy = False
         if self._streak is None:
-            self._streak = _Streak(began)
-            messages.append(_Message(f"{self._name}: health check failed: {problem.text}", "error"))
+            self._streak = _Streak()
         streak = self._streak
         streak.failures += 1
         streak.checks += 1
+        findings.append(Finding("failed", began, time.monotonic(), streak.failures, problem.text))
+        # The first of a streak only: those that follow are mostly the same. And an error of ours says it all.
+        traced = streak.checks == 1 and not isinstance(problem.error, ShmelimError)
         _logger.warning(
             "%s: health check failed (%d in a row, the limit is %d): %s",
             self._name,
             streak.failures,
             policy.max_failures,
             problem.text,
-            exc_info=problem.error if streak.checks == 1 else None,  # those that follow are mostly the same
+            exc_info=problem.error if traced else None,
         )
         if streak.failures >= policy.max_failures:
-            self._act(policy, streak, began, problem.text, messages)
+            self._act(policy, streak, began, problem.text, findings)
         return False
+
+    def _cannot_be_checked(self, began: float, error: UnknownMethodError, findings: list[Finding]) -> None:
+        """Say so, once."""
+        self._end_streak(began, findings)
+        if not self._unchecked:
+            self._unchecked = True
+            _logger.warning("%s: health cannot be checked, and counts as good: %s", self._name, error)
+            findings.append(Finding("unchecked", began, time.monotonic(), 0, str(error)))
 
     def is_well(self) -> bool:
         """Ask the server now, without consequences."""
-        return self._ask() is None
+        try:
+            return self._ask() is None
+        except UnknownMethodError:  # it answers
+            return True
 
     def _ask(self) -> _Problem | None:
         """Ask the server; return what is wrong."""
         try:
             answer = self._probe()
+        except UnknownMethodError:
+            raise
         except Exception as error:
             return _Problem(f"RPC error: {type(error).__name__}: {error}", error)
         if not isinstance(answer, Mapping):
@@ -180,40 +201,35 @@ class HealthMonitor:
         return None if status == "ok" else _Problem(f"status error: the status is {_short(status)}, not 'ok'")
 
     def _act(
-        self, policy: HealthPolicy, streak: _Streak, began: float, problem: str, messages: list[_Message]
+        self, policy: HealthPolicy, streak: _Streak, began: float, problem: str, findings: list[Finding]
     ) -> None:
         """Restart the server, if that is allowed."""
         if not policy.restarts:
-            if not streak.told_of_no_restart:
-                streak.told_of_no_restart = True
-                text = f"{_checks(streak.failures)} in a row, no automatic restart: {problem}"
-                messages.append(_Message(f"{self._name}: {text}", "error"))
+            findings.append(Finding("not restarted", began, time.monotonic(), streak.failures, problem))
             return
         try:
             self._restart(began)
         except Exception as error:
-            _logger.exception("%s: restart failed, the next check tries again", self._name)
-            if not streak.told_of_restart_failure:
-                streak.told_of_restart_failure = True
-                text = f"restart failed, will be tried again: {type(error).__name__}: {error}"
-                messages.append(_Message(f"{self._name}: {text}", "error"))
+            if self._has_ended():
+                return
+            trace = None if isinstance(error, ShmelimError) else error
+            _logger.error(  # noqa: TRY400
+                "%s: restart failed, the next check tries again: %s", self._name, error, exc_info=trace
+            )
+            text = f"{type(error).__name__}: {error}"
+            findings.append(Finding("restart failed", began, time.monotonic(), streak.failures, text))
             return
         failures, streak.failures = streak.failures, 0
-        streak.restarts += 1
-        messages.append(_Message(f"{self._name}: server restarted after {_checks(failures)}", "warning"))
+        findings.append(Finding("restarted", began, time.monotonic(), failures))
         if self.is_well():
-            self._end_streak(messages)
+            self._end_streak(began, findings)
 
-    def _end_streak(self, messages: list[_Message]) -> None:
+    def _end_streak(self, began: float, findings: list[Finding]) -> None:
         self._healthy = True
         streak, self._streak = self._streak, None
-        if streak is None:
-            return
-        seconds = time.monotonic() - streak.since
-        restarts = "1 restart" if streak.restarts == 1 else f"{streak.restarts} restarts"
-        text = f"recovered after {seconds:.1f} s, {_checks(streak.checks)} and {restarts}"
-        _logger.info("%s: %s", self._name, text)
-        messages.append(_Message(f"{self._name}: {text}", "success"))
+        if streak is not None:
+            _logger.info("%s: healthy again after %d failed checks", self._name, streak.checks)
+            findings.append(Finding("recovered", began, time.monotonic(), streak.checks))
 
 
 def tell(notifier: Notifier | None, text: str, level: str) -> None:
@@ -224,10 +240,6 @@ def tell(notifier: Notifier | None, text: str, level: str) -> None:
         notifier.send_message(text, level=level)
     except Exception:
         _logger.exception("the notifier failed; it should have said: %s", text)
-
-
-def _checks(number: int) -> str:
-    return "1 failed health check" if number == 1 else f"{number} failed health checks"
 
 
 def _short(value: Any) -> str:

@@ -3,6 +3,10 @@
 The owner holds a name in the kernel that says whose server a process is: an abstract Unix socket, bound and never
 listened on. It is gone the moment the owner is, however that dies, and leaves no file. Where the system has no
 such names (they are Linux'), every server counts as left behind.
+
+Such a name protects itself by nothing: every local user who guesses the id of a process can bind it. All that this
+achieves is that a server that was left behind is not replaced, and that whoever starts the next one is told of a
+living owner where there is none; no process is ever ended because of a name.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import sys
 
 from shmelim.rpc import forks
 
-__all__ = ["OwnerMark", "is_of_another_process"]
+__all__ = ["OwnerMark", "has_living_owner"]
 
 _logger = logging.getLogger("shmelim.service")
 
@@ -54,10 +58,12 @@ class OwnerMark:
             _own.discard(self._pid)
 
 
-def is_of_another_process(pid: int) -> bool:
-    """Tell whether a server process of this user has an owner that lives, and is not this process."""
-    if sys.platform != "linux" or pid in _own:
+def has_living_owner(pid: int) -> bool:
+    """Tell whether a server process of this user has an owner that lives: this process, or another."""
+    if sys.platform != "linux":
         return False
+    if pid in _own:
+        return True
     with forks.creating_descriptors, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
             probe.bind(_name(pid))

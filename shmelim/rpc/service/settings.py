@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import multiprocessing
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from shmelim.rpc.channel.address import normalize
 from shmelim.rpc.channel.codec import MSGPACK
 from shmelim.rpc.channel.protocol import DEFAULT_MAX_MESSAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Mapping
 
     from shmelim.rpc.channel.address import Address, Location
     from shmelim.rpc.channel.codec import Codec
@@ -62,8 +65,11 @@ class ServiceSettings:
 
     Raises
     ------
+    TypeError
+        A setting is of a type that it cannot be of; the message names it.
     ValueError
-        A figure is negative, or 0 where that makes no sense; the message names it.
+        A figure is negative, or 0 where that makes no sense, or there is no such start method; the message names
+        it.
 
     """
 
@@ -86,16 +92,70 @@ class ServiceSettings:
     def __post_init__(self) -> None:
         if self.codec is MSGPACK:  # which cannot be pickled, and so is stood for by None
             object.__setattr__(self, "codec", None)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 1 if field.name in {"connect_tries", "max_message"} else 0
-            if isinstance(value, (int, float)) and value < least:
-                raise ValueError(f"{field.name} must be {least} or more, not {value}")
+        for name, (kind, least) in _FIGURES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                number = "a whole number" if kind is int else "a number"
+                raise TypeError(f"{name} must be {number}, not {value!r}")
+            if not value >= least:  # which is no number, too
+                raise ValueError(f"{name} must be {least} or more, not {value}")
+        for name, (fits, what) in _OTHERS.items():
+            value = getattr(self, name)
+            if not fits(value):
+                raise TypeError(f"{name} must be {what}, not {value!r}")
+        methods = multiprocessing.get_all_start_methods()
+        if self.start_method not in {None, *methods}:
+            raise ValueError(
+                f"start_method must be None or one of {', '.join(methods)}, not {self.start_method!r}"
+            )
+
+    @classmethod
+    def checked(cls, owner: str, settings: Mapping[str, Any]) -> Self:
+        """Return settings from keywords; an error names `owner`, whose they are, as well as the setting."""
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise TypeError(f"{owner} has no setting {name!r}{hint}")
+        try:
+            return cls(**settings)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{owner}: {error}") from None
 
     @property
     def codec_in_use(self) -> Codec:
         """The codec itself."""
         return self.codec or MSGPACK
+
+
+_SECONDS = (int, float)
+_FIGURES: Final[dict[str, tuple[Any, int]]] = {
+    "ready_timeout": (_SECONDS, 0),
+    "connect_tries": (int, 1),
+    "connect_delay": (_SECONDS, 0),
+    "stop_timeout": (_SECONDS, 0),
+    "release_timeout": (_SECONDS, 0),
+    "call_timeout": (_SECONDS, 0),
+    "connect_wait": (_SECONDS, 0),
+    "health_check_timeout": (_SECONDS, 0),
+    "max_message": (int, 1),
+}
+_OTHERS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "replace_stale": (lambda value: isinstance(value, bool), "True or False"),
+    "outlive_owner": (lambda value: isinstance(value, bool), "True or False"),
+    "start_method": (lambda value: value is None or isinstance(value, str), "a name or None"),
+    # A text is a collection of its letters, which nobody means.
+    "idempotent": (
+        lambda value: isinstance(value, Collection) and not isinstance(value, str),
+        "a collection of names",
+    ),
+    "codec": (
+        lambda value: value is None or (hasattr(value, "dumps") and hasattr(value, "loads")),
+        "a codec or None",
+    ),
+    "clock_ms": (callable, "a function"),
+}
 
 
 def service_location(port: int | None, address: Address | None) -> Location:

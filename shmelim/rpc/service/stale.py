@@ -1,10 +1,10 @@
 """Frees an address from a server that an earlier run of the same service left behind, and from nothing else.
 
 A process is ended only if it holds the address, carries the service's title, belongs to this user, and has no
-living owner in another process (see :mod:`shmelim.rpc.service.ownership`). Of two service objects in one process
-the later one takes the address. All that is looked at once more right before each signal, on a process that cannot
-be mistaken for a later one of the same id meanwhile. Anything else at the address is an error that names it, a
-Python process included.
+living owner (see :mod:`shmelim.rpc.service.ownership`). Which of two service objects of one process gets an
+address was settled before (see :mod:`shmelim.rpc.service.claims`). All that is looked at once more right before
+each signal, on a process that cannot be mistaken for a later one of the same id meanwhile. Anything else at the
+address is an error that names it, a Python process included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 
 from shmelim.errors import ChannelError
 from shmelim.rpc.channel.address import describe, new_socket, peer_credentials
-from shmelim.rpc.service.ownership import is_of_another_process
+from shmelim.rpc.service.ownership import has_living_owner
 from shmelim.rpc.service.titles import title_of
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _check(process: psutil.Process, title: str, location: Location) -> None:
             f"{describe(location)} is in use by process {process.pid} ({name})",
             hint=f"stop it, or choose another address; only a server titled {title!r} of this user is replaced",
         )
-    if is_of_another_process(process.pid):
+    if has_living_owner(process.pid):
         raise ChannelError(
             f"{describe(location)} is in use by process {process.pid}, the server of a process that lives",
             hint="end that first, or choose another address",

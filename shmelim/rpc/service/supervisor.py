@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from shmelim.errors import ChannelError
 from shmelim.rpc.channel.address import describe
+from shmelim.rpc.service.claims import claim, give_up
 from shmelim.rpc.service.ending import Owner
 from shmelim.rpc.service.launch import ServerOptions, ServerProcess, ServerReady
 from shmelim.rpc.service.ownership import OwnerMark
@@ -46,10 +48,24 @@ class Supervisor:
         Its name.
     settings
         How long what may take, and what else a server process must know.
+    on_give_way
+        Called with the reason when a later object of this process takes the address.
+
+    Attributes
+    ----------
+    restarted_at : float
+        The ``time.monotonic()`` of the last restart.
 
     """
 
-    def __init__(self, location: Location, key: ServiceKey, service_name: str, settings: ServiceSettings) -> None:
+    def __init__(
+        self,
+        location: Location,
+        key: ServiceKey,
+        service_name: str,
+        settings: ServiceSettings,
+        on_give_way: Callable[[str], object],
+    ) -> None:
         self.location = location
         self._key = key
         self._name = service_name
@@ -61,12 +77,25 @@ class Supervisor:
             settings.max_message,
             settings.stop_timeout / 2,
         )
-        # The lock is held over whole starts and stops, and guards everything below and `location`.
+        self._on_give_way = on_give_way
+        # The lock is held over whole starts and stops, and guards everything below and `location`. It is
+        # re-entrant, since a signal handler may close while its thread starts a server; so a start that is ready
+        # looks once more whether it is still wanted.
         self._lock = threading.RLock()
         self._server: ServerProcess | None = None
         self._mark: OwnerMark | None = None
-        self._restarted_at = float("-inf")  # time.monotonic()
-        self._closed = False  # written without the lock, so that who waits for it sees it; never goes back
+        self.restarted_at = float("-inf")
+        self._refusal: str | None = None  # written without the lock, so that its holder sees it; never goes back
+
+    @property
+    def identity(self) -> tuple[str, str | None]:
+        """What the objects of one service have in common."""
+        return self._name, self._key.path
+
+    @property
+    def refusal(self) -> str | None:
+        """Why nothing is started any more; None if it is."""
+        return self._refusal
 
     @property
     def process(self) -> BaseProcess | None:
@@ -86,11 +115,10 @@ class Supervisor:
 
         """
         with self._lock:
-            if self._closed:
-                raise ChannelError(f"{self._name} was shut down")
+            self._check_wanted()
             if not _chosen_by_system(self.location):
                 self._claim()
-            ready = ServerReady(self._options)
+            ready = ServerReady(self._options, lambda: self._refusal)
             try:
                 process = start(self.location, self._key.for_server(), ready)
                 self._server = ServerProcess(process, self._name)
@@ -98,6 +126,10 @@ class Supervisor:
                 self._mark = OwnerMark(process.pid)
                 try:
                     self.location = self._settled(ready.outcome(process, self._settings.ready_timeout))
+                    # The address of an object whose server is dead may have come to us by chance.
+                    with contextlib.suppress(ChannelError):
+                        claim(self.location, self, takes_over=False)
+                    self._check_wanted()
                 except BaseException:
                     self._stop_server()
                     raise
@@ -106,6 +138,10 @@ class Supervisor:
             _logger.info("%s: process %d serves at %s", self._name, process.pid, describe(self.location))
             return self.location
 
+    def _check_wanted(self) -> None:
+        if self._refusal is not None:
+            raise ChannelError(self._refusal)
+
     def _settled(self, reported: Location | None) -> Location:
         location = reported or self.location
         if _chosen_by_system(location):
@@ -113,7 +149,8 @@ class Supervisor:
         return location
 
     def _claim(self) -> None:
-        """Free the address of what an earlier run has left there."""
+        """Free the address of an earlier object of this service, and of what an earlier run has left there."""
+        claim(self.location, self, takes_over=self._settings.replace_stale)
         try:
             if self._settings.replace_stale:
                 clear_stale(
@@ -143,20 +180,38 @@ class Supervisor:
 
         """
         with self._lock:
-            if failed_at is not None and failed_at < self._restarted_at:
+            if failed_at is not None and failed_at < self.restarted_at:
                 return False
+            self._check_wanted()
             _logger.warning("%s: restarting the server process", self._name)
             self._stop_server()
             wait_until_free(self.location, self._settings.release_timeout)
             self.start(start)
-            self._restarted_at = time.monotonic()
+            self.restarted_at = time.monotonic()
             return True
 
-    def close(self) -> None:
-        """Stop the server process for good; idempotent. Waits for a start that is under way."""
-        self._closed = True
+    def close(self, why: str) -> None:
+        """Stop the server process for good; idempotent. A start that is under way is broken off, and waited for.
+
+        Parameters
+        ----------
+        why
+            What whoever wants to start it again is told; the first reason stays.
+
+        """
+        if self._refusal is None:
+            self._refusal = why
         with self._lock:
             self._stop_server()
+        give_up(self.location, self)
+
+    def give_way(self, why: str) -> None:
+        """End for good, since a later object has the address."""
+        try:
+            self._on_give_way(why)
+        except ChannelError:  # the service is gone, and about to close this
+            _logger.debug("%s: %s", self._name, why)
+        self.close(why)
 
     def _stop_server(self) -> None:
         if self._server is not None:
@@ -173,6 +228,7 @@ class Supervisor:
         if self._server is not None:
             self._server.disown()
         self._unmark()
+        give_up(self.location, self)
 
 
 def _chosen_by_system(location: Location) -> bool:

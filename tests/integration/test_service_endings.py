@@ -1,0 +1,580 @@
+"""The end of a service, seen by its own calls, by signal handlers, and by its copies: an end, and no failure."""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from ledger import PATIENCE, Alerts, Clock, FileAlerts, Ledger, LedgerServer, is_alive, until
+
+from shmelim.errors import ChannelError
+from shmelim.rpc import HealthCheckDaemon, RPCServiceBase
+from shmelim.rpc.service import base
+
+TESTS = str(Path(__file__).parents[1])
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def make(tmp_path):
+    with contextlib.ExitStack() as stack:
+
+        def make(kind=Ledger, *, directory=tmp_path, **options):
+            return stack.enter_context(kind(directory, **options))
+
+        yield make
+
+
+class SlowServer(LedgerServer):
+    """Answers when it is told to."""
+
+    def __init__(self, directory):
+        if (directory / "hang").exists():
+            (directory / "hanging").touch()
+            threading.Event().wait(PATIENCE)
+        super().__init__(directory)
+
+    def slow_rpc(self):
+        (self.directory / "entered").touch()
+        until((self.directory / "go on").exists)
+        return "finished"
+
+    def close(self):
+        super().close()
+
+
+class SlowLedger(Ledger):
+    def _start_server_process(self, address, authkey, server_ready):
+        return self._spawn_server(
+            SlowServer, self.directory, address=address, authkey=authkey, server_ready=server_ready
+        )
+
+
+# ------------------------------------------------------------------ signal handlers
+
+
+HANDLING = """
+import faulthandler, itertools, signal, sys, time
+from ledger import Ledger, PATIENCE
+from shmelim.errors import ChannelError
+
+def main():
+    faulthandler.dump_traceback_later(PATIENCE / 2, exit=True)
+    service = Ledger(sys.argv[1])
+    pool, steps = service._client._calls._pool, itertools.count()
+
+    def end(*_):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        service.shutdown()
+
+    signal.signal(signal.SIGALRM, end)
+
+    class Interrupting:
+        # The lock of the pool, with a signal whenever it is held for the n-th time.
+        def __init__(self, lock):
+            self.lock = lock
+        def __enter__(self):
+            self.lock.__enter__()
+            if next(steps) == int(sys.argv[2]):
+                signal.raise_signal(signal.SIGALRM)
+        def __exit__(self, *arguments):
+            self.lock.__exit__(*arguments)
+
+    pool._lock = Interrupting(pool._lock)
+    try:
+        while True:
+            service.pid()
+    except ConnectionError as error:
+        print("ended", flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_shutdown_by_a_signal_handler_in_the_middle_of_a_call(tmp_path, step):
+    program = tmp_path / "program.py"
+    program.write_text(HANDLING)
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path), str(step)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([TESTS, *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "ended\n", done.stderr
+    assert (tmp_path / "closed").exists()
+
+
+def test_shutdown_by_a_signal_handler_in_the_middle_of_a_start(make):
+    """The lock of all starts is held by the thread that the handler interrupts."""
+    service = make()
+
+    def start_and_end(address, authkey, server_ready):
+        process = Ledger._start_server_process(service, address, authkey, server_ready)
+        service.shutdown()  # as a handler would
+        started.append(process)
+        return process
+
+    started = []
+    service._start_server_process = start_and_end
+    with pytest.raises(ChannelError, match="was shut down"):
+        service.restart_server()
+    assert not started[0].is_alive()
+
+
+def test_shutdown_by_a_signal_handler_before_the_first_connection(tmp_path, monkeypatch):
+    made = []
+
+    class Interrupted(base.ServiceClient):
+        def __init__(self, *arguments):
+            made.append(arguments)
+            service.shutdown()  # as a handler would
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(base, "ServiceClient", Interrupted)
+    service = Ledger.__new__(Ledger)
+    with pytest.raises(ChannelError, match="was shut down"):
+        service.__init__(tmp_path, connect_delay=PATIENCE)
+    assert made
+    assert not service._server_process.is_alive()
+
+
+# ------------------------------------------------------------------ the owner's own calls
+
+
+def test_shutdown_lets_the_owners_running_calls_finish(make, tmp_path):
+    service = make(SlowLedger, stop_timeout=2 * PATIENCE)
+    answers = []
+    caller = threading.Thread(target=lambda: answers.append(service._server_proxy.slow_rpc()))
+    caller.start()
+    until((tmp_path / "entered").exists)
+    ending = threading.Thread(target=service.shutdown)
+    ending.start()
+    until(lambda: service._supervisor.refusal is not None)
+    with pytest.raises(ChannelError, match="LedgerServer was shut down"):
+        service.pid()
+    (tmp_path / "go on").touch()
+    ending.join(PATIENCE)
+    caller.join(PATIENCE)
+    assert answers == ["finished"]
+
+
+def test_shutdown_does_not_wait_for_a_restart_under_way(make, tmp_path):
+    service = make(SlowLedger, ready_timeout=4 * PATIENCE)
+    (tmp_path / "hang").touch()
+    errors = []
+
+    def restart():
+        try:
+            service.restart_server()
+        except ChannelError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    until((tmp_path / "hanging").exists)
+    ending = threading.Thread(target=service.shutdown)
+    ending.start()
+    ending.join(PATIENCE / 2)
+    assert not ending.is_alive()
+    thread.join(PATIENCE)
+    assert errors == ["LedgerServer was shut down"]
+    assert not service._server_process.is_alive()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_after_the_end_everything_says_so(make, direct, caplog):
+    service = make(running_unit_tests=direct)
+    service.shutdown()
+    for use in (service.pid, service.restart_server, lambda: service._server_proxy.anything):
+        with pytest.raises(ChannelError, match="LedgerServer was shut down"):
+            use()
+    assert "restarting" not in caplog.text
+    assert service.has_ended
+    assert "no server: LedgerServer was shut down" in repr(service._server_proxy)
+
+
+class Forgetful(RPCServiceBase):
+    def _create_direct_server(self):
+        raise AssertionError
+
+    def _start_server_process(self, address, authkey, server_ready):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_without_a_server_everything_says_what_to_do(direct):
+    service = Forgetful("Forgetful", 0, direct)
+    assert RPCServiceBase._server_proxy is None  # for mocks of the class
+    with pytest.raises(ChannelError, match=r"Forgetful has no server yet \(call _initialize_service\(\) first\)"):
+        service._server_proxy.enter_rpc("one")
+    assert not hasattr(service._server_proxy, "__len__")
+    assert service.health_check()  # which is off
+    service.enable_health_check = True
+    assert service.health_check() is False
+
+
+# ------------------------------------------------------------------ copies
+
+
+def check_until_it_ends(service, pipe):
+    service.health_check(0)
+    pipe.send("ready")
+    now, outcomes = 0.0, []
+    while not service.has_ended:
+        now += 60_000
+        outcomes.append(service.health_check(now))
+    pipe.send((outcomes[-1] if outcomes else None, service.health_check(now + 60_000)))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_copies_see_an_orderly_end_as_an_end(make, tmp_path, method):
+    alerts = FileAlerts(tmp_path)
+    service = make(
+        enable_health_check=True, max_consecutive_failures=1, slack_notifier=alerts, ready_timeout=4 * PATIENCE
+    )
+    context = multiprocessing.get_context(method)
+    here, there = context.Pipe()
+    copies = [context.Process(target=check_until_it_ends, args=(service, there)) for _ in range(2)]
+    for copy in copies:
+        copy.start()
+    assert [here.recv() for _ in copies] == ["ready"] * 2
+    service.shutdown()
+    for copy in copies:
+        copy.join(PATIENCE)
+    assert [copy.exitcode for copy in copies] == [0, 0]
+    assert [here.recv()[1] for _ in copies] == [False, False]
+    assert alerts.lines() == []
+
+
+def test_a_copy_that_waits_for_a_restart_sees_the_end(make, tmp_path):
+    """It has asked, and would go on asking the server for as long as a restart may take."""
+    alerts = FileAlerts(tmp_path)
+    service = make(
+        SlowLedger,
+        enable_health_check=True,
+        max_consecutive_failures=1,
+        slack_notifier=alerts,
+        ready_timeout=4 * PATIENCE,
+    )
+    (tmp_path / "hang").touch()
+    os.kill(service.server_pid, signal.SIGKILL)
+    service._server_process.join()
+    here, there = fork.Pipe()
+    copy = fork.Process(target=lambda: there.send(service.health_check()))
+    copy.start()
+    until((tmp_path / "hanging").exists)
+    service.shutdown()
+    assert here.poll(PATIENCE)
+    assert here.recv() is False
+    copy.join(PATIENCE)
+    assert alerts.lines() == []
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_the_daemon_stops_with_the_service(make, tmp_path, kind):
+    alerts = FileAlerts(tmp_path)
+    service = make(
+        enable_health_check=True, health_check_interval_s=0, max_consecutive_failures=1, slack_notifier=alerts
+    )
+    daemon = HealthCheckDaemon(service, 0.01, alerts).start(kind)
+    service.shutdown()
+    daemon._runner.join(PATIENCE)
+    assert not daemon._runner.is_alive()
+    assert alerts.levels() in ([], ["flushed"] * 2)
+    assert getattr(daemon._runner, "exitcode", 0) == 0
+
+
+def ask_for_a_restart(service, pipe):
+    service.enable_health_check = True
+    service.max_consecutive_failures = 1
+    pipe.send(service.health_check())
+
+
+def test_checks_that_are_enabled_later_can_restart_from_a_copy(make):
+    service = make()
+    first = service.server_pid
+    os.kill(first, signal.SIGKILL)
+    service._server_process.join()
+    here, there = fork.Pipe()
+    copy = fork.Process(target=ask_for_a_restart, args=(service, there))
+    copy.start()
+    assert here.poll(PATIENCE)
+    copy.join(PATIENCE)
+    assert service.pid() == service.server_pid != first
+
+
+def check_round_after_round(service, stop):
+    while not stop.is_set():
+        service.health_check()
+
+
+@pytest.mark.parametrize("where", ["copies only", "owner too"])
+def test_one_outage_is_one_round_of_alerts_of_all_processes(make, tmp_path, where):
+    alerts = FileAlerts(tmp_path)
+    service = make(
+        enable_health_check=True, health_check_interval_s=0, max_consecutive_failures=2, slack_notifier=alerts
+    )
+    stop = fork.Event()
+    copies = [fork.Process(target=check_round_after_round, args=(service, stop)) for _ in range(3)]
+    if where == "owner too":
+        copies.append(threading.Thread(target=check_round_after_round, args=(service, stop)))
+    for copy in copies:
+        copy.start()
+    for round_number in range(1, 4):
+        os.kill(service.server_pid, signal.SIGKILL)
+        until(lambda: alerts.levels().count("success") == round_number)  # noqa: B023
+    stop.set()
+    for copy in copies:
+        copy.join(PATIENCE)
+    service.shutdown()  # also ends the thread that tells
+    assert alerts.levels() == ["error", "warning", "success"] * 3
+    assert len(set(alerts.lines())) == 9
+
+
+def own_and_vanish(directory, alerts, pids, go_on):
+    service = Ledger(
+        directory, enable_health_check=True, max_consecutive_failures=1, connect_wait=0.0, slack_notifier=alerts
+    )
+
+    def check_once_alone():
+        go_on.recv()
+        service.health_check()
+        pids.send("checked")
+
+    copy = fork.Process(target=check_once_alone)
+    copy.start()
+    pids.send((copy.pid, service.server_pid))
+    threading.Event().wait(PATIENCE)
+
+
+def test_a_copy_whose_owner_is_gone_tells_by_itself(tmp_path):
+    alerts = FileAlerts(tmp_path)
+    here, there = fork.Pipe()
+    go_on, waiting = fork.Pipe()
+    owner = fork.Process(target=own_and_vanish, args=(tmp_path, alerts, there, waiting))
+    owner.start()
+    _, server = here.recv()
+    owner.kill()
+    owner.join()
+    until(lambda: not is_alive(server))
+    go_on.send("now")
+    assert here.poll(PATIENCE)
+    assert here.recv() == "checked"
+    assert alerts.levels() == ["error", "error"]
+    assert "restart failed, will be tried again: ChannelError: the server's owner" in alerts.lines()[1]
+
+
+def check_and_tell(service, alerts):
+    service.slack_notifier = alerts
+    service.health_check()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_copy_tells_by_itself_if_the_owner_has_no_notifier(make, tmp_path, method):
+    alerts = FileAlerts(tmp_path)
+    service = make(enable_health_check=True, max_consecutive_failures=1)
+    service._server_process.kill()
+    service._server_process.join()
+    copy = multiprocessing.get_context(method).Process(target=check_and_tell, args=(service, alerts))
+    copy.start()
+    copy.join(PATIENCE)
+    assert alerts.levels() == ["error", "warning", "success"]
+
+
+# ------------------------------------------------------------------ two objects of one process
+
+
+def test_a_name_can_be_bound_anew(tmp_path):
+    """The new object is made while the old one still lives."""
+    service = Ledger(tmp_path)
+    port, first = service.port, service.server_pid
+    service = Ledger(tmp_path, port)
+    assert not is_alive(first)
+    assert service.pid() == service.server_pid
+    service.restart_server()
+    assert service.pid() == service.server_pid
+    service.shutdown()
+
+
+@pytest.mark.parametrize("key", [None, "key"])
+def test_the_earlier_object_gives_way_for_good(make, tmp_path, key):
+    clock, alerts = Clock(), Alerts()
+    options = {
+        "enable_health_check": True,
+        "max_consecutive_failures": 1,
+        "slack_notifier": alerts,
+        "clock_ms": clock,
+        "key_path": None if key is None else tmp_path / key,
+    }
+    first = make(**options)
+    second = make(port=first.port, **options)
+    pid = second.server_pid
+    for use in (first.pid, first.restart_server):
+        with pytest.raises(ChannelError, match="a later LedgerServer of this process has taken"):
+            use()
+    for _ in range(3):
+        clock.later(60)
+        assert first.health_check() is False
+        assert second.health_check() is True
+    first.shutdown()
+    assert second.pid() == second.server_pid == pid
+    assert alerts.messages == []
+
+
+@pytest.mark.parametrize("other", ["other key", "no key", "other name", "not replacing"])
+def test_another_service_of_this_process_is_refused(make, tmp_path, other):
+    class Other(Ledger):
+        def __init__(self, directory, port, **options):
+            RPCServiceBase.__init__(self, "OtherServer", port, **options)
+            self.directory = directory
+            self._initialize_service()
+
+    first = make(key_path=tmp_path / "a")
+    pid = first.server_pid
+    kind, options = {
+        "other key": (Ledger, {"key_path": tmp_path / "b"}),
+        "no key": (Ledger, {}),
+        "other name": (Other, {"key_path": tmp_path / "a"}),
+        "not replacing": (Ledger, {"key_path": tmp_path / "a", "replace_stale": False}),
+    }[other]
+    with pytest.raises(ChannelError, match=r"is in use by another LedgerServer of this process \(shut that down"):
+        make(kind, port=first.port, **options)
+    assert first.pid() == first.server_pid == pid
+    first.restart_server()
+    first.shutdown()
+    assert make(kind, port=first.port, **options).pid() != pid
+
+
+def test_another_name_of_the_same_address_helps_nobody(make, tmp_path):
+    first = make(key_path=tmp_path / "a")
+    with pytest.raises(
+        ChannelError, match=f"is in use by process {first.server_pid}, the server of a process that"
+    ):
+        make(address=("localhost", first.port), key_path=tmp_path / "b")
+    assert first.pid() == first.server_pid
+
+
+def test_an_object_that_was_shut_down_is_in_nobodys_way(make, tmp_path):
+    first = make(key_path=tmp_path / "a")
+    first.shutdown()
+    second = make(port=first.port, key_path=tmp_path / "b")
+    assert second.pid() == second.server_pid
+
+
+def test_a_forked_child_knows_that_its_copy_holds_nothing(make, tmp_path):
+    first = make(key_path=tmp_path / "a")
+    here, there = fork.Pipe()
+
+    def take():
+        try:
+            Ledger(tmp_path, first.port, key_path=tmp_path / "b")
+        except ChannelError as error:
+            there.send(str(error))
+
+    child = fork.Process(target=take)
+    child.start()
+    child.join(PATIENCE)
+    assert f"is in use by process {first.server_pid}, the server of a process that lives" in here.recv()
+
+
+# ------------------------------------------------------------------ what cannot be checked
+
+
+class Unchecked:
+    def pid_rpc(self):
+        return os.getpid()
+
+
+class UncheckedService(Ledger):
+    def _create_direct_server(self):
+        return Unchecked()
+
+    def _start_server_process(self, address, authkey, server_ready):
+        return self._spawn_server(Unchecked, address=address, authkey=authkey, server_ready=server_ready)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_server_without_the_method_is_not_restarted(make, direct, caplog):
+    clock, alerts = Clock(), Alerts()
+    service = make(
+        UncheckedService,
+        running_unit_tests=direct,
+        enable_health_check=True,
+        slack_notifier=alerts,
+        clock_ms=clock,
+    )
+    pid = service.server_pid
+    for _ in range(5):
+        assert service.health_check(clock.later(60)) is True
+    assert service.server_pid == pid
+    ((level, text),) = alerts.messages
+    assert level == "warning"
+    assert "health cannot be checked: LedgerServer has no remote method 'health_check_rpc'" in text
+    assert caplog.text.count("cannot be checked") == 1
+
+
+# ------------------------------------------------------------------ what is said
+
+
+def test_a_plain_death_is_logged_without_tracebacks(make, caplog):
+    service = make(enable_health_check=True, health_check_interval_s=0, enable_auto_restart=False)
+    service._server_process.kill()
+    service._server_process.join()
+    with caplog.at_level(logging.DEBUG):
+        assert service.health_check() is False
+    assert "nobody serves at" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_a_direct_service_is_nowhere(tmp_path):
+    with Ledger(tmp_path, address=tmp_path / "s", running_unit_tests=True) as service:
+        assert service.address is None
+        assert "direct" in repr(service)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"call_timout": 3}, TypeError, r"Ledger has no setting 'call_timout'; did you mean 'call_timeout'\?"),
+        ({"ready_timeout": "3"}, TypeError, "Ledger: ready_timeout must be a number, not '3'"),
+        ({"stop_timeout": True}, TypeError, "Ledger: stop_timeout must be a number, not True"),
+        ({"connect_tries": 2.5}, TypeError, "Ledger: connect_tries must be a whole number"),
+        ({"call_timeout": float("nan")}, ValueError, "Ledger: call_timeout must be 0 or more, not nan"),
+        ({"connect_wait": -1}, ValueError, "Ledger: connect_wait must be 0 or more, not -1"),
+        ({"start_method": "bogus"}, ValueError, "Ledger: start_method must be None or one of fork"),
+        ({"start_method": 5}, TypeError, "Ledger: start_method must be a name"),
+        ({"replace_stale": "no"}, TypeError, "Ledger: replace_stale must be True or False"),
+        ({"idempotent": "pid_rpc"}, TypeError, "Ledger: idempotent must be a collection of names, not 'pid_rpc'"),
+        ({"codec": "json"}, TypeError, "Ledger: codec must be a codec"),
+        ({"clock_ms": 5}, TypeError, "Ledger: clock_ms must be a function"),
+    ],
+)
+def test_impossible_settings_name_service_and_setting(tmp_path, settings, kind, message):
+    with pytest.raises(kind, match=message):
+        Ledger(tmp_path, **settings)
+
+
+def test_a_daemonic_process_is_told_why_it_cannot_have_a_server(tmp_path):
+    here, there = fork.Pipe()
+
+    def own():
+        try:
+            Ledger(tmp_path)
+        except ChannelError as error:
+            there.send(error)
+
+    process = fork.Process(target=own, name="worker", daemon=True)
+    process.start()
+    process.join(PATIENCE)
+    error = here.recv()
+    assert error.message == "LedgerServer cannot be served: the daemonic process 'worker' may have no children"
+    assert "daemon=False" in error.hint
