@@ -217,6 +217,8 @@ def test_without_a_server_everything_says_what_to_do(direct):
     with pytest.raises(ChannelError, match=r"Forgetful has no server yet \(call _initialize_service\(\) first\)"):
         service._server_proxy.enter_rpc("one")
     assert not hasattr(service._server_proxy, "__len__")
+    with pytest.raises(ChannelError, match="is in direct mode" if direct else "has no server yet"):
+        service.restart_server()
     assert service.health_check()  # which is off
     service.enable_health_check = True
     assert service.health_check() is False

@@ -10,7 +10,7 @@ __all__ = ["Absent"]
 
 
 class Absent:
-    """No server: every attribute that one might have raises ``ChannelError``, and says why.
+    """No server: every remote method that one might have raises ``ChannelError``, and says why.
 
     Parameters
     ----------
@@ -28,7 +28,11 @@ class Absent:
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # Python asks for such names itself
             raise AttributeError(name)
-        raise ChannelError(self._why, hint=self._hint)
+        raise self.error()
+
+    def error(self) -> ChannelError:
+        """Return what a call raises."""
+        return ChannelError(self._why, hint=self._hint)
 
     def __repr__(self) -> str:
         return f"<no server: {self._why}>"

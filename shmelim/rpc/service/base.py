@@ -476,6 +476,8 @@ class RPCServiceBase(ABC):
         self._check_not_ended()
         if self.running_unit_tests:
             raise ChannelError(f"{self.service_name} is in direct mode: it has no server process to restart")
+        if self._is_owner and isinstance(self._server_proxy, Absent):
+            raise self._server_proxy.error()
         if self._supervisor is None or self._client is None:
             raise ChannelError(f"{self.service_name} can only be restarted by the process that made it")
         if self._supervisor.restart(self._start_server_process, failed_at):

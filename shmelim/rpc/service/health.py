@@ -112,8 +112,8 @@ class HealthCheckDaemon:
         ----------
         kind
             ``"thread"``: in a thread of this process, which is all that most need, since a restart is made here
-            anyway. ``"process"``: in a process titled ``vali_<service>_HealthChecker``, which goes on checking
-            when this process is too busy to run a thread.
+            anyway, and told from here. ``"process"``: in a process titled ``vali_<service>_HealthChecker``, which
+            goes on checking when this process is too busy to run a thread.
 
         Returns
         -------
@@ -206,7 +206,7 @@ class HealthCheckDaemon:
                 now = time.monotonic()
                 # Whole milliseconds, rounded up: two checks are never less than the interval apart by these.
                 self._check(began_ms + math.ceil((now - began) * 1000))
-                if getattr(self.service, "has_ended", False):
+                if getattr(self.service, "has_ended", False) is True:  # a mock has all attributes
                     return
                 due = now + self.interval_s
         finally:

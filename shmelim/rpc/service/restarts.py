@@ -44,7 +44,7 @@ class RestartDesk:
     """The two pipes, and in the owner the thread that reads one of them.
 
     In a forked child, and when pickled to a process that is being started, only :meth:`ask`,
-    :meth:`ask_and_wait`, :meth:`report` and the two questions remain.
+    :meth:`ask_and_wait`, :meth:`report` and :meth:`has_ended` remain.
     """
 
     def __init__(self) -> None:
@@ -114,12 +114,8 @@ class RestartDesk:
         """Whether the owner has shut the service down."""
         return bool(self._events() & select.POLLIN)
 
-    def is_abandoned(self) -> bool:
-        """Whether the owner is gone without having done so."""
-        events = self._events()
-        return bool(events & select.POLLHUP) and not events & select.POLLIN
-
     def _events(self) -> int:
+        """Return what shows on the owner's state: input if it has ended, a hang-up if it is gone."""
         poller = select.poll()
         poller.register(self._state, select.POLLIN)
         return sum(events for _, events in poller.poll(0))
