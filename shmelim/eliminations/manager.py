@@ -355,7 +355,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
         self.live_price_fetcher = self.environment.live_price_fetcher
 
     def _has_server(self, server: Any) -> bool:
-        return self.running_unit_tests and server is not None
+        return isinstance(server, EliminationManagerServer)
 
     # ------------------------------------------------------------------ what is no longer
 

@@ -327,14 +327,15 @@ class TestLife:
         assert direct or not psutil.pid_exists(pid)
         manager.shutdown()
 
-    def test_reads_go_on_after_the_end_and_changes_say_what_is_wrong(self, make, direct):
+    def test_reads_go_on_after_the_end_and_changes_say_what_is_wrong(self, make):
         manager = make()
         manager.add_elimination("a", row("a"))
+        manager.live_price_fetcher = fetcher = object()
         manager.shutdown()
         assert manager.is_hotkey_eliminated("a")
-        if not direct:
-            with pytest.raises(ChannelError):
-                manager.add_elimination("b", row("b"))
+        assert manager.live_price_fetcher is fetcher
+        with pytest.raises(ChannelError):
+            manager.add_elimination("b", row("b"))
 
     def test_the_state_outlives_it(self, make, tmp_path, new_name):
         place = {"state_dir": tmp_path / "kept", "name": new_name()}
