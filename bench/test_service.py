@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.contenders import BaseManagerRpc
-from bench.records import hotkey, record, records
+from bench.records import compact, hotkey, record, records
 from shmelim import EliminationManager
 from shmelim.shm import SharedNamespace
 
@@ -87,8 +87,16 @@ def test_check(benchmark, service):
 
 
 def test_everything(benchmark, service):
-    benchmark.group = f"all of {SIZE} records"
+    benchmark.group = f"all of {SIZE} records of 0.5 kB"
     assert len(benchmark(service.everything)) == SIZE
+
+
+def test_everything_short(benchmark, service):
+    """With records of 0.15 kB, BaseManager's answer is one that Nagle's algorithm holds back."""
+    benchmark.group = f"all of {SIZE} records of 0.15 kB"
+    service.sync([compact(number) for number in range(SIZE)])
+    assert len(benchmark(service.everything)) == SIZE
+    service.sync(records(SIZE))
 
 
 def test_update_one(benchmark, service):
