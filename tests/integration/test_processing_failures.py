@@ -232,6 +232,31 @@ def test_live_position_that_could_not_be_saved_is_saved_by_a_later_pass(
         assert complete(managed) == TEN
 
 
+def test_position_that_cannot_be_read_keeps_none_of_its_miners_others_open(directly: Managed) -> None:
+    validator = directly.validator
+    validator.register("a")
+    for pair in ("BTC/USD", "ETH/USD", "EUR/USD"):
+        validator.open_position("a", pair)
+    validator.lose("a", 0.2)
+    positions = directly.manager.position_manager
+    list_them = positions.get_positions_for_one_hotkey
+
+    def without_a_pair(hotkey: str, **options: Any) -> list[Any]:
+        listed = list_them(hotkey, **options)
+        del listed[1].trade_pair
+        return listed
+
+    positions.get_positions_for_one_hotkey = without_a_pair
+    directly.tick()
+    assert [holding.closed for holding in validator.book.on_disk("a")] == [True, False, True]
+    assert [debt["kind"] for debt in directly.debts] == ["positions"]
+    assert len(directly.alerts) == 1
+    positions.get_positions_for_one_hotkey = list_them
+    directly.tick()
+    assert validator.is_flat("a")
+    assert directly.debts == []
+
+
 def test_hanging_position_lock_keeps_others_from_nothing_but_their_turn(directly: Managed) -> None:
     ten_to_eliminate(directly)
     held = directly.validator.locks.get_lock(THIRD, "BTC/USD")

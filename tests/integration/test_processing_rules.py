@@ -587,9 +587,17 @@ def test_what_is_owed_is_settled_after_a_restart(managed: Managed) -> None:
     assert managed.validator.collateral.slashes() == ["a"]
 
 
-@pytest.mark.parametrize("point", ["liquidated", "all failed", "in stage", "ledgers", "slash", "store", "cancel!"])
-def test_nothing_from_before_a_sync_is_written_after_it(managed: Managed, point: str) -> None:
-    """Wherever in a tick the sync comes."""
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize(
+    "point",
+    ["liquidated", "all failed", "in stage", "ledgers", "slash", "holding", "price", "store", "cancel!"],
+)
+@pytest.mark.parametrize("mode", ["direct", "rpc"])
+def test_nothing_from_before_a_sync_is_written_after_it(
+    make: Callable[..., Managed], mode: str, point: str, live: bool
+) -> None:
+    """Wherever in a tick the sync comes, and whether positions are copies or the validator's own objects."""
+    managed = make(mode, live=live)
     validator = managed.validator
     validator.register("a", "b", "c")
     for hotkey in ("a", "b", "c"):
@@ -599,6 +607,7 @@ def test_nothing_from_before_a_sync_is_written_after_it(managed: Managed, point:
     validator.lose("c", 0.2)
     synced = managed.manager.generate_elimination_row("elsewhere", 0.1, "ZOMBIE", validator.now_ms)
     written: list[Any] = []
+    too_late: list[Any] = []
     store = managed.manager.position_manager.save_miner_position
 
     def sync() -> None:
@@ -606,7 +615,7 @@ def test_nothing_from_before_a_sync_is_written_after_it(managed: Managed, point:
         written.extend(managed.manager.get_eliminations_from_memory())
 
     def save(position: Any, **options: Any) -> None:
-        assert not written, "a position from before the sync was saved after it"
+        too_late.extend(written)
         store(position, **options)
 
     managed.manager.position_manager.save_miner_position = save
@@ -616,7 +625,10 @@ def test_nothing_from_before_a_sync_is_written_after_it(managed: Managed, point:
         managed.manager.position_manager.save_miner_position = store
     managed.tick()
     assert written == [synced]
+    assert too_late == [], "a position from before the sync was saved after it"
     assert managed.manager.get_eliminations_from_memory() == written
+    for hotkey in ("a", "b", "c"):
+        assert validator.book.holdings(hotkey) == validator.book.on_disk(hotkey), "nothing was changed unsaved"
     managed.manager.position_manager.save_miner_position = store
     reasons = set(validator.probation.failed)
     managed.tick(0)
@@ -768,5 +780,34 @@ def test_backtest_has_no_first_refresh_and_no_zombies(tmp_path: Path) -> None:
         manager.process_eliminations()
         assert not validator.is_flat("a")
         assert set(manager.get_eliminations_dict()) == {"a"}
+    finally:
+        manager.shutdown()
+
+
+def test_backtest_takes_no_collateral_and_removes_no_directory(tmp_path: Path) -> None:
+    """It may have been given the living validator's contract, and the path of its miners."""
+    from reference_validator import ReferenceValidator, manager_of, plug_in
+
+    validator = ReferenceValidator(tmp_path)
+    validator.register("a", "gone", "other")
+    validator.open_position("a")
+    validator.open_position("gone")
+    validator.lose("a", 0.2)
+    validator.deregister("gone")
+    collaborators, environment = plug_in(validator)
+    manager = manager_of(collaborators, environment, running_unit_tests=True, is_backtesting=True)
+    try:
+        manager.append_elimination_row("gone", 0.2, "PLAGIARISM", validator.now_ms - 3 * DAY)
+        manager.process_eliminations()
+        assert set(manager.get_eliminations_dict()) == {"a"}, "the expired row is gone"
+        assert validator.is_flat("a")
+        assert validator.collateral.slashes() == []
+        assert manager.get_debts() == []
+        assert (validator.miners_directory / "gone").exists()
+        manager._server_proxy.eliminate_rpc(
+            "other", manager.generate_elimination_row("other", 0.1, "X"), ["slash"]
+        )
+        manager.process_eliminations()
+        assert validator.collateral.slashes() == []
     finally:
         manager.shutdown()

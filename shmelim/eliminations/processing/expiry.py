@@ -36,6 +36,8 @@ class Expiry:
     ----------
     collaborators, environment, state, alerts, roster, membership
         As of the processor.
+    keep_directories
+        Leave the miners' directories alone.
 
     """
 
@@ -47,6 +49,8 @@ class Expiry:
         alerts: Alerts,
         roster: Roster,
         membership: Membership,
+        *,
+        keep_directories: bool = False,
     ) -> None:
         self._collaborators = collaborators
         self._environment = environment
@@ -54,6 +58,7 @@ class Expiry:
         self._alerts = alerts
         self._roster = roster
         self._membership = membership
+        self._keep_directories = keep_directories
         # Whether entries were removed from the challenge period that are still on its disk.
         self._unwritten = False
 
@@ -74,7 +79,8 @@ class Expiry:
                 with this_round.guard(hotkey):
                     self._remove_challenge_entry(hotkey)
                     self._remove_positions(hotkey)
-                    self._environment.remove_miner_directory(hotkey)
+                    if not self._keep_directories:
+                        self._environment.remove_miner_directory(hotkey)
                     gone.append(hotkey)
         self._write_challenge_entries()
         # A sync may have eliminated somebody anew.

@@ -64,9 +64,15 @@ class Flattening:
             The first one that closing a position raised, once all were tried.
 
         """
-        found = {position.position_uuid: position.trade_pair.trade_pair_id for position in positions}
-        found |= {uuid: pair for (owner, uuid), pair in list(self._unsaved.items()) if owner == hotkey}
         first: Exception | None = None
+        found: dict[str, str] = {}
+        for position in positions:
+            try:
+                found[position.position_uuid] = position.trade_pair.trade_pair_id
+            except Exception as error:
+                _log.warning("a position of miner %s cannot be read: %s", hotkey, error)
+                first = first or error
+        found |= {uuid: pair for (owner, uuid), pair in list(self._unsaved.items()) if owner == hotkey}
         for uuid, pair in found.items():
             iteration.check()
             try:
@@ -91,27 +97,29 @@ class Flattening:
             if position is None or (position.is_closed_position and (hotkey, uuid) not in self._unsaved):
                 self._unsaved.pop((hotkey, uuid), None)
                 return
-            self._unsaved[hotkey, uuid] = pair
-            if not position.is_closed_position:
-                self._add_flat_order(position, record)
-            # As late as possible.
+            fetcher = self._price_fetcher()
+            order = None if position.is_closed_position else self._flat_order(position, record, fetcher)
+            # After the price, which may be long in coming, and before anything is changed: the position may be
+            # the manager's own object, and what a sync has taken back must not stay closed in it.
             iteration.check()
+            self._unsaved[hotkey, uuid] = pair
+            if order is not None:
+                position.add_order(order, fetcher)
             manager.save_miner_position(position, delete_open_position_if_exists=True)
             self._unsaved.pop((hotkey, uuid), None)
             message = self._message(position)
         _log.info("closed position %s (%s) of eliminated miner %s", uuid, pair, hotkey)
         self._tell_websockets(hotkey, message)
 
-    def _add_flat_order(self, position: Any, record: Mapping[str, Any]) -> None:
+    def _flat_order(self, position: Any, record: Mapping[str, Any], fetcher: Any) -> Any:
         eliminated_ms = record["elimination_initiated_time_ms"]
         time_ms = eliminated_ms
         if position.orders:
             # Two orders at one time would have no order.
             time_ms = max(time_ms, position.orders[-1].processed_ms + 1)
-        fetcher = self._price_fetcher()
         price_info = record.get("price_info") or {}
         source = self._environment.price_source(position.trade_pair, price_info, eliminated_ms)
-        position.add_order(position.generate_fake_flat_order(position, time_ms, fetcher, source), fetcher)
+        return position.generate_fake_flat_order(position, time_ms, fetcher, source)
 
     def _price_fetcher(self) -> Any:
         for fetcher in (

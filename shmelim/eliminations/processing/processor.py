@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from shmelim.eliminations.debts import POSITIONS
 from shmelim.eliminations.processing.alerts import Alerts
@@ -53,7 +53,8 @@ class EliminationProcessor:
     always
         Every call of :meth:`process_eliminations` is a tick, whatever time has passed.
     is_backtesting
-        There is no first refresh, and no zombie: the directories are those of a living validator.
+        There is no first refresh, nobody is slashed, and the miners' directories make no zombies and are not
+        removed: collateral and directories are those of a living validator.
 
     Notes
     -----
@@ -85,8 +86,17 @@ class EliminationProcessor:
         self._left_over: dict[str, Any] = {}
         self._roster = Roster(reader)
         self._membership = Membership(collaborators, self._state, self._roster)
-        self._settling = Settling(collaborators, environment, reader, self._state, self.alerts)
-        self._expiry = Expiry(collaborators, environment, self._state, self.alerts, self._roster, self._membership)
+        effects = cast("Collaborators", _WithoutContract(collaborators)) if is_backtesting else collaborators
+        self._settling = Settling(effects, environment, reader, self._state, self.alerts)
+        self._expiry = Expiry(
+            collaborators,
+            environment,
+            self._state,
+            self.alerts,
+            self._roster,
+            self._membership,
+            keep_directories=is_backtesting,
+        )
 
     # ------------------------------------------------------------------ when
 
@@ -358,6 +368,18 @@ class EliminationProcessor:
         if outcome == "added":
             _log.info("eliminated miner %s: %s (%s)", hotkey, record["reason"], record.get("dd"))
             self._settling.settle_new(hotkey, owed, iteration)
+
+
+class _WithoutContract:
+    """Collaborators as they are at each look, but for the contract: nobody is slashed."""
+
+    contract_manager = None
+
+    def __init__(self, collaborators: Collaborators) -> None:
+        self._collaborators = collaborators
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._collaborators, name)
 
 
 def _whose(row: Any, place: int) -> str:
