@@ -259,7 +259,7 @@ class Collaborators:
     slack_notifier : Notifier
         Is told what failed, once until it works again.
     shutdown_dict
-        Whatever is true once the validator ends.
+        Whatever is true once the validator ends, or an event that is set then.
     sync_in_progress : SharedValue
         True while positions are being replaced.
     sync_epoch : SharedValue

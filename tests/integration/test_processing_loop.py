@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,6 +17,7 @@ import pytest
 from reference_validator import Managed
 
 from shmelim.eliminations.debts import IN_DOUBT
+from shmelim.eliminations.processing import loop
 from shmelim.rpc.service.titles import title_of
 
 if TYPE_CHECKING:
@@ -119,6 +122,92 @@ def test_loop_survives_every_exception_and_tells_of_each_once(make: Callable[...
         managed.validator.register("a")
         managed.validator.lose("a", 0.2)
         until(lambda: managed.validator.collateral.slashes() == ["a"])
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), SystemExit(1), BaseException("odd")])
+@pytest.mark.parametrize("point", ["liquidated", "store"])
+def test_loop_in_a_thread_survives_what_no_handler_of_errors_catches(
+    make: Callable[..., Managed], error: BaseException, point: str
+) -> None:
+    managed = make("direct", **AT_ONCE)
+    managed.validator.register("a", "b")
+    for hotkey in ("a", "b"):
+        managed.validator.open_position(hotkey)
+        managed.validator.lose(hotkey, 0.2)
+    lasting = managed.validator.faults.fail(point, error, hotkey=None if point == "liquidated" else "a", times=3)
+    with in_a_thread(managed) as thread:
+        until(lambda: lasting.happened == 3 and managed.validator.is_flat("a") and managed.validator.is_flat("b"))
+        assert thread.is_alive()
+    assert 1 <= len(managed.alerts) <= 2, "told once, by whoever noticed it"
+
+
+def test_loop_that_ends_unasked_says_so(make: Callable[..., Managed], caplog: pytest.LogCaptureFixture) -> None:
+    managed = make("direct", **AT_ONCE)
+    managed.validator.faults.fail("liquidated", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        managed.manager.run_update_loop()
+    [alert] = managed.alerts
+    assert "has ended, though nobody asked it to" in alert
+    assert "KeyboardInterrupt" in alert
+    assert alert in caplog.messages
+
+
+def test_sys_exit_in_the_main_thread_ends_the_loop(make: Callable[..., Managed]) -> None:
+    """It is a signal's, as far as anybody can tell: a validator's own handler may raise it."""
+    managed = make("direct", **AT_ONCE)
+    managed.validator.faults.fail("liquidated", SystemExit(3))
+    with pytest.raises(SystemExit):
+        managed.manager.run_update_loop()
+    assert len(managed.alerts) == 1
+
+
+def test_loop_pauses_longer_after_a_tick_that_failed(
+    make: Callable[..., Managed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    managed = make("direct", tick_pause_s=1.0, error_pause_s=10.0)
+    managed.validator.faults.fail("liquidated")
+    pauses: list[float] = []
+
+    def pause(seconds: float, _stopping: Any) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            managed.validator.ending["now"] = True
+        if len(pauses) == 1:
+            managed.validator.faults.fail("has failed", BaseException("odd"))
+
+    monkeypatch.setattr(loop, "_pause", pause)
+    managed.manager.run_update_loop()
+    assert pauses == [10.0, 10.0, 1.0]
+
+
+def test_failure_is_not_forgotten_by_pauses_for_syncs(make: Callable[..., Managed]) -> None:
+    """The server is away, and syncs come and go: what failed was told, and nothing has gone well since."""
+    managed = make("direct", **AT_ONCE)
+    looks = itertools.count()
+
+    class Flag:
+        value = property(lambda _self: next(looks) % 2 == 0)
+
+    managed.manager.sync_in_progress = Flag()
+    managed.manager._processor._state._server = lambda: None
+    with in_a_thread(managed):
+        until(lambda: next(looks) > 40)
+    assert len(managed.alerts) == 1
+
+
+@pytest.mark.parametrize("make_event", [threading.Event, FORK.Event])
+def test_event_can_say_that_the_validator_ends(make: Callable[..., Managed], make_event: Any) -> None:
+    managed = make("direct", **AT_ONCE)
+    managed.manager.shutdown_dict = event = make_event()
+    managed.validator.register("a")
+    managed.validator.lose("a", 0.2)
+    thread = threading.Thread(target=managed.manager.run_update_loop, daemon=True)
+    thread.start()
+    until(lambda: managed.reasons)
+    assert thread.is_alive()
+    event.set()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
 
 
 def test_loop_ends_when_nobody_can_be_asked_whether_to(make: Callable[..., Managed]) -> None:

@@ -11,11 +11,19 @@ if TYPE_CHECKING:
 
     from shmelim.eliminations.collaborators import Collaborators
 
-__all__ = ["Alerts", "Round"]
+__all__ = ["Alerts", "Round", "is_failure"]
 
 _MOST: Final = 10_000  # failures that are remembered
 
 _log = logging.getLogger("shmelim.processing")
+
+
+def is_failure(error: BaseException) -> bool:
+    """Tell whether an error is a failure of what was tried, and not somebody's wish to end the process.
+
+    A collaborator that runs coroutines can raise ``asyncio.CancelledError``, which is no ``Exception``.
+    """
+    return not isinstance(error, (KeyboardInterrupt, GeneratorExit, SystemExit))
 
 
 class Alerts:
@@ -104,7 +112,9 @@ class Round:
             yield
         except self._passing:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             self.failed.add(hotkey)
             text = f"{self._kind}: failed for miner {hotkey}: {type(error).__name__}: {error}"
             self._alerts.failed(self._kind, hotkey, text, error)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from shmelim.eliminations.processing.alerts import is_failure
 from shmelim.eliminations.processing.iteration import OvertakenError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Flattening:
             The first one that closing a position raised, once all were tried.
 
         """
-        first: Exception | None = None
+        first: BaseException | None = None
         found: dict[str, str] = {}
         for position in positions:
             try:
@@ -79,7 +80,9 @@ class Flattening:
                 self._close_one(hotkey, uuid, pair, record, iteration)
             except OvertakenError:
                 raise
-            except Exception as error:
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
                 _log.warning("position %s of miner %s could not be closed: %s", uuid, hotkey, error)
                 first = first or error
         if first is not None:

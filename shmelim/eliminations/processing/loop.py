@@ -4,6 +4,9 @@ In the main thread of a child process a SIGTERM ends it too: at once between two
 as the miner at hand is done. Where that takes longer than a second, because a collaborator waits for something
 that does not come, ``SystemExit`` is raised in the midst of it, and again until it got through; a slash that is
 broken off that way is in doubt. Signal handlers are left as they were found.
+
+Nothing that a collaborator raises ends it, but for ``KeyboardInterrupt``, and ``SystemExit`` in the main thread;
+and it does not end that way without saying so.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from shmelim.eliminations.processing.alerts import is_failure
 from shmelim.rpc.service.titles import set_title
 
 if TYPE_CHECKING:
@@ -35,21 +40,46 @@ _log = logging.getLogger("shmelim.processing")
 
 def run_loop(processor: EliminationProcessor) -> None:
     """Tick until the validator ends."""
-    environment, alerts = processor.environment, processor.alerts
     with _Termination(processor):
         _log.info("the processing of eliminations begins")
-        while not processor.is_stopping():
-            pause = environment.tick_pause_s
-            try:
-                if not _sync_in_progress(processor) and not processor.tick():
-                    pause = environment.error_pause_s
-                alerts.succeeded("loop", "tick")
-            except Exception as error:
-                pause = environment.error_pause_s
-                text = f"the processing of eliminations failed: {type(error).__name__}: {error}"
-                alerts.failed("loop", "tick", text, error)
-            _pause(pause, processor.is_stopping)
-        _log.info("the processing of eliminations ends")
+        try:
+            while not processor.is_stopping():
+                _pause(_step(processor), processor.is_stopping)
+        finally:
+            if processor.is_stopping():
+                _log.info("the processing of eliminations ends")
+            else:
+                _tell_of_the_end(processor)
+
+
+def _step(processor: EliminationProcessor) -> float:
+    """Tick, unless a sync is in progress; returns how long to pause after it."""
+    environment, alerts = processor.environment, processor.alerts
+    try:
+        if _sync_in_progress(processor) or processor.tick():
+            return environment.tick_pause_s
+    except BaseException as error:
+        if _ends_the_loop(processor, error):
+            raise
+        text = f"the processing of eliminations failed: {type(error).__name__}: {error}"
+        alerts.failed("loop", "tick", text, error)
+    return environment.error_pause_s
+
+
+def _ends_the_loop(processor: EliminationProcessor, error: BaseException) -> bool:
+    if isinstance(error, SystemExit):
+        # In the main thread a signal handler may have raised it; elsewhere it is a collaborator that called
+        # sys.exit, which would end this thread and nothing else, without a word.
+        return processor.end_asked or threading.current_thread() is threading.main_thread()
+    return not is_failure(error)
+
+
+def _tell_of_the_end(processor: EliminationProcessor) -> None:
+    """Say that the loop ends though the validator does not; what ends it is on its way out."""
+    error = sys.exc_info()[1]
+    text = f"the processing of eliminations has ended, though nobody asked it to: {type(error).__name__}: {error}"
+    _log.critical("%s", text)
+    processor.alerts.tell(text, "error")
 
 
 def _sync_in_progress(processor: EliminationProcessor) -> bool:

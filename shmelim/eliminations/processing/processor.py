@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from shmelim.eliminations.debts import POSITIONS
-from shmelim.eliminations.processing.alerts import Alerts
+from shmelim.eliminations.processing.alerts import Alerts, is_failure
 from shmelim.eliminations.processing.expiry import Expiry
 from shmelim.eliminations.processing.iteration import Iteration, OvertakenError, current_epoch
 from shmelim.eliminations.processing.loop import run_loop
@@ -118,7 +118,9 @@ class EliminationProcessor:
         """Tell whether the validator ends."""
         shutdown = self.collaborators.shutdown_dict
         try:
-            return self.end_asked or bool(shutdown)
+            # An event is always true.
+            is_set = getattr(shutdown, "is_set", None)
+            return self.end_asked or bool(shutdown if is_set is None else is_set())
         except Exception:
             # It lives in a process that is gone, and the validator with it.
             _log.exception("whether the validator ends cannot be asked any more, so it does")
@@ -178,12 +180,16 @@ class EliminationProcessor:
                 return well
             except StateUnavailableError:
                 raise
-            except Exception as error:
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
                 well = False
                 text = f"eliminations: {name} failed: {type(error).__name__}: {error}"
                 self.alerts.failed("step", name, text, error)
             else:
                 self.alerts.succeeded("step", name)
+        # Not before it ran: a tick that was not due tells nothing of what fails in one that is.
+        self.alerts.succeeded("loop", "tick")
         if well:
             self.set_last_update_time()
         return well
