@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Final
 from shmelim.eliminations.debts import OWED
 from shmelim.eliminations.departures import lost_hotkeys
 from shmelim.eliminations.history import Change as EventOf
-from shmelim.eliminations.record import check_hotkey, prepare
+from shmelim.eliminations.record import check_hotkey, decode, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shmelim.eliminations.history import Origin
+    from shmelim.eliminations.schema import Row
     from shmelim.eliminations.store import Store
 
 __all__ = [
@@ -125,11 +126,22 @@ def add(hotkey: str, record: bytes) -> Callable[[Step], bool]:
     return run
 
 
-def remove(hotkeys: list[str]) -> Callable[[Step], list[str]]:
-    """Remove records; the step returns the hotkeys that had one."""
+def remove(hotkeys: list[str], times_ms: Mapping[str, int] | None = None) -> Callable[[Step], list[str]]:
+    """Remove records; the step returns the hotkeys that had one.
+
+    With `times_ms`, only those whose elimination was initiated when it says: another one came since.
+    """
+
+    def is_still(row: Row) -> bool:
+        time_ms = None if row.record is None else decode(row.record)["elimination_initiated_time_ms"]
+        return times_ms is not None and time_ms == times_ms.get(row.hotkey)
 
     def run(step: Step) -> list[str]:
-        old = step.store.remove_eliminations(hotkeys)
+        listed = hotkeys
+        if times_ms is not None:
+            found = step.store.get_many(hotkeys)
+            listed = [hotkey for hotkey in hotkeys if hotkey in found and is_still(found[hotkey])]
+        old = step.store.remove_eliminations(listed)
         step.record(EventOf("remove", hotkey, record) for hotkey, record in old.items())
         _cancel_debts(step, old, "remove")
         return list(old)

@@ -40,7 +40,7 @@ class Metagraph(Protocol):
 
     @property
     def hotkeys(self) -> Sequence[str]:
-        """All registered hotkeys; empty means that they are not known yet."""
+        """All registered hotkeys; None means that they are not known yet. What is no hotkey is left out."""
 
     def has_hotkey(self, hotkey: str, /) -> bool:
         """Tell whether a hotkey is registered."""
@@ -152,13 +152,18 @@ class PositionManager(Protocol):
 
 @runtime_checkable
 class ChallengePeriodManager(Protocol):
-    """The miners that are on probation, and why some of them failed."""
+    """The miners that are on probation, and why some of them failed.
+
+    A class may also have ``pop_elimination_reasons(hotkeys)``, which forgets those of these hotkeys alone. It is
+    then called instead of ``clear_elimination_reasons``: between a last look at who waits and the clearing,
+    another one can come, whose reason would be cleared unseen.
+    """
 
     def has_elimination_reasons(self) -> bool:
         """Tell whether anybody waits to be eliminated. Asked every second."""
 
     def get_all_elimination_reasons(self) -> Mapping[str, Sequence[Any]]:
-        """Return ``{hotkey: (reason, drawdown)}`` of those who wait."""
+        """Return ``{hotkey: (reason, drawdown)}`` of those who wait. Asked again before they are cleared."""
 
     def clear_elimination_reasons(self) -> Any:
         """Forget them: each is recorded."""

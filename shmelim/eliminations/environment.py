@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +15,8 @@ __all__ = ["DEVELOPMENT_HOTKEY", "ValidatorEnvironment", "ledger_drawdown_percen
 
 DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
 
+_LEAST_FACTOR: Final = -1.0
+_LARGEST_FACTOR: Final = 2.0
 _DIGITS: Final = 9  # of a percentage: what binary fractions add or lose lies far behind
 
 
@@ -148,13 +149,30 @@ def ledger_drawdown_percentage(ledger: Any) -> float:
     """Return a ledger's largest drawdown as a percentage, 0 to 100.
 
     The ledger has checkpoints ``cps``, each with the lowest point it saw as a factor ``mdd`` of the peak before:
-    0.9 is 10 % down. Without checkpoints there is no drawdown.
+    0.9 is 10 % down, and from 1 on there is none. Without a ledger (None), or a checkpoint in it, there is no
+    drawdown.
+
+    Raises
+    ------
+    AttributeError, TypeError
+        The ledger has no checkpoints, one of them has no ``mdd``, or that is no number.
+    ValueError
+        An ``mdd`` is NaN, or the lowest one so far off (over 2, under -1) that it is no factor; a percentage, say.
+
     """
-    checkpoints = getattr(ledger, "cps", None)
-    if not checkpoints:
+    if ledger is None:
         return 0.0
-    lowest = float(min([checkpoint.mdd for checkpoint in checkpoints]))
-    if math.isnan(lowest):
+    factors = [checkpoint.mdd for checkpoint in ledger.cps]
+    if not factors:
+        return 0.0
+    # One sum finds a NaN anywhere, which a minimum passes over, and refuses what is no number.
+    total = sum(factors)
+    if total != total:  # noqa: PLR0124 - only NaN differs from itself, and asking costs nothing
         raise ValueError("the ledger has a checkpoint whose mdd is not a number")
+    lowest = float(min(factors))
+    if not _LEAST_FACTOR <= lowest <= _LARGEST_FACTOR:
+        raise ValueError(f"the ledger's lowest mdd is {lowest}, and should be a factor: 0.9 is 10 % down")
+    if lowest >= 1.0:
+        return 0.0
     # Rounded, since (1 - 0.9) * 100 is a little less than the 10 % that it stands for.
-    return round((1.0 - min(max(lowest, 0.0), 1.0)) * 100.0, _DIGITS)
+    return round((1.0 - max(lowest, 0.0)) * 100.0, _DIGITS)

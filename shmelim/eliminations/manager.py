@@ -9,10 +9,10 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
-from shmelim.eliminations.changes import check_hotkeys
 from shmelim.eliminations.changing import Changing
 from shmelim.eliminations.environment import ValidatorEnvironment
 from shmelim.eliminations.processing import EliminationProcessor
+from shmelim.eliminations.processing.membership import valid_hotkeys
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.runtime import RuntimeDirectory
@@ -298,9 +298,11 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
 
     def _look_at_metagraph(self) -> None:
         """Tell the server who is registered, if that is known yet."""
-        hotkeys: Any = [] if self.metagraph is None else self.metagraph.hotkeys
+        hotkeys: Any = None if self.metagraph is None else self.metagraph.hotkeys
+        if hotkeys is None:
+            return
         try:
-            listed = check_hotkeys(hotkeys)
+            listed, _ = valid_hotkeys(list(hotkeys))  # a tick tells of those that are none
         except TypeError as error:
             _log.warning("the metagraph has no list of hotkeys yet: %s", error)
             return

@@ -376,9 +376,14 @@ class EliminationManagerServer:
         """Remove a record; True if there was one."""
         return bool(self._commit(changes.remove(changes.check_hotkeys([hotkey]))))
 
-    def delete_eliminations_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        """Remove many records in one transaction and save; returns the hotkeys that had one."""
-        removed = self._commit(changes.remove(changes.check_hotkeys(hotkeys)))
+    def delete_eliminations_rpc(
+        self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None
+    ) -> list[str]:
+        """Remove many records in one transaction and save; returns the hotkeys whose record was removed.
+
+        With `times_ms`, only those records that were initiated when it says for their hotkey.
+        """
+        removed = self._commit(changes.remove(changes.check_hotkeys(hotkeys), times_ms))
         self._save()
         return removed
 

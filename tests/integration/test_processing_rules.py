@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 from reference_validator import HOUR, MINUTE, Managed
+from reference_validator.trading import Holding
 
 from shmelim.eliminations.debts import IN_DOUBT
 
@@ -79,19 +82,66 @@ def test_direct_mode_ticks_whenever_it_is_asked(directly: Managed) -> None:
 
 
 def test_steps_come_in_their_order(managed: Managed) -> None:
+    """Each step has one thing to do that no other step does; what does it says so."""
     validator = managed.validator
-    validator.register("a", "b")
+    validator.register("expired", "owing", "listed", "liquid", "failed", "down", "zombie")
+    validator.probation.fail("expired", "PLAGIARISM", None)
     managed.tick()
+    validator.deregister("expired")
+    managed.tick(2 * DAY - HOUR)
+    for hotkey in ("owing", "listed", "liquid", "failed", "down", "zombie"):
+        validator.open_position(hotkey)
+    row = managed.manager.generate_elimination_row("owing", 0.1, "X", validator.now_ms)
+    managed.manager._server_proxy.eliminate_rpc("owing", row, ["limit_orders"])
+    managed.manager.append_elimination_row("listed", 0.1, "X", validator.now_ms)
+    managed.manager.first_refresh_ran = False
+    validator.lose("liquid", 0.7)
+    validator.probation.fail("failed", "PLAGIARISM", None)
+    validator.lose("down", 0.2)
+    validator.deregister("zombie")
+    validator.book.store(Holding("old", "expired", "BTC/USD", closed=True))
     validator.faults.passed.clear()
-    validator.lose("a", 0.6)
-    validator.probation.fail("b", "PLAGIARISM", None)
-    validator.deregister("b")
+    # What departs is noted where the table shows it, when the next thing happens.
+    departed: list[bool] = []
+    validator.faults.at(
+        "cancel", lambda: departed.append("zombie" in managed.manager.get_departed_hotkeys()), hotkey="owing"
+    )
+    managed.tick(HOUR)
+    did = [hotkey for name, hotkey in validator.faults.passed if name in ("cancel", "store", "drop")]
+    assert list(dict.fromkeys(did)) == ["owing", "listed", "liquid", "failed", "down", "zombie", "expired"]
+    assert departed == [True]
+    assert managed.reasons == {
+        "owing": "X",
+        "listed": "X",
+        "liquid": "LIQUIDATED",
+        "failed": "PLAGIARISM",
+        "down": "MAX_TOTAL_DRAWDOWN",
+        "zombie": "ZOMBIE",
+    }
+
+
+def test_first_rule_that_fits_counts(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a", "b", "c")
     managed.tick()
-    # The gate asks for reasons first where an interval counts; the order is that of what only one step does.
-    passed = [name for name, _ in validator.faults.passed]
-    firsts = [passed.index(name) for name in ("registry", "liquidated", "all failed", "in stage")]
-    assert firsts == sorted(firsts)
-    assert managed.reasons == {"a": "LIQUIDATED", "b": "PLAGIARISM"}, "the first rule that fits counts"
+    for hotkey, share in (("a", 0.6), ("b", 0.2), ("c", 0.2)):
+        validator.lose(hotkey, share)
+    for hotkey in ("a", "b"):
+        validator.probation.fail(hotkey, "PLAGIARISM", None)
+    validator.deregister("a", "b", "c")
+    managed.tick()
+    assert managed.reasons == {"a": "LIQUIDATED", "b": "PLAGIARISM", "c": "MAX_TOTAL_DRAWDOWN"}
+
+
+def test_clock_that_was_set_back_makes_a_tick_due(in_rpc_mode: Managed) -> None:
+    validator = in_rpc_mode.validator
+    validator.register("a")
+    in_rpc_mode.tick()
+    validator.lose("a", 0.2)
+    in_rpc_mode.tick(-HOUR)
+    assert in_rpc_mode.reasons == {"a": "MAX_TOTAL_DRAWDOWN"}
+    assert in_rpc_mode.manager.get_last_update_time_ms() == validator.now_ms
+    assert not in_rpc_mode.manager.refresh_allowed(300_000)
 
 
 # ---------------------------------------------------------------------- departed hotkeys
@@ -163,6 +213,46 @@ def test_default_departed_file_is_used_when_there_is_none_yet(tmp_path: Path) ->
         assert manager.is_hotkey_re_registered("gone")
     finally:
         manager.shutdown()
+
+
+@pytest.mark.parametrize("unknown", [None, ["", None]])
+def test_metagraph_without_hotkeys_is_not_known_yet(managed: Managed, unknown: Any) -> None:
+    validator = managed.validator
+    validator.register("a", "b")
+    managed.tick()
+    validator.registry.set_to(unknown)
+    managed.tick()
+    assert managed.alerts == []
+    assert managed.reasons == {}
+    assert managed.manager.get_departed_hotkeys() == {}
+
+
+def test_entry_of_the_metagraph_that_is_no_hotkey_is_left_out(
+    directly: Managed, caplog: pytest.LogCaptureFixture
+) -> None:
+    validator = directly.validator
+    validator.register("a", "b")
+    directly.tick()
+    validator.deregister("b")
+    validator.registry.set_to(["a", "", None, "x" * 256, "new"])
+    for _ in range(3):
+        directly.tick()
+    assert directly.manager.reader.snapshot().registered == {"a", "new"}
+    assert list(directly.manager.get_departed_hotkeys()) == ["b"]
+    assert directly.reasons == {"b": "ZOMBIE"}
+    assert len([text for text in caplog.messages if "no hotkeys" in text]) == 1
+    assert directly.alerts == []
+
+
+def test_manager_starts_with_a_metagraph_that_is_not_whole_yet(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from shmelim import EliminationManager
+
+    for hotkeys, registered in ((None, set()), (["a", "", None], {"a"}), (("b", "c"), {"b", "c"})):
+        metagraph: Any = SimpleNamespace(hotkeys=hotkeys)
+        with EliminationManager(metagraph, None, None, running_unit_tests=True) as manager:
+            assert manager.reader.snapshot().registered == registered
 
 
 # ---------------------------------------------------------------------- first refresh
@@ -255,6 +345,66 @@ def test_reason_that_comes_while_others_are_recorded_is_not_cleared(managed: Man
     assert validator.collateral.slashes() == ["a", "b"]
 
 
+@pytest.mark.parametrize("drawdown", [float("nan"), 0.5])
+def test_reasons_are_the_same_if_miners_and_reasons_are(directly: Managed, drawdown: float) -> None:
+    """Whatever is beside them, which may be equal to nothing, or refuse to say."""
+    validator = directly.validator
+    validator.register("a")
+    challenge = directly.manager.challengeperiod_manager
+    challenge.get_all_elimination_reasons = lambda: {
+        hotkey: (reason, Unlike(dd)) for hotkey, (reason, dd) in validator.probation.failed.items()
+    }
+    validator.probation.fail("a", "PLAGIARISM", drawdown)
+    directly.tick()
+    assert directly.reasons == {"a": "PLAGIARISM"}
+    assert validator.probation.failed == {}
+
+
+class Unlike(float):
+    """A number that cannot be compared, as an array cannot be."""
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("the truth value of an array is ambiguous")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_reasons_that_are_recorded_are_popped_where_that_can_be_done(directly: Managed) -> None:
+    """A reason that comes between a comparison and a clearing of all would be lost."""
+    validator = directly.validator
+    validator.register("a", "b", "c")
+    failed = validator.probation.failed
+    popped: list[list[str]] = []
+
+    def pop(hotkeys: list[str]) -> None:
+        popped.append(hotkeys)
+        validator.probation.fail("c", "PLAGIARISM", None)
+        for hotkey in hotkeys:
+            del failed[hotkey]
+
+    directly.manager.challengeperiod_manager.pop_elimination_reasons = pop
+    validator.probation.fail("a", "PLAGIARISM", None)
+    validator.probation.fail("b", "PLAGIARISM", "much")
+    directly.tick()
+    assert popped == [["a"]], "b could not be recorded"
+    assert set(failed) == {"b", "c"}
+    assert validator.faults.count("clear failed") == 0
+    directly.tick()
+    assert directly.reasons == {"a": "PLAGIARISM", "c": "PLAGIARISM"}
+
+
+def test_pop_that_a_mock_would_have_is_not_used(directly: Managed) -> None:
+    challenge = Mock(spec=["has_elimination_reasons", "get_all_elimination_reasons", "clear_elimination_reasons",
+                           "pop_elimination_reasons", "get_hotkeys_by_bucket"])  # fmt: skip
+    challenge.has_elimination_reasons.return_value = True
+    challenge.get_all_elimination_reasons.return_value = {"a": ("PLAGIARISM", None)}
+    challenge.get_hotkeys_by_bucket.return_value = []
+    directly.manager.challengeperiod_manager = challenge
+    directly.tick()
+    challenge.clear_elimination_reasons.assert_called_once_with()
+    challenge.pop_elimination_reasons.assert_not_called()
+
+
 def test_drawdown_of_exactly_10_percent_eliminates(managed: Managed) -> None:
     validator = managed.validator
     validator.register("below", "exact", "above")
@@ -273,6 +423,33 @@ def test_drawdown_judges_only_the_bucket_that_is_scored(managed: Managed) -> Non
     managed.validator.lose("a", 0.3)
     managed.tick()
     assert managed.reasons == {}
+
+
+def test_ledgers_of_others_than_were_asked_for_are_not_judged(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.register("b", stage="probation")
+    validator.lose("b", 0.3)
+    ledgers = managed.manager.position_manager.perf_ledger_manager
+    ledgers.filtered_ledger_for_scoring = lambda **_: validator.ledgers.of(["a", "b"])
+    managed.tick()
+    assert managed.reasons == {}
+
+
+@pytest.mark.parametrize("stale", ["a", b"a", None, lambda: {"a"}, 5])
+def test_nobody_is_judged_while_nobody_can_say_whose_ledger_is_stale(directly: Managed, stale: Any) -> None:
+    validator = directly.validator
+    validator.register("a")
+    validator.lose("a", 0.3)
+    ledgers = directly.manager.position_manager.perf_ledger_manager
+    ledgers.perf_ledger_hks_to_invalidate = stale
+    directly.tick()
+    assert directly.reasons == {}
+    [alert] = directly.alerts
+    assert "perf_ledger_hks_to_invalidate" in alert
+    ledgers.perf_ledger_hks_to_invalidate = iter(())
+    directly.tick()
+    assert directly.reasons == {"a": "MAX_TOTAL_DRAWDOWN"}
 
 
 def test_ledger_that_is_being_built_again_is_not_judged(managed: Managed) -> None:
@@ -475,6 +652,25 @@ def test_elimination_is_deleted_at_exactly_the_delay(managed: Managed) -> None:
     assert not (validator.miners_directory / "a").exists()
     assert (validator.miners_directory / "other").exists()
     assert list(managed.manager.get_departed_hotkeys()) == ["a"], "that it left is never forgotten"
+
+
+@pytest.mark.parametrize("how", ["sync", "add"])
+def test_elimination_that_was_made_anew_while_the_old_one_was_deleted_stays(managed: Managed, how: str) -> None:
+    eliminated_and_gone(managed)
+    managed.manager.sync_epoch = None
+    row = managed.manager.generate_elimination_row("a", 0.1, "LIQUIDATED", managed.validator.now_ms + 3 * DAY)
+
+    def anew() -> None:
+        if how == "sync":
+            managed.manager.sync_eliminations([row])
+        else:
+            managed.manager.add_elimination("a", row)
+
+    managed.validator.faults.at("drop!", anew)
+    managed.tick(3 * DAY)
+    assert managed.reasons == {"a": "LIQUIDATED"}
+    managed.tick(2 * DAY)
+    assert managed.reasons == {}
 
 
 def test_elimination_of_a_registered_miner_is_not_deleted(managed: Managed) -> None:
@@ -690,6 +886,42 @@ def test_ledger_that_names_a_miner_long_gone_eliminates_nobody(managed: Managed)
     managed.tick()
     added = [e for e in managed.manager._server_proxy.get_history_rpc("a") if e["action"] == "add"]
     assert len(added) == 1
+
+
+@pytest.mark.parametrize(("age", "eliminated"), [(2 * DAY - 1, True), (2 * DAY, False)])
+def test_ledger_names_a_miner_long_gone_from_exactly_the_delay_on(
+    managed: Managed, age: int, eliminated: bool
+) -> None:
+    """Eliminated now, it would be deleted at once."""
+    validator = managed.validator
+    validator.register("a", "b")
+    managed.tick()
+    validator.lose("a", 0.7)
+    validator.deregister("a")
+    shutil.rmtree(validator.miners_directory / "a")
+    validator.pass_time(age)
+    managed.manager.handle_perf_ledger_eliminations()
+    assert managed.reasons == ({"a": "LIQUIDATED"} if eliminated else {})
+
+
+@pytest.mark.parametrize("debt", ["limit_orders", "positions", "slash"])
+def test_nothing_more_is_settled_once_the_epoch_moved(managed: Managed, debt: str) -> None:
+    """A sync that leaves the eliminations as they are: the debts stay, and the next tick settles them."""
+    validator = managed.validator
+    validator.register("a")
+    validator.open_position("a")
+    validator.limit_orders.place("a")
+    validator.lose("a", 0.2)
+    point = {"limit_orders": "in stage", "positions": "cancel!", "slash": "store!"}[debt]
+    validator.faults.at(point, lambda: validator.sync(lambda: None))
+    managed.tick()
+    assert validator.collateral.slashes() == []
+    owed = [found["kind"] for found in managed.debts]
+    kinds = ["limit_orders", "positions", "slash"]
+    assert owed == ([] if debt == "limit_orders" else kinds[kinds.index(debt) :])
+    managed.tick(0)
+    assert managed.debts == []
+    assert validator.collateral.slashes() == ["a"]
 
 
 def test_sync_without_an_epoch_is_noticed_by_the_server(managed: Managed) -> None:

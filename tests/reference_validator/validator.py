@@ -36,6 +36,10 @@ class Registry:
     def has_hotkey(self, hotkey: str) -> bool:
         return hotkey in self._hotkeys
 
+    def set_to(self, anything: Any) -> None:
+        """Show what a registry should not: None, or what is no hotkey."""
+        self._hotkeys = anything
+
     def set(self, hotkeys: list[str]) -> None:
         self._hotkeys = list(hotkeys)
         self._disk.write("registered", self._hotkeys)

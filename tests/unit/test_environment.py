@@ -6,6 +6,7 @@ import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from shmelim.eliminations.directories import MinerDirectories
@@ -46,10 +47,42 @@ def test_drawdown_from_10_percent_on_eliminates(factors: Any, eliminated: bool, 
     assert ValidatorEnvironment().drawdown(ledger(*factors)) == (eliminated, pytest.approx(percentage))
 
 
-def test_drawdown_of_no_ledger_is_none_and_of_a_broken_one_an_error() -> None:
+def test_drawdown_of_no_ledger_is_none() -> None:
     assert ledger_drawdown_percentage(None) == 0.0
-    with pytest.raises(ValueError, match="not a number"):
-        ledger_drawdown_percentage(ledger(float("nan")))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("factors", "error", "message"),
+    [
+        ((NAN,), ValueError, "not a number"),
+        ((0.99, NAN, 0.98), ValueError, "not a number"),
+        ((None,), TypeError, "NoneType"),
+        ((1.0, None), TypeError, "NoneType"),
+        (("0.5",), TypeError, "str"),
+        ((90.0, 95.0), ValueError, "factor"),
+        ((float("inf"),), ValueError, "factor"),
+        ((0.99, -7.5), ValueError, "factor"),
+    ],
+)
+def test_ledger_whose_checkpoints_make_no_sense_is_an_error(factors: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        ledger_drawdown_percentage(ledger(*factors))
+
+
+@pytest.mark.parametrize("broken", [{"portfolio": ledger(0.5)}, SimpleNamespace(), SimpleNamespace(cps=None), 5])
+def test_ledger_without_checkpoints_to_read_is_an_error(broken: Any) -> None:
+    with pytest.raises((TypeError, AttributeError), match=r"cps|NoneType"):
+        ledger_drawdown_percentage(broken)
+
+
+def test_checkpoints_and_factors_may_be_numpys() -> None:
+    checkpoints = np.array([SimpleNamespace(mdd=np.float64(0.99)), SimpleNamespace(mdd=np.float32(0.5))], object)
+    assert ledger_drawdown_percentage(SimpleNamespace(cps=checkpoints)) == 50.0
+    assert ledger_drawdown_percentage(SimpleNamespace(cps=checkpoints[:0])) == 0.0
+    assert ledger_drawdown_percentage(SimpleNamespace(cps=(SimpleNamespace(mdd=1),))) == 0.0
 
 
 @pytest.mark.parametrize("key", ["BTC/USD", "BTCUSD", "the pair"])

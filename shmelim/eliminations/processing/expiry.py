@@ -64,7 +64,8 @@ class Expiry:
 
     def delete(self, iteration: Iteration, stopping: Callable[[], bool]) -> None:
         """Delete all that is expired."""
-        expired = self._membership.missing(self._old_enough())
+        old_enough = self._old_enough()
+        expired = self._membership.missing(old_enough)
         if not expired:
             return
         slashes = {debt["hotkey"] for debt in self._state.get_debts() if debt["kind"] == SLASH}
@@ -83,11 +84,11 @@ class Expiry:
                         self._environment.remove_miner_directory(hotkey)
                     gone.append(hotkey)
         self._write_challenge_entries()
-        # A sync may have eliminated somebody anew.
         iteration.check()
         if gone:
-            self._state.delete_eliminations(gone)
-            _log.info("deleted %d expired eliminations: %s", len(gone), ", ".join(gone[:10]))
+            # Somebody may have been eliminated anew meanwhile: that row stays.
+            deleted = self._state.delete_eliminations({hotkey: old_enough[hotkey] for hotkey in gone})
+            _log.info("deleted %d expired eliminations: %s", len(deleted), ", ".join(deleted[:10]))
 
     def is_due(self, record: Mapping[str, Any]) -> bool:
         """Tell whether an elimination would be deleted at once, if it were made."""
@@ -95,9 +96,11 @@ class Expiry:
         old = bool(record["elimination_initiated_time_ms"] <= latest)
         return old and bool(self._membership.missing([record["hotkey"]]))
 
-    def _old_enough(self) -> list[str]:
+    def _old_enough(self) -> dict[str, int]:
+        """Return when those were eliminated of whom that is long ago."""
         latest = self._environment.now_ms() - self._environment.deletion_delay_ms
-        return [hotkey for hotkey, time_ms in self._roster.now().eliminated.items() if time_ms <= latest]
+        eliminated = self._roster.now().eliminated
+        return {hotkey: time_ms for hotkey, time_ms in eliminated.items() if time_ms <= latest}
 
     def _remove_challenge_entry(self, hotkey: str) -> None:
         challenge: Any = self._collaborators.challengeperiod_manager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
+
+from shmelim.eliminations.record import check_hotkey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -12,7 +14,9 @@ if TYPE_CHECKING:
     from shmelim.eliminations.processing.roster import Roster
     from shmelim.eliminations.processing.statecalls import StateCalls
 
-__all__ = ["Membership"]
+__all__ = ["Membership", "valid_hotkeys"]
+
+_SHOWN: Final = 60  # characters of what is no hotkey
 
 _log = logging.getLogger("shmelim.processing")
 
@@ -32,6 +36,10 @@ class Membership:
         self._state = state
         self._roster = roster
         self._told: list[str] | None = None  # what the server was told last
+        # What the metagraph listed last, what that was of hotkeys, and what it was else.
+        self._listed: list[Any] | None = None
+        self._hotkeys_listed: list[str] | None = None
+        self._refused: list[str] = []
 
     def look(self) -> list[str]:
         """Tell the server who is registered, unless it knows; returns those whose departure was recorded."""
@@ -60,8 +68,43 @@ class Membership:
 
     def _hotkeys(self) -> list[str] | None:
         metagraph = self._collaborators.metagraph
-        return None if metagraph is None else list(metagraph.hotkeys)
+        shown = None if metagraph is None else metagraph.hotkeys
+        if shown is None:
+            return None
+        listed = list(shown)
+        if listed != self._listed:
+            self._hotkeys_listed, refused = valid_hotkeys(listed)
+            self._listed = listed
+            if refused and refused != self._refused:
+                _log.warning(
+                    "%d entries of the metagraph are no hotkeys and are left out: %s",
+                    len(refused),
+                    ", ".join(refused[:10]),
+                )
+            self._refused = refused
+        return self._hotkeys_listed
 
     def _is_known(self, hotkeys: list[str]) -> bool:
         # Others may have told the server something else since.
         return hotkeys == self._told and self._roster.now().registered >= set(hotkeys)
+
+
+def valid_hotkeys(listed: Iterable[Any]) -> tuple[list[str] | None, list[str]]:
+    """Part what a metagraph lists into hotkeys and what is none.
+
+    Returns
+    -------
+    tuple
+        The hotkeys, or None where something is listed and nothing of it is a hotkey: then they are not known yet;
+        and what is none, as text.
+
+    """
+    hotkeys, refused = [], []
+    for one in listed:
+        try:
+            check_hotkey(one)
+        except (TypeError, ValueError):
+            refused.append(repr(one)[:_SHOWN])
+        else:
+            hotkeys.append(str(one))
+    return (None if refused and not hotkeys else hotkeys), refused

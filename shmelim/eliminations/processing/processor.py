@@ -6,8 +6,8 @@ server, so it is the same whether the server lives in this process or in another
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from shmelim.eliminations.debts import POSITIONS
@@ -83,7 +83,7 @@ class EliminationProcessor:
         self._last_update_ms = 0
         self.end_asked = False  # written by a signal handler too
         # The reasons that a pass could not record: they alone make no tick due.
-        self._left_over: dict[str, Any] = {}
+        self._left_over: dict[str, str] = {}
         self._roster = Roster(reader)
         self._membership = Membership(collaborators, self._state, self._roster)
         effects = cast("Collaborators", _WithoutContract(collaborators)) if is_backtesting else collaborators
@@ -102,7 +102,9 @@ class EliminationProcessor:
 
     def refresh_allowed(self, refresh_interval_ms: int) -> bool:
         """Tell whether more than so many milliseconds have passed since the last tick."""
-        return self._always or self.environment.now_ms() - self._last_update_ms > refresh_interval_ms
+        passed_ms = self.environment.now_ms() - self._last_update_ms
+        # A clock that was set back would otherwise stop everything until it is there again.
+        return self._always or passed_ms > refresh_interval_ms or passed_ms < 0
 
     def set_last_update_time(self, skip_message: bool = False) -> None:
         """Say that a tick was made now."""
@@ -294,6 +296,7 @@ class EliminationProcessor:
         if challenge is None or not challenge.has_elimination_reasons():
             return
         waiting = dict(challenge.get_all_elimination_reasons())
+        recorded: list[str] = []
         with self.alerts.round("challenge-period elimination", *_NOT_A_MINERS) as this_round:
             for hotkey, reason in waiting.items():
                 if self.is_stopping():
@@ -301,9 +304,13 @@ class EliminationProcessor:
                 with this_round.guard(hotkey):
                     row = generate_row(hotkey, reason[1], reason[0], self.environment.now_ms())
                     self._eliminate(normalise(row), iteration, slash=True)
-        self._left_over = waiting if this_round.failed else {}
+                    recorded.append(hotkey)
+        self._left_over = _in_words(waiting) if this_round.failed else {}
+        # Not asked as an attribute: a mock has every one.
+        if inspect.getattr_static(challenge, "pop_elimination_reasons", None) is not None:
+            challenge.pop_elimination_reasons(recorded)
         # Those that came meanwhile are nowhere recorded yet.
-        if not this_round.failed and dict(challenge.get_all_elimination_reasons()) == waiting:
+        elif not this_round.failed and _reasons(challenge.get_all_elimination_reasons()) == _reasons(waiting):
             challenge.clear_elimination_reasons()
 
     def _challenge_is_waiting(self) -> bool:
@@ -314,7 +321,7 @@ class EliminationProcessor:
                 waiting = False
             else:
                 left_over = self._left_over
-                waiting = not left_over or dict(challenge.get_all_elimination_reasons()) != left_over
+                waiting = not left_over or _in_words(challenge.get_all_elimination_reasons()) != left_over
         except Exception as error:
             text = f"eliminations: whether reasons wait cannot be asked: {type(error).__name__}: {error}"
             self.alerts.failed("step", "reasons", text, error)
@@ -326,13 +333,15 @@ class EliminationProcessor:
         ledgers, challenge = self._ledgers(), self.collaborators.challengeperiod_manager
         if ledgers is None or challenge is None:
             return
-        scored = list(challenge.get_hotkeys_by_bucket(self.environment.scored_bucket))
-        judged = ledgers.filtered_ledger_for_scoring(portfolio_only=True, hotkeys=scored) if scored else {}
+        scored = dict.fromkeys(challenge.get_hotkeys_by_bucket(self.environment.scored_bucket))
+        if not scored:
+            return
+        judged = ledgers.filtered_ledger_for_scoring(portfolio_only=True, hotkeys=list(scored))
         eliminated = self._roster.now().eliminated
-        stale = _as_set(getattr(ledgers, "perf_ledger_hks_to_invalidate", ()))
+        stale = _stale(ledgers)
         with self.alerts.round("drawdown elimination", *_NOT_A_MINERS) as this_round:
             for hotkey, ledger in judged.items():
-                if hotkey in stale or hotkey in eliminated:
+                if hotkey in stale or hotkey in eliminated or hotkey not in scored:
                     continue
                 with this_round.guard(hotkey):
                     beyond, percentage = self.environment.drawdown(ledger)
@@ -394,6 +403,22 @@ def _whose(row: Any, place: int) -> str:
     return hotkey if isinstance(hotkey, str) else f"number {place} of the list"
 
 
-def _as_set(hotkeys: Any) -> frozenset[str]:
-    """Return hotkeys that may live in another process, fetched once; of what is no list of them: none."""
-    return frozenset(hotkeys) if isinstance(hotkeys, Iterable) else frozenset()
+def _stale(ledgers: Any) -> frozenset[str]:
+    """Return whose ledger must not be judged, fetched once: the list may live in another process."""
+    hotkeys = ledgers.perf_ledger_hks_to_invalidate
+    if isinstance(hotkeys, (str, bytes)):
+        raise TypeError(f"perf_ledger_hks_to_invalidate must be hotkeys, not {type(hotkeys).__name__}")
+    try:
+        return frozenset(hotkeys)
+    except TypeError as error:
+        raise TypeError(f"perf_ledger_hks_to_invalidate must be hotkeys: {error}") from error
+
+
+def _reasons(waiting: Mapping[str, Any]) -> dict[str, str]:
+    """Return who waits to be eliminated and why, as text: what else is said of them need not even equal itself."""
+    return {hotkey: str(reason[0]) for hotkey, reason in waiting.items()}
+
+
+def _in_words(waiting: Mapping[str, Any]) -> dict[str, str]:
+    """Return all that is said of those who wait, as text."""
+    return {hotkey: str(reason) for hotkey, reason in waiting.items()}

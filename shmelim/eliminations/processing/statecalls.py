@@ -70,9 +70,9 @@ class StateCalls:
         """Say which hotkeys are registered; returns those whose departure was recorded."""
         return list(self._call("update_metagraph_rpc", hotkeys))
 
-    def delete_eliminations(self, hotkeys: list[str]) -> list[str]:
-        """Remove records in one transaction; returns the hotkeys that had one."""
-        return list(self._call("delete_eliminations_rpc", hotkeys))
+    def delete_eliminations(self, times_ms: dict[str, int]) -> list[str]:
+        """Remove records that were initiated when this says, in one transaction; returns whose were."""
+        return list(self._call("delete_eliminations_rpc", list(times_ms), times_ms))
 
     def get_first_refresh_ran(self) -> bool:
         """Tell whether the first refresh was made."""
