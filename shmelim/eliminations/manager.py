@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 from shmelim.eliminations.changing import Changing
 from shmelim.eliminations.environment import ValidatorEnvironment
 from shmelim.eliminations.processing import EliminationProcessor
-from shmelim.eliminations.processing.membership import valid_hotkeys
+from shmelim.eliminations.processing.membership import listed_by, valid_hotkeys
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.runtime import RuntimeDirectory
@@ -302,7 +302,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
         if hotkeys is None:
             return
         try:
-            listed, _ = valid_hotkeys(list(hotkeys))  # a tick tells of those that are none
+            listed, _ = valid_hotkeys(listed_by(hotkeys))  # a tick tells of those that are none
         except TypeError as error:
             _log.warning("the metagraph has no list of hotkeys yet: %s", error)
             return

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shmelim.eliminations.processing.roster import Roster
     from shmelim.eliminations.processing.statecalls import StateCalls
 
-__all__ = ["Membership", "valid_hotkeys"]
+__all__ = ["Membership", "listed_by", "valid_hotkeys"]
 
 _SHOWN: Final = 60  # characters of what is no hotkey
 
@@ -71,7 +71,7 @@ class Membership:
         shown = None if metagraph is None else metagraph.hotkeys
         if shown is None:
             return None
-        listed = list(shown)
+        listed = listed_by(shown)
         if listed != self._listed:
             self._hotkeys_listed, refused = valid_hotkeys(listed)
             self._listed = listed
@@ -87,6 +87,13 @@ class Membership:
     def _is_known(self, hotkeys: list[str]) -> bool:
         # Others may have told the server something else since.
         return hotkeys == self._told and self._roster.now().registered >= set(hotkeys)
+
+
+def listed_by(hotkeys: Any) -> list[Any]:
+    """Return what a metagraph lists; TypeError where that is no list, and no text either."""
+    if isinstance(hotkeys, (str, bytes)):
+        raise TypeError(f"hotkeys must be a list or set of hotkeys, not {type(hotkeys).__name__}")
+    return list(hotkeys)  # a manager's list, for one, is no Iterable by name
 
 
 def valid_hotkeys(listed: Iterable[Any]) -> tuple[list[str] | None, list[str]]:
