@@ -204,6 +204,10 @@ class Changing(ABC):
         """Return what eliminations still owe, one hotkey's or all: what, since when, and what went wrong."""
         return list(self._call("get_debts_rpc", hotkey, idempotent=True))
 
+    def get_slashes(self, hotkey: str | None = None) -> list[dict[str, Any]]:
+        """Return the last slash that was made of one hotkey or of each: when, for which elimination, says who."""
+        return list(self._call("get_slashes_rpc", hotkey, idempotent=True))
+
 
 def _parts(first: list[Any], rest: Iterator[Any]) -> Iterator[list[Any]]:
     part = first

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from shmelim.eliminations import debt_changes
 from shmelim.eliminations.changes import replacements
-from shmelim.eliminations.debt_table import Figures, read_debt_figures, read_debts
+from shmelim.eliminations.debt_table import Figures, read_debt_figures, read_debts, read_slashes
 from shmelim.eliminations.debts import KINDS, SLASH
-from shmelim.eliminations.record import check_hotkey, prepare
+from shmelim.eliminations.record import check_hotkey, encode, normalise
 from shmelim.errors import StoreError
 
 if TYPE_CHECKING:
@@ -53,13 +53,31 @@ class DebtBook:
         self._origin = origin
         self._state_dir = state_dir
 
-    def eliminate(self, hotkey: str, record: Mapping[str, Any], owed: Iterable[str], expected: int | None) -> str:
+    def eliminate(
+        self,
+        hotkey: str,
+        record: Mapping[str, Any],
+        owed: Iterable[str],
+        expected: int | None,
+        slash_once_within_ms: float | None,
+    ) -> str:
         """Eliminate a hotkey with what that owes."""
-        check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
+        check_hotkey(hotkey)  # which also refuses None: normalise would take the record's word for it
         if expected is not None and (isinstance(expected, bool) or not isinstance(expected, int)):
             raise TypeError(f"replacements must be a whole number or None, not {expected!r}")
-        hotkey, encoded = prepare(record, hotkey)
-        return self._commit(debt_changes.eliminate(hotkey, encoded, _check_kinds(owed), expected))
+        if slash_once_within_ms is not None:
+            _check_span("slash_once_within_ms", slash_once_within_ms)
+        plain = normalise(record, hotkey)
+        return self._commit(
+            debt_changes.eliminate(
+                plain["hotkey"],
+                encode(plain),
+                plain["elimination_initiated_time_ms"],
+                _check_kinds(owed),
+                expected,
+                slash_once_within_ms,
+            )
+        )
 
     def replacements(self) -> int:
         """Return how often the whole list was replaced."""
@@ -74,6 +92,16 @@ class DebtBook:
         else:
             found = read_debts(self._state_dir, hotkey)
         return [debt.as_dict() for debt in found]
+
+    def slashes(self, hotkey: str | None) -> list[dict[str, Any]]:
+        """Return the last slash that was made of each."""
+        if hotkey is not None:
+            check_hotkey(hotkey)
+        if self._state_dir is None:
+            found = self._committer.read(lambda store: store.slashes(hotkey))
+        else:
+            found = read_slashes(self._state_dir, hotkey)
+        return [slash.as_dict() for slash in found]
 
     def settle(self, hotkey: str, kind: str, attempt: str | None) -> bool:
         """Remove a debt whose effect is made."""
@@ -172,6 +200,14 @@ def _check_truth(name: str, value: bool) -> None:
     # A text that says "false" would count as true.
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def _check_span(name: str, value: float) -> None:
+    # Infinity is fine, NaN is not.
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of milliseconds or None, not {value!r}")
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, not {value!r}")
 
 
 def _checked_error(error: str) -> str:

@@ -2,17 +2,26 @@
 
 A debt that fails with every tick must not flood a history that is never shortened: of the failures of one debt
 the 1st, 2nd, 4th, 8th, … are told, and so are the beginnings of these attempts. What puts a slash in doubt,
-settles or resolves it is always told, and in words that processing looks for (``slashing.py``): that a slash was
-made outlives the debt and its elimination in the history alone.
+settles or resolves it is always told.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from shmelim.eliminations.changes import replacements
-from shmelim.eliminations.debts import ATTEMPTING, IN_DOUBT, OWED, SLASH, Debt, attempt_is_alive
+from shmelim.eliminations.debts import (
+    ATTEMPTING,
+    BY_CONTRACT,
+    BY_HAND,
+    IN_DOUBT,
+    OWED,
+    SLASH,
+    Debt,
+    Slash,
+    attempt_is_alive,
+)
 from shmelim.eliminations.history import Change as EventOf
 
 if TYPE_CHECKING:
@@ -22,20 +31,30 @@ if TYPE_CHECKING:
 
 __all__ = ["begin_slash", "eliminate", "fail", "resolve_slash", "settle"]
 
+# A record's time may be any whole number of 64 bits; SQLite's are signed.
+_LARGEST_MS: Final = (1 << 63) - 1
+
 
 def eliminate(
-    hotkey: str, record: bytes, kinds: Sequence[str], expected: int | None = None
+    hotkey: str,
+    record: bytes,
+    eliminated_ms: int,
+    kinds: Sequence[str],
+    expected: int | None = None,
+    slash_once_within_ms: float | None = None,
 ) -> Callable[[Step], str]:
     """Eliminate a hotkey that is not eliminated yet, and record what that owes.
 
     Parameters
     ----------
-    hotkey, record
-        Whom, and the record.
+    hotkey, record, eliminated_ms
+        Whom, the record, and the time in it.
     kinds
         What is owed.
     expected
         The number of replacements on which the decision rests; None asks for none.
+    slash_once_within_ms
+        No slash is owed where one was made for an elimination whose time is less than this away; None: it is.
 
     Returns
     -------
@@ -52,20 +71,25 @@ def eliminate(
             return "already"
         step.store.put_elimination(hotkey, record)
         step.record([EventOf("add", hotkey, None, record)])
-        _owe(step, hotkey, kinds)
+        _owe(step, hotkey, kinds, min(eliminated_ms, _LARGEST_MS), slash_once_within_ms)
         return "added"
 
     return run
 
 
 def settle(hotkey: str, kind: str, attempt: str | None = None) -> Callable[[Step], bool]:
-    """Remove a debt whose effect is made, a slash only by the attempt that stands; False where there is none."""
+    """Remove a debt whose effect is made, a slash only by the attempt that stands; False where there is none.
+
+    That a slash was made is recorded with it.
+    """
 
     def run(step: Step) -> bool:
         debt = _find(step, hotkey, kind, attempt)
         if debt is None or (kind == SLASH and attempt is None):
             return False
         step.store.remove_debt(debt)
+        if kind == SLASH:
+            _record_slash(step, debt, BY_CONTRACT)
         failures = f", after {debt.attempts} failures" if debt.attempts else ""
         step.tell([EventOf("settle", hotkey, note=f"{_named(debt)}{failures}")])
         return True
@@ -136,6 +160,7 @@ def resolve_slash(hotkey: str, *, made: bool) -> Callable[[Step], bool]:
         step.tell([EventOf("resolve", hotkey, note=f"{_named(debt)}: {'made' if made else 'not made'}")])
         if made:
             step.store.remove_debt(debt)
+            _record_slash(step, debt, BY_HAND)
         else:
             _owe_again(step, debt)
         return True
@@ -143,20 +168,37 @@ def resolve_slash(hotkey: str, *, made: bool) -> Callable[[Step], bool]:
     return run
 
 
-def _owe(step: Step, hotkey: str, kinds: Sequence[str]) -> None:
+def _owe(step: Step, hotkey: str, kinds: Sequence[str], eliminated_ms: int, once_within_ms: float | None) -> None:
     ordinal, now = step.store.next_debt_ordinal(), _now_ms()
     said = []
     for kind in kinds:
+        if kind == SLASH and _was_made(step, hotkey, eliminated_ms, once_within_ms):
+            # The elimination that owed it was taken back; the money was not.
+            said.append(f"{kind} (made before)")
+            continue
         standing = step.store.debt(hotkey, kind)
         if standing is None:
-            step.store.put_debt(Debt(hotkey, kind, OWED, ordinal, due=True, since_ms=now))
+            debt = Debt(hotkey, kind, OWED, ordinal, due=True, since_ms=now, eliminated_ms=eliminated_ms)
+            step.store.put_debt(debt)
             said.append(kind)
         else:
             # A slash that was begun for an earlier elimination: never a second one.
-            step.store.put_debt(standing._replace(ordinal=ordinal, due=True))
+            step.store.put_debt(standing._replace(ordinal=ordinal, due=True, eliminated_ms=eliminated_ms))
             said.append(f"{kind} (begun before, {standing.state})")
     if said:
         step.tell([EventOf("owe", hotkey, note=", ".join(said))])
+
+
+def _was_made(step: Step, hotkey: str, eliminated_ms: int, within_ms: float | None) -> bool:
+    """Tell whether a slash was made for an elimination less than so far away."""
+    if within_ms is None:
+        return False
+    slash = step.store.slash(hotkey)
+    return slash is not None and abs(eliminated_ms - slash.eliminated_ms) < within_ms
+
+
+def _record_slash(step: Step, debt: Debt, by: str) -> None:
+    step.store.put_slash(Slash(debt.hotkey, _now_ms(), debt.eliminated_ms, by))
 
 
 def _owe_again(step: Step, debt: Debt) -> None:

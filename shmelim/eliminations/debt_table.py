@@ -1,4 +1,4 @@
-"""The ``debts`` table of the store, and reading it without a server."""
+"""The tables ``debts`` and ``slashes`` of the store, and reading them without a server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from shmelim.eliminations import schema
 from shmelim.eliminations.database import Guard
-from shmelim.eliminations.debts import IN_DOUBT, Debt
+from shmelim.eliminations.debts import IN_DOUBT, Debt, Slash
 
 if TYPE_CHECKING:
     import os
@@ -19,24 +19,32 @@ __all__ = [
     "delete",
     "figures",
     "find",
+    "find_slash",
     "next_ordinal",
     "put",
+    "put_slash",
     "read_debt_figures",
     "read_debts",
+    "read_slashes",
     "select",
+    "select_slashes",
 ]
 
 T = TypeVar("T")
 
 # The columns are the fields of a Debt; the names of the kinds stand in the alphabet in their own order.
 _SELECT = (
-    "SELECT hotkey, kind, state, ordinal, due, since_ms, attempts, error, attempt, in_doubt_since_ms FROM debts"
+    "SELECT hotkey, kind, state, ordinal, due, since_ms, eliminated_ms, attempts, error, attempt,"
+    " in_doubt_since_ms FROM debts"
 )
 _ALL = f"{_SELECT} ORDER BY ordinal, kind"
 _OF_HOTKEY = f"{_SELECT} WHERE hotkey = ? ORDER BY ordinal, kind"
 _ONE = f"{_SELECT} WHERE hotkey = ? AND kind = ?"
-_PUT = "INSERT OR REPLACE INTO debts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_PUT = "INSERT OR REPLACE INTO debts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _DOUBTFUL = "SELECT hotkey FROM debts WHERE state = ? ORDER BY ordinal"
+_SLASHES = "SELECT hotkey, made_ms, eliminated_ms, said_by FROM slashes"
+_ALL_SLASHES = f"{_SLASHES} ORDER BY made_ms, hotkey"
+_SLASH = f"{_SLASHES} WHERE hotkey = ?"
 
 
 class Figures(NamedTuple):
@@ -78,6 +86,13 @@ def read_debt_figures(directory: str | os.PathLike[str], *, busy_timeout: float 
     return _ask(directory, busy_timeout, figures, Figures(0, []))
 
 
+def read_slashes(
+    directory: str | os.PathLike[str], hotkey: str | None = None, *, busy_timeout: float = 5.0
+) -> list[Slash]:
+    """Return the last slash made of one hotkey, or of each, from a state directory; as :func:`read_debts`."""
+    return _ask(directory, busy_timeout, lambda db: select_slashes(db, hotkey), [])
+
+
 def _ask(
     directory: str | os.PathLike[str], busy_timeout: float, question: Callable[[sqlite3.Connection], T], nothing: T
 ) -> T:
@@ -85,6 +100,7 @@ def _ask(
     with Guard(path):
         db = schema.connect_read_only(path, busy_timeout)
         try:
+            # The schema that has debts has slashes.
             known = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'debts'").fetchone()
             return nothing if known is None else question(db)
         finally:
@@ -124,6 +140,23 @@ def figures(db: sqlite3.Connection) -> Figures:
     (count,) = db.execute("SELECT count(*) FROM debts").fetchone()
     doubtful = db.execute(_DOUBTFUL, (IN_DOUBT,))
     return Figures(count, [hotkey for (hotkey,) in doubtful])
+
+
+def select_slashes(db: sqlite3.Connection, hotkey: str | None) -> list[Slash]:
+    """Return the last slash made of one hotkey, or of each, oldest first."""
+    found = db.execute(_ALL_SLASHES) if hotkey is None else db.execute(_SLASH, (hotkey,))
+    return [Slash._make(row) for row in found]
+
+
+def find_slash(db: sqlite3.Connection, hotkey: str) -> Slash | None:
+    """Return the last slash made of a hotkey, or None."""
+    row = db.execute(_SLASH, (hotkey,)).fetchone()
+    return None if row is None else Slash._make(row)
+
+
+def put_slash(db: sqlite3.Connection, slash: Slash) -> None:
+    """Store a slash in the place of its hotkey's last one."""
+    db.execute("INSERT OR REPLACE INTO slashes VALUES (?, ?, ?, ?)", slash)
 
 
 def _debt(row: tuple[object, ...]) -> Debt:

@@ -12,6 +12,9 @@ is still to be made. Deleting limit orders and closing positions may be repeated
 it is in doubt, is never repeated, and waits for a person.
 
 An attempt is known by a token, which tells its process from every other one, past and future.
+
+Of each hotkey the last slash that was made stays on record when its debt is settled: if the elimination is taken
+back and made again, the money must not be taken again.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from shmelim.rpc.service.ending import Owner
 
 __all__ = [
     "ATTEMPTING",
+    "BY_CONTRACT",
+    "BY_HAND",
     "IN_DOUBT",
     "KINDS",
     "LIMIT_ORDERS",
@@ -32,6 +37,7 @@ __all__ = [
     "POSITIONS",
     "SLASH",
     "Debt",
+    "Slash",
     "attempt_is_alive",
     "attempt_is_mine",
     "new_attempt",
@@ -46,6 +52,9 @@ KINDS: Final = (LIMIT_ORDERS, POSITIONS, SLASH)
 OWED: Final = "owed"
 ATTEMPTING: Final = "attempting"
 IN_DOUBT: Final = "in_doubt"
+
+BY_CONTRACT: Final = "contract"
+BY_HAND: Final = "hand"
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
@@ -71,6 +80,8 @@ class Debt(NamedTuple):
         made, it is not made any more.
     since_ms : int
         Since when, in milliseconds since 1970, UTC.
+    eliminated_ms : int
+        The time of the elimination, as its record had it; of a slash that stands for two, the later one's.
     attempts : int
         How often it failed.
     error : str or None
@@ -88,6 +99,7 @@ class Debt(NamedTuple):
     ordinal: int
     due: bool
     since_ms: int
+    eliminated_ms: int
     attempts: int = 0
     error: str | None = None
     attempt: str | None = None
@@ -98,6 +110,32 @@ class Debt(NamedTuple):
         named = self._asdict()
         del named["ordinal"]
         return named | {"attempt": None if self.state == OWED else self.attempt}
+
+
+class Slash(NamedTuple):
+    """The last slash of a hotkey that was made.
+
+    Attributes
+    ----------
+    hotkey : str
+        Whose collateral.
+    made_ms : int
+        When it was recorded as made, in milliseconds since 1970, UTC.
+    eliminated_ms : int
+        The time of the elimination that owed it.
+    by : str
+        Who says that it was made: ``"contract"``, or ``"hand"`` of a person who settled it.
+
+    """
+
+    hotkey: str
+    made_ms: int
+    eliminated_ms: int
+    by: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as callers of the server get it."""
+        return self._asdict()
 
 
 def new_attempt() -> str:

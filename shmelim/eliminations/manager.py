@@ -59,6 +59,7 @@ _IDEMPOTENT: Final = frozenset(
         "get_debts_rpc",
         "get_first_refresh_ran_rpc",
         "get_replacements_rpc",
+        "get_slashes_rpc",
         "set_first_refresh_ran_rpc",
         "update_metagraph_rpc",
     }

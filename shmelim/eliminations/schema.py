@@ -5,6 +5,7 @@
     events    who changed what, when; append-only, which two triggers enforce
     meta      named values: digests of the files, and whatever else the server must remember
     debts     what eliminations still owe, see :mod:`shmelim.eliminations.debts`; since schema 2
+    slashes   for each hotkey the last slash that was made, whatever became of its elimination; since schema 2
 
 ``PRAGMA application_id`` says that a file is ours, ``PRAGMA user_version`` which schema it has. A database of an
 older schema is brought up to date when it is opened for writing.
@@ -103,6 +104,7 @@ _SECOND = (
         ordinal           INTEGER NOT NULL,
         due               INTEGER NOT NULL,
         since_ms          INTEGER NOT NULL,
+        eliminated_ms     INTEGER NOT NULL,
         attempts          INTEGER NOT NULL,
         error             TEXT,
         attempt           TEXT,
@@ -113,6 +115,12 @@ _SECOND = (
         CHECK (state = 'owed' OR (kind = 'slash' AND attempt IS NOT NULL)),
         CHECK (due = 1 OR (due = 0 AND state != 'owed')),
         CHECK ((state = 'in_doubt') = (in_doubt_since_ms IS NOT NULL))) WITHOUT ROWID""",
+    """CREATE TABLE slashes (
+        hotkey        TEXT PRIMARY KEY NOT NULL,
+        made_ms       INTEGER NOT NULL,
+        eliminated_ms INTEGER NOT NULL,
+        said_by       TEXT NOT NULL,
+        CHECK (said_by IN ('contract', 'hand'))) WITHOUT ROWID""",
 )
 # The statements that lead from each schema to the next.
 _SCHEMAS = (_FIRST, _SECOND)

@@ -437,7 +437,12 @@ class EliminationManagerServer:
     # ------------------------------------------------------------------ debts
 
     def eliminate_rpc(
-        self, hotkey: str, record: Mapping[str, Any], owed: Iterable[str], replacements: int | None = None
+        self,
+        hotkey: str,
+        record: Mapping[str, Any],
+        owed: Iterable[str],
+        replacements: int | None = None,
+        slash_once_within_ms: float | None = None,
     ) -> str:
         """Eliminate a hotkey that is not eliminated yet, and record in the same transaction what that owes.
 
@@ -450,6 +455,10 @@ class EliminationManagerServer:
             elimination and is not settled stands for this one too.
         replacements
             What :meth:`get_replacements_rpc` returned when the decision was made; None: whatever it is.
+        slash_once_within_ms
+            No slash is owed if one was made for an elimination of this hotkey whose
+            ``elimination_initiated_time_ms`` is less than this away, whatever became of that elimination; None:
+            one is owed all the same.
 
         Returns
         -------
@@ -458,7 +467,7 @@ class EliminationManagerServer:
             the list was replaced since. Only ``"added"`` changes anything.
 
         """
-        return self._debts.eliminate(hotkey, record, owed, replacements)
+        return self._debts.eliminate(hotkey, record, owed, replacements, slash_once_within_ms)
 
     def get_replacements_rpc(self) -> int:
         """Return how often all eliminations were replaced: by a sync, a write, a clear, or a file at a start."""
@@ -467,10 +476,18 @@ class EliminationManagerServer:
     def get_debts_rpc(self, hotkey: str | None = None) -> list[dict[str, Any]]:
         """Return what eliminations still owe, in their order, and of one: limit orders, positions, slash.
 
-        Each is ``{"hotkey", "kind", "state", "due", "since_ms", "attempts", "error", "attempt",
+        Each is ``{"hotkey", "kind", "state", "due", "since_ms", "eliminated_ms", "attempts", "error", "attempt",
         "in_doubt_since_ms"}``; :class:`~shmelim.eliminations.debts.Debt` says what they mean.
         """
         return self._debts.debts(hotkey)
+
+    def get_slashes_rpc(self, hotkey: str | None = None) -> list[dict[str, Any]]:
+        """Return the last slash that was made of each hotkey, or of one, oldest first.
+
+        Each is ``{"hotkey", "made_ms", "eliminated_ms", "by"}``; ``by`` is ``"contract"``, or ``"hand"`` where a
+        person said that it was made.
+        """
+        return self._debts.slashes(hotkey)
 
     def settle_debt_rpc(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:
         """Say that an effect is made; a slash only by the attempt that stands. False where nothing fits."""

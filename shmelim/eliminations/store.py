@@ -26,7 +26,7 @@ from shmelim.errors import DamagedStoreError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from shmelim.eliminations.debts import Debt
+    from shmelim.eliminations.debts import Debt, Slash
 
 __all__ = [
     "FILE_NAME",
@@ -320,6 +320,22 @@ class Store(Database):
         """Count the debts."""
         with self._guard:
             return debt_table.figures(self._db)
+
+    def slash(self, hotkey: str) -> Slash | None:
+        """Return the last slash that was made of a hotkey, or None."""
+        with self._guard:
+            return debt_table.find_slash(self._db, hotkey)
+
+    def slashes(self, hotkey: str | None = None) -> list[Slash]:
+        """Return the last slash that was made of one hotkey, or of each, oldest first."""
+        with self._guard:
+            return debt_table.select_slashes(self._db, hotkey)
+
+    def put_slash(self, slash: Slash) -> None:
+        """Store a slash that was made; it replaces the last one of this hotkey."""
+        self._need_transaction()
+        with self._guard:
+            debt_table.put_slash(self._db, slash)
 
     def _records_of(self, hotkeys: Iterable[str]) -> dict[str, bytes]:
         """Return the stored records of these hotkeys, in their order."""

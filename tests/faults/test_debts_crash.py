@@ -39,18 +39,21 @@ _TRACED = tuple(
 def _fill(server):
     """One miner in each state that a step can begin from."""
     server.sync_eliminations_rpc([row("other")])
-    for hotkey in ("owing", "failed", "begun", "doubted", "gone"):
+    for hotkey in ("owing", "failed", "begun", "doubted", "gone", "slashed"):
         assert server.eliminate_rpc(hotkey, row(hotkey), list(KINDS)) == "added"
         if hotkey != "owing":
             assert server.begin_slash_rpc(hotkey, "one")
     assert server.fail_debt_rpc("failed", SLASH, "refused", "one")
     assert server.doubt_slash_rpc("doubted", "one", "timeout")
     assert server.remove_elimination_rpc("gone")
+    assert server.settle_debt_rpc("slashed", SLASH, "one")
+    assert server.remove_elimination_rpc("slashed")
 
 
 STEPS = {
     "eliminate": lambda server: server.eliminate_rpc("new", row("new"), list(KINDS), 1),
     "eliminate again": lambda server: server.eliminate_rpc("gone", row("gone"), list(KINDS), 1),
+    "eliminate the slashed": lambda server: server.eliminate_rpc("slashed", row("slashed"), list(KINDS), 1, 100),
     "settle": lambda server: server.settle_debt_rpc("owing", POSITIONS),
     "fail": lambda server: server.fail_debt_rpc("owing", POSITIONS, "no price"),
     "begin": lambda server: server.begin_slash_rpc("owing", "two"),
@@ -74,8 +77,22 @@ def _state(server):
     for debt in debts:
         assert debt.pop("since_ms") > 0
         assert (debt.pop("in_doubt_since_ms") is not None) == (debt["state"] == "in_doubt")
+    slashes = server.get_slashes_rpc()
+    for slash in slashes:
+        assert slash.pop("made_ms") > 0
+    # The one stands where the other went: there is no moment with both, or with neither.
+    told = {event["hotkey"]: event["action"] for event in server.get_history_rpc(limit=None) if _is_made(event)}
+    assert {slash["hotkey"]: slash["by"] for slash in slashes} == {
+        hotkey: "contract" if action == "settle" else "hand" for hotkey, action in told.items()
+    }
+    assert not {slash["hotkey"] for slash in slashes} & {d["hotkey"] for d in debts if d["kind"] == SLASH}
     events = [(event["action"], event["hotkey"], event["note"]) for event in server.get_history_rpc(limit=None)]
-    return state_in_table(server.reader), debts, events, server.get_replacements_rpc()
+    return state_in_table(server.reader), debts, slashes, events, server.get_replacements_rpc()
+
+
+def _is_made(event):
+    note = event["note"] or ""
+    return note.startswith(SLASH) and (event["action"] == "settle" or note.endswith(": made"))
 
 
 def _open(directory):
@@ -324,6 +341,8 @@ def test_debts_share_commits_with_other_changes(server, monkeypatch):
 def test_a_change_that_fails_takes_no_debt_with_it(server, monkeypatch):
     """The events of a step and the step are one: where its event cannot be written, it is not taken."""
     server.eliminate_rpc("a", row("a"), list(KINDS))
+    server.eliminate_rpc("s", row("s"), [SLASH])
+    server.begin_slash_rpc("s", "one")
     debts = server.get_debts_rpc()
 
     def full(*_arguments):
@@ -334,6 +353,8 @@ def test_a_change_that_fails_takes_no_debt_with_it(server, monkeypatch):
         for step in (
             lambda: server.begin_slash_rpc("a", "one"),
             lambda: server.settle_debt_rpc("a", POSITIONS),
+            lambda: server.settle_debt_rpc("s", SLASH, "one"),
+            lambda: server.resolve_slash_rpc("s", made=True),
             lambda: server.fail_debt_rpc("a", POSITIONS, "x"),
             lambda: server.remove_elimination_rpc("a"),
             lambda: server.eliminate_rpc("b", row("b"), [SLASH]),
@@ -341,4 +362,5 @@ def test_a_change_that_fails_takes_no_debt_with_it(server, monkeypatch):
             with pytest.raises(ValueError, match="on purpose"):
                 step()
     assert server.get_debts_rpc() == debts
-    assert server.get_eliminated_hotkeys_rpc() == {"a"}
+    assert server.get_slashes_rpc() == []
+    assert server.get_eliminated_hotkeys_rpc() == {"a", "s"}

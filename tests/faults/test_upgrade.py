@@ -11,7 +11,7 @@ from serving import Served, listing, row, state_in_table
 
 from shmelim import EliminationManagerServer
 from shmelim.eliminations import schema
-from shmelim.eliminations.debt_table import Figures, read_debt_figures, read_debts
+from shmelim.eliminations.debt_table import Figures, read_debt_figures, read_debts, read_slashes
 from shmelim.eliminations.store import FILE_NAME, Store, read_events
 from shmelim.errors import DamagedStoreError, StoreError
 
@@ -76,6 +76,7 @@ def test_opening_brings_it_up_to_date(old, tmp_path):
     with Store.open(old) as store:
         store.check()
         assert store.debts() == []
+        assert store.slashes() == []
     Store.open(tmp_path / "new").close()
     assert schema_of(old) == schema_of(tmp_path / "new")
     assert content(old) == before
@@ -94,6 +95,8 @@ def test_a_server_goes_on_with_it(old):
     with EliminationManagerServer(None, old, durability="process") as server:
         assert state_in_table(server.reader) == state
         assert server.begin_slash_rpc("new", "token")
+        assert server.settle_debt_rpc("new", "slash", "token")
+        assert [made["hotkey"] for made in server.get_slashes_rpc()] == ["new"]
 
 
 def test_readers_of_an_old_store_change_nothing(old):
@@ -104,6 +107,7 @@ def test_readers_of_an_old_store_change_nothing(old):
     assert read_debts(old) == []
     assert read_debts(old, "h1") == []
     assert read_debt_figures(old) == Figures(0, [])
+    assert read_slashes(old) == read_slashes(old, "h1") == []
     assert {name: data for name, data in listing(old).items() if not name.endswith("-shm")} == before
     assert schema_of(old)[0] == 1
 
@@ -136,8 +140,8 @@ def test_an_older_version_refuses_the_new_one(old, monkeypatch):
 def test_a_failure_leaves_it_as_it_was(old, monkeypatch):
     before = content(old), schema_of(old)
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "_SCHEMAS", (schema._FIRST, (*schema._SECOND, "CREATE TABLE debts (x)")))
-        with pytest.raises(StoreError, match="debts already exists"):
+        patch.setattr(schema, "_SCHEMAS", (schema._FIRST, (*schema._SECOND, "CREATE TABLE slashes (x)")))
+        with pytest.raises(StoreError, match="slashes already exists"):
             Store.open(old)
     assert (content(old), schema_of(old)) == before
     Store.open(old).close()
@@ -223,5 +227,6 @@ def test_a_served_name_goes_on_after_an_upgrade(new_name, old):
     with Served(name, old) as served:
         client = served.client()
         assert client.get_debts() == []
+        assert client.get_slashes() == []
         assert len(client) == 20
         client.close()

@@ -1,5 +1,6 @@
 """Random sequences of everything that can happen to debts, against a model of a few lines of Python."""
 
+import math
 import tempfile
 
 import pytest
@@ -13,28 +14,51 @@ from shmelim.shm import PrivateNamespace
 
 HOTKEYS = ["a", "b"]
 TOKENS = ["t1", "t2"]
+STAMP_0 = row("a")["elimination_initiated_time_ms"]
 
 
-class Model:
-    """What the debts must be: ``{(hotkey, kind): [state, token, due, attempts]}`` in order."""
+class Sequences:
+    """What takes several steps in a row, of which chance makes too few."""
+
+    def slash(self, hotkey, stamp, again, within):
+        """Slash a miner and take the elimination back, before or after; then eliminate him again."""
+        done = [self.remove(hotkey), self.eliminate(hotkey, [SLASH], None, stamp, within)]
+        done += [self.begin(hotkey, token) for token in TOKENS]
+        if within is None:
+            # The slash that was begun stands for the second one too.
+            done += [self.remove(hotkey), self.eliminate(hotkey, [SLASH], None, again, within)]
+        done += [self.settle(hotkey, SLASH, token) for token in TOKENS]
+        return [*done, self.remove(hotkey), self.eliminate(hotkey, [SLASH], None, again, within)]
+
+
+class Model(Sequences):
+    """What must be owed, ``{(hotkey, kind): [state, token, due, attempts, stamp]}`` in order, and what was made.
+
+    The stamp is that of the elimination; a slash that was made is ``{hotkey: (stamp, by)}``.
+    """
 
     def __init__(self):
         self.eliminated = set()
         self.debts = {}
+        self.slashes = {}
         self.replacements = 0
 
-    def eliminate(self, hotkey, kinds, behind):
+    def eliminate(self, hotkey, kinds, behind, stamp, within):
         if behind is not None and behind > 0:
             return "superseded"
         if hotkey in self.eliminated:
             return "already"
         self.eliminated.add(hotkey)
         for kind in KINDS:
-            if kind in kinds:
-                debt = self.debts.pop((hotkey, kind), ["owed", None, True, 0])
-                debt[2] = True
+            if kind in kinds and not (kind == SLASH and self._was_made(hotkey, stamp, within)):
+                debt = self.debts.pop((hotkey, kind), ["owed", None, True, 0, stamp])
+                debt[2], debt[4] = True, stamp
                 self.debts[hotkey, kind] = debt
         return "added"
+
+    def _was_made(self, hotkey, stamp, within):
+        made, _ = self.slashes.get(hotkey, (math.inf, None))
+        return within is not None and abs(made - stamp) < within
 
     def _take_back(self, hotkeys):
         self.eliminated -= set(hotkeys)
@@ -63,7 +87,9 @@ class Model:
     def settle(self, hotkey, kind, token):
         if self._fitting(hotkey, kind, token) is None or (kind == SLASH and token is None):
             return False
-        del self.debts[hotkey, kind]
+        stamp = self.debts.pop((hotkey, kind))[4]
+        if kind == SLASH:
+            self.slashes[hotkey] = stamp, "contract"
         return True
 
     def fail(self, hotkey, kind, token, in_doubt):
@@ -90,6 +116,8 @@ class Model:
         if debt is None or debt[0] == "owed":
             return False
         debt[0] = "owed"
+        if made:
+            self.slashes[hotkey] = debt[4], "hand"
         if made or not debt[2]:
             del self.debts[hotkey, SLASH]
         return True
@@ -98,7 +126,7 @@ class Model:
         pass
 
 
-class Subject:
+class Subject(Sequences):
     """A server that is asked the same."""
 
     def __init__(self, directory):
@@ -112,9 +140,9 @@ class Subject:
         self.server.close()
         self.start()
 
-    def eliminate(self, hotkey, kinds, behind):
+    def eliminate(self, hotkey, kinds, behind, stamp, within):
         expected = None if behind is None else self.server.get_replacements_rpc() - behind
-        return self.server.eliminate_rpc(hotkey, row(hotkey), kinds, expected)
+        return self.server.eliminate_rpc(hotkey, row(hotkey, stamp), kinds, expected, within)
 
     def remove(self, hotkey):
         return self.server.remove_elimination_rpc(hotkey)
@@ -140,11 +168,21 @@ class Subject:
 hotkey = st.sampled_from(HOTKEYS)
 no = st.just(value=False)
 token = st.sampled_from(TOKENS)
+behind = st.sampled_from([None, 0, 0, 1])
+stamp = st.sampled_from([0, 10, 20])
+within = st.sampled_from([None, 0, 10, 11])
 repeatable = st.sampled_from(KINDS[:2])
 # Some of it about one miner and one attempt, so that few steps lead far.
 step = st.one_of(
-    st.tuples(st.just("eliminate"), hotkey, st.lists(st.sampled_from(KINDS)), st.sampled_from([None, 0, 0, 1])),
-    st.tuples(st.just("eliminate"), hotkey, st.just(list(KINDS)), st.none()),
+    st.tuples(
+        st.just("eliminate"),
+        hotkey,
+        st.lists(st.sampled_from(KINDS)),
+        st.sampled_from([None, 0, 0, 1]),
+        stamp,
+        within,
+    ),
+    st.tuples(st.just("eliminate"), hotkey, st.just(list(KINDS)), st.none(), stamp, within),
     st.tuples(st.just("remove"), hotkey),
     st.tuples(st.just("sync"), st.lists(hotkey, unique=True)),
     st.tuples(st.just("settle"), hotkey, repeatable, st.none()),
@@ -155,6 +193,8 @@ step = st.one_of(
     st.tuples(st.just("begin"), hotkey, token),
     st.tuples(st.just("begin"), hotkey, token),
     st.tuples(st.just("begin"), st.just("a"), st.just("t1")),
+    st.tuples(st.just("slash"), hotkey, stamp, stamp, within),
+    st.tuples(st.just("slash"), hotkey, stamp, stamp, within),
     st.tuples(st.just("fail"), st.just("a"), st.just(SLASH), st.just("t1"), no),
     st.tuples(st.just("remove"), st.just("a")),
     st.tuples(st.just("resolve"), hotkey, st.booleans()),
@@ -167,14 +207,20 @@ def check(server, model):
     assert server.get_eliminated_hotkeys_rpc() == model.eliminated
     found = server.get_debts_rpc()
     assert [
-        ((debt["hotkey"], debt["kind"]), [debt["state"], debt["attempt"], debt["due"], debt["attempts"]])
+        (
+            (debt["hotkey"], debt["kind"]),
+            [debt["state"], debt["attempt"], debt["due"], debt["attempts"], debt["eliminated_ms"] - STAMP_0],
+        )
         for debt in found
     ] == [
-        (key, [state, None if state == "owed" else token, due, attempts])
-        for key, (state, token, due, attempts) in model.debts.items()
+        (key, [state, None if state == "owed" else token, due, attempts, stamp])
+        for key, (state, token, due, attempts, stamp) in model.debts.items()
     ]
+    made = server.get_slashes_rpc()
+    assert {s["hotkey"]: (s["eliminated_ms"] - STAMP_0, s["by"]) for s in made} == model.slashes
     for name in HOTKEYS:
         assert server.get_debts_rpc(name) == [debt for debt in found if debt["hotkey"] == name]
+        assert server.get_slashes_rpc(name) == [slash for slash in made if slash["hotkey"] == name]
     health = server.health_check_rpc()
     assert health["num_debts"] == len(found)
     assert health["slashes_in_doubt"] == [debt["hotkey"] for debt in found if debt["state"] == "in_doubt"]

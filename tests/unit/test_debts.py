@@ -1,13 +1,17 @@
 """What eliminations owe, on a server without processes: every step that a debt can take, and every refusal."""
 
 import itertools
+import math
 import os
+import sqlite3
+import time
 
 import pytest
 from crashing import call
 from serving import row
 
 from shmelim import EliminationManagerServer
+from shmelim.eliminations import schema
 from shmelim.eliminations.debts import (
     KINDS,
     LIMIT_ORDERS,
@@ -18,6 +22,8 @@ from shmelim.eliminations.debts import (
     new_attempt,
 )
 
+ELIMINATED_MS = row("a")["elimination_initiated_time_ms"]
+
 
 @pytest.fixture(params=["memory", "disk"])
 def server(request, tmp_path):
@@ -26,8 +32,13 @@ def server(request, tmp_path):
         yield server
 
 
-def eliminate(server, hotkey="a", kinds=KINDS, replacements=None):
-    return server.eliminate_rpc(hotkey, row(hotkey), list(kinds), replacements)
+def eliminate(server, hotkey="a", kinds=KINDS, replacements=None, *, stamp=0, within=None):
+    return server.eliminate_rpc(hotkey, row(hotkey, stamp), list(kinds), replacements, within)
+
+
+def slashes(server, hotkey=None):
+    """The slashes that were made, without when that was."""
+    return [(s["hotkey"], s["eliminated_ms"] - ELIMINATED_MS, s["by"]) for s in server.get_slashes_rpc(hotkey)]
 
 
 def owed(server, hotkey=None):
@@ -85,6 +96,7 @@ def test_eliminate_records_what_is_owed(server):
         "kind": SLASH,
         "state": "owed",
         "due": True,
+        "eliminated_ms": ELIMINATED_MS,
         "attempts": 0,
         "error": None,
         "attempt": None,
@@ -419,6 +431,158 @@ def test_debts_change_nothing_that_is_published(server):
     assert server.reader.version == version
 
 
+# ------------------------------------------------------------------ a slash that was made
+
+
+def make_slash(server, hotkey="a", how="contract"):
+    assert server.begin_slash_rpc(hotkey, "one")
+    if how == "contract":
+        assert server.settle_debt_rpc(hotkey, SLASH, "one")
+    else:
+        assert server.doubt_slash_rpc(hotkey, "one", "timeout")
+        assert server.resolve_slash_rpc(hotkey, made=True)
+
+
+@pytest.mark.parametrize("how", ["contract", "hand"])
+def test_a_slash_that_was_made_stays_on_record(server, how):
+    eliminate(server, stamp=7)
+    before = time.time_ns() // 1_000_000
+    assert server.get_slashes_rpc() == []
+    make_slash(server, how=how)
+    (made,) = server.get_slashes_rpc()
+    assert before <= made.pop("made_ms") <= time.time_ns() // 1_000_000
+    assert made == {"hotkey": "a", "eliminated_ms": ELIMINATED_MS + 7, "by": how}
+    server.remove_elimination_rpc("a")
+    assert slashes(server, "a") == [("a", 7, how)]
+    assert slashes(server, "b") == []
+
+
+def test_what_is_no_slash_that_was_made_is_not_on_record(server):
+    eliminate(server)
+    for kind in (LIMIT_ORDERS, POSITIONS):
+        assert server.settle_debt_rpc("a", kind)
+    assert server.settle_debt_rpc("a", SLASH, "one") is False
+    assert server.begin_slash_rpc("a", "one")
+    assert server.settle_debt_rpc("a", SLASH, "two") is False
+    assert server.fail_debt_rpc("a", SLASH, "refused", "one")
+    assert server.begin_slash_rpc("a", "two")
+    assert server.doubt_slash_rpc("a", "two", "timeout")
+    assert server.resolve_slash_rpc("a", made=False)
+    assert server.get_slashes_rpc() == []
+
+
+def test_of_each_hotkey_the_last_slash_counts(server):
+    for number, hotkey in enumerate(("c", "a", "b", "c")):
+        eliminate(server, hotkey, [SLASH], stamp=number)
+        make_slash(server, hotkey, "hand" if number == 3 else "contract")
+        server.remove_elimination_rpc(hotkey)
+        time.sleep(0.002)
+    assert slashes(server) == [("a", 1, "contract"), ("b", 2, "contract"), ("c", 3, "hand")]
+
+
+@pytest.mark.parametrize("how", ["contract", "hand"])
+@pytest.mark.parametrize(
+    ("stamp", "within", "again"),
+    [
+        (0, 100, False),
+        (99, 100, False),
+        (-99, 100, False),
+        (100, 100, True),
+        (-100, 100, True),
+        (0, 0, True),
+        (0, 0.5, False),
+        (0, None, True),
+        (10**12, math.inf, False),
+    ],
+)
+def test_a_slash_is_not_owed_again_for_nearly_the_same_elimination(server, how, stamp, within, again):
+    eliminate(server, within=within)
+    make_slash(server, how=how)
+    server.sync_eliminations_rpc([row("b")])
+    assert eliminate(server, stamp=stamp, within=within) == "added"
+    kinds = KINDS if again else KINDS[:2]
+    assert owed(server) == [("a", kind, "owed") for kind in kinds]
+    said = "limit_orders, positions, slash" + ("" if again else " (made before)")
+    assert told(server, "owe")[-1] == ("owe", said)
+    assert server.begin_slash_rpc("a", "two") is again
+
+
+def test_a_slash_of_one_miner_is_not_anothers(server):
+    eliminate(server)
+    make_slash(server)
+    eliminate(server, "b", within=100)
+    assert slash(server, "b")["state"] == "owed"
+
+
+def test_a_slash_that_was_made_is_known_however_much_came_after_it(server):
+    eliminate(server, within=100)
+    make_slash(server)
+    for number in range(60):
+        server.add_elimination_rpc("a", row("a", number + 1))
+        server.remove_elimination_rpc("a")
+    last = server.get_history_rpc("a")
+    assert len(last) == 100
+    assert not [event for event in last if event["action"] == "settle"]
+    assert eliminate(server, within=100) == "added"
+    assert owed(server) == [("a", kind, "owed") for kind in KINDS[:2]]
+
+
+def test_a_slash_that_was_made_is_known_after_a_restart(tmp_path):
+    with EliminationManagerServer(None, tmp_path, durability="process") as server:
+        eliminate(server)
+        make_slash(server)
+        server.remove_elimination_rpc("a")
+        before = server.get_slashes_rpc()
+    with EliminationManagerServer(None, tmp_path, durability="process") as server:
+        assert server.get_slashes_rpc() == before
+        eliminate(server, kinds=[SLASH], within=100)
+        assert server.get_debts_rpc() == []
+        assert told(server)[-1] == ("owe", "slash (made before)")
+
+
+def test_a_slash_that_stood_for_two_eliminations_is_on_record_with_the_later(server):
+    eliminate(server)
+    server.begin_slash_rpc("a", "one")
+    server.remove_elimination_rpc("a")
+    eliminate(server, stamp=1000, within=100)
+    assert slash(server)["eliminated_ms"] == ELIMINATED_MS + 1000
+    assert server.settle_debt_rpc("a", SLASH, "one")
+    assert slashes(server) == [("a", 1000, "contract")]
+
+
+def test_a_slash_that_was_begun_for_another_is_left_alone_where_one_was_made(server):
+    eliminate(server)
+    make_slash(server)
+    server.remove_elimination_rpc("a")
+    eliminate(server, stamp=1000, within=100)
+    assert server.begin_slash_rpc("a", "two")
+    server.remove_elimination_rpc("a")
+    eliminate(server, within=100)
+    debt = slash(server)
+    assert (debt["state"], debt["due"], debt["eliminated_ms"]) == ("attempting", False, ELIMINATED_MS + 1000)
+    assert server.fail_debt_rpc("a", SLASH, "refused", "two")
+    assert owed(server) == [("a", kind, "owed") for kind in KINDS[:2]]
+
+
+@pytest.mark.parametrize("time_ms", [-(1 << 63), (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_any_time_that_a_record_may_have(server, time_ms):
+    record = row("a") | {"elimination_initiated_time_ms": time_ms}
+    assert server.eliminate_rpc("a", record, [SLASH], None, 100) == "added"
+    make_slash(server)
+    server.remove_elimination_rpc("a")
+    assert server.eliminate_rpc("a", record, [SLASH], None, 100) == "added"
+    assert server.get_debts_rpc() == []
+
+
+def test_the_store_takes_no_other_teller():
+    db = sqlite3.connect(":memory:")
+    for statement in schema._SECOND:
+        db.execute(statement)
+    with pytest.raises(sqlite3.IntegrityError):
+        db.execute("INSERT INTO slashes VALUES ('a', 1, 1, 'hearsay')")
+    db.close()
+
+
 # ------------------------------------------------------------------ arguments
 
 BAD = [
@@ -430,7 +594,13 @@ BAD = [
     (ValueError, "kind .*'fine'", lambda s: s.eliminate_rpc("b", row("b"), [SLASH, "fine"])),
     (TypeError, "replacements", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], "0")),
     (TypeError, "replacements", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], replacements=False)),
+    (TypeError, "slash_once_within_ms", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], None, "100")),
+    (TypeError, "slash_once_within_ms", lambda s: s.eliminate_rpc("b", row("b"), [], slash_once_within_ms=True)),
+    (ValueError, "slash_once_within_ms", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], None, -1)),
+    (ValueError, "slash_once_within_ms", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], None, math.nan)),
     (ValueError, "hotkey", lambda s: s.get_debts_rpc("")),
+    (ValueError, "hotkey", lambda s: s.get_slashes_rpc("")),
+    (TypeError, "hotkey", lambda s: s.get_slashes_rpc(7)),
     (ValueError, "hotkey", lambda s: s.settle_debt_rpc("", SLASH)),
     (ValueError, "kind .*'fine'", lambda s: s.settle_debt_rpc("a", "fine")),
     (ValueError, "attempt .*'positions'", lambda s: s.settle_debt_rpc("a", POSITIONS, "t")),
