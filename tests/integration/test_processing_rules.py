@@ -853,6 +853,22 @@ def test_elimination_that_a_sync_took_back_is_not_slashed_again(managed: Managed
     assert managed.debts == []
 
 
+def test_slash_is_remembered_however_much_happened_to_its_miner_since(managed: Managed) -> None:
+    validator, manager = managed.validator, managed.manager
+    validator.register("a")
+    validator.lose("a", 0.2)
+    managed.tick()
+    for _ in range(60):
+        manager.append_elimination_row("a", 0.1, "PLAGIARISM")
+        manager.remove_elimination("a")
+    assert "settle" not in {event["action"] for event in manager.get_history("a")}
+    managed.tick()
+    assert managed.reasons == {"a": "MAX_TOTAL_DRAWDOWN"}
+    assert validator.collateral.slashes() == ["a"]
+    assert managed.debts == []
+    assert [(slash["hotkey"], slash["by"]) for slash in manager.get_slashes("a")] == [("a", "contract")]
+
+
 def test_miner_who_is_eliminated_anew_after_days_is_slashed_anew(managed: Managed) -> None:
     validator = managed.validator
     validator.register("a")

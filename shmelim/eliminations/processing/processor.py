@@ -376,13 +376,14 @@ class EliminationProcessor:
         if self._reader.is_hotkey_eliminated(hotkey):
             return
         iteration.check()
-        owed = self._settling.owed(record, slash=slash)
-        outcome = self._state.eliminate(hotkey, dict(record), owed, iteration.replacements)
+        owed = self._settling.owed(slash=slash)
+        once_within_ms = self.environment.slash_once_within_ms
+        outcome = self._state.eliminate(hotkey, dict(record), owed, iteration.replacements, once_within_ms)
         if outcome == "superseded":
             iteration.supersede()
         if outcome == "added":
             _log.info("eliminated miner %s: %s (%s)", hotkey, record["reason"], record.get("dd"))
-            self._settling.settle_new(hotkey, owed, iteration)
+            self._settling.settle_new(hotkey, iteration)
 
 
 class _WithoutContract:

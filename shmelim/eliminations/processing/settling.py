@@ -55,23 +55,23 @@ class Settling:
         self.flattening = Flattening(collaborators, environment, state)
         self._slashing = Slashing(collaborators, environment, state, alerts)
 
-    def owed(self, record: Mapping[str, Any], *, slash: bool) -> list[str]:
+    def owed(self, *, slash: bool) -> list[str]:
         """Return what an elimination owes: nothing that this validator has no collaborator for.
 
-        Nobody could ever settle such a debt, so it is not recorded. Nor is a slash that was made already.
+        Nobody could ever settle such a debt, so it is not recorded.
         """
-        slash = slash and self._collaborators.contract_manager is not None and not self._slashing.was_made(record)
         with_whom = [
             (LIMIT_ORDERS, self._collaborators.limit_order_manager),
             (POSITIONS, self._collaborators.position_manager),
-            (SLASH, slash or None),
+            (SLASH, self._collaborators.contract_manager if slash else None),
         ]
         return [kind for kind, collaborator in with_whom if collaborator is not None]
 
-    def settle_new(self, hotkey: str, owed: list[str], iteration: Iteration) -> None:
+    def settle_new(self, hotkey: str, iteration: Iteration) -> None:
         """Settle what an elimination owes that was just recorded."""
-        for kind in owed:
-            self._settle({"hotkey": hotkey, "kind": kind, "state": OWED}, iteration)
+        # Not all that it would have owed, perhaps: a slash may have been made before.
+        for debt in self._state.get_debts(hotkey):
+            self._settle(debt, iteration)
 
     def settle_all(self, iteration: Iteration, stopping: Callable[[], bool]) -> None:
         """Settle everything that is owed, as far as that goes."""

@@ -10,6 +10,10 @@ durably and with a token, before the contract is called, and its outcome afterwa
 A process that dies between 1 and 3 leaves an attempt whose process is gone. Nobody knows whether money moved: it
 is put *in doubt*, told to people, and never made again by itself. What a living process knows of an attempt and
 could not record, because the server was away, it remembers and records in a later pass.
+
+A sync can take an elimination back that was only just made, and the next tick makes it again. The money does not
+come back that way. So the server keeps the last slash of each miner that was made, and an elimination whose time
+is close to that of the one which owed it owes none.
 """
 
 from __future__ import annotations
@@ -84,22 +88,6 @@ class Slashing:
         self._state = state
         self._alerts = alerts
 
-    def was_made(self, record: Mapping[str, Any]) -> bool:
-        """Tell whether a miner was slashed a short while before an elimination, or for the very same one.
-
-        A sync can take an elimination back that was only just made, and the next tick makes it again. The money
-        does not come back that way, so it is not taken again.
-        """
-        made = False
-        time_ms = record["elimination_initiated_time_ms"]
-        for event in self._state.get_history(record["hotkey"]):
-            if _tells_of_a_slash(event):
-                made = True
-            elif event["action"] == "add" and made:
-                earlier_ms = event["new"]["elimination_initiated_time_ms"]
-                return bool(abs(time_ms - earlier_ms) < self._environment.slash_once_within_ms)
-        return False
-
     def make(self, hotkey: str, record: Mapping[str, Any]) -> None:
         """Make the slash that an elimination owes, if it is still owed."""
         contract = self._collaborators.contract_manager
@@ -172,14 +160,6 @@ class Slashing:
             f" look at the contract, then say what you found: shmelim slash resolve {hotkey}"
         )
         self._alerts.failed(_KIND, hotkey, text)
-
-
-def _tells_of_a_slash(event: Mapping[str, Any]) -> bool:
-    """Tell whether an event of the history says that a slash was made."""
-    action, note = event["action"], event["note"] or ""
-    if not note.startswith(SLASH):
-        return False
-    return action == "settle" or (action == "resolve" and not note.endswith("not made"))
 
 
 def _call(contract: Any, hotkey: str, proportion: float | None) -> _Outcome:

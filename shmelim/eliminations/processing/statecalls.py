@@ -32,9 +32,16 @@ class StateCalls:
         """Return the price fetcher that the server object carries, where it is in this process."""
         return getattr(self._server(), "live_price_fetcher", None)
 
-    def eliminate(self, hotkey: str, record: dict[str, Any], owed: list[str], replacements: int | None) -> str:
+    def eliminate(
+        self,
+        hotkey: str,
+        record: dict[str, Any],
+        owed: list[str],
+        replacements: int | None,
+        slash_once_within_ms: float | None,
+    ) -> str:
         """Eliminate a miner who is not yet: ``added``, ``already`` or ``superseded``."""
-        return str(self._call("eliminate_rpc", hotkey, record, owed, replacements))
+        return str(self._call("eliminate_rpc", hotkey, record, owed, replacements, slash_once_within_ms))
 
     def get_replacements(self) -> int:
         """Return how often the whole list was replaced."""
@@ -43,10 +50,6 @@ class StateCalls:
     def get_debts(self, hotkey: str | None = None) -> list[dict[str, Any]]:
         """Return what is still owed, in order."""
         return list(self._call("get_debts_rpc", hotkey))
-
-    def get_history(self, hotkey: str) -> list[dict[str, Any]]:
-        """Return a hotkey's last events, newest first."""
-        return list(self._call("get_history_rpc", hotkey))
 
     def settle_debt(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:
         """Say that an effect is made."""
