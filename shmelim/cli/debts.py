@@ -1,4 +1,4 @@
-"""``shmelim debts`` and ``shmelim slash resolve``: what eliminations still owe, and what a person must decide."""
+"""``shmelim debts`` and ``shmelim slash``: what is still owed, what a person must decide, what was made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shmelim.cli.failure import NO, RefusedError
 from shmelim.cli.offline import from_store
 from shmelim.cli.options import HOTKEY, Command, Group, Settings, settings_options
 from shmelim.eliminations import EliminationClient
-from shmelim.eliminations.debt_table import read_debts
+from shmelim.eliminations.debt_table import read_debts, read_slashes
 from shmelim.eliminations.debts import ATTEMPTING, OWED, SLASH, attempt_is_alive
 from shmelim.errors import KeyFileError, NotServingError
 
@@ -37,7 +37,7 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
     Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
 
     With --json: name, source ("server" or "store"), count, debts [{hotkey, kind, state, due, since_ms,
-    attempts, error, attempt, in_doubt_since_ms}].
+    eliminated_ms, attempts, error, attempt, in_doubt_since_ms}].
 
     For example:
       shmelim debts
@@ -63,14 +63,51 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
     )
 
 
-@click.group(cls=Group, short_help="Settle a slash that is in doubt.")
+@click.group(cls=Group, short_help="Show the slashes that were made, settle one that is in doubt.")
 @settings_options
 def slash() -> None:
-    """Settle by hand a slash of which nobody knows whether it was made.
+    """Show the slashes that were made, or settle by hand one of which nobody knows whether it was.
 
     For example:
+      shmelim slash list
       shmelim slash resolve 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --made
     """
+
+
+@slash.command("list", cls=Command, short_help="Show the last slash of each miner that was made.")
+@click.argument("hotkey", type=HOTKEY, required=False)
+@settings_options
+@click.pass_obj
+def list_(settings: Settings, *, hotkey: str | None) -> None:
+    """Show the last slash of HOTKEY that was made, or of each miner, oldest first.
+
+    A miner who is eliminated again for the same cause, after a sync took the elimination back, say, is not slashed
+    again.
+
+    Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
+
+    With --json: name, source ("server" or "store"), count, slashes [{hotkey, made_ms, eliminated_ms, by
+    ("contract" or "hand")}].
+
+    For example:
+      shmelim slash list
+      shmelim slash list 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --json
+    """
+    source = "server"
+    try:
+        with contextlib.closing(EliminationClient(settings.name)) as client:
+            found = client.get_slashes(hotkey)
+    except (NotServingError, KeyFileError) as error:
+        source = "store"
+        listed = from_store(settings.name, lambda directory: read_slashes(directory, hotkey), error)
+        found = [slash.as_dict() for slash in listed]
+    if settings.as_json:
+        output.document({"name": settings.name, "source": source, "count": len(found), "slashes": found})
+        return
+    output.records(
+        ("hotkey", "made (UTC)", "eliminated (UTC)", "by"),
+        ((s["hotkey"], output.moment(s["made_ms"]), output.moment(s["eliminated_ms"]), s["by"]) for s in found),
+    )
 
 
 @slash.command(cls=Command, short_help="Say whether a slash that is in doubt was made.")

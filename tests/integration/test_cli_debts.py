@@ -252,6 +252,30 @@ def test_resolve_without_a_server(run, server):
     assert result.exit_code == 3
 
 
+# ------------------------------------------------------------------ slash list
+
+
+def test_slashes_that_were_made_are_listed(run, server):
+    assert run("slash", "list").stdout == ""
+    assert run("slash", "resolve", A, "--made", "--yes").exit_code == 0
+    assert change(server, "begin_slash_rpc", B, "t")
+    assert change(server, "settle_debt_rpc", B, "slash", "t")
+    listed = run("slash", "list").stdout
+    lines = [line.split("\t") for line in listed.splitlines()]
+    assert [(hotkey, eliminated, by) for hotkey, _, eliminated, by in lines] == [
+        (A, "2023-11-14 22:13:20", "hand"),
+        (B, "2023-11-14 22:13:20", "contract"),
+    ]
+    assert run("slash", "list", B).stdout == listed.splitlines(keepends=True)[1]
+    found = document(run("slash", "list", "--json"))
+    assert (found["source"], found["count"]) == ("server", 2)
+    assert found["slashes"][0]["made_ms"] > 0
+    server.kill()
+    assert run("slash", "list").stdout == listed
+    assert document(run("slash", "list", "--json")) == found | {"source": "store"}
+    assert run("slash", "list", "--name", "nobody").exit_code == 3
+
+
 # ------------------------------------------------------------------ the client
 
 
@@ -261,6 +285,8 @@ def test_the_client_lists_and_resolves(server):
         assert [debt["kind"] for debt in client.get_debts(A)] == ["limit_orders", "positions", "slash"]
         assert len(client.get_debts()) == 6
         assert client.resolve_slash(A, made=True) is True
+        assert [slash["hotkey"] for slash in client.get_slashes()] == [A]
+        assert client.get_slashes(B) == []
         assert client.resolve_slash(A, made=True) is False
         with pytest.raises(TypeError, match="made"):
             client.resolve_slash(A, made="no")
