@@ -26,6 +26,8 @@ def managed(request: pytest.FixtureRequest, new_name: Callable[[], str], tmp_pat
             validator.probation.fail(hotkey, "PLAGIARISM", None)
         made.tick()
         made.tick()
+        # The digest of a file that follows behind would be a commit too.
+        made.manager.save_eliminations()
         yield made
 
 
