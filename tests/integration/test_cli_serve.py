@@ -353,6 +353,8 @@ def test_a_demo_broken_off_leaves_nothing(tmp_path, number):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell has its background jobs ignore SIGINT, and this run may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     announced = "*/run/shmelim/*/server.json"
     until(lambda: list(tmp_path.glob(announced)) or process.poll() is not None, "that the demo's server runs")
