@@ -18,6 +18,7 @@ from shmelim.cli.demo import demo
 from shmelim.cli.export import export
 from shmelim.cli.history import history
 from shmelim.cli.look import check, get, list_
+from shmelim.cli.missing import missing
 from shmelim.cli.options import Group, Settings, settings_from_environment, settings_options
 from shmelim.cli.output import printable
 from shmelim.cli.serve import serve
@@ -92,7 +93,22 @@ def cli() -> None:
     """
 
 
-for _command in (serve, status, check, get, list_, add, remove, sync, debts, slash, history, export, demo):
+for _command in (
+    serve,
+    status,
+    check,
+    get,
+    list_,
+    add,
+    remove,
+    sync,
+    debts,
+    slash,
+    missing,
+    history,
+    export,
+    demo,
+):
     cli.add_command(_command)
 
 

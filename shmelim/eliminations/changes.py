@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Step",
+    "accept_loss",
     "add",
     "check_hotkeys",
     "check_listed",
     "clear",
     "merge",
+    "missing",
     "note",
     "prepare_all",
     "record_departures",
@@ -41,6 +43,7 @@ __all__ = [
 
 
 _ANOMALY: Final = "anomaly"
+_BELIEVED: Final = "believed"  # how many hotkeys there were before the loss that is not believed
 _REPLACEMENTS: Final = "replacements"
 
 
@@ -238,23 +241,53 @@ def update_metagraph(hotkeys: list[str], now_ms: int | None = None) -> Callable[
     def run(step: Step) -> list[str]:
         seen = set(hotkeys)
         before = step.store.registered()
-        lost, anomalous = lost_hotkeys(before, seen)
+        size = step.store.meta(_BELIEVED, None)
+        lost, anomalous = lost_hotkeys(before, seen, size)
         at_ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
         # After an anomalous loss the lost ones stay registered, so that the next look compares with them too.
         changed = step.store.set_registered(seen | before if anomalous else seen)
         step.touched.update(dict.fromkeys(changed))
         step.wrote = step.wrote or bool(changed)
-        missing = lost if anomalous else []
-        if missing != step.store.meta(_ANOMALY, []):
+        listed = lost if anomalous else []
+        if listed != missing(step.store):
             # One event for each anomaly, however often it is looked at.
-            step.store.set_meta(_ANOMALY, missing)
-            step.wrote = True
+            _set_missing(step, listed, len(before) if size is None else size)
             if anomalous:
                 text = f"{len(lost)} of {len(before)} hotkeys missing at once: not recorded"
                 step.record([EventOf("anomaly", note=text)])
         if anomalous:
             return []
         return record_departures(dict.fromkeys(lost, at_ms), "metagraph")(step)
+
+    return run
+
+
+def missing(store: Store) -> list[str]:
+    """Return the hotkeys that the metagraph showed no more at the last look, and whose loss was not believed."""
+    return list(store.meta(_ANOMALY, []))
+
+
+def _set_missing(step: Step, hotkeys: list[str], size: int) -> None:
+    step.store.set_meta(_ANOMALY, hotkeys)
+    step.store.set_meta(_BELIEVED, size if hotkeys else None)
+    step.wrote = True
+
+
+def accept_loss(hotkeys: Iterable[str], now_ms: int | None = None) -> Callable[[Step], list[str]]:
+    """Believe that these hotkeys are lost, as far as they are missing; the step returns those that were."""
+    named = set(hotkeys)
+
+    def run(step: Step) -> list[str]:
+        listed = missing(step.store)
+        accepted = [hotkey for hotkey in listed if hotkey in named]
+        if not accepted:
+            return []
+        step.touched.update(dict.fromkeys(step.store.set_registered(step.store.registered() - set(accepted))))
+        at_ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
+        record_departures(dict.fromkeys(accepted, at_ms), "accepted")(step)
+        left = [hotkey for hotkey in listed if hotkey not in named]
+        _set_missing(step, left, step.store.meta(_BELIEVED, None) or len(step.store.registered()))
+        return accepted
 
     return run
 

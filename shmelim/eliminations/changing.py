@@ -172,6 +172,26 @@ class Changing(ABC):
         """Say which hotkeys are in the metagraph now; returns those whose departure was recorded."""
         return list(self._call("update_metagraph_rpc", check_hotkeys(hotkeys), timeout=self._long()))
 
+    def get_missing_hotkeys(self) -> list[str]:
+        """Return the hotkeys that the metagraph showed no more, so many at once that it was not believed."""
+        return list(self._call("get_missing_hotkeys_rpc", idempotent=True))
+
+    def accept_loss(self, hotkeys: Iterable[str]) -> list[str]:
+        """Record the departure of hotkeys that really left, though so many at once that it was not believed.
+
+        Parameters
+        ----------
+        hotkeys
+            Whose; those that are not missing are left as they are.
+
+        Returns
+        -------
+        list of str
+            Those that were missing.
+
+        """
+        return list(self._call("accept_loss_rpc", check_hotkeys(hotkeys), timeout=self._long()))
+
     def get_eliminations_from_disk(self) -> list[dict[str, Any]]:
         """Return the rows of ``eliminations.json``."""
         return list(self._call("get_eliminations_from_disk_rpc", idempotent=True))

@@ -13,20 +13,23 @@ ANOMALY_SHARE: Final = 0.25
 """A loss of at least this share of the hotkeys seen before can be an anomaly."""
 
 
-def lost_hotkeys(before: set[str], now: set[str]) -> tuple[list[str], bool]:
+def lost_hotkeys(before: set[str], now: set[str], size: int | None = None) -> tuple[list[str], bool]:
     """Compare two looks at the metagraph.
 
     Parameters
     ----------
     before, now
-        The hotkeys seen at the last look that was believed, and at this one.
+        The hotkeys seen at the last look that was believed, and since; and at this one.
+    size
+        How many were seen at the last look that was believed; None: as many as `before`. Who came while a loss is
+        not believed makes it no smaller.
 
     Returns
     -------
     tuple
         The hotkeys that are missing now, sorted, and whether so many at once are an anomaly (a metagraph that
-        failed to load, say): both more than 10 and at least 25 % of those seen before.
+        failed to load, say): both more than 10 and at least 25 % of `size`.
 
     """
     lost = sorted(before - now)
-    return lost, len(lost) > ANOMALY_COUNT and len(lost) >= ANOMALY_SHARE * len(before)
+    return lost, len(lost) > ANOMALY_COUNT and len(lost) >= ANOMALY_SHARE * (len(before) if size is None else size)

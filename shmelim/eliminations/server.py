@@ -413,6 +413,14 @@ class EliminationManagerServer:
         """Say which hotkeys are in the metagraph now; returns those whose departure was recorded."""
         return self._commit(changes.update_metagraph(changes.check_hotkeys(hotkeys)))
 
+    def get_missing_hotkeys_rpc(self) -> list[str]:
+        """Return the hotkeys that the metagraph showed no more, so many at once that it was not believed."""
+        return self._committer.read(changes.missing)
+
+    def accept_loss_rpc(self, hotkeys: Iterable[str]) -> list[str]:
+        """Record the departure of these hotkeys, as far as they are missing; returns those that were."""
+        return self._commit(changes.accept_loss(changes.check_hotkeys(hotkeys)))
+
     def begin_upload_rpc(self) -> str:
         """Begin a list that is too large for one message; returns its token."""
         return self._uploads.begin()

@@ -606,6 +606,18 @@ class TestDepartures:
         assert list(api.get_departed_hotkeys()) == hotkeys[:3]
         assert api.snapshot().registered == {*hotkeys[3:], "new"}
 
+    def test_a_loss_that_is_not_believed_can_be_accepted(self, api):
+        hotkeys = [f"h{n:02}" for n in range(60)]
+        api.update_metagraph(hotkeys)
+        assert api.get_missing_hotkeys() == []
+        api.update_metagraph(hotkeys[20:])
+        assert api.get_missing_hotkeys() == hotkeys[:20]
+        assert api.accept_loss(hotkeys[:20]) == hotkeys[:20]
+        assert list(api.get_departed_hotkeys()) == hotkeys[:20]
+        assert not api.is_hotkey_re_registered(hotkeys[0])
+        api.update_metagraph(hotkeys)
+        assert api.is_hotkey_re_registered(hotkeys[0])
+
     def test_takes_a_set(self, api):
         api.update_metagraph({"a", "b"})
         assert api.rpc("update_metagraph", {"b"}) == ["a"]

@@ -41,6 +41,7 @@ class Day:
         self.causes: dict[str, set[str]] = {}
         self.departed: list[str] = []
         self.seen: set[str] = set()
+        self.believed: int | None = None
         self.first: dict[str, tuple[str, int]] = {}
         self.removed: set[str] = set()
         self.restarts = self.syncs = self.hits = 0
@@ -150,7 +151,8 @@ class Day:
         shown = set(self.managed.manager.reader.snapshot().registered)
         if not now <= shown:
             return  # the look at the metagraph failed this time
-        lost, anomalous = lost_hotkeys(self.seen, now)
+        lost, anomalous = lost_hotkeys(self.seen, now, self.believed)
+        self.believed = (self.believed or len(self.seen)) if anomalous else None
         if anomalous:
             self.seen |= now
         else:

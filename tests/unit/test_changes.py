@@ -114,6 +114,38 @@ def test_an_anomaly_keeps_the_lost_for_the_next_look(store):
     assert result == hotkeys[:10]
 
 
+def test_newcomers_do_not_make_a_loss_believable(store):
+    """A quarter is a quarter of those who were there before it, however many come while it stands."""
+    hotkeys = [f"h{n:02}" for n in range(44)]
+    apply(store, changes.update_metagraph(hotkeys))
+    for newcomers in range(3):
+        shown = [*hotkeys[11:], *(f"new{n}" for n in range(newcomers * 20))]
+        assert apply(store, changes.update_metagraph(shown))[0] == []
+    assert changes.missing(store) == hotkeys[:11]
+    # Believed again, the newcomers count: 14 of 84 are no quarter.
+    assert apply(store, changes.update_metagraph([*hotkeys, *shown]))[0] == []
+    assert changes.missing(store) == []
+    assert apply(store, changes.update_metagraph(shown[3:]))[0] == hotkeys[:14]
+
+
+def test_loss_that_is_true_can_be_accepted(store):
+    hotkeys = [f"h{n:02}" for n in range(44)]
+    apply(store, changes.update_metagraph(hotkeys))
+    apply(store, changes.update_metagraph(hotkeys[20:]))
+    assert changes.missing(store) == hotkeys[:20]
+    result, step, events = apply(store, changes.accept_loss([*hotkeys[:5], hotkeys[30], "unknown"], 9))
+    assert (result, set(step.touched)) == (hotkeys[:5], set(hotkeys[:5]))
+    assert events == [("depart", hotkey, "accepted") for hotkey in hotkeys[:5]]
+    assert store.registered() == set(hotkeys[5:])
+    assert list(store.departed()) == [(hotkey, 9) for hotkey in hotkeys[:5]]
+    assert apply(store, changes.update_metagraph(hotkeys[20:]))[0] == [], "15 of 44 are still missing"
+    assert apply(store, changes.accept_loss(hotkeys[5:20]))[0] == hotkeys[5:20]
+    assert changes.missing(store) == []
+    result, step, _ = apply(store, changes.accept_loss(hotkeys))
+    assert (result, step.wrote) == ([], False)
+    assert apply(store, changes.update_metagraph(hotkeys[21:]))[0] == [hotkeys[20]]
+
+
 def test_note_and_meta(store):
     assert apply(store, changes.note("said", "something"))[2] == [("said", None, "something")]
     _, step, events = apply(store, changes.set_meta("k", [1]))

@@ -24,6 +24,13 @@ def test_more_than_10_and_at_least_a_quarter_is_an_anomaly(before, lost, anomalo
     assert lost_hotkeys(set(hotkeys), set(hotkeys[lost:])) == (hotkeys[:lost], anomalous)
 
 
+def test_quarter_is_one_of_those_who_were_there_before_the_loss():
+    before = {f"h{n:03}" for n in range(60)}
+    now = {f"h{n:03}" for n in range(11, 60)}
+    assert not lost_hotkeys(before, now)[1]
+    assert lost_hotkeys(before, now, 44)[1]
+
+
 @given(st.sets(st.text(max_size=3)), st.sets(st.text(max_size=3)))
 def test_the_lost_are_sorted_and_newcomers_do_not_count(before, now):
     lost, _ = lost_hotkeys(before, now)
