@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import xxhash
 
+from shmelim.shm.hashing import key_hash
 from shmelim.shm.lookups import Lookups, flag_choice, flag_test
 from shmelim.shm.reader import TableReader
 
@@ -23,6 +23,7 @@ HEAD = 4
 NAMES = tuple(f"flags {number}" for number in range(256))
 PRIMES = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5)
 MASK = (1 << 64) - 1
+SECRET = bytes.fromhex("ded46de9839097db")  # the word of XXH3's secret that meets the last word but one
 
 
 class Reference(Lookups):
@@ -98,20 +99,34 @@ def _begin(prefix: bytes, size: int, seed: int) -> int:
     return state
 
 
-def colliding(prefix: bytes, count: int, seed: int) -> list[bytes]:
-    """Return keys that begin alike, are of one length, and have one and the same hash.
+def _with_a_zero_factor(prefix: bytes, count: int, seed: int) -> list[bytes]:
+    """Return keys whose last 16 bytes add a product to XXH3's sum in which one factor is 0, and the other any."""
+    size = len(prefix) + 16
+    assert 48 <= size <= 128, "where nothing else of the sum depends on the last 16 bytes"
+    zero = (int.from_bytes(SECRET, "little") + seed) & MASK
+    return [prefix + zero.to_bytes(8, "little") + b"%08d" % number for number in range(count)]
 
-    The words that follow the stripes enter the hash one by one, each by way of a function that can be inverted:
-    for any last word but one, there is a last word that leads to the same hash.
+
+def _with_a_way_back(prefix: bytes, count: int, seed: int) -> list[bytes]:
+    """Return keys with one XXH64.
+
+    The words that follow the stripes enter it one by one, each by way of a function that can be inverted: for any
+    last word but one, there is a last word that leads to the same hash.
     """
     size = len(prefix) + 16
     state = _begin(prefix, size, seed)
     goal = _step(state, 1) ^ _round(1)
-    keys = [
+    return [
         prefix + word.to_bytes(8, "little") + _unround(_step(state, word) ^ goal).to_bytes(8, "little")
         for word in range(1, count + 1)
     ]
-    assert len({xxhash.xxh64_intdigest(key, seed) for key in keys}) == 1
+
+
+def colliding(prefix: bytes, count: int, seed: int) -> list[bytes]:
+    """Return keys that begin alike, are 16 bytes longer than that, and have one and the same hash."""
+    make = _with_a_zero_factor if 17 <= len(prefix) + 16 <= 128 else _with_a_way_back
+    keys = make(prefix, count, seed)
+    assert len({key_hash(key, seed) for key in keys}) == 1
     assert len(set(keys)) == count
     return keys
 

@@ -8,7 +8,7 @@
  *     ReleaseWord  one word that a writer stores with release semantics
  *
  * How: every lookup is the loop of memory-format.md: load the version (acquire), look into the copy that it names,
- * fence, load it again; if it moved, start over. probe.h has that and the layout, xxh64.h the hash. Attaching, which
+ * fence, load it again; if it moved, start over. probe.h has that and the layout, xxh3.h and xxh64.h the hash. Attaching, which
  * happens once per generation, is done by the pure-Python classes that Table and View are mixed into; they are the
  * reference for everything here. bind() puts methods into a class under the names and docstrings that it gives them,
  * so that a call finds a plain C function in the type of its object, without a frame or a bound method in between.
@@ -27,7 +27,7 @@
 #include "collect.h"
 #include "lookups.h"
 
-#define INTERFACE 1
+#define INTERFACE 2
 
 /* ------------------------------------------------------------------ Table */
 
@@ -272,18 +272,20 @@ bind(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(hash_doc, "xxh64(data, seed, /)\n--\n\nReturn the XXH64 of bytes.");
+PyDoc_STRVAR(hash_doc, "key_hash(key, seed, /)\n--\n\nReturn the hash of a key with a segment's seed.");
 
 static PyObject *
 hash(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    Py_buffer data;
+    Py_buffer key;
     unsigned long long seed;
-    if (!PyArg_ParseTuple(args, "y*K:xxh64", &data, &seed)) {
+    Map map;
+    if (!PyArg_ParseTuple(args, "y*K:key_hash", &key, &seed)) {
         return NULL;
     }
-    uint64_t digest = xxh64(data.buf, (size_t)data.len, seed);
-    PyBuffer_Release(&data);
+    set_seed(&map, seed);
+    uint64_t digest = hash_key(&map, key.buf, (size_t)key.len);
+    PyBuffer_Release(&key);
     return PyLong_FromUnsignedLongLong(digest);
 }
 
@@ -298,7 +300,7 @@ fence(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 
 static PyMethodDef module_methods[] = {
     {"bind", bind, METH_VARARGS, bind_doc},
-    {"xxh64", hash, METH_VARARGS, hash_doc},
+    {"key_hash", hash, METH_VARARGS, hash_doc},
     {"fence", fence, METH_NOARGS, fence_doc},
     {NULL, NULL, 0, NULL},
 };

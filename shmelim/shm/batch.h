@@ -1,15 +1,17 @@
 /* Lookups of many keys at once, all as of one version.
  *
- * One pass takes a key from its list or array, hashes it, asks for its slot, and only some keys later probes for it: the
- * multiplications of one key's hash run while the slots of others are on their way. */
+ * Keys are looked up a block at a time, in three steps: hash all of them and ask for their slots; look at the slot
+ * where each belongs; go on probing for the few that this does not settle. The first two are the same instructions for
+ * every key, whether it is there or not, so that the processor works on several at once and has nothing to guess: what a
+ * key is cannot be told from those before it, and each wrong guess would cost as much as hashing two. */
 
 #ifndef SHMELIM_BATCH_H
 #define SHMELIM_BATCH_H
 
 #include "table.h"
 
-/* Keys that need no memory of their own; keys that are asked for ahead; slots that a processor's caches hold anyway. */
-enum { STACK_KEYS = 256, AHEAD = 8, SMALL = 1 << 12 };
+/* Keys of a block: enough slots on their way at once, few enough for the fastest cache. */
+enum { BLOCK = 32 };
 
 typedef struct {
     const unsigned char *data;
@@ -22,26 +24,10 @@ typedef struct {
     PyObject *list;   /* where the keys are: a list, or a tuple, */
     Py_buffer array;  /* or an array of fixed-size byte strings, padded with zero bytes that do not count */
     Py_ssize_t count;
-    Key *keys;
-    bool hashed;      /* keys[] is filled, and hashed with this seed: */
-    uint64_t seed;
-    Key on_stack[STACK_KEYS];
 } Batch;
 
 /* How one item of a list becomes a key: 1, or 0 for one that is in no table, or -1 with an exception. */
 typedef int (*Convert)(PyObject *op, PyObject *item, const unsigned char **data, size_t *size);
-
-static int
-batch_reserve(Batch *batch, Py_ssize_t count)
-{
-    batch->count = count;
-    batch->keys = count <= STACK_KEYS ? batch->on_stack : PyMem_New(Key, (size_t)count);
-    if (batch->keys == NULL) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    return 0;
-}
 
 static int
 batch_of_array(Batch *batch, PyObject *array)
@@ -54,7 +40,8 @@ batch_of_array(Batch *batch, PyObject *array)
         PyErr_SetString(PyExc_TypeError, "an array of keys must be one-dimensional, of byte strings");
         return -1;
     }
-    return batch_reserve(batch, batch->array.shape[0]);
+    batch->count = batch->array.shape[0];
+    return 0;
 }
 
 static int
@@ -69,7 +56,8 @@ batch_of_list(Batch *batch, PyObject *list)
 #else
     batch->list = Py_NewRef(list);
 #endif
-    return batch_reserve(batch, PySequence_Fast_GET_SIZE(list));
+    batch->count = PySequence_Fast_GET_SIZE(list);
+    return 0;
 }
 
 /* Take the keys of a list or tuple, or of anything that has the buffer of an array. For batch_release in any case. */
@@ -79,17 +67,12 @@ batch_init(Batch *batch, PyObject *op, PyObject *source)
     batch->op = op;
     batch->list = NULL;
     batch->array.obj = NULL;
-    batch->keys = batch->on_stack;
-    batch->hashed = false;
     return PyList_Check(source) || PyTuple_Check(source) ? batch_of_list(batch, source) : batch_of_array(batch, source);
 }
 
 static void
 batch_release(Batch *batch)
 {
-    if (batch->keys != batch->on_stack) {
-        PyMem_Free(batch->keys);
-    }
     Py_XDECREF(batch->list);
     if (batch->array.obj != NULL) {
         PyBuffer_Release(&batch->array);
@@ -99,7 +82,7 @@ batch_release(Batch *batch)
 /* Take one key from where it is, and hash it. The bytes of a text live as long as the text is in the list, which is
  * until Python code runs: see batch_answer. */
 ALWAYS_INLINE static inline int
-batch_take(const Batch *batch, PyObject **items, Py_ssize_t n, Key *key, Convert convert)
+batch_take(const Batch *batch, const Map *map, PyObject **items, Py_ssize_t n, Key *key, Convert convert)
 {
     if (items != NULL) {
         int converted = convert(batch->op, items[n], &key->data, &key->size);
@@ -117,52 +100,49 @@ batch_take(const Batch *batch, PyObject **items, Py_ssize_t n, Key *key, Convert
         }
         key->size = size;
     }
-    key->hash = xxh64(key->data, key->size, batch->seed);
+    key->hash = hash_key(map, key->data, key->size);
     return 0;
 }
 
-ALWAYS_INLINE static inline Found
-batch_probe(const Map *map, unsigned which, const Key *key, unsigned mask, uint8_t *answer)
+ALWAYS_INLINE static inline uint8_t
+answer_of(uint64_t packed, unsigned mask)
 {
-    uint64_t packed;
-    Found found = LIKELY(key->size == INLINE_KEY) ? probe_48(map, which, key->data, key->hash, &packed)
-                                                  : probe(map, which, key->data, key->size, key->hash, &packed);
-    *answer = mask == 0 ? (uint8_t)packed : (packed & mask) == mask;
-    return found;
+    return mask == 0 ? (uint8_t)packed : (packed & mask) == mask;
 }
 
 /* Look up all keys in one version, and write an answer for each: whether it has all flags of the mask, or all its flags
  * where the mask is 0. NO_KEY: an exception is set. CONTRADICTION is one only if the version stands. */
 ALWAYS_INLINE static inline Found
-batch_pass(Batch *batch, const Map *map, unsigned which, unsigned mask, uint8_t *answers, Convert convert)
+batch_pass(const Batch *batch, const Map *map, unsigned which, unsigned mask, uint8_t *answers, Convert convert)
 {
     PyObject **items = batch->list == NULL ? NULL : PySequence_Fast_ITEMS(batch->list);
-    if (map->mask < SMALL) {
-        /* Slots are at hand: nothing is gained by asking for them, and a key need not be put down. */
-        for (Py_ssize_t n = 0; n < batch->count; n++) {
-            Key key;
-            if (batch_take(batch, items, n, &key, convert) < 0) {
+    for (Py_ssize_t start = 0; start < batch->count; start += BLOCK) {
+        Key keys[BLOCK];
+        unsigned unsettled[BLOCK], left = 0;
+        unsigned size = batch->count - start < BLOCK ? (unsigned)(batch->count - start) : BLOCK;
+        for (unsigned n = 0; n < size; n++) {
+            if (batch_take(batch, map, items, start + n, &keys[n], convert) < 0) {
                 return NO_KEY;
             }
-            if (UNLIKELY(batch_probe(map, which, &key, mask, &answers[n]) == CONTRADICTION)) {
+            prefetch(map, which, keys[n].hash);
+        }
+        for (unsigned n = 0; n < size; n++) {
+            uint64_t packed = 0;
+            const Key *key = &keys[n];
+            bool settled = LIKELY(key->size == INLINE_KEY) && first_slot_48(map, which, key->data, key->hash, &packed);
+            answers[start + n] = answer_of(packed, mask);
+            unsettled[left] = n;
+            left += !settled;
+        }
+        for (unsigned n = 0; n < left; n++) {
+            uint64_t packed;
+            const Key *key = &keys[unsettled[n]];
+            if (UNLIKELY(probe(map, which, key->data, key->size, key->hash, &packed) == CONTRADICTION)) {
                 return CONTRADICTION;
             }
-        }
-        return FOUND;
-    }
-    for (Py_ssize_t n = -AHEAD; n < batch->count; n++) {
-        Py_ssize_t ahead = n + AHEAD;
-        if (ahead < batch->count) {
-            if (!batch->hashed && batch_take(batch, items, ahead, &batch->keys[ahead], convert) < 0) {
-                return NO_KEY;
-            }
-            prefetch(map, which, batch->keys[ahead].hash);
-        }
-        if (n >= 0 && UNLIKELY(batch_probe(map, which, &batch->keys[n], mask, &answers[n]) == CONTRADICTION)) {
-            return CONTRADICTION;
+            answers[start + unsettled[n]] = answer_of(packed, mask);
         }
     }
-    batch->hashed = true;
     return FOUND;
 }
 
@@ -171,12 +151,11 @@ batch_pass(Batch *batch, const Map *map, unsigned which, unsigned mask, uint8_t 
  * A list may change whenever Python code runs, and that is in attach only: each attach is followed by taking the keys
  * anew, and whoever made the list shorter meanwhile is told. */
 ALWAYS_INLINE static inline int
-batch_answer(Batch *batch, Table *table, unsigned mask, uint8_t *answers, Convert convert)
+batch_answer(const Batch *batch, Table *table, unsigned mask, uint8_t *answers, Convert convert)
 {
     for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
         uint64_t version;
-        bool attached = false;
-        View *view = hold(table, &version, &attached);
+        View *view = hold(table, &version);
         if (view == NULL) {
             return -1;
         }
@@ -185,10 +164,6 @@ batch_answer(Batch *batch, Table *table, unsigned mask, uint8_t *answers, Conver
             Py_DECREF(view);
             return -1;
         }
-        if (attached || batch->seed != view->map.seed) {
-            batch->hashed = false;
-        }
-        batch->seed = view->map.seed;
         Found found = batch_pass(batch, &view->map, version & 1, mask, answers, convert);
         bool whole = found == NO_KEY || read_ends(&view->map, version);
         if (whole && found == CONTRADICTION) {

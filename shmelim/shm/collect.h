@@ -245,8 +245,7 @@ table_collect(PyObject *op, PyObject *args)
     }
     for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
         Collection all = {.mask = mask, .form = form, .skip = skip};
-        bool attached;
-        all.view = hold(self, &all.version, &attached);
+        all.view = hold(self, &all.version);
         if (all.view == NULL) {
             return NULL;
         }

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import xxhash
 
+from shmelim.shm import hashing
 from shmelim.shm.layout import (
     ARENA_ENTRY,
     COPY_HEADER_SIZE,
@@ -123,7 +123,7 @@ class Image:
     def count_new(self, changes: Sequence[Change]) -> int:
         """Return how many keys that changes put are not in this copy."""
         put = {change.key for change in changes if change.flags is not None}
-        return sum(not self._find(key, xxhash.xxh64_intdigest(key, self.header.seed))[1] for key in put)
+        return sum(not self._find(key, hashing.key_hash(key, self.header.seed))[1] for key in put)
 
     def _find(self, key: bytes, digest: int) -> tuple[int, int]:
         """Return slot index and packed word of ``key``, or those of the empty slot where it would go."""
@@ -156,7 +156,7 @@ class Image:
 
     def _put(self, key: bytes, flags: int, record: bytes, ordinal: int | None) -> None:
         words = self._words
-        digest = xxhash.xxh64_intdigest(key, self.header.seed)
+        digest = hashing.key_hash(key, self.header.seed)
         index, packed = self._find(key, digest)
         if packed:
             old_ordinal = self._forget(packed)
@@ -188,7 +188,7 @@ class Image:
                 self._add(FLAG_COUNTS + bit, sign)
 
     def _remove(self, key: bytes) -> None:
-        hole, packed = self._find(key, xxhash.xxh64_intdigest(key, self.header.seed))
+        hole, packed = self._find(key, hashing.key_hash(key, self.header.seed))
         if not packed:
             return
         ordinal = self._forget(packed)
@@ -237,7 +237,7 @@ class Image:
         self._memory[self._arena + offset : self._arena + offset + pending] = b"".join(parts)
         used = offset + pending
         keys = [change.key for change in changes]
-        digest = xxhash.xxh64_intdigest
+        digest = hashing.key_hash
         rows = np.zeros((len(keys), SLOT_WORDS), np.uint64)
         rows[:, 0] = np.fromiter((digest(key, seed) for key in keys), np.uint64, len(keys))
         rows[:, 1:PACKED] = inline_keys(keys)

@@ -32,6 +32,7 @@ from typing import Final, NamedTuple
 import xxhash
 
 from shmelim.errors import CorruptSegmentError, SegmentFormatError
+from shmelim.shm.hashing import ALGORITHM
 
 __all__ = [
     "ARENA_ENTRY",
@@ -69,7 +70,6 @@ MAX_GENERATION: Final = (1 << 16) - 1
 # Data segment.
 DATA_MAGIC: Final = b"SHMELDAT"
 DATA_HEADER_SIZE: Final = PAGE
-HASH_XXH64: Final = 1
 SLOT_SIZE: Final = 64
 SLOT_WORDS: Final = SLOT_SIZE // WORD
 INLINE_KEY: Final = 48
@@ -182,7 +182,7 @@ def pack_data_header(header: DataHeader) -> bytes:
         FORMAT,
         BYTE_ORDER_MARK,
         header.generation,
-        HASH_XXH64,
+        ALGORITHM,
         header.seed,
         header.capacity,
         header.arena_size,
@@ -214,8 +214,10 @@ def unpack_data_header(data: bytes, size: int, generation: int, label: str) -> D
         raise CorruptSegmentError(f"segment {label} is {len(data)} bytes long, too short for its header")
     magic, version, mark, found, algorithm, seed, capacity, arena, stride = _DATA_HEADER.unpack_from(data)
     _check_common(magic, DATA_MAGIC, version, mark, label)
-    if algorithm != HASH_XXH64:
-        raise SegmentFormatError(f"segment {label} uses hash algorithm {algorithm}, this package knows 1")
+    if algorithm != ALGORITHM:
+        raise SegmentFormatError(
+            f"segment {label} uses hash algorithm {algorithm}, this package knows {ALGORITHM}"
+        )
     header = DataHeader(found, seed, capacity, arena, stride)
     if found != generation:
         raise CorruptSegmentError(f"segment {label} says generation {found}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["READ_PATH", "release_fence", "release_word"]
 
-_INTERFACE: Final = 1
+_INTERFACE: Final = 2
 
 
 class _Word(Protocol):

@@ -18,7 +18,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "xxh64.h"
+#include "xxh3.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the memory format is little-endian"
@@ -60,6 +60,7 @@ typedef struct {
     const Word *version;
     uint64_t generation;
     uint64_t seed;
+    uint64_t words_48[XXH3_WORDS_48]; /* made from the seed, for hash_48 */
     uint64_t mask;
     uint64_t arena_size;
     Copy copies[2];
@@ -105,17 +106,46 @@ read_ends(const Map *map, uint64_t version)
     return load(map->version) == version;
 }
 
+/* ---------------------------------------------------------------- the hash of a key */
+
+/* Algorithm 2 of memory-format.md: XXH3 where that is 17 to 128 bytes, XXH64 elsewhere. */
+static inline uint64_t
+hash_any(const unsigned char *key, size_t size, uint64_t seed)
+{
+    bool middle = size >= XXH3_FROM && size <= XXH3_TO;
+    return middle ? xxh3_middle(key, size, seed) : xxh64(key, size, seed);
+}
+
+static inline void
+set_seed(Map *map, uint64_t seed)
+{
+    map->seed = seed;
+    xxh3_prepare_48(map->words_48, seed);
+}
+
+static inline uint64_t
+hash_48(const Map *map, const unsigned char *key)
+{
+    return xxh3_48(key, map->words_48);
+}
+
+static inline uint64_t
+hash_key(const Map *map, const unsigned char *key, size_t size)
+{
+    return size == INLINE_KEY ? hash_48(map, key) : hash_any(key, size, map->seed);
+}
+
 /* ---------------------------------------------------------------- finding a key */
 
-ALWAYS_INLINE static inline bool
-same_words(const Word *words, const unsigned char *key)
+ALWAYS_INLINE static inline uint64_t
+difference_48(const Word *words, const unsigned char *key)
 {
     uint64_t difference = 0;
 #pragma GCC unroll 6
     for (int n = 0; n < INLINE_KEY / WORD; n++) {
         difference |= load(words + n) ^ xxh64_word(key + n * WORD);
     }
-    return difference == 0;
+    return difference;
 }
 
 static inline bool
@@ -148,7 +178,7 @@ same_key(const Map *map, const Copy *copy, const Word *slot, uint64_t packed, co
         return false;
     }
     if (LIKELY(size == INLINE_KEY)) {
-        return same_words(slot + 1, key);
+        return difference_48(slot + 1, key) == 0;
     }
     return size < INLINE_KEY ? same_inline(slot + 1, key, size) : same_in_arena(map, copy, packed, key, size);
 }
@@ -188,13 +218,24 @@ probe_48(const Map *map, unsigned which, const unsigned char *key, uint64_t hash
         if (*packed == 0) {
             return ABSENT;
         }
-        if (load(slot) == hash && key_size_of(*packed) == INLINE_KEY && same_words(slot + 1, key)) {
+        if (load(slot) == hash && key_size_of(*packed) == INLINE_KEY && difference_48(slot + 1, key) == 0) {
             return FOUND;
         }
         if (UNLIKELY(left == 0)) {
             return CONTRADICTION;
         }
     }
+}
+
+/* Look at the slot where a key of 48 bytes belongs, without a branch. Return whether that settles it: the key is there,
+ * or nothing is. */
+ALWAYS_INLINE static inline bool
+first_slot_48(const Map *map, unsigned which, const unsigned char *key, uint64_t hash, uint64_t *packed)
+{
+    const Word *slot = map->copies[which].slots + (hash & map->mask) * SLOT_WORDS;
+    *packed = load(slot + PACKED);
+    uint64_t difference = (load(slot) ^ hash) | (key_size_of(*packed) ^ INLINE_KEY) | difference_48(slot + 1, key);
+    return (*packed == 0) | (difference == 0);
 }
 
 static inline void

@@ -88,9 +88,9 @@ begin(Table *table, uint64_t *version)
     }
 }
 
-/* The same, with a reference of the caller's own, and word of whether Python code ran. */
+/* The same, with a reference of the caller's own. */
 static View *
-hold(Table *table, uint64_t *version, bool *attached)
+hold(Table *table, uint64_t *version)
 {
     for (;;) {
         View *view = borrow_view(table);
@@ -103,7 +103,6 @@ hold(Table *table, uint64_t *version, bool *attached)
             }
             Py_DECREF(view);
         }
-        *attached = true;
         if (attach(table) < 0) {
             return NULL;
         }
@@ -120,7 +119,7 @@ look_up(Table *table, const unsigned char *key, size_t size, uint64_t *packed)
         if (UNLIKELY(view == NULL)) {
             return -1;
         }
-        uint64_t hash = xxh64(key, size, view->map.seed);
+        uint64_t hash = hash_key(&view->map, key, size);
         Found found = probe(&view->map, version & 1, key, size, hash, packed);
         if (LIKELY(read_ends(&view->map, version))) {
             if (UNLIKELY(found == CONTRADICTION)) {
@@ -144,7 +143,7 @@ look_up_48(Table *table, const unsigned char *key, uint64_t *packed)
     if (LIKELY(view != NULL)) {
         uint64_t version = read_begin(&view->map);
         bool done = LIKELY(version >> SEQUENCE_BITS == view->map.generation)
-                    && LIKELY(probe_48(&view->map, version & 1, key, xxh64_48(key, view->map.seed), packed)
+                    && LIKELY(probe_48(&view->map, version & 1, key, hash_48(&view->map, key), packed)
                               != CONTRADICTION)
                     && LIKELY(read_ends(&view->map, version));
         release_view(view);
@@ -165,15 +164,14 @@ with_record(Table *table, const unsigned char *key, size_t size, Use use, void *
 {
     for (;;) {
         uint64_t version, packed;
-        bool attached;
         Span span = {0, 0, 0, 0};
-        View *view = hold(table, &version, &attached);
+        View *view = hold(table, &version);
         if (view == NULL) {
             return NULL;
         }
         unsigned which = version & 1;
         PyObject *result = NULL;
-        Found found = probe(&view->map, which, key, size, xxh64(key, size, view->map.seed), &packed);
+        Found found = probe(&view->map, which, key, size, hash_key(&view->map, key, size), &packed);
         Found placed = found == FOUND ? find_record(&view->map, which, packed, &span) : found;
         if (placed == FOUND) {
             result = use(view, which, &span, packed, context);

@@ -94,7 +94,7 @@ view_map(PyObject *op, PyObject *args)
         return NULL;
     }
     self->map.generation = generation;
-    self->map.seed = seed;
+    set_seed(&self->map, seed);
     if (view_place(self, capacity, arena_size, stride) < 0) {
         PyBuffer_Release(&self->root);
         PyBuffer_Release(&self->data);

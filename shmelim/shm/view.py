@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import xxhash
 
 from shmelim.errors import CorruptSegmentError
+from shmelim.shm import hashing
 from shmelim.shm.layout import (
     ARENA_ENTRY,
     ENTRY_HEADER,
@@ -61,7 +61,7 @@ class Batch:
 
     def hash_for(self, seed: int) -> None:
         """Hash all keys with ``seed``."""
-        digest = xxhash.xxh64_intdigest
+        digest = hashing.key_hash
         self._hashes = np.fromiter((digest(key, seed) for key in self.keys), np.uint64, len(self.keys))
         self._seed = seed
 
@@ -119,7 +119,7 @@ class View:
         differs in all but one of 2**64 strangers.
         """
         words = self.words
-        digest = xxhash.xxh64_intdigest(key, self.seed)
+        digest = hashing.key_hash(key, self.seed)
         base = self.slot_word[copy]
         home = slot = base + (digest & self.mask) * SLOT_WORDS
         while True:

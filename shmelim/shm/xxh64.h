@@ -1,7 +1,7 @@
 /* XXH64, written from its specification:
  * https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
  *
- * One-shot and little-endian, with a form of its own for 48 bytes, the length of the keys that matter. */
+ * One-shot and little-endian. */
 
 #ifndef SHMELIM_XXH64_H
 #define SHMELIM_XXH64_H
@@ -102,21 +102,9 @@ xxh64_avalanche(uint64_t hash)
     return hash ^ hash >> 32;
 }
 
-/* The hash of 48 bytes: one stripe and two words, without a branch. */
-static inline uint64_t
-xxh64_48(const unsigned char *data, uint64_t seed)
-{
-    Xxh64Lanes lanes = xxh64_begin(seed);
-    xxh64_stripe(&lanes, data);
-    uint64_t hash = xxh64_converge(&lanes) + 48;
-    hash = xxh64_left_word(hash, data + 32);
-    hash = xxh64_left_word(hash, data + 40);
-    return xxh64_avalanche(hash);
-}
-
 /* The hash of any number of bytes. */
 static inline uint64_t
-xxh64_any(const unsigned char *data, size_t size, uint64_t seed)
+xxh64(const unsigned char *data, size_t size, uint64_t seed)
 {
     size_t left = size;
     uint64_t hash = seed + XXH64_PRIME_5;
@@ -138,12 +126,6 @@ xxh64_any(const unsigned char *data, size_t size, uint64_t seed)
         hash = xxh64_left_byte(hash, data);
     }
     return xxh64_avalanche(hash);
-}
-
-static inline uint64_t
-xxh64(const unsigned char *data, size_t size, uint64_t seed)
-{
-    return size == 48 ? xxh64_48(data, seed) : xxh64_any(data, size, seed);
 }
 
 #endif

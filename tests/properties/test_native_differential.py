@@ -11,7 +11,18 @@ import crashing
 import msgspec
 import numpy as np
 import pytest
-from both_paths import HEAD, Native, NativeTableReader, Reference, TableReader, colliding, native, outcome
+from both_paths import (
+    HEAD,
+    MASK,
+    SECRET,
+    Native,
+    NativeTableReader,
+    Reference,
+    TableReader,
+    colliding,
+    native,
+    outcome,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,8 +34,10 @@ if TYPE_CHECKING:
 
     from shmelim.shm import Transaction
 
-SEED = 0x1234_5678_9ABC_DEF1
-COLLIDING = [*colliding(b"", 4, SEED), *colliding(b"c" * 32, 4, SEED), *colliding(b"d" * 40, 4, SEED)]
+# One with which colliding keys of 48 bytes and more can be text.
+SEED = (int.from_bytes(b"collide:", "little") - int.from_bytes(SECRET, "little")) & MASK
+PREFIXES = (b"", b"c" * 32, b"d" * 40, b"e" * 128)
+COLLIDING = [key for prefix in PREFIXES for key in colliding(prefix, 4, SEED)]
 POOL = [
     b"a",
     b"\0",
@@ -238,13 +251,14 @@ def compare(sequence: list[Commit]) -> None:
 def test_a_table_full_of_collisions() -> None:
     namespace = PrivateNamespace()
     writer = TableWriter(namespace, capacity=8, arena_size=4096)
-    keys = [*colliding(b"", 60, SEED), *colliding(b"c" * 32, 60, SEED), *colliding(b"d" * 40, 60, SEED)]
+    keys = [key for prefix in PREFIXES for key in colliding(prefix, 60, SEED)]
     writer.load((key, n % 256, record_of(key, n), None) for n, key in enumerate(keys))
     pair = Pair(namespace)
     for n in range(0, len(keys), 7):
         with writer.transaction() as transaction:
             transaction.remove(keys[n])
         pair.check_bytes(keys)
+        pair.check_texts([key.decode() for key in keys if key.isascii()])
     assert sum(pair.fast.flags_of(keys).astype(bool)) == sum(n % 256 != 0 for n in range(len(keys)) if n % 7)
 
 
@@ -339,8 +353,9 @@ def test_threads_that_attach_and_read_at_once() -> None:
 
 
 def known(value: Any) -> Any:
-    return native.xxh64(value, SEED)
+    return native.key_hash(value, SEED)
 
 
 def test_the_collisions_collide_in_the_extension_too() -> None:
-    assert [len({known(key) for key in COLLIDING[at : at + 4]}) for at in (0, 4, 8)] == [1, 1, 1]
+    assert [len({known(key) for key in COLLIDING[at : at + 4]}) for at in (0, 4, 8, 12)] == [1, 1, 1, 1]
+    assert all(key.isascii() for key in COLLIDING[4:12])

@@ -6,11 +6,19 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shmelim.shm import Entry, Namespace, PrivateNamespace, Record, SharedNamespace, TableReader, TableWriter
+from shmelim.shm import (
+    Entry,
+    Namespace,
+    PrivateNamespace,
+    Record,
+    SharedNamespace,
+    TableReader,
+    TableWriter,
+    hashing,
+)
 from shmelim.shm.layout import COPY_HEADER_SIZE, WORD
 from shmelim.shm.reader import TableReader as Reference
 
@@ -205,15 +213,15 @@ def run(namespace: Namespace, sequence: list[Commit | Successor], kind: type[Tab
         writer.close()
 
 
-@pytest.fixture(params=["xxh64", "colliding", "one"])
+@pytest.fixture(params=["strong", "colliding", "one"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[TableReader]:
     """Weaken the hash, and return who reads: the compiled path has a hash of its own, which stays as it is."""
-    strong = xxhash.xxh64_intdigest
+    strong = hashing.key_hash
     if request.param == "colliding":
-        monkeypatch.setattr(xxhash, "xxh64_intdigest", lambda data, seed=0: strong(data, seed) & 3 | 1 << 63)
+        monkeypatch.setattr(hashing, "key_hash", lambda key, seed: strong(key, seed) & 3 | 1 << 63)
     elif request.param == "one":
-        monkeypatch.setattr(xxhash, "xxh64_intdigest", lambda data, seed=0: 7)
-    return TableReader if request.param == "xxh64" else Reference
+        monkeypatch.setattr(hashing, "key_hash", lambda key, seed: 7)
+    return TableReader if request.param == "strong" else Reference
 
 
 def examples(number: int) -> settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import itertools
 import os
 import pickle
 import random
@@ -17,7 +18,6 @@ from pathlib import Path
 import crashing
 import numpy as np
 import pytest
-import xxhash
 from both_paths import Native, NativeTableReader, TableReader, native
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +26,7 @@ from shmelim import EliminationReader, NotServingError
 from shmelim.errors import CorruptSegmentError
 from shmelim.shm import READ_PATH, VALUES, PrivateNamespace, SharedNamespace, TableWriter, flag_test
 from shmelim.shm.fast import NativeView
+from shmelim.shm.hashing import key_hash
 
 HOTKEY = "5" + "h" * 47
 
@@ -43,18 +44,18 @@ class TestHash:
         chance = random.Random(1)
         for length in range(301):
             data = chance.randbytes(length)
-            for seed in (0, 1, 1 << 63, (1 << 64) - 1, chance.getrandbits(64)):
-                assert native.xxh64(data, seed) == xxhash.xxh64_intdigest(data, seed), (length, seed)
+            for seed in (0, 1, 1 << 63, (1 << 64) - 1, *(chance.getrandbits(64) for _ in range(4))):
+                assert native.key_hash(data, seed) == key_hash(data, seed), (length, seed)
 
     @given(data=st.binary(max_size=300), seed=st.integers(0, (1 << 64) - 1))
     def test_of_anything(self, data, seed):
-        assert native.xxh64(data, seed) == xxhash.xxh64_intdigest(data, seed)
+        assert native.key_hash(data, seed) == key_hash(data, seed)
 
     def test_at_every_alignment(self):
         data = random.Random(2).randbytes(120)
-        for start in range(16):
-            view = memoryview(data)[start : start + 48]
-            assert native.xxh64(view, 7) == xxhash.xxh64_intdigest(bytes(view), 7)
+        for start, size in itertools.product(range(16), (16, 47, 48, 100)):
+            view = memoryview(data)[start : start + size]
+            assert native.key_hash(view, 7) == key_hash(bytes(view), 7)
 
 
 class TestMethods:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmelim.shm import Namespace, PrivateNamespace, TableReader, TableWriter
+from shmelim.shm import Namespace, PrivateNamespace, TableReader, TableWriter, hashing
 from shmelim.shm.image import place
 from shmelim.shm.layout import MAX_GENERATION, PACKED, SEQUENCE_BITS, VERSION
 
@@ -73,7 +72,7 @@ class Table:
         for home in homes:
             for number in numbers:
                 key = b"key-%d" % number
-                if xxhash.xxh64_intdigest(key, seed) & mask == home:
+                if hashing.key_hash(key, seed) & mask == home:
                     found.append(key)
                     break
         return found

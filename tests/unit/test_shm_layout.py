@@ -59,6 +59,13 @@ def test_root_too_short(size: int) -> None:
         check_root(pack_root_header()[:size], "label")
 
 
+def test_the_hash_algorithm_that_is_written_and_refused() -> None:
+    data = pack_data_header(HEADER)
+    assert struct.unpack_from("<Q", data, 24) == (2,)
+    with pytest.raises(SegmentFormatError, match="label uses hash algorithm 1, this package knows 2"):
+        unpack_data_header(changed(data, 24, "<Q", 1), HEADER.size, 7, "label")
+
+
 def test_data_header_round_trip() -> None:
     assert unpack_data_header(pack_data_header(HEADER), HEADER.size, 7, "label") == HEADER
     assert unpack_data_header(pack_data_header(HEADER), HEADER.size + 1, 7, "label") == HEADER
@@ -74,7 +81,7 @@ def test_data_magic(byte: int) -> None:
 
 @pytest.mark.parametrize(
     ("offset", "kind", "value"),
-    [(8, "<I", 0), (8, "<I", FORMAT + 1), (12, "<I", 0x04030201), (24, "<Q", 0), (24, "<Q", 2)],
+    [(8, "<I", 0), (8, "<I", FORMAT + 1), (12, "<I", 0x04030201), (24, "<Q", 0), (24, "<Q", 1), (24, "<Q", 3)],
 )
 def test_data_of_another_format(offset: int, kind: str, value: int) -> None:
     with pytest.raises(SegmentFormatError, match="label"):
