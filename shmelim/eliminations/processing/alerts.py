@@ -1,4 +1,4 @@
-"""What failed, told once: each failure is logged when it happens, and sent to Slack until it is known there."""
+"""What failed, told once: each failure is logged when it happens, and sent to Slack until that has it."""
 
 from __future__ import annotations
 
@@ -38,39 +38,65 @@ class Alerts:
 
     def __init__(self, collaborators: Collaborators) -> None:
         self._collaborators = collaborators
-        # Each step on it is one operation of the dict: no lock that a forked child could inherit held.
+        # Each step on them is one operation of the dict: no lock that a forked child could inherit held.
         self._told: dict[tuple[str, str], object] = {}
+        self._unsent: dict[tuple[str, str], str] = {}
 
     def failed(self, kind: str, whom: str, text: str, error: BaseException | None = None) -> None:
         """Report a failure: to the log each time, to Slack the first time since it last went well."""
         mine = object()
         first = self._told.setdefault((kind, whom), mine) is mine
         if len(self._told) > _MOST:
-            self._told.pop(next(iter(list(self._told))), None)
+            self._forget(next(iter(list(self._told))))
+        text = _in_one_line(text)
         # The whole trace once: the repetitions say the same.
         _log.error("%s", text, exc_info=error if first else None)
-        if first:
-            self.tell(text, "error")
+        if first and not self.tell(text, "error"):
+            self._unsent[kind, whom] = text
+
+    def is_known(self, kind: str, whom: str) -> bool:
+        """Tell whether that was reported, and has not gone well since."""
+        return (kind, whom) in self._told
 
     def succeeded(self, kind: str, whom: str) -> None:
         """Say that it went well, so that the next failure is told again."""
-        self._told.pop((kind, whom), None)
+        self._forget((kind, whom))
+
+    def send_again(self) -> None:
+        """Send what Slack did not take, and what still holds."""
+        for told in list(self._unsent):
+            text = self._unsent.pop(told, None)
+            if text is not None and not self.tell(text, "error"):
+                self._unsent[told] = text
+                return  # the others would wait as long, and for nothing
 
     def only(self, kind: str, failed: Collection[str]) -> None:
         """Say that of this kind nothing failed but for these."""
         for told in list(self._told):
             if told[0] == kind and told[1] not in failed:
-                self._told.pop(told, None)
+                self._forget(told)
 
-    def tell(self, text: str, level: str) -> None:
-        """Send a message to Slack; what fails there is logged, since nothing may depend on it."""
-        notifier = self._collaborators.slack_notifier
-        if notifier is None:
-            return
+    def tell(self, text: str, level: str) -> bool:
+        """Send a message to Slack; what fails there is logged, since nothing may depend on it.
+
+        Returns
+        -------
+        bool
+            False if it raised, or answered False.
+
+        """
         try:
-            notifier.send_message(text, level=level)
-        except Exception:
-            _log.exception("a message to Slack could not be sent: %s", text)
+            notifier = self._collaborators.slack_notifier
+            return notifier is None or notifier.send_message(_in_one_line(text), level=level) is not False
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            _log.exception("a message to Slack could not be sent: %s", _in_one_line(text))
+            return False
+
+    def _forget(self, told: tuple[str, str]) -> None:
+        self._told.pop(told, None)
+        self._unsent.pop(told, None)
 
     @contextlib.contextmanager
     def round(self, kind: str, *passing: type[Exception]) -> Iterator[Round]:
@@ -118,3 +144,10 @@ class Round:
             self.failed.add(hotkey)
             text = f"{self._kind}: failed for miner {hotkey}: {type(error).__name__}: {error}"
             self._alerts.failed(self._kind, hotkey, text, error)
+
+
+def _in_one_line(text: str) -> str:
+    """Return text with everything escaped that a terminal would obey: hotkeys and errors are strangers' words."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

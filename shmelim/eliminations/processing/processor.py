@@ -160,6 +160,7 @@ class EliminationProcessor:
         """
         if not self.refresh_allowed(self.environment.check_interval_ms) and not self._challenge_is_waiting():
             return True
+        self.alerts.send_again()
         iteration = self._begin(position_locks, iteration_epoch)
         steps: dict[str, Callable[[Iteration], None]] = {
             "departed hotkeys": self._departed,

@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from shmelim.eliminations.debts import IN_DOUBT, LIMIT_ORDERS, OWED, POSITIONS, SLASH
+from shmelim.eliminations.processing.alerts import is_failure
 from shmelim.eliminations.processing.flattening import Flattening
 from shmelim.eliminations.processing.iteration import OvertakenError
 from shmelim.eliminations.processing.slashing import Slashing
@@ -75,15 +76,25 @@ class Settling:
 
     def settle_all(self, iteration: Iteration, stopping: Callable[[], bool]) -> None:
         """Settle everything that is owed, as far as that goes."""
-        for debt in self._state.get_debts():
+        debts = self._state.get_debts()
+        self._forget_others(debts)
+        for debt in debts:
             if stopping():
                 return
             self._settle(debt, iteration)
 
+    def _forget_others(self, debts: list[dict[str, Any]]) -> None:
+        """Forget what was told of debts that are no more."""
+        self._slashing.forget_others(debts)
+        for kind in (LIMIT_ORDERS, POSITIONS):
+            self._alerts.only(kind, {debt["hotkey"] for debt in debts if debt["kind"] == kind})
+
     def _settle(self, debt: Mapping[str, Any], iteration: Iteration) -> None:
         """Settle one debt; a failure is reported and recorded, and it stays owed."""
         if debt["state"] == IN_DOUBT:
-            return  # a person's business
+            # A person's business, if a person knows of it.
+            self._slashing.remind(debt)
+            return
         iteration.check()
         hotkey, kind = debt["hotkey"], debt["kind"]
         if debt["state"] != OWED:
@@ -99,7 +110,9 @@ class Settling:
             done = self._make(hotkey, kind, record, iteration)
         except (OvertakenError, StateUnavailableError):
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             what = f"{type(error).__name__}: {error}"
             self._alerts.failed(kind, hotkey, f"{kind} of eliminated miner {hotkey} failed: {what}", error)
             self._state.fail_debt(hotkey, kind, what)

@@ -5,7 +5,11 @@ durably and with a token, before the contract is called, and its outcome afterwa
 
 1. ``begin``: the debt is *attempting*, with the token of this attempt. Nothing moved yet.
 2. The contract is called.
-3. It returned: *settled*. It raised ``SlashNotMadeError``: *owed* again. Anything else: *in doubt*.
+3. It returned None or True: *settled*. It raised ``SlashNotMadeError``, or returned a coroutine, which does
+   nothing until somebody runs it: *owed* again. Anything else: *in doubt*.
+
+What fails before 1 (nobody can say the share, the contract's method does not take it) made nothing: it stays
+*owed*.
 
 A process that dies between 1 and 3 leaves an attempt whose process is gone. Nobody knows whether money moved: it
 is put *in doubt*, told to people, and never made again by itself. What a living process knows of an attempt and
@@ -18,15 +22,21 @@ is close to that of the one which owed it owes none.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import os
+import shlex
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import numpy as np
+
 from shmelim.eliminations.debts import ATTEMPTING, SLASH, attempt_is_alive, attempt_is_mine, new_attempt
-from shmelim.errors import SlashNotMadeError
+from shmelim.eliminations.processing.alerts import is_failure
+from shmelim.errors import SlashNotMadeError, StateUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from shmelim.eliminations.collaborators import Collaborators
     from shmelim.eliminations.environment import ValidatorEnvironment
@@ -35,7 +45,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Slashing"]
 
-_KIND: Final = "slash"
+# What is told of: a slash that was not made by its miner, a doubt by its attempt. One is no news of the other.
+_NOT_MADE: Final = "slash not made"
+_DOUBT: Final = "slash in doubt"
+
+_SHOWN: Final = 100  # characters of an answer
 
 _log = logging.getLogger("shmelim.processing")
 
@@ -93,7 +107,17 @@ class Slashing:
         contract = self._collaborators.contract_manager
         if contract is None:
             return
-        proportion = self._environment.slash_proportion(record["reason"])
+        try:
+            self._attempt(hotkey, self._prepare(contract, hotkey, record["reason"]))
+        except StateUnavailableError:
+            raise
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            # Before the contract was called: what that raises is an outcome.
+            self._report_not_begun(hotkey, error)
+
+    def _attempt(self, hotkey: str, slash: Callable[[], Any]) -> None:
         attempts = _attempts
         token = new_attempt()
         attempts.running.add(token)
@@ -103,7 +127,7 @@ class Slashing:
             begun = self._state.begin_slash(hotkey, token)
             if begun:
                 outcome = _Outcome("unknown", "the call to the contract was broken off")
-                outcome = _call(contract, hotkey, proportion)
+                outcome = _call(slash, hotkey)
         finally:
             # Also on the way out of the process.
             if begun:
@@ -111,6 +135,34 @@ class Slashing:
             attempts.running.discard(token)
             if begun:
                 self._record(hotkey, token, attempts)
+
+    def _prepare(self, contract: Any, hotkey: str, reason: str) -> Callable[[], Any]:
+        """Return the call to the contract; raises while nothing has moved yet, where it could not be made."""
+        method = contract.slash_miner_collateral_proportion
+        if not callable(method):
+            raise TypeError(f"slash_miner_collateral_proportion is not callable, but {type(method).__name__}")
+        proportion = self._environment.slash_proportion(reason)
+        options = {} if proportion is None else {"slash_proportion": proportion}
+        try:
+            signature = inspect.signature(method)
+        except (TypeError, ValueError):
+            pass  # it has none that can be read
+        else:
+            signature.bind(hotkey, **options)
+        if inspect.iscoroutinefunction(method):
+            raise TypeError("slash_miner_collateral_proportion is a coroutine function, which nobody here runs")
+        return functools.partial(method, hotkey, **options)
+
+    def remind(self, debt: Mapping[str, Any]) -> None:
+        """Tell of a slash that is in doubt, unless it was told: whoever found the doubt may be gone."""
+        if not self._alerts.is_known(_DOUBT, debt["attempt"]):
+            self._report_doubt(debt["hotkey"], debt["attempt"], debt["error"])
+
+    def forget_others(self, debts: Iterable[Mapping[str, Any]]) -> None:
+        """Forget what was told of slashes that are not among these debts."""
+        slashes = [debt for debt in debts if debt["kind"] == SLASH]
+        self._alerts.only(_NOT_MADE, {debt["hotkey"] for debt in slashes})
+        self._alerts.only(_DOUBT, {debt["attempt"] for debt in slashes})
 
     def review(self, debt: Mapping[str, Any]) -> None:
         """Look at a slash that is being attempted: if nobody does any more, record how it ended."""
@@ -123,7 +175,7 @@ class Slashing:
         elif attempt_is_mine(token) or not attempt_is_alive(token):
             error = "the process that attempted it is gone"
             if self._state.doubt_slash(hotkey, token, error):
-                self._report_doubt(hotkey, error)
+                self._report_doubt(hotkey, token, error)
 
     def _record(self, hotkey: str, token: str, attempts: _Attempts) -> None:
         """Record how an attempt ended; what cannot be recorded now is kept for a later pass."""
@@ -134,46 +186,64 @@ class Slashing:
             else:
                 doubtful = made == "unknown"
                 recorded = self._state.fail_debt(hotkey, SLASH, error, token, in_doubt=doubtful)
-        except Exception:
+        except BaseException as failure:
+            if not is_failure(failure):
+                raise
             _log.exception("slash of miner %s: %s, which could not be recorded yet", hotkey, made)
             return
         attempts.ended.pop(token, None)
         if recorded:
-            self._report(hotkey, outcome)
+            self._report(hotkey, token, outcome)
         elif made != "not made":
             # A person settled it meanwhile, say; who is to know how it really ended.
             self._alerts.tell(f"slash of miner {hotkey}: {made}, but another outcome is on record", "warning")
             _log.warning("slash of miner %s: %s, but another outcome is on record", hotkey, made)
 
-    def _report(self, hotkey: str, outcome: _Outcome) -> None:
+    def _report(self, hotkey: str, token: str, outcome: _Outcome) -> None:
         if outcome.made == "made":
-            self._alerts.succeeded(_KIND, hotkey)
+            self._alerts.succeeded(_NOT_MADE, hotkey)
             _log.info("slashed the collateral of miner %s", hotkey)
         elif outcome.made == "not made":
-            self._alerts.failed(_KIND, hotkey, f"slash of miner {hotkey} was not made: {outcome.error}")
+            self._alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made: {outcome.error}")
         else:
-            self._report_doubt(hotkey, outcome.error)
+            self._report_doubt(hotkey, token, outcome.error)
 
-    def _report_doubt(self, hotkey: str, error: str) -> None:
+    def _report_not_begun(self, hotkey: str, error: BaseException) -> None:
+        what = f"{type(error).__name__}: {error}"
+        self._alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made: {what}", error)
+        self._state.fail_debt(hotkey, SLASH, what)
+
+    def _report_doubt(self, hotkey: str, token: str, error: str | None) -> None:
+        named = shlex.quote(hotkey)
         text = (
             f"slash of miner {hotkey}: nobody knows whether it was made ({error}). It is not repeated;"
-            f" look at the contract, then say what you found: shmelim slash resolve {hotkey}"
+            " look at the contract, then say what you found: shmelim slash resolve"
+            f" {'-- ' if hotkey.startswith('-') else ''}{named}"
         )
-        self._alerts.failed(_KIND, hotkey, text)
+        self._alerts.succeeded(_NOT_MADE, hotkey)
+        self._alerts.failed(_DOUBT, token, text)
 
 
-def _call(contract: Any, hotkey: str, proportion: float | None) -> _Outcome:
+def _call(slash: Callable[[], Any], hotkey: str) -> _Outcome:
     """Call the contract and say what became of it."""
     try:
-        if proportion is None:
-            made = contract.slash_miner_collateral_proportion(hotkey)
-        else:
-            made = contract.slash_miner_collateral_proportion(hotkey, proportion)
+        return _outcome_of(slash())
     except SlashNotMadeError as error:
         return _Outcome("not made", str(error))
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         _log.exception("the contract failed to slash miner %s", hotkey)
         return _Outcome("unknown", f"the contract raised {type(error).__name__}: {error}")
-    if made is False:
-        return _Outcome("unknown", "the contract answered False")
-    return _Outcome("made")
+
+
+def _outcome_of(answer: Any) -> _Outcome:
+    """Say what a contract's answer means: only a plain yes, or nothing, is a yes."""
+    if answer is None or answer is True or (isinstance(answer, np.bool_) and answer):
+        return _Outcome("made")
+    if inspect.iscoroutine(answer) and inspect.getcoroutinestate(answer) == inspect.CORO_CREATED:
+        answer.close()
+        return _Outcome(
+            "not made", "the contract answered with a coroutine, which nobody runs; it must wait itself"
+        )
+    return _Outcome("unknown", f"the contract answered {type(answer).__name__} {repr(answer)[:_SHOWN]}")
