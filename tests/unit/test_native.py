@@ -361,12 +361,14 @@ class TestLeaks:
         gc.collect()
         watched = [None, True, False, HOTKEY, bytes, reader, reader._table, reader._table._view, Native]
         counts = [sys.getrefcount(thing) for thing in watched]
-        memory = tracemalloc.get_traced_memory()[0]
-        run(200)
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - memory
+        grown = []
+        for _ in range(3):  # a leak grows each time; a cache of the interpreter fills up once
+            memory = tracemalloc.get_traced_memory()[0]
+            run(200)
+            gc.collect()
+            grown.append(tracemalloc.get_traced_memory()[0] - memory)
         tracemalloc.stop()
-        assert grown < 4000
+        assert min(grown) < 4000, grown
         assert all(abs(sys.getrefcount(thing) - count) < 100 for thing, count in zip(watched, counts, strict=True))
 
     def test_of_readers_and_classes(self):
