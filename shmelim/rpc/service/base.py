@@ -398,13 +398,14 @@ class RPCServiceBase(ABC):
         multiprocessing.context.assert_spawning(self)
         if self.running_unit_tests:
             raise TypeError(f"{self.service_name} is in direct mode: its server lives in this process only")
-        state = {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_PROCESS}
+        state = {name: getattr(self, name) for name in _names(self) if name not in _OF_ONE_PROCESS}
         if self._supervisor is not None:
             state["_owner_tells"] = self.slack_notifier is not None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(dict.fromkeys(_OF_ONE_PROCESS), **state)
+        for name, value in (dict.fromkeys(_OF_ONE_PROCESS) | state).items():
+            setattr(self, name, value)
         self._owner_pid = 0  # nobody's
         self._begin_here()
         self._server_proxy = self._not_yet() if self._client is None else self._client.proxy
@@ -497,3 +498,9 @@ _DESK_JOIN = 1.0  # seconds; its thread may be at a notifier, or in this very sh
 
 # Attributes of the base that mean nothing in another process.
 _OF_ONE_PROCESS = frozenset({"_server_proxy", "_supervisor", "_closing", "_closed", "_monitor", "_outages"})
+
+
+def _names(service: RPCServiceBase) -> set[str]:
+    """Return the names of all attributes that an object has of its own, in its dict or in slots."""
+    slots = {name for kind in type(service).__mro__ for name in getattr(kind, "__slots__", ())}
+    return {*service.__dict__, *(name for name in slots if hasattr(service, name))}
