@@ -1,7 +1,7 @@
 """A tick in which nothing happens: 256 miners with ledgers and directories, 40 of them eliminated.
 
 The collaborators answer from what they have in hand, so that the time is the package's own, the default drawdown
-rule over 180 checkpoints of each miner included.
+rule over 180 checkpoints of each miner included. The last checkpoint of each moves with every tick.
 """
 
 from __future__ import annotations
@@ -21,13 +21,22 @@ ELIMINATED = 40
 CHECKPOINTS = 180
 
 
+class Checkpoint:
+    def __init__(self, mdd):
+        self.mdd = mdd
+
+
+class Ledger:
+    def __init__(self):
+        self.cps = [Checkpoint(0.99) for _ in range(CHECKPOINTS)]
+
+
 @pytest.fixture(params=["direct", "shmelim"])
 def manager(request, tmp_path):
     everybody = [hotkey(number) for number in range(MINERS)]
     for name in everybody:
         (tmp_path / "miners" / name).mkdir(parents=True)
-    checkpoints = [SimpleNamespace(mdd=0.99) for _ in range(CHECKPOINTS)]
-    ledgers = {name: SimpleNamespace(cps=list(checkpoints)) for name in everybody}
+    ledgers = {name: Ledger() for name in everybody}
     rows = records(ELIMINATED)
     manager = EliminationManager(
         SimpleNamespace(hotkeys=everybody),
@@ -59,5 +68,11 @@ def manager(request, tmp_path):
 @pytest.mark.parametrize("size", [MINERS])
 def test_tick_with_nothing_to_do(benchmark, manager, size):
     benchmark.group = f"a tick over {size} miners with nothing to do"
-    benchmark.pedantic(manager.process_eliminations, rounds=200, warmup_rounds=5)
+    ledgers = manager.position_manager.perf_ledger_manager.filtered_ledger_for_scoring()
+
+    def move():
+        for ledger in ledgers.values():
+            ledger.cps[-1].mdd -= 1e-6
+
+    benchmark.pedantic(manager.process_eliminations, setup=move, rounds=200, warmup_rounds=5)
     assert len(manager.reader) == ELIMINATED

@@ -32,6 +32,7 @@ class MinerDirectories:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
+        self._known: frozenset[str] = frozenset()  # names that were hotkeys at the last look: checked once
 
     def hotkeys(self) -> list[str]:
         """Return the hotkeys that have a directory; hidden ones, and names that can be no hotkey, are left out."""
@@ -41,7 +42,10 @@ class MinerDirectories:
             return []
         with entries:
             names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        return sorted(name for name in names if _is_miner(name))
+        known = self._known
+        miners = [name for name in names if name in known or _is_miner(name)]
+        self._known = frozenset(miners)
+        return sorted(miners)
 
     def remove(self, hotkey: str) -> bool:
         """Remove a hotkey's directory and all that is in it; False if there is none."""

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from shmelim.eliminations.directories import MinerDirectories
+from shmelim.eliminations.drawdown import Drawdowns, ledger_drawdown_percentage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
 __all__ = ["DEVELOPMENT_HOTKEY", "ValidatorEnvironment", "ledger_drawdown_percentage"]
 
 DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
-
-_LEAST_FACTOR: Final = -1.0
-_LARGEST_FACTOR: Final = 2.0
-_DIGITS: Final = 9  # of a percentage: what binary fractions add or lose lies far behind
 
 
 class ValidatorEnvironment:
@@ -87,6 +84,7 @@ class ValidatorEnvironment:
         self.error_pause_s = error_pause_s
         self._price_source = price_source
         self._drawdown = drawdown
+        self._drawdowns = Drawdowns()
         self._clock = clock
         self._directories = None if miner_directory is None else MinerDirectories(miner_directory)
 
@@ -124,11 +122,12 @@ class ValidatorEnvironment:
     def drawdown(self, ledger: Any) -> tuple[bool, float]:
         """Return whether a ledger's miner is to be eliminated, and the drawdown as a percentage.
 
-        By default from `max_drawdown_percentage` on, by :func:`ledger_drawdown_percentage`.
+        By default from `max_drawdown_percentage` on, by :func:`ledger_drawdown_percentage`; of a ledger that has
+        not changed only the end is read (see :class:`~shmelim.eliminations.drawdown.Drawdowns`).
         """
         if self._drawdown is not None:
             return self._drawdown(ledger)
-        percentage = ledger_drawdown_percentage(ledger)
+        percentage = self._drawdowns.percentage(ledger)
         return percentage >= self.max_drawdown_percentage, percentage
 
     def slash_proportion(self, reason: str) -> float | None:
@@ -143,36 +142,3 @@ class ValidatorEnvironment:
         """Remove a miner's directory, if there is one."""
         if self._directories is not None:
             self._directories.remove(hotkey)
-
-
-def ledger_drawdown_percentage(ledger: Any) -> float:
-    """Return a ledger's largest drawdown as a percentage, 0 to 100.
-
-    The ledger has checkpoints ``cps``, each with the lowest point it saw as a factor ``mdd`` of the peak before:
-    0.9 is 10 % down, and from 1 on there is none. Without a ledger (None), or a checkpoint in it, there is no
-    drawdown.
-
-    Raises
-    ------
-    AttributeError, TypeError
-        The ledger has no checkpoints, one of them has no ``mdd``, or that is no number.
-    ValueError
-        An ``mdd`` is NaN, or the lowest one so far off (over 2, under -1) that it is no factor; a percentage, say.
-
-    """
-    if ledger is None:
-        return 0.0
-    factors = [checkpoint.mdd for checkpoint in ledger.cps]
-    if not factors:
-        return 0.0
-    # One sum finds a NaN anywhere, which a minimum passes over, and refuses what is no number.
-    total = sum(factors)
-    if total != total:  # noqa: PLR0124 - only NaN differs from itself, and asking costs nothing
-        raise ValueError("the ledger has a checkpoint whose mdd is not a number")
-    lowest = float(min(factors))
-    if not _LEAST_FACTOR <= lowest <= _LARGEST_FACTOR:
-        raise ValueError(f"the ledger's lowest mdd is {lowest}, and should be a factor: 0.9 is 10 % down")
-    if lowest >= 1.0:
-        return 0.0
-    # Rounded, since (1 - 0.9) * 100 is a little less than the 10 % that it stands for.
-    return round((1.0 - max(lowest, 0.0)) * 100.0, _DIGITS)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
+    from types import TracebackType
 
     from shmelim.eliminations.collaborators import Collaborators
 
@@ -131,19 +132,36 @@ class Round:
         self._passing = passing
         self.failed: set[str] = set()
 
-    @contextlib.contextmanager
-    def guard(self, hotkey: str) -> Iterator[None]:
+    def guard(self, hotkey: str) -> _Guard:
         """Do one miner's part; what it raises is reported, and stops nobody else's."""
-        try:
-            yield
-        except self._passing:
-            raise
-        except BaseException as error:
-            if not is_failure(error):
-                raise
-            self.failed.add(hotkey)
-            text = f"{self._kind}: failed for miner {hotkey}: {type(error).__name__}: {error}"
-            self._alerts.failed(self._kind, hotkey, text, error)
+        return _Guard(self, hotkey)
+
+    def report(self, hotkey: str, error: BaseException) -> bool:
+        """Report what a miner's part raised; False if it is no miner's, and ends the round."""
+        if isinstance(error, self._passing) or not is_failure(error):
+            return False
+        self.failed.add(hotkey)
+        text = f"{self._kind}: failed for miner {hotkey}: {type(error).__name__}: {error}"
+        self._alerts.failed(self._kind, hotkey, text, error)
+        return True
+
+
+class _Guard:
+    """A miner's part of a round; a class, as there is one for each miner in each tick."""
+
+    __slots__ = ("_hotkey", "_round")
+
+    def __init__(self, this_round: Round, hotkey: str) -> None:
+        self._round = this_round
+        self._hotkey = hotkey
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> bool:
+        return error is not None and self._round.report(self._hotkey, error)
 
 
 def _in_one_line(text: str) -> str:
