@@ -44,11 +44,12 @@ class ValidatorEnvironment:
     development_hotkey
         The hotkey that is no zombie, though it is in no metagraph.
     miner_directory
-        The directory that has one for each miner; None: there are none, and so no zombies.
+        The directory that has one for each miner, and nothing else: whatever directory stands there is a miner's,
+        but for hidden ones, links, and names that can be no hotkey. None: there are none, and so no zombies.
     live_price_fetcher
         Stands in where the collaborators have none.
     clock
-        Returns milliseconds since 1970, UTC.
+        Returns milliseconds since 1970, UTC; fractions of one are rounded.
     tick_pause_s, error_pause_s
         Seconds between two ticks of the loop, and after one that failed.
 
@@ -68,7 +69,7 @@ class ValidatorEnvironment:
         development_hotkey: str = DEVELOPMENT_HOTKEY,
         miner_directory: Path | str | None = None,
         live_price_fetcher: Any = None,
-        clock: Callable[[], int] | None = None,
+        clock: Callable[[], float] | None = None,
         tick_pause_s: float = 1.0,
         error_pause_s: float = 10.0,
     ) -> None:
@@ -90,7 +91,7 @@ class ValidatorEnvironment:
 
     def now_ms(self) -> int:
         """Return the time in milliseconds since 1970, UTC."""
-        return time.time_ns() // 1_000_000 if self._clock is None else self._clock()
+        return time.time_ns() // 1_000_000 if self._clock is None else round(self._clock())
 
     def price_source(self, trade_pair: Any, price_info: Mapping[str, Any], time_ms: int) -> Any:
         """Return the price at which a position is closed, as its class wants it; None to have it fetched.

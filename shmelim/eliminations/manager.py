@@ -431,6 +431,28 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
         """Close what miners hold who were eliminated already; once for each server, and not in backtests."""
         self._processor.handle_first_refresh(position_locks, iteration_epoch)
 
+    def handle_departed(self) -> list[str]:
+        """Tell the server who is registered, if that changed; returns those whose departure was recorded."""
+        return self._processor.handle_departed()
+
+    def settle_debts(
+        self, position_locks: PositionLocks | None = None, iteration_epoch: int | None = None
+    ) -> None:
+        """Settle what eliminations owe."""
+        self._processor.settle_debts(position_locks, iteration_epoch)
+
+    def handle_zombies(
+        self, position_locks: PositionLocks | None = None, iteration_epoch: int | None = None
+    ) -> None:
+        """Eliminate who has a directory and is not in the metagraph."""
+        self._processor.handle_zombies(position_locks, iteration_epoch)
+
+    def delete_expired(
+        self, position_locks: PositionLocks | None = None, iteration_epoch: int | None = None
+    ) -> None:
+        """Delete what is left of those who were eliminated long ago and have left the metagraph."""
+        self._processor.delete_expired(position_locks, iteration_epoch)
+
     def run_update_loop(self) -> None:
         """Run a tick each second until ``shutdown_dict`` is truthy; survives every error, and tells of it."""
         self._processor.run_update_loop()

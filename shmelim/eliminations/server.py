@@ -309,7 +309,8 @@ class EliminationManagerServer:
     def is_zombie_hotkey_rpc(self, hotkey: str, all_hotkeys_set: Iterable[str]) -> bool:
         """Tell whether a hotkey is missing among all hotkeys of the metagraph, the development one excepted."""
         check_hotkey(hotkey)
-        return hotkey != DEVELOPMENT_HOTKEY and hotkey not in all_hotkeys_set
+        own = DEVELOPMENT_HOTKEY if self.processor is None else self.processor.environment.development_hotkey
+        return hotkey != own and hotkey not in all_hotkeys_set
 
     def get_history_rpc(
         self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None

@@ -624,6 +624,32 @@ def test_metagraph_that_is_not_loaded_yet_makes_no_zombies(managed: Managed) -> 
     assert managed.reasons == {}
 
 
+def test_development_hotkey_is_the_environments_for_the_server_object_too(make: Callable[..., Managed]) -> None:
+    managed = make("direct", development_hotkey="own")
+    assert not managed.manager._server_proxy.is_zombie_hotkey_rpc("own", [])
+    assert managed.manager._server_proxy.is_zombie_hotkey_rpc("DEVELOPMENT", [])
+    assert not managed.manager.is_zombie_hotkey("own", [])
+
+
+def test_manager_has_every_step(managed: Managed) -> None:
+    validator, manager = managed.validator, managed.manager
+    validator.register("zombie", "owing", "other")
+    manager.process_eliminations()
+    validator.open_position("owing")
+    row = manager.generate_elimination_row("owing", 0.1, "X", validator.now_ms)
+    manager._server_proxy.eliminate_rpc("owing", row, ["positions"])
+    manager.settle_debts()
+    assert validator.is_flat("owing")
+    validator.deregister("zombie")
+    assert manager.handle_departed() == ["zombie"]
+    assert manager.handle_departed() == []
+    manager.handle_zombies()
+    assert managed.reasons == {"owing": "X", "zombie": "ZOMBIE"}
+    validator.pass_time(2 * DAY)
+    manager.delete_expired()
+    assert managed.reasons == {"owing": "X"}
+
+
 # ---------------------------------------------------------------------- deletion
 
 
@@ -645,7 +671,7 @@ def test_elimination_is_deleted_at_exactly_the_delay(managed: Managed) -> None:
     managed.tick(at_ms + 2 * DAY - 1 - validator.now_ms)
     assert "a" in managed.reasons
     validator.pass_time(1)
-    managed.manager._processor.delete_expired()
+    managed.manager.delete_expired()
     assert managed.reasons == {}
     assert validator.book.on_disk("a") == []
     assert "a" not in validator.disk.read("stages", {})

@@ -108,6 +108,12 @@ def test_what_is_passed_replaces_the_default() -> None:
     assert environment.now_ms() == 7
 
 
+@pytest.mark.parametrize("time_ms", [7, 6.6, np.float64(7.2), np.int64(7)])
+def test_clock_may_be_one_of_fractions(time_ms: Any) -> None:
+    now = ValidatorEnvironment(clock=lambda: time_ms).now_ms()
+    assert (now, type(now)) == (7, int)
+
+
 @pytest.fixture
 def directories(tmp_path: Path) -> MinerDirectories:
     for name in ("miners/a/positions", "miners/.hidden", "victim/kept"):
