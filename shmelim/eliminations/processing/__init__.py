@@ -1,7 +1,8 @@
 """Who is eliminated, and what follows from it: run beside the validator's managers, in either mode.
 
-``processor.py`` has the rules and their order; ``settling.py``, ``flattening.py`` and ``slashing.py`` what an
-elimination owes; ``expiry.py`` its end; ``loop.py`` the loop.
+``processor.py`` has the tick and the short rules, ``challenge.py`` and ``judging.py`` the long ones;
+``settling.py``, ``flattening.py`` and ``slashing.py`` what an elimination owes; ``expiry.py`` its end; ``loop.py``
+the loop.
 """
 
 from shmelim.eliminations.processing.processor import EliminationProcessor

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from shmelim.errors import ShmelimError
+from shmelim.errors import ShmelimError, StateUnavailableError
 
 if TYPE_CHECKING:
     from shmelim.eliminations.collaborators import Collaborators
 
-__all__ = ["Iteration", "OvertakenError", "current_epoch"]
+__all__ = ["NOT_A_MINERS", "Iteration", "OvertakenError", "current_epoch"]
 
 
 class OvertakenError(ShmelimError):
     """A sync replaced what this pass began with: nothing more of it may be written."""
+
+
+NOT_A_MINERS: Final = (OvertakenError, StateUnavailableError)
+"""Errors that end a pass, since they are no one miner's."""
 
 
 class Iteration:

@@ -1,4 +1,4 @@
-"""Who is eliminated, and when: the rules, in one pass called a tick.
+"""Who is eliminated, and when: the rules in their order, in one pass called a tick.
 
 A tick runs in the process that holds the collaborators. It reads from the table, decides, and writes through the
 server, so it is the same whether the server lives in this process or in another.
@@ -6,14 +6,16 @@ server, so it is the same whether the server lives in this process or in another
 
 from __future__ import annotations
 
-import inspect
+import functools
 import logging
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from shmelim.eliminations.debts import POSITIONS
 from shmelim.eliminations.processing.alerts import Alerts, is_failure
+from shmelim.eliminations.processing.challenge import ChallengePeriod
 from shmelim.eliminations.processing.expiry import Expiry
-from shmelim.eliminations.processing.iteration import Iteration, OvertakenError, current_epoch
+from shmelim.eliminations.processing.iteration import NOT_A_MINERS, Iteration, OvertakenError, current_epoch
+from shmelim.eliminations.processing.judging import DrawdownRule
 from shmelim.eliminations.processing.loop import run_loop
 from shmelim.eliminations.processing.membership import Membership
 from shmelim.eliminations.processing.roster import Roster
@@ -23,16 +25,13 @@ from shmelim.eliminations.record import EliminationReason, generate_row, normali
 from shmelim.errors import StateUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from shmelim.eliminations.collaborators import Collaborators
     from shmelim.eliminations.environment import ValidatorEnvironment
     from shmelim.eliminations.reader import EliminationReader
 
 __all__ = ["EliminationProcessor"]
-
-_NOT_A_MINERS: Final = (OvertakenError, StateUnavailableError)
-"""Errors that end a pass, since they are no one miner's."""
 
 _log = logging.getLogger("shmelim.processing")
 
@@ -82,8 +81,6 @@ class EliminationProcessor:
         self._is_backtesting = is_backtesting
         self._last_update_ms = 0
         self.end_asked = False  # written by a signal handler too
-        # The reasons that a pass could not record: they alone make no tick due.
-        self._left_over: dict[str, str] = {}
         self._roster = Roster(reader)
         self._membership = Membership(collaborators, self._state, self._roster)
         effects = cast("Collaborators", _WithoutContract(collaborators)) if is_backtesting else collaborators
@@ -97,6 +94,10 @@ class EliminationProcessor:
             self._membership,
             keep_directories=is_backtesting,
         )
+
+        eliminate = functools.partial(self._settling.eliminate, slash=True)
+        self._challenge = ChallengePeriod(collaborators, environment, self.alerts, eliminate)
+        self._drawdowns = DrawdownRule(collaborators, environment, self.alerts, self._roster, eliminate)
 
     # ------------------------------------------------------------------ when
 
@@ -158,7 +159,7 @@ class EliminationProcessor:
         A step that fails stops none of the later ones. A sync that comes meanwhile ends the tick, and the next
         one is due at once.
         """
-        if not self.refresh_allowed(self.environment.check_interval_ms) and not self._challenge_is_waiting():
+        if not self.refresh_allowed(self.environment.check_interval_ms) and not self._challenge.is_waiting():
             return True
         self.alerts.send_again()
         iteration = self._begin(position_locks, iteration_epoch)
@@ -246,6 +247,12 @@ class EliminationProcessor:
         """Delete what is left of miners who were eliminated long ago and have left the metagraph."""
         self._alone(self._expired, position_locks, iteration_epoch)
 
+    def _challenge_period(self, iteration: Iteration) -> None:
+        self._challenge.apply(iteration, self.is_stopping)
+
+    def _drawdown(self, iteration: Iteration) -> None:
+        self._drawdowns.apply(iteration, self.is_stopping)
+
     def _departed(self, _iteration: Iteration) -> None:
         self._membership.look()
 
@@ -263,7 +270,7 @@ class EliminationProcessor:
         owing = {debt["hotkey"] for debt in self._state.get_debts() if debt["kind"] == POSITIONS}
         eliminated = {hk: row for hk, row in self._reader.get_eliminations_dict().items() if hk not in owing}
         open_positions = positions.get_positions_for_hotkeys(list(eliminated), only_open_positions=True)
-        with self.alerts.round("first refresh", *_NOT_A_MINERS) as this_round:
+        with self.alerts.round("first refresh", *NOT_A_MINERS) as this_round:
             for hotkey, listed in open_positions.items():
                 record = eliminated.get(hotkey)
                 if self.is_stopping():
@@ -279,7 +286,7 @@ class EliminationProcessor:
         if ledgers is None:
             return
         eliminated = self._roster.now().eliminated
-        with self.alerts.round("perf-ledger elimination", *_NOT_A_MINERS) as this_round:
+        with self.alerts.round("perf-ledger elimination", *NOT_A_MINERS) as this_round:
             for place, row in enumerate(ledgers.get_perf_ledger_eliminations()):
                 if _whose(row, place) in eliminated:
                     continue
@@ -290,66 +297,7 @@ class EliminationProcessor:
                     record = normalise(row)
                     # Ledgers name miners also when they and their eliminations are long gone.
                     if not self._expiry.is_due(record):
-                        self._eliminate(record, iteration, slash=True)
-
-    def _challenge_period(self, iteration: Iteration) -> None:
-        challenge = self.collaborators.challengeperiod_manager
-        if challenge is None or not challenge.has_elimination_reasons():
-            return
-        waiting = dict(challenge.get_all_elimination_reasons())
-        recorded: list[str] = []
-        with self.alerts.round("challenge-period elimination", *_NOT_A_MINERS) as this_round:
-            for hotkey, reason in waiting.items():
-                if self.is_stopping():
-                    return
-                with this_round.guard(hotkey):
-                    row = generate_row(hotkey, reason[1], reason[0], self.environment.now_ms())
-                    self._eliminate(normalise(row), iteration, slash=True)
-                    recorded.append(hotkey)
-        self._left_over = _in_words(waiting) if this_round.failed else {}
-        # Not asked as an attribute: a mock has every one.
-        if inspect.getattr_static(challenge, "pop_elimination_reasons", None) is not None:
-            challenge.pop_elimination_reasons(recorded)
-        # Those that came meanwhile are nowhere recorded yet.
-        elif not this_round.failed and _reasons(challenge.get_all_elimination_reasons()) == _reasons(waiting):
-            challenge.clear_elimination_reasons()
-
-    def _challenge_is_waiting(self) -> bool:
-        """Tell whether miners wait to be eliminated, others than those with whom that failed."""
-        challenge = self.collaborators.challengeperiod_manager
-        try:
-            if challenge is None or not challenge.has_elimination_reasons():
-                waiting = False
-            else:
-                left_over = self._left_over
-                waiting = not left_over or _in_words(challenge.get_all_elimination_reasons()) != left_over
-        except Exception as error:
-            text = f"eliminations: whether reasons wait cannot be asked: {type(error).__name__}: {error}"
-            self.alerts.failed("step", "reasons", text, error)
-            return False
-        self.alerts.succeeded("step", "reasons")
-        return waiting
-
-    def _drawdown(self, iteration: Iteration) -> None:
-        ledgers, challenge = self._ledgers(), self.collaborators.challengeperiod_manager
-        if ledgers is None or challenge is None:
-            return
-        scored = dict.fromkeys(challenge.get_hotkeys_by_bucket(self.environment.scored_bucket))
-        if not scored:
-            return
-        judged = ledgers.filtered_ledger_for_scoring(portfolio_only=True, hotkeys=list(scored))
-        eliminated = self._roster.now().eliminated
-        stale = _stale(ledgers)
-        with self.alerts.round("drawdown elimination", *_NOT_A_MINERS) as this_round:
-            for hotkey, ledger in judged.items():
-                if hotkey in stale or hotkey in eliminated or hotkey not in scored:
-                    continue
-                with this_round.guard(hotkey):
-                    beyond, percentage = self.environment.drawdown(ledger)
-                    if beyond and not self.is_stopping():
-                        reason = EliminationReason.MAX_TOTAL_DRAWDOWN
-                        row = generate_row(hotkey, percentage, reason, self.environment.now_ms())
-                        self._eliminate(normalise(row), iteration, slash=True)
+                        self._settling.eliminate(record, iteration, slash=True)
 
     def _zombies(self, iteration: Iteration) -> None:
         if self._is_backtesting:
@@ -357,34 +305,17 @@ class EliminationProcessor:
         # Those eliminated already, and the one that is none.
         known = {*self._roster.now().eliminated, self.environment.development_hotkey}
         missing = self._membership.missing(hk for hk in self.environment.miner_hotkeys() if hk not in known)
-        with self.alerts.round("zombie elimination", *_NOT_A_MINERS) as this_round:
+        with self.alerts.round("zombie elimination", *NOT_A_MINERS) as this_round:
             for hotkey in missing:
                 if self.is_stopping():
                     return
                 with this_round.guard(hotkey):
                     row = generate_row(hotkey, None, EliminationReason.ZOMBIE, self.environment.now_ms())
-                    self._eliminate(normalise(row), iteration, slash=False)
+                    self._settling.eliminate(normalise(row), iteration, slash=False)
 
     def _ledgers(self) -> Any:
         positions = self.collaborators.position_manager
         return None if positions is None else positions.perf_ledger_manager
-
-    # ------------------------------------------------------------------ an elimination
-
-    def _eliminate(self, record: Mapping[str, Any], iteration: Iteration, *, slash: bool) -> None:
-        """Record an elimination with what it owes, in one transaction, and settle that; the first reason stays."""
-        hotkey = record["hotkey"]
-        if self._reader.is_hotkey_eliminated(hotkey):
-            return
-        iteration.check()
-        owed = self._settling.owed(slash=slash)
-        once_within_ms = self.environment.slash_once_within_ms
-        outcome = self._state.eliminate(hotkey, dict(record), owed, iteration.replacements, once_within_ms)
-        if outcome == "superseded":
-            iteration.supersede()
-        if outcome == "added":
-            _log.info("eliminated miner %s: %s (%s)", hotkey, record["reason"], record.get("dd"))
-            self._settling.settle_new(hotkey, iteration)
 
 
 class _WithoutContract:
@@ -403,24 +334,3 @@ def _whose(row: Any, place: int) -> str:
     """Return whose a row is, for a message, also where it does not say."""
     hotkey = row.get("hotkey") if hasattr(row, "get") else None
     return hotkey if isinstance(hotkey, str) else f"number {place} of the list"
-
-
-def _stale(ledgers: Any) -> frozenset[str]:
-    """Return whose ledger must not be judged, fetched once: the list may live in another process."""
-    hotkeys = ledgers.perf_ledger_hks_to_invalidate
-    if isinstance(hotkeys, (str, bytes)):
-        raise TypeError(f"perf_ledger_hks_to_invalidate must be hotkeys, not {type(hotkeys).__name__}")
-    try:
-        return frozenset(hotkeys)
-    except TypeError as error:
-        raise TypeError(f"perf_ledger_hks_to_invalidate must be hotkeys: {error}") from error
-
-
-def _reasons(waiting: Mapping[str, Any]) -> dict[str, str]:
-    """Return who waits to be eliminated and why, as text: what else is said of them need not even equal itself."""
-    return {hotkey: str(reason[0]) for hotkey, reason in waiting.items()}
-
-
-def _in_words(waiting: Mapping[str, Any]) -> dict[str, str]:
-    """Return all that is said of those who wait, as text."""
-    return {hotkey: str(reason) for hotkey, reason in waiting.items()}

@@ -1,4 +1,4 @@
-"""Settling what eliminations owe: limit orders to delete, positions to close, collateral to slash.
+"""Eliminating, and settling what that owes: limit orders to delete, positions to close, collateral to slash.
 
 What is owed stands in the store since the elimination itself. It is settled right after it, and what fails there,
 or is broken off by a crash, in each later pass until it is done.
@@ -32,7 +32,7 @@ _log = logging.getLogger("shmelim.processing")
 
 
 class Settling:
-    """Settles debts.
+    """Records eliminations, and settles their debts.
 
     Parameters
     ----------
@@ -50,13 +50,31 @@ class Settling:
         alerts: Alerts,
     ) -> None:
         self._collaborators = collaborators
+        self._environment = environment
         self._reader = reader
         self._state = state
         self._alerts = alerts
         self.flattening = Flattening(collaborators, environment, state)
         self._slashing = Slashing(collaborators, environment, state, alerts)
 
-    def owed(self, *, slash: bool) -> list[str]:
+    def eliminate(self, record: Mapping[str, Any], iteration: Iteration, *, slash: bool) -> None:
+        """Record an elimination with what it owes, in one transaction, and settle that; the first reason stays."""
+        hotkey = record["hotkey"]
+        if self._reader.is_hotkey_eliminated(hotkey):
+            return
+        iteration.check()
+        once_within_ms = self._environment.slash_once_within_ms
+        owed = self._owed(slash=slash)
+        outcome = self._state.eliminate(hotkey, dict(record), owed, iteration.replacements, once_within_ms)
+        if outcome == "superseded":
+            iteration.supersede()
+        if outcome == "added":
+            _log.info("eliminated miner %s: %s (%s)", hotkey, record["reason"], record.get("dd"))
+            # Not all that it would have owed, perhaps: a slash may have been made before.
+            for debt in self._state.get_debts(hotkey):
+                self._settle(debt, iteration)
+
+    def _owed(self, *, slash: bool) -> list[str]:
         """Return what an elimination owes: nothing that this validator has no collaborator for.
 
         Nobody could ever settle such a debt, so it is not recorded.
@@ -67,12 +85,6 @@ class Settling:
             (SLASH, self._collaborators.contract_manager if slash else None),
         ]
         return [kind for kind, collaborator in with_whom if collaborator is not None]
-
-    def settle_new(self, hotkey: str, iteration: Iteration) -> None:
-        """Settle what an elimination owes that was just recorded."""
-        # Not all that it would have owed, perhaps: a slash may have been made before.
-        for debt in self._state.get_debts(hotkey):
-            self._settle(debt, iteration)
 
     def settle_all(self, iteration: Iteration, stopping: Callable[[], bool]) -> None:
         """Settle everything that is owed, as far as that goes."""
