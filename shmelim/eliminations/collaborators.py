@@ -9,7 +9,7 @@ Each protocol can be asked at run time whether an object has all its methods:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -284,3 +284,12 @@ class Collaborators:
     shutdown_dict: Any = None
     sync_in_progress: Any = None
     sync_epoch: Any = None
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return what ``EliminationManager`` is constructed with, by name.
+
+        All but ``live_price_fetcher``, which is an attribute of the manager, and an argument of the environment.
+        """
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        del named["live_price_fetcher"]
+        return named

@@ -19,25 +19,14 @@ def manager_of(
     collaborators: Collaborators, environment: Any, *, running_unit_tests: bool, **options: Any
 ) -> EliminationManager:
     """A manager that holds these collaborators."""
-    c = collaborators
     manager = EliminationManager(
-        c.metagraph,
-        c.position_manager,
-        c.challengeperiod_manager,
+        **collaborators.as_arguments(),
         running_unit_tests=running_unit_tests,
-        shutdown_dict=c.shutdown_dict,
-        shared_queue_websockets=c.shared_queue_websockets,
-        contract_manager=c.contract_manager,
-        position_locks=c.position_locks,
-        sync_in_progress=c.sync_in_progress,
-        slack_notifier=c.slack_notifier,
-        sync_epoch=c.sync_epoch,
-        limit_order_manager=c.limit_order_manager,
         environment=environment,
         enable_health_check=False,
         **options,
     )
-    manager.live_price_fetcher = c.live_price_fetcher
+    manager.live_price_fetcher = collaborators.live_price_fetcher
     return manager
 
 
