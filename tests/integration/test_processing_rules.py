@@ -89,7 +89,7 @@ def test_steps_come_in_their_order(managed: Managed) -> None:
     managed.tick()
     validator.deregister("expired")
     managed.tick(2 * DAY - HOUR)
-    for hotkey in ("owing", "listed", "liquid", "failed", "down", "zombie"):
+    for hotkey in ("listed", "liquid", "failed", "down", "zombie"):
         validator.open_position(hotkey)
     row = managed.manager.generate_elimination_row("owing", 0.1, "X", validator.now_ms)
     managed.manager._server_proxy.eliminate_rpc("owing", row, ["limit_orders"])
