@@ -24,7 +24,7 @@ from crashing import WATCHDOG
 from shmelim import EliminationClient, EliminationReader
 from shmelim.eliminations.record import decode, generate_row
 from shmelim.eliminations.serve import ServeOptions, run
-from shmelim.eliminations.store import Store
+from shmelim.eliminations.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -14,7 +14,8 @@ from shmelim.cli import output
 from shmelim.cli.failure import NO, FileProblemError, RefusedError
 from shmelim.cli.options import HOTKEY, Command, Settings, settings_options
 from shmelim.cli.progress import DelayedProgress
-from shmelim.eliminations import EliminationClient, EliminationReason, files
+from shmelim.eliminations import EliminationClient, EliminationReason
+from shmelim.eliminations.files import files
 from shmelim.eliminations.record import decode, generate_row
 from shmelim.errors import DamagedFileError
 

@@ -13,8 +13,8 @@ from shmelim.cli.failure import NO, RefusedError
 from shmelim.cli.offline import from_store
 from shmelim.cli.options import HOTKEY, Command, Group, Settings, settings_options
 from shmelim.eliminations import EliminationClient
-from shmelim.eliminations.debt_table import read_debts, read_slashes
-from shmelim.eliminations.debts import ATTEMPTING, OWED, SLASH, attempt_is_alive
+from shmelim.eliminations.changes.debts import ATTEMPTING, OWED, SLASH, attempt_is_alive
+from shmelim.eliminations.store.debt_table import read_debts, read_slashes
 from shmelim.errors import KeyFileError, NotServingError
 
 if TYPE_CHECKING:

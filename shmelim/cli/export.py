@@ -12,7 +12,8 @@ import click
 from shmelim.cli import output
 from shmelim.cli.failure import FileProblemError
 from shmelim.cli.options import Command, Settings, owner_option, settings_options
-from shmelim.eliminations import EliminationReader, files
+from shmelim.eliminations import EliminationReader
+from shmelim.eliminations.files import files
 from shmelim.eliminations.record import encode
 
 if TYPE_CHECKING:

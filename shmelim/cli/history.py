@@ -12,7 +12,7 @@ from shmelim.cli.offline import from_store
 from shmelim.cli.options import HOTKEY, Command, Settings, settings_options
 from shmelim.eliminations import EliminationClient
 from shmelim.eliminations.server import event_as_dict
-from shmelim.eliminations.store import read_events
+from shmelim.eliminations.store.store import read_events
 from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from shmelim.errors import AlreadyServingError, ShmelimError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from shmelim.eliminations.mirror import FilesMode
-    from shmelim.eliminations.schema import Durability
+    from shmelim.eliminations.files.mirror import FilesMode
     from shmelim.eliminations.serve import Service
+    from shmelim.eliminations.store.schema import Durability
 
 __all__ = ["serve"]
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from shmelim.eliminations.changes import check_hotkeys, check_listed
+from shmelim.eliminations.changes.changes import check_hotkeys, check_listed
 from shmelim.eliminations.record import generate_row
 from shmelim.errors import MessageTooLargeError, ShmelimError
 

@@ -26,7 +26,7 @@ from shmelim.errors import CorruptSegmentError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from shmelim.eliminations.schema import Row
+    from shmelim.eliminations.store.schema import Row
     from shmelim.shm import Entry
 
 __all__ = [

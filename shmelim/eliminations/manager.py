@@ -38,8 +38,8 @@ if TYPE_CHECKING:
         SharedValue,
         WebSocketQueue,
     )
-    from shmelim.eliminations.mirror import FilesMode
-    from shmelim.eliminations.schema import Durability
+    from shmelim.eliminations.files.mirror import FilesMode
+    from shmelim.eliminations.store.schema import Durability
     from shmelim.rpc import Address, ServerReady
     from shmelim.rpc.channel.address import Location
 

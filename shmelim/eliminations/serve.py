@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from shmelim.eliminations.mirror import FilesMode
-    from shmelim.eliminations.schema import Durability
+    from shmelim.eliminations.files.mirror import FilesMode
+    from shmelim.eliminations.store.schema import Durability
     from shmelim.rpc import Address, ServerReady
 
 __all__ = [

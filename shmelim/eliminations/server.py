@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 import msgspec
 
-from shmelim.eliminations import changes, files
-from shmelim.eliminations.committer import Committer
-from shmelim.eliminations.debt_book import DebtBook
-from shmelim.eliminations.history import Origin, this_process
-from shmelim.eliminations.imports import import_departed, imported, merge_once
-from shmelim.eliminations.mirror import ELIMINATIONS_FILE, FILES_MODES, FileMirror, FilesMode
+from shmelim.eliminations.changes import changes
+from shmelim.eliminations.changes.committer import Committer
+from shmelim.eliminations.changes.debt_book import DebtBook
+from shmelim.eliminations.files import files
+from shmelim.eliminations.files.imports import import_departed, imported, merge_once
+from shmelim.eliminations.files.mirror import ELIMINATIONS_FILE, FILES_MODES, FileMirror, FilesMode
+from shmelim.eliminations.files.recovery import origin_record, recover
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import check_hotkey, decode, generate_row, prepare
-from shmelim.eliminations.recovery import origin_record, recover
 from shmelim.eliminations.runtime import StateLock
-from shmelim.eliminations.store import FILE_NAME, Store, read_events
+from shmelim.eliminations.store.history import Origin, this_process
+from shmelim.eliminations.store.store import FILE_NAME, Store, read_events
 from shmelim.eliminations.uploads import Uploads
 from shmelim.errors import DamagedFileError, NoCollaboratorsError
 from shmelim.rpc import current_caller
@@ -36,11 +37,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
-    from shmelim.eliminations.changes import Step
+    from shmelim.eliminations.changes.changes import Step
     from shmelim.eliminations.collaborators import PositionLocks
-    from shmelim.eliminations.history import Event
     from shmelim.eliminations.processing import EliminationProcessor
-    from shmelim.eliminations.schema import Durability
+    from shmelim.eliminations.store.history import Event
+    from shmelim.eliminations.store.schema import Durability
     from shmelim.shm import Namespace
 
 __all__ = ["EliminationManagerServer"]
@@ -486,7 +487,7 @@ class EliminationManagerServer:
         """Return what eliminations still owe, in their order, and of one: limit orders, positions, slash.
 
         Each is ``{"hotkey", "kind", "state", "due", "since_ms", "eliminated_ms", "attempts", "error", "attempt",
-        "in_doubt_since_ms"}``; :class:`~shmelim.eliminations.debts.Debt` says what they mean.
+        "in_doubt_since_ms"}``; :class:`~shmelim.eliminations.changes.debts.Debt` says what they mean.
         """
         return self._debts.debts(hotkey)
 

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from shmelim.eliminations.changes import prepare_all
+from shmelim.eliminations.changes.changes import prepare_all
 from shmelim.errors import UploadLostError
 
 if TYPE_CHECKING:

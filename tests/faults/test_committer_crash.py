@@ -12,14 +12,20 @@ from serving import row, state_in_files, state_in_table
 
 import shmelim
 from shmelim import EliminationManagerServer, EliminationReader
-from shmelim.eliminations import mirror
+from shmelim.eliminations.files import mirror
 from shmelim.shm import SharedNamespace
 
 _PACKAGE = Path(shmelim.__file__).parent
 _TRACED = frozenset(
     str(_PACKAGE / part)
-    for part in ("eliminations/committer.py", "eliminations/changes.py", "eliminations/mirror.py", "shm/writer.py")
+    for part in (
+        "eliminations/changes/committer.py",
+        "eliminations/changes/changes.py",
+        "eliminations/files/mirror.py",
+        "shm/writer.py",
+    )
 )
+assert all(Path(name).is_file() for name in _TRACED)
 
 BASE = [row(f"h{n}", n) for n in range(6)]
 

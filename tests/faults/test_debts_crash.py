@@ -16,24 +16,25 @@ from serving import row, state_in_table
 
 import shmelim
 from shmelim import EliminationManagerServer
-from shmelim.eliminations.debts import KINDS, POSITIONS, SLASH, new_attempt
-from shmelim.eliminations.store import Store
+from shmelim.eliminations.changes.debts import KINDS, POSITIONS, SLASH, new_attempt
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import StoreError
 
 ROUNDS = 2000
 _TRACED = tuple(
     str(Path(shmelim.__file__).parent / "eliminations" / name)
     for name in (
-        "changes.py",
-        "committer.py",
-        "database.py",
-        "debt_book.py",
-        "debt_changes.py",
-        "debt_table.py",
-        "history.py",
-        "store.py",
+        "changes/changes.py",
+        "changes/committer.py",
+        "store/database.py",
+        "changes/debt_book.py",
+        "changes/debt_changes.py",
+        "store/debt_table.py",
+        "store/history.py",
+        "store/store.py",
     )
 )
+assert all(Path(name).is_file() for name in _TRACED)
 
 
 def _fill(server):
@@ -197,7 +198,7 @@ def test_a_slash_that_may_not_be_on_disk_is_not_begun(server, monkeypatch):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("shmelim.eliminations.database.sync_file", fail)
+        patch.setattr("shmelim.eliminations.store.database.sync_file", fail)
         with pytest.raises(StoreError, match=r"shmelim\.sqlite.*Input/output error"):
             server.begin_slash_rpc("a", "one")
     assert server.begin_slash_rpc("a", "one"), "it can be repeated"

@@ -21,7 +21,7 @@ from crashing import Child, call, kill_self
 from reference_validator import HOUR, Managed
 
 import shmelim.eliminations
-from shmelim.eliminations.debts import IN_DOUBT
+from shmelim.eliminations.changes.debts import IN_DOUBT
 from shmelim.eliminations.processing.statecalls import StateCalls
 from shmelim.errors import StateUnavailableError
 

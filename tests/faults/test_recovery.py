@@ -13,8 +13,8 @@ from serving import State, listing, row, state_in_files, state_in_store, state_i
 
 import shmelim
 from shmelim import EliminationManagerServer, EliminationReader
-from shmelim.eliminations import files, mirror
-from shmelim.eliminations.store import FILE_NAME, Store
+from shmelim.eliminations.files import files, mirror
+from shmelim.eliminations.store.store import FILE_NAME, Store
 from shmelim.errors import DamagedFileError, DamagedStoreError, StoreError
 from shmelim.shm import SharedNamespace
 
@@ -600,4 +600,7 @@ class TestDeathDuringRecovery:
 
 
 _PACKAGE = Path(shmelim.__file__).parent / "eliminations"
-_TRACED = frozenset(str(_PACKAGE / name) for name in ("recovery.py", "replacement.py", "database.py"))
+_TRACED = frozenset(
+    str(_PACKAGE / name) for name in ("files/recovery.py", "files/replacement.py", "store/database.py")
+)
+assert all(Path(name).is_file() for name in _TRACED)

@@ -12,15 +12,23 @@ from serving import listing, row, state_in_store, state_in_table
 
 import shmelim
 from shmelim import EliminationManagerServer, EliminationReader
-from shmelim.eliminations import mirror, replacement
-from shmelim.eliminations.store import FILE_NAME, Store
+from shmelim.eliminations.files import mirror, replacement
+from shmelim.eliminations.store.store import FILE_NAME, Store
 from shmelim.errors import DamagedStoreError, StoreError
 from shmelim.shm import SharedNamespace
 
 _PACKAGE = Path(shmelim.__file__).parent / "eliminations"
 _TRACED = frozenset(
-    str(_PACKAGE / name) for name in ("recovery.py", "replacement.py", "database.py", "schema.py", "files.py")
+    str(_PACKAGE / name)
+    for name in (
+        "files/recovery.py",
+        "files/replacement.py",
+        "store/database.py",
+        "store/schema.py",
+        "files/files.py",
+    )
 )
+assert all(Path(name).is_file() for name in _TRACED)
 _STRIDE = 13
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from shmelim.eliminations import files
-from shmelim.eliminations import store as st
+from shmelim.eliminations.files import files
 from shmelim.eliminations.record import encode, generate_row, normalise
-from shmelim.eliminations.store import Store
+from shmelim.eliminations.store import store as st
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
 
 RECORD = encode(normalise(generate_row("h", 1.0, "ZOMBIE", 5, return_info={"x": "y" * 400})))

@@ -7,7 +7,7 @@ import pytest
 from serving import row, state_in_store, state_in_table
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations.store import FILE_NAME, Store
+from shmelim.eliminations.store.store import FILE_NAME, Store
 from shmelim.errors import StoreError
 from shmelim.shm import SharedNamespace
 

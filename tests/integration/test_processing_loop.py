@@ -16,7 +16,7 @@ import psutil
 import pytest
 from reference_validator import Managed
 
-from shmelim.eliminations.debts import IN_DOUBT
+from shmelim.eliminations.changes.debts import IN_DOUBT
 from shmelim.eliminations.processing import loop
 from shmelim.rpc.service.titles import title_of
 

@@ -11,7 +11,7 @@ import pytest
 from reference_validator import HOUR, MINUTE, Managed
 from reference_validator.trading import Holding
 
-from shmelim.eliminations.debts import IN_DOUBT
+from shmelim.eliminations.changes.debts import IN_DOUBT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -3,11 +3,11 @@
 import pytest
 from serving import row
 
-from shmelim.eliminations import changes
-from shmelim.eliminations.changes import Step
-from shmelim.eliminations.history import Origin
+from shmelim.eliminations.changes import changes
+from shmelim.eliminations.changes.changes import Step
 from shmelim.eliminations.record import prepare
-from shmelim.eliminations.store import Store
+from shmelim.eliminations.store.history import Origin
+from shmelim.eliminations.store.store import Store
 
 ORIGIN = Origin(17, 18, "somebody")
 

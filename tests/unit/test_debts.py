@@ -11,8 +11,7 @@ from crashing import call
 from serving import row
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations import schema
-from shmelim.eliminations.debts import (
+from shmelim.eliminations.changes.debts import (
     KINDS,
     LIMIT_ORDERS,
     POSITIONS,
@@ -21,6 +20,7 @@ from shmelim.eliminations.debts import (
     attempt_is_mine,
     new_attempt,
 )
+from shmelim.eliminations.store import schema
 
 ELIMINATED_MS = row("a")["elimination_initiated_time_ms"]
 

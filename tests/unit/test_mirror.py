@@ -9,7 +9,7 @@ import pytest
 from serving import listing, row, state_in_files, state_in_table
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations import files, mirror
+from shmelim.eliminations.files import files, mirror
 from shmelim.errors import StoreError
 
 LIMIT = 30.0

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from shmelim.eliminations import schema
-from shmelim.eliminations import store as st
-from shmelim.eliminations.store import Change, Counts, Origin, Row, Store
+from shmelim.eliminations.store import schema
+from shmelim.eliminations.store import store as st
+from shmelim.eliminations.store.store import Change, Counts, Origin, Row, Store
 from shmelim.errors import DamagedStoreError, StoreError
 
 
@@ -523,7 +523,7 @@ class TestCreation:
             raise RuntimeError("died here")
 
         with monkeypatch.context() as patch:
-            patch.setattr("shmelim.eliminations.schema.install", broken)
+            patch.setattr("shmelim.eliminations.store.schema.install", broken)
             with pytest.raises(RuntimeError, match="died here"):
                 Store.open(tmp_path)
         assert list(tmp_path.iterdir()) == []

@@ -13,9 +13,10 @@ import psutil
 
 from shmelim.cli.demo.processes import Crowd, ServerProcess, signals_deferred
 from shmelim.cli.demo.records import Cast, make_record
-from shmelim.eliminations import EliminationClient, files
+from shmelim.eliminations import EliminationClient
+from shmelim.eliminations.files import files
 from shmelim.eliminations.record import decode
-from shmelim.eliminations.store import read_events
+from shmelim.eliminations.store.store import read_events
 from shmelim.errors import ChannelError, OutcomeUnknownError, ShmelimError
 
 if TYPE_CHECKING:

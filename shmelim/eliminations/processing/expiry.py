@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from shmelim.eliminations.debts import SLASH
+from shmelim.eliminations.changes.debts import SLASH
 from shmelim.eliminations.processing.iteration import OvertakenError
 from shmelim.errors import StateUnavailableError
 

@@ -10,7 +10,7 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any, cast
 
-from shmelim.eliminations.debts import POSITIONS
+from shmelim.eliminations.changes.debts import POSITIONS
 from shmelim.eliminations.processing.alerts import Alerts, is_failure
 from shmelim.eliminations.processing.challenge import ChallengePeriod
 from shmelim.eliminations.processing.expiry import Expiry

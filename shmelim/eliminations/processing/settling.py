@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from shmelim.eliminations.debts import IN_DOUBT, LIMIT_ORDERS, OWED, POSITIONS, SLASH
+from shmelim.eliminations.changes.debts import IN_DOUBT, LIMIT_ORDERS, OWED, POSITIONS, SLASH
 from shmelim.eliminations.processing.alerts import is_failure
 from shmelim.eliminations.processing.flattening import Flattening
 from shmelim.eliminations.processing.iteration import OvertakenError

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from shmelim.eliminations.debts import ATTEMPTING, SLASH, attempt_is_alive, attempt_is_mine, new_attempt
+from shmelim.eliminations.changes.debts import ATTEMPTING, SLASH, attempt_is_alive, attempt_is_mine, new_attempt
 from shmelim.eliminations.processing.alerts import is_failure
 from shmelim.errors import SlashNotMadeError, StateUnavailableError
 

@@ -4,7 +4,7 @@
               of its record (SQLite checks its own structure, not the bytes of a value)
     events    who changed what, when; append-only, which two triggers enforce
     meta      named values: digests of the files, and whatever else the server must remember
-    debts     what eliminations still owe, see :mod:`shmelim.eliminations.debts`; since schema 2
+    debts     what eliminations still owe, see :mod:`shmelim.eliminations.changes.debts`; since schema 2
     slashes   for each hotkey the last slash that was made, whatever became of its elimination; since schema 2
 
 ``PRAGMA application_id`` says that a file is ours, ``PRAGMA user_version`` which schema it has. A database of an
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import quote
 
-from shmelim.eliminations.files import sync_directory
+from shmelim.eliminations.files.files import sync_directory
 from shmelim.errors import DamagedStoreError, StoreError
 
 __all__ = [

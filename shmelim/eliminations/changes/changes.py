@@ -10,17 +10,17 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from shmelim.eliminations.debts import OWED
-from shmelim.eliminations.departures import lost_hotkeys
-from shmelim.eliminations.history import Change as EventOf
+from shmelim.eliminations.changes.debts import OWED
+from shmelim.eliminations.changes.departures import lost_hotkeys
 from shmelim.eliminations.record import check_hotkey, decode, prepare
+from shmelim.eliminations.store.history import Change as EventOf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shmelim.eliminations.history import Origin
-    from shmelim.eliminations.schema import Row
-    from shmelim.eliminations.store import Store
+    from shmelim.eliminations.store.history import Origin
+    from shmelim.eliminations.store.schema import Row
+    from shmelim.eliminations.store.store import Store
 
 __all__ = [
     "Step",

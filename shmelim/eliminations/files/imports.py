@@ -10,15 +10,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
-from shmelim.eliminations import files
-from shmelim.eliminations.changes import Step, merge, record_departures
+from shmelim.eliminations.changes.changes import Step, merge, record_departures
+from shmelim.eliminations.files import files
 from shmelim.errors import DamagedFileError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-    from shmelim.eliminations.store import Store
+    from shmelim.eliminations.store.store import Store
 
 __all__ = ["import_departed", "import_file", "imported", "merge_once", "restore_imported", "set_aside"]
 

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shmelim.eliminations import schema
-from shmelim.eliminations.database import Guard
+from shmelim.eliminations.store import schema
+from shmelim.eliminations.store.database import Guard
 
 if TYPE_CHECKING:
     import sqlite3

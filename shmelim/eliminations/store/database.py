@@ -1,6 +1,6 @@
 """The store's database: opening, transactions, named values, and errors in the package's own words.
 
-:class:`~shmelim.eliminations.store.Store` adds what a row means.
+:class:`~shmelim.eliminations.store.store.Store` adds what a row means.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import msgspec
 
-from shmelim.eliminations import schema
-from shmelim.eliminations.files import sync_directory, sync_file, unused_name
+from shmelim.eliminations.files.files import sync_directory, sync_file, unused_name
+from shmelim.eliminations.store import schema
 from shmelim.errors import DamagedStoreError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
-    from shmelim.eliminations.schema import Durability
+    from shmelim.eliminations.store.schema import Durability
 
 __all__ = ["Database", "Guard", "move_aside"]
 

@@ -17,16 +17,16 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
-from shmelim.eliminations import debt_table, history
-from shmelim.eliminations.database import Database, move_aside
-from shmelim.eliminations.history import Change, Event, Origin, read_events
-from shmelim.eliminations.schema import DAMAGED_HINT, FILE_NAME, SCHEMA_NUMBER, Durability, Row
+from shmelim.eliminations.store import debt_table, history
+from shmelim.eliminations.store.database import Database, move_aside
+from shmelim.eliminations.store.history import Change, Event, Origin, read_events
+from shmelim.eliminations.store.schema import DAMAGED_HINT, FILE_NAME, SCHEMA_NUMBER, Durability, Row
 from shmelim.errors import DamagedStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from shmelim.eliminations.debts import Debt, Slash
+    from shmelim.eliminations.changes.debts import Debt, Slash
 
 __all__ = [
     "FILE_NAME",

@@ -17,16 +17,16 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final, Literal
 
-from shmelim.eliminations import files
-from shmelim.eliminations.changes import note, set_meta
+from shmelim.eliminations.changes.changes import note, set_meta
 from shmelim.eliminations.entry import PREFIX, Status, departed_in
+from shmelim.eliminations.files import files
 from shmelim.errors import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from shmelim.eliminations.committer import Committer
+    from shmelim.eliminations.changes.committer import Committer
     from shmelim.shm import TableReader
 
 __all__ = [

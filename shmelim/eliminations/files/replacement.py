@@ -15,10 +15,10 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
-from shmelim.eliminations import schema
-from shmelim.eliminations.changes import Step
-from shmelim.eliminations.files import sync_directory
-from shmelim.eliminations.store import FILE_NAME, Store, move_aside
+from shmelim.eliminations.changes.changes import Step
+from shmelim.eliminations.files.files import sync_directory
+from shmelim.eliminations.store import schema
+from shmelim.eliminations.store.store import FILE_NAME, Store, move_aside
 from shmelim.errors import DamagedStoreError, StoreError
 
 if TYPE_CHECKING:

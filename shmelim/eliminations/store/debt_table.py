@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from shmelim.eliminations import schema
-from shmelim.eliminations.database import Guard
-from shmelim.eliminations.debts import IN_DOUBT, Debt, Slash
+from shmelim.eliminations.changes.debts import IN_DOUBT, Debt, Slash
+from shmelim.eliminations.store import schema
+from shmelim.eliminations.store.database import Guard
 
 if TYPE_CHECKING:
     import os

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from shmelim.eliminations import files, replacement
-from shmelim.eliminations.changes import Step, merge, record_departures, replace_all
+from shmelim.eliminations.changes.changes import Step, merge, record_departures, replace_all
 from shmelim.eliminations.entry import ORIGIN_KEY, PREFIX, Status, departed_in
-from shmelim.eliminations.history import Change as EventOf
-from shmelim.eliminations.imports import restore_imported, set_aside
-from shmelim.eliminations.mirror import DEPARTED_FILE, ELIMINATIONS_FILE, digest_key, known_digests
-from shmelim.eliminations.schema import RESTORE_HINT
-from shmelim.eliminations.store import FILE_NAME, Store
+from shmelim.eliminations.files import files, replacement
+from shmelim.eliminations.files.imports import restore_imported, set_aside
+from shmelim.eliminations.files.mirror import DEPARTED_FILE, ELIMINATIONS_FILE, digest_key, known_digests
+from shmelim.eliminations.store.history import Change as EventOf
+from shmelim.eliminations.store.schema import RESTORE_HINT
+from shmelim.eliminations.store.store import FILE_NAME, Store
 from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError, StoreError
 from shmelim.shm import Namespace, TableReader
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from shmelim.eliminations.schema import Durability
+    from shmelim.eliminations.store.schema import Durability
 
 __all__ = ["origin_record", "recover"]
 

@@ -24,15 +24,15 @@ from collections import deque
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
-from shmelim.eliminations.changes import Step
+from shmelim.eliminations.changes.changes import Step
 from shmelim.eliminations.entry import ORIGIN_KEY, row_entry
 from shmelim.errors import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from shmelim.eliminations.history import Origin
-    from shmelim.eliminations.store import Store
+    from shmelim.eliminations.store.history import Origin
+    from shmelim.eliminations.store.store import Store
     from shmelim.shm import TableWriter, Transaction
 
 __all__ = ["Committer"]

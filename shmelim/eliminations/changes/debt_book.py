@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from shmelim.eliminations import debt_changes
-from shmelim.eliminations.changes import replacements
-from shmelim.eliminations.debt_table import Figures, read_debt_figures, read_debts, read_slashes
-from shmelim.eliminations.debts import KINDS, SLASH
+from shmelim.eliminations.changes import debt_changes
+from shmelim.eliminations.changes.changes import replacements
+from shmelim.eliminations.changes.debts import KINDS, SLASH
 from shmelim.eliminations.record import check_hotkey, encode, normalise
+from shmelim.eliminations.store.debt_table import Figures, read_debt_figures, read_debts, read_slashes
 from shmelim.errors import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from shmelim.eliminations.changes import Step
-    from shmelim.eliminations.committer import Committer
-    from shmelim.eliminations.history import Origin
+    from shmelim.eliminations.changes.changes import Step
+    from shmelim.eliminations.changes.committer import Committer
+    from shmelim.eliminations.store.history import Origin
 
 __all__ = ["MOST_SHOWN", "DebtBook"]
 

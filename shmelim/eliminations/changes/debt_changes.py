@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from shmelim.eliminations.changes import replacements
-from shmelim.eliminations.debts import (
+from shmelim.eliminations.changes.changes import replacements
+from shmelim.eliminations.changes.debts import (
     ATTEMPTING,
     BY_CONTRACT,
     BY_HAND,
@@ -22,12 +22,12 @@ from shmelim.eliminations.debts import (
     Slash,
     attempt_is_alive,
 )
-from shmelim.eliminations.history import Change as EventOf
+from shmelim.eliminations.store.history import Change as EventOf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from shmelim.eliminations.changes import Step
+    from shmelim.eliminations.changes.changes import Step
 
 __all__ = ["begin_slash", "eliminate", "fail", "resolve_slash", "settle"]
 

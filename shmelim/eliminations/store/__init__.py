@@ -1,0 +1,1 @@
+"""The state of record: SQLite, its tables, and the history of every change."""
