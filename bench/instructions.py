@@ -1,8 +1,8 @@
 """How many instructions one check takes: counted by valgrind, so that the machine's noise does not matter.
 
 Run with ``python -m bench.instructions``; needs valgrind, and the compiled read path. What is counted is the C
-function behind ``EliminationReader.is_hotkey_eliminated``. It is called two different numbers of times, and what the
-counts differ by is that of the calls.
+function behind ``EliminationReader.is_hotkey_eliminated``. It is called two different numbers of times, and
+what the counts differ by is that of the calls.
 """
 
 from __future__ import annotations
