@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
@@ -170,6 +171,21 @@ def test_11_lost_of_44_are_not_recorded_until_the_metagraph_recovered(managed: M
     validator.registry.set([*validator.registry.hotkeys, *miners(10)])
     managed.tick()
     assert list(managed.manager.get_departed_hotkeys()) == ["miner10"], "the one who is still missing"
+
+
+def test_loss_that_is_not_believed_is_told_once_until_the_metagraph_recovered(managed: Managed) -> None:
+    validator = managed.validator
+    told = []
+    managed.manager.slack_notifier = SimpleNamespace(send_message=lambda text, level: told.append((text, level)))
+    everybody = miners(44)
+    for outages in (1, 2):
+        validator.registry.set(everybody)
+        managed.tick()
+        validator.deregister(*miners(11))
+        managed.tick()
+        managed.tick()
+        losses = [level for text, level in told if text.startswith("11 hotkeys are missing")]
+        assert losses == ["error"] * outages
 
 
 def test_hotkey_that_comes_back_is_re_registered_once_a_tick_saw_it(managed: Managed) -> None:

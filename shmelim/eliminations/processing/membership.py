@@ -66,6 +66,11 @@ class Membership:
         # The server keeps those registered whose loss it did not believe.
         return absent if self._roster.now().registered <= members else []
 
+    def unbelieved(self) -> set[str]:
+        """Return those whose loss the server did not believe, since so many are missing at once."""
+        hotkeys = self._hotkeys()
+        return set() if hotkeys is None else {*self._roster.now().registered}.difference(hotkeys)
+
     def _hotkeys(self) -> list[str] | None:
         metagraph = self._collaborators.metagraph
         shown = None if metagraph is None else metagraph.hotkeys

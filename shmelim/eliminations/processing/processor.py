@@ -255,6 +255,15 @@ class EliminationProcessor:
 
     def _departed(self, _iteration: Iteration) -> None:
         self._membership.look()
+        lost = len(self._membership.unbelieved())
+        if lost:
+            text = (
+                f"{lost} hotkeys are missing from the metagraph at once, and are not recorded as departed."
+                " If they are gone indeed: shmelim missing --accept"
+            )
+            self.alerts.failed("departures", "the metagraph", text)
+        else:
+            self.alerts.succeeded("departures", "the metagraph")
 
     def _debts(self, iteration: Iteration) -> None:
         self._settling.settle_all(iteration, self.is_stopping)
