@@ -18,7 +18,10 @@ from shmelim.eliminations.store.debt_table import read_debts, read_slashes
 from shmelim.errors import KeyFileError, NotServingError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from shmelim.eliminations.changes.debts import Debt, Slash
 
 __all__ = ["debts", "slash"]
 
@@ -43,14 +46,9 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
       shmelim debts
       shmelim debts --json | jq '.debts[] | select(.state == "in_doubt")'
     """
-    source = "server"
-    try:
-        with contextlib.closing(EliminationClient(settings.name)) as client:
-            found = client.get_debts(hotkey)
-    except (NotServingError, KeyFileError) as error:
-        source = "store"
-        listed = from_store(settings.name, lambda directory: read_debts(directory, hotkey), error)
-        found = [debt.as_dict() for debt in listed]
+    source, found = _ask(
+        settings.name, lambda client: client.get_debts(hotkey), lambda directory: read_debts(directory, hotkey)
+    )
     if settings.as_json:
         output.document({"name": settings.name, "source": source, "count": len(found), "debts": found})
         return
@@ -93,14 +91,9 @@ def list_(settings: Settings, *, hotkey: str | None) -> None:
       shmelim slash list
       shmelim slash list 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --json
     """
-    source = "server"
-    try:
-        with contextlib.closing(EliminationClient(settings.name)) as client:
-            found = client.get_slashes(hotkey)
-    except (NotServingError, KeyFileError) as error:
-        source = "store"
-        listed = from_store(settings.name, lambda directory: read_slashes(directory, hotkey), error)
-        found = [slash.as_dict() for slash in listed]
+    source, found = _ask(
+        settings.name, lambda client: client.get_slashes(hotkey), lambda directory: read_slashes(directory, hotkey)
+    )
     if settings.as_json:
         output.document({"name": settings.name, "source": source, "count": len(found), "slashes": found})
         return
@@ -187,3 +180,16 @@ def _agreed(debt: Mapping[str, Any], *, made: bool) -> bool:
 
 def _can_ask() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _ask(
+    name: str,
+    server: Callable[[EliminationClient], list[dict[str, Any]]],
+    store: Callable[[Path], Sequence[Debt | Slash]],
+) -> tuple[str, list[dict[str, Any]]]:
+    """Return who answered, and what: the server, or where none runs, the store in the state directory."""
+    try:
+        with contextlib.closing(EliminationClient(name)) as client:
+            return "server", server(client)
+    except (NotServingError, KeyFileError) as error:
+        return "store", [one.as_dict() for one in from_store(name, store, error)]

@@ -19,6 +19,7 @@ import msgspec
 from shmelim.eliminations.changes import changes
 from shmelim.eliminations.changes.committer import Committer
 from shmelim.eliminations.changes.debt_book import DebtBook
+from shmelim.eliminations.environment import DEVELOPMENT_HOTKEY
 from shmelim.eliminations.files import files
 from shmelim.eliminations.files.imports import import_departed, imported, merge_once
 from shmelim.eliminations.files.mirror import ELIMINATIONS_FILE, FILES_MODES, FileMirror, FilesMode
@@ -52,7 +53,6 @@ _log = logging.getLogger("shmelim.server")
 
 BEAT_INTERVAL: Final = 0.25
 HISTORY_LIMIT: Final = 10_000
-DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
 
 
 class EliminationManagerServer:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from shmelim.eliminations.store.schema import Durability
 
-__all__ = ["Database", "Guard", "move_aside"]
+__all__ = ["Database", "Guard", "move_aside", "reading"]
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +79,21 @@ class Guard:
             ) from error
         hint = None if primary is None else _HINTS.get(primary)
         raise StoreError(f"{self.path}: {error} ({name})", hint=hint) from error
+
+
+@contextmanager
+def reading(directory: str | os.PathLike[str], busy_timeout: float) -> Iterator[sqlite3.Connection]:
+    """Open the database of a state directory read-only, whether or not a server runs there.
+
+    ``StoreError`` for what goes wrong meanwhile. May be called from any thread and process.
+    """
+    path = Path(directory) / schema.FILE_NAME
+    with Guard(path):
+        db = schema.connect_read_only(path, busy_timeout)
+        try:
+            yield db
+        finally:
+            db.close()
 
 
 class Database:

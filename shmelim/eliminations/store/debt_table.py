@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from shmelim.eliminations.changes.debts import IN_DOUBT, Debt, Slash
-from shmelim.eliminations.store import schema
-from shmelim.eliminations.store.database import Guard
+from shmelim.eliminations.store.database import reading
 
 if TYPE_CHECKING:
     import os
@@ -96,15 +94,10 @@ def read_slashes(
 def _ask(
     directory: str | os.PathLike[str], busy_timeout: float, question: Callable[[sqlite3.Connection], T], nothing: T
 ) -> T:
-    path = Path(directory) / schema.FILE_NAME
-    with Guard(path):
-        db = schema.connect_read_only(path, busy_timeout)
-        try:
-            # The schema that has debts has slashes.
-            known = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'debts'").fetchone()
-            return nothing if known is None else question(db)
-        finally:
-            db.close()
+    with reading(directory, busy_timeout) as db:
+        # The schema that has debts has slashes.
+        known = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'debts'").fetchone()
+        return nothing if known is None else question(db)
 
 
 def select(db: sqlite3.Connection, hotkey: str | None) -> list[Debt]:

@@ -12,8 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shmelim.eliminations.store import schema
-from shmelim.eliminations.store.database import Guard
+from shmelim.eliminations.store.database import reading
 
 if TYPE_CHECKING:
     import sqlite3
@@ -100,13 +99,8 @@ def read_events(
         It is damaged.
 
     """
-    path = Path(directory) / schema.FILE_NAME
-    with Guard(path):
-        db = schema.connect_read_only(path, busy_timeout)
-        try:
-            return select(db, hotkey, limit, before_id)
-        finally:
-            db.close()
+    with reading(directory, busy_timeout) as db:
+        return select(db, hotkey, limit, before_id)
 
 
 def insert(db: sqlite3.Connection, changes: Iterable[Change], origin: Origin | None, at_ms: int | None) -> None:
