@@ -18,7 +18,7 @@ import struct
 import time
 from multiprocessing.connection import Client
 
-from shmelim.rpc import MSGPACK, ChannelClient, ChannelServer
+from shmelim.channel import MSGPACK, ChannelClient, ChannelServer
 
 SILENT = 500
 PAUSE = 0.01

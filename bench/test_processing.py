@@ -13,7 +13,7 @@ import pytest
 
 from bench.records import hotkey, records
 from shmelim import EliminationManager
-from shmelim.eliminations.environment import ValidatorEnvironment
+from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.shm import SharedNamespace
 
 MINERS = 256

@@ -9,7 +9,7 @@ import tempfile
 from typing import Any
 
 from shmelim import EliminationManagerServer, EliminationReader
-from shmelim.rpc import RPCServiceBase
+from shmelim.service import RPCServiceBase
 from shmelim.shm import SharedNamespace
 
 

@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from shmelim.rpc import RPCServiceBase
+from shmelim.service import RPCServiceBase
 
 
 class PositionServer:

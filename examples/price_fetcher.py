@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-from shmelim.rpc import RPCServiceBase
+from shmelim.service import RPCServiceBase
 
 
 class PriceServer:

@@ -26,7 +26,8 @@ from shmelim.errors import (
     ShmelimError,
     SlashNotMadeError,
 )
-from shmelim.rpc import HealthCheckDaemon, RPCServiceBase, SlackNotifier
+from shmelim.notify import SlackNotifier
+from shmelim.service import HealthCheckDaemon, RPCServiceBase
 
 __all__ = [
     "DEPARTED_HOTKEYS_KEY",

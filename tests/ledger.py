@@ -11,7 +11,7 @@ from pathlib import Path
 
 from setproctitle import setproctitle
 
-from shmelim.rpc import RPCServiceBase
+from shmelim.service import RPCServiceBase
 
 PATIENCE = 60.0
 """Seconds after which a test fails that waits for something; no test waits for them to pass."""

@@ -15,14 +15,12 @@ from shmelim.cli.failure import NO, FileProblemError, RefusedError
 from shmelim.cli.options import HOTKEY, Command, Settings, settings_options
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations import EliminationClient, EliminationReason
-from shmelim.eliminations.files import files
+from shmelim.eliminations.files import format as files
 from shmelim.eliminations.record import decode, generate_row
 from shmelim.errors import DamagedFileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-__all__ = ["add", "remove", "sync"]
 
 _STDIN = Path("/dev/stdin")
 _SHOWN = 3

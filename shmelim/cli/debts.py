@@ -13,17 +13,15 @@ from shmelim.cli.failure import NO, RefusedError
 from shmelim.cli.offline import from_store
 from shmelim.cli.options import HOTKEY, Command, Group, Settings, settings_options
 from shmelim.eliminations import EliminationClient
-from shmelim.eliminations.changes.debts import ATTEMPTING, OWED, SLASH, attempt_is_alive
-from shmelim.eliminations.store.debt_table import read_debts, read_slashes
+from shmelim.eliminations.debts.states import ATTEMPTING, OWED, SLASH, attempt_is_alive
+from shmelim.eliminations.store.offline import read_debts, read_slashes
 from shmelim.errors import KeyFileError, NotServingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from shmelim.eliminations.changes.debts import Debt, Slash
-
-__all__ = ["debts", "slash"]
+    from shmelim.eliminations.debts.states import Debt, Slash
 
 
 @click.command(cls=Command, short_help="Show what eliminations still owe.")

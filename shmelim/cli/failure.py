@@ -22,20 +22,6 @@ import click
 from shmelim.cli.output import printable
 from shmelim.errors import NotServingError, ShmelimError
 
-__all__ = [
-    "ERROR",
-    "INTERRUPTED",
-    "NO",
-    "NOT_SERVING",
-    "PIPE_CLOSED",
-    "USAGE",
-    "Failure",
-    "FileProblemError",
-    "RefusedError",
-    "describe",
-    "show",
-]
-
 NO: Final = 1
 USAGE: Final = 2
 NOT_SERVING: Final = 3

@@ -12,13 +12,11 @@ from shmelim.cli.offline import from_store
 from shmelim.cli.options import HOTKEY, Command, Settings, settings_options
 from shmelim.eliminations import EliminationClient
 from shmelim.eliminations.server import event_as_dict
-from shmelim.eliminations.store.store import read_events
+from shmelim.eliminations.store.history import read_events
 from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-__all__ = ["history"]
 
 _PAGE: Final = 200
 

@@ -11,8 +11,6 @@ from shmelim.cli.failure import NO
 from shmelim.cli.options import HOTKEY, Command, Settings, hotkeys_from, owner_option, settings_options
 from shmelim.eliminations import EliminationReader, Status
 
-__all__ = ["check", "get", "list_"]
-
 _RE_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
 
 

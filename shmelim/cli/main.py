@@ -27,8 +27,6 @@ from shmelim.cli.status import status
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["cli", "main"]
-
 
 class _ReaderGoneError(Exception):
     """Whoever read stdout went away; click must not take that for its own exit code 1, which is an answer here."""

@@ -12,8 +12,6 @@ from shmelim.cli.failure import NO
 from shmelim.cli.options import Command, Settings, settings_options
 from shmelim.eliminations import EliminationClient
 
-__all__ = ["missing"]
-
 
 @click.command(cls=Command, short_help="List hotkeys whose departure was not believed, or accept it.")
 @click.option("--accept", is_flag=True, help="Record that they have departed.")

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from shmelim.eliminations.runtime import RuntimeDirectory, default_state_directory
-from shmelim.eliminations.store.store import FILE_NAME
+from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.errors import ChannelError, NotServingError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-__all__ = ["from_store"]
 
 T = TypeVar("T")
 

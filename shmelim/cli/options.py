@@ -17,8 +17,6 @@ from shmelim.shm import check_name
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["HOTKEY", "Command", "Group", "Hotkey", "Settings", "hotkeys_from", "owner_option", "settings_options"]
-
 _BLOCK: Final = re.compile(r"^(?=(With --json|For example):)", re.MULTILINE)
 
 F = TypeVar("F", bound="Callable[..., Any]")

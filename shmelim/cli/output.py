@@ -21,8 +21,6 @@ from rich.text import Text
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["document", "facts", "moment", "on_terminal", "printable", "records", "size", "span", "value"]
-
 _HOTKEY_WIDTH: Final = 48
 _OTHER_WIDTH: Final = 12
 _LINES_AT_ONCE: Final = 500

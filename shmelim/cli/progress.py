@@ -12,8 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["DelayedProgress"]
-
 _DELAY: Final = 1.0
 
 

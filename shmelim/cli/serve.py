@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from shmelim.eliminations.serve import Service
     from shmelim.eliminations.store.schema import Durability
 
-__all__ = ["serve"]
-
 _STANDARD_ERROR: Final = 2
 
 

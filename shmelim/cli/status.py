@@ -10,16 +10,14 @@ import click
 from shmelim.cli import output
 from shmelim.cli.options import Command, Settings, owner_option, settings_options
 from shmelim.eliminations import EliminationClient, EliminationReader
-from shmelim.eliminations.changes.debt_book import MOST_SHOWN
 from shmelim.eliminations.runtime import RuntimeDirectory
-from shmelim.eliminations.store.debt_table import read_debt_figures
+from shmelim.eliminations.state.debt_book import MOST_SHOWN
+from shmelim.eliminations.store.offline import read_debt_figures
 from shmelim.errors import NotServingError, ShmelimError, StoreError
 from shmelim.shm import READ_PATH
 
 if TYPE_CHECKING:
     from shmelim.shm import TableInfo, WriterInfo
-
-__all__ = ["status"]
 
 _ASKING: Final = 2.0
 

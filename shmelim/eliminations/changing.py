@@ -7,14 +7,12 @@ from abc import ABC, abstractmethod
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from shmelim.eliminations.changes.changes import check_hotkeys, check_listed
 from shmelim.eliminations.record import generate_row
+from shmelim.eliminations.state.changes import check_hotkeys, check_listed
 from shmelim.errors import MessageTooLargeError, ShmelimError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-
-__all__ = ["Changing"]
 
 _PART: Final = 2000
 _ABANDON_TIMEOUT: Final = 2.0

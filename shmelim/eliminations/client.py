@@ -5,16 +5,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from shmelim.channel import ChannelClient, load_key
 from shmelim.eliminations.changing import Changing
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import CallTimeoutError, NotServingError
-from shmelim.rpc import ChannelClient, load_key
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-__all__ = ["EliminationClient"]
 
 _WAIT_PAUSE: Final = 0.01
 

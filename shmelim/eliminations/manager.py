@@ -10,24 +10,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from shmelim.eliminations.changing import Changing
-from shmelim.eliminations.environment import ValidatorEnvironment
-from shmelim.eliminations.processing import EliminationProcessor
-from shmelim.eliminations.processing.membership import listed_by, valid_hotkeys
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
+from shmelim.eliminations.rules import EliminationProcessor
+from shmelim.eliminations.rules.loop import run_loop
+from shmelim.eliminations.rules.membership import listed_by, valid_hotkeys
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, open_server
 from shmelim.eliminations.server import EliminationManagerServer
+from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.errors import ChannelError
-from shmelim.rpc import RPCServiceBase
-from shmelim.rpc.service.lifetimes import weakly
+from shmelim.service import RPCServiceBase
+from shmelim.service.lifetimes import weakly
 from shmelim.shm import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from multiprocessing.process import BaseProcess
 
-    from shmelim.eliminations.collaborators import (
+    from shmelim.channel import Address
+    from shmelim.channel.address import Location
+    from shmelim.eliminations.files.mirror import FilesMode
+    from shmelim.eliminations.store.schema import Durability
+    from shmelim.eliminations.validator.collaborators import (
         ChallengePeriodManager,
         Collaborators,
         ContractManager,
@@ -38,12 +43,7 @@ if TYPE_CHECKING:
         SharedValue,
         WebSocketQueue,
     )
-    from shmelim.eliminations.files.mirror import FilesMode
-    from shmelim.eliminations.store.schema import Durability
-    from shmelim.rpc import Address, ServerReady
-    from shmelim.rpc.channel.address import Location
-
-__all__ = ["DEFAULT_NAME", "DEFAULT_PORT", "EliminationManager"]
+    from shmelim.service import ServerReady
 
 _log = logging.getLogger("shmelim.manager")
 
@@ -81,7 +81,8 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
     Parameters
     ----------
     metagraph, position_manager, challengeperiod_manager, contract_manager, position_locks, limit_order_manager
-        The validator's own objects, as :mod:`shmelim.eliminations.collaborators` describes them; each may be None.
+        The validator's own objects, as :mod:`shmelim.eliminations.validator.collaborators` describes; each may
+        be None.
     running_unit_tests
         Direct mode.
     shutdown_dict
@@ -115,7 +116,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
     group_readable
         Let the group of this process read the shared memory.
     enable_health_check, health_check_interval_s, max_consecutive_failures, enable_auto_restart, settings
-        As for :class:`~shmelim.rpc.service.base.RPCServiceBase`.
+        As for :class:`~shmelim.service.base.RPCServiceBase`.
 
     Raises
     ------
@@ -455,7 +456,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
 
     def run_update_loop(self) -> None:
         """Run a tick each second until ``shutdown_dict`` is truthy; survives every error, and tells of it."""
-        self._processor.run_update_loop()
+        run_loop(self._processor)
 
     @property
     def first_refresh_ran(self) -> bool:

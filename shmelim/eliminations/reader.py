@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import ItemsView, Iterator, ValuesView
 
 
-__all__ = ["EliminationReader"]
-
 T = TypeVar("T")
 
 _WAIT_PAUSE = 0.01

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 import msgspec
 import numpy as np
 
-from shmelim.eliminations.entry import (
+from shmelim.eliminations.record import decode as decode_record
+from shmelim.eliminations.rows import (
     PREFIX,
     Status,
     decode_departures,
@@ -17,7 +18,6 @@ from shmelim.eliminations.entry import (
     departed_in,
     eliminations_in,
 )
-from shmelim.eliminations.record import decode as decode_record
 from shmelim.errors import CorruptSegmentError
 from shmelim.shm import HEADS, ITEMS, KEYS, VALUES, Lookups, flag_choice, flag_test
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shmelim.shm import TableInfo, WriterInfo
-
-__all__ = ["Reading", "Snapshot"]
 
 T = TypeVar("T")
 

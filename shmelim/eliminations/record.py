@@ -18,22 +18,6 @@ from typing import Any, NoReturn
 import msgspec
 import numpy as np
 
-__all__ = [
-    "DEPARTED_HOTKEYS_KEY",
-    "ELIMINATIONS_KEY",
-    "MAX_HOTKEY_BYTES",
-    "MAX_NESTING",
-    "MAX_RECORD_BYTES",
-    "REQUIRED_FIELDS",
-    "EliminationReason",
-    "check_hotkey",
-    "decode",
-    "encode",
-    "generate_row",
-    "normalise",
-    "prepare",
-]
-
 DEPARTED_HOTKEYS_KEY = "departed_hotkeys"
 ELIMINATIONS_KEY = "eliminations"
 MAX_RECORD_BYTES = 1 << 20

@@ -24,8 +24,6 @@ import platformdirs
 from shmelim.errors import AlreadyServingError, NotServingError, StoreError
 from shmelim.shm import check_name
 
-__all__ = ["RuntimeDirectory", "ServerInfo", "StateLock", "default_state_directory"]
-
 _PRIVATE: Final = 0o700
 
 _log = logging.getLogger("shmelim.runtime")

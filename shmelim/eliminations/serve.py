@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from shmelim.channel import ChannelServer, load_or_create_key
 from shmelim.eliminations.runtime import RuntimeDirectory, ServerInfo, default_state_directory
 from shmelim.eliminations.server import EliminationManagerServer
-from shmelim.rpc import ChannelServer, load_or_create_key
-from shmelim.rpc.service.ending import Ending
-from shmelim.rpc.service.serving import run_server
+from shmelim.service.ending import Ending
+from shmelim.service.serving import run_server
 from shmelim.shm import SharedNamespace
 
 if TYPE_CHECKING:
@@ -21,19 +21,10 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from shmelim.channel import Address
     from shmelim.eliminations.files.mirror import FilesMode
     from shmelim.eliminations.store.schema import Durability
-    from shmelim.rpc import Address, ServerReady
-
-__all__ = [
-    "SERVICE_NAME",
-    "ServeOptions",
-    "Service",
-    "announce",
-    "open_server",
-    "run",
-    "start_elimination_manager_server",
-]
+    from shmelim.service import ServerReady
 
 SERVICE_NAME: Final = "EliminationManagerServer"
 

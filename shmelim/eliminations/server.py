@@ -16,36 +16,35 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 import msgspec
 
-from shmelim.eliminations.changes import changes
-from shmelim.eliminations.changes.committer import Committer
-from shmelim.eliminations.changes.debt_book import DebtBook
-from shmelim.eliminations.environment import DEVELOPMENT_HOTKEY
-from shmelim.eliminations.files import files
-from shmelim.eliminations.files.imports import import_departed, imported, merge_once
+from shmelim.channel import current_caller
+from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files.mirror import ELIMINATIONS_FILE, FILES_MODES, FileMirror, FilesMode
-from shmelim.eliminations.files.recovery import origin_record, recover
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import check_hotkey, decode, generate_row, prepare
 from shmelim.eliminations.runtime import StateLock
-from shmelim.eliminations.store.history import Origin, this_process
-from shmelim.eliminations.store.store import FILE_NAME, Store, read_events
-from shmelim.eliminations.uploads import Uploads
+from shmelim.eliminations.starting.imports import import_departed, imported, merge_once
+from shmelim.eliminations.starting.recovery import origin_record, recover
+from shmelim.eliminations.state import changes
+from shmelim.eliminations.state.committer import Committer
+from shmelim.eliminations.state.debt_book import DebtBook
+from shmelim.eliminations.state.uploads import Uploads
+from shmelim.eliminations.store.history import Origin, read_events, this_process
+from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.eliminations.store.store import Store
+from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
 from shmelim.errors import DamagedFileError, NoCollaboratorsError
-from shmelim.rpc import current_caller
 from shmelim.shm import PrivateNamespace, SharedNamespace, TableReader, TableWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
-    from shmelim.eliminations.changes.changes import Step
-    from shmelim.eliminations.collaborators import PositionLocks
-    from shmelim.eliminations.processing import EliminationProcessor
+    from shmelim.eliminations.rules import EliminationProcessor
+    from shmelim.eliminations.state.changes import Step
     from shmelim.eliminations.store.history import Event
     from shmelim.eliminations.store.schema import Durability
+    from shmelim.eliminations.validator.collaborators import PositionLocks
     from shmelim.shm import Namespace
-
-__all__ = ["EliminationManagerServer"]
 
 T = TypeVar("T")
 
@@ -487,7 +486,7 @@ class EliminationManagerServer:
         """Return what eliminations still owe, in their order, and of one: limit orders, positions, slash.
 
         Each is ``{"hotkey", "kind", "state", "due", "since_ms", "eliminated_ms", "attempts", "error", "attempt",
-        "in_doubt_since_ms"}``; :class:`~shmelim.eliminations.changes.debts.Debt` says what they mean.
+        "in_doubt_since_ms"}``; :class:`~shmelim.eliminations.debts.states.Debt` says what they mean.
         """
         return self._debts.debts(hotkey)
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from shmelim.shm.segment import Segment
 
-__all__ = ["NativeLookups", "NativeTableReader", "NativeView"]
-
 _TESTS: Final = 4
 _CHOICE: Final = 4
 

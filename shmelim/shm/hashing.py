@@ -10,8 +10,6 @@ from typing import Final
 
 import xxhash
 
-__all__ = ["ALGORITHM", "key_hash"]
-
 ALGORITHM: Final = 2
 
 _XXH3_FROM: Final = 17

@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
     from shmelim.shm.segment import Segment
 
-__all__ = ["Change", "Image", "place"]
-
 _FLAG_BITS = 8
 _FILL_CHUNK = 1 << 20
 

@@ -34,21 +34,6 @@ import xxhash
 from shmelim.errors import CorruptSegmentError, SegmentFormatError
 from shmelim.shm.hashing import ALGORITHM
 
-__all__ = [
-    "ARENA_ENTRY",
-    "DataHeader",
-    "align",
-    "check_root",
-    "copy_stride",
-    "entry_checksum",
-    "entry_size",
-    "next_version",
-    "pack_data_header",
-    "pack_entry",
-    "pack_root_header",
-    "unpack_data_header",
-]
-
 FORMAT: Final = 1
 BYTE_ORDER_MARK: Final = 0x01020304
 PAGE: Final = 4096

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from shmelim.shm.reader import TableReader
 
-__all__ = ["HEADS", "ITEMS", "KEYS", "VALUES", "Lookups", "Mark", "flag_choice", "flag_test"]
-
 T = TypeVar("T")
 Keys: TypeAlias = "Sequence[str] | NDArray[np.bytes_]"
 Method = TypeVar("Method", bound="Callable[..., Any]")

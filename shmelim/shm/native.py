@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from shmelim.shm.segment import Segment
 
-__all__ = ["READ_PATH", "release_fence", "release_word"]
-
 _INTERFACE: Final = 2
 
 

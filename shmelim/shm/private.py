@@ -8,8 +8,6 @@ from shmelim.errors import NotServingError
 from shmelim.shm.layout import ROOT_SIZE
 from shmelim.shm.segment import Segment, check_name
 
-__all__ = ["PrivateNamespace"]
-
 
 class PrivateNamespace:
     """The same segments in anonymous memory of this process: no name, nothing in ``/dev/shm``, no lock.

@@ -61,8 +61,6 @@ if TYPE_CHECKING:
 
     from shmelim.shm.segment import Namespace, Segment
 
-__all__ = ["Record", "TableInfo", "TableReader", "TableSnapshot", "WriterInfo", "WriterState"]
-
 T = TypeVar("T")
 
 HEARTBEAT_LIMIT: Final = 3.0

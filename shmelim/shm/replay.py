@@ -15,8 +15,6 @@ from shmelim.shm.layout import (
     entry_checksum,
 )
 
-__all__ = ["Entry", "replay"]
-
 
 class Entry(NamedTuple):
     """What the table holds under one key."""

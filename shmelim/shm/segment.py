@@ -15,8 +15,6 @@ from shmelim.shm.layout import WORD
 if TYPE_CHECKING:
     import mmap
 
-__all__ = ["Namespace", "Segment", "check_name"]
-
 _NAME: Final = re.compile(r"[a-z0-9_-]{1,16}")
 
 

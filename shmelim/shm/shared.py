@@ -28,8 +28,6 @@ from shmelim.shm.layout import ROOT_SIZE
 from shmelim.shm.native import READ_PATH
 from shmelim.shm.segment import Segment, check_name
 
-__all__ = ["SharedNamespace", "require_store_order"]
-
 _SHM_DIR: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps POSIX shared memory
 _ZEROS: Final = bytes(1 << 20)
 

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from shmelim.shm.segment import Segment
 
-__all__ = ["Batch", "View"]
-
 
 class Batch:
     """Keys of a batch lookup, prepared for probing before any version is looked at.

@@ -71,8 +71,6 @@ if TYPE_CHECKING:
 
     from shmelim.shm.segment import Namespace, Segment
 
-__all__ = ["TableWriter", "Transaction"]
-
 MIN_CAPACITY: Final = 8
 MIN_ARENA: Final = PAGE
 _BYTES_PER_APPLY: Final = 32_768

@@ -19,8 +19,8 @@ _PACKAGE = Path(shmelim.__file__).parent
 _TRACED = frozenset(
     str(_PACKAGE / part)
     for part in (
-        "eliminations/changes/committer.py",
-        "eliminations/changes/changes.py",
+        "eliminations/state/committer.py",
+        "eliminations/state/changes.py",
         "eliminations/files/mirror.py",
         "shm/writer.py",
     )

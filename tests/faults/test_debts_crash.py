@@ -16,7 +16,7 @@ from serving import row, state_in_table
 
 import shmelim
 from shmelim import EliminationManagerServer
-from shmelim.eliminations.changes.debts import KINDS, POSITIONS, SLASH, new_attempt
+from shmelim.eliminations.debts.states import KINDS, POSITIONS, SLASH, new_attempt
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import StoreError
 
@@ -24,12 +24,12 @@ ROUNDS = 2000
 _TRACED = tuple(
     str(Path(shmelim.__file__).parent / "eliminations" / name)
     for name in (
-        "changes/changes.py",
-        "changes/committer.py",
+        "state/changes.py",
+        "state/committer.py",
         "store/database.py",
-        "changes/debt_book.py",
-        "changes/debt_changes.py",
-        "store/debt_table.py",
+        "state/debt_book.py",
+        "state/debt_changes.py",
+        "debts/tables.py",
         "store/history.py",
         "store/store.py",
     )

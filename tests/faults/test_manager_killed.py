@@ -14,7 +14,7 @@ from serving import row, stamp_of, state_in_store, state_in_table
 
 from shmelim import EliminationReader
 from shmelim.errors import CallTimeoutError, NotServingError, OutcomeUnknownError
-from shmelim.rpc import HealthCheckDaemon
+from shmelim.service import HealthCheckDaemon
 
 # Each changer has hotkeys of its own, and for each a place in shared memory for the last acknowledged stamp.
 PER_CHANGER = 50

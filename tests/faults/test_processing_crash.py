@@ -21,8 +21,8 @@ from crashing import Child, call, kill_self
 from reference_validator import HOUR, Managed
 
 import shmelim.eliminations
-from shmelim.eliminations.changes.debts import IN_DOUBT
-from shmelim.eliminations.processing.statecalls import StateCalls
+from shmelim.eliminations.debts.states import IN_DOUBT
+from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.errors import StateUnavailableError
 
 if TYPE_CHECKING:

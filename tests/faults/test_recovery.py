@@ -13,8 +13,10 @@ from serving import State, listing, row, state_in_files, state_in_store, state_i
 
 import shmelim
 from shmelim import EliminationManagerServer, EliminationReader
-from shmelim.eliminations.files import files, mirror
-from shmelim.eliminations.store.store import FILE_NAME, Store
+from shmelim.eliminations.files import format as files
+from shmelim.eliminations.files import mirror
+from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedFileError, DamagedStoreError, StoreError
 from shmelim.shm import SharedNamespace
 
@@ -601,6 +603,6 @@ class TestDeathDuringRecovery:
 
 _PACKAGE = Path(shmelim.__file__).parent / "eliminations"
 _TRACED = frozenset(
-    str(_PACKAGE / name) for name in ("files/recovery.py", "files/replacement.py", "store/database.py")
+    str(_PACKAGE / name) for name in ("starting/recovery.py", "starting/replacement.py", "store/database.py")
 )
 assert all(Path(name).is_file() for name in _TRACED)

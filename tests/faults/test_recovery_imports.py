@@ -9,7 +9,7 @@ from serving import row
 
 from shmelim import EliminationManagerServer
 from shmelim.eliminations import server as server_module
-from shmelim.eliminations.store.store import FILE_NAME
+from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.errors import StoreError
 from shmelim.shm import SharedNamespace
 

@@ -12,20 +12,23 @@ from serving import listing, row, state_in_store, state_in_table
 
 import shmelim
 from shmelim import EliminationManagerServer, EliminationReader
-from shmelim.eliminations.files import mirror, replacement
-from shmelim.eliminations.store.store import FILE_NAME, Store
+from shmelim.eliminations.files import mirror
+from shmelim.eliminations.starting import replacement
+from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
 from shmelim.shm import SharedNamespace
 
-_PACKAGE = Path(shmelim.__file__).parent / "eliminations"
+_PACKAGE = Path(shmelim.__file__).parent
 _TRACED = frozenset(
     str(_PACKAGE / name)
     for name in (
-        "files/recovery.py",
-        "files/replacement.py",
-        "store/database.py",
-        "store/schema.py",
-        "files/files.py",
+        "eliminations/starting/recovery.py",
+        "eliminations/starting/replacement.py",
+        "eliminations/store/database.py",
+        "eliminations/store/schema.py",
+        "eliminations/files/format.py",
+        "system/durable.py",
     )
 )
 assert all(Path(name).is_file() for name in _TRACED)

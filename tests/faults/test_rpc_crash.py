@@ -10,8 +10,8 @@ import time
 import psutil
 import pytest
 
+from shmelim.channel import ChannelClient, ChannelServer, load_key, load_or_create_key
 from shmelim.errors import NotServingError, OutcomeUnknownError
-from shmelim.rpc import ChannelClient, ChannelServer, load_key, load_or_create_key
 
 PATIENCE = 60.0
 context = multiprocessing.get_context("fork")

@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 
 import pytest
 
+from shmelim.channel import ChannelClient, ChannelServer
+from shmelim.channel.codec import MSGPACK
 from shmelim.errors import ChannelError, OutcomeUnknownError, ProtocolError
-from shmelim.rpc import ChannelClient, ChannelServer
-from shmelim.rpc.channel.codec import MSGPACK
 
 KEY = b"0123456789abcdef0123456789abcdef"
 PATIENCE = 60.0
@@ -185,7 +185,7 @@ def test_another_protocol_is_named_at_both_ends(address, monkeypatch, caplog):
             connection.recv_bytes()
         connection.close()
         until(lambda: "speaks protocol 2, this server 1" in caplog.text)
-        monkeypatch.setattr("shmelim.rpc.channel.dial.PROTOCOL", 3)
+        monkeypatch.setattr("shmelim.channel.dial.PROTOCOL", 3)
         with (
             ChannelClient(server.address, KEY) as client,
             pytest.raises(ProtocolError, match=r"svc at .* speaks protocol 1, this client 3"),

@@ -12,7 +12,7 @@ from crashing import call
 from serving import row, state_in_files, state_in_table
 
 from shmelim import EliminationManagerServer, EliminationReader
-from shmelim.eliminations.files import files
+from shmelim.eliminations.files import format as files
 from shmelim.errors import SegmentFullError, StoreError
 from shmelim.shm import SharedNamespace
 

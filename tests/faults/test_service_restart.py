@@ -16,8 +16,9 @@ import pytest
 from ledger import PATIENCE, Alerts, Ledger, until
 
 from shmelim import EliminationReader
+from shmelim.channel import ChannelClient
 from shmelim.errors import CallTimeoutError, NotServingError, OutcomeUnknownError
-from shmelim.rpc import ChannelClient, HealthCheckDaemon
+from shmelim.service import HealthCheckDaemon
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -16,8 +16,8 @@ import pytest
 from ledger import PATIENCE, Ledger, is_alive, until
 
 from shmelim.errors import ChannelError
-from shmelim.rpc.service import stale
-from shmelim.rpc.service.stale import clear_stale, is_free, wait_until_free
+from shmelim.service import stale
+from shmelim.service.stale import clear_stale, is_free, wait_until_free
 
 TITLE = "vali_LedgerServer"
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from shmelim.eliminations.files import files
+from shmelim.eliminations.files import format as files
 from shmelim.eliminations.record import encode, generate_row, normalise
-from shmelim.eliminations.store import store as st
+from shmelim.eliminations.store.database import move_aside
+from shmelim.eliminations.store.history import read_events
+from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
 
@@ -57,8 +59,8 @@ def filled(tmp_path_factory):
 
 @pytest.fixture
 def damaged(filled, tmp_path):
-    shutil.copy(filled / st.FILE_NAME, tmp_path)
-    return tmp_path / st.FILE_NAME
+    shutil.copy(filled / FILE_NAME, tmp_path)
+    return tmp_path / FILE_NAME
 
 
 def read_all(directory):
@@ -86,7 +88,7 @@ class TestDamage:
             read_all(damaged.parent)
         assert "aside" in caught.value.hint
         with pytest.raises(DamagedStoreError):
-            st.read_events(damaged.parent)
+            read_events(damaged.parent)
 
     @pytest.mark.parametrize("seed", range(20))
     def test_flipped_pages_never_raise_anything_else(self, damaged, filled, seed):
@@ -126,7 +128,7 @@ class TestDamage:
         damaged.write_bytes(b"junk" * 2000)
         with pytest.raises(DamagedStoreError):
             Store.open(damaged.parent)
-        aside = st.move_aside(damaged.parent)
+        aside = move_aside(damaged.parent)
         with Store.open(damaged.parent) as store:
             assert list(store.rows()) == []
         assert aside.read_bytes() == b"junk" * 2000
@@ -182,7 +184,7 @@ class TestFullDisk:
             store = Store.open(tmp_path)
             with store.transaction():
                 store.put_elimination("old", RECORD)
-            size = (tmp_path / f"{st.FILE_NAME}-wal").stat().st_size
+            size = (tmp_path / f"{FILE_NAME}-wal").stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5000, resource.RLIM_INFINITY))
             store.begin()
             store.put_eliminations([(f"new{n}", RECORD) for n in range(100)])
@@ -258,21 +260,21 @@ class TestNoPermission:
     def test_history_where_nothing_may_be_written(self, directory):
         with Store.open(directory) as store, store.transaction():
             store.add_event("add", "a")
-        (directory / st.FILE_NAME).chmod(0o444)
+        (directory / FILE_NAME).chmod(0o444)
         directory.chmod(0o555)
-        assert [event.action for event in self.as_nobody(lambda: st.read_events(directory))] == ["add"]
+        assert [event.action for event in self.as_nobody(lambda: read_events(directory))] == ["add"]
 
     def test_unreadable_files(self, directory):
         with Store.open(directory):
             pass
         (directory / "e.json").write_text("[]")
-        for name in (st.FILE_NAME, "e.json"):
+        for name in (FILE_NAME, "e.json"):
             (directory / name).chmod(0)
         directory.chmod(0o555)
         with pytest.raises(StoreError, match="Permission denied"):
             self.as_nobody(lambda: files.read_eliminations(directory / "e.json"))
         with pytest.raises(StoreError):
-            self.as_nobody(lambda: st.read_events(directory))
+            self.as_nobody(lambda: read_events(directory))
 
 
 def die_at(directory, acknowledged, seed):

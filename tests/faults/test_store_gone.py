@@ -7,7 +7,8 @@ import pytest
 from serving import row, state_in_store, state_in_table
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations.store.store import FILE_NAME, Store
+from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import StoreError
 from shmelim.shm import SharedNamespace
 

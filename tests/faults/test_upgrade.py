@@ -10,9 +10,12 @@ from crashing import Child, Counter, at_line, kill_self
 from serving import Served, listing, row, state_in_table
 
 from shmelim import EliminationManagerServer
+from shmelim.eliminations.debts.tables import Figures
 from shmelim.eliminations.store import schema
-from shmelim.eliminations.store.debt_table import Figures, read_debt_figures, read_debts, read_slashes
-from shmelim.eliminations.store.store import FILE_NAME, Store, read_events
+from shmelim.eliminations.store.history import read_events
+from shmelim.eliminations.store.offline import read_debt_figures, read_debts, read_slashes
+from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
 
 

@@ -13,7 +13,7 @@ from serving import row
 from shmelim import EliminationClient
 from shmelim.cli import debts as command
 from shmelim.cli.main import cli
-from shmelim.eliminations.changes.debts import new_attempt
+from shmelim.eliminations.debts.states import new_attempt
 
 A = "5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs"
 B = "5C5GANtAKokcPvJBGyLcFgY5fYuQaXC3MpVt75codZbLLZrZ"

@@ -15,7 +15,7 @@ from ledger import PATIENCE, Alerts, until
 
 from shmelim import EliminationReader
 from shmelim.errors import OutcomeUnknownError
-from shmelim.rpc import HealthCheckDaemon
+from shmelim.service import HealthCheckDaemon
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ["price_fetcher", "positions", "limit_orders", "eliminations"]

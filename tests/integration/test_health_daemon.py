@@ -16,8 +16,7 @@ import psutil
 import pytest
 from ledger import PATIENCE, Alerts, FileAlerts, Ledger, is_alive, until
 
-from shmelim.rpc import HealthCheckDaemon
-from shmelim.rpc.service import log_streams
+from shmelim.service import HealthCheckDaemon, log_streams
 
 TESTS = str(Path(__file__).parents[1])
 KINDS = {
@@ -245,7 +244,7 @@ def test_it_checks_a_direct_server(tmp_path):
 ABANDONED = """
 import sys, threading
 from ledger import Ledger, PATIENCE
-from shmelim.rpc import HealthCheckDaemon
+from shmelim.service import HealthCheckDaemon
 
 if __name__ == "__main__":
     service = Ledger(sys.argv[1], enable_health_check=True)

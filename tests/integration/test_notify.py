@@ -18,8 +18,8 @@ import weakref
 import pytest
 from ledger import PATIENCE, Clock, Ledger, until
 
-from shmelim.rpc import SlackNotifier
-from shmelim.rpc.alerts.repeats import Repeats
+from shmelim.notify import SlackNotifier
+from shmelim.notify.repeats import Repeats
 
 SECRET = "T0SECRET/B0SECRET/x0SECRET"
 
@@ -391,7 +391,7 @@ def test_it_is_pickled_to_a_starting_process_only(make):
 
 SCRIPT = """
 import sys
-from shmelim.rpc import SlackNotifier
+from shmelim.notify import SlackNotifier
 notifier = SlackNotifier(sys.stdin.readline().strip(), exit_timeout=float(sys.argv[1]))
 notifier.send_message("last words", level="warning")
 """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from reference_validator import Managed
 
-from shmelim.eliminations.processing.statecalls import StateCalls
+from shmelim.eliminations.rules.statecalls import StateCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

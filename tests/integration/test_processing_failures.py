@@ -12,7 +12,7 @@ import pytest
 from reference_validator import InjectedError, Managed
 from reference_validator.scoring import NothingMovedError
 
-from shmelim.eliminations.changes.debts import ATTEMPTING, IN_DOUBT, OWED
+from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT, OWED
 from shmelim.errors import NotServingError, StateUnavailableError
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ import psutil
 import pytest
 from reference_validator import Managed
 
-from shmelim.eliminations.changes.debts import IN_DOUBT
-from shmelim.eliminations.processing import loop
-from shmelim.rpc.service.titles import title_of
+from shmelim.eliminations.debts.states import IN_DOUBT
+from shmelim.eliminations.rules import loop
+from shmelim.system.processes import title_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,7 +12,7 @@ import pytest
 from reference_validator import HOUR, MINUTE, Managed
 from reference_validator.trading import Holding
 
-from shmelim.eliminations.changes.debts import IN_DOUBT
+from shmelim.eliminations.debts.states import IN_DOUBT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,8 +13,8 @@ from crashing import Child, call
 from serving import Served, row, stamp_of
 
 from shmelim import EliminationManagerServer, EliminationReader, NotServingError
-from shmelim.eliminations import entry
 from shmelim.eliminations import reading as reading_module
+from shmelim.eliminations import rows as entry
 from shmelim.eliminations.record import decode
 from shmelim.shm import SharedNamespace, TableWriter
 

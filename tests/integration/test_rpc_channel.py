@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from shmelim.channel import ChannelClient, ChannelServer, current_caller
 from shmelim.errors import (
     AuthenticationFailedError,
     CallTimeoutError,
@@ -23,7 +24,6 @@ from shmelim.errors import (
     OutcomeUnknownError,
     UnknownMethodError,
 )
-from shmelim.rpc import ChannelClient, ChannelServer, current_caller
 
 KEY = b"0123456789abcdef0123456789abcdef"
 PATIENCE = 30.0
@@ -185,7 +185,7 @@ def test_who_calls(client, server):
 
 
 def test_what_the_kernel_says_beats_what_the_client_says(client, server, monkeypatch):
-    monkeypatch.setattr("shmelim.rpc.channel.protocol.os.getpid", lambda: 424242)
+    monkeypatch.setattr("shmelim.channel.protocol.os.getpid", lambda: 424242)
     pid, _, _ = client.call("caller_rpc")
     monkeypatch.undo()
     assert (pid == os.getpid()) == isinstance(server.address, str)
@@ -472,7 +472,7 @@ def test_a_server_waits_while_another_starts_in_its_directory(target, tmp_path, 
     thread.join(0.1)
     assert thread.is_alive()
     assert not (tmp_path / "s").exists()
-    monkeypatch.setattr("shmelim.rpc.channel.address._LOCK_WAIT", 0.01)
+    monkeypatch.setattr("shmelim.channel.address._LOCK_WAIT", 0.01)
     with pytest.raises(ChannelError, match="locked by another process"):
         ChannelServer(target, tmp_path / "t", KEY).start()
     monkeypatch.undo()
@@ -504,7 +504,7 @@ def test_the_socket_file_is_never_wider(target, tmp_path, monkeypatch):
             super().bind(where)
             modes.append(stat.S_IMODE(Path(where).stat().st_mode))
 
-    monkeypatch.setattr("shmelim.rpc.channel.address.socket.socket", Spy)
+    monkeypatch.setattr("shmelim.channel.address.socket.socket", Spy)
     before = os.umask(0)
     try:
         ChannelServer(target, tmp_path / "s", KEY).start().close()
@@ -585,7 +585,7 @@ def test_tcp_has_no_delay_at_both_ends(target):
 
 def test_a_plain_connection_of_the_standard_library_can_call(server):
     """The framing and the handshake are those of multiprocessing.connection."""
-    from shmelim.rpc.channel.codec import MSGPACK
+    from shmelim.channel.codec import MSGPACK
 
     sock = socket.socket(socket.AF_UNIX if isinstance(server.address, str) else socket.AF_INET)
     sock.connect(server.address)
@@ -612,8 +612,8 @@ def test_a_codec_can_be_plugged_in(target, tmp_path):
 
 
 def test_logging_goes_to_the_channels_logger(server, caplog):
-    caplog.set_level(logging.WARNING, "shmelim.rpc")
+    caplog.set_level(logging.WARNING, "shmelim.channel")
     with ChannelClient(server.address, b"x" * 32) as client, pytest.raises(AuthenticationFailedError):
         client.call("echo_rpc")
     until(lambda: caplog.records)
-    assert {record.name for record in caplog.records} == {"shmelim.rpc"}
+    assert {record.name for record in caplog.records} == {"shmelim.channel"}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from shmelim.channel import ChannelClient, ChannelServer, load_key, load_or_create_key
 from shmelim.errors import NotServingError
-from shmelim.rpc import ChannelClient, ChannelServer, load_key, load_or_create_key
 
 KEY = b"0123456789abcdef0123456789abcdef"
 PATIENCE = 60.0

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from ledger import PATIENCE, Alerts, Clock, ClosureLedger, EntryPointLedger, Ledger, is_alive, until
 
+from shmelim.channel import ChannelClient, PickleCodec, load_key
 from shmelim.errors import (
     ChannelError,
     MessageTooLargeError,
@@ -19,7 +20,7 @@ from shmelim.errors import (
     OutcomeUnknownError,
     UnknownMethodError,
 )
-from shmelim.rpc import ChannelClient, PickleCodec, RPCServiceBase, load_key
+from shmelim.service import RPCServiceBase
 
 WAYS = {
     "direct": (Ledger, {"running_unit_tests": True}),

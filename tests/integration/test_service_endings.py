@@ -14,8 +14,7 @@ import pytest
 from ledger import PATIENCE, Alerts, Clock, FileAlerts, Ledger, LedgerServer, is_alive, until
 
 from shmelim.errors import ChannelError
-from shmelim.rpc import HealthCheckDaemon, RPCServiceBase
-from shmelim.rpc.service import base
+from shmelim.service import HealthCheckDaemon, RPCServiceBase, base
 
 TESTS = str(Path(__file__).parents[1])
 fork = multiprocessing.get_context("fork")

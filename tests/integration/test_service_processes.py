@@ -20,8 +20,8 @@ import pytest
 from ledger import PATIENCE, Alerts, EntryPointLedger, Ledger, LedgerServer, is_alive, until
 
 from shmelim.errors import AuthenticationFailedError, ChannelError, NotServingError
-from shmelim.rpc import RPCServiceBase, ServerReady
-from shmelim.rpc.service.launch import ServerOptions
+from shmelim.service import RPCServiceBase, ServerReady
+from shmelim.service.launch import ServerOptions
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -114,7 +114,7 @@ def test_a_fork_that_ends_in_any_way_ends_nothing(tmp_path, method, how):
 FORKING = """
 import gc, multiprocessing, os, sys, time
 from ledger import Ledger
-from shmelim.rpc import HealthCheckDaemon
+from shmelim.service import HealthCheckDaemon
 
 def main():
     directory, method, how = sys.argv[1:]
@@ -555,7 +555,7 @@ def test_a_server_outlives_its_owner_if_it_is_told_to(owner, make, tmp_path):
 @pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
 def test_the_end_of_an_owner_is_seen_without_the_kernels_help(owner, monkeypatch):
     """As on systems that have no descriptors of processes."""
-    from shmelim.rpc.service import ending
+    from shmelim.service import ending
 
     monkeypatch.delattr(os, "pidfd_open", raising=False)
     monkeypatch.setattr(ending, "_LOOK_AGAIN", 0.01)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from serving import row
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations.changes.debts import KINDS, SLASH
+from shmelim.eliminations.debts.states import KINDS, SLASH
 from shmelim.shm import PrivateNamespace
 
 HOTKEYS = ["a", "b"]

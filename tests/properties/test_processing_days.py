@@ -13,8 +13,8 @@ from reference_validator import HOUR, MINUTE, Managed
 from reference_validator.scoring import NothingMovedError
 from reference_validator.trading import PAIRS
 
-from shmelim.eliminations.changes.debts import IN_DOUBT
-from shmelim.eliminations.changes.departures import lost_hotkeys
+from shmelim.eliminations.debts.states import IN_DOUBT
+from shmelim.eliminations.state.departures import lost_hotkeys
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmelim.eliminations import record as rec
-from shmelim.eliminations.files import files
+from shmelim.eliminations.files import format as files
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 hotkeys = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)

@@ -3,9 +3,9 @@
 from types import SimpleNamespace as Namespace
 
 from reference_validator.scoring import NothingMovedError
-from shmelim.eliminations.collaborators import Collaborators
-from shmelim.eliminations.environment import ValidatorEnvironment
 from shmelim.eliminations.record import generate_row
+from shmelim.eliminations.validator.collaborators import Collaborators
+from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.errors import SlashNotMadeError
 
 

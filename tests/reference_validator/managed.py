@@ -12,7 +12,7 @@ from reference_validator.validator import ReferenceValidator
 from shmelim import EliminationManager
 
 if TYPE_CHECKING:
-    from shmelim.eliminations.collaborators import Collaborators
+    from shmelim.eliminations.validator.collaborators import Collaborators
 
 
 def manager_of(

@@ -3,9 +3,9 @@
 import pytest
 from serving import row
 
-from shmelim.eliminations.changes import changes
-from shmelim.eliminations.changes.changes import Step
 from shmelim.eliminations.record import prepare
+from shmelim.eliminations.state import changes
+from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.store.history import Origin
 from shmelim.eliminations.store.store import Store
 

@@ -16,7 +16,7 @@ from shmelim.cli.demo.records import (
 )
 from shmelim.cli.demo.scenario import BEFORE, DEAD, Findings, Ledger
 from shmelim.cli.demo.watcher import BATCH, Tally, Watcher
-from shmelim.eliminations.files import files
+from shmelim.eliminations.files import format as files
 from shmelim.eliminations.reading import Snapshot
 from shmelim.eliminations.record import decode, prepare
 

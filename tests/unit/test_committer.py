@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from serving import row
 
-from shmelim.eliminations.changes import changes, committer
-from shmelim.eliminations.changes.changes import Step
-from shmelim.eliminations.changes.committer import Committer, _Request
-from shmelim.eliminations.entry import eliminations_in
-from shmelim.eliminations.files.recovery import origin_record
 from shmelim.eliminations.record import decode, prepare
+from shmelim.eliminations.rows import eliminations_in
+from shmelim.eliminations.starting.recovery import origin_record
+from shmelim.eliminations.state import changes, committer
+from shmelim.eliminations.state.changes import Step
+from shmelim.eliminations.state.committer import Committer, _Request
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import SegmentFullError, StoreError
 from shmelim.shm import PrivateNamespace, TableReader, TableWriter

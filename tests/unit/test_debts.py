@@ -11,7 +11,7 @@ from crashing import call
 from serving import row
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations.changes.debts import (
+from shmelim.eliminations.debts.states import (
     KINDS,
     LIMIT_ORDERS,
     POSITIONS,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from shmelim.eliminations.drawdown import LOOKS, Drawdowns
-from shmelim.eliminations.environment import ValidatorEnvironment
+from shmelim.eliminations.validator.drawdown import LOOKS, Drawdowns
+from shmelim.eliminations.validator.environment import ValidatorEnvironment
 
 COUNT = 180
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import os
 
-from shmelim.eliminations import entry
-from shmelim.eliminations.entry import PREFIX, Status, eliminations_in
+from shmelim.eliminations import rows as entry
 from shmelim.eliminations.record import encode
+from shmelim.eliminations.rows import PREFIX, Status, eliminations_in
 from shmelim.shm import Entry
 
 

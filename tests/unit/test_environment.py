@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from shmelim.eliminations.directories import MinerDirectories
-from shmelim.eliminations.environment import ValidatorEnvironment, ledger_drawdown_percentage
+from shmelim.eliminations.validator.directories import MinerDirectories
+from shmelim.eliminations.validator.drawdown import ledger_drawdown_percentage
+from shmelim.eliminations.validator.environment import ValidatorEnvironment
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import shmelim
-from shmelim.eliminations.files import files
+from shmelim.eliminations.files import format as files
 from shmelim.eliminations.record import encode, generate_row, normalise
 from shmelim.errors import DamagedFileError, StoreError
 

@@ -7,9 +7,9 @@ import pytest
 from ledger import PATIENCE
 
 from shmelim.errors import NotServingError, UnknownMethodError
-from shmelim.rpc.service import outages
-from shmelim.rpc.service.monitor import HealthMonitor, HealthPolicy, tell
-from shmelim.rpc.service.outages import Outages
+from shmelim.service import outages
+from shmelim.service.monitor import HealthMonitor, HealthPolicy, tell
+from shmelim.service.outages import Outages
 
 OK = {"status": "ok"}
 

@@ -9,7 +9,8 @@ import pytest
 from serving import listing, row, state_in_files, state_in_table
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations.files import files, mirror
+from shmelim.eliminations.files import format as files
+from shmelim.eliminations.files import mirror
 from shmelim.errors import StoreError
 
 LIMIT = 30.0

@@ -2,8 +2,8 @@
 
 import pytest
 
-from shmelim.rpc.service import outages
-from shmelim.rpc.service.outages import Finding, Outages
+from shmelim.service import outages
+from shmelim.service.outages import Finding, Outages
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shmelim.channel.codec import MSGPACK, UncarriedValueError
 from shmelim.errors import ProtocolError
-from shmelim.rpc.channel.codec import MSGPACK, UncarriedValueError
 
 
 def there_and_back(value):

@@ -5,11 +5,10 @@ import logging
 
 import pytest
 
-from shmelim.errors import MessageTooLargeError, ProtocolError, RemoteError, UnknownMethodError
-from shmelim.rpc.channel import dispatch
-from shmelim.rpc.channel.codec import MSGPACK
-from shmelim.rpc.channel.failures import unpack_failure
-from shmelim.rpc.channel.protocol import (
+from shmelim.channel import dispatch
+from shmelim.channel.codec import MSGPACK
+from shmelim.channel.failures import unpack_failure
+from shmelim.channel.protocol import (
     decode_hello,
     decode_reply,
     decode_welcome,
@@ -17,7 +16,8 @@ from shmelim.rpc.channel.protocol import (
     encode_request,
     encode_welcome,
 )
-from shmelim.rpc.limited_log import LimitedLog
+from shmelim.errors import MessageTooLargeError, ProtocolError, RemoteError, UnknownMethodError
+from shmelim.system.logs import LimitedLog
 
 
 def decorated(function):
@@ -90,7 +90,7 @@ class Target(Base):
 
 @pytest.fixture
 def dispatcher():
-    log = LimitedLog(logging.getLogger("shmelim.rpc"))
+    log = LimitedLog(logging.getLogger("shmelim.channel"))
     return dispatch.Dispatcher(Target(), codec=MSGPACK, max_message=32_768, service_name="svc", log=log)
 
 
@@ -244,7 +244,7 @@ def test_a_flood_of_one_kind_is_held_back_and_counted(caplog):
 
 def test_the_next_line_says_how_many_were_held_back(caplog, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("shmelim.rpc.limited_log.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("shmelim.system.logs.time.monotonic", lambda: now[0])
     log = LimitedLog(logging.getLogger("flood"), burst=1, interval=10)
     for _ in range(5):
         log(logging.WARNING, "a", "line")

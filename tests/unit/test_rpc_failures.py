@@ -5,9 +5,9 @@ import json
 import pytest
 
 from shmelim import errors
+from shmelim.channel.codec import MSGPACK
+from shmelim.channel.failures import FAILURE_LIMIT, pack_failure, unpack_failure
 from shmelim.errors import OutcomeUnknownError, ProtocolError, RemoteError, UnknownMethodError
-from shmelim.rpc.channel.codec import MSGPACK
-from shmelim.rpc.channel.failures import FAILURE_LIMIT, pack_failure, unpack_failure
 
 
 def there_and_back(error):

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
+from shmelim.channel import KEY_SIZE, load_key, load_or_create_key
 from shmelim.errors import KeyFileError, NotServingError
-from shmelim.rpc import KEY_SIZE, load_key, load_or_create_key
 
 
 def test_made_once_with_mode_0600(tmp_path):

@@ -7,8 +7,8 @@ import threading
 import pytest
 from ledger import PATIENCE
 
+from shmelim.channel.pool import Pool
 from shmelim.errors import ChannelError
-from shmelim.rpc.channel.pool import Pool
 
 
 class Sockets:

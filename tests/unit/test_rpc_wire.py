@@ -8,8 +8,8 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 
 import pytest
 
+from shmelim.channel.wire import Wire
 from shmelim.errors import ProtocolError
-from shmelim.rpc.channel.wire import Wire
 
 
 @pytest.fixture

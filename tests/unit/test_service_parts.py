@@ -14,14 +14,16 @@ import psutil
 import pytest
 from ledger import PATIENCE, until
 
+from shmelim.channel import MSGPACK, PickleCodec
+from shmelim.channel.codec import UncarriedValueError
 from shmelim.errors import CallTimeoutError, ChannelError, NotServingError, ProtocolError
-from shmelim.rpc import MSGPACK, PickleCodec, ServerReady, ServiceSettings
-from shmelim.rpc.channel.codec import UncarriedValueError
-from shmelim.rpc.service import log_streams, titles
-from shmelim.rpc.service.ending import Ending, Owner
-from shmelim.rpc.service.launch import ServerOptions, ServerProcess
-from shmelim.rpc.service.outages import Finding
-from shmelim.rpc.service.restarts import RestartDesk
+from shmelim.service import ServerReady, ServiceSettings, log_streams
+from shmelim.service.ending import Ending
+from shmelim.service.launch import ServerOptions, ServerProcess
+from shmelim.service.outages import Finding
+from shmelim.service.restarts import RestartDesk
+from shmelim.system import processes
+from shmelim.system.processes import ProcessIdentity
 
 fork = multiprocessing.get_context("fork")
 
@@ -97,8 +99,8 @@ def test_whoever_forks_waits_for_the_logging_module_first(handler, monkeypatch):
 
 
 def test_a_title_without_room_is_told(monkeypatch, caplog):
-    monkeypatch.setattr(titles, "setproctitle", lambda _title: None)
-    titles.set_title("vali_X")
+    monkeypatch.setattr(processes, "setproctitle", lambda _title: None)
+    processes.set_title("vali_X")
     assert "'vali_X' could not be set" in caplog.text
 
 
@@ -107,7 +109,7 @@ def test_a_process_that_is_gone_has_no_title():
     process.start()
     seen = psutil.Process(process.pid)
     process.join()
-    assert titles.title_of(seen) is None
+    assert processes.title_of(seen) is None
 
 
 # ------------------------------------------------------------------ readiness
@@ -203,21 +205,21 @@ def test_a_process_that_is_not_wanted_any_more_is_not_waited_for():
 
 
 def test_an_owner_is_not_taken_for_a_later_process_of_its_id():
-    this = Owner.this_process()
+    this = ProcessIdentity.this_process()
     assert this.is_running()
-    assert not Owner(this.pid, this.started - 1).is_running()
-    assert not Owner.of(2**22 + 1).is_running()
-    assert Owner.of(2**22 + 1).open() is None
+    assert not ProcessIdentity(this.pid, this.started - 1).is_running()
+    assert not ProcessIdentity.of(2**22 + 1).is_running()
+    assert ProcessIdentity.of(2**22 + 1).open() is None
 
 
 def test_an_owner_is_known_by_what_no_clock_changes(monkeypatch):
     """psutil adds the time of the boot, which moves when the clock is set."""
     child = run(time.sleep, PATIENCE)
-    owner = Owner.of(child.pid)
+    owner = ProcessIdentity.of(child.pid)
     monkeypatch.setattr(psutil.Process, "create_time", lambda _self: 12345.0)
     assert owner.is_running()
-    assert Owner.of(child.pid) == owner
-    assert owner != Owner.this_process()
+    assert ProcessIdentity.of(child.pid) == owner
+    assert owner != ProcessIdentity.this_process()
     child.kill()
     child.join()
     assert not owner.is_running()
@@ -227,7 +229,7 @@ def test_a_zombie_does_not_run():
     pid = os.fork()
     if pid == 0:
         os._exit(0)
-    owner = Owner.of(pid)
+    owner = ProcessIdentity.of(pid)
     until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     assert not owner.is_running()
     with Ending(owner) as ending:
@@ -250,7 +252,7 @@ def test_signal_handlers_are_as_before():
 
 def test_outside_of_the_main_thread_signals_are_left_alone():
     def use():
-        with Ending(Owner(1, -1.0)) as ending:
+        with Ending(ProcessIdentity(1, -1.0)) as ending:
             return ending.wait()
 
     assert in_thread(use) == "the end of its owner, process 1"

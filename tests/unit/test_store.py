@@ -8,7 +8,9 @@ import threading
 import pytest
 
 from shmelim.eliminations.store import schema
-from shmelim.eliminations.store import store as st
+from shmelim.eliminations.store.database import move_aside
+from shmelim.eliminations.store.history import read_events
+from shmelim.eliminations.store.schema import FILE_NAME, SCHEMA_NUMBER
 from shmelim.eliminations.store.store import Change, Counts, Origin, Row, Store
 from shmelim.errors import DamagedStoreError, StoreError
 
@@ -379,7 +381,7 @@ class TestReadEvents:
             store.begin()
             store.add_event("not yet", "a")
             seen = []
-            thread = threading.Thread(target=lambda: seen.extend(st.read_events(tmp_path / "state", "a")))
+            thread = threading.Thread(target=lambda: seen.extend(read_events(tmp_path / "state", "a")))
             thread.start()
             thread.join()
             store.rollback()
@@ -388,12 +390,12 @@ class TestReadEvents:
     def test_without_a_writer(self, tmp_path):
         with Store.open(tmp_path / "odd ?#%name") as store, store.transaction():
             store.add_event("add", "a", new=b"1")
-        assert [event.new for event in st.read_events(tmp_path / "odd ?#%name")] == [b"1"]
-        assert st.read_events(tmp_path / "odd ?#%name", "b") == []
+        assert [event.new for event in read_events(tmp_path / "odd ?#%name")] == [b"1"]
+        assert read_events(tmp_path / "odd ?#%name", "b") == []
 
     def test_where_nothing_is(self, tmp_path):
         with pytest.raises(StoreError, match=r"shmelim\.sqlite"):
-            st.read_events(tmp_path)
+            read_events(tmp_path)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -408,7 +410,7 @@ class TestOpening:
         assert pragma == {
             "journal_mode": "wal",
             "synchronous": {"power": 2, "process": 1}[durability],
-            "user_version": st.SCHEMA_NUMBER,
+            "user_version": SCHEMA_NUMBER,
             "application_id": 0x73686D65,
         }
 
@@ -430,7 +432,7 @@ class TestOpening:
 
     def test_wider_permissions_are_taken_back(self, tmp_path):
         Store.open(tmp_path).close()
-        (tmp_path / st.FILE_NAME).chmod(0o666)
+        (tmp_path / FILE_NAME).chmod(0o666)
         with Store.open(tmp_path) as store:
             assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
 
@@ -447,16 +449,16 @@ class TestOpening:
 
     def test_newer_schema_says_so_and_is_left_alone(self, tmp_path):
         Store.open(tmp_path).close()
-        db = sqlite3.connect(tmp_path / st.FILE_NAME)
+        db = sqlite3.connect(tmp_path / FILE_NAME)
         db.execute("PRAGMA user_version=99")
         db.close()
-        for attempt in (Store.open, st.read_events):
+        for attempt in (Store.open, read_events):
             with pytest.raises(StoreError, match=r"schema 99.*newer") as caught:
                 attempt(tmp_path)
             assert not isinstance(caught.value, DamagedStoreError)
 
     def test_database_of_another_program_is_left_alone(self, tmp_path):
-        db = sqlite3.connect(tmp_path / st.FILE_NAME)
+        db = sqlite3.connect(tmp_path / FILE_NAME)
         db.execute("CREATE TABLE theirs (x)")
         db.close()
         with pytest.raises(StoreError, match="another program"):
@@ -492,27 +494,27 @@ class TestOpening:
             with store.transaction():
                 store.put_eliminations([(f"h{n}", b"x" * 500) for n in range(1000)])
             assert store.size_bytes() > 500_000
-        assert [path.name for path in tmp_path.iterdir()] == [st.FILE_NAME]
+        assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
     def test_log_stays_bounded(self, tmp_path):
         with Store.open(tmp_path, "process") as store:
             for n in range(3000):
                 with store.transaction():
                     store.put_elimination(f"h{n % 300}", os.urandom(3000))
-            assert (tmp_path / f"{st.FILE_NAME}-wal").stat().st_size < 20 << 20
+            assert (tmp_path / f"{FILE_NAME}-wal").stat().st_size < 20 << 20
 
 
 def test_move_aside_overwrites_nothing(tmp_path):
     moved = []
     for n in range(3):
-        (tmp_path / st.FILE_NAME).write_text(f"bad {n}")
-        (tmp_path / f"{st.FILE_NAME}-wal").write_text(f"wal {n}")
-        moved.append(st.move_aside(tmp_path))
+        (tmp_path / FILE_NAME).write_text(f"bad {n}")
+        (tmp_path / f"{FILE_NAME}-wal").write_text(f"wal {n}")
+        moved.append(move_aside(tmp_path))
     assert [path.read_text() for path in moved] == ["bad 0", "bad 1", "bad 2"]
     assert [path.with_name(path.name + "-wal").read_text() for path in moved] == ["wal 0", "wal 1", "wal 2"]
     assert all(path.name.startswith("shmelim.sqlite.damaged-2") for path in moved)
     with pytest.raises(StoreError, match="cannot be moved"):
-        st.move_aside(tmp_path)
+        move_aside(tmp_path)
     assert len(list(tmp_path.iterdir())) == 6
 
 
@@ -536,11 +538,11 @@ class TestCreation:
                 store.put_elimination("old", b"record")
             # As after a kill, and a deletion of the main file alone.
             for suffix in ("-wal", "-shm"):
-                path = tmp_path / f"{st.FILE_NAME}{suffix}"
+                path = tmp_path / f"{FILE_NAME}{suffix}"
                 path.with_name(f"kept{suffix}").write_bytes(path.read_bytes())
-        (tmp_path / st.FILE_NAME).unlink()
+        (tmp_path / FILE_NAME).unlink()
         for suffix in ("-wal", "-shm"):
-            (tmp_path / f"kept{suffix}").rename(tmp_path / f"{st.FILE_NAME}{suffix}")
+            (tmp_path / f"kept{suffix}").rename(tmp_path / f"{FILE_NAME}{suffix}")
         with Store.open(tmp_path) as store:
             store.check()
             assert not any(store.counts())

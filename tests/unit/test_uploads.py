@@ -3,8 +3,8 @@
 import pytest
 from serving import row
 
-from shmelim.eliminations import uploads
-from shmelim.eliminations.uploads import Uploads
+from shmelim.eliminations.state import uploads
+from shmelim.eliminations.state.uploads import Uploads
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shmelim.eliminations import collaborators
-from shmelim.eliminations.environment import ValidatorEnvironment
+from shmelim.eliminations.validator import collaborators
+from shmelim.eliminations.validator.environment import ValidatorEnvironment
 
 ROOT = Path(__file__).parents[2]
 ADAPTER = (ROOT / "tests/reference_validator/adapter.py").read_text()

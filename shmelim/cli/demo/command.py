@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-__all__ = ["demo"]
-
 _FEWEST, _MOST = 2, 4
 _ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
 

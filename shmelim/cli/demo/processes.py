@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from shmelim.cli.demo.records import Cast
 
-__all__ = ["Crowd", "ServerProcess", "signals_deferred"]
-
 _PATIENCE: Final = 60.0
 _STOPPING: Final = 10.0
 _LONGEST_SOCKET: Final = 100  # bytes; the kernel takes 107, macOS 103

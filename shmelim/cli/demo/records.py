@@ -20,8 +20,6 @@ from shmelim.eliminations import EliminationReason
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Cast", "are_halves_mixed", "are_mixed", "is_whole", "make_record", "real_departed_hotkeys", "seal"]
-
 _STEADY: Final = 120
 _CAMP: Final = 60
 _SINGLE: Final = 60

@@ -18,8 +18,6 @@ from shmelim.cli.demo.watcher import BATCH
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["document", "quantile", "show"]
-
 _NOT_MEASURED: Final = "not measured"
 _MEMORY_ONLY: Final = frozenset({"tmpfs", "ramfs"})
 HOW: Final = {

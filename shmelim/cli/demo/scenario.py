@@ -14,9 +14,9 @@ import psutil
 from shmelim.cli.demo.processes import Crowd, ServerProcess, signals_deferred
 from shmelim.cli.demo.records import Cast, make_record
 from shmelim.eliminations import EliminationClient
-from shmelim.eliminations.files import files
+from shmelim.eliminations.files import format as files
 from shmelim.eliminations.record import decode
-from shmelim.eliminations.store.store import read_events
+from shmelim.eliminations.store.history import read_events
 from shmelim.errors import ChannelError, OutcomeUnknownError, ShmelimError
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shmelim.cli.demo.watcher import Tally
-
-__all__ = ["Findings", "Ledger", "Scenario"]
 
 BEFORE, KILLING, DEAD, AFTER = "before", "killing", "dead", "after"
 """What the readers are told to count for: the writer serves, is about to be killed, is dead, has a successor."""

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from shmelim.cli.demo.records import Cast
 
-__all__ = ["BATCH", "Tally", "Watcher", "watch"]
-
 BATCH: Final = 20
 """Checks that are timed together, so that reading the clock twice adds little to each."""
 

@@ -17,27 +17,17 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final, Literal
 
-from shmelim.eliminations.changes.changes import note, set_meta
-from shmelim.eliminations.entry import PREFIX, Status, departed_in
-from shmelim.eliminations.files import files
+from shmelim.eliminations.files import format as files
+from shmelim.eliminations.rows import PREFIX, Status, departed_in
+from shmelim.eliminations.state.changes import note, set_meta
 from shmelim.errors import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from shmelim.eliminations.changes.committer import Committer
+    from shmelim.eliminations.state.committer import Committer
     from shmelim.shm import TableReader
-
-__all__ = [
-    "DEPARTED_FILE",
-    "ELIMINATIONS_FILE",
-    "FILES_MODES",
-    "FileMirror",
-    "FilesMode",
-    "digest_key",
-    "known_digests",
-]
 
 FilesMode = Literal["current", "lagged", "off"]
 FILES_MODES: Final = ("current", "lagged", "off")

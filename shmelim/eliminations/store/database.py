@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import msgspec
 
-from shmelim.eliminations.files.files import sync_directory, sync_file, unused_name
 from shmelim.eliminations.store import schema
 from shmelim.errors import DamagedStoreError, StoreError
+from shmelim.system.durable import sync_directory, sync_file, unused_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from shmelim.eliminations.store.schema import Durability
-
-__all__ = ["Database", "Guard", "move_aside", "reading"]
 
 _log = logging.getLogger(__name__)
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Iterable
 
-__all__ = ["Change", "Event", "Origin", "read_events", "this_process"]
-
 _INSERT = (
     "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new)"
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"

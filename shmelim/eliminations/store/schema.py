@@ -4,7 +4,7 @@
               of its record (SQLite checks its own structure, not the bytes of a value)
     events    who changed what, when; append-only, which two triggers enforce
     meta      named values: digests of the files, and whatever else the server must remember
-    debts     what eliminations still owe, see :mod:`shmelim.eliminations.changes.debts`; since schema 2
+    debts     what eliminations still owe, see :mod:`shmelim.eliminations.debts.states`; since schema 2
     slashes   for each hotkey the last slash that was made, whatever became of its elimination; since schema 2
 
 ``PRAGMA application_id`` says that a file is ours, ``PRAGMA user_version`` which schema it has. A database of an
@@ -18,25 +18,11 @@ import os
 import sqlite3
 import tempfile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 from urllib.parse import quote
 
-from shmelim.eliminations.files.files import sync_directory
 from shmelim.errors import DamagedStoreError, StoreError
-
-__all__ = [
-    "DAMAGED_HINT",
-    "FILE_NAME",
-    "RESTORE_HINT",
-    "SCHEMA_NUMBER",
-    "Durability",
-    "Row",
-    "connect",
-    "connect_read_only",
-    "install",
-    "make_private",
-    "remove_log",
-]
+from shmelim.system.durable import sync_directory
 
 FILE_NAME = "shmelim.sqlite"
 SCHEMA_NUMBER = 2
@@ -124,17 +110,6 @@ _SECOND = (
 )
 # The statements that lead from each schema to the next.
 _SCHEMAS = (_FIRST, _SECOND)
-
-
-class Row(NamedTuple):
-    """What the store knows of one hotkey, which is what is published about it."""
-
-    hotkey: str
-    eliminated_ordinal: int | None
-    record: bytes | None
-    departed_ordinal: int | None
-    detected_ms: int | None
-    registered: bool
 
 
 def make_private(path: Path, *, parents: bool) -> None:

@@ -17,30 +17,18 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
-from shmelim.eliminations.store import debt_table, history
-from shmelim.eliminations.store.database import Database, move_aside
-from shmelim.eliminations.store.history import Change, Event, Origin, read_events
-from shmelim.eliminations.store.schema import DAMAGED_HINT, FILE_NAME, SCHEMA_NUMBER, Durability, Row
+from shmelim.eliminations.debts import tables as debt_table
+from shmelim.eliminations.rows import Row
+from shmelim.eliminations.store import history
+from shmelim.eliminations.store.database import Database
+from shmelim.eliminations.store.history import Change, Event, Origin
+from shmelim.eliminations.store.schema import DAMAGED_HINT
 from shmelim.errors import DamagedStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from shmelim.eliminations.changes.debts import Debt, Slash
-
-__all__ = [
-    "FILE_NAME",
-    "SCHEMA_NUMBER",
-    "Change",
-    "Counts",
-    "Durability",
-    "Event",
-    "Origin",
-    "Row",
-    "Store",
-    "move_aside",
-    "read_events",
-]
+    from shmelim.eliminations.debts.states import Debt, Slash
 
 # Hotkeys in one question: below the 999 that an old SQLite allows, and nearly all chunks share one statement.
 _CHUNK = 500

@@ -1,0 +1,309 @@
+"""Where a channel is: addresses of both families, how to listen at one and how to connect to one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from shmelim.errors import ChannelError, NotServingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Address: TypeAlias = str | os.PathLike[str] | tuple[str, int]
+Location: TypeAlias = str | tuple[str, int]  # an address in the form used inside the package
+
+_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the final NUL
+_PORTS = 65535
+_BACKLOG = 512
+_PROBE = 1.0  # seconds for the question whether somebody answers at a socket file
+_LOCK_WAIT = 5.0  # seconds for another server that is starting or stopping in the same directory
+_UCRED = struct.Struct("3i")
+
+
+def normalize(address: Address) -> Location:
+    """Check an address and bring it into its one form.
+
+    Parameters
+    ----------
+    address
+        The path of a Unix socket, or ``(host, port)``.
+
+    Returns
+    -------
+    str | tuple[str, int]
+        The absolute path, or host and port.
+
+    Raises
+    ------
+    TypeError
+        `address` is neither.
+    ValueError
+        The path is empty, has a NUL, or more bytes than a socket address holds; or the port is out of range.
+
+    """
+    if isinstance(address, tuple):
+        if len(address) != 2 or not isinstance(address[0], str) or not isinstance(address[1], int):  # noqa: PLR2004
+            raise TypeError(f"a TCP address is (host, port), not {address!r}")
+        host, port = address
+        if not host or not 0 <= port <= _PORTS:
+            raise ValueError(f"{address!r} is no TCP address: the port must be 0 to 65535, the host not empty")
+        return host, port
+    path = os.fspath(address)
+    if not isinstance(path, str):
+        raise TypeError(f"a socket path is text, not {type(path).__name__}")
+    if not path or "\0" in path:
+        raise ValueError(f"{path!r} is no socket path: it is empty or has a NUL character")
+    path = os.path.abspath(path)  # noqa: PTH100  # links stay: they may be what keeps the path short
+    size = len(os.fsencode(path))
+    if size > _PATH_LIMIT:
+        raise ValueError(
+            f"the socket path {path!r} has {size} bytes, and the system allows {_PATH_LIMIT}; "
+            f"choose a shorter directory"
+        )
+    return path
+
+
+def describe(location: Location) -> str:
+    """Return an address as text for messages."""
+    return location if isinstance(location, str) else f"{location[0]}:{location[1]}"
+
+
+class SocketFile:
+    """The file of a listening Unix socket, which knows whether it is still the one that was made here.
+
+    Parameters
+    ----------
+    path
+        Absolute path of the file, which exists.
+
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._identity = _identity(path)
+
+    def remove(self) -> None:
+        """Remove the file once its socket is closed, unless another server has put its own in its place.
+
+        Raises
+        ------
+        OSError
+            It cannot be removed. That does no harm: the next server at this address replaces it.
+
+        """
+        with _directory_lock(self.path), contextlib.suppress(FileNotFoundError):
+            # Inode numbers are given out again, so that only the question whether somebody answers tells.
+            if _identity(self.path) == self._identity and not _answers(self.path):
+                Path(self.path).unlink()
+
+
+def listen(sock: socket.socket, location: Location) -> tuple[Location, SocketFile | None]:
+    """Make a socket listen, non-blocking.
+
+    Parameters
+    ----------
+    sock
+        From :func:`new_socket` for that address. The caller closes it, also when this fails.
+    location
+        A normalized address. A Unix socket file is created with mode 0600; one that is already there is replaced
+        if nobody answers on it. Port 0 lets the system choose one.
+
+    Returns
+    -------
+    tuple
+        The real address, and the socket file if there is one.
+
+    Raises
+    ------
+    ChannelError
+        The address is taken, or cannot be used; the message names it. May take 5 seconds while other servers start
+        or stop in the same directory.
+
+    """
+    try:
+        sock.setblocking(False)  # noqa: FBT003
+        return _listen_unix(sock, location) if isinstance(location, str) else _listen_tcp(sock, location)
+    except OSError as error:
+        if isinstance(error, ChannelError):
+            raise
+        hint = None
+        if error.errno == errno.EADDRINUSE:
+            hint = "another server uses this address; stop it or choose another address"
+        raise ChannelError(
+            f"cannot serve at {describe(location)}: {error.strerror or error}", hint=hint
+        ) from error
+
+
+def _listen_tcp(sock: socket.socket, location: tuple[str, int]) -> tuple[Location, None]:
+    # A server's own closed connections linger in TIME_WAIT and must not keep its successor from the port.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(location)
+    sock.listen(_BACKLOG)
+    host, port = sock.getsockname()[:2]
+    return (host, port), None
+
+
+def _listen_unix(sock: socket.socket, path: str) -> tuple[Location, SocketFile]:
+    # From the question "does anybody answer?" to our own listen(), no other server may act in this directory:
+    # between two that start at once, the second must find the first one listening.
+    with _directory_lock(path):
+        _clear_stale(path)
+        _bind_private(sock, path)
+        sock.listen(_BACKLOG)
+        return path, SocketFile(path)
+
+
+def _bind_private(sock: socket.socket, path: str) -> None:
+    """Bind so that the file has mode 0600 from its first moment."""
+    try:
+        # Linux makes the file with the mode of the unbound socket, less the umask.
+        os.fchmod(sock.fileno(), 0o600)
+        sock.bind(path)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # elsewhere a socket has no mode, and only the umask helps
+            raise
+        before = os.umask(0o177)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+    Path(path).chmod(0o600)  # whatever the umask took away
+
+
+def _clear_stale(path: str) -> None:
+    """Remove the socket file of a server that is gone; ``ChannelError`` when it must not be removed."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ChannelError(f"cannot serve at {path}: a file that is no socket is there", hint="move it away")
+    if _answers(path):
+        raise ChannelError(
+            f"cannot serve at {path}: a server answers there",
+            hint="another server uses this address; stop it or choose another address",
+        )
+    with contextlib.suppress(FileNotFoundError):
+        Path(path).unlink()
+
+
+def _answers(path: str) -> bool:
+    """Whether somebody listens at a socket file."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except (BlockingIOError, TimeoutError):
+            pass  # its queue is full: somebody is listening
+    return True
+
+
+@contextlib.contextmanager
+def _directory_lock(path: str) -> Iterator[None]:
+    """Keep other servers from changing socket files in the directory of `path`.
+
+    The lock is ``flock`` on the directory itself: no file is left behind, and the kernel releases it when its
+    holder dies.
+    """
+    directory = Path(path).parent
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + _LOCK_WAIT
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ChannelError(
+                        f"the directory {directory} has been locked by another process for {_LOCK_WAIT:g} s"
+                    ) from None
+                time.sleep(0.005)
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do if a child was forked meanwhile
+    finally:
+        os.close(descriptor)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+def connect(sock: socket.socket, location: Location, timeout: float) -> None:
+    """Connect a socket made by :func:`new_socket`.
+
+    Parameters
+    ----------
+    sock
+        Not yet connected; blocking afterwards.
+    location
+        A normalized address.
+    timeout
+        Seconds.
+
+    Raises
+    ------
+    NotServingError
+        Nobody listens there.
+    TimeoutError, BlockingIOError
+        Somebody does, but took no new connection in time; worth another try.
+    ConnectionResetError
+        Somebody did, but ended the connection at once; worth another try.
+    OSError
+        Anything else, such as missing rights.
+
+    """
+    sock.settimeout(timeout)
+    try:
+        sock.connect(location)
+    except (ConnectionRefusedError, FileNotFoundError) as error:
+        raise NotServingError(f"nobody serves at {describe(location)}") from error
+    if not isinstance(location, str):
+        # With nobody listening, a connection to a local port of the system's own range can be given that very
+        # port as its source, and is then connected to itself, which also keeps the server from the port.
+        try:
+            own, other = sock.getsockname(), sock.getpeername()
+        except OSError as error:
+            raise ConnectionResetError(errno.ECONNRESET, "the connection ended at once") from error
+        if own == other:
+            raise NotServingError(f"nobody serves at {describe(location)}")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setblocking(True)  # noqa: FBT003
+
+
+def _family(location: Location) -> socket.AddressFamily:
+    if isinstance(location, str):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in location[0] else socket.AF_INET
+
+
+def new_socket(location: Location) -> socket.socket:
+    """Return an unconnected stream socket of the address' family."""
+    return socket.socket(_family(location), socket.SOCK_STREAM)
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int | None, int | None]:
+    """Return process id and user id of the process at the other end, as the kernel knows them.
+
+    Each is None where the kernel does not say: on TCP, on systems without ``SO_PEERCRED``, and (the process id)
+    when that process lives in a process namespace that is not visible from here.
+    """
+    option = getattr(socket, "SO_PEERCRED", None)
+    if sock.family != socket.AF_UNIX or option is None:
+        return None, None
+    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, option, _UCRED.size))
+    return pid or None, uid

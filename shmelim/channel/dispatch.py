@@ -1,0 +1,161 @@
+"""From the bytes of a request to the bytes of its reply: which methods exist, who calls, what went wrong."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from shmelim.channel.codec import UncarriedValueError
+from shmelim.channel.failures import is_expected, pack_failure
+from shmelim.channel.protocol import decode_request
+from shmelim.errors import MessageTooLargeError, UnknownMethodError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shmelim.channel.codec import Codec
+    from shmelim.system.logs import LimitedLog
+
+_NAME_SHOWN = 100  # characters of a peer's method name that go into messages
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The process that made a call.
+
+    Attributes
+    ----------
+    pid : int
+        Process id; on a Unix socket as the kernel knows it, on TCP as the client says.
+    uid : int | None
+        User id as the kernel knows it; None on TCP.
+    program : str
+        Name of the program, as the client says.
+
+    """
+
+    pid: int
+    uid: int | None
+    program: str
+
+
+# Set once in each connection's thread, which serves one client only.
+_caller: ContextVar[Caller | None] = ContextVar("shmelim_rpc_caller", default=None)
+
+
+def current_caller() -> Caller | None:
+    """Return who called the remote method that is running in this thread (or context); None outside of one."""
+    return _caller.get()
+
+
+def set_caller(caller: Caller) -> None:
+    """Make `caller` the caller of whatever this thread runs from now on."""
+    _caller.set(caller)
+
+
+def is_remote_name(name: str) -> bool:
+    """Whether a method of that name may be called from outside."""
+    return name.endswith("_rpc") and not name.startswith("_") and name.isidentifier()
+
+
+class Dispatcher:
+    """The remote methods of one object.
+
+    The methods are looked up once, on the object's type: an entry in the instance's ``__dict__``, a property or a
+    ``__getattr__`` can never become a remote method. Thread-safe: nothing changes after construction.
+
+    Parameters
+    ----------
+    target
+        The object. Its methods run in the threads of the connections, several at a time.
+    codec
+        Codec of requests and replies.
+    max_message
+        Longest reply in bytes.
+    service_name
+        For messages.
+    log
+        Where failures of the methods go.
+
+    """
+
+    def __init__(
+        self, target: object, *, codec: Codec, max_message: int, service_name: str, log: LimitedLog
+    ) -> None:
+        self._codec = codec
+        self._max_message = max_message
+        self._service_name = service_name
+        self._log = log
+        self._methods = _remote_methods(target)
+
+    def answer(self, data: bytes) -> bytes:
+        """Carry out a request and return its reply.
+
+        Parameters
+        ----------
+        data
+            An encoded request.
+
+        Returns
+        -------
+        bytes
+            The reply: the result, or whatever the method raised, ``SystemExit`` and ``KeyboardInterrupt``
+            included.
+
+        Raises
+        ------
+        ProtocolError
+            `data` is no request.
+
+        """
+        number, name, args, kwargs = decode_request(self._codec, data)
+        try:
+            method = self._methods.get(name) or self._unknown(name)
+            result = method(*args, **kwargs)
+        except BaseException as error:  # a method must not end the thread of its connection
+            if not is_expected(error):
+                self._log(logging.ERROR, "method failed", "%s: %s failed", self._service_name, name, exc_info=True)
+            return self._failure(number, error)
+        try:
+            reply = self._codec.dumps([number, True, result])
+        except UncarriedValueError as error:
+            text = f"{name}: {error.naming('result', error.path[1:])}"
+            self._log(logging.ERROR, "result not carried", "%s: %s", self._service_name, text)
+            return self._failure(number, TypeError(text))
+        if len(reply) > self._max_message:
+            return self._failure(
+                number,
+                MessageTooLargeError(
+                    f"{name}: the result has {len(reply)} bytes, the limit is {self._max_message}",
+                    hint="the call was carried out; ask for less at a time",
+                ),
+            )
+        return reply
+
+    def _failure(self, number: int, error: BaseException) -> bytes:
+        return self._codec.dumps([number, False, pack_failure(error, self._codec)])
+
+    def _unknown(self, name: str) -> NoReturn:
+        name = name[:_NAME_SHOWN]
+        close = difflib.get_close_matches(name, self._methods, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else None
+        raise UnknownMethodError(f"{self._service_name} has no remote method {name!r}", hint=hint)
+
+
+def _remote_methods(target: object) -> dict[str, Callable[..., Any]]:
+    """Return the remote methods of `target`, bound, by name."""
+    kind = type(target)
+    methods = {}
+    for name in dir(kind):
+        if not is_remote_name(name):
+            continue
+        raw = inspect.getattr_static(kind, name)
+        if isinstance(raw, type) or not (callable(raw) or isinstance(raw, (staticmethod, classmethod))):
+            continue  # a property, a constant, a nested class
+        bind = getattr(type(raw), "__get__", None)
+        methods[name] = raw if bind is None else bind(raw, target, kind)
+    return methods

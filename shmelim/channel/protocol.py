@@ -1,0 +1,141 @@
+"""The messages of the channel, their limits, and the order in which they go.
+
+A connection starts with the mutual HMAC handshake of ``multiprocessing.connection`` (the server challenges first),
+then the client says hello and the server answers; from there on it is one request, one reply::
+
+    client                                server
+      hello   [protocol, pid, program]      →
+                                            ←   welcome [protocol, service name, refusal or None, longest request]
+      request [id, method, args, kwargs]    →
+                                            ←   reply   [id, True, result] or [id, False, failure]
+                                            ←   goodbye, an empty message
+
+With its goodbye a server that closes says: no request that came after my last reply was carried out, or will be.
+So its client can send such a request to the next server, although it cannot know what happened to one that was
+lost in any other way. Hello and welcome are always msgpack; requests and replies are in the channel's codec.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shmelim.channel.codec import MSGPACK, UncarriedValueError
+from shmelim.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from shmelim.channel.codec import Codec
+
+PROTOCOL = 1  # raised with every change that one of the two ends would misunderstand
+DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024  # bytes
+GOODBYE = b""
+HELLO_LIMIT = 512  # bytes; hello and welcome
+MIN_KEY_SIZE = 16  # bytes; a shorter key is a mistake
+
+_NAME_LIMIT = 60  # characters of a program or service name; four bytes each still fit into HELLO_LIMIT
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a client says of itself."""
+
+    protocol: int
+    pid: int
+    program: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What a server answers; `refusal` says why it takes no requests."""
+
+    protocol: int
+    service_name: str
+    refusal: str | None
+    max_message: int  # longest request in bytes
+
+
+class Request(NamedTuple):
+    """One call."""
+
+    number: int
+    method: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+def check_key(authkey: object) -> bytes:
+    """Return a key that is one; ``TypeError`` or ``ValueError`` otherwise, without showing it."""
+    if not isinstance(authkey, bytes):
+        raise TypeError(f"the key must be bytes, not {type(authkey).__name__}")
+    if len(authkey) < MIN_KEY_SIZE:
+        raise ValueError(f"the key must have {MIN_KEY_SIZE} bytes or more; it has {len(authkey)}")
+    return authkey
+
+
+def encode_hello() -> bytes:
+    """Return this process' hello."""
+    program = Path((sys.argv and sys.argv[0]) or sys.executable).name
+    return MSGPACK.dumps([PROTOCOL, os.getpid(), _short(program)])
+
+
+def decode_hello(data: bytes) -> Hello:
+    """Return the hello in `data`. A later protocol may add items, and is told so; else ``ProtocolError``."""
+    match MSGPACK.loads(data):
+        case [int(protocol), int(pid), str(program), *_]:
+            return Hello(protocol, pid, program[:_NAME_LIMIT])
+    raise ProtocolError("the client's hello has an unknown form")
+
+
+def encode_welcome(service_name: str, refusal: str | None, max_message: int) -> bytes:
+    """Return the answer to a hello."""
+    return MSGPACK.dumps([PROTOCOL, _short(service_name), refusal, max_message])
+
+
+def decode_welcome(data: bytes) -> Welcome:
+    """Return the welcome in `data`; ``ProtocolError`` if there is none."""
+    match MSGPACK.loads(data):
+        case [int(protocol), str(service_name), None | str() as refusal, int(max_message), *_]:
+            return Welcome(protocol, service_name, refusal, max_message)
+    raise ProtocolError("the server's welcome has an unknown form")
+
+
+def encode_request(
+    codec: Codec, number: int, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bytes:
+    """Return a request; ``TypeError`` names the argument that cannot be carried."""
+    try:
+        return codec.dumps([number, method, list(args), dict(kwargs)])
+    except UncarriedValueError as error:
+        _, *place = error.path or (None,)
+        root = {2: "args", 3: "kwargs"}.get(error.path[0] if error.path else -1, "request")
+        raise TypeError(f"{method}: {error.naming(root, tuple(place))}") from None
+
+
+def decode_request(codec: Codec, data: bytes) -> Request:
+    """Return the request in `data`; ``ProtocolError`` if there is none."""
+    parts = codec.loads(data)
+    if type(parts) is list and len(parts) == len(Request._fields):
+        number, method, args, kwargs = parts
+        # Exact types: a bool is an int too.
+        if type(number) is int and type(method) is str and type(args) is list and type(kwargs) is dict:
+            return Request(number, method, args, kwargs)
+    raise ProtocolError("the request has an unknown form")
+
+
+def decode_reply(codec: Codec, data: bytes, number: int) -> tuple[bool, Any]:
+    """Return whether the call succeeded, and its result or failure; ``ProtocolError`` if it is no reply to it."""
+    parts = codec.loads(data)
+    if type(parts) is list and len(parts) == 3 and type(parts[1]) is bool:  # noqa: PLR2004
+        if parts[0] == number:
+            return parts[1], parts[2]
+        raise ProtocolError("the reply belongs to another request")
+    raise ProtocolError("the reply has an unknown form")
+
+
+def _short(name: str) -> str:
+    return name[:_NAME_LIMIT].encode("utf-8", "replace").decode()

@@ -1,0 +1,152 @@
+"""Closing an eliminated miner's positions.
+
+A position is closed by a flat order at the time of the elimination, so that every validator that eliminates the
+miner writes the same. Closing is idempotent: what is closed already is left alone, so it is repeated until a whole
+pass went well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from shmelim.eliminations.rules.alerts import is_failure
+from shmelim.eliminations.rules.iteration import OvertakenError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from shmelim.eliminations.rules.iteration import Iteration
+    from shmelim.eliminations.rules.statecalls import StateCalls
+    from shmelim.eliminations.validator.collaborators import Collaborators
+    from shmelim.eliminations.validator.environment import ValidatorEnvironment
+
+_log = logging.getLogger("shmelim.processing")
+
+
+class Flattening:
+    """Closes positions.
+
+    Parameters
+    ----------
+    collaborators, environment, state
+        As of the processor.
+
+    """
+
+    def __init__(self, collaborators: Collaborators, environment: ValidatorEnvironment, state: StateCalls) -> None:
+        self._collaborators = collaborators
+        self._environment = environment
+        self._state = state
+        # Positions that were closed in memory and could not be saved, as (hotkey, uuid) -> pair. A manager that
+        # hands out its own objects shows them as closed from then on, though the disk knows nothing of it.
+        self._unsaved: dict[tuple[str, str], str] = {}
+
+    def close_open(self, hotkey: str, record: Mapping[str, Any], iteration: Iteration) -> None:
+        """Close all open positions of a miner; raises the first error once all were tried."""
+        manager = self._collaborators.position_manager
+        self.close(
+            hotkey, manager.get_positions_for_one_hotkey(hotkey, only_open_positions=True), record, iteration
+        )
+
+    def close(
+        self, hotkey: str, positions: Iterable[Any], record: Mapping[str, Any], iteration: Iteration
+    ) -> None:
+        """Close these positions of a miner, and those that could not be saved before.
+
+        Raises
+        ------
+        OvertakenError
+            A sync came meanwhile; nothing was saved since.
+        Exception
+            The first one that closing a position raised, once all were tried.
+
+        """
+        first: BaseException | None = None
+        found: dict[str, str] = {}
+        for position in positions:
+            try:
+                found[position.position_uuid] = position.trade_pair.trade_pair_id
+            except Exception as error:
+                _log.warning("a position of miner %s cannot be read: %s", hotkey, error)
+                first = first or error
+        found |= {uuid: pair for (owner, uuid), pair in list(self._unsaved.items()) if owner == hotkey}
+        for uuid, pair in found.items():
+            iteration.check()
+            try:
+                self._close_one(hotkey, uuid, pair, record, iteration)
+            except OvertakenError:
+                raise
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                _log.warning("position %s of miner %s could not be closed: %s", uuid, hotkey, error)
+                first = first or error
+        if first is not None:
+            raise first
+
+    def _close_one(
+        self, hotkey: str, uuid: str, pair: str, record: Mapping[str, Any], iteration: Iteration
+    ) -> None:
+        locks = iteration.position_locks
+        message: Any = None
+        with contextlib.nullcontext() if locks is None else locks.get_lock(hotkey, pair):
+            manager = self._collaborators.position_manager
+            # Read again: orders may have come in until the lock was ours.
+            position = manager.get_miner_position_by_uuid(hotkey, uuid)
+            if position is None or (position.is_closed_position and (hotkey, uuid) not in self._unsaved):
+                self._unsaved.pop((hotkey, uuid), None)
+                return
+            fetcher = self._price_fetcher()
+            order = None if position.is_closed_position else self._flat_order(position, record, fetcher)
+            # After the price, which may be long in coming, and before anything is changed: the position may be
+            # the manager's own object, and what a sync has taken back must not stay closed in it.
+            iteration.check()
+            self._unsaved[hotkey, uuid] = pair
+            if order is not None:
+                position.add_order(order, fetcher)
+            manager.save_miner_position(position, delete_open_position_if_exists=True)
+            self._unsaved.pop((hotkey, uuid), None)
+            message = self._message(position)
+        _log.info("closed position %s (%s) of eliminated miner %s", uuid, pair, hotkey)
+        self._tell_websockets(hotkey, message)
+
+    def _flat_order(self, position: Any, record: Mapping[str, Any], fetcher: Any) -> Any:
+        eliminated_ms = record["elimination_initiated_time_ms"]
+        time_ms = eliminated_ms
+        if position.orders:
+            # Two orders at one time would have no order.
+            time_ms = max(time_ms, position.orders[-1].processed_ms + 1)
+        price_info = record.get("price_info") or {}
+        source = self._environment.price_source(position.trade_pair, price_info, eliminated_ms)
+        return position.generate_fake_flat_order(position, time_ms, fetcher, source)
+
+    def _price_fetcher(self) -> Any:
+        for fetcher in (
+            self._state.live_price_fetcher(),
+            self._collaborators.live_price_fetcher,
+            self._environment.live_price_fetcher,
+        ):
+            if fetcher is not None:
+                return fetcher
+        return None
+
+    def _message(self, position: Any) -> Any:
+        if self._collaborators.shared_queue_websockets is None:
+            return None
+        try:
+            return position.to_websocket_dict()
+        except Exception:
+            _log.exception("position %s could not be made a message", position.position_uuid)
+            return None
+
+    def _tell_websockets(self, hotkey: str, message: Any) -> None:
+        """Tell those who watch; they are not owed it, and a queue that is full holds no lock."""
+        queue = self._collaborators.shared_queue_websockets
+        if queue is None or message is None:
+            return
+        try:
+            queue.put(message)
+        except Exception:
+            _log.exception("the WebSocket queue was not told of a closed position of miner %s", hotkey)

@@ -1,0 +1,136 @@
+"""The loop that ticks, in a thread or in a process of its own, until the validator ends.
+
+In the main thread of a child process a SIGTERM ends it too: at once between two ticks, and within a tick as soon
+as the miner at hand is done. Where that takes longer than a second, because a collaborator waits for something
+that does not come, ``SystemExit`` is raised in the midst of it, and again until it got through; a slash that is
+broken off that way is in doubt. Signal handlers are left as they were found.
+
+Nothing that a collaborator raises ends it, but for ``KeyboardInterrupt``, and ``SystemExit`` in the main thread;
+and it does not end that way without saying so.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from shmelim.eliminations.rules.alerts import is_failure
+from shmelim.system.processes import set_title
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType, TracebackType
+
+    from shmelim.eliminations.rules.processor import EliminationProcessor
+
+_TITLE: Final = "vali_EliminationProcessing"
+_LOOK_AGAIN: Final = 0.25  # seconds between two looks at whether to end
+_GRACE: Final = 1.0  # seconds from a SIGTERM until a tick is broken off
+_AGAIN: Final = 0.3  # seconds until it is broken off again
+
+_log = logging.getLogger("shmelim.processing")
+
+
+def run_loop(processor: EliminationProcessor) -> None:
+    """Tick until the validator ends."""
+    with _Termination(processor):
+        _log.info("the processing of eliminations begins")
+        try:
+            while not processor.is_stopping():
+                _pause(_step(processor), processor.is_stopping)
+        finally:
+            if processor.is_stopping():
+                _log.info("the processing of eliminations ends")
+            else:
+                _tell_of_the_end(processor)
+
+
+def _step(processor: EliminationProcessor) -> float:
+    """Tick, unless a sync is in progress; returns how long to pause after it."""
+    environment, alerts = processor.environment, processor.alerts
+    try:
+        if _sync_in_progress(processor) or processor.tick():
+            return environment.tick_pause_s
+    except BaseException as error:
+        if _ends_the_loop(processor, error):
+            raise
+        text = f"the processing of eliminations failed: {type(error).__name__}: {error}"
+        alerts.failed("loop", "tick", text, error)
+    return environment.error_pause_s
+
+
+def _ends_the_loop(processor: EliminationProcessor, error: BaseException) -> bool:
+    if isinstance(error, SystemExit):
+        # In the main thread a signal handler may have raised it; elsewhere it is a collaborator that called
+        # sys.exit, which would end this thread and nothing else, without a word.
+        return processor.end_asked or threading.current_thread() is threading.main_thread()
+    return not is_failure(error)
+
+
+def _tell_of_the_end(processor: EliminationProcessor) -> None:
+    """Say that the loop ends though the validator does not; what ends it is on its way out."""
+    error = sys.exc_info()[1]
+    text = f"the processing of eliminations has ended, though nobody asked it to: {type(error).__name__}: {error}"
+    _log.critical("%s", text)
+    processor.alerts.tell(text, "error")
+
+
+def _sync_in_progress(processor: EliminationProcessor) -> bool:
+    flag = processor.collaborators.sync_in_progress
+    return flag is not None and bool(flag.value)
+
+
+def _pause(seconds: float, stopping: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while not stopping():
+        left = end - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(left, _LOOK_AGAIN))
+
+
+class _Termination:
+    """SIGTERM, for the length of a ``with`` block, where this is the main thread of a child process.
+
+    Elsewhere signals are the business of whoever runs the loop, and nothing is touched.
+
+    Parameters
+    ----------
+    processor
+        Is told of it.
+
+    """
+
+    def __init__(self, processor: EliminationProcessor) -> None:
+        self._processor = processor
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and multiprocessing.parent_process() is not None:
+            set_title(_TITLE)
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._break_off)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._processor.end_asked = False
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self._processor.end_asked = True
+        # A timer of the kernel: a handler that started a thread could wait for a lock that its own thread holds.
+        signal.setitimer(signal.ITIMER_REAL, _GRACE, _AGAIN)
+
+    def _break_off(self, _number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + signal.SIGTERM)

@@ -1,0 +1,120 @@
+"""Who is in the metagraph: told to the server when it changed, and asked by the rules."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from shmelim.eliminations.record import check_hotkey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from shmelim.eliminations.rules.roster import Roster
+    from shmelim.eliminations.rules.statecalls import StateCalls
+    from shmelim.eliminations.validator.collaborators import Collaborators
+
+_SHOWN: Final = 60  # characters of what is no hotkey
+
+_log = logging.getLogger("shmelim.processing")
+
+
+class Membership:
+    """The metagraph as the processing sees it.
+
+    Parameters
+    ----------
+    collaborators, state, roster
+        As of the processor.
+
+    """
+
+    def __init__(self, collaborators: Collaborators, state: StateCalls, roster: Roster) -> None:
+        self._collaborators = collaborators
+        self._state = state
+        self._roster = roster
+        self._told: list[str] | None = None  # what the server was told last
+        # What the metagraph listed last, what that was of hotkeys, and what it was else.
+        self._listed: list[Any] | None = None
+        self._hotkeys_listed: list[str] | None = None
+        self._refused: list[str] = []
+
+    def look(self) -> list[str]:
+        """Tell the server who is registered, unless it knows; returns those whose departure was recorded."""
+        hotkeys = self._hotkeys()
+        if hotkeys is None or self._is_known(hotkeys):
+            return []
+        departed = self._state.update_metagraph(hotkeys)
+        self._told = hotkeys
+        if departed:
+            _log.info("%d hotkeys left the metagraph: %s", len(departed), ", ".join(departed[:10]))
+        return departed
+
+    def missing(self, hotkeys: Iterable[str]) -> list[str]:
+        """Return those of these hotkeys that are certainly not in the metagraph.
+
+        Nobody is while the metagraph has no hotkey at all, nor while so many are missing that their loss was not
+        believed: what it shows of the others, whom the server perhaps never saw, is not believed either.
+        """
+        members = set(self._hotkeys() or ())
+        absent = [hotkey for hotkey in hotkeys if hotkey not in members] if members else []
+        if not absent:
+            return []
+        self.look()
+        # The server keeps those registered whose loss it did not believe.
+        return absent if self._roster.now().registered <= members else []
+
+    def unbelieved(self) -> set[str]:
+        """Return those whose loss the server did not believe, since so many are missing at once."""
+        hotkeys = self._hotkeys()
+        return set() if hotkeys is None else {*self._roster.now().registered}.difference(hotkeys)
+
+    def _hotkeys(self) -> list[str] | None:
+        metagraph = self._collaborators.metagraph
+        shown = None if metagraph is None else metagraph.hotkeys
+        if shown is None:
+            return None
+        listed = listed_by(shown)
+        if listed != self._listed:
+            self._hotkeys_listed, refused = valid_hotkeys(listed)
+            self._listed = listed
+            if refused and refused != self._refused:
+                _log.warning(
+                    "%d entries of the metagraph are no hotkeys and are left out: %s",
+                    len(refused),
+                    ", ".join(refused[:10]),
+                )
+            self._refused = refused
+        return self._hotkeys_listed
+
+    def _is_known(self, hotkeys: list[str]) -> bool:
+        # Others may have told the server something else since.
+        return hotkeys == self._told and self._roster.now().registered >= set(hotkeys)
+
+
+def listed_by(hotkeys: Any) -> list[Any]:
+    """Return what a metagraph lists; TypeError where that is no list, and no text either."""
+    if isinstance(hotkeys, (str, bytes)):
+        raise TypeError(f"hotkeys must be a list or set of hotkeys, not {type(hotkeys).__name__}")
+    return list(hotkeys)  # a manager's list, for one, is no Iterable by name
+
+
+def valid_hotkeys(listed: Iterable[Any]) -> tuple[list[str] | None, list[str]]:
+    """Part what a metagraph lists into hotkeys and what is none.
+
+    Returns
+    -------
+    tuple
+        The hotkeys, or None where something is listed and nothing of it is a hotkey: then they are not known yet;
+        and what is none, as text.
+
+    """
+    hotkeys, refused = [], []
+    for one in listed:
+        try:
+            check_hotkey(one)
+        except (TypeError, ValueError):
+            refused.append(repr(one)[:_SHOWN])
+        else:
+            hotkeys.append(str(one))
+    return (None if refused and not hotkeys else hotkeys), refused

@@ -1,0 +1,338 @@
+"""Who is eliminated, and when: the rules in their order, in one pass called a tick.
+
+A tick runs in the process that holds the collaborators. It reads from the table, decides, and writes through the
+server, so it is the same whether the server lives in this process or in another.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any, cast
+
+from shmelim.eliminations.debts.states import POSITIONS
+from shmelim.eliminations.record import EliminationReason, generate_row, normalise
+from shmelim.eliminations.rules.alerts import Alerts, is_failure
+from shmelim.eliminations.rules.challenge import ChallengePeriod
+from shmelim.eliminations.rules.expiry import Expiry
+from shmelim.eliminations.rules.iteration import NOT_A_MINERS, Iteration, OvertakenError, current_epoch
+from shmelim.eliminations.rules.judging import DrawdownRule
+from shmelim.eliminations.rules.membership import Membership
+from shmelim.eliminations.rules.roster import Roster
+from shmelim.eliminations.rules.settling import Settling
+from shmelim.eliminations.rules.statecalls import StateCalls
+from shmelim.errors import StateUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shmelim.eliminations.reader import EliminationReader
+    from shmelim.eliminations.validator.collaborators import Collaborators
+    from shmelim.eliminations.validator.environment import ValidatorEnvironment
+
+_log = logging.getLogger("shmelim.processing")
+
+
+class EliminationProcessor:
+    """Eliminates miners by the rules, and settles what eliminations owe.
+
+    Parameters
+    ----------
+    collaborators
+        The validator's managers. Each may be replaced at any time; the next use takes the new one.
+    environment
+        The validator's figures and rules.
+    reader
+        Reads the table of the eliminations.
+    state
+        Returns the server, or the channel's proxy for it.
+    always
+        Every call of :meth:`process_eliminations` is a tick, whatever time has passed.
+    is_backtesting
+        There is no first refresh, nobody is slashed, and the miners' directories make no zombies and are not
+        removed: collateral and directories are those of a living validator.
+
+    Notes
+    -----
+    Any thread may call any method. Two ticks at once make nothing twice: eliminations are recorded by whoever
+    comes first, positions are closed under their lock, and of a slash there is one attempt.
+
+    """
+
+    def __init__(
+        self,
+        collaborators: Collaborators,
+        environment: ValidatorEnvironment,
+        reader: EliminationReader,
+        state: Callable[[], Any],
+        *,
+        always: bool = False,
+        is_backtesting: bool = False,
+    ) -> None:
+        self.collaborators = collaborators
+        self.environment = environment
+        self.alerts = Alerts(collaborators)
+        self._reader = reader
+        self._state = StateCalls(state)
+        self._always = always
+        self._is_backtesting = is_backtesting
+        self._last_update_ms = 0
+        self.end_asked = False  # written by a signal handler too
+        self._roster = Roster(reader)
+        self._membership = Membership(collaborators, self._state, self._roster)
+        effects = cast("Collaborators", _WithoutContract(collaborators)) if is_backtesting else collaborators
+        self._settling = Settling(effects, environment, reader, self._state, self.alerts)
+        self._expiry = Expiry(
+            collaborators,
+            environment,
+            self._state,
+            self.alerts,
+            self._roster,
+            self._membership,
+            keep_directories=is_backtesting,
+        )
+
+        eliminate = functools.partial(self._settling.eliminate, slash=True)
+        self._challenge = ChallengePeriod(collaborators, environment, self.alerts, eliminate)
+        self._drawdowns = DrawdownRule(collaborators, environment, self.alerts, self._roster, eliminate)
+
+    # ------------------------------------------------------------------ when
+
+    def refresh_allowed(self, refresh_interval_ms: int) -> bool:
+        """Tell whether more than so many milliseconds have passed since the last tick."""
+        passed_ms = self.environment.now_ms() - self._last_update_ms
+        # A clock that was set back would otherwise stop everything until it is there again.
+        return self._always or passed_ms > refresh_interval_ms or passed_ms < 0
+
+    def set_last_update_time(self, skip_message: bool = False) -> None:
+        """Say that a tick was made now."""
+        self._last_update_ms = self.environment.now_ms()
+        if not skip_message:
+            _log.debug("processed the eliminations")
+
+    def get_last_update_time_ms(self) -> int:
+        """Return when the last tick was made, in milliseconds since 1970, UTC; 0 if there was none."""
+        return self._last_update_ms
+
+    def is_stopping(self) -> bool:
+        """Tell whether the validator ends."""
+        shutdown = self.collaborators.shutdown_dict
+        try:
+            # An event is always true.
+            is_set = getattr(shutdown, "is_set", None)
+            return self.end_asked or bool(shutdown if is_set is None else is_set())
+        except Exception:
+            # It lives in a process that is gone, and the validator with it.
+            _log.exception("whether the validator ends cannot be asked any more, so it does")
+            return True
+
+    # ------------------------------------------------------------------ the tick
+
+    def process_eliminations(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
+        """Make a tick, if one is due.
+
+        Parameters
+        ----------
+        position_locks
+            The locks to use; default: the collaborators'.
+        iteration_epoch
+            What ``sync_epoch`` was when the caller began; default: what it is now.
+
+        Raises
+        ------
+        StateUnavailableError
+            The server cannot be reached, or cannot store anything.
+
+        """
+        self.tick(position_locks, iteration_epoch)
+
+    def tick(self, position_locks: Any = None, iteration_epoch: Any = None) -> bool:
+        """As :meth:`process_eliminations`; False if a step of it failed, and the next tick should not wait long.
+
+        A step that fails stops none of the later ones. A sync that comes meanwhile ends the tick, and the next
+        one is due at once.
+        """
+        if not self.refresh_allowed(self.environment.check_interval_ms) and not self._challenge.is_waiting():
+            return True
+        self.alerts.send_again()
+        iteration = self._begin(position_locks, iteration_epoch)
+        steps: dict[str, Callable[[Iteration], None]] = {
+            "departed hotkeys": self._departed,
+            "debts": self._debts,
+            "first refresh": self._first_refresh,
+            "perf-ledger eliminations": self._perf_ledger,
+            "challenge-period eliminations": self._challenge_period,
+            "drawdown eliminations": self._drawdown,
+            "zombies": self._zombies,
+            "deletion of expired eliminations": self._expired,
+        }
+        well = True
+        for name, step in steps.items():
+            if self.is_stopping():
+                return True
+            try:
+                step(iteration)
+            except OvertakenError as overtaken:
+                _log.warning("the rest of this tick is left to the next: %s", overtaken)
+                return well
+            except StateUnavailableError:
+                raise
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                well = False
+                text = f"eliminations: {name} failed: {type(error).__name__}: {error}"
+                self.alerts.failed("step", name, text, error)
+            else:
+                self.alerts.succeeded("step", name)
+        # Not before it ran: a tick that was not due tells nothing of what fails in one that is.
+        self.alerts.succeeded("loop", "tick")
+        if well:
+            self.set_last_update_time()
+        return well
+
+    def _begin(self, position_locks: Any, epoch: Any) -> Iteration:
+        if epoch is None:
+            epoch = current_epoch(self.collaborators)
+        # After the epoch: a sync between the two is noticed by either.
+        return Iteration(self.collaborators, position_locks, epoch, self._state.get_replacements())
+
+    def _alone(self, step: Callable[[Iteration], None], position_locks: Any, epoch: Any) -> None:
+        """Make one step outside of a tick."""
+        try:
+            step(self._begin(position_locks, epoch))
+        except OvertakenError as overtaken:
+            _log.warning("broken off: %s", overtaken)
+
+    # ------------------------------------------------------------------ its steps, one by one
+
+    def handle_departed(self) -> list[str]:
+        """Tell the server who is registered, if that changed; returns those whose departure was recorded."""
+        return self._membership.look()
+
+    def settle_debts(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
+        """Settle what eliminations owe since earlier ticks."""
+        self._alone(self._debts, position_locks, iteration_epoch)
+
+    def handle_first_refresh(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
+        """Close the positions that are open of miners already eliminated; once."""
+        self._alone(self._first_refresh, position_locks, iteration_epoch)
+
+    def handle_perf_ledger_eliminations(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
+        """Eliminate the miners whose ledger shows that they were liquidated."""
+        self._alone(self._perf_ledger, position_locks, iteration_epoch)
+
+    def handle_challenge_period_eliminations(
+        self, position_locks: Any = None, iteration_epoch: Any = None
+    ) -> None:
+        """Eliminate the miners who failed the challenge period."""
+        self._alone(self._challenge_period, position_locks, iteration_epoch)
+
+    def handle_mdd_eliminations(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
+        """Eliminate the scored miners whose drawdown is too large."""
+        self._alone(self._drawdown, position_locks, iteration_epoch)
+
+    def handle_zombies(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
+        """Eliminate the miners who have a directory and are not in the metagraph."""
+        self._alone(self._zombies, position_locks, iteration_epoch)
+
+    def delete_expired(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
+        """Delete what is left of miners who were eliminated long ago and have left the metagraph."""
+        self._alone(self._expired, position_locks, iteration_epoch)
+
+    def _challenge_period(self, iteration: Iteration) -> None:
+        self._challenge.apply(iteration, self.is_stopping)
+
+    def _drawdown(self, iteration: Iteration) -> None:
+        self._drawdowns.apply(iteration, self.is_stopping)
+
+    def _departed(self, _iteration: Iteration) -> None:
+        self._membership.look()
+        lost = len(self._membership.unbelieved())
+        if lost:
+            text = (
+                f"{lost} hotkeys are missing from the metagraph at once, and are not recorded as departed."
+                " If they are gone indeed: shmelim missing --accept"
+            )
+            self.alerts.failed("departures", "the metagraph", text)
+        else:
+            self.alerts.succeeded("departures", "the metagraph")
+
+    def _debts(self, iteration: Iteration) -> None:
+        self._settling.settle_all(iteration, self.is_stopping)
+
+    def _expired(self, iteration: Iteration) -> None:
+        self._expiry.delete(iteration, self.is_stopping)
+
+    def _first_refresh(self, iteration: Iteration) -> None:
+        positions = self.collaborators.position_manager
+        if self._is_backtesting or positions is None or self._state.get_first_refresh_ran():
+            return
+        # Those whose positions are owed are closed as debts.
+        owing = {debt["hotkey"] for debt in self._state.get_debts() if debt["kind"] == POSITIONS}
+        eliminated = {hk: row for hk, row in self._reader.get_eliminations_dict().items() if hk not in owing}
+        open_positions = positions.get_positions_for_hotkeys(list(eliminated), only_open_positions=True)
+        with self.alerts.round("first refresh", *NOT_A_MINERS) as this_round:
+            for hotkey, listed in open_positions.items():
+                record = eliminated.get(hotkey)
+                if self.is_stopping():
+                    return
+                if record is not None and listed:
+                    with this_round.guard(hotkey):
+                        self._settling.flattening.close(hotkey, listed, record, iteration)
+        if not this_round.failed:
+            self._state.set_first_refresh_ran()
+
+    def _perf_ledger(self, iteration: Iteration) -> None:
+        ledgers = self._ledgers()
+        if ledgers is None:
+            return
+        eliminated = self._roster.now().eliminated
+        with self.alerts.round("perf-ledger elimination", *NOT_A_MINERS) as this_round:
+            for place, row in enumerate(ledgers.get_perf_ledger_eliminations()):
+                if _whose(row, place) in eliminated:
+                    continue
+                if self.is_stopping():
+                    return
+                with this_round.guard(_whose(row, place)):
+                    # Everything the row says is kept; what cannot be stored is this miner's failure.
+                    record = normalise(row)
+                    # Ledgers name miners also when they and their eliminations are long gone.
+                    if not self._expiry.is_due(record):
+                        self._settling.eliminate(record, iteration, slash=True)
+
+    def _zombies(self, iteration: Iteration) -> None:
+        if self._is_backtesting:
+            return
+        # Those eliminated already, and the one that is none.
+        known = {*self._roster.now().eliminated, self.environment.development_hotkey}
+        missing = self._membership.missing(hk for hk in self.environment.miner_hotkeys() if hk not in known)
+        with self.alerts.round("zombie elimination", *NOT_A_MINERS) as this_round:
+            for hotkey in missing:
+                if self.is_stopping():
+                    return
+                with this_round.guard(hotkey):
+                    row = generate_row(hotkey, None, EliminationReason.ZOMBIE, self.environment.now_ms())
+                    self._settling.eliminate(normalise(row), iteration, slash=False)
+
+    def _ledgers(self) -> Any:
+        positions = self.collaborators.position_manager
+        return None if positions is None else positions.perf_ledger_manager
+
+
+class _WithoutContract:
+    """Collaborators as they are at each look, but for the contract: nobody is slashed."""
+
+    contract_manager = None
+
+    def __init__(self, collaborators: Collaborators) -> None:
+        self._collaborators = collaborators
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._collaborators, name)
+
+
+def _whose(row: Any, place: int) -> str:
+    """Return whose a row is, for a message, also where it does not say."""
+    hotkey = row.get("hotkey") if hasattr(row, "get") else None
+    return hotkey if isinstance(hotkey, str) else f"number {place} of the list"

@@ -1,0 +1,278 @@
+"""Finding the state to start from: the store, files that a person put there, or what is left when it is damaged.
+
+In this order:
+
+1. The store, if it is whole. A JSON file beside it that is not the one we wrote last was put there by a person:
+   it is taken over as it stands, and the history says so.
+2. If the store is damaged a new one is made from what the last writer published in shared memory (everything that
+   was acknowledged), or else from the JSON files (at most a second behind); then the damaged one is moved aside.
+   A damaged store that was moved aside with none in its place is a recovery that did not end: it is ended first.
+3. With no store at all, the JSON files are the state: that is how a validator migrates. A default departed file
+   stands in where there is none.
+
+A damaged JSON file is moved aside and costs nothing. Where it is all there is, or a damaged store is, starting
+would mean to start empty and let eliminated miners trade: so the start is refused, and everything left as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from shmelim.eliminations.files import format as files
+from shmelim.eliminations.files.mirror import DEPARTED_FILE, ELIMINATIONS_FILE, digest_key, known_digests
+from shmelim.eliminations.rows import ORIGIN_KEY, PREFIX, Status, departed_in
+from shmelim.eliminations.starting import replacement
+from shmelim.eliminations.starting.imports import restore_imported, set_aside
+from shmelim.eliminations.state.changes import Step, merge, record_departures, replace_all
+from shmelim.eliminations.store.history import Change as EventOf
+from shmelim.eliminations.store.schema import FILE_NAME, RESTORE_HINT
+from shmelim.eliminations.store.store import Store
+from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError, StoreError
+from shmelim.shm import Namespace, TableReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from shmelim.eliminations.store.schema import Durability
+
+_log = logging.getLogger("shmelim.recovery")
+_CHECK_LIMIT = 256 << 20
+
+
+class _Published(NamedTuple):
+    """What the last writer left in shared memory."""
+
+    records: dict[str, bytes]
+    departed: dict[str, int]
+    registered: list[str]
+    imported: list[str] | None
+
+
+def recover(
+    directory: Path,
+    namespace: Namespace,
+    *,
+    durability: Durability = "power",
+    default_departed: Path | None = None,
+    use_files: bool = True,
+) -> Store:
+    """Open the store of a state directory with the state to serve in it.
+
+    Parameters
+    ----------
+    directory
+        The state directory; made if missing.
+    namespace
+        Where the last writer's table may still be.
+    durability
+        As in :meth:`Store.open`.
+    default_departed
+        A departed file to use when there is none yet.
+    use_files
+        Whether the JSON files count at all.
+
+    Raises
+    ------
+    StoreError
+        The directory or a file cannot be read or written.
+    DamagedStoreError
+        The store is damaged, and neither shared memory nor the JSON files can stand in.
+    DamagedFileError
+        There is no store, and the JSON file in its place is damaged.
+
+    """
+    made = not (directory / FILE_NAME).exists()
+    try:
+        replacement.need_finished_recovery(directory)
+        store = _open_whole(directory, durability)
+    except DamagedStoreError as error:
+        _replace(directory, namespace, error, use_files=use_files)
+        store, made = _open_whole(directory, durability), False
+    else:
+        replacement.discard(directory)
+    try:
+        with store.transaction():
+            step = Step(store, None)
+            if use_files:
+                fresh = not any(store.counts()) and not store.meta_items()
+                _take_files(step, directory, fresh=fresh)
+            if default_departed is not None and not store.counts().departed:
+                _take_departed(step, default_departed, "default departed file")
+    except BaseException:
+        store.close()
+        if made:
+            # The next start must not take an empty store for the state.
+            _remove_store(directory)
+        raise
+    return store
+
+
+def _open_whole(directory: Path, durability: Durability) -> Store:
+    """Open the store, and read it through; DamagedStoreError where that shows damage."""
+    store = Store.open(directory, durability, parents=True)
+    try:
+        if store.size_bytes() <= _CHECK_LIMIT:
+            store.check()
+        for _ in store.rows():
+            pass
+        store.meta_items()
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _replace(directory: Path, namespace: Namespace, damage: DamagedStoreError, *, use_files: bool) -> None:
+    """Put a whole store in the place of the damaged one; DamagedStoreError if nothing is left to make it from."""
+    finished = replacement.is_finished(directory)
+    between = finished and not (directory / FILE_NAME).exists()
+    # Nothing was published since the replacement was finished: only its two renames are missing.
+    published = None if between else _last_published(namespace, directory)
+    if published is not None:
+        replacement.build(directory, lambda step: _restore(step, published, directory))
+    elif not finished:
+        _need_files(directory if use_files else None, damage)
+        replacement.build(directory, lambda step: _restore_from_files(step, directory))
+    aside = replacement.put_in_place(directory)
+    _log.error("%s%s", damage.message, "" if aside is None else f"; it is now {aside}")
+
+
+def _need_files(directory: Path | None, damage: DamagedStoreError) -> None:
+    """Refuse to go on without the damaged store unless the files are there, and whole; nothing is touched."""
+    if directory is not None and files.read_eliminations(directory / ELIMINATIONS_FILE) is not None:
+        files.read_departed(directory / DEPARTED_FILE)
+        return
+    raise DamagedStoreError(
+        f"{damage.message}, and there is no other record of the state",
+        hint=f"{RESTORE_HINT}; or move every {FILE_NAME}* out of the directory to start empty",
+    ) from damage
+
+
+def _remove_store(directory: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        (directory / (FILE_NAME + suffix)).unlink(missing_ok=True)
+
+
+class _Origin(msgspec.Struct):
+    """What a table says of its origin; ``imported`` is None where that is not known."""
+
+    state_dir: str | None
+    imported: list[str] | None = None
+
+
+def origin_record(directory: Path | None, imported: list[str] | None = None) -> bytes:
+    """Return what a table says of its origin: its state directory, and the digests of what was imported there."""
+    return msgspec.msgpack.encode(_Origin(_resolved(directory), imported))
+
+
+def _resolved(directory: Path | None) -> str | None:
+    return None if directory is None else str(directory.resolve())
+
+
+def _origin_in(record: bytes) -> _Origin | None:
+    try:
+        return msgspec.msgpack.decode(record, type=_Origin)
+    except msgspec.DecodeError:
+        return None
+
+
+def _take_files(step: Step, directory: Path, *, fresh: bool) -> None:
+    def eliminations(path: Path) -> str | None:
+        found = files.read_eliminations(path)
+        if found is None:
+            return None
+        # A row that cannot be taken says nothing against what the store knows of its hotkey.
+        unsure = [bad.row.get("hotkey") for bad in found.bad if isinstance(bad.row, dict)]
+        keep = [hotkey for hotkey in unsure if isinstance(hotkey, str)]
+        replace_all(dict(found.rows), f"file {path.name}", keep)(step)
+        set_aside(path, found.bad)
+        return found.digest
+
+    def departed(path: Path) -> str | None:
+        return _take_departed(step, path, f"file {path.name}")
+
+    takers: dict[str, Callable[[Path], str | None]] = {ELIMINATIONS_FILE: eliminations, DEPARTED_FILE: departed}
+    for name, take in takers.items():
+        path = directory / name
+        known = known_digests(step.store.meta(digest_key(name)))
+        digest = files.digest_of(path)
+        if digest is None or digest in known:
+            continue
+        try:
+            take(path)
+        except DamagedFileError as error:
+            if fresh:
+                raise DamagedFileError(
+                    f"{error.message}, and there is no other record of the state",
+                    hint="repair the file, or move it away to start empty",
+                ) from None
+            aside = files.move_aside(path)
+            _log.error("%s; it is now %s, the state comes from the store", error.message, aside)
+            step.record([EventOf("damaged", note=f"{name} was damaged: moved aside to {aside.name}")])
+        else:
+            _log.info("%s was not written by this server: taken over", path)
+            step.record([EventOf("import", note=f"{name} was put there by somebody else: taken over")])
+            step.store.set_meta(digest_key(name), [digest])
+
+
+def _take_departed(step: Step, path: Path, reason: str) -> str | None:
+    found = files.read_departed(path)
+    if found is None:
+        raise StoreError(f"{path} does not exist", hint="name a JSON file of departed hotkeys")
+    record_departures(found.items, reason)(step)
+    set_aside(path, found.bad)
+    return found.digest
+
+
+def _last_published(namespace: Namespace, directory: Path) -> _Published | None:
+    """Return what stands in shared memory, if it was made from this state directory and is whole."""
+    try:
+        entries = TableReader(namespace).snapshot(verify=True).entries
+    except (NotServingError, SegmentError) as error:
+        _log.warning("shared memory does not help: %s", error)
+        return None
+    entry_of_origin = entries.pop(ORIGIN_KEY, None)
+    origin = None if entry_of_origin is None else _origin_in(entry_of_origin.record)
+    if origin is None or origin.state_dir != _resolved(directory):
+        _log.warning("shared memory does not help: what stands there is the state of another directory")
+        return None
+    return _Published(
+        {
+            key.decode(): entry.record[PREFIX.size :]
+            for key, entry in entries.items()
+            if entry.flags & Status.ELIMINATED
+        },
+        {hotkey: info["detected_ms"] for hotkey, info in departed_in(entries).items()},
+        [key.decode() for key, entry in entries.items() if entry.flags & Status.REGISTERED],
+        origin.imported,
+    )
+
+
+def _restore(step: Step, published: _Published, directory: Path) -> None:
+    step.record([EventOf("recover", note="the store was damaged: restored from shared memory")])
+    merge(published.records, "recovered")(step)
+    record_departures(published.departed, "recovered")(step)
+    step.store.set_registered(published.registered)
+    restore_imported(step, published.imported)
+    # What stands in the files is at most as new: no start must take it for a person's work.
+    for name in (ELIMINATIONS_FILE, DEPARTED_FILE):
+        digest = files.digest_of(directory / name)
+        if digest is not None:
+            step.store.set_meta(digest_key(name), [digest])
+    _log.warning(
+        "restored %d eliminations and %d departed hotkeys from shared memory; the history starts anew, and what"
+        " eliminations still owed is in the damaged store alone",
+        len(published.records),
+        len(published.departed),
+    )
+
+
+def _restore_from_files(step: Step, directory: Path) -> None:
+    step.record([EventOf("recover", note="the store was damaged: restored from the JSON files")])
+    _take_files(step, directory, fresh=True)
+    restore_imported(step, None)
+    _log.warning("the history starts anew, and what eliminations still owed is in the damaged store alone")

@@ -1,0 +1,306 @@
+"""Group commit: changes from many threads, each durable and published before its caller goes on.
+
+The order is stage, commit, publish, acknowledge. Staging does all that can fail for want of shared memory, and
+nobody sees it; so a change that is committed is published by one store that cannot fail, and readers never see
+what is not durable.
+
+There is no committing thread. Callers queue their change and take the lock; whoever gets it commits all that is
+queued, in one transaction with one fsync, and the others find theirs done when the lock comes to them. A lone
+caller pays for no hand-over between threads, and a hundred callers share one commit.
+
+A change that cannot be made takes no other with it: its group is undone and each change tried alone. A caller that
+is interrupted (Ctrl-C, where the server object lives in the caller's process) leaves its own change whole or
+undone, and those of others to be carried out.
+
+Shared variables: ``_queue`` is appended to by any thread (``deque.append`` is atomic) and emptied under
+``_leading``; a request's outcome is written by the leader under ``_leading`` and read by its caller after it
+held that lock too. Store and table are used under ``_leading`` alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
+
+from shmelim.eliminations.rows import ORIGIN_KEY, row_entry
+from shmelim.eliminations.state.changes import Step
+from shmelim.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from shmelim.eliminations.store.history import Origin
+    from shmelim.eliminations.store.store import Store
+    from shmelim.shm import TableWriter, Transaction
+
+T = TypeVar("T")
+
+MAX_GROUP: Final = 1024
+_REBUILD_FROM: Final = 1000
+_REPORT_EVERY: Final = 10_000
+
+
+class _Round:
+    """One attempt to commit a group; ``finished`` acknowledges all of it in one store."""
+
+    def __init__(self) -> None:
+        self.finished = False
+
+
+class _Request(Generic[T]):
+    """One change on its way: what to do, for whom, and how it ended."""
+
+    def __init__(self, change: Callable[[Step], T], origin: Origin | None) -> None:
+        self.change = change
+        self.origin = origin
+        self.wanted = True
+        self.round = _Round()
+        self.result: T | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.round.finished
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+        self.round = _Round()
+        self.round.finished = True
+
+    def outcome(self) -> T:
+        if self.error is not None:
+            raise self.error
+        return cast("T", self.result)
+
+
+class Committer:
+    """Commits changes to the store and publishes them in the table.
+
+    Parameters
+    ----------
+    store
+        The state of record; from now on only used through this object.
+    table
+        The table's writer; loaded by :meth:`publish_all`.
+    published
+        Called after each publish, still before the callers go on, with the hotkeys that changed.
+
+    """
+
+    def __init__(self, store: Store, table: TableWriter, published: Callable[[Sequence[str]], None]) -> None:
+        self._store = store
+        self._table = table
+        self._published = published
+        self._queue: deque[_Request[Any]] = deque()
+        self._leading = threading.Lock()
+        self._closed = False
+        # Hotkeys with which the store may be ahead of the table; more than none only after an interrupt.
+        self._owed: dict[str, None] = {}
+        # For statistics; written under `_leading`.
+        self.commits = 0
+        self.changes = 0
+
+    def commit(self, change: Callable[[Step], T], origin: Origin | None = None) -> T:
+        """Carry out a change; when this returns it is durable, and every later read anywhere sees it.
+
+        Parameters
+        ----------
+        change
+            Run inside a transaction, perhaps together with others; what it raises undoes it alone.
+        origin
+            The process that asked for it, for the history.
+
+        Returns
+        -------
+        What ``change`` returned.
+
+        Raises
+        ------
+        StoreError
+            It could not be committed; nothing of it was applied.
+        SegmentFullError
+            Shared memory has no room for it; nothing of it was applied.
+
+        """
+        request = _Request(change, origin)
+        self._queue.append(request)
+        try:
+            with self._leading:
+                if not request.done:
+                    self._lead(request)
+        except BaseException:
+            request.wanted = False
+            raise
+        return request.outcome()
+
+    def publish_all(self, origin_record: bytes, on_progress: Callable[[int, int], Any] | None = None) -> None:
+        """Publish the whole store as the next generation of the table.
+
+        Parameters
+        ----------
+        origin_record
+            Kept under :data:`ORIGIN_KEY`: tells a successor where this table came from.
+        on_progress
+            Called now and then with how many rows are read, and how many there are at most.
+
+        """
+        with self._leading, self._table.transaction(replace=True) as transaction:
+            transaction.put(ORIGIN_KEY, 0, origin_record, 0)
+            self._origin_record = origin_record
+            total = sum(self._store.counts()[:3]) if on_progress else 0
+            for done, row in enumerate(self._store.rows()):
+                transaction.put(*row_entry(row))
+                if on_progress is not None and done % _REPORT_EVERY == 0:
+                    on_progress(done, total)
+
+    def sync(self) -> None:
+        """Make all that was committed survive a power cut, whatever the store was opened for."""
+        self._store.sync()
+
+    def read(self, question: Callable[[Store], T]) -> T:
+        """Ask the store something between two commits."""
+        with self._leading:
+            return question(self._store)
+
+    def close(self) -> None:
+        """Close store and table; changes that come later are refused. Idempotent."""
+        with self._leading:
+            if not self._closed:
+                self._closed = True
+                self._store.close()
+                self._table.close()
+
+    # ------------------------------------------------------------------ under the lock
+
+    def _lead(self, own: _Request[Any]) -> None:
+        """Carry out what is queued, ``own`` in any case. What is done leaves the queue, and nothing else does."""
+        if self._closed:
+            raise StoreError("the state is closed: the server has been shut down")
+        waiting = [self._queue[n] for n in range(min(len(self._queue), MAX_GROUP))]
+        group = [request for request in waiting if request.wanted and not request.done]
+        if own not in group:
+            # More were queued before it than one group takes.
+            group.append(own)
+        try:
+            self._run(group)
+        except Exception as error:
+            if len(group) == 1 and not own.done:
+                own.fail(error)
+            # One change that cannot be made must not take the others with it.
+            for request in group:
+                if not request.done:
+                    self._run_alone(request)
+        finally:
+            while self._queue and (self._queue[0].done or not self._queue[0].wanted):
+                self._queue.popleft()
+
+    def _run_alone(self, request: _Request[Any]) -> None:
+        try:
+            self._run([request])
+        except Exception as error:
+            if not request.done:
+                request.fail(error)
+
+    def _run(self, group: list[_Request[Any]]) -> None:
+        """Commit and publish a group; on an ``Exception`` nothing of it is applied.
+
+        An interrupt (``KeyboardInterrupt``, say) may come between any two steps. Before the commit it undoes the
+        group; after it, the group is published and acknowledged first.
+        """
+        store, owed = self._store, self._owed
+        this_round = _Round()
+        touched: dict[str, None] = {}
+        transaction: Transaction | None = None
+        wrote = committed = False
+        try:
+            self._clean_up()
+            store.begin()
+            touched, wrote = self._apply(group, this_round)
+            if not wrote:
+                store.rollback()
+            if touched or owed:
+                transaction = self._stage([*{**owed, **touched}])
+            if wrote:
+                self._owed = {**owed, **touched}
+                store.commit()
+            committed = True
+            if transaction is not None:
+                transaction.publish()
+            self._acknowledge(this_round, touched)
+        except BaseException as error:
+            # A commit that fails says so; one that was interrupted has ended its transaction, or has not.
+            committed = committed or (wrote and not isinstance(error, Exception) and not store.in_transaction)
+            self._clean_up()
+            if not committed:
+                self._owed = owed
+            elif not this_round.finished:
+                self._catch_up()
+                self._acknowledge(this_round, touched)
+            raise
+        finally:
+            self._clean_up()
+        self.commits += wrote
+        self.changes += len(group)
+
+    def _acknowledge(self, this_round: _Round, touched: dict[str, None]) -> None:
+        self._owed = {}
+        this_round.finished = True
+        if touched:
+            self._published([*touched])
+
+    def _catch_up(self) -> None:
+        """Publish what the store may be ahead with."""
+        if self._owed:
+            self._stage([*self._owed]).publish()
+
+    def _clean_up(self) -> None:
+        """End what an interrupt, or a failure, left open."""
+        self._table.abort()
+        if self._store.in_transaction:
+            self._store.rollback()
+
+    def _apply(self, group: list[_Request[Any]], this_round: _Round) -> tuple[dict[str, None], bool]:
+        """Run each change in a savepoint of its own; return the touched hotkeys, and whether to commit.
+
+        A change that is alone needs none: if it raises, nothing is committed.
+        """
+        touched: dict[str, None] = {}
+        wrote = False
+        for request in group:
+            step = Step(self._store, request.origin)
+            request.round, request.result, request.error = this_round, None, None
+            try:
+                with self._store.savepoint() if len(group) > 1 else nullcontext():
+                    request.result = request.change(step)
+            except StoreError:
+                raise
+            except Exception as error:
+                request.error = error
+            else:
+                touched.update(step.touched)
+                wrote = wrote or step.wrote
+        return touched, wrote
+
+    def _stage(self, touched: list[str]) -> Transaction:
+        """Stage what the store now says of the touched hotkeys, or of all when most of them are touched."""
+        rebuild = len(touched) >= _REBUILD_FROM and 2 * len(touched) >= self._table.entries
+        transaction = self._table.transaction(replace=rebuild)
+        try:
+            if rebuild:
+                transaction.put(ORIGIN_KEY, 0, self._origin_record, 0)
+                for row in self._store.rows():
+                    transaction.put(*row_entry(row))
+            else:
+                rows = self._store.get_many(touched)
+                for hotkey in touched:
+                    if hotkey in rows:
+                        transaction.put(*row_entry(rows[hotkey]))
+                    else:
+                        transaction.remove(hotkey.encode())
+            transaction.stage()
+        except BaseException:
+            transaction.abort()
+            raise
+        return transaction

@@ -1,0 +1,111 @@
+"""Lists that are larger than one message: sent in parts, checked as they come, applied in one piece."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from shmelim.eliminations.state.changes import prepare_all
+from shmelim.errors import UploadLostError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+MAX_OPEN: Final = 4
+MAX_BYTES: Final = 4 << 30
+IDLE_LIMIT: Final = 120.0
+
+
+class _Upload:
+    def __init__(self) -> None:
+        self.records: dict[str, bytes] = {}
+        self.given = 0
+        self.size = 0
+        self.touched = time.monotonic()
+
+
+class Uploads:
+    """The lists that clients are sending; thread-safe, everything is guarded by one lock.
+
+    An upload that nobody went on with for two minutes is forgotten by the next :meth:`expire`.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[str, _Upload] = {}
+        self._lock = threading.Lock()
+
+    def begin(self) -> str:
+        """Begin an upload and return its token.
+
+        Raises
+        ------
+        ValueError
+            Too many are under way.
+
+        """
+        self.expire()
+        with self._lock:
+            if len(self._open) >= MAX_OPEN:
+                raise ValueError(f"{MAX_OPEN} uploads are under way already: try again in {IDLE_LIMIT:.0f} s")
+            token = secrets.token_hex(8)
+            self._open[token] = _Upload()
+            return token
+
+    def extend(self, token: str, records: Sequence[Mapping[str, Any]]) -> int:
+        """Check records and add them; return how many the upload has now.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A record is not fit to be stored; the upload is given up.
+        UploadLostError
+            There is no such upload.
+
+        """
+        with self._lock:
+            first = self._get(token).given
+        try:
+            prepared = prepare_all(records, first)
+        except (ValueError, TypeError):
+            with self._lock:
+                self._open.pop(token, None)
+            raise
+        with self._lock:
+            upload = self._get(token)
+            upload.given += len(records)
+            upload.records.update(prepared)
+            upload.size += sum(map(len, prepared.values()))
+            upload.touched = time.monotonic()
+            if sum(each.size for each in self._open.values()) > MAX_BYTES:
+                del self._open[token]
+                raise ValueError(f"uploads of more than {MAX_BYTES:,} bytes together are not accepted")
+            return len(upload.records)
+
+    def finish(self, token: str) -> dict[str, bytes]:
+        """Return what was uploaded, and forget the upload."""
+        with self._lock:
+            self._get(token)
+            return self._open.pop(token).records
+
+    def abandon(self, token: str) -> None:
+        """Forget an upload; nothing happens if there is none."""
+        with self._lock:
+            self._open.pop(token, None)
+
+    def expire(self) -> None:
+        """Forget the uploads that nobody goes on with."""
+        if self._open:
+            limit = time.monotonic() - IDLE_LIMIT
+            with self._lock:
+                self._open = {token: upload for token, upload in self._open.items() if upload.touched > limit}
+
+    def _get(self, token: str) -> _Upload:
+        try:
+            return self._open[token]
+        except KeyError:
+            raise UploadLostError(
+                f"there is no upload {token!r}: the server was started anew, or the upload was idle for too long",
+                hint="send the whole list again",
+            ) from None

@@ -1,0 +1,63 @@
+"""Reading the debts and slashes in a state directory, whether or not a server runs there."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable
+from typing import TypeVar
+
+from shmelim.eliminations.debts import tables
+from shmelim.eliminations.debts.states import Debt, Slash
+from shmelim.eliminations.debts.tables import Figures
+from shmelim.eliminations.store.database import reading
+
+T = TypeVar("T")
+
+
+def read_debts(
+    directory: str | os.PathLike[str], hotkey: str | None = None, *, busy_timeout: float = 5.0
+) -> list[Debt]:
+    """Return what is owed from a state directory, whether or not a server runs there.
+
+    Opens the database read-only for this one call, so it may be called from any thread and process.
+
+    Parameters
+    ----------
+    directory
+        The state directory.
+    hotkey
+        Only this hotkey's debts; None means all.
+    busy_timeout
+        Seconds to wait where another process holds the file locked.
+
+    Raises
+    ------
+    StoreError
+        There is no store there, or it cannot be read.
+    DamagedStoreError
+        It is damaged.
+
+    """
+    return _ask(directory, busy_timeout, lambda db: tables.select(db, hotkey), [])
+
+
+def read_debt_figures(directory: str | os.PathLike[str], *, busy_timeout: float = 5.0) -> Figures:
+    """Count the debts in a state directory, as :func:`read_debts` reads them."""
+    return _ask(directory, busy_timeout, tables.figures, Figures(0, []))
+
+
+def read_slashes(
+    directory: str | os.PathLike[str], hotkey: str | None = None, *, busy_timeout: float = 5.0
+) -> list[Slash]:
+    """Return the last slash made of one hotkey, or of each, from a state directory; as :func:`read_debts`."""
+    return _ask(directory, busy_timeout, lambda db: tables.select_slashes(db, hotkey), [])
+
+
+def _ask(
+    directory: str | os.PathLike[str], busy_timeout: float, question: Callable[[sqlite3.Connection], T], nothing: T
+) -> T:
+    with reading(directory, busy_timeout) as db:
+        # The schema that has debts has slashes.
+        known = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'debts'").fetchone()
+        return nothing if known is None else question(db)

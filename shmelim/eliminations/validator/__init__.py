@@ -1,0 +1,1 @@
+"""What is the validator's own: its managers, its settings, its directories."""

@@ -1,0 +1,278 @@
+"""What the processing of eliminations needs of a validator: one protocol for each thing that it calls.
+
+A validator's own classes need not know of these. They fit if they have these methods; where one has not, an
+adapter of a few lines stands between. First arguments are passed by position, those with defaults by name.
+
+Each protocol can be asked at run time whether an object has all its methods:
+``isinstance(manager, PositionManager)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+
+@runtime_checkable
+class Metagraph(Protocol):
+    """Which hotkeys are registered."""
+
+    @property
+    def hotkeys(self) -> Sequence[str]:
+        """All registered hotkeys; None means that they are not known yet. What is no hotkey is left out."""
+
+    def has_hotkey(self, hotkey: str, /) -> bool:
+        """Tell whether a hotkey is registered."""
+
+
+@runtime_checkable
+class TradePair(Protocol):
+    """What is traded."""
+
+    @property
+    def trade_pair_id(self) -> str:
+        """The pair's short name, such as ``BTCUSD``: the one under which its positions are locked."""
+
+
+@runtime_checkable
+class Order(Protocol):
+    """One order of a position."""
+
+    @property
+    def processed_ms(self) -> int:
+        """When it took effect, in milliseconds since 1970, UTC."""
+
+
+@runtime_checkable
+class Position(Protocol):
+    """One miner's position in one trade pair."""
+
+    @property
+    def position_uuid(self) -> str:
+        """Its identity among the positions of its miner."""
+
+    @property
+    def trade_pair(self) -> Any:
+        """What is traded: a :class:`TradePair`."""
+
+    @property
+    def is_closed_position(self) -> bool:
+        """Whether it is closed."""
+
+    @property
+    def orders(self) -> Sequence[Any]:
+        """Its orders, oldest first: each an :class:`Order`."""
+
+    def to_websocket_dict(self) -> Any:
+        """Return what is put into the WebSocket queue."""
+
+    @staticmethod
+    def generate_fake_flat_order(
+        position: Any, time_ms: int, live_price_fetcher: Any, price_source: Any, /
+    ) -> Any:
+        """Return the order that closes a position at that time.
+
+        ``price_source`` is what :meth:`ValidatorEnvironment.price_source` made of the elimination's prices; None
+        where it has none, and the price must be fetched.
+        """
+
+    def add_order(self, order: Any, live_price_fetcher: Any, /) -> Any:
+        """Add an order in memory; it counts once the position is saved."""
+
+
+@runtime_checkable
+class PerfLedgerManager(Protocol):
+    """The ledgers of the miners' performance."""
+
+    @property
+    def perf_ledger_hks_to_invalidate(self) -> Iterable[str]:
+        """Hotkeys whose ledger must be built again, since their positions changed in the past.
+
+        Only read: such a ledger shows what did not happen, so the drawdown rule does not judge by it.
+        """
+
+    def get_perf_ledger_eliminations(self) -> Iterable[Mapping[str, Any]]:
+        """Return the elimination records of miners whose ledger shows that they were liquidated."""
+
+    def filtered_ledger_for_scoring(
+        self, *, portfolio_only: bool = True, hotkeys: list[str] | None = None
+    ) -> Mapping[str, Any]:
+        """Return ``{hotkey: ledger}`` of those of these hotkeys that have one."""
+
+
+@runtime_checkable
+class PositionManager(Protocol):
+    """The miners' positions.
+
+    What its getters return may be changed by the processing until it is saved.
+    """
+
+    @property
+    def perf_ledger_manager(self) -> Any:
+        """The ledgers: a :class:`PerfLedgerManager`, or None."""
+
+    def get_miner_position_by_uuid(self, hotkey: str, position_uuid: str, /) -> Any:
+        """Return a position as it is now, or None."""
+
+    def get_positions_for_one_hotkey(self, hotkey: str, /, only_open_positions: bool = False) -> Iterable[Any]:
+        """Return a miner's positions."""
+
+    def get_positions_for_hotkeys(
+        self, hotkeys: list[str], /, only_open_positions: bool = True
+    ) -> Mapping[str, Iterable[Any]]:
+        """Return the positions of many miners, by hotkey; those without any may be left out."""
+
+    def save_miner_position(self, position: Any, /, delete_open_position_if_exists: bool = True) -> Any:
+        """Store a position as it is."""
+
+    def delete_position(self, position: Any, /) -> Any:
+        """Delete a position; one that is not there is no error."""
+
+
+@runtime_checkable
+class ChallengePeriodManager(Protocol):
+    """The miners that are on probation, and why some of them failed.
+
+    A class may also have ``pop_elimination_reasons(hotkeys)``, which forgets those of these hotkeys alone. It is
+    then called instead of ``clear_elimination_reasons``: between a last look at who waits and the clearing,
+    another one can come, whose reason would be cleared unseen.
+    """
+
+    def has_elimination_reasons(self) -> bool:
+        """Tell whether anybody waits to be eliminated. Asked every second."""
+
+    def get_all_elimination_reasons(self) -> Mapping[str, Sequence[Any]]:
+        """Return ``{hotkey: (reason, drawdown)}`` of those who wait. Asked again before they are cleared."""
+
+    def clear_elimination_reasons(self) -> Any:
+        """Forget them: each is recorded."""
+
+    def get_hotkeys_by_bucket(self, bucket: Any, /) -> Iterable[str]:
+        """Return the hotkeys in a bucket."""
+
+    def has_miner(self, hotkey: str, /) -> bool:
+        """Tell whether a miner has an entry."""
+
+    def remove_miner(self, hotkey: str, /) -> Any:
+        """Remove a miner's entry."""
+
+    def _write_challengeperiod_from_memory_to_disk(self) -> Any:
+        """Store the entries."""
+
+
+@runtime_checkable
+class ContractManager(Protocol):
+    """The contract that holds the miners' collateral."""
+
+    def slash_miner_collateral_proportion(self, hotkey: str, /, slash_proportion: float | None = None) -> Any:
+        """Take a share of a miner's collateral; None: as much as the contract says.
+
+        Called once for an elimination and not again, unless it raises :class:`~shmelim.errors.SlashNotMadeError`,
+        which says that certainly nothing was taken. It returns None or True once it is made. After any other
+        exception or answer nobody knows whether money moved, and a person must say. It is not awaited.
+        """
+
+
+@runtime_checkable
+class PositionLocks(Protocol):
+    """The locks under which positions change."""
+
+    def get_lock(self, hotkey: str, trade_pair_id: str, /) -> AbstractContextManager[Any]:
+        """Return the lock of a miner's positions in a trade pair."""
+
+
+@runtime_checkable
+class LimitOrderManager(Protocol):
+    """The miners' limit orders."""
+
+    def delete_all_limit_orders_for_hotkey(self, hotkey: str, /) -> Any:
+        """Delete a miner's limit orders; none is no error."""
+
+
+@runtime_checkable
+class Notifier(Protocol):
+    """Who is told of what needs a person, such as :class:`shmelim.notify.SlackNotifier`."""
+
+    def send_message(self, text: str, *, level: str = "info") -> Any:
+        """Have a message sent; False, or an exception, says that it must be sent again later."""
+
+
+@runtime_checkable
+class WebSocketQueue(Protocol):
+    """Where changed positions are told to those who watch."""
+
+    def put(self, message: Any, /) -> Any:
+        """Put a message into the queue."""
+
+
+@runtime_checkable
+class SharedValue(Protocol):
+    """A value that other processes change, such as ``multiprocessing.Value``."""
+
+    @property
+    def value(self) -> Any:
+        """The value now."""
+
+
+@dataclass(eq=False)
+class Collaborators:
+    """The collaborators as they are now.
+
+    Any of them may be replaced at any time, from any thread; whoever uses one looks here each time. None means
+    that the validator has no such thing, and what needs it is left out: a step of the tick, or what an
+    elimination owes.
+
+    Attributes
+    ----------
+    metagraph : Metagraph
+        Without it nobody departs, is a zombie, or is deleted.
+    position_manager : PositionManager
+        Without it there are no positions to close and no ledgers to judge by.
+    challengeperiod_manager : ChallengePeriodManager
+        Without it nobody fails probation, and nobody is in the bucket that is scored.
+    contract_manager : ContractManager
+        Without it nobody is slashed.
+    position_locks : PositionLocks
+        Without them positions are closed without a lock.
+    limit_order_manager : LimitOrderManager
+        Without it there are no limit orders to delete.
+    live_price_fetcher
+        Handed on to positions that are closed; see :class:`ValidatorEnvironment` for its stand-in.
+    shared_queue_websockets : WebSocketQueue
+        Is told of positions that were closed.
+    slack_notifier : Notifier
+        Is told what failed, once until it works again.
+    shutdown_dict
+        Whatever is true once the validator ends, or an event that is set then.
+    sync_in_progress : SharedValue
+        True while positions are being replaced.
+    sync_epoch : SharedValue
+        Another number after each time that they were.
+
+    """
+
+    metagraph: Any = None
+    position_manager: Any = None
+    challengeperiod_manager: Any = None
+    contract_manager: Any = None
+    position_locks: Any = None
+    limit_order_manager: Any = None
+    live_price_fetcher: Any = None
+    shared_queue_websockets: Any = None
+    slack_notifier: Any = None
+    shutdown_dict: Any = None
+    sync_in_progress: Any = None
+    sync_epoch: Any = None
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return what ``EliminationManager`` is constructed with, by name.
+
+        All but ``live_price_fetcher``, which is an attribute of the manager, and an argument of the environment.
+        """
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        del named["live_price_fetcher"]
+        return named

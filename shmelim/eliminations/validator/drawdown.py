@@ -1,0 +1,118 @@
+"""The drawdown of a ledger, as the default rule reads it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Final
+
+LOOKS: Final = 12
+"""Of so many looks at a ledger that seems the same one at least reads all of it: once an hour, by default."""
+
+_WORTHWHILE: Final = 8  # checkpoints; fewer are read faster than compared
+
+_LEAST_FACTOR: Final = -1.0
+_LARGEST_FACTOR: Final = 2.0
+_DIGITS: Final = 9  # of a percentage: what binary fractions add or lose lies far behind
+
+
+def ledger_drawdown_percentage(ledger: Any) -> float:
+    """Return a ledger's largest drawdown as a percentage, 0 to 100.
+
+    The ledger has checkpoints ``cps``, each with the lowest point it saw as a factor ``mdd`` of the peak before:
+    0.9 is 10 % down, and from 1 on there is none. Without a ledger (None), or a checkpoint in it, there is no
+    drawdown.
+
+    Raises
+    ------
+    AttributeError, TypeError
+        The ledger has no checkpoints, one of them has no ``mdd``, or that is no number.
+    ValueError
+        An ``mdd`` is NaN, or the lowest one so far off (over 2, under -1) that it is no factor; a percentage, say.
+
+    """
+    if ledger is None:
+        return 0.0
+    return _percentage([checkpoint.mdd for checkpoint in ledger.cps])
+
+
+class Drawdowns:
+    """Drawdowns of ledgers that are asked again and again, most of which have not changed since.
+
+    A ledger grows at its end: its last checkpoint changes, until another one comes after it, and one that is
+    built anew has other checkpoints. So while a ledger is the same object, with as many checkpoints, and the first
+    and the last two are the same objects, only those two are read. As nothing keeps a ledger from changing others
+    in place, every :data:`LOOKS`-th time all are read.
+
+    Thread-safe. Keeps no ledger alive; forgets everything when it is pickled.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}
+
+    def __reduce__(self) -> tuple[type[Drawdowns], tuple[()]]:
+        return Drawdowns, ()
+
+    def percentage(self, ledger: Any) -> float:
+        """Return what :func:`ledger_drawdown_percentage` does, and raise as it does."""
+        checkpoints = getattr(ledger, "cps", None)
+        if not isinstance(checkpoints, list) or len(checkpoints) < _WORTHWHILE:
+            return ledger_drawdown_percentage(ledger)
+        ends = checkpoints[0], checkpoints[-2], checkpoints[-1]
+        known = self._known.get(id(ledger))
+        if known is not None and known.is_of(ledger, len(checkpoints), ends):
+            return _percentage([known.lowest, ends[1].mdd, ends[2].mdd])
+        factors = [checkpoint.mdd for checkpoint in checkpoints]
+        percentage = _percentage(factors)
+        self._know(ledger, len(checkpoints), ends, min(factors[:-2]))
+        return percentage
+
+    def _know(self, ledger: Any, count: int, ends: tuple[Any, Any, Any], lowest: float) -> None:
+        key, known = id(ledger), self._known
+        try:
+            gone = weakref.ref(ledger, lambda _: known.pop(key, None))
+        except TypeError:
+            return  # it cannot tell when it is gone, and another may stand at its place then
+        # Not all at their first place, lest one look in so many reads everything.
+        known[key] = _Known(gone, count, ends, lowest, LOOKS - 1 - len(known) % (LOOKS // 2))
+
+
+class _Known:
+    """What is known of a ledger, and for how many looks more."""
+
+    __slots__ = ("count", "ends", "ledger", "looks", "lowest")
+
+    def __init__(
+        self, ledger: weakref.ref[Any], count: int, ends: tuple[Any, Any, Any], lowest: float, looks: int
+    ) -> None:
+        self.ledger = ledger
+        self.count = count
+        self.ends = ends
+        self.lowest = lowest
+        self.looks = looks
+
+    def is_of(self, ledger: Any, count: int, ends: tuple[Any, Any, Any]) -> bool:
+        self.looks -= 1
+        return (
+            self.looks >= 0
+            and count == self.count
+            and ends[2] is self.ends[2]
+            and ends[1] is self.ends[1]
+            and ends[0] is self.ends[0]
+            and self.ledger() is ledger
+        )
+
+
+def _percentage(factors: list[Any]) -> float:
+    if not factors:
+        return 0.0
+    # One sum finds a NaN anywhere, which a minimum passes over, and refuses what is no number.
+    total = sum(factors)
+    if total != total:  # noqa: PLR0124 - only NaN differs from itself, and asking costs nothing
+        raise ValueError("the ledger has a checkpoint whose mdd is not a number")
+    lowest = float(min(factors))
+    if not _LEAST_FACTOR <= lowest <= _LARGEST_FACTOR:
+        raise ValueError(f"the ledger's lowest mdd is {lowest}, and should be a factor: 0.9 is 10 % down")
+    if lowest >= 1.0:
+        return 0.0
+    # Rounded, since (1 - 0.9) * 100 is a little less than the 10 % that it stands for.
+    return round((1.0 - max(lowest, 0.0)) * 100.0, _DIGITS)

@@ -1,0 +1,143 @@
+"""What is the validator's own in the processing of eliminations, with working defaults."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from shmelim.eliminations.validator.directories import MinerDirectories
+from shmelim.eliminations.validator.drawdown import Drawdowns
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
+
+
+class ValidatorEnvironment:
+    """The figures and rules that validators choose; pass what differs, or subclass.
+
+    Parameters
+    ----------
+    price_source
+        Called with a trade pair, an elimination's ``price_info`` and its time; returns what the position class'
+        ``generate_fake_flat_order`` expects, or None. Default: see :meth:`price_source`.
+    drawdown
+        Called with a ledger; returns whether its miner is to be eliminated, and the drawdown as a percentage.
+        Default: see :meth:`drawdown`.
+    max_drawdown_percentage
+        The default drawdown rule eliminates from this percentage on.
+    scored_bucket
+        The bucket of the challenge period whose miners the drawdown rule judges.
+    check_interval_ms
+        A tick runs when more than this has passed since the last one.
+    deletion_delay_ms
+        An elimination of at least this age is deleted once its miner has left the metagraph.
+    slash_proportions
+        ``{reason: share of the collateral}``; a reason that is not in it is left to the contract.
+    slash_once_within_ms
+        A miner who was slashed for an elimination is not slashed for another that begins less than this later (or
+        earlier): a sync that takes an elimination back gives no collateral back.
+    development_hotkey
+        The hotkey that is no zombie, though it is in no metagraph.
+    miner_directory
+        The directory that has one for each miner, and nothing else: whatever directory stands there is a miner's,
+        but for hidden ones, links, and names that can be no hotkey. None: there are none, and so no zombies.
+    live_price_fetcher
+        Stands in where the collaborators have none.
+    clock
+        Returns milliseconds since 1970, UTC; fractions of one are rounded.
+    tick_pause_s, error_pause_s
+        Seconds between two ticks of the loop, and after one that failed.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        price_source: Callable[[Any, Mapping[str, Any], int], Any] | None = None,
+        drawdown: Callable[[Any], tuple[bool, float]] | None = None,
+        max_drawdown_percentage: float = 10.0,
+        scored_bucket: Any = "MAINCOMP",
+        check_interval_ms: int = 300_000,
+        deletion_delay_ms: int = 172_800_000,
+        slash_proportions: Mapping[str, float] | None = None,
+        slash_once_within_ms: int = 172_800_000,
+        development_hotkey: str = DEVELOPMENT_HOTKEY,
+        miner_directory: Path | str | None = None,
+        live_price_fetcher: Any = None,
+        clock: Callable[[], float] | None = None,
+        tick_pause_s: float = 1.0,
+        error_pause_s: float = 10.0,
+    ) -> None:
+        self.max_drawdown_percentage = max_drawdown_percentage
+        self.scored_bucket = scored_bucket
+        self.check_interval_ms = check_interval_ms
+        self.deletion_delay_ms = deletion_delay_ms
+        self.slash_proportions = dict(slash_proportions or {})
+        self.slash_once_within_ms = slash_once_within_ms
+        self.development_hotkey = development_hotkey
+        self.live_price_fetcher = live_price_fetcher
+        self.tick_pause_s = tick_pause_s
+        self.error_pause_s = error_pause_s
+        self._price_source = price_source
+        self._drawdown = drawdown
+        self._drawdowns = Drawdowns()
+        self._clock = clock
+        self._directories = None if miner_directory is None else MinerDirectories(miner_directory)
+
+    def now_ms(self) -> int:
+        """Return the time in milliseconds since 1970, UTC."""
+        return time.time_ns() // 1_000_000 if self._clock is None else round(self._clock())
+
+    def price_source(self, trade_pair: Any, price_info: Mapping[str, Any], time_ms: int) -> Any:
+        """Return the price at which a position is closed, as its class wants it; None to have it fetched.
+
+        By default the price itself, where ``price_info`` (``{"BTC/USD": price}``) has the pair by its
+        ``trade_pair``, its ``trade_pair_id`` or its text.
+
+        Parameters
+        ----------
+        trade_pair
+            Of the position.
+        price_info
+            The prices that led to the elimination, from its record.
+        time_ms
+            The time of the elimination.
+
+        """
+        if self._price_source is not None:
+            return self._price_source(trade_pair, price_info, time_ms)
+        for name in (
+            getattr(trade_pair, "trade_pair", None),
+            getattr(trade_pair, "trade_pair_id", None),
+            str(trade_pair),
+        ):
+            if isinstance(name, str) and name in price_info:
+                return price_info[name]
+        return None
+
+    def drawdown(self, ledger: Any) -> tuple[bool, float]:
+        """Return whether a ledger's miner is to be eliminated, and the drawdown as a percentage.
+
+        By default from `max_drawdown_percentage` on, by :func:`ledger_drawdown_percentage`; of a ledger that has
+        not changed only the end is read (see :class:`~shmelim.eliminations.validator.drawdown.Drawdowns`).
+        """
+        if self._drawdown is not None:
+            return self._drawdown(ledger)
+        percentage = self._drawdowns.percentage(ledger)
+        return percentage >= self.max_drawdown_percentage, percentage
+
+    def slash_proportion(self, reason: str) -> float | None:
+        """Return which share of the collateral is taken for that reason; None leaves it to the contract."""
+        return self.slash_proportions.get(reason)
+
+    def miner_hotkeys(self) -> list[str]:
+        """Return the hotkeys that have a directory."""
+        return [] if self._directories is None else self._directories.hotkeys()
+
+    def remove_miner_directory(self, hotkey: str) -> None:
+        """Remove a miner's directory, if there is one."""
+        if self._directories is not None:
+            self._directories.remove(hotkey)

@@ -1,1 +1,0 @@
-"""The command channel: authenticated request and reply between processes of one host."""

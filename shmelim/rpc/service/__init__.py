@@ -1,1 +1,0 @@
-"""The life of a service: its server process, restarts, health checks, and every process' way to it."""
