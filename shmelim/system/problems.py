@@ -1,0 +1,155 @@
+"""Named problems: what is wrong now, since when, how bad it is, what to do about it, and who is told.
+
+A part of the program *raises* a problem when something stops working and *clears* it when it works again. Between
+the two the problem stands: the health lists it, the log and Slack were told once. So nobody who notices a fault
+keeps books of what was told already.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, Literal, TypeAlias
+
+from shmelim.system.clock import now_ms
+
+Severity: TypeAlias = Literal["notice", "degraded", "failing"]
+Change: TypeAlias = Literal["raised", "worse", "cleared"]
+
+SEVERITIES: Final[tuple[Severity, ...]] = ("notice", "degraded", "failing")
+_MOST: Final = 10_000  # problems that stand at a time; beyond it the oldest is forgotten
+
+_logger = logging.getLogger("shmelim.problems")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Something that is wrong.
+
+    Attributes
+    ----------
+    name : str
+        What kind of problem it is, such as ``"server_down"``; a constant of this package.
+    subject : str
+        Whom or what it concerns, such as a hotkey; empty where there is only one.
+    text : str
+        What is wrong, in one sentence for people.
+    severity : str
+        ``"notice"`` (worth knowing), ``"degraded"`` (something does not work), ``"failing"`` (the purpose is not
+        served).
+    remedy : str | None
+        What to do about it, in one sentence; None where it mends itself.
+    since_ms : int
+        When it began: ms since 1970, UTC.
+
+    """
+
+    name: str
+    subject: str = ""
+    text: str
+    severity: Severity = "degraded"
+    remedy: str | None = None
+    since_ms: int
+
+
+Subscriber: TypeAlias = Callable[[Change, Problem], object]
+
+
+class Problems:
+    """The problems that stand, and who is told of each change.
+
+    A subscriber is called by who raises or clears, after the books are written and without the lock; what
+    it raises is logged. Thread-safe, and usable from a signal handler. A forked child calls :meth:`begin_anew`.
+
+    Examples
+    --------
+    >>> told = []
+    >>> problems = Problems()
+    >>> problems.subscribe(lambda change, problem: told.append((change, problem.name)))
+    >>> problems.report("disk_full", "the last commit failed", severity="failing", remedy="make room")
+    True
+    >>> problems.report("disk_full", "the last commit failed", severity="failing")
+    False
+    >>> problems.status()
+    'failing'
+    >>> problems.clear("disk_full").text
+    'the last commit failed'
+    >>> told, problems.status()
+    ([('raised', 'disk_full'), ('cleared', 'disk_full')], 'ok')
+
+    """
+
+    def __init__(self) -> None:
+        self._subscribers: tuple[Subscriber, ...] = ()  # replaced whole
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget every problem; for a forked child, whose parent has told of them."""
+        # Guards `_standing`. Re-entrant, since a signal handler may raise a problem while its thread does.
+        self._lock = threading.RLock()
+        self._standing: dict[tuple[str, str], Problem] = {}  # in the order in which they began
+
+    def subscribe(self, subscriber: Subscriber) -> None:
+        """Have ``subscriber(change, problem)`` called for each problem raised, worse or cleared."""
+        self._subscribers = (*self._subscribers, subscriber)
+
+    def report(
+        self,
+        name: str,
+        text: str,
+        *,
+        subject: str = "",
+        severity: Severity = "degraded",
+        remedy: str | None = None,
+    ) -> bool:
+        """Raise a problem; return whether it did not stand before.
+
+        One that stands keeps its beginning and takes the new text; subscribers hear of it again if it is worse.
+        """
+        problem = Problem(
+            name=name, subject=subject, text=text, severity=severity, remedy=remedy, since_ms=now_ms()
+        )
+        key = name, subject
+        with self._lock:
+            before = self._standing.get(key)
+            if before is not None:
+                problem = replace(problem, since_ms=before.since_ms)
+            elif len(self._standing) >= _MOST:
+                del self._standing[next(iter(self._standing))]
+            self._standing[key] = problem
+        if before is None:
+            self._tell("raised", problem)
+        elif SEVERITIES.index(severity) > SEVERITIES.index(before.severity):
+            self._tell("worse", problem)
+        return before is None
+
+    def clear(self, name: str, subject: str = "") -> Problem | None:
+        """Clear a problem; return it, or None if it did not stand."""
+        with self._lock:
+            problem = self._standing.pop((name, subject), None)
+        if problem is not None:
+            self._tell("cleared", problem)
+        return problem
+
+    def stands(self, name: str, subject: str = "") -> bool:
+        """Whether a problem was raised and not cleared."""
+        return (name, subject) in self._standing
+
+    def standing(self) -> list[Problem]:
+        """Return the problems that stand, the oldest first."""
+        with self._lock:
+            return list(self._standing.values())
+
+    def status(self) -> Literal["ok", "degraded", "failing"]:
+        """Return how the whole is: as its worst problem; a notice does not count."""
+        worst = max((SEVERITIES.index(problem.severity) for problem in self.standing()), default=0)
+        return ("ok", "degraded", "failing")[worst]
+
+    def _tell(self, change: Change, problem: Problem) -> None:
+        for subscriber in self._subscribers:
+            try:
+                subscriber(change, problem)
+            except Exception:
+                _logger.exception("a subscriber failed; it should have heard: %s", problem.text)
