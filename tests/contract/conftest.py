@@ -80,7 +80,9 @@ def make(unused_name):
             else:
                 options.setdefault("name", unused_name())
                 options.setdefault("port", None)
-            return stack.enter_context(EliminationManager(*(args or (None, None, None)), **options))
+            if "metagraph" not in options:
+                args = args or (None, None, None)
+            return stack.enter_context(EliminationManager(*args, **options))
 
         yield make
 
