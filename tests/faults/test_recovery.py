@@ -601,8 +601,14 @@ class TestDeathDuringRecovery:
         return lines
 
 
-_PACKAGE = Path(shmelim.__file__).parent / "eliminations"
+_PACKAGE = Path(shmelim.__file__).parent
 _TRACED = frozenset(
-    str(_PACKAGE / name) for name in ("starting/recovery.py", "starting/replacement.py", "store/database.py")
+    str(_PACKAGE / name)
+    for name in (
+        "eliminations/starting/recovery.py",
+        "eliminations/starting/replacement.py",
+        "eliminations/store/database.py",
+        "system/durable.py",
+    )
 )
 assert all(Path(name).is_file() for name in _TRACED)

@@ -12,7 +12,7 @@ from serving import Served, listing, row, state_in_table
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.debts.tables import Figures
 from shmelim.eliminations.store import schema
-from shmelim.eliminations.store.history import read_events
+from shmelim.eliminations.store.history import Change, read_events
 from shmelim.eliminations.store.offline import read_debt_figures, read_debts, read_slashes
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
@@ -121,7 +121,7 @@ def test_readers_of_a_store_that_is_brought_up_to_date_meanwhile(old):
         reading.execute("BEGIN")
         before = reading.execute("SELECT count(*) FROM events").fetchone()
         with Store.open(old) as store, store.transaction():
-            store.add_event("test")
+            store.add_events([Change("test")])
         assert reading.execute("SELECT count(*) FROM events").fetchone() == before
         reading.execute("COMMIT")
         assert reading.execute("SELECT count(*) FROM events").fetchone() == (before[0] + 1,)

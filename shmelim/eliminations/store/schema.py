@@ -25,6 +25,7 @@ from shmelim.errors import DamagedStoreError, StoreError
 from shmelim.system.durable import sync_directory
 
 FILE_NAME = "shmelim.sqlite"
+LOG_SUFFIXES = ("-wal", "-shm")
 SCHEMA_NUMBER = 2
 
 Durability = Literal["power", "process"]
@@ -113,18 +114,10 @@ _SCHEMAS = (_FIRST, _SECOND)
 
 
 def make_private(path: Path, *, parents: bool) -> None:
-    """Make the database's directory (0700) and file (0600) where missing. Raises ``OSError`` as it comes.
+    """Make the database's directory (0700) and file (0600) where missing; errors come as they are.
 
     A new database takes its name when it is whole, so that a start that is killed leaves nothing that the next
     one could take for a damaged store.
-
-    Raises
-    ------
-    DamagedStoreError
-        The file is smaller than any database.
-    sqlite3.Error
-        As it comes.
-
     """
     _make_directory(path.parent, parents=parents)
     if path.exists():
@@ -134,11 +127,8 @@ def make_private(path: Path, *, parents: bool) -> None:
 
 
 def remove_log(path: Path) -> None:
-    """Remove the write-ahead log and its index that a database which is gone left behind.
-
-    SQLite would replay them onto the next database of that name.
-    """
-    for suffix in ("-wal", "-shm"):
+    """Remove the log that a database which is gone left behind: SQLite would replay it onto the next one."""
+    for suffix in LOG_SUFFIXES:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
@@ -225,14 +215,7 @@ def connect(path: Path | None, durability: Durability, busy_timeout: float) -> s
 def install(db: sqlite3.Connection, path: Path | None) -> None:
     """Make sure that the database is ours and has the tables, those of an older schema in one transaction.
 
-    Raises
-    ------
-    StoreError
-        A newer shmelim wrote it, it belongs to another program, or its file system cannot keep a write-ahead
-        log.
-    sqlite3.Error
-        As it comes.
-
+    A StoreError says that it is another program's, a newer shmelim's, or on a file system that keeps no log.
     """
     found = _identify(db, path)
     if path is not None:
@@ -258,12 +241,6 @@ def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
     """Open an existing database for reading, with or without a writer. ``sqlite3.Error`` comes as it is.
 
     It may have an older schema, and so lack tables.
-
-    Raises
-    ------
-    StoreError
-        As :func:`install` does.
-
     """
     location = f"file:{quote(os.fspath(path.absolute()))}?mode=ro"
     try:
@@ -271,7 +248,7 @@ def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
     except sqlite3.OperationalError:
         # A reader needs the index of the write-ahead log, and may be unable to make one (a directory that it
         # may not write). Where nothing stands in the log, the main file alone is the whole truth.
-        wal = path.with_name(path.name + "-wal")
+        wal = path.with_name(f"{path.name}-wal")
         if os.access(path.parent, os.W_OK) or (wal.exists() and wal.stat().st_size):
             raise
         return _read_only(f"{location}&immutable=1", path, busy_timeout)
