@@ -27,6 +27,7 @@ _TRACED = frozenset(
         "eliminations/starting/recovery.py",
         "eliminations/starting/replacement.py",
         "eliminations/store/database.py",
+        "eliminations/store/opening.py",
         "eliminations/store/schema.py",
         "eliminations/files/format.py",
         "system/durable.py",

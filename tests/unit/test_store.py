@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from shmelim.eliminations.store import schema
+from shmelim.eliminations.store import opening
 from shmelim.eliminations.store.history import read_events
 from shmelim.eliminations.store.schema import FILE_NAME, SCHEMA_NUMBER
 from shmelim.eliminations.store.store import Change, Counts, Origin, Row, Store
@@ -533,17 +533,17 @@ class TestCreation:
             assert not any(store.counts())
 
     def test_two_that_create_at_once_open_the_same_one(self, tmp_path, monkeypatch):
-        make, opened = schema._make_file, []
+        make, opened = opening._make_file, []
 
         def late(path):
             # Another one was quicker: found missing, made and filled in between.
-            monkeypatch.setattr(schema, "_make_file", make)
+            monkeypatch.setattr(opening, "_make_file", make)
             opened.append(Store.open(tmp_path))
             with opened[0].transaction():
                 opened[0].put_elimination("first", b"record")
             make(path)
 
-        monkeypatch.setattr(schema, "_make_file", late)
+        monkeypatch.setattr(opening, "_make_file", late)
         with Store.open(tmp_path) as store:
             assert store.get("first") is not None
         opened[0].close()

@@ -29,7 +29,8 @@ from shmelim.eliminations.starting import replacement
 from shmelim.eliminations.starting.imports import import_departed, restore_imported
 from shmelim.eliminations.state.changes import Step, merge, record_departures, replace_all
 from shmelim.eliminations.store.history import Change as EventOf
-from shmelim.eliminations.store.schema import FILE_NAME, LOG_SUFFIXES, RESTORE_HINT, Durability
+from shmelim.eliminations.store.opening import LOG_SUFFIXES
+from shmelim.eliminations.store.schema import FILE_NAME, RESTORE_HINT, Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError
 from shmelim.shm import Namespace, TableReader

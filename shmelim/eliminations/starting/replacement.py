@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shmelim.eliminations.state.changes import Step
-from shmelim.eliminations.store import schema
-from shmelim.eliminations.store.schema import FILE_NAME, LOG_SUFFIXES
+from shmelim.eliminations.store.opening import LOG_SUFFIXES, remove_log
+from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
 from shmelim.system.durable import move_aside, sync_directory, writing
@@ -74,7 +74,7 @@ def put_in_place(directory: Path) -> Path | None:
     aside = move_aside(path, "damaged", LOG_SUFFIXES) if path.exists() else None
     with writing(f"the restored store cannot be put in place as {path}", hint="start again"):
         # A kill may have come after the damaged file was moved and before its log was.
-        schema.remove_log(path)
+        remove_log(path)
         (place / FILE_NAME).replace(path)
         sync_directory(directory)
     discard(directory)

@@ -6,14 +6,15 @@ import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import msgspec
 
-from shmelim.eliminations.store import schema
+from shmelim.eliminations.store import opening, schema
+from shmelim.eliminations.store.opening import closed_on_error, log_of
 from shmelim.eliminations.store.schema import Durability
 from shmelim.errors import DamagedStoreError, StoreError
 from shmelim.system.durable import sync_file, writing
@@ -77,12 +78,8 @@ class Guard:
 def reading(directory: str | os.PathLike[str], busy_timeout: float) -> Iterator[sqlite3.Connection]:
     """Open the database of a state directory read-only, whether or not a server runs there; from any thread."""
     path = Path(directory) / schema.FILE_NAME
-    with Guard(path):
-        db = schema.connect_read_only(path, busy_timeout)
-        try:
-            yield db
-        finally:
-            db.close()
+    with Guard(path), closing(opening.connect_read_only(path, busy_timeout)) as db:
+        yield db
 
 
 class Database:
@@ -126,23 +123,18 @@ class Database:
         path = folder / schema.FILE_NAME
         hint = f"create {folder.parent} first, or name another state directory"
         with writing(f"the state directory {folder} cannot be used", hint), Guard(path):
-            schema.make_private(path, parents=parents)
-        return cls._install(path, lambda: schema.connect(path, durability, busy_timeout), path)
+            opening.make_private(path, parents=parents)
+        return cls._install(path, lambda: opening.connect(path, durability, busy_timeout), path)
 
     @classmethod
     def in_memory(cls) -> Self:
         """Open an empty store that lives in this process's memory and writes nothing to disk."""
-        return cls._install(_IN_MEMORY, lambda: schema.connect(None, "process", 0.0), None)
+        return cls._install(_IN_MEMORY, lambda: opening.connect(None, "process", 0.0), None)
 
     @classmethod
     def _install(cls, name: Path, connect: Callable[[], sqlite3.Connection], path: Path | None) -> Self:
-        with Guard(name):
-            db = connect()
-            try:
-                schema.install(db, path)
-            except BaseException:
-                db.close()
-                raise
+        with Guard(name), closed_on_error(db := connect()):
+            schema.install(db, path)
         return cls(db, name)
 
     @property
@@ -235,7 +227,7 @@ class Database:
             return
         # A checkpoint that takes what is committed out of the log has synced both files by itself.
         with writing(f"{self._file}: its log could not be synced", hint="check the disk"):
-            sync_file(_log_of(self._file))
+            sync_file(log_of(self._file))
 
     def meta(self, key: str, default: Any = None) -> Any:
         """Return a named value, or the default."""
@@ -269,7 +261,7 @@ class Database:
             (page_size,) = self._db.execute("PRAGMA page_size").fetchone()
         size = int(pages * page_size)
         with suppress(OSError):
-            size += _log_of(self._path).stat().st_size
+            size += log_of(self._path).stat().st_size
         return size
 
     def check(self) -> None:
@@ -360,7 +352,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
         # It need not be gone: this process may have changed its user since.
         return None
     return status.st_dev, status.st_ino
-
-
-def _log_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}-wal")
