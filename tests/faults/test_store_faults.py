@@ -287,7 +287,7 @@ class TestNoPermission:
         directory.chmod(0o555)
         with pytest.raises(StoreError, match="Permission denied"):
             self.as_nobody(lambda: files.read_eliminations(directory / "e.json"))
-        with pytest.raises(StoreError):
+        with pytest.raises(StoreError, match="SQLITE_CANTOPEN"):
             self.as_nobody(lambda: read_events(directory))
 
 

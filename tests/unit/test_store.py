@@ -210,7 +210,7 @@ class TestTransactions:
 
     def test_second_begin_is_refused(self, store):
         with store.transaction():
-            with pytest.raises(StoreError):
+            with pytest.raises(StoreError, match="within a transaction"):
                 store.begin()
             store.put_elimination("a", b"1")
         assert store.get("a") is not None
@@ -481,9 +481,9 @@ class TestOpening:
         store.close()
         store.close()
         assert not store.in_transaction
-        with pytest.raises(StoreError):
+        with pytest.raises(StoreError, match="closed"):
             store.get("a")
-        with pytest.raises(StoreError):
+        with pytest.raises(StoreError, match="closed"):
             store.begin()
         with Store.open(tmp_path) as again:
             assert again.get("a") is None
