@@ -4,7 +4,7 @@ A change is made in a transaction, with its events; the server publishes it afte
 
     with store.transaction():
         old = store.put_elimination(hotkey, record)
-        store.add_event("add", hotkey, old=old, new=record)
+        store.add_events([Change("add", hotkey, old, record)])
 
 Records are opaque msgpack bytes here (:mod:`shmelim.eliminations.record` makes them). Eliminated and departed
 hotkeys carry ordinals, which keep the order in which they first became so: a new one gets a number above all
