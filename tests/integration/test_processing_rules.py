@@ -243,7 +243,7 @@ def test_metagraph_without_hotkeys_is_not_known_yet(managed: Managed, unknown: A
     assert managed.manager.get_departed_hotkeys() == {}
 
 
-def test_entry_of_the_metagraph_that_is_no_hotkey_is_left_out(
+def test_entry_of_the_metagraph_that_is_not_a_hotkey_is_left_out(
     directly: Managed, caplog: pytest.LogCaptureFixture
 ) -> None:
     validator = directly.validator
@@ -256,7 +256,7 @@ def test_entry_of_the_metagraph_that_is_no_hotkey_is_left_out(
     assert directly.manager.reader.snapshot().registered == {"a", "new"}
     assert list(directly.manager.get_departed_hotkeys()) == ["b"]
     assert directly.reasons == {"b": "ZOMBIE"}
-    assert len([text for text in caplog.messages if "no hotkeys" in text]) == 1
+    assert len([text for text in caplog.messages if "are not hotkeys" in text]) == 1
     assert directly.alerts == []
 
 
