@@ -8,22 +8,21 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import NO
-from shmelim.cli.options import HOTKEY, Command, Settings, hotkeys_from, owner_option, settings_options
+from shmelim.cli.options import HOTKEY, Settings, command, hotkeys_from, owner_option
 from shmelim.eliminations import EliminationReader, Status
 
 _RE_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
 
 
-@click.command(cls=Command, short_help="Tell whether hotkeys are eliminated.")
+@command
 @click.argument("hotkeys", metavar="HOTKEY…", type=HOTKEY, nargs=-1, required=True)
 @owner_option
-@settings_options
 @click.pass_context
 def check(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None) -> None:
     """Tell of each HOTKEY whether it is eliminated, re-registered, departed, or clear.
 
     "-" stands for the hotkeys on stdin, one a line. Exit code 0: none is eliminated; 1: at least one is;
-    3: nothing is served, so that nobody knows.
+    3: nothing is served, so the answer is not known.
 
     With --json: name, eliminated (how many), hotkeys [{hotkey, eliminated, departed,
     registered, re_registered}].
@@ -34,26 +33,21 @@ def check(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None
     """
     settings: Settings = context.obj
     reader = EliminationReader(settings.name, owner=owner)
-    asked = list(dict.fromkeys(hotkeys_from(hotkeys)))
+    asked = hotkeys_from(hotkeys)
     found = dict(zip(asked, reader.statuses(asked), strict=True))
     eliminated = sum(Status.ELIMINATED in status for status in found.values())
     if settings.as_json:
-        output.document(
+        rows = [
             {
-                "name": settings.name,
-                "eliminated": eliminated,
-                "hotkeys": [
-                    {
-                        "hotkey": hotkey,
-                        "eliminated": Status.ELIMINATED in status,
-                        "departed": Status.DEPARTED in status,
-                        "registered": Status.REGISTERED in status,
-                        "re_registered": _RE_REGISTERED in status,
-                    }
-                    for hotkey, status in found.items()
-                ],
+                "hotkey": hotkey,
+                "eliminated": Status.ELIMINATED in status,
+                "departed": Status.DEPARTED in status,
+                "registered": Status.REGISTERED in status,
+                "re_registered": _RE_REGISTERED in status,
             }
-        )
+            for hotkey, status in found.items()
+        ]
+        output.document({"name": settings.name, "eliminated": eliminated, "hotkeys": rows})
     else:
         output.records(("hotkey", "status"), ((hotkey, _in_words(status)) for hotkey, status in found.items()))
     if eliminated:
@@ -69,10 +63,9 @@ def _in_words(status: Status) -> str:
     return ", ".join(words) or "clear"
 
 
-@click.command(cls=Command, short_help="Print the elimination record of hotkeys.")
+@command
 @click.argument("hotkeys", metavar="HOTKEY…", type=HOTKEY, nargs=-1, required=True)
 @owner_option
-@settings_options
 @click.pass_context
 def get(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None) -> None:
     """Print the elimination record of each HOTKEY; "-" stands for those on stdin.
@@ -102,16 +95,15 @@ def get(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None) 
         context.exit(NO)
 
 
-@click.command("list", cls=Command, short_help="List eliminations, or departed hotkeys.")
+@command
 @click.option("--departed", is_flag=True, help="List the hotkeys that left the metagraph instead.")
 @click.option("--reason", metavar="REASON", help="Only eliminations for this reason.")
 @owner_option
-@settings_options
 @click.pass_obj
 def list_(settings: Settings, *, departed: bool, reason: str | None, owner: int | None) -> None:
     """List the eliminations in the order in which they came: hotkey, reason, drawdown, time (UTC).
 
-    On a terminal as a table, else one line each with tabs between, never shortened.
+    On a terminal a table, otherwise one line each with tabs between; never shortened.
 
     With --json: name, version, count, eliminations [record]; with --departed: name, version, count,
     departed [{hotkey, detected_ms}].
@@ -124,23 +116,21 @@ def list_(settings: Settings, *, departed: bool, reason: str | None, owner: int 
     if departed and reason is not None:
         raise click.UsageError("--reason is about eliminations and does not go with --departed")
     snapshot = EliminationReader(settings.name, owner=owner).snapshot()
-    columns: tuple[str, ...]
-    cells: list[tuple[object, ...]]
+    rows: list[dict[str, Any]]
     if departed:
-        rows: list[dict[str, Any]] = [{"hotkey": hotkey, **info} for hotkey, info in snapshot.departed.items()]
-        columns, cells = (
-            ("hotkey", "seen to leave"),
-            [(r["hotkey"], output.moment(r["detected_ms"])) for r in rows],
-        )
+        key, rows = "departed", [{"hotkey": hotkey, **info} for hotkey, info in snapshot.departed.items()]
     else:
-        rows = [r for r in snapshot.eliminations.values() if reason is None or r["reason"] == reason]
-        columns = ("hotkey", "reason", "dd", "eliminated")
-        cells = [
-            (r["hotkey"], r["reason"], r.get("dd"), output.moment(r["elimination_initiated_time_ms"]))
-            for r in rows
-        ]
+        key = "eliminations"
+        rows = [row for row in snapshot.eliminations.values() if reason is None or row["reason"] == reason]
     if settings.as_json:
-        key = "departed" if departed else "eliminations"
         output.document({"name": settings.name, "version": snapshot.version, "count": len(rows), key: rows})
+    elif departed:
+        output.records(("hotkey", "seen to leave"), ((r["hotkey"], output.moment(r["detected_ms"])) for r in rows))
     else:
-        output.records(columns, cells)
+        output.records(
+            ("hotkey", "reason", "dd", "eliminated"),
+            (
+                (r["hotkey"], r["reason"], r.get("dd"), output.moment(r["elimination_initiated_time_ms"]))
+                for r in rows
+            ),
+        )
