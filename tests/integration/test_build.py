@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["shmelim", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md"]
+SOURCES = [
+    *("shmelim", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in"),
+    *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
+]
 
 setuptools = pytest.importorskip("setuptools")
 
@@ -88,7 +91,7 @@ def test_native_without_a_compiler_is_an_error(source: Path) -> None:
     assert built.returncode != 0
 
 
-def test_a_switch_that_is_none(source: Path) -> None:
+def test_an_unknown_switch_is_named(source: Path) -> None:
     built = build(source, "nativ")
     assert built.returncode != 0
     assert "'nativ' must be one of" in built.stderr
