@@ -10,9 +10,9 @@ from typing import Final
 
 import click
 
-from shmelim.cli import output
-from shmelim.cli.failure import NO, FileProblemError, RefusedError
+from shmelim.cli.failure import NO, YES, FileProblemError, RefusedError
 from shmelim.cli.options import HOTKEY, PATH_OR_DASH, Settings, command
+from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations import EliminationClient, EliminationReason
 from shmelim.eliminations.files import format as files
@@ -33,7 +33,6 @@ _SHOWN: Final = 3
     metavar="T",
     help="When, in milliseconds since 1970 UTC [default: now].",
 )
-@click.pass_obj
 def add(settings: Settings, *, hotkey: str, reason: str, dd: float | None, time_ms: int | None) -> None:
     """Eliminate HOTKEY, or replace its record. When this returns, every reader sees it and it is durable.
 
@@ -47,21 +46,17 @@ def add(settings: Settings, *, hotkey: str, reason: str, dd: float | None, time_
     if dd is not None and not math.isfinite(dd):
         raise click.UsageError(f"--dd must be a number, not {dd}")
     if reason not in EliminationReason.__members__:
-        click.echo(f"note: {output.printable(repr(reason))} is stored as given; usual are {_REASONS}", err=True)
+        click.echo(f"note: {printable(repr(reason))} is stored as given; usual are {_REASONS}", err=True)
     at_ms = time.time_ns() // 1_000_000 if time_ms is None else time_ms
     with contextlib.closing(EliminationClient(settings.name)) as client:
         added = client.append_elimination_row(hotkey, dd, reason, at_ms)
-    if settings.as_json:
-        row = generate_row(hotkey, dd, reason, at_ms)
-        output.document({"name": settings.name, "added": added, "elimination": row})
-    else:
-        click.echo(f"{'added' if added else 'replaced'}: {output.printable(hotkey)}")
+    content = {"added": added, "elimination": generate_row(hotkey, dd, reason, at_ms)}
+    settings.say(content, f"{'added' if added else 'replaced'}: {printable(hotkey)}")
 
 
 @command
 @click.argument("hotkey", type=HOTKEY)
-@click.pass_context
-def remove(context: click.Context, *, hotkey: str) -> None:
+def remove(settings: Settings, *, hotkey: str) -> int:
     """Remove the elimination of HOTKEY; exit code 1 if there was none. The history keeps what it was.
 
     With --json: name, hotkey, removed.
@@ -69,20 +64,15 @@ def remove(context: click.Context, *, hotkey: str) -> None:
     For example:
       shmelim remove 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
     """
-    settings: Settings = context.obj
     with contextlib.closing(EliminationClient(settings.name)) as client:
         removed = bool(client.delete_eliminations([hotkey]))
-    if settings.as_json:
-        output.document({"name": settings.name, "hotkey": hotkey, "removed": removed})
-    else:
-        click.echo(f"{'removed' if removed else 'not eliminated'}: {output.printable(hotkey)}")
-    if not removed:
-        context.exit(NO)
+    what = "removed" if removed else "not eliminated"
+    settings.say({"hotkey": hotkey, "removed": removed}, f"{what}: {printable(hotkey)}")
+    return YES if removed else NO
 
 
 @command
 @click.argument("file", type=PATH_OR_DASH)
-@click.pass_obj
 def sync(settings: Settings, *, file: Path) -> None:
     """Make exactly the eliminations in FILE the current ones, in one step; "-" is stdin.
 
@@ -112,11 +102,8 @@ def sync(settings: Settings, *, file: Path) -> None:
         except (ValueError, TypeError) as error:
             raise RefusedError(str(error), hint="nothing was changed") from error
         eliminated = len(client)
-    if settings.as_json:
-        counts = {"records": len(records), "removed": removed, "eliminated": eliminated}
-        output.document({"name": settings.name, **counts})
-    else:
-        click.echo(f"{len(removed)} removed, {eliminated} eliminated now")
+    content = {"records": len(records), "removed": removed, "eliminated": eliminated}
+    settings.say(content, f"{len(removed)} removed, {eliminated} eliminated now")
 
 
 def _read(file: Path) -> list[bytes]:

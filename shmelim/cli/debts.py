@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from shmelim.cli import output
-from shmelim.cli.failure import NO, RefusedError
+from shmelim.cli.failure import NO, YES, RefusedError
 from shmelim.cli.offline import ask
 from shmelim.cli.options import HOTKEY, Command, Group, Settings, command
 from shmelim.eliminations import EliminationClient
@@ -18,7 +18,6 @@ from shmelim.eliminations.store.offline import read_debts, read_slashes
 
 @command
 @click.argument("hotkey", type=HOTKEY, required=False)
-@click.pass_obj
 def debts(settings: Settings, *, hotkey: str | None) -> None:
     """Show what the elimination of HOTKEY still owes, or what all of them do, oldest first.
 
@@ -40,10 +39,8 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
         lambda client: client.get_debts(hotkey),
         lambda directory: [debt.as_dict() for debt in read_debts(directory, hotkey)],
     )
-    if settings.as_json:
-        output.document({"name": settings.name, "source": source, "count": len(found), "debts": found})
-        return
-    output.records(
+    settings.show(
+        {"source": source, "count": len(found), "debts": found},
         ("hotkey", "owes", "state", "since (UTC)", "failures", "last error"),
         (
             (d["hotkey"], d["kind"], d["state"], output.moment(d["since_ms"]), d["attempts"], d["error"])
@@ -85,10 +82,8 @@ def list_(settings: Settings, *, hotkey: str | None) -> None:
         lambda client: client.get_slashes(hotkey),
         lambda directory: [slash.as_dict() for slash in read_slashes(directory, hotkey)],
     )
-    if settings.as_json:
-        output.document({"name": settings.name, "source": source, "count": len(found), "slashes": found})
-        return
-    output.records(
+    settings.show(
+        {"source": source, "count": len(found), "slashes": found},
         ("hotkey", "made (UTC)", "eliminated (UTC)", "by"),
         ((s["hotkey"], output.moment(s["made_ms"]), output.moment(s["eliminated_ms"]), s["by"]) for s in found),
     )
@@ -98,8 +93,8 @@ def list_(settings: Settings, *, hotkey: str | None) -> None:
 @click.argument("hotkey", type=HOTKEY)
 @click.option("--made/--not-made", "made", default=None, help="Whether the collateral was taken.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.pass_context
-def resolve(context: click.Context, *, hotkey: str, made: bool | None, yes: bool) -> None:
+@click.pass_obj
+def resolve(settings: Settings, *, hotkey: str, made: bool | None, yes: bool) -> int:
     """Say whether the slash of HOTKEY, which is in doubt, was made.
 
     First look at the collateral itself, on the chain. --made: it is settled. --not-made: it is owed again, and the
@@ -113,7 +108,6 @@ def resolve(context: click.Context, *, hotkey: str, made: bool | None, yes: bool
       shmelim slash resolve 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --made
       shmelim slash resolve 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --not-made --yes
     """
-    settings: Settings = context.obj
     if made is None:
         raise click.UsageError("say --made or --not-made")
     with contextlib.closing(EliminationClient(settings.name)) as client:
@@ -131,15 +125,10 @@ def resolve(context: click.Context, *, hotkey: str, made: bool | None, yes: bool
         if not resolved:
             # Perhaps somebody was quicker, which this names; else the question was answered with no.
             _in_doubt(client, hotkey)
-    if settings.as_json:
-        output.document({"name": settings.name, "hotkey": hotkey, "made": made, "resolved": resolved})
-    elif resolved:
-        again = "" if made else "; it is owed again" if debt["due"] else "; it is no longer due"
-        click.echo(f"resolved: {output.printable(hotkey)}: the slash was {'made' if made else 'not made'}{again}")
-    else:
-        click.echo("nothing was changed")
-    if not resolved:
-        context.exit(NO)
+    again = "made" if made else f"not made; it is {'owed again' if debt['due'] else 'no longer due'}"
+    said = f"resolved: {output.printable(hotkey)}: the slash was {again}" if resolved else "nothing was changed"
+    settings.say({"hotkey": hotkey, "made": made, "resolved": resolved}, said)
+    return YES if resolved else NO
 
 
 def _in_doubt(client: EliminationClient, hotkey: str) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from shmelim.cli import output
 from shmelim.cli.failure import FileProblemError
 from shmelim.cli.options import PATH_OR_DASH, Settings, command, owner_option
+from shmelim.cli.output import printable
 from shmelim.eliminations import EliminationReader, Snapshot
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.record import encode
@@ -20,7 +20,6 @@ from shmelim.eliminations.record import encode
 @click.argument("file", type=PATH_OR_DASH)
 @click.option("--departed", is_flag=True, help="Write the departed hotkeys instead of the eliminations.")
 @owner_option
-@click.pass_obj
 def export(settings: Settings, *, file: Path, departed: bool, owner: int | None) -> None:
     """Write the current eliminations to FILE as {"eliminations": […]}, or to stdout if it is "-".
 
@@ -50,11 +49,9 @@ def export(settings: Settings, *, file: Path, departed: bool, owner: int | None)
     if not file.parent.is_dir():
         raise FileProblemError(f"there is no directory {file.parent} to write {file.name} to")
     _write(file, snapshot, departed=departed)
-    if settings.as_json:
-        output.document({"name": settings.name, "version": snapshot.version, "file": str(file), "count": count})
-    else:
-        what = "departed hotkeys" if departed else "eliminations"
-        click.echo(f"{count} {what} written to {output.printable(str(file))}")
+    what = "departed hotkeys" if departed else "eliminations"
+    content = {"version": snapshot.version, "file": str(file), "count": count}
+    settings.say(content, f"{count} {what} written to {printable(str(file))}")
 
 
 def _write(path: Path, snapshot: Snapshot, *, departed: bool) -> None:

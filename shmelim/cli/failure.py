@@ -22,6 +22,7 @@ import click
 from shmelim.cli.output import printable
 from shmelim.errors import NotServingError, ShmelimError
 
+YES: Final = 0
 NO: Final = 1
 USAGE: Final = 2
 NOT_SERVING: Final = 3

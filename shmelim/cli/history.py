@@ -25,7 +25,6 @@ _PAGE: Final = 200
 @click.option(
     "--state-dir", type=PATH, metavar="DIR", help="Read the store in this directory, without asking a server."
 )
-@click.pass_obj
 def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Path | None) -> None:
     """Show the changes of HOTKEY, or all changes, newest first: when, what, to whom, by which process, old → new.
 
@@ -46,10 +45,8 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
         events, source = store(state_dir), "store"
     else:
         events, source = ask(settings.name, lambda client: _pages(client, hotkey, limit), store)
-    if settings.as_json:
-        output.document({"name": settings.name, "source": source, "events": events})
-        return
-    output.records(
+    settings.show(
+        {"source": source, "events": events},
         ("when (UTC)", "action", "hotkey", "by", "change"),
         ((output.moment(it["at_ms"]), it["action"], it["hotkey"], _who(it), _change(it)) for it in events),
     )

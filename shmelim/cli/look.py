@@ -7,7 +7,7 @@ from typing import Any, Final
 import click
 
 from shmelim.cli import output
-from shmelim.cli.failure import NO
+from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import HOTKEY, Settings, command, hotkeys_from, owner_option
 from shmelim.eliminations import EliminationReader, Status
 
@@ -17,8 +17,7 @@ _RE_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
 @command
 @click.argument("hotkeys", metavar="HOTKEY…", type=HOTKEY, nargs=-1, required=True)
 @owner_option
-@click.pass_context
-def check(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None) -> None:
+def check(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> int:
     """Tell of each HOTKEY whether it is eliminated, re-registered, departed, or clear.
 
     "-" stands for the hotkeys on stdin, one a line. Exit code 0: none is eliminated; 1: at least one is;
@@ -31,27 +30,23 @@ def check(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None
       shmelim check 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
       shmelim check - < hotkeys.txt
     """
-    settings: Settings = context.obj
     reader = EliminationReader(settings.name, owner=owner)
     asked = hotkeys_from(hotkeys)
     found = dict(zip(asked, reader.statuses(asked), strict=True))
     eliminated = sum(Status.ELIMINATED in status for status in found.values())
-    if settings.as_json:
-        rows = [
-            {
-                "hotkey": hotkey,
-                "eliminated": Status.ELIMINATED in status,
-                "departed": Status.DEPARTED in status,
-                "registered": Status.REGISTERED in status,
-                "re_registered": _RE_REGISTERED in status,
-            }
-            for hotkey, status in found.items()
-        ]
-        output.document({"name": settings.name, "eliminated": eliminated, "hotkeys": rows})
-    else:
-        output.records(("hotkey", "status"), ((hotkey, _in_words(status)) for hotkey, status in found.items()))
-    if eliminated:
-        context.exit(NO)
+    rows = [
+        {
+            "hotkey": hotkey,
+            "eliminated": Status.ELIMINATED in status,
+            "departed": Status.DEPARTED in status,
+            "registered": Status.REGISTERED in status,
+            "re_registered": _RE_REGISTERED in status,
+        }
+        for hotkey, status in found.items()
+    ]
+    words = ((hotkey, _in_words(status)) for hotkey, status in found.items())
+    settings.show({"eliminated": eliminated, "hotkeys": rows}, ("hotkey", "status"), words)
+    return NO if eliminated else YES
 
 
 def _in_words(status: Status) -> str:
@@ -66,8 +61,7 @@ def _in_words(status: Status) -> str:
 @command
 @click.argument("hotkeys", metavar="HOTKEY…", type=HOTKEY, nargs=-1, required=True)
 @owner_option
-@click.pass_context
-def get(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None) -> None:
+def get(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> int:
     """Print the elimination record of each HOTKEY; "-" stands for those on stdin.
 
     Exit code 1: at least one of them is not eliminated.
@@ -77,7 +71,6 @@ def get(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None) 
     For example:
       shmelim get 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --json
     """
-    settings: Settings = context.obj
     reader = EliminationReader(settings.name, owner=owner)
     found = {hotkey: reader.get_elimination(hotkey) for hotkey in hotkeys_from(hotkeys)}
     eliminations = [record for record in found.values() if record is not None]
@@ -91,15 +84,13 @@ def get(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None) 
             output.facts([*record.items(), ("(UTC)", output.moment(record["elimination_initiated_time_ms"]))])
         for hotkey in missing:
             click.echo(f"not eliminated: {output.printable(hotkey)}", err=True)
-    if missing:
-        context.exit(NO)
+    return NO if missing else YES
 
 
 @command
 @click.option("--departed", is_flag=True, help="List the hotkeys that left the metagraph instead.")
 @click.option("--reason", metavar="REASON", help="Only eliminations for this reason.")
 @owner_option
-@click.pass_obj
 def list_(settings: Settings, *, departed: bool, reason: str | None, owner: int | None) -> None:
     """List the eliminations in the order in which they came: hotkey, reason, drawdown, time (UTC).
 
@@ -116,21 +107,20 @@ def list_(settings: Settings, *, departed: bool, reason: str | None, owner: int 
     if departed and reason is not None:
         raise click.UsageError("--reason is about eliminations and does not go with --departed")
     snapshot = EliminationReader(settings.name, owner=owner).snapshot()
-    rows: list[dict[str, Any]]
+    content: dict[str, Any] = {"version": snapshot.version}
     if departed:
-        key, rows = "departed", [{"hotkey": hotkey, **info} for hotkey, info in snapshot.departed.items()]
-    else:
-        key = "eliminations"
-        rows = [row for row in snapshot.eliminations.values() if reason is None or row["reason"] == reason]
-    if settings.as_json:
-        output.document({"name": settings.name, "version": snapshot.version, "count": len(rows), key: rows})
-    elif departed:
-        output.records(("hotkey", "seen to leave"), ((r["hotkey"], output.moment(r["detected_ms"])) for r in rows))
-    else:
-        output.records(
-            ("hotkey", "reason", "dd", "eliminated"),
-            (
-                (r["hotkey"], r["reason"], r.get("dd"), output.moment(r["elimination_initiated_time_ms"]))
-                for r in rows
-            ),
-        )
+        gone = [{"hotkey": hotkey, **info} for hotkey, info in snapshot.departed.items()]
+        content |= {"count": len(gone), "departed": gone}
+        cells = ((it["hotkey"], output.moment(it["detected_ms"])) for it in gone)
+        settings.show(content, ("hotkey", "seen to leave"), cells)
+        return
+    rows = [row for row in snapshot.eliminations.values() if reason is None or row["reason"] == reason]
+    content |= {"count": len(rows), "eliminations": rows}
+    settings.show(
+        content,
+        ("hotkey", "reason", "dd", "eliminated"),
+        (
+            (row["hotkey"], row["reason"], row.get("dd"), output.moment(row["elimination_initiated_time_ms"]))
+            for row in rows
+        ),
+    )

@@ -7,7 +7,7 @@ import contextlib
 import click
 
 from shmelim.cli import output
-from shmelim.cli.failure import NO
+from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Settings, command
 from shmelim.eliminations import EliminationClient
 
@@ -15,8 +15,7 @@ from shmelim.eliminations import EliminationClient
 @command
 @click.option("--accept", is_flag=True, help="Record that they have departed.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.pass_context
-def missing(context: click.Context, *, accept: bool, yes: bool) -> None:
+def missing(settings: Settings, *, accept: bool, yes: bool) -> int:
     """List the hotkeys that the metagraph no longer shows, and whose departure was not believed.
 
     Where more than 10 and at least a quarter are lost at once, the metagraph itself may have failed. Look at the
@@ -30,18 +29,15 @@ def missing(context: click.Context, *, accept: bool, yes: bool) -> None:
       shmelim missing
       shmelim missing --accept
     """
-    settings: Settings = context.obj
     accepted: list[str] = []
     with contextlib.closing(EliminationClient(settings.name)) as client:
         listed = client.get_missing_hotkeys()
         if accept and listed and (yes or output.agreed(f"{len(listed)} hotkeys have departed?")):
             # By name: a hotkey that was not seen here is not accepted.
             accepted = client.accept_loss(listed)
-    if settings.as_json:
-        output.document({"name": settings.name, "count": len(listed), "missing": listed, "accepted": accepted})
-    elif accept:
-        click.echo(f"departed: {len(accepted)} hotkeys" if accepted else "nothing was changed")
-    else:
-        output.records(("hotkey",), ((hotkey,) for hotkey in listed))
-    if accept and not accepted:
-        context.exit(NO)
+    content = {"count": len(listed), "missing": listed, "accepted": accepted}
+    if not accept:
+        settings.show(content, ("hotkey",), ((hotkey,) for hotkey in listed))
+        return YES
+    settings.say(content, f"departed: {len(accepted)} hotkeys" if accepted else "nothing was changed")
+    return YES if accepted else NO

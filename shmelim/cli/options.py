@@ -6,12 +6,14 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import click
+
+from shmelim.cli import output
 
 NAME_VARIABLE: Final = "SHMELIM_NAME"
 DEBUG_VARIABLE: Final = "SHMELIM_DEBUG"
@@ -36,6 +38,20 @@ class Settings:
         if problem := _problem("name", name):
             raise click.UsageError(f"{NAME_VARIABLE}: {problem}")
         return cls(name, debug=os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"))
+
+    def say(self, content: dict[str, Any], text: str) -> None:
+        """Print what was done: as JSON with the name, or as text."""
+        if self.as_json:
+            output.document({"name": self.name, **content})
+        else:
+            click.echo(text)
+
+    def show(self, content: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Print what was found: as JSON with the name, or as rows."""
+        if self.as_json:
+            output.document({"name": self.name, **content})
+        else:
+            output.records(columns, rows)
 
 
 class _Shared:
@@ -62,8 +78,8 @@ class Group(_Shared, click.Group):
 
 
 def command(function: Callable[..., Any]) -> Command:
-    """Make a function a command of its name."""
-    return click.command(function.__name__.rstrip("_"), cls=Command)(function)
+    """Make a function a command of its name, which is given the settings and may return an exit code."""
+    return click.command(function.__name__.rstrip("_"), cls=Command)(click.pass_obj(function))
 
 
 def _option(name: str, text: str, field: str | None = None) -> click.Option:

@@ -85,7 +85,6 @@ class _StderrHandler(logging.Handler):
     help='Write "ready" and a newline to this descriptor once readers and commands are served, and close it.',
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log more than warnings.")
-@click.pass_obj
 def serve(
     settings: Settings,
     *,

@@ -23,7 +23,6 @@ _ASKING: Final = 2.0
 @command
 @click.option("--verify", is_flag=True, help="Check every record's checksum and that each entry can be found.")
 @owner_option
-@click.pass_obj
 def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
     """Show who serves a name, what is published, how full it is, and what needs a person.
 

@@ -16,7 +16,7 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.demo.scenario import ENDING_SIGNALS, Scenario, signals_held
-from shmelim.cli.failure import NO
+from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Settings, command
 from shmelim.shm import SharedNamespace
 
@@ -38,8 +38,7 @@ _WHOLE: Final = 100
     metavar="N",
     help="How many reader processes [default: one for each core but one, which is left to the server].",
 )
-@click.pass_context
-def demo(context: click.Context, *, seconds: float, readers: int | None) -> None:
+def demo(settings: Settings, *, seconds: float, readers: int | None) -> int:
     """Show the whole job on 367 real hotkeys, and measure it.
 
     Touches none of your state: it serves a name of its own, whatever --name says, from a temporary directory.
@@ -55,7 +54,6 @@ def demo(context: click.Context, *, seconds: float, readers: int | None) -> None
       shmelim demo
       shmelim demo --seconds 60 --readers 8 --json
     """
-    settings: Settings = context.obj
     readers = readers or min(64, max(1, len(os.sched_getaffinity(0)) - 1))
     with contextlib.ExitStack() as stack:
         for number in ENDING_SIGNALS[1:]:  # Ctrl-C raises by itself
@@ -75,8 +73,7 @@ def demo(context: click.Context, *, seconds: float, readers: int | None) -> None
         output.document(found)
     else:
         show(found)
-    if not found["ok"]:
-        context.exit(NO)
+    return YES if found["ok"] else NO
 
 
 def show(found: dict[str, Any]) -> None:

@@ -92,8 +92,6 @@ class Watcher:
         self.reader, self.parts = reader, parts
         self.counts: Counter[str] = Counter()
         self.errors: list[str] = []
-        self.awaited: str | None = None
-        self.seen_ns: int | None = None
         self._steady = cycle(parts.steady)
         self._mixture = [it for pair in zip(parts.steady, parts.never, strict=False) for it in pair][:BATCH]
         self._version = 0
@@ -103,8 +101,6 @@ class Watcher:
         for read, times in ((self._check, 100), (self._get, 50), (self._check_camps, 4), (self._snapshot, 1)):
             for _ in range(times):
                 self._guarded(read)
-                if self.awaited is not None and self.reader.is_hotkey_eliminated(self.awaited):
-                    self.seen_ns, self.awaited = time.monotonic_ns(), None
 
     def _guarded(self, read: Callable[[], None]) -> None:
         try:
@@ -134,13 +130,13 @@ class Watcher:
     def _check_camps(self) -> None:
         half = len(self.parts.even)
         answers = self.reader.are_eliminated([*self.parts.even, *self.parts.odd]).tolist()
-        self.counts["mixed_batches"] += are_halves_mixed(answers[:half], answers[half:])
+        self.counts["mixed"] += are_halves_mixed(answers[:half], answers[half:])
 
     def _snapshot(self) -> None:
         snapshot = self.reader.snapshot()
         records = snapshot.eliminations
         self.counts["snapshots"] += 1
-        self.counts["mixed_snapshots"] += are_mixed(records.values())
+        self.counts["mixed"] += are_mixed(records.values())
         self.counts["torn"] += sum(not is_whole(record) for record in records.values())
         self.counts["wrong"] += any(hotkey not in records for hotkey in self.parts.steady)
         self.counts["backwards"] += snapshot.version < self._version
@@ -150,24 +146,24 @@ class Watcher:
 def main(name: str) -> None:
     """Read until told to report, or until the demo is gone; one line of JSON asks, one answers.
 
-    ``["round", null]`` is answered with the reads of a whole round, ``["await", hotkey]`` with the time at which
-    the hotkey was first seen to be eliminated, ``["report", null]`` with all that was counted.
+    ``["round", null]`` is answered with the number of reads in a whole round, ``["sees", hotkey]`` with whether
+    the hotkey is eliminated now, and ``["report", null]`` with all that was counted.
     """
     watcher = Watcher(EliminationReader(name, wait=30), cast())
     answer: object = os.getpid()
     while True:
         if answer is not None:
             print(json.dumps(answer), flush=True)  # noqa: T201 - the demo reads it
-        answer, what, before = None, "", watcher.counts["reads"]
+        answer, what, about, before = None, "", "", watcher.counts["reads"]
         if select.select([sys.stdin], [], [], 0)[0]:
-            what, watcher.awaited = json.loads(sys.stdin.readline() or '["report", null]')
+            what, about = json.loads(sys.stdin.readline() or '["report", null]')
         if what == "report":
             break
+        if what == "sees":
+            answer = watcher.reader.is_hotkey_eliminated(about)
         watcher.round()
         if what == "round":
             answer = watcher.counts["reads"] - before
-        elif watcher.seen_ns is not None:
-            answer, watcher.seen_ns = watcher.seen_ns, None
     counts = {**watcher.counts, "retries": watcher.reader.retries}
     print(json.dumps({"pid": os.getpid(), **counts, "errors": watcher.errors}), flush=True)  # noqa: T201
 
