@@ -105,7 +105,6 @@ def _show_version(context: click.Context, _option: click.Parameter, wanted: bool
 
 @click.group(
     cls=_Commands,
-    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 the answer is no or the request was refused, 2 wrong usage, "
     "3 nothing is served under that name, 4 any other error.",
@@ -113,8 +112,7 @@ def _show_version(context: click.Context, _option: click.Parameter, wanted: bool
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
 )
-@click.pass_context
-def cli(context: click.Context) -> None:
+def cli() -> None:
     """Is this hotkey eliminated? Answered from shared memory, in any process.
 
     One process serves a name; everybody reads it without asking that process. Reading needs no key and goes
@@ -126,8 +124,6 @@ def cli(context: click.Context) -> None:
       shmelim check 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
       shmelim demo
     """
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
 
 
 def main() -> NoReturn:

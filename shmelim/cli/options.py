@@ -74,7 +74,14 @@ class Command(_Shared, click.Command):
 
 
 class Group(_Shared, click.Group):
-    """A group of commands with the shared options."""
+    """A group of commands with the shared options; alone it shows its help."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take the arguments."""
+        if not args:
+            click.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
 
 
 def command(function: Callable[..., Any]) -> Command:

@@ -102,9 +102,11 @@ def test_source_distribution_and_wheel_have_what_they_need(source: Path) -> None
         [sys.executable, "setup.py", "-q", "sdist"], cwd=source, capture_output=True, check=True, text=True
     )
     with tarfile.open(next((source / "dist").glob("*.tar.gz"))) as archive:
-        names = {Path(name).name for name in archive.getnames() if "/shm/" in name}
+        paths = [Path(name) for name in archive.getnames()]
+    names = {path.name for path in paths if path.parent.name == "shm"}
     wanted = {path.name for path in (ROOT / "shmelim/shm").iterdir() if path.suffix in {".c", ".h", ".py", ".pyi"}}
     assert wanted <= names
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md"} <= {path.name for path in paths}
 
 
 @pytest.mark.long  # isolated builds fetch what they build with

@@ -162,9 +162,10 @@ def test_every_command_has_a_help_with_its_options(run):
 
 
 def test_without_a_command_it_shows_the_help(run):
-    result = run()
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == run("--help").stdout
+    for arguments in ((), ("slash",)):
+        result = run(*arguments)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout == run(*arguments, "--help").stdout
 
 
 def test_help_and_version_load_no_command_and_nothing_that_takes_long():
