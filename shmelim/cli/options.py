@@ -78,7 +78,7 @@ class Group(_Shared, click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take the arguments."""
-        if not args:
+        if not args and not ctx.resilient_parsing:  # which completion is
             click.echo(ctx.get_help())
             ctx.exit()
         return super().parse_args(ctx, args)

@@ -168,6 +168,16 @@ def test_without_a_command_it_shows_the_help(run):
         assert result.stdout == run(*arguments, "--help").stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"), [("shmelim de", ["debts", "demo"]), ("shmelim slash r", ["resolve"])]
+)
+def test_a_shell_can_complete_commands(run, words, offered):
+    env = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_SHMELIM_COMPLETE": "bash_complete"}
+    result = run(env=env)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert [line.partition(",")[2] for line in result.stdout.splitlines()] == offered
+
+
 def test_help_and_version_load_no_command_and_nothing_that_takes_long():
     code = (
         "import sys; from shmelim.cli.main import cli\n"
