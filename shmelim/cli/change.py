@@ -14,9 +14,9 @@ from shmelim.cli.failure import NO, YES, FileProblemError, RefusedError
 from shmelim.cli.options import HOTKEY, PATH_OR_DASH, Settings, command
 from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
-from shmelim.eliminations import EliminationClient, EliminationReason
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.files import format as files
-from shmelim.eliminations.record import decode, generate_row
+from shmelim.eliminations.record import EliminationReason, decode, generate_row
 from shmelim.errors import DamagedFileError
 
 _REASONS: Final = ", ".join(EliminationReason.__members__)

@@ -11,7 +11,7 @@ from shmelim.cli import output
 from shmelim.cli.failure import NO, YES, RefusedError
 from shmelim.cli.offline import ask
 from shmelim.cli.options import HOTKEY, Command, Group, Settings, command
-from shmelim.eliminations import EliminationClient
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.debts.states import ATTEMPTING, OWED, SLASH, attempt_is_alive
 from shmelim.eliminations.store.offline import read_debts, read_slashes
 

@@ -11,8 +11,9 @@ import click
 from shmelim.cli.failure import FileProblemError
 from shmelim.cli.options import PATH_OR_DASH, Settings, command, owner_option
 from shmelim.cli.output import printable
-from shmelim.eliminations import EliminationReader, Snapshot
 from shmelim.eliminations.files import format as files
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.reading import Snapshot
 from shmelim.eliminations.record import encode
 
 

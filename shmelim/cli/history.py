@@ -11,7 +11,7 @@ import click
 from shmelim.cli import output
 from shmelim.cli.offline import ask
 from shmelim.cli.options import HOTKEY, PATH, Settings, command
-from shmelim.eliminations import EliminationClient
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.server import event_as_dict
 from shmelim.eliminations.store.history import read_events
 from shmelim.errors import MessageTooLargeError

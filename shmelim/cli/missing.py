@@ -9,7 +9,7 @@ import click
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Settings, command
-from shmelim.eliminations import EliminationClient
+from shmelim.eliminations.client import EliminationClient
 
 
 @command

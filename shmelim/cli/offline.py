@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shmelim.eliminations import EliminationClient
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.runtime import RuntimeDirectory, default_state_directory
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.errors import KeyFileError, NotServingError, StoreError

@@ -15,8 +15,8 @@ from shmelim.cli.failure import FileProblemError
 from shmelim.cli.options import PATH, Settings, command
 from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
-from shmelim.eliminations import EliminationReader
 from shmelim.eliminations.files.mirror import FilesMode
+from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.serve import ServeOptions, Service, run
 from shmelim.eliminations.store.schema import Durability
 from shmelim.errors import AlreadyServingError, ShmelimError

@@ -22,8 +22,9 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from shmelim.eliminations import EliminationReader, EliminationReason
 from shmelim.eliminations.files import format as files
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.record import EliminationReason
 
 REAL_HOTKEYS: Final = resources.files("shmelim") / "data" / "default_departed_hotkeys.json"
 BATCH: Final = 100  # checks between two looks at the clock

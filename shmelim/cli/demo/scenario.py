@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any, Final
 
 from shmelim.cli.demo.reader import REAL_HOTKEYS, cast, make_record
-from shmelim.eliminations import EliminationClient
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.record import decode
 from shmelim.eliminations.store.history import read_events
 from shmelim.errors import OutcomeUnknownError, ShmelimError
