@@ -137,6 +137,14 @@ def test_a_watcher_finds_wrong_answers(watcher):
     assert watcher.counts["wrong"] > before
 
 
+def test_a_watcher_finds_a_snapshot_that_lacks_somebody(watcher):
+    whole = watcher.reader.snapshot()
+    del whole.eliminations[CAST.steady[0]]
+    watcher.reader.snapshot = lambda: whole
+    watcher.round()
+    assert counts(watcher) == (0, 0, 1, 0)
+
+
 def test_a_watcher_sees_a_version_go_back(watcher):
     watcher.round()
     watcher.reader.version = 0
