@@ -27,7 +27,7 @@ def ask(name: str, server: Callable[[EliminationClient], Rows], store: Callable[
     except (NotServingError, KeyFileError) as error:
         try:
             announced = RuntimeDirectory(name).server().state_dir
-        except NotServingError:
+        except (NotServingError, KeyFileError):
             announced = None
         directory = default_state_directory(name) if announced is None else Path(announced)
         try:

@@ -15,7 +15,7 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.state.debt_book import MOST_SHOWN
 from shmelim.eliminations.store.offline import read_debt_figures
-from shmelim.errors import NotServingError, ShmelimError, StoreError
+from shmelim.errors import KeyFileError, NotServingError, ShmelimError, StoreError
 from shmelim.shm import READ_PATH
 
 _ASKING: Final = 2.0
@@ -88,7 +88,7 @@ def _announced(name: str) -> tuple[str | None, str | None, str | None]:
     """Return the address and state directory that the last server left word of, and what is in the way of them."""
     try:
         info = RuntimeDirectory(name).server()
-    except NotServingError as error:
+    except (NotServingError, KeyFileError) as error:
         return None, None, error.message
     address = info.address if isinstance(info.address, str) else f"{info.address[0]}:{info.address[1]}"
     return address, info.state_dir, None
