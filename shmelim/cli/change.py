@@ -14,9 +14,9 @@ from shmelim.cli import output
 from shmelim.cli.failure import NO, FileProblemError, RefusedError
 from shmelim.cli.options import HOTKEY, Command, Settings, settings_options
 from shmelim.cli.progress import DelayedProgress
-from shmelim.eliminations import EliminationClient, EliminationReason
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.files import format as files
-from shmelim.eliminations.record import decode, generate_row
+from shmelim.eliminations.record import EliminationReason, decode, generate_row
 from shmelim.errors import DamagedFileError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from shmelim.cli import output
 from shmelim.cli.failure import NO, RefusedError
 from shmelim.cli.offline import from_store
 from shmelim.cli.options import HOTKEY, Command, Group, Settings, settings_options
-from shmelim.eliminations import EliminationClient
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.debts.states import ATTEMPTING, OWED, SLASH, attempt_is_alive
 from shmelim.eliminations.store.offline import read_debts, read_slashes
 from shmelim.errors import KeyFileError, NotServingError

@@ -12,12 +12,12 @@ import click
 from shmelim.cli import output
 from shmelim.cli.failure import FileProblemError
 from shmelim.cli.options import Command, Settings, owner_option, settings_options
-from shmelim.eliminations import EliminationReader
 from shmelim.eliminations.files import format as files
+from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import encode
 
 if TYPE_CHECKING:
-    from shmelim.eliminations import Snapshot
+    from shmelim.eliminations.reading import Snapshot
 
 
 @click.command(cls=Command, short_help="Write the state to a JSON file.")

@@ -10,7 +10,7 @@ import click
 from shmelim.cli import output
 from shmelim.cli.offline import from_store
 from shmelim.cli.options import HOTKEY, Command, Settings, settings_options
-from shmelim.eliminations import EliminationClient
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.server import event_as_dict
 from shmelim.eliminations.store.history import read_events
 from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError

@@ -9,7 +9,8 @@ import click
 from shmelim.cli import output
 from shmelim.cli.failure import NO
 from shmelim.cli.options import HOTKEY, Command, Settings, hotkeys_from, owner_option, settings_options
-from shmelim.eliminations import EliminationReader, Status
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.rows import Status
 
 _RE_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
 

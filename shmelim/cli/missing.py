@@ -10,7 +10,7 @@ import click
 from shmelim.cli import output
 from shmelim.cli.failure import NO
 from shmelim.cli.options import Command, Settings, settings_options
-from shmelim.eliminations import EliminationClient
+from shmelim.eliminations.client import EliminationClient
 
 
 @click.command(cls=Command, short_help="List hotkeys whose departure was not believed, or accept it.")

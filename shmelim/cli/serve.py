@@ -14,7 +14,7 @@ from shmelim.cli.failure import FileProblemError
 from shmelim.cli.options import Command, Settings, settings_options
 from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
-from shmelim.eliminations import EliminationReader
+from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.serve import ServeOptions, run
 from shmelim.errors import AlreadyServingError, ShmelimError
 

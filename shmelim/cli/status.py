@@ -9,7 +9,8 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.options import Command, Settings, owner_option, settings_options
-from shmelim.eliminations import EliminationClient, EliminationReader
+from shmelim.eliminations.client import EliminationClient
+from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.state.debt_book import MOST_SHOWN
 from shmelim.eliminations.store.offline import read_debt_figures

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import msgspec
-import numpy as np
 
 from shmelim.eliminations.record import decode as decode_record
 from shmelim.eliminations.rows import (
@@ -24,17 +23,19 @@ from shmelim.shm import HEADS, ITEMS, KEYS, VALUES, Lookups, flag_choice, flag_t
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from shmelim.shm import TableInfo, WriterInfo
 
 T = TypeVar("T")
 
+_empty: Callable[[int, str], NDArray[Any]] | None = None  # numpy's, once somebody asked for many hotkeys at a time
+
 _ELIMINATED = int(Status.ELIMINATED)
 _DEPARTED = int(Status.DEPARTED)
 _REGISTERED = int(Status.REGISTERED)
 _RE_REGISTERED = int(Status.DEPARTED | Status.REGISTERED)
-_BOOL = np.dtype(np.bool_)
 _STATUSES = tuple(Status(flags) for flags in range(256))
 
 
@@ -133,7 +134,7 @@ class Reading(Lookups):
 
         """
         keys = hotkeys if type(hotkeys) is list else _listed(hotkeys)
-        answers = np.empty(len(keys), _BOOL)
+        answers = (_empty or _numpy_empty())(len(keys), "?")
         if not self._fill(keys, answers, _ELIMINATED):
             self._fill_in_any_case(keys, answers, _ELIMINATED)
         return answers
@@ -141,7 +142,7 @@ class Reading(Lookups):
     def statuses(self, hotkeys: Iterable[str]) -> list[Status]:
         """Return all that the table says of many hotkeys, in their order and as of one version."""
         keys = _listed(hotkeys)
-        answers = np.empty(len(keys), np.uint8)
+        answers = (_empty or _numpy_empty())(len(keys), "u1")
         if not self._fill(keys, answers, 0):
             self._fill_in_any_case(keys, answers, 0)
         return [_STATUSES[flags] for flags in answers.tolist()]
@@ -255,11 +256,23 @@ class Reading(Lookups):
 
 def _listed(hotkeys: Iterable[str]) -> list[str] | tuple[str, ...] | NDArray[np.bytes_]:
     """Return hotkeys in a form that can be looked up at once."""
-    if isinstance(hotkeys, np.ndarray):
-        return np.ascontiguousarray(hotkeys) if hotkeys.dtype.kind == "S" else hotkeys.tolist()
+    if isinstance(hotkeys, (list, tuple)):
+        return hotkeys
     if isinstance(hotkeys, str):
         raise TypeError("hotkeys must be a list of hotkeys, not one hotkey")
-    return hotkeys if isinstance(hotkeys, (list, tuple)) else list(hotkeys)
+    import numpy as np  # noqa: PLC0415
+
+    if isinstance(hotkeys, np.ndarray):
+        return np.ascontiguousarray(hotkeys) if hotkeys.dtype.kind == "S" else hotkeys.tolist()
+    return list(hotkeys)
+
+
+def _numpy_empty() -> Callable[[int, str], NDArray[Any]]:
+    global _empty  # noqa: PLW0603
+    import numpy as np  # noqa: PLC0415
+
+    _empty = np.empty
+    return np.empty
 
 
 def _decode(record: bytes) -> dict[str, Any]:

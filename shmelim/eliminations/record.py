@@ -10,13 +10,13 @@ Everything here is a pure function: safe from any thread, and nothing of the arg
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NoReturn
 
 import msgspec
-import numpy as np
 
 DEPARTED_HOTKEYS_KEY = "departed_hotkeys"
 ELIMINATIONS_KEY = "eliminations"
@@ -282,7 +282,7 @@ def _plain_list(values: list[Any] | tuple[Any, ...], depth: int, room: list[int]
     return plain
 
 
-def _plain(value: Any, depth: int, room: list[int]) -> Any:  # noqa: PLR0911 - one flat dispatch
+def _plain(value: Any, depth: int, room: list[int]) -> Any:
     """Return the plain form of any one value, or raise for one that has none."""
     kind = type(value)
     if kind is float or value is None or kind is bool:
@@ -294,19 +294,33 @@ def _plain(value: Any, depth: int, room: list[int]) -> Any:  # noqa: PLR0911 - o
         return _plain_dict(value, depth + 1, room)
     if isinstance(value, (list, tuple)):
         return _plain_list(value, depth + 1, room)
-    # numpy counts time spans among its integers; they are no numbers to us.
-    if isinstance(value, (int, np.integer)) and kind is not np.timedelta64:
-        number = int(value)
-        if not _MIN_INT <= number <= _MAX_INT:
-            raise _NotStorableError(f"{_short(number)} does not fit into 64 bits")
+    number = _plain_number(value)
+    if number is not None:
         return number
-    if isinstance(value, (float, np.floating)):
-        return float(value)
-    if isinstance(value, np.bool_):
-        return bool(value)
     if isinstance(value, Enum) and isinstance(value.value, str):
         return _plain_text(value.value)
     raise _NotStorableError(f"a value of type {kind.__module__}.{kind.__qualname__} has no JSON form")
+
+
+def _plain_number(value: Any) -> float | None:
+    """Return the Python number that a number is, numpy's scalars included; None for anything else."""
+    if isinstance(value, float):
+        return float(value)
+    if not isinstance(value, int):
+        numpy: Any = sys.modules.get("numpy")  # not imported for this: its scalars cannot come without it
+        if not isinstance(value, getattr(numpy, "generic", ())):
+            return None
+        if isinstance(value, numpy.floating):
+            return float(value)
+        if isinstance(value, numpy.bool_):
+            return bool(value)
+        # numpy counts time spans among its integers; they are not numbers to us.
+        if not isinstance(value, numpy.integer) or isinstance(value, numpy.timedelta64):
+            return None
+    number = int(value)
+    if not _MIN_INT <= number <= _MAX_INT:
+        raise _NotStorableError(f"{_short(number)} does not fit into 64 bits")
+    return number
 
 
 def _plain_text(value: str) -> str:

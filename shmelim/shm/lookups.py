@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
-import numpy as np
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from shmelim.shm.reader import TableReader
@@ -124,6 +123,8 @@ class Lookups:
 
     def _fill_in_any_case(self, keys: Keys, answers: NDArray[Any], mask: int) -> None:
         """Do the same, however fast publishes come."""
+        import numpy as np  # noqa: PLC0415
+
         listed = keys.tolist() if isinstance(keys, np.ndarray) else [self._key(key) for key in keys]
         flags = self._table.flags_of(listed)
         answers[:] = flags if mask == 0 else flags & mask == mask

@@ -29,8 +29,6 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVar
 
-import numpy as np
-
 from shmelim.errors import CorruptSegmentError, NotServingError, SegmentError
 from shmelim.shm.layout import (
     COPY_HEADER_SIZE,
@@ -57,6 +55,7 @@ from shmelim.shm.view import Batch, View
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from shmelim.shm.segment import Namespace, Segment
@@ -261,6 +260,8 @@ class TableReader:
         Hashing happens before the version is looked at, so that the part that a publish can overtake stays
         short. Where publishes still come faster, the answer is taken from a snapshot, so that this ends.
         """
+        import numpy as np  # noqa: PLC0415
+
         if not keys:
             return np.zeros(0, np.uint8)
         batch = Batch(keys)
@@ -288,6 +289,8 @@ class TableReader:
         return self._flags_of_snapshot(keys)
 
     def _flags_of_snapshot(self, keys: Sequence[bytes]) -> NDArray[np.uint8]:
+        import numpy as np  # noqa: PLC0415
+
         entries = self.snapshot().entries
         return np.fromiter((entries[key].flags if key in entries else 0 for key in keys), np.uint8, len(keys))
 

@@ -7,11 +7,8 @@ import errno
 import fcntl
 import mmap
 import os
-import platform
 import stat
 import sys
-import tempfile
-from pathlib import Path
 from typing import Final
 
 import posix_ipc
@@ -28,7 +25,7 @@ from shmelim.shm.layout import ROOT_SIZE
 from shmelim.shm.native import READ_PATH
 from shmelim.shm.segment import Segment, check_name
 
-_SHM_DIR: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps POSIX shared memory
+_SHM_DIR: Final = "/dev/shm"  # noqa: S108  # where Linux keeps POSIX shared memory
 _ZEROS: Final = bytes(1 << 20)
 
 
@@ -195,8 +192,10 @@ class SharedNamespace:
 
     def generations(self) -> list[int]:
         """Return the generations that have a data segment; Linux only, elsewhere the list is empty."""
+        from pathlib import Path  # noqa: PLC0415  # for writers alone
+
         prefix = self.root_name[1:] + "."
-        found = [path.name.removeprefix(prefix) for path in _SHM_DIR.glob(f"{prefix}*")]
+        found = [path.name.removeprefix(prefix) for path in Path(_SHM_DIR).glob(f"{prefix}*")]
         return sorted(int(suffix) for suffix in found if suffix.isdecimal())
 
     def remove(self) -> None:
@@ -218,7 +217,9 @@ class SharedNamespace:
     def _open_lock(self) -> int:
         if sys.platform != "linux":
             # flock on shared memory is refused elsewhere: a file with the scope of the user stands in.
-            path = Path(tempfile.gettempdir()) / f"shmelim.{os.geteuid()}.{self.name}.lock"
+            from tempfile import gettempdir  # noqa: PLC0415  # it brings a dozen modules, for this alone
+
+            path = f"{gettempdir()}/shmelim.{os.geteuid()}.{self.name}.lock"
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             shared = posix_ipc.SharedMemory(self.root_name, posix_ipc.O_CREAT, mode=self._mode)
@@ -337,7 +338,7 @@ def require_store_order() -> None:
         The extension is not there, or not used, and this is no x86-64.
 
     """
-    machine = platform.machine()
+    machine = os.uname().machine
     if READ_PATH == "native" or (machine in ("x86_64", "AMD64") and sys.byteorder == "little"):
         return
     raise UnsupportedPlatformError(

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from shmelim.errors import CorruptSegmentError
 from shmelim.shm import hashing
 from shmelim.shm.layout import (
@@ -29,6 +27,7 @@ from shmelim.shm.layout import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from shmelim.shm.segment import Segment
@@ -45,6 +44,8 @@ class Batch:
     """
 
     def __init__(self, keys: Sequence[bytes]) -> None:
+        import numpy as np  # noqa: PLC0415  # a process that asks for one key at a time never loads it
+
         self.keys = keys
         self.lengths = np.fromiter(map(len, keys), np.uint64, len(keys))
         self.inline: NDArray[np.uint64] = (
@@ -59,6 +60,8 @@ class Batch:
 
     def hash_for(self, seed: int) -> None:
         """Hash all keys with ``seed``."""
+        import numpy as np  # noqa: PLC0415
+
         digest = hashing.key_hash
         self._hashes = np.fromiter((digest(key, seed) for key in self.keys), np.uint64, len(self.keys))
         self._seed = seed
@@ -104,11 +107,6 @@ class View:
         self.header_word = [header.copy_base(copy) // WORD for copy in (0, 1)]
         self.slot_word = [header.slots_base(copy) // WORD for copy in (0, 1)]
         self.arena = [header.arena_base(copy) for copy in (0, 1)]
-        count = header.capacity * SLOT_WORDS
-        self.rows = [
-            np.frombuffer(segment.memory, np.uint64, count, header.slots_base(copy)).reshape(-1, SLOT_WORDS)
-            for copy in (0, 1)
-        ]
 
     def probe(self, copy: int, key: bytes) -> int:
         """Return the packed word of ``key``'s slot, 0 if it is absent.
@@ -153,7 +151,12 @@ class View:
         compared in full afterwards; a key that is not the one found there, or is longer than a slot, is probed
         for on its own.
         """
-        rows, hashes = self.rows[copy], batch.hashes
+        import numpy as np  # noqa: PLC0415
+
+        hashes = batch.hashes
+        rows: NDArray[np.uint64] = np.frombuffer(
+            self.memory, np.uint64, self.capacity * SLOT_WORDS, self.slot_word[copy] * WORD
+        ).reshape(-1, SLOT_WORDS)
         slot_hashes, slot_packed = rows[:, 0], rows[:, PACKED]
         packed_of = np.zeros(len(batch.keys), np.uint64)
         slot_of = np.zeros(len(batch.keys), np.uint64)

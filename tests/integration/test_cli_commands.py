@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 import shmelim.shm
+from shmelim import EliminationClient, EliminationReader
 from shmelim.cli.main import cli
-from shmelim.eliminations import EliminationClient, EliminationReader
 from shmelim.shm import SharedNamespace
 
 PATIENCE = 60.0

@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 from test_cli_commands import PATIENCE, A, B, T, environment, row, runner, serving, until, write
 
+from shmelim import EliminationReader
 from shmelim.cli.main import cli
-from shmelim.eliminations import EliminationReader
 from shmelim.errors import NotServingError
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
-from shmelim.eliminations import EliminationReason
+from shmelim.eliminations.record import EliminationReason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

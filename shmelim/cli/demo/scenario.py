@@ -13,7 +13,7 @@ import psutil
 
 from shmelim.cli.demo.processes import Crowd, ServerProcess, signals_deferred
 from shmelim.cli.demo.records import Cast, make_record
-from shmelim.eliminations import EliminationClient
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.record import decode
 from shmelim.eliminations.store.history import read_events

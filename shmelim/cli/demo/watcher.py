@@ -10,7 +10,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Final
 
 from shmelim.cli.demo.records import are_halves_mixed, are_mixed, is_whole
-from shmelim.eliminations import EliminationReader
+from shmelim.eliminations.reader import EliminationReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
