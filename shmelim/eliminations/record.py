@@ -34,7 +34,14 @@ _decoder = msgspec.msgpack.Decoder(dict[str, Any])
 
 
 class EliminationReason(str, Enum):  # noqa: UP042 - StrEnum would change str() of a member, which callers log
-    """Why a miner was eliminated; a record carries the value, which is the member's name."""
+    """Why a miner was eliminated; a record carries the value, which is the member's name.
+
+    Examples
+    --------
+    >>> EliminationReason.ZOMBIE == "ZOMBIE", EliminationReason("LIQUIDATED").value
+    (True, 'LIQUIDATED')
+
+    """
 
     ZOMBIE = "ZOMBIE"
     PLAGIARISM = "PLAGIARISM"
@@ -58,21 +65,7 @@ class _NotStorableError(TypeError):
 
 
 def check_hotkey(hotkey: str) -> bytes:
-    """Return the UTF-8 bytes of a hotkey that is fit to be a key.
-
-    Parameters
-    ----------
-    hotkey
-        1 to 255 bytes of UTF-8; an ss58 address has 48.
-
-    Raises
-    ------
-    TypeError
-        The hotkey is no ``str``.
-    ValueError
-        It is empty, longer than 255 bytes, or holds lone surrogates, which UTF-8 cannot carry.
-
-    """
+    """Return the UTF-8 bytes of a hotkey; TypeError or ValueError for one that is not fit to be a key."""
     if not isinstance(hotkey, str):
         raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {_short(hotkey)}")
     try:
@@ -91,26 +84,11 @@ def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, A
 
     Enum members and other ``str`` subclasses become ``str``, numpy scalars the Python number they are, tuples
     lists, mappings dicts. ``elimination_initiated_time_ms`` may be a float that is a whole number, as old
-    files have it. NaN and infinities are legal. About 7 µs for a record of 0.5 kB.
+    files have it. NaN and infinities are legal. ``hotkey`` is whom the record must be of; None takes its word.
 
-    Parameters
-    ----------
-    data
-        The record; ``hotkey``, ``reason`` and ``elimination_initiated_time_ms`` (milliseconds since 1970,
-        UTC) are required.
-    hotkey
-        The hotkey that the record must be of, or None to take the record's word.
-
-    Raises
-    ------
-    ValueError
-        A required field is missing (all missing ones are named), the hotkey is not the one expected or no
-        valid hotkey, the nesting is deeper than 64 levels (a cycle, for instance), or the record is larger
-        than any that could be stored.
-    TypeError
-        A value has the wrong type for its field, or no stored form; the message names its path, as in
-        ``record['price_info']['BTC/USD']``.
-
+    ValueError names the fields that are missing, the hotkey that is another one or not a valid one, or the limit
+    of nesting or size that is exceeded; TypeError the path of a value that has the wrong type or no stored form,
+    as in ``record['price_info']['BTC/USD']``. About 7 µs for a record of 0.5 kB.
     """
     if not isinstance(data, Mapping):
         raise TypeError(f"an elimination record must be a dict, not {type(data).__name__}: {_short(data)}")
@@ -133,14 +111,7 @@ def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, A
 
 
 def encode(record: dict[str, Any]) -> bytes:
-    """Return the msgpack bytes of a record that :func:`normalise` made.
-
-    Raises
-    ------
-    ValueError
-        More than 1 MiB; the message names the hotkey and the size.
-
-    """
+    """Return the msgpack bytes of a record that :func:`normalise` made; ValueError beyond 1 MiB."""
     encoded = _encoder.encode(record)
     if len(encoded) > MAX_RECORD_BYTES:
         raise ValueError(
@@ -151,25 +122,15 @@ def encode(record: dict[str, Any]) -> bytes:
 
 
 def decode(buffer: bytes | bytearray | memoryview) -> dict[str, Any]:
-    """Return the record in msgpack bytes, as objects that share nothing with the buffer.
-
-    Raises
-    ------
-    ValueError
-        The bytes are no record: not msgpack, or not a dict with text keys.
-
-    """
+    """Return the record in msgpack bytes, sharing nothing with the buffer; ValueError for any other bytes."""
     try:
         return _decoder.decode(buffer)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{len(buffer)} bytes are no elimination record: {error}") from error
+        raise ValueError(f"{len(buffer)} bytes are not an elimination record: {error}") from error
 
 
 def prepare(data: Mapping[str, Any], hotkey: str | None = None) -> tuple[str, bytes]:
-    """Normalise and encode a record in one step; returns its hotkey and its bytes.
-
-    Raises what :func:`normalise` and :func:`encode` raise.
-    """
+    """Return hotkey and bytes of a record that :func:`normalise` and :func:`encode` accept."""
     record = normalise(data, hotkey)
     return record["hotkey"], encode(record)
 
@@ -182,24 +143,9 @@ def generate_row(
     price_info: Mapping[str, Any] | None = None,
     return_info: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Build an elimination record from its parts; whoever stores it checks it.
+    """Build an elimination record from its parts, stored as given; whoever stores it checks it.
 
-    Parameters
-    ----------
-    hotkey
-        The miner's hotkey.
-    current_dd
-        Drawdown, stored as given: a percentage from the drawdown rule, a fraction elsewhere, None for
-        zombies.
-    reason
-        An :class:`EliminationReason` or text.
-    t_ms
-        Time of the elimination in milliseconds since 1970, UTC; None means now.
-    price_info
-        ``{"BTC/USD": price}``; None becomes an empty dict.
-    return_info
-        Returns that led to it; None becomes an empty dict.
-
+    ``t_ms`` is in milliseconds since 1970, UTC; None means now.
     """
     return {
         "hotkey": hotkey,
