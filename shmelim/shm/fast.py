@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from shmelim.shm import _native
 from shmelim.shm.lookups import Lookups, Mark
 from shmelim.shm.reader import Record, TableReader
+from shmelim.shm.segment import Segment
 from shmelim.shm.view import View
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from numpy.typing import NDArray
-
-    from shmelim.shm.segment import Segment
 
 _TESTS: Final = 4
 _CHOICE: Final = 4

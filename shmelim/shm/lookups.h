@@ -80,7 +80,7 @@ any_text_flags(PyObject *op, PyObject *key, uint64_t *packed)
     return converted;
 }
 
-/* Find the flags of a text; 0 where it is no key of this table. */
+/* Find the flags of a text; 0 where it is not a key of this table. */
 ALWAYS_INLINE static inline int
 text_flags(PyObject *op, PyObject *key, uint64_t *packed)
 {

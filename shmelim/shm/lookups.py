@@ -7,19 +7,18 @@ here, and say what they do there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from shmelim.shm.reader import TableReader
 
+if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from shmelim.shm.reader import TableReader
-
 T = TypeVar("T")
 Keys: TypeAlias = "Sequence[str | None] | NDArray[np.bytes_]"
-Method = TypeVar("Method", bound="Callable[..., Any]")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 KEYS: Final = 0
 VALUES: Final = 1
@@ -54,17 +53,10 @@ def _marked(mark: Mark) -> Callable[[Method], Method]:
 
 
 class Lookups:
-    """Lookups by text in a table.
+    """Lookups by text in ``_table``, which is set once, before anything is looked up.
 
-    Attributes
-    ----------
-    _table
-        The table; set once, before anything is looked up.
-    _head
-        How many bytes at the beginning of each record are its head; the rest is its body.
-    _member
-        The flags that make a key a member (``in``).
-
+    The first ``_head`` bytes of each record are its head, the rest is its body; ``_member`` are the flags that
+    make a key a member (``in``).
     """
 
     __slots__ = ()

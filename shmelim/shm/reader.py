@@ -27,6 +27,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVar
 
 from shmelim.errors import CorruptSegmentError, NotServingError, SegmentError
@@ -50,15 +51,12 @@ from shmelim.shm.layout import (
     check_root,
 )
 from shmelim.shm.replay import Entry, replay
+from shmelim.shm.segment import Namespace, Segment
 from shmelim.shm.view import Batch, View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     import numpy as np
     from numpy.typing import NDArray
-
-    from shmelim.shm.segment import Namespace, Segment
 
 T = TypeVar("T")
 
@@ -273,7 +271,7 @@ class TableReader:
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
                 continue
-            if not batch.hashed_for(view.seed):
+            if batch.seed != view.seed:
                 batch.hash_for(view.seed)
                 continue
             try:

@@ -102,7 +102,7 @@ class SharedNamespace:
                         hint=f"see `shmelim status --name {self.name}`, or serve under another --name",
                     ) from None
                 raise SegmentError(f"cannot lock segment {self.root_name}: {error}") from error
-            # A root that was removed or replaced between open and flock is no lock on the name.
+            # The lock of a root that was removed or replaced between open and flock does not hold the name.
             if self._names(descriptor):
                 break
             os.close(descriptor)
@@ -125,16 +125,7 @@ class SharedNamespace:
             os.close(descriptor)
 
     def create_root(self) -> Segment:
-        """Make a new root segment under the lock and move the lock to it.
-
-        Raises
-        ------
-        AlreadyServingError
-            Another process took the name in the moment in which it led nowhere.
-        SegmentFullError
-            ``/dev/shm`` is full.
-
-        """
+        """Make a new root segment under the lock and move the lock to it; errors as in :meth:`acquire`."""
         previous = self._lock
         self._unlink(self.root_name)
         # Whoever comes first makes it and locks it, in the same way as when there never was one.
@@ -186,7 +177,7 @@ class SharedNamespace:
         """Unlink every data segment of this name but generation ``keep``, unless the name was lost."""
         for generation in [] if self._lost_name() else self.generations():
             if generation != keep:
-                # What another user put there is none of ours, and nothing reads it.
+                # What another user put there is not ours, and nothing reads it.
                 with contextlib.suppress(UntrustedSegmentError):
                     self._unlink(self.data_name(generation))
 
@@ -330,14 +321,7 @@ class SharedNamespace:
 
 
 def require_store_order() -> None:
-    """Check that stores and loads can be kept in order here: by the extension, or by the machine itself.
-
-    Raises
-    ------
-    UnsupportedPlatformError
-        The extension is not there, or not used, and this is no x86-64.
-
-    """
+    """Raise UnsupportedPlatformError unless the extension or the machine keeps stores and loads in order."""
     machine = os.uname().machine
     if READ_PATH == "native" or (machine in ("x86_64", "AMD64") and sys.byteorder == "little"):
         return

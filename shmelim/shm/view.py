@@ -6,6 +6,7 @@ a length: bad bytes give :class:`CorruptSegmentError`, never a crash.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shmelim.errors import CorruptSegmentError
@@ -23,25 +24,15 @@ from shmelim.shm.layout import (
     DataHeader,
     unpack_data_header,
 )
+from shmelim.shm.segment import Segment
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from numpy.typing import NDArray
 
-    from shmelim.shm.segment import Segment
-
 
 class Batch:
-    """Keys of a batch lookup, prepared for probing before any version is looked at.
-
-    Parameters
-    ----------
-    keys
-        The keys, each 1 to 255 bytes.
-
-    """
+    """Keys of a batch lookup, prepared for probing before any version is looked at."""
 
     def __init__(self, keys: Sequence[bytes]) -> None:
         import numpy as np  # noqa: PLC0415  # a process that asks for one key at a time never loads it
@@ -51,45 +42,23 @@ class Batch:
         self.inline: NDArray[np.uint64] = (
             np.array(keys, f"S{INLINE_KEY}").view(np.uint64).reshape(-1, INLINE_KEY // WORD)
         )
-        self._seed: int | None = None
-        self._hashes: NDArray[np.uint64] = self.lengths
-
-    def hashed_for(self, seed: int) -> bool:
-        """Tell whether the hashes are those of ``seed``."""
-        return self._seed == seed
+        self.seed: int | None = None
+        self.hashes: NDArray[np.uint64] = self.lengths
 
     def hash_for(self, seed: int) -> None:
         """Hash all keys with ``seed``."""
         import numpy as np  # noqa: PLC0415
 
         digest = hashing.key_hash
-        self._hashes = np.fromiter((digest(key, seed) for key in self.keys), np.uint64, len(self.keys))
-        self._seed = seed
-
-    @property
-    def hashes(self) -> NDArray[np.uint64]:
-        """The hashes, in the order of the keys."""
-        return self._hashes
+        self.hashes = np.fromiter((digest(key, seed) for key in self.keys), np.uint64, len(self.keys))
+        self.seed = seed
 
 
 class View:
     """A data segment as a reader sees it: immutable once made, so that one reference read is a consistent set.
 
-    Parameters
-    ----------
-    segment
-        The mapped segment.
-    generation
-        The generation that it must be of.
-    root
-        The root segment whose version word named it. A view is of use only together with that word: another
-        root of the same name may name the same generation and mean another segment.
-
-    Raises
-    ------
-    CorruptSegmentError, SegmentFormatError
-        Its header cannot be believed.
-
+    It is of use only together with ``root``, the root segment whose version word named it: another root of the
+    same name may name the same generation and mean another segment.
     """
 
     def __init__(self, segment: Segment, generation: int, root: Segment) -> None:
