@@ -18,7 +18,7 @@ from shmelim.eliminations.rows import (
     eliminations_in,
 )
 from shmelim.errors import CorruptSegmentError
-from shmelim.shm import HEADS, ITEMS, KEYS, VALUES, Lookups, flag_choice, flag_test
+from shmelim.shm import HEADS, ITEMS, KEYS, LOADING_NUMPY, VALUES, Lookups, flag_choice, flag_test
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -337,7 +337,8 @@ class Reading(Lookups):
 
 def _load_numpy() -> Any:
     global _numpy  # noqa: PLW0603
-    import numpy  # noqa: ICN001, PLC0415
+    with LOADING_NUMPY:
+        import numpy  # noqa: ICN001, PLC0415
 
     _numpy = numpy
     return numpy

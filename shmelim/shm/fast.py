@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from shmelim.shm import _native
 from shmelim.shm.lookups import Lookups, Mark
-from shmelim.shm.reader import Record, TableReader
+from shmelim.shm.reader import LOADING_NUMPY, Record, TableReader
 from shmelim.shm.segment import Segment
 from shmelim.shm.view import View
 
@@ -51,7 +51,8 @@ class NativeTableReader(_native.Table, TableReader):
 
     def flags_of(self, keys: Sequence[bytes]) -> NDArray[np.uint8]:
         """Return the flags of many keys as of one version, as a ``uint8`` array of the same length."""
-        import numpy as np  # noqa: PLC0415
+        with LOADING_NUMPY:
+            import numpy as np  # noqa: PLC0415
 
         listed = keys if isinstance(keys, (list, tuple)) else list(keys)
         flags = np.empty(len(listed), np.uint8)

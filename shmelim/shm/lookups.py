@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
-from shmelim.shm.reader import TableReader
+from shmelim.shm.reader import LOADING_NUMPY, TableReader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,7 +117,8 @@ class Lookups:
 
     def _fill_in_any_case(self, keys: Keys, answers: NDArray[Any], mask: int) -> None:
         """Do the same, however fast publishes come."""
-        import numpy as np  # noqa: PLC0415
+        with LOADING_NUMPY:
+            import numpy as np  # noqa: PLC0415
 
         listed = keys.tolist() if isinstance(keys, np.ndarray) else [self._key(key) for key in keys]
         flags = self._table.flags_of(listed)

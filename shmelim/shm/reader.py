@@ -60,6 +60,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LOADING_NUMPY: Final = threading.RLock()
+"""Held while numpy is loaded, which the first question about many keys does, and by whoever forks: in a child,
+nobody would unlock a module that another thread was just importing. Re-entrant for a signal handler that forks."""
+
 HEARTBEAT_LIMIT: Final = 3.0
 """Seconds without a heartbeat after which a writer counts as dead."""
 
@@ -258,7 +262,8 @@ class TableReader:
         Hashing happens before the version is looked at, so that the part that a publish can overtake stays
         short. Where publishes still come faster, the answer is taken from a snapshot, so that this ends.
         """
-        import numpy as np  # noqa: PLC0415
+        with LOADING_NUMPY:
+            import numpy as np  # noqa: PLC0415
 
         if not keys:
             return np.zeros(0, np.uint8)
@@ -489,3 +494,8 @@ def _renew_locks_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_locks_in_child)
+os.register_at_fork(
+    before=LOADING_NUMPY.acquire,
+    after_in_parent=LOADING_NUMPY.release,
+    after_in_child=LOADING_NUMPY.release,
+)

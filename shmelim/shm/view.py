@@ -35,7 +35,7 @@ class Batch:
     """Keys of a batch lookup, prepared for probing before any version is looked at."""
 
     def __init__(self, keys: Sequence[bytes]) -> None:
-        import numpy as np  # noqa: PLC0415  # a process that asks for one key at a time never loads it
+        import numpy as np  # noqa: PLC0415  # loaded by whoever has a batch: see LOADING_NUMPY
 
         self.keys = keys
         self.lengths = np.fromiter(map(len, keys), np.uint64, len(keys))

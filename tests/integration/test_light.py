@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from crashing import WATCHDOG
 from serving import row
 
 from shmelim.eliminations.record import encode
@@ -97,3 +98,37 @@ def test_a_package_alone_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
     assert HEAVY.isdisjoint(ast.literal_eval(loaded)), loaded
+
+
+FORK = """
+import os, sys, threading
+
+from shmelim import EliminationReader
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            loading.set()
+            forking.wait()
+
+loading, forking = threading.Event(), threading.Event()
+sys.meta_path.insert(0, Finder())
+os.register_at_fork(before=forking.set)
+reader = EliminationReader(sys.argv[1])
+thread = threading.Thread(target=reader.are_eliminated, args=(["a"],))
+thread.start()
+loading.wait()
+pid = os.fork()
+answers = reader.are_eliminated(["a", "b"]).tolist()
+if pid == 0:
+    os._exit(0 if answers == [True, False] and reader.verify() == 1 else 1)
+print(answers, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_child_forked_while_another_thread_loads_numpy_can_use_it(served: str) -> None:
+    """The lock of a module that is being imported is not released in a child, where its holder does not exist."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, served], stdout=subprocess.PIPE, text=True, check=True, timeout=WATCHDOG
+    )
+    assert done.stdout == "[True, False] 0\n"
