@@ -46,7 +46,7 @@ __all__ = [
     "flag_test",
 ]
 
-# The writing side, which brings numpy: no reader needs it.
+# What no reader needs; the writer brings numpy.
 _LAZY = {"PrivateNamespace": "private", "TableWriter": "writer", "Transaction": "writer"}
 
 if not TYPE_CHECKING:

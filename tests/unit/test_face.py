@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import doctest
 import importlib
 import pickle
 import pydoc
@@ -100,6 +101,12 @@ def test_classes_and_members_survive_pickling_and_copying(name: str) -> None:
     kind = getattr(shmelim, name)
     assert pickle.loads(pickle.dumps(kind)) is copy.deepcopy(kind) is kind
     assert pickle.loads(pickle.dumps(shmelim.EliminationReason.ZOMBIE)) is shmelim.EliminationReason.ZOMBIE
+
+
+@pytest.mark.parametrize("module", sorted(set(shmelim._MODULES.values())))
+def test_the_examples_in_the_documentation_hold(module: str) -> None:
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.testmod(importlib.import_module(f"shmelim.{module}"), optionflags=flags).failed == 0
 
 
 @pytest.mark.parametrize("module", ["eliminations", "eliminations.manager", "shm", "errors"])
