@@ -8,9 +8,11 @@ as short as the load says.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shmelim.shm import hashing
 from shmelim.shm.layout import (
@@ -38,13 +40,7 @@ from shmelim.shm.layout import (
     pack_entry,
 )
 from shmelim.shm.native import release_fence
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
-
-    from shmelim.shm.segment import Segment
+from shmelim.shm.segment import Segment
 
 _FLAG_BITS = 8
 _FILL_CHUNK = 1 << 20

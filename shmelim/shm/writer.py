@@ -33,7 +33,9 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from typing import TYPE_CHECKING, Final, Self
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Final, Self
 
 import psutil
 
@@ -64,12 +66,7 @@ from shmelim.shm.layout import (
 )
 from shmelim.shm.native import release_word
 from shmelim.shm.reader import WriterState
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from types import TracebackType
-
-    from shmelim.shm.segment import Namespace, Segment
+from shmelim.shm.segment import Namespace, Segment
 
 MIN_CAPACITY: Final = 8
 MIN_ARENA: Final = PAGE
@@ -482,14 +479,7 @@ class Transaction:
 
 
 def check_key(key: bytes) -> None:
-    """Check that ``key`` is 1 to 255 bytes.
-
-    Raises
-    ------
-    TypeError, ValueError
-        It is not.
-
-    """
+    """Raise TypeError or ValueError unless ``key`` is 1 to 255 bytes."""
     if not isinstance(key, bytes):
         raise TypeError(f"key must be bytes, not {type(key).__name__}")
     if not 1 <= len(key) <= MAX_KEY:

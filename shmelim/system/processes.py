@@ -6,10 +6,12 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import psutil
 from setproctitle import setproctitle
+
+if TYPE_CHECKING:
+    import psutil
 
 _HAS_PROC = Path("/proc/self/stat").exists()
 _STARTED = 18  # index of the start time after the state, see proc(5)
@@ -66,6 +68,8 @@ def _start_of(pid: int) -> float | None:
         except (FileNotFoundError, ProcessLookupError):
             return None
         return None if state in "ZX" else float(fields[_STARTED])
+    import psutil  # noqa: PLC0415  # Linux does without
+
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
@@ -75,6 +79,8 @@ def _start_of(pid: int) -> float | None:
 
 def set_title(title: str) -> None:
     """Give this process a title; say so in the log if the system has no room for it."""
+    import psutil  # noqa: PLC0415  # for servers alone
+
     setproctitle(title)
     if title_of(psutil.Process()) != title:
         # The title overwrites arguments and environment, and has no room where both are almost empty.
@@ -83,6 +89,8 @@ def set_title(title: str) -> None:
 
 def title_of(process: psutil.Process) -> str | None:
     """Return a process' whole title, or None if it is gone or may not be looked at."""
+    import psutil  # noqa: PLC0415
+
     try:
         return " ".join(process.cmdline()).rstrip()  # what the old arguments leave over is filled with NULs
     except psutil.Error:

@@ -12,7 +12,7 @@ import pytest
 from crashing import Child, call
 from serving import Served, row, stamp_of
 
-from shmelim import EliminationManagerServer, EliminationReader, NotServingError
+from shmelim import EliminationManagerServer, EliminationReader, NotServingError, Status
 from shmelim.eliminations import reading as reading_module
 from shmelim.eliminations import rows as entry
 from shmelim.eliminations.record import decode
@@ -349,6 +349,58 @@ class TestBatches:
         assert reader.read("a", lambda _view: server.remove_elimination_rpc("a")) is None
 
 
+class TestWhatIsNotAHotkey:
+    """None is in no table, as it is in no dict; bytes must not read as "not eliminated"."""
+
+    ANSWERS = {  # noqa: RUF012 - read only
+        "is_hotkey_eliminated": False,
+        "is_hotkey_re_registered": False,
+        "get_elimination": None,
+        "get_departed_hotkey_info": None,
+        "hotkey_in_eliminations": None,
+    }
+    OTHERS = (b"a", 5, ("a",), bytearray(b"a"), object())
+
+    @pytest.fixture(params=["reader", "server", "manager"])
+    def methods(self, request, server, reader, managers):
+        """The read methods of each class that has them: {name: bound method}."""
+        server.add_elimination_rpc("a", row("a"))
+        holder = managers(running_unit_tests=True) if request.param == "manager" else locals()[request.param]
+        suffix = "_rpc" if request.param == "server" else ""
+        found = {name: getattr(holder, name + suffix, None) for name in self.ANSWERS}
+        return {name: method for name, method in found.items() if method is not None}
+
+    def test_none_is_answered_as_a_dict_would(self, methods):
+        assert len(methods) >= len(self.ANSWERS) - 1
+        for name, method in methods.items():
+            assert method(None) is self.ANSWERS[name], name
+
+    def test_anything_else_is_a_type_error(self, methods):
+        for method in methods.values():
+            for other in self.OTHERS:
+                with pytest.raises(TypeError, match="hotkey must be text"):
+                    method(other)
+
+    def test_in_the_reads_that_a_reader_has_alone(self, server, reader):
+        server.add_elimination_rpc("a", row("a"))
+        assert reader.status(None) is Status(0)
+        assert reader.read(None, bytes) is None
+        assert reader.are_eliminated([None, "a", None]).tolist() == [False, True, False]
+        assert reader.statuses([None, "a"]) == [Status(0), Status.ELIMINATED]
+        for other in self.OTHERS:
+            for use in (reader.status, reader.get, reader.__getitem__, reader.__contains__):
+                with pytest.raises(TypeError, match="hotkey must be text"):
+                    use(other)
+            for use in (reader.are_eliminated, reader.statuses):
+                with pytest.raises(TypeError, match="hotkey must be text"):
+                    use(["a", other])
+            with pytest.raises(TypeError, match="hotkey must be text"):
+                reader.read(other, bytes)
+        for use in (reader.are_eliminated, reader.statuses):
+            with pytest.raises(TypeError, match="not one hotkey"):
+                use("a")
+
+
 class TestMapping:
     """The assertions of the standard library's own tests of read-only mappings, which are not everywhere."""
 
@@ -374,7 +426,7 @@ class TestMapping:
         for key, value in reference.items():
             assert key in full
             assert full[key] == full.get(key) == value
-        for key in ("other", "", 5, None, ("a",)):
+        for key in ("other", "", None):
             assert key not in full
             assert full.get(key, 17) == 17
             with pytest.raises(KeyError):
