@@ -80,7 +80,7 @@ class TestWriteEliminations:
     def test_rows_that_end_in_an_error_cancel(self, path):
         files.write_eliminations(path, [encode(record("old"))])
         old = path.read_bytes()
-        with pytest.raises(ValueError, match="no elimination record"):
+        with pytest.raises(ValueError, match="not an elimination record"):
             files.write_eliminations(path, [encode(record("new")), b"\xc1"])
         assert path.read_bytes() == old
         assert names(path) == [path.name]
