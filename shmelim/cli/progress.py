@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -21,10 +21,11 @@ class DelayedProgress:
     :meth:`tell` may be called from any thread, also outside of the ``with`` block, where it does nothing.
     """
 
-    def __init__(self, delay: float = _DELAY) -> None:
+    def __init__(self, delay: float = _DELAY, file: TextIO | None = None) -> None:
         # Guards everything below: the timer's thread and the caller's meet here.
         self._lock = threading.Lock()
         self._delay = delay
+        self._file = file  # None: stderr
         self._progress: Progress | None = None
         self._timer: threading.Timer | None = None
         self._shown = False
@@ -38,7 +39,7 @@ class DelayedProgress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                console=Console(stderr=True),
+                console=Console(file=self._file, stderr=True),
                 transient=True,
             )
             self._timer = threading.Timer(self._delay, self._show)

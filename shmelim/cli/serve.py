@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO, cast
 
 import click
 
@@ -17,6 +18,7 @@ from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations import EliminationReader
 from shmelim.eliminations.serve import ServeOptions, run
 from shmelim.errors import AlreadyServingError, ShmelimError
+from shmelim.system.background import BackgroundStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,18 +28,17 @@ if TYPE_CHECKING:
     from shmelim.eliminations.store.schema import Durability
 
 _STANDARD_ERROR: Final = 2
+_DRAIN: Final = 1.0  # seconds for what stderr has not taken yet, before the server says that it is ready or ends
 
 
-class _StderrHandler(logging.Handler):
-    """Log records on stderr, one line each, as it is now: a progress bar may have put itself in between."""
+class _LineFormatter(logging.Formatter):
+    """One line a record, and below it the trace if there is one."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one record; a stderr that nobody reads any more ends nothing."""
-        text = f"{record.levelname.lower()}: {printable(record.getMessage())}"
-        if record.exc_info:
-            text = f"{text}\n{logging.Formatter().formatException(record.exc_info)}"
-        with contextlib.suppress(OSError):
-            click.echo(text, err=True)
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        level = record.levelname.lower()
+        text = f"{time}.{record.msecs:03.0f}Z {level}: {printable(record.getMessage())}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
 @click.command(cls=Command, short_help="Serve a name in the foreground.")
@@ -131,16 +132,18 @@ def serve(
         default_departed=default_departed,
         imports=imports,
     )
-    progress = DelayedProgress()
+    # Nothing here waits for whoever reads stderr, or does not.
+    stderr = BackgroundStream(_STANDARD_ERROR)
+    progress = DelayedProgress(file=cast("TextIO", stderr))
 
     def announce(service: Service) -> None:
         progress.stop()
-        with contextlib.suppress(OSError):
-            click.echo(_ready_line(service), err=True)
+        stderr.write(_ready_line(service) + "\n")
+        stderr.drain(_DRAIN)
         if ready_fd is not None:
             _tell_ready(ready_fd)
 
-    with _logging(verbose=verbose), progress:
+    with _logging(stderr, verbose=verbose), progress:
         try:
             run(options, announce, progress.tell)
         except AlreadyServingError as error:
@@ -187,14 +190,16 @@ def _naming_the_other(error: AlreadyServingError, name: str) -> ShmelimError:
 
 
 @contextlib.contextmanager
-def _logging(*, verbose: bool) -> Iterator[None]:
+def _logging(stderr: BackgroundStream, *, verbose: bool) -> Iterator[None]:
     log = logging.getLogger("shmelim")
-    handler = _StderrHandler()
+    handler = logging.StreamHandler(stderr)
+    handler.setFormatter(_LineFormatter())
     before = log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.WARNING)
     try:
         yield
     finally:
+        stderr.drain(_DRAIN)
         log.removeHandler(handler)
         log.setLevel(before)

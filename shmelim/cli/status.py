@@ -151,10 +151,16 @@ def _lines(document: dict[str, Any], writer: WriterInfo, table: TableInfo) -> li
         lines.append(("slashes in doubt", _in_doubt_line(document["slashes_in_doubt"])))
     if server is not None:
         lines.append(("store", f"{output.size(server['store_bytes'])}, {server['commits']} commits"))
-        lines.append(("problems", "; ".join(server["problems"] or []) or "none"))
+        lines.append(("problems", "; ".join(map(_problem, server["problems"])) or "none"))
     if document["verified"] is not None:
         lines.append(("verified", f"{document['verified']} entries, all whole"))
     return lines
+
+
+def _problem(problem: dict[str, Any]) -> str:
+    remedy = f" ({problem['remedy']})" if problem["remedy"] else ""
+    since = output.moment(problem["since_ms"])
+    return f"{problem['name']}, {problem['severity']} since {since}: {problem['text']}{remedy}"
 
 
 def _writer_line(writer: WriterInfo) -> str:

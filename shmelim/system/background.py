@@ -1,0 +1,135 @@
+"""Work that nobody waits for: a bounded queue, and a thread that lives while something is in it.
+
+Made for what may block for ever, such as writing to a pipe that nobody reads.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import select
+import threading
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+from shmelim.system import forks
+
+T = TypeVar("T")
+
+_CAPACITY: Final = 1000
+
+
+class Background(Generic[T]):
+    """Calls ``work(item)`` for each item in a thread of its own; whoever puts an item never waits.
+
+    What finds the queue full is dropped and counted; as soon as half of the queue is free, ``work(lost(count))``
+    says so. What ``work`` raises is ignored. Thread-safe, and usable from a signal handler. A forked child begins
+    with an empty queue: what waits in it is the parent's.
+    """
+
+    def __init__(self, work: Callable[[T], object], lost: Callable[[int], T], capacity: int = _CAPACITY) -> None:
+        self._work = work
+        self._lost = lost
+        self._capacity = capacity
+        self.after_fork_in_child()
+        forks.register(self)
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew."""
+        # Guards everything below; re-entrant, since a signal handler may put something while its thread does.
+        self._changed = threading.Condition(threading.RLock())
+        self._queue: collections.deque[T] = collections.deque()  # the first one is being worked on
+        self._dropped = 0
+        self._thread: threading.Thread | None = None
+
+    def put(self, item: T) -> None:
+        """Have an item worked on, or drop it."""
+        with self._changed:
+            if len(self._queue) >= self._capacity:
+                self._dropped += 1
+                return
+            self._queue.append(item)
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="shmelim-background", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # the interpreter ends, or has no thread left
+                    self._queue.clear()
+                    self._dropped += 1
+                    return
+                self._thread = thread
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until nothing waits any more, at most so many seconds; return whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue, timeout)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not self._queue:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
+                item = self._queue[0]
+            with contextlib.suppress(BaseException):
+                self._work(item)
+            with self._changed:
+                self._queue.popleft()
+                if self._dropped and len(self._queue) <= self._capacity // 2:
+                    self._queue.append(self._lost(self._dropped))
+                    self._dropped = 0
+
+
+class Descriptor:
+    """A text stream without a buffer and without a lock, over a file descriptor that it does not own.
+
+    A thread that hangs inside ``sys.stderr`` holds a lock that the interpreter takes when it ends; one that hangs
+    in here holds nothing.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, text: str) -> int:
+        """Write all of a text; OSError if that cannot be."""
+        data = text.encode("utf-8", "backslashreplace")
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:  # somebody who shares it made it non-blocking
+                select.select([], [self._descriptor], [])
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: there is no buffer."""
+
+
+class BackgroundStream(Descriptor):
+    """A text stream over a descriptor on which nobody waits; what nobody reads in time is dropped and counted."""
+
+    encoding = "utf-8"
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor)
+        self._background = Background(
+            super().write, lambda count: f"({count} pieces of output were dropped here)\n"
+        )
+
+    def write(self, text: str) -> int:
+        """Have a text written; what is written at once stays together."""
+        self._background.put(text)
+        return len(text)
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until all is written, at most so many seconds; return whether it is."""
+        return self._background.drain(timeout)
+
+    def isatty(self) -> bool:
+        """Whether a person looks at it."""
+        return os.isatty(self._descriptor)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._descriptor
