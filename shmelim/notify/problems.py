@@ -32,8 +32,8 @@ class ProblemMessages:
     """Sends a message when a problem is raised or gets worse, and another when it ends.
 
     What the notifier refuses, by False or an error, is kept for :meth:`send_again` as long as it holds; of a
-    problem that ends before anybody heard of it, nothing is sent. Thread-safe and fork-safe: each step is one operation of
-    a dict, so that there is no lock which a forked child could inherit held.
+    problem that ends before anybody heard of it, nothing is sent. Thread-safe and fork-safe: each step is one
+    operation of a dict, so that there is no lock which a forked child could inherit held.
 
     Parameters
     ----------

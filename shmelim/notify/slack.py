@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import math
 import multiprocessing.context
@@ -18,7 +19,7 @@ import urllib.parse
 import weakref
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from shmelim.system import forks
 from shmelim.system.logs import LimitedLog
@@ -126,13 +127,10 @@ class SlackNotifier:
         self._closed = closed
         self._thread: threading.Thread | None = None  # lives while there are messages
         self._finalizer: multiprocessing.util.Finalize | None = None
-        self._allowance = float(self._arguments["burst"])  # messages that may leave at once
-        self._counted_at = time.monotonic()
+        self._full_at = 0.0  # when a whole burst may leave again; each message moves it by an interval
         self._unsaid = 0  # dropped messages that none has told of
         self._counts = dict.fromkeys(("sent", "held_back", "dropped", "failed"), 0)
         self._client: WebhookClient | None = None  # the sending thread's
-
-    # ------------------------------------------------------------------ for everyone
 
     def send_message(self, text: str, level: str = "info") -> bool:
         """Have a message sent.
@@ -192,7 +190,7 @@ class SlackNotifier:
 
     def __reduce__(self) -> tuple[Any, ...]:
         multiprocessing.context.assert_spawning(self)
-        return _again, (self._arguments,)
+        return functools.partial(type(self), **self._arguments), ()
 
     def after_fork_in_child(self) -> None:
         """Begin anew: what waits here is the parent's to send. Called by :mod:`shmelim.system.forks`."""
@@ -230,8 +228,9 @@ class SlackNotifier:
     def _start_thread(self) -> None:
         if self._finalizer is None:
             # Called at the end of the main process, and of a child of multiprocessing, which knows no atexit.
+            reference = weakref.ref(self)
             self._finalizer = multiprocessing.util.Finalize(
-                self, _close_at_exit, args=(weakref.ref(self),), exitpriority=100
+                self, lambda: (living := reference()) and living.close(), exitpriority=100
             )
         thread = threading.Thread(target=self._deliver, name="slack-notifier", daemon=True)
         thread.start()
@@ -247,7 +246,7 @@ class SlackNotifier:
                     self._thread = None
                     self._changed.notify_all()
                     return
-                self._wait_for_allowance()
+                self._wait_for_turn()
                 text = self._queue[0]
                 unsaid, self._unsaid = self._unsaid, 0
             if unsaid:
@@ -262,54 +261,40 @@ class SlackNotifier:
             if fault:
                 self._log(logging.WARNING, "failed", "a message was not delivered (%s): %s", fault, text)
 
-    def _wait_for_allowance(self) -> None:
+    def _wait_for_turn(self) -> None:
         """Wait until a message may leave, with the lock released meanwhile; one that closes does not wait."""
         burst, interval = self._arguments["burst"], self._arguments["interval"]
-        while True:
-            now = time.monotonic()
-            gained = (now - self._counted_at) / interval if interval > 0 else burst
-            self._allowance = min(burst, self._allowance + gained)
-            self._counted_at = now
-            if self._allowance >= 1 or self._closed:
-                self._allowance -= 1
-                return
-            self._changed.wait((1 - self._allowance) * interval)
+        while not self._closed and (left := self._full_at - burst * interval + interval - time.monotonic()) > 0:
+            self._changed.wait(left)
+        self._full_at = max(self._full_at, time.monotonic()) + interval
 
     def _send(self, text: str) -> str | None:
         """Try to deliver a message, as often as allowed; return what went wrong, without the URL."""
-        delay = self._arguments["retry_delay"]
+        delay, fault = self._arguments["retry_delay"], ""
         for left in reversed(range(self._arguments["max_tries"])):
-            fault = self._try(text)
-            if fault is None or not fault.again or not left:
-                return fault and fault.text
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed, delay if fault.after is None else fault.after)
+            after = None
+            try:
+                self._client = self._client or _new_client(
+                    self._arguments["webhook_url"], self._arguments["timeout"]
+                )
+                answer = self._client.send(text=text)
+                status = answer.status_code
+                if status == HTTPStatus.OK:
+                    return None
+                fault = f"HTTP status {status}"
+                if status < HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.TOO_MANY_REQUESTS:
+                    return fault
+                after = _seconds(answer.headers.get("Retry-After"))
+            except OSError as error:  # no connection, no answer in time
+                reason = getattr(error, "reason", error)
+                fault = getattr(reason, "strerror", None) or type(reason).__name__
+            except Exception as error:  # its text may have the URL in it
+                fault = type(error).__name__
+            if left:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed, delay if after is None else after)
             delay *= 2
-        return None
-
-    def _try(self, text: str) -> _Fault | None:
-        try:
-            if self._client is None:
-                self._client = _new_client(self._arguments["webhook_url"], self._arguments["timeout"])
-            answer = self._client.send(text=text)
-        except OSError as error:  # no connection, no answer in time
-            reason = getattr(error, "reason", error)
-            return _Fault(getattr(reason, "strerror", None) or type(reason).__name__, again=True)
-        except Exception as error:  # its text may have the URL in it
-            return _Fault(type(error).__name__, again=True)
-        status = answer.status_code
-        if status == HTTPStatus.OK:
-            return None
-        again = status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        return _Fault(f"HTTP status {status}", again, _seconds(answer.headers.get("Retry-After")))
-
-
-class _Fault(NamedTuple):
-    """Why a message was not delivered, whether a retry may help, and after how many seconds, if Slack says so."""
-
-    text: str
-    again: bool
-    after: float | None = None
+        return fault
 
 
 def _new_client(url: str, timeout: float) -> WebhookClient:
@@ -338,13 +323,3 @@ def _seconds(header: object) -> float | None:
         if seconds >= 0 and math.isfinite(seconds):
             return min(seconds, _LONGEST_WAIT)
     return None
-
-
-def _again(arguments: dict[str, Any]) -> SlackNotifier:
-    return SlackNotifier(**arguments)
-
-
-def _close_at_exit(reference: weakref.ref[SlackNotifier]) -> None:
-    notifier = reference()
-    if notifier is not None:
-        notifier.close()

@@ -93,13 +93,15 @@ class Descriptor:
         self._descriptor = descriptor
 
     def write(self, text: str) -> int:
-        """Write all of a text; OSError if that cannot be."""
+        """Write all of a text, or lose it where nobody can read it any more: there is nowhere to say so."""
         data = text.encode("utf-8", "backslashreplace")
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]
             except BlockingIOError:  # somebody who shares it made it non-blocking
                 select.select([], [self._descriptor], [])
+            except OSError:
+                break
         return len(text)
 
     def flush(self) -> None:

@@ -149,7 +149,7 @@ class _BackgroundHandler(logging.Handler):
 
 
 def _off_the_stream(handler: logging.Handler) -> logging.Handler:
-    """The handler, or where it writes to ``sys.stderr`` or ``sys.stdout``, one that takes no lock of these."""
+    """Return the handler; where it writes to ``sys.stderr`` or ``sys.stdout``, one that takes no lock of these."""
     if not isinstance(handler, logging.StreamHandler) or handler.stream not in (sys.stderr, sys.stdout):
         return handler
     try:

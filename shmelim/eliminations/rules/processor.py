@@ -22,6 +22,7 @@ from shmelim.eliminations.rules.roster import Roster
 from shmelim.eliminations.rules.settling import Settling
 from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.errors import StateUnavailableError
+from shmelim.system.logs import LimitedLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from shmelim.eliminations.validator.environment import ValidatorEnvironment
 
 _log = logging.getLogger("shmelim.processing")
+_limited = LimitedLog(_log)
 
 
 class EliminationProcessor:
@@ -123,7 +125,8 @@ class EliminationProcessor:
             return self.end_asked or bool(shutdown if is_set is None else is_set())
         except Exception:
             # It lives in a process that is gone, and the validator with it.
-            _log.exception("whether the validator ends cannot be asked any more, so it does")
+            text = "whether the validator ends cannot be asked any more, so it does"
+            _limited(logging.ERROR, "end", text, exc_info=True)
             return True
 
     # ------------------------------------------------------------------ the tick
@@ -173,7 +176,7 @@ class EliminationProcessor:
             try:
                 step(iteration)
             except OvertakenError as overtaken:
-                _log.warning("the rest of this tick is left to the next: %s", overtaken)
+                _limited(logging.WARNING, "overtaken", "the rest of this tick is left to the next: %s", overtaken)
                 return well
             except StateUnavailableError:
                 raise
@@ -202,7 +205,7 @@ class EliminationProcessor:
         try:
             step(self._begin(position_locks, epoch))
         except OvertakenError as overtaken:
-            _log.warning("broken off: %s", overtaken)
+            _limited(logging.WARNING, "overtaken", "broken off: %s", overtaken)
 
     # ------------------------------------------------------------------ its steps, one by one
 

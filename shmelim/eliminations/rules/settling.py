@@ -15,6 +15,7 @@ from shmelim.eliminations.rules.flattening import Flattening
 from shmelim.eliminations.rules.iteration import OvertakenError
 from shmelim.eliminations.rules.slashing import Slashing
 from shmelim.errors import StateUnavailableError
+from shmelim.system.logs import LimitedLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from shmelim.eliminations.validator.environment import ValidatorEnvironment
 
 _log = logging.getLogger("shmelim.processing")
+_limited = LimitedLog(_log)
 
 
 class Settling:
@@ -145,5 +147,5 @@ class Settling:
                 return False
             self.flattening.close_open(hotkey, record, iteration)
             return True
-        _log.warning("a debt of a kind that nobody knows: %s of miner %s", kind, hotkey)
+        _limited(logging.WARNING, "unknown", "a debt of a kind that nobody knows: %s of miner %s", kind, hotkey)
         return False

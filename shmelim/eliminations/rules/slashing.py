@@ -34,6 +34,7 @@ import numpy as np
 from shmelim.eliminations.debts.states import ATTEMPTING, SLASH, attempt_is_alive, attempt_is_mine, new_attempt
 from shmelim.eliminations.rules.alerts import is_failure
 from shmelim.errors import SlashNotMadeError, StateUnavailableError
+from shmelim.system.logs import LimitedLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -50,6 +51,7 @@ _DOUBT: Final = "slash in doubt"
 _SHOWN: Final = 100  # characters of an answer
 
 _log = logging.getLogger("shmelim.processing")
+_limited = LimitedLog(_log)
 
 
 class _Outcome(NamedTuple):
@@ -187,7 +189,8 @@ class Slashing:
         except BaseException as failure:
             if not is_failure(failure):
                 raise
-            _log.exception("slash of miner %s: %s, which could not be recorded yet", hotkey, made)
+            text = "slash of miner %s: %s, which could not be recorded yet"
+            _limited(logging.ERROR, "unrecorded", text, hotkey, made, exc_info=True)
             return
         attempts.ended.pop(token, None)
         if recorded:
