@@ -57,7 +57,7 @@ def fill(pipe):
 
 def spoil(directory):
     """Make the JSON file unwritable for everybody, root included: a directory stands in its place."""
-    (directory / "eliminations.json").unlink(missing_ok=True)
+    (directory / "eliminations.json").unlink()
     (directory / "eliminations.json" / "in the way").mkdir(parents=True)
 
 
@@ -79,10 +79,11 @@ def test_saving_calls_go_on_while_the_files_cannot_be_written_and_nobody_reads_s
     reading, writing = os.pipe()
     state = home / "state"
     with served_into(writing, table_name, home, "--state-dir", str(state), "--durability", "process") as process:
+        client = EliminationClient(table_name, runtime_base=home / "run" / "shmelim")
+        client.save_eliminations()  # so that nothing is written behind our back
         spoil(state)
         if full:
             fill(writing)
-        client = EliminationClient(table_name, runtime_base=home / "run" / "shmelim")
 
         def save():
             for number in range(calls):

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from shmelim.eliminations.rows import ORIGIN_KEY, row_entry
 from shmelim.eliminations.state.changes import Step
-from shmelim.errors import DamagedStoreError, SegmentFullError, StoreError
-from shmelim.system.problems import Problems, Severity
+from shmelim.errors import SegmentFullError, StoreError
+from shmelim.system.problems import Problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -266,10 +266,10 @@ class Committer:
         if isinstance(error, SegmentFullError):
             self._problems.report(_MEMORY_FULL, f"a change was refused: {error.message}", remedy=error.hint)
         elif isinstance(error, StoreError):
-            # A start makes a new store of a damaged one; nothing else gets better by a restart.
-            severity: Severity = "failing" if isinstance(error, DamagedStoreError) else "degraded"
+            # Not "failing", which a service answers with a restart: that makes no room on a disk, and the start
+            # with a damaged store makes a new one without its debts and slashes, which is a person's decision.
             text = f"the last change could not be committed: {error.message}"
-            self._problems.report(_COMMIT_FAILED, text, severity=severity, remedy=error.hint)
+            self._problems.report(_COMMIT_FAILED, text, remedy=error.hint)
 
     def _acknowledge(self, this_round: _Round, touched: dict[str, None]) -> None:
         self._owed = {}
