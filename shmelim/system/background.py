@@ -1,14 +1,14 @@
-"""Work that nobody waits for: a bounded queue, and a thread that lives while something is in it.
-
-Made for what may block for ever, such as writing to a pipe that nobody reads.
-"""
+"""Output that nobody waits for, as it may block for ever: log handlers and streams with threads of their own."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import copy
+import logging
 import os
 import select
+import sys
 import threading
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
@@ -24,8 +24,8 @@ class Background(Generic[T]):
     """Calls ``work(item)`` for each item in a thread of its own; whoever puts an item never waits.
 
     What finds the queue full is dropped and counted; as soon as half of the queue is free, ``work(lost(count))``
-    says so. What ``work`` raises is ignored. Thread-safe, and usable from a signal handler. A forked child begins
-    with an empty queue: what waits in it is the parent's.
+    says so. What ``work`` raises is ignored. The thread lives while there is work. Thread-safe; a forked child
+    begins with an empty queue, as what waits in it is the parent's.
     """
 
     def __init__(self, work: Callable[[T], object], lost: Callable[[int], T], capacity: int = _CAPACITY) -> None:
@@ -106,6 +106,62 @@ class Descriptor:
 
     def flush(self) -> None:
         """Do nothing: there is no buffer."""
+
+
+class BackgroundHandler(logging.Handler):
+    """Stands in for a log handler, and has it work in the background; in a forked child it works as ever."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        super().__init__(handler.level)
+        self.replaced: logging.Handler = handler.replaced if isinstance(handler, BackgroundHandler) else handler
+        self.filters = handler.filters
+        self._pid = os.getpid()
+        self._writer = _off_the_stream(self.replaced)
+        self._background = Background(self._write, _lines_dropped)
+
+    def is_of_this_process(self) -> bool:
+        """Whether its thread may live here."""
+        return self._pid == os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Have a line written; its arguments are those of this moment."""
+        if not self.is_of_this_process():
+            self.replaced.emit(record)
+            return
+        merged = copy.copy(record)
+        with contextlib.suppress(Exception):  # the handler itself says what is wrong with the arguments
+            merged.msg, merged.args = record.getMessage(), None
+        self._background.put(merged)
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until all is written, at most so many seconds; return whether it is."""
+        return self._background.drain(timeout)
+
+    def _write(self, record: logging.LogRecord) -> None:
+        # Without the handler's lock, which nobody else needs now, and which logging takes when the process ends.
+        self._writer.emit(record)
+
+
+def _off_the_stream(handler: logging.Handler) -> logging.Handler:
+    """Return the handler; where it writes to ``sys.stderr`` or ``sys.stdout``, one that takes no lock of these."""
+    if not isinstance(handler, logging.StreamHandler) or handler.stream not in (sys.stderr, sys.stdout):
+        return handler
+    try:
+        descriptor = Descriptor(handler.stream.fileno())
+    except (AttributeError, OSError, ValueError):  # none, closed, or only in memory
+        return handler
+    writer = copy.copy(handler)
+    try:
+        writer.stream = descriptor
+    except AttributeError:  # that of logging's last resort is always sys.stderr
+        writer = logging.StreamHandler(descriptor)
+        writer.setFormatter(handler.formatter)
+    return writer
+
+
+def _lines_dropped(count: int) -> logging.LogRecord:
+    text = f"{count} lines were not logged: whoever reads the log was too slow"
+    return logging.LogRecord("shmelim.log", logging.WARNING, __file__, 0, text, None, None)
 
 
 class BackgroundStream(Descriptor):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from shmelim.system import forks
-from shmelim.system.background import Background, Descriptor
+from shmelim.system.background import BackgroundHandler
 from shmelim.system.clock import now_ms
 from shmelim.system.problems import Change, Problem, Problems
 
@@ -105,17 +103,20 @@ def log_without_waiting() -> Iterator[None]:
     the handlers are put back, once they have written what waits or a second has passed. Filters are asked where
     the line is logged. May be nested, to take in handlers that were added since.
 
-    For processes that do nothing but serve: the logging of anybody else's process is theirs.
+    For processes that do nothing but serve: the logging of anybody else's process, a forked child's included, is
+    theirs.
     """
-    made: dict[logging.Handler, _BackgroundHandler] = {}  # a handler may serve several loggers
+    made: dict[logging.Handler, BackgroundHandler] = {}  # a handler may serve several loggers
 
     def behind(handler: logging.Handler) -> logging.Handler:
-        if isinstance(handler, _BackgroundHandler):
+        if isinstance(handler, BackgroundHandler) and handler.is_of_this_process():
             return handler
-        return made.get(handler) or made.setdefault(handler, _BackgroundHandler(handler))
+        if handler not in made:
+            made[handler] = BackgroundHandler(handler)
+        return made[handler]
 
     def before(handler: logging.Handler) -> logging.Handler:
-        return handler.replaced if isinstance(handler, _BackgroundHandler) and handler in mine else handler
+        return handler.replaced if isinstance(handler, BackgroundHandler) and handler in mine else handler
 
     _replace(behind)
     try:
@@ -123,48 +124,8 @@ def log_without_waiting() -> Iterator[None]:
     finally:
         deadline, mine = time.monotonic() + _AT_THE_END, set(made.values())
         for handler in mine:
-            handler.background.drain(max(0.0, deadline - time.monotonic()))
+            handler.drain(max(0.0, deadline - time.monotonic()))
         _replace(before)
-
-
-class _BackgroundHandler(logging.Handler):
-    """Stands in for a handler, and has it work in the background."""
-
-    def __init__(self, handler: logging.Handler) -> None:
-        super().__init__(handler.level)
-        self.replaced = handler
-        self.filters = handler.filters
-        self._writer = _off_the_stream(handler)
-        self.background = Background(self._write, _lines_dropped)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        merged = copy.copy(record)
-        with contextlib.suppress(Exception):  # the handler itself says what is wrong with the arguments
-            merged.msg, merged.args = record.getMessage(), None
-        self.background.put(merged)
-
-    def _write(self, record: logging.LogRecord) -> None:
-        # Without the handler's lock, which nobody else needs now, and which logging takes when the process ends.
-        self._writer.emit(record)
-
-
-def _off_the_stream(handler: logging.Handler) -> logging.Handler:
-    """Return the handler; where it writes to ``sys.stderr`` or ``sys.stdout``, one that takes no lock of these."""
-    if not isinstance(handler, logging.StreamHandler) or handler.stream not in (sys.stderr, sys.stdout):
-        return handler
-    try:
-        descriptor = Descriptor(handler.stream.fileno())
-    except (AttributeError, OSError, ValueError):  # none, closed, or only in memory
-        return handler
-    # The stream of the last resort is always sys.stderr.
-    writer = logging.StreamHandler() if handler is logging.lastResort else copy.copy(handler)
-    writer.stream = descriptor
-    return writer
-
-
-def _lines_dropped(count: int) -> logging.LogRecord:
-    text = f"{count} lines were not logged: whoever reads the log was too slow"
-    return logging.LogRecord("shmelim.log", logging.WARNING, __file__, 0, text, None, None)
 
 
 def _replace(other: Callable[[logging.Handler], logging.Handler]) -> None:

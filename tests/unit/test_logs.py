@@ -47,7 +47,10 @@ def in_child(work):
     """Run something in a forked child; whether it was true there."""
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if work() else 1)
+        try:
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(2)
     return os.waitpid(pid, 0)[1] == 0
 
 
@@ -161,7 +164,7 @@ def test_handlers_that_are_added_meanwhile_are_taken_in_by_another_block_and_sta
     assert (stuck.lines, late.lines) == (["a line"], ["a line"])
 
 
-def test_what_a_forked_child_logs_is_written_there_and_what_waits_is_the_parents(logger, stuck):
+def test_a_forked_child_logs_as_ever_and_what_waits_is_the_parents(logger, stuck):
     with log_without_waiting():
         logger.warning("of the parent")
         (handler,) = logger.handlers
@@ -169,9 +172,13 @@ def test_what_a_forked_child_logs_is_written_there_and_what_waits_is_the_parents
         def child():
             stuck.go_on.set()
             logger.warning("of the child")
-            return handler.background.drain(PATIENCE) and stuck.lines == ["of the child"]
+            if stuck.lines != ["of the child"]:
+                return False
+            with log_without_waiting():  # a server of its own, with a thread of its own
+                logger.warning("in the background")
+                return handler not in logger.handlers and logger.handlers[0].drain(PATIENCE)
 
-        with handler.background._changed:  # a lock that is held at the fork is free in the child
+        with handler._background._changed:  # a lock that is held at the fork is free in the child
             assert in_child(child)
         stuck.go_on.set()
     assert stuck.lines == ["of the parent"]
@@ -205,6 +212,23 @@ def test_what_nobody_wants_to_log_reaches_stderr_all_the_same(monkeypatch):
 
 
 # ------------------------------------------------------------------ in the background
+
+
+def test_a_forked_child_has_a_queue_of_its_own():
+    go_on, done = threading.Event(), []
+    background = Background(lambda item: (go_on.wait(PATIENCE), done.append(item)), lambda count: -count)
+    background.put("of the parent")
+
+    def child():
+        go_on.set()
+        background.put("of the child")
+        return background.drain(PATIENCE) and done == ["of the child"]
+
+    with background._changed:
+        assert in_child(child)
+    go_on.set()
+    assert background.drain(PATIENCE)
+    assert done == ["of the parent"]
 
 
 def test_drops_are_counted_and_said_as_soon_as_there_is_room():
