@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO, cast
@@ -133,7 +134,7 @@ def serve(
         imports=imports,
     )
     # Nothing here waits for whoever reads stderr, or does not.
-    stderr = BackgroundStream(_STANDARD_ERROR)
+    stderr = BackgroundStream(_stderr())
     progress = DelayedProgress(file=cast("TextIO", stderr))
 
     def announce(service: Service) -> None:
@@ -157,6 +158,14 @@ def _ready_line(service: Service) -> str:
         f"serving {service.options.name!r}: {len(reader)} eliminated, {reader.num_departed_hotkeys} departed; "
         f"channel {channel}; state {service.server.state_dir}"
     )
+
+
+def _stderr() -> int | None:
+    """Return the descriptor of stderr; None where it was closed, and another file may have its number."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _check_descriptor(descriptor: int | None) -> None:

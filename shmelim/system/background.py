@@ -165,12 +165,15 @@ def _lines_dropped(count: int) -> logging.LogRecord:
 
 
 class BackgroundStream(Descriptor):
-    """A text stream over a descriptor on which nobody waits; what nobody reads in time is dropped and counted."""
+    """A text stream over a descriptor on which nobody waits; what nobody reads in time is dropped and counted.
+
+    Over None, it loses everything.
+    """
 
     encoding = "utf-8"
 
-    def __init__(self, descriptor: int) -> None:
-        super().__init__(descriptor)
+    def __init__(self, descriptor: int | None) -> None:
+        super().__init__(-1 if descriptor is None else descriptor)
         self._background = Background(
             super().write, lambda count: f"({count} pieces of output were dropped here)\n"
         )
