@@ -18,14 +18,15 @@ _DELAY: Final = 1.0
 class DelayedProgress:
     """A progress bar that appears after a second; nothing is shown where stderr is no terminal.
 
-    :meth:`tell` may be called from any thread, also outside of the ``with`` block, where it does nothing.
+    :meth:`tell` may be called from any thread, also outside of the ``with`` block, where it does nothing. With a
+    `file` the bar, and what is written above it, goes there instead of to ``sys.stderr``.
     """
 
     def __init__(self, delay: float = _DELAY, file: TextIO | None = None) -> None:
         # Guards everything below: the timer's thread and the caller's meet here.
         self._lock = threading.Lock()
         self._delay = delay
-        self._file = file  # None: stderr
+        self._file = file
         self._progress: Progress | None = None
         self._timer: threading.Timer | None = None
         self._shown = False
@@ -73,6 +74,14 @@ class DelayedProgress:
                 self._what = what
             else:
                 self._progress.update(self._progress.task_ids[0], completed=done, total=total)
+
+    def write(self, text: str) -> None:
+        """Write whole lines: above the bar while there is one, so that neither spoils the other."""
+        with self._lock:
+            if self._progress is not None and self._shown:
+                self._progress.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+            elif self._file is not None:
+                self._file.write(text)
 
     def _show(self) -> None:
         with self._lock:

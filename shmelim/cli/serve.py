@@ -144,11 +144,13 @@ def serve(
         if ready_fd is not None:
             _tell_ready(ready_fd)
 
-    with _logging(stderr, verbose=verbose), progress:
+    with _logging(progress, verbose=verbose), progress:
         try:
             run(options, announce, progress.tell)
         except AlreadyServingError as error:
             raise _naming_the_other(error, settings.name) from error
+        finally:
+            stderr.drain(_DRAIN)
 
 
 def _ready_line(service: Service) -> str:
@@ -199,9 +201,9 @@ def _naming_the_other(error: AlreadyServingError, name: str) -> ShmelimError:
 
 
 @contextlib.contextmanager
-def _logging(stderr: BackgroundStream, *, verbose: bool) -> Iterator[None]:
+def _logging(progress: DelayedProgress, *, verbose: bool) -> Iterator[None]:
     log = logging.getLogger("shmelim")
-    handler = logging.StreamHandler(stderr)
+    handler = logging.StreamHandler(progress)
     handler.setFormatter(_LineFormatter())
     before = log.level
     log.addHandler(handler)
@@ -209,6 +211,5 @@ def _logging(stderr: BackgroundStream, *, verbose: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        stderr.drain(_DRAIN)
         log.removeHandler(handler)
         log.setLevel(before)
