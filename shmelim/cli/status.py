@@ -38,7 +38,8 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
     read_path ("native" or "pure"), writer {pid, alive, state, heartbeat_age_s, started_ms},
     table {capacity, usable, arena_size, arena_used, arena_live, segment_bytes},
     channel {address, answers, problem}, state_dir,
-    server {commits, changes, store_bytes, problems} or null, debts (how many, or null),
+    server {commits, changes, store_bytes, problems [{name, subject, severity, text, remedy, since_ms}]} or null,
+    debts (how many, or null),
     slashes_in_doubt [hotkey] (the first 20, or null), verified (entries, or null).
 
     For example:
