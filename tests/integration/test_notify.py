@@ -16,7 +16,7 @@ import time
 import weakref
 
 import pytest
-from ledger import PATIENCE, Clock, Ledger, until
+from ledger import PATIENCE, Clock, Ledger, held_elsewhere, until
 
 from shmelim.notify import SlackNotifier
 
@@ -353,9 +353,10 @@ def test_a_forked_child_sends_its_own_messages_and_none_of_the_parents(slack, ma
     notifier.send_message("of the parent")
     notifier.send_message("of the parent, too")
     until(lambda: slack.texts)
-    with notifier._changed:  # a lock that is held at the fork is free in the child
+    with held_elsewhere(notifier._changed):  # a lock that is held at the fork is free in the child
         pid = os.fork()
         if pid == 0:
+            signal.alarm(2 * int(PATIENCE))  # ends a child that waits for ever
             done = notifier.send_message("of the child") and notifier.flush(PATIENCE)
             os._exit(0 if done else 1)
     assert os.waitpid(pid, 0)[1] == 0

@@ -3,10 +3,11 @@
 import io
 import logging
 import os
+import signal
 import threading
 
 import pytest
-from ledger import PATIENCE, until
+from ledger import PATIENCE, held_elsewhere, until
 
 from shmelim.system.background import Background, BackgroundStream, Descriptor
 from shmelim.system.logs import LimitedLog, log_problems, log_without_waiting
@@ -47,6 +48,7 @@ def in_child(work):
     """Run something in a forked child; whether it was true there."""
     pid = os.fork()
     if pid == 0:
+        signal.alarm(int(PATIENCE))  # ends a child that waits for ever
         try:
             os._exit(0 if work() else 1)
         finally:
@@ -59,7 +61,7 @@ def in_child(work):
 
 def test_a_limited_log_works_in_a_child_that_was_forked_while_its_lock_was_held(caplog):
     log = LimitedLog(logging.getLogger("flood"))
-    with log._lock:
+    with held_elsewhere(log._lock):
         assert in_child(lambda: log(logging.WARNING, "a", "in the child") is None)
 
 
@@ -178,7 +180,7 @@ def test_a_forked_child_logs_as_ever_and_what_waits_is_the_parents(logger, stuck
                 logger.warning("in the background")
                 return handler not in logger.handlers and logger.handlers[0].drain(PATIENCE)
 
-        with handler._background._changed:  # a lock that is held at the fork is free in the child
+        with held_elsewhere(handler._background._changed):  # a lock that is held at the fork is free in the child
             assert in_child(child)
         stuck.go_on.set()
     assert stuck.lines == ["of the parent"]
@@ -224,7 +226,7 @@ def test_a_forked_child_has_a_queue_of_its_own():
         background.put("of the child")
         return background.drain(PATIENCE) and done == ["of the child"]
 
-    with background._changed:
+    with held_elsewhere(background._changed):
         assert in_child(child)
     go_on.set()
     assert background.drain(PATIENCE)

@@ -74,6 +74,16 @@ def test_what_was_refused_is_sent_again_while_it_stands(problems, messages, noti
     assert sorted(notifier.taken) == [("error", "it waits"), ("error", "no room")]
 
 
+def test_what_was_refused_and_is_forgotten_is_not_sent_again(problems, messages, notifier):
+    """As in a child that begins anew."""
+    notifier.refusal = False
+    problems.report("full", "no room")
+    notifier.refusal = None
+    problems.begin_anew()
+    messages.send_again()
+    assert notifier.taken == []
+
+
 def test_of_a_problem_that_nobody_heard_of_the_end_is_not_told_either(problems, messages, notifier):
     notifier.refusal = False
     problems.report("full", "no room")

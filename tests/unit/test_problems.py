@@ -1,8 +1,10 @@
 """Named problems: raised once, told once, cleared once."""
 
 import os
+import signal
 
 import pytest
+from ledger import PATIENCE, held_elsewhere
 
 from shmelim.system.problems import Problems
 
@@ -109,9 +111,10 @@ def test_a_health_check_says_all_of_a_problem(problems, monkeypatch):
 
 def test_a_forked_child_has_what_stood_and_a_lock_of_its_own(problems):
     problems.report("full", "no room")
-    with problems._lock:
+    with held_elsewhere(problems._lock):
         pid = os.fork()
         if pid == 0:
+            signal.alarm(int(PATIENCE))  # ends a child that waits for ever
             stood = problems.stands("full")
             problems.begin_anew()
             os._exit(0 if stood and problems.status() == "ok" and problems.clear("full") is None else 1)
