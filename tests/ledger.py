@@ -25,6 +25,26 @@ def until(condition, what="the condition"):
         time.sleep(0.002)
 
 
+@contextlib.contextmanager
+def held_elsewhere(lock):
+    """Hold a lock in another thread, of which a child that is forked meanwhile knows nothing."""
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            held.set()
+            go_on.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        go_on.set()
+        thread.join()
+
+
 def is_alive(pid):
     """Whether a process runs; a zombie does not."""
     with contextlib.suppress(FileNotFoundError):

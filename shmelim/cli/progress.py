@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -15,12 +15,14 @@ _DELAY: Final = 1.0
 class DelayedProgress:
     """A progress bar that appears after a second; nothing is shown where stderr is not a terminal.
 
-    :meth:`tell` may be called from any thread; outside of the ``with`` block it does nothing.
+    :meth:`tell` may be called from any thread; outside of the ``with`` block it does nothing. With a `file` the
+    bar, and what is written above it, goes there instead of to ``sys.stderr``.
     """
 
-    def __init__(self, delay: float = _DELAY) -> None:
+    def __init__(self, delay: float = _DELAY, file: TextIO | None = None) -> None:
         # Guards everything below: the timer's thread and the caller's meet here.
         self._lock = threading.Lock()
+        self._file = file
         self._timer = threading.Timer(delay, self._show)
         self._timer.daemon = True
         self._progress: Progress | None = None
@@ -45,7 +47,7 @@ class DelayedProgress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                console=Console(stderr=True),
+                console=Console(file=self._file, stderr=True),
                 transient=True,
             )
             self._timer.start()
@@ -74,6 +76,14 @@ class DelayedProgress:
                 self._what = what
             else:
                 self._progress.update(self._progress.task_ids[0], completed=done, total=total)
+
+    def write(self, text: str) -> None:
+        """Write whole lines: above the bar while there is one, so that neither spoils the other."""
+        with self._lock:
+            if self._progress is not None and self._shown:
+                self._progress.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+            elif self._file is not None:
+                self._file.write(text)
 
     def _show(self) -> None:
         with self._lock:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO, cast
 
 import click
 
@@ -20,20 +22,20 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.serve import ServeOptions, Service, run
 from shmelim.eliminations.store.schema import Durability
 from shmelim.errors import AlreadyServingError, ShmelimError
+from shmelim.system.background import BackgroundStream
 
 _STANDARD_ERROR: Final = 2
+_DRAIN: Final = 1.0  # seconds for what stderr has not taken yet, before the server says that it is ready or ends
 
 
-class _StderrHandler(logging.Handler):
-    """Log records on stderr, one line each, as it is now: a progress bar may have put itself in between."""
+class _LineFormatter(logging.Formatter):
+    """One line a record, and below it the trace if there is one."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one record; a stderr that nobody reads any more ends nothing."""
-        text = f"{record.levelname.lower()}: {printable(record.getMessage())}"
-        if record.exc_info:
-            text = f"{text}\n{logging.Formatter().formatException(record.exc_info)}"
-        with contextlib.suppress(OSError):
-            click.echo(text, err=True)
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        level = record.levelname.lower()
+        text = f"{time}.{record.msecs:03.0f}Z {level}: {printable(record.getMessage())}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
 @command
@@ -125,20 +127,24 @@ def serve(
         default_departed=default_departed,
         imports=imports,
     )
-    progress = DelayedProgress()
+    # Nothing here waits for whoever reads stderr, or does not.
+    stderr = BackgroundStream(_stderr())
+    progress = DelayedProgress(file=cast("TextIO", stderr))
 
     def announce(service: Service) -> None:
         progress.stop()
-        with contextlib.suppress(OSError):
-            click.echo(_ready_line(service), err=True)
+        stderr.write(_ready_line(service) + "\n")
+        stderr.drain(_DRAIN)
         if ready_fd is not None:
             _tell_ready(ready_fd)
 
-    with _logging(verbose=verbose), progress:
+    with _logging(progress, verbose=verbose), progress:
         try:
             run(options, announce, progress.tell)
         except AlreadyServingError as error:
             raise _naming_the_other(error, settings.name) from error
+        finally:
+            stderr.drain(_DRAIN)
 
 
 def _ready_line(service: Service) -> str:
@@ -148,6 +154,14 @@ def _ready_line(service: Service) -> str:
         f"serving {service.options.name!r}: {len(reader)} eliminated, {reader.num_departed_hotkeys} departed; "
         f"channel {channel}; state {service.server.state_dir}"
     )
+
+
+def _stderr() -> int | None:
+    """Return the descriptor of stderr; None where it was closed, and another file may have its number."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _check_descriptor(descriptor: int | None) -> None:
@@ -179,9 +193,10 @@ def _naming_the_other(error: AlreadyServingError, name: str) -> ShmelimError:
 
 
 @contextlib.contextmanager
-def _logging(*, verbose: bool) -> Iterator[None]:
+def _logging(progress: DelayedProgress, *, verbose: bool) -> Iterator[None]:
     log = logging.getLogger("shmelim")
-    handler = _StderrHandler()
+    handler = logging.StreamHandler(progress)
+    handler.setFormatter(_LineFormatter())
     before = log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.WARNING)

@@ -35,7 +35,8 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
     read_path ("native" or "pure"), writer {pid, alive, state, heartbeat_age_s, started_ms},
     table {capacity, usable, arena_size, arena_used, arena_live, segment_bytes},
     channel {address, answers, problem}, state_dir,
-    server {commits, changes, store_bytes, problems} or null, debts (how many, or null),
+    server {commits, changes, store_bytes, problems [{name, subject, severity, text, remedy, since_ms}]} or null,
+    debts (how many, or null),
     slashes_in_doubt [hotkey] (the first 20, or null), verified (entries, or null).
 
     For example:
@@ -138,10 +139,16 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
         lines.append(("slashes in doubt", f"{', '.join(in_doubt)}{settle}" if in_doubt else "none"))
     if server is not None:
         lines.append(("store", f"{output.size(server['store_bytes'])}, {server['commits']} commits"))
-        lines.append(("problems", "; ".join(server["problems"] or []) or "none"))
+        lines.append(("problems", "; ".join(map(_problem, server["problems"])) or "none"))
     if status["verified"] is not None:
         lines.append(("verified", f"{status['verified']} entries, all whole"))
     return lines
+
+
+def _problem(problem: dict[str, Any]) -> str:
+    remedy = f" ({problem['remedy']})" if problem["remedy"] else ""
+    since = output.moment(problem["since_ms"])
+    return f"{problem['name']}, {problem['severity']} since {since}: {problem['text']}{remedy}"
 
 
 def _writer_line(writer: dict[str, Any]) -> str:

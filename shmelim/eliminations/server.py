@@ -32,8 +32,10 @@ from shmelim.eliminations.store.history import Origin, read_events, this_process
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
-from shmelim.errors import DamagedFileError, NoCollaboratorsError
+from shmelim.errors import DamagedFileError, NoCollaboratorsError, StoreError
 from shmelim.shm import PrivateNamespace, SharedNamespace, TableReader, TableWriter
+from shmelim.system.logs import LimitedLog, log_problems
+from shmelim.system.problems import Problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _log = logging.getLogger("shmelim.server")
+_limited = LimitedLog(_log)
 
 BEAT_INTERVAL: Final = 0.25
 HISTORY_LIMIT: Final = 10_000
@@ -83,6 +86,8 @@ class EliminationManagerServer:
         In direct mode, what the processing closes positions with; may be replaced at any time.
     processor
         In direct mode, what processes eliminations; None in a server process, which has no collaborators.
+    problems
+        What is wrong with the state now: what the health check lists, and logs once.
 
     Raises
     ------
@@ -119,6 +124,8 @@ class EliminationManagerServer:
         self.started_ms = _now_ms()
         self.live_price_fetcher: Any = None
         self.processor: EliminationProcessor | None = None
+        self.problems = Problems()
+        log_problems(self.problems, _log)
         self._first_refresh_ran = False
         self._uploads = Uploads()
         self._stopped = threading.Event()
@@ -139,7 +146,7 @@ class EliminationManagerServer:
             try:
                 paths = [Path(path) for path in imports]
                 merge_once(store, paths, lambda path: tell(f"importing {path}", 0, None))
-                self._committer = Committer(store, table, self._after_publish)
+                self._committer = Committer(store, table, self._after_publish, self.problems)
                 self._mirror: FileMirror | None = None
                 self._committer.publish_all(
                     origin_record(self.state_dir, imported(store)),
@@ -157,7 +164,9 @@ class EliminationManagerServer:
         self._debts = DebtBook(self._committer, _origin, self.state_dir)
         self.reader = EliminationReader.over(self.namespace)
         if self.state_dir is not None:
-            self._mirror = FileMirror(self.state_dir, TableReader(self.namespace), self._committer, files)
+            self._mirror = FileMirror(
+                self.state_dir, TableReader(self.namespace), self._committer, files, self.problems
+            )
             self._mirror.mark()
             self._mirror.start()
 
@@ -215,22 +224,23 @@ class EliminationManagerServer:
         return self._committer.commit(change, _origin())
 
     def _save(self) -> None:
-        """Bring the files up to date; what fails there is reported, since the change itself is safe."""
+        """Bring the files up to date; what fails there is a named problem, since the change itself is safe."""
         if self._mirror is not None:
-            try:
+            with contextlib.suppress(StoreError):
                 self._mirror.flush()
-            except Exception as error:
-                _log.warning("the change is stored and published, but its file is behind: %s", error)
 
     # ------------------------------------------------------------------ health
 
     def health_check_rpc(self) -> dict[str, Any]:
-        """Return ``status`` ("ok"), ``timestamp_ms``, the counts, and what else helps."""
+        """Return ``status`` ("ok", "degraded" or "failing"), ``timestamp_ms``, the counts, and what else helps.
+
+        ``problems`` lists what is wrong, the oldest first, as dicts with ``name``, ``subject``, ``text``,
+        ``severity``, ``remedy`` and ``since_ms``; the status is that of the worst.
+        """
         table = self.reader.table
-        problem = None if self._mirror is None else self._mirror.problem
-        debts, debt_problems = self._debts.health()
+        debts = self._debts.health(self.problems)
         return {
-            "status": "ok",
+            "status": self.problems.status(),
             "timestamp_ms": _now_ms(),
             "num_eliminations": len(self.reader),
             "num_departed_hotkeys": self.reader.num_departed_hotkeys,
@@ -245,7 +255,7 @@ class EliminationManagerServer:
             "sequence": table.sequence,
             "segment_bytes": table.segment_size,
             **debts,
-            "problems": [*([] if problem is None else [str(problem)]), *debt_problems],
+            "problems": [problem.as_dict() for problem in self.problems.standing()],
         }
 
     def _store_bytes(self) -> int:
@@ -288,7 +298,7 @@ class EliminationManagerServer:
             try:
                 found = files.read_eliminations(self.state_dir / ELIMINATIONS_FILE)
             except DamagedFileError as error:
-                _log.warning("%s; answering from the store", error)
+                _limited(logging.WARNING, "file", "%s; answering from the store", error)
             else:
                 if found is not None:
                     return [decode(record) for _, record in found.rows]

@@ -12,6 +12,7 @@ from shmelim.errors import ShmelimError
 from shmelim.service.ending import Ending
 from shmelim.service.launch import ServerOptions, ServerReady
 from shmelim.service.titles import server_title
+from shmelim.system.logs import log_without_waiting
 from shmelim.system.processes import ProcessIdentity, set_title
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def run_server(
     options = server_ready.options
     set_title(server_title(options.service_name))
     # First of all, so that no signal reaches a handler that was inherited from the owner.
-    with Ending(options.owner) as ending, contextlib.ExitStack() as stack:
+    with Ending(options.owner) as ending, log_without_waiting(), contextlib.ExitStack() as stack:
         try:
             server = factory(*args, **kwargs)
             close = getattr(server, "close", None)
@@ -93,6 +94,7 @@ def run_server(
             raise SystemExit(1) from None
 
 
+@log_without_waiting()
 def _serve(
     server: object,
     address: Address,

@@ -128,7 +128,9 @@ def test_status_tells_of_debts_and_doubts(run, server, alive):
     assert lines["debts"] == "6"
     assert lines["slashes in doubt"].startswith(f"{A}: settle with `shmelim slash resolve HOTKEY --made`")
     if alive:
-        assert f"slashes in doubt: {A}" in found["server"]["problems"][0]
+        assert found["server"]["problems"][0]["text"].endswith(f": {A}")
+        assert lines["problems"].startswith("slashes_in_doubt, degraded since 20")
+        assert lines["problems"].endswith("settle them with `shmelim slash resolve`)")
 
 
 def test_status_when_nothing_is_in_doubt(run, server):

@@ -69,11 +69,11 @@ def test_calls_errors_health_and_shutdown(make, way, tmp_path):
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         service._server_proxy.fail_rpc()
     assert service.health_check()
-    (tmp_path / "status").write_text("degraded")
+    (tmp_path / "status").write_text("failing")
     assert service.health_check()  # not yet time
     assert service.health_check(clock.later(60)) is False
     (told,) = alerts.of("error")
-    assert told.endswith(": health check failed: status error: the status is 'degraded', not 'ok'")
+    assert told.endswith(": health check failed: status error: the status is 'failing', not 'ok'")
     (tmp_path / "status").unlink()
     assert service.health_check(clock.later(60))
     assert [level for level, _ in alerts.messages] == ["error", "success"]
@@ -89,7 +89,7 @@ def test_calls_errors_health_and_shutdown(make, way, tmp_path):
 @pytest.mark.parametrize("way", WAYS)
 def test_without_health_checks_everything_is_well(make, way, tmp_path):
     service = make(way)
-    (tmp_path / "status").write_text("degraded")
+    (tmp_path / "status").write_text("failing")
     assert service.health_check()
     assert service.health_check(0)
 

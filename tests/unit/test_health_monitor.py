@@ -94,7 +94,7 @@ def test_between_checks_the_last_result_holds(subject):
     [
         (ConnectionError("gone"), "RPC error: ConnectionError: gone"),
         (TimeoutError("late"), "RPC error: TimeoutError: late"),
-        ({"status": "degraded"}, "status error: the status is 'degraded', not 'ok'"),
+        ({"status": "failing"}, "status error: the status is 'failing', not 'ok'"),
         ({}, "status error: the status is None, not 'ok'"),
         ({"status": "OK"}, "status error: the status is 'OK', not 'ok'"),
         ("ok", "status error: the answer is 'ok', not a dict with a status"),

@@ -302,7 +302,8 @@ class TestFailing:
         assert server.is_hotkey_eliminated_rpc("new")
         assert "new" not in in_file(state_dir)
         health = server.health_check_rpc()
-        assert health["status"] == "ok"
+        assert health["status"] == "degraded"
+        assert [problem["name"] for problem in health["problems"]] == ["files_behind"]
         assert "no space left" in str(health["problems"])
         assert "no space left" in caplog.text
         with pytest.raises(StoreError, match="no space left"):

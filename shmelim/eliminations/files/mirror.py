@@ -26,6 +26,8 @@ from shmelim.eliminations.state.committer import Committer
 from shmelim.errors import StoreError
 from shmelim.shm import TableReader
 from shmelim.system.durable import move_aside
+from shmelim.system.logs import LimitedLog
+from shmelim.system.problems import Problems
 
 FilesMode = Literal["current", "lagged", "off"]
 FILES_MODES: Final = ("current", "lagged", "off")
@@ -38,7 +40,13 @@ _PATIENCE: Final = 10
 _RETRY: Final = 1.0
 _FLUSH_LIMIT: Final = 300.0
 
+_BEHIND: Final = "files_behind"
+_REMEDY: Final = (
+    "make room, or let the server's user write there; every change is stored and published all the same"
+)
+
 _log = logging.getLogger("shmelim.files")
+_limited = LimitedLog(_log)
 
 
 class FileMirror:
@@ -50,11 +58,14 @@ class FileMirror:
     except that anybody may reset ``_departed_written``, which costs a write too many at worst.
     """
 
-    def __init__(self, directory: Path, table: TableReader, committer: Committer, mode: FilesMode) -> None:
+    def __init__(
+        self, directory: Path, table: TableReader, committer: Committer, mode: FilesMode, problems: Problems
+    ) -> None:
         self._directory = directory
         self._table = table
         self._committer = committer
         self.mode = mode
+        self._problems = problems
         self._changed = threading.Condition()
         self._stale: dict[str, float] = {}
         self._asked = 0
@@ -70,11 +81,6 @@ class FileMirror:
         self._ours: dict[str, files.Identity | None] = {}
         self._problem: StoreError | None = None
         self._thread: threading.Thread | None = None
-
-    @property
-    def problem(self) -> StoreError | None:
-        """Why the last write failed, or None; one reference read."""
-        return self._problem
 
     def start(self) -> None:
         """Start the writing thread; nothing happens in mode ``"off"``."""
@@ -111,7 +117,9 @@ class FileMirror:
             wanted = self._asked
             self._changed.notify_all()
             if not self._changed.wait_for(lambda: self._written >= wanted or self._ended, _FLUSH_LIMIT):
-                raise StoreError(f"the files in {self._directory} were not written within {_FLUSH_LIMIT:.0f} s")
+                text = f"the files in {self._directory} were not written within {_FLUSH_LIMIT:.0f} s"
+                self._problems.report(_BEHIND, text)
+                raise StoreError(text)
             problem = self._problem
         if problem is not None:
             raise problem
@@ -142,6 +150,10 @@ class FileMirror:
             began = time.monotonic()
             problem = self._write(stale)
             took = time.monotonic() - began
+            if problem is None:
+                self._problems.clear(_BEHIND)
+            else:
+                self._problems.report(_BEHIND, problem.message, remedy=problem.hint or _REMEDY)
             with self._changed:
                 if problem is None:
                     self._not_before = time.monotonic() + _PATIENCE * took
@@ -149,8 +161,6 @@ class FileMirror:
                     for name in stale:
                         self._stale.setdefault(name, began)
                     self._not_before = time.monotonic() + _RETRY
-                if problem is not None and str(problem) != str(self._problem):
-                    _log.error("%s", problem)
                 self._problem = problem
                 self._written = asked
                 self._writing = False
@@ -195,7 +205,8 @@ class FileMirror:
         except StoreError as error:
             return error
         except Exception as error:
-            _log.exception("the files in %s could not be written", self._directory)
+            text = "the files in %s could not be written"
+            _limited(logging.ERROR, "mistake", text, self._directory, exc_info=True)
             return StoreError(f"the files in {self._directory} could not be written: {error}")
         return None
 

@@ -18,8 +18,10 @@ from shmelim.eliminations.rules.iteration import Iteration, OvertakenError
 from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
+from shmelim.system.logs import LimitedLog
 
 _log = logging.getLogger("shmelim.processing")
+_limited = LimitedLog(_log)
 
 
 @dataclass(eq=False)
@@ -54,7 +56,7 @@ class Flattening:
             try:
                 found[position.position_uuid] = position.trade_pair.trade_pair_id
             except Exception as error:
-                _log.warning("a position of miner %s cannot be read: %s", hotkey, error)
+                _limited(logging.WARNING, "unreadable", "a position of miner %s cannot be read: %s", hotkey, error)
                 first = first or error
         found |= {uuid: pair for (owner, uuid), pair in list(self.unsaved.items()) if owner == hotkey}
         for uuid, pair in found.items():
@@ -66,7 +68,9 @@ class Flattening:
             except BaseException as error:
                 if not is_failure(error):
                     raise
-                _log.warning("position %s of miner %s could not be closed: %s", uuid, hotkey, error)
+                _limited(
+                    logging.WARNING, "open", "position %s of miner %s could not be closed: %s", uuid, hotkey, error
+                )
                 first = first or error
         if first is not None:
             raise first
@@ -121,7 +125,8 @@ class Flattening:
         try:
             return position.to_websocket_dict()
         except Exception:
-            _log.exception("position %s could not be made a message", position.position_uuid)
+            text = "position %s could not be made a message"
+            _limited(logging.ERROR, "message", text, position.position_uuid, exc_info=True)
             return None
 
     def _tell_websockets(self, hotkey: str, message: Any) -> None:
@@ -132,4 +137,5 @@ class Flattening:
         try:
             queue.put(message)
         except Exception:
-            _log.exception("the WebSocket queue was not told of a closed position of miner %s", hotkey)
+            text = "the WebSocket queue was not told of a closed position of miner %s"
+            _limited(logging.ERROR, "websockets", text, hotkey, exc_info=True)

@@ -26,8 +26,10 @@ from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.errors import StateUnavailableError
+from shmelim.system.logs import LimitedLog
 
 _log = logging.getLogger("shmelim.processing")
+_limited = LimitedLog(_log)
 
 
 class EliminationProcessor:
@@ -103,7 +105,8 @@ class EliminationProcessor:
             return self.end_asked or bool(shutdown if is_set is None else is_set())
         except Exception:
             # It lives in a process that is gone, and the validator with it.
-            _log.exception("whether the validator is ending cannot be asked any more: taken as a yes")
+            text = "whether the validator is ending cannot be asked any more: taken as a yes"
+            _limited(logging.ERROR, "end", text, exc_info=True)
             return True
 
     def process_eliminations(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
@@ -141,7 +144,7 @@ class EliminationProcessor:
             try:
                 step(iteration)
             except OvertakenError as overtaken:
-                _log.warning("the rest of this tick is left to the next: %s", overtaken)
+                _limited(logging.WARNING, "overtaken", "the rest of this tick is left to the next: %s", overtaken)
                 return well
             except StateUnavailableError:
                 raise
@@ -171,7 +174,7 @@ class EliminationProcessor:
         try:
             step(self._begin(position_locks, epoch))
         except OvertakenError as overtaken:
-            _log.warning("broken off: %s", overtaken)
+            _limited(logging.WARNING, "overtaken", "broken off: %s", overtaken)
 
     def handle_departed(self) -> list[str]:
         """Tell the server who is registered, if that changed; returns the hotkeys whose departure was recorded."""

@@ -19,8 +19,10 @@ from shmelim.eliminations.rules.slashing import Slashing
 from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
+from shmelim.system.logs import LimitedLog
 
 _log = logging.getLogger("shmelim.processing")
+_limited = LimitedLog(_log)
 
 
 class Settling:
@@ -129,5 +131,5 @@ class Settling:
                 return False
             self.flattening.close_open(hotkey, record, iteration)
             return True
-        _log.warning("a debt of an unknown kind: %s of miner %s", kind, hotkey)
+        _limited(logging.WARNING, "unknown", "a debt of an unknown kind: %s of miner %s", kind, hotkey)
         return False

@@ -39,6 +39,7 @@ from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.errors import SlashNotMadeError, StateUnavailableError
+from shmelim.system.logs import LimitedLog
 
 # Kinds of alerts: of a slash that was not made there is one for each miner, of a doubt one for each attempt.
 _NOT_MADE: Final = "slash not made"
@@ -47,6 +48,7 @@ _DOUBT: Final = "slash in doubt"
 _SHOWN: Final = 100  # characters of an answer
 
 _log = logging.getLogger("shmelim.processing")
+_limited = LimitedLog(_log)
 
 
 class _Outcome(NamedTuple):
@@ -173,7 +175,8 @@ class Slashing:
         except BaseException as failure:
             if not is_failure(failure):
                 raise
-            _log.exception("slash of miner %s: %s, which could not be recorded yet", hotkey, made)
+            text = "slash of miner %s: %s, which could not be recorded yet"
+            _limited(logging.ERROR, "unrecorded", text, hotkey, made, exc_info=True)
             return
         attempts.ended.pop(token, None)
         if recorded:

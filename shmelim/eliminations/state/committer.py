@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from shmelim.eliminations.rows import ORIGIN_KEY, row_entry
 from shmelim.eliminations.state.changes import Step
-from shmelim.errors import StoreError
+from shmelim.errors import SegmentFullError, StoreError
+from shmelim.system.problems import Problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +41,9 @@ T = TypeVar("T")
 MAX_GROUP: Final = 1024
 _REBUILD_FROM: Final = 1000
 _REPORT_EVERY: Final = 10_000
+
+_COMMIT_FAILED: Final = "commit_failed"
+_MEMORY_FULL: Final = "shared_memory_full"
 
 
 class _Round:
@@ -86,13 +90,22 @@ class Committer:
         The table's writer; loaded by :meth:`publish_all`.
     published
         Called after each publish, still before the callers go on, with the hotkeys that changed.
+    problems
+        Where it is said that changes cannot be committed or published.
 
     """
 
-    def __init__(self, store: Store, table: TableWriter, published: Callable[[Sequence[str]], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        table: TableWriter,
+        published: Callable[[Sequence[str]], None],
+        problems: Problems | None = None,
+    ) -> None:
         self._store = store
         self._table = table
         self._published = published
+        self._problems = problems or Problems()
         self._queue: deque[_Request[Any]] = deque()
         self._leading = threading.Lock()
         self._closed = False
@@ -235,6 +248,7 @@ class Committer:
             self._clean_up()
             if not committed:
                 self._owed = owed
+                self._report(error)
             elif not this_round.finished:
                 self._catch_up()
                 self._acknowledge(this_round, touched)
@@ -243,6 +257,19 @@ class Committer:
             self._clean_up()
         self.commits += wrote
         self.changes += len(group)
+        if wrote:
+            self._problems.clear(_COMMIT_FAILED)
+            self._problems.clear(_MEMORY_FULL)
+
+    def _report(self, error: BaseException) -> None:
+        """Name what keeps changes from being made, where that is not the change itself."""
+        if isinstance(error, SegmentFullError):
+            self._problems.report(_MEMORY_FULL, f"a change was refused: {error.message}", remedy=error.hint)
+        elif isinstance(error, StoreError):
+            # Not "failing", which a service answers with a restart: that makes no room on a disk, and the start
+            # with a damaged store makes a new one without its debts and slashes, which is a person's decision.
+            text = f"the last change could not be committed: {error.message}"
+            self._problems.report(_COMMIT_FAILED, text, remedy=error.hint)
 
     def _acknowledge(self, this_round: _Round, touched: dict[str, None]) -> None:
         self._owed = {}

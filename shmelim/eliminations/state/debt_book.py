@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shmelim.eliminations.state.changes import Step
     from shmelim.eliminations.state.committer import Committer
     from shmelim.eliminations.store.history import Origin
+    from shmelim.system.problems import Problems
 
 T = TypeVar("T")
 
@@ -137,21 +138,25 @@ class DebtBook:
         _check_truth("made", made)
         return self._commit(debt_changes.resolve_slash(hotkey, made=made))
 
-    def health(self) -> tuple[dict[str, Any], list[str]]:
-        """Return what a health check says of debts, and what is wrong with them."""
+    def health(self, problems: Problems) -> dict[str, Any]:
+        """Return what a health check says of debts; raise and clear what is wrong with them."""
         try:
             figures = self._figures()
         except StoreError as error:
-            return {"num_debts": None, "slashes_in_doubt": None}, [f"what is owed cannot be read: {error}"]
+            problems.report("debts_unreadable", f"what is owed cannot be read: {error}")
+            return {"num_debts": None, "slashes_in_doubt": None}
+        problems.clear("debts_unreadable")
         shown = figures.in_doubt[:MOST_SHOWN]
-        said: dict[str, Any] = {"num_debts": figures.debts, "slashes_in_doubt": shown}
-        if not shown:
-            return said, []
-        more = f" and {len(figures.in_doubt) - len(shown)} more" if len(figures.in_doubt) > len(shown) else ""
-        listed = f"{', '.join(shown)}{more}"
-        return said, [
-            f"slashes in doubt: {listed}; see `shmelim debts`, and settle them with `shmelim slash resolve`"
-        ]
+        if shown:
+            more = f" and {len(figures.in_doubt) - len(shown)} more" if len(figures.in_doubt) > len(shown) else ""
+            problems.report(
+                "slashes_in_doubt",
+                f"nobody knows whether these slashes were made: {', '.join(shown)}{more}",
+                remedy="see `shmelim debts`, look at the contract, and settle them with `shmelim slash resolve`",
+            )
+        else:
+            problems.clear("slashes_in_doubt")
+        return {"num_debts": figures.debts, "slashes_in_doubt": shown}
 
     def _figures(self) -> Figures:
         if self._state_dir is None:
