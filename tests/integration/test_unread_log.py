@@ -15,7 +15,7 @@ import pytest
 from ledger import PATIENCE, Ledger, LedgerServer, is_alive
 from test_cli_commands import T, environment
 
-from shmelim.eliminations import EliminationClient
+from shmelim import EliminationClient
 from shmelim.shm import SharedNamespace
 
 CALLS = 1200  # once it hung in the 383rd: 64 KiB of "its file is behind"
