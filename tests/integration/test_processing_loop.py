@@ -189,7 +189,7 @@ def test_failure_is_not_forgotten_by_pauses_for_syncs(make: Callable[..., Manage
         value = property(lambda _self: next(looks) % 2 == 0)
 
     managed.manager.sync_in_progress = Flag()
-    managed.manager._processor._state._server = lambda: None
+    managed.manager._processor._state._manager = lambda: None
     with in_a_thread(managed):
         until(lambda: next(looks) > 40)
     assert len(managed.alerts) == 1

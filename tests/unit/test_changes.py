@@ -146,9 +146,23 @@ def test_loss_that_is_true_can_be_accepted(store):
     assert apply(store, changes.update_metagraph(hotkeys[21:]))[0] == [hotkeys[20]]
 
 
-def test_note_and_meta(store):
-    assert apply(store, changes.note("said", "something"))[2] == [("said", None, "something")]
-    _, step, events = apply(store, changes.set_meta("k", [1]))
+def test_departures_can_be_cleared(store):
+    add(store, "a")
+    apply(store, changes.record_departures({"a": 5, "b": 6, "c": 7}, "test"))
+    apply(store, changes.update_metagraph(["c"]))
+    result, step, events = apply(store, changes.clear_departed)
+    assert (result, list(step.touched), step.wrote) == (None, ["a", "b", "c"], True)
+    assert events == [("forget", hotkey, "departures cleared") for hotkey in "abc"]
+    assert list(store.departed()) == []
+    assert [hotkey for hotkey, _ in store.eliminated()] == ["a"]
+    assert store.registered() == {"c"}
+    assert store.get("b") is None
+    _, step, events = apply(store, changes.clear_departed)
+    assert (step.wrote, events) == (False, [])
+
+
+def test_meta(store):
+    _, step, events = apply(store, lambda step: step.set_meta("k", [1]))
     assert (step.wrote, step.touched, events, store.meta("k")) == (True, {}, [], [1])
 
 

@@ -12,11 +12,11 @@ from shmelim.errors import StateUnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from shmelim.eliminations.calls import ProcessingCalls
     from shmelim.eliminations.rules.alerts import Alerts
     from shmelim.eliminations.rules.iteration import Iteration
     from shmelim.eliminations.rules.membership import Membership
     from shmelim.eliminations.rules.roster import Roster
-    from shmelim.eliminations.rules.statecalls import StateCalls
     from shmelim.eliminations.validator.collaborators import Collaborators
     from shmelim.eliminations.validator.environment import ValidatorEnvironment
 
@@ -43,7 +43,7 @@ class Expiry:
         self,
         collaborators: Collaborators,
         environment: ValidatorEnvironment,
-        state: StateCalls,
+        state: ProcessingCalls,
         alerts: Alerts,
         roster: Roster,
         membership: Membership,
@@ -85,7 +85,7 @@ class Expiry:
         iteration.check()
         if gone:
             # Somebody may have been eliminated anew meanwhile: that row stays.
-            deleted = self._state.delete_eliminations({hotkey: old_enough[hotkey] for hotkey in gone})
+            deleted = self._state.delete_eliminations(gone, {hotkey: old_enough[hotkey] for hotkey in gone})
             _log.info("deleted %d expired eliminations: %s", len(deleted), ", ".join(deleted[:10]))
 
     def is_due(self, record: Mapping[str, Any]) -> bool:

@@ -17,8 +17,8 @@ from shmelim.eliminations.rules.iteration import OvertakenError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from shmelim.eliminations.calls import ProcessingCalls
     from shmelim.eliminations.rules.iteration import Iteration
-    from shmelim.eliminations.rules.statecalls import StateCalls
     from shmelim.eliminations.validator.collaborators import Collaborators
     from shmelim.eliminations.validator.environment import ValidatorEnvironment
 
@@ -35,7 +35,9 @@ class Flattening:
 
     """
 
-    def __init__(self, collaborators: Collaborators, environment: ValidatorEnvironment, state: StateCalls) -> None:
+    def __init__(
+        self, collaborators: Collaborators, environment: ValidatorEnvironment, state: ProcessingCalls
+    ) -> None:
         self._collaborators = collaborators
         self._environment = environment
         self._state = state
@@ -99,7 +101,7 @@ class Flattening:
                 self._unsaved.pop((hotkey, uuid), None)
                 return
             fetcher = self._price_fetcher()
-            order = None if position.is_closed_position else self._flat_order(position, record, fetcher)
+            order = None if position.is_closed_position else self._flat_order(position, record, fetcher, iteration)
             # After the price, which may be long in coming, and before anything is changed: the position may be
             # the manager's own object, and what a sync has taken back must not stay closed in it.
             iteration.check()
@@ -112,25 +114,21 @@ class Flattening:
         _log.info("closed position %s (%s) of eliminated miner %s", uuid, pair, hotkey)
         self._tell_websockets(hotkey, message)
 
-    def _flat_order(self, position: Any, record: Mapping[str, Any], fetcher: Any) -> Any:
+    def _flat_order(self, position: Any, record: Mapping[str, Any], fetcher: Any, iteration: Iteration) -> Any:
         eliminated_ms = record["elimination_initiated_time_ms"]
         time_ms = eliminated_ms
         if position.orders:
             # Two orders at one time would have no order.
             time_ms = max(time_ms, position.orders[-1].processed_ms + 1)
-        price_info = record.get("price_info") or {}
-        source = self._environment.price_source(position.trade_pair, price_info, eliminated_ms)
+        source = iteration.price_sources.get(position.trade_pair)
+        if source is None:
+            price_info = record.get("price_info") or {}
+            source = self._environment.price_source(position.trade_pair, price_info, eliminated_ms)
         return position.generate_fake_flat_order(position, time_ms, fetcher, source)
 
     def _price_fetcher(self) -> Any:
-        for fetcher in (
-            self._state.live_price_fetcher(),
-            self._collaborators.live_price_fetcher,
-            self._environment.live_price_fetcher,
-        ):
-            if fetcher is not None:
-                return fetcher
-        return None
+        own = self._collaborators.live_price_fetcher
+        return self._environment.live_price_fetcher if own is None else own
 
     def _message(self, position: Any) -> Any:
         if self._collaborators.shared_queue_websockets is None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 from shmelim.errors import ShmelimError, StateUnavailableError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shmelim.eliminations.validator.collaborators import Collaborators
 
 
@@ -34,6 +36,7 @@ class Iteration:
         self._collaborators = collaborators
         self._superseded = False
         self._given_locks = position_locks
+        self.price_sources: Mapping[Any, Any] = {}  # by trade pair, where the caller has some
         self.epoch = epoch
         self.replacements = replacements
 

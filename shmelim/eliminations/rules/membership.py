@@ -10,8 +10,8 @@ from shmelim.eliminations.record import check_hotkey
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from shmelim.eliminations.calls import ProcessingCalls
     from shmelim.eliminations.rules.roster import Roster
-    from shmelim.eliminations.rules.statecalls import StateCalls
     from shmelim.eliminations.validator.collaborators import Collaborators
 
 _SHOWN: Final = 60  # characters of what is no hotkey
@@ -29,7 +29,7 @@ class Membership:
 
     """
 
-    def __init__(self, collaborators: Collaborators, state: StateCalls, roster: Roster) -> None:
+    def __init__(self, collaborators: Collaborators, state: ProcessingCalls, roster: Roster) -> None:
         self._collaborators = collaborators
         self._state = state
         self._roster = roster

@@ -20,12 +20,12 @@ from shmelim.eliminations.rules.judging import DrawdownRule
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.roster import Roster
 from shmelim.eliminations.rules.settling import Settling
-from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.errors import StateUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from shmelim.eliminations.calls import ProcessingCalls
     from shmelim.eliminations.reader import EliminationReader
     from shmelim.eliminations.validator.collaborators import Collaborators
     from shmelim.eliminations.validator.environment import ValidatorEnvironment
@@ -45,7 +45,7 @@ class EliminationProcessor:
     reader
         Reads the table of the eliminations.
     state
-        Returns the server, or the channel's proxy for it.
+        The server's methods.
     always
         Every call of :meth:`process_eliminations` is a tick, whatever time has passed.
     is_backtesting
@@ -64,7 +64,7 @@ class EliminationProcessor:
         collaborators: Collaborators,
         environment: ValidatorEnvironment,
         reader: EliminationReader,
-        state: Callable[[], Any],
+        state: ProcessingCalls,
         *,
         always: bool = False,
         is_backtesting: bool = False,
@@ -73,7 +73,7 @@ class EliminationProcessor:
         self.environment = environment
         self.alerts = Alerts(collaborators)
         self._reader = reader
-        self._state = StateCalls(state)
+        self._state = state
         self._always = always
         self._is_backtesting = is_backtesting
         self._last_update_ms = 0
@@ -240,6 +240,39 @@ class EliminationProcessor:
         """Delete what is left of miners who were eliminated long ago and have left the metagraph."""
         self._alone(self._expired, position_locks, iteration_epoch)
 
+    def handle_eliminated_miner(
+        self,
+        hotkey: str,
+        trade_pair_to_price_source_used_for_elimination_check: Mapping[Any, Any] | None = None,
+        position_locks: Any = None,
+        iteration_epoch: Any = None,
+    ) -> None:
+        """Delete the limit orders and close the open positions of a miner who is eliminated; else do nothing.
+
+        Parameters
+        ----------
+        hotkey
+            The miner.
+        trade_pair_to_price_source_used_for_elimination_check
+            Price sources by trade pair; those that it lacks are made from the record's ``price_info``.
+        position_locks, iteration_epoch
+            As for :meth:`process_eliminations`.
+
+        """
+        record = self._reader.get_elimination(hotkey)
+        if record is None:
+            return
+        limit_orders = self.collaborators.limit_order_manager
+        if limit_orders is not None:
+            try:
+                limit_orders.delete_all_limit_orders_for_hotkey(hotkey)
+            except Exception:
+                _log.exception("the limit orders of eliminated miner %s could not be deleted", hotkey)
+        if self.collaborators.position_manager is not None:
+            iteration = self._begin(position_locks, iteration_epoch)
+            iteration.price_sources = trade_pair_to_price_source_used_for_elimination_check or {}
+            self._settling.flattening.close_open(hotkey, record, iteration)
+
     def _challenge_period(self, iteration: Iteration) -> None:
         self._challenge.apply(iteration, self.is_stopping)
 
@@ -281,7 +314,7 @@ class EliminationProcessor:
                     with this_round.guard(hotkey):
                         self._settling.flattening.close(hotkey, listed, record, iteration)
         if not this_round.failed:
-            self._state.set_first_refresh_ran()
+            self._state.set_first_refresh_ran(True)
 
     def _perf_ledger(self, iteration: Iteration) -> None:
         ledgers = self._ledgers()

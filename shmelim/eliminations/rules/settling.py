@@ -19,10 +19,10 @@ from shmelim.errors import StateUnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from shmelim.eliminations.calls import ProcessingCalls
     from shmelim.eliminations.reader import EliminationReader
     from shmelim.eliminations.rules.alerts import Alerts
     from shmelim.eliminations.rules.iteration import Iteration
-    from shmelim.eliminations.rules.statecalls import StateCalls
     from shmelim.eliminations.validator.collaborators import Collaborators
     from shmelim.eliminations.validator.environment import ValidatorEnvironment
 
@@ -44,7 +44,7 @@ class Settling:
         collaborators: Collaborators,
         environment: ValidatorEnvironment,
         reader: EliminationReader,
-        state: StateCalls,
+        state: ProcessingCalls,
         alerts: Alerts,
     ) -> None:
         self._collaborators = collaborators

@@ -38,8 +38,8 @@ from shmelim.errors import SlashNotMadeError, StateUnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from shmelim.eliminations.calls import ProcessingCalls
     from shmelim.eliminations.rules.alerts import Alerts
-    from shmelim.eliminations.rules.statecalls import StateCalls
     from shmelim.eliminations.validator.collaborators import Collaborators
     from shmelim.eliminations.validator.environment import ValidatorEnvironment
 
@@ -92,7 +92,7 @@ class Slashing:
         self,
         collaborators: Collaborators,
         environment: ValidatorEnvironment,
-        state: StateCalls,
+        state: ProcessingCalls,
         alerts: Alerts,
     ) -> None:
         self._collaborators = collaborators

@@ -99,7 +99,7 @@ def recover(
             step = Step(store, None)
             if use_files:
                 fresh = not any(store.counts()) and not store.meta_items()
-                _take_files(step, directory, fresh=fresh)
+                take_files(step, directory, fresh=fresh)
             if default_departed is not None and not store.counts().departed:
                 _take_departed(step, default_departed, "default departed file")
     except BaseException:
@@ -180,7 +180,9 @@ def _origin_in(record: bytes) -> _Origin | None:
         return None
 
 
-def _take_files(step: Step, directory: Path, *, fresh: bool) -> None:
+def take_files(step: Step, directory: Path, *, fresh: bool) -> None:
+    """Take over JSON files that somebody else put there; a damaged one that is not all there is, is moved aside."""
+
     def eliminations(path: Path) -> str | None:
         found = files.read_eliminations(path)
         if found is None:
@@ -273,6 +275,6 @@ def _restore(step: Step, published: _Published, directory: Path) -> None:
 
 def _restore_from_files(step: Step, directory: Path) -> None:
     step.record([EventOf("recover", note="the store was damaged: restored from the JSON files")])
-    _take_files(step, directory, fresh=True)
+    take_files(step, directory, fresh=True)
     restore_imported(step, None)
     _log.warning("the history starts anew, and what eliminations still owed is in the damaged store alone")

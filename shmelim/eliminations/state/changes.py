@@ -28,15 +28,9 @@ _REPLACEMENTS: Final = "replacements"
 
 
 class Step:
-    """One change inside a transaction: the store, who asked for the change, and what it touched.
+    """One change inside a transaction: the store, who asked for it, and what it did.
 
-    Attributes
-    ----------
-    touched : dict
-        Hotkeys whose row may be another now, in order.
-    wrote : bool
-        Whether anything must be committed.
-
+    ``touched`` are the hotkeys whose row may be another now; ``wrote`` tells whether anything must be committed.
     """
 
     def __init__(self, store: Store, origin: Origin | None) -> None:
@@ -48,27 +42,27 @@ class Step:
     def record(self, events: Iterable[EventOf]) -> None:
         """Write events, and touch the hotkeys that they speak of."""
         listed = list(events)
-        if not listed:
-            return
-        self.tell(listed)
-        self.touched.update((event.hotkey, None) for event in listed if event.hotkey is not None)
+        if listed:
+            self.tell(listed)
+        for event in listed:
+            if event.hotkey is not None:
+                self.touched[event.hotkey] = None
 
     def tell(self, events: Iterable[EventOf]) -> None:
         """Write events of what nobody publishes."""
         self.store.add_events(events, self.origin)
         self.wrote = True
 
+    def set_meta(self, key: str, value: Any) -> None:
+        """Keep a value in the store."""
+        self.store.set_meta(key, value)
+        self.wrote = True
+
 
 def prepare_all(records: Iterable[Mapping[str, Any]], first: int = 0) -> dict[str, bytes]:
     """Check and encode a list of records; of a hotkey that is listed twice the last record counts.
 
-    ``first`` is the place of the first one, where the list is part of a longer one.
-
-    Raises
-    ------
-    ValueError, TypeError
-        A record is not fit to be stored; the message names its place in the list.
-
+    ValueError and TypeError name the place of one that cannot be stored; ``first`` is that of the first.
     """
     check_listed(records)
     prepared: dict[str, bytes] = {}
@@ -82,13 +76,13 @@ def prepare_all(records: Iterable[Mapping[str, Any]], first: int = 0) -> dict[st
 
 
 def check_listed(records: object) -> None:
-    """Refuse what can be iterated over and yet is no list of records; TypeError says what it is."""
+    """Refuse what can be iterated over and yet is not a list of records; TypeError says what it is."""
     if isinstance(records, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(records, Iterable):
         raise TypeError(f"eliminations must be a list of records, not {type(records).__name__}")
 
 
 def check_hotkeys(hotkeys: Iterable[str]) -> list[str]:
-    """Return hotkeys as a list without repetitions; ValueError or TypeError for one that can be no key."""
+    """Return hotkeys as a list without repetitions; ValueError or TypeError for one that cannot be a key."""
     if isinstance(hotkeys, (str, bytes, bytearray, memoryview)) or not isinstance(hotkeys, Iterable):
         raise TypeError(f"hotkeys must be a list or set of hotkeys, not {type(hotkeys).__name__}")
     listed = list(dict.fromkeys(hotkeys))
@@ -150,7 +144,7 @@ def clear(reason: str = "clear") -> Callable[[Step], int]:
 def replace_all(
     records: dict[str, bytes], reason: str = "sync", keep: Iterable[str] = ()
 ) -> Callable[[Step], list[str]]:
-    """Make exactly these records the eliminations; the step returns the hotkeys that no longer are eliminated.
+    """Make exactly these records the eliminations; the step returns the hotkeys that are no longer eliminated.
 
     A hotkey that stays keeps its place in the order. Those in ``keep`` stay whatever the records say.
     """
@@ -174,8 +168,7 @@ def replacements(store: Store) -> int:
 
 
 def _count_replacement(step: Step) -> None:
-    step.store.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
-    step.wrote = True
+    step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
 
 
 def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
@@ -223,7 +216,6 @@ def update_metagraph(hotkeys: list[str], now_ms: int | None = None) -> Callable[
         before = step.store.registered()
         size = step.store.meta(_BELIEVED, None)
         lost, anomalous = lost_hotkeys(before, seen, size)
-        at_ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
         # After an anomalous loss the lost ones stay registered, so that the next look compares with them too.
         changed = step.store.set_registered(seen | before if anomalous else seen)
         step.touched.update(dict.fromkeys(changed))
@@ -237,7 +229,7 @@ def update_metagraph(hotkeys: list[str], now_ms: int | None = None) -> Callable[
                 step.record([EventOf("anomaly", note=text)])
         if anomalous:
             return []
-        return record_departures(dict.fromkeys(lost, at_ms), "metagraph")(step)
+        return record_departures(dict.fromkeys(lost, now_ms or _now_ms()), "metagraph")(step)
 
     return run
 
@@ -248,9 +240,8 @@ def missing(store: Store) -> list[str]:
 
 
 def _set_missing(step: Step, hotkeys: list[str], size: int) -> None:
-    step.store.set_meta(_ANOMALY, hotkeys)
-    step.store.set_meta(_BELIEVED, size if hotkeys else None)
-    step.wrote = True
+    step.set_meta(_ANOMALY, hotkeys)
+    step.set_meta(_BELIEVED, size if hotkeys else None)
 
 
 def accept_loss(hotkeys: Iterable[str], now_ms: int | None = None) -> Callable[[Step], list[str]]:
@@ -263,8 +254,7 @@ def accept_loss(hotkeys: Iterable[str], now_ms: int | None = None) -> Callable[[
         if not accepted:
             return []
         step.touched.update(dict.fromkeys(step.store.set_registered(step.store.registered() - set(accepted))))
-        at_ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
-        record_departures(dict.fromkeys(accepted, at_ms), "accepted")(step)
+        record_departures(dict.fromkeys(accepted, now_ms or _now_ms()), "accepted")(step)
         left = [hotkey for hotkey in listed if hotkey not in named]
         _set_missing(step, left, step.store.meta(_BELIEVED, None) or len(step.store.registered()))
         return accepted
@@ -283,20 +273,12 @@ def record_departures(detected: Mapping[str, int], reason: str) -> Callable[[Ste
     return run
 
 
-def note(action: str, text: str) -> Callable[[Step], None]:
-    """Write one event that concerns no hotkey."""
-
-    def run(step: Step) -> None:
-        step.record([EventOf(action, note=text)])
-
-    return run
+def clear_departed(step: Step) -> None:
+    """Forget all departures."""
+    departed = [hotkey for hotkey, _ in step.store.departed()]
+    step.store.clear_departed()
+    step.record(EventOf("forget", hotkey, note="departures cleared") for hotkey in departed)
 
 
-def set_meta(key: str, value: Any) -> Callable[[Step], None]:
-    """Keep a value in the store."""
-
-    def run(step: Step) -> None:
-        step.store.set_meta(key, value)
-        step.wrote = True
-
-    return run
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -41,24 +41,9 @@ def eliminate(
     expected: int | None = None,
     slash_once_within_ms: float | None = None,
 ) -> Callable[[Step], str]:
-    """Eliminate a hotkey that is not eliminated yet, and record what that owes.
+    """Eliminate a hotkey that is not eliminated yet, and record what that owes; as ``ProcessingCalls.eliminate``.
 
-    Parameters
-    ----------
-    hotkey, record, eliminated_ms
-        Whom, the record, and the time in it.
-    kinds
-        What is owed.
-    expected
-        The number of replacements on which the decision rests; None asks for none.
-    slash_once_within_ms
-        No slash is owed where one was made for an elimination whose time is less than this away; None: it is.
-
-    Returns
-    -------
-    A step that returns ``"added"``; ``"already"`` where it was eliminated; or ``"superseded"``, where the list was
-    replaced meanwhile. Only ``"added"`` changes anything.
-
+    ``expected`` is the number of replacements on which the decision rests.
     """
 
     def run(step: Step) -> str:

@@ -37,14 +37,7 @@ class Uploads:
         self._lock = threading.Lock()
 
     def begin(self) -> str:
-        """Begin an upload and return its token.
-
-        Raises
-        ------
-        ValueError
-            Too many are under way.
-
-        """
+        """Begin an upload and return its token; ValueError where too many are under way."""
         self.expire()
         with self._lock:
             if len(self._open) >= MAX_OPEN:
@@ -56,13 +49,8 @@ class Uploads:
     def extend(self, token: str, records: Sequence[Mapping[str, Any]]) -> int:
         """Check records and add them; return how many the upload has now.
 
-        Raises
-        ------
-        ValueError, TypeError
-            A record is not fit to be stored; the upload is given up.
-        UploadLostError
-            There is no such upload.
-
+        UploadLostError: there is no such upload. A record that cannot be stored is a ValueError or TypeError, and
+        the upload is given up.
         """
         with self._lock:
             first = self._get(token).given

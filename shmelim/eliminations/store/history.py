@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,9 +15,8 @@ from shmelim.eliminations.store.database import reading
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterable
 
-_INSERT = (
+INSERT = (
     "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new)"
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
@@ -99,16 +97,6 @@ def read_events(
     """
     with reading(directory, busy_timeout) as db:
         return select(db, hotkey, limit, before_id)
-
-
-def insert(db: sqlite3.Connection, changes: Iterable[Change], origin: Origin | None, at_ms: int | None) -> None:
-    """Append one event for each change, all of the same origin and time."""
-    pid, uid, program = this_process() if origin is None else origin
-    now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
-    db.executemany(
-        _INSERT,
-        ((now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes),
-    )
 
 
 def select(db: sqlite3.Connection, hotkey: str | None, limit: int | None, before_id: int | None) -> list[Event]:

@@ -13,6 +13,7 @@ in use, an update keeps it, a removal frees it, and a hotkey that comes again co
 
 from __future__ import annotations
 
+import time
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
@@ -83,7 +84,8 @@ class Store(Database):
             marks = ",".join("?" * len(chunk))
             with self._guard:
                 rows = self._db.execute(f"{_ALL} WHERE hotkey IN ({marks})", chunk).fetchall()
-            found.update((row[0], _row(row)) for row in rows)
+            for row in rows:
+                found[row[0]] = _row(row)
         return found
 
     def rows(self) -> Iterator[Row]:
@@ -212,6 +214,18 @@ class Store(Database):
             )
         return True
 
+    def clear_departed(self) -> None:
+        """Forget every departure."""
+        self._need_transaction()
+        with self._guard:
+            self._db.execute(
+                "DELETE FROM hotkeys"
+                " WHERE departed_ordinal IS NOT NULL AND eliminated_ordinal IS NULL AND registered = 0"
+            )
+            self._db.execute(
+                "UPDATE hotkeys SET departed_ordinal = NULL, detected_ms = NULL WHERE departed_ordinal IS NOT NULL"
+            )
+
     def set_registered(self, hotkeys: Iterable[str]) -> set[str]:
         """Make exactly these hotkeys registered; returns those of which that is a change."""
         self._need_transaction()
@@ -263,8 +277,13 @@ class Store(Database):
     ) -> None:
         """Append an event for each change; all have the same origin and time."""
         self._need_transaction()
+        pid, uid, program = history.this_process() if origin is None else origin
+        now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
+        rows = [
+            (now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes
+        ]
         with self._guard:
-            history.insert(self._db, changes, origin, at_ms)
+            self._db.executemany(history.INSERT, rows)
 
     def events(
         self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
