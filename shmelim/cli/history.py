@@ -11,7 +11,6 @@ from shmelim.cli import output
 from shmelim.cli.offline import from_store
 from shmelim.cli.options import HOTKEY, Command, Settings, settings_options
 from shmelim.eliminations import EliminationClient
-from shmelim.eliminations.server import event_as_dict
 from shmelim.eliminations.store.history import read_events
 from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError
 
@@ -49,14 +48,14 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
     events: list[dict[str, Any]]
     source = "store"
     if state_dir is not None:
-        events = [event_as_dict(event) for event in read_events(state_dir, hotkey, limit)]
+        events = [event.as_dict() for event in read_events(state_dir, hotkey, limit)]
     else:
         try:
             events = _from_server(settings.name, hotkey, limit)
             source = "server"
         except (NotServingError, KeyFileError) as error:
             found = from_store(settings.name, lambda directory: read_events(directory, hotkey, limit), error)
-            events = [event_as_dict(event) for event in found]
+            events = [event.as_dict() for event in found]
     if settings.as_json:
         output.document({"name": settings.name, "source": source, "events": events})
         return

@@ -33,10 +33,12 @@ _PART_TIMEOUT: Final = 60.0
 _LONG_TIMEOUT: Final = 60.0
 _TIMEOUT_PER_ROW: Final = 0.001
 
+# Ends the documentation of each call.
 _EVERY_CALL: Final = """
-        As every call to the server, it raises ``StoreError`` or ``SegmentFullError`` where that could not store or
-        publish a change, and in RPC mode ``NotServingError``, ``CallTimeoutError`` or another ``ChannelError``
-        where the call did not reach it: nothing was applied then. ``OutcomeUnknownError``: it may have been.
+        As every call to the server it raises ``TypeError`` or ``ValueError`` for what cannot be a hotkey,
+        ``StoreError`` or ``SegmentFullError`` where a change could not be stored or published, and in RPC mode
+        ``NotServingError``, ``CallTimeoutError`` or another ``ChannelError`` where the call did not reach the
+        server. Nothing was applied then; after ``OutcomeUnknownError`` it may have been.
 """
 
 
@@ -47,19 +49,11 @@ def remote(
     keywords: Mapping[str, str] | None = None,
     check: Callable[[Any], Any] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Declare a method of :class:`Calls` whose body is the server's ``<name>_rpc``.
+    """Declare a method of :class:`Calls` whose body is the server's ``<name>_rpc``; a plain function comes of it.
 
-    Parameters
-    ----------
-    idempotent
-        It may be carried out twice, so it is sent again when a connection breaks.
-    grows
-        It may take the longer, the more hotkeys are eliminated.
-    keywords
-        Names that callers have for its parameters, and ours.
-    check
-        Applied to the first argument before that is sent.
-
+    ``idempotent``: it may be carried out twice, and is sent again when a connection breaks. ``grows``: it may take
+    the longer, the more hotkeys are eliminated. ``keywords``: callers' names for its parameters, with ours.
+    ``check`` is applied to the first argument before that is sent.
     """
 
     def declare(declared: Callable[P, R]) -> Callable[P, R]:
@@ -74,7 +68,7 @@ def remote(
                 args = (check(args[0]), *args[1:])
             elif check is not None:
                 kwargs.update({name: check(kwargs[name]) for name in first if name in kwargs})
-            return self._call(method, args, kwargs, idempotent, self._long() if grows else None)
+            return self._call(method, args, kwargs, idempotent=idempotent, timeout=self._long() if grows else None)
 
         call.__doc__ = f"{declared.__doc__}{_EVERY_CALL}"
         call.keywords = keywords  # type: ignore[attr-defined]
@@ -136,18 +130,11 @@ class Calls:
     _client: Any
     _timeout: float
 
-    def _call(
-        self,
-        method: str,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        idempotent: bool = False,
-        timeout: float | None = None,
-    ) -> Any:
-        """Call the server's method; ``timeout`` in seconds, None for the usual one."""
+    def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
+        """Call the server's method; ``options`` are ``idempotent`` and ``timeout`` (seconds; None: the usual)."""
         if self._client is None:
             return getattr(self._server_proxy, method)(*args, **(kwargs or {}))
-        return self._client.call(method, args, kwargs, timeout=timeout, idempotent=idempotent)
+        return self._client.call(method, args, kwargs, **options)
 
     def _size(self) -> int:
         """Return how many hotkeys are eliminated."""
@@ -201,7 +188,7 @@ class Calls:
         Parameters
         ----------
         hotkey, current_dd, reason, t_ms, price_info, return_info
-            As for :meth:`generate_elimination_row`.
+            As for :meth:`generate_elimination_row`, which only builds it.
 
         Returns
         -------
@@ -210,56 +197,11 @@ class Calls:
 
         """
 
-    @staticmethod
-    @accepts(dd="current_dd")
-    def generate_elimination_row(
-        hotkey: str,
-        current_dd: float | None,
-        reason: str,
-        t_ms: int | None = None,
-        price_info: Mapping[str, Any] | None = None,
-        return_info: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Build a record from its parts; nothing is checked or stored, and no server is asked.
-
-        Parameters
-        ----------
-        hotkey
-            The miner's hotkey.
-        current_dd
-            Drawdown: a percentage from the drawdown rule, a fraction elsewhere, None for zombies.
-        reason
-            An :class:`~shmelim.EliminationReason`, or text.
-        t_ms
-            When, in ms since 1970, UTC; None: now.
-        price_info
-            ``{"BTC/USD": price}``; None: empty.
-        return_info
-            The returns that led to it; None: empty.
-
-        """
-        return generate_row(hotkey, current_dd, reason, t_ms, price_info, return_info)
+    generate_elimination_row = staticmethod(accepts(dd="current_dd")(generate_row))
 
     @remote()
     def remove_elimination(self, hotkey: str) -> bool:
-        """Remove an elimination record.
-
-        Parameters
-        ----------
-        hotkey
-            Whose.
-
-        Returns
-        -------
-        bool
-            Whether there was one.
-
-        Raises
-        ------
-        TypeError, ValueError
-            It cannot be a hotkey.
-
-        """
+        """Remove a hotkey's elimination record; True if there was one."""
 
     # ------------------------------------------------------------------ many
 
@@ -279,11 +221,6 @@ class Calls:
         -------
         list of str
             The hotkeys whose record was removed.
-
-        Raises
-        ------
-        TypeError, ValueError
-            One of them cannot be a hotkey; nothing is removed.
 
         """
 
@@ -359,14 +296,7 @@ class Calls:
 
     @accepts(dat="eliminations", eliminations_list="eliminations")
     def write_eliminations_to_disk(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
-        """Make exactly these records the eliminations, on disk and everywhere else.
-
-        Parameters
-        ----------
-        eliminations
-            As for :meth:`sync_eliminations`, and so are the errors.
-
-        """
+        """Make exactly these records the eliminations, on disk and everywhere else: a sync without an answer."""
         self.sync_eliminations(eliminations)
 
     @remote(grows=True)
@@ -377,14 +307,7 @@ class Calls:
 
     @remote(idempotent=True, grows=True)
     def save_eliminations(self) -> None:
-        """Write the JSON files, and return when they are written; the state itself is always saved.
-
-        Raises
-        ------
-        StoreError
-            A file could not be written.
-
-        """
+        """Write the JSON files, and return when they are written; StoreError if they cannot be."""
 
     @remote(idempotent=True, grows=True)
     def get_eliminations_from_disk(self) -> list[dict[str, Any]]:
@@ -419,11 +342,6 @@ class Calls:
         list of str
             Those whose departure was recorded.
 
-        Raises
-        ------
-        TypeError, ValueError
-            One of them cannot be a hotkey; nothing is recorded.
-
         """
 
     @remote(idempotent=True)
@@ -443,11 +361,6 @@ class Calls:
         -------
         list of str
             Those that were missing.
-
-        Raises
-        ------
-        TypeError, ValueError
-            One of them cannot be a hotkey; nothing is recorded.
 
         """
 
@@ -536,11 +449,6 @@ class Calls:
         bool
             False where there is no such slash, or where a running process may still be making it.
 
-        Raises
-        ------
-        TypeError
-            `made` is not a bool.
-
         """
 
     @remote(idempotent=True)
@@ -549,14 +457,7 @@ class Calls:
 
     @remote(idempotent=True)
     def set_first_refresh_ran(self, value: bool) -> None:
-        """Say whether the first refresh was made.
-
-        Parameters
-        ----------
-        value
-            Whether.
-
-        """
+        """Say whether the first refresh was made."""
 
 
 def _parts(first: list[Any], rest: Iterator[Any]) -> Iterator[list[Any]]:
@@ -576,19 +477,12 @@ class ProcessingCalls(Calls):
     def __init__(self, manager: Calls) -> None:
         self._manager = weakref.ref(manager)
 
-    def _call(
-        self,
-        method: str,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        idempotent: bool = False,
-        timeout: float | None = None,
-    ) -> Any:
+    def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
         manager = self._manager()
         try:
             if manager is None:
                 raise ChannelError("the manager is gone")
-            return manager._call(method, args, kwargs, idempotent, timeout)  # noqa: SLF001
+            return manager._call(method, args, kwargs, **options)  # noqa: SLF001
         except MessageTooLargeError:
             raise  # a record's fault
         except (ConnectionError, TimeoutError, StoreError) as error:
@@ -609,26 +503,13 @@ class ProcessingCalls(Calls):
     ) -> str:
         """Eliminate a hotkey that is not eliminated yet, and record in the same transaction what that owes.
 
-        Parameters
-        ----------
-        hotkey, record
-            Whom, and the record.
-        owed
-            Kinds of debts: ``"limit_orders"``, ``"positions"``, ``"slash"``. A slash that was begun for an earlier
-            elimination and is not settled stands for this one too.
-        replacements
-            What :meth:`get_replacements` returned when the decision was made; None: whatever it is.
-        slash_once_within_ms
-            No slash is owed if one was made for an elimination of this hotkey whose
-            ``elimination_initiated_time_ms`` is less than this away, whatever became of that elimination; None:
-            one is owed all the same.
+        ``owed`` are kinds of debts; a slash that was begun for an earlier elimination and is not settled stands
+        for this one too. ``replacements`` is what :meth:`get_replacements` returned when the decision was made;
+        None: whatever it is. No slash is owed if one was made for an elimination of this hotkey whose time is less
+        than ``slash_once_within_ms`` away; None: it is owed all the same.
 
-        Returns
-        -------
-        str
-            ``"added"``; ``"already"`` where it was eliminated, whose reason and debts stay; ``"superseded"`` where
-            the list was replaced since. Only ``"added"`` changes anything.
-
+        Returns ``"added"``; ``"already"`` where it was eliminated, whose reason and debts stay; ``"superseded"``
+        where the list was replaced since. Only ``"added"`` changes anything.
         """
 
     @remote(idempotent=True)

@@ -12,7 +12,6 @@ from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import CallTimeoutError, NotServingError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
 _WAIT_PAUSE: Final = 0.01
@@ -64,7 +63,8 @@ class EliminationClient(Calls, EliminationReader):
     True
     (True, 1)
     True
-    >>> shmelim.shm.SharedNamespace("doc-example").remove()  # else readers go on seeing it
+    >>> from shmelim.shm import SharedNamespace
+    >>> SharedNamespace("doc-example").remove()  # else what was published can still be read
 
     """
 
@@ -117,17 +117,10 @@ class EliminationClient(Calls, EliminationReader):
             connect_wait=self._connect_wait,
         )
 
-    def _call(
-        self,
-        method: str,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        idempotent: bool = False,
-        timeout: float | None = None,
-    ) -> Any:
+    def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
         channel = self._channel
         try:
-            return channel.call(method, args, kwargs, timeout=timeout, idempotent=idempotent)
+            return channel.call(method, args, kwargs, **options)
         except NotServingError:
             # Nothing was carried out. The next server may listen at another address.
             elsewhere = self._open_channel()
@@ -135,7 +128,7 @@ class EliminationClient(Calls, EliminationReader):
                 raise
             self._channel = elsewhere
             channel.close()
-            return elsewhere.call(method, args, kwargs, timeout=timeout, idempotent=idempotent)
+            return elsewhere.call(method, args, kwargs, **options)
 
     def _size(self) -> int:
         return len(self)

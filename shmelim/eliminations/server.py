@@ -10,13 +10,12 @@ reader's method of that name.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 import msgspec
 
@@ -27,7 +26,7 @@ from shmelim.eliminations.files.mirror import ELIMINATIONS_FILE, FILES_MODES, Fi
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.record import check_hotkey, decode, generate_row, prepare
-from shmelim.eliminations.rules import EliminationProcessor
+from shmelim.eliminations.rules import EliminationProcessor, processed
 from shmelim.eliminations.runtime import StateLock
 from shmelim.eliminations.starting.imports import import_departed, imported, merge_once
 from shmelim.eliminations.starting.recovery import origin_record, recover, take_files
@@ -36,42 +35,23 @@ from shmelim.eliminations.state.committer import Committer
 from shmelim.eliminations.state.debt_book import DebtMethods
 from shmelim.eliminations.state.uploads import Uploads
 from shmelim.eliminations.store.history import Origin, read_events, this_process
-from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.eliminations.store.offline import store_bytes
 from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
-from shmelim.errors import DamagedFileError, NoCollaboratorsError
+from shmelim.errors import DamagedFileError
 from shmelim.shm import PrivateNamespace, SharedNamespace, TableReader, TableWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping, Sequence
     from types import TracebackType
 
-    from shmelim.eliminations.store.history import Event
     from shmelim.eliminations.store.schema import Durability
     from shmelim.shm import Namespace
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _log = logging.getLogger("shmelim.server")
 
 BEAT_INTERVAL: Final = 0.25
 HISTORY_LIMIT: Final = 10_000
-
-
-def processed(method: Callable[Concatenate[EliminationProcessor, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Return the processor's method, for an object that has a ``_processor``, or None."""
-
-    @functools.wraps(method)
-    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._processor is None:
-            raise NoCollaboratorsError(
-                f"{method.__name__} cannot run in the server's process, which has no metagraph and no positions",
-                hint=f"call EliminationManager.{method.__name__} in the process that holds them",
-            )
-        return method(self._processor, *args, **kwargs)
-
-    return call
 
 
 @implements(Calls, ProcessingCalls, Reading)
@@ -253,7 +233,7 @@ class EliminationManagerServer(DebtMethods):
             "pid": os.getpid(),
             "started_ms": self.started_ms,
             "state_dir": None if self.state_dir is None else str(self.state_dir),
-            "store_bytes": self._store_bytes(),
+            "store_bytes": 0 if self.state_dir is None else store_bytes(self.state_dir),
             "commits": self._committer.commits,
             "changes": self._committer.changes,
             "generation": table.generation,
@@ -262,15 +242,6 @@ class EliminationManagerServer(DebtMethods):
             **debts,
             "problems": [*([] if problem is None else [str(problem)]), *debt_problems],
         }
-
-    def _store_bytes(self) -> int:
-        """Return what the store takes on disk, without waiting for a commit that is under way."""
-        size = 0
-        if self.state_dir is not None:
-            for suffix in ("", "-wal"):
-                with contextlib.suppress(FileNotFoundError):
-                    size += (self.state_dir / (FILE_NAME + suffix)).stat().st_size
-        return size
 
     # ------------------------------------------------------------------ reading
 
@@ -318,7 +289,7 @@ class EliminationManagerServer(DebtMethods):
         else:
             # Beside the one who commits, who may be busy with a long sync.
             events = read_events(self.state_dir, hotkey, limit, before_id)
-        return [event_as_dict(event) for event in events]
+        return [event.as_dict() for event in events]
 
     # ------------------------------------------------------------------ changing
 
@@ -436,14 +407,6 @@ class EliminationManagerServer(DebtMethods):
     handle_perf_ledger_eliminations_rpc = processed(EliminationProcessor.handle_perf_ledger_eliminations)
     handle_mdd_eliminations_rpc = processed(EliminationProcessor.handle_mdd_eliminations)
     handle_first_refresh_rpc = processed(EliminationProcessor.handle_first_refresh)
-
-
-def event_as_dict(event: Event) -> dict[str, Any]:
-    """Return an event with its records decoded."""
-    return event._asdict() | {
-        "old": None if event.old is None else decode(event.old),
-        "new": None if event.new is None else decode(event.new),
-    }
 
 
 def _tell_nobody(_what: str, _done: int, _total: int | None) -> None:

@@ -21,8 +21,8 @@ from crashing import Child, call, kill_self
 from reference_validator import HOUR, Managed
 
 import shmelim.eliminations
-from shmelim.eliminations.debts.states import IN_DOUBT
 from shmelim.eliminations.calls import ProcessingCalls
+from shmelim.eliminations.debts.states import IN_DOUBT
 from shmelim.errors import StateUnavailableError
 
 if TYPE_CHECKING:
@@ -196,12 +196,12 @@ def test_server_killed_around_every_call_of_an_elimination(
     calls: list[str] = []
     stop = 0
 
-    def with_a_death(self: ProcessingCalls, method: str, *args: Any) -> Any:
+    def with_a_death(self: ProcessingCalls, method: str, *args: Any, **options: Any) -> Any:
         calls.append(method)
         if len(calls) != stop:
-            return original(self, method, *args)
+            return original(self, method, *args, **options)
         if carried_out:
-            original(self, method, *args)
+            original(self, method, *args, **options)
         os.kill(managed.manager.server_pid, signal.SIGKILL)
         raise StateUnavailableError(f"no answer to {method}")
 

@@ -35,9 +35,9 @@ def managed(request: pytest.FixtureRequest, new_name: Callable[[], str], tmp_pat
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     original, made = ProcessingCalls._call, []
 
-    def call(self: ProcessingCalls, method: str, *args: Any) -> Any:
+    def call(self: ProcessingCalls, method: str, *args: Any, **options: Any) -> Any:
         made.append(method)
-        return original(self, method, *args)
+        return original(self, method, *args, **options)
 
     monkeypatch.setattr(ProcessingCalls, "_call", call)
     return made

@@ -21,7 +21,7 @@ class Recorder(Calls):
     def _size(self):
         return 0
 
-    def _call(self, method, args=(), kwargs=None, idempotent=False, timeout=None):
+    def _call(self, method, args=(), kwargs=None, **_options):
         records = args[-1] if args and isinstance(args[-1], list) else []
         if len(records) > self.room:
             raise MessageTooLargeError(f"{method}: {len(records)} records")

@@ -120,7 +120,8 @@ class Flattening:
         if position.orders:
             # Two orders at one time would have no order.
             time_ms = max(time_ms, position.orders[-1].processed_ms + 1)
-        source = iteration.price_sources.get(position.trade_pair)
+        given = iteration.price_sources
+        source = given.get(position.trade_pair) if given else None
         if source is None:
             price_info = record.get("price_info") or {}
             source = self._environment.price_source(position.trade_pair, price_info, eliminated_ms)

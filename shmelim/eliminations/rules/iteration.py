@@ -36,7 +36,7 @@ class Iteration:
         self._collaborators = collaborators
         self._superseded = False
         self._given_locks = position_locks
-        self.price_sources: Mapping[Any, Any] = {}  # by trade pair, where the caller has some
+        self.price_sources: Mapping[Any, Any] | None = None  # by trade pair, where the caller has some
         self.epoch = epoch
         self.replacements = replacements
 

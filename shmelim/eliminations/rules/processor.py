@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 from shmelim.eliminations.debts.states import POSITIONS
 from shmelim.eliminations.record import EliminationReason, generate_row, normalise
@@ -20,7 +20,7 @@ from shmelim.eliminations.rules.judging import DrawdownRule
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.roster import Roster
 from shmelim.eliminations.rules.settling import Settling
-from shmelim.errors import StateUnavailableError
+from shmelim.errors import NoCollaboratorsError, StateUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from shmelim.eliminations.reader import EliminationReader
     from shmelim.eliminations.validator.collaborators import Collaborators
     from shmelim.eliminations.validator.environment import ValidatorEnvironment
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _log = logging.getLogger("shmelim.processing")
 
@@ -270,7 +273,7 @@ class EliminationProcessor:
                 _log.exception("the limit orders of eliminated miner %s could not be deleted", hotkey)
         if self.collaborators.position_manager is not None:
             iteration = self._begin(position_locks, iteration_epoch)
-            iteration.price_sources = trade_pair_to_price_source_used_for_elimination_check or {}
+            iteration.price_sources = trade_pair_to_price_source_used_for_elimination_check
             self._settling.flattening.close_open(hotkey, record, iteration)
 
     def _challenge_period(self, iteration: Iteration) -> None:
@@ -369,3 +372,18 @@ def _whose(row: Any, place: int) -> str:
     """Return whose a row is, for a message, also where it does not say."""
     hotkey = row.get("hotkey") if hasattr(row, "get") else None
     return hotkey if isinstance(hotkey, str) else f"number {place} of the list"
+
+
+def processed(method: Callable[Concatenate[EliminationProcessor, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Return the processor's method, for an object that has a ``_processor``, or None."""
+
+    @functools.wraps(method)
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._processor is None:
+            raise NoCollaboratorsError(
+                f"{method.__name__} cannot run in the server's process, which has no metagraph and no positions",
+                hint=f"call EliminationManager.{method.__name__} in the process that holds them",
+            )
+        return method(self._processor, *args, **kwargs)
+
+    return call

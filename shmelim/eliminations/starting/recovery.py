@@ -181,7 +181,7 @@ def _origin_in(record: bytes) -> _Origin | None:
 
 
 def take_files(step: Step, directory: Path, *, fresh: bool) -> None:
-    """Take over JSON files that somebody else put there; a damaged one that is not all there is, is moved aside."""
+    """Take over JSON files that somebody else put there; damaged ones are moved aside, but refused where fresh."""
 
     def eliminations(path: Path) -> str | None:
         found = files.read_eliminations(path)

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shmelim.eliminations.record import decode
 from shmelim.eliminations.store.database import reading
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ class Event(NamedTuple):
     note: str | None
     old: bytes | None
     new: bytes | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it with its records decoded, as callers of the server get it."""
+        old, new = (None if record is None else decode(record) for record in (self.old, self.new))
+        return self._asdict() | {"old": old, "new": new}
 
 
 def this_process() -> Origin:
