@@ -259,8 +259,7 @@ class Calls:
         About 0.1 ms for each record that differs.
 
         """
-        check_listed(eliminations)
-        rows = iter(eliminations)
+        rows = iter(check_listed(eliminations))
         first = list(islice(rows, _PART))
         if len(first) < _PART:
             with contextlib.suppress(MessageTooLargeError):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 from shmelim.eliminations.calls import Calls, ProcessingCalls
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
+from shmelim.eliminations.rows import Status
 from shmelim.eliminations.rules import EliminationProcessor, processed
 from shmelim.eliminations.rules.loop import run_loop
 from shmelim.eliminations.rules.membership import listed_by, valid_hotkeys
@@ -52,6 +53,8 @@ DEFAULT_PORT: Final = 50004
 
 # Long enough for the recovery of a large state: its server is not ready before.
 _READY_TIMEOUT: Final = 60.0
+_DEPARTED: Final = int(Status.DEPARTED)
+_REGISTERED: Final = int(Status.REGISTERED)
 # Who has a state directory in direct mode, in this process; guarded by the lock.
 _in_direct_mode: weakref.WeakValueDictionary[Path, EliminationManager] = weakref.WeakValueDictionary()
 _taking_over = threading.Lock()
@@ -327,7 +330,6 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             self.environment,
             self._reader,
             ProcessingCalls(self),
-            always=self.running_unit_tests,
             is_backtesting=self.is_backtesting,
         )
         if self.running_unit_tests:
@@ -423,6 +425,21 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         Calls.set_first_refresh_ran,
         doc="Whether the first refresh was made since the server started; can be set.",
     )
+
+    def is_hotkey_re_registered(self, hotkey: str) -> bool:
+        """Tell whether a hotkey that once left the metagraph is in it now.
+
+        The metagraph is asked, for hotkeys that departed only; where it is missing or fails, the table answers.
+        """
+        flags = self._flags(hotkey)
+        if not flags & _DEPARTED:
+            return False
+        try:
+            if self.metagraph is not None:
+                return bool(self.metagraph.has_hotkey(hotkey))
+        except Exception as error:
+            _log.warning("the metagraph does not say whether %s is registered: %s", hotkey, error)
+        return flags & _REGISTERED != 0
 
     def is_zombie_hotkey(self, hotkey: str, all_hotkeys_set: Container[str]) -> bool:
         """Tell whether a hotkey is missing among all hotkeys of the metagraph, the development one excepted."""

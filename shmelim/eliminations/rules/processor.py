@@ -49,8 +49,6 @@ class EliminationProcessor:
         Reads the table of the eliminations.
     state
         The server's methods.
-    always
-        Every call of :meth:`process_eliminations` is a tick, whatever time has passed.
     is_backtesting
         There is no first refresh, nobody is slashed, and the miners' directories make no zombies and are not
         removed: collateral and directories are those of a living validator.
@@ -69,7 +67,6 @@ class EliminationProcessor:
         reader: EliminationReader,
         state: ProcessingCalls,
         *,
-        always: bool = False,
         is_backtesting: bool = False,
     ) -> None:
         self.collaborators = collaborators
@@ -77,7 +74,6 @@ class EliminationProcessor:
         self.alerts = Alerts(collaborators)
         self._reader = reader
         self._state = state
-        self._always = always
         self._is_backtesting = is_backtesting
         self._last_update_ms = 0
         self.end_asked = False  # written by a signal handler too
@@ -102,10 +98,11 @@ class EliminationProcessor:
     # ------------------------------------------------------------------ when
 
     def refresh_allowed(self, refresh_interval_ms: int) -> bool:
-        """Tell whether more than so many milliseconds have passed since the last tick."""
+        """Tell whether more than so many milliseconds have passed since the last tick; in direct mode always."""
         passed_ms = self.environment.now_ms() - self._last_update_ms
         # A clock that was set back would otherwise stop everything until it is there again.
-        return self._always or passed_ms > refresh_interval_ms or passed_ms < 0
+        always = bool(getattr(self.collaborators, "running_unit_tests", False))
+        return always or passed_ms > refresh_interval_ms or passed_ms < 0
 
     def set_last_update_time(self, skip_message: bool = False) -> None:
         """Say that a tick was made now."""

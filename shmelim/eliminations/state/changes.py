@@ -14,6 +14,7 @@ from shmelim.eliminations.debts.states import OWED
 from shmelim.eliminations.record import check_hotkey, decode, prepare
 from shmelim.eliminations.state.departures import lost_hotkeys
 from shmelim.eliminations.store.history import Change as EventOf
+from shmelim.system.containers import plain_container
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,9 +65,8 @@ def prepare_all(records: Iterable[Mapping[str, Any]], first: int = 0) -> dict[st
 
     ValueError and TypeError name the place of one that cannot be stored; ``first`` is that of the first.
     """
-    check_listed(records)
     prepared: dict[str, bytes] = {}
-    for index, record in enumerate(records, first):
+    for index, record in enumerate(check_listed(records), first):
         try:
             hotkey, encoded = prepare(record)
         except (ValueError, TypeError) as error:
@@ -75,10 +75,13 @@ def prepare_all(records: Iterable[Mapping[str, Any]], first: int = 0) -> dict[st
     return prepared
 
 
-def check_listed(records: object) -> None:
-    """Refuse what can be iterated over and yet is not a list of records; TypeError says what it is."""
+def check_listed(records: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    """Return records, those of a proxy as a list; TypeError for what can be iterated over and yet lists none."""
+    if not isinstance(records, Iterable):
+        records = plain_container(records) or records  # type: ignore[unreachable]  # a proxy may stand for one
     if isinstance(records, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(records, Iterable):
         raise TypeError(f"eliminations must be a list of records, not {type(records).__name__}")
+    return records
 
 
 def check_hotkeys(hotkeys: Iterable[str]) -> list[str]:
