@@ -38,7 +38,9 @@ def test_there_are_as_many_as_ever():
 
 @pytest.mark.parametrize("name", DECLARED)
 def test_the_server_has_it_as_it_is_declared(name):
-    body = getattr(EliminationManagerServer, "load_eliminations_from_disk_rpc" if "reload" in name else f"{name}_rpc")
+    body = getattr(
+        EliminationManagerServer, "load_eliminations_from_disk_rpc" if "reload" in name else f"{name}_rpc"
+    )
     declared = parameters_of(DECLARED[name], OF_THE_CALLER_ALONE.get(name, ()))
     assert parameters_of(body) == declared
     assert inspect.getdoc(body) == inspect.getdoc(DECLARED[name])
@@ -55,7 +57,9 @@ def test_callers_have_a_plain_function_with_documentation(kind, name):
     assert "self, *args" not in pydoc.render_doc(method)
 
 
-@pytest.mark.parametrize("kind", [EliminationManager, EliminationClient, EliminationReader, EliminationManagerServer])
+@pytest.mark.parametrize(
+    "kind", [EliminationManager, EliminationClient, EliminationReader, EliminationManagerServer]
+)
 def test_everything_public_is_documented(kind):
     for name, value in inspect.getmembers(kind):
         if not name.startswith("_") and (callable(value) or isinstance(value, property)):
@@ -66,7 +70,7 @@ def test_mocks_see_the_methods_and_their_parameters():
     mock = create_autospec(EliminationManager, instance=True)
     mock.add_elimination("a", {})
     mock.sync_eliminations([], on_progress=print)
-    for wrong in (lambda: mock.add_elimination(), lambda: mock.remove_elimination("a", "b")):
+    for wrong in (mock.add_elimination, lambda: mock.remove_elimination("a", "b")):
         with pytest.raises(TypeError):
             wrong()
     assert callable(Mock(spec=EliminationManager).process_eliminations)
@@ -93,7 +97,7 @@ def test_what_takes_other_keywords_says_its_own_name_and_takes_ours():
     assert (method.__name__, method.__doc__) == ("method", "Documented.")
 
 
-SCRIPT = '''
+SCRIPT = """
 from shmelim import EliminationClient, EliminationManager
 
 manager = EliminationManager(None, None, None, running_unit_tests=True)
@@ -111,7 +115,7 @@ ran: bool = manager.get_first_refresh_ran()
 well: bool = manager.health_check()
 health: dict[str, object] = client.health_check()
 generated = manager.generate_elimination_row("a", 0.1, "ZOMBIE", t_ms=5)
-'''
+"""
 MISUSE = {
     'manager.add_elimination("a")': "call-arg",
     "manager.add_elimination(5, record)": "arg-type",
