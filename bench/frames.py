@@ -1,7 +1,7 @@
 """How many of the package's functions a thing passes, and in how many files: ``python -m bench.frames``.
 
-Counted as ``sys.setprofile`` counts calls of Python functions, in every thread of this process. What happens in the
-background at the same time (heartbeats, the thread that writes the JSON files) is not part of it.
+Counted as ``sys.setprofile`` counts calls of Python functions, in every thread of this process. What runs in the
+background (heartbeats, the thread that writes the JSON files) is not part of it.
 """
 
 from __future__ import annotations
