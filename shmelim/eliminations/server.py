@@ -295,7 +295,7 @@ class EliminationManagerServer(DebtMethods):
 
     def add_elimination_rpc(self, hotkey: str, data: Mapping[str, Any]) -> bool:
         check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
-        return self._committer.commit(changes.add(*prepare(data, hotkey)))
+        return self._committer.commit(changes.add, *prepare(data, hotkey))
 
     def append_elimination_row_rpc(
         self,
@@ -312,12 +312,12 @@ class EliminationManagerServer(DebtMethods):
         return added
 
     def remove_elimination_rpc(self, hotkey: str) -> bool:
-        return bool(self._committer.commit(changes.remove(changes.check_hotkeys([hotkey]))))
+        return bool(self._committer.commit(changes.remove, changes.check_hotkeys([hotkey])))
 
     def delete_eliminations_rpc(
         self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None
     ) -> list[str]:
-        removed = self._committer.commit(changes.remove(changes.check_hotkeys(hotkeys), times_ms))
+        removed = self._committer.commit(changes.remove, changes.check_hotkeys(hotkeys), times_ms)
         self._save()
         return removed
 
@@ -344,22 +344,22 @@ class EliminationManagerServer(DebtMethods):
         return self._replace(self._uploads.finish(token), "sync")
 
     def _replace(self, records: dict[str, bytes], reason: str) -> list[str]:
-        removed = self._committer.commit(changes.replace_all(records, reason))
+        removed = self._committer.commit(changes.replace_all, records, reason)
         self._save()
         return removed
 
     def clear_eliminations_rpc(self) -> None:
-        self._committer.commit(changes.clear())
+        self._committer.commit(changes.clear)
         self._save()
 
     def update_metagraph_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._committer.commit(changes.update_metagraph(changes.check_hotkeys(hotkeys)))
+        return self._committer.commit(changes.update_metagraph, changes.check_hotkeys(hotkeys))
 
     def get_missing_hotkeys_rpc(self) -> list[str]:
         return self._committer.read(changes.missing)
 
     def accept_loss_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._committer.commit(changes.accept_loss(changes.check_hotkeys(hotkeys)))
+        return self._committer.commit(changes.accept_loss, changes.check_hotkeys(hotkeys))
 
     def clear_departed_hotkeys_rpc(self) -> None:
         self._committer.commit(changes.clear_departed)
@@ -393,7 +393,7 @@ class EliminationManagerServer(DebtMethods):
     def load_eliminations_from_disk_rpc(self) -> None:
         directory = self.state_dir
         if directory is not None and self._mirror is not None and self._mirror.mode != "off":
-            self._committer.commit(lambda step: take_files(step, directory, fresh=False))
+            self._committer.commit(take_files, directory, fresh=False)
 
     # ------------------------------------------------------------------ first refresh, and processing
 

@@ -111,7 +111,7 @@ def import_file(step: Step, path: Path) -> tuple[int, int]:
     if found.bad and not found.rows and all(isinstance(bad.row, str) for bad in found.bad):
         # A bare list of hotkeys, the legacy form of a departed file.
         return import_departed(step, path)
-    merge(dict(found.rows), f"import of {path}")(step)
+    merge(step, dict(found.rows), f"import of {path}")
     set_aside(path, found.bad)
     return len(found.rows), len(found.bad)
 
@@ -125,7 +125,7 @@ def import_departed(step: Step, path: Path) -> tuple[int, int]:
 
 
 def _take_departed(step: Step, path: Path, departed: files.DepartedFile) -> tuple[int, int]:
-    record_departures(departed.items, f"import of {path}")(step)
+    record_departures(step, departed.items, f"import of {path}")
     set_aside(path, departed.bad)
     return len(departed.items), len(departed.bad)
 

@@ -190,7 +190,7 @@ def take_files(step: Step, directory: Path, *, fresh: bool) -> None:
         # A row that cannot be taken says nothing against what the store knows of its hotkey.
         unsure = [bad.row.get("hotkey") for bad in found.bad if isinstance(bad.row, dict)]
         keep = [hotkey for hotkey in unsure if isinstance(hotkey, str)]
-        replace_all(dict(found.rows), f"file {path.name}", keep)(step)
+        replace_all(step, dict(found.rows), f"file {path.name}", keep)
         set_aside(path, found.bad)
         return found.digest
 
@@ -225,7 +225,7 @@ def _take_departed(step: Step, path: Path, reason: str) -> str | None:
     found = files.read_departed(path)
     if found is None:
         raise StoreError(f"{path} does not exist", hint="name a JSON file of departed hotkeys")
-    record_departures(found.items, reason)(step)
+    record_departures(step, found.items, reason)
     set_aside(path, found.bad)
     return found.digest
 
@@ -256,8 +256,8 @@ def _last_published(namespace: Namespace, directory: Path) -> _Published | None:
 
 def _restore(step: Step, published: _Published, directory: Path) -> None:
     step.record([EventOf("recover", note="the store was damaged: restored from shared memory")])
-    merge(published.records, "recovered")(step)
-    record_departures(published.departed, "recovered")(step)
+    merge(step, published.records, "recovered")
+    record_departures(step, published.departed, "recovered")
     step.store.set_registered(published.registered)
     restore_imported(step, published.imported)
     # What stands in the files is at most as new: no start must take it for a person's work.

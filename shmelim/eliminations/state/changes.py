@@ -1,7 +1,7 @@
-"""The changes that can be made to the state: each is one step of a transaction on the store, with its events.
+"""The changes that can be made to the state: functions of a step of a transaction on the store, with their events.
 
-A change is built and checked outside the transaction (bad input never reaches it), then run inside it by the
-committer, which publishes every hotkey that the change *touched*.
+What they are given is checked before (bad input never reaches a transaction). The committer runs them, and
+publishes every hotkey that they *touched*.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.system.containers import plain_container
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from shmelim.eliminations.rows import Row
     from shmelim.eliminations.store.history import Origin
     from shmelim.eliminations.store.store import Store
@@ -94,20 +92,16 @@ def check_hotkeys(hotkeys: Iterable[str]) -> list[str]:
     return listed
 
 
-def add(hotkey: str, record: bytes) -> Callable[[Step], bool]:
-    """Add or replace one record; the step returns True for a hotkey that was not eliminated before."""
-
-    def run(step: Step) -> bool:
-        old = step.store.put_elimination(hotkey, record)
-        if old != record:
-            step.record([EventOf("add" if old is None else "update", hotkey, old, record)])
-        return old is None
-
-    return run
+def add(step: Step, hotkey: str, record: bytes) -> bool:
+    """Add or replace one record; returns True for a hotkey that was not eliminated before."""
+    old = step.store.put_elimination(hotkey, record)
+    if old != record:
+        step.record([EventOf("add" if old is None else "update", hotkey, old, record)])
+    return old is None
 
 
-def remove(hotkeys: list[str], times_ms: Mapping[str, int] | None = None) -> Callable[[Step], list[str]]:
-    """Remove records; the step returns the hotkeys that had one.
+def remove(step: Step, hotkeys: list[str], times_ms: Mapping[str, int] | None = None) -> list[str]:
+    """Remove records; returns the hotkeys that had one.
 
     With `times_ms`, only those whose elimination was initiated when it says: another one came since.
     """
@@ -116,53 +110,42 @@ def remove(hotkeys: list[str], times_ms: Mapping[str, int] | None = None) -> Cal
         time_ms = None if row.record is None else decode(row.record)["elimination_initiated_time_ms"]
         return times_ms is not None and time_ms == times_ms.get(row.hotkey)
 
-    def run(step: Step) -> list[str]:
-        listed = hotkeys
-        if times_ms is not None:
-            found = step.store.get_many(hotkeys)
-            listed = [hotkey for hotkey in hotkeys if hotkey in found and is_still(found[hotkey])]
-        old = step.store.remove_eliminations(listed)
-        step.record(EventOf("remove", hotkey, record) for hotkey, record in old.items())
-        _cancel_debts(step, old, "remove")
-        return list(old)
-
-    return run
+    listed = hotkeys
+    if times_ms is not None:
+        found = step.store.get_many(hotkeys)
+        listed = [hotkey for hotkey in hotkeys if hotkey in found and is_still(found[hotkey])]
+    old = step.store.remove_eliminations(listed)
+    step.record(EventOf("remove", hotkey, record) for hotkey, record in old.items())
+    _cancel_debts(step, old, "remove")
+    return list(old)
 
 
-def clear(reason: str = "clear") -> Callable[[Step], int]:
-    """Remove all records; the step returns how many there were."""
-
-    def run(step: Step) -> int:
-        old = dict(step.store.eliminated())
-        if old:
-            step.store.clear_eliminations()
-            step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in old.items())
-            _cancel_debts(step, old, reason)
-        _count_replacement(step)
-        return len(old)
-
-    return run
+def clear(step: Step, reason: str = "clear") -> int:
+    """Remove all records; returns how many there were."""
+    old = dict(step.store.eliminated())
+    if old:
+        step.store.clear_eliminations()
+        step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in old.items())
+        _cancel_debts(step, old, reason)
+    _count_replacement(step)
+    return len(old)
 
 
 def replace_all(
-    records: dict[str, bytes], reason: str = "sync", keep: Iterable[str] = ()
-) -> Callable[[Step], list[str]]:
-    """Make exactly these records the eliminations; the step returns the hotkeys that are no longer eliminated.
+    step: Step, records: dict[str, bytes], reason: str = "sync", keep: Iterable[str] = ()
+) -> list[str]:
+    """Make exactly these records the eliminations; returns the hotkeys that are no longer eliminated.
 
     A hotkey that stays keeps its place in the order. Those in ``keep`` stay whatever the records say.
     """
-
-    def run(step: Step) -> list[str]:
-        kept = set(keep)
-        gone = [hotkey for hotkey, _ in step.store.eliminated() if hotkey not in records and hotkey not in kept]
-        removed = step.store.remove_eliminations(gone)
-        step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in removed.items())
-        _cancel_debts(step, removed, reason)
-        merge(records, reason)(step)
-        _count_replacement(step)
-        return gone
-
-    return run
+    kept = set(keep)
+    gone = [hotkey for hotkey, _ in step.store.eliminated() if hotkey not in records and hotkey not in kept]
+    removed = step.store.remove_eliminations(gone)
+    step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in removed.items())
+    _cancel_debts(step, removed, reason)
+    merge(step, records, reason)
+    _count_replacement(step)
+    return gone
 
 
 def replacements(store: Store) -> int:
@@ -195,46 +178,38 @@ def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
             step.tell([EventOf("cancel", hotkey, note=f"{', '.join(cancelled)}: {reason}")])
 
 
-def merge(records: dict[str, bytes], reason: str) -> Callable[[Step], int]:
-    """Add or replace many records and leave the others; the step returns how many of them changed."""
-
-    def run(step: Step) -> int:
-        old = step.store.put_eliminations(records.items())
-        changed = [
-            EventOf("update" if hotkey in old else "add", hotkey, old.get(hotkey), record, reason)
-            for hotkey, record in records.items()
-            if old.get(hotkey) != record
-        ]
-        step.record(changed)
-        return len(changed)
-
-    return run
+def merge(step: Step, records: dict[str, bytes], reason: str) -> int:
+    """Add or replace many records and leave the others; returns how many of them changed."""
+    old = step.store.put_eliminations(records.items())
+    changed = [
+        EventOf("update" if hotkey in old else "add", hotkey, old.get(hotkey), record, reason)
+        for hotkey, record in records.items()
+        if old.get(hotkey) != record
+    ]
+    step.record(changed)
+    return len(changed)
 
 
-def update_metagraph(hotkeys: list[str], now_ms: int | None = None) -> Callable[[Step], list[str]]:
-    """Make these hotkeys the registered ones; the step returns those whose departure it recorded."""
-
-    def run(step: Step) -> list[str]:
-        seen = set(hotkeys)
-        before = step.store.registered()
-        size = step.store.meta(_BELIEVED, None)
-        lost, anomalous = lost_hotkeys(before, seen, size)
-        # After an anomalous loss the lost ones stay registered, so that the next look compares with them too.
-        changed = step.store.set_registered(seen | before if anomalous else seen)
-        step.touched.update(dict.fromkeys(changed))
-        step.wrote = step.wrote or bool(changed)
-        listed = lost if anomalous else []
-        if listed != missing(step.store):
-            # One event for each anomaly, however often it is looked at.
-            _set_missing(step, listed, len(before) if size is None else size)
-            if anomalous:
-                text = f"{len(lost)} of {len(before)} hotkeys missing at once: not recorded"
-                step.record([EventOf("anomaly", note=text)])
+def update_metagraph(step: Step, hotkeys: list[str], now_ms: int | None = None) -> list[str]:
+    """Make these hotkeys the registered ones; returns those whose departure it recorded."""
+    seen = set(hotkeys)
+    before = step.store.registered()
+    size = step.store.meta(_BELIEVED, None)
+    lost, anomalous = lost_hotkeys(before, seen, size)
+    # After an anomalous loss the lost ones stay registered, so that the next look compares with them too.
+    changed = step.store.set_registered(seen | before if anomalous else seen)
+    step.touched.update(dict.fromkeys(changed))
+    step.wrote = step.wrote or bool(changed)
+    listed = lost if anomalous else []
+    if listed != missing(step.store):
+        # One event for each anomaly, however often it is looked at.
+        _set_missing(step, listed, len(before) if size is None else size)
         if anomalous:
-            return []
-        return record_departures(dict.fromkeys(lost, now_ms or _now_ms()), "metagraph")(step)
-
-    return run
+            text = f"{len(lost)} of {len(before)} hotkeys missing at once: not recorded"
+            step.record([EventOf("anomaly", note=text)])
+    if anomalous:
+        return []
+    return record_departures(step, dict.fromkeys(lost, now_ms or _now_ms()), "metagraph")
 
 
 def missing(store: Store) -> list[str]:
@@ -247,33 +222,25 @@ def _set_missing(step: Step, hotkeys: list[str], size: int) -> None:
     step.set_meta(_BELIEVED, size if hotkeys else None)
 
 
-def accept_loss(hotkeys: Iterable[str], now_ms: int | None = None) -> Callable[[Step], list[str]]:
-    """Believe that these hotkeys are lost, as far as they are missing; the step returns those that were."""
+def accept_loss(step: Step, hotkeys: Iterable[str], now_ms: int | None = None) -> list[str]:
+    """Believe that these hotkeys are lost, as far as they are missing; returns those that were."""
     named = set(hotkeys)
-
-    def run(step: Step) -> list[str]:
-        listed = missing(step.store)
-        accepted = [hotkey for hotkey in listed if hotkey in named]
-        if not accepted:
-            return []
-        step.touched.update(dict.fromkeys(step.store.set_registered(step.store.registered() - set(accepted))))
-        record_departures(dict.fromkeys(accepted, now_ms or _now_ms()), "accepted")(step)
-        left = [hotkey for hotkey in listed if hotkey not in named]
-        _set_missing(step, left, step.store.meta(_BELIEVED, None) or len(step.store.registered()))
-        return accepted
-
-    return run
+    listed = missing(step.store)
+    accepted = [hotkey for hotkey in listed if hotkey in named]
+    if not accepted:
+        return []
+    step.touched.update(dict.fromkeys(step.store.set_registered(step.store.registered() - set(accepted))))
+    record_departures(step, dict.fromkeys(accepted, now_ms or _now_ms()), "accepted")
+    left = [hotkey for hotkey in listed if hotkey not in named]
+    _set_missing(step, left, step.store.meta(_BELIEVED, None) or len(step.store.registered()))
+    return accepted
 
 
-def record_departures(detected: Mapping[str, int], reason: str) -> Callable[[Step], list[str]]:
-    """Record when hotkeys departed, once and for ever; the step returns those that are new."""
-
-    def run(step: Step) -> list[str]:
-        new = [hotkey for hotkey, at_ms in detected.items() if step.store.put_departed(hotkey, at_ms)]
-        step.record(EventOf("depart", hotkey, note=reason) for hotkey in new)
-        return new
-
-    return run
+def record_departures(step: Step, detected: Mapping[str, int], reason: str) -> list[str]:
+    """Record when hotkeys departed, once and for ever; returns those that are new."""
+    new = [hotkey for hotkey, at_ms in detected.items() if step.store.put_departed(hotkey, at_ms)]
+    step.record(EventOf("depart", hotkey, note=reason) for hotkey in new)
+    return new
 
 
 def clear_departed(step: Step) -> None:

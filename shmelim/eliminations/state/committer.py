@@ -22,7 +22,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, ParamSpec, TypeVar, cast
 
 from shmelim.eliminations.rows import ORIGIN_KEY, row_entry
 from shmelim.eliminations.state.changes import Step
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from shmelim.eliminations.store.store import Store
     from shmelim.shm import TableWriter, Transaction
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_GROUP: Final = 1024
@@ -56,8 +57,10 @@ _FAILED.finished = True
 class _Request(Generic[T]):
     """One change on its way: what to do, for whom, and how it ended."""
 
-    def __init__(self, change: Callable[[Step], T], origin: Origin | None) -> None:
-        self.change = change
+    def __init__(
+        self, change: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], origin: Origin | None
+    ) -> None:
+        self.change, self.args, self.kwargs = change, args, kwargs
         self.origin = origin
         self.wanted = True
         self.round = _NONE_YET
@@ -86,13 +89,13 @@ class Committer:
         self.commits = 0
         self.changes = 0
 
-    def commit(self, change: Callable[[Step], T]) -> T:
-        """Carry out a change, perhaps together with others, and return what it returns.
+    def commit(self, change: Callable[Concatenate[Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Carry out a change with these arguments, perhaps together with others, and return what it returns.
 
         Then it is durable, and every later read anywhere sees it. What the change raises undoes it alone. After
         StoreError (not committed) and SegmentFullError (no room in shared memory) nothing of it was applied.
         """
-        request = _Request(change, self._origin())
+        request = _Request(change, args, kwargs, self._origin())
         self._queue.append(request)
         try:
             with self._leading:
@@ -226,7 +229,7 @@ class Committer:
             request.round, request.result, request.error = this_round, None, None
             try:
                 with self._store.savepoint() if len(group) > 1 else nullcontext():
-                    request.result = request.change(step)
+                    request.result = request.change(step, *request.args, **request.kwargs)
             except StoreError:
                 raise
             except Exception as error:

@@ -7,7 +7,7 @@ They are documented where they are declared, in ``calls.py``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from shmelim.eliminations.debts.states import KINDS, SLASH
 from shmelim.eliminations.record import check_hotkey, encode, normalise
@@ -17,10 +17,13 @@ from shmelim.eliminations.store.offline import read_debt_figures, read_debts, re
 from shmelim.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from shmelim.eliminations.state.committer import Committer
+    from shmelim.eliminations.store.store import Store
+
+T = TypeVar("T")
 
 _MAX_ATTEMPT: Final = 255
 _MAX_ERROR: Final = 500
@@ -29,7 +32,7 @@ MOST_SHOWN: Final = 20
 
 
 class DebtMethods:
-    """A server's remote methods about debts. Questions wait for no commit, unless the store is in memory."""
+    """A server's remote methods about debts."""
 
     # Of the server.
     _committer: Committer
@@ -52,33 +55,34 @@ class DebtMethods:
         eliminated_ms = plain["elimination_initiated_time_ms"]
         kinds = _check_kinds(owed)
         return self._committer.commit(
-            debt_changes.eliminate(hotkey, encode(plain), eliminated_ms, kinds, replacements, slash_once_within_ms)
+            debt_changes.eliminate, hotkey, encode(plain), eliminated_ms, kinds, replacements, slash_once_within_ms
         )
 
     def get_replacements_rpc(self) -> int:
         return self._committer.read(count_replacements)
 
     def get_debts_rpc(self, hotkey: str | None = None) -> list[dict[str, Any]]:
-        if hotkey is not None:
-            check_hotkey(hotkey)
-        if self.state_dir is None:
-            found = self._committer.read(lambda store: store.debts(hotkey))
-        else:
-            found = read_debts(self.state_dir, hotkey)
+        found = self._ask(hotkey, lambda store: store.debts(hotkey), read_debts)
         return [debt.as_dict() for debt in found]
 
     def get_slashes_rpc(self, hotkey: str | None = None) -> list[dict[str, Any]]:
+        found = self._ask(hotkey, lambda store: store.slashes(hotkey), read_slashes)
+        return [slash.as_dict() for slash in found]
+
+    def _ask(
+        self,
+        hotkey: str | None,
+        store: Callable[[Store], list[T]],
+        directory: Callable[[Path, str | None], list[T]],
+    ) -> list[T]:
+        """Ask the directory, which waits for no commit; the store where it is in memory."""
         if hotkey is not None:
             check_hotkey(hotkey)
-        if self.state_dir is None:
-            found = self._committer.read(lambda store: store.slashes(hotkey))
-        else:
-            found = read_slashes(self.state_dir, hotkey)
-        return [slash.as_dict() for slash in found]
+        return self._committer.read(store) if self.state_dir is None else directory(self.state_dir, hotkey)
 
     def settle_debt_rpc(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:
         _check(hotkey, kind, attempt)
-        return self._committer.commit(debt_changes.settle(hotkey, kind, attempt))
+        return self._committer.commit(debt_changes.settle, hotkey, kind, attempt)
 
     def fail_debt_rpc(
         self, hotkey: str, kind: str, error: str, attempt: str | None = None, in_doubt: bool = False
@@ -87,13 +91,13 @@ class DebtMethods:
         _check_truth("in_doubt", in_doubt)
         if in_doubt and attempt is None:
             raise ValueError("in_doubt is said of an attempt: attempt must not be None")
-        change = debt_changes.fail(hotkey, kind, _checked_error(error), attempt, in_doubt=in_doubt)
-        return self._committer.commit(change)
+        text = _checked_error(error)
+        return self._committer.commit(debt_changes.fail, hotkey, kind, text, attempt, in_doubt=in_doubt)
 
     def begin_slash_rpc(self, hotkey: str, attempt: str) -> bool:
         check_hotkey(hotkey)
         _check_attempt(attempt)
-        if not self._committer.commit(debt_changes.begin_slash(hotkey, attempt)):
+        if not self._committer.commit(debt_changes.begin_slash, hotkey, attempt):
             return False
         # After a power cut that took this with it, the slash would be owed, and made again.
         self._committer.sync()
@@ -102,13 +106,14 @@ class DebtMethods:
     def doubt_slash_rpc(self, hotkey: str, attempt: str, error: str) -> bool:
         check_hotkey(hotkey)
         _check_attempt(attempt)
-        change = debt_changes.fail(hotkey, SLASH, _checked_error(error), attempt, in_doubt=True)
-        return self._committer.commit(change)
+        return self._committer.commit(
+            debt_changes.fail, hotkey, SLASH, _checked_error(error), attempt, in_doubt=True
+        )
 
     def resolve_slash_rpc(self, hotkey: str, made: bool) -> bool:
         check_hotkey(hotkey)
         _check_truth("made", made)
-        return self._committer.commit(debt_changes.resolve_slash(hotkey, made=made))
+        return self._committer.commit(debt_changes.resolve_slash, hotkey, made=made)
 
     def _debt_health(self) -> tuple[dict[str, Any], list[str]]:
         """Return what a health check says of debts, and what is wrong with them."""

@@ -12,22 +12,10 @@ ANOMALY_SHARE: Final = 0.25
 
 
 def lost_hotkeys(before: set[str], now: set[str], size: int | None = None) -> tuple[list[str], bool]:
-    """Compare two looks at the metagraph.
+    """Return the hotkeys that are missing now, sorted, and whether so many at once are an anomaly.
 
-    Parameters
-    ----------
-    before, now
-        The hotkeys seen at the last look that was believed, and since; and at this one.
-    size
-        How many were seen at the last look that was believed; None: as many as `before`. Who came while a loss is
-        not believed makes it no smaller.
-
-    Returns
-    -------
-    tuple
-        The hotkeys that are missing now, sorted, and whether so many at once are an anomaly (a metagraph that
-        failed to load, say): both more than 10 and at least 25 % of `size`.
-
+    An anomaly, such as a metagraph that failed to load, is more than 10 and at least 25 % of ``size``: how many
+    were seen at the last look that was believed. Who came while a loss is not believed makes it no smaller.
     """
     lost = sorted(before - now)
     return lost, len(lost) > ANOMALY_COUNT and len(lost) >= ANOMALY_SHARE * (len(before) if size is None else size)

@@ -27,10 +27,7 @@ class _Upload:
 
 
 class Uploads:
-    """The lists that clients are sending; thread-safe, everything is guarded by one lock.
-
-    An upload that nobody went on with for two minutes is forgotten by the next :meth:`expire`.
-    """
+    """The lists that clients are sending; thread-safe. What nobody went on with for two minutes is forgotten."""
 
     def __init__(self) -> None:
         self._open: dict[str, _Upload] = {}
