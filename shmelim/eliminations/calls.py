@@ -121,8 +121,8 @@ def implements(*declarations: type) -> Callable[[Class], Class]:
 class Calls:
     """The methods that ask the server: all that change the state, and what only it can answer.
 
-    When a change returns it is durable, and every later read in every process sees it. It costs a commit: about
-    0.6 ms with durability "power", less with "process".
+    When a change returns it is durable, and every later read in every process sees it. It costs a commit: with
+    durability "process" some 0.2 ms, with "power" a write to the disk more (0.7 ms together on an SSD).
     """
 
     # A subclass has the server, or a client that calls it.
@@ -254,9 +254,12 @@ class Calls:
         UploadLostError
             The server was restarted in the middle of a long list; nothing is applied.
 
+        Exception
+            As every call; see :meth:`add_elimination`.
+
         Notes
         -----
-        About 0.1 ms for each record that differs.
+        About 30 µs for each record.
 
         """
         rows = iter(check_listed(eliminations))

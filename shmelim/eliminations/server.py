@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
@@ -40,6 +39,7 @@ from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
 from shmelim.errors import DamagedFileError
 from shmelim.shm import PrivateNamespace, SharedNamespace, TableReader, TableWriter
+from shmelim.system import clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -129,7 +129,7 @@ class EliminationManagerServer(DebtMethods):
             raise ValueError(f"files must be one of {', '.join(FILES_MODES)}, not {files!r}")
         self.namespace = PrivateNamespace() if namespace is None else namespace
         self.state_dir = None if state_dir is None else Path(state_dir)
-        self.started_ms = _now_ms()
+        self.started_ms = clock.now_ms()
         self.live_price_fetcher: Any = None
         # In direct mode the manager sets it; a server process has no collaborators.
         self._processor: EliminationProcessor | None = None
@@ -226,7 +226,7 @@ class EliminationManagerServer(DebtMethods):
         debts, debt_problems = self._debt_health()
         return {
             "status": "ok",
-            "timestamp_ms": _now_ms(),
+            "timestamp_ms": clock.now_ms(),
             "num_eliminations": len(self.reader),
             "num_departed_hotkeys": self.reader.num_departed_hotkeys,
             "name": self.namespace.name if isinstance(self.namespace, SharedNamespace) else None,
@@ -411,7 +411,3 @@ class EliminationManagerServer(DebtMethods):
 
 def _tell_nobody(_what: str, _done: int, _total: int | None) -> None:
     """Stand in where nobody asked for progress."""
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

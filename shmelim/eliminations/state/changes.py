@@ -6,7 +6,6 @@ publishes every hotkey that they *touched*.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +13,7 @@ from shmelim.eliminations.debts.states import OWED
 from shmelim.eliminations.record import check_hotkey, decode, prepare
 from shmelim.eliminations.state.departures import lost_hotkeys
 from shmelim.eliminations.store.history import Change as EventOf
+from shmelim.system import clock
 from shmelim.system.containers import plain_container
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def clear(step: Step, reason: str = "clear") -> int:
         step.store.clear_eliminations()
         step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in old.items())
         _cancel_debts(step, old, reason)
-    _count_replacement(step)
+    step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
     return len(old)
 
 
@@ -144,17 +144,13 @@ def replace_all(
     step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in removed.items())
     _cancel_debts(step, removed, reason)
     merge(step, records, reason)
-    _count_replacement(step)
+    step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
     return gone
 
 
 def replacements(store: Store) -> int:
     """Return how often the whole list was replaced, whether or not that changed anything in it."""
     return int(store.meta(_REPLACEMENTS, 0))
-
-
-def _count_replacement(step: Step) -> None:
-    step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
 
 
 def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
@@ -190,7 +186,7 @@ def merge(step: Step, records: dict[str, bytes], reason: str) -> int:
     return len(changed)
 
 
-def update_metagraph(step: Step, hotkeys: list[str], now_ms: int | None = None) -> list[str]:
+def update_metagraph(step: Step, hotkeys: list[str], at_ms: int | None = None) -> list[str]:
     """Make these hotkeys the registered ones; returns those whose departure it recorded."""
     seen = set(hotkeys)
     before = step.store.registered()
@@ -209,7 +205,7 @@ def update_metagraph(step: Step, hotkeys: list[str], now_ms: int | None = None) 
             step.record([EventOf("anomaly", note=text)])
     if anomalous:
         return []
-    return record_departures(step, dict.fromkeys(lost, now_ms or _now_ms()), "metagraph")
+    return record_departures(step, dict.fromkeys(lost, at_ms or clock.now_ms()), "metagraph")
 
 
 def missing(store: Store) -> list[str]:
@@ -222,7 +218,7 @@ def _set_missing(step: Step, hotkeys: list[str], size: int) -> None:
     step.set_meta(_BELIEVED, size if hotkeys else None)
 
 
-def accept_loss(step: Step, hotkeys: Iterable[str], now_ms: int | None = None) -> list[str]:
+def accept_loss(step: Step, hotkeys: Iterable[str], at_ms: int | None = None) -> list[str]:
     """Believe that these hotkeys are lost, as far as they are missing; returns those that were."""
     named = set(hotkeys)
     listed = missing(step.store)
@@ -230,7 +226,7 @@ def accept_loss(step: Step, hotkeys: Iterable[str], now_ms: int | None = None) -
     if not accepted:
         return []
     step.touched.update(dict.fromkeys(step.store.set_registered(step.store.registered() - set(accepted))))
-    record_departures(step, dict.fromkeys(accepted, now_ms or _now_ms()), "accepted")
+    record_departures(step, dict.fromkeys(accepted, at_ms or clock.now_ms()), "accepted")
     left = [hotkey for hotkey in listed if hotkey not in named]
     _set_missing(step, left, step.store.meta(_BELIEVED, None) or len(step.store.registered()))
     return accepted
@@ -248,7 +244,3 @@ def clear_departed(step: Step) -> None:
     departed = [hotkey for hotkey, _ in step.store.departed()]
     step.store.clear_departed()
     step.record(EventOf("forget", hotkey, note="departures cleared") for hotkey in departed)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

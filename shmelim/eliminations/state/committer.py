@@ -109,11 +109,7 @@ class Committer:
         return cast("T", request.result)
 
     def publish_all(self, origin_record: bytes, on_progress: Callable[[int, int], Any] | None = None) -> None:
-        """Publish the whole store as the next generation of the table.
-
-        ``origin_record`` is kept under :data:`ORIGIN_KEY`: it tells a successor where this table came from.
-        ``on_progress`` is called now and then with how many rows are read, and how many there are at most.
-        """
+        """Publish the whole store as the next generation, with a record that tells where it came from."""
         with self._leading, self._table.transaction(replace=True) as transaction:
             transaction.put(ORIGIN_KEY, 0, origin_record, 0)
             self._origin_record = origin_record

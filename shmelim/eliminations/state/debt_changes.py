@@ -7,7 +7,6 @@ settles or resolves it is always told.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Final
 
 from shmelim.eliminations.debts.states import (
@@ -23,6 +22,7 @@ from shmelim.eliminations.debts.states import (
 )
 from shmelim.eliminations.state.changes import replacements
 from shmelim.eliminations.store.history import Change as EventOf
+from shmelim.system import clock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +67,7 @@ def settle(step: Step, hotkey: str, kind: str, attempt: str | None = None) -> bo
         return False
     step.store.remove_debt(debt)
     if kind == SLASH:
-        _record_slash(step, debt, BY_CONTRACT)
+        step.store.put_slash(Slash(hotkey, clock.now_ms(), debt.eliminated_ms, BY_CONTRACT))
     failures = f", after {debt.attempts} failures" if debt.attempts else ""
     step.tell([EventOf("settle", hotkey, note=f"{_named(debt)}{failures}")])
     return True
@@ -85,7 +85,7 @@ def fail(
         return False
     debt = debt._replace(attempts=debt.attempts + 1, error=error)
     if in_doubt:
-        step.store.put_debt(debt._replace(state=IN_DOUBT, in_doubt_since_ms=_now_ms()))
+        step.store.put_debt(debt._replace(state=IN_DOUBT, in_doubt_since_ms=clock.now_ms()))
         step.tell([EventOf("doubt", hotkey, note=f"{_named(debt)}: {error}")])
         return True
     if _is_told(debt.attempts):
@@ -126,14 +126,14 @@ def resolve_slash(step: Step, hotkey: str, *, made: bool) -> bool:
     step.tell([EventOf("resolve", hotkey, note=f"{_named(debt)}: {'made' if made else 'not made'}")])
     if made:
         step.store.remove_debt(debt)
-        _record_slash(step, debt, BY_HAND)
+        step.store.put_slash(Slash(hotkey, clock.now_ms(), debt.eliminated_ms, BY_HAND))
     else:
         _owe_again(step, debt)
     return True
 
 
 def _owe(step: Step, hotkey: str, kinds: Sequence[str], eliminated_ms: int, once_within_ms: float | None) -> None:
-    ordinal, now = step.store.next_debt_ordinal(), _now_ms()
+    ordinal, now = step.store.next_debt_ordinal(), clock.now_ms()
     said = []
     for kind in kinds:
         if kind == SLASH and _was_made(step, hotkey, eliminated_ms, once_within_ms):
@@ -159,10 +159,6 @@ def _was_made(step: Step, hotkey: str, eliminated_ms: int, within_ms: float | No
         return False
     slash = step.store.slash(hotkey)
     return slash is not None and abs(eliminated_ms - slash.eliminated_ms) < within_ms
-
-
-def _record_slash(step: Step, debt: Debt, by: str) -> None:
-    step.store.put_slash(Slash(debt.hotkey, _now_ms(), debt.eliminated_ms, by))
 
 
 def _owe_again(step: Step, debt: Debt) -> None:
@@ -191,7 +187,3 @@ def _named(debt: Debt) -> str:
 def _is_told(number: int) -> bool:
     """Tell whether this failure of a debt is written into the history."""
     return number & (number - 1) == 0
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
