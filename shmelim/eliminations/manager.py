@@ -303,14 +303,14 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             raise type(error)(error.message, hint=hint) from error
 
     def _create_direct_server(self) -> EliminationManagerServer:
-        directory = None if self._options.in_memory else self._options.state_dir
+        directory = None if self._options.in_memory else cast("Path", self._options.state_dir).resolve()
         with _taking_over:
-            if directory is not None:
-                earlier = _in_direct_mode.get(directory.resolve())
-                if earlier is not None:
-                    earlier._end(f"a later manager of this process has taken {directory} over")  # noqa: SLF001
-                _in_direct_mode[directory.resolve()] = self
+            earlier = None if directory is None else _in_direct_mode.get(directory)
+            if earlier is not None:
+                earlier._end(f"a later manager of this process has taken {directory} over")  # noqa: SLF001
             server = open_server(self._options, namespace=PrivateNamespace())
+            if directory is not None:
+                _in_direct_mode[directory] = self
         server.live_price_fetcher = self._live_price_fetcher
         return server
 
