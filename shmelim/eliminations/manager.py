@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 import warnings
 import weakref
 from pathlib import Path
@@ -55,9 +54,8 @@ DEFAULT_PORT: Final = 50004
 _READY_TIMEOUT: Final = 60.0
 _DEPARTED: Final = int(Status.DEPARTED)
 _REGISTERED: Final = int(Status.REGISTERED)
-# Who has a state directory in direct mode, in this process; guarded by the lock.
+# Who has a state directory in direct mode, in this process.
 _in_direct_mode: weakref.WeakValueDictionary[Path, EliminationManager] = weakref.WeakValueDictionary()
-_taking_over = threading.Lock()
 
 
 class EliminationManager(Reading, Calls, RPCServiceBase):
@@ -304,13 +302,12 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
 
     def _create_direct_server(self) -> EliminationManagerServer:
         directory = None if self._options.in_memory else cast("Path", self._options.state_dir).resolve()
-        with _taking_over:
-            earlier = None if directory is None else _in_direct_mode.get(directory)
-            if earlier is not None:
-                earlier._end(f"a later manager of this process has taken {directory} over")  # noqa: SLF001
-            server = open_server(self._options, namespace=PrivateNamespace())
-            if directory is not None:
-                _in_direct_mode[directory] = self
+        earlier = None if directory is None else _in_direct_mode.get(directory)
+        if earlier is not None:
+            earlier._end(f"a later manager of this process has taken {directory} over")  # noqa: SLF001
+        server = open_server(self._options, namespace=PrivateNamespace())
+        if directory is not None:
+            _in_direct_mode[directory] = self
         server.live_price_fetcher = self._live_price_fetcher
         return server
 
