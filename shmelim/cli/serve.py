@@ -5,25 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
 
 from shmelim.cli.failure import FileProblemError
-from shmelim.cli.options import Command, Settings, settings_options
+from shmelim.cli.options import PATH, Settings, command
 from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
-from shmelim.eliminations import EliminationReader
-from shmelim.eliminations.serve import ServeOptions, run
+from shmelim.eliminations.files.mirror import FilesMode
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.serve import ServeOptions, Service, run
+from shmelim.eliminations.store.schema import Durability
 from shmelim.errors import AlreadyServingError, ShmelimError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from shmelim.eliminations.files.mirror import FilesMode
-    from shmelim.eliminations.serve import Service
-    from shmelim.eliminations.store.schema import Durability
 
 _STANDARD_ERROR: Final = 2
 
@@ -40,24 +36,24 @@ class _StderrHandler(logging.Handler):
             click.echo(text, err=True)
 
 
-@click.command(cls=Command, short_help="Serve a name in the foreground.")
+@command
 @click.option(
     "--state-dir",
-    type=click.Path(path_type=Path, readable=False),
+    type=PATH,
     metavar="DIR",
     help="Where the state is kept [default: a directory of that name among the user's state].",
 )
 @click.option(
     "--import",
     "imports",
-    type=click.Path(path_type=Path, readable=False),
+    type=PATH,
     metavar="FILE",
     multiple=True,
     help="Merge a file of eliminations or of departed hotkeys into the state, once; repeatable.",
 )
 @click.option(
     "--default-departed",
-    type=click.Path(path_type=Path, readable=False),
+    type=PATH,
     metavar="FILE",
     help="A file of departed hotkeys to start from while none are known.",
 )
@@ -72,7 +68,7 @@ class _StderrHandler(logging.Handler):
     type=click.Choice(["power", "process"]),
     default="power",
     show_default=True,
-    help="What an acknowledged change survives: a power cut, or the death of the process only.",
+    help="What an acknowledged change survives: a power cut, or only the death of the process.",
 )
 @click.option(
     "--files",
@@ -89,8 +85,6 @@ class _StderrHandler(logging.Handler):
     help='Write "ready" and a newline to this descriptor once readers and commands are served, and close it.',
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log more than warnings.")
-@settings_options
-@click.pass_obj
 def serve(
     settings: Settings,
     *,
@@ -174,16 +168,14 @@ def _tell_ready(descriptor: int) -> None:
 
 def _naming_the_other(error: AlreadyServingError, name: str) -> ShmelimError:
     """Return the error with the process that serves the name, if that can be seen."""
-    try:
+    with contextlib.suppress(ShmelimError):
         writer = EliminationReader(name).writer
-    except ShmelimError:
-        return error
-    if not writer.alive:
-        return error
-    return AlreadyServingError(
-        f"{name!r} is already served by process {writer.pid}",
-        hint=f"see `shmelim status --name {name}`, stop that process, or serve under another --name",
-    )
+        if writer.alive:
+            return AlreadyServingError(
+                f"{name!r} is already served by process {writer.pid}",
+                hint=f"see `shmelim status --name {name}`, stop that process, or serve under another --name",
+            )
+    return error
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from crashing import call
 from serving import row, state_in_files, state_in_table
 
 from shmelim import EliminationManagerServer, EliminationReader
-from shmelim.eliminations.files import format as files
 from shmelim.errors import SegmentFullError, StoreError
 from shmelim.shm import SharedNamespace
+from shmelim.system import durable
 
 _CLONE_NEWNS = 0x20000
 
@@ -160,16 +160,16 @@ class TestDiskOfTheFiles:
         assert with_small_tmpfs(tmp_path, 4_000_000, work)
 
     def test_full_by_what_the_system_says_the_change_stands(self, tmp_path, monkeypatch):
-        real = files.tempfile.mkstemp
+        real = durable.tempfile.mkstemp
 
         def full(*_args, **_kwargs):
             raise OSError(28, "No space left on device")
 
         with EliminationManagerServer(state_dir=tmp_path) as server:
-            monkeypatch.setattr(files.tempfile, "mkstemp", full)
+            monkeypatch.setattr(durable.tempfile, "mkstemp", full)
             assert server.append_elimination_row_rpc("a", 1.0, "ZOMBIE") is True
             assert "No space left" in str(server.health_check_rpc()["problems"])
-            monkeypatch.setattr(files.tempfile, "mkstemp", real)
+            monkeypatch.setattr(durable.tempfile, "mkstemp", real)
             server.save_eliminations_rpc()
             assert state_in_files(tmp_path) == state_in_table(server.reader).without_registered()
 

@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 import shmelim.shm
+from shmelim import EliminationClient, EliminationReader
 from shmelim.cli.main import cli
-from shmelim.eliminations import EliminationClient, EliminationReader
 from shmelim.shm import SharedNamespace
 
 PATIENCE = 60.0
@@ -303,7 +303,7 @@ def test_sync_refuses_a_file_with_a_bad_row_whole(run, tmp_path):
         ("directory", "is a directory"),
     ],
 )
-def test_sync_of_a_file_that_is_none(run, tmp_path, content, problem):
+def test_sync_of_what_is_not_such_a_file(run, tmp_path, content, problem):
     run("add", A, "--reason", "ZOMBIE")
     path = tmp_path / "eliminations.json"
     if content == "directory":
@@ -340,12 +340,12 @@ def test_export_to_stdout(run):
     assert len(json.loads(run("export", "-", "--departed").stdout)["departed_hotkeys"]) == 367
 
 
-def test_export_leaves_what_is_no_regular_file(run, tmp_path):
+def test_export_leaves_alone_what_is_not_a_regular_file(run, tmp_path):
     pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
     os.mkfifo(pipe)
     found = run("export", str(pipe))
     assert found.exit_code == 4
-    assert "no regular file" in found.stderr
+    assert "not a regular file" in found.stderr
     assert pipe.is_fifo()
     link.symlink_to(target)
     run("export", str(link))
@@ -399,7 +399,7 @@ def test_history_in_pages(run):
     assert numbers == list(range(numbers[0], numbers[0] - 350, -1))
 
 
-def test_history_of_one_who_has_none(run):
+def test_history_of_a_hotkey_without_any(run):
     result = run("history", "nobody")
     assert (result.exit_code, result.stdout) == (0, "")
 

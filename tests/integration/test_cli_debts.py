@@ -11,7 +11,7 @@ from crashing import call
 from serving import row
 
 from shmelim import EliminationClient
-from shmelim.cli import debts as command
+from shmelim.cli import output
 from shmelim.cli.main import cli
 from shmelim.eliminations.debts.states import new_attempt
 
@@ -67,7 +67,7 @@ def run(server):
 
 @pytest.fixture
 def at_a_terminal(monkeypatch):
-    monkeypatch.setattr(command, "_can_ask", lambda: True)
+    monkeypatch.setattr(output, "can_ask", lambda: True)
 
 
 def document(result, code=0):
