@@ -1,4 +1,4 @@
-"""Reading debts, slashes and the size of a state directory, whether or not a server runs there; from any thread."""
+"""Reading debts, slashes and the size of a state directory, whether or not a server runs there: any thread may."""
 
 from __future__ import annotations
 
