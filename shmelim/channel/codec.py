@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from shmelim.errors import ProtocolError
+from shmelim.system.containers import plain_container
 
 _SET = 1  # the extension type of a set: its elements as a msgpack array
 _DEEPEST = 100  # levels of nesting; msgspec's own limit is far above
@@ -64,11 +65,11 @@ class MsgpackCodec:
     """JSON-like values, bytes and sets, as msgpack. Thread-safe.
 
     Carried as they are: None, bool, int of 64 bits (signed or unsigned), float, str, bytes, list, dict, set, and
-    ``msgspec.Raw``, which is taken for the msgpack that it says it is.
-    Carried as the nearest of these: tuple and list subclasses (list; inside a set they stay hashable, as
-    tuple), frozenset (set), Enum (its value), subclasses of the types above, bytearray and memoryview (bytes),
-    numpy scalars (Python numbers). The keys of a dict may be None, bool, int, float, str, bytes and tuples of
-    these. Everything else is refused.
+    ``msgspec.Raw``, which is taken for the msgpack that it says it is. Carried as the nearest of these: tuple and
+    list subclasses (list; inside a set they stay hashable, as tuple), every other mapping and sequence and the
+    proxies of ``multiprocessing`` for them, frozenset (set), Enum (its value), subclasses of the types above,
+    bytearray and memoryview (bytes), numpy scalars (Python numbers). The keys of a dict may be None, bool, int,
+    float, str, bytes and tuples of these. Everything else is refused.
     """
 
     def __init__(self) -> None:
@@ -126,7 +127,8 @@ class MsgpackCodec:
             return self._plain_items(value, depth)
         if issubclass(kind, (set, frozenset)):
             return msgspec.msgpack.Ext(_SET, self._write(self._plain_items(list(value), depth)))
-        return _plain_atom(value)
+        container = plain_container(value)
+        return _plain_atom(value) if container is None else self._plain(container, depth)
 
     def _plain_dict(self, value: dict[Any, Any], depth: int) -> dict[Any, Any]:
         simple_keys = _ATOMS.issuperset(map(type, value))

@@ -12,7 +12,6 @@ from shmelim.cli import output
 from shmelim.cli.offline import ask
 from shmelim.cli.options import HOTKEY, PATH, Settings, command
 from shmelim.eliminations.client import EliminationClient
-from shmelim.eliminations.server import event_as_dict
 from shmelim.eliminations.store.history import read_events
 from shmelim.errors import MessageTooLargeError
 
@@ -39,7 +38,7 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
     """
 
     def store(directory: Path) -> list[dict[str, Any]]:
-        return [event_as_dict(event) for event in read_events(directory, hotkey, limit)]
+        return [event.as_dict() for event in read_events(directory, hotkey, limit)]
 
     if state_dir is not None:
         events, source = store(state_dir), "store"

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from shmelim.system.containers import plain_container
+
 DEPARTED_HOTKEYS_KEY = "departed_hotkeys"
 ELIMINATIONS_KEY = "eliminations"
 MAX_RECORD_BYTES = 1 << 20
@@ -91,7 +93,10 @@ def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, A
     as in ``record['price_info']['BTC/USD']``. About 7 µs for a record of 0.5 kB.
     """
     if not isinstance(data, Mapping):
-        raise TypeError(f"an elimination record must be a dict, not {type(data).__name__}: {_short(data)}")
+        container = plain_container(data)  # type: ignore[unreachable]  # a proxy may stand for one
+        if not isinstance(container, dict):
+            raise TypeError(f"an elimination record must be a dict, not {type(data).__name__}: {_short(data)}")
+        data = container
     own = data.get("hotkey", hotkey)
     if isinstance(own, str):
         check_hotkey(own)
@@ -228,7 +233,7 @@ def _plain_list(values: list[Any] | tuple[Any, ...], depth: int, room: list[int]
     return plain
 
 
-def _plain(value: Any, depth: int, room: list[int]) -> Any:
+def _plain(value: Any, depth: int, room: list[int]) -> Any:  # noqa: PLR0911 - one flat dispatch
     """Return the plain form of any one value, or raise for one that has none."""
     kind = type(value)
     if kind is float or value is None or kind is bool:
@@ -245,6 +250,9 @@ def _plain(value: Any, depth: int, room: list[int]) -> Any:
         return number
     if isinstance(value, Enum) and isinstance(value.value, str):
         return _plain_text(value.value)
+    container = plain_container(value)
+    if container is not None:
+        return _plain(container, depth, room)
     raise _NotStorableError(f"a value of type {kind.__module__}.{kind.__qualname__} has no JSON form")
 
 

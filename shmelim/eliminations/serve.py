@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shmelim.eliminations.files.mirror import FilesMode
     from shmelim.eliminations.store.schema import Durability
     from shmelim.service import ServerReady
+    from shmelim.shm import Namespace
 
 SERVICE_NAME: Final = "EliminationManagerServer"
 
@@ -67,11 +68,13 @@ class ServeOptions:
 
 
 def open_server(
-    options: ServeOptions, on_progress: Callable[[str, int, int | None], Any] | None = None
+    options: ServeOptions,
+    on_progress: Callable[[str, int, int | None], Any] | None = None,
+    namespace: Namespace | None = None,
 ) -> EliminationManagerServer:
-    """Take the locks, recover and publish; raises as :class:`EliminationManagerServer` does."""
+    """Take the locks, recover and publish in shared memory, or elsewhere; raises as the server does."""
     return EliminationManagerServer(
-        SharedNamespace(options.name, mode=0o640 if options.group_readable else 0o600),
+        namespace or SharedNamespace(options.name, mode=0o640 if options.group_readable else 0o600),
         None if options.in_memory else options.state_dir or default_state_directory(options.name),
         durability=options.durability,
         files=options.files,

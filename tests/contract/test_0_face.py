@@ -167,7 +167,6 @@ def test_every_method_stands_on_the_manager_class_for_mocks(name):
 
 
 @pytest.mark.parametrize("name", NEWER)
-@not_built("SPEC 4: what newer callers use", AttributeError)
 def test_what_newer_callers_use_stands_on_the_manager_class(name):
     getattr(Mock(spec=EliminationManager), name)
 

@@ -1,7 +1,7 @@
 """SPEC 3: the remote methods of `EliminationManagerServer`, called by `_server_proxy` in both modes."""
 
 import pytest
-from contract_marks import not_built, words
+from contract_marks import words
 from contract_validator import START, Metagraph, row
 
 from shmelim import EliminationManagerServer
@@ -231,35 +231,27 @@ def test_our_own_keywords(server):
     assert server.get_eliminated_hotkeys_rpc() == {"b"}
 
 
-NOT_BUILT = not_built("SPEC 3: the keywords that callers use are accepted", TypeError)
-
-
-@NOT_BUILT
 def test_keyword_elimination_data(server):
     assert server.add_elimination_rpc("a", elimination_data=row("a")) is True
 
 
 @pytest.mark.parametrize("keyword", ["dat", "eliminations_list"])
-@NOT_BUILT
 def test_keywords_of_a_sync(server, keyword):
     assert server.sync_eliminations_rpc(**{keyword: [row("a")]}) == []
     assert server.get_eliminated_hotkeys_rpc() == {"a"}
 
 
-@NOT_BUILT
 def test_keyword_dd(server):
     server.append_elimination_row_rpc("a", dd=0.5, reason="ZOMBIE")
     assert server.get_elimination_rpc("a")["dd"] == 0.5
 
 
-@NOT_BUILT
 def test_keyword_deleted_hotkeys(server):
     server.add_elimination_rpc("a", row("a"))
     server.delete_eliminations_rpc(deleted_hotkeys=["a"])
     assert server.get_eliminated_hotkeys_rpc() == set()
 
 
-@NOT_BUILT
 def test_keywords_of_the_manager(manager):
     manager.sync_eliminations(dat=[row("a")])
     manager.add_elimination("b", elimination_data=row("b"))

@@ -25,7 +25,6 @@ from shmelim import (
     NotServingError,
     ShmelimError,
 )
-from shmelim.errors import AlreadyServingError
 
 OTHERS = (
     "position_manager",
@@ -143,7 +142,6 @@ def test_two_in_memory_share_nothing_even_under_one_name(make):
     assert not second.is_hotkey_eliminated("a")
 
 
-@not_built("SPEC 4: a second direct manager of a state directory takes it over", AlreadyServingError)
 def test_a_second_one_of_a_state_directory_takes_it_over(make, tmp_path):
     first = make("direct", state_dir=tmp_path / "state")
     first.add_elimination("a", row("a"))
@@ -274,7 +272,6 @@ def test_a_second_one_elsewhere_is_refused_while_a_server_of_the_name_lives(make
     assert manager.name in said
 
 
-@not_built("SPEC 4: a refused manager says what the caller wants instead", AssertionError)
 def test_a_refused_one_says_what_the_caller_wants_instead(make, tmp_path):
     said = refused(make("rpc"), tmp_path)
     assert "EliminationReader" in said
@@ -393,7 +390,6 @@ def test_what_is_returned_is_the_callers_own(manager):
     assert manager.eliminations == {"a": row("a"), "b": row("b")}
 
 
-@not_built("SPEC 4: is_hotkey_re_registered asks the metagraph too", AssertionError)
 def test_re_registration_is_seen_at_once_where_the_metagraph_is(make, mode):
     manager = make(mode, Metagraph("a", "b"), None, None)
     manager.update_metagraph(["b"])
@@ -536,7 +532,6 @@ def test_times_of_ticks_and_whether_one_is_due(make, mode):
     assert manager.refresh_allowed(10**9) is (mode == "direct")
 
 
-@not_built("SPEC 4: running_unit_tests is read live", AssertionError)
 def test_running_unit_tests_is_read_live(make):
     manager = make("direct")
     manager.set_last_update_time()
@@ -577,11 +572,8 @@ def test_a_loop_ticks_until_the_validator_ends(validate, mode):
 
 # ---------------------------------------------------------------------- what newer callers use
 
-NEWER = not_built("SPEC 4: what newer callers use", AttributeError)
-
 
 @pytest.mark.parametrize("name", ["reload_from_disk", "load_eliminations_from_disk"])
-@NEWER
 def test_reload_takes_what_stands_in_the_file(make, tmp_path, name):
     manager = make("direct", state_dir=tmp_path / "state")
     manager.sync_eliminations([row("a")])
@@ -590,7 +582,6 @@ def test_reload_takes_what_stands_in_the_file(make, tmp_path, name):
     assert manager.eliminations == {"b": row("b")}
 
 
-@NEWER
 def test_clear_departed_hotkeys(make, mode):
     manager = make(mode)
     manager.update_metagraph(["a", "b"])
@@ -599,7 +590,6 @@ def test_clear_departed_hotkeys(make, mode):
     assert manager.get_departed_hotkeys() == {}
 
 
-@NEWER
 def test_handle_eliminated_miner(validator):
     validator.register("a")
     validator.open("a")
@@ -608,7 +598,6 @@ def test_handle_eliminated_miner(validator):
     assert validator.is_flat("a")
 
 
-@NEWER
 def test_first_refresh_by_methods(make, mode):
     manager = make(mode)
     assert manager.get_first_refresh_ran() is False
@@ -616,7 +605,6 @@ def test_first_refresh_by_methods(make, mode):
     assert manager.get_first_refresh_ran() is manager.first_refresh_ran is True
 
 
-@NEWER
 def test_local_caches_are_the_same_reads(manager):
     manager.add_elimination("a", row("a"))
     assert manager.get_eliminations_local_cache() == manager.get_eliminations_dict()

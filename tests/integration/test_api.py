@@ -56,7 +56,7 @@ class Remote(Api):
         return lambda *args: self.rpc(name, *args)
 
     def rpc(self, name, *args):
-        return self.client._call(f"{name}_rpc", *args)
+        return self.client._call(f"{name}_rpc", args)
 
 
 class Managed(Api):

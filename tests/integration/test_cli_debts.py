@@ -36,7 +36,7 @@ def server(serve):
 def change(served, method, *arguments):
     client = served.client()
     try:
-        return client._call(method, *arguments)
+        return client._call(method, arguments)
     finally:
         client.close()
 
@@ -239,8 +239,8 @@ def test_where_the_process_that_was_at_it_is_gone(run, server):
 
 def test_where_somebody_was_quicker(run, server, monkeypatch):
     def resolve(client, hotkey, made):
-        client._call("resolve_slash_rpc", hotkey, made)
-        return client._call("resolve_slash_rpc", hotkey, made)
+        client._call("resolve_slash_rpc", (hotkey, made))
+        return client._call("resolve_slash_rpc", (hotkey, made))
 
     monkeypatch.setattr(EliminationClient, "resolve_slash", resolve)
     result = run("slash", "resolve", A, "--made", "--yes")
@@ -299,12 +299,12 @@ def test_the_client_lists_and_resolves(server):
 def test_debts_survive_the_death_of_the_server(server):
     client = server.client(connect_wait=10.0)
     try:
-        assert client._call("begin_slash_rpc", B, "token")
+        assert client._call("begin_slash_rpc", (B, "token"))
         before = client.get_debts()
         server.kill()
         server.start()
         assert client.get_debts() == before
-        assert client._call("begin_slash_rpc", B, "another") is False
+        assert client._call("begin_slash_rpc", (B, "another")) is False
         assert client._call("get_replacements_rpc") == 0
     finally:
         client.close()
@@ -314,7 +314,7 @@ def test_one_of_several_processes_gets_the_slash(server):
     def try_it():
         client = server.client()
         try:
-            return client._call("begin_slash_rpc", B, new_attempt())
+            return client._call("begin_slash_rpc", (B, new_attempt()))
         finally:
             client.close()
 

@@ -21,8 +21,9 @@ from typing import Final, Literal
 
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.rows import PREFIX, Status, departed_in
-from shmelim.eliminations.state.changes import note, set_meta
+from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.state.committer import Committer
+from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.errors import StoreError
 from shmelim.shm import TableReader
 from shmelim.system.durable import move_aside
@@ -241,7 +242,7 @@ class FileMirror:
             apply,
         )
         text = f"{name} was changed while the server ran: not applied, moved aside to {aside.name}"
-        self._committer.commit(note("edited", text))
+        self._committer.commit(Step.record, [EventOf("edited", note=text)])
 
     def _known(self, name: str) -> list[str]:
         return self._committer.read(lambda store: known_digests(store.meta(digest_key(name))))
@@ -258,7 +259,7 @@ class FileMirror:
     def _know(self, name: str, digests: list[str]) -> None:
         """Make these the digests under which the store knows a file."""
         if self._known(name) != digests:
-            self._committer.commit(set_meta(digest_key(name), digests))
+            self._committer.commit(Step.set_meta, digest_key(name), digests)
 
 
 def digest_key(name: str) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import SLASH
 from shmelim.eliminations.rules.alerts import Alerts
 from shmelim.eliminations.rules.iteration import NOT_A_MINERS, Iteration
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.roster import Roster
-from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 
@@ -30,7 +30,7 @@ class Expiry:
 
     collaborators: Collaborators
     environment: ValidatorEnvironment
-    state: StateCalls
+    state: ProcessingCalls
     alerts: Alerts
     roster: Roster
     membership: Membership
@@ -62,7 +62,7 @@ class Expiry:
         iteration.check()
         if gone:
             # Somebody may have been eliminated anew meanwhile: that row stays.
-            deleted = self.state.delete_eliminations({hotkey: old_enough[hotkey] for hotkey in gone})
+            deleted = self.state.delete_eliminations(gone, {hotkey: old_enough[hotkey] for hotkey in gone})
             _log.info("deleted %d expired eliminations: %s", len(deleted), ", ".join(deleted[:10]))
 
     def is_due(self, record: Mapping[str, Any]) -> bool:

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.rules.alerts import is_failure
 from shmelim.eliminations.rules.iteration import Iteration, OvertakenError
-from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.system.logs import LimitedLog
@@ -30,7 +30,7 @@ class Flattening:
 
     collaborators: Collaborators
     environment: ValidatorEnvironment
-    state: StateCalls
+    state: ProcessingCalls
     # Positions that were closed in memory and could not be saved, as (hotkey, uuid) -> pair. A manager that hands
     # out its own objects shows them as closed from then on, though nothing of it is on disk.
     unsaved: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Flattening:
                 self.unsaved.pop((hotkey, uuid), None)
                 return
             fetcher = self._price_fetcher()
-            order = None if position.is_closed_position else self._flat_order(position, record, fetcher)
+            order = None if position.is_closed_position else self._flat_order(position, record, fetcher, iteration)
             # After the price, which may be long in coming, and before anything is changed: the position may be
             # the manager's own object, and what a sync has taken back must not stay closed in it.
             iteration.check()
@@ -101,23 +101,22 @@ class Flattening:
         _log.info("closed position %s (%s) of eliminated miner %s", uuid, pair, hotkey)
         self._tell_websockets(hotkey, message)
 
-    def _flat_order(self, position: Any, record: Mapping[str, Any], fetcher: Any) -> Any:
+    def _flat_order(self, position: Any, record: Mapping[str, Any], fetcher: Any, iteration: Iteration) -> Any:
         eliminated_ms = record["elimination_initiated_time_ms"]
         time_ms = eliminated_ms
         if position.orders:
             # Two orders at one time would have no order.
             time_ms = max(time_ms, position.orders[-1].processed_ms + 1)
-        price_info = record.get("price_info") or {}
-        source = self.environment.price_source(position.trade_pair, price_info, eliminated_ms)
+        given = iteration.price_sources
+        source = given.get(position.trade_pair) if given else None
+        if source is None:
+            price_info = record.get("price_info") or {}
+            source = self.environment.price_source(position.trade_pair, price_info, eliminated_ms)
         return position.generate_fake_flat_order(position, time_ms, fetcher, source)
 
     def _price_fetcher(self) -> Any:
-        fetchers = (
-            self.state.live_price_fetcher(),
-            self.collaborators.live_price_fetcher,
-            self.environment.live_price_fetcher,
-        )
-        return next((fetcher for fetcher in fetchers if fetcher is not None), None)
+        own = self.collaborators.live_price_fetcher
+        return self.environment.live_price_fetcher if own is None else own
 
     def _message(self, position: Any) -> Any:
         if self.collaborators.shared_queue_websockets is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ class Iteration:
     epoch: Any  # what sync_epoch was; None if there is none
     replacements: int  # how often the list of eliminations had been replaced
     stopping: Callable[[], bool]
+    price_sources: Mapping[Any, Any] | None = None  # by trade pair, where the caller has some
     superseded: bool = False
 
     @property

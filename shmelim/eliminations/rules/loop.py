@@ -34,7 +34,7 @@ _log = logging.getLogger("shmelim.processing")
 
 
 def run_loop(processor: EliminationProcessor) -> None:
-    """Tick until the validator ends."""
+    """Run a tick each second until ``shutdown_dict`` is truthy; survives every error, and tells of it."""
     with _Termination(processor):
         _log.info("the processing of eliminations begins")
         try:

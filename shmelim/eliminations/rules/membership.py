@@ -6,9 +6,9 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Final
 
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.record import check_hotkey
 from shmelim.eliminations.rules.roster import Roster
-from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.eliminations.validator.collaborators import Collaborators
 
 _SHOWN: Final = 60  # characters of what is not a hotkey
@@ -19,7 +19,7 @@ _log = logging.getLogger("shmelim.processing")
 class Membership:
     """The metagraph as the processing sees it."""
 
-    def __init__(self, collaborators: Collaborators, state: StateCalls, roster: Roster) -> None:
+    def __init__(self, collaborators: Collaborators, state: ProcessingCalls, roster: Roster) -> None:
         self._collaborators = collaborators
         self._state = state
         self._roster = roster

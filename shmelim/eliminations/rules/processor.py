@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import POSITIONS
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import EliminationReason, generate_row, normalise
@@ -22,11 +23,13 @@ from shmelim.eliminations.rules.judging import DrawdownRule
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.roster import Roster
 from shmelim.eliminations.rules.settling import Settling
-from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
-from shmelim.errors import StateUnavailableError
+from shmelim.errors import NoCollaboratorsError, StateUnavailableError
 from shmelim.system.logs import LimitedLog
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _log = logging.getLogger("shmelim.processing")
 _limited = LimitedLog(_log)
@@ -35,10 +38,9 @@ _limited = LimitedLog(_log)
 class EliminationProcessor:
     """Eliminates miners by the rules, and settles what eliminations owe.
 
-    Any of the collaborators may be replaced at any time; the next use takes the new one. `state` returns the
-    server, or the channel's proxy for it. With `always`, each call of :meth:`process_eliminations` is a tick,
-    whatever time has passed. With `is_backtesting` there is no first refresh, nobody is slashed, and the miners'
-    directories make no zombies and are not removed: collateral and directories are those of a living validator.
+    Any of the collaborators may be replaced at any time; the next use takes the new one. With `is_backtesting`
+    there is no first refresh, nobody is slashed, and the miners' directories make no zombies and are not removed:
+    collateral and directories are those of a living validator.
 
     Any thread may call any method. Two ticks at once do nothing twice: who comes first records an elimination,
     positions are closed under their lock, and there is one attempt at a slash.
@@ -49,17 +51,15 @@ class EliminationProcessor:
         collaborators: Collaborators,
         environment: ValidatorEnvironment,
         reader: EliminationReader,
-        state: Callable[[], Any],
+        state: ProcessingCalls,
         *,
-        always: bool = False,
         is_backtesting: bool = False,
     ) -> None:
         self.collaborators = collaborators
         self.environment = environment
         self.alerts = Alerts(collaborators)
         self._reader = reader
-        self._state = StateCalls(state)
-        self._always = always
+        self._state = state
         self._is_backtesting = is_backtesting
         self._last_update_ms = 0
         self.end_asked = False  # written by a signal handler too
@@ -81,10 +81,11 @@ class EliminationProcessor:
         self._drawdown = DrawdownRule(collaborators, environment, self.alerts, self._roster, eliminate)
 
     def refresh_allowed(self, refresh_interval_ms: int) -> bool:
-        """Whether more than so many milliseconds have passed since the last tick."""
+        """Whether more than so many milliseconds have passed since the last tick; in direct mode always."""
         passed_ms = self.environment.now_ms() - self._last_update_ms
         # A clock that was set back would otherwise stop everything until it is there again.
-        return self._always or passed_ms > refresh_interval_ms or passed_ms < 0
+        always = bool(getattr(self.collaborators, "running_unit_tests", False))
+        return always or passed_ms > refresh_interval_ms or passed_ms < 0
 
     def set_last_update_time(self, skip_message: bool = False) -> None:
         """Note that a tick was made now."""
@@ -210,6 +211,39 @@ class EliminationProcessor:
         """Delete what is left of miners who were eliminated long ago and have left the metagraph."""
         self._alone(self._expiry.delete, position_locks, iteration_epoch)
 
+    def handle_eliminated_miner(
+        self,
+        hotkey: str,
+        trade_pair_to_price_source_used_for_elimination_check: Mapping[Any, Any] | None = None,
+        position_locks: Any = None,
+        iteration_epoch: Any = None,
+    ) -> None:
+        """Delete the limit orders and close the open positions of a miner who is eliminated; else do nothing.
+
+        Parameters
+        ----------
+        hotkey
+            The miner.
+        trade_pair_to_price_source_used_for_elimination_check
+            Price sources by trade pair; those that it lacks are made from the record's ``price_info``.
+        position_locks, iteration_epoch
+            As for :meth:`process_eliminations`.
+
+        """
+        record = self._reader.get_elimination(hotkey)
+        if record is None:
+            return
+        limit_orders = self.collaborators.limit_order_manager
+        if limit_orders is not None:
+            try:
+                limit_orders.delete_all_limit_orders_for_hotkey(hotkey)
+            except Exception:
+                _log.exception("the limit orders of eliminated miner %s could not be deleted", hotkey)
+        if self.collaborators.position_manager is not None:
+            iteration = self._begin(position_locks, iteration_epoch)
+            iteration.price_sources = trade_pair_to_price_source_used_for_elimination_check
+            self._settling.flattening.close_open(hotkey, record, iteration)
+
     def _departed(self, _iteration: Iteration) -> None:
         self._membership.look()
         lost = len(self._membership.unbelieved())
@@ -239,7 +273,7 @@ class EliminationProcessor:
                     with this_round.guard(hotkey):
                         self._settling.flattening.close(hotkey, listed, record, iteration)
         if not this_round.failed:
-            self._state.set_first_refresh_ran()
+            self._state.set_first_refresh_ran(True)
 
     def _perf_ledger(self, iteration: Iteration) -> None:
         positions = self.collaborators.position_manager
@@ -290,3 +324,18 @@ def _whose(row: Any, place: int) -> str:
     """Return whose a row is, for a message, also where it does not say."""
     hotkey = row.get("hotkey") if hasattr(row, "get") else None
     return hotkey if isinstance(hotkey, str) else f"number {place} of the list"
+
+
+def processed(method: Callable[Concatenate[EliminationProcessor, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Return the processor's method, for an object that has a ``_processor``, or None."""
+
+    @functools.wraps(method)
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._processor is None:
+            raise NoCollaboratorsError(
+                f"{method.__name__} cannot run in the server's process, which has no metagraph and no positions",
+                hint=f"call EliminationManager.{method.__name__} in the process that holds them",
+            )
+        return method(self._processor, *args, **kwargs)
+
+    return call

@@ -10,13 +10,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import IN_DOUBT, LIMIT_ORDERS, OWED, POSITIONS, SLASH
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.rules.alerts import Alerts, is_failure
 from shmelim.eliminations.rules.flattening import Flattening
 from shmelim.eliminations.rules.iteration import NOT_A_MINERS, Iteration
 from shmelim.eliminations.rules.slashing import Slashing
-from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.system.logs import LimitedLog
@@ -33,7 +33,7 @@ class Settling:
         collaborators: Collaborators,
         environment: ValidatorEnvironment,
         reader: EliminationReader,
-        state: StateCalls,
+        state: ProcessingCalls,
         alerts: Alerts,
     ) -> None:
         self._collaborators = collaborators

@@ -33,9 +33,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import ATTEMPTING, SLASH, attempt_is_alive, attempt_is_mine, new_attempt
 from shmelim.eliminations.rules.alerts import Alerts, is_failure
-from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.errors import SlashNotMadeError, StateUnavailableError
@@ -83,7 +83,7 @@ class Slashing:
 
     collaborators: Collaborators
     environment: ValidatorEnvironment
-    state: StateCalls
+    state: ProcessingCalls
     alerts: Alerts
 
     def make(self, hotkey: str, record: Mapping[str, Any]) -> None:

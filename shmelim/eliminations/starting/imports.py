@@ -83,7 +83,7 @@ def import_file(step: Step, path: Path) -> tuple[int, int]:
     if found.bad and not found.rows and all(isinstance(bad.row, str) for bad in found.bad):
         # A bare list of hotkeys, the legacy form of a departed file.
         return import_departed(step, path)
-    merge(dict(found.rows), f"import of {path}")(step)
+    merge(step, dict(found.rows), f"import of {path}")
     files.quarantine(path, found.bad)
     return len(found.rows), len(found.bad)
 
@@ -97,6 +97,6 @@ def import_departed(step: Step, path: Path, reason: str | None = None) -> tuple[
 
 
 def _take_departed(step: Step, path: Path, departed: files.DepartedFile, reason: str) -> tuple[int, int]:
-    record_departures(departed.items, reason)(step)
+    record_departures(step, departed.items, reason)
     files.quarantine(path, departed.bad)
     return len(departed.items), len(departed.bad)

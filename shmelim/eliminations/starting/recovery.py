@@ -77,7 +77,7 @@ def recover(
             step = Step(store, None)
             if use_files:
                 fresh = not any(store.counts()) and not store.meta_items()
-                _take_files(step, directory, fresh=fresh)
+                take_files(step, directory, fresh=fresh)
             if default_departed is not None and not store.counts().departed:
                 import_departed(step, default_departed, "default departed file")
     except BaseException:
@@ -154,7 +154,7 @@ def _origin_in(record: bytes) -> _Origin | None:
         return None
 
 
-def _take_files(step: Step, directory: Path, *, fresh: bool) -> None:
+def take_files(step: Step, directory: Path, *, fresh: bool) -> None:
     """Take over the files that somebody else put there; a damaged one is moved aside, or refused if `fresh`."""
     for name in (ELIMINATIONS_FILE, DEPARTED_FILE):
         path = directory / name
@@ -188,7 +188,7 @@ def _take_eliminations(step: Step, path: Path) -> None:
     # A row that cannot be taken says nothing against what the store knows of its hotkey.
     unsure = [bad.row.get("hotkey") for bad in found.bad if isinstance(bad.row, dict)]
     keep = [hotkey for hotkey in unsure if isinstance(hotkey, str)]
-    replace_all(dict(found.rows), f"file {path.name}", keep)(step)
+    replace_all(step, dict(found.rows), f"file {path.name}", keep)
     files.quarantine(path, found.bad)
 
 
@@ -218,8 +218,8 @@ def _last_published(namespace: Namespace, directory: Path) -> _Published | None:
 
 def _restore(step: Step, published: _Published, directory: Path) -> None:
     step.record([EventOf("recover", note="the store was damaged: restored from shared memory")])
-    merge(published.records, "recovered")(step)
-    record_departures(published.departed, "recovered")(step)
+    merge(step, published.records, "recovered")
+    record_departures(step, published.departed, "recovered")
     step.store.set_registered(published.registered)
     restore_imported(step, published.imported)
     # What stands in the files is at most as new: no start must take it for a person's work.
@@ -237,6 +237,6 @@ def _restore(step: Step, published: _Published, directory: Path) -> None:
 
 def _restore_from_files(step: Step, directory: Path) -> None:
     step.record([EventOf("recover", note="the store was damaged: restored from the JSON files")])
-    _take_files(step, directory, fresh=True)
+    take_files(step, directory, fresh=True)
     restore_imported(step, None)
     _log.warning("the history starts anew, and what eliminations still owed is in the damaged store alone")

@@ -292,7 +292,7 @@ class Database:
         self.close()
 
     def _need_transaction(self) -> None:
-        if not self.in_transaction:
+        if self._closed or not self._db.in_transaction:
             raise StoreError(f"{self._path}: a change needs an open transaction", hint="call begin() first")
 
     def _need_place(self) -> None:

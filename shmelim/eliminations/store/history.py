@@ -8,15 +8,14 @@ from __future__ import annotations
 import os
 import sqlite3
 import sys
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from shmelim.eliminations.record import decode
 from shmelim.eliminations.store.database import reading
-from shmelim.system.clock import now_ms
 
-_INSERT = (
+INSERT = (
     "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new)"
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
@@ -56,6 +55,11 @@ class Event(NamedTuple):
     old: bytes | None
     new: bytes | None
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return it with its records decoded, as callers of the server get it."""
+        old, new = (None if record is None else decode(record) for record in (self.old, self.new))
+        return self._asdict() | {"old": old, "new": new}
+
 
 def this_process() -> Origin:
     """Return this process as an origin."""
@@ -78,16 +82,6 @@ def read_events(
     """
     with reading(directory, busy_timeout) as db:
         return select(db, hotkey, limit, before_id)
-
-
-def insert(db: sqlite3.Connection, changes: Iterable[Change], origin: Origin | None, at_ms: int | None) -> None:
-    """Append one event for each change, all of the same origin and time."""
-    pid, uid, program = this_process() if origin is None else origin
-    now = now_ms() if at_ms is None else at_ms
-    db.executemany(
-        _INSERT,
-        ((now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes),
-    )
 
 
 def select(db: sqlite3.Connection, hotkey: str | None, limit: int | None, before_id: int | None) -> list[Event]:

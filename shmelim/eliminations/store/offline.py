@@ -1,16 +1,19 @@
-"""Reading the debts and slashes in a state directory, whether or not a server runs there; from any thread."""
+"""Reading debts, slashes and the size of a state directory, whether or not a server runs there: any thread may."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from shmelim.eliminations.debts import tables
 from shmelim.eliminations.debts.states import Debt, Slash
 from shmelim.eliminations.debts.tables import Figures
 from shmelim.eliminations.store.database import reading
+from shmelim.eliminations.store.schema import FILE_NAME
 
 T = TypeVar("T")
 
@@ -20,6 +23,15 @@ def read_debts(
 ) -> list[Debt]:
     """Return what is owed, by one hotkey or by all, as :func:`~shmelim.eliminations.store.history.read_events`."""
     return _ask(directory, busy_timeout, lambda db: tables.select(db, hotkey), [])
+
+
+def store_bytes(directory: Path) -> int:
+    """Return what the store takes on disk, its write-ahead log included; waits for no commit."""
+    size = 0
+    for suffix in ("", "-wal"):
+        with contextlib.suppress(FileNotFoundError):
+            size += (directory / (FILE_NAME + suffix)).stat().st_size
+    return size
 
 
 def read_debt_figures(directory: str | os.PathLike[str], *, busy_timeout: float = 5.0) -> Figures:

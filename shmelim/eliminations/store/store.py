@@ -26,6 +26,7 @@ from shmelim.eliminations.store.database import Database
 from shmelim.eliminations.store.history import Change, Event, Origin
 from shmelim.eliminations.store.schema import DAMAGED_HINT
 from shmelim.errors import DamagedStoreError
+from shmelim.system import clock
 
 # Hotkeys in one question: below the 999 that an old SQLite allows, and nearly all chunks share one statement.
 _CHUNK = 500
@@ -78,7 +79,8 @@ class Store(Database):
         while chunk := list(islice(remaining, _CHUNK)):
             with self._guard:
                 rows = self._db.execute(f"{_ALL} WHERE hotkey IN ({_marks(chunk)})", chunk).fetchall()
-            found.update((row[0], _row(row)) for row in rows)
+            for row in rows:
+                found[row[0]] = _row(row)
         return found
 
     def rows(self) -> Iterator[Row]:
@@ -192,6 +194,18 @@ class Store(Database):
             )
         return True
 
+    def clear_departed(self) -> None:
+        """Forget every departure."""
+        self._need_transaction()
+        with self._guard:
+            self._db.execute(
+                "DELETE FROM hotkeys"
+                " WHERE departed_ordinal IS NOT NULL AND eliminated_ordinal IS NULL AND registered = 0"
+            )
+            self._db.execute(
+                "UPDATE hotkeys SET departed_ordinal = NULL, detected_ms = NULL WHERE departed_ordinal IS NOT NULL"
+            )
+
     def set_registered(self, hotkeys: Iterable[str]) -> set[str]:
         """Make exactly these hotkeys registered; returns those that were not, and those that no longer are."""
         self._need_transaction()
@@ -212,8 +226,13 @@ class Store(Database):
     ) -> None:
         """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
         self._need_transaction()
+        pid, uid, program = history.this_process() if origin is None else origin
+        now = clock.now_ms() if at_ms is None else at_ms
+        rows = [
+            (now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes
+        ]
         with self._guard:
-            history.insert(self._db, changes, origin, at_ms)
+            self._db.executemany(history.INSERT, rows)
 
     def events(
         self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
