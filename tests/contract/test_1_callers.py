@@ -28,7 +28,9 @@ def test_many_processes_of_every_kind_ask_and_see_each_change_at_once(make):
     for method in ("fork", "fork", "spawn"):
         context = multiprocessing.get_context(method)
         here, there = context.Pipe()
-        child = context.Process(target=ask_until_all_are_eliminated, args=(manager.name, hotkeys, there))
+        child = context.Process(
+            target=ask_until_all_are_eliminated, args=(manager.name, hotkeys, there), daemon=True
+        )
         child.start()
         children.append((child, here))
 

@@ -248,7 +248,7 @@ def test_it_goes_to_children_of_every_kind(served, method, kind):
     reader = kind(served.name)
     context = multiprocessing.get_context(method)
     here, there = context.Pipe()
-    child = context.Process(target=tell_what_is_read, args=(reader, there))
+    child = context.Process(target=tell_what_is_read, args=(reader, there), daemon=True)
     child.start()
     assert here.poll(WATCHDOG)
     assert here.recv() == "as expected"

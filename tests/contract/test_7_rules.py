@@ -247,7 +247,7 @@ def test_copies_of_an_earlier_manager_are_refused(make, unused_name, tmp_path):
             except ShmelimError as error:
                 there.send(str(error))
 
-    child = multiprocessing.get_context("fork").Process(target=copy)
+    child = multiprocessing.get_context("fork").Process(target=copy, daemon=True)
     child.start()
     first.shutdown()
     second = make("rpc", name=name, **options)

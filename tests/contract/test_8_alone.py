@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing.managers import BaseManager
@@ -110,7 +112,7 @@ def test_ten_processes_that_watch_cause_one_restart_and_two_alerts(start, alerts
     service = start(restart_on_exit=True, enable_health_check=True, max_consecutive_failures=1)
     context = multiprocessing.get_context("fork")
     stop = context.Event()
-    watchers = [context.Process(target=check_until, args=(service, stop)) for _ in range(10)]
+    watchers = [context.Process(target=check_until, args=(service, stop), daemon=True) for _ in range(10)]
     for watcher in watchers:
         watcher.start()
     dead = service.server_pid
@@ -214,7 +216,7 @@ def test_without_restart_on_exit_a_copy_counts_and_tells_and_restarts_nothing(st
         pipe.send([service.health_check(clock.later(61)) for _ in range(5)])
 
     here, there = multiprocessing.Pipe()
-    copy = multiprocessing.get_context("fork").Process(target=check, args=(there,))
+    copy = multiprocessing.get_context("fork").Process(target=check, args=(there,), daemon=True)
     copy.start()
     assert here.poll(WATCHDOG)
     assert here.recv() == [False] * 5
@@ -298,7 +300,7 @@ def test_a_check_does_not_blame_the_server_for_a_missing_key(served, lost):
             pipe.send("checked")
 
     here, there = multiprocessing.Pipe()
-    copy = multiprocessing.get_context("fork").Process(target=check, args=(there,))
+    copy = multiprocessing.get_context("fork").Process(target=check, args=(there,), daemon=True)
     copy.start()
     assert here.poll(WATCHDOG)
     copy.join(WATCHDOG)
@@ -376,6 +378,39 @@ def test_the_deadline_of_a_call_holds_where_no_signal_arrives(start):
     with pytest.raises(TimeoutError):
         service._server_proxy.hang_rpc()
     assert service.note("the service goes on") == 1
+
+
+GEVENT = """
+import gevent.monkey
+gevent.monkey.patch_all()
+import os, signal, subprocess, sys, time
+from contract_services import Notes
+if __name__ == "__main__":
+    service = Notes(sys.argv[1], start_method="spawn", call_timeout=1)
+    service.note("connected")
+    pid = service.server_pid
+    os.kill(pid, signal.SIGSTOP)
+    wake = subprocess.Popen(f"sleep 4; kill -CONT {pid}", shell=True)
+    began = time.monotonic()
+    try:
+        service.note("never answered in time")
+    except TimeoutError:
+        print("in time" if time.monotonic() - began < 3.5 else "late")
+    wake.wait()
+    service.shutdown()
+"""
+
+
+@not_built("SPEC 8: a call's deadline holds under gevent's patched sockets")
+def test_the_deadline_of_a_call_holds_under_gevent(tmp_path):
+    pytest.importorskip("gevent")
+    script = tmp_path / "script.py"
+    script.write_text(GEVENT)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, str(script), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout.split() == ["in", "time"], done.stderr
 
 
 # ---------------------------------------------------------------------- many connections, strange peers

@@ -136,9 +136,8 @@ def test_calls_health_restart_and_end(start, way, tmp_path):
 
 def call_until_restarted(service, first, pipe):
     pipe.send(service.pid())
-    while (found := service.pid()) == first:
-        pass
-    pipe.send([found, service.note("from a copy"), service.server_pid])
+    until(lambda: service.pid() != first, "the next server")
+    pipe.send([service.pid(), service.note("from a copy"), service.server_pid])
     service.shutdown()
     service.__del__()
 
@@ -158,7 +157,8 @@ def test_every_client_in_every_process_finds_the_next_server(start, method, tmp_
         context = multiprocessing.get_context("fork" if how == "thread" else how)
         here, there = context.Pipe()
         kind = threading.Thread if how == "thread" else context.Process
-        client = kind(target=call_until_restarted if how != "thread" else watch, args=(service, first, there))
+        use = watch if how == "thread" else call_until_restarted
+        client = kind(target=use, args=(service, first, there), daemon=True)
         client.start()
         assert here.poll(WATCHDOG)
         assert here.recv() == first
@@ -181,9 +181,8 @@ def test_every_client_in_every_process_finds_the_next_server(start, method, tmp_
 
 def watch(service, first, pipe):
     pipe.send(service.pid())
-    while (found := service.pid()) == first:
-        pass
-    pipe.send(found)
+    until(lambda: service.pid() != first, "the next server")
+    pipe.send(service.pid())
 
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])
@@ -201,7 +200,7 @@ def test_a_copy_that_ends_in_any_way_ends_nothing(start, how):
         assert in_fork(forget) == 0
         assert in_fork(service.shutdown) == 0
     else:
-        child = multiprocessing.get_context("spawn").Process(target=end_copy, args=(service,))
+        child = multiprocessing.get_context("spawn").Process(target=end_copy, args=(service,), daemon=True)
         child.start()
         child.join(WATCHDOG)
         assert child.exitcode == 0
