@@ -348,7 +348,6 @@ def test_a_collaborator_can_be_patched_and_comes_back(manager, name):
 # ---------------------------------------------------------------------- what reads answer
 
 
-@not_built("SPEC 4: None answers as a dict would, in every read method and class", TypeError)
 def test_none_answers_as_a_dict_would(manager):
     manager.add_elimination("a", row("a"))
     for read in (manager.is_hotkey_eliminated, manager.is_hotkey_re_registered):

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from contract_marks import not_built
 from contract_services import WATCHDOG, kill, until
 from contract_validator import row
 
@@ -170,7 +169,6 @@ def test_what_is_no_text_is_never_read_as_not_eliminated(reader):
                 read(hotkey)
 
 
-@not_built("SPEC 4: None answers as a dict would, in every read method and class", TypeError)
 def test_none_answers_as_a_dict_would(reader):
     assert reader.is_hotkey_eliminated(None) is False
     assert reader.is_hotkey_re_registered(None) is False

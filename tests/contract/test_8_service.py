@@ -465,7 +465,6 @@ def test_an_error_of_the_check_counts_and_its_traceback_is_logged(start, way, tm
 
 
 @pytest.mark.parametrize("way", ["direct", "default"])
-@not_built("SPEC 8: the status degraded is no failure", AssertionError)
 def test_degraded_is_not_a_failure(start, way, tmp_path):
     service = start(way, enable_health_check=True)
     (tmp_path / "status").write_text("degraded")
