@@ -9,21 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from shmelim.channel.address import describe, normalize
 from shmelim.channel.codec import MSGPACK
-from shmelim.channel.dial import Dialer
+from shmelim.channel.connections import Connections
+from shmelim.channel.dispatch import is_remote_name
 from shmelim.channel.failures import unpack_failure
-from shmelim.channel.pool import Pool
-from shmelim.channel.protocol import (
-    DEFAULT_MAX_MESSAGE,
-    GOODBYE,
-    decode_reply,
-    encode_request,
-)
-from shmelim.channel.proxy import Proxy
+from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE, decode_reply, encode_request
 from shmelim.errors import (
     CallTimeoutError,
     ChannelError,
@@ -31,7 +24,9 @@ from shmelim.errors import (
     NotServingError,
     OutcomeUnknownError,
     ProtocolError,
+    UnknownMethodError,
 )
+from shmelim.system.clock import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -41,26 +36,16 @@ if TYPE_CHECKING:
     from shmelim.channel.codec import Codec
     from shmelim.channel.wire import Wire
 
-_MAX_IDLE = 8  # connections kept for later calls
 _TRIES = 4  # connections that the server may break off before a call gives up
 
 
 class _AttemptError(Exception):
-    """A request was sent on a connection, and no reply came.
-
-    Attributes
-    ----------
-    final : bool
-        Whether another attempt would be in vain.
-    counts : bool
-        Whether there is a bound to attempts that end so, besides the call's deadline.
-
-    """
+    """A request was sent on a connection, and no reply came."""
 
     def __init__(self, what: str, *, final: bool = False, counts: bool = True) -> None:
         super().__init__(what)
-        self.final = final
-        self.counts = counts
+        self.final = final  # another attempt would be in vain
+        self.counts = counts  # there is a bound to attempts that end so, besides the call's deadline
 
 
 class _NotDoneError(_AttemptError):
@@ -83,8 +68,8 @@ class ChannelClient:
         Path of a Unix socket, or ``(host, port)``.
     authkey
         The key, or a function that returns it, which is asked after each connect (so that the key of a restarted
-        server is found); whatever it raises ends the call, except ``NotServingError``, which counts as nobody
-        listening.
+        server is found); whatever it raises ends the call, except ``NotServingError``, which is tried again within
+        `connect_wait`.
     timeout
         Seconds for a whole call, connecting included, unless the call says otherwise.
     connect_wait
@@ -97,7 +82,21 @@ class ChannelClient:
     Raises
     ------
     TypeError, ValueError
-        `address` or `authkey` is none, or a time is negative.
+        `address` or `authkey` is not what it should be, or a time is negative.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> class Adder:
+    ...     def add_rpc(self, a, b):
+    ...         return a + b
+    >>> key = b"32 random bytes, from a key file"
+    >>> with tempfile.TemporaryDirectory() as place, ChannelServer(Adder(), f"{place}/socket", key) as server:
+    ...     with ChannelClient(server.address, key, timeout=5.0) as client:
+    ...         client.call("add_rpc", (1,), {"b": 2})
+    ...         client.proxy(idempotent=["add_rpc"]).add_rpc(20, 22)
+    3
+    42
 
     """
 
@@ -115,8 +114,7 @@ class ChannelClient:
             raise ValueError(f"connect_wait must not be negative, and is {connect_wait}")
         self._location = normalize(address)
         self._timeout = _checked_timeout(timeout)
-        self._pool = Pool(max_idle=_MAX_IDLE, patience=self._timeout)
-        self._dialer = Dialer(self._location, authkey, connect_wait=connect_wait, pool=self._pool)
+        self._connections = Connections(self._location, authkey, connect_wait=connect_wait, patience=self._timeout)
         self._max_message = max_message
         self._codec = codec
         self._numbers = itertools.count(1)  # next() of it is atomic
@@ -171,11 +169,14 @@ class ChannelClient:
             No connection, or none that took the request, within the deadline. Not carried out.
         AuthenticationFailedError
             The server has another key. Not carried out.
+        CallerFaultError
+            This process has no right, descriptor or key (``KeyFileError``) to connect with; the server may be well.
+            Not carried out.
         ProtocolError
-            Whoever listens is no server of this protocol. Not carried out.
+            Whoever listens is not a server of this protocol. Not carried out.
         ChannelError
-            The client is closed, the server is at its limit of connections, keeps breaking connections off, or the
-            channel failed otherwise. Not carried out.
+            The client is closed, the server is at its limit of connections (all busy), keeps breaking connections off,
+            or the channel failed otherwise. Not carried out.
         OutcomeUnknownError
             The request was sent and no reply came. Perhaps carried out.
         MessageTooLargeError
@@ -191,7 +192,7 @@ class ChannelClient:
             Whatever else the method raised, if its type is built in or of this package.
 
         """
-        deadline = time.monotonic() + (self._timeout if timeout is None else _checked_timeout(timeout))
+        deadline = monotonic() + (self._timeout if timeout is None else _checked_timeout(timeout))
         number = next(self._numbers)
         request = encode_request(self._codec, number, method, args, kwargs or {})
         self._check_size(method, request, self._max_message)
@@ -219,10 +220,12 @@ class ChannelClient:
             As :meth:`call`.
 
         """
-        deadline = time.monotonic() + (self._timeout if timeout is None else _checked_timeout(timeout))
-        self._pool.give_back(self._pool.take() or self._dialer.dial(deadline))
+        deadline = monotonic() + (self._timeout if timeout is None else _checked_timeout(timeout))
+        self._connections.give_back(self._connections.take() or self._connections.dial(deadline))
 
-    def proxy(self, *, timeout: float | None = None, idempotent: Collection[str] = ()) -> Proxy:
+    def proxy(
+        self, *, timeout: float | None = None, idempotent: Collection[str] = (), methods: Collection[str] = ()
+    ) -> Proxy:
         """Return an object whose remote methods can be called like its own.
 
         Parameters
@@ -231,6 +234,8 @@ class ChannelClient:
             Seconds for each call; None: the client's.
         idempotent
             Names of the methods that may be carried out twice.
+        methods
+            Names of methods that can be called though they do not end in ``_rpc``; the server must list them, too.
 
         Returns
         -------
@@ -238,7 +243,7 @@ class ChannelClient:
             ``proxy.some_rpc(1, x=2)`` is ``call("some_rpc", (1,), {"x": 2})``.
 
         """
-        return Proxy(self, timeout=timeout, idempotent=frozenset(idempotent))
+        return Proxy(self, timeout=timeout, idempotent=frozenset(idempotent), methods=frozenset(methods))
 
     def retire(self, why: str) -> None:
         """Take no more calls; those under way are left alone. Idempotent.
@@ -249,7 +254,7 @@ class ChannelClient:
             The message of the ``ChannelError`` that further calls raise.
 
         """
-        self._pool.retire(why)
+        self._connections.retire(why)
 
     def close(self, why: str = "the client is closed") -> None:
         """Close every connection; idempotent. Calls under way in other threads end with an error.
@@ -262,7 +267,7 @@ class ChannelClient:
             The message of the ``ChannelError`` that further calls raise, unless a reason was given before.
 
         """
-        self._pool.close(why)
+        self._connections.close(why)
 
     def __enter__(self) -> Self:
         return self
@@ -282,19 +287,19 @@ class ChannelClient:
             try:
                 outcome = self._send(wire, request) or self._receive(wire)
             except BaseException:  # such as KeyboardInterrupt: the reply may still come, and must find nobody
-                self._pool.discard(wire)
+                self._connections.discard(wire)
                 raise
             if isinstance(outcome, bytes):
-                self._pool.give_back(wire)
+                self._connections.give_back(wire)
                 return outcome
-            self._pool.discard(wire)
+            self._connections.discard(wire)
             error = outcome
             tries += error.counts
             if not isinstance(error, _NotDoneError):
                 perhaps_done = True
                 if not idempotent:
                     raise self._unknown_outcome(method, str(error)) from error
-            if error.final or tries >= _TRIES or self._pool.refusal is not None:
+            if error.final or tries >= _TRIES or self._connections.refusal is not None:
                 if perhaps_done:
                     raise self._unknown_outcome(method, str(error)) from error
                 kind = CallTimeoutError if error.final else ChannelError
@@ -303,13 +308,13 @@ class ChannelClient:
     def _connection(self, method: str, request: bytes, deadline: float, *, perhaps_done: bool) -> Wire:
         """Return a connection that is up, that no other call uses, and that takes a request of that size."""
         try:
-            wire = self._pool.take() or self._dialer.dial(deadline)
+            wire = self._connections.take() or self._connections.dial(deadline)
         except (NotServingError, ChannelError) as error:
             if perhaps_done:
                 raise self._unknown_outcome(method, f"the connection was lost, and then: {error}") from error
             raise
         if wire.longest is not None and len(request) > wire.longest:
-            self._pool.give_back(wire)
+            self._connections.give_back(wire)
             self._check_size(method, request, wire.longest)
         return wire
 
@@ -358,3 +363,36 @@ def _checked_timeout(timeout: float) -> float:
     if not 0 <= timeout < math.inf:
         raise ValueError(f"a timeout is a number of seconds, 0 or more, not {timeout}")
     return timeout
+
+
+class Proxy:
+    """The remote methods of a :class:`ChannelClient`, as methods. Thread-safe; cannot be pickled.
+
+    Only names that end in ``_rpc`` or were listed, and do not start with an underscore, become calls, so that
+    no protocol method of Python ever does. Made by :meth:`ChannelClient.proxy`, which has an example.
+    """
+
+    def __init__(
+        self, client: ChannelClient, *, timeout: float | None, idempotent: frozenset[str], methods: frozenset[str]
+    ) -> None:
+        self._client = client
+        self._timeout = timeout
+        self._idempotent = idempotent
+        self._methods = methods
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if not is_remote_name(name, self._methods):
+            hint = "they end in _rpc, or are listed"
+            raise UnknownMethodError(f"{name!r} is not the name of a remote method", hint=hint)
+
+        def remote_method(*args: Any, **kwargs: Any) -> Any:
+            return self._client.call(
+                name, args, kwargs, timeout=self._timeout, idempotent=name in self._idempotent
+            )
+
+        remote_method.__name__ = remote_method.__qualname__ = name
+        self.__dict__[name] = remote_method  # the next access finds it without coming here
+        return remote_method
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._client!r}>"

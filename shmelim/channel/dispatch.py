@@ -15,7 +15,7 @@ from shmelim.channel.protocol import decode_request
 from shmelim.errors import MessageTooLargeError, UnknownMethodError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from shmelim.channel.codec import Codec
     from shmelim.system.logs import LimitedLog
@@ -48,7 +48,14 @@ _caller: ContextVar[Caller | None] = ContextVar("shmelim_rpc_caller", default=No
 
 
 def current_caller() -> Caller | None:
-    """Return who called the remote method that is running in this thread (or context); None outside of one."""
+    """Return who called the remote method that is running in this thread (or context); None outside of one.
+
+    Examples
+    --------
+    >>> current_caller() is None
+    True
+
+    """
     return _caller.get()
 
 
@@ -57,60 +64,38 @@ def set_caller(caller: Caller) -> None:
     _caller.set(caller)
 
 
-def is_remote_name(name: str) -> bool:
-    """Whether a method of that name may be called from outside."""
-    return name.endswith("_rpc") and not name.startswith("_") and name.isidentifier()
+def is_remote_name(name: str, listed: Collection[str] = ()) -> bool:
+    """Whether a method of that name may be called from outside: it ends in ``_rpc``, or is listed."""
+    return (name.endswith("_rpc") or name in listed) and not name.startswith("_") and name.isidentifier()
 
 
 class Dispatcher:
-    """The remote methods of one object.
+    """The remote methods of one object. Thread-safe: nothing changes after construction.
 
     The methods are looked up once, on the object's type: an entry in the instance's ``__dict__``, a property or a
-    ``__getattr__`` can never become a remote method. Thread-safe: nothing changes after construction.
-
-    Parameters
-    ----------
-    target
-        The object. Its methods run in the threads of the connections, several at a time.
-    codec
-        Codec of requests and replies.
-    max_message
-        Longest reply in bytes.
-    service_name
-        For messages.
-    log
-        Where failures of the methods go.
-
+    ``__getattr__`` can never become a remote method.
     """
 
     def __init__(
-        self, target: object, *, codec: Codec, max_message: int, service_name: str, log: LimitedLog
+        self,
+        target: object,
+        *,
+        codec: Codec,
+        max_message: int,
+        service_name: str,
+        log: LimitedLog,
+        methods: Collection[str] = (),
     ) -> None:
         self._codec = codec
         self._max_message = max_message
         self._service_name = service_name
         self._log = log
-        self._methods = _remote_methods(target)
+        self._methods = _remote_methods(target, methods)
 
     def answer(self, data: bytes) -> bytes:
-        """Carry out a request and return its reply.
+        """Carry out a request and return its reply; ``ProtocolError`` if `data` is not a request.
 
-        Parameters
-        ----------
-        data
-            An encoded request.
-
-        Returns
-        -------
-        bytes
-            The reply: the result, or whatever the method raised, ``SystemExit`` and ``KeyboardInterrupt``
-            included.
-
-        Raises
-        ------
-        ProtocolError
-            `data` is no request.
-
+        The reply carries the result or whatever the method raised, ``SystemExit`` and ``KeyboardInterrupt`` included.
         """
         number, name, args, kwargs = decode_request(self._codec, data)
         try:
@@ -127,13 +112,9 @@ class Dispatcher:
             self._log(logging.ERROR, "result not carried", "%s: %s", self._service_name, text)
             return self._failure(number, TypeError(text))
         if len(reply) > self._max_message:
-            return self._failure(
-                number,
-                MessageTooLargeError(
-                    f"{name}: the result has {len(reply)} bytes, the limit is {self._max_message}",
-                    hint="the call was carried out; ask for less at a time",
-                ),
-            )
+            text = f"{name}: the result has {len(reply)} bytes, the limit is {self._max_message}"
+            hint = "the call was carried out; ask for less at a time"
+            return self._failure(number, MessageTooLargeError(text, hint=hint))
         return reply
 
     def _failure(self, number: int, error: BaseException) -> bytes:
@@ -146,16 +127,21 @@ class Dispatcher:
         raise UnknownMethodError(f"{self._service_name} has no remote method {name!r}", hint=hint)
 
 
-def _remote_methods(target: object) -> dict[str, Callable[..., Any]]:
-    """Return the remote methods of `target`, bound, by name."""
+def _remote_methods(target: object, listed: Collection[str]) -> dict[str, Callable[..., Any]]:
+    """Return the remote methods of `target`, bound, by name; ``ValueError`` if a listed one cannot be one."""
+    if isinstance(listed, str):
+        raise TypeError(f"methods is a collection of names, not the text {listed!r}")
     kind = type(target)
     methods = {}
     for name in dir(kind):
-        if not is_remote_name(name):
+        if not is_remote_name(name, listed):
             continue
         raw = inspect.getattr_static(kind, name)
         if isinstance(raw, type) or not (callable(raw) or isinstance(raw, (staticmethod, classmethod))):
             continue  # a property, a constant, a nested class
         bind = getattr(type(raw), "__get__", None)
         methods[name] = raw if bind is None else bind(raw, target, kind)
+    for name in listed:
+        if name not in methods:
+            raise ValueError(f"methods: {kind.__qualname__} has no public method {name!r} that could be served")
     return methods

@@ -1,9 +1,8 @@
-"""The server's books: which connections there are, what each one is doing, and how many there may be."""
+"""The server's books: which connections there are, what each one is doing, and which make room for others."""
 
 from __future__ import annotations
 
 import threading
-import time
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -11,16 +10,20 @@ from shmelim.channel.address import peer_credentials
 from shmelim.channel.protocol import GOODBYE
 from shmelim.channel.wire import Wire
 from shmelim.system import forks
+from shmelim.system.clock import monotonic
 
 if TYPE_CHECKING:
     import socket
+
+_RELIEVED = 0.9  # of the bound: with fewer connections than that it is not crowded any more
 
 
 class Admission(Enum):
     """What becomes of a connection that has proven to hold the key."""
 
     WELCOME = "welcome"
-    CROWDED = "crowded"  # the bound of proven connections is reached
+    IN_PLACE = "in place of another"  # an idle connection was sent away for it
+    CROWDED = "crowded"  # the bound is reached, and every connection has a call under way
     DROPPED = "dropped"  # it had to make room for a newer one meanwhile, or the server closes
 
 
@@ -54,33 +57,30 @@ class Peer:
 
 
 class Peers:
-    """All connections of a server. Every method is thread-safe and short, but for :meth:`drain`.
-
-    Parameters
-    ----------
-    max_pending
-        Bound of connections that have not yet proven to hold the key.
-    max_proven
-        Bound of those that have.
-
-    """
+    """All connections of a server. Every method is thread-safe and short, but for :meth:`drain`."""
 
     def __init__(self, *, max_pending: int, max_proven: int) -> None:
-        self.max_pending = max_pending
-        self.max_proven = max_proven
-        # One lock guards everything below. Nothing blocks or logs while it is held.
-        self._lock = threading.Lock()
-        self._call_ended = threading.Condition(self._lock)  # notified only while closing
+        self.max_pending = max_pending  # connections that have not yet proven to hold the key
+        self.max_proven = max_proven  # those that have
+        self._all: dict[Peer, None] = {}
+        self._counts = dict.fromkeys(
+            ("accepted", "calls", "reclaimed", "refused", "dropped", "wrong_key", "malformed", "overdue"), 0
+        )
         self._closing = False
+        self._begin()
+
+    def _begin(self) -> None:
+        # One lock guards everything here. Nothing blocks or logs while it is held. Re-entrant, since a signal handler
+        # may close the server while its thread looks at the counts.
+        self._lock = threading.RLock()
+        self._call_ended = threading.Condition(self._lock)  # notified only while closing
         self._pending: dict[Peer, None] = {}  # oldest first
-        self._proven: dict[Peer, None] = {}
+        self._proven: dict[Peer, None] = {}  # the one whose last call ended longest ago first
+        self._crowded = False
         # Everyone whose thread has not ended, also those that are in none of the two above any more. Entries
         # are made inside forks.creating_descriptors, so that a forked child finds every inherited descriptor
         # here.
-        self._all: dict[Peer, None] = {}
-        self._counts = dict.fromkeys(
-            ("accepted", "calls", "refused", "dropped", "wrong_key", "malformed", "overdue"), 0
-        )
+        self._all = {}
 
     @property
     def closing(self) -> bool:
@@ -119,22 +119,42 @@ class Peers:
         peer.wire.shutdown()
         return peer
 
+    def send_away_idlest(self) -> Peer | None:
+        """Say goodbye to the proven connection that has been idle longest, and return it, if one is idle.
+
+        Its client connects again when it has something to ask. A request that is on its way just now is not carried
+        out: the goodbye says so, and the client sends it once more.
+        """
+        with self._lock:
+            peer = next((peer for peer in self._proven if not peer.busy), None)
+            if peer is not None:
+                del self._proven[peer]
+                self._counts["reclaimed"] += 1
+                peer.wire.bid_farewell(
+                    GOODBYE
+                )  # its thread sends nothing; or its welcome, which this may overtake
+            return peer
+
     def prove(self, peer: Peer) -> Admission:
         """Decide about a connection that has proven to hold the key."""
         with self._lock:
             if peer not in self._pending or self._closing:
                 return Admission.DROPPED
             del self._pending[peer]
+            admission = Admission.WELCOME
             if len(self._proven) >= self.max_proven:
-                self._counts["refused"] += 1
-                return Admission.CROWDED
+                self._crowded = True
+                if self.send_away_idlest() is None:
+                    self._counts["refused"] += 1
+                    return Admission.CROWDED
+                admission = Admission.IN_PLACE
             self._proven[peer] = None
-            return Admission.WELCOME
+            return admission
 
     def begin_call(self, peer: Peer) -> bool:
         """Enter that a request is complete; return False if it comes too late to be carried out."""
         with self._lock:
-            if self._closing:
+            if self._closing or peer not in self._proven:
                 return False
             peer.busy = True
             self._counts["calls"] += 1
@@ -146,6 +166,9 @@ class Peers:
             peer.busy = False
             if self._closing:
                 self._call_ended.notify_all()
+            else:
+                del self._proven[peer]  # a busy one is never sent away
+                self._proven[peer] = None
             return not self._closing
 
     def count(self, what: str) -> bool:
@@ -156,13 +179,20 @@ class Peers:
             self._counts[what] += 1
             return True
 
-    def forget(self, peer: Peer) -> None:
-        """Strike a connection whose thread ends (or could not begin), and close it."""
+    def forget(self, peer: Peer) -> bool:
+        """Strike a connection whose thread ends (or could not begin), and close it.
+
+        Return whether there were too many before this, and are not any more.
+        """
         with self._lock:
             self._pending.pop(peer, None)
             self._proven.pop(peer, None)
             self._all.pop(peer, None)
+            relieved = self._crowded and len(self._proven) < _RELIEVED * self.max_proven
+            if relieved:
+                self._crowded = False
         peer.wire.close()
+        return relieved
 
     def begin_closing(self) -> bool:
         """Let no more calls begin; return whether this was the first time."""
@@ -179,42 +209,30 @@ class Peers:
         """End all connections: idle ones at once with a goodbye, the others when their call ends or time is over.
 
         The connection of the calling thread, if it has one, is left alone: it ends after its reply. Call this
-        after :meth:`begin_closing`, when nothing is accepted any more.
-
-        Parameters
-        ----------
-        seconds
-            For the calls under way.
-        join
-            Seconds to wait for the threads of the ended connections.
-
-        Returns
-        -------
-        int
-            Calls that were still running; their threads go on, but their replies are lost.
-
+        after :meth:`begin_closing`, when nothing is accepted any more. `seconds` are for the calls under way, `join`
+        for the threads of the ended connections. Return how many calls were still running; their threads go on, but
+        their replies are lost.
         """
-        deadline = time.monotonic() + seconds
+        deadline = monotonic() + seconds
         with self._lock:
             others = [peer for peer in self._all if peer.thread is not threading.current_thread()]
             for peer in others:
-                # An idle peer's thread sends nothing; or its welcome, which the goodbye may overtake.
                 if not peer.busy:
                     if peer in self._proven:
                         peer.wire.bid_farewell(GOODBYE)
                     else:
                         peer.wire.shutdown()
             while running := sum(peer.busy for peer in others):
-                left = deadline - time.monotonic()
+                left = deadline - monotonic()
                 if left <= 0:
                     break
                 self._call_ended.wait(left)
             for peer in others:
                 peer.wire.shutdown()
             threads = [peer.thread for peer in others if peer.thread is not None and not peer.busy]
-        deadline = time.monotonic() + join
+        deadline = monotonic() + join
         for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(max(0.0, deadline - monotonic()))
         return running
 
     def stats(self) -> dict[str, int]:
@@ -229,9 +247,7 @@ class Peers:
 
     def abandon(self) -> None:
         """Close all descriptors of a forked child's copy, and forget them; nothing else is touched."""
-        self._lock = threading.Lock()
-        self._call_ended = threading.Condition(self._lock)
-        self._closing = True
-        for peer in self._all:
+        peers, self._closing = self._all, True
+        self._begin()
+        for peer in peers:
             peer.wire.abandon()
-        self._all, self._pending, self._proven = {}, {}, {}

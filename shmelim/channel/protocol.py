@@ -11,19 +11,23 @@ then the client says hello and the server answers; from there on it is one reque
                                             ←   goodbye, an empty message
 
 With its goodbye a server that closes says: no request that came after my last reply was carried out, or will be.
-So its client can send such a request to the next server, although it cannot know what happened to one that was
-lost in any other way. Hello and welcome are always msgpack; requests and replies are in the channel's codec.
+So its client can send such a request again, to the next server or on another connection, although it cannot know
+what happened to one that was lost in any other way. Hello and welcome are always msgpack; requests and replies are
+in the channel's codec.
+
+The managers of :mod:`multiprocessing` begin with the same handshake, so that one of them, and one of us, may hold the
+same key. What they say next is a pickle, which is recognised, answered in their way, and never unpickled.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shmelim.channel.codec import MSGPACK, UncarriedValueError
+from shmelim.channel.codec import MSGPACK, UncarriedValueError, is_pickle
 from shmelim.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -35,13 +39,13 @@ PROTOCOL = 1  # raised with every change that one of the two ends would misunder
 DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024  # bytes
 GOODBYE = b""
 HELLO_LIMIT = 512  # bytes; hello and welcome
+WELCOME_LIMIT = 64 * 1024  # bytes; what may come in its place, such as a manager's traceback
 MIN_KEY_SIZE = 16  # bytes; a shorter key is a mistake
 
 _NAME_LIMIT = 60  # characters of a program or service name; four bytes each still fit into HELLO_LIMIT
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(NamedTuple):
     """What a client says of itself."""
 
     protocol: int
@@ -49,8 +53,7 @@ class Hello:
     program: str
 
 
-@dataclass(frozen=True, slots=True)
-class Welcome:
+class Welcome(NamedTuple):
     """What a server answers; `refusal` says why it takes no requests."""
 
     protocol: int
@@ -104,6 +107,16 @@ def decode_welcome(data: bytes) -> Welcome:
     raise ProtocolError("the server's welcome has an unknown form")
 
 
+def is_managers_reply(data: bytes) -> bool:
+    """Whether this is what a manager of :mod:`multiprocessing` answers to whatever is not a call of its own."""
+    return is_pickle(data) and any(kind in data[:40] for kind in (b"#TRACEBACK", b"#ERROR", b"#RETURN"))
+
+
+def encode_managers_refusal(text: str) -> bytes:
+    """Return what makes a client of a :mod:`multiprocessing` manager raise ``RemoteError`` with that text."""
+    return pickle.dumps(("#TRACEBACK", text))
+
+
 def encode_request(
     codec: Codec, number: int, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bytes:
@@ -128,7 +141,7 @@ def decode_request(codec: Codec, data: bytes) -> Request:
 
 
 def decode_reply(codec: Codec, data: bytes, number: int) -> tuple[bool, Any]:
-    """Return whether the call succeeded, and its result or failure; ``ProtocolError`` if it is no reply to it."""
+    """Return whether the call succeeded, and its result or failure; ``ProtocolError`` if it is not the reply to it."""
     parts = codec.loads(data)
     if type(parts) is list and len(parts) == 3 and type(parts[1]) is bool:  # noqa: PLR2004
         if parts[0] == number:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from shmelim.eliminations.runtime import RuntimeDirectory, default_state_directory
 from shmelim.eliminations.store.schema import FILE_NAME
-from shmelim.errors import ChannelError, NotServingError, StoreError
+from shmelim.errors import ChannelError, KeyFileError, NotServingError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +30,7 @@ def from_store(name: str, read: Callable[[Path], T], why: ChannelError | NotServ
     """
     try:
         announced = RuntimeDirectory(name).server().state_dir
-    except NotServingError:
+    except (NotServingError, KeyFileError):
         announced = None
     directory = default_state_directory(name) if announced is None else Path(announced)
     try:

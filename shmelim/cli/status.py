@@ -13,7 +13,7 @@ from shmelim.eliminations import EliminationClient, EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.state.debt_book import MOST_SHOWN
 from shmelim.eliminations.store.offline import read_debt_figures
-from shmelim.errors import NotServingError, ShmelimError, StoreError
+from shmelim.errors import KeyFileError, NotServingError, ShmelimError, StoreError
 from shmelim.shm import READ_PATH
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _announced(name: str) -> tuple[str | None, str | None, str | None]:
     """Return address and state directory that the last server left word of, or what is in the way."""
     try:
         info = RuntimeDirectory(name).server()
-    except NotServingError as error:
+    except (NotServingError, KeyFileError) as error:
         return None, None, error.message
     address = info.address if isinstance(info.address, str) else f"{info.address[0]}:{info.address[1]}"
     return address, info.state_dir, None

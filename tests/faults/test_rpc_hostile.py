@@ -185,25 +185,12 @@ def test_another_protocol_is_named_at_both_ends(address, monkeypatch, caplog):
             connection.recv_bytes()
         connection.close()
         until(lambda: "speaks protocol 2, this server 1" in caplog.text)
-        monkeypatch.setattr("shmelim.channel.dial.PROTOCOL", 3)
+        monkeypatch.setattr("shmelim.channel.connections.PROTOCOL", 3)
         with (
             ChannelClient(server.address, KEY) as client,
             pytest.raises(ProtocolError, match=r"svc at .* speaks protocol 1, this client 3"),
         ):
             client.call("echo_rpc")
-
-
-def test_the_limit_of_connections(address):
-    with serving(address, max_connections=2) as server:
-        kept = [authenticated(server)[0] for _ in range(2)]
-        with ChannelClient(server.address, KEY) as client:
-            with pytest.raises(ChannelError, match="at its limit of 2 connections"):
-                client.call("echo_rpc")
-            kept.pop().close()
-            until(lambda: server.stats()["connections"] == 1)
-            assert client.call("echo_rpc", (5,)) == 5
-        assert server.stats()["refused"] == 1
-        kept.pop().close()
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_a_forked_child_has_connections_of_its_own(server):
     until(lambda: server.stats()["connections"] == 1)
 
     def child():
-        assert client._pool._wires == {}
+        assert client._connections._wires == {}
         return client.call("add_rpc")
 
     assert in_child(child) == "2"

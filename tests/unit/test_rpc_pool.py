@@ -7,7 +7,7 @@ import threading
 import pytest
 from ledger import PATIENCE
 
-from shmelim.channel.pool import Pool
+from shmelim.channel.connections import Connections
 from shmelim.errors import ChannelError
 
 
@@ -95,7 +95,7 @@ def test_closed_by_a_signal_handler_at_any_step(sockets, use):
 
     def at_every_step():
         while True:
-            pool = Pool(max_idle=2, patience=1.0)
+            pool = Connections("/nowhere", b"k" * 32, max_idle=2)
             sockets.made.clear()
             sockets.others.clear()
             pool.give_back(pool.open(sockets.make)[0])
@@ -118,7 +118,7 @@ def test_closed_by_a_signal_handler_at_any_step(sockets, use):
 
 
 def test_one_that_is_retired_leaves_those_in_use_alone(sockets):
-    pool = Pool(max_idle=2, patience=1.0)
+    pool = Connections("/nowhere", b"k" * 32, max_idle=2)
     idle, used = pool.open(sockets.make)[0], pool.open(sockets.make)[0]
     pool.give_back(idle)
     pool.retire("not any more")
