@@ -1,7 +1,8 @@
 """Command channel: authenticated request and reply between processes of one host, each call under a deadline.
 
 A :class:`ChannelServer` serves those methods of an object whose name ends in ``_rpc``, or is listed, over a Unix
-socket or loopback TCP, to every :class:`ChannelClient` that holds the same key. Nothing here knows what the methods do.
+socket or loopback TCP, to every :class:`ChannelClient` that holds the same key. What the methods do is their
+affair.
 """
 
 from shmelim.channel.address import Address, check_free

@@ -36,14 +36,8 @@ _TAKEN = "another server uses this address; stop it or choose another address"
 def normalize(address: Address) -> Location:
     """Return an address in its one form: an absolute path, or host and port.
 
-    Raises
-    ------
-    TypeError
-        It is neither a path nor ``(host, port)``.
-    ValueError
-        The path is empty, has a NUL, or more bytes than a socket address holds (``AddressError``); or the port is
-        out of range.
-
+    ``TypeError`` if it is neither; ``ValueError`` if the path is empty, has a NUL, or more bytes than a socket
+    address holds (``AddressError``), or the port is out of range.
     """
     if isinstance(address, tuple):
         if len(address) != 2 or not isinstance(address[0], str) or not isinstance(address[1], int):  # noqa: PLR2004
@@ -125,22 +119,11 @@ class SocketFile:
 def listen(
     sock: socket.socket, location: Location, patience: float | None = None
 ) -> tuple[Location, SocketFile | None]:
-    """Make a socket from :func:`new_socket` listen, without blocking; the caller closes it, also after an error.
+    """Make a socket listen, without blocking; return the real address, and the socket file if there is one.
 
-    A Unix socket file is created with mode 0600; one that is already there is replaced if nobody answers on
-    it. Port 0 lets the system choose one. `patience` is for other servers that start or stop in the same directory:
-    5 seconds by default.
-
-    Returns
-    -------
-    tuple
-        The real address, and the socket file if there is one.
-
-    Raises
-    ------
-    ChannelError
-        The address is taken, or cannot be used; the message names it.
-
+    A Unix socket file gets mode 0600, and replaces one at which nobody answers. Port 0 lets the system choose one.
+    `patience` seconds (5 by default) are for others that start or stop in the same directory. ``ChannelError`` if
+    the address is taken or cannot be used. The caller closes the socket, also then.
     """
     with _explained(location):
         sock.setblocking(False)  # noqa: FBT003
@@ -273,19 +256,11 @@ def _identity(path: str) -> tuple[int, int, int] | None:
 
 
 def connect(sock: socket.socket, location: Location, deadline: float) -> None:
-    """Connect a socket made by :func:`new_socket`, which blocks nobody from then on.
+    """Connect a socket, which blocks nobody from then on.
 
-    Raises
-    ------
-    NotServingError
-        Nobody listens there.
-    TimeoutError, BlockingIOError
-        Somebody does, but took no new connection in time; worth another try.
-    ConnectionResetError
-        Somebody did, but ended the connection at once; worth another try.
-    OSError
-        Anything else, such as missing rights.
-
+    ``NotServingError`` if nobody listens there; ``TimeoutError`` or ``BlockingIOError`` if somebody does, but took
+    no new connection in time, ``ConnectionResetError`` if he ended it at once: both are worth another try.
+    ``OSError`` for anything else, such as missing rights.
     """
     sock.setblocking(False)  # noqa: FBT003
     try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
-import itertools
 import os
 import threading
 import time
@@ -13,17 +11,9 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from typing import TYPE_CHECKING
 
+from shmelim.channel import protocol
 from shmelim.channel.address import connect, describe, new_socket
-from shmelim.channel.key import whose
-from shmelim.channel.protocol import (
-    GOODBYE,
-    PROTOCOL,
-    WELCOME_LIMIT,
-    check_key,
-    decode_welcome,
-    encode_hello,
-    is_managers_reply,
-)
+from shmelim.channel.key import check_key, whose
 from shmelim.channel.wire import Wire
 from shmelim.errors import (
     AuthenticationFailedError,
@@ -39,7 +29,6 @@ from shmelim.system.clock import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from socket import socket
 
     from shmelim.channel.address import Location
 
@@ -63,9 +52,8 @@ class _NoKeyError(Exception):
 class Connections:
     """The connections of one client. Every method is thread-safe and short, but for :meth:`dial`.
 
-    A signal handler may call any method, also while its thread is inside one: :meth:`close` most of all.
-
-    In a forked child it is empty, and its copies of the descriptors are closed without a word to the server.
+    A signal handler may call any method, also while its thread is inside one: :meth:`close` most of all. In a
+    forked child it is empty, and its copies of the descriptors are closed without a word to the server.
     """
 
     def __init__(
@@ -78,10 +66,12 @@ class Connections:
         max_idle: int = 8,
     ) -> None:
         self._location = location
+        self._where = describe(location)
         self._authkey = authkey if callable(authkey) else check_key(authkey)
         self._connect_wait = connect_wait
         self._patience = patience
         self._max_idle = max_idle
+        self.refusal: str | None = None  # why no more connections are handed out; never goes back
         # The lock guards everything below, from other threads. It is re-entrant, since a signal handler that
         # closes may have interrupted its holder at any point: so whoever has entered a wire looks once more
         # whether it was closed meanwhile. `_wires` has every connection; `_idle` those that no call uses, the
@@ -90,7 +80,6 @@ class Connections:
         self._lock = threading.RLock()
         self._wires: dict[Wire, None] = {}
         self._idle: list[Wire] = []
-        self._refusal: str | None = None
         forks.register(self)
 
     def __del__(self) -> None:
@@ -98,33 +87,16 @@ class Connections:
         for wire in getattr(self, "_wires", ()):
             wire.close()
 
-    @property
-    def refusal(self) -> str | None:
-        """Why no more connections are handed out, None if they are; never goes back."""
-        return self._refusal
-
     # ------------------------------------------------------------------ the books
-
-    def open(self, make: Callable[[], socket]) -> tuple[Wire, socket]:
-        """Make a socket, and enter the wire over it; ``ChannelError`` when closed."""
-        with forks.creating_descriptors:
-            sock = make()
-            with self._lock:
-                wire = Wire(sock, patience=self._patience)
-                self._wires[wire] = None
-        if self._refusal is not None:
-            self.discard(wire)
-            raise ChannelError(self._refusal)
-        return wire, sock
 
     def take(self) -> Wire | None:
         """Return an idle connection that is up, the last used one first; None if there is none."""
         while True:
             wire = self._pop_idle()
-            if self._refusal is not None:
+            if self.refusal is not None:
                 if wire is not None:
                     self.discard(wire)
-                raise ChannelError(self._refusal)
+                raise ChannelError(self.refusal)
             if wire is None or wire.quiet():
                 return wire
             self.discard(wire)  # the server has closed it
@@ -138,7 +110,7 @@ class Connections:
                 self._idle.append(wire)
         if not kept:
             self.discard(wire)
-        elif self._refusal is not None:
+        elif self.refusal is not None:
             self._close_idle()
 
     def discard(self, wire: Wire) -> None:
@@ -148,9 +120,9 @@ class Connections:
         wire.close()
 
     def retire(self, why: str) -> None:
-        """Hand out no more connections, and close idle ones; those in use are left alone. The first reason stays."""
-        if self._refusal is None:
-            self._refusal = why
+        """Hand out no more connections, and close idle ones; those in use are left alone."""
+        if self.refusal is None:
+            self.refusal = why
         self._close_idle()
 
     def close(self, why: str) -> None:
@@ -182,63 +154,69 @@ class Connections:
     def dial(self, deadline: float) -> Wire:
         """Open a connection; wait for a server, and forgive one that drops us, as long as allowed.
 
-        Raises as :meth:`ChannelClient.call` says of what is not carried out.
+        Raises what :meth:`ChannelClient.call` does where a call is not carried out.
         """
         give_up = min(deadline, monotonic() + self._connect_wait)
-        where = describe(self._location)
-        pause = _PAUSE_FIRST
-        for tries in itertools.count(1):
-            until = give_up  # unless there is a server, which is worth the whole deadline
+        pause, drops = _PAUSE_FIRST, 0
+        while True:
+            until = give_up
+            cause: BaseException | None = None
             failure: Exception
             try:
                 return self._dial_once(deadline)
             except NotServingError as error:
                 failure = error
             except _NoKeyError as error:
-                failure = KeyFileError(
-                    f"a server listens at {where}, but {error}",
-                    hint="a living server puts it back within a second; else see that this process looks in the right place",
-                )
+                hint = "a living server puts it back within a second; else this process looks in the wrong place"
+                failure = KeyFileError(f"a server listens at {self._where}, but {error}", hint=hint)
             except BlockingIOError as error:
-                failure = CallTimeoutError(f"the server at {where} has too many connections waiting")
-                failure.__cause__ = error
-                until = deadline
+                cause, until = error, deadline  # there is a server, which is worth the whole deadline
+                failure = CallTimeoutError(f"the server at {self._where} has too many connections waiting")
             except _DroppedError as error:
-                failure = ChannelError(f"the server at {where} breaks connections off during the handshake")
-                failure.__cause__ = error.__cause__
-                until = deadline if tries < _TRIES else give_up
+                drops += 1
+                cause, until = error.__cause__, deadline if drops < _TRIES else give_up
+                failure = ChannelError(f"the server at {self._where} breaks connections off during the handshake")
             except TimeoutError as error:
-                raise CallTimeoutError(
-                    f"the server at {where} did not finish a handshake in time",
-                    hint="it hangs or is stopped, or another program listens there",
-                ) from error
+                hint = "it hangs or is stopped, or another program listens there"
+                text = f"the server at {self._where} did not finish a handshake in time"
+                raise CallTimeoutError(text, hint=hint) from error
             except ChannelError:
                 raise
             except OSError as error:
                 raise self._cannot_connect(error) from error
             if monotonic() + pause > until:
-                raise failure
+                raise failure from cause
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE_MOST)
-        raise AssertionError
 
     def _cannot_connect(self, error: OSError) -> ChannelError:
-        text = f"cannot connect to {describe(self._location)}: {error.strerror or error}"
+        text = f"cannot connect to {self._where}: {error.strerror or error}"
         if error.errno not in _OWN_FAULTS:
             return ChannelError(text)
         if error.errno in _RIGHTS and isinstance(self._location, str):
             return CallerFaultError(f"{text}; {whose(self._location)}", hint="run as its owner")
-        return CallerFaultError(
-            f"{text} (in process {os.getpid()})", hint="this process, not the server, is short of it"
-        )
+        hint = f"process {os.getpid()}, which asked, is at a limit of its own: close what it has open, or raise it"
+        return CallerFaultError(text, hint=hint)
+
+    def open(self) -> Wire:
+        """Enter a new wire, which is not connected yet; ``ChannelError`` when closed."""
+        with forks.creating_descriptors:
+            sock = new_socket(self._location)
+            with self._lock:
+                wire = Wire(sock, patience=self._patience)
+                self._wires[wire] = None
+        if self.refusal is not None:
+            self.discard(wire)
+            raise ChannelError(self.refusal)
+        return wire
 
     def _dial_once(self, deadline: float) -> Wire:
         if deadline <= monotonic():
             raise TimeoutError
-        wire, sock = self.open(functools.partial(new_socket, self._location))
+        wire = self.open()
         try:
             try:
-                connect(sock, self._location, deadline)
+                connect(wire.sock, self._location, deadline)
             except ConnectionResetError as error:
                 raise _DroppedError from error
             wire.deadline = deadline
@@ -258,12 +236,11 @@ class Connections:
             raise _NoKeyError(error.message) from error
 
     def _shake_hands(self, wire: Wire, key: bytes) -> None:
-        where = describe(self._location)
         try:
             answer_challenge(wire, key)  # type: ignore[arg-type]  # needs no more than a Wire has
             deliver_challenge(wire, key)  # type: ignore[arg-type]
-            wire.send_bytes(encode_hello())
-            answer = wire.recv_bytes(WELCOME_LIMIT)
+            wire.send_bytes(protocol.encode_hello())
+            answer = wire.recv_bytes(protocol.WELCOME_LIMIT)
         except AuthenticationError:
             raise self._other_key(wire) from None
         except (ProtocolError, AssertionError) as error:  # the handshake functions assert what the peer sends
@@ -272,37 +249,37 @@ class Connections:
             raise
         except (EOFError, OSError) as error:
             raise _DroppedError from error
-        if answer == GOODBYE:
+        if answer == protocol.GOODBYE:
             raise _DroppedError
-        if is_managers_reply(answer):
+        if protocol.is_managers_reply(answer):
             raise self._stranger("a multiprocessing manager (BaseManager), and it holds the same key")
         try:
-            welcome = decode_welcome(answer)
+            welcome = protocol.decode_welcome(answer)
         except ProtocolError as error:
             raise self._stranger(f"a program that holds the key ({error.message})") from error
-        if welcome.protocol != PROTOCOL:
+        ours = protocol.PROTOCOL
+        if welcome.protocol != ours:
             raise ProtocolError(
-                f"{welcome.service_name} at {where} speaks protocol {welcome.protocol}, this client {PROTOCOL}",
+                f"{welcome.service_name} at {self._where} speaks protocol {welcome.protocol}, this client {ours}",
                 hint="run the same version of the package at both ends",
             )
         if welcome.refusal is not None:
-            raise ChannelError(f"the server at {where} refuses the connection: {welcome.refusal}")
+            raise ChannelError(f"the server at {self._where} refuses the connection: {welcome.refusal}")
         wire.longest = welcome.max_message
 
     def _other_key(self, wire: Wire) -> ChannelError:
         """Say who refused our key, or has another: a manager says one thing more before it hangs up."""
-        if wire.deadline is not None:
-            wire.deadline = min(wire.deadline, monotonic() + _LAST_WORDS)
+        wire.deadline = min(wire.deadline or 0.0, monotonic() + _LAST_WORDS)
         with contextlib.suppress(EOFError, OSError):
-            if is_managers_reply(wire.recv_bytes(WELCOME_LIMIT)):
+            if protocol.is_managers_reply(wire.recv_bytes(protocol.WELCOME_LIMIT)):
                 return self._stranger("a multiprocessing manager (BaseManager), and it holds another key")
         return AuthenticationFailedError(
-            f"the server at {describe(self._location)} holds another key",
+            f"the server at {self._where} holds another key",
             hint="load the key again from the server's key file; or see whether another service listens there",
         )
 
     def _stranger(self, what: str) -> ProtocolError:
         return ProtocolError(
-            f"whoever listens at {describe(self._location)} is not a server of shmelim but {what}",
+            f"whoever listens at {self._where} is not a server of shmelim but {what}",
             hint="stop that program, or give the server another address",
         )

@@ -27,15 +27,8 @@ _NAME_SHOWN = 100  # characters of a peer's method name that go into messages
 class Caller:
     """The process that made a call.
 
-    Attributes
-    ----------
-    pid : int
-        Process id; on a Unix socket as the kernel knows it, on TCP as the client says.
-    uid : int | None
-        User id as the kernel knows it; None on TCP.
-    program : str
-        Name of the program, as the client says.
-
+    `pid` is its id, on a Unix socket as the kernel knows it, on TCP as the client says; `uid` its user's id as the
+    kernel knows it, None on TCP; `program` the program's name, as the client says.
     """
 
     pid: int
@@ -93,9 +86,9 @@ class Dispatcher:
         self._methods = _remote_methods(target, methods)
 
     def answer(self, data: bytes) -> bytes:
-        """Carry out a request and return its reply; ``ProtocolError`` if `data` is not a request.
+        """Carry out a request and return its reply: the result, or whatever the method raised, an exit included.
 
-        The reply carries the result or whatever the method raised, ``SystemExit`` and ``KeyboardInterrupt`` included.
+        ``ProtocolError`` if `data` is not a request.
         """
         number, name, args, kwargs = decode_request(self._codec, data)
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from shmelim.errors import KeyFileError, NotServingError
 
 KEY_SIZE = 32
+_SHORTEST = 16  # bytes; a shorter key is a mistake
 
 # A FIFO must not block the open, and a symbolic link may point to a file that somebody else controls.
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -67,8 +68,8 @@ def load_key(path: str | os.PathLike[str]) -> bytes:
     Raises
     ------
     NotServingError
-        There is no such file: no server has been started there. (A client that has reached a server turns this into
-        a ``KeyFileError``.)
+        There is no such file: no server has been started there. (A client that has reached a server raises
+        ``KeyFileError`` instead.)
     KeyFileError
         This process may not read the file, as the message explains; or the file is not to be trusted, for the
         reasons that :func:`load_or_create_key` names. It says nothing of the server.
@@ -96,6 +97,15 @@ def restore_key(path: str | os.PathLike[str], key: bytes) -> bool:
             return False
     _put(path, key, replace=True)
     return True
+
+
+def check_key(authkey: object) -> bytes:
+    """Return a key that is one; ``TypeError`` or ``ValueError`` otherwise, without showing it."""
+    if not isinstance(authkey, bytes):
+        raise TypeError(f"the key must be bytes, not {type(authkey).__name__}")
+    if len(authkey) < _SHORTEST:
+        raise ValueError(f"the key must have {_SHORTEST} bytes or more; it has {len(authkey)}")
+    return authkey
 
 
 def _put(path: str, key: bytes, *, replace: bool) -> None:

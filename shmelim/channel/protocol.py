@@ -10,13 +10,12 @@ then the client says hello and the server answers; from there on it is one reque
                                             ←   reply   [id, True, result] or [id, False, failure]
                                             ←   goodbye, an empty message
 
-With its goodbye a server that closes says: no request that came after my last reply was carried out, or will be.
-So its client can send such a request again, to the next server or on another connection, although it cannot know
-what happened to one that was lost in any other way. Hello and welcome are always msgpack; requests and replies are
-in the channel's codec.
+With its goodbye a server says: no request that came after my last reply on this connection was carried out, or
+will be. So its client can send such a request again elsewhere, although it cannot know what happened to one that
+was lost in any other way. Hello and welcome are always msgpack; requests and replies are in the channel's codec.
 
-The managers of :mod:`multiprocessing` begin with the same handshake, so that one of them, and one of us, may hold the
-same key. What they say next is a pickle, which is recognised, answered in their way, and never unpickled.
+The managers of :mod:`multiprocessing` begin with the same handshake, so that one of them and one of us may even
+hold the same key. What they say next is a pickle, which is recognised, answered in their way, and never unpickled.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024  # bytes
 GOODBYE = b""
 HELLO_LIMIT = 512  # bytes; hello and welcome
 WELCOME_LIMIT = 64 * 1024  # bytes; what may come in its place, such as a manager's traceback
-MIN_KEY_SIZE = 16  # bytes; a shorter key is a mistake
 
 _NAME_LIMIT = 60  # characters of a program or service name; four bytes each still fit into HELLO_LIMIT
 
@@ -60,24 +58,6 @@ class Welcome(NamedTuple):
     service_name: str
     refusal: str | None
     max_message: int  # longest request in bytes
-
-
-class Request(NamedTuple):
-    """One call."""
-
-    number: int
-    method: str
-    args: list[Any]
-    kwargs: dict[str, Any]
-
-
-def check_key(authkey: object) -> bytes:
-    """Return a key that is one; ``TypeError`` or ``ValueError`` otherwise, without showing it."""
-    if not isinstance(authkey, bytes):
-        raise TypeError(f"the key must be bytes, not {type(authkey).__name__}")
-    if len(authkey) < MIN_KEY_SIZE:
-        raise ValueError(f"the key must have {MIN_KEY_SIZE} bytes or more; it has {len(authkey)}")
-    return authkey
 
 
 def encode_hello() -> bytes:
@@ -129,25 +109,24 @@ def encode_request(
         raise TypeError(f"{method}: {error.naming(root, tuple(place))}") from None
 
 
-def decode_request(codec: Codec, data: bytes) -> Request:
-    """Return the request in `data`; ``ProtocolError`` if there is none."""
+def decode_request(codec: Codec, data: bytes) -> tuple[int, str, list[Any], dict[str, Any]]:
+    """Return a request's id, method, arguments and keywords; ``ProtocolError`` if `data` is not one."""
     parts = codec.loads(data)
-    if type(parts) is list and len(parts) == len(Request._fields):
+    # Exact types: a bool is an int too.
+    if type(parts) is list and [type(part) for part in parts] == [int, str, list, dict]:
         number, method, args, kwargs = parts
-        # Exact types: a bool is an int too.
-        if type(number) is int and type(method) is str and type(args) is list and type(kwargs) is dict:
-            return Request(number, method, args, kwargs)
+        return number, method, args, kwargs
     raise ProtocolError("the request has an unknown form")
 
 
 def decode_reply(codec: Codec, data: bytes, number: int) -> tuple[bool, Any]:
-    """Return whether the call succeeded, and its result or failure; ``ProtocolError`` if it is not the reply to it."""
+    """Return whether the call succeeded, and its result or failure; ``ProtocolError`` if that is not its reply."""
     parts = codec.loads(data)
-    if type(parts) is list and len(parts) == 3 and type(parts[1]) is bool:  # noqa: PLR2004
-        if parts[0] == number:
-            return parts[1], parts[2]
+    if type(parts) is not list or len(parts) != 3 or type(parts[1]) is not bool:  # noqa: PLR2004
+        raise ProtocolError("the reply has an unknown form")
+    if parts[0] != number:
         raise ProtocolError("the reply belongs to another request")
-    raise ProtocolError("the reply has an unknown form")
+    return parts[1], parts[2]
 
 
 def _short(name: str) -> str:

@@ -1,10 +1,10 @@
 """The server's end of a channel: accepts connections, proves keys, carries out requests, and cannot be held up.
 
-One thread accepts, and puts back what others removed of the server's address. Each connection has a thread of
-its own, in which the handshake and the calls run, every step under a deadline (see :mod:`shmelim.channel.wire`); so a
-silent, slow or hostile peer holds up its own thread, and that one only until its deadline. How many connections
-there are, proven and unproven, has a bound each; beyond it the unproven one that took longest, and the proven
-one that was idle longest, make room.
+One thread accepts, and puts back what others removed of the server's address. Each connection has a thread of its
+own, in which the handshake and the calls run, every step under a deadline (see :mod:`shmelim.channel.wire`); so a
+silent, slow or hostile peer holds up its own thread, and that one only until its deadline. The number of
+connections has a bound: beyond it the unproven one that took longest, or the one that was idle longest, makes
+room.
 """
 
 from __future__ import annotations
@@ -21,27 +21,19 @@ from multiprocessing.connection import answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
+from shmelim.channel import protocol
 from shmelim.channel.address import describe, listen, new_socket, normalize
 from shmelim.channel.codec import MSGPACK, is_pickle
 from shmelim.channel.dispatch import Caller, Dispatcher, set_caller
 from shmelim.channel.failures import FAILURE_LIMIT
-from shmelim.channel.key import restore_key
-from shmelim.channel.peers import Admission, Peer, Peers
-from shmelim.channel.protocol import (
-    DEFAULT_MAX_MESSAGE,
-    GOODBYE,
-    HELLO_LIMIT,
-    PROTOCOL,
-    Hello,
-    check_key,
-    decode_hello,
-    encode_managers_refusal,
-    encode_welcome,
-)
+from shmelim.channel.key import check_key, restore_key
+from shmelim.channel.peers import Peer, Peers
+from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE, PROTOCOL
 from shmelim.errors import ProtocolError
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
 from shmelim.system.logs import LimitedLog
+from shmelim.system.problems import Problems
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -49,7 +41,6 @@ if TYPE_CHECKING:
 
     from shmelim.channel.address import Address, SocketFile
     from shmelim.channel.codec import Codec
-    from shmelim.system.problems import Problems
 
 CROWDED: Final = "connections_crowded"
 UNREACHABLE: Final = "channel_unreachable"
@@ -65,10 +56,9 @@ class ChannelServer:
     """Serves the remote methods of one object to clients that hold the key.
 
     Remote methods are those of the object's type whose name ends in ``_rpc`` or is listed, and does not start with
-    an underscore. They run in several threads at a time, one for each connection.
-
-    Where the system cleans up, a server outlives its files: within a second it puts back its socket file, and its
-    key file if it knows that, with their directory (0700).
+    an underscore. They run in several threads at a time, one for each connection. A socket or key file that
+    somebody cleans away is put back within a second, its directory (0700) included; connections are not touched by
+    that.
 
     Thread-safe. In a forked child the copy is inert: its descriptors are closed, and it touches neither the socket
     file nor the connections; the parent's goes on.
@@ -88,8 +78,8 @@ class ChannelServer:
     max_message
         Longest message in bytes, both ways; 16 KiB or more.
     max_connections
-        Bound of connections that hold the key. One more takes the place of the one that has been idle longest,
-        whose client connects again by itself; if all have calls under way, it is told that the server is at its limit.
+        Bound of connections that hold the key. One more takes the place of the one that was idle longest, whose
+        client connects again by itself; where all are busy, it is told that the server is at its limit.
     max_pending
         Bound of connections that have not proven to hold the key; one more makes the oldest be dropped.
     handshake_timeout
@@ -100,10 +90,11 @@ class ChannelServer:
     codec
         Codec of requests and replies.
     key_path
-        The file from which clients load the key, to be put back if it vanishes; None: it is not this object's care.
+        The file from which clients load the key, to be put back if it vanishes; None: that is somebody else's
+        care.
     problems
-        Where it is reported that connections have to make room (``connections_crowded``), and that clients cannot
-        find the server (``channel_unreachable``); None: in the log only.
+        Where ``connections_crowded`` (idle ones have to make room) and ``channel_unreachable`` (what was cleaned
+        away cannot be put back) are reported; None: in the log only.
 
     Raises
     ------
@@ -113,6 +104,7 @@ class ChannelServer:
     Examples
     --------
     >>> import tempfile
+    >>> from shmelim.channel import ChannelClient
     >>> class Greeter:
     ...     def greet_rpc(self, name):
     ...         return f"hello, {name}"
@@ -156,7 +148,7 @@ class ChannelServer:
         self._handshake_timeout = handshake_timeout
         self._message_timeout = message_timeout
         self._key_path = None if key_path is None else Path(key_path)
-        self._problems = problems
+        self._problems = Problems() if problems is None else problems
         self._log = LimitedLog(_logger)
         self._dispatcher = Dispatcher(
             target,
@@ -168,10 +160,10 @@ class ChannelServer:
         )
         self._peers = Peers(max_pending=max_pending, max_proven=max_connections)
         self._closed = threading.Event()
-        # Written by start(), then by the accepting thread, then by the one close() that comes first; a forked
-        # child, which is alone, clears them. `_sockets` are the listening one, which comes last, an old one whose
-        # queue is being emptied, and the pair that ends the accepting thread's wait.
         self._started = False
+        # Written by start(), then by the accepting thread, then by the one close() that comes first; a forked
+        # child, which is alone, clears them. The sockets are the pair that ends the accepting thread's wait, and
+        # the listening one, which comes last.
         self._sockets: list[socket.socket] = []
         self._wake: socket.socket | None = None
         self._socket_file: SocketFile | None = None
@@ -186,12 +178,7 @@ class ChannelServer:
         return self._location
 
     def start(self) -> Self:
-        """Listen and serve; clients can connect when this returns.
-
-        Returns
-        -------
-        ChannelServer
-            This object.
+        """Listen and serve; return this object. Clients can connect when this returns.
 
         Raises
         ------
@@ -233,15 +220,9 @@ class ChannelServer:
     def close(self, drain: float = 2.0) -> None:
         """Stop accepting, let running calls finish, end every connection, remove the socket file. Idempotent.
 
-        May be called from a remote method, whose reply is still sent, and from a signal handler. A second call from
-        another thread waits for the first.
-
-        Parameters
-        ----------
-        drain
-            Seconds for calls that run. A method that takes longer goes on in its thread, but its reply is lost;
-            the log says how many there are.
-
+        May be called from a remote method, whose reply is still sent, and from a signal handler. A second call
+        from another thread waits for the first. Calls that run have `drain` seconds; a method that takes longer
+        goes on in its thread, but its reply is lost, and the log says how many there are.
         """
         if not self._peers.begin_closing():
             if not self._peers.has_thread(threading.current_thread()):
@@ -264,15 +245,10 @@ class ChannelServer:
     def stats(self) -> dict[str, int]:
         """Return counts.
 
-        Returns
-        -------
-        dict
-            Now: `connections` (that hold the key), `pending` (not yet known to), `running` (calls). Since the
-            start: `accepted` connections, `calls`, `reclaimed` (idle connections that made room for others),
-            `refused` (limit of connections, all busy), `dropped` (limit of pending ones), `wrong_key`, `malformed`
-            (not a message of this protocol, or too large), `overdue` (handshake, request or reply not finished in
-            time).
-
+        Now: `connections` (that hold the key), `pending` (not yet known to), `running` (calls). Since the start:
+        `accepted` connections, `calls`, `reclaimed` (idle connections that made room), `refused` (at the limit,
+        all busy), `dropped` (limit of pending ones), `wrong_key`, `malformed` (not a message of this protocol, or
+        too large), `overdue` (handshake, request or reply not finished in time).
         """
         return self._peers.stats()
 
@@ -290,11 +266,10 @@ class ChannelServer:
     # Accepting: in the accepting thread only.
 
     def _accept(self, wakes: socket.socket) -> None:
+        listener, look = self._sockets[-1], monotonic() + _LOOK
         poller = select.poll()
-        poller.register(wakes, select.POLLIN)
-        listener = self._sockets[-1]
-        poller.register(listener, select.POLLIN)
-        look = monotonic() + _LOOK
+        for sock in (wakes, listener):
+            poller.register(sock, select.POLLIN)
         while True:
             poller.poll(_LOOK * 1000)
             if self._peers.closing:
@@ -302,13 +277,13 @@ class ChannelServer:
             if monotonic() >= look:
                 self._keep_address()
                 if self._sockets[-1] is not listener:
-                    poller.register(self._sockets[-1], select.POLLIN)
                     poller.unregister(listener)
                     while self._accept_one(listener):  # who had connected when its file vanished
                         pass
                     self._sockets.remove(listener)
                     listener.close()
                     listener = self._sockets[-1]
+                    poller.register(listener, select.POLLIN)
                 look = monotonic() + _LOOK
             self._accept_one(listener)
 
@@ -320,17 +295,17 @@ class ChannelServer:
             return False  # it went away before we came
         except Exception as error:  # no descriptor, memory or thread left: make room, and go on
             self._warn("accept", f"cannot accept a connection: {error}")
-            if self._peers.drop_oldest() is None:
+            if not self._peers.drop_oldest():
                 self._peers.send_away_idlest()
             time.sleep(_EXHAUSTED)
             return False
         return True
 
     def _begin_conversation(self, listener: socket.socket) -> None:
-        peer, sock = self._peers.accept(listener, self._message_timeout)
+        peer = self._peers.accept(listener, self._message_timeout)
         try:
-            if sock.family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if listener.family != socket.AF_UNIX:
+                peer.wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             peer.wire.deadline = monotonic() + self._handshake_timeout
             thread = threading.Thread(
                 target=self._converse, args=(peer,), name=f"{self._service_name}-peer", daemon=True
@@ -347,7 +322,7 @@ class ChannelServer:
 
     def _keep_address(self) -> None:
         """Put back what clients find the server by, where somebody removed it."""
-        name, put_back = self._service_name, []
+        put_back = []
         try:
             if self._key_path is not None:
                 self._key_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -358,15 +333,14 @@ class ChannelServer:
                 self._listen(_LOOK)
                 put_back.append(self._socket_file.path)
         except Exception as error:
-            self._warn("address", f"clients cannot find the server, since its files were removed: {error}")
-            if self._problems is not None:
-                text = f"{name}: clients cannot find the server, since its files were removed: {error}"
-                self._problems.report(UNREACHABLE, text, subject=name, remedy="make room for them, or restart it")
-            return
-        if put_back:
-            self._warn("put back", f"somebody removed {' and '.join(put_back)}: put back")
-        if self._problems is not None:
-            self._problems.clear(UNREACHABLE, name)
+            text = f"clients cannot find the server, whose files were removed: {error}"
+            self._warn("address", text)
+            remedy = "make it possible to put them back, or restart the server"
+            self._problems.report(UNREACHABLE, text, subject=self._service_name, remedy=remedy)
+        else:
+            self._problems.clear(UNREACHABLE, self._service_name)
+            if put_back:
+                self._warn("put back", f"somebody removed {' and '.join(put_back)}: put back")
 
     def _stop_accepting(self) -> None:
         """End the accepting thread, then free the address; by the one thread that closes."""
@@ -401,7 +375,7 @@ class ChannelServer:
         except BaseException:
             self._log(logging.ERROR, "conversation", "%s: a connection failed", self._service_name, exc_info=True)
         finally:
-            if self._peers.forget(peer) and self._problems is not None:
+            if self._peers.forget(peer):
                 self._problems.clear(CROWDED, self._service_name)
 
     def _shake_hands(self, peer: Peer) -> bool:
@@ -411,16 +385,19 @@ class ChannelServer:
         answer_challenge(wire, self._authkey)  # type: ignore[arg-type]
         hello = self._hello(peer)
         admission = self._peers.prove(peer)
-        if admission is Admission.DROPPED:
+        if admission == "dropped":
             return False
-        refusal = None
-        if admission is Admission.CROWDED:
-            refusal = (
-                f"{self._service_name} is at its limit of {self._peers.max_proven} connections, and all are busy"
+        bound, refusal = self._peers.max_proven, None
+        if admission == "crowded":
+            refusal = f"{self._service_name} is at its limit of {bound} connections, and all are busy"
+        if admission != "welcome":
+            self._warn(
+                "crowded", f"{peer.label} finds {bound} connections, the limit: {refusal or 'an idle one goes'}"
             )
-        if admission is not Admission.WELCOME:
-            self._report_crowd(peer, refusal)
-        wire.send_bytes(encode_welcome(self._service_name, refusal, self._max_message))
+            remedy = "see which processes keep so many clients, or raise max_connections"
+            text = f"{bound} connections are the limit, and idle ones make room for new ones"
+            self._problems.report(CROWDED, text, subject=self._service_name, severity="notice", remedy=remedy)
+        wire.send_bytes(protocol.encode_welcome(self._service_name, refusal, self._max_message))
         if refusal is not None:
             return False
         if hello.protocol != PROTOCOL:
@@ -431,33 +408,20 @@ class ChannelServer:
         wire.deadline = None
         return True
 
-    def _hello(self, peer: Peer) -> Hello:
-        data = peer.wire.recv_bytes(HELLO_LIMIT)
+    def _hello(self, peer: Peer) -> protocol.Hello:
+        data = peer.wire.recv_bytes(protocol.HELLO_LIMIT)
         try:
-            return decode_hello(data)
+            return protocol.decode_hello(data)
         except ProtocolError as error:
             if not is_pickle(data):
                 raise
             text = (
-                f"{self._service_name} at {describe(self._location)} is not a multiprocessing manager but a command "
-                f"channel of shmelim: call it with shmelim's clients, or connect to the manager's own address"
+                f"{self._service_name} at {describe(self._location)} is not a multiprocessing manager but a "
+                f"command channel of shmelim: call it with shmelim's clients, or give the manager its own address"
             )
             with contextlib.suppress(OSError):
-                peer.wire.send_bytes(encode_managers_refusal(text))
+                peer.wire.send_bytes(protocol.encode_managers_refusal(text))
             raise ProtocolError("it is a client of a multiprocessing manager, and was told so") from error
-
-    def _report_crowd(self, peer: Peer, refusal: str | None) -> None:
-        bound = self._peers.max_proven
-        what = f"refused {peer.label}" if refusal else "an idle connection makes room"
-        self._warn("crowded", f"{what}: {bound} connections are the limit")
-        if self._problems is not None:
-            self._problems.report(
-                CROWDED,
-                f"{self._service_name} has the {bound} connections that are its limit; idle ones make room for new",
-                subject=self._service_name,
-                severity="notice",
-                remedy="see which processes keep so many clients, or raise max_connections",
-            )
 
     def _serve(self, peer: Peer) -> None:
         wire, peers, answer = peer.wire, self._peers, self._dispatcher.answer

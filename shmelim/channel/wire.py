@@ -5,7 +5,7 @@ then the message (a length of -1 announces eight more bytes of length). The two 
 functions of ``multiprocessing.connection`` run over a :class:`Wire`. It exists because a ``Connection`` has no
 deadlines, and costs two reads a message and, above 16 KiB, two writes.
 
-The socket never blocks; whoever must wait polls for the time that is left. The kernel's own timers (``SO_RCVTIMEO``)
+The socket never blocks; whoever must wait polls for the time that is left. The kernel's own timers (SO_RCVTIMEO)
 will not do: after each signal Python makes the interrupted call again, with the whole of its timeout, and under
 gevent they have no effect at all.
 """
@@ -32,7 +32,7 @@ _SHOWN = 24  # bytes of a message that go into an error
 
 
 def wait(poller: select.poll, deadline: float | None) -> None:
-    """Wait until what is registered is ready, for ever if there is no deadline; ``TimeoutError`` when it passed."""
+    """Wait until what is registered is ready; ``TimeoutError`` when the deadline, if there is one, has passed."""
     if deadline is None:
         poller.poll()
         return
@@ -56,26 +56,18 @@ class Wire:
 
     One thread at a time may send and receive; :meth:`shutdown`, :meth:`bid_farewell` and :meth:`close` may come
     from any. After an error of sending or receiving the wire is of no use any more.
-
-    Attributes
-    ----------
-    deadline : float | None
-        ``clock.monotonic()`` value at which sending and receiving give up with ``TimeoutError``. None: wait for
-        ever for the first byte of a message, and `patience` seconds for everything else. Set by the thread that
-        uses the wire.
-    longest : int | None
-        Longest message in bytes that the peer takes, if it has said so. Kept here for whoever sends.
-
     """
 
-    __slots__ = ("_closing", "_readable", "_sock", "_surplus", "deadline", "longest", "patience")
+    __slots__ = ("_closing", "_readable", "_surplus", "deadline", "longest", "patience", "sock")
 
     def __init__(self, sock: socket.socket, *, patience: float) -> None:
         sock.setblocking(False)  # noqa: FBT003
+        # When to give up with TimeoutError, on the clock of system.clock. None: wait for ever for the first byte
+        # of a message, and `patience` seconds for everything else. Set by the thread that uses the wire.
         self.deadline: float | None = None
         self.patience = patience
-        self.longest: int | None = None
-        self._sock = sock
+        self.longest: int | None = None  # message in bytes that the peer takes, if it has said so
+        self.sock = sock
         self._readable = poller_of(sock, select.POLLIN)
         self._surplus = b""  # received beyond the last message; only the thread that uses the wire touches it
         # Orders shutdown() before close(), so that it never hits a descriptor number that was given away again.
@@ -98,9 +90,9 @@ class Wire:
         parts = [memoryview(header + data)] if size <= _JOINED else [memoryview(header), memoryview(data)]
         while parts:
             try:
-                sent = self._sock.sendmsg(parts) if len(parts) > 1 else self._sock.send(parts[0])
+                sent = self.sock.sendmsg(parts) if len(parts) > 1 else self.sock.send(parts[0])
             except BlockingIOError:
-                wait(poller_of(self._sock, select.POLLOUT), deadline)
+                wait(poller_of(self.sock, select.POLLOUT), deadline)
                 continue
             while parts and sent >= len(parts[0]):
                 sent -= len(parts.pop(0))
@@ -110,17 +102,9 @@ class Wire:
     def recv_bytes(self, maxlength: int) -> bytes:
         """Receive one message of at most that length; nothing is allocated for a length that is only announced.
 
-        Raises
-        ------
-        EOFError
-            The peer closed the connection, or it was shut down here.
-        TimeoutError
-            The deadline passed, or a message that had begun did not end in time.
-        ProtocolError
-            A longer message was announced.
-        OSError
-            The connection broke.
-
+        ``EOFError`` if the connection was closed or shut down, ``TimeoutError`` if the deadline passed or a
+        message that had begun did not end in time, ``ProtocolError`` if a longer one was announced, or
+        ``OSError``.
         """
         deadline = self.deadline
         data, self._surplus = self._surplus, b""
@@ -162,7 +146,7 @@ class Wire:
         while True:
             wait(self._readable, deadline)
             try:
-                data = self._sock.recv(size)
+                data = self.sock.recv(size)
             except BlockingIOError:  # poll() may be wrong
                 continue
             if not data:
@@ -176,7 +160,7 @@ class Wire:
     def shutdown(self) -> None:
         """End the connection and wake the thread that waits on it; harmless on a closed wire."""
         with self._closing, contextlib.suppress(OSError):  # closed here, or the peer was faster
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def bid_farewell(self, data: bytes) -> None:
         """Send a short last message if that is possible at once, then :meth:`shutdown`.
@@ -184,18 +168,18 @@ class Wire:
         Another thread may be receiving meanwhile, but none sending.
         """
         with self._closing, contextlib.suppress(OSError):  # no room, or nobody there: then without it
-            self._sock.send(_HEADER.pack(len(data)) + data)
+            self.sock.send(_HEADER.pack(len(data)) + data)
         self.shutdown()
 
     def close(self) -> None:
         """Release the descriptor. Call it when no other thread uses the wire; idempotent."""
         with self._closing:
-            self._sock.close()
+            self.sock.close()
 
     def abandon(self) -> None:
         """Close a forked child's copy of the descriptor: without the lock and without a word to the peer."""
         self._closing = threading.RLock()
-        self._sock.close()
+        self.sock.close()
 
 
 def _too_long(data: bytes, size: int, maxlength: int) -> str:

@@ -119,8 +119,8 @@ class RuntimeDirectory:
     def server(self) -> ServerInfo:
         """Return how the server is reached, whether or not it runs.
 
-        ``NotServingError`` if none ever ran here, or what it left cannot be understood; ``KeyFileError`` if this user
-        may not look.
+        ``NotServingError`` if none ever ran here, or what it left cannot be understood; ``KeyFileError`` if this
+        user may not look.
         """
         try:
             return msgspec.json.decode(self._info.read_bytes(), type=ServerInfo)
@@ -139,9 +139,9 @@ class RuntimeDirectory:
 class Announcement:
     """What clients find a server by, kept where it belongs until :meth:`stop`: directory, key and ``server.json``.
 
-    Runtime directories are cleaned up by others (systemd-tmpfiles, a logout); a server that lives through that would
-    be found by nobody. So a thread looks twice a second, and puts back what is gone or is not as it was. (The
-    socket is the channel's, which looks after it in the same way.)
+    Runtime directories are cleaned up by others (systemd-tmpfiles, a logout); a server that lives through that
+    would be found by nobody. So a thread looks twice a second, and puts back what is gone or is not as it was.
+    (The socket is the channel's, which looks after it in the same way.)
     """
 
     def __init__(self, runtime: RuntimeDirectory, info: ServerInfo, key: bytes) -> None:
@@ -209,7 +209,7 @@ class StateLock:
         self._lease = Lease(directory / "lock")
 
     def acquire(self) -> None:
-        """Take it: ``AlreadyServingError`` if another server has it, ``StoreError`` if it cannot be made or written."""
+        """Take it; ``AlreadyServingError`` if another server has it, ``StoreError`` if it cannot be written."""
         try:
             self._directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
             self._lease.acquire()

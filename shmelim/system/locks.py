@@ -18,8 +18,8 @@ _PID_SIZE = 20  # bytes
 class Lease:
     """A lock that the kernel releases however its holder dies.
 
-    A forked child closes its copy, so that it does not keep a dead parent's lock. Not re-entrant: two leases of one
-    file exclude each other within a process, too.
+    A forked child closes its copy, so that it does not keep a dead parent's lock. Two leases of one file exclude
+    each other within a process, too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,7 +27,7 @@ class Lease:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Take the lock; ``BlockingIOError`` if somebody has it, another ``OSError`` if the file cannot be used."""
+        """Take it; ``BlockingIOError`` if somebody has it, another ``OSError`` if the file cannot be used."""
         with forks.creating_descriptors:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             descriptor = os.open(self._path, flags, 0o600)

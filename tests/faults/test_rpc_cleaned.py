@@ -169,7 +169,7 @@ def test_a_stale_socket_in_the_place_of_ours_is_replaced(place, server):
 def test_what_was_put_back_is_removed_at_the_end(place, target):
     with ChannelServer(target, place / "socket", KEY):
         shutil.rmtree(place)
-        until(lambda: (place / "socket").exists())
+        until((place / "socket").exists)
     assert not (place / "socket").exists()
 
 
@@ -230,7 +230,7 @@ class TestTheAskerIsToBlame:
             os.setuid(65534)
             with (
                 ChannelClient(place / "socket", key) as client,
-                pytest.raises(CallerFaultError, match="as user 65534, .*socket belongs to user 0"),
+                pytest.raises(CallerFaultError, match=r"as user 65534, .*socket belongs to user 0"),
             ):
                 client.call("echo_rpc")
             return True
@@ -246,7 +246,7 @@ class TestTheAskerIsToBlame:
             resource.setrlimit(resource.RLIMIT_NOFILE, (free, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
             with (
                 ChannelClient(place / "socket", key) as client,
-                pytest.raises(CallerFaultError, match="Too many open files.*this process, not the server"),
+                pytest.raises(CallerFaultError, match=r"Too many open files .*limit of its own"),
             ):
                 client.call("echo_rpc")
             return True

@@ -17,7 +17,8 @@ from shmelim.errors import CallTimeoutError, OutcomeUnknownError
 
 KEY = b"0123456789abcdef0123456789abcdef"
 PATIENCE = 60.0
-WAKES = 15.0  # seconds after which a stopped server goes on, so that a call that lasts so long ends, and its test fails
+# Seconds after which a stopped server goes on, so that a call that lasts so long ends, and its test fails.
+WAKES = 15.0
 
 
 class Target:
@@ -172,7 +173,8 @@ class Meeting:
 
 with ChannelServer(Meeting(), address, key) as server, ChannelClient(server.address, key) as client:
     numbers = []
-    threads = [threading.Thread(target=lambda n=n: numbers.append(client.call("meet_rpc", (n,)))) for n in range(5)]
+    meet = lambda number: numbers.append(client.call("meet_rpc", (number,)))
+    threads = [threading.Thread(target=meet, args=(number,)) for number in range(5)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     print(sorted(numbers))

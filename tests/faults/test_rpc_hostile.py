@@ -177,7 +177,7 @@ def test_a_bad_hello(address, hello):
         assert can_call(server)
 
 
-def test_another_protocol_is_named_at_both_ends(address, monkeypatch, caplog):
+def test_another_protocol_of_a_client_is_named(address, caplog):
     with serving(address) as server:
         connection, welcome = authenticated(server, (2, 77, "from the future", "with more"))
         assert welcome[:2] == [1, "svc"]
@@ -185,12 +185,16 @@ def test_another_protocol_is_named_at_both_ends(address, monkeypatch, caplog):
             connection.recv_bytes()
         connection.close()
         until(lambda: "speaks protocol 2, this server 1" in caplog.text)
-        monkeypatch.setattr("shmelim.channel.connections.PROTOCOL", 3)
-        with (
-            ChannelClient(server.address, KEY) as client,
-            pytest.raises(ProtocolError, match=r"svc at .* speaks protocol 1, this client 3"),
-        ):
-            client.call("echo_rpc")
+
+
+def test_another_protocol_of_a_server_is_named(tmp_path):
+    later = MSGPACK.dumps([3, "svc", None, 2**30, "more"])
+    with (
+        fake_server(tmp_path, lambda *_: None, lambda *_: later) as path,
+        ChannelClient(path, KEY) as client,
+        pytest.raises(ProtocolError, match=r"svc at .* speaks protocol 3, this client 1"),
+    ):
+        client.call("echo_rpc")
 
 
 @pytest.mark.parametrize(

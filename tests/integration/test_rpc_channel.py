@@ -114,17 +114,17 @@ def test_methods_that_are_listed_are_served_beside_those_that_end_in_rpc(address
         def count_rpc(self):
             return 3
 
-    with ChannelServer(Prices(), address, KEY, methods=frozenset({"latest"})) as server:
-        with ChannelClient(server.address, KEY) as client:
-            proxy = client.proxy(methods={"latest"}, idempotent={"latest"})
-            assert proxy.latest("BTC/USD") == {"pair": "BTC/USD"}
-            assert proxy.count_rpc() == 3
-            with pytest.raises(UnknownMethodError, match="or are listed"):
-                proxy.hidden  # noqa: B018
-            with pytest.raises(UnknownMethodError, match="'hidden'"):
-                client.call("hidden")
-            with pytest.raises(UnknownMethodError):
-                client.proxy().latest  # noqa: B018
+    server = ChannelServer(Prices(), address, KEY, methods=frozenset({"latest"}))
+    with server, ChannelClient(server.address, KEY) as client:
+        proxy = client.proxy(methods={"latest"}, idempotent={"latest"})
+        assert proxy.latest("BTC/USD") == {"pair": "BTC/USD"}
+        assert proxy.count_rpc() == 3
+        with pytest.raises(UnknownMethodError, match="or are listed"):
+            proxy.hidden  # noqa: B018
+        with pytest.raises(UnknownMethodError, match="'hidden'"):
+            client.call("hidden")
+        with pytest.raises(UnknownMethodError):
+            client.proxy().latest  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ["_private", "__init__", "missing", "number", "prices.latest", "Nested"])
@@ -620,7 +620,7 @@ def test_a_port_that_a_mere_connection_holds_is_explained(target):
         listener.listen()
         held.connect(listener.getsockname())
         taken = held.getsockname()
-        with pytest.raises(ChannelError, match="may also be an outgoing connection.*ip_local_reserved_ports"):
+        with pytest.raises(ChannelError, match=r"may also be an outgoing connection.*ip_local_reserved_ports"):
             ChannelServer(target, taken, KEY).start()
 
 
@@ -646,7 +646,7 @@ def test_tcp_has_no_delay_at_both_ends(target):
         client.call("echo_rpc")
         ends = [*server._peers._all, *client._connections._wires]
         for end in ends:
-            sock = getattr(end, "wire", end)._sock
+            sock = getattr(end, "wire", end).sock
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert len(ends) == 2
 

@@ -1,4 +1,4 @@
-"""Peers that speak another protocol: each end is told what answers there, and nothing of theirs is ever unpickled."""
+"""Peers that speak another protocol: each end is told what answers there, and nothing of theirs is unpickled."""
 
 import contextlib
 import os
@@ -58,7 +58,7 @@ def manager(address):
 def test_a_client_of_ours_is_told_that_a_manager_answers(manager, key, words):
     with (
         ChannelClient(manager.address, key, timeout=PATIENCE) as client,
-        pytest.raises(ProtocolError, match=f"a multiprocessing manager .BaseManager., and {words}") as caught,
+        pytest.raises(ProtocolError, match=rf"a multiprocessing manager \(BaseManager\), and {words}") as caught,
     ):
         client.call("echo_rpc")
     where = manager.address if isinstance(manager.address, str) else str(manager.address[1])
@@ -68,7 +68,7 @@ def test_a_client_of_ours_is_told_that_a_manager_answers(manager, key, words):
 
 def test_a_managers_client_is_told_that_a_channel_answers(address, caplog):
     with ChannelServer(Target(), address, KEY, service_name="svc") as server:
-        with pytest.raises(RemoteError, match="svc at .* is not a multiprocessing manager but a command channel"):
+        with pytest.raises(RemoteError, match=r"svc at .* is not a multiprocessing manager but a command channel"):
             Manager(server.address, authkey=KEY).connect()
         until(lambda: "is a client of a multiprocessing manager" in caplog.text)
         assert server.stats()["malformed"] == 1
@@ -169,7 +169,7 @@ def test_the_first_words_of_a_stranger_are_shown(tmp_path):
     with (
         answering(tmp_path, behave) as path,
         ChannelClient(path, KEY) as client,
-        pytest.raises(ProtocolError, match="another program .*SSH-2.0-OpenSSH"),
+        pytest.raises(ProtocolError, match=r"another program .*SSH-2\.0-OpenSSH"),
     ):
         client.call("echo_rpc")
 
