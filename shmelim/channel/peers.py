@@ -96,7 +96,7 @@ class Peers:
         carried out: the goodbye says so, and the client sends it once more.
         """
         with self._lock:
-            peer = next((peer for peer in self._proven if not peer.busy), None)
+            peer = next((peer for peer in self._proven if not (peer.busy or peer.wire.begun)), None)
             if peer is not None:
                 del self._proven[peer]
                 self._counts["reclaimed"] += 1

@@ -58,7 +58,7 @@ class Wire:
     from any. After an error of sending or receiving the wire is of no use any more.
     """
 
-    __slots__ = ("_closing", "_readable", "_surplus", "deadline", "longest", "patience", "sock")
+    __slots__ = ("_closing", "_readable", "_surplus", "begun", "deadline", "longest", "patience", "sock")
 
     def __init__(self, sock: socket.socket, *, patience: float) -> None:
         sock.setblocking(False)  # noqa: FBT003
@@ -67,6 +67,7 @@ class Wire:
         self.deadline: float | None = None
         self.patience = patience
         self.longest: int | None = None  # message in bytes that the peer takes, if it has said so
+        self.begun = False  # a part of a message has come in; any thread may look
         self.sock = sock
         self._readable = poller_of(sock, select.POLLIN)
         self._surplus = b""  # received beyond the last message; only the thread that uses the wire touches it
@@ -116,7 +117,11 @@ class Wire:
                 return data[_HEADER.size :]
         if deadline is None:  # it has begun, so that it must end
             deadline = monotonic() + self.patience
-        return self._receive_rest(data, maxlength, deadline)
+        self.begun = True
+        try:
+            return self._receive_rest(data, maxlength, deadline)
+        finally:
+            self.begun = False
 
     def _receive_rest(self, data: bytes, maxlength: int, deadline: float) -> bytes:
         """Finish a message of which `data` (at least a byte, perhaps more than the message) is here."""

@@ -5,24 +5,16 @@ import resource
 import shutil
 import stat
 import threading
-import time
 
 import pytest
 from crashing import call
+from ledger import PATIENCE, until
 
 from shmelim.channel import ChannelClient, ChannelServer, load_key, load_or_create_key
 from shmelim.errors import CallerFaultError, ChannelError, KeyFileError, NotServingError
 from shmelim.system.problems import Problems
 
 KEY = b"0123456789abcdef0123456789abcdef"
-PATIENCE = 30.0
-
-
-def until(condition, what="the condition"):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} never came true"
-        time.sleep(0.005)
 
 
 class Target:

@@ -3,24 +3,17 @@
 import errno
 import resource
 import socket
+import struct
 import threading
-import time
 
 import pytest
+from ledger import PATIENCE, until
 
-from shmelim.channel import ChannelClient, ChannelServer
+from shmelim.channel import MSGPACK, ChannelClient, ChannelServer
 from shmelim.errors import ChannelError
 from shmelim.system.problems import Problems
 
 KEY = b"0123456789abcdef0123456789abcdef"
-PATIENCE = 60.0
-
-
-def until(condition, what="the condition"):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} never came true"
-        time.sleep(0.002)
 
 
 class Target:
@@ -123,6 +116,22 @@ def test_nobody_who_has_a_call_under_way_is_sent_away(address, target):
             assert another.call("add_rpc") == 3
         assert answers == ["done", "done"]
         assert server.stats()["refused"] == 1
+
+
+def test_nobody_who_is_sending_a_request_is_sent_away(address, target):
+    with ChannelServer(target, address, KEY, max_connections=2) as server, Crowd(server, 2) as clients:
+        request = MSGPACK.dumps([77, "add_rpc", [], {}])
+        message = struct.pack("!i", len(request)) + request
+        wire = clients[0]._connections.take()
+        wire.sock.send(message[:7])
+        (peer, *_) = server._peers._proven
+        until(lambda: peer.wire.begun, "the beginning of the request")
+        with Crowd(server, 1):  # in the place of the second, although the first is idle for longer
+            assert server.stats()["reclaimed"] == 1
+        wire.sock.send(message[7:])
+        wire.deadline = None
+        assert MSGPACK.loads(wire.recv_bytes(1000)) == [77, True, 4]
+        clients[0]._connections.give_back(wire)
 
 
 def test_health_names_the_crowd_until_it_is_gone(address, target):

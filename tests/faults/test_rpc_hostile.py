@@ -11,20 +11,13 @@ import time
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
 import pytest
+from ledger import PATIENCE, until
 
 from shmelim.channel import ChannelClient, ChannelServer
 from shmelim.channel.codec import MSGPACK
 from shmelim.errors import ChannelError, OutcomeUnknownError, ProtocolError
 
 KEY = b"0123456789abcdef0123456789abcdef"
-PATIENCE = 60.0
-
-
-def until(condition, what="the condition"):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} never came true"
-        time.sleep(0.002)
 
 
 class Target:

@@ -8,11 +8,11 @@ import pickle
 import socket
 import stat
 import threading
-import time
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from pathlib import Path
 
 import pytest
+from ledger import PATIENCE, until
 
 from shmelim.channel import ChannelClient, ChannelServer, check_free, current_caller
 from shmelim.errors import (
@@ -27,15 +27,6 @@ from shmelim.errors import (
 )
 
 KEY = b"0123456789abcdef0123456789abcdef"
-PATIENCE = 30.0
-
-
-def until(condition, what="the condition"):
-    """Poll an observable condition; how long it takes is nobody's business, only that it comes true."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} never came true"
-        time.sleep(0.002)
 
 
 class Target:

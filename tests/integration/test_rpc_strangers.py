@@ -5,12 +5,12 @@ import os
 import pickle
 import socket
 import threading
-import time
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from multiprocessing.managers import BaseManager, RemoteError
 
 import pytest
+from ledger import PATIENCE, until
 
 from shmelim.channel import ChannelClient, ChannelServer
 from shmelim.channel.codec import MSGPACK
@@ -18,14 +18,6 @@ from shmelim.errors import AuthenticationFailedError, ProtocolError
 
 KEY = b"0123456789abcdef0123456789abcdef"
 OTHER = b"another key, as long as this one"
-PATIENCE = 30.0
-
-
-def until(condition, what="the condition"):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} never came true"
-        time.sleep(0.002)
 
 
 class Manager(BaseManager):
