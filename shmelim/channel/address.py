@@ -11,15 +11,13 @@ import socket
 import stat
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from shmelim.channel.wire import poller_of, wait
 from shmelim.errors import AddressError, ChannelError, NotServingError
 from shmelim.system.clock import monotonic
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 Address: TypeAlias = str | os.PathLike[str] | tuple[str, int]
 Location: TypeAlias = str | tuple[str, int]  # an address in the form used inside the package

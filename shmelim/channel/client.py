@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn, Self
 
-from shmelim.channel.address import describe, normalize
-from shmelim.channel.codec import MSGPACK
+from shmelim.channel.address import Address, describe, normalize
+from shmelim.channel.codec import MSGPACK, Codec
 from shmelim.channel.connections import Connections
 from shmelim.channel.dispatch import is_remote_name
 from shmelim.channel.failures import unpack_failure
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE, decode_reply, encode_request
+from shmelim.channel.wire import Wire
 from shmelim.errors import (
     CallTimeoutError,
     ChannelError,
@@ -27,14 +30,6 @@ from shmelim.errors import (
     UnknownMethodError,
 )
 from shmelim.system.clock import monotonic
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
-    from types import TracebackType
-
-    from shmelim.channel.address import Address
-    from shmelim.channel.codec import Codec
-    from shmelim.channel.wire import Wire
 
 _TRIES = 4  # connections that the server may break off before a call gives up
 
@@ -160,20 +155,12 @@ class ChannelClient:
 
         Raises
         ------
-        NotServingError
-            Nobody listens at the address. Not carried out.
-        CallTimeoutError
-            No connection, or none that took the request, within the deadline. Not carried out.
-        AuthenticationFailedError
-            The server has another key. Not carried out.
-        CallerFaultError
-            This process lacks what it takes to connect: a right, a descriptor, the key (``KeyFileError``); the
-            server may be well. Not carried out.
-        ProtocolError
-            Whoever listens is not a server of this protocol. Not carried out.
-        ChannelError
-            The client is closed, the server is at its limit of connections and all are busy, keeps breaking
-            connections off, or the channel failed otherwise. Not carried out.
+        NotServingError, CallTimeoutError, AuthenticationFailedError, ProtocolError, CallerFaultError, ChannelError
+            Not carried out: nobody listens at the address; no connection, or none that took the request, came
+            about within the deadline; the server has another key; whoever listens is not a server of this
+            protocol; this process lacks what it takes to connect (a right, a descriptor, the key:
+            ``KeyFileError``), and the server may be well; the client is closed, the server is at its limit of
+            connections and all are busy, or the channel failed otherwise.
         OutcomeUnknownError
             The request was sent and no reply came. Perhaps carried out.
         MessageTooLargeError

@@ -7,12 +7,12 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
-from typing import TYPE_CHECKING
 
 from shmelim.channel import protocol
-from shmelim.channel.address import connect, describe, new_socket
+from shmelim.channel.address import Location, connect, describe, new_socket
 from shmelim.channel.key import check_key, whose
 from shmelim.channel.wire import Wire
 from shmelim.errors import (
@@ -26,11 +26,6 @@ from shmelim.errors import (
 )
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from shmelim.channel.address import Location
 
 _TRIES = 4  # handshakes that the server may break off before a call gives up
 _PAUSE_FIRST, _PAUSE_MOST = 0.005, 0.1  # seconds between attempts

@@ -5,20 +5,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from shmelim.channel.codec import UncarriedValueError
+from shmelim.channel.codec import Codec, UncarriedValueError
 from shmelim.channel.failures import is_expected, pack_failure
 from shmelim.channel.protocol import decode_request
 from shmelim.errors import MessageTooLargeError, UnknownMethodError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
-
-    from shmelim.channel.codec import Codec
-    from shmelim.system.logs import LimitedLog
+from shmelim.system.logs import LimitedLog
 
 _NAME_SHOWN = 100  # characters of a peer's method name that go into messages
 

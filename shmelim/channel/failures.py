@@ -14,13 +14,11 @@ other     nothing                  :class:`~shmelim.errors.RemoteError` with ``"
 from __future__ import annotations
 
 import builtins
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmelim import errors
+from shmelim.channel.codec import Codec
 from shmelim.errors import ProtocolError, RemoteError, ShmelimError
-
-if TYPE_CHECKING:
-    from shmelim.channel.codec import Codec
 
 _TEXT_LIMIT = 2000  # characters of one text; keeps every failure within FAILURE_LIMIT
 FAILURE_LIMIT = 16 * 1024  # bytes; a channel's message limit must be at least this

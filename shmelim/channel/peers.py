@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import threading
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from shmelim.channel.address import peer_credentials
 from shmelim.channel.protocol import GOODBYE
 from shmelim.channel.wire import Wire
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
-
-if TYPE_CHECKING:
-    import socket
 
 # What becomes of a connection that has proven to hold the key: an idle one may have been sent away for it; or all
 # of them are busy; or it had to make room itself meanwhile.

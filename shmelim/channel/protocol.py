@@ -23,16 +23,12 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from shmelim.channel.codec import MSGPACK, UncarriedValueError, is_pickle
+from shmelim.channel.codec import MSGPACK, Codec, UncarriedValueError, is_pickle
 from shmelim.errors import ProtocolError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from shmelim.channel.codec import Codec
 
 PROTOCOL = 1  # raised with every change that one of the two ends would misunderstand
 DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024  # bytes

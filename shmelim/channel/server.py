@@ -16,14 +16,16 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Collection
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from types import TracebackType
+from typing import Final, Self
 
 from shmelim.channel import protocol
-from shmelim.channel.address import describe, listen, new_socket, normalize
-from shmelim.channel.codec import MSGPACK, is_pickle
+from shmelim.channel.address import Address, SocketFile, describe, listen, new_socket, normalize
+from shmelim.channel.codec import MSGPACK, Codec, is_pickle
 from shmelim.channel.dispatch import Caller, Dispatcher, set_caller
 from shmelim.channel.failures import FAILURE_LIMIT
 from shmelim.channel.key import check_key, restore_key
@@ -34,13 +36,6 @@ from shmelim.system import forks
 from shmelim.system.clock import monotonic
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Problems
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-    from types import TracebackType
-
-    from shmelim.channel.address import Address, SocketFile
-    from shmelim.channel.codec import Codec
 
 CROWDED: Final = "connections_crowded"
 UNREACHABLE: Final = "channel_unreachable"

@@ -5,28 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self, get_args
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, get_args
 
-from shmelim.channel import ChannelServer, check_free, load_or_create_key
+from shmelim.channel import Address, ChannelServer, check_free, load_or_create_key
 from shmelim.eliminations.files.mirror import FILES_MODES, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import Announcement, RuntimeDirectory, ServerInfo, default_state_directory
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.store.schema import FILE_NAME, Durability
 from shmelim.errors import AlreadyServingError, ChannelError, NotServingError, SegmentError, StoreError
+from shmelim.service import ServerReady
 from shmelim.service.ending import Ending
 from shmelim.service.serving import run_server
 from shmelim.shm import SharedNamespace
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-    from types import TracebackType
-
-    from shmelim.channel import Address
-    from shmelim.service import ServerReady
 
 SERVICE_NAME: Final = "EliminationManagerServer"
 

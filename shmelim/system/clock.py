@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from typing import Final
 
 # For every deadline, in place of `time.monotonic`: libraries that stop the time for tests (freezegun) replace that
 # in each module that has it, and a deadline on a clock that stands still never comes.

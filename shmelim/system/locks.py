@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from shmelim.system import forks
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _PID_SIZE = 20  # bytes
 
