@@ -231,13 +231,13 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
                 stacklevel=2,
             )
         check_name(name)
-        runtime = None if running_unit_tests else RuntimeDirectory(name, runtime_base).create()
+        runtime = None if running_unit_tests else RuntimeDirectory(name, runtime_base)
         if runtime is None:
             address = None
         elif address is not None:
             port = None if port == DEFAULT_PORT else port
         elif port is None:
-            address = str(runtime.socket)
+            address = runtime.address()
         super().__init__(
             SERVICE_NAME,
             port,
@@ -276,6 +276,8 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         )
         self._timeout = self._settings.call_timeout
         self._live_price_fetcher = self.environment.live_price_fetcher
+        if runtime is not None:
+            runtime.create()
         self._start()
         try:
             server = self._server_proxy

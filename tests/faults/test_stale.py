@@ -240,7 +240,7 @@ def test_replacing_can_be_off(hold, make):
 def test_a_file_that_is_no_socket_stays(make, tmp_path):
     path = tmp_path / "file"
     path.write_text("precious")
-    with pytest.raises(ChannelError, match="a file that is no socket is there"):
+    with pytest.raises(ChannelError, match="a file that is not a socket is there"):
         make(str(path))
     assert path.read_text() == "precious"
 

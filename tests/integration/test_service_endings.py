@@ -66,7 +66,7 @@ from shmelim.errors import ChannelError
 def main():
     faulthandler.dump_traceback_later(PATIENCE / 2, exit=True)
     service = Ledger(sys.argv[1])
-    pool, steps = service._client._calls._pool, itertools.count()
+    pool, steps = service._client._calls._connections, itertools.count()
 
     def end(*_):
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -11,7 +11,6 @@ import grimp
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BEING_UNTIED = {("shmelim.channel.proxy", "shmelim.channel.client")}
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +21,7 @@ def imports() -> dict[str, set[str]]:
     def is_of_a_file(importer: str, imported: str) -> bool:
         # Of the compiled module, which is not in the graph, grimp makes its folder.
         details = graph.get_import_details(importer=importer, imported=imported)
-        compiled = all("import _native" in detail["line_contents"] for detail in details)
-        return not compiled and (importer, imported) not in BEING_UNTIED
+        return not all("import _native" in detail["line_contents"] for detail in details)
 
     return {
         name: {other for other in graph.find_modules_directly_imported_by(name) if is_of_a_file(name, other)}
