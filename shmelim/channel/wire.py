@@ -88,10 +88,20 @@ class Wire:
             raise TimeoutError("the deadline has passed")
         size = len(data)
         header = _HEADER.pack(size)
-        parts = [memoryview(header + data)] if size <= _JOINED else [memoryview(header), memoryview(data)]
+        if size <= _JOINED:
+            message = header + data
+            try:
+                sent = self.sock.send(message)
+            except BlockingIOError:
+                sent = 0
+            if sent == len(message):  # the usual case, kept short
+                return
+            parts = [memoryview(message)[sent:]]
+        else:
+            parts = [memoryview(header), memoryview(data)]
         while parts:
             try:
-                sent = self.sock.sendmsg(parts) if len(parts) > 1 else self.sock.send(parts[0])
+                sent = self.sock.sendmsg(parts)
             except BlockingIOError:
                 wait(poller_of(self.sock, select.POLLOUT), deadline)
                 continue
