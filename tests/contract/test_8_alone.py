@@ -310,7 +310,6 @@ def test_a_check_does_not_blame_the_server_for_a_missing_key(served, lost):
 
 
 @pytest.mark.parametrize("lost", ["key", "socket", "directory"])
-@not_built("SPEC 8: the server puts back its runtime directory with its heartbeat")
 def test_a_runtime_directory_that_was_cleaned_away_is_put_back(served, lost):
     manager, runtime = served
     pid = manager.server_pid
@@ -357,7 +356,6 @@ def stopped_under_signals(pid, every=0.05):
         os.kill(pid, signal.SIGCONT)
 
 
-@not_built("SPEC 8: a call's deadline holds whatever signals arrive")
 def test_the_deadline_of_a_call_holds_whatever_signals_arrive(start):
     service = start(call_timeout=1)
     service.note("connected")
@@ -365,7 +363,6 @@ def test_the_deadline_of_a_call_holds_whatever_signals_arrive(start):
         service.note("never answered in time")
 
 
-@not_built("SPEC 8: so does that of a health check", AssertionError)
 def test_the_deadline_of_a_health_check_holds_whatever_signals_arrive(start):
     service = start(health_check_timeout=1, enable_health_check=True)
     service.note("connected")
@@ -416,7 +413,6 @@ def test_the_deadline_of_a_call_holds_under_gevent(tmp_path):
 # ---------------------------------------------------------------------- many connections, strange peers
 
 
-@not_built("SPEC 8: the connection that was idle longest makes room", ShmelimError)
 def test_more_clients_than_connections_are_all_served(served):
     manager, _ = served
     clients = [EliminationClient(manager.name, timeout=3) for _ in range(600)]
@@ -458,13 +454,11 @@ def free_port():
         return found.getsockname()[1]
 
 
-@not_built("SPEC 8: a peer of another protocol gets an error that says so")
 def test_a_server_of_another_protocol_is_named_by_the_error(start):
     with pytest.raises(ShmelimError, match="multiprocessing"):
         start(kind=Foreign, port=free_port(), call_timeout=3, connect_tries=1)
 
 
-@not_built("SPEC 8: a peer of another protocol gives an error that says so")
 def test_a_client_of_another_protocol_is_told_so(start):
     keys = []
 
