@@ -6,23 +6,12 @@ import contextlib
 import multiprocessing
 import os
 import threading
-import time
 from pathlib import Path
 
 from setproctitle import setproctitle
+from waiting import PATIENCE
 
 from shmelim.service import RPCServiceBase
-
-PATIENCE = 60.0
-"""Seconds after which a test fails that waits for something; no test waits for them to pass."""
-
-
-def until(condition, what="the condition"):
-    """Wait until something is true."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} never came true"
-        time.sleep(0.002)
 
 
 @contextlib.contextmanager

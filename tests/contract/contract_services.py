@@ -5,22 +5,11 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
+from waiting import PATIENCE, until
+
 from shmelim import RPCServiceBase
-
-WATCHDOG = 60.0
-"""Seconds after which a wait fails; no test waits for them to pass."""
-
-
-def until(condition, what="the condition", within=WATCHDOG):
-    """Wait until something is true, and return it; fail loudly if it never is."""
-    deadline = time.monotonic() + within
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what} never came true within {within:g} s"
-        time.sleep(0.005)
-    return found
 
 
 def is_alive(pid):
@@ -107,7 +96,7 @@ class NotesServer:
         return 1 / 0
 
     def hang_rpc(self):
-        threading.Event().wait(WATCHDOG)
+        threading.Event().wait(PATIENCE)
 
     def __hidden_rpc(self):
         return "hidden"
@@ -125,7 +114,7 @@ class Notes(RPCServiceBase):
     """The short way: `_spawn_server` with a factory that lives in a module."""
 
     def __init__(self, directory, port=0, *, running_unit_tests=False, **options):
-        options.setdefault("ready_timeout", WATCHDOG)
+        options.setdefault("ready_timeout", PATIENCE)
         if "address" in options:
             port = None
         super().__init__("NotesServer", port, running_unit_tests, **options)

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from contract_services import WATCHDOG
 from contract_validator import row
+from waiting import PATIENCE
 
 from shmelim import EliminationReader
 
@@ -16,9 +16,9 @@ def ask_until_all_are_eliminated(name, hotkeys, pipe):
     reader = EliminationReader(name)
     pipe.send([reader.is_hotkey_eliminated(hotkey) for hotkey in hotkeys])
     while not reader.are_eliminated(hotkeys).all():
-        assert reader.wait_for_change(WATCHDOG)
+        assert reader.wait_for_change(PATIENCE)
     pipe.send([reader.is_hotkey_eliminated(hotkey) for hotkey in hotkeys])
-    assert pipe.poll(WATCHDOG)  # until the writer has taken them back
+    assert pipe.poll(PATIENCE)  # until the writer has taken them back
     pipe.recv()
     pipe.send([reader.is_hotkey_eliminated(hotkey) for hotkey in hotkeys])
 
@@ -35,7 +35,7 @@ def test_many_processes_of_every_kind_ask_and_see_each_change_at_once(make):
         children.append((child, here))
 
     def answers():
-        assert all(pipe.poll(WATCHDOG) for _, pipe in children)
+        assert all(pipe.poll(PATIENCE) for _, pipe in children)
         return [pipe.recv() for _, pipe in children]
 
     assert answers() == [[False, False]] * 3
@@ -46,7 +46,7 @@ def test_many_processes_of_every_kind_ask_and_see_each_change_at_once(make):
         pipe.send("it is done")  # an answer that comes after the change was acknowledged shows it
     assert answers() == [[False, False]] * 3
     for child, _ in children:
-        child.join(WATCHDOG)
+        child.join(PATIENCE)
         assert child.exitcode == 0
 
 
@@ -63,7 +63,7 @@ def test_operators_look_and_repair_by_the_command_line(make):
 
     def shmelim(*arguments):
         command = [sys.executable, "-m", "shmelim", *arguments, "--name", manager.name]
-        return subprocess.run(command, capture_output=True, text=True, timeout=WATCHDOG, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
     looked = shmelim("list")
     assert looked.returncode == 0, looked.stderr

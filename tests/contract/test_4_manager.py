@@ -16,8 +16,8 @@ from unittest.mock import Mock, patch
 import psutil
 import pytest
 from contract_marks import not_built
-from contract_services import WATCHDOG, until
 from contract_validator import START, Metagraph, Validator, row
+from waiting import PATIENCE, until
 
 from shmelim import (
     EliminationManagerServer,
@@ -261,7 +261,7 @@ except Exception as error:
 
 def refused(manager, tmp_path):
     command = [sys.executable, "-c", OTHER_MANAGER, manager.name, str(tmp_path / "other")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WATCHDOG, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     manager.add_elimination("a", row("a"))  # it goes on
     return done.stdout
 
@@ -456,7 +456,7 @@ def test_a_deletion_of_many_and_a_sync_are_seen_whole_or_not_at_all(manager):
 
     until(again, "a look between a sync and a deletion")
     stop.set()
-    thread.join(WATCHDOG)
+    thread.join(PATIENCE)
     assert errors == []
     assert seen == {0, 300}
 
@@ -495,7 +495,7 @@ def test_threads_share_one(manager):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(WATCHDOG)
+        thread.join(PATIENCE)
     assert errors == []
     assert len(manager.get_eliminated_hotkeys()) == 60
 
@@ -565,7 +565,7 @@ def test_a_loop_ticks_until_the_validator_ends(validate, mode):
     validator.challenged("a")
     until(lambda: "a" in validator.reasons, "a tick of the loop")
     validator.ending["it"] = "ends"
-    loop.join(WATCHDOG)
+    loop.join(PATIENCE)
     assert not loop.is_alive()
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from contract_services import WATCHDOG, kill, until
+from contract_services import kill
 from contract_validator import row
+from waiting import PATIENCE, until
 
 from shmelim import EliminationClient, EliminationReader, NotServingError, Status
 from shmelim.errors import KeyFileError
@@ -140,7 +141,7 @@ def test_version_moves_with_each_change_and_only_then(reader, served):
 def test_writer_says_who_writes_and_whether_it_lives(reader, served):
     assert reader.writer.pid == served.server_pid
     assert reader.writer.alive is True
-    assert 0 <= reader.writer.heartbeat_age < WATCHDOG
+    assert 0 <= reader.writer.heartbeat_age < PATIENCE
     kill(served.server_pid)
     until(lambda: not reader.writer.alive, "the writer's death being seen")
     assert_reads_all(reader)
@@ -149,11 +150,11 @@ def test_writer_says_who_writes_and_whether_it_lives(reader, served):
 def test_wait_for_change(reader, served):
     assert reader.wait_for_change(0.01) is False
     answers = []
-    waiting = threading.Thread(target=lambda: answers.append(reader.wait_for_change(WATCHDOG)))
+    waiting = threading.Thread(target=lambda: answers.append(reader.wait_for_change(PATIENCE)))
     waiting.start()
     numbers = iter(range(10**6))
     until(lambda: served.add_elimination("c", row("c", next(numbers))) or answers, "the waiter's answer")
-    waiting.join(WATCHDOG)
+    waiting.join(PATIENCE)
     assert answers == [True]
 
 
@@ -189,7 +190,7 @@ def test_a_name_that_nobody_serves_is_named_with_the_command_that_starts_it(unus
             kind(name)
         assert f"shmelim serve --name {name}" in str(caught.value)
     command = [sys.executable, "-m", "shmelim", "serve", "--help"]
-    assert subprocess.run(command, capture_output=True, timeout=WATCHDOG, check=False).returncode == 0
+    assert subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["", "Capital", "a/b", "x" * 17, "ü"])
@@ -203,10 +204,10 @@ def test_it_waits_for_a_writer_to_appear(make, unused_name, kind):
     name, found = unused_name(), []
     with pytest.raises(NotServingError):
         kind(name, wait=0.01)
-    waiting = threading.Thread(target=lambda: found.append(kind(name, wait=WATCHDOG)))
+    waiting = threading.Thread(target=lambda: found.append(kind(name, wait=PATIENCE)))
     waiting.start()
     make("rpc", name=name).add_elimination("a", row("a"))
-    waiting.join(WATCHDOG)
+    waiting.join(PATIENCE)
     (reader,) = found
     assert reader.is_hotkey_eliminated("a")
 
@@ -231,7 +232,7 @@ def test_it_is_safe_for_threads(reader, served):
         served.sync_eliminations([row(f"h{k}", n) for k in range(300)])
     stop.set()
     for thread in threads:
-        thread.join(WATCHDOG)
+        thread.join(PATIENCE)
     assert errors == []
 
 
@@ -248,9 +249,9 @@ def test_it_goes_to_children_of_every_kind(served, method, kind):
     here, there = context.Pipe()
     child = context.Process(target=tell_what_is_read, args=(reader, there), daemon=True)
     child.start()
-    assert here.poll(WATCHDOG)
+    assert here.poll(PATIENCE)
     assert here.recv() == "as expected"
-    child.join(WATCHDOG)
+    child.join(PATIENCE)
 
 
 def test_a_pickled_one_attaches_again(served, reader):
@@ -297,7 +298,7 @@ def test_a_client_in_another_process_finds_everything_by_the_name(served):
         "print(client.remove_elimination('a'), len(client))"
     )
     command = [sys.executable, "-c", code, served.name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WATCHDOG, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.stdout.split() == ["True", "1"], done.stderr
     assert list(served.eliminations) == ["b"]
 
@@ -315,7 +316,7 @@ def test_who_may_not_read_the_key_changes_nothing(served):
 
 def test_when_a_change_returns_every_later_read_sees_it(served, reader):
     client = EliminationClient(served.name)
-    deadline = time.monotonic() + WATCHDOG
+    deadline = time.monotonic() + PATIENCE
     for n in range(300):
         client.add_elimination("c", row("c", n))
         assert reader.get_elimination("c") == row("c", n)

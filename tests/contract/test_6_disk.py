@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from contract_marks import not_built
-from contract_services import kill, until
+from contract_services import kill
 from contract_validator import Metagraph, row
+from waiting import until
 
 import shmelim
 

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 from contract_marks import not_built
-from contract_services import WATCHDOG, is_alive, until
+from contract_services import is_alive
 from contract_validator import DAY, HOUR, MINUTE, PRICE, START, Notifier, row
+from waiting import PATIENCE, until
 
 import shmelim.errors
 from shmelim import EliminationClient, ShmelimError, SlashNotMadeError, ValidatorEnvironment
@@ -184,7 +185,7 @@ def test_the_loop_pauses_while_a_sync_is_in_progress_and_survives_every_exceptio
     assert not any(asked)
     until(lambda: validator.slack.about("out of order"), "an alert")
     validator.ending["it"] = "ends"
-    loop.join(WATCHDOG)
+    loop.join(PATIENCE)
     assert not loop.is_alive()
 
 
@@ -221,7 +222,7 @@ def test_a_loop_ends_with_the_process_that_made_its_manager(unused_name, tmp_pat
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths}
     ) as owner:
         pid = int(owner.stdout.readline())
-        owner.wait(WATCHDOG)
+        owner.wait(PATIENCE)
     try:
         until(lambda: not is_alive(pid), "the end of the loop", within=6)
     finally:
@@ -239,7 +240,7 @@ def test_copies_of_an_earlier_manager_are_refused(make, unused_name, tmp_path):
     here, there = multiprocessing.Pipe()
 
     def copy():
-        there.poll(WATCHDOG)
+        there.poll(PATIENCE)
         for call in (lambda: first.update_metagraph(["x"]), lambda: first.add_elimination("x", row("x"))):
             try:
                 call()
@@ -253,9 +254,9 @@ def test_copies_of_an_earlier_manager_are_refused(make, unused_name, tmp_path):
     second = make("rpc", name=name, **options)
     here.send("go on")
     for _ in range(2):
-        assert here.poll(WATCHDOG)
+        assert here.poll(PATIENCE)
         assert here.recv() != "done"
-    child.join(WATCHDOG)
+    child.join(PATIENCE)
     assert second.eliminations == {}
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 from contract_marks import not_built
-from contract_services import WATCHDOG, WAYS, Clock, FileAlerts, Notes, NotesServer, is_alive, kill, until
+from contract_services import WAYS, Clock, FileAlerts, Notes, NotesServer, is_alive, kill
 from contract_validator import row
+from waiting import PATIENCE, until
 
 from shmelim import EliminationClient, EliminationReader, ShmelimError
 
@@ -124,7 +125,7 @@ def test_ten_processes_that_watch_cause_one_restart_and_two_alerts(start, alerts
         assert service.health_check(clock.later(61)) is True
     stop.set()
     for watcher in watchers:
-        watcher.join(WATCHDOG)
+        watcher.join(PATIENCE)
         assert watcher.exitcode == 0
     assert service.server_pid == service.pid() == pid
     assert len(alerts.of("success")) == 1
@@ -218,9 +219,9 @@ def test_without_restart_on_exit_a_copy_counts_and_tells_and_restarts_nothing(st
     here, there = multiprocessing.Pipe()
     copy = multiprocessing.get_context("fork").Process(target=check, args=(there,), daemon=True)
     copy.start()
-    assert here.poll(WATCHDOG)
+    assert here.poll(PATIENCE)
     assert here.recv() == [False] * 5
-    copy.join(WATCHDOG)
+    copy.join(PATIENCE)
     until(lambda: alerts.of("error"), "an alert")
     assert service.server_pid in (dead, None)
 
@@ -302,8 +303,8 @@ def test_a_check_does_not_blame_the_server_for_a_missing_key(served, lost):
     here, there = multiprocessing.Pipe()
     copy = multiprocessing.get_context("fork").Process(target=check, args=(there,), daemon=True)
     copy.start()
-    assert here.poll(WATCHDOG)
-    copy.join(WATCHDOG)
+    assert here.poll(PATIENCE)
+    copy.join(PATIENCE)
     check()
     assert is_alive(pid)
     assert manager.server_pid == pid

@@ -15,19 +15,9 @@ from pathlib import Path
 
 import pytest
 from contract_marks import not_built, words
-from contract_services import (
-    WATCHDOG,
-    WAYS,
-    Clock,
-    FileAlerts,
-    Notes,
-    NotesServer,
-    is_alive,
-    kill,
-    title_of,
-    until,
-)
+from contract_services import WAYS, Clock, FileAlerts, Notes, NotesServer, is_alive, kill, title_of
 from contract_validator import Notifier, row
+from waiting import PATIENCE, until
 
 import shmelim
 from shmelim import EliminationManager, HealthCheckDaemon, NotServingError, RPCServiceBase
@@ -57,7 +47,7 @@ def in_fork(function):
     if pid == 0:
         status = 99
         try:
-            signal.alarm(int(WATCHDOG))
+            signal.alarm(int(PATIENCE))
             function()
             status = 0
         finally:
@@ -148,8 +138,8 @@ def test_every_client_in_every_process_finds_the_next_server(start, method, tmp_
         start_method=method,
         enable_health_check=True,
         max_consecutive_failures=1,
-        connect_wait=WATCHDOG,
-        call_timeout=WATCHDOG,
+        connect_wait=PATIENCE,
+        call_timeout=PATIENCE,
         idempotent=["pid_rpc"],
     )
     first, clients = service.pid(), []
@@ -160,16 +150,16 @@ def test_every_client_in_every_process_finds_the_next_server(start, method, tmp_
         use = watch if how == "thread" else call_until_restarted
         client = kind(target=use, args=(service, first, there), daemon=True)
         client.start()
-        assert here.poll(WATCHDOG)
+        assert here.poll(PATIENCE)
         assert here.recv() == first
         clients.append((client, here))
     (tmp_path / "status").write_text("sick")
     assert service.health_check(1) is False
     (tmp_path / "status").unlink()
     for client, pipe in clients:
-        assert pipe.poll(WATCHDOG), "a client that never found the next server"
+        assert pipe.poll(PATIENCE), "a client that never found the next server"
         found = pipe.recv()
-        client.join(WATCHDOG)
+        client.join(PATIENCE)
         if isinstance(client, threading.Thread):
             assert found == service.server_pid
         else:
@@ -202,7 +192,7 @@ def test_a_copy_that_ends_in_any_way_ends_nothing(start, how):
     else:
         child = multiprocessing.get_context("spawn").Process(target=end_copy, args=(service,), daemon=True)
         child.start()
-        child.join(WATCHDOG)
+        child.join(PATIENCE)
         assert child.exitcode == 0
     assert service.pid() == service.server_pid
     assert service.notes()[:1] == ["forgotten"]
@@ -234,7 +224,7 @@ class Deaf:
     def __init__(self, directory):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         (directory / "pid").write_text(str(os.getpid()))
-        threading.Event().wait(WATCHDOG)
+        threading.Event().wait(PATIENCE)
 
 
 class DeafService(Notes):
@@ -256,7 +246,7 @@ class Elsewhere(Notes):
     def _start_server_process(self, address, authkey, server_ready):
         def say_ready():
             server_ready.set()
-            threading.Event().wait(WATCHDOG)
+            threading.Event().wait(PATIENCE)
 
         process = multiprocessing.get_context("fork").Process(target=say_ready, daemon=True)
         process.start()
@@ -311,7 +301,7 @@ def run(tmp_path, text, *arguments, by_stdin=False):
         input=text if by_stdin else "",
         capture_output=True,
         text=True,
-        timeout=WATCHDOG,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -416,10 +406,10 @@ def test_a_plain_event_will_do_as_in_a_module_that_knows_nothing_of_us(tmp_path)
     arguments = NotesServer(tmp_path), str(tmp_path / "s"), b"k" * 32, event
     process = context.Process(target=RPCServiceBase._serve_rpc, args=arguments, daemon=True)
     process.start()
-    assert event.wait(WATCHDOG)
+    assert event.wait(PATIENCE)
     assert title_of(process.pid) == "vali_NotesServer"
     process.terminate()
-    process.join(WATCHDOG)
+    process.join(PATIENCE)
     assert process.exitcode == 0
 
 
@@ -541,7 +531,7 @@ def test_a_daemon_checks_and_a_server_that_hangs_is_replaced_and_told_of_once(st
         assert title_of(process.pid) == "vali_NotesServer_HealthChecker"
     daemon.stop()
     if process is not None:
-        process.join(WATCHDOG)
+        process.join(PATIENCE)
         assert process.exitcode == 0
 
 
@@ -620,7 +610,7 @@ def hold():
 def test_a_stale_server_of_ours_is_ended(start, hold):
     holder, port = hold("vali_NotesServer")
     service = start(port=port)
-    assert holder.wait(WATCHDOG) == -signal.SIGTERM
+    assert holder.wait(PATIENCE) == -signal.SIGTERM
     assert service.pid() == service.server_pid
 
 

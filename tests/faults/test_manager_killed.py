@@ -9,8 +9,9 @@ import signal
 import threading
 
 import pytest
-from ledger import PATIENCE, Alerts, until
+from ledger import Alerts
 from serving import row, stamp_of, state_in_store, state_in_table
+from waiting import PATIENCE, until
 
 from shmelim import EliminationReader
 from shmelim.errors import CallTimeoutError, NotServingError, OutcomeUnknownError

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from crashing import call
-from ledger import PATIENCE, until
+from waiting import PATIENCE, until
 
 from shmelim.channel import ChannelClient, ChannelServer, load_key, load_or_create_key
 from shmelim.errors import CallerFaultError, ChannelError, KeyFileError, NotServingError

@@ -7,7 +7,7 @@ import struct
 import threading
 
 import pytest
-from ledger import PATIENCE, until
+from waiting import PATIENCE, until
 
 from shmelim.channel import MSGPACK, ChannelClient, ChannelServer
 from shmelim.errors import ChannelError

@@ -11,7 +11,7 @@ import time
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
 import pytest
-from ledger import PATIENCE, until
+from waiting import PATIENCE, until
 
 from shmelim.channel import ChannelClient, ChannelServer
 from shmelim.channel.codec import MSGPACK

@@ -13,7 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from ledger import PATIENCE, Alerts, Ledger, until
+from ledger import Alerts, Ledger
+from waiting import PATIENCE, until
 
 from shmelim import EliminationReader
 from shmelim.channel import ChannelClient

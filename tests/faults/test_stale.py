@@ -13,7 +13,8 @@ import time
 
 import psutil
 import pytest
-from ledger import PATIENCE, Ledger, is_alive, until
+from ledger import Ledger, is_alive
+from waiting import PATIENCE, until
 
 from shmelim.errors import ChannelError
 from shmelim.service import stale

@@ -6,18 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from waiting import PATIENCE
 
 import shmelim.shm
 from shmelim import EliminationClient, EliminationReader
 from shmelim.cli.main import cli
 from shmelim.shm import SharedNamespace
 
-PATIENCE = 60.0
 A = "5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs"
 B = "5C5GANtAKokcPvJBGyLcFgY5fYuQaXC3MpVt75codZbLLZrZ"
 T = 1_746_396_435_687
@@ -25,14 +24,6 @@ T = 1_746_396_435_687
 
 def environment(home):
     return {"XDG_RUNTIME_DIR": str(home / "run"), "XDG_STATE_HOME": str(home / "state")}
-
-
-def until(condition, what):
-    """Poll an observable condition; how long it takes is nobody's business, only that it comes true."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} never came true"
-        time.sleep(0.005)
 
 
 class Server:

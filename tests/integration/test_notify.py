@@ -16,7 +16,8 @@ import time
 import weakref
 
 import pytest
-from ledger import PATIENCE, Clock, Ledger, held_elsewhere, until
+from ledger import Clock, Ledger, held_elsewhere
+from waiting import PATIENCE, until
 
 from shmelim.notify import SlackNotifier
 

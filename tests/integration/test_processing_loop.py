@@ -8,12 +8,12 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 from reference_validator import Managed
+from waiting import PATIENCE, until
 
 from shmelim.eliminations.debts.states import IN_DOUBT
 from shmelim.eliminations.rules import loop
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 
 FORK = multiprocessing.get_context("fork")
 AT_ONCE = {"tick_pause_s": 0.0, "error_pause_s": 0.0}
-PATIENCE = 30.0
-
-
-def until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
-    end = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        os.sched_yield()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from pathlib import Path
 
 import pytest
-from ledger import PATIENCE, until
+from waiting import PATIENCE, until
 
 from shmelim.channel import ChannelClient, ChannelServer, check_free, current_caller
 from shmelim.errors import (

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from ledger import PATIENCE, until
+from waiting import PATIENCE, until
 
 from shmelim.channel import ChannelClient, ChannelServer, load_key, load_or_create_key
 from shmelim.errors import NotServingError

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from multiprocessing.managers import BaseManager, RemoteError
 
 import pytest
-from ledger import PATIENCE, until
+from waiting import PATIENCE, until
 
 from shmelim.channel import ChannelClient, ChannelServer
 from shmelim.channel.codec import MSGPACK

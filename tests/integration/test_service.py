@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ledger import PATIENCE, Alerts, Clock, ClosureLedger, EntryPointLedger, Ledger, is_alive, until
+from ledger import Alerts, Clock, ClosureLedger, EntryPointLedger, Ledger, is_alive
+from waiting import PATIENCE, until
 
 from shmelim.channel import ChannelClient, PickleCodec, load_key
 from shmelim.errors import (

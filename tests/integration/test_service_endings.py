@@ -11,7 +11,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from ledger import PATIENCE, Alerts, Clock, FileAlerts, Ledger, LedgerServer, is_alive, until
+from ledger import Alerts, Clock, FileAlerts, Ledger, LedgerServer, is_alive
+from waiting import PATIENCE, until
 
 from shmelim.errors import ChannelError
 from shmelim.service import HealthCheckDaemon, RPCServiceBase, base
@@ -60,7 +61,8 @@ class SlowLedger(Ledger):
 
 HANDLING = """
 import faulthandler, itertools, signal, sys, time
-from ledger import Ledger, PATIENCE
+from ledger import Ledger
+from waiting import PATIENCE
 from shmelim.errors import ChannelError
 
 def main():

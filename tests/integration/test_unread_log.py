@@ -12,8 +12,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from ledger import PATIENCE, Ledger, LedgerServer, is_alive
+from ledger import Ledger, LedgerServer, is_alive
 from test_cli_commands import T, environment
+from waiting import PATIENCE
 
 from shmelim import EliminationClient
 from shmelim.shm import SharedNamespace

@@ -4,7 +4,7 @@ import logging
 import threading
 
 import pytest
-from ledger import PATIENCE
+from waiting import PATIENCE
 
 from shmelim.errors import NotServingError, UnknownMethodError
 from shmelim.service import outages

@@ -7,7 +7,8 @@ import signal
 import threading
 
 import pytest
-from ledger import PATIENCE, held_elsewhere, until
+from ledger import held_elsewhere
+from waiting import PATIENCE, until
 
 from shmelim.system.background import Background, BackgroundStream, Descriptor
 from shmelim.system.logs import LimitedLog, log_problems, log_without_waiting

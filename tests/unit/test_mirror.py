@@ -3,25 +3,15 @@
 import json
 import os
 import threading
-import time
 
 import pytest
 from serving import listing, row, state_in_files, state_in_table
+from waiting import PATIENCE, until
 
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files import mirror
 from shmelim.errors import StoreError
-
-LIMIT = 30.0
-"""Seconds after which a condition that must come true counts as never coming true."""
-
-
-def until(condition):
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline
-        os.sched_yield()
 
 
 @pytest.fixture
@@ -130,7 +120,7 @@ class TestCurrent:
         def slow(*args, **kwargs):
             if armed:
                 writing.set()
-                assert go_on.wait(LIMIT)
+                assert go_on.wait(PATIENCE)
             return write(*args, **kwargs)
 
         armed = False
@@ -146,7 +136,7 @@ class TestCurrent:
                 server.remove_elimination_rpc("a")
             else:
                 server.add_elimination_rpc("a", row("a"))
-            assert writing.wait(LIMIT)
+            assert writing.wait(PATIENCE)
 
             def caller():
                 calls[call]()

@@ -4,7 +4,8 @@ import os
 import signal
 
 import pytest
-from ledger import PATIENCE, held_elsewhere
+from ledger import held_elsewhere
+from waiting import PATIENCE
 
 from shmelim.system.problems import Problems
 

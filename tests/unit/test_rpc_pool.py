@@ -5,7 +5,7 @@ import sys
 import threading
 
 import pytest
-from ledger import PATIENCE
+from waiting import PATIENCE
 
 from shmelim.channel.connections import Connections
 from shmelim.errors import ChannelError
