@@ -222,7 +222,9 @@ class ChannelClient:
         deadline = time.monotonic() + (self._timeout if timeout is None else _checked_timeout(timeout))
         self._pool.give_back(self._pool.take() or self._dialer.dial(deadline))
 
-    def proxy(self, *, timeout: float | None = None, idempotent: Collection[str] = ()) -> Proxy:
+    def proxy(
+        self, *, timeout: float | None = None, idempotent: Collection[str] = (), methods: Collection[str] = ()
+    ) -> Proxy:
         """Return an object whose remote methods can be called like its own.
 
         Parameters
@@ -231,6 +233,8 @@ class ChannelClient:
             Seconds for each call; None: the client's.
         idempotent
             Names of the methods that may be carried out twice.
+        methods
+            Names of further methods that the server has, which do not end in ``_rpc``.
 
         Returns
         -------
@@ -238,7 +242,7 @@ class ChannelClient:
             ``proxy.some_rpc(1, x=2)`` is ``call("some_rpc", (1,), {"x": 2})``.
 
         """
-        return Proxy(self, timeout=timeout, idempotent=frozenset(idempotent))
+        return Proxy(self, timeout=timeout, idempotent=frozenset(idempotent), methods=frozenset(methods))
 
     def retire(self, why: str) -> None:
         """Take no more calls; those under way are left alone. Idempotent.

@@ -15,7 +15,7 @@ from shmelim.channel.protocol import decode_request
 from shmelim.errors import MessageTooLargeError, UnknownMethodError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from shmelim.channel.codec import Codec
     from shmelim.system.logs import LimitedLog
@@ -57,9 +57,9 @@ def set_caller(caller: Caller) -> None:
     _caller.set(caller)
 
 
-def is_remote_name(name: str) -> bool:
-    """Whether a method of that name may be called from outside."""
-    return name.endswith("_rpc") and not name.startswith("_") and name.isidentifier()
+def is_remote_name(name: str, listed: Collection[str] = ()) -> bool:
+    """Whether a method of that name may be called from outside: it ends in ``_rpc``, or is listed."""
+    return (name.endswith("_rpc") or name in listed) and not name.startswith("_") and name.isidentifier()
 
 
 class Dispatcher:
@@ -84,13 +84,20 @@ class Dispatcher:
     """
 
     def __init__(
-        self, target: object, *, codec: Codec, max_message: int, service_name: str, log: LimitedLog
+        self,
+        target: object,
+        *,
+        codec: Codec,
+        max_message: int,
+        service_name: str,
+        log: LimitedLog,
+        methods: Collection[str] = (),
     ) -> None:
         self._codec = codec
         self._max_message = max_message
         self._service_name = service_name
         self._log = log
-        self._methods = _remote_methods(target)
+        self._methods = _remote_methods(target, methods)
 
     def answer(self, data: bytes) -> bytes:
         """Carry out a request and return its reply.
@@ -146,12 +153,12 @@ class Dispatcher:
         raise UnknownMethodError(f"{self._service_name} has no remote method {name!r}", hint=hint)
 
 
-def _remote_methods(target: object) -> dict[str, Callable[..., Any]]:
+def _remote_methods(target: object, listed: Collection[str]) -> dict[str, Callable[..., Any]]:
     """Return the remote methods of `target`, bound, by name."""
     kind = type(target)
     methods = {}
     for name in dir(kind):
-        if not is_remote_name(name):
+        if not is_remote_name(name, listed):
             continue
         raw = inspect.getattr_static(kind, name)
         if isinstance(raw, type) or not (callable(raw) or isinstance(raw, (staticmethod, classmethod))):

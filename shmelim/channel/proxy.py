@@ -20,13 +20,21 @@ class Proxy:
     Python ever does. Made by :meth:`ChannelClient.proxy`.
     """
 
-    def __init__(self, client: ChannelClient, *, timeout: float | None, idempotent: frozenset[str]) -> None:
+    def __init__(
+        self,
+        client: ChannelClient,
+        *,
+        timeout: float | None,
+        idempotent: frozenset[str],
+        methods: frozenset[str] = frozenset(),
+    ) -> None:
         self._client = client
         self._timeout = timeout
         self._idempotent = idempotent
+        self._methods = methods
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if not is_remote_name(name):
+        if not is_remote_name(name, self._methods):
             raise UnknownMethodError(f"{name!r} is no name of a remote method", hint="they all end in _rpc")
 
         def remote_method(*args: Any, **kwargs: Any) -> Any:

@@ -36,6 +36,7 @@ from shmelim.system import forks
 from shmelim.system.logs import LimitedLog
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from types import TracebackType
 
     from shmelim.channel.address import Address, SocketFile
@@ -79,6 +80,8 @@ class ChannelServer:
         may stay for ever.
     codec
         Codec of requests and replies.
+    methods
+        Names of further methods to serve, which do not end in ``_rpc``.
 
     Raises
     ------
@@ -100,6 +103,7 @@ class ChannelServer:
         handshake_timeout: float = 5.0,
         message_timeout: float = 30.0,
         codec: Codec = MSGPACK,
+        methods: Collection[str] = (),
     ) -> None:
         if not FAILURE_LIMIT <= max_message < 2**31:
             raise ValueError(f"max_message must be {FAILURE_LIMIT} bytes to 2 GiB, not {max_message}")
@@ -115,7 +119,12 @@ class ChannelServer:
         self._message_timeout = message_timeout
         self._log = LimitedLog(_logger)
         self._dispatcher = Dispatcher(
-            target, codec=codec, max_message=max_message, service_name=service_name, log=self._log
+            target,
+            codec=codec,
+            max_message=max_message,
+            service_name=service_name,
+            log=self._log,
+            methods=methods,
         )
         self._peers = Peers(max_pending=max_pending, max_proven=max_connections)
         self._closed = threading.Event()

@@ -20,8 +20,7 @@ from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, ope
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.errors import ChannelError
-from shmelim.service import RPCServiceBase
-from shmelim.service.lifetimes import weakly
+from shmelim.service import RPCServiceBase, ServiceSettings
 from shmelim.shm import check_name
 
 if TYPE_CHECKING:
@@ -140,20 +139,11 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
     # CPython 3.11 does not specialise calls of an object's methods once it has more than some 25 attributes in its
     # dict, and a check then takes half as long again. So what nobody patches stands in slots.
     __slots__ = (
-        "_client",
-        "_closing",
-        "_desk",
+        "_RPCServiceBase__core",
         "_live_price_fetcher",
-        "_location",
-        "_monitor",
         "_options",
-        "_outages",
-        "_owner_pid",
         "_processor",
         "_reader",
-        "_service_key",
-        "_settings",
-        "_supervisor",
         "_timeout",
     )
 
@@ -224,6 +214,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
             port = None if port == DEFAULT_PORT else port
         elif port is None:
             address = str(runtime.socket)
+        defaults: dict[str, Any] = {"ready_timeout": _READY_TIMEOUT, "idempotent": _IDEMPOTENT}
         super().__init__(
             SERVICE_NAME,
             port,
@@ -235,7 +226,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
             slack_notifier,
             address=address,
             key_path=None if runtime is None else runtime.key,
-            **{"ready_timeout": _READY_TIMEOUT, "idempotent": _IDEMPOTENT} | settings,
+            **defaults | settings,
         )
         self.metagraph = metagraph
         self.position_manager = position_manager
@@ -260,7 +251,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
             default_departed=None if default_departed is None else _absolute(default_departed),
             imports=tuple(_absolute(path) for path in imports),
         )
-        self._timeout = self._settings.call_timeout
+        self._timeout = settings.get("call_timeout", ServiceSettings.call_timeout)
         self._live_price_fetcher = self.environment.live_price_fetcher
         self._initialize_service()
         try:
@@ -307,16 +298,13 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
             cast("Collaborators", _CollaboratorsOf(self)),
             self.environment,
             self._reader,
-            weakly(self._state),
+            functools.partial(_server_of, weakref.ref(self)),
             always=self.running_unit_tests,
             is_backtesting=self.is_backtesting,
         )
         if self.running_unit_tests:
             cast("EliminationManagerServer", self._server_proxy).processor = processor
         return processor
-
-    def _state(self) -> Any:
-        return self._server_proxy
 
     def _look_at_metagraph(self) -> None:
         """Tell the server who is registered, if that is known yet."""
@@ -332,9 +320,7 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
             self.update_metagraph(listed)
 
     def _call(self, method: str, *args: Any, idempotent: bool = False, timeout: float | None = None) -> Any:
-        if self._client is None:
-            return getattr(self._server_proxy, method)(*args)
-        return self._client.call(method, args, timeout=timeout, idempotent=idempotent or method in _IDEMPOTENT)
+        return self._call_server(method, *args, timeout=timeout, idempotent=idempotent or method in _IDEMPOTENT)
 
     def _size(self) -> int:
         return len(self._reader)
@@ -482,6 +468,14 @@ class EliminationManager(Reading, Changing, RPCServiceBase):
     def get_last_update_time_ms(self) -> int:
         """Return when the last tick ran, ms since 1970; 0: never."""
         return self._processor.get_last_update_time_ms()
+
+
+def _server_of(reference: weakref.ref[EliminationManager]) -> Any:
+    """Return a manager's server; does not keep the manager alive."""
+    manager = reference()
+    if manager is None:
+        raise ChannelError("the manager is gone")
+    return manager._server_proxy  # noqa: SLF001
 
 
 class _CollaboratorsOf:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from shmelim.channel import ChannelServer, load_or_create_key
 from shmelim.eliminations.runtime import RuntimeDirectory, ServerInfo, default_state_directory
 from shmelim.eliminations.server import EliminationManagerServer
-from shmelim.service.ending import Ending
-from shmelim.service.serving import run_server
+from shmelim.service.serving import Ending, report_progress, run_server
 from shmelim.shm import SharedNamespace
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def open_server(
         files=options.files,
         default_departed=options.default_departed,
         imports=options.imports,
-        on_progress=on_progress,
+        on_progress=on_progress or report_progress,
     )
 
 

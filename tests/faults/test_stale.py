@@ -14,10 +14,10 @@ import time
 import psutil
 import pytest
 from ledger import PATIENCE, Ledger, is_alive, until
+from shmelim.service.stale import clear_stale, is_free, wait_until_free
 
 from shmelim.errors import ChannelError
 from shmelim.service import stale
-from shmelim.service.stale import clear_stale, is_free, wait_until_free
 
 TITLE = "vali_LedgerServer"
 

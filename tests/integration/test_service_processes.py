@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 from ledger import PATIENCE, Alerts, EntryPointLedger, Ledger, LedgerServer, is_alive, until
+from shmelim.service.launch import ServerOptions
 
 from shmelim.errors import AuthenticationFailedError, ChannelError, NotServingError
 from shmelim.service import RPCServiceBase, ServerReady
-from shmelim.service.launch import ServerOptions
 
 TESTS = str(Path(__file__).parents[1])
 

@@ -5,11 +5,11 @@ import threading
 
 import pytest
 from ledger import PATIENCE
+from shmelim.service.monitor import HealthMonitor, HealthPolicy, tell
+from shmelim.service.outages import Outages
 
 from shmelim.errors import NotServingError, UnknownMethodError
 from shmelim.service import outages
-from shmelim.service.monitor import HealthMonitor, HealthPolicy, tell
-from shmelim.service.outages import Outages
 
 OK = {"status": "ok"}
 

@@ -1,9 +1,9 @@
 """One round of alerts for each outage, whoever finds what, and in whatever order it comes in."""
 
 import pytest
+from shmelim.service.outages import Finding, Outages
 
 from shmelim.service import outages
-from shmelim.service.outages import Finding, Outages
 
 
 @pytest.fixture

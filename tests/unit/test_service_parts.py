@@ -13,15 +13,15 @@ import time
 import psutil
 import pytest
 from ledger import PATIENCE, until
+from shmelim.service.ending import Ending
+from shmelim.service.launch import ServerOptions, ServerProcess
+from shmelim.service.outages import Finding
+from shmelim.service.restarts import RestartDesk
 
 from shmelim.channel import MSGPACK, PickleCodec
 from shmelim.channel.codec import UncarriedValueError
 from shmelim.errors import CallTimeoutError, ChannelError, NotServingError, ProtocolError
 from shmelim.service import ServerReady, ServiceSettings, log_streams
-from shmelim.service.ending import Ending
-from shmelim.service.launch import ServerOptions, ServerProcess
-from shmelim.service.outages import Finding
-from shmelim.service.restarts import RestartDesk
 from shmelim.system import processes
 from shmelim.system.processes import ProcessIdentity
 
