@@ -31,11 +31,11 @@ from shmelim.service.process import ServerReady
 from shmelim.service.settings import ServiceSettings
 from shmelim.service.shared import SharedPage
 from shmelim.system import forks
-from shmelim.system.problems import Change, Problem, Problems
+from shmelim.system.problems import Change, Problem, Problems, Severity
 from shmelim.system.processes import ProcessIdentity, is_of_this_user
 
 _DYING: Final = 0.1  # seconds in which a process that closed its connections is dead
-_POLL: Final = 0.02
+_POLL: Final = 0.1  # seconds between two looks whether there is something to wait for
 
 _logger = logging.getLogger("shmelim.service")
 
@@ -89,6 +89,8 @@ class Core:
         self.maker = maker or ProcessIdentity.this_process()
         self.identity = name, key.path
         self._facade: Callable[[], Any] = lambda: None
+        # Written by whoever checks: the server that was asked last, and that which failed last.
+        self._asked = self._failing = ProcessIdentity(0, 0.0)
         self.alerts = Alerts(name, self.page, self._notifier)
         self._begin_here()
 
@@ -148,23 +150,23 @@ class Core:
             return Absent(f"{self.name} has no server yet", hint="call _initialize_service() first")
         return self.client.proxy(idempotent=self.settings.idempotent, methods=self.methods)
 
-    def reach(self) -> None:
+    def reach(self, server: ProcessIdentity) -> None:
         """Connect to a server that says it is ready; raises what :meth:`ChannelClient.connect` does."""
-        if self.client is None:
+        if self._checking is None:
             self.connect()
-        assert self.client is not None
-        delay = self.settings.connect_delay
+        assert self._checking is not None
         for left in reversed(range(self.settings.connect_tries)):
             try:
-                self.client.connect()
+                self._checking.connect()
             except (AuthenticationFailedError, ProtocolError):
                 raise  # another server is there, and will be
             except (NotServingError, ChannelError) as error:
                 _logger.warning("%s: cannot connect, %d tries left: %s", self.name, left, error)
-                pause_ends = time.monotonic() + delay
-                while left and self.refusal is None and time.monotonic() < pause_ends:
-                    time.sleep(min(delay, _POLL))
-                if not left or self.refusal is not None:
+                pause_ends = time.monotonic() + self.settings.connect_delay
+                while left and (pause := pause_ends - time.monotonic()) > 0:
+                    if self.refusal is not None or server.wait(min(pause, _POLL)):
+                        raise
+                if not left:
                     raise
             else:
                 return
@@ -245,6 +247,7 @@ class Core:
 
     def _ask(self) -> object:
         """Return what the server says of itself; one that says nothing counts as good."""
+        self._asked = self.page.server
         try:
             if self._checking is not None:
                 return self._checking.call("health_check_rpc", idempotent=True)
@@ -267,17 +270,26 @@ class Core:
         elif finding.own:
             text = f"this process ({os.getpid()}) cannot check the server, which may be well: {finding.text}"
             self.problems.report("cannot_check", text, severity="notice")
+        elif self._asked != self.page.server:
+            return True  # there is another one by now
         else:
-            facade = self._facade()
-            limit = getattr(facade, "max_consecutive_failures", failures)
+            if self._asked != self._failing:  # what its predecessor did counts no more
+                self._failing, self.checks.failures, failures = self._asked, 1, 1
+            limit = getattr(self._facade(), "max_consecutive_failures", failures)
             # The traceback of the first only: the next are mostly the same. And an error of ours says it all.
             trace = None if failures > 1 or isinstance(finding.error, ShmelimError) else finding.error
             text = "%s: health check failed (%d in a row, the limit is %d): %s"
             _logger.warning(text, self.name, failures, limit, finding.text, exc_info=trace)
             if not self._owner_tells():
-                self.problems.report(DOWN, f"health check failed: {finding.text}")
+                self.report_down(f"health check failed: {finding.text}")
             return failures >= limit and self._replace(failures, began, finding.text)
         return False
+
+    def report_down(self, text: str, severity: Severity = "degraded") -> None:
+        """Raise the problem that the server is down."""
+        if self.is_heard() and not self.page.level:
+            self.problems.clear(DOWN)  # an earlier one, whose end another process has told
+        self.problems.report(DOWN, text, severity=severity)
 
     def _well(self) -> None:
         """End whatever a good check ends; also an outage of which another process told that has ended since."""
@@ -294,7 +306,7 @@ class Core:
             and self.settings.restart_on_exit
             and bool(self.page.owner_tells)
             and (self.is_makers or self.maker.is_running())
-            and self.page.server.wait(_DYING)
+            and self._asked.wait(_DYING)
         )
 
     def _is_being_replaced(self) -> bool:
@@ -324,7 +336,7 @@ class Core:
             trace = None if isinstance(error, ShmelimError) else error
             _logger.error("%s: restart failed: %s", self.name, error, exc_info=trace)  # noqa: TRY400
             why_not = f"restart failed, will be tried again: {type(error).__name__}: {error}"
-        self.problems.report(DOWN, f"{checks(failures)} in a row, {why_not}: {text}", severity="failing")
+        self.report_down(f"{checks(failures)} in a row, {why_not}: {text}", "failing")
         return False
 
     def _restart(self, failures: int, failed_at: float) -> bool:
@@ -338,22 +350,22 @@ class Core:
 
     def _end_server(self) -> bool:
         """End a server that hangs, in a copy, for the owner to see that. One that is dead it has seen already."""
-        server = self.page.server
-        if not server.is_running():
+        server = self._asked
+        if server != self.page.server or not server.is_running():
             return False
         assert self.location is not None
         self.key.check_available()
         check_usable(self.location)
-        self._check_server(server.pid)
         _logger.warning("%s: ending the server, process %d, for its owner to start another", self.name, server.pid)
-        self.page.ended_by = os.getpid()
-        server.end(self.settings.stop_timeout, lambda _signal: self._check_server(server.pid))
+        server.end(self.settings.stop_timeout, self._about_to_end)
         return True
 
-    def _check_server(self, pid: int) -> None:
-        """Raise unless a process is the server of this service and user."""
+    def _about_to_end(self, _signal: int) -> None:
+        """Raise unless the process to be ended is the server of this service and user; let the owner know."""
+        pid = self._asked.pid
         if not (is_of_this_user(pid) and is_server_of(pid, self.name)):
             raise ChannelError(f"process {pid} does not look like the server of {self.name}, and is left alone")
+        self.page.ended_by = os.getpid()
 
     def __repr__(self) -> str:
         return f"{self.name!r} {'direct' if self.location is None else f'at {describe(self.location)}'}"

@@ -15,7 +15,6 @@ from typing import Any, Final
 from shmelim.channel.address import Location, describe
 from shmelim.errors import ChannelError
 from shmelim.service.core import Core
-from shmelim.service.health import DOWN
 from shmelim.service.lease import check_usable, claim, clear_stale, give_up, owner_mark, wait_until_free
 from shmelim.service.process import ServerOptions, ServerProcess, ServerReady, check_portable
 from shmelim.system.processes import ProcessIdentity
@@ -82,9 +81,11 @@ class Owner:
                     core.location = self._location = self._settled(said)
                     core.check_not_ended()
                     self.disown_mark()
+                    if self.server is not None:
+                        core.page.count_restart()
                     self.server, self._mark, core.page.server = server, mark, server.identity
                     server.ready_at = time.monotonic()
-                    core.reach()
+                    core.reach(server.identity)
                     core.check_not_ended()
                 except BaseException:
                     server.stop(settings.stop_timeout)
@@ -145,7 +146,6 @@ class Owner:
                 server.stop(settings.stop_timeout)
             wait_until_free(self._location, settings.release_timeout)
             self.start()
-            self._core.page.count_restart()
             self._restarted_at = time.monotonic()
             return True
 
@@ -213,7 +213,8 @@ class Owner:
 
     def _is_missed(self, dead: ServerProcess) -> bool:
         """Whether nobody has put another server into its place, or ended the service."""
-        return self.server is dead and self._core.refusal is None
+        with self._lock:  # whoever restarts or ends it on purpose is waited for
+            return self.server is dead and self._core.refusal is None
 
     def _tell_of(self, dead: ServerProcess) -> None:
         """Raise the problem that the server is down, unless a health check has ended it, which has told why."""
@@ -225,7 +226,7 @@ class Owner:
         if self._is_missed(dead) and not core.page.ended_by:
             what = "another is being started" if core.may_restart() else "restart_server() starts another"
             text = f"the server, process {dead.pid}, {how}; {what}"
-            self._aside(lambda: core.problems.report(DOWN, text))
+            self._aside(lambda: core.report_down(text))
 
     def _bring_back(self, dead: ServerProcess, deaths: int) -> bool:
         """Put a server in the place of one that died, after a pause; return whether no other try is needed."""
@@ -241,16 +242,22 @@ class Owner:
                     return True
                 self.restart()
         except Exception as error:
-            if core.refusal is None:
-                text = f"restart failed, will be tried again: {type(error).__name__}: {error}"
-                self._aside(lambda: core.problems.report(DOWN, text, severity="failing"))
+            if not self._is_missed(dead):  # another one was ready, and has died in its turn; or the end has come
+                return True
+            text = f"restart failed, will be tried again: {type(error).__name__}: {error}"
+            self._aside(lambda: core.report_down(text, "failing"))
             return False
-        ended_by, core.page.ended_by = core.page.ended_by, 0
-        if ended_by:
-            text = f"server restarted: process {ended_by} found that it hung, and ended it"
-            self._aside(lambda: core.alerts.say(text, "warning"))
-        self._aside(core.look)
+        self._aside(self._tell_of_restart)
         return True
+
+    def _tell_of_restart(self) -> None:
+        """Say that a server was restarted which a health check had ended, and find out whether all is well."""
+        core = self._core
+        if core.page.ended_by:
+            text = f"server restarted: process {core.page.ended_by} found that it hung, and ended it"
+            core.alerts.say(text, "warning")
+            core.page.ended_by = 0
+        core.look()
 
     def _aside(self, tell: Callable[[], object]) -> None:
         """Have something told in its turn by another thread, so that a slow notifier holds up no restart."""
