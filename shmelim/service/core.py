@@ -161,6 +161,7 @@ class Core:
             except (AuthenticationFailedError, ProtocolError):
                 raise  # another server is there, and will be
             except (NotServingError, ChannelError) as error:
+                self.check_not_ended()
                 _logger.warning("%s: cannot connect, %d tries left: %s", self.name, left, error)
                 pause_ends = time.monotonic() + self.settings.connect_delay
                 while left and (pause := pause_ends - time.monotonic()) > 0:
@@ -311,10 +312,9 @@ class Core:
 
     def _is_being_replaced(self) -> bool:
         """Whether the owner is about to tell of another server, which answers and is not yet in the books."""
-        return (
-            not (self.location is None or self.is_makers or self.page.server.is_running())
-            and self.maker.is_running()
-        )
+        if self.location is None or self.is_makers:
+            return False
+        return bool(self.page.ended_by or not self.page.server.is_running()) and self.maker.is_running()
 
     def _replace(self, failures: int, failed_at: float, text: str) -> bool:
         """Have a server that failed so often replaced, if that may be; return whether the count begins anew."""
@@ -343,8 +343,12 @@ class Core:
         """Restart a server that hangs, in the owner. One that is dead is brought back anyway."""
         if self.owner.sees_to_it():
             return False
-        if self.owner.restart(failed_at):
-            self.alerts.say(f"server restarted after {checks(failures)}", "warning")
+        self.page.ended_by = os.getpid()
+        try:
+            if self.owner.restart(failed_at):
+                self.alerts.restarted(f"server restarted after {checks(failures)}")
+        finally:
+            self.page.ended_by = 0
         self.look()
         return True
 
@@ -363,7 +367,7 @@ class Core:
     def _about_to_end(self, _signal: int) -> None:
         """Raise unless the process to be ended is the server of this service and user; let the owner know."""
         pid = self._asked.pid
-        if not (is_of_this_user(pid) and is_server_of(pid, self.name)):
+        if not (is_of_this_user(pid) and is_server_of(pid, self.name)) and self._asked.is_running():
             raise ChannelError(f"process {pid} does not look like the server of {self.name}, and is left alone")
         self.page.ended_by = os.getpid()
 

@@ -96,6 +96,10 @@ class Alerts:
             count = "1 restart" if restarts == 1 else f"{restarts} restarts"
             self.say(f"outage {number}: recovered after {seconds:.1f} s and {count}", "success")
 
+    def restarted(self, text: str) -> None:
+        """Say that a health check has had the server restarted."""
+        self.say(f"outage {self._page.number}: {text}", "warning")
+
     def say(self, text: str, level: str) -> None:
         """Pass a message on."""
         tell(self._notifier(), f"{self._name}: {text}", level)
@@ -140,7 +144,7 @@ class HealthChecks:
                 began = time.monotonic()
                 finding = self.find()
                 self._healthy = finding is None
-                self.failures += 0 if finding is None or finding.own else 1
+                self.failures = 0 if finding is None else self.failures + (not finding.own)
                 if self._found(finding, self.failures, began):
                     self.failures = 0
             return self._healthy

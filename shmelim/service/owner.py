@@ -255,7 +255,7 @@ class Owner:
         core = self._core
         if core.page.ended_by:
             text = f"server restarted: process {core.page.ended_by} found that it hung, and ended it"
-            core.alerts.say(text, "warning")
+            core.alerts.restarted(text)
             core.page.ended_by = 0
         core.look()
 

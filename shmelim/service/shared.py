@@ -51,6 +51,8 @@ class SharedPage:
     ended_by = _word(_ENDED_BY, "The process whose health check ends the server; 0: none does.")
     level = _word(_LEVEL, "How bad an outage was told to be that is not over; 0: there is none.")
 
+    number = _word(_NUMBER, "The number of the outage that is on, or was the last.")
+
     def __init__(self, service_name: str, *, shared: bool = True, descriptor: int = -1) -> None:
         self._name = service_name
         self._descriptor = descriptor

@@ -442,7 +442,7 @@ def test_no_outage_of_a_service_is_held_back_as_a_repetition(slack, make, tmp_pa
         ) as service:
             for number in range(1, outages + 1):
                 kill(service)
-                until(lambda: service.health_check())  # noqa: B023
+                until(service.health_check)
                 until(lambda: sum(notifier.stats()[what] for what in ("sent", "queued")) == 2 * (told + number))  # noqa: B023
             told += outages
     assert notifier.flush(PATIENCE)
