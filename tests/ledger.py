@@ -52,6 +52,13 @@ def kill(service):
     return pid
 
 
+def hang(pid):
+    """Stop a process, and wait until all its threads stand still."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    until(lambda: {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks.iterdir()} == {"T"})
+
+
 def core_of(service):
     """What the base has of its own, for tests that must look into it."""
     return service._RPCServiceBase__core

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ledger import PATIENCE, Alerts, FileAlerts, Ledger, is_alive, pid_after, until
+from ledger import PATIENCE, Alerts, FileAlerts, Ledger, hang, is_alive, pid_after, until
 
 from shmelim.service import HealthCheckDaemon
 from shmelim.system import forks
@@ -64,7 +64,7 @@ def test_a_server_that_hangs_is_replaced_and_told_of_once(begin, service, alerts
     begin(kind)
     for round_number in range(1, 3):
         before = service.server_pid
-        os.kill(before, signal.SIGSTOP)
+        hang(before)
         until(lambda: alerts.levels().count("success") == round_number, "the recovery")  # noqa: B023
         assert service.pid() == pid_after(service, before)
     assert [level for level in alerts.levels() if level != "flushed"] == ["error", "warning", "success"] * 2
@@ -139,7 +139,7 @@ def test_stopping_does_not_wait_for_a_check_that_hangs():
 
 def test_a_checking_process_that_hangs_is_killed(begin, service):
     daemon = begin("forked process")
-    os.kill(daemon._runner.pid, signal.SIGSTOP)
+    hang(daemon._runner.pid)
     daemon.stop()
     assert daemon._runner.exitcode == -signal.SIGKILL
 
@@ -213,7 +213,7 @@ def test_in_a_process_of_ones_own(service, alerts, method):
     daemon = HealthCheckDaemon(service, 0.01, alerts)
     process = multiprocessing.get_context(method).Process(target=daemon.run, daemon=True)
     process.start()
-    os.kill(service.server_pid, signal.SIGSTOP)
+    hang(service.server_pid)
     until(lambda: "success" in alerts.levels())
     assert " ".join(psutil.Process(process.pid).cmdline()).rstrip() == "vali_LedgerServer_HealthChecker"
     daemon.stop()

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from ledger import (
     Ledger,
     LedgerServer,
     core_of,
+    hang,
     is_alive,
     kill,
     pid_after,
@@ -278,7 +278,7 @@ def test_a_hanging_server_fails_its_health_check(make):
         stop_timeout=0.05,
     )
     first = service.server_pid
-    os.kill(first, signal.SIGSTOP)
+    hang(first)
     assert service.health_check() is False
     assert service.health_check(clock.later(60)) is False
     assert service.health_check(clock.later(60))
@@ -413,7 +413,7 @@ def test_threads_that_all_see_a_server_hang_restart_it_once(make):
         enable_health_check=True, max_consecutive_failures=1, health_check_timeout=0.2, stop_timeout=0.1
     )
     alerts = service.slack_notifier = Alerts()
-    os.kill(service.server_pid, signal.SIGSTOP)
+    hang(service.server_pid)
     barrier = threading.Barrier(8)
 
     def check():

@@ -21,6 +21,7 @@ from ledger import (
     Ledger,
     LedgerServer,
     core_of,
+    hang,
     is_alive,
     kill,
     pid_after,
@@ -390,7 +391,7 @@ def test_a_server_that_hangs_is_replaced_once_and_told_of_once_however_many_watc
     starts = count_starts(service)
     for round_number in range(1, 3):
         hung = service.server_pid
-        os.kill(hung, signal.SIGSTOP)
+        hang(hung)
         until(lambda: alerts.levels().count("success") == round_number)  # noqa: B023
         assert service.pid() == pid_after(service, hung)
         assert len(starts) == round_number
@@ -410,7 +411,7 @@ def test_a_copy_ends_a_server_that_hangs_and_the_owner_restarts_it(make, method)
         slack_notifier=alerts,
     )
     hung = service.server_pid
-    os.kill(hung, signal.SIGSTOP)
+    hang(hung)
     context = multiprocessing.get_context(method)
     here, there = context.Pipe()
     copy = context.Process(target=check_three_times, args=(service, there))
@@ -436,7 +437,7 @@ def check_three_times(service, pipe):
 
 def test_a_copy_leaves_a_process_alone_that_does_not_look_like_the_server(make, monkeypatch):
     service = make(enable_health_check=True, max_consecutive_failures=1, health_check_timeout=0.5)
-    os.kill(service.server_pid, signal.SIGSTOP)
+    hang(service.server_pid)
     here, there = fork.Pipe()
 
     def check():
