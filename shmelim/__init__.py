@@ -6,19 +6,13 @@ Readers attach by name and look up without IPC and without locks; one server pro
 
     eliminations = EliminationReader("shmelim")
     eliminations.is_hotkey_eliminated(hotkey)
+
+Each name is loaded when it is first asked for: a process that only reads never loads what a server is made of.
 """
 
-from shmelim.eliminations import (
-    DEPARTED_HOTKEYS_KEY,
-    EliminationClient,
-    EliminationManager,
-    EliminationManagerServer,
-    EliminationReader,
-    EliminationReason,
-    Snapshot,
-    Status,
-    ValidatorEnvironment,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from shmelim.errors import (
     AlreadyServingError,
     NotServingError,
@@ -26,8 +20,20 @@ from shmelim.errors import (
     ShmelimError,
     SlashNotMadeError,
 )
-from shmelim.notify import SlackNotifier
-from shmelim.service import HealthCheckDaemon, RPCServiceBase
+
+if TYPE_CHECKING:
+    from shmelim.eliminations.client import EliminationClient
+    from shmelim.eliminations.manager import EliminationManager
+    from shmelim.eliminations.reader import EliminationReader
+    from shmelim.eliminations.reading import Snapshot
+    from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, EliminationReason
+    from shmelim.eliminations.rows import Status
+    from shmelim.eliminations.server import EliminationManagerServer
+    from shmelim.eliminations.validator.environment import ValidatorEnvironment
+    from shmelim.notify import SlackNotifier
+    from shmelim.service import HealthCheckDaemon, RPCServiceBase
+
+    __version__: str
 
 __all__ = [
     "DEPARTED_HOTKEYS_KEY",
@@ -50,11 +56,33 @@ __all__ = [
     "__version__",
 ]
 
+_MODULES = {
+    "DEPARTED_HOTKEYS_KEY": "eliminations.record",
+    "EliminationClient": "eliminations.client",
+    "EliminationManager": "eliminations.manager",
+    "EliminationManagerServer": "eliminations.server",
+    "EliminationReader": "eliminations.reader",
+    "EliminationReason": "eliminations.record",
+    "HealthCheckDaemon": "service",
+    "RPCServiceBase": "service",
+    "SlackNotifier": "notify",
+    "Snapshot": "eliminations.reading",
+    "Status": "eliminations.rows",
+    "ValidatorEnvironment": "eliminations.validator.environment",
+}
 
-def __getattr__(name: str) -> str:
-    # Looked up only when asked for: finding it costs tens of milliseconds.
-    if name == "__version__":
-        from importlib.metadata import version  # noqa: PLC0415
+if not TYPE_CHECKING:  # a type checker that sees these would take any misspelt name for one of ours
 
-        return version("shmelim")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):  # noqa: ANN001, ANN202
+        if name in _MODULES:
+            value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        elif name == "__version__":
+            from importlib.metadata import version  # noqa: PLC0415  # takes tens of milliseconds
+
+            value = version(__name__)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals().setdefault(name, value)
+
+    def __dir__():  # noqa: ANN202
+        return sorted({*globals(), *__all__})

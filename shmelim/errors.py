@@ -8,9 +8,11 @@ Bad arguments raise the built-in ``ValueError`` and ``TypeError``; everything el
 from __future__ import annotations
 
 __all__ = [
+    "AddressError",
     "AlreadyServingError",
     "AuthenticationFailedError",
     "CallTimeoutError",
+    "CallerFaultError",
     "ChannelError",
     "CorruptSegmentError",
     "DamagedFileError",
@@ -131,12 +133,23 @@ class AuthenticationFailedError(ChannelError):
     """The two ends of the channel hold different keys."""
 
 
-class KeyFileError(ChannelError, PermissionError):
+class AddressError(ChannelError, ValueError):
+    """The address cannot be one: the path of a Unix socket is too long."""
+
+
+class CallerFaultError(ChannelError):
+    """The calling process cannot connect for want of its own: rights, files, descriptors, ports.
+
+    It says nothing of the server, which may be well; a health check must not count it.
+    """
+
+
+class KeyFileError(CallerFaultError, PermissionError):
     """The channel's key file cannot be read or made, or others than its owner may know or change it."""
 
 
 class ProtocolError(ChannelError):
-    """The peer sent something that is no message of this protocol."""
+    """The peer speaks another protocol, or sent something that is not a message of this one."""
 
 
 class MessageTooLargeError(ChannelError, ValueError):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from segments import segments_of
 from serving import Served
 
 from shmelim import EliminationManager
@@ -25,11 +26,6 @@ _numbers = itertools.count()
 
 def pytest_report_header() -> str:
     return f"shmelim: {READ_PATH} read path"
-
-
-def segments_of(name: str) -> list[str]:
-    """Return the names of the segments of a table, root first."""
-    return sorted(path.name for path in _SHM.glob(f"shmelim.{name}*") if path.name.split(".")[1] == name)
 
 
 @pytest.fixture

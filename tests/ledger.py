@@ -8,23 +8,32 @@ import os
 import select
 import signal
 import threading
-import time
 from pathlib import Path
 
 from setproctitle import setproctitle
+from waiting import PATIENCE, until
 
 from shmelim.service import RPCServiceBase
 
-PATIENCE = 60.0
-"""Seconds after which a test fails that waits for something; no test waits for them to pass."""
 
+@contextlib.contextmanager
+def held_elsewhere(lock):
+    """Hold a lock in another thread, of which a child that is forked meanwhile knows nothing."""
+    held, go_on = threading.Event(), threading.Event()
 
-def until(condition, what="the condition"):
-    """Wait until something is true."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} never came true"
-        time.sleep(0.002)
+    def hold():
+        with lock:
+            held.set()
+            go_on.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        go_on.set()
+        thread.join()
 
 
 def is_alive(pid):

@@ -1,17 +1,16 @@
 """Command channel: authenticated request and reply between processes of one host, each call under a deadline.
 
-A :class:`ChannelServer` serves those methods of an object whose name ends in ``_rpc``, over a Unix socket or
-loopback TCP, to every :class:`ChannelClient` that holds the same key. Nothing here knows what the methods do.
+A :class:`ChannelServer` serves those methods of an object whose name ends in ``_rpc``, or is listed, over a Unix
+socket or loopback TCP, to every :class:`ChannelClient` that holds the same key. What the methods do is their
+affair.
 """
 
-from shmelim.channel.address import Address
-from shmelim.channel.client import ChannelClient
-from shmelim.channel.codec import MSGPACK, Codec, MsgpackCodec
+from shmelim.channel.address import Address, check_free
+from shmelim.channel.client import ChannelClient, Proxy
+from shmelim.channel.codec import MSGPACK, Codec, MsgpackCodec, PickleCodec
 from shmelim.channel.dispatch import Caller, current_caller
-from shmelim.channel.key import KEY_SIZE, load_key, load_or_create_key
-from shmelim.channel.pickled import PickleCodec
+from shmelim.channel.key import KEY_SIZE, load_key, load_or_create_key, restore_key
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, PROTOCOL
-from shmelim.channel.proxy import Proxy
 from shmelim.channel.server import ChannelServer
 
 __all__ = [
@@ -27,7 +26,9 @@ __all__ = [
     "MsgpackCodec",
     "PickleCodec",
     "Proxy",
+    "check_free",
     "current_caller",
     "load_key",
     "load_or_create_key",
+    "restore_key",
 ]

@@ -6,17 +6,18 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import stat
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-from shmelim.errors import ChannelError, NotServingError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from shmelim.channel.wire import poller_of, wait
+from shmelim.errors import AddressError, ChannelError, NotServingError
+from shmelim.system.clock import monotonic
 
 Address: TypeAlias = str | os.PathLike[str] | tuple[str, int]
 Location: TypeAlias = str | tuple[str, int]  # an address in the form used inside the package
@@ -27,47 +28,33 @@ _BACKLOG = 512
 _PROBE = 1.0  # seconds for the question whether somebody answers at a socket file
 _LOCK_WAIT = 5.0  # seconds for another server that is starting or stopping in the same directory
 _UCRED = struct.Struct("3i")
+_TAKEN = "another server uses this address; stop it or choose another address"
 
 
 def normalize(address: Address) -> Location:
-    """Check an address and bring it into its one form.
+    """Return an address in its one form: an absolute path, or host and port.
 
-    Parameters
-    ----------
-    address
-        The path of a Unix socket, or ``(host, port)``.
-
-    Returns
-    -------
-    str | tuple[str, int]
-        The absolute path, or host and port.
-
-    Raises
-    ------
-    TypeError
-        `address` is neither.
-    ValueError
-        The path is empty, has a NUL, or more bytes than a socket address holds; or the port is out of range.
-
+    ``TypeError`` if it is neither; ``ValueError`` if the path is empty, has a NUL, or more bytes than a socket
+    address holds (``AddressError``), or the port is out of range.
     """
     if isinstance(address, tuple):
         if len(address) != 2 or not isinstance(address[0], str) or not isinstance(address[1], int):  # noqa: PLR2004
             raise TypeError(f"a TCP address is (host, port), not {address!r}")
         host, port = address
         if not host or not 0 <= port <= _PORTS:
-            raise ValueError(f"{address!r} is no TCP address: the port must be 0 to 65535, the host not empty")
+            raise ValueError(f"{address!r} is not a TCP address: the port must be 0 to 65535, the host not empty")
         return host, port
     path = os.fspath(address)
     if not isinstance(path, str):
         raise TypeError(f"a socket path is text, not {type(path).__name__}")
     if not path or "\0" in path:
-        raise ValueError(f"{path!r} is no socket path: it is empty or has a NUL character")
+        raise ValueError(f"{path!r} is not a socket path: it is empty or has a NUL character")
     path = os.path.abspath(path)  # noqa: PTH100  # links stay: they may be what keeps the path short
     size = len(os.fsencode(path))
     if size > _PATH_LIMIT:
-        raise ValueError(
-            f"the socket path {path!r} has {size} bytes, and the system allows {_PATH_LIMIT}; "
-            f"choose a shorter directory"
+        raise AddressError(
+            f"the socket path {path!r} has {size} bytes, and the system allows {_PATH_LIMIT}",
+            hint="choose a shorter directory, or a TCP port",
         )
     return path
 
@@ -77,89 +64,114 @@ def describe(location: Location) -> str:
     return location if isinstance(location, str) else f"{location[0]}:{location[1]}"
 
 
-class SocketFile:
-    """The file of a listening Unix socket, which knows whether it is still the one that was made here.
+def check_free(address: Address) -> Location:
+    """Return an address in its one form if a server could listen there now; nothing is made.
 
-    Parameters
-    ----------
-    path
-        Absolute path of the file, which exists.
+    Raises
+    ------
+    TypeError, ValueError
+        It is not an address.
+    ChannelError
+        It is taken, or cannot be used; the message names it. Takes a second at most.
 
     """
+    location = normalize(address)
+    with _explained(location):
+        if isinstance(location, str):
+            Path(location).parent.stat()
+            _is_stale(location)
+        else:
+            with new_socket(location) as probe:
+                _bind_tcp(probe, location)
+    return location
+
+
+class SocketFile:
+    """The file of a listening Unix socket, which knows whether it is still the one that was made here."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._identity = _identity(path)
 
+    def is_lost(self) -> bool:
+        """Whether clients find nobody by it any more; one system call while nobody touched it."""
+        now = _identity(self.path)
+        if now == self._identity:
+            return False
+        if now is None or not _answers(self.path):
+            return True
+        self._identity = now  # its mode was changed; or another server is there, and stays
+        return False
+
     def remove(self) -> None:
         """Remove the file once its socket is closed, unless another server has put its own in its place.
 
-        Raises
-        ------
-        OSError
-            It cannot be removed. That does no harm: the next server at this address replaces it.
-
+        An ``OSError`` does no harm: the next server at this address replaces the file.
         """
-        with _directory_lock(self.path), contextlib.suppress(FileNotFoundError):
-            # Inode numbers are given out again, so that only the question whether somebody answers tells.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), _directory_lock(self.path, _LOCK_WAIT):
+            # An identity may be given out again, so that only the question whether somebody answers tells.
             if _identity(self.path) == self._identity and not _answers(self.path):
                 Path(self.path).unlink()
 
 
-def listen(sock: socket.socket, location: Location) -> tuple[Location, SocketFile | None]:
-    """Make a socket listen, non-blocking.
+def listen(
+    sock: socket.socket, location: Location, patience: float | None = None
+) -> tuple[Location, SocketFile | None]:
+    """Make a socket listen, without blocking; return the real address, and the socket file if there is one.
 
-    Parameters
-    ----------
-    sock
-        From :func:`new_socket` for that address. The caller closes it, also when this fails.
-    location
-        A normalized address. A Unix socket file is created with mode 0600; one that is already there is replaced
-        if nobody answers on it. Port 0 lets the system choose one.
-
-    Returns
-    -------
-    tuple
-        The real address, and the socket file if there is one.
-
-    Raises
-    ------
-    ChannelError
-        The address is taken, or cannot be used; the message names it. May take 5 seconds while other servers start
-        or stop in the same directory.
-
+    A Unix socket file gets mode 0600, and replaces one at which nobody answers. Port 0 lets the system choose one.
+    `patience` seconds (5 by default) are for others that start or stop in the same directory. ``ChannelError`` if
+    the address is taken or cannot be used. The caller closes the socket, also then.
     """
-    try:
+    with _explained(location):
         sock.setblocking(False)  # noqa: FBT003
-        return _listen_unix(sock, location) if isinstance(location, str) else _listen_tcp(sock, location)
+        if not isinstance(location, str):
+            _bind_tcp(sock, location)
+            sock.listen(_BACKLOG)
+            host, port = sock.getsockname()[:2]
+            return (host, port), None
+        # From the question "does anybody answer?" to our own listen(), no other server may act in this directory:
+        # between two that start at once, the second must find the first one listening.
+        with _directory_lock(location, _LOCK_WAIT if patience is None else patience):
+            if _is_stale(location):
+                Path(location).unlink(missing_ok=True)
+            _bind_private(sock, location)
+            sock.listen(_BACKLOG)
+            return location, SocketFile(location)
+
+
+@contextlib.contextmanager
+def _explained(location: Location) -> Iterator[None]:
+    """Turn what the system says into a ``ChannelError`` that names the address."""
+    try:
+        yield
+    except ChannelError:
+        raise
     except OSError as error:
-        if isinstance(error, ChannelError):
-            raise
         hint = None
         if error.errno == errno.EADDRINUSE:
-            hint = "another server uses this address; stop it or choose another address"
+            hint = _TAKEN + _about_port(location)
         raise ChannelError(
             f"cannot serve at {describe(location)}: {error.strerror or error}", hint=hint
         ) from error
 
 
-def _listen_tcp(sock: socket.socket, location: tuple[str, int]) -> tuple[Location, None]:
+def _about_port(location: Location) -> str:
+    """Say so if a port may be held by a mere connection."""
+    with contextlib.suppress(OSError, ValueError):
+        low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+        if not isinstance(location, str) and low <= location[1] <= high:
+            return (
+                f". It may also be an outgoing connection, which the system gives ports from {low} to {high}: "
+                f"take a port outside, or reserve this one with the sysctl net.ipv4.ip_local_reserved_ports"
+            )
+    return ""
+
+
+def _bind_tcp(sock: socket.socket, location: tuple[str, int]) -> None:
     # A server's own closed connections linger in TIME_WAIT and must not keep its successor from the port.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(location)
-    sock.listen(_BACKLOG)
-    host, port = sock.getsockname()[:2]
-    return (host, port), None
-
-
-def _listen_unix(sock: socket.socket, path: str) -> tuple[Location, SocketFile]:
-    # From the question "does anybody answer?" to our own listen(), no other server may act in this directory:
-    # between two that start at once, the second must find the first one listening.
-    with _directory_lock(path):
-        _clear_stale(path)
-        _bind_private(sock, path)
-        sock.listen(_BACKLOG)
-        return path, SocketFile(path)
 
 
 def _bind_private(sock: socket.socket, path: str) -> None:
@@ -179,30 +191,25 @@ def _bind_private(sock: socket.socket, path: str) -> None:
     Path(path).chmod(0o600)  # whatever the umask took away
 
 
-def _clear_stale(path: str) -> None:
-    """Remove the socket file of a server that is gone; ``ChannelError`` when it must not be removed."""
+def _is_stale(path: str) -> bool:
+    """Whether there is the socket file of a server that is gone; ``ChannelError`` if something else is there."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
-        return
+        return False
     if not stat.S_ISSOCK(mode):
-        raise ChannelError(f"cannot serve at {path}: a file that is no socket is there", hint="move it away")
+        raise ChannelError(f"cannot serve at {path}: a file that is not a socket is there", hint="move it away")
     if _answers(path):
-        raise ChannelError(
-            f"cannot serve at {path}: a server answers there",
-            hint="another server uses this address; stop it or choose another address",
-        )
-    with contextlib.suppress(FileNotFoundError):
-        Path(path).unlink()
+        raise ChannelError(f"cannot serve at {path}: a server answers there", hint=_TAKEN)
+    return True
 
 
 def _answers(path: str) -> bool:
     """Whether somebody listens at a socket file."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(_PROBE)
+    with new_socket(path) as probe:
         try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
+            connect(probe, path, monotonic() + _PROBE)
+        except NotServingError:
             return False
         except (BlockingIOError, TimeoutError):
             pass  # its queue is full: somebody is listening
@@ -210,7 +217,7 @@ def _answers(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def _directory_lock(path: str) -> Iterator[None]:
+def _directory_lock(path: str, patience: float) -> Iterator[None]:
     """Keep other servers from changing socket files in the directory of `path`.
 
     The lock is ``flock`` on the directory itself: no file is left behind, and the kernel releases it when its
@@ -219,15 +226,15 @@ def _directory_lock(path: str) -> Iterator[None]:
     directory = Path(path).parent
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + _LOCK_WAIT
+        deadline = monotonic() + patience
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                if monotonic() > deadline:
                     raise ChannelError(
-                        f"the directory {directory} has been locked by another process for {_LOCK_WAIT:g} s"
+                        f"the directory {directory} has been locked by another process for {patience:g} s"
                     ) from None
                 time.sleep(0.005)
         try:
@@ -238,38 +245,32 @@ def _directory_lock(path: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = os.lstat(path)
-    return status.st_dev, status.st_ino
-
-
-def connect(sock: socket.socket, location: Location, timeout: float) -> None:
-    """Connect a socket made by :func:`new_socket`.
-
-    Parameters
-    ----------
-    sock
-        Not yet connected; blocking afterwards.
-    location
-        A normalized address.
-    timeout
-        Seconds.
-
-    Raises
-    ------
-    NotServingError
-        Nobody listens there.
-    TimeoutError, BlockingIOError
-        Somebody does, but took no new connection in time; worth another try.
-    ConnectionResetError
-        Somebody did, but ended the connection at once; worth another try.
-    OSError
-        Anything else, such as missing rights.
-
-    """
-    sock.settimeout(timeout)
+def _identity(path: str) -> tuple[int, int, int] | None:
     try:
-        sock.connect(location)
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns  # the number of a removed file is soon given out again
+
+
+def connect(sock: socket.socket, location: Location, deadline: float) -> None:
+    """Connect a socket, which blocks nobody from then on.
+
+    ``NotServingError`` if nobody listens there; ``TimeoutError`` or ``BlockingIOError`` if somebody does, but took
+    no new connection in time, ``ConnectionResetError`` if he ended it at once: both are worth another try.
+    ``OSError`` for anything else, such as missing rights.
+    """
+    sock.setblocking(False)  # noqa: FBT003
+    try:
+        try:
+            sock.connect(location)
+        except BlockingIOError as error:
+            if error.errno != errno.EINPROGRESS:  # EAGAIN: the queue of a Unix socket is full
+                raise
+            wait(poller_of(sock, select.POLLOUT), deadline)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code)) from None
     except (ConnectionRefusedError, FileNotFoundError) as error:
         raise NotServingError(f"nobody serves at {describe(location)}") from error
     if not isinstance(location, str):
@@ -282,18 +283,13 @@ def connect(sock: socket.socket, location: Location, timeout: float) -> None:
         if own == other:
             raise NotServingError(f"nobody serves at {describe(location)}")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setblocking(True)  # noqa: FBT003
-
-
-def _family(location: Location) -> socket.AddressFamily:
-    if isinstance(location, str):
-        return socket.AF_UNIX
-    return socket.AF_INET6 if ":" in location[0] else socket.AF_INET
 
 
 def new_socket(location: Location) -> socket.socket:
     """Return an unconnected stream socket of the address' family."""
-    return socket.socket(_family(location), socket.SOCK_STREAM)
+    if isinstance(location, str):
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    return socket.socket(socket.AF_INET6 if ":" in location[0] else socket.AF_INET, socket.SOCK_STREAM)
 
 
 def peer_credentials(sock: socket.socket) -> tuple[int | None, int | None]:

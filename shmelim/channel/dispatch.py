@@ -5,20 +5,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from shmelim.channel.codec import UncarriedValueError
+from shmelim.channel.codec import Codec, UncarriedValueError
 from shmelim.channel.failures import is_expected, pack_failure
 from shmelim.channel.protocol import decode_request
 from shmelim.errors import MessageTooLargeError, UnknownMethodError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
-
-    from shmelim.channel.codec import Codec
-    from shmelim.system.logs import LimitedLog
+from shmelim.system.logs import LimitedLog
 
 _NAME_SHOWN = 100  # characters of a peer's method name that go into messages
 
@@ -27,15 +23,8 @@ _NAME_SHOWN = 100  # characters of a peer's method name that go into messages
 class Caller:
     """The process that made a call.
 
-    Attributes
-    ----------
-    pid : int
-        Process id; on a Unix socket as the kernel knows it, on TCP as the client says.
-    uid : int | None
-        User id as the kernel knows it; None on TCP.
-    program : str
-        Name of the program, as the client says.
-
+    `pid` is its id, on a Unix socket as the kernel knows it, on TCP as the client says; `uid` its user's id as the
+    kernel knows it, None on TCP; `program` the program's name, as the client says.
     """
 
     pid: int
@@ -48,7 +37,14 @@ _caller: ContextVar[Caller | None] = ContextVar("shmelim_rpc_caller", default=No
 
 
 def current_caller() -> Caller | None:
-    """Return who called the remote method that is running in this thread (or context); None outside of one."""
+    """Return who called the remote method that is running in this thread (or context); None outside of one.
+
+    Examples
+    --------
+    >>> current_caller() is None
+    True
+
+    """
     return _caller.get()
 
 
@@ -63,24 +59,10 @@ def is_remote_name(name: str, listed: Collection[str] = ()) -> bool:
 
 
 class Dispatcher:
-    """The remote methods of one object.
+    """The remote methods of one object. Thread-safe: nothing changes after construction.
 
     The methods are looked up once, on the object's type: an entry in the instance's ``__dict__``, a property or a
-    ``__getattr__`` can never become a remote method. Thread-safe: nothing changes after construction.
-
-    Parameters
-    ----------
-    target
-        The object. Its methods run in the threads of the connections, several at a time.
-    codec
-        Codec of requests and replies.
-    max_message
-        Longest reply in bytes.
-    service_name
-        For messages.
-    log
-        Where failures of the methods go.
-
+    ``__getattr__`` can never become a remote method.
     """
 
     def __init__(
@@ -100,24 +82,9 @@ class Dispatcher:
         self._methods = _remote_methods(target, methods)
 
     def answer(self, data: bytes) -> bytes:
-        """Carry out a request and return its reply.
+        """Carry out a request and return its reply: the result, or whatever the method raised, an exit included.
 
-        Parameters
-        ----------
-        data
-            An encoded request.
-
-        Returns
-        -------
-        bytes
-            The reply: the result, or whatever the method raised, ``SystemExit`` and ``KeyboardInterrupt``
-            included.
-
-        Raises
-        ------
-        ProtocolError
-            `data` is no request.
-
+        ``ProtocolError`` if `data` is not a request.
         """
         number, name, args, kwargs = decode_request(self._codec, data)
         try:
@@ -134,13 +101,9 @@ class Dispatcher:
             self._log(logging.ERROR, "result not carried", "%s: %s", self._service_name, text)
             return self._failure(number, TypeError(text))
         if len(reply) > self._max_message:
-            return self._failure(
-                number,
-                MessageTooLargeError(
-                    f"{name}: the result has {len(reply)} bytes, the limit is {self._max_message}",
-                    hint="the call was carried out; ask for less at a time",
-                ),
-            )
+            text = f"{name}: the result has {len(reply)} bytes, the limit is {self._max_message}"
+            hint = "the call was carried out; ask for less at a time"
+            return self._failure(number, MessageTooLargeError(text, hint=hint))
         return reply
 
     def _failure(self, number: int, error: BaseException) -> bytes:
@@ -154,7 +117,9 @@ class Dispatcher:
 
 
 def _remote_methods(target: object, listed: Collection[str]) -> dict[str, Callable[..., Any]]:
-    """Return the remote methods of `target`, bound, by name."""
+    """Return the remote methods of `target`, bound, by name; ``ValueError`` if a listed one cannot be one."""
+    if isinstance(listed, str):
+        raise TypeError(f"methods is a collection of names, not the text {listed!r}")
     kind = type(target)
     methods = {}
     for name in dir(kind):
@@ -165,4 +130,7 @@ def _remote_methods(target: object, listed: Collection[str]) -> dict[str, Callab
             continue  # a property, a constant, a nested class
         bind = getattr(type(raw), "__get__", None)
         methods[name] = raw if bind is None else bind(raw, target, kind)
+    for name in listed:
+        if name not in methods:
+            raise ValueError(f"methods: {kind.__qualname__} has no public method {name!r} that could be served")
     return methods

@@ -14,35 +14,20 @@ other     nothing                  :class:`~shmelim.errors.RemoteError` with ``"
 from __future__ import annotations
 
 import builtins
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmelim import errors
+from shmelim.channel.codec import Codec
 from shmelim.errors import ProtocolError, RemoteError, ShmelimError
-
-if TYPE_CHECKING:
-    from shmelim.channel.codec import Codec
 
 _TEXT_LIMIT = 2000  # characters of one text; keeps every failure within FAILURE_LIMIT
 FAILURE_LIMIT = 16 * 1024  # bytes; a channel's message limit must be at least this
 
-_PARTS = 4
-
 
 def pack_failure(error: BaseException, codec: Codec) -> list[Any]:
-    """Return `error` in the form of the module's table.
+    """Return `error` in the form of the module's table: items that any codec carries, less than 16 KiB together.
 
-    Parameters
-    ----------
-    error
-        What a remote method raised. Arguments that `codec` does not carry, or that are large, go as their text.
-    codec
-        The codec that will encode it.
-
-    Returns
-    -------
-    list
-        Four items that any codec carries, less than 16 KiB together.
-
+    Arguments that `codec`, which will encode it, does not carry, or that are large, go as their text.
     """
     kind = type(error)
     name = kind.__name__
@@ -59,7 +44,7 @@ def pack_failure(error: BaseException, codec: Codec) -> list[Any]:
 
 
 def unpack_failure(parts: Any) -> Exception:
-    """Return the exception in the form of the module's table; ``ProtocolError`` if there is none in it."""
+    """Return the exception in the form of the module's table; ``ProtocolError`` if `parts` are not one."""
     match parts:
         case ["shmelim", str(name), [str(message), None | str() as hint], str()] if name in errors.__all__:
             own: type[ShmelimError] = getattr(errors, name)

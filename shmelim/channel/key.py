@@ -14,9 +14,11 @@ from pathlib import Path
 from shmelim.errors import KeyFileError, NotServingError
 
 KEY_SIZE = 32
+_SHORTEST = 16  # bytes; a shorter key is a mistake
 
 # A FIFO must not block the open, and a symbolic link may point to a file that somebody else controls.
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_ANEW = "stop the server, delete the file, and start the server again"
 
 
 def load_or_create_key(path: str | os.PathLike[str]) -> bytes:
@@ -38,32 +40,16 @@ def load_or_create_key(path: str | os.PathLike[str]) -> bytes:
     Raises
     ------
     KeyFileError
-        The file is a symbolic link or no regular file, belongs to another user, may be written by group or others,
-        may be read by others, or does not have 32 bytes; or it can be neither read nor made.
+        The file is a symbolic link or not a regular file, belongs to another user, may be written by group or
+        others, may be read by others, or does not have 32 bytes; or it can be neither read nor made.
 
     """
     path = os.fspath(path)
     with contextlib.suppress(FileNotFoundError):
         return _read(path, server=True)
-    temporary = f"{path}.{secrets.token_hex(8)}"
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                os.fchmod(descriptor, 0o600)  # whatever the umask took away
-                os.write(descriptor, secrets.token_bytes(KEY_SIZE))
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            with contextlib.suppress(FileExistsError):  # another process was faster, and its key counts
-                os.link(temporary, path)
-        finally:
-            Path(temporary).unlink()
-        return _read(path, server=True)
-    except OSError as error:
-        if isinstance(error, KeyFileError):
-            raise
-        raise KeyFileError(f"cannot make the key file {path}: {error.strerror or error}") from error
+    # Where another process was faster, its key counts.
+    _put(path, secrets.token_bytes(KEY_SIZE), replace=False)
+    return _read(path, server=True)
 
 
 def load_key(path: str | os.PathLike[str]) -> bytes:
@@ -82,9 +68,11 @@ def load_key(path: str | os.PathLike[str]) -> bytes:
     Raises
     ------
     NotServingError
-        There is no such file: no server has been started there.
+        There is no such file: no server has been started there. (A client that has reached a server raises
+        ``KeyFileError`` instead.)
     KeyFileError
-        The file may not be read, or is not to be trusted, for the reasons that :func:`load_or_create_key` names.
+        This process may not read the file, as the message explains; or the file is not to be trusted, for the
+        reasons that :func:`load_or_create_key` names. It says nothing of the server.
 
     """
     path = os.fspath(path)
@@ -92,6 +80,55 @@ def load_key(path: str | os.PathLike[str]) -> bytes:
         return _read(path, server=False)
     except FileNotFoundError as error:
         raise NotServingError(f"there is no key file {path}", hint="start the server first") from error
+
+
+def restore_key(path: str | os.PathLike[str], key: bytes) -> bool:
+    """Put a server's key file back if it was removed, replaced or opened to others; return whether it was.
+
+    Raises
+    ------
+    KeyFileError
+        That cannot be done. The directory must exist.
+
+    """
+    path = os.fspath(path)
+    with contextlib.suppress(FileNotFoundError, KeyFileError):
+        if _read(path, server=True) == key:
+            return False
+    _put(path, key, replace=True)
+    return True
+
+
+def check_key(authkey: object) -> bytes:
+    """Return a key that is one; ``TypeError`` or ``ValueError`` otherwise, without showing it."""
+    if not isinstance(authkey, bytes):
+        raise TypeError(f"the key must be bytes, not {type(authkey).__name__}")
+    if len(authkey) < _SHORTEST:
+        raise ValueError(f"the key must have {_SHORTEST} bytes or more; it has {len(authkey)}")
+    return authkey
+
+
+def _put(path: str, key: bytes, *, replace: bool) -> None:
+    """Make a whole key file of mode 0600 appear; without `replace` only if there is none."""
+    temporary = f"{path}.{secrets.token_hex(8)}"
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                os.fchmod(descriptor, 0o600)  # whatever the umask took away
+                os.write(descriptor, key)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            with contextlib.suppress(FileExistsError):
+                if replace:
+                    Path(temporary).replace(path)
+                else:
+                    os.link(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        raise KeyFileError(f"cannot make the key file {path}: {error.strerror or error}") from error
 
 
 def _read(path: str, *, server: bool) -> bytes:
@@ -102,9 +139,10 @@ def _read(path: str, *, server: bool) -> bytes:
         raise
     except OSError as error:
         hint = "run as its owner, or as a member of its group if that may read it"
-        if Path(path).is_symlink():
+        if os.path.islink(path):  # noqa: PTH114  # which a directory that may not be entered does not upset
             hint = "it is a symbolic link; put the file itself there"
-        raise KeyFileError(f"cannot read the key file {path}: {error.strerror or error}", hint=hint) from error
+        why = f"{error.strerror or error}; {whose(path)}"
+        raise KeyFileError(f"cannot read the key file {path}: {why}", hint=hint) from error
     try:
         status = os.fstat(descriptor)
         _check(path, status, server=server)
@@ -113,9 +151,7 @@ def _read(path: str, *, server: bool) -> bytes:
     finally:
         os.close(descriptor)
     if len(key) != KEY_SIZE:
-        raise KeyFileError(
-            f"the key file {path} does not hold {KEY_SIZE} bytes", hint="delete it and restart the server"
-        )
+        raise KeyFileError(f"the key file {path} does not hold {KEY_SIZE} bytes", hint=_ANEW)
     return key
 
 
@@ -123,11 +159,11 @@ def _check(path: str, status: os.stat_result, *, server: bool) -> None:
     """Raise ``KeyFileError`` if others than its owner decide, or know, what is in the file."""
     mode = status.st_mode
     if not stat.S_ISREG(mode):
-        raise KeyFileError(f"the key file {path} is no regular file", hint="move it away")
+        raise KeyFileError(f"the key file {path} is not a regular file", hint="move it away")
     if mode & (stat.S_IWGRP | stat.S_IWOTH | stat.S_IROTH):
         raise KeyFileError(
             f"the key file {path} has mode {stat.S_IMODE(mode):04o}: others may read or change it",
-            hint="others may know the key, so delete the file and restart the server",
+            hint=f"others may know the key, so {_ANEW}",
         )
     user = os.geteuid()
     shared = mode & stat.S_IRGRP and status.st_gid in {os.getegid(), *os.getgroups()}
@@ -136,3 +172,13 @@ def _check(path: str, status: os.stat_result, *, server: bool) -> None:
             f"the key file {path} belongs to user {status.st_uid}, not to {user}",
             hint="run as its owner, or choose another directory",
         )
+
+
+def whose(path: str | os.PathLike[str]) -> str:
+    """Say who this process is, and whose the file is that it may not use, or the nearest directory it can see."""
+    user = f"this process runs as user {os.geteuid()}"
+    for place in (Path(path), *Path(path).parents):
+        with contextlib.suppress(OSError):
+            found = place.lstat()
+            return f"{user}, {place} belongs to user {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):04o}"
+    return user

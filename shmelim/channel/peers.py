@@ -1,93 +1,62 @@
-"""The server's books: which connections there are, what each one is doing, and how many there may be."""
+"""The server's books: which connections there are, what each one is doing, and which make room for others."""
 
 from __future__ import annotations
 
+import socket
 import threading
-import time
-from enum import Enum
-from typing import TYPE_CHECKING
+from typing import Literal, TypeAlias
 
 from shmelim.channel.address import peer_credentials
 from shmelim.channel.protocol import GOODBYE
 from shmelim.channel.wire import Wire
 from shmelim.system import forks
+from shmelim.system.clock import monotonic
 
-if TYPE_CHECKING:
-    import socket
+# What becomes of a connection that has proven to hold the key: an idle one may have been sent away for it; or all
+# of them are busy; or it had to make room itself meanwhile.
+Admission: TypeAlias = Literal["welcome", "in place of another", "crowded", "dropped"]
 
-
-class Admission(Enum):
-    """What becomes of a connection that has proven to hold the key."""
-
-    WELCOME = "welcome"
-    CROWDED = "crowded"  # the bound of proven connections is reached
-    DROPPED = "dropped"  # it had to make room for a newer one meanwhile, or the server closes
+_RELIEVED = 0.9  # of the bound: with fewer connections than that it is not crowded any more
 
 
 class Peer:
-    """One connection, seen from the server.
-
-    Attributes
-    ----------
-    wire : Wire
-        The connection; used by the peer's own thread, shut down by any.
-    pid, uid : int | None
-        Of the process at the other end, as far as the kernel says.
-    label : str
-        What the log calls it; written by the accepting thread, then by the peer's own.
-    thread : threading.Thread | None
-        Its own thread; written once, under the books' lock.
-    busy : bool
-        Whether a call is under way: from the last byte of a request to the last byte of its reply. Under the
-        books' lock.
-
-    """
+    """One connection, seen from the server. Its own thread uses the wire; any may shut it down."""
 
     __slots__ = ("busy", "label", "pid", "thread", "uid", "wire")
 
     def __init__(self, sock: socket.socket, patience: float) -> None:
         self.wire = Wire(sock, patience=patience)
         self.pid, self.uid = peer_credentials(sock)
+        # What the log calls it; written by the accepting thread, then by its own.
         self.label = "a peer" if self.pid is None else f"process {self.pid} of user {self.uid}"
-        self.thread: threading.Thread | None = None
-        self.busy = False
+        self.thread: threading.Thread | None = None  # written once, under the books' lock
+        self.busy = False  # from the last byte of a request to the last byte of its reply; under the books' lock
 
 
 class Peers:
-    """All connections of a server. Every method is thread-safe and short, but for :meth:`drain`.
-
-    Parameters
-    ----------
-    max_pending
-        Bound of connections that have not yet proven to hold the key.
-    max_proven
-        Bound of those that have.
-
-    """
+    """All connections of a server. Every method is thread-safe and short, but for :meth:`drain`."""
 
     def __init__(self, *, max_pending: int, max_proven: int) -> None:
-        self.max_pending = max_pending
-        self.max_proven = max_proven
-        # One lock guards everything below. Nothing blocks or logs while it is held.
-        self._lock = threading.Lock()
+        self.max_pending = max_pending  # connections that have not yet proven to hold the key
+        self.max_proven = max_proven  # those that have
+        self.closing = False  # never goes back
+        faults = ("refused", "dropped", "wrong_key", "malformed", "overdue")
+        self._counts = dict.fromkeys(("accepted", "calls", "reclaimed", *faults), 0)
+        self._begin()
+
+    def _begin(self) -> None:
+        # One lock guards everything here. Nothing blocks or logs while it is held. Re-entrant, since a signal
+        # handler may close the server while its thread looks at the counts.
+        self._lock = threading.RLock()
         self._call_ended = threading.Condition(self._lock)  # notified only while closing
-        self._closing = False
         self._pending: dict[Peer, None] = {}  # oldest first
-        self._proven: dict[Peer, None] = {}
+        self._proven: dict[Peer, None] = {}  # the one whose last call ended longest ago first
+        self._crowded = False
         # Everyone whose thread has not ended, also those that are in none of the two above any more. Entries
-        # are made inside forks.creating_descriptors, so that a forked child finds every inherited descriptor
-        # here.
+        # are made inside forks.creating_descriptors, so that a forked child finds every inherited descriptor here.
         self._all: dict[Peer, None] = {}
-        self._counts = dict.fromkeys(
-            ("accepted", "calls", "refused", "dropped", "wrong_key", "malformed", "overdue"), 0
-        )
 
-    @property
-    def closing(self) -> bool:
-        """Whether :meth:`begin_closing` was called; never goes back."""
-        return self._closing
-
-    def accept(self, listener: socket.socket, patience: float) -> tuple[Peer, socket.socket]:
+    def accept(self, listener: socket.socket, patience: float) -> Peer:
         """Accept a connection from a non-blocking listener and enter it; ``OSError`` if there is none."""
         with forks.creating_descriptors:
             sock, _ = listener.accept()
@@ -98,7 +67,7 @@ class Peers:
                 raise
             with self._lock:
                 self._all[peer] = None
-        return peer, sock
+        return peer
 
     def admit(self, peer: Peer, thread: threading.Thread) -> bool:
         """Let the handshake begin in `thread`; return whether too many are in that state now."""
@@ -112,29 +81,48 @@ class Peers:
         """End the connection whose handshake has taken longest, and return it, if there is one."""
         with self._lock:
             peer = next(iter(self._pending), None)
-            if peer is None:
-                return None
-            del self._pending[peer]
-            self._counts["dropped"] += 1
-        peer.wire.shutdown()
-        return peer
+            if peer is not None:
+                del self._pending[peer]
+                self._counts["dropped"] += 1
+                peer.wire.shutdown()
+            return peer
+
+    def send_away_idlest(self) -> bool:
+        """Say goodbye to the proven connection that has been idle longest; return whether one was idle.
+
+        Its client connects again when it has something to ask. A request that is on its way just now is not
+        carried out: the goodbye says so, and the client sends it once more.
+        """
+        with self._lock:
+            peer = next((peer for peer in self._proven if not (peer.busy or peer.wire.begun)), None)
+            if peer is not None:
+                del self._proven[peer]
+                self._counts["reclaimed"] += 1
+                peer.wire.bid_farewell(
+                    GOODBYE
+                )  # its thread sends nothing; or its welcome, which this may overtake
+            return peer is not None
 
     def prove(self, peer: Peer) -> Admission:
         """Decide about a connection that has proven to hold the key."""
         with self._lock:
-            if peer not in self._pending or self._closing:
-                return Admission.DROPPED
+            if peer not in self._pending or self.closing:
+                return "dropped"
             del self._pending[peer]
+            admission: Admission = "welcome"
             if len(self._proven) >= self.max_proven:
-                self._counts["refused"] += 1
-                return Admission.CROWDED
+                self._crowded = True
+                if not self.send_away_idlest():
+                    self._counts["refused"] += 1
+                    return "crowded"
+                admission = "in place of another"
             self._proven[peer] = None
-            return Admission.WELCOME
+            return admission
 
     def begin_call(self, peer: Peer) -> bool:
         """Enter that a request is complete; return False if it comes too late to be carried out."""
         with self._lock:
-            if self._closing:
+            if self.closing or peer not in self._proven:
                 return False
             peer.busy = True
             self._counts["calls"] += 1
@@ -144,30 +132,34 @@ class Peers:
         """Enter that the reply is sent, or never will be; return whether the connection may go on."""
         with self._lock:
             peer.busy = False
-            if self._closing:
+            if self.closing:
                 self._call_ended.notify_all()
-            return not self._closing
+            else:  # a busy one is never sent away, and so is there
+                del self._proven[peer]
+                self._proven[peer] = None
+            return not self.closing
 
     def count(self, what: str) -> bool:
         """Count a fault of a peer; return False while closing, when every connection looks faulty."""
         with self._lock:
-            if self._closing:
-                return False
-            self._counts[what] += 1
-            return True
+            if not self.closing:
+                self._counts[what] += 1
+            return not self.closing
 
-    def forget(self, peer: Peer) -> None:
-        """Strike a connection whose thread ends (or could not begin), and close it."""
+    def forget(self, peer: Peer) -> bool:
+        """Strike a connection whose thread ends, and close it; return whether it was too crowded until now."""
         with self._lock:
-            self._pending.pop(peer, None)
-            self._proven.pop(peer, None)
-            self._all.pop(peer, None)
+            for book in (self._pending, self._proven, self._all):
+                book.pop(peer, None)
+            relieved = self._crowded and len(self._proven) < _RELIEVED * self.max_proven
+            self._crowded = self._crowded and not relieved
         peer.wire.close()
+        return relieved
 
     def begin_closing(self) -> bool:
         """Let no more calls begin; return whether this was the first time."""
         with self._lock:
-            first, self._closing = not self._closing, True
+            first, self.closing = not self.closing, True
             return first
 
     def has_thread(self, thread: threading.Thread) -> bool:
@@ -178,60 +170,41 @@ class Peers:
     def drain(self, seconds: float, join: float) -> int:
         """End all connections: idle ones at once with a goodbye, the others when their call ends or time is over.
 
-        The connection of the calling thread, if it has one, is left alone: it ends after its reply. Call this
-        after :meth:`begin_closing`, when nothing is accepted any more.
-
-        Parameters
-        ----------
-        seconds
-            For the calls under way.
-        join
-            Seconds to wait for the threads of the ended connections.
-
-        Returns
-        -------
-        int
-            Calls that were still running; their threads go on, but their replies are lost.
-
+        Call it after :meth:`begin_closing`, when nothing is accepted any more. The connection of the calling
+        thread, if it has one, ends after its reply. `join` is for the threads of the others. Return how many calls
+        still run; their threads go on, but their replies are lost.
         """
-        deadline = time.monotonic() + seconds
+        deadline = monotonic() + seconds
         with self._lock:
             others = [peer for peer in self._all if peer.thread is not threading.current_thread()]
             for peer in others:
-                # An idle peer's thread sends nothing; or its welcome, which the goodbye may overtake.
-                if not peer.busy:
-                    if peer in self._proven:
-                        peer.wire.bid_farewell(GOODBYE)
-                    else:
-                        peer.wire.shutdown()
+                if peer in self._proven and not peer.busy:
+                    peer.wire.bid_farewell(GOODBYE)
+                elif not peer.busy:
+                    peer.wire.shutdown()
             while running := sum(peer.busy for peer in others):
-                left = deadline - time.monotonic()
+                left = deadline - monotonic()
                 if left <= 0:
                     break
                 self._call_ended.wait(left)
             for peer in others:
                 peer.wire.shutdown()
             threads = [peer.thread for peer in others if peer.thread is not None and not peer.busy]
-        deadline = time.monotonic() + join
+        deadline = monotonic() + join
         for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(max(0.0, deadline - monotonic()))
         return running
 
     def stats(self) -> dict[str, int]:
         """Return the counts that :meth:`ChannelServer.stats` documents."""
         with self._lock:
-            return {
-                "connections": len(self._proven),
-                "pending": len(self._pending),
-                "running": sum(peer.busy for peer in self._proven),
-                **self._counts,
-            }
+            running = sum(peer.busy for peer in self._proven)
+            now = {"connections": len(self._proven), "pending": len(self._pending), "running": running}
+            return now | self._counts
 
     def abandon(self) -> None:
         """Close all descriptors of a forked child's copy, and forget them; nothing else is touched."""
-        self._lock = threading.Lock()
-        self._call_ended = threading.Condition(self._lock)
-        self._closing = True
-        for peer in self._all:
+        peers, self.closing = self._all, True
+        self._begin()
+        for peer in peers:
             peer.wire.abandon()
-        self._all, self._pending, self._proven = {}, {}, {}

@@ -10,38 +10,36 @@ then the client says hello and the server answers; from there on it is one reque
                                             ←   reply   [id, True, result] or [id, False, failure]
                                             ←   goodbye, an empty message
 
-With its goodbye a server that closes says: no request that came after my last reply was carried out, or will be.
-So its client can send such a request to the next server, although it cannot know what happened to one that was
-lost in any other way. Hello and welcome are always msgpack; requests and replies are in the channel's codec.
+With its goodbye a server says: no request that came after my last reply on this connection was carried out, or
+will be. So its client can send such a request again elsewhere, although it cannot know what happened to one that
+was lost in any other way. Hello and welcome are always msgpack; requests and replies are in the channel's codec.
+
+The managers of :mod:`multiprocessing` begin with the same handshake, so that one of them and one of us may even
+hold the same key. What they say next is a pickle, which is recognised, answered in their way, and never unpickled.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from shmelim.channel.codec import MSGPACK, UncarriedValueError
+from shmelim.channel.codec import MSGPACK, Codec, UncarriedValueError, is_pickle
 from shmelim.errors import ProtocolError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from shmelim.channel.codec import Codec
 
 PROTOCOL = 1  # raised with every change that one of the two ends would misunderstand
 DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024  # bytes
 GOODBYE = b""
 HELLO_LIMIT = 512  # bytes; hello and welcome
-MIN_KEY_SIZE = 16  # bytes; a shorter key is a mistake
+WELCOME_LIMIT = 64 * 1024  # bytes; what may come in its place, such as a manager's traceback
 
 _NAME_LIMIT = 60  # characters of a program or service name; four bytes each still fit into HELLO_LIMIT
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(NamedTuple):
     """What a client says of itself."""
 
     protocol: int
@@ -49,32 +47,13 @@ class Hello:
     program: str
 
 
-@dataclass(frozen=True, slots=True)
-class Welcome:
+class Welcome(NamedTuple):
     """What a server answers; `refusal` says why it takes no requests."""
 
     protocol: int
     service_name: str
     refusal: str | None
     max_message: int  # longest request in bytes
-
-
-class Request(NamedTuple):
-    """One call."""
-
-    number: int
-    method: str
-    args: list[Any]
-    kwargs: dict[str, Any]
-
-
-def check_key(authkey: object) -> bytes:
-    """Return a key that is one; ``TypeError`` or ``ValueError`` otherwise, without showing it."""
-    if not isinstance(authkey, bytes):
-        raise TypeError(f"the key must be bytes, not {type(authkey).__name__}")
-    if len(authkey) < MIN_KEY_SIZE:
-        raise ValueError(f"the key must have {MIN_KEY_SIZE} bytes or more; it has {len(authkey)}")
-    return authkey
 
 
 def encode_hello() -> bytes:
@@ -104,6 +83,16 @@ def decode_welcome(data: bytes) -> Welcome:
     raise ProtocolError("the server's welcome has an unknown form")
 
 
+def is_managers_reply(data: bytes) -> bool:
+    """Whether this is what a manager of :mod:`multiprocessing` answers to whatever is not a call of its own."""
+    return is_pickle(data) and any(kind in data[:40] for kind in (b"#TRACEBACK", b"#ERROR", b"#RETURN"))
+
+
+def encode_managers_refusal(text: str) -> bytes:
+    """Return what makes a client of a :mod:`multiprocessing` manager raise ``RemoteError`` with that text."""
+    return pickle.dumps(("#TRACEBACK", text))
+
+
 def encode_request(
     codec: Codec, number: int, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bytes:
@@ -116,25 +105,24 @@ def encode_request(
         raise TypeError(f"{method}: {error.naming(root, tuple(place))}") from None
 
 
-def decode_request(codec: Codec, data: bytes) -> Request:
-    """Return the request in `data`; ``ProtocolError`` if there is none."""
+def decode_request(codec: Codec, data: bytes) -> tuple[int, str, list[Any], dict[str, Any]]:
+    """Return a request's id, method, arguments and keywords; ``ProtocolError`` if `data` is not one."""
     parts = codec.loads(data)
-    if type(parts) is list and len(parts) == len(Request._fields):
+    # Exact types: a bool is an int too.
+    if type(parts) is list and [type(part) for part in parts] == [int, str, list, dict]:
         number, method, args, kwargs = parts
-        # Exact types: a bool is an int too.
-        if type(number) is int and type(method) is str and type(args) is list and type(kwargs) is dict:
-            return Request(number, method, args, kwargs)
+        return number, method, args, kwargs
     raise ProtocolError("the request has an unknown form")
 
 
 def decode_reply(codec: Codec, data: bytes, number: int) -> tuple[bool, Any]:
-    """Return whether the call succeeded, and its result or failure; ``ProtocolError`` if it is no reply to it."""
+    """Return whether the call succeeded, and its result or failure; ``ProtocolError`` if that is not its reply."""
     parts = codec.loads(data)
-    if type(parts) is list and len(parts) == 3 and type(parts[1]) is bool:  # noqa: PLR2004
-        if parts[0] == number:
-            return parts[1], parts[2]
+    if type(parts) is not list or len(parts) != 3 or type(parts[1]) is not bool:  # noqa: PLR2004
+        raise ProtocolError("the reply has an unknown form")
+    if parts[0] != number:
         raise ProtocolError("the reply belongs to another request")
-    raise ProtocolError("the reply has an unknown form")
+    return parts[1], parts[2]
 
 
 def _short(name: str) -> str:

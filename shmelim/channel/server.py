@@ -1,49 +1,48 @@
 """The server's end of a channel: accepts connections, proves keys, carries out requests, and cannot be held up.
 
-One thread accepts, and does nothing else. Each connection has a thread of its own, in which the handshake and
-the calls run, every step under a deadline that the socket itself keeps (see :mod:`shmelim.channel.wire`); so a
-silent, slow or hostile peer holds up its own thread, and that one only until its deadline. How many connections
-there are, proven and unproven, has a bound each.
+One thread accepts, and puts back what others removed of the server's address. Each connection has a thread of its
+own, in which the handshake and the calls run, every step under a deadline (see :mod:`shmelim.channel.wire`); so a
+silent, slow or hostile peer holds up its own thread, and that one only until its deadline. The number of
+connections has a bound: beyond it the unproven one that took longest, or the one that was idle longest, makes
+room.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import select
 import socket
 import threading
 import time
+from collections.abc import Collection
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import answer_challenge, deliver_challenge
-from typing import TYPE_CHECKING, Self
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
 
-from shmelim.channel.address import describe, listen, new_socket, normalize
-from shmelim.channel.codec import MSGPACK
+from shmelim.channel import protocol
+from shmelim.channel.address import Address, SocketFile, describe, listen, new_socket, normalize
+from shmelim.channel.codec import MSGPACK, Codec, is_pickle
 from shmelim.channel.dispatch import Caller, Dispatcher, set_caller
 from shmelim.channel.failures import FAILURE_LIMIT
-from shmelim.channel.peers import Admission, Peer, Peers
-from shmelim.channel.protocol import (
-    DEFAULT_MAX_MESSAGE,
-    GOODBYE,
-    HELLO_LIMIT,
-    PROTOCOL,
-    check_key,
-    decode_hello,
-    encode_welcome,
-)
+from shmelim.channel.key import check_key, restore_key
+from shmelim.channel.peers import Peer, Peers
+from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE, PROTOCOL
 from shmelim.errors import ProtocolError
 from shmelim.system import forks
+from shmelim.system.clock import monotonic
 from shmelim.system.logs import LimitedLog
+from shmelim.system.problems import Problems
 
-if TYPE_CHECKING:
-    from collections.abc import Collection
-    from types import TracebackType
-
-    from shmelim.channel.address import Address, SocketFile
-    from shmelim.channel.codec import Codec
+CROWDED: Final = "connections_crowded"
+UNREACHABLE: Final = "channel_unreachable"
 
 _JOIN = 1.0  # seconds for threads whose connection was shut; a method that hangs is left behind, as a daemon
 _EXHAUSTED = 0.05  # seconds of pause when the process has no descriptor or thread left for a connection
+_LOOK = 0.5  # seconds between two looks at the server's own address
 
 _logger = logging.getLogger("shmelim.channel")
 
@@ -51,8 +50,10 @@ _logger = logging.getLogger("shmelim.channel")
 class ChannelServer:
     """Serves the remote methods of one object to clients that hold the key.
 
-    Remote methods are those of the object's type whose name ends in ``_rpc`` and does not start with an
-    underscore. They run in several threads at a time, one for each connection.
+    Remote methods are those of the object's type whose name ends in ``_rpc`` or is listed, and does not start with
+    an underscore. They run in several threads at a time, one for each connection. A socket or key file that
+    somebody cleans away is put back within a second, its directory (0700) included; connections are not touched by
+    that.
 
     Thread-safe. In a forked child the copy is inert: its descriptors are closed, and it touches neither the socket
     file nor the connections; the parent's goes on.
@@ -67,10 +68,13 @@ class ChannelServer:
         The key, 16 bytes or more.
     service_name
         Name for clients, messages, and threads.
+    methods
+        Names of methods that are served though they do not end in ``_rpc``.
     max_message
         Longest message in bytes, both ways; 16 KiB or more.
     max_connections
-        Bound of connections that hold the key; one more is told that the server is at its limit.
+        Bound of connections that hold the key. One more takes the place of the one that was idle longest, whose
+        client connects again by itself; where all are busy, it is told that the server is at its limit.
     max_pending
         Bound of connections that have not proven to hold the key; one more makes the oldest be dropped.
     handshake_timeout
@@ -80,13 +84,32 @@ class ChannelServer:
         may stay for ever.
     codec
         Codec of requests and replies.
-    methods
-        Names of further methods to serve, which do not end in ``_rpc``.
+    key_path
+        The file from which clients load the key, to be put back if it vanishes; None: that is somebody else's
+        care.
+    problems
+        Where ``connections_crowded`` (idle ones have to make room) and ``channel_unreachable`` (what was cleaned
+        away cannot be put back) are reported; None: in the log only.
 
     Raises
     ------
     TypeError, ValueError
-        `address` or `authkey` is none, or a limit is too small.
+        `address`, `authkey` or one of `methods` is not what it should be, or a limit is too small.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from shmelim.channel import ChannelClient
+    >>> class Greeter:
+    ...     def greet_rpc(self, name):
+    ...         return f"hello, {name}"
+    >>> key = b"32 random bytes, from a key file"
+    >>> with tempfile.TemporaryDirectory() as place, ChannelServer(Greeter(), f"{place}/socket", key) as server:
+    ...     with ChannelClient(server.address, key) as client:
+    ...         client.call("greet_rpc", ("you",))
+    ...     server.stats()["calls"]
+    'hello, you'
+    1
 
     """
 
@@ -97,13 +120,15 @@ class ChannelServer:
         authkey: bytes,
         *,
         service_name: str = "shmelim",
+        methods: Collection[str] = (),
         max_message: int = DEFAULT_MAX_MESSAGE,
         max_connections: int = 512,
         max_pending: int = 128,
         handshake_timeout: float = 5.0,
         message_timeout: float = 30.0,
         codec: Codec = MSGPACK,
-        methods: Collection[str] = (),
+        key_path: str | os.PathLike[str] | None = None,
+        problems: Problems | None = None,
     ) -> None:
         if not FAILURE_LIMIT <= max_message < 2**31:
             raise ValueError(f"max_message must be {FAILURE_LIMIT} bytes to 2 GiB, not {max_message}")
@@ -117,6 +142,8 @@ class ChannelServer:
         self._max_message = max_message
         self._handshake_timeout = handshake_timeout
         self._message_timeout = message_timeout
+        self._key_path = None if key_path is None else Path(key_path)
+        self._problems = Problems() if problems is None else problems
         self._log = LimitedLog(_logger)
         self._dispatcher = Dispatcher(
             target,
@@ -128,13 +155,14 @@ class ChannelServer:
         )
         self._peers = Peers(max_pending=max_pending, max_proven=max_connections)
         self._closed = threading.Event()
-        # Written by start() and then by the one close() that comes first; a forked child, which is alone,
-        # clears them.
         self._started = False
-        self._listener: socket.socket | None = None
+        # Written by start(), then by the accepting thread, then by the one close() that comes first; a forked
+        # child, which is alone, clears them. The sockets are the pair that ends the accepting thread's wait, and
+        # the listening one, which comes last.
+        self._sockets: list[socket.socket] = []
+        self._wake: socket.socket | None = None
         self._socket_file: SocketFile | None = None
         self._acceptor: threading.Thread | None = None
-        self._wake: tuple[socket.socket, socket.socket] | None = None  # ends the accepting thread's wait
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._service_name!r} at {describe(self._location)}>"
@@ -145,12 +173,7 @@ class ChannelServer:
         return self._location
 
     def start(self) -> Self:
-        """Listen and serve; clients can connect when this returns.
-
-        Returns
-        -------
-        ChannelServer
-            This object.
+        """Listen and serve; return this object. Clients can connect when this returns.
 
         Raises
         ------
@@ -166,14 +189,11 @@ class ChannelServer:
         try:
             forks.register(self)
             with forks.creating_descriptors:
-                self._listener = new_socket(self._location)
-                self._wake = socket.socketpair()
-            self._location, self._socket_file = listen(self._listener, self._location)
+                wakes, self._wake = socket.socketpair()
+                self._sockets += [wakes, self._wake]
+            self._listen()
             self._acceptor = threading.Thread(
-                target=self._accept,
-                args=(self._listener, self._wake[0]),
-                name=f"{self._service_name}-accept",
-                daemon=True,
+                target=self._accept, args=(wakes,), name=f"{self._service_name}-accept", daemon=True
             )
             self._acceptor.start()
         except BaseException:
@@ -181,18 +201,23 @@ class ChannelServer:
             raise
         return self
 
+    def _listen(self, patience: float | None = None) -> None:
+        with forks.creating_descriptors:
+            sock = new_socket(self._location)
+            self._sockets.append(sock)
+        try:
+            self._location, self._socket_file = listen(sock, self._location, patience)
+        except BaseException:
+            self._sockets.remove(sock)
+            sock.close()
+            raise
+
     def close(self, drain: float = 2.0) -> None:
         """Stop accepting, let running calls finish, end every connection, remove the socket file. Idempotent.
 
-        May be called from a remote method, whose reply is still sent. A second call from another thread waits
-        for the first.
-
-        Parameters
-        ----------
-        drain
-            Seconds for calls that run. A method that takes longer goes on in its thread, but its reply is lost;
-            the log says how many there are.
-
+        May be called from a remote method, whose reply is still sent, and from a signal handler. A second call
+        from another thread waits for the first. Calls that run have `drain` seconds; a method that takes longer
+        goes on in its thread, but its reply is lost, and the log says how many there are.
         """
         if not self._peers.begin_closing():
             if not self._peers.has_thread(threading.current_thread()):
@@ -215,14 +240,10 @@ class ChannelServer:
     def stats(self) -> dict[str, int]:
         """Return counts.
 
-        Returns
-        -------
-        dict
-            Now: `connections` (that hold the key), `pending` (not yet known to), `running` (calls). Since the
-            start: `accepted` connections, `calls`, `refused` (limit of connections), `dropped` (limit of
-            pending ones), `wrong_key`, `malformed` (no message of this protocol, or too large), `overdue`
-            (handshake, request or reply not finished in time).
-
+        Now: `connections` (that hold the key), `pending` (not yet known to), `running` (calls). Since the start:
+        `accepted` connections, `calls`, `reclaimed` (idle connections that made room), `refused` (at the limit,
+        all busy), `dropped` (limit of pending ones), `wrong_key`, `malformed` (not a message of this protocol, or
+        too large), `overdue` (handshake, request or reply not finished in time).
         """
         return self._peers.stats()
 
@@ -230,39 +251,57 @@ class ChannelServer:
         """Make this copy inert. Called by :mod:`shmelim.system.forks`."""
         self._log.after_fork_in_child()
         self._peers.abandon()
-        for sock in (self._listener, *(self._wake or ())):
-            if sock is not None:
-                sock.close()
-        self._listener = self._wake = self._socket_file = self._acceptor = None
+        for sock in self._sockets:
+            sock.close()
+        self._sockets = []
+        self._wake = self._socket_file = self._acceptor = None
         self._closed = threading.Event()
         self._closed.set()
 
     # Accepting: in the accepting thread only.
 
-    def _accept(self, listener: socket.socket, wake: socket.socket) -> None:
+    def _accept(self, wakes: socket.socket) -> None:
+        listener, look = self._sockets[-1], monotonic() + _LOOK
         poller = select.poll()
-        poller.register(listener, select.POLLIN)
-        poller.register(wake, select.POLLIN)
+        for sock in (wakes, listener):
+            poller.register(sock, select.POLLIN)
         while True:
-            poller.poll()
+            poller.poll(_LOOK * 1000)
             if self._peers.closing:
                 return
-            try:
-                self._accept_one(listener)
-            except (BlockingIOError, ConnectionAbortedError):
-                continue  # it went away before we came
-            except Exception as error:  # no descriptor, memory or thread left: make room, and go on
-                self._warn("accept", f"cannot accept a connection: {error}")
-                self._peers.drop_oldest()
-                time.sleep(_EXHAUSTED)
+            if monotonic() >= look:
+                self._keep_address()
+                if self._sockets[-1] is not listener:
+                    poller.unregister(listener)
+                    while self._accept_one(listener):  # who had connected when its file vanished
+                        pass
+                    self._sockets.remove(listener)
+                    listener.close()
+                    listener = self._sockets[-1]
+                    poller.register(listener, select.POLLIN)
+                look = monotonic() + _LOOK
+            self._accept_one(listener)
 
-    def _accept_one(self, listener: socket.socket) -> None:
-        peer, sock = self._peers.accept(listener, self._message_timeout)
+    def _accept_one(self, listener: socket.socket) -> bool:
+        """Accept a connection if there is one; return whether there was."""
         try:
-            sock.setblocking(True)  # noqa: FBT003
-            if sock.family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            peer.wire.deadline = time.monotonic() + self._handshake_timeout
+            self._begin_conversation(listener)
+        except (BlockingIOError, ConnectionAbortedError):
+            return False  # it went away before we came
+        except Exception as error:  # no descriptor, memory or thread left: make room, and go on
+            self._warn("accept", f"cannot accept a connection: {error}")
+            if not self._peers.drop_oldest():
+                self._peers.send_away_idlest()
+            time.sleep(_EXHAUSTED)
+            return False
+        return True
+
+    def _begin_conversation(self, listener: socket.socket) -> None:
+        peer = self._peers.accept(listener, self._message_timeout)
+        try:
+            if listener.family != socket.AF_UNIX:
+                peer.wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            peer.wire.deadline = monotonic() + self._handshake_timeout
             thread = threading.Thread(
                 target=self._converse, args=(peer,), name=f"{self._service_name}-peer", daemon=True
             )
@@ -276,15 +315,36 @@ class ChannelServer:
             self._peers.forget(peer)
             raise
 
+    def _keep_address(self) -> None:
+        """Put back what clients find the server by, where somebody removed it."""
+        put_back = []
+        try:
+            if self._key_path is not None:
+                self._key_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if restore_key(self._key_path, self._authkey):
+                    put_back.append(str(self._key_path))
+            if self._socket_file is not None and self._socket_file.is_lost():
+                Path(self._socket_file.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._listen(_LOOK)
+                put_back.append(self._socket_file.path)
+        except Exception as error:
+            text = f"clients cannot find the server, whose files were removed: {error}"
+            self._warn("address", text)
+            remedy = "make it possible to put them back, or restart the server"
+            self._problems.report(UNREACHABLE, text, subject=self._service_name, remedy=remedy)
+        else:
+            self._problems.clear(UNREACHABLE, self._service_name)
+            if put_back:
+                self._warn("put back", f"somebody removed {' and '.join(put_back)}: put back")
+
     def _stop_accepting(self) -> None:
         """End the accepting thread, then free the address; by the one thread that closes."""
         if self._wake is not None:
-            self._wake[1].send(b"x")
+            self._wake.send(b"x")
         if self._acceptor is not None and self._acceptor.is_alive():
             self._acceptor.join()
-        for sock in (self._listener, *(self._wake or ())):
-            if sock is not None:
-                sock.close()
+        for sock in self._sockets:
+            sock.close()
         if self._socket_file is not None:
             try:
                 self._socket_file.remove()
@@ -310,23 +370,30 @@ class ChannelServer:
         except BaseException:
             self._log(logging.ERROR, "conversation", "%s: a connection failed", self._service_name, exc_info=True)
         finally:
-            self._peers.forget(peer)
+            if self._peers.forget(peer):
+                self._problems.clear(CROWDED, self._service_name)
 
     def _shake_hands(self, peer: Peer) -> bool:
         """Prove the key both ways, then exchange hello and welcome; return whether the peer may go on."""
         wire = peer.wire
         deliver_challenge(wire, self._authkey)  # type: ignore[arg-type]  # a Wire has what this uses
         answer_challenge(wire, self._authkey)  # type: ignore[arg-type]
-        hello = decode_hello(wire.recv_bytes(HELLO_LIMIT))
+        hello = self._hello(peer)
         admission = self._peers.prove(peer)
-        if admission is Admission.DROPPED:
+        if admission == "dropped":
             return False
-        refusal = None
-        if admission is Admission.CROWDED:
-            refusal = f"{self._service_name} is at its limit of {self._peers.max_proven} connections"
-        wire.send_bytes(encode_welcome(self._service_name, refusal, self._max_message))
+        bound, refusal = self._peers.max_proven, None
+        if admission == "crowded":
+            refusal = f"{self._service_name} is at its limit of {bound} connections, and all are busy"
+        if admission != "welcome":
+            self._warn(
+                "crowded", f"{peer.label} finds {bound} connections, the limit: {refusal or 'an idle one goes'}"
+            )
+            remedy = "see which processes keep so many clients, or raise max_connections"
+            text = f"{bound} connections are the limit, and idle ones make room for new ones"
+            self._problems.report(CROWDED, text, subject=self._service_name, severity="notice", remedy=remedy)
+        wire.send_bytes(protocol.encode_welcome(self._service_name, refusal, self._max_message))
         if refusal is not None:
-            self._warn("refused", f"refused {peer.label}: {refusal}")
             return False
         if hello.protocol != PROTOCOL:
             raise ProtocolError(f"it speaks protocol {hello.protocol}, this server {PROTOCOL}")
@@ -335,6 +402,21 @@ class ChannelServer:
         set_caller(Caller(pid, peer.uid, hello.program))
         wire.deadline = None
         return True
+
+    def _hello(self, peer: Peer) -> protocol.Hello:
+        data = peer.wire.recv_bytes(protocol.HELLO_LIMIT)
+        try:
+            return protocol.decode_hello(data)
+        except ProtocolError as error:
+            if not is_pickle(data):
+                raise
+            text = (
+                f"{self._service_name} at {describe(self._location)} is not a multiprocessing manager but a "
+                f"command channel of shmelim: call it with shmelim's clients, or give the manager its own address"
+            )
+            with contextlib.suppress(OSError):
+                peer.wire.send_bytes(protocol.encode_managers_refusal(text))
+            raise ProtocolError("it is a client of a multiprocessing manager, and was told so") from error
 
     def _serve(self, peer: Peer) -> None:
         wire, peers, answer = peer.wire, self._peers, self._dispatcher.answer

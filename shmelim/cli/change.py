@@ -6,43 +6,26 @@ import contextlib
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Final
 
 import click
 
-from shmelim.cli import output
-from shmelim.cli.failure import NO, FileProblemError, RefusedError
-from shmelim.cli.options import HOTKEY, Command, Settings, settings_options
+from shmelim.cli.failure import NO, YES, FileProblemError, RefusedError
+from shmelim.cli.options import HOTKEY, PATH_OR_DASH, Settings, command
+from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
-from shmelim.eliminations import EliminationClient, EliminationReason
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.files import format as files
-from shmelim.eliminations.record import decode, generate_row
+from shmelim.eliminations.record import EliminationReason, decode, generate_row
 from shmelim.errors import DamagedFileError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-_STDIN = Path("/dev/stdin")
-_SHOWN = 3
+_REASONS: Final = ", ".join(EliminationReason.__members__)
+_SHOWN: Final = 3
 
 
-@contextlib.contextmanager
-def _client(name: str) -> Iterator[EliminationClient]:
-    client = EliminationClient(name)
-    try:
-        yield client
-    finally:
-        client.close()
-
-
-@click.command(cls=Command, short_help="Eliminate a hotkey.")
+@command
 @click.argument("hotkey", type=HOTKEY)
-@click.option(
-    "--reason",
-    required=True,
-    metavar="REASON",
-    help=f"Why: normally one of {', '.join(reason.value for reason in EliminationReason)}.",
-)
+@click.option("--reason", required=True, metavar="REASON", help=f"Why: normally one of {_REASONS}.")
 @click.option("--dd", type=float, metavar="X", help="The drawdown, stored as given.")
 @click.option(
     "--time-ms",
@@ -50,8 +33,6 @@ def _client(name: str) -> Iterator[EliminationClient]:
     metavar="T",
     help="When, in milliseconds since 1970 UTC [default: now].",
 )
-@settings_options
-@click.pass_obj
 def add(settings: Settings, *, hotkey: str, reason: str, dd: float | None, time_ms: int | None) -> None:
     """Eliminate HOTKEY, or replace its record. When this returns, every reader sees it and it is durable.
 
@@ -65,23 +46,17 @@ def add(settings: Settings, *, hotkey: str, reason: str, dd: float | None, time_
     if dd is not None and not math.isfinite(dd):
         raise click.UsageError(f"--dd must be a number, not {dd}")
     if reason not in EliminationReason.__members__:
-        usual = ", ".join(EliminationReason.__members__)
-        click.echo(f"note: {output.printable(repr(reason))} is stored as given; usual are {usual}", err=True)
+        click.echo(f"note: {printable(repr(reason))} is stored as given; usual are {_REASONS}", err=True)
     at_ms = time.time_ns() // 1_000_000 if time_ms is None else time_ms
-    with _client(settings.name) as client:
+    with contextlib.closing(EliminationClient(settings.name)) as client:
         added = client.append_elimination_row(hotkey, dd, reason, at_ms)
-    if settings.as_json:
-        elimination = generate_row(hotkey, dd, reason, at_ms)
-        output.document({"name": settings.name, "added": added, "elimination": elimination})
-    else:
-        click.echo(f"{'added' if added else 'replaced'}: {output.printable(hotkey)}")
+    content = {"added": added, "elimination": generate_row(hotkey, dd, reason, at_ms)}
+    settings.say(content, f"{'added' if added else 'replaced'}: {printable(hotkey)}")
 
 
-@click.command(cls=Command, short_help="Take an elimination back.")
+@command
 @click.argument("hotkey", type=HOTKEY)
-@settings_options
-@click.pass_context
-def remove(context: click.Context, *, hotkey: str) -> None:
+def remove(settings: Settings, *, hotkey: str) -> int:
     """Remove the elimination of HOTKEY; exit code 1 if there was none. The history keeps what it was.
 
     With --json: name, hotkey, removed.
@@ -89,26 +64,20 @@ def remove(context: click.Context, *, hotkey: str) -> None:
     For example:
       shmelim remove 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
     """
-    settings: Settings = context.obj
-    with _client(settings.name) as client:
+    with contextlib.closing(EliminationClient(settings.name)) as client:
         removed = bool(client.delete_eliminations([hotkey]))
-    if settings.as_json:
-        output.document({"name": settings.name, "hotkey": hotkey, "removed": removed})
-    else:
-        click.echo(f"{'removed' if removed else 'not eliminated'}: {output.printable(hotkey)}")
-    if not removed:
-        context.exit(NO)
+    what = "removed" if removed else "not eliminated"
+    settings.say({"hotkey": hotkey, "removed": removed}, f"{what}: {printable(hotkey)}")
+    return YES if removed else NO
 
 
-@click.command(cls=Command, short_help="Replace all eliminations by those of a file.")
-@click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
-@settings_options
-@click.pass_obj
+@command
+@click.argument("file", type=PATH_OR_DASH)
 def sync(settings: Settings, *, file: Path) -> None:
     """Make exactly the eliminations in FILE the current ones, in one step; "-" is stdin.
 
-    FILE is {"eliminations": [record, …]}. Whatever is not in it is no longer eliminated. If a single record is not
-    fit to be stored, nothing is changed, the exit code is 1, and the error names the record.
+    FILE is {"eliminations": [record, …]}. A hotkey that is not in it is no longer eliminated. If a single record
+    cannot be stored, nothing is changed, the exit code is 1, and the error names the record.
 
     With --json: name, records (in the file), removed [hotkey], eliminated (how many there are now).
 
@@ -119,7 +88,7 @@ def sync(settings: Settings, *, file: Path) -> None:
     with DelayedProgress() as progress, contextlib.ExitStack() as stack:
         progress.tell("reading", 0, None)
         records = _read(file)
-        client = stack.enter_context(_client(settings.name))
+        client = stack.enter_context(contextlib.closing(EliminationClient(settings.name)))
         progress.tell("sending", 0, len(records))
 
         def tell(sent: int) -> None:
@@ -133,18 +102,13 @@ def sync(settings: Settings, *, file: Path) -> None:
         except (ValueError, TypeError) as error:
             raise RefusedError(str(error), hint="nothing was changed") from error
         eliminated = len(client)
-    if settings.as_json:
-        output.document(
-            {"name": settings.name, "records": len(records), "removed": removed, "eliminated": eliminated}
-        )
-    else:
-        click.echo(f"{len(removed)} removed, {eliminated} eliminated now")
+    content = {"records": len(records), "removed": removed, "eliminated": eliminated}
+    settings.say(content, f"{len(removed)} removed, {eliminated} eliminated now")
 
 
 def _read(file: Path) -> list[bytes]:
     """Return the records of a file, or refuse it whole."""
-    shown = "stdin" if str(file) == "-" else str(file)
-    path = _STDIN if str(file) == "-" else file
+    shown, path = ("stdin", Path("/dev/stdin")) if str(file) == "-" else (str(file), file)
     if path.is_dir():
         raise FileProblemError(f"{shown} is a directory, not a file")
     try:

@@ -5,32 +5,27 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from shmelim.cli import output
 from shmelim.cli.failure import FileProblemError
-from shmelim.cli.options import Command, Settings, owner_option, settings_options
-from shmelim.eliminations import EliminationReader
+from shmelim.cli.options import PATH_OR_DASH, Settings, command, owner_option
+from shmelim.cli.output import printable
 from shmelim.eliminations.files import format as files
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.reading import Snapshot
 from shmelim.eliminations.record import encode
 
-if TYPE_CHECKING:
-    from shmelim.eliminations import Snapshot
 
-
-@click.command(cls=Command, short_help="Write the state to a JSON file.")
-@click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
+@command
+@click.argument("file", type=PATH_OR_DASH)
 @click.option("--departed", is_flag=True, help="Write the departed hotkeys instead of the eliminations.")
 @owner_option
-@settings_options
-@click.pass_obj
 def export(settings: Settings, *, file: Path, departed: bool, owner: int | None) -> None:
     """Write the current eliminations to FILE as {"eliminations": […]}, or to stdout if it is "-".
 
-    As of one moment, and in one step: FILE is either the old one or the whole new one. Works while the server is
-    dead.
+    All as of one moment, and in one step: FILE is either the old one or the whole new one. Works while the server
+    is dead.
 
     With --json: name, version, file, count.
 
@@ -51,17 +46,13 @@ def export(settings: Settings, *, file: Path, departed: bool, owner: int | None)
     if file.is_dir():
         raise FileProblemError(f"{file} is a directory, not a file")
     if file.exists() and not file.is_file():
-        raise FileProblemError(f"{file} is no regular file", hint='write to stdout with "-" instead')
-    if not file.absolute().parent.is_dir():
-        raise FileProblemError(f"there is no directory {file.absolute().parent} to write {file.name} to")
+        raise FileProblemError(f"{file} is not a regular file", hint='write to stdout with "-" instead')
+    if not file.parent.is_dir():
+        raise FileProblemError(f"there is no directory {file.parent} to write {file.name} to")
     _write(file, snapshot, departed=departed)
-    if settings.as_json:
-        output.document(
-            {"name": settings.name, "version": snapshot.version, "file": str(file.absolute()), "count": count}
-        )
-    else:
-        what = "departed hotkeys" if departed else "eliminations"
-        click.echo(f"{count} {what} written to {output.printable(str(file))}")
+    what = "departed hotkeys" if departed else "eliminations"
+    content = {"version": snapshot.version, "file": str(file), "count": count}
+    settings.say(content, f"{count} {what} written to {printable(str(file))}")
 
 
 def _write(path: Path, snapshot: Snapshot, *, departed: bool) -> None:

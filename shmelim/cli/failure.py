@@ -8,7 +8,7 @@ code  meaning
 2     wrong usage
 3     nothing is served under that name
 4     any other error
-130   broken off with Ctrl-C; 141: whoever read the output went away
+130   interrupted with Ctrl-C; 141: whoever read the output went away
 ====  ==========================================================================
 """
 
@@ -22,6 +22,7 @@ import click
 from shmelim.cli.output import printable
 from shmelim.errors import NotServingError, ShmelimError
 
+YES: Final = 0
 NO: Final = 1
 USAGE: Final = 2
 NOT_SERVING: Final = 3
@@ -47,35 +48,24 @@ class Failure(NamedTuple):
 
 
 def describe(error: BaseException, name: str) -> Failure:
-    """Return how an error is shown and which exit code it has.
-
-    Parameters
-    ----------
-    error
-        What was raised.
-    name
-        The name that the command was about.
-
-    """
-    message, hint, exit_code = str(error), None, ERROR
+    """Return how an error of a command about a name is shown, and its exit code."""
     match error:
         case click.UsageError():
             command = error.ctx.command_path if error.ctx is not None else "shmelim"
-            message, hint, exit_code = error.format_message(), f"see `{command} --help`", USAGE
+            return Failure(error.format_message(), f"see `{command} --help`", USAGE)
         case NotServingError():
-            message, exit_code = error.message, NOT_SERVING
             hint = error.hint or f"start it with `shmelim serve --name {name}`"
+            return Failure(error.message, hint, NOT_SERVING)
         case ShmelimError():
-            message, hint = error.message, error.hint
-            exit_code = NO if isinstance(error, RefusedError) else ERROR
+            return Failure(error.message, error.hint, NO if isinstance(error, RefusedError) else ERROR)
         case OSError():
-            message = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
+            where = f"{error.filename}: " if error.filename else ""
+            return Failure(f"{where}{error.strerror or error}", None, ERROR)
         case ValueError() | TypeError():
-            pass
+            return Failure(str(error), None, ERROR)
         case _:
-            message = f"unexpected {type(error).__name__}: {error}"
             hint = "run it again with --debug to see where it came from"
-    return Failure(message, hint, exit_code)
+            return Failure(f"unexpected {type(error).__name__}: {error}", hint, ERROR)
 
 
 def show(failure: Failure, *, as_json: bool) -> None:
@@ -83,10 +73,6 @@ def show(failure: Failure, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"error": failure.message, "hint": failure.hint}), err=True)
         return
-    click.echo(f"error: {_one_line(failure.message)}", err=True)
-    if failure.hint:
-        click.echo(f"hint: {_one_line(failure.hint)}", err=True)
-
-
-def _one_line(text: str) -> str:
-    return printable(" ".join(text.split()))
+    for kind, text in (("error", failure.message), ("hint", failure.hint)):
+        if text:
+            click.echo(f"{kind}: {printable(' '.join(text.split()))}", err=True)

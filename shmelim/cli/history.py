@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 
 from shmelim.cli import output
-from shmelim.cli.offline import from_store
-from shmelim.cli.options import HOTKEY, Command, Settings, settings_options
-from shmelim.eliminations import EliminationClient
-from shmelim.eliminations.server import event_as_dict
+from shmelim.cli.offline import ask
+from shmelim.cli.options import HOTKEY, PATH, Settings, command
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.store.history import read_events
-from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from shmelim.errors import MessageTooLargeError
 
 _PAGE: Final = 200
 
 
-@click.command(cls=Command, short_help="Show who changed what, and when.")
+@command
 @click.argument("hotkey", type=HOTKEY, required=False)
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, metavar="N", help="At most N.")
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=50, show_default=True, metavar="N", help="At most so many."
+    "--state-dir", type=PATH, metavar="DIR", help="Read the store in this directory, without asking a server."
 )
-@click.option(
-    "--state-dir",
-    type=click.Path(path_type=Path, readable=False),
-    metavar="DIR",
-    help="Read the history in this state directory, without asking a server.",
-)
-@settings_options
-@click.pass_obj
 def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Path | None) -> None:
     """Show the changes of HOTKEY, or all changes, newest first: when, what, to whom, by which process, old → new.
 
@@ -46,50 +36,37 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
       shmelim history 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
       shmelim history --limit 1000 --json
     """
-    events: list[dict[str, Any]]
-    source = "store"
+
+    def store(directory: Path) -> list[dict[str, Any]]:
+        return [event.as_dict() for event in read_events(directory, hotkey, limit)]
+
     if state_dir is not None:
-        events = [event_as_dict(event) for event in read_events(state_dir, hotkey, limit)]
+        events, source = store(state_dir), "store"
     else:
-        try:
-            events = _from_server(settings.name, hotkey, limit)
-            source = "server"
-        except (NotServingError, KeyFileError) as error:
-            found = from_store(settings.name, lambda directory: read_events(directory, hotkey, limit), error)
-            events = [event_as_dict(event) for event in found]
-    if settings.as_json:
-        output.document({"name": settings.name, "source": source, "events": events})
-        return
-    output.records(
+        events, source = ask(settings.name, lambda client: _pages(client, hotkey, limit), store)
+    settings.show(
+        {"source": source, "events": events},
         ("when (UTC)", "action", "hotkey", "by", "change"),
-        (
-            (output.moment(event["at_ms"]), event["action"], event["hotkey"], _who(event), _change(event))
-            for event in events
-        ),
+        ((output.moment(it["at_ms"]), it["action"], it["hotkey"], _who(it), _change(it)) for it in events),
     )
 
 
-def _from_server(name: str, hotkey: str | None, limit: int) -> list[dict[str, Any]]:
-    """Ask in pages, each of which fits into a message."""
-    client = EliminationClient(name)
+def _pages(client: EliminationClient, hotkey: str | None, limit: int) -> list[dict[str, Any]]:
+    """Ask the server in pages, each of which fits into a message."""
     events: list[dict[str, Any]] = []
     page = _PAGE
-    try:
-        while len(events) < limit:
-            before = events[-1]["id"] if events else None
-            wanted = min(page, limit - len(events))
-            try:
-                found = client.get_history(hotkey, wanted, before)
-            except MessageTooLargeError:
-                if page == 1:
-                    raise
-                page = max(1, page // 4)
-                continue
-            events += found
-            if len(found) < wanted:
-                break
-    finally:
-        client.close()
+    while len(events) < limit:
+        wanted = min(page, limit - len(events))
+        try:
+            found = client.get_history(hotkey, wanted, events[-1]["id"] if events else None)
+        except MessageTooLargeError:
+            if page == 1:
+                raise
+            page = max(1, page // 4)
+            continue
+        events += found
+        if len(found) < wanted:
+            break
     return events
 
 
@@ -99,8 +76,9 @@ def _who(event: Mapping[str, Any]) -> str:
 
 
 def _change(event: Mapping[str, Any]) -> str:
-    """Return old → new, as short as it can be said; and the note."""
+    """Return old → new, as short as it can be said, and the note."""
     old, new = event["old"], event["new"]
+    said = ""
     if old is not None and new is not None:
         fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
         said = ", ".join(
@@ -110,8 +88,6 @@ def _change(event: Mapping[str, Any]) -> str:
         said = f"→ {_brief(new)}"
     elif old is not None:
         said = f"{_brief(old)} →"
-    else:
-        said = ""
     return " ".join(part for part in (said, f"({event['note']})" if event["note"] else "") if part)
 
 

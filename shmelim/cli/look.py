@@ -7,23 +7,22 @@ from typing import Any, Final
 import click
 
 from shmelim.cli import output
-from shmelim.cli.failure import NO
-from shmelim.cli.options import HOTKEY, Command, Settings, hotkeys_from, owner_option, settings_options
-from shmelim.eliminations import EliminationReader, Status
+from shmelim.cli.failure import NO, YES
+from shmelim.cli.options import HOTKEY, Settings, command, hotkeys_from, owner_option
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.rows import Status
 
 _RE_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
 
 
-@click.command(cls=Command, short_help="Tell whether hotkeys are eliminated.")
+@command
 @click.argument("hotkeys", metavar="HOTKEY…", type=HOTKEY, nargs=-1, required=True)
 @owner_option
-@settings_options
-@click.pass_context
-def check(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None) -> None:
+def check(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> int:
     """Tell of each HOTKEY whether it is eliminated, re-registered, departed, or clear.
 
     "-" stands for the hotkeys on stdin, one a line. Exit code 0: none is eliminated; 1: at least one is;
-    3: nothing is served, so that nobody knows.
+    3: nothing is served, so the answer is not known.
 
     With --json: name, eliminated (how many), hotkeys [{hotkey, eliminated, departed,
     registered, re_registered}].
@@ -32,32 +31,23 @@ def check(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None
       shmelim check 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
       shmelim check - < hotkeys.txt
     """
-    settings: Settings = context.obj
     reader = EliminationReader(settings.name, owner=owner)
-    asked = list(dict.fromkeys(hotkeys_from(hotkeys)))
+    asked = hotkeys_from(hotkeys)
     found = dict(zip(asked, reader.statuses(asked), strict=True))
     eliminated = sum(Status.ELIMINATED in status for status in found.values())
-    if settings.as_json:
-        output.document(
-            {
-                "name": settings.name,
-                "eliminated": eliminated,
-                "hotkeys": [
-                    {
-                        "hotkey": hotkey,
-                        "eliminated": Status.ELIMINATED in status,
-                        "departed": Status.DEPARTED in status,
-                        "registered": Status.REGISTERED in status,
-                        "re_registered": _RE_REGISTERED in status,
-                    }
-                    for hotkey, status in found.items()
-                ],
-            }
-        )
-    else:
-        output.records(("hotkey", "status"), ((hotkey, _in_words(status)) for hotkey, status in found.items()))
-    if eliminated:
-        context.exit(NO)
+    rows = [
+        {
+            "hotkey": hotkey,
+            "eliminated": Status.ELIMINATED in status,
+            "departed": Status.DEPARTED in status,
+            "registered": Status.REGISTERED in status,
+            "re_registered": _RE_REGISTERED in status,
+        }
+        for hotkey, status in found.items()
+    ]
+    words = ((hotkey, _in_words(status)) for hotkey, status in found.items())
+    settings.show({"eliminated": eliminated, "hotkeys": rows}, ("hotkey", "status"), words)
+    return NO if eliminated else YES
 
 
 def _in_words(status: Status) -> str:
@@ -69,12 +59,10 @@ def _in_words(status: Status) -> str:
     return ", ".join(words) or "clear"
 
 
-@click.command(cls=Command, short_help="Print the elimination record of hotkeys.")
+@command
 @click.argument("hotkeys", metavar="HOTKEY…", type=HOTKEY, nargs=-1, required=True)
 @owner_option
-@settings_options
-@click.pass_context
-def get(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None) -> None:
+def get(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> int:
     """Print the elimination record of each HOTKEY; "-" stands for those on stdin.
 
     Exit code 1: at least one of them is not eliminated.
@@ -84,7 +72,6 @@ def get(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None) 
     For example:
       shmelim get 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --json
     """
-    settings: Settings = context.obj
     reader = EliminationReader(settings.name, owner=owner)
     found = {hotkey: reader.get_elimination(hotkey) for hotkey in hotkeys_from(hotkeys)}
     eliminations = [record for record in found.values() if record is not None]
@@ -98,20 +85,17 @@ def get(context: click.Context, *, hotkeys: tuple[str, ...], owner: int | None) 
             output.facts([*record.items(), ("(UTC)", output.moment(record["elimination_initiated_time_ms"]))])
         for hotkey in missing:
             click.echo(f"not eliminated: {output.printable(hotkey)}", err=True)
-    if missing:
-        context.exit(NO)
+    return NO if missing else YES
 
 
-@click.command("list", cls=Command, short_help="List eliminations, or departed hotkeys.")
+@command
 @click.option("--departed", is_flag=True, help="List the hotkeys that left the metagraph instead.")
 @click.option("--reason", metavar="REASON", help="Only eliminations for this reason.")
 @owner_option
-@settings_options
-@click.pass_obj
 def list_(settings: Settings, *, departed: bool, reason: str | None, owner: int | None) -> None:
     """List the eliminations in the order in which they came: hotkey, reason, drawdown, time (UTC).
 
-    On a terminal as a table, else one line each with tabs between, never shortened.
+    On a terminal a table, otherwise one line each with tabs between; never shortened.
 
     With --json: name, version, count, eliminations [record]; with --departed: name, version, count,
     departed [{hotkey, detected_ms}].
@@ -124,23 +108,20 @@ def list_(settings: Settings, *, departed: bool, reason: str | None, owner: int 
     if departed and reason is not None:
         raise click.UsageError("--reason is about eliminations and does not go with --departed")
     snapshot = EliminationReader(settings.name, owner=owner).snapshot()
-    columns: tuple[str, ...]
-    cells: list[tuple[object, ...]]
+    content: dict[str, Any] = {"version": snapshot.version}
     if departed:
-        rows: list[dict[str, Any]] = [{"hotkey": hotkey, **info} for hotkey, info in snapshot.departed.items()]
-        columns, cells = (
-            ("hotkey", "seen to leave"),
-            [(r["hotkey"], output.moment(r["detected_ms"])) for r in rows],
-        )
-    else:
-        rows = [r for r in snapshot.eliminations.values() if reason is None or r["reason"] == reason]
-        columns = ("hotkey", "reason", "dd", "eliminated")
-        cells = [
-            (r["hotkey"], r["reason"], r.get("dd"), output.moment(r["elimination_initiated_time_ms"]))
-            for r in rows
-        ]
-    if settings.as_json:
-        key = "departed" if departed else "eliminations"
-        output.document({"name": settings.name, "version": snapshot.version, "count": len(rows), key: rows})
-    else:
-        output.records(columns, cells)
+        gone = [{"hotkey": hotkey, **info} for hotkey, info in snapshot.departed.items()]
+        content |= {"count": len(gone), "departed": gone}
+        cells = ((it["hotkey"], output.moment(it["detected_ms"])) for it in gone)
+        settings.show(content, ("hotkey", "seen to leave"), cells)
+        return
+    rows = [row for row in snapshot.eliminations.values() if reason is None or row["reason"] == reason]
+    content |= {"count": len(rows), "eliminations": rows}
+    settings.show(
+        content,
+        ("hotkey", "reason", "dd", "eliminated"),
+        (
+            (row["hotkey"], row["reason"], row.get("dd"), output.moment(row["elimination_initiated_time_ms"]))
+            for row in rows
+        ),
+    )

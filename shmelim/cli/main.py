@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 import warnings
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Final, NoReturn
 
 import click
 
-from shmelim import __version__
 from shmelim.cli import failure
-from shmelim.cli.change import add, remove, sync
-from shmelim.cli.debts import debts, slash
-from shmelim.cli.demo import demo
-from shmelim.cli.export import export
-from shmelim.cli.history import history
-from shmelim.cli.look import check, get, list_
-from shmelim.cli.missing import missing
-from shmelim.cli.options import Group, Settings, settings_from_environment, settings_options
+from shmelim.cli.options import Group, Settings
 from shmelim.cli.output import printable
-from shmelim.cli.serve import serve
-from shmelim.cli.status import status
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+_COMMANDS: Final = {
+    "serve": ("serve:serve", "Serve a name in the foreground."),
+    "status": ("status:status", "Show who serves a name, what, and how full it is."),
+    "check": ("look:check", "Tell whether hotkeys are eliminated."),
+    "get": ("look:get", "Print the elimination record of hotkeys."),
+    "list": ("look:list_", "List eliminations, or departed hotkeys."),
+    "add": ("change:add", "Eliminate a hotkey."),
+    "remove": ("change:remove", "Take an elimination back."),
+    "sync": ("change:sync", "Replace all eliminations by those of a file."),
+    "debts": ("debts:debts", "Show what eliminations still owe."),
+    "slash": ("debts:slash", "Show the slashes that were made, settle one that is in doubt."),
+    "missing": ("missing:missing", "List hotkeys whose departure was not believed, or accept it."),
+    "history": ("history:history", "Show who changed what, and when."),
+    "export": ("export:export", "Write the state to a JSON file."),
+    "demo": ("demo.command:demo", "Show and measure all of it, on real hotkeys."),
+}
+"""Where each command is (its module is loaded when it is used), and its line in the list of all."""
 
 
 class _ReaderGoneError(Exception):
@@ -33,7 +39,24 @@ class _ReaderGoneError(Exception):
 
 
 class _Commands(Group):
-    """A group that ends every error in one line, a hint and an exit code."""
+    """A group that loads a command when it is used, and ends every error in one line, a hint and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Return the names of the commands."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Return a command, or None if there is none of that name."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, name = _COMMANDS[cmd_name][0].partition(":")
+        found: click.Command = getattr(import_module(f"shmelim.cli.{module}"), name)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write the list of commands, without loading them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command of a context."""
@@ -50,7 +73,7 @@ class _Commands(Group):
         settings = Settings(as_json="--json" in arguments, debug="--debug" in arguments)
         extra.pop("standalone_mode", None)
         try:
-            settings = settings_from_environment()
+            settings = Settings.from_environment()
             code = super().main(arguments, prog_name, standalone_mode=False, obj=settings, **extra)
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -61,6 +84,8 @@ class _Commands(Group):
             sys.exit(failure.PIPE_CLOSED)
         except Exception as error:
             if settings.debug or "--debug" in arguments:
+                import traceback
+
                 traceback.print_exc()
             _drop_unwritten()
             described = failure.describe(error, settings.name)
@@ -69,14 +94,24 @@ class _Commands(Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+def _show_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        # Finding it takes tens of milliseconds.
+        from shmelim import __version__
+
+        click.echo(f"shmelim, version {__version__}")
+        context.exit()
+
+
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 the answer is no or the request was refused, 2 wrong usage, "
     "3 nothing is served under that name, 4 any other error.",
 )
-@settings_options
-@click.version_option(__version__, prog_name="shmelim")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
+)
 def cli() -> None:
     """Is this hotkey eliminated? Answered from shared memory, in any process.
 
@@ -91,25 +126,6 @@ def cli() -> None:
     """
 
 
-for _command in (
-    serve,
-    status,
-    check,
-    get,
-    list_,
-    add,
-    remove,
-    sync,
-    debts,
-    slash,
-    missing,
-    history,
-    export,
-    demo,
-):
-    cli.add_command(_command)
-
-
 def main() -> NoReturn:
     """Run the command line of this process."""
     _open_closed_descriptors()
@@ -117,12 +133,8 @@ def main() -> NoReturn:
         if stream is not None:
             # A terminal that cannot show a character gets its escape, not an exception.
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    warnings.showwarning = _show_warning
+    warnings.showwarning = lambda message, *_: click.echo(f"warning: {printable(str(message))}", err=True)
     cli.main(prog_name="shmelim")
-
-
-def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
-    click.echo(f"warning: {printable(str(message))}", err=True)
 
 
 def _open_closed_descriptors() -> None:

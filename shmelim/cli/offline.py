@@ -1,41 +1,38 @@
-"""Asking the store itself, where no server answers; nothing there is changed."""
+"""Asking the server, or the store itself where none answers; nothing is changed there."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any
 
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.runtime import RuntimeDirectory, default_state_directory
 from shmelim.eliminations.store.schema import FILE_NAME
-from shmelim.errors import ChannelError, NotServingError, StoreError
+from shmelim.errors import KeyFileError, NotServingError, StoreError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-T = TypeVar("T")
+Rows = list[dict[str, Any]]
 
 
-def from_store(name: str, read: Callable[[Path], T], why: ChannelError | NotServingError) -> T:
-    """Read the store that the last server of a name used, or the one that the name has by default.
+def ask(name: str, server: Callable[[EliminationClient], Rows], store: Callable[[Path], Rows]) -> tuple[Rows, str]:
+    """Return the rows that the server or the store has, and who answered: "server" or "store".
 
-    Parameters
-    ----------
-    name
-        The name.
-    read
-        Called with the state directory.
-    why
-        Why the server cannot be asked; raised where there is no store either.
-
+    The store is the one that the last server of the name used, or else the one that the name has by default. Where
+    there is none either, what the server's absence raised is raised.
     """
     try:
-        announced = RuntimeDirectory(name).server().state_dir
-    except NotServingError:
-        announced = None
-    directory = default_state_directory(name) if announced is None else Path(announced)
-    try:
-        return read(directory)
-    except StoreError as error:
-        if (directory / FILE_NAME).exists():
-            raise
-        raise why from error
+        with contextlib.closing(EliminationClient(name)) as client:
+            return server(client), "server"
+    except (NotServingError, KeyFileError) as error:
+        try:
+            announced = RuntimeDirectory(name).server().state_dir
+        except (NotServingError, KeyFileError):
+            announced = None
+        directory = default_state_directory(name) if announced is None else Path(announced)
+        try:
+            return store(directory), "store"
+        except StoreError as damaged:
+            if (directory / FILE_NAME).exists():
+                raise
+            raise error from damaged

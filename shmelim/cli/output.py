@@ -1,25 +1,18 @@
 """How data is printed: tables for people, tab-separated lines for pipes, one JSON document for programs.
 
-What is printed was chosen by strangers (hotkeys, reasons), so nothing of it reaches a terminal as a control
-character.
+Strangers choose what is printed (hotkeys, reasons), so none of it reaches a terminal as a control character.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 _HOTKEY_WIDTH: Final = 48
 _OTHER_WIDTH: Final = 12
@@ -33,42 +26,67 @@ def on_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
+def can_ask() -> bool:
+    """Tell whether stdin is a terminal, at which somebody can be asked."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def agreed(question: str, *about: str) -> bool:
+    """Show lines and ask a question about them; UsageError where nobody can be asked."""
+    if not can_ask():
+        raise click.UsageError("without a terminal nobody can be asked: give --yes")
+    for line in about:
+        click.echo(line, err=True)
+    return click.confirm(question, err=True)
+
+
 def document(content: dict[str, Any]) -> None:
     """Print one JSON document, in ASCII, with keys in the order given."""
     click.echo(json.dumps(content, default=str))
 
 
 def records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows: a table on a terminal, else a line each, tab-separated and complete, without a heading.
+    """Print rows: a table on a terminal, else one line each, tab-separated and complete, without a heading.
 
     A terminal too narrow for the table gets the lines too: nothing is ever shortened.
     """
-    least = sum(_HOTKEY_WIDTH if column == "hotkey" else _OTHER_WIDTH for column in columns)
-    if not on_terminal() or Console().width < least:
-        lines = ("\t".join(map(value, row)) for row in rows)
-        # Each echo is a system call of its own.
-        while chunk := list(islice(lines, _LINES_AT_ONCE)):
-            click.echo("\n".join(chunk))
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold", min_width=_HOTKEY_WIDTH if column == "hotkey" else None)
-    for row in rows:
-        table.add_row(*(Text(value(cell)) for cell in row))
-    Console().print(table)
+    if on_terminal():
+        # Only here: it takes as long to import as most commands take to run.
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        widths = [_HOTKEY_WIDTH if column == "hotkey" else _OTHER_WIDTH for column in columns]
+        if Console().width >= sum(widths):
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+            for column in columns:
+                table.add_column(column, overflow="fold", min_width=_HOTKEY_WIDTH if column == "hotkey" else None)
+            for row in rows:
+                table.add_row(*(Text(value(cell)) for cell in row))
+            Console().print(table)
+            return
+    lines = ("\t".join(map(value, row)) for row in rows)
+    # Each echo is a system call of its own.
+    while chunk := list(islice(lines, _LINES_AT_ONCE)):
+        click.echo("\n".join(chunk))
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> None:
     """Print what is known of one thing: names and values in two columns, or tab-separated."""
     if not on_terminal():
         for name, fact in pairs:
-            click.echo(f"{name}\t{value(fact)}")
+            click.echo(f"{printable(name)}\t{value(fact)}")
         return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, fact in pairs:
-        table.add_row(name, Text(value(fact)))
+        table.add_row(Text(printable(name)), Text(value(fact)))
     Console().print(table)
 
 
@@ -91,7 +109,7 @@ def value(thing: object) -> str:
 
 
 def moment(ms: object) -> str | None:
-    """Return milliseconds since 1970 as UTC text to the second; None where nobody knows."""
+    """Return milliseconds since 1970 as UTC text to the second; None where the time is not known."""
     if not isinstance(ms, int) or ms == 0:
         return None
     if not 0 < ms <= _LATEST_MS:

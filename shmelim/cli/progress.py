@@ -4,64 +4,68 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import TYPE_CHECKING, Final, Self
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, Final, Self, TextIO
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from rich.progress import Progress
 
 _DELAY: Final = 1.0
 
 
 class DelayedProgress:
-    """A progress bar that appears after a second; nothing is shown where stderr is no terminal.
+    """A progress bar that appears after a second; nothing is shown where stderr is not a terminal.
 
-    :meth:`tell` may be called from any thread, also outside of the ``with`` block, where it does nothing.
+    :meth:`tell` may be called from any thread; outside of the ``with`` block it does nothing. With a `file` the
+    bar, and what is written above it, goes there instead of to ``sys.stderr``.
     """
 
-    def __init__(self, delay: float = _DELAY) -> None:
+    def __init__(self, delay: float = _DELAY, file: TextIO | None = None) -> None:
         # Guards everything below: the timer's thread and the caller's meet here.
         self._lock = threading.Lock()
-        self._delay = delay
+        self._file = file
+        self._timer = threading.Timer(delay, self._show)
+        self._timer.daemon = True
         self._progress: Progress | None = None
-        self._timer: threading.Timer | None = None
         self._shown = False
         self._what: str | None = None
 
     def __enter__(self) -> Self:
         if sys.stderr is not None and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                SpinnerColumn,
+                TextColumn,
+                TimeElapsedColumn,
+            )
+
             self._progress = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                console=Console(stderr=True),
+                console=Console(file=self._file, stderr=True),
                 transient=True,
             )
-            self._timer = threading.Timer(self._delay, self._show)
-            self._timer.daemon = True
             self._timer.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.stop()
 
     def stop(self) -> None:
         """Take the bar away. Idempotent."""
         with self._lock:
-            if self._timer is not None:
-                self._timer.cancel()
+            self._timer.cancel()
             if self._progress is not None and self._shown:
                 self._progress.stop()
             self._progress = None
 
     def tell(self, what: str, done: int, total: int | None) -> None:
-        """Say what is being done and how far it is; None: nobody knows how far it will go."""
+        """Say what is being done and how far it is; a total of None: it is not known how far it will go."""
         with self._lock:
             if self._progress is None:
                 return
@@ -72,6 +76,14 @@ class DelayedProgress:
                 self._what = what
             else:
                 self._progress.update(self._progress.task_ids[0], completed=done, total=total)
+
+    def write(self, text: str) -> None:
+        """Write whole lines: above the bar while there is one, so that neither spoils the other."""
+        with self._lock:
+            if self._progress is not None and self._shown:
+                self._progress.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+            elif self._file is not None:
+                self._file.write(text)
 
     def _show(self) -> None:
         with self._lock:

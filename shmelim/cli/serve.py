@@ -5,59 +5,57 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final, TextIO, cast
 
 import click
 
 from shmelim.cli.failure import FileProblemError
-from shmelim.cli.options import Command, Settings, settings_options
+from shmelim.cli.options import PATH, Settings, command
 from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
-from shmelim.eliminations import EliminationReader
-from shmelim.eliminations.serve import ServeOptions, run
+from shmelim.eliminations.files.mirror import FilesMode
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.serve import ServeOptions, Service, run
+from shmelim.eliminations.store.schema import Durability
 from shmelim.errors import AlreadyServingError, ShmelimError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from shmelim.eliminations.files.mirror import FilesMode
-    from shmelim.eliminations.serve import Service
-    from shmelim.eliminations.store.schema import Durability
+from shmelim.system.background import BackgroundStream
 
 _STANDARD_ERROR: Final = 2
+_DRAIN: Final = 1.0  # seconds for what stderr has not taken yet, before the server says that it is ready or ends
 
 
-class _StderrHandler(logging.Handler):
-    """Log records on stderr, one line each, as it is now: a progress bar may have put itself in between."""
+class _LineFormatter(logging.Formatter):
+    """One line a record, and below it the trace if there is one."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one record; a stderr that nobody reads any more ends nothing."""
-        text = f"{record.levelname.lower()}: {printable(record.getMessage())}"
-        if record.exc_info:
-            text = f"{text}\n{logging.Formatter().formatException(record.exc_info)}"
-        with contextlib.suppress(OSError):
-            click.echo(text, err=True)
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        level = record.levelname.lower()
+        text = f"{time}.{record.msecs:03.0f}Z {level}: {printable(record.getMessage())}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
-@click.command(cls=Command, short_help="Serve a name in the foreground.")
+@command
 @click.option(
     "--state-dir",
-    type=click.Path(path_type=Path, readable=False),
+    type=PATH,
     metavar="DIR",
     help="Where the state is kept [default: a directory of that name among the user's state].",
 )
 @click.option(
     "--import",
     "imports",
-    type=click.Path(path_type=Path, readable=False),
+    type=PATH,
     metavar="FILE",
     multiple=True,
     help="Merge a file of eliminations or of departed hotkeys into the state, once; repeatable.",
 )
 @click.option(
     "--default-departed",
-    type=click.Path(path_type=Path, readable=False),
+    type=PATH,
     metavar="FILE",
     help="A file of departed hotkeys to start from while none are known.",
 )
@@ -72,7 +70,7 @@ class _StderrHandler(logging.Handler):
     type=click.Choice(["power", "process"]),
     default="power",
     show_default=True,
-    help="What an acknowledged change survives: a power cut, or the death of the process only.",
+    help="What an acknowledged change survives: a power cut, or only the death of the process.",
 )
 @click.option(
     "--files",
@@ -89,8 +87,6 @@ class _StderrHandler(logging.Handler):
     help='Write "ready" and a newline to this descriptor once readers and commands are served, and close it.',
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log more than warnings.")
-@settings_options
-@click.pass_obj
 def serve(
     settings: Settings,
     *,
@@ -131,20 +127,24 @@ def serve(
         default_departed=default_departed,
         imports=imports,
     )
-    progress = DelayedProgress()
+    # Nothing here waits for whoever reads stderr, or does not.
+    stderr = BackgroundStream(_stderr())
+    progress = DelayedProgress(file=cast("TextIO", stderr))
 
     def announce(service: Service) -> None:
         progress.stop()
-        with contextlib.suppress(OSError):
-            click.echo(_ready_line(service), err=True)
+        stderr.write(_ready_line(service) + "\n")
+        stderr.drain(_DRAIN)
         if ready_fd is not None:
             _tell_ready(ready_fd)
 
-    with _logging(verbose=verbose), progress:
+    with _logging(progress, verbose=verbose), progress:
         try:
             run(options, announce, progress.tell)
         except AlreadyServingError as error:
             raise _naming_the_other(error, settings.name) from error
+        finally:
+            stderr.drain(_DRAIN)
 
 
 def _ready_line(service: Service) -> str:
@@ -154,6 +154,14 @@ def _ready_line(service: Service) -> str:
         f"serving {service.options.name!r}: {len(reader)} eliminated, {reader.num_departed_hotkeys} departed; "
         f"channel {channel}; state {service.server.state_dir}"
     )
+
+
+def _stderr() -> int | None:
+    """Return the descriptor of stderr; None where it was closed, and another file may have its number."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _check_descriptor(descriptor: int | None) -> None:
@@ -174,22 +182,21 @@ def _tell_ready(descriptor: int) -> None:
 
 def _naming_the_other(error: AlreadyServingError, name: str) -> ShmelimError:
     """Return the error with the process that serves the name, if that can be seen."""
-    try:
+    with contextlib.suppress(ShmelimError):
         writer = EliminationReader(name).writer
-    except ShmelimError:
-        return error
-    if not writer.alive:
-        return error
-    return AlreadyServingError(
-        f"{name!r} is already served by process {writer.pid}",
-        hint=f"see `shmelim status --name {name}`, stop that process, or serve under another --name",
-    )
+        if writer.alive:
+            return AlreadyServingError(
+                f"{name!r} is already served by process {writer.pid}",
+                hint=f"see `shmelim status --name {name}`, stop that process, or serve under another --name",
+            )
+    return error
 
 
 @contextlib.contextmanager
-def _logging(*, verbose: bool) -> Iterator[None]:
+def _logging(progress: DelayedProgress, *, verbose: bool) -> Iterator[None]:
     log = logging.getLogger("shmelim")
-    handler = _StderrHandler()
+    handler = logging.StreamHandler(progress)
+    handler.setFormatter(_LineFormatter())
     before = log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.WARNING)

@@ -1,22 +1,4 @@
-"""The domain: elimination records, their store, the server that publishes them and the reader."""
+"""The domain: elimination records, their store, the server that publishes them and the reader.
 
-from shmelim.eliminations.client import EliminationClient
-from shmelim.eliminations.manager import EliminationManager
-from shmelim.eliminations.reader import EliminationReader
-from shmelim.eliminations.reading import Snapshot
-from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, EliminationReason
-from shmelim.eliminations.rows import Status
-from shmelim.eliminations.server import EliminationManagerServer
-from shmelim.eliminations.validator.environment import ValidatorEnvironment
-
-__all__ = [
-    "DEPARTED_HOTKEYS_KEY",
-    "EliminationClient",
-    "EliminationManager",
-    "EliminationManagerServer",
-    "EliminationReader",
-    "EliminationReason",
-    "Snapshot",
-    "Status",
-    "ValidatorEnvironment",
-]
+Its public names are those of :mod:`shmelim`. Nothing is imported here, so that a reader loads only what it needs.
+"""

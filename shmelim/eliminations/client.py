@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from shmelim.channel import ChannelClient, load_key
-from shmelim.eliminations.changing import Changing
+from shmelim.eliminations.calls import Calls, remote
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import CallTimeoutError, NotServingError
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _WAIT_PAUSE: Final = 0.01
 
 
-class EliminationClient(Changing, EliminationReader):
-    """An :class:`EliminationReader` plus the calls that change the state.
+class EliminationClient(Calls, EliminationReader):
+    """An :class:`EliminationReader` with the calls that change the state, for any process that may read the key.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class EliminationClient(Changing, EliminationReader):
     wait
         Seconds to wait for a server to appear; None fails at once.
     timeout
-        Seconds that a call may take.
+        Seconds that a call may take. Those that write files or change many records have a minute and more.
     connect_wait
         Seconds within which a call tries to reach a server that is not there (one that restarts, say).
     runtime_base
@@ -39,14 +39,32 @@ class EliminationClient(Changing, EliminationReader):
         Nothing is served under that name.
     KeyFileError
         This user may not read the key.
+    Exception
+        As for :class:`EliminationReader`.
 
     Notes
     -----
-    Every call that changes something raises ``NotServingError``, ``CallTimeoutError`` or another ``ChannelError``
-    if it was not carried out, and ``OutcomeUnknownError`` if that cannot be known. When one returns, the change
-    is durable and every later read in every process sees it.
+    A call that changes something costs a commit and about 0.1 ms for the channel. Thread-safe and fork-safe: a
+    child opens connections of its own. Pickles as its name. A context manager, which closes the connections.
 
-    Thread-safe and fork-safe; a child opens connections of its own. Pickles as its name.
+    Examples
+    --------
+    The server may be any; here a manager starts one, whose things are in a directory of their own:
+
+    >>> import tempfile
+    >>> from shmelim import EliminationManager
+    >>> place = tempfile.mkdtemp(prefix="shmelim-")
+    >>> apart = {"port": None, "state_dir": f"{place}/state", "runtime_base": place}
+    >>> with EliminationManager(None, None, None, name="doc-example", **apart):
+    ...     with EliminationClient("doc-example", runtime_base=place) as client:
+    ...         client.append_elimination_row("5C4…", 0.11, "MAX_TOTAL_DRAWDOWN")
+    ...         client.is_hotkey_eliminated("5C4…"), len(client)
+    ...         client.remove_elimination("5C4…")
+    True
+    (True, 1)
+    True
+    >>> from shmelim.shm import SharedNamespace
+    >>> SharedNamespace("doc-example").remove()  # else what was published can still be read
 
     """
 
@@ -57,7 +75,7 @@ class EliminationClient(Changing, EliminationReader):
         wait: float | None = None,
         timeout: float = 10.0,
         connect_wait: float = 0.0,
-        runtime_base: Path | None = None,
+        runtime_base: Path | str | None = None,
     ) -> None:
         deadline = time.monotonic() + (wait or 0.0)
         super().__init__(name, wait=wait)
@@ -82,8 +100,14 @@ class EliminationClient(Changing, EliminationReader):
         return _connect_again, (type(self), self.name, self._arguments)
 
     def close(self) -> None:
-        """Close the connections; reads go on working."""
+        """Close the connections; reads go on working. Idempotent."""
         self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _open_channel(self) -> ChannelClient:
         return ChannelClient(
@@ -93,10 +117,10 @@ class EliminationClient(Changing, EliminationReader):
             connect_wait=self._connect_wait,
         )
 
-    def _call(self, method: str, *args: Any, idempotent: bool = False, timeout: float | None = None) -> Any:
+    def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
         channel = self._channel
         try:
-            return channel.call(method, args, timeout=timeout, idempotent=idempotent)
+            return channel.call(method, args, kwargs, **options)
         except NotServingError:
             # Nothing was carried out. The next server may listen at another address.
             elsewhere = self._open_channel()
@@ -104,16 +128,22 @@ class EliminationClient(Changing, EliminationReader):
                 raise
             self._channel = elsewhere
             channel.close()
-            return elsewhere.call(method, args, timeout=timeout, idempotent=idempotent)
+            return elsewhere.call(method, args, kwargs, **options)
 
     def _size(self) -> int:
         return len(self)
 
-    # ------------------------------------------------------------------ asking the server
+    @remote(idempotent=True)
+    def health_check(self) -> dict[str, Any]:  # type: ignore[empty-body]  # the server has it
+        """Return what the server says of itself; a manager's method of this name tells whether it is well.
 
-    def health_check(self) -> dict[str, Any]:
-        """Return what the server says of itself; a manager's method of this name tells whether it is well."""
-        return dict(self._call("health_check_rpc", idempotent=True))
+        Returns
+        -------
+        dict
+            ``status`` (``"ok"``), ``timestamp_ms``, ``num_eliminations``, ``num_departed_hotkeys``, ``problems``
+            (a list of text), ``pid``, ``started_ms``, ``state_dir``, sizes in bytes, and counts.
+
+        """
 
 
 def _connect_again(cls: type[EliminationClient], name: str, arguments: dict[str, Any]) -> EliminationClient:

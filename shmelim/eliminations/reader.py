@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from typing import Any, Self
 
 from shmelim.eliminations.reading import Reading
 from shmelim.errors import CorruptSegmentError, NotServingError
 from shmelim.shm import Namespace, SharedNamespace, TableReader
-
-if TYPE_CHECKING:
-    from collections.abc import ItemsView, Iterator, ValuesView
-
-
-T = TypeVar("T")
 
 _WAIT_PAUSE = 0.01
 
@@ -25,20 +19,22 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
     Parameters
     ----------
     name
-        The name that is served.
+        The name that is served: 1 to 16 of ``a-z 0-9 _ -``.
     wait
         Seconds to wait for a writer's first publish; None fails at once.
     owner
-        The uid whose segments are trusted; default: this user's and root's.
+        The uid whose segments are trusted; None trusts this user's and root's.
 
     Raises
     ------
     NotServingError
         Nothing is served under that name, nor was left there by a writer that died.
     ValueError
-        The name is no legal name.
+        The name is not a legal one.
     UntrustedSegmentError, CorruptSegmentError, SegmentFormatError
         What stands under the name cannot be read.
+    UnsupportedPlatformError
+        The compiled read path is missing, and this machine needs it.
 
     Notes
     -----
@@ -46,11 +42,35 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
     needs no system call (after the first read of a grown table, which maps the new segment). Returned dicts
     and lists are the caller's own.
 
-    Thread-safe. Works on in a forked child. Pickles as its name: it attaches again where it is unpickled.
-
     A lookup of one hotkey is one probe, plus decoding where a record is returned; it costs about as much as one in
     a dict, or about a microsecond where the compiled read path is missing. ``len`` is one load; iteration, and
-    everything that returns all records, decodes a snapshot.
+    everything that returns all records, decodes a snapshot. Hotkeys are texts: None is in no table, anything else
+    raises ``TypeError``, in ``in`` and ``[]`` too.
+
+    Any read raises ``CorruptSegmentError`` where bytes in shared memory contradict each other, and
+    ``NotServingError`` or another ``SegmentError`` where the table has moved to a segment that cannot be mapped.
+
+    Thread-safe: threads may share one reader. Fork-safe: it works on in a child. Pickles as its name: it attaches
+    again where it is unpickled.
+
+    Examples
+    --------
+    A manager in direct mode serves its own process alone; elsewhere it is ``EliminationReader("shmelim")``.
+
+    >>> from shmelim import EliminationManager
+    >>> manager = EliminationManager(None, None, None, running_unit_tests=True)
+    >>> manager.append_elimination_row("5Gx", 11.5, "MAX_TOTAL_DRAWDOWN", t_ms=1_700_000_000_000)
+    True
+    >>> reader = manager.reader
+    >>> reader.is_hotkey_eliminated("5Gx"), reader.is_hotkey_eliminated("5Fa")
+    (True, False)
+    >>> "5Gx" in reader, len(reader), reader["5Gx"]["dd"]
+    (True, 1, 11.5)
+    >>> reader.are_eliminated(["5Gx", "5Fa"])
+    array([ True, False])
+    >>> reader.status("5Gx")
+    <Status.ELIMINATED: 1>
+    >>> manager.shutdown()
 
     """
 
@@ -93,7 +113,7 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         return self._table.count_flag(0)
 
     def __getitem__(self, hotkey: str) -> dict[str, Any]:
-        record = self.get_elimination(hotkey) if isinstance(hotkey, str) else None
+        record = self.get_elimination(hotkey)
         if record is None:
             raise KeyError(hotkey)
         return record
@@ -102,11 +122,11 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         return iter(self._hotkeys())
 
     def items(self) -> ItemsView[str, dict[str, Any]]:
-        """Return hotkeys and records as of one version."""
+        """Return hotkeys and records as of one version: a view of the caller's own copy."""
         return self.get_eliminations_dict().items()
 
     def values(self) -> ValuesView[dict[str, Any]]:
-        """Return the records as of one version."""
+        """Return the records as of one version: a view of the caller's own copy."""
         return self.get_eliminations_dict().values()
 
     def __repr__(self) -> str:
@@ -114,6 +134,8 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
 
     def verify(self) -> int:
         """Check every record's checksum and that lookups find each entry; return the number of entries.
+
+        Takes some microseconds an entry.
 
         Raises
         ------

@@ -10,13 +10,15 @@ Everything here is a pure function: safe from any thread, and nothing of the arg
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NoReturn
 
 import msgspec
-import numpy as np
+
+from shmelim.system.containers import plain_container
 
 DEPARTED_HOTKEYS_KEY = "departed_hotkeys"
 ELIMINATIONS_KEY = "eliminations"
@@ -34,7 +36,14 @@ _decoder = msgspec.msgpack.Decoder(dict[str, Any])
 
 
 class EliminationReason(str, Enum):  # noqa: UP042 - StrEnum would change str() of a member, which callers log
-    """Why a miner was eliminated; a record carries the value, which is the member's name."""
+    """Why a miner was eliminated; a record carries the value, which is the member's name.
+
+    Examples
+    --------
+    >>> EliminationReason.ZOMBIE == "ZOMBIE", EliminationReason("LIQUIDATED").value
+    (True, 'LIQUIDATED')
+
+    """
 
     ZOMBIE = "ZOMBIE"
     PLAGIARISM = "PLAGIARISM"
@@ -58,21 +67,7 @@ class _NotStorableError(TypeError):
 
 
 def check_hotkey(hotkey: str) -> bytes:
-    """Return the UTF-8 bytes of a hotkey that is fit to be a key.
-
-    Parameters
-    ----------
-    hotkey
-        1 to 255 bytes of UTF-8; an ss58 address has 48.
-
-    Raises
-    ------
-    TypeError
-        The hotkey is no ``str``.
-    ValueError
-        It is empty, longer than 255 bytes, or holds lone surrogates, which UTF-8 cannot carry.
-
-    """
+    """Return the UTF-8 bytes of a hotkey; TypeError or ValueError for one that is not fit to be a key."""
     if not isinstance(hotkey, str):
         raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {_short(hotkey)}")
     try:
@@ -91,29 +86,17 @@ def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, A
 
     Enum members and other ``str`` subclasses become ``str``, numpy scalars the Python number they are, tuples
     lists, mappings dicts. ``elimination_initiated_time_ms`` may be a float that is a whole number, as old
-    files have it. NaN and infinities are legal. About 7 µs for a record of 0.5 kB.
+    files have it. NaN and infinities are legal. ``hotkey`` is whom the record must be of; None takes its word.
 
-    Parameters
-    ----------
-    data
-        The record; ``hotkey``, ``reason`` and ``elimination_initiated_time_ms`` (milliseconds since 1970,
-        UTC) are required.
-    hotkey
-        The hotkey that the record must be of, or None to take the record's word.
-
-    Raises
-    ------
-    ValueError
-        A required field is missing (all missing ones are named), the hotkey is not the one expected or no
-        valid hotkey, the nesting is deeper than 64 levels (a cycle, for instance), or the record is larger
-        than any that could be stored.
-    TypeError
-        A value has the wrong type for its field, or no stored form; the message names its path, as in
-        ``record['price_info']['BTC/USD']``.
-
+    ValueError names the fields that are missing, the hotkey that is another one or not a valid one, or the limit
+    of nesting or size that is exceeded; TypeError the path of a value that has the wrong type or no stored form,
+    as in ``record['price_info']['BTC/USD']``. About 7 µs for a record of 0.5 kB.
     """
     if not isinstance(data, Mapping):
-        raise TypeError(f"an elimination record must be a dict, not {type(data).__name__}: {_short(data)}")
+        container = plain_container(data)  # type: ignore[unreachable]  # a proxy may stand for one
+        if not isinstance(container, dict):
+            raise TypeError(f"an elimination record must be a dict, not {type(data).__name__}: {_short(data)}")
+        data = container
     own = data.get("hotkey", hotkey)
     if isinstance(own, str):
         check_hotkey(own)
@@ -133,14 +116,7 @@ def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, A
 
 
 def encode(record: dict[str, Any]) -> bytes:
-    """Return the msgpack bytes of a record that :func:`normalise` made.
-
-    Raises
-    ------
-    ValueError
-        More than 1 MiB; the message names the hotkey and the size.
-
-    """
+    """Return the msgpack bytes of a record that :func:`normalise` made; ValueError beyond 1 MiB."""
     encoded = _encoder.encode(record)
     if len(encoded) > MAX_RECORD_BYTES:
         raise ValueError(
@@ -151,25 +127,15 @@ def encode(record: dict[str, Any]) -> bytes:
 
 
 def decode(buffer: bytes | bytearray | memoryview) -> dict[str, Any]:
-    """Return the record in msgpack bytes, as objects that share nothing with the buffer.
-
-    Raises
-    ------
-    ValueError
-        The bytes are no record: not msgpack, or not a dict with text keys.
-
-    """
+    """Return the record in msgpack bytes, sharing nothing with the buffer; ValueError for any other bytes."""
     try:
         return _decoder.decode(buffer)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{len(buffer)} bytes are no elimination record: {error}") from error
+        raise ValueError(f"{len(buffer)} bytes are not an elimination record: {error}") from error
 
 
 def prepare(data: Mapping[str, Any], hotkey: str | None = None) -> tuple[str, bytes]:
-    """Normalise and encode a record in one step; returns its hotkey and its bytes.
-
-    Raises what :func:`normalise` and :func:`encode` raise.
-    """
+    """Return hotkey and bytes of a record that :func:`normalise` and :func:`encode` accept."""
     record = normalise(data, hotkey)
     return record["hotkey"], encode(record)
 
@@ -182,24 +148,9 @@ def generate_row(
     price_info: Mapping[str, Any] | None = None,
     return_info: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Build an elimination record from its parts; whoever stores it checks it.
+    """Build an elimination record from its parts, stored as given; whoever stores it checks it.
 
-    Parameters
-    ----------
-    hotkey
-        The miner's hotkey.
-    current_dd
-        Drawdown, stored as given: a percentage from the drawdown rule, a fraction elsewhere, None for
-        zombies.
-    reason
-        An :class:`EliminationReason` or text.
-    t_ms
-        Time of the elimination in milliseconds since 1970, UTC; None means now.
-    price_info
-        ``{"BTC/USD": price}``; None becomes an empty dict.
-    return_info
-        Returns that led to it; None becomes an empty dict.
-
+    ``t_ms`` is in milliseconds since 1970, UTC; None means now.
     """
     return {
         "hotkey": hotkey,
@@ -294,19 +245,36 @@ def _plain(value: Any, depth: int, room: list[int]) -> Any:  # noqa: PLR0911 - o
         return _plain_dict(value, depth + 1, room)
     if isinstance(value, (list, tuple)):
         return _plain_list(value, depth + 1, room)
-    # numpy counts time spans among its integers; they are no numbers to us.
-    if isinstance(value, (int, np.integer)) and kind is not np.timedelta64:
-        number = int(value)
-        if not _MIN_INT <= number <= _MAX_INT:
-            raise _NotStorableError(f"{_short(number)} does not fit into 64 bits")
+    number = _plain_number(value)
+    if number is not None:
         return number
-    if isinstance(value, (float, np.floating)):
-        return float(value)
-    if isinstance(value, np.bool_):
-        return bool(value)
     if isinstance(value, Enum) and isinstance(value.value, str):
         return _plain_text(value.value)
+    container = plain_container(value)
+    if container is not None:
+        return _plain(container, depth, room)
     raise _NotStorableError(f"a value of type {kind.__module__}.{kind.__qualname__} has no JSON form")
+
+
+def _plain_number(value: Any) -> float | None:
+    """Return the Python number that a number is, numpy's scalars included; None for anything else."""
+    if isinstance(value, float):
+        return float(value)
+    if not isinstance(value, int):
+        numpy: Any = sys.modules.get("numpy")  # not imported for this: its scalars cannot come without it
+        if not isinstance(value, getattr(numpy, "generic", ())):
+            return None
+        if isinstance(value, numpy.floating):
+            return float(value)
+        if isinstance(value, numpy.bool_):
+            return bool(value)
+        # numpy counts time spans among its integers; they are not numbers to us.
+        if not isinstance(value, numpy.integer) or isinstance(value, numpy.timedelta64):
+            return None
+    number = int(value)
+    if not _MIN_INT <= number <= _MAX_INT:
+        raise _NotStorableError(f"{_short(number)} does not fit into 64 bits")
+    return number
 
 
 def _plain_text(value: str) -> str:

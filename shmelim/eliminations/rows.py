@@ -40,7 +40,7 @@ _prefixes: Final = msgspec.msgpack.Decoder(dict[str, bytes])
 _collector_rests = False
 PREFIX: Final = struct.Struct("<qq")
 ORIGIN_KEY: Final = b"\xff:origin"
-"""Key of the one entry that is no hotkey (it is not UTF-8): which state directory the table was made from."""
+"""Key of the one entry that is not a hotkey's (it is not UTF-8): which state directory the table was made from."""
 
 
 class Row(NamedTuple):
@@ -55,7 +55,15 @@ class Row(NamedTuple):
 
 
 class Status(IntFlag):
-    """What is known of a hotkey. *Re-registered* is ``DEPARTED | REGISTERED``."""
+    """What is known of a hotkey: it is eliminated, it once left the metagraph, it is in the metagraph now.
+
+    Examples
+    --------
+    >>> status = Status.DEPARTED | Status.REGISTERED  # re-registered
+    >>> Status.DEPARTED in status, Status.ELIMINATED in status
+    (True, False)
+
+    """
 
     ELIMINATED = 1
     DEPARTED = 2

@@ -10,10 +10,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import stat
+import threading
 import warnings
 from pathlib import Path
 from typing import Final, Self
@@ -21,10 +21,19 @@ from typing import Final, Self
 import msgspec
 import platformdirs
 
-from shmelim.errors import AlreadyServingError, NotServingError, StoreError
+from shmelim.channel import restore_key
+from shmelim.channel.address import normalize
+from shmelim.channel.key import whose
+from shmelim.errors import AddressError, AlreadyServingError, KeyFileError, NotServingError, StoreError
 from shmelim.shm import check_name
+from shmelim.system.locks import Lease
+from shmelim.system.logs import LimitedLog
+
+LOCALHOST: Final = "127.0.0.1"
 
 _PRIVATE: Final = 0o700
+_LOOK: Final = 0.5  # seconds between two looks at what clients find a server by
+_SET_RUNTIME: Final = "set XDG_RUNTIME_DIR to a directory of your own"
 
 _log = logging.getLogger("shmelim.runtime")
 
@@ -38,20 +47,9 @@ class ServerInfo(msgspec.Struct, frozen=True):
 
 
 class RuntimeDirectory:
-    """The runtime directory of a name.
+    """The runtime directory of a name; `base` is where such directories are: the user's, by ``platformdirs``.
 
-    Parameters
-    ----------
-    name
-        The name that is served.
-    base
-        Where runtime directories are; default: the user's, by ``platformdirs``.
-
-    Raises
-    ------
-    ValueError
-        The name is no legal name.
-
+    ``ValueError`` if the name is not a legal one. Nothing is made before :meth:`create`.
     """
 
     def __init__(self, name: str, base: Path | str | None = None) -> None:
@@ -69,28 +67,30 @@ class RuntimeDirectory:
         """The Unix socket."""
         return self.path / "socket"
 
+    def address(self, port: int | None = None) -> str | tuple[str, int]:
+        """Return where the name is served; ``AddressError`` if the directory's path is too long for a socket."""
+        if port is not None:
+            return normalize((LOCALHOST, port))
+        try:
+            return normalize(self.socket)
+        except AddressError as error:
+            hint = "set XDG_RUNTIME_DIR to a directory with a shorter path, or serve on a TCP port"
+            raise AddressError(error.message, hint=hint) from None
+
     def create(self) -> Self:
-        """Make the directory, private to this user, and check that it is.
-
-        Raises
-        ------
-        StoreError
-            It cannot be made, or others could enter it.
-
-        """
+        """Make the directory, private to this user; ``StoreError`` if that cannot be, or others could enter it."""
         try:
             self.path.parent.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
             self.path.mkdir(mode=_PRIVATE, exist_ok=True)
             status = self.path.lstat()
         except OSError as error:
             raise StoreError(
-                f"the runtime directory {self.path} cannot be made: {error.strerror}",
-                hint="set XDG_RUNTIME_DIR to a directory of your own",
+                f"the runtime directory {self.path} cannot be made: {error.strerror}", hint=_SET_RUNTIME
             ) from error
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise StoreError(
                 f"the runtime directory {self.path} belongs to uid {status.st_uid}",
-                hint="remove it, or set XDG_RUNTIME_DIR to a directory of your own",
+                hint=f"remove it, or {_SET_RUNTIME}",
             )
         if stat.S_IMODE(status.st_mode) & 0o077:
             self.path.chmod(_PRIVATE)
@@ -103,98 +103,132 @@ class RuntimeDirectory:
         for above in (self.path.parent, self.path.parent.parent):
             owner = above.stat().st_uid
             if owner not in {0, os.geteuid()}:
-                raise StoreError(
-                    f"the runtime directory {above} belongs to uid {owner}",
-                    hint="set XDG_RUNTIME_DIR to a directory of your own",
-                )
+                raise StoreError(f"the runtime directory {above} belongs to uid {owner}", hint=_SET_RUNTIME)
 
     def announce(self, info: ServerInfo) -> None:
         """Write down how the server is reached, in one step."""
-        target = self.path / "server.json"
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        temporary = self._info.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_bytes(msgspec.json.encode(info))
         temporary.chmod(0o600)
-        temporary.replace(target)
+        temporary.replace(self._info)
+
+    @property
+    def _info(self) -> Path:
+        return self.path / "server.json"
 
     def server(self) -> ServerInfo:
         """Return how the server is reached, whether or not it runs.
 
-        Raises
-        ------
-        NotServingError
-            None ever ran here, or what it left cannot be read.
-
+        ``NotServingError`` if none ever ran here, or what it left cannot be understood; ``KeyFileError`` if this
+        user may not look.
         """
         try:
-            return msgspec.json.decode((self.path / "server.json").read_bytes(), type=ServerInfo)
-        except (OSError, msgspec.DecodeError) as error:
+            return msgspec.json.decode(self._info.read_bytes(), type=ServerInfo)
+        except PermissionError as error:
+            raise KeyFileError(
+                f"cannot look for the server of the name {self.name!r}: {error.strerror}; {whose(self._info)}",
+                hint="run as the server's user",
+            ) from None
+        except (OSError, msgspec.DecodeError):
             raise NotServingError(
-                f"no server of the name {self.name!r} can be found in {self.path}"
-                + (f": {error.strerror}" if isinstance(error, PermissionError) else ""),
+                f"no server of the name {self.name!r} can be found in {self.path}",
                 hint=f"start it with `shmelim serve --name {self.name}`",
             ) from None
 
 
-class StateLock:
-    """The lock on a state directory: no two servers, of whatever names, use one.
+class Announcement:
+    """What clients find a server by, kept where it belongs until :meth:`stop`: directory, key and ``server.json``.
 
-    An ``flock``, which the kernel releases however its holder dies. A forked child closes its copy, so that it
-    does not keep a dead server's lock.
+    Runtime directories are cleaned up by others (systemd-tmpfiles, a logout); a server that lives through that
+    would be found by nobody. So a thread looks twice a second, and puts back what is gone or is not as it was.
+    (The socket is the channel's, which looks after it in the same way.)
     """
+
+    def __init__(self, runtime: RuntimeDirectory, info: ServerInfo, key: bytes) -> None:
+        self._runtime = runtime
+        self._info = info
+        self._key = key
+        self._stopped = threading.Event()
+        self._say = LimitedLog(_log)
+        self._thread = threading.Thread(target=self._run, name="shmelim-runtime", daemon=True)
+
+    def start(self) -> Self:
+        """Announce the server, and look after that from now on; raises what :meth:`restore` does."""
+        self._runtime.announce(self._info)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Look no more; what stands there stays. Idempotent."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def restore(self) -> bool:
+        """Put back what is missing or damaged, and return whether anything was.
+
+        ``StoreError``, ``KeyFileError`` or ``OSError`` if that cannot be done.
+        """
+        lost = restore_key(self._runtime.create().key, self._key)
+        try:
+            found = self._runtime.server()
+        except (NotServingError, KeyFileError):
+            found = None
+        # Another server of the name that lives speaks for itself.
+        if found != self._info and not (
+            found is not None and found.pid != self._info.pid and _is_running(found.pid)
+        ):
+            self._runtime.announce(self._info)
+            lost = True
+        return lost
+
+    def _run(self) -> None:
+        while not self._stopped.wait(_LOOK):
+            try:
+                if self.restore():
+                    self._say(logging.WARNING, "put back", "%s had been cleaned up: put back", self._runtime.path)
+            except Exception as error:
+                self._say(logging.WARNING, "lost", "clients cannot find the server any more: %s", error)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+class StateLock:
+    """The lease on a state directory: no two servers, of whatever names, use one."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._descriptor: int | None = None
+        self._lease = Lease(directory / "lock")
 
     def acquire(self) -> None:
-        """Take the lock.
-
-        Raises
-        ------
-        AlreadyServingError
-            Another server uses the directory.
-        StoreError
-            The directory cannot be made or written.
-
-        """
-        path = self._directory / "lock"
+        """Take it; ``AlreadyServingError`` if another server has it, ``StoreError`` if it cannot be written."""
         try:
             self._directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._lease.acquire()
+        except BlockingIOError:
+            holder = self._lease.holder()
+            raise AlreadyServingError(
+                f"the state directory {self._directory} is in use by another server"
+                + (f", process {holder}" if holder else ""),
+                hint="name another (state_dir, --state-dir), or stop that server",
+            ) from None
         except OSError as error:
             raise StoreError(
                 f"the state directory {self._directory} cannot be used: {error.strerror}",
                 hint="make it writable for this user, or name another (state_dir, --state-dir)",
             ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise AlreadyServingError(
-                f"the state directory {self._directory} is in use by another server",
-                hint="name another (state_dir, --state-dir), or stop that server",
-            ) from None
-        self._descriptor = descriptor
-        _held.add(self)
 
     def release(self) -> None:
-        """Give the lock back. Idempotent."""
-        descriptor, self._descriptor = self._descriptor, None
-        _held.discard(self)
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-# Strong references: a lock that its holder forgot is held all the same.
-_held: set[StateLock] = set()
-
-
-def _drop_locks_in_child() -> None:
-    for lock in list(_held):
-        lock.release()
-
-
-os.register_at_fork(after_in_child=_drop_locks_in_child)
+        """Give it back. Idempotent."""
+        self._lease.release()
 
 
 def _default_base() -> Path:

@@ -5,25 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, get_args
 
-from shmelim.channel import ChannelServer, load_or_create_key
-from shmelim.eliminations.runtime import RuntimeDirectory, ServerInfo, default_state_directory
+from shmelim.channel import Address, ChannelServer, check_free, load_or_create_key
+from shmelim.eliminations.files.mirror import FILES_MODES, FilesMode
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.runtime import Announcement, RuntimeDirectory, ServerInfo, default_state_directory
 from shmelim.eliminations.server import EliminationManagerServer
-from shmelim.service.serving import Ending, report_progress, run_server
-from shmelim.shm import SharedNamespace
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-    from types import TracebackType
-
-    from shmelim.channel import Address
-    from shmelim.eliminations.files.mirror import FilesMode
-    from shmelim.eliminations.store.schema import Durability
-    from shmelim.service import ServerReady
+from shmelim.eliminations.store.schema import FILE_NAME, Durability
+from shmelim.errors import AlreadyServingError, ChannelError, NotServingError, SegmentError, StoreError
+from shmelim.service import ServerReady, report_progress
+from shmelim.service.serving import Ending, run_server
+from shmelim.shm import Namespace, SharedNamespace
 
 SERVICE_NAME: Final = "EliminationManagerServer"
 
@@ -64,27 +62,52 @@ class ServeOptions:
     default_departed: Path | None = None
     imports: tuple[Path, ...] = field(default=())
 
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("durability", self.durability, get_args(Durability)),
+            ("files", self.files, FILES_MODES),
+        ):
+            if value not in known:
+                raise ValueError(f"{what} must be one of {', '.join(known)}, not {value!r}")
+
 
 def open_server(
-    options: ServeOptions, on_progress: Callable[[str, int, int | None], Any] | None = None
+    options: ServeOptions,
+    on_progress: Callable[[str, int, int | None], Any] | None = None,
+    namespace: Namespace | None = None,
 ) -> EliminationManagerServer:
-    """Take the locks, recover and publish; raises as :class:`EliminationManagerServer` does."""
+    """Take the locks, recover and publish in shared memory, or elsewhere; raises as the server does."""
+    state_dir = None if options.in_memory else options.state_dir or default_state_directory(options.name)
+    _check_files(options, state_dir)
     return EliminationManagerServer(
-        SharedNamespace(options.name, mode=0o640 if options.group_readable else 0o600),
-        None if options.in_memory else options.state_dir or default_state_directory(options.name),
+        namespace or SharedNamespace(options.name, mode=0o640 if options.group_readable else 0o600),
+        state_dir,
         durability=options.durability,
         files=options.files,
         default_departed=options.default_departed,
         imports=options.imports,
-        on_progress=on_progress or report_progress,
+        on_progress=on_progress or report_progress,  # to who waits for this process, if anybody does
     )
 
 
-def announce(options: ServeOptions, server: EliminationManagerServer, address: str | tuple[str, int]) -> None:
-    """Leave word for clients of where the server is that this process runs."""
-    state_dir = None if server.state_dir is None else str(server.state_dir.resolve())
+def _check_files(options: ServeOptions, state_dir: Path | None) -> None:
+    """Miss the files that a start needs before it makes anything."""
+    needed = list(options.imports)
+    if options.default_departed is not None and (state_dir is None or not (state_dir / FILE_NAME).exists()):
+        needed.append(options.default_departed)
+    for path in needed:
+        if not path.exists():
+            raise StoreError(f"{path} does not exist", hint="name a JSON file of eliminations or departed hotkeys")
+
+
+def announce(
+    options: ServeOptions, server: EliminationManagerServer, address: str | tuple[str, int]
+) -> Announcement:
+    """Leave word for clients of where the server is that this process runs, as long as it does."""
     runtime = RuntimeDirectory(options.name, options.runtime_base)
-    runtime.announce(ServerInfo(address, state_dir, os.getpid()))
+    state_dir = None if server.state_dir is None else str(server.state_dir.resolve())
+    info = ServerInfo(address, state_dir, os.getpid())
+    return Announcement(runtime, info, load_or_create_key(runtime.create().key)).start()
 
 
 def start_elimination_manager_server(
@@ -122,8 +145,9 @@ class Service:
     ------
     AlreadyServingError
         The name, or the state directory, is in use.
-    StoreError, SegmentError, ChannelError
-        State, shared memory or channel cannot be had.
+    ValueError, StoreError, SegmentError, ChannelError
+        Options, state, shared memory or channel are not to be had. Address, key and directory are looked at before
+        anything is published.
 
     """
 
@@ -132,32 +156,39 @@ class Service:
     ) -> None:
         self.options = options
         self._on_progress = on_progress
+        self._runtime = RuntimeDirectory(options.name, options.runtime_base)
+        self._address = self._runtime.address(options.port)
         self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._runtime = RuntimeDirectory(self.options.name, self.options.runtime_base).create()
+        key = load_or_create_key(self._runtime.create().key)
+        self._check_free()
         with contextlib.ExitStack() as stack:
             self.server = stack.enter_context(open_server(self.options, self._on_progress))
-            self._open_channel()
-            stack.callback(self.channel.close)
+            # Ends before the server, so that no change is accepted that would not be saved.
+            self.channel = stack.enter_context(
+                ChannelServer(self.server, self._address, key, service_name=SERVICE_NAME)
+            )
+            stack.callback(announce(self.options, self.server, self.channel.address).stop)
             self._closing = stack.pop_all()
         return self
 
-    def _open_channel(self) -> None:
-        port, runtime = self.options.port, self._runtime
-        address = str(runtime.socket) if port is None else ("127.0.0.1", port)
-        key = load_or_create_key(runtime.key)
-        self.channel = ChannelServer(self.server, address, key, service_name=SERVICE_NAME).start()
+    def _check_free(self) -> None:
         try:
-            announce(self.options, self.server, self.channel.address)
-        except BaseException:
-            self.channel.close()
+            check_free(self._address)
+        except ChannelError:
+            with contextlib.suppress(NotServingError, SegmentError):
+                writer = EliminationReader(self.options.name).writer
+                if writer.alive:  # which says more than that its address is taken
+                    raise AlreadyServingError(
+                        f"{self.options.name!r} is already served by process {writer.pid}",
+                        hint="stop that process, or serve under another name",
+                    ) from None
             raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The channel ends first, so that no change is accepted that would not be saved.
         self._closing.close()
 
 

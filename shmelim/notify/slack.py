@@ -8,26 +8,34 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
+import math
 import multiprocessing.context
 import multiprocessing.util
 import threading
 import time
+import urllib.parse
 import weakref
+from collections.abc import Callable
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
-from shmelim.notify.repeats import Repeats
-from shmelim.notify.webhook import Webhook
 from shmelim.system import forks
 from shmelim.system.logs import LimitedLog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from slack_sdk.webhook import WebhookClient
 
 _SIGNS: Final = {"info": "\u2139\ufe0f", "success": "✅", "warning": "⚠️", "error": "❌"}
 _LONGEST: Final = 3500  # characters; Slack shortens from 4000 on
+_LONGEST_WAIT: Final = 300.0  # seconds that a Retry-After may ask for
+_REMEMBERED: Final = 256  # messages by which repetitions are known
 
 _logger = logging.getLogger("shmelim.notify")
+# The client logs the URL, so that what it says goes nowhere.
+_silent = logging.Logger("shmelim.webhook", logging.CRITICAL + 1)  # noqa: LOG001  # not in the tree on purpose
+_silent.disabled = True
 
 
 class SlackNotifier:
@@ -38,37 +46,49 @@ class SlackNotifier:
     are dropped and counted, and the next one that leaves says so. What Slack refuses for now (429, 5xx, no
     connection) is tried again, and then dropped with a line in the log.
 
-    Thread-safe. No call raises, and each returns at once, but for :meth:`flush` and :meth:`close`, which have a
-    bound. In a forked child it begins with an empty queue. Can be pickled to a process that is being started,
-    and in no other way. The URL, which is a secret, appears in no log, message or ``repr``.
+    Thread-safe. No call raises, and each returns at once (some 10 µs), but for :meth:`flush` and :meth:`close`,
+    which have a bound. In a forked child it begins with an empty queue. Can be pickled to a process that is being
+    started, and in no other way. The URL, which is a secret, appears in no log, message or ``repr``.
 
     Parameters
     ----------
-    webhook_url
+    webhook_url : str
         The webhook's URL.
-    source
+    source : str, optional
         What every message begins with, such as the name of the host; None: nothing.
-    repeat_after
+    repeat_after : float
         Seconds in which the same message (text and level) is sent once.
-    burst, interval
+    burst, interval : int, float
         So many messages may leave at once, and from then on one every `interval` seconds.
-    max_queued
+    max_queued : int
         Messages that may wait.
-    max_tries
+    max_tries : int
         How often a message is tried.
-    retry_delay
+    retry_delay : float
         Seconds before the second try; doubled for each further one. Slack's own ``Retry-After`` takes precedence.
-    timeout
+    timeout : float
         Seconds for connecting, and for each piece of an answer.
-    exit_timeout
+    exit_timeout : float
         Seconds for messages that still wait at the end of the process.
-    clock
+    clock : callable
         Returns seconds; for repetitions.
 
     Raises
     ------
     ValueError
-        The URL is no http(s) URL (it is not shown), or a figure is impossible.
+        The URL is not an http(s) URL (it is not shown), or a figure is impossible.
+
+    Examples
+    --------
+    >>> slack = SlackNotifier("https://hooks.slack.com/services/T0/B0/secret", source="validator-1")
+    >>> slack
+    <SlackNotifier at hooks.slack.com>
+    >>> slack.stats()
+    {'sent': 0, 'held_back': 0, 'dropped': 0, 'failed': 0, 'queued': 0}
+    >>> slack.close()
+    True
+    >>> slack.send_message("too late", level="warning")
+    False
 
     """
 
@@ -87,54 +107,40 @@ class SlackNotifier:
         exit_timeout: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        # What a started process gets, and all that an instance is made of.
+        self._arguments: dict[str, Any] = {name: value for name, value in locals().items() if name != "self"}
         if min(burst, max_queued, max_tries) < 1 or min(repeat_after, interval, retry_delay, exit_timeout) < 0:
             raise ValueError("burst, max_queued and max_tries must be 1 or more, and no time may be negative")
-        self._webhook = Webhook(webhook_url, timeout=timeout)
-        self._arguments: dict[str, Any] = {
-            "webhook_url": webhook_url,
-            "source": source,
-            "repeat_after": repeat_after,
-            "burst": burst,
-            "interval": interval,
-            "max_queued": max_queued,
-            "max_tries": max_tries,
-            "retry_delay": retry_delay,
-            "timeout": timeout,
-            "exit_timeout": exit_timeout,
-            "clock": clock,
-        }
-        self._prefix = f"[{source}] " if source else ""
+        self._host = _host(webhook_url)
+        self._log = LimitedLog(_logger)
         self._begin_here(closed=False)
+        forks.register(self)
 
     def _begin_here(self, *, closed: bool) -> None:
         """Make what each process has of its own."""
-        figures = self._arguments
         # The condition's lock guards everything below, and is held by nobody who waits for the network. It is
         # re-entrant, since a signal handler may send a message while its thread does.
         self._changed = threading.Condition(threading.RLock())
-        self._repeats = Repeats(figures["repeat_after"], figures["clock"])
+        # (level, text) -> [when it was let through, how often it was held back since], the oldest first.
+        self._seen: dict[tuple[str, str], list[float]] = {}
         self._queue: collections.deque[str] = collections.deque()  # the first one is on its way
         self._closed = closed
         self._thread: threading.Thread | None = None  # lives while there are messages
         self._finalizer: multiprocessing.util.Finalize | None = None
-        self._allowance = float(figures["burst"])  # messages that may leave at once
-        self._counted_at = time.monotonic()
+        self._full_at = 0.0  # when a whole burst may leave again; each message moves it by an interval
         self._unsaid = 0  # dropped messages that none has told of
         self._counts = dict.fromkeys(("sent", "held_back", "dropped", "failed"), 0)
-        self._log = LimitedLog(_logger)
-        forks.register(self)
-
-    # ------------------------------------------------------------------ for everyone
+        self._client: WebhookClient | None = None  # the sending thread's
 
     def send_message(self, text: str, level: str = "info") -> bool:
         """Have a message sent.
 
         Parameters
         ----------
-        text
-            The message. Slack's control characters in it are escaped; what is too long is cut.
-        level
-            info, success, warning or error; anything else counts as info.
+        text : str
+            The message. Slack's control characters in it are escaped; from 3,500 characters on it is cut.
+        level : str
+            "info", "success", "warning" or "error"; anything else counts as "info".
 
         Returns
         -------
@@ -151,12 +157,12 @@ class SlackNotifier:
             return False
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until nothing waits any more; return whether that is so.
+        """Wait until nothing waits any more, at most `timeout` seconds (None: `exit_timeout`).
 
-        Parameters
-        ----------
-        timeout
-            Seconds; None: `exit_timeout`.
+        Returns
+        -------
+        bool
+            Whether nothing waits any more; each message was sent, or given up.
 
         """
         with self._changed:
@@ -165,13 +171,9 @@ class SlackNotifier:
             return not self._queue
 
     def close(self, timeout: float | None = None) -> bool:
-        """Take no more messages, send those that wait without further pauses, and flush; idempotent.
+        """Take no more messages, send those that wait without further pauses, and :meth:`flush`; idempotent.
 
-        Returns
-        -------
-        bool
-            Whether nothing waits any more.
-
+        Called by itself at the end of the process.
         """
         with self._changed:
             self._closed = True
@@ -184,11 +186,11 @@ class SlackNotifier:
             return {**self._counts, "queued": len(self._queue)}
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} at {self._webhook.host}>"
+        return f"<{type(self).__name__} at {self._host}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         multiprocessing.context.assert_spawning(self)
-        return _again, (self._arguments,)
+        return functools.partial(type(self), **self._arguments), ()
 
     def after_fork_in_child(self) -> None:
         """Begin anew: what waits here is the parent's to send. Called by :mod:`shmelim.system.forks`."""
@@ -197,32 +199,38 @@ class SlackNotifier:
     # ------------------------------------------------------------------ with the lock held
 
     def _enqueue(self, text: str, level: str) -> bool:
-        repeated = self._repeats.admit((level, text))
-        if repeated is None:
+        message, now = (level, text), self._arguments["clock"]()
+        let_through, repeated = self._seen.get(message, (-math.inf, 0))
+        if 0 <= now - let_through < self._arguments["repeat_after"]:
+            self._seen[message][1] += 1
             self._counts["held_back"] += 1
             return False
+        self._seen.pop(message, None)
         if self._closed or len(self._queue) >= self._arguments["max_queued"]:
-            self._repeats.forget((level, text))  # nobody will have seen it
-            self._drop()
+            self._counts["dropped"] += 1
+            self._unsaid += 1
             return False
+        self._seen[message] = [now, 0]
+        if len(self._seen) > _REMEMBERED:
+            del self._seen[next(iter(self._seen))]
         if len(text) > _LONGEST:
             text = text[:_LONGEST] + " …"
         if repeated:
-            text += f" (repeated {repeated} times meanwhile)"
-        self._queue.append(f"{_SIGNS.get(level, _SIGNS['info'])} {self._prefix}{_escaped(text)}")
+            text += f" (repeated {repeated:.0f} times meanwhile)"
+        prefix = f"[{self._arguments['source']}] " if self._arguments["source"] else ""
+        # Escaped, so that nothing in it means something to Slack, such as <!channel>.
+        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        self._queue.append(f"{_SIGNS.get(level, _SIGNS['info'])} {prefix}{text}")
         if self._thread is None:
             self._start_thread()
         return True
 
-    def _drop(self) -> None:
-        self._counts["dropped"] += 1
-        self._unsaid += 1
-
     def _start_thread(self) -> None:
         if self._finalizer is None:
             # Called at the end of the main process, and of a child of multiprocessing, which knows no atexit.
+            reference = weakref.ref(self)
             self._finalizer = multiprocessing.util.Finalize(
-                self, _close_at_exit, args=(weakref.ref(self),), exitpriority=100
+                self, lambda: (living := reference()) and living.close(), exitpriority=100
             )
         thread = threading.Thread(target=self._deliver, name="slack-notifier", daemon=True)
         thread.start()
@@ -238,64 +246,80 @@ class SlackNotifier:
                     self._thread = None
                     self._changed.notify_all()
                     return
-                self._wait_for_allowance()
+                self._wait_for_turn()
                 text = self._queue[0]
                 unsaid, self._unsaid = self._unsaid, 0
             if unsaid:
                 text += f" ({unsaid} other messages were dropped)"
-            try:
-                problem = self._post(text)
-            except (
-                Exception
-            ) as error:  # nothing raises there; but a thread that ended would be the end of all alerts
-                problem = type(error).__name__
+            fault = self._send(text)
             with self._changed:
                 self._queue.popleft()
-                self._counts["failed" if problem else "sent"] += 1
-                if problem:
+                self._counts["failed" if fault else "sent"] += 1
+                if fault:
                     self._unsaid += unsaid
                 self._changed.notify_all()
-            if problem:
-                self._log(logging.WARNING, "failed", "a message was not delivered (%s): %s", problem, text)
+            if fault:
+                self._log(logging.WARNING, "failed", "a message was not delivered (%s): %s", fault, text)
 
-    def _wait_for_allowance(self) -> None:
+    def _wait_for_turn(self) -> None:
         """Wait until a message may leave, with the lock released meanwhile; one that closes does not wait."""
         burst, interval = self._arguments["burst"], self._arguments["interval"]
-        while True:
-            now = time.monotonic()
-            if interval > 0:
-                self._allowance = min(burst, self._allowance + (now - self._counted_at) / interval)
-            else:
-                self._allowance = burst
-            self._counted_at = now
-            if self._allowance >= 1 or self._closed:
-                self._allowance -= 1
-                return
-            self._changed.wait((1 - self._allowance) * interval)
+        while not self._closed and (left := self._full_at - burst * interval + interval - time.monotonic()) > 0:
+            self._changed.wait(left)
+        self._full_at = max(self._full_at, time.monotonic()) + interval
 
-    def _post(self, text: str) -> str | None:
-        """Try to deliver a message, as often as allowed; return what went wrong."""
-        delay = self._arguments["retry_delay"]
+    def _send(self, text: str) -> str | None:
+        """Try to deliver a message, as often as allowed; return what went wrong, without the URL."""
+        delay, fault = self._arguments["retry_delay"], ""
         for left in reversed(range(self._arguments["max_tries"])):
-            delivery = self._webhook.post(text)
-            if delivery.problem is None or not delivery.again or not left:
-                return delivery.problem
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed, delivery.after or delay)
+            after = None
+            try:
+                self._client = self._client or _new_client(
+                    self._arguments["webhook_url"], self._arguments["timeout"]
+                )
+                answer = self._client.send(text=text)
+                status = answer.status_code
+                if status == HTTPStatus.OK:
+                    return None
+                fault = f"HTTP status {status}"
+                if status < HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.TOO_MANY_REQUESTS:
+                    return fault
+                after = _seconds(answer.headers.get("Retry-After"))
+            except OSError as error:  # no connection, no answer in time
+                reason = getattr(error, "reason", error)
+                fault = getattr(reason, "strerror", None) or type(reason).__name__
+            except Exception as error:  # its text may have the URL in it
+                fault = type(error).__name__
+            if left:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed, delay if after is None else after)
             delay *= 2
-        return None
+        return fault
 
 
-def _escaped(text: str) -> str:
-    """Return a text in which nothing means something to Slack, such as ``<!channel>``."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def _new_client(url: str, timeout: float) -> WebhookClient:
+    # Imported by the first message: it takes 0.1 s, which no program without alerts should pay.
+    from slack_sdk.webhook import WebhookClient  # noqa: PLC0415
+
+    return WebhookClient(
+        url,
+        timeout=timeout,  # type: ignore[arg-type]  # fractions of a second are fine
+        logger=_silent,
+        retry_handlers=[],  # the queue decides about another try
+    )
 
 
-def _again(arguments: dict[str, Any]) -> SlackNotifier:
-    return SlackNotifier(**arguments)
+def _host(url: str) -> str:
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme in {"http", "https"} and parts.hostname and url.isprintable() and " " not in url:
+            return parts.hostname
+    raise ValueError("the webhook's URL is not an http(s) URL")
 
 
-def _close_at_exit(reference: weakref.ref[SlackNotifier]) -> None:
-    notifier = reference()
-    if notifier is not None:
-        notifier.close()
+def _seconds(header: object) -> float | None:
+    with contextlib.suppress(ValueError):
+        seconds = float(str(header))
+        if seconds >= 0 and math.isfinite(seconds):
+            return min(seconds, _LONGEST_WAIT)
+    return None

@@ -26,7 +26,7 @@ import multiprocessing
 import multiprocessing.context
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, ClassVar, Final, Self
@@ -337,7 +337,13 @@ class RPCServiceBase(ABC):
     _serve_rpc = staticmethod(serve_rpc)
 
     def _call_server(
-        self, method: str, *args: Any, timeout: float | None = None, idempotent: bool = False, **kwargs: Any
+        self,
+        method: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        idempotent: bool = False,
     ) -> Any:
         """Call a method of the server with a deadline of its own; else as through ``self._server_proxy``.
 
@@ -363,7 +369,7 @@ class RPCServiceBase(ABC):
         """
         client = None if self.__core is None else self.__core.client
         if client is None or not self._server_proxy:
-            return getattr(self._server_proxy, method)(*args, **kwargs)
+            return getattr(self._server_proxy, method)(*args, **(kwargs or {}))
         return client.call(method, args, kwargs, timeout=timeout, idempotent=idempotent)
 
     # ------------------------------------------------------------------ life
@@ -418,17 +424,23 @@ class RPCServiceBase(ABC):
         core.owner.restart()
         core.look()
 
-    def shutdown(self) -> None:
+    def shutdown(self, why: str | None = None) -> None:
         """End the server, if this process is its owner, and close this process' connections. Idempotent.
 
         Calls of this process that are under way get their answers, as far as the server gives them within half of
         `stop_timeout`; others end with an error. Copies in other processes see an end, and no failure. May be
         called by a signal handler, whatever its thread was doing. Takes up to `stop_timeout` seconds, and
         longer only for what the kernel needs to end a process.
+
+        Parameters
+        ----------
+        why
+            What whoever still uses the service is told; None: that it was shut down.
+
         """
         core = self.__core
         if core is not None and core.refusal is None:
-            why = f"{self.service_name} was shut down"
+            why = why or f"{self.service_name} was shut down"
             core.end(why)
             self._server_proxy = Absent(why)  # whether or not the core still finds this object
 

@@ -7,16 +7,14 @@ import multiprocessing.context
 import multiprocessing.util
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Collection
 from multiprocessing.process import BaseProcess
 from typing import Any, Final, NoReturn
 
 from shmelim.channel.address import Location, describe
-from shmelim.channel.client import ChannelClient
+from shmelim.channel.client import ChannelClient, Proxy
 from shmelim.channel.codec import MSGPACK
-from shmelim.channel.proxy import Proxy
 from shmelim.errors import (
     AuthenticationFailedError,
     ChannelError,
@@ -31,7 +29,9 @@ from shmelim.service.process import ServerReady
 from shmelim.service.settings import ServiceSettings
 from shmelim.service.shared import SharedPage
 from shmelim.system import forks
-from shmelim.system.problems import Change, Problem, Problems, Severity
+from shmelim.system.clock import monotonic
+from shmelim.system.logs import log_problems
+from shmelim.system.problems import Problems, Severity
 from shmelim.system.processes import ProcessIdentity, is_of_this_user
 
 _DYING: Final = 0.1  # seconds in which a process that closed its connections is dead
@@ -99,7 +99,7 @@ class Core:
         # Guards `refusal`. Re-entrant, since a signal handler may end what its thread is ending.
         self._ending = threading.RLock()
         self.problems = Problems()
-        self.problems.subscribe(self._log)
+        log_problems(self.problems, _logger)
         self.problems.subscribe(self.alerts)
         self.checks = HealthChecks(self._ask, self._found)
         forks.register(self)
@@ -163,8 +163,8 @@ class Core:
             except (NotServingError, ChannelError) as error:
                 self.check_not_ended()
                 _logger.warning("%s: cannot connect, %d tries left: %s", self.name, left, error)
-                pause_ends = time.monotonic() + self.settings.connect_delay
-                while left and (pause := pause_ends - time.monotonic()) > 0:
+                pause_ends = monotonic() + self.settings.connect_delay
+                while left and (pause := pause_ends - monotonic()) > 0:
                     if self.refusal is not None or server.wait(min(pause, _POLL)):
                         raise
                 if not left:
@@ -240,10 +240,6 @@ class Core:
     def _notifier(self) -> Any:
         return getattr(self._facade(), "slack_notifier", None)
 
-    def _log(self, change: Change, problem: Problem) -> None:
-        level, over = (logging.INFO, "over: ") if change == "cleared" else (logging.WARNING, "")
-        _logger.log(level, "%s: %s%s", self.name, over, problem.text)
-
     # ------------------------------------------------------------------ health
 
     def _ask(self) -> object:
@@ -256,7 +252,7 @@ class Core:
             return check() if callable(check) else self._unknown()
         except UnknownMethodError as error:
             text = f"health cannot be checked, and counts as good: {error}"
-            self.problems.report("unchecked", text, severity="notice")
+            self.problems.report("unchecked", text, subject=self.name, severity="notice")
             return {"status": "ok"}
 
     def _unknown(self) -> NoReturn:
@@ -270,7 +266,7 @@ class Core:
             return False
         elif finding.own:
             text = f"this process ({os.getpid()}) cannot check the server, which may be well: {finding.text}"
-            self.problems.report("cannot_check", text, severity="notice")
+            self.problems.report("cannot_check", text, subject=self.name, severity="notice")
         elif self._asked != self.page.server:
             return True  # there is another one by now
         else:
@@ -289,15 +285,15 @@ class Core:
     def report_down(self, text: str, severity: Severity = "degraded") -> None:
         """Raise the problem that the server is down."""
         if self.is_heard() and not self.page.level:
-            self.problems.clear(DOWN)  # an earlier one, whose end another process has told
-        self.problems.report(DOWN, text, severity=severity)
+            self.problems.clear(DOWN, self.name)  # an earlier one, whose end another process has told
+        self.problems.report(DOWN, text, subject=self.name, severity=severity)
 
     def _well(self) -> None:
         """End whatever a good check ends; also an outage of which another process told that has ended since."""
-        if self.problems.stands("cannot_check"):
-            self.problems.clear("cannot_check")
-        if (self.problems.stands(DOWN) or self.page.level) and not self._is_being_replaced():
-            self.problems.clear(DOWN)
+        if self.problems.stands("cannot_check", self.name):
+            self.problems.clear("cannot_check", self.name)
+        if (self.problems.stands(DOWN, self.name) or self.page.level) and not self._is_being_replaced():
+            self.problems.clear(DOWN, self.name)
             self.alerts.recovered()
 
     def _owner_tells(self) -> bool:
@@ -367,7 +363,8 @@ class Core:
     def _about_to_end(self, _signal: int) -> None:
         """Raise unless the process to be ended is the server of this service and user; let the owner know."""
         pid = self._asked.pid
-        if not (is_of_this_user(pid) and is_server_of(pid, self.name)) and self._asked.is_running():
+        # One that is about to be dead has no title any more.
+        if not (is_of_this_user(pid) and is_server_of(pid, self.name)) and not self._asked.wait(_DYING):
             raise ChannelError(f"process {pid} does not look like the server of {self.name}, and is left alone")
         self.page.ended_by = os.getpid()
 

@@ -21,6 +21,7 @@ from shmelim.errors import KeyFileError
 from shmelim.service.settings import server_title
 from shmelim.service.shared import SharedPage
 from shmelim.system import forks
+from shmelim.system.clock import monotonic
 from shmelim.system.problems import SEVERITIES, Change, Problem
 from shmelim.system.processes import ProcessIdentity, set_title
 
@@ -121,7 +122,7 @@ class HealthChecks:
 
     Thread-safe. A call that comes while another one checks returns what is known, and does not wait. `ask` returns
     what the server says of itself. `found` gets what a check finds, the number of failures in a row, and the
-    ``time.monotonic()`` at which the check began; it returns whether the count begins anew.
+    ``monotonic()`` at which the check began; it returns whether the count begins anew.
     """
 
     def __init__(self, ask: Callable[[], object], found: Callable[[Finding | None, int, float], bool]) -> None:
@@ -141,7 +142,7 @@ class HealthChecks:
         try:
             if self._last_ms is None or not 0 <= now_ms - self._last_ms < interval_ms:
                 self._last_ms = now_ms
-                began = time.monotonic()
+                began = monotonic()
                 finding = self.find()
                 self._healthy = finding is None
                 self.failures = 0 if finding is None else self.failures + (not finding.own)
@@ -358,14 +359,14 @@ class HealthCheckDaemon:
 
     def _run(self) -> None:
         # A wall clock that is set would lengthen or shorten an interval; this one does neither.
-        began_ms, began = time.time_ns() // 1_000_000, time.monotonic()
+        began_ms, began = time.time_ns() // 1_000_000, monotonic()
         due = began
-        while not self._maker.wait(max(0.0, due - time.monotonic()), self._waking.fileno()):
+        while not self._maker.wait(max(0.0, due - monotonic()), self._waking.fileno()):
             if (
                 self._waking.poll() or getattr(self.service, "has_ended", False) is True
             ):  # a mock has all attributes
                 return
-            now = time.monotonic()
+            now = monotonic()
             if now >= due:
                 # Whole milliseconds, rounded up: two checks are never less than the interval apart by these.
                 self._check(began_ms + math.ceil((now - began) * 1000))

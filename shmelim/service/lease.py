@@ -32,10 +32,12 @@ from shmelim.channel.key import KEY_SIZE, load_key, load_or_create_key
 from shmelim.errors import ChannelError, KeyFileError, NotServingError
 from shmelim.service.settings import server_title
 from shmelim.system import forks
+from shmelim.system.clock import monotonic
 from shmelim.system.processes import ProcessIdentity, is_of_this_user, title_of
 
 _PROBE: Final = 1.0  # seconds for the question who answers at a socket file
 _POLL: Final = 0.01
+_DYING: Final = 0.1  # seconds in which a process that has lost its title is dead
 _WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104  # nothing is bound to them here
 
 _logger = logging.getLogger("shmelim.service")
@@ -207,9 +209,9 @@ def is_free(location: Location) -> bool:
 
 def wait_until_free(location: Location, timeout: float) -> bool:
     """Wait until a server could listen at an address; return whether it can."""
-    deadline = time.monotonic() + timeout
+    deadline = monotonic() + timeout
     while not is_free(location):
-        if time.monotonic() > deadline:
+        if monotonic() > deadline:
             return False
         time.sleep(_POLL)
     return True
@@ -325,8 +327,8 @@ def _check(pid: int, service_name: str, location: Location) -> None:
     """Raise ``ChannelError`` unless a process is a server of this service and user that was left behind."""
     # This process and those above it cannot be left over from an earlier run.
     if pid in _family() or not (is_of_this_user(pid) and is_server_of(pid, service_name)):
-        if not ProcessIdentity.of(pid).is_running():
-            return  # gone by itself
+        if ProcessIdentity.of(pid).wait(_DYING):
+            return  # it goes by itself; one that is about to be dead has no title any more
         raise ChannelError(
             f"{describe(location)} is in use by process {pid} ({_name_of(pid)})",
             hint="stop it, or choose another address; only a server titled "

@@ -7,7 +7,6 @@ import logging
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from pickle import PicklingError
 from typing import Any, Final
@@ -17,6 +16,7 @@ from shmelim.errors import ChannelError
 from shmelim.service.core import Core
 from shmelim.service.lease import check_usable, claim, clear_stale, give_up, owner_mark, wait_until_free
 from shmelim.service.process import ServerOptions, ServerProcess, ServerReady, check_portable
+from shmelim.system.clock import monotonic
 from shmelim.system.processes import ProcessIdentity
 
 _STABLE: Final = 10.0  # seconds that a server must live for its death not to count as one more
@@ -84,7 +84,7 @@ class Owner:
                     if self.server is not None:
                         core.page.count_restart()
                     self.server, self._mark, core.page.server = server, mark, server.identity
-                    server.ready_at = time.monotonic()
+                    server.ready_at = monotonic()
                     core.reach(server.identity)
                     core.check_not_ended()
                 except BaseException:
@@ -146,7 +146,7 @@ class Owner:
                 server.stop(settings.stop_timeout)
             wait_until_free(self._location, settings.release_timeout)
             self.start()
-            self._restarted_at = time.monotonic()
+            self._restarted_at = monotonic()
             return True
 
     def _check_replaceable(self) -> None:
@@ -202,7 +202,7 @@ class Owner:
             self._changed.clear()
             if server is not self.server or not server.identity.wait(None):
                 continue
-            deaths = 1 if time.monotonic() - server.ready_at >= _STABLE else deaths + 1
+            deaths = 1 if monotonic() - server.ready_at >= _STABLE else deaths + 1
             try:
                 self._tell_of(server)
                 while self._is_missed(server) and not self._bring_back(server, deaths):

@@ -13,7 +13,6 @@ import os
 import pickle
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import popen_spawn_posix, reduction, resource_tracker, spawn
@@ -27,6 +26,7 @@ from shmelim.channel.failures import pack_failure, unpack_failure
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE
 from shmelim.errors import CallTimeoutError, ChannelError, NotServingError, ProtocolError
 from shmelim.system import forks
+from shmelim.system.clock import monotonic
 from shmelim.system.processes import ProcessIdentity
 
 _LOOK_AGAIN: Final = 0.1  # seconds; a dead process' pipes may be held open by a child that was forked meanwhile
@@ -260,10 +260,10 @@ class ServerReady:
         if self._writing is not None:  # ours; once it is closed, the end of the process is the end of the pipe
             self._writing.close()
             self._writing = None
-        deadline = time.monotonic() + timeout
+        deadline = monotonic() + timeout
         while True:
             alive = server.identity.is_running()  # before the look at the pipe: what it reports, it reports alive
-            left = deadline - time.monotonic()
+            left = deadline - monotonic()
             if wait([self._reading], min(_LOOK_AGAIN, max(left, 0.0)) if alive else 0.0):
                 try:
                     report = MSGPACK.loads(self._reading.recv_bytes(_REPORT_LIMIT))
@@ -272,7 +272,7 @@ class ServerReady:
                 else:
                     if report != ["progress"]:
                         return _address_in(report, name)
-                    deadline = time.monotonic() + timeout
+                    deadline = monotonic() + timeout
                     continue
             if not alive:
                 raise NotServingError(
@@ -327,7 +327,7 @@ class ServerProcess:
         self.process = process
         self.pid: int = pid
         self.identity = ProcessIdentity.of(pid)
-        self.ready_at = float("inf")  # time.monotonic()
+        self.ready_at = float("inf")  # monotonic()
         self._service_name = service_name
 
     def how_it_ended(self) -> str:

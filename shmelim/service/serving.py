@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.synchronize import Event
 from types import FrameType, TracebackType
@@ -21,6 +20,8 @@ from shmelim.errors import ShmelimError
 from shmelim.service.lease import server_mark
 from shmelim.service.process import ServerOptions, ServerReady
 from shmelim.service.settings import server_title
+from shmelim.system.clock import monotonic
+from shmelim.system.logs import log_without_waiting
 from shmelim.system.processes import ProcessIdentity, set_title
 
 _PROGRESS: Final = 0.1  # seconds between two reports of progress
@@ -92,7 +93,7 @@ def run_server(
     global _starting  # noqa: PLW0603
     options = server_ready.options
     # First of all, so that no signal reaches a handler that was inherited from the owner.
-    with Ending(options.owner) as ending, contextlib.ExitStack() as stack:
+    with Ending(options.owner) as ending, log_without_waiting(), contextlib.ExitStack() as stack:
         try:
             stack.enter_context(_named(options))
             _starting = server_ready
@@ -122,7 +123,7 @@ def report_progress(*_details: object) -> None:
     ``ready_timeout``. Does nothing in any other process. Costs about a microsecond; 10 a second are sent.
     """
     global _reported  # noqa: PLW0603
-    ready, now = _starting, time.monotonic()
+    ready, now = _starting, monotonic()
     if ready is not None and now - _reported >= _PROGRESS:
         _reported = now
         ready.progress()
@@ -138,6 +139,7 @@ def _named(options: ServerOptions) -> Iterator[None]:
         yield
 
 
+@log_without_waiting()
 def _serve(
     server: object,
     address: Address,

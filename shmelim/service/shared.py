@@ -15,6 +15,7 @@ from multiprocessing.reduction import DupFd
 from typing import Any, Final
 
 from shmelim.system import forks
+from shmelim.system.clock import monotonic
 from shmelim.system.processes import ProcessIdentity
 
 # Words of eight bytes, each written whole: the first four by the owner, the fifth by who ends the server, the
@@ -114,8 +115,8 @@ class SharedPage:
     def _alone(self) -> Iterator[None]:
         """Keep others from rising and falling, unless one that does has been stopped."""
         with self._lock:
-            deadline = time.monotonic() + _PATIENCE
-            while self._descriptor >= 0 and time.monotonic() < deadline:
+            deadline = monotonic() + _PATIENCE
+            while self._descriptor >= 0 and monotonic() < deadline:
                 try:
                     fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break

@@ -1,15 +1,18 @@
 """Generic shared-memory table: bytes keys to (flags, record bytes), one writer, lock-free readers."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from shmelim.shm.lookups import HEADS, ITEMS, KEYS, VALUES, flag_choice, flag_test
 from shmelim.shm.native import READ_PATH
-from shmelim.shm.private import PrivateNamespace
-from shmelim.shm.reader import Record, TableInfo, TableSnapshot, WriterInfo, WriterState
+from shmelim.shm.reader import LOADING_NUMPY, Record, TableInfo, TableSnapshot, WriterInfo, WriterState
 from shmelim.shm.replay import Entry
 from shmelim.shm.segment import Namespace, check_name
 from shmelim.shm.shared import SharedNamespace
-from shmelim.shm.writer import TableWriter, Transaction
+
+if TYPE_CHECKING:
+    from shmelim.shm.private import PrivateNamespace
+    from shmelim.shm.writer import TableWriter, Transaction
 
 if TYPE_CHECKING or READ_PATH == "pure":
     from shmelim.shm.lookups import Lookups
@@ -22,6 +25,7 @@ __all__ = [
     "HEADS",
     "ITEMS",
     "KEYS",
+    "LOADING_NUMPY",
     "READ_PATH",
     "VALUES",
     "Entry",
@@ -41,3 +45,13 @@ __all__ = [
     "flag_choice",
     "flag_test",
 ]
+
+# What no reader needs; the writer brings numpy.
+_LAZY = {"PrivateNamespace": "private", "TableWriter": "writer", "Transaction": "writer"}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):  # noqa: ANN001, ANN202
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals().setdefault(name, getattr(import_module(f"{__name__}.{_LAZY[name]}"), name))

@@ -20,7 +20,7 @@ typedef struct {
 } Key;
 
 typedef struct {
-    PyObject *op;     /* who is asked: who refuses what is no key */
+    PyObject *op;     /* who is asked: who refuses what is not a key */
     PyObject *list;   /* where the keys are: a list, or a tuple, */
     Py_buffer array;  /* or an array of fixed-size byte strings, padded with zero bytes that do not count */
     Py_ssize_t count;
@@ -87,7 +87,7 @@ batch_take(const Batch *batch, const Map *map, PyObject **items, Py_ssize_t n, K
     if (items != NULL) {
         int converted = convert(batch->op, items[n], &key->data, &key->size);
         if (UNLIKELY(converted <= 0)) {
-            /* No key has no bytes. */
+            /* An empty key is in no table. */
             *key = (Key){(const unsigned char *)"", 0, 0};
             return converted;
         }

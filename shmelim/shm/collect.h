@@ -72,7 +72,7 @@ gather(Collection *all, uint64_t room)
         *entry = (Entry){span.ordinal, span.start, span.size, span.key_size};
         all->bytes += collected_size(all, entry);
         arena += ENTRY_HEADER + span.size;
-        /* Entries that lie in each other are none; and no more is allocated than the arena could hold. */
+        /* Entries do not overlap; and no more is allocated than the arena could hold. */
         if (arena > map->arena_size) {
             return CONTRADICTION;
         }

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
-
-import numpy as np
 
 from shmelim.shm import _native
 from shmelim.shm.lookups import Lookups, Mark
-from shmelim.shm.reader import Record, TableReader
+from shmelim.shm.reader import LOADING_NUMPY, Record, TableReader
+from shmelim.shm.segment import Segment
 from shmelim.shm.view import View
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    import numpy as np
     from numpy.typing import NDArray
-
-    from shmelim.shm.segment import Segment
 
 _TESTS: Final = 4
 _CHOICE: Final = 4
@@ -54,6 +51,9 @@ class NativeTableReader(_native.Table, TableReader):
 
     def flags_of(self, keys: Sequence[bytes]) -> NDArray[np.uint8]:
         """Return the flags of many keys as of one version, as a ``uint8`` array of the same length."""
+        with LOADING_NUMPY:
+            import numpy as np  # noqa: PLC0415
+
         listed = keys if isinstance(keys, (list, tuple)) else list(keys)
         flags = np.empty(len(listed), np.uint8)
         return flags if self._fill(listed, flags, 0) else self._flags_of_snapshot(listed)

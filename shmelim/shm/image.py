@@ -8,9 +8,11 @@ as short as the load says.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shmelim.shm import hashing
 from shmelim.shm.layout import (
@@ -38,13 +40,7 @@ from shmelim.shm.layout import (
     pack_entry,
 )
 from shmelim.shm.native import release_fence
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
-
-    from shmelim.shm.segment import Segment
+from shmelim.shm.segment import Segment
 
 _FLAG_BITS = 8
 _FILL_CHUNK = 1 << 20
@@ -97,15 +93,12 @@ class Image:
         """Bytes of the arena that current entries take."""
         return self._words[self._head + LIVE]
 
-    def _add(self, field: int, amount: int) -> None:
-        self._words[self._head + field] += amount
-
     def begin_overwrite(self) -> None:
         """Move the epoch: what readers took for an append-only log is about to be written over.
 
         Must be seen before the first such store.
         """
-        self._add(EPOCH, 1)
+        self._words[self._head + EPOCH] += 1
         release_fence()
 
     # ------------------------------------------------------------------ changes
@@ -146,10 +139,11 @@ class Image:
         return self._memory[start : start + (packed >> KEY_LENGTH_SHIFT & 0xFF)]
 
     def _append(self, entry: bytes) -> int:
-        offset = self.used
+        words, used = self._words, self._head + USED
+        offset = words[used]
         start = self._arena + offset
         self._memory[start : start + len(entry)] = entry
-        self._words[self._head + USED] = offset + len(entry)
+        words[used] = offset + len(entry)
         return offset
 
     def _put(self, key: bytes, flags: int, record: bytes, ordinal: int | None) -> None:
@@ -179,11 +173,12 @@ class Image:
         return int(ordinal)
 
     def _count(self, flags: int, size: int, sign: int) -> None:
-        self._add(COUNT, sign)
-        self._add(LIVE, sign * size)
+        words, head = self._words, self._head
+        words[head + COUNT] += sign
+        words[head + LIVE] += sign * size
         for bit in range(_FLAG_BITS):
             if flags >> bit & 1:
-                self._add(FLAG_COUNTS + bit, sign)
+                words[head + FLAG_COUNTS + bit] += sign
 
     def _remove(self, key: bytes) -> None:
         hole, packed = self._find(key, hashing.key_hash(key, self.header.seed))

@@ -144,16 +144,7 @@ def pack_root_header() -> bytes:
 
 
 def check_root(data: bytes, label: str) -> None:
-    """Check the first 16 bytes of a root segment.
-
-    Raises
-    ------
-    SegmentFormatError
-        It was written by another format of the package, or on a machine of the other byte order.
-    CorruptSegmentError
-        It is no root segment.
-
-    """
+    """Check the first 16 bytes of a root segment; SegmentFormatError or CorruptSegmentError if they are wrong."""
     if len(data) < _HEADER.size:
         raise CorruptSegmentError(f"segment {label} is {len(data)} bytes long, too short for a root page")
     magic, version, mark = _HEADER.unpack_from(data)
@@ -176,24 +167,9 @@ def pack_data_header(header: DataHeader) -> bytes:
 
 
 def unpack_data_header(data: bytes, size: int, generation: int, label: str) -> DataHeader:
-    """Read and check the header of a data segment against the size of the reader's own mapping.
+    """Read the header of a data segment, and check it against the ``size`` of the mapping it will be read through.
 
-    Parameters
-    ----------
-    data
-        The first bytes of the segment.
-    size
-        Bytes of the mapping through which it will be read.
-    generation
-        The generation it must be of.
-    label
-        Its name, for messages.
-
-    Raises
-    ------
-    SegmentFormatError, CorruptSegmentError
-        The header cannot be believed; no offset computed from a header that passes leaves the mapping.
-
+    SegmentFormatError or CorruptSegmentError; no offset computed from a header that passes leaves the mapping.
     """
     if len(data) < _DATA_HEADER.size:
         raise CorruptSegmentError(f"segment {label} is {len(data)} bytes long, too short for its header")

@@ -23,7 +23,7 @@ no_table(PyObject *Py_UNUSED(op))
     return -1;
 }
 
-/* Have the subclass say in its own words what is wrong with a key that is no text. */
+/* Have the subclass say in its own words what is wrong with a key that is not a text. */
 static int
 refuse(PyObject *op, PyObject *key)
 {
@@ -35,12 +35,12 @@ refuse(PyObject *op, PyObject *key)
     return -1;
 }
 
-/* Any text that is not plain ASCII. */
+/* Any text that is not plain ASCII; and None, which is in no table, as it is in no dict of texts. */
 static int
 text_key_slow(PyObject *op, PyObject *key, const unsigned char **data, size_t *size)
 {
     if (!PyUnicode_Check(key)) {
-        return refuse(op, key);
+        return key == Py_None ? 0 : refuse(op, key);
     }
     Py_ssize_t length;
     *data = (const unsigned char *)PyUnicode_AsUTF8AndSize(key, &length);
@@ -55,7 +55,7 @@ text_key_slow(PyObject *op, PyObject *key, const unsigned char **data, size_t *s
     return 1;
 }
 
-/* The UTF-8 of a text: 1, or 0 where it has none (lone surrogates), or -1 with an exception. */
+/* The UTF-8 of a text: 1, or 0 for what is in no table (lone surrogates, None), or -1 with an exception. */
 ALWAYS_INLINE static inline int
 text_key(PyObject *op, PyObject *key, const unsigned char **data, size_t *size)
 {
@@ -80,7 +80,7 @@ any_text_flags(PyObject *op, PyObject *key, uint64_t *packed)
     return converted;
 }
 
-/* Find the flags of a text; 0 where it is no key of this table. */
+/* Find the flags of a text; 0 where it is not a key of this table. */
 ALWAYS_INLINE static inline int
 text_flags(PyObject *op, PyObject *key, uint64_t *packed)
 {
@@ -155,9 +155,6 @@ static int
 lookups_contains(PyObject *op, PyObject *key)
 {
     uint64_t packed;
-    if (!PyUnicode_Check(key)) {
-        return 0;
-    }
     if (text_flags(op, key, &packed) < 0) {
         return -1;
     }

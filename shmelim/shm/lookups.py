@@ -7,20 +7,18 @@ here, and say what they do there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
-import numpy as np
+from shmelim.shm.reader import LOADING_NUMPY, TableReader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
+    import numpy as np
     from numpy.typing import NDArray
 
-    from shmelim.shm.reader import TableReader
-
 T = TypeVar("T")
-Keys: TypeAlias = "Sequence[str] | NDArray[np.bytes_]"
-Method = TypeVar("Method", bound="Callable[..., Any]")
+Keys: TypeAlias = "Sequence[str | None] | NDArray[np.bytes_]"
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 KEYS: Final = 0
 VALUES: Final = 1
@@ -55,17 +53,10 @@ def _marked(mark: Mark) -> Callable[[Method], Method]:
 
 
 class Lookups:
-    """Lookups by text in a table.
+    """Lookups by text in ``_table``, which is set once, before anything is looked up.
 
-    Attributes
-    ----------
-    _table
-        The table; set once, before anything is looked up.
-    _head
-        How many bytes at the beginning of each record are its head; the rest is its body.
-    _member
-        The flags that make a key a member (``in``).
-
+    The first ``_head`` bytes of each record are its head, the rest is its body; ``_member`` are the flags that
+    make a key a member (``in``).
     """
 
     __slots__ = ()
@@ -75,35 +66,37 @@ class Lookups:
     _member: ClassVar[int] = 1
 
     def _refuse(self, key: object) -> NoReturn:
-        """Raise the error for a key that is no text."""
+        """Raise the error for a key that is not a text."""
         raise TypeError(f"a key must be text, not {type(key).__name__}: {key!r:.60}")
 
-    def _key(self, key: str) -> bytes:
-        """Return the bytes of a key that is looked up; one that can be no key becomes one that is in no table."""
+    def _key(self, key: str | None) -> bytes:
+        """Return the bytes of a key that is looked up; what cannot be a key becomes one that is in no table."""
+        if key is None:
+            return b""
         if not isinstance(key, str):
             self._refuse(key)
         return key.encode("utf-8", "surrogatepass")
 
-    def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._flags(key) & self._member == self._member
+    def __contains__(self, key: Any) -> bool:
+        return self._flags(key) & self._member == self._member
 
-    def _flags(self, key: str) -> int:
+    def _flags(self, key: Any) -> int:
         """Return the flags of a text, 0 if it is absent."""
         try:
             return self._table.flags(key.encode())
         except AttributeError:
-            self._refuse(key)
+            return 0 if key is None else self._refuse(key)
         except UnicodeEncodeError:
             return 0
 
-    def _record(self, key: str) -> bytes | None:
+    def _record(self, key: str | None) -> bytes | None:
         """Return a copy of the body of a text's record; None if there is none."""
         found = self._table.get(self._key(key))
         if found is None or (self._head and len(found.data) <= self._head):
             return None
         return found.data[self._head :]
 
-    def _read(self, key: str, decode: Callable[[memoryview], T]) -> T | None:
+    def _read(self, key: str | None, decode: Callable[[memoryview], T]) -> T | None:
         """Run ``decode`` on the body of a text's record where it stands; None if there is none."""
 
         def look(record: memoryview) -> T | None:
@@ -124,6 +117,9 @@ class Lookups:
 
     def _fill_in_any_case(self, keys: Keys, answers: NDArray[Any], mask: int) -> None:
         """Do the same, however fast publishes come."""
+        with LOADING_NUMPY:
+            import numpy as np  # noqa: PLC0415
+
         listed = keys.tolist() if isinstance(keys, np.ndarray) else [self._key(key) for key in keys]
         flags = self._table.flags_of(listed)
         answers[:] = flags if mask == 0 else flags & mask == mask

@@ -7,12 +7,10 @@ reference. ``SHMELIM_PURE=1`` in the environment forces the latter.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final, Protocol
+from types import ModuleType
+from typing import Final, Protocol
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
-    from shmelim.shm.segment import Segment
+from shmelim.shm.segment import Segment
 
 _INTERFACE: Final = 2
 
@@ -28,7 +26,7 @@ def _load() -> ModuleType | None:
         from shmelim.shm import _native  # noqa: PLC0415  # it may not be there
     except ImportError:
         return None
-    # One that another release left in the directory is none.
+    # One that another release left in the directory is not used.
     return _native if getattr(_native, "INTERFACE", None) == _INTERFACE else None
 
 

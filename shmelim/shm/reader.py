@@ -27,9 +27,8 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVar
-
-import numpy as np
 
 from shmelim.errors import CorruptSegmentError, NotServingError, SegmentError
 from shmelim.shm.layout import (
@@ -52,16 +51,18 @@ from shmelim.shm.layout import (
     check_root,
 )
 from shmelim.shm.replay import Entry, replay
+from shmelim.shm.segment import Namespace, Segment
 from shmelim.shm.view import Batch, View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
+    import numpy as np
     from numpy.typing import NDArray
 
-    from shmelim.shm.segment import Namespace, Segment
-
 T = TypeVar("T")
+
+LOADING_NUMPY: Final = threading.RLock()
+"""Held while numpy is loaded, which the first question about many keys does, and by whoever forks: in a child,
+nobody would unlock a module that another thread was just importing. Re-entrant for a signal handler that forks."""
 
 HEARTBEAT_LIMIT: Final = 3.0
 """Seconds without a heartbeat after which a writer counts as dead."""
@@ -261,6 +262,9 @@ class TableReader:
         Hashing happens before the version is looked at, so that the part that a publish can overtake stays
         short. Where publishes still come faster, the answer is taken from a snapshot, so that this ends.
         """
+        with LOADING_NUMPY:
+            import numpy as np  # noqa: PLC0415
+
         if not keys:
             return np.zeros(0, np.uint8)
         batch = Batch(keys)
@@ -272,7 +276,7 @@ class TableReader:
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
                 continue
-            if not batch.hashed_for(view.seed):
+            if batch.seed != view.seed:
                 batch.hash_for(view.seed)
                 continue
             try:
@@ -288,6 +292,8 @@ class TableReader:
         return self._flags_of_snapshot(keys)
 
     def _flags_of_snapshot(self, keys: Sequence[bytes]) -> NDArray[np.uint8]:
+        import numpy as np  # noqa: PLC0415
+
         entries = self.snapshot().entries
         return np.fromiter((entries[key].flags if key in entries else 0 for key in keys), np.uint8, len(keys))
 
@@ -488,3 +494,8 @@ def _renew_locks_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_locks_in_child)
+os.register_at_fork(
+    before=LOADING_NUMPY.acquire,
+    after_in_parent=LOADING_NUMPY.release,
+    after_in_child=LOADING_NUMPY.release,
+)

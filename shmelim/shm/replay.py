@@ -25,27 +25,10 @@ class Entry(NamedTuple):
 
 
 def replay(log: bytes, label: str, *, seed: int | None = None) -> dict[bytes, Entry]:
-    """Replay a log.
+    """Return the entries that a log leaves, in the order of their ordinals.
 
-    Parameters
-    ----------
-    log
-        The used part of an arena.
-    label
-        The segment's name, for messages.
-    seed
-        The segment's hash seed, to check every entry's checksum; None skips that.
-
-    Returns
-    -------
-    dict
-        The entries in the order of their ordinals.
-
-    Raises
-    ------
-    CorruptSegmentError
-        An entry does not fit, is of no known kind, or fails its checksum.
-
+    CorruptSegmentError if an entry does not fit, is of no known kind, or fails its checksum, which is checked
+    where the segment's ``seed`` is given; ``label`` is the segment's name, for messages.
     """
     entries: dict[bytes, Entry] = {}
     position, end = 0, len(log)

@@ -7,51 +7,28 @@ the same face over anonymous memory, so that a table without a name in ``/dev/sh
 from __future__ import annotations
 
 import contextlib
+import mmap
 import re
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from shmelim.shm.layout import WORD
-
-if TYPE_CHECKING:
-    import mmap
 
 _NAME: Final = re.compile(r"[a-z0-9_-]{1,16}")
 
 
 def check_name(name: str) -> str:
-    """Return ``name`` if it can name a table.
-
-    Raises
-    ------
-    ValueError
-        It is not 1 to 16 of ``a-z 0-9 _ -`` (longer ones would not fit macOS's 31 characters).
-
-    """
+    """Return a name that can name a table: 1 to 16 of ``a-z 0-9 _ -``, as macOS allows; ValueError for others."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"name {name!r} must be 1 to 16 of the characters a-z, 0-9, '_' and '-'")
     return name
 
 
 class Segment:
-    """One mapped segment.
+    """One mapped segment, read-only for readers.
 
-    Parameters
-    ----------
-    label
-        Its name, for messages.
-    memory
-        The mapping; read-only for readers.
-    identity
-        What tells it from another segment of the same name: device and inode.
-
-    Attributes
-    ----------
-    memory : mmap.mmap
-        Slicing it copies bytes out and never leaves the mapping.
-    words : memoryview
-        The same memory as aligned 8-byte words, as far as they are whole; one item read or written is one
-        load or store.
-
+    Slicing ``memory`` copies bytes out and never leaves the mapping. ``words`` is the same as aligned 8-byte
+    words; one item read or written is one load or store. ``identity`` (device and inode) tells it from another of
+    its name.
     """
 
     __slots__ = ("identity", "label", "memory", "words")

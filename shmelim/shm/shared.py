@@ -7,11 +7,8 @@ import errno
 import fcntl
 import mmap
 import os
-import platform
 import stat
 import sys
-import tempfile
-from pathlib import Path
 from typing import Final
 
 import posix_ipc
@@ -28,7 +25,7 @@ from shmelim.shm.layout import ROOT_SIZE
 from shmelim.shm.native import READ_PATH
 from shmelim.shm.segment import Segment, check_name
 
-_SHM_DIR: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps POSIX shared memory
+_SHM_DIR: Final = "/dev/shm"  # noqa: S108  # where Linux keeps POSIX shared memory
 _ZEROS: Final = bytes(1 << 20)
 
 
@@ -105,7 +102,7 @@ class SharedNamespace:
                         hint=f"see `shmelim status --name {self.name}`, or serve under another --name",
                     ) from None
                 raise SegmentError(f"cannot lock segment {self.root_name}: {error}") from error
-            # A root that was removed or replaced between open and flock is no lock on the name.
+            # The lock of a root that was removed or replaced between open and flock does not hold the name.
             if self._names(descriptor):
                 break
             os.close(descriptor)
@@ -128,16 +125,7 @@ class SharedNamespace:
             os.close(descriptor)
 
     def create_root(self) -> Segment:
-        """Make a new root segment under the lock and move the lock to it.
-
-        Raises
-        ------
-        AlreadyServingError
-            Another process took the name in the moment in which it led nowhere.
-        SegmentFullError
-            ``/dev/shm`` is full.
-
-        """
+        """Make a new root segment under the lock and move the lock to it; errors as in :meth:`acquire`."""
         previous = self._lock
         self._unlink(self.root_name)
         # Whoever comes first makes it and locks it, in the same way as when there never was one.
@@ -189,14 +177,16 @@ class SharedNamespace:
         """Unlink every data segment of this name but generation ``keep``, unless the name was lost."""
         for generation in [] if self._lost_name() else self.generations():
             if generation != keep:
-                # What another user put there is none of ours, and nothing reads it.
+                # What another user put there is not ours, and nothing reads it.
                 with contextlib.suppress(UntrustedSegmentError):
                     self._unlink(self.data_name(generation))
 
     def generations(self) -> list[int]:
         """Return the generations that have a data segment; Linux only, elsewhere the list is empty."""
+        from pathlib import Path  # noqa: PLC0415  # for writers alone
+
         prefix = self.root_name[1:] + "."
-        found = [path.name.removeprefix(prefix) for path in _SHM_DIR.glob(f"{prefix}*")]
+        found = [path.name.removeprefix(prefix) for path in Path(_SHM_DIR).glob(f"{prefix}*")]
         return sorted(int(suffix) for suffix in found if suffix.isdecimal())
 
     def remove(self) -> None:
@@ -218,7 +208,9 @@ class SharedNamespace:
     def _open_lock(self) -> int:
         if sys.platform != "linux":
             # flock on shared memory is refused elsewhere: a file with the scope of the user stands in.
-            path = Path(tempfile.gettempdir()) / f"shmelim.{os.geteuid()}.{self.name}.lock"
+            from tempfile import gettempdir  # noqa: PLC0415  # it brings a dozen modules, for this alone
+
+            path = f"{gettempdir()}/shmelim.{os.geteuid()}.{self.name}.lock"
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             shared = posix_ipc.SharedMemory(self.root_name, posix_ipc.O_CREAT, mode=self._mode)
@@ -329,15 +321,8 @@ class SharedNamespace:
 
 
 def require_store_order() -> None:
-    """Check that stores and loads can be kept in order here: by the extension, or by the machine itself.
-
-    Raises
-    ------
-    UnsupportedPlatformError
-        The extension is not there, or not used, and this is no x86-64.
-
-    """
-    machine = platform.machine()
+    """Raise UnsupportedPlatformError unless the extension or the machine keeps stores and loads in order."""
+    machine = os.uname().machine
     if READ_PATH == "native" or (machine in ("x86_64", "AMD64") and sys.byteorder == "little"):
         return
     raise UnsupportedPlatformError(

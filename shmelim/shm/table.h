@@ -26,7 +26,7 @@ count_retry(Table *table)
 /* Return the current view, which lives until release_view; NULL without an exception where there is none.
  *
  * With a GIL it is borrowed: only Python code replaces it, and between the two calls none runs. Whoever calls back
- * into Python, or releases the GIL, takes hold_view instead. */
+ * into Python, or releases the GIL, takes hold instead. */
 #ifdef Py_GIL_DISABLED
 static inline View *
 borrow_view(Table *table)

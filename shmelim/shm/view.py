@@ -6,9 +6,8 @@ a length: bad bytes give :class:`CorruptSegmentError`, never a crash.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from shmelim.errors import CorruptSegmentError
 from shmelim.shm import hashing
@@ -25,68 +24,41 @@ from shmelim.shm.layout import (
     DataHeader,
     unpack_data_header,
 )
+from shmelim.shm.segment import Segment
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    import numpy as np
     from numpy.typing import NDArray
-
-    from shmelim.shm.segment import Segment
 
 
 class Batch:
-    """Keys of a batch lookup, prepared for probing before any version is looked at.
-
-    Parameters
-    ----------
-    keys
-        The keys, each 1 to 255 bytes.
-
-    """
+    """Keys of a batch lookup, prepared for probing before any version is looked at."""
 
     def __init__(self, keys: Sequence[bytes]) -> None:
+        import numpy as np  # noqa: PLC0415  # loaded by whoever has a batch: see LOADING_NUMPY
+
         self.keys = keys
         self.lengths = np.fromiter(map(len, keys), np.uint64, len(keys))
         self.inline: NDArray[np.uint64] = (
             np.array(keys, f"S{INLINE_KEY}").view(np.uint64).reshape(-1, INLINE_KEY // WORD)
         )
-        self._seed: int | None = None
-        self._hashes: NDArray[np.uint64] = self.lengths
-
-    def hashed_for(self, seed: int) -> bool:
-        """Tell whether the hashes are those of ``seed``."""
-        return self._seed == seed
+        self.seed: int | None = None
+        self.hashes: NDArray[np.uint64] = self.lengths
 
     def hash_for(self, seed: int) -> None:
         """Hash all keys with ``seed``."""
-        digest = hashing.key_hash
-        self._hashes = np.fromiter((digest(key, seed) for key in self.keys), np.uint64, len(self.keys))
-        self._seed = seed
+        import numpy as np  # noqa: PLC0415
 
-    @property
-    def hashes(self) -> NDArray[np.uint64]:
-        """The hashes, in the order of the keys."""
-        return self._hashes
+        digest = hashing.key_hash
+        self.hashes = np.fromiter((digest(key, seed) for key in self.keys), np.uint64, len(self.keys))
+        self.seed = seed
 
 
 class View:
     """A data segment as a reader sees it: immutable once made, so that one reference read is a consistent set.
 
-    Parameters
-    ----------
-    segment
-        The mapped segment.
-    generation
-        The generation that it must be of.
-    root
-        The root segment whose version word named it. A view is of use only together with that word: another
-        root of the same name may name the same generation and mean another segment.
-
-    Raises
-    ------
-    CorruptSegmentError, SegmentFormatError
-        Its header cannot be believed.
-
+    It is of use only together with ``root``, the root segment whose version word named it: another root of the
+    same name may name the same generation and mean another segment.
     """
 
     def __init__(self, segment: Segment, generation: int, root: Segment) -> None:
@@ -104,11 +76,6 @@ class View:
         self.header_word = [header.copy_base(copy) // WORD for copy in (0, 1)]
         self.slot_word = [header.slots_base(copy) // WORD for copy in (0, 1)]
         self.arena = [header.arena_base(copy) for copy in (0, 1)]
-        count = header.capacity * SLOT_WORDS
-        self.rows = [
-            np.frombuffer(segment.memory, np.uint64, count, header.slots_base(copy)).reshape(-1, SLOT_WORDS)
-            for copy in (0, 1)
-        ]
 
     def probe(self, copy: int, key: bytes) -> int:
         """Return the packed word of ``key``'s slot, 0 if it is absent.
@@ -153,7 +120,12 @@ class View:
         compared in full afterwards; a key that is not the one found there, or is longer than a slot, is probed
         for on its own.
         """
-        rows, hashes = self.rows[copy], batch.hashes
+        import numpy as np  # noqa: PLC0415
+
+        hashes = batch.hashes
+        rows: NDArray[np.uint64] = np.frombuffer(
+            self.memory, np.uint64, self.capacity * SLOT_WORDS, self.slot_word[copy] * WORD
+        ).reshape(-1, SLOT_WORDS)
         slot_hashes, slot_packed = rows[:, 0], rows[:, PACKED]
         packed_of = np.zeros(len(batch.keys), np.uint64)
         slot_of = np.zeros(len(batch.keys), np.uint64)

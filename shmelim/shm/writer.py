@@ -33,7 +33,9 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from typing import TYPE_CHECKING, Final, Self
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Final, Self
 
 import psutil
 
@@ -64,12 +66,7 @@ from shmelim.shm.layout import (
 )
 from shmelim.shm.native import release_word
 from shmelim.shm.reader import WriterState
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from types import TracebackType
-
-    from shmelim.shm.segment import Namespace, Segment
+from shmelim.shm.segment import Namespace, Segment
 
 MIN_CAPACITY: Final = 8
 MIN_ARENA: Final = PAGE
@@ -241,7 +238,8 @@ class TableWriter:
         """
         if self._images is None or self._behind is None or (self._open is not None and self._open.staged):
             return
-        current, spare = self._images[self.version & 1], self._images[~self.version & 1]
+        now = self.version & 1
+        current, spare = self._images[now], self._images[1 - now]
         behind, self._behind = self._behind, _ALL
         if isinstance(behind, list):
             spare.apply(behind)
@@ -257,9 +255,10 @@ class TableWriter:
         self.settle()
         if replace or self._images is None:
             return self._stage_afresh(changes, need)
-        current, spare = self._images[self.version & 1], self._images[~self.version & 1]
+        version = self.version
+        current, spare = self._images[version & 1], self._images[~version & 1]
         header = current.header
-        count = current.count + sum(change.flags is not None for change in changes)
+        count = current.count + len(changes)  # at most
         if 2 * count > header.capacity:
             count = current.count + current.count_new(changes)
         fits = 2 * count <= header.capacity
@@ -273,8 +272,8 @@ class TableWriter:
         else:
             capacity, arena = self._room_for(count, current.live + need, header.capacity)
             staged = self._new_segment(capacity, arena, header.seed)
-            current.compact_into(staged.target(self.version))
-        staged.target(self.version).apply(changes)
+            current.compact_into(staged.target(version))
+        staged.target(version).apply(changes)
         if staged.behind is changes and len(changes) * _BYTES_PER_APPLY > SLOT_SIZE * header.capacity + need:
             staged.behind = _TAIL
         return staged
@@ -482,14 +481,7 @@ class Transaction:
 
 
 def check_key(key: bytes) -> None:
-    """Check that ``key`` is 1 to 255 bytes.
-
-    Raises
-    ------
-    TypeError, ValueError
-        It is not.
-
-    """
+    """Raise TypeError or ValueError unless ``key`` is 1 to 255 bytes."""
     if not isinstance(key, bytes):
         raise TypeError(f"key must be bytes, not {type(key).__name__}")
     if not 1 <= len(key) <= MAX_KEY:

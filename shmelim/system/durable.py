@@ -1,16 +1,145 @@
-"""Files that survive a crash: durable names and contents, and names for what is set aside."""
+"""Files that survive a crash: written whole or not at all, made durable, and set aside under names of their own.
+
+Everything here follows symbolic links: a file behind a link is written and renamed where it is, and the link
+stays. Functions that write raise ``OSError``; :func:`writing` makes a :class:`~shmelim.errors.StoreError` of it.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
-from contextlib import suppress
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from glob import escape
 from itertools import count
 from pathlib import Path
+from typing import Final
+
+from shmelim.errors import StoreError
+
+_PERMISSIONS: Final = "make it and its directory writable for this user"
+_HINTS: Final = {
+    errno.ENOSPC: "make room on that file system",
+    errno.EDQUOT: "make room: this user's quota on that file system is used up",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.EROFS: "mount that file system writable, or use another directory",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a file stands where a directory should be",
+    errno.EEXIST: "a file stands where a directory should be",
+    errno.EISDIR: "a directory stands where the file should be: move it away",
+    errno.ELOOP: "its symbolic links lead in a circle: mend them",
+    errno.EIO: "check the disk",
+}
 
 
-def unused_name(path: Path, what: str, suffix: str = "") -> Path:
-    """Take the name ``<name>.<what>-<UTC time><suffix>`` beside a file, by creating it empty (0600)."""
+@contextmanager
+def writing(what: str, hint: str | None = None) -> Iterator[None]:
+    """Make an OSError a StoreError: `what`, why, and what to do; `hint` is for what the errno does not explain."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{what}: {error.strerror or error}", hint=_HINTS.get(error.errno or 0, hint)) from error
+
+
+def write_whole(
+    path: Path,
+    parts: Iterable[bytes],
+    *,
+    mode: int = 0o600,
+    before_rename: Callable[[], object] | None = None,
+) -> None:
+    """Replace a file in one step; it is durable when this returns.
+
+    One that exists keeps its permissions and group; a new one gets `mode`. `before_rename` is called when the new
+    file is complete and about to take its place. What it or `parts` raises leaves the old file as it was.
+    """
+    target = _behind_links(path)
+    _remove_leftovers(target)
+    descriptor, name = tempfile.mkstemp(".tmp", f".{target.name}.{os.getpid()}.", target.parent)
+    temporary = Path(name)
+    try:
+        with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - it opens a descriptor
+            _copy_permissions(target, descriptor, mode)
+            for part in parts:
+                # A raw write may take less than it is given, as on a disk that fills up.
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            os.fsync(descriptor)
+        if before_rename is not None:
+            before_rename()
+        temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_directory(target.parent)
+
+
+def _behind_links(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _copy_permissions(path: Path, descriptor: int, mode: int) -> None:
+    with suppress(FileNotFoundError):
+        old = path.stat()
+        mode = stat.S_IMODE(old.st_mode)
+        try:
+            os.fchown(descriptor, -1, old.st_gid)
+        except PermissionError:
+            mode &= ~stat.S_IRWXG  # this user's group is not the one that was let in
+    os.fchmod(descriptor, mode)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what writers of this file left behind when they were killed."""
+    for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        owner = leftover.name.removeprefix(f".{path.name}.").split(".")[0]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            leftover.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):
+            continue
+
+
+def write_aside(path: Path, what: str, content: bytes, suffix: str = "") -> Path:
+    """Write a durable file ``<name>.<what>-<UTC time><suffix>`` (0600) beside another one; returns its path."""
+    aside = _unused_name(path, what, suffix)
+    try:
+        aside.write_bytes(content)
+        sync_file(aside)
+    except BaseException:
+        aside.unlink()
+        raise
+    return aside
+
+
+def move_aside(path: Path, what: str = "damaged", companions: Iterable[str] = ()) -> Path:
+    """Rename a file to ``<name>.<what>-<UTC time>``, never over an earlier one; returns the new path.
+
+    After it go its companions that exist, which have its name with a suffix. Raises StoreError if there is no such
+    file, or it cannot be renamed.
+    """
+    with writing(f"{path} cannot be moved aside", hint="move it by hand"):
+        old = _behind_links(path)
+        old.stat()  # that there is one, before a name is taken for it
+        aside = _unused_name(old, what)
+        old.replace(aside)
+        for suffix in companions:
+            with suppress(FileNotFoundError):
+                old.with_name(old.name + suffix).replace(aside.with_name(aside.name + suffix))
+        sync_directory(old.parent)
+    return aside
+
+
+def _unused_name(path: Path, what: str, suffix: str = "") -> Path:
+    """Take a name beside a file by creating it, empty and private."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     names = (f"{path.name}.{what}-{stamp}{f'-{n}' if n else ''}{suffix}" for n in count())
     while True:

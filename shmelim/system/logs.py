@@ -1,19 +1,28 @@
-"""Logging that a hostile peer cannot use to fill a disk."""
+"""Logging that fills no disk and holds up nobody: limited lines, problems as lines, handlers that do not block."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import Final
 
-if TYPE_CHECKING:
-    import logging
+from shmelim.system import forks
+from shmelim.system.background import BackgroundHandler
+from shmelim.system.clock import now_ms
+from shmelim.system.problems import Change, Problem, Problems
+
+_LEVELS: Final = {"notice": logging.WARNING, "degraded": logging.ERROR, "failing": logging.CRITICAL}
+_AT_THE_END: Final = 1.0  # seconds for lines that are not written yet
 
 
 class LimitedLog:
-    """A logger's front that lets a burst of lines through for each topic, and then one line an interval.
+    """A logger's front for lines that can repeat: of each topic a burst passes, and then one line an interval.
 
-    Thread-safe. A call costs about a microsecond when the line is held back.
+    The next line that passes says how many were held back. Thread-safe, usable from a signal handler, and after a
+    fork. A line that is held back costs about a microsecond.
 
     Parameters
     ----------
@@ -24,6 +33,12 @@ class LimitedLog:
     interval
         Seconds after which one more line of that topic may pass.
 
+    Examples
+    --------
+    >>> log = LimitedLog(logging.getLogger("shmelim.example"), burst=1)
+    >>> for attempt in range(1000):
+    ...     log(logging.INFO, "retries", "attempt %d failed", attempt)  # one line
+
     """
 
     def __init__(self, logger: logging.Logger, *, burst: int = 10, interval: float = 10.0) -> None:
@@ -33,10 +48,13 @@ class LimitedLog:
         # Topic -> [lines that may pass, when that was counted, lines held back]; under the lock. Topics are
         # constants of this package, so that the dictionary stays small.
         self._topics: dict[str, list[float]] = {}
-        self._lock = threading.RLock()  # re-entrant, since a signal handler may log while its thread does
+        self.after_fork_in_child()
+        forks.register(self)
 
-    def __call__(self, level: int, topic: str, message: str, *args: object, exc_info: bool = False) -> None:
-        """Log `message` unless too many lines of `topic` came before it; say how many were held back."""
+    def __call__(
+        self, level: int, topic: str, message: str, *args: object, exc_info: BaseException | bool = False
+    ) -> None:
+        """Log `message`, formatted with `args`, unless too many lines of `topic` came before it."""
         now = time.monotonic()
         with self._lock:
             state = self._topics.setdefault(topic, [float(self._burst), now, 0])
@@ -54,4 +72,66 @@ class LimitedLog:
 
     def after_fork_in_child(self) -> None:
         """Re-make the lock, whose holder may not exist in the child."""
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # re-entrant, since a signal handler may log while its thread does
+
+
+def log_problems(problems: Problems, logger: logging.Logger) -> None:
+    """Log each problem once when it is raised, when it gets worse and when it ends.
+
+    A notice is a warning, "degraded" an error, "failing" critical, and an end a warning: whoever saw the beginning
+    must see it. A problem that comes and goes is limited like every repeated line.
+    """
+    limited = LimitedLog(logger)
+
+    def log(change: Change, problem: Problem) -> None:
+        whose = f"{problem.name} ({problem.subject})" if problem.subject else problem.name
+        if change == "cleared":
+            lasted = max(0, now_ms() - problem.since_ms) / 1000
+            limited(logging.WARNING, problem.name, "%s: over after %.1f s: %s", whose, lasted, problem.text)
+        else:
+            limited(_LEVELS[problem.severity], problem.name, "%s: %s", whose, problem)
+
+    problems.subscribe(log)
+
+
+@contextlib.contextmanager
+def log_without_waiting() -> Iterator[None]:
+    """Have no call of this process wait for a log, for the length of a ``with`` block.
+
+    Every handler of every logger works in a thread of its own behind a bounded queue, so that a pipe that nobody
+    reads, or a disk that hangs, blocks that thread only; lines that are dropped meanwhile are counted. At the end
+    the handlers are put back, once they have written what waits or a second has passed. Filters are asked where
+    the line is logged. May be nested, to take in handlers that were added since.
+
+    For processes that do nothing but serve: the logging of anybody else's process, a forked child's included, is
+    theirs.
+    """
+    made: dict[logging.Handler, BackgroundHandler] = {}  # a handler may serve several loggers
+
+    def behind(handler: logging.Handler) -> logging.Handler:
+        if isinstance(handler, BackgroundHandler) and handler.is_of_this_process():
+            return handler
+        if handler not in made:
+            made[handler] = BackgroundHandler(handler)
+        return made[handler]
+
+    def before(handler: logging.Handler) -> logging.Handler:
+        return handler.replaced if isinstance(handler, BackgroundHandler) and handler in mine else handler
+
+    _replace(behind)
+    try:
+        yield
+    finally:
+        deadline, mine = time.monotonic() + _AT_THE_END, set(made.values())
+        for handler in mine:
+            handler.drain(max(0.0, deadline - time.monotonic()))
+        _replace(before)
+
+
+def _replace(other: Callable[[logging.Handler], logging.Handler]) -> None:
+    """Put other handlers in the place of those of all loggers."""
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):
+            logger.handlers = [other(handler) for handler in logger.handlers]
+    if logging.lastResort is not None:
+        logging.lastResort = other(logging.lastResort)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, Literal, TypeAlias
 
+from shmelim.system import forks
 from shmelim.system.clock import now_ms
 
 Severity: TypeAlias = Literal["notice", "degraded", "failing"]
@@ -53,6 +54,13 @@ class Problem:
     remedy: str | None = None
     since_ms: int
 
+    def __str__(self) -> str:
+        return self.text if self.remedy is None else f"{self.text}; {self.remedy}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the attributes by name, for a health check's answer."""
+        return asdict(self)
+
 
 Subscriber: TypeAlias = Callable[[Change, Problem], object]
 
@@ -60,8 +68,9 @@ Subscriber: TypeAlias = Callable[[Change, Problem], object]
 class Problems:
     """The problems that stand, and who is told of each change.
 
-    A subscriber is called by who raises or clears, after the books are written and without the lock; what
-    it raises is logged. Thread-safe, and usable from a signal handler. A forked child calls :meth:`begin_anew`.
+    A subscriber is called by whoever raises or clears, after the books are written and without the lock; what it
+    raises is logged. Thread-safe, and usable from a signal handler. A forked child has the problems that stood at
+    the fork, of which its parent told; one that is to tell for itself calls :meth:`begin_anew`.
 
     Examples
     --------
@@ -83,13 +92,19 @@ class Problems:
 
     def __init__(self) -> None:
         self._subscribers: tuple[Subscriber, ...] = ()  # replaced whole
-        self.begin_anew()
+        self._standing: dict[tuple[str, str], Problem] = {}  # in the order in which they began
+        self.after_fork_in_child()
+        forks.register(self)
+
+    def after_fork_in_child(self) -> None:
+        """Re-make the lock, whose holder may not exist in the child."""
+        # Guards changes of `_standing`. Re-entrant: a signal handler may raise a problem while its thread does.
+        self._lock = threading.RLock()
 
     def begin_anew(self) -> None:
-        """Forget every problem; for a forked child, whose parent has told of them."""
-        # Guards `_standing`. Re-entrant, since a signal handler may raise a problem while its thread does.
-        self._lock = threading.RLock()
-        self._standing: dict[tuple[str, str], Problem] = {}  # in the order in which they began
+        """Forget every problem without telling anybody."""
+        with self._lock:
+            self._standing.clear()
 
     def subscribe(self, subscriber: Subscriber) -> None:
         """Have ``subscriber(change, problem)`` called for each problem raised, worse or cleared."""
@@ -132,6 +147,12 @@ class Problems:
         if problem is not None:
             self._tell("cleared", problem)
         return problem
+
+    def clear_others(self, name: str, subjects: Collection[str]) -> None:
+        """Clear the problems of that name, but for those of these subjects."""
+        for problem in self.standing():
+            if problem.name == name and problem.subject not in subjects:
+                self.clear(name, problem.subject)
 
     def stands(self, name: str, subject: str = "") -> bool:
         """Whether a problem was raised and not cleared."""

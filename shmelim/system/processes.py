@@ -6,11 +6,12 @@ import contextlib
 import os
 import select
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
+
+from shmelim.system.clock import monotonic
 
 _HAS_PROC: Final = Path("/proc/self/stat").exists()
 _STARTED: Final = 18  # index of the start time after the state, see proc(5)
@@ -59,10 +60,10 @@ class ProcessIdentity:
             poller = select.poll()
             for number in (*others, *(() if descriptor is None else (descriptor,))):
                 poller.register(number, select.POLLIN)
-            deadline = None if timeout is None else time.monotonic() + timeout
+            deadline = None if timeout is None else monotonic() + timeout
             # Looked at after the descriptor was opened, which so is certainly not of a later process of that id.
             while self.is_running():
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                left = None if deadline is None else max(0.0, deadline - monotonic())
                 pause = left if descriptor is not None else min(_LOOK_AGAIN, _LOOK_AGAIN if left is None else left)
                 ready = {number for number, _ in poller.poll(None if pause is None else pause * 1000)}
                 if descriptor in ready:  # it may still be on its way to being a zombie

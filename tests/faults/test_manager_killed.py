@@ -10,8 +10,9 @@ import threading
 import time
 
 import pytest
-from ledger import PATIENCE, Alerts, FileAlerts, kill, pid_after, until
+from ledger import Alerts, FileAlerts, kill, pid_after
 from serving import row, stamp_of, state_in_store, state_in_table
+from waiting import PATIENCE, until
 
 from shmelim import EliminationReader
 from shmelim.errors import CallTimeoutError, NotServingError, OutcomeUnknownError

@@ -21,8 +21,8 @@ from crashing import Child, call, kill_self
 from reference_validator import HOUR, Managed
 
 import shmelim.eliminations
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import IN_DOUBT
-from shmelim.eliminations.rules.statecalls import StateCalls
 from shmelim.errors import StateUnavailableError
 
 if TYPE_CHECKING:
@@ -192,20 +192,20 @@ def test_server_killed_around_every_call_of_an_elimination(
 ) -> None:
     """The processor lives on and knows what it did: nothing stays in doubt."""
     eliminated_ms = prepare(tmp_path / "prepared")
-    original = StateCalls._call
+    original = ProcessingCalls._call
     calls: list[str] = []
     stop = 0
 
-    def with_a_death(self: StateCalls, method: str, *args: Any) -> Any:
+    def with_a_death(self: ProcessingCalls, method: str, *args: Any, **options: Any) -> Any:
         calls.append(method)
         if len(calls) != stop:
-            return original(self, method, *args)
+            return original(self, method, *args, **options)
         if carried_out:
-            original(self, method, *args)
+            original(self, method, *args, **options)
         os.kill(managed.manager.server_pid, signal.SIGKILL)
         raise StateUnavailableError(f"no answer to {method}")
 
-    monkeypatch.setattr(StateCalls, "_call", with_a_death)
+    monkeypatch.setattr(ProcessingCalls, "_call", with_a_death)
     while not stop or len(calls) >= stop:
         stop, calls = stop + 1, []
         directory = tmp_path / f"at-{stop}"

@@ -177,7 +177,7 @@ class TestDamagedStore:
         (state_dir / "eliminations.json").write_text('{"eliminations": [')
         before = listing(state_dir)
         for _ in range(2):
-            with pytest.raises(StoreError):
+            with pytest.raises(StoreError, match=r"eliminations\.json is damaged"):
                 start()
             assert listing(state_dir) == before
 
@@ -194,20 +194,19 @@ class TestDamagedStore:
         assert listing(state_dir) == before
 
     @pytest.mark.parametrize("seed", range(25))
-    def test_flipped_anywhere_gives_the_right_state_or_a_store_error(self, table_name, state_dir, start, seed):
+    def test_flipped_anywhere_gives_the_right_state(self, table_name, state_dir, start, seed):
         with start() as server:
             before = fill(server)
         rng = random.Random(seed)
         path = state_dir / FILE_NAME
         data = bytearray(path.read_bytes())
         for _ in range(rng.choice([1, 5, 50])):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            place = rng.randrange(len(data))
+            # Where it says whose database it is and of which schema: there, it could be another's and be refused.
+            if not 60 <= place < 72:
+                data[place] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
-        try:
-            server = start()
-        except StoreError:
-            return
-        assert state_in_table(server.reader).eliminations == before.eliminations
+        assert state_in_table(start().reader).eliminations == before.eliminations
 
 
 class TestDamagedFiles:
@@ -255,7 +254,7 @@ class TestDamagedFiles:
             assert child.wait() == -9
         whole = (state_dir / "eliminations.json").read_text()
         (state_dir / "eliminations.json").write_text(whole[:-5])
-        with pytest.raises(DamagedFileError):
+        with pytest.raises(DamagedFileError, match=r"eliminations\.json is damaged"):
             start()
         (state_dir / "eliminations.json").write_text(whole)
         assert start().get_eliminated_hotkeys_rpc() == {"a"}
@@ -263,7 +262,7 @@ class TestDamagedFiles:
     def test_can_be_repaired_after_a_refusal(self, state_dir, start):
         state_dir.mkdir()
         (state_dir / "eliminations.json").write_text("{")
-        with pytest.raises(DamagedFileError):
+        with pytest.raises(DamagedFileError, match=r"eliminations\.json is damaged"):
             start()
         (state_dir / "eliminations.json").write_text(json.dumps({"eliminations": [row("a"), row("b")]}))
         assert start().get_eliminations_from_memory_rpc() == [row("a"), row("b")]
@@ -428,7 +427,7 @@ class TestCrashWhileAFileIsWritten:
                 kind.replace = fail
             for n in range(5):
                 server.add_elimination_rpc(f"new-{n}", row(f"new-{n}", n))
-                with pytest.raises(StoreError):
+                with pytest.raises(StoreError, match="could not be written: not permitted"):
                     server.save_eliminations_rpc()
             assert server.health_check_rpc()["problems"]
 
@@ -601,8 +600,14 @@ class TestDeathDuringRecovery:
         return lines
 
 
-_PACKAGE = Path(shmelim.__file__).parent / "eliminations"
+_PACKAGE = Path(shmelim.__file__).parent
 _TRACED = frozenset(
-    str(_PACKAGE / name) for name in ("starting/recovery.py", "starting/replacement.py", "store/database.py")
+    str(_PACKAGE / name)
+    for name in (
+        "eliminations/starting/recovery.py",
+        "eliminations/starting/replacement.py",
+        "eliminations/store/database.py",
+        "system/durable.py",
+    )
 )
 assert all(Path(name).is_file() for name in _TRACED)

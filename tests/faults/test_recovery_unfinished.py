@@ -14,6 +14,7 @@ import shmelim
 from shmelim import EliminationManagerServer, EliminationReader
 from shmelim.eliminations.files import mirror
 from shmelim.eliminations.starting import replacement
+from shmelim.eliminations.store.history import Change
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
@@ -26,6 +27,7 @@ _TRACED = frozenset(
         "eliminations/starting/recovery.py",
         "eliminations/starting/replacement.py",
         "eliminations/store/database.py",
+        "eliminations/store/opening.py",
         "eliminations/store/schema.py",
         "eliminations/files/format.py",
         "system/durable.py",
@@ -132,7 +134,7 @@ def test_at_some_lines_with_shared_memory(new_name, tmp_path, act, files):
 def die_between_the_renames(name, state_dir, files="current"):
     def run():
         move_aside = replacement.move_aside
-        replacement.move_aside = lambda directory: (move_aside(directory), kill_self())
+        replacement.move_aside = lambda *args: (move_aside(*args), kill_self())
         start(name, state_dir, files=files)
 
     with Child(run) as child:
@@ -218,10 +220,10 @@ def test_a_replacement_that_cannot_be_written_leaves_the_damaged_store_in_its_pl
 
 def test_a_replacement_is_forgotten_when_the_store_is_whole_again(table_name, state_dir):
     prepare(table_name, state_dir)
-    replacement.build(state_dir, lambda step: step.store.add_event("recover"))
+    replacement.build(state_dir, lambda step: step.store.add_events([Change("recover")]))
     backup = state_dir.parent / "backup"
     with Store.open(backup) as store, store.transaction():
-        store.add_event("backup")
+        store.add_events([Change("backup")])
     (backup / FILE_NAME).replace(state_dir / FILE_NAME)
     with start(table_name, state_dir, files="off") as server:
         assert [event["action"] for event in server.get_history_rpc()] == ["backup"]

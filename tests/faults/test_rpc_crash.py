@@ -242,7 +242,7 @@ def test_an_interrupted_call_leaves_no_reply_behind(tmp_path, processes):
     finally:
         thread.join()
         signal.signal(signal.SIGUSR1, before)
-    assert client._pool._wires == {}
+    assert client._connections._wires == {}
     assert client.call("note_rpc", (7,)) == 7
     client.close()
 

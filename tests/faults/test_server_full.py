@@ -12,9 +12,9 @@ from crashing import call
 from serving import row, state_in_files, state_in_table
 
 from shmelim import EliminationManagerServer, EliminationReader
-from shmelim.eliminations.files import format as files
 from shmelim.errors import SegmentFullError, StoreError
 from shmelim.shm import SharedNamespace
+from shmelim.system import durable
 
 _CLONE_NEWNS = 0x20000
 
@@ -76,17 +76,22 @@ class TestDiskOfTheStore:
                     before = state_in_table(server.reader)
                     try:
                         server.add_elimination_rpc(f"h{n}", row(f"h{n}", pad=5000))
+                        wrong = []
                     except StoreError as error:
+                        wrong = ["commit_failed"]
                         refused.append(error)
                         assert state_in_table(server.reader) == before
                         nothing_of(server, f"h{n}")
                     # Reading goes on.
                     assert server.get_elimination_rpc("a") == row("a")
-                    assert server.health_check_rpc()["status"] == "ok"
+                    health = server.health_check_rpc()
+                    assert [problem["name"] for problem in health["problems"]] == wrong
+                    assert health["status"] == ("degraded" if wrong else "ok")
                 assert refused
                 assert all("shmelim.sqlite" in str(error) and error.hint for error in refused)
                 filler.unlink()
                 assert server.add_elimination_rpc("b", row("b", pad=5000)) is True
+                assert server.health_check_rpc()["status"] == "ok"
                 before = state_in_table(server.reader)
             with EliminationManagerServer(state_dir=tmp_path / "state", files="off") as server:
                 assert state_in_table(server.reader) == before
@@ -145,9 +150,10 @@ class TestDiskOfTheFiles:
                 with pytest.raises(StoreError):
                     server.save_eliminations_rpc()
                 health = server.health_check_rpc()
-                assert health["status"] == "ok"
+                assert health["status"] == "degraded"
                 (problem,) = health["problems"]
-                assert "eliminations.json" in problem
+                assert problem["name"] == "files_behind"
+                assert "eliminations.json" in problem["text"]
                 assert not server.is_hotkey_eliminated_rpc("h0")
                 assert not list((tmp_path / "state").glob("*.tmp"))
                 filler.unlink()
@@ -160,16 +166,16 @@ class TestDiskOfTheFiles:
         assert with_small_tmpfs(tmp_path, 4_000_000, work)
 
     def test_full_by_what_the_system_says_the_change_stands(self, tmp_path, monkeypatch):
-        real = files.tempfile.mkstemp
+        real = durable.tempfile.mkstemp
 
         def full(*_args, **_kwargs):
             raise OSError(28, "No space left on device")
 
         with EliminationManagerServer(state_dir=tmp_path) as server:
-            monkeypatch.setattr(files.tempfile, "mkstemp", full)
+            monkeypatch.setattr(durable.tempfile, "mkstemp", full)
             assert server.append_elimination_row_rpc("a", 1.0, "ZOMBIE") is True
             assert "No space left" in str(server.health_check_rpc()["problems"])
-            monkeypatch.setattr(files.tempfile, "mkstemp", real)
+            monkeypatch.setattr(durable.tempfile, "mkstemp", real)
             server.save_eliminations_rpc()
             assert state_in_files(tmp_path) == state_in_table(server.reader).without_registered()
 

@@ -13,7 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from ledger import PATIENCE, Alerts, Ledger, kill, pid_after, until
+from ledger import Alerts, Ledger, kill, pid_after
+from waiting import PATIENCE, until
 
 from shmelim import EliminationReader
 from shmelim.channel import ChannelClient

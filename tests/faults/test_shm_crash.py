@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import crashing
 import pytest
-from conftest import segments_of
+from segments import segments_of
 
 from shmelim.shm import SharedNamespace, TableReader, TableWriter
 

@@ -13,7 +13,8 @@ import time
 
 import psutil
 import pytest
-from ledger import PATIENCE, Ledger, is_alive, kill, until
+from ledger import Ledger, is_alive, kill
+from waiting import PATIENCE, until
 
 from shmelim.errors import ChannelError
 from shmelim.service import lease
@@ -162,7 +163,8 @@ def test_without_the_kernels_help(hold, address, monkeypatch):
 UNTITLED = """
 import sys, threading
 from setproctitle import setproctitle
-from ledger import Ledger, PATIENCE
+from ledger import Ledger
+from waiting import PATIENCE
 import setproctitle as module
 module.setproctitle = lambda _title: None
 from shmelim.system import processes
@@ -283,7 +285,7 @@ def test_replacing_can_be_off(hold, make):
 def test_a_file_that_is_no_socket_stays(make, tmp_path):
     path = tmp_path / "file"
     path.write_text("precious")
-    with pytest.raises(ChannelError, match="a file that is no socket is there"):
+    with pytest.raises(ChannelError, match="a file that is not a socket is there"):
         make(str(path))
     assert path.read_text() == "precious"
 

@@ -1,6 +1,5 @@
 """The store when the world is unkind: damaged files, a full disk, no permission, death at any moment."""
 
-import contextlib
 import os
 import pickle
 import random
@@ -14,11 +13,11 @@ import pytest
 
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.record import encode, generate_row, normalise
-from shmelim.eliminations.store.database import move_aside
-from shmelim.eliminations.store.history import read_events
+from shmelim.eliminations.store.history import Change, read_events
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
+from shmelim.system.durable import move_aside
 
 RECORD = encode(normalise(generate_row("h", 1.0, "ZOMBIE", 5, return_info={"x": "y" * 400})))
 
@@ -53,7 +52,7 @@ def filled(tmp_path_factory):
         store.put_eliminations([(f"hotkey-{n}", RECORD + b"%d" % n) for n in range(300)])
         for n in range(50):
             store.put_departed(f"hotkey-{n * 3}", n)
-            store.add_event("add", f"hotkey-{n}", new=RECORD)
+            store.add_events([Change("add", f"hotkey-{n}", new=RECORD)])
     return directory
 
 
@@ -91,7 +90,7 @@ class TestDamage:
             read_events(damaged.parent)
 
     @pytest.mark.parametrize("seed", range(20))
-    def test_flipped_pages_never_raise_anything_else(self, damaged, filled, seed):
+    def test_flipped_pages_never_raise_anything_else(self, damaged, seed):
         rng = random.Random(seed)
         data = bytearray(damaged.read_bytes())
         page = 4096 * rng.randrange(1, len(data) // 4096)
@@ -100,15 +99,30 @@ class TestDamage:
         with pytest.raises(DamagedStoreError):
             read_all(damaged.parent)
 
-    @pytest.mark.parametrize("seed", range(40))
-    def test_flipped_bytes_are_noticed_or_read(self, damaged, seed):
-        rng = random.Random(seed)
-        data = bytearray(damaged.read_bytes())
-        for _ in range(5):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        damaged.write_bytes(data)
-        with contextlib.suppress(StoreError):
-            read_all(damaged.parent)
+    def test_flipped_bits_are_noticed_or_change_nothing_that_is_published(self, filled, tmp_path):
+        whole = (filled / FILE_NAME).read_bytes()
+        outcomes = {"noticed": 0, "read": 0}
+        for seed in range(60):
+            directory = tmp_path / str(seed)
+            directory.mkdir()
+            rng = random.Random(seed)
+            data = bytearray(whole)
+            for _ in range(seed % 5):
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            (directory / FILE_NAME).write_bytes(data)
+            try:
+                found = read_all(directory)
+            except StoreError:
+                outcomes["noticed"] += 1
+                continue
+            outcomes["read"] += 1
+            if seed == 0:  # nothing is flipped in the first one
+                truth = found
+                assert [len(part) for part in truth] == [300, 300, 50, 50]
+            # SQLite compares what is indexed, records carry a checksum; a time or an event's text has neither.
+            assert found[1] == truth[1], f"seed {seed}"
+            assert [hotkey for hotkey, _ in found[2]] == [hotkey for hotkey, _ in truth[2]], f"seed {seed}"
+        assert min(outcomes.values()) >= 5, outcomes
 
     def test_a_bit_flipped_inside_a_record_is_noticed(self, tmp_path):
         record = b"a record of some length, as it stands on the page"
@@ -128,7 +142,7 @@ class TestDamage:
         damaged.write_bytes(b"junk" * 2000)
         with pytest.raises(DamagedStoreError):
             Store.open(damaged.parent)
-        aside = move_aside(damaged.parent)
+        aside = move_aside(damaged)
         with Store.open(damaged.parent) as store:
             assert list(store.rows()) == []
         assert aside.read_bytes() == b"junk" * 2000
@@ -165,7 +179,7 @@ class TestFullDisk:
             assert not store.in_transaction
             assert list(store.rows()) == before
             with store.transaction():
-                assert store.remove_elimination("h3") == RECORD
+                assert store.remove_eliminations(["h3"]) == {"h3": RECORD}
                 store.put_elimination("h3", RECORD)
             assert store.get("h3").eliminated_ordinal == 21
             store.check()
@@ -259,7 +273,7 @@ class TestNoPermission:
 
     def test_history_where_nothing_may_be_written(self, directory):
         with Store.open(directory) as store, store.transaction():
-            store.add_event("add", "a")
+            store.add_events([Change("add", "a")])
         (directory / FILE_NAME).chmod(0o444)
         directory.chmod(0o555)
         assert [event.action for event in self.as_nobody(lambda: read_events(directory))] == ["add"]
@@ -273,7 +287,7 @@ class TestNoPermission:
         directory.chmod(0o555)
         with pytest.raises(StoreError, match="Permission denied"):
             self.as_nobody(lambda: files.read_eliminations(directory / "e.json"))
-        with pytest.raises(StoreError):
+        with pytest.raises(StoreError, match="SQLITE_CANTOPEN"):
             self.as_nobody(lambda: read_events(directory))
 
 
@@ -289,7 +303,7 @@ def die_at(directory, acknowledged, seed):
                 store.put_elimination(f"h{n % 50}", b"%d" % n)
                 if rng.random() < 0.2:
                     store.put_eliminations([(f"b{n}-{k}", b"%d" % n) for k in range(rng.randrange(200))])
-                store.add_event("add", f"h{n % 50}", note=str(n))
+                store.add_events([Change("add", f"h{n % 50}", note=str(n))])
             os.write(writer, b"%d\n" % n)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:

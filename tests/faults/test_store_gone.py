@@ -95,7 +95,7 @@ def test_put_back_it_is_used_again(state_dir, start):
     server = start(files="off")
     server.add_elimination_rpc("a", row("a"))
     _move_directory(state_dir)
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError, match="was deleted while it was in use"):
         server.add_elimination_rpc("b", row("b"))
     state_dir.with_name("moved").rename(state_dir)
     assert server.add_elimination_rpc("b", row("b"))

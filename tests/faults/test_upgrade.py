@@ -11,8 +11,8 @@ from serving import Served, listing, row, state_in_table
 
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.debts.tables import Figures
-from shmelim.eliminations.store import schema
-from shmelim.eliminations.store.history import read_events
+from shmelim.eliminations.store import opening, schema
+from shmelim.eliminations.store.history import Change, read_events
 from shmelim.eliminations.store.offline import read_debt_figures, read_debts, read_slashes
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
@@ -116,12 +116,12 @@ def test_readers_of_an_old_store_change_nothing(old):
 
 
 def test_readers_of_a_store_that_is_brought_up_to_date_meanwhile(old):
-    reading = schema.connect_read_only(old / FILE_NAME, 5.0)
+    reading = opening.connect_read_only(old / FILE_NAME, 5.0)
     try:
         reading.execute("BEGIN")
         before = reading.execute("SELECT count(*) FROM events").fetchone()
         with Store.open(old) as store, store.transaction():
-            store.add_event("test")
+            store.add_events([Change("test")])
         assert reading.execute("SELECT count(*) FROM events").fetchone() == before
         reading.execute("COMMIT")
         assert reading.execute("SELECT count(*) FROM events").fetchone() == (before[0] + 1,)
@@ -154,7 +154,7 @@ def test_a_failure_leaves_it_as_it_was(old, monkeypatch):
 def test_of_two_that_open_it_at_once_one_brings_it_up_to_date(old, monkeypatch):
     # Both have seen schema 1 before either goes on.
     both_saw = threading.Barrier(2)
-    identify = schema._identify
+    identify = schema.identify
 
     def slow(db, path):
         found = identify(db, path)
@@ -171,7 +171,7 @@ def test_of_two_that_open_it_at_once_one_brings_it_up_to_date(old, monkeypatch):
         except Exception as error:
             failures.append(error)
 
-    monkeypatch.setattr(schema, "_identify", slow)
+    monkeypatch.setattr(schema, "identify", slow)
     threads = [threading.Thread(target=open_it) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -204,7 +204,7 @@ def test_kill_at_every_line(old, tmp_path):
         done = Counter()
 
         def run(number=number, done=done):
-            at_line(number, kill_self, ("install", "_identify"), (schema.__file__,))
+            at_line(number, kill_self, ("install", "identify"), (schema.__file__,))
             Store.open(directory)
             done.value = 1
             os._exit(0)

@@ -56,7 +56,7 @@ class Remote(Api):
         return lambda *args: self.rpc(name, *args)
 
     def rpc(self, name, *args):
-        return self.client._call(f"{name}_rpc", *args)
+        return self.client._call(f"{name}_rpc", args)
 
 
 class Managed(Api):
@@ -282,24 +282,38 @@ class TestHotkeys:
         assert api.are_eliminated([hotkey]).tolist() == [False]
         assert hotkey not in api
 
-    @pytest.mark.parametrize("hotkey", [None, 5, b"a", ["a"]])
-    def test_that_are_no_text(self, api, hotkey):
+    READS = (
+        lambda api, hotkey: api.is_hotkey_eliminated(hotkey),
+        lambda api, hotkey: api.get_elimination(hotkey),
+        lambda api, hotkey: api.is_hotkey_re_registered(hotkey),
+        lambda api, hotkey: api.get_departed_hotkey_info(hotkey),
+        lambda api, hotkey: api.status(hotkey),
+        lambda api, hotkey: any(api.are_eliminated([hotkey])),
+        lambda api, hotkey: hotkey in api,
+    )
+    CHANGES = (
+        lambda api, hotkey: api.add_elimination(hotkey, row("a")),
+        lambda api, hotkey: api.remove_elimination(hotkey),
+        lambda api, hotkey: api.delete_eliminations([hotkey]),
+        lambda api, hotkey: api.update_metagraph([hotkey]),
+    )
+
+    @pytest.mark.parametrize("hotkey", [5, b"a", ["a"]])
+    def test_that_are_not_text(self, api, hotkey):
         before = api.snapshot()
-        for call in (
-            lambda: api.is_hotkey_eliminated(hotkey),
-            lambda: api.get_elimination(hotkey),
-            lambda: api.is_hotkey_re_registered(hotkey),
-            lambda: api.status(hotkey),
-            lambda: api.are_eliminated([hotkey]),
-            lambda: api.add_elimination(hotkey, row("a")),
-            lambda: api.remove_elimination(hotkey),
-            lambda: api.delete_eliminations([hotkey]),
-            lambda: api.update_metagraph([hotkey]),
-        ):
+        for call in self.READS + self.CHANGES:
             with pytest.raises((TypeError, ValueError)):
-                call()
+                call(api, hotkey)
         nothing_applied(api, before)
-        assert hotkey not in api
+
+    def test_none_is_read_as_in_a_dict_and_never_written(self, api):
+        before = api.snapshot()
+        for call in self.READS:
+            assert not call(api, None)
+        for call in self.CHANGES:
+            with pytest.raises((TypeError, ValueError)):
+                call(api, None)
+        nothing_applied(api, before)
 
     def test_one_string_is_no_list_of_hotkeys(self, api):
         api.add_elimination("a", row("a"))

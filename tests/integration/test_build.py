@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["shmelim", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md"]
+SOURCES = [
+    *("shmelim", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in"),
+    *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
+]
 
 setuptools = pytest.importorskip("setuptools")
 
@@ -88,7 +91,7 @@ def test_native_without_a_compiler_is_an_error(source: Path) -> None:
     assert built.returncode != 0
 
 
-def test_a_switch_that_is_none(source: Path) -> None:
+def test_an_unknown_switch_is_named(source: Path) -> None:
     built = build(source, "nativ")
     assert built.returncode != 0
     assert "'nativ' must be one of" in built.stderr
@@ -99,9 +102,11 @@ def test_source_distribution_and_wheel_have_what_they_need(source: Path) -> None
         [sys.executable, "setup.py", "-q", "sdist"], cwd=source, capture_output=True, check=True, text=True
     )
     with tarfile.open(next((source / "dist").glob("*.tar.gz"))) as archive:
-        names = {Path(name).name for name in archive.getnames() if "/shm/" in name}
+        paths = [Path(name) for name in archive.getnames()]
+    names = {path.name for path in paths if path.parent.name == "shm"}
     wanted = {path.name for path in (ROOT / "shmelim/shm").iterdir() if path.suffix in {".c", ".h", ".py", ".pyi"}}
     assert wanted <= names
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md"} <= {path.name for path in paths}
 
 
 @pytest.mark.long  # isolated builds fetch what they build with

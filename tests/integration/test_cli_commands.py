@@ -6,18 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from waiting import PATIENCE
 
 import shmelim.shm
+from shmelim import EliminationClient, EliminationReader
 from shmelim.cli.main import cli
-from shmelim.eliminations import EliminationClient, EliminationReader
 from shmelim.shm import SharedNamespace
 
-PATIENCE = 60.0
 A = "5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs"
 B = "5C5GANtAKokcPvJBGyLcFgY5fYuQaXC3MpVt75codZbLLZrZ"
 T = 1_746_396_435_687
@@ -25,14 +24,6 @@ T = 1_746_396_435_687
 
 def environment(home):
     return {"XDG_RUNTIME_DIR": str(home / "run"), "XDG_STATE_HOME": str(home / "state")}
-
-
-def until(condition, what):
-    """Poll an observable condition; how long it takes is nobody's business, only that it comes true."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} never came true"
-        time.sleep(0.005)
 
 
 class Server:
@@ -303,7 +294,7 @@ def test_sync_refuses_a_file_with_a_bad_row_whole(run, tmp_path):
         ("directory", "is a directory"),
     ],
 )
-def test_sync_of_a_file_that_is_none(run, tmp_path, content, problem):
+def test_sync_of_what_is_not_such_a_file(run, tmp_path, content, problem):
     run("add", A, "--reason", "ZOMBIE")
     path = tmp_path / "eliminations.json"
     if content == "directory":
@@ -340,12 +331,12 @@ def test_export_to_stdout(run):
     assert len(json.loads(run("export", "-", "--departed").stdout)["departed_hotkeys"]) == 367
 
 
-def test_export_leaves_what_is_no_regular_file(run, tmp_path):
+def test_export_leaves_alone_what_is_not_a_regular_file(run, tmp_path):
     pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
     os.mkfifo(pipe)
     found = run("export", str(pipe))
     assert found.exit_code == 4
-    assert "no regular file" in found.stderr
+    assert "not a regular file" in found.stderr
     assert pipe.is_fifo()
     link.symlink_to(target)
     run("export", str(link))
@@ -399,7 +390,7 @@ def test_history_in_pages(run):
     assert numbers == list(range(numbers[0], numbers[0] - 350, -1))
 
 
-def test_history_of_one_who_has_none(run):
+def test_history_of_a_hotkey_without_any(run):
     result = run("history", "nobody")
     assert (result.exit_code, result.stdout) == (0, "")
 

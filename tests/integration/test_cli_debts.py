@@ -11,7 +11,7 @@ from crashing import call
 from serving import row
 
 from shmelim import EliminationClient
-from shmelim.cli import debts as command
+from shmelim.cli import output
 from shmelim.cli.main import cli
 from shmelim.eliminations.debts.states import new_attempt
 
@@ -36,7 +36,7 @@ def server(serve):
 def change(served, method, *arguments):
     client = served.client()
     try:
-        return client._call(method, *arguments)
+        return client._call(method, arguments)
     finally:
         client.close()
 
@@ -67,7 +67,7 @@ def run(server):
 
 @pytest.fixture
 def at_a_terminal(monkeypatch):
-    monkeypatch.setattr(command, "_can_ask", lambda: True)
+    monkeypatch.setattr(output, "can_ask", lambda: True)
 
 
 def document(result, code=0):
@@ -128,7 +128,9 @@ def test_status_tells_of_debts_and_doubts(run, server, alive):
     assert lines["debts"] == "6"
     assert lines["slashes in doubt"].startswith(f"{A}: settle with `shmelim slash resolve HOTKEY --made`")
     if alive:
-        assert f"slashes in doubt: {A}" in found["server"]["problems"][0]
+        assert found["server"]["problems"][0]["text"].endswith(f": {A}")
+        assert lines["problems"].startswith("slashes_in_doubt, degraded since 20")
+        assert lines["problems"].endswith("settle them with `shmelim slash resolve`)")
 
 
 def test_status_when_nothing_is_in_doubt(run, server):
@@ -237,8 +239,8 @@ def test_where_the_process_that_was_at_it_is_gone(run, server):
 
 def test_where_somebody_was_quicker(run, server, monkeypatch):
     def resolve(client, hotkey, made):
-        client._call("resolve_slash_rpc", hotkey, made)
-        return client._call("resolve_slash_rpc", hotkey, made)
+        client._call("resolve_slash_rpc", (hotkey, made))
+        return client._call("resolve_slash_rpc", (hotkey, made))
 
     monkeypatch.setattr(EliminationClient, "resolve_slash", resolve)
     result = run("slash", "resolve", A, "--made", "--yes")
@@ -297,12 +299,12 @@ def test_the_client_lists_and_resolves(server):
 def test_debts_survive_the_death_of_the_server(server):
     client = server.client(connect_wait=10.0)
     try:
-        assert client._call("begin_slash_rpc", B, "token")
+        assert client._call("begin_slash_rpc", (B, "token"))
         before = client.get_debts()
         server.kill()
         server.start()
         assert client.get_debts() == before
-        assert client._call("begin_slash_rpc", B, "another") is False
+        assert client._call("begin_slash_rpc", (B, "another")) is False
         assert client._call("get_replacements_rpc") == 0
     finally:
         client.close()
@@ -312,7 +314,7 @@ def test_one_of_several_processes_gets_the_slash(server):
     def try_it():
         client = server.client()
         try:
-            return client._call("begin_slash_rpc", B, new_attempt())
+            return client._call("begin_slash_rpc", (B, new_attempt()))
         finally:
             client.close()
 

@@ -1,6 +1,5 @@
 """``shmelim missing``, against a real server."""
 
-import importlib
 import json
 import shutil
 import tempfile
@@ -9,9 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from shmelim.cli import output
 from shmelim.cli.main import cli
-
-command = importlib.import_module("shmelim.cli.missing")
 
 EVERYBODY = [f"h{number:02}" for number in range(44)]
 GONE = EVERYBODY[:11]
@@ -66,7 +64,7 @@ def test_loss_is_accepted(run, server):
 
 def test_nothing_is_accepted_unasked(run, server, monkeypatch):
     assert run("--accept").exit_code == 2
-    monkeypatch.setattr(command, "_can_ask", lambda: True)
+    monkeypatch.setattr(output, "can_ask", lambda: True)
     assert run("--accept", stdin="n\n").exit_code == 1
     assert departed(server) == []
     found = run("--accept", "--json", stdin="y\n")

@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 from test_cli_commands import PATIENCE, A, B, T, environment, row, runner, serving, until, write
 
+from shmelim import EliminationReader
 from shmelim.cli.main import cli
-from shmelim.eliminations import EliminationReader
 from shmelim.errors import NotServingError
 
 
@@ -113,7 +113,7 @@ def test_a_port_of_its_own(name, home):
 @pytest.mark.parametrize(
     ("content", "problem"), [(None, "does not exist"), ("directory", "is a directory"), ("{", "not JSON")]
 )
-def test_a_file_that_is_none(name, home, option, content, problem):
+def test_what_is_not_such_a_file_is_refused(name, home, option, content, problem):
     file = home / "given.json"
     if content == "directory":
         file.mkdir()
@@ -321,7 +321,7 @@ def test_on_a_terminal_a_long_start_would_show_and_a_short_one_does_not(name, ho
 def test_the_demo(tmp_path):
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.run(
-        [sys.executable, "-m", "shmelim", "demo", "--seconds", "2", "--json"],
+        [sys.executable, "-m", "shmelim", "demo", "--seconds", "2", "--readers", "2", "--json"],
         env=environ,
         capture_output=True,
         text=True,
@@ -332,15 +332,16 @@ def test_the_demo(tmp_path):
     assert process.stderr == ""
     found = json.loads(process.stdout)
     assert found["ok"]
-    assert set(found["must_be_zero"].values()) == {0}
-    assert found["not_measured"] == []
-    assert found["departed_hotkeys"] == 367
-    assert len(found["readers"]) >= 2
-    for reader in found["readers"]:
-        assert all(reads > 0 for reads in reader["reads_by_phase"].values())
-        assert reader["snapshots"] > 0
-    assert found["changes"]["acknowledged"] > 50
-    assert 0 < found["takeover"]["start_to_first_change_ms"] < found["takeover"]["kill_to_first_change_ms"]
+    assert list(found["invariants"].values()) == [0] * 12
+    figures = found["figures"]
+    assert (figures["readers"], figures["departed_hotkeys"]) == (2, 367)
+    assert [reader["errors"] for reader in found["readers"]] == [[], []]
+    assert all(reader["snapshots"] > 0 and reader["checks"] > 1000 for reader in found["readers"])
+    # Two parts with 40 adds, 10 removes and a sync each, the first sync, and the adds that were killed.
+    assert figures["durable_adds"] >= 105
+    assert figures["removes"] >= 20
+    assert figures["syncs"] >= 3
+    assert 0 < figures["next_server_to_its_first_change_ms"] < figures["kill_to_next_change_ms"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -369,32 +370,31 @@ def test_a_demo_broken_off_leaves_nothing(tmp_path, number):
     assert not list(Path("/dev/shm").glob(f"shmelim.{name}*"))
 
 
-def test_a_demo_that_finds_something_ends_with_1(monkeypatch):
-    from shmelim.cli.demo import command
-    from shmelim.cli.demo.scenario import Findings
+def test_a_demo_that_finds_something_names_it_and_ends_with_1(monkeypatch):
+    from shmelim.cli.demo.scenario import Scenario
 
-    class Scenario:
-        def __init__(self, *_):
-            pass
-
-        def run(self):
-            return Findings()
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(command, "Scenario", Scenario)
+    found = {
+        "invariants": {"no record was torn": 3, "no read failed": 0},
+        "figures": {"checks": 5},
+        "readers": [{"errors": ["get: OSError: \x1b[2J"]}],
+    }
+    monkeypatch.setattr(Scenario, "run", lambda _: found)
     result = CliRunner().invoke(cli, ["demo", "--json"])
     assert result.exit_code == 1
     assert not json.loads(result.stdout)["ok"]
-    assert "not measured" in CliRunner().invoke(cli, ["demo"]).stdout
+    result = CliRunner().invoke(cli, ["demo"])
+    assert result.exit_code == 1
+    assert "VIOLATED 3 times: no record was torn\nheld: no read failed\n" in result.stdout
+    assert "error: get: OSError: \\x1b[2J\n" in result.stdout
+    assert result.stdout.endswith("\n1 of 2 invariants held\n")
 
 
 def test_a_demo_whose_server_does_not_start_is_one_line(monkeypatch, tmp_path):
-    from shmelim.cli.demo import processes
+    from shmelim.cli.demo import scenario
 
-    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
+    monkeypatch.setattr(scenario.sys, "executable", "/bin/false")
     result = CliRunner().invoke(cli, ["demo"], env={"TMPDIR": str(tmp_path)})
     assert result.exit_code == 4
-    assert "the server did not start" in result.stderr
+    assert "ended or hangs: it said nothing" in result.stderr
     assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -246,7 +246,7 @@ class TestLargeLists:
         def dies_in_the_middle():
             mine = server.client()
             token = mine._call("begin_upload_rpc")
-            mine._call("upload_rpc", token, [row("a")])
+            mine._call("upload_rpc", (token, [row("a")]))
             os._exit(0)
 
         with Child(dies_in_the_middle) as child:

@@ -9,6 +9,7 @@ import pytest
 from serving import row
 
 from shmelim import EliminationClient, NotServingError
+from shmelim.channel import ChannelServer
 from shmelim.eliminations.serve import ServeOptions, Service
 
 if TYPE_CHECKING:
@@ -21,14 +22,14 @@ def test_waiting_covers_the_channel_and_not_only_the_table(
 ) -> None:
     """A client that comes when the table is published and the channel is not up yet gets both."""
     published, asked = threading.Event(), threading.Event()
-    enter = Service._open_channel
+    start = ChannelServer.start
 
-    def slowly(service: Service) -> None:
+    def slowly(channel: ChannelServer) -> ChannelServer:
         published.set()
         assert asked.wait(30)
-        enter(service)
+        return start(channel)
 
-    monkeypatch.setattr(Service, "_open_channel", slowly)
+    monkeypatch.setattr(ChannelServer, "start", slowly)
     found = []
 
     def come() -> None:

@@ -11,7 +11,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from ledger import PATIENCE, Alerts, until
+from ledger import Alerts
+from waiting import PATIENCE, until
 
 from shmelim import EliminationReader
 from shmelim.errors import OutcomeUnknownError

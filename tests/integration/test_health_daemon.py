@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ledger import PATIENCE, Alerts, FileAlerts, Ledger, hang, is_alive, pid_after, until
+from ledger import Alerts, FileAlerts, Ledger, hang, is_alive, pid_after
+from waiting import PATIENCE, until
 
 from shmelim.service import HealthCheckDaemon
 from shmelim.system import forks
@@ -256,7 +257,8 @@ def test_it_checks_a_direct_server(tmp_path):
 
 ABANDONED = """
 import sys, threading
-from ledger import Ledger, PATIENCE
+from ledger import Ledger
+from waiting import PATIENCE
 from shmelim.service import HealthCheckDaemon
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import multiprocessing
 import os
 import pickle
@@ -20,12 +21,15 @@ import psutil
 import pytest
 from serving import listing, row, state_in_store
 
-from shmelim import EliminationClient, EliminationManager, EliminationReader, RPCServiceBase
+from shmelim import EliminationClient, EliminationManager, EliminationReader, RPCServiceBase, ValidatorEnvironment
 from shmelim.eliminations.serve import start_elimination_manager_server
 from shmelim.errors import AlreadyServingError, ChannelError, NoCollaboratorsError, NotServingError
 from shmelim.shm import SharedNamespace
 
 READS = [
+    "get_departed_hotkey_info_local_cache",
+    "get_elimination_local_cache",
+    "get_eliminations_local_cache",
     "are_eliminated",
     "departed_hotkeys",
     "eliminations",
@@ -40,6 +44,10 @@ READS = [
     "is_hotkey_re_registered",
 ]
 CHANGES = [
+    "clear_departed_hotkeys",
+    "load_eliminations_from_disk",
+    "reload_from_disk",
+    "set_first_refresh_ran",
     "add_elimination",
     "append_elimination_row",
     "clear_eliminations",
@@ -51,6 +59,8 @@ CHANGES = [
     "write_eliminations_to_disk",
 ]
 THE_REST = [
+    "get_first_refresh_ran",
+    "handle_eliminated_miner",
     "first_refresh_ran",
     "generate_elimination_row",
     "get_eliminations_from_disk",
@@ -323,6 +333,134 @@ class TestCollaborators:
         assert manager.is_hotkey_re_registered("b")
 
 
+class TestFilesOfOthers:
+    """``load_eliminations_from_disk``: a file that somebody else put there is taken over, as at a start."""
+
+    @pytest.fixture
+    def manager(self, make, tmp_path):
+        return make(state_dir=tmp_path / "state")
+
+    @pytest.fixture
+    def path(self, manager, tmp_path):
+        manager.sync_eliminations([row("a"), row("b")])
+        manager.save_eliminations()
+        return tmp_path / "state" / "eliminations.json"
+
+    def test_takes_an_edit_and_says_so(self, manager, path):
+        path.write_text(json.dumps({"eliminations": [row("b"), row("c")]}))
+        manager.load_eliminations_from_disk()
+        assert manager.eliminations == {"b": row("b"), "c": row("c")}
+        assert (
+            "put there by somebody else"
+            in next(e for e in manager.get_history() if e["action"] == "import")["note"]
+        )
+        manager.add_elimination("d", row("d"))
+        manager.save_eliminations()
+        assert list(path.parent.glob("*edited*")) == [], "what was taken over is ours to overwrite"
+        assert [each["hotkey"] for each in manager.get_eliminations_from_disk()] == ["b", "c", "d"]
+
+    def test_leaves_alone_what_the_server_wrote(self, manager, path):
+        before = manager.reader.version, len(manager.get_history())
+        manager.reload_from_disk()
+        assert (manager.reader.version, len(manager.get_history())) == before
+
+    def test_takes_departures_too(self, manager, path):
+        path.with_name("departed_hotkeys.json").write_text(
+            json.dumps({"departed_hotkeys": {"x": {"detected_ms": 5}}})
+        )
+        manager.load_eliminations_from_disk()
+        assert manager.get_departed_hotkeys() == {"x": {"detected_ms": 5}}
+
+    def test_a_damaged_file_is_moved_aside_and_costs_nothing(self, manager, path):
+        path.write_text("{")
+        manager.load_eliminations_from_disk()
+        assert list(manager.eliminations) == ["a", "b"]
+        assert list(path.parent.glob("*damaged*"))
+
+    @pytest.mark.parametrize("options", [{"files": "off"}, {"is_backtesting": True}], ids=repr)
+    def test_without_files_nothing_happens(self, make, tmp_path, options):
+        (tmp_path / "other").mkdir()
+        manager = make(state_dir=tmp_path / "other", **options)
+        manager.add_elimination("a", row("a"))
+        (tmp_path / "other" / "eliminations.json").write_text(json.dumps({"eliminations": []}))
+        manager.load_eliminations_from_disk()
+        assert list(manager.eliminations) == ["a"]
+
+
+class Position:
+    """An open position that keeps the price source of its flat order."""
+
+    position_uuid, is_closed_position, orders, closed_with = "uuid", False, (), None
+
+    def __init__(self, trade_pair):
+        self.trade_pair = trade_pair
+
+    @staticmethod
+    def generate_fake_flat_order(_position, _time_ms, _fetcher, source):
+        return source
+
+    def add_order(self, order, _fetcher):
+        self.closed_with, self.is_closed_position = order, True
+
+
+class Positions:
+    """A position manager with one position."""
+
+    perf_ledger_manager = None
+
+    def __init__(self, position):
+        self.position = position
+
+    def get_positions_for_one_hotkey(self, hotkey, only_open_positions=False):
+        return [self.position]
+
+    def get_miner_position_by_uuid(self, hotkey, uuid):
+        return self.position
+
+    def save_miner_position(self, position, delete_open_position_if_exists=True):
+        pass
+
+
+class Pair(str):
+    """A trade pair, as a key of callers' price sources."""
+
+    __slots__ = ()
+    trade_pair_id = "BTCUSD"
+
+
+class TestHandleEliminatedMiner:
+    @pytest.fixture
+    def position(self):
+        return Position(Pair("BTC/USD"))
+
+    @pytest.fixture
+    def manager(self, make, position):
+        environment = ValidatorEnvironment(price_source=lambda _pair, info, _ms: ("of the record", info))
+        manager = make(Metagraph("a"), Positions(position), None, environment=environment)
+        manager.add_elimination("a", row("a"))
+        return manager
+
+    def test_closes_with_the_callers_price_source(self, manager, position):
+        manager.handle_eliminated_miner("a", {Pair("BTC/USD"): "the caller's"}, None)
+        assert position.closed_with == "the caller's"
+
+    @pytest.mark.parametrize("sources", [None, {}, {Pair("ETH/USD"): "another's"}], ids=repr)
+    def test_closes_with_the_records_prices_otherwise(self, manager, position, sources):
+        manager.handle_eliminated_miner("a", sources)
+        assert position.closed_with == ("of the record", row("a")["price_info"])
+
+    def test_limit_orders_go_first_and_their_failure_stops_nothing(self, manager, position):
+        manager.limit_order_manager = orders = Mock()
+        orders.delete_all_limit_orders_for_hotkey.side_effect = OSError("away")
+        manager.handle_eliminated_miner("a")
+        orders.delete_all_limit_orders_for_hotkey.assert_called_once_with("a")
+        assert position.is_closed_position
+
+    def test_nothing_is_closed_of_a_miner_who_is_not_eliminated(self, manager, position):
+        manager.handle_eliminated_miner("b")
+        assert not position.is_closed_position
+
+
 class TestLife:
     def test_is_a_context_manager(self, make, direct):
         with make() as manager:
@@ -419,6 +557,21 @@ class TestDirectMode:
         second = managers(running_unit_tests=True, name="shmelim")
         first.add_elimination("a", row("a"))
         assert not second.is_hotkey_eliminated("a")
+
+    def test_a_later_one_of_a_state_directory_takes_it_over_and_the_earlier_one_says_so(self, managers, tmp_path):
+        place = tmp_path / "state"
+        first = managers(running_unit_tests=True, state_dir=place)
+        first.add_elimination("a", row("a"))
+        (tmp_path / "link").symlink_to(place)
+        second = managers(running_unit_tests=True, state_dir=tmp_path / "link")
+        assert second.eliminations == {"a": row("a")}
+        with pytest.raises(ChannelError, match=r"a later manager of this process has taken .* over"):
+            first.add_elimination("b", row("b"))
+        assert first.is_hotkey_eliminated("a"), "reads go on"
+        first.shutdown()
+        second.add_elimination("b", row("b"))
+        second.shutdown()
+        assert managers(running_unit_tests=True, state_dir=place).eliminations.keys() == {"a", "b"}
 
     def test_the_proxy_is_the_server_object(self, managers):
         manager = managers(running_unit_tests=True)
@@ -518,7 +671,9 @@ class TestRpcMode:
 
     def test_a_second_one_of_the_name_is_refused(self, managers):
         first = managers()
-        with pytest.raises(AlreadyServingError, match=first.name):
+        with pytest.raises(
+            AlreadyServingError, match=rf"{first.name}.*EliminationReader\('{first.name}'\).*EliminationClient"
+        ):
             managers(name=first.name)
         first.add_elimination("a", row("a"))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from reference_validator import Managed
 
-from shmelim.eliminations.rules.statecalls import StateCalls
+from shmelim.eliminations.calls import ProcessingCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,13 +33,13 @@ def managed(request: pytest.FixtureRequest, new_name: Callable[[], str], tmp_pat
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    original, made = StateCalls._call, []
+    original, made = ProcessingCalls._call, []
 
-    def call(self: StateCalls, method: str, *args: Any) -> Any:
+    def call(self: ProcessingCalls, method: str, *args: Any, **options: Any) -> Any:
         made.append(method)
-        return original(self, method, *args)
+        return original(self, method, *args, **options)
 
-    monkeypatch.setattr(StateCalls, "_call", call)
+    monkeypatch.setattr(ProcessingCalls, "_call", call)
     return made
 
 

@@ -460,7 +460,7 @@ def test_each_doubt_is_told_once(managed: Managed) -> None:
     managed.tick()
     assert managed.debts == []
     assert len(managed.alerts) == 2
-    assert managed.manager._processor.alerts._told == {}
+    assert managed.manager._processor.alerts.problems.standing() == []
 
 
 def test_alert_that_could_not_be_sent_is_sent_later(managed: Managed) -> None:
@@ -581,12 +581,12 @@ def test_outcome_that_could_not_be_recorded_is_recorded_later(directly: Managed,
     original = getattr(server, method)
     lost: list[Any] = []
 
-    def lose_the_answer(hotkey: str, *arguments: Any) -> Any:
+    def lose_the_answer(hotkey: str, *arguments: Any, **named: Any) -> Any:
         is_slash = method == "begin_slash_rpc" or arguments[0] == "slash"
         if hotkey == THIRD and is_slash and not lost:
             lost.append(original(hotkey, *arguments) if method == "begin_slash_rpc" else None)
             raise NotServingError("gone")
-        return original(hotkey, *arguments)
+        return original(hotkey, *arguments, **named)
 
     if method == "fail_debt_rpc":
         directly.validator.faults.fail("slash", NothingMovedError("refused"), hotkey=THIRD)

@@ -188,7 +188,9 @@ def test_loss_that_is_not_believed_is_told_once_until_the_metagraph_recovered(ma
         assert losses == ["error"] * outages
 
 
-def test_hotkey_that_comes_back_is_re_registered_once_a_tick_saw_it(managed: Managed) -> None:
+def test_hotkey_that_comes_back_is_re_registered_at_once_here_and_elsewhere_once_a_tick_saw_it(
+    managed: Managed,
+) -> None:
     validator = managed.validator
     validator.register("a", "b")
     managed.tick()
@@ -196,9 +198,10 @@ def test_hotkey_that_comes_back_is_re_registered_once_a_tick_saw_it(managed: Man
     managed.tick()
     info = managed.manager.get_departed_hotkey_info("a")
     validator.registry.set(["a", "b"])
-    assert not managed.manager.is_hotkey_re_registered("a")
+    assert managed.manager.is_hotkey_re_registered("a"), "the metagraph is at hand"
+    assert not managed.manager.reader.is_hotkey_re_registered("a")
     managed.tick()
-    assert managed.manager.is_hotkey_re_registered("a")
+    assert managed.manager.reader.is_hotkey_re_registered("a")
     validator.deregister("a")
     managed.tick()
     assert managed.manager.get_departed_hotkey_info("a") == info, "recorded once, for ever"
@@ -243,7 +246,7 @@ def test_metagraph_without_hotkeys_is_not_known_yet(managed: Managed, unknown: A
     assert managed.manager.get_departed_hotkeys() == {}
 
 
-def test_entry_of_the_metagraph_that_is_no_hotkey_is_left_out(
+def test_entry_of_the_metagraph_that_is_not_a_hotkey_is_left_out(
     directly: Managed, caplog: pytest.LogCaptureFixture
 ) -> None:
     validator = directly.validator
@@ -256,7 +259,7 @@ def test_entry_of_the_metagraph_that_is_no_hotkey_is_left_out(
     assert directly.manager.reader.snapshot().registered == {"a", "new"}
     assert list(directly.manager.get_departed_hotkeys()) == ["b"]
     assert directly.reasons == {"b": "ZOMBIE"}
-    assert len([text for text in caplog.messages if "no hotkeys" in text]) == 1
+    assert len([text for text in caplog.messages if "are not hotkeys" in text]) == 1
     assert directly.alerts == []
 
 

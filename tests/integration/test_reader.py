@@ -1,5 +1,6 @@
 """A reader in any process: when it attaches, what it follows, and that it needs nobody."""
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -12,7 +13,7 @@ import pytest
 from crashing import Child, call
 from serving import Served, row, stamp_of
 
-from shmelim import EliminationManagerServer, EliminationReader, NotServingError
+from shmelim import EliminationManagerServer, EliminationReader, NotServingError, Status
 from shmelim.eliminations import reading as reading_module
 from shmelim.eliminations import rows as entry
 from shmelim.eliminations.record import decode
@@ -262,32 +263,34 @@ class TestProcesses:
             assert process.result() == rows
 
     def test_many_threads_share_one_reader(self, server, reader):
-        server.sync_eliminations_rpc([row(f"h{n}") for n in range(100)])
+        hotkeys = [f"h{n}" for n in range(30)]
+        server.sync_eliminations_rpc([row(hotkey) for hotkey in hotkeys])
         stop = threading.Event()
-        reads, problems = [0], []
+        reads, problems = [0] * 3, []
 
-        def read():
+        def read(number):
             try:
                 while not stop.is_set():
                     found = reader.snapshot().eliminations
                     stamps = {stamp_of(hotkey, record) for hotkey, record in found.items()}
                     assert len(stamps) == 1
-                    assert len(found) == 100
-                    assert reader.are_eliminated([f"h{n}" for n in range(100)]).all()
-                    reads[0] += 1
+                    assert len(found) == len(hotkeys)
+                    assert reader.are_eliminated(hotkeys).all()
+                    reads[number] += 1
             except BaseException as error:
                 problems.append(error)
 
-        threads = [threading.Thread(target=read) for _ in range(4)]
+        threads = [threading.Thread(target=read, args=(number,)) for number in range(len(reads))]
         for thread in threads:
             thread.start()
-        for stamp in range(30):
-            server.sync_eliminations_rpc([row(f"h{n}", stamp) for n in range(100)])
+        for stamp in itertools.count():
+            server.sync_eliminations_rpc([row(hotkey, stamp) for hotkey in hotkeys])
+            if problems or (stamp >= 5 and all(reads)):
+                break
         stop.set()
         for thread in threads:
             thread.join()
         assert problems == []
-        assert reads[0] > 0
 
 
 def _read_in_process(reader, queue):
@@ -349,6 +352,58 @@ class TestBatches:
         assert reader.read("a", lambda _view: server.remove_elimination_rpc("a")) is None
 
 
+class TestWhatIsNotAHotkey:
+    """None is in no table, as it is in no dict; bytes must not read as "not eliminated"."""
+
+    ANSWERS = {  # noqa: RUF012 - read only
+        "is_hotkey_eliminated": False,
+        "is_hotkey_re_registered": False,
+        "get_elimination": None,
+        "get_departed_hotkey_info": None,
+        "hotkey_in_eliminations": None,
+    }
+    OTHERS = (b"a", 5, ("a",), bytearray(b"a"), object())
+
+    @pytest.fixture(params=["reader", "server", "manager"])
+    def methods(self, request, server, reader, managers):
+        """The read methods of each class that has them: {name: bound method}."""
+        server.add_elimination_rpc("a", row("a"))
+        holder = managers(running_unit_tests=True) if request.param == "manager" else locals()[request.param]
+        suffix = "_rpc" if request.param == "server" else ""
+        found = {name: getattr(holder, name + suffix, None) for name in self.ANSWERS}
+        return {name: method for name, method in found.items() if method is not None}
+
+    def test_none_is_answered_as_a_dict_would(self, methods):
+        assert len(methods) >= len(self.ANSWERS) - 1
+        for name, method in methods.items():
+            assert method(None) is self.ANSWERS[name], name
+
+    def test_anything_else_is_a_type_error(self, methods):
+        for method in methods.values():
+            for other in self.OTHERS:
+                with pytest.raises(TypeError, match="hotkey must be text"):
+                    method(other)
+
+    def test_in_the_reads_that_a_reader_has_alone(self, server, reader):
+        server.add_elimination_rpc("a", row("a"))
+        assert reader.status(None) is Status(0)
+        assert reader.read(None, bytes) is None
+        assert reader.are_eliminated([None, "a", None]).tolist() == [False, True, False]
+        assert reader.statuses([None, "a"]) == [Status(0), Status.ELIMINATED]
+        for other in self.OTHERS:
+            for use in (reader.status, reader.get, reader.__getitem__, reader.__contains__):
+                with pytest.raises(TypeError, match="hotkey must be text"):
+                    use(other)
+            for use in (reader.are_eliminated, reader.statuses):
+                with pytest.raises(TypeError, match="hotkey must be text"):
+                    use(["a", other])
+            with pytest.raises(TypeError, match="hotkey must be text"):
+                reader.read(other, bytes)
+        for use in (reader.are_eliminated, reader.statuses):
+            with pytest.raises(TypeError, match="not one hotkey"):
+                use("a")
+
+
 class TestMapping:
     """The assertions of the standard library's own tests of read-only mappings, which are not everywhere."""
 
@@ -374,7 +429,7 @@ class TestMapping:
         for key, value in reference.items():
             assert key in full
             assert full[key] == full.get(key) == value
-        for key in ("other", "", 5, None, ("a",)):
+        for key in ("other", "", None):
             assert key not in full
             assert full.get(key, 17) == 17
             with pytest.raises(KeyError):

@@ -8,14 +8,15 @@ import pickle
 import socket
 import stat
 import threading
-import time
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE, until
 
-from shmelim.channel import ChannelClient, ChannelServer, current_caller
+from shmelim.channel import ChannelClient, ChannelServer, check_free, current_caller
 from shmelim.errors import (
+    AddressError,
     AuthenticationFailedError,
     CallTimeoutError,
     ChannelError,
@@ -26,15 +27,6 @@ from shmelim.errors import (
 )
 
 KEY = b"0123456789abcdef0123456789abcdef"
-PATIENCE = 30.0
-
-
-def until(condition, what="the condition"):
-    """Poll an observable condition; how long it takes is nobody's business, only that it comes true."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} never came true"
-        time.sleep(0.002)
 
 
 class Target:
@@ -100,6 +92,47 @@ def client(server):
 def test_a_call_and_its_result(client):
     assert client.call("echo_rpc", (1, (2,)), {"x": {3}}) == [[1, [2]], {"x": {3}}]
     assert client.proxy().echo_rpc(1, timeout=5, idempotent=6) == [[1], {"timeout": 5, "idempotent": 6}]
+
+
+def test_methods_that_are_listed_are_served_beside_those_that_end_in_rpc(address):
+    class Prices:
+        def latest(self, pair):
+            return {"pair": pair}
+
+        def hidden(self):
+            raise AssertionError("called")
+
+        def count_rpc(self):
+            return 3
+
+    server = ChannelServer(Prices(), address, KEY, methods=frozenset({"latest"}))
+    with server, ChannelClient(server.address, KEY) as client:
+        proxy = client.proxy(methods={"latest"}, idempotent={"latest"})
+        assert proxy.latest("BTC/USD") == {"pair": "BTC/USD"}
+        assert proxy.count_rpc() == 3
+        with pytest.raises(UnknownMethodError, match="or are listed"):
+            proxy.hidden  # noqa: B018
+        with pytest.raises(UnknownMethodError, match="'hidden'"):
+            client.call("hidden")
+        with pytest.raises(UnknownMethodError):
+            client.proxy().latest  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["_private", "__init__", "missing", "number", "prices.latest", "Nested"])
+def test_what_cannot_be_served_cannot_be_listed(tmp_path, name):
+    class Prices:
+        number = 1
+
+        class Nested:
+            pass
+
+        def _private(self):
+            raise AssertionError("called")
+
+    with pytest.raises(ValueError, match=f"no public method '{name}'"):
+        ChannelServer(Prices(), tmp_path / "s", KEY, methods=[name])
+    with pytest.raises(TypeError, match="collection of names"):
+        ChannelServer(Prices(), tmp_path / "s", KEY, methods=name)
 
 
 def test_exceptions_of_the_method(client):
@@ -515,7 +548,7 @@ def test_the_socket_file_is_never_wider(target, tmp_path, monkeypatch):
 
 def test_a_file_that_is_no_socket_is_left_alone(target, tmp_path):
     (tmp_path / "s").write_text("precious")
-    with pytest.raises(ChannelError, match="no socket"):
+    with pytest.raises(ChannelError, match="not a socket"):
         ChannelServer(target, tmp_path / "s", KEY).start()
     assert (tmp_path / "s").read_text() == "precious"
 
@@ -556,6 +589,32 @@ def test_an_address_that_cannot_be_used(target, tmp_path):
         ChannelServer(target, ("192.0.2.1", 0), KEY).start()
 
 
+def test_a_taken_address_can_be_known_before_anything_is_made(target, address, tmp_path):
+    assert check_free(address) == address
+    with (
+        ChannelServer(target, address, KEY) as server,
+        pytest.raises(ChannelError, match="another server uses this"),
+    ):
+        check_free(server.address)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "s").touch()
+    for taken in (tmp_path / "s", tmp_path / "absent" / "s", ("192.0.2.1", 0)):
+        with pytest.raises(ChannelError, match="cannot serve at"):
+            check_free(taken)
+    with pytest.raises(AddressError, match="107"):
+        check_free("/tmp/" + "x" * 120)
+
+
+def test_a_port_that_a_mere_connection_holds_is_explained(target):
+    with socket.socket() as listener, socket.socket() as held:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        held.connect(listener.getsockname())
+        taken = held.getsockname()
+        with pytest.raises(ChannelError, match=r"may also be an outgoing connection.*ip_local_reserved_ports"):
+            ChannelServer(target, taken, KEY).start()
+
+
 def test_bad_limits(tmp_path):
     for limits in (
         {"max_message": 100},
@@ -576,9 +635,9 @@ def test_bad_limits(tmp_path):
 def test_tcp_has_no_delay_at_both_ends(target):
     with ChannelServer(target, ("127.0.0.1", 0), KEY) as server, ChannelClient(server.address, KEY) as client:
         client.call("echo_rpc")
-        ends = [*server._peers._all, *client._pool._wires]
+        ends = [*server._peers._all, *client._connections._wires]
         for end in ends:
-            sock = getattr(end, "wire", end)._sock
+            sock = getattr(end, "wire", end).sock
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert len(ends) == 2
 

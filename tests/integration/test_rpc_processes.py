@@ -6,23 +6,15 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE, until
 
 from shmelim.channel import ChannelClient, ChannelServer, load_key, load_or_create_key
 from shmelim.errors import NotServingError
 
 KEY = b"0123456789abcdef0123456789abcdef"
-PATIENCE = 60.0
-
-
-def until(condition, what="the condition"):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} never came true"
-        time.sleep(0.002)
 
 
 class Counter:
@@ -131,7 +123,7 @@ def test_a_forked_child_has_connections_of_its_own(server):
     until(lambda: server.stats()["connections"] == 1)
 
     def child():
-        assert client._pool._wires == {}
+        assert client._connections._wires == {}
         return client.call("add_rpc")
 
     assert in_child(child) == "2"

@@ -2,19 +2,28 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from crashing import Child, call
 from serving import Served, row
 
-from shmelim import AlreadyServingError, EliminationManagerServer, EliminationReader, NotServingError
+from shmelim import (
+    AlreadyServingError,
+    EliminationClient,
+    EliminationManagerServer,
+    EliminationReader,
+    NotServingError,
+)
 from shmelim.eliminations.serve import ServeOptions, Service
-from shmelim.errors import ChannelError, KeyFileError, OutcomeUnknownError, ShmelimError, StoreError
+from shmelim.errors import AddressError, ChannelError, KeyFileError, OutcomeUnknownError, ShmelimError, StoreError
 
 both_ways = pytest.mark.parametrize("method", ["fork", "spawn"])
 
@@ -177,6 +186,106 @@ class TestEnd:
         assert EliminationReader(server.name).get_elimination("a") == row("a")
         with pytest.raises((NotServingError, OutcomeUnknownError)):
             client.add_elimination("b", row("b"))
+
+
+def until_called(client, *arguments):
+    """Call until the server can be found again."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return client().add_elimination(*arguments)
+        except (NotServingError, KeyFileError):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+class TestCleaningUp:
+    @pytest.mark.parametrize("port", [None, 0])
+    @pytest.mark.parametrize("lost", [".", "key", "socket", "server.json"])
+    def test_what_a_cleaner_removes_comes_back_and_clients_notice_nothing(self, serve, port, lost):
+        server = serve(port=port)
+        client = server.client()
+        client.add_elimination("a", row("a"))
+        runtime = server.runtime / server.name
+        key = (runtime / "key").read_bytes()
+        if lost == ".":
+            shutil.rmtree(runtime)
+        elif (runtime / lost).exists():
+            (runtime / lost).unlink()
+        client.add_elimination("b", row("b"))  # on the connection that it has
+        until_called(server.client, "c", row("c"))
+        deadline = time.monotonic() + 30
+        while {path.name for path in runtime.iterdir()} < {"key", "server.json"}:
+            assert time.monotonic() < deadline
+        assert (runtime / "key").read_bytes() == key
+        assert runtime.stat().st_mode & 0o777 == 0o700
+        assert client.writer.pid == server.pid
+        assert server.reader().get_eliminated_hotkeys() == {"a", "b", "c"}
+
+    def test_of_a_managers_server_costs_nothing(self, managers, tmp_path):
+        manager = managers(runtime_base=tmp_path)
+        manager.add_elimination("a", row("a"))
+        pid = manager.server_pid
+        name = manager._options.name
+        shutil.rmtree(tmp_path / name)
+        manager.add_elimination("b", row("b"))
+        until_called(lambda: EliminationClient(name, runtime_base=tmp_path), "c", row("c"))
+        assert manager.get_eliminated_hotkeys() == {"a", "b", "c"}
+        assert manager.server_pid == pid
+
+
+class TestNothingIsPublishedBefore:
+    """What a start needs is looked at before a table of that name appears."""
+
+    @pytest.fixture
+    def refused(self, new_name, tmp_path):
+        name = new_name()
+
+        def refuse(error, match, **options):
+            options = {"runtime_base": tmp_path / "r", "state_dir": tmp_path / "state"} | options
+            with pytest.raises(error, match=match), Service(ServeOptions(name, **options)):
+                pass
+            assert not list(Path("/dev/shm").glob(f"shmelim.{name}*"))
+            with pytest.raises(NotServingError):
+                EliminationReader(name)
+            return name
+
+        return refuse
+
+    def test_an_address_that_is_too_long(self, refused, tmp_path):
+        refused(AddressError, "XDG_RUNTIME_DIR", runtime_base=tmp_path / ("x" * 100))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_port_that_is_taken(self, refused):
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            other.listen()
+            refused(ChannelError, "uses this address", port=other.getsockname()[1])
+
+    def test_a_port_that_is_not_one(self, refused):
+        refused(ValueError, "65535", port=70_000)
+
+    def test_a_key_that_is_not_to_be_trusted(self, refused, tmp_path):
+        (tmp_path / "r").mkdir()
+        name = refused(StoreError, "does not exist", imports=(tmp_path / "none",))
+        key = tmp_path / "r" / name / "key"
+        key.chmod(0o666)
+        refused(KeyFileError, "others may")
+
+    def test_a_file_to_import_that_is_missing(self, refused, tmp_path):
+        refused(StoreError, "does not exist", imports=(tmp_path / "none",))
+        refused(StoreError, "does not exist", default_departed=tmp_path / "none")
+
+    @pytest.mark.parametrize("option", ["durability", "files"])
+    def test_an_option_that_there_is_not(self, refused, option):
+        refused(ValueError, f"{option} must be one of", **{option: "some"})
+
+    def test_by_a_manager_either(self, managers, new_name, tmp_path):
+        name = new_name()
+        with pytest.raises(AddressError, match="XDG_RUNTIME_DIR"):
+            managers(name=name, runtime_base=tmp_path / ("x" * 100))
+        assert list(tmp_path.iterdir()) == []
+        assert not list(Path("/dev/shm").glob(f"shmelim.{name}*"))
 
 
 class TestStart:

@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 from ledger import (
-    PATIENCE,
     Alerts,
     Clock,
     ClosureLedger,
@@ -22,8 +21,8 @@ from ledger import (
     is_alive,
     kill,
     pid_after,
-    until,
 )
+from waiting import PATIENCE, until
 
 from shmelim.channel import ChannelClient, PickleCodec, load_key
 from shmelim.errors import (

@@ -13,20 +13,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from ledger import (
-    PATIENCE,
-    Alerts,
-    Clock,
-    FileAlerts,
-    Ledger,
-    LedgerServer,
-    core_of,
-    hang,
-    is_alive,
-    kill,
-    pid_after,
-    until,
-)
+from ledger import Alerts, Clock, FileAlerts, Ledger, LedgerServer, core_of, hang, is_alive, kill, pid_after
+from waiting import PATIENCE, until
 
 from shmelim.errors import ChannelError
 from shmelim.service import HealthCheckDaemon, RPCServiceBase, core
@@ -75,13 +63,14 @@ class SlowLedger(Ledger):
 
 HANDLING = """
 import faulthandler, itertools, signal, sys, time
-from ledger import Ledger, PATIENCE
+from ledger import Ledger
+from waiting import PATIENCE
 from shmelim.errors import ChannelError
 
 def main():
     faulthandler.dump_traceback_later(PATIENCE / 2, exit=True)
     service = Ledger(sys.argv[1])
-    pool, steps = service._RPCServiceBase__core.client._pool, itertools.count()
+    pool, steps = service._RPCServiceBase__core.client._connections, itertools.count()
 
     def end(*_):
         signal.setitimer(signal.ITIMER_REAL, 0)

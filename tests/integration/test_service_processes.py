@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ledger import PATIENCE, EntryPointLedger, Ledger, LedgerServer, core_of, is_alive, pid_after, until
+from ledger import EntryPointLedger, Ledger, LedgerServer, core_of, is_alive, pid_after
+from waiting import PATIENCE, until
 
 from shmelim.errors import AuthenticationFailedError, ChannelError, NotServingError
 from shmelim.service import RPCServiceBase, ServerReady
@@ -438,7 +439,8 @@ def test_an_object_that_was_never_made_can_be_forgotten():
 
 OWNING = """
 import os, signal, sys, threading
-from ledger import Ledger, PATIENCE
+from ledger import Ledger
+from waiting import PATIENCE
 
 if __name__ == "__main__":
     directory, method, how = sys.argv[1:]

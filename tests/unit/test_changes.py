@@ -18,12 +18,12 @@ def store():
         yield store
 
 
-def apply(store, change):
+def apply(store, change, *args, **kwargs):
     """Make a change; returns its result, the step, and the events it wrote, oldest first."""
     before = store.counts().events
     step = Step(store, ORIGIN)
     with store.transaction():
-        result = change(step)
+        result = change(step, *args, **kwargs)
     events = store.events(limit=store.counts().events - before)[::-1]
     assert all((event.pid, event.uid, event.program) == ORIGIN for event in events)
     return result, step, [(event.action, event.hotkey, event.note) for event in events]
@@ -31,36 +31,36 @@ def apply(store, change):
 
 def add(store, *hotkeys):
     for hotkey in hotkeys:
-        apply(store, changes.add(*prepare(row(hotkey))))
+        apply(store, changes.add, *prepare(row(hotkey)))
 
 
 def test_add(store):
     hotkey, record = prepare(row("a"))
-    result, step, events = apply(store, changes.add(hotkey, record))
+    result, step, events = apply(store, changes.add, hotkey, record)
     assert (result, list(step.touched), step.wrote) == (True, ["a"], True)
     assert events == [("add", "a", None)]
     _, record = prepare(row("a", 1))
-    result, step, events = apply(store, changes.add(hotkey, record))
+    result, step, events = apply(store, changes.add, hotkey, record)
     assert (result, list(step.touched), events) == (False, ["a"], [("update", "a", None)])
-    result, step, events = apply(store, changes.add(hotkey, record))
+    result, step, events = apply(store, changes.add, hotkey, record)
     assert (result, step.touched, step.wrote, events) == (False, {}, False, [])
 
 
 def test_remove(store):
     add(store, "a", "b", "c")
-    result, step, events = apply(store, changes.remove(["c", "x", "a"]))
+    result, step, events = apply(store, changes.remove, ["c", "x", "a"])
     assert (result, list(step.touched)) == (["c", "a"], ["c", "a"])
     assert events == [("remove", "c", None), ("remove", "a", None)]
-    result, step, events = apply(store, changes.remove(["c", "x", "a"]))
+    result, step, events = apply(store, changes.remove, ["c", "x", "a"])
     assert (result, step.touched, step.wrote, events) == ([], {}, False, [])
 
 
 def test_clear(store):
     add(store, "a", "b")
-    result, step, events = apply(store, changes.clear("because"))
+    result, step, events = apply(store, changes.clear, "because")
     assert (result, list(step.touched)) == (2, ["a", "b"])
     assert events == [("remove", "a", "because"), ("remove", "b", "because")]
-    result, step, events = apply(store, changes.clear())
+    result, step, events = apply(store, changes.clear)
     # That the list was replaced is written, though nothing in it changed.
     assert (result, step.touched, step.wrote, events) == (0, {}, True, [])
 
@@ -68,7 +68,7 @@ def test_clear(store):
 def test_replace_all(store):
     add(store, "a", "b", "c", "d")
     records = dict([prepare(row("e")), prepare(row("b", 1)), prepare(row("d"))])
-    result, step, events = apply(store, changes.replace_all(records, "why", keep=["c", "unknown"]))
+    result, step, events = apply(store, changes.replace_all, records, "why", keep=["c", "unknown"])
     assert result == ["a"]
     assert set(step.touched) == {"a", "b", "e"}
     assert events == [("remove", "a", "why"), ("add", "e", "why"), ("update", "b", "why")]
@@ -78,77 +78,91 @@ def test_replace_all(store):
 def test_merge(store):
     add(store, "a", "b")
     records = dict([prepare(row("b", 1)), prepare(row("c")), prepare(row("a"))])
-    result, step, events = apply(store, changes.merge(records, "why"))
+    result, step, events = apply(store, changes.merge, records, "why")
     assert (result, set(step.touched)) == (2, {"b", "c"})
     assert events == [("update", "b", "why"), ("add", "c", "why")]
 
 
 def test_record_departures(store):
-    result, step, events = apply(store, changes.record_departures({"a": 5, "b": 6}, "why"))
+    result, step, events = apply(store, changes.record_departures, {"a": 5, "b": 6}, "why")
     assert (result, list(step.touched)) == (["a", "b"], ["a", "b"])
     assert events == [("depart", "a", "why"), ("depart", "b", "why")]
-    result, step, events = apply(store, changes.record_departures({"b": 7, "c": 8}, "why"))
+    result, step, events = apply(store, changes.record_departures, {"b": 7, "c": 8}, "why")
     assert (result, list(step.touched)) == (["c"], ["c"])
     assert list(store.departed()) == [("a", 5), ("b", 6), ("c", 8)]
 
 
 def test_update_metagraph(store):
-    result, step, events = apply(store, changes.update_metagraph(["a", "b"], 5))
+    result, step, events = apply(store, changes.update_metagraph, ["a", "b"], 5)
     assert (result, set(step.touched), step.wrote, events) == ([], {"a", "b"}, True, [])
-    result, step, events = apply(store, changes.update_metagraph(["b", "c"], 6))
+    result, step, events = apply(store, changes.update_metagraph, ["b", "c"], 6)
     assert (result, set(step.touched)) == (["a"], {"a", "c"})
     assert events == [("depart", "a", "metagraph")]
-    result, step, events = apply(store, changes.update_metagraph(["c", "b"], 7))
+    result, step, events = apply(store, changes.update_metagraph, ["c", "b"], 7)
     assert (result, step.touched, step.wrote, events) == ([], {}, False, [])
     assert list(store.departed()) == [("a", 6)]
 
 
 def test_an_anomaly_keeps_the_lost_for_the_next_look(store):
     hotkeys = [f"h{n:02}" for n in range(44)]
-    apply(store, changes.update_metagraph(hotkeys))
-    result, step, events = apply(store, changes.update_metagraph([*hotkeys[11:], "new"]))
+    apply(store, changes.update_metagraph, hotkeys)
+    result, step, events = apply(store, changes.update_metagraph, [*hotkeys[11:], "new"])
     assert (result, list(step.touched)) == ([], ["new"])
     assert [(action, hotkey) for action, hotkey, _ in events] == [("anomaly", None)]
     assert store.registered() == {*hotkeys, "new"}
-    result, _, _ = apply(store, changes.update_metagraph([*hotkeys[10:], "new"]))
+    result, _, _ = apply(store, changes.update_metagraph, [*hotkeys[10:], "new"])
     assert result == hotkeys[:10]
 
 
 def test_newcomers_do_not_make_a_loss_believable(store):
     """A quarter is a quarter of those who were there before it, however many come while it stands."""
     hotkeys = [f"h{n:02}" for n in range(44)]
-    apply(store, changes.update_metagraph(hotkeys))
+    apply(store, changes.update_metagraph, hotkeys)
     for newcomers in range(3):
         shown = [*hotkeys[11:], *(f"new{n}" for n in range(newcomers * 20))]
-        assert apply(store, changes.update_metagraph(shown))[0] == []
+        assert apply(store, changes.update_metagraph, shown)[0] == []
     assert changes.missing(store) == hotkeys[:11]
     # Believed again, the newcomers count: 14 of 84 are no quarter.
-    assert apply(store, changes.update_metagraph([*hotkeys, *shown]))[0] == []
+    assert apply(store, changes.update_metagraph, [*hotkeys, *shown])[0] == []
     assert changes.missing(store) == []
-    assert apply(store, changes.update_metagraph(shown[3:]))[0] == hotkeys[:14]
+    assert apply(store, changes.update_metagraph, shown[3:])[0] == hotkeys[:14]
 
 
 def test_loss_that_is_true_can_be_accepted(store):
     hotkeys = [f"h{n:02}" for n in range(44)]
-    apply(store, changes.update_metagraph(hotkeys))
-    apply(store, changes.update_metagraph(hotkeys[20:]))
+    apply(store, changes.update_metagraph, hotkeys)
+    apply(store, changes.update_metagraph, hotkeys[20:])
     assert changes.missing(store) == hotkeys[:20]
-    result, step, events = apply(store, changes.accept_loss([*hotkeys[:5], hotkeys[30], "unknown"], 9))
+    result, step, events = apply(store, changes.accept_loss, [*hotkeys[:5], hotkeys[30], "unknown"], 9)
     assert (result, set(step.touched)) == (hotkeys[:5], set(hotkeys[:5]))
     assert events == [("depart", hotkey, "accepted") for hotkey in hotkeys[:5]]
     assert store.registered() == set(hotkeys[5:])
     assert list(store.departed()) == [(hotkey, 9) for hotkey in hotkeys[:5]]
-    assert apply(store, changes.update_metagraph(hotkeys[20:]))[0] == [], "15 of 44 are still missing"
-    assert apply(store, changes.accept_loss(hotkeys[5:20]))[0] == hotkeys[5:20]
+    assert apply(store, changes.update_metagraph, hotkeys[20:])[0] == [], "15 of 44 are still missing"
+    assert apply(store, changes.accept_loss, hotkeys[5:20])[0] == hotkeys[5:20]
     assert changes.missing(store) == []
-    result, step, _ = apply(store, changes.accept_loss(hotkeys))
+    result, step, _ = apply(store, changes.accept_loss, hotkeys)
     assert (result, step.wrote) == ([], False)
-    assert apply(store, changes.update_metagraph(hotkeys[21:]))[0] == [hotkeys[20]]
+    assert apply(store, changes.update_metagraph, hotkeys[21:])[0] == [hotkeys[20]]
 
 
-def test_note_and_meta(store):
-    assert apply(store, changes.note("said", "something"))[2] == [("said", None, "something")]
-    _, step, events = apply(store, changes.set_meta("k", [1]))
+def test_departures_can_be_cleared(store):
+    add(store, "a")
+    apply(store, changes.record_departures, {"a": 5, "b": 6, "c": 7}, "test")
+    apply(store, changes.update_metagraph, ["c"])
+    result, step, events = apply(store, changes.clear_departed)
+    assert (result, list(step.touched), step.wrote) == (None, ["a", "b", "c"], True)
+    assert events == [("forget", hotkey, "departures cleared") for hotkey in "abc"]
+    assert list(store.departed()) == []
+    assert [hotkey for hotkey, _ in store.eliminated()] == ["a"]
+    assert store.registered() == {"c"}
+    assert store.get("b") is None
+    _, step, events = apply(store, changes.clear_departed)
+    assert (step.wrote, events) == (False, [])
+
+
+def test_meta(store):
+    _, step, events = apply(store, Step.set_meta, "k", [1])
     assert (step.wrote, step.touched, events, store.meta("k")) == (True, {}, [], [1])
 
 

@@ -1,6 +1,8 @@
 """Every kind of error has its line, its hint and its exit code."""
 
 import json
+import subprocess
+import sys
 
 import click
 import pytest
@@ -147,14 +149,49 @@ def test_debug_shows_the_traceback_and_nothing_else_does(run, new_name, monkeypa
 
 
 def test_every_command_has_a_help_with_its_options(run):
-    assert DEFAULT_NAME in run("--help").stdout
-    for name, command in cli.commands.items():
+    listed = run("--help").stdout
+    assert DEFAULT_NAME in listed
+    for name in cli.list_commands(None):
+        assert f"\n  {name} " in listed
         result = run(name, "--help")
         assert result.exit_code == 0
+        assert f"Usage: shmelim {name} " in result.stdout
         assert "--name" in result.stdout
         assert "--json" in result.stdout
         assert "For example:\n    shmelim " in result.stdout, name
-        assert command.get_short_help_str()
+
+
+def test_without_a_command_it_shows_the_help(run):
+    for arguments in ((), ("slash",)):
+        result = run(*arguments)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout == run(*arguments, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"), [("shmelim de", ["debts", "demo"]), ("shmelim slash r", ["resolve"])]
+)
+def test_a_shell_can_complete_commands(run, words, offered):
+    env = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_SHMELIM_COMPLETE": "bash_complete"}
+    result = run(env=env)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert [line.partition(",")[2] for line in result.stdout.splitlines()] == offered
+
+
+def test_help_and_version_load_no_command_and_nothing_that_takes_long():
+    code = (
+        "import sys; from shmelim.cli.main import cli\n"
+        "try: cli(['--help'], prog_name='shmelim')\n"
+        "except SystemExit: pass\n"
+        "print(*(name for name in sys.modules if name.startswith('shmelim.cli')), 'rich' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    *loaded, rich = said.splitlines()[-1].split()
+    assert set(loaded) == {
+        "shmelim.cli",
+        *(f"shmelim.cli.{name}" for name in ("main", "failure", "options", "output")),
+    }
+    assert rich == "False"
 
 
 def test_the_version(run):

@@ -51,6 +51,18 @@ def test_it_appears_while_the_caller_is_busy_and_tells_nothing_new(on_terminal):
     assert "[1/2]" in terminal.getvalue()
 
 
+def test_lines_are_written_above_it_and_whole(on_terminal):
+    terminal = on_terminal()
+    with DelayedProgress(delay=0.0, file=terminal) as bar:
+        bar.tell("committing", 0, None)
+        assert terminal.seen.wait(PATIENCE)
+        bar.write("warning: [bold]" + "x" * 300 + "\n")
+    bar.write("late\n")
+    said = terminal.getvalue()
+    assert "\x1b[2Kwarning: [bold]" + "x" * 300 + "\n" in said  # the bar's line is cleared first
+    assert said.endswith("late\n")
+
+
 def test_it_does_not_appear_before_its_time(on_terminal):
     terminal = on_terminal()
     with DelayedProgress(delay=PATIENCE) as bar:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from shmelim.eliminations import changing
-from shmelim.eliminations.changing import Changing
+from shmelim.eliminations import calls
+from shmelim.eliminations.calls import Calls
 from shmelim.errors import MessageTooLargeError
 
 
-class Recorder(Changing):
+class Recorder(Calls):
     """A client whose calls go nowhere: a message takes so many records, and what arrives is kept."""
 
     def __init__(self, room):
@@ -21,7 +21,7 @@ class Recorder(Changing):
     def _size(self):
         return 0
 
-    def _call(self, method, *args, idempotent=False, timeout=None):
+    def _call(self, method, args=(), kwargs=None, **_options):
         records = args[-1] if args and isinstance(args[-1], list) else []
         if len(records) > self.room:
             raise MessageTooLargeError(f"{method}: {len(records)} records")
@@ -32,7 +32,7 @@ class Recorder(Changing):
 
 @pytest.fixture(autouse=True)
 def short_parts(monkeypatch):
-    monkeypatch.setattr(changing, "_PART", 10)
+    monkeypatch.setattr(calls, "_PART", 10)
 
 
 def test_a_short_list_is_one_message():

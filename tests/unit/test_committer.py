@@ -56,19 +56,15 @@ class Rig:
         self.real_store, self.real_table = Store.in_memory(), TableWriter(self.namespace)
         self.store = Noting(self.real_store, self.notes, "begin", "commit", "rollback", "put_elimination")
         self.table = Noting(self.real_table, self.notes, "transaction")
-        self.published = []
-        self.committer = Committer(self.store, self.real_table, self._published)
+        self.committer = Committer(self.store, self.real_table, lambda: None)
+        self.committer.published = lambda: self.notes.append("published")
         self.committer.publish_all(origin_record(None))
         self.committer._table = self.table
         self.reader = TableReader(self.namespace)
         self.notes.clear()
 
-    def _published(self, touched):
-        self.notes.append("published")
-        self.published.extend(touched)
-
     def add(self, hotkey, stamp=0, pad=0):
-        return self.committer.commit(changes.add(*prepare(row(hotkey, stamp, pad=pad))))
+        return self.committer.commit(changes.add, *prepare(row(hotkey, stamp, pad=pad)))
 
     def in_table(self):
         return eliminations_in(self.reader.snapshot(verify=True).entries)
@@ -106,7 +102,7 @@ class TestOrder:
             seen["after the commit"] = "a" in rig.in_table()
 
         rig.real_store.commit = looking
-        rig.committer._published = lambda _touched: seen.update(published="a" in rig.in_table())
+        rig.committer.published = lambda: seen.update(published="a" in rig.in_table())
         rig.add("a")
         assert seen == {"before the commit": False, "after the commit": False, "published": True}
 
@@ -119,7 +115,7 @@ class TestOrder:
             with pytest.raises(StoreError, match="disk full"):
                 rig.add("b")
             with pytest.raises(StoreError, match="disk full"):
-                rig.committer.commit(changes.remove(["a"]))
+                rig.committer.commit(changes.remove, ["a"])
         assert "publish" not in rig.notes
         assert "published" not in rig.notes
         assert rig.reader.version == version
@@ -145,22 +141,22 @@ class TestOrder:
         rig.notes.clear()
         before = rig.reader.version, rig.committer.commits
         assert rig.add("a") is False
-        assert rig.committer.commit(changes.remove(["b"])) == []
-        assert rig.committer.commit(changes.update_metagraph([])) == []
+        assert rig.committer.commit(changes.remove, ["b"]) == []
+        assert rig.committer.commit(changes.update_metagraph, []) == []
         assert (rig.reader.version, rig.committer.commits) == before
         assert "commit" not in rig.notes
         assert "published" not in rig.notes
 
     def test_a_meta_value_is_committed_and_not_published(self, rig):
         version = rig.reader.version
-        rig.committer.commit(changes.set_meta("k", 5))
+        rig.committer.commit(Step.set_meta, "k", 5)
         assert rig.committer.read(lambda store: store.meta("k")) == 5
         assert rig.reader.version == version
-        assert rig.published == []
+        assert "published" not in rig.notes
 
     def test_a_change_that_raises_is_undone(self, rig):
         def half(step: Step):
-            changes.add(*prepare(row("half")))(step)
+            changes.add(step, *prepare(row("half")))
             raise LookupError("in the middle")
 
         rig.add("a")
@@ -175,11 +171,11 @@ class TestOrder:
         for n in range(7):
             rig.add(f"old{n}")
         records = dict(prepare(row(f"new{n}", n)) for n in range(count))
-        removed = rig.committer.commit(changes.replace_all(records))
+        removed = rig.committer.commit(changes.replace_all, records)
         assert removed == [f"old{n}" for n in range(7)]
         assert list(rig.state()) == list(records)
-        rig.committer.commit(changes.update_metagraph([f"new{n}" for n in range(count)]))
-        rig.committer.commit(changes.update_metagraph([f"new{n}" for n in range(0, count, 2)]))
+        rig.committer.commit(changes.update_metagraph, [f"new{n}" for n in range(count)])
+        rig.committer.commit(changes.update_metagraph, [f"new{n}" for n in range(0, count, 2)])
         assert rig.reader.get(b"\xff:origin") is not None
         rows = {row.hotkey: row for row in rig.real_store.rows()}
         for n in range(count):
@@ -199,10 +195,10 @@ class Group:
         self.rig.committer._leading.acquire()
         return self
 
-    def queue(self, name, change):
+    def queue(self, name, change, *args):
         def run():
             try:
-                self.outcomes[name] = self.rig.committer.commit(change)
+                self.outcomes[name] = self.rig.committer.commit(change, *args)
             except BaseException as error:
                 self.outcomes[name] = error
 
@@ -213,7 +209,7 @@ class Group:
             os.sched_yield()
 
     def add(self, hotkey, stamp=0, pad=0):
-        self.queue(hotkey, changes.add(*prepare(row(hotkey, stamp, pad=pad))))
+        self.queue(hotkey, changes.add, *prepare(row(hotkey, stamp, pad=pad)))
 
     def __exit__(self, *_):
         self.rig.committer._leading.release()
@@ -234,9 +230,9 @@ class TestGroups:
     def test_changes_of_a_group_see_each_other_in_order(self, rig):
         with Group(rig) as group:
             group.add("a", 1)
-            group.queue("again", changes.add(*prepare(row("a", 2))))
-            group.queue("gone", changes.remove(["a"]))
-            group.queue("once more", changes.remove(["a"]))
+            group.queue("again", changes.add, *prepare(row("a", 2)))
+            group.queue("gone", changes.remove, ["a"])
+            group.queue("once more", changes.remove, ["a"])
             group.add("b")
         assert group.outcomes == {"a": True, "again": False, "gone": ["a"], "once more": [], "b": True}
         assert list(rig.state()) == ["b"]
@@ -252,8 +248,8 @@ class TestGroups:
 
     def test_one_that_raises_does_not_undo_the_others(self, rig):
         def half(step):
-            changes.add(*prepare(row("half")))(step)
-            changes.remove(["before"])(step)
+            changes.add(step, *prepare(row("half")))
+            changes.remove(step, ["before"])
             raise LookupError("in the middle")
 
         with Group(rig) as group:
@@ -267,7 +263,7 @@ class TestGroups:
 
     def test_ordinals_of_one_that_raises_are_free_again(self, rig):
         def half(step):
-            changes.add(*prepare(row("half")))(step)
+            changes.add(step, *prepare(row("half")))
             raise LookupError
 
         with Group(rig) as group:
@@ -290,7 +286,7 @@ class TestGroups:
         with Group(rig) as group:
             group.add("a")
             many = dict(prepare(row(f"large{n}", pad=500_000)) for n in range(9))
-            group.queue("large", changes.merge(many, "test"))
+            group.queue("large", changes.merge, many, "test")
             group.add("b")
         assert isinstance(group.outcomes.pop("large"), SegmentFullError)
         assert group.outcomes == {"a": True, "b": True}
@@ -299,7 +295,7 @@ class TestGroups:
 
     def test_one_with_which_the_store_fails_does_not_take_others_with_it(self, rig):
         def full(step):
-            changes.add(*prepare(row("half")))(step)
+            changes.add(step, *prepare(row("half")))
             raise StoreError("disk full")
 
         with Group(rig) as group:
@@ -370,14 +366,14 @@ class TestClose:
         store = Store.open(tmp_path, "process")
         table = TableWriter(PrivateNamespace())
         acknowledged, refused = set(), {}
-        subject = Committer(store, table, lambda _touched: None)
+        subject = Committer(store, table, lambda: None)
         subject.publish_all(origin_record(None))
 
         def work(number):
             for n in range(10_000):
                 hotkey = f"h{number}-{n}"
                 try:
-                    subject.commit(changes.add(*prepare(row(hotkey))))
+                    subject.commit(changes.add, *prepare(row(hotkey)))
                 except StoreError as error:
                     refused[hotkey] = str(error)
                     return
@@ -434,7 +430,7 @@ class TestInterrupts:
 
     def test_inside_a_change_undoes_it(self, rig):
         def interrupted(step):
-            changes.add(*prepare(row("half")))(step)
+            changes.add(step, *prepare(row("half")))
             raise KeyboardInterrupt
 
         rig.add("a")
@@ -457,7 +453,7 @@ class TestInterrupts:
             rig.add("b")
         rig.real_store.commit = commit
         assert list(rig.state()) == ["a", "b"]
-        assert rig.published == ["a", "b"]
+        assert rig.notes[-2:] == ["publish", "published"]
 
     def test_while_it_waits_for_its_turn_it_is_not_carried_out_later(self, rig):
         class Interrupted:
@@ -482,8 +478,10 @@ class TestInterrupts:
         everybody_else = {f"other-{n}" for n in range(others)}
         while True:
             number += stride
-            rig.committer.commit(changes.replace_all(dict(prepare(row(hotkey)) for hotkey in ("stays", "goes"))))
-            own = _Request(changes.replace_all(dict(prepare(row(hotkey)) for hotkey in ("stays", "own"))), None)
+            rig.committer.commit(changes.replace_all, dict(prepare(row(hotkey)) for hotkey in ("stays", "goes")))
+            own = _Request(
+                changes.replace_all, (dict(prepare(row(hotkey)) for hotkey in ("stays", "own")),), {}, None
+            )
             with Group(rig) as group:
                 rig.committer._queue.append(own)
                 for n in range(others):
@@ -498,8 +496,8 @@ class TestInterrupts:
                 finally:
                     sys.settrace(None)
                 # As it is now, before anybody else leads.
-                done = {"stays", "own"} if own.done else {"stays", "goes"}
-                assert rig.state().keys() == (done | everybody_else if own.done else done), number
+                done = {"stays", "own"} if own.round.finished else {"stays", "goes"}
+                assert rig.state().keys() == (done | everybody_else if own.round.finished else done), number
             assert group.outcomes == dict.fromkeys(everybody_else, True), number
             assert rig.state().keys() == done | everybody_else
             interrupted += reached

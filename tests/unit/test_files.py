@@ -80,7 +80,7 @@ class TestWriteEliminations:
     def test_rows_that_end_in_an_error_cancel(self, path):
         files.write_eliminations(path, [encode(record("old"))])
         old = path.read_bytes()
-        with pytest.raises(ValueError, match="no elimination record"):
+        with pytest.raises(ValueError, match="not an elimination record"):
             files.write_eliminations(path, [encode(record("new")), b"\xc1"])
         assert path.read_bytes() == old
         assert names(path) == [path.name]
@@ -234,7 +234,11 @@ class TestDeparted:
         assert [(bad.index, bad.row) for bad in read.bad] == [(0, hotkey)]
 
 
-class TestAside:
+class TestQuarantine:
+    def test_nothing_bad_leaves_no_file(self, path):
+        assert files.quarantine(path, []) is None
+        assert names(path) == []
+
     def test_quarantine_keeps_rows_and_problems(self, path):
         bad = [files.BadRow(3, {"hotkey": "\ud800", "dd": math.nan}, "unfit"), files.BadRow(5, None, "none")]
         first = files.quarantine(path, bad)
@@ -249,17 +253,6 @@ class TestAside:
         assert content["rows"][0]["row"]["hotkey"] == "\ud800"
         assert [row["index"] for row in json.loads(second.read_text())["rows"]] == [5]
 
-    def test_move_aside_overwrites_nothing(self, path):
-        moved = []
-        for n in range(3):
-            path.write_text(str(n))
-            moved.append(files.move_aside(path))
-        assert [one.read_text() for one in moved] == ["0", "1", "2"]
-        assert all(one.name.startswith("eliminations.json.damaged-2") for one in moved)
-        with pytest.raises(StoreError, match="cannot be moved"):
-            files.move_aside(path)
-        assert len(names(path)) == 3
-
     def test_missing_directory(self, tmp_path):
         with pytest.raises(StoreError, match="could not be set aside"):
-            files.quarantine(tmp_path / "gone" / "x.json", [])
+            files.quarantine(tmp_path / "gone" / "x.json", [files.BadRow(0, None, "none")])

@@ -3,25 +3,15 @@
 import json
 import os
 import threading
-import time
 
 import pytest
 from serving import listing, row, state_in_files, state_in_table
+from waiting import PATIENCE, until
 
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files import mirror
 from shmelim.errors import StoreError
-
-LIMIT = 30.0
-"""Seconds after which a condition that must come true counts as never coming true."""
-
-
-def until(condition):
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline
-        os.sched_yield()
 
 
 @pytest.fixture
@@ -130,7 +120,7 @@ class TestCurrent:
         def slow(*args, **kwargs):
             if armed:
                 writing.set()
-                assert go_on.wait(LIMIT)
+                assert go_on.wait(PATIENCE)
             return write(*args, **kwargs)
 
         armed = False
@@ -146,7 +136,7 @@ class TestCurrent:
                 server.remove_elimination_rpc("a")
             else:
                 server.add_elimination_rpc("a", row("a"))
-            assert writing.wait(LIMIT)
+            assert writing.wait(PATIENCE)
 
             def caller():
                 calls[call]()
@@ -179,6 +169,17 @@ class TestCurrent:
         for thread in threads:
             thread.join()
         assert wrong == []
+
+    def test_behind_a_link_that_stays_one_with_the_mode_that_a_person_gave_it(self, server, state_dir, tmp_path):
+        elsewhere, link = tmp_path / "shared.json", state_dir / "eliminations.json"
+        link.rename(elsewhere)
+        link.symlink_to(elsewhere)
+        elsewhere.chmod(0o640)
+        for hotkey in "ab":
+            server.append_elimination_row_rpc(hotkey, 1.0, "ZOMBIE")
+        assert link.readlink() == elsewhere
+        assert in_file(state_dir) == ["a", "b"]
+        assert elsewhere.stat().st_mode & 0o777 == 0o640
 
     def test_each_is_a_file_of_json_that_keeps_the_order(self, server, state_dir):
         for hotkey in ("z", "a", "m"):
@@ -291,7 +292,8 @@ class TestFailing:
         assert server.is_hotkey_eliminated_rpc("new")
         assert "new" not in in_file(state_dir)
         health = server.health_check_rpc()
-        assert health["status"] == "ok"
+        assert health["status"] == "degraded"
+        assert [problem["name"] for problem in health["problems"]] == ["files_behind"]
         assert "no space left" in str(health["problems"])
         assert "no space left" in caplog.text
         with pytest.raises(StoreError, match="no space left"):
@@ -399,6 +401,19 @@ class TestAFileThatIsEditedWhileTheServerRuns:
         assert self.asides(state_dir) == []
         assert not [event for event in server.get_history_rpc(limit=None) if event["action"] == "edited"]
 
+    def test_behind_a_link_is_moved_aside_where_it_is_and_the_link_stays(
+        self, never_by_itself, server, state_dir, tmp_path
+    ):
+        elsewhere, link = tmp_path / "shared.json", state_dir / "eliminations.json"
+        link.rename(elsewhere)
+        link.symlink_to(elsewhere)
+        elsewhere.write_text("an edit")
+        server.append_elimination_row_rpc("a", 1.0, "ZOMBIE")
+        assert link.readlink() == elsewhere
+        assert in_file(state_dir) == ["a"]
+        assert [path.read_text() for path in self.asides(tmp_path, "shared.json")] == ["an edit"]
+        assert self.asides(state_dir) == []
+
     def test_before_the_first_write_is_kept(self, never_by_itself, state_dir):
         with EliminationManagerServer(state_dir=state_dir, durability="process") as server:
             server.append_elimination_row_rpc("a", 1.0, "ZOMBIE")
@@ -412,7 +427,7 @@ class TestAFileThatIsEditedWhileTheServerRuns:
             raise StoreError("cannot be moved")
 
         with monkeypatch.context() as patch:
-            patch.setattr(files, "move_aside", refuse)
+            patch.setattr(mirror, "move_aside", refuse)
             with pytest.raises(StoreError, match="cannot be moved"):
                 server.save_eliminations_rpc()
             assert (state_dir / "eliminations.json").read_text() == edited

@@ -18,7 +18,7 @@ from pathlib import Path
 import crashing
 import numpy as np
 import pytest
-from both_paths import Native, NativeTableReader, TableReader, native
+from both_paths import Native, NativeTableReader, Reference, TableReader, native
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,7 +75,9 @@ class TestMethods:
         for name in ("is_hotkey_eliminated", "is_hotkey_re_registered", "status"):
             method = getattr(EliminationReader, name)
             assert method.__qualname__ == f"EliminationReader.{name}"
-            assert method.__doc__.endswith("One probe of shared memory.")
+            assert method.__doc__.startswith(
+                ("Tell whether a hotkey", "Return all that the table says of a hotkey")
+            )
             assert list(inspect.signature(method).parameters) == ["self", "hotkey"]
 
     def test_take_their_argument_by_its_name_too(self):
@@ -144,10 +146,22 @@ class TestMethods:
             assert not reader.first(text)
             assert text not in reader
             assert reader._record(text) is None
-        for other in (None, 1, b"a", ("a",), object()):
-            assert other not in reader
+        for other in (1, b"a", ("a",), object()):
             with pytest.raises(TypeError, match="must be text"):
                 reader.first(other)
+            with pytest.raises(TypeError, match="must be text"):
+                assert other in reader
+
+    @pytest.mark.parametrize("kind", [Native, Reference])
+    def test_of_none_find_nothing_as_in_a_dict(self, kind):
+        reader = kind(table(a=7))
+        assert reader.first(None) is reader.both(None) is False
+        assert reader.named(None) == "flags 0"
+        assert None not in reader
+        assert reader._record(None) is reader._read(None, bytes) is None
+        answers = np.ones(3, np.uint8)
+        assert reader._fill([None, "a", None], answers, 0)
+        assert answers.tolist() == [0, 7, 0]
 
     def test_with_flags_above_those_that_have_a_name(self):
         reader = Native(table(a=255))
@@ -204,7 +218,7 @@ class TestMisuse:
             with pytest.raises((ValueError, OverflowError, TypeError)):
                 reader._fill(["a"], bytearray(1), mask)
         with pytest.raises(TypeError, match="must be text"):
-            reader._fill(["a", None], bytearray(2), 0)
+            reader._fill(["a", 5], bytearray(2), 0)
         with pytest.raises(TypeError, match="3 arguments"):
             reader._fill(["a"], bytearray(1))
 

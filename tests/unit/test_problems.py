@@ -1,6 +1,11 @@
 """Named problems: raised once, told once, cleared once."""
 
+import os
+import signal
+
 import pytest
+from ledger import held_elsewhere
+from waiting import PATIENCE
 
 from shmelim.system.problems import Problems
 
@@ -79,3 +84,40 @@ def test_a_flood_of_subjects_forgets_the_oldest(problems, monkeypatch):
     for number in range(5):
         problems.report("bad", "bad", subject=str(number))
     assert [problem.subject for problem in problems.standing()] == ["2", "3", "4"]
+
+
+def test_others_of_a_name_are_cleared(problems, told):
+    for subject in "abc":
+        problems.report("slash", subject, subject=subject)
+    problems.report("other", "other")
+    problems.clear_others("slash", {"b"})
+    assert [problem.subject for problem in problems.standing()] == ["b", ""]
+    assert [text for change, _, text in told if change == "cleared"] == ["a", "c"]
+
+
+def test_a_health_check_says_all_of_a_problem(problems, monkeypatch):
+    monkeypatch.setattr("shmelim.system.problems.now_ms", lambda: 5)
+    problems.report("full", "no room", severity="failing", remedy="make some")
+    (problem,) = problems.standing()
+    assert problem.as_dict() == {
+        "name": "full",
+        "subject": "",
+        "text": "no room",
+        "severity": "failing",
+        "remedy": "make some",
+        "since_ms": 5,
+    }
+    assert str(problem) == "no room; make some"
+
+
+def test_a_forked_child_has_what_stood_and_a_lock_of_its_own(problems):
+    problems.report("full", "no room")
+    with held_elsewhere(problems._lock):
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(int(PATIENCE))  # ends a child that waits for ever
+            stood = problems.stands("full")
+            problems.begin_anew()
+            os._exit(0 if stood and problems.status() == "ok" and problems.clear("full") is None else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert problems.stands("full")

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from shmelim.channel import KEY_SIZE, load_key, load_or_create_key
+from shmelim.channel import KEY_SIZE, load_key, load_or_create_key, restore_key
 from shmelim.errors import KeyFileError, NotServingError
 
 
@@ -116,3 +116,30 @@ def test_another_users_file(tmp_path):
 def test_a_directory_that_cannot_be_written(tmp_path):
     with pytest.raises(KeyFileError, match="cannot make"):
         load_or_create_key(tmp_path / "absent" / "key")
+
+
+@pytest.mark.parametrize("there", [None, b"x" * 32, b"short", "mode", "link"])
+def test_a_key_is_put_back_as_it_was(tmp_path, there):
+    path = tmp_path / "key"
+    key = load_or_create_key(path)
+    assert restore_key(path, key) is False
+    if there == "mode":
+        path.chmod(0o644)
+    else:
+        path.unlink()
+        if there == "link":
+            path.symlink_to(tmp_path / "elsewhere")
+        elif there is not None:
+            path.write_bytes(there)
+            path.chmod(0o600)
+    assert restore_key(path, key) is True
+    assert load_key(path) == key
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [entry.name for entry in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_key_that_cannot_be_put_back(tmp_path):
+    (tmp_path / "key").mkdir()
+    with pytest.raises(KeyFileError, match="cannot make"):
+        restore_key(tmp_path / "key", b"k" * 32)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["key"]

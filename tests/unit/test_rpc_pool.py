@@ -5,9 +5,9 @@ import sys
 import threading
 
 import pytest
-from ledger import PATIENCE
+from waiting import PATIENCE
 
-from shmelim.channel.pool import Pool
+from shmelim.channel.connections import Connections
 from shmelim.errors import ChannelError
 
 
@@ -18,7 +18,7 @@ class Sockets:
         self.made = []
         self.others = []
 
-    def make(self):
+    def make(self, _location):
         here, there = socket.socketpair()
         self.made.append(here)
         self.others.append(there)
@@ -29,8 +29,9 @@ class Sockets:
 
 
 @pytest.fixture
-def sockets():
+def sockets(monkeypatch):
     sockets = Sockets()
+    monkeypatch.setattr("shmelim.channel.connections.new_socket", sockets.make)
     yield sockets
     for sock in sockets.others:
         sock.close()
@@ -52,8 +53,7 @@ def take_a_broken_one(pool, sockets):
 
 
 def open_one(pool, sockets):
-    wire, _ = pool.open(sockets.make)
-    pool.discard(wire)
+    pool.discard(pool.open())
 
 
 def retire_and_close(pool, _sockets):
@@ -95,10 +95,10 @@ def test_closed_by_a_signal_handler_at_any_step(sockets, use):
 
     def at_every_step():
         while True:
-            pool = Pool(max_idle=2, patience=1.0)
+            pool = Connections("/nowhere", b"k" * 32, max_idle=2)
             sockets.made.clear()
             sockets.others.clear()
-            pool.give_back(pool.open(sockets.make)[0])
+            pool.give_back(pool.open())
             try:
                 came = interrupted_at(len(steps), lambda: use(pool, sockets), lambda: pool.close("the end"))  # noqa: B023
             except ChannelError:
@@ -118,14 +118,14 @@ def test_closed_by_a_signal_handler_at_any_step(sockets, use):
 
 
 def test_one_that_is_retired_leaves_those_in_use_alone(sockets):
-    pool = Pool(max_idle=2, patience=1.0)
-    idle, used = pool.open(sockets.make)[0], pool.open(sockets.make)[0]
+    pool = Connections("/nowhere", b"k" * 32, max_idle=2)
+    idle, used = pool.open(), pool.open()
     pool.give_back(idle)
     pool.retire("not any more")
     with pytest.raises(ChannelError, match="not any more"):
         pool.take()
     with pytest.raises(ChannelError, match="not any more"):
-        pool.open(sockets.make)
+        pool.open()
     assert [sock.fileno() == -1 for sock in sockets.made] == [True, False, True]
     sockets.others[1].sendall(b"\0\0\0\2ok")
     assert used.recv_bytes(10) == b"ok"

@@ -1,14 +1,23 @@
 """Where a name's things are, and who may see them."""
 
 import os
+import shutil
+import time
 from pathlib import Path
 
 import platformdirs
 import pytest
 from crashing import call
 
-from shmelim.eliminations.runtime import RuntimeDirectory, ServerInfo, StateLock, default_state_directory
-from shmelim.errors import AlreadyServingError, NotServingError, StoreError
+from shmelim.channel import load_key
+from shmelim.eliminations.runtime import (
+    Announcement,
+    RuntimeDirectory,
+    ServerInfo,
+    StateLock,
+    default_state_directory,
+)
+from shmelim.errors import AddressError, AlreadyServingError, KeyFileError, NotServingError, StoreError
 
 
 class TestRuntimeDirectory:
@@ -80,6 +89,99 @@ class TestAnnouncement:
             RuntimeDirectory("name", tmp_path).server()
         assert "shmelim serve --name name" in str(caught.value)
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+    def test_that_may_not_be_read_is_the_askers_problem(self, tmp_path):
+        runtime = RuntimeDirectory("name", tmp_path).create()
+        runtime.announce(ServerInfo("/a/socket", None, 5))
+        for directory in tmp_path.parents:
+            if str(directory).startswith("/tmp/pytest"):
+                directory.chmod(0o755)
+        tmp_path.chmod(0o755)
+
+        def as_nobody():
+            os.setuid(65534)
+            with pytest.raises(KeyFileError) as caught:
+                runtime.server()
+            return str(caught.value)
+
+        text = call(as_nobody)
+        assert "this process runs as user 65534" in text
+        assert f"{runtime.path} belongs to user 0 and has mode 0700" in text
+
+
+KEY = b"k" * 32
+
+
+class TestKeeping:
+    @pytest.fixture
+    def runtime(self, tmp_path):
+        return RuntimeDirectory("name", tmp_path / "base").create()
+
+    @pytest.fixture
+    def kept(self, runtime):
+        announcement = Announcement(runtime, ServerInfo("/a/socket", None, os.getpid()), KEY)
+        announcement.start()
+        announcement.restore()
+        yield runtime
+        announcement.stop()
+
+    def until_whole(self, runtime):
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                assert runtime.server() == ServerInfo("/a/socket", None, os.getpid())
+                assert load_key(runtime.key) == KEY
+                assert runtime.path.stat().st_mode & 0o777 == 0o700
+            except (NotServingError, AssertionError):
+                assert time.monotonic() < deadline, "it was not put back"
+                time.sleep(0.01)
+            else:
+                return
+
+    @pytest.mark.parametrize("lost", ["base", "base/name", "base/name/key", "base/name/server.json"])
+    def test_what_was_removed_is_put_back(self, kept, tmp_path, lost):
+        path = tmp_path / lost
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        self.until_whole(kept)
+
+    @pytest.mark.parametrize("content", [b"", b"{}", b'{"address": "/b", "state_dir": null, "pid": 999999999}'])
+    def test_what_was_replaced_is_put_back(self, kept, content):
+        (kept.path / "server.json").write_bytes(content)
+        self.until_whole(kept)
+
+    def test_a_directory_that_was_opened_is_closed(self, kept):
+        kept.path.chmod(0o777)
+        self.until_whole(kept)
+
+    def test_another_living_server_speaks_for_itself(self, runtime):
+        ours, theirs = (ServerInfo("/a/socket", None, pid) for pid in (os.getpid(), os.getppid()))
+        announcement = Announcement(runtime, ours, KEY)
+        announcement.restore()
+        runtime.announce(theirs)
+        assert announcement.restore() is False
+        assert runtime.server() == theirs
+
+    def test_what_cannot_be_put_back_is_logged_until_it_can(self, kept, tmp_path, caplog):
+        shutil.rmtree(tmp_path / "base")
+        (tmp_path / "base").touch()
+        deadline = time.monotonic() + 30
+        while "cannot find the server" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        (tmp_path / "base").unlink()
+        self.until_whole(kept)
+
+
+def test_a_directory_too_long_for_a_socket_is_refused_before_it_is_made(tmp_path):
+    runtime = RuntimeDirectory("name", tmp_path / ("x" * 100))
+    with pytest.raises(AddressError, match="XDG_RUNTIME_DIR"):
+        runtime.address()
+    assert runtime.address(50004) == ("127.0.0.1", 50004)
+    assert list(tmp_path.iterdir()) == []
+
 
 class TestStateLock:
     def test_excludes_another(self, tmp_path):
@@ -88,6 +190,7 @@ class TestStateLock:
         with pytest.raises(AlreadyServingError) as caught:
             second.acquire()
         assert str(tmp_path) in str(caught.value)
+        assert f"process {os.getpid()}" in str(caught.value)
         assert caught.value.hint
         first.release()
         first.release()
@@ -109,7 +212,6 @@ class TestStateLock:
         lock.acquire()
 
         def child():
-            assert lock._descriptor is None
             with pytest.raises(AlreadyServingError):
                 StateLock(tmp_path).acquire()
             return True

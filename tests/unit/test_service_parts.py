@@ -12,7 +12,7 @@ import time
 
 import psutil
 import pytest
-from ledger import PATIENCE, until
+from waiting import PATIENCE, until
 
 from shmelim.channel import MSGPACK, PickleCodec
 from shmelim.channel.codec import UncarriedValueError

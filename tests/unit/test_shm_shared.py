@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import platform
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import crashing
 import pytest
-from conftest import segments_of
+from segments import segments_of
 
 from shmelim.errors import (
     AlreadyServingError,
@@ -421,7 +421,7 @@ def test_pickled_for_another_process(table_name: str) -> None:
 
 @pytest.mark.parametrize("machine", ["aarch64", "riscv64", "ppc64le", "i686", ""])
 def test_weakly_ordered_machines_need_the_extension(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine=machine))
     monkeypatch.setattr(shared, "READ_PATH", "native")
     SharedNamespace("x")
     monkeypatch.setattr(shared, "READ_PATH", "pure")

@@ -1,5 +1,1 @@
 """``shmelim demo``: the whole job in one command, measured under the eyes of readers that never pause."""
-
-from shmelim.cli.demo.command import demo
-
-__all__ = ["demo"]

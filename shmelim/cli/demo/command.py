@@ -9,30 +9,21 @@ import shutil
 import signal
 import sys
 import tempfile
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
-from rich.console import Console
 
 from shmelim.cli import output
-from shmelim.cli.demo import report
-from shmelim.cli.demo.records import real_departed_hotkeys
-from shmelim.cli.demo.scenario import Scenario
-from shmelim.cli.failure import NO
-from shmelim.cli.options import Command, Settings, settings_options
+from shmelim.cli.demo.scenario import ENDING_SIGNALS, Scenario, signals_held
+from shmelim.cli.failure import NO, YES
+from shmelim.cli.options import Settings, command
 from shmelim.shm import SharedNamespace
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import FrameType
-
-_FEWEST, _MOST = 2, 4
-_ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
+_WHOLE: Final = 100
 
 
-@click.command("demo", cls=Command, short_help="Show and measure all of it, on real hotkeys.")
+@command
 @click.option(
     "--seconds",
     type=click.FloatRange(1, 3600),
@@ -45,92 +36,63 @@ _ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
     "--readers",
     type=click.IntRange(1, 64),
     metavar="N",
-    help=f"How many reader processes [default: {_FEWEST} to {_MOST}, by the number of processors].",
+    help="How many reader processes [default: one for each core but one, which is left to the server].",
 )
-@settings_options
-@click.pass_context
-def demo(context: click.Context, *, seconds: float, readers: int | None) -> None:
+def demo(settings: Settings, *, seconds: float, readers: int | None) -> int:
     """Show the whole job on 367 real hotkeys, and measure it.
 
-    Touches no state of yours: it serves a name of its own, whatever --name says, from a temporary directory.
+    Touches none of your state: it serves a name of its own, whatever --name says, from a temporary directory.
 
-    Starts a server, and reader processes that read without pause and check every answer. Adds, removes and syncs
-    under their eyes, kills the server without warning in the middle of that, starts the next one, and looks for
-    every change that was acknowledged. Exit code 1: something that must be 0 is not.
+    Starts a server, and readers that read without pause and check every answer. Adds, removes and syncs under
+    their eyes, kills the server with SIGKILL in the middle of that, starts the next one, and looks for every
+    change that was acknowledged. Exit code 1: an invariant did not hold.
 
-    With --json: ok, must_be_zero {torn_records, mixed_reads, wrong_answers, read_errors,
-    read_errors_around_the_kill, acknowledged_changes_lost, changes_not_visible_on_return},
-    reads {total, per_second, check_median_ns, check_p99_ns, retries, …}, readers [{pid, …}],
-    changes {adds_per_second, sync_median_ms, …}, takeover {kill_to_first_change_ms,
-    start_to_first_change_ms}, how {…}, not_measured [key].
+    With --json: ok, invariants {invariant: number of violations}, figures {checks_per_second,
+    durable_adds_per_second, sync_median_ms, kill_to_next_change_ms, …}, readers [{pid, checks, …, errors}].
 
     For example:
       shmelim demo
       shmelim demo --seconds 60 --readers 8 --json
     """
-    settings: Settings = context.obj
-    count = readers or min(_MOST, max(_FEWEST, os.cpu_count() or _FEWEST))
-    with _ending_signals(), _place() as (name, home), _telling() as tell, contextlib.ExitStack() as stack:
-        departed = stack.enter_context(resources.as_file(real_departed_hotkeys()))
-        scenario = Scenario(name, home, departed, seconds, count, tell)
-        try:
-            findings = scenario.run()
-        finally:
-            with _undisturbed():
-                scenario.close()
-    content = report.document(findings)
+    readers = readers or min(64, max(1, len(os.sched_getaffinity(0)) - 1))
+    with contextlib.ExitStack() as stack:
+        for number in ENDING_SIGNALS[1:]:  # Ctrl-C raises by itself
+            before = signal.signal(number, lambda it, _: sys.exit(128 + it))
+            stack.callback(signal.signal, number, before)
+        name, home = f"demo-{secrets.token_hex(4)}", Path(tempfile.mkdtemp(prefix="shmelim-demo-"))
+        scenario = Scenario(name, home, seconds, readers)
+        stack.callback(_clean_up, scenario, name, home)
+        if sys.stderr is not None and sys.stderr.isatty():
+            from rich.console import Console
+
+            line = stack.enter_context(Console(stderr=True).status(""))
+            scenario.tell = lambda what: line.update(f"{what} …")
+        found = scenario.run()
+    found = {"ok": not any(found["invariants"].values()), **found}
     if settings.as_json:
-        output.document(content)
+        output.document(found)
     else:
-        report.show(content)
-    if not content["ok"]:
-        context.exit(NO)
+        show(found)
+    return YES if found["ok"] else NO
 
 
-@contextlib.contextmanager
-def _place() -> Iterator[tuple[str, Path]]:
-    """Give a name and a directory that nobody else uses, and take away what was put there."""
-    name = f"demo-{secrets.token_hex(4)}"
-    home = Path(tempfile.mkdtemp(prefix="shmelim-demo-"))
-    try:
-        yield name, home
-    finally:
-        with _undisturbed():
-            SharedNamespace(name).remove()
-            shutil.rmtree(home, ignore_errors=True)
+def show(found: dict[str, Any]) -> None:
+    """Print the figures, each invariant, and how many of them held."""
+    for what, figure in found["figures"].items():
+        shown = f"{figure:,.0f}" if isinstance(figure, int) or figure > _WHOLE else f"{figure:.1f}"
+        click.echo(f"{shown:>12}  {what.replace('_', ' ')}")
+    click.echo()
+    for invariant, violations in found["invariants"].items():
+        verdict = f"VIOLATED {violations:,} times" if violations else "held"
+        click.secho(f"{verdict}: {invariant}", fg="red" if violations else "green")
+    for error in [error for reader in found["readers"] for error in reader["errors"]]:
+        click.echo(f"error: {output.printable(error)}")
+    held = sum(not violations for violations in found["invariants"].values())
+    click.echo(f"\n{held} of {len(found['invariants'])} invariants held")
 
 
-@contextlib.contextmanager
-def _telling() -> Iterator[Callable[[str], Any]]:
-    """Show what happens on stderr, if that is a terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    with Console(stderr=True).status("") as line:
-        yield lambda what: line.update(f"{what} …")
-
-
-@contextlib.contextmanager
-def _ending_signals() -> Iterator[None]:
-    """Let the signals that end a process end this one in order."""
-
-    def end(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in _ENDING_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let no signal but SIGKILL break off a cleaning up."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *_ENDING_SIGNALS)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _clean_up(scenario: Scenario, name: str, home: Path) -> None:
+    with signals_held():
+        scenario.close()
+        SharedNamespace(name).remove()
+        shutil.rmtree(home, ignore_errors=True)

@@ -1,343 +1,296 @@
-"""What happens in the demo: changes, a kill without warning, the next writer, and what became of it all."""
+"""What happens in the demo: changes, a kill without warning, the next server, and what became of it all."""
 
 from __future__ import annotations
 
-import statistics
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
 from itertools import count, cycle
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
 
-import psutil
-
-from shmelim.cli.demo.processes import Crowd, ServerProcess, signals_deferred
-from shmelim.cli.demo.records import Cast, make_record
-from shmelim.eliminations import EliminationClient
-from shmelim.eliminations.files import format as files
+from shmelim.cli.demo.reader import REAL_HOTKEYS, cast, make_record
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.record import decode
 from shmelim.eliminations.store.history import read_events
-from shmelim.errors import ChannelError, OutcomeUnknownError, ShmelimError
+from shmelim.errors import OutcomeUnknownError, ShmelimError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from shmelim.cli.demo.watcher import Tally
-
-BEFORE, KILLING, DEAD, AFTER = "before", "killing", "dead", "after"
-"""What the readers are told to count for: the writer serves, is about to be killed, is dead, has a successor."""
-
-_ADDS: Final = 40
-_REMOVES: Final = 10
-_ADDS_BEFORE_KILL: Final = 25
-_FIRST_PART: Final = 0.5
-_SECOND_PART: Final = 0.9
-_ENDING: Final = 30.0
+ENDING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PATIENCE: Final = 60.0
+_LONGEST_SOCKET: Final = 100  # bytes of a path; the kernel takes 107
 
 
-@dataclass
-class Findings:
-    """Everything that was measured; None and empty lists are what was not."""
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let an ending signal take effect at the end of the block, which starts processes or cleans up."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda it, _: came.append(it)) for number in ENDING_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
-    tallies: list[Tally] = field(default_factory=list)
-    add_seconds: list[float] = field(default_factory=list)
-    sync_seconds: list[float] = field(default_factory=list)
-    sync_records: int | None = None
-    removes: int = 0
-    acknowledged: int = 0
-    late: int = 0
-    lost_while_dead: int | None = None
-    lost_after_restart: int | None = None
-    lost_at_the_end: int | None = None
-    lost_in_history: int | None = None
-    unknown_outcomes: int = 0
-    kill_to_first_ms: float | None = None
-    start_to_first_ms: float | None = None
-    departed: int = 0
-    filesystem: str | None = None
+
+class Process(subprocess.Popen[str]):
+    """The package once more, as server or reader, in a group of its own: Ctrl-C reaches the demo alone."""
+
+    def __init__(self, home: Path, *arguments: str) -> None:
+        self._log = home / "log"
+        self.started_ns = self.killed_ns = time.monotonic_ns()
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(home / "run")}
+        with self._log.open("ab") as log:
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            super().__init__(
+                [sys.executable, "-m", *arguments], text=True, process_group=0, env=environment, **pipes
+            )
+
+    def hear(self) -> str:
+        """Return the next line that it says; ShmelimError where it ends, or is silent for a minute."""
+        assert self.stdout is not None
+        if select.select([self.stdout], [], [], _PATIENCE)[0] and (line := self.stdout.readline()):
+            return line
+        said = self._log.read_text(errors="replace").splitlines() or ["it said nothing"]
+        raise ShmelimError(f"process {self.pid} of the demo ended or hangs: {said[-1]}")
+
+    def tell(self, what: str, about: str | None) -> None:
+        """Send it a line; if it has died, that shows when its answer is waited for."""
+        with contextlib.suppress(OSError):
+            print(json.dumps([what, about]), file=self.stdin, flush=True)
+
+    def kill(self) -> None:
+        """Kill it without warning; returns once it is dead."""
+        self.killed_ns = time.monotonic_ns()
+        super().kill()
+        self.wait()
+
+    def close(self) -> None:
+        """End it, if it still runs. Idempotent."""
+        self.terminate()
+        try:
+            self.communicate(timeout=10)
+        except (subprocess.TimeoutExpired, ValueError):
+            self.kill()
 
 
 class Ledger:
-    """What the server acknowledged, and therefore must be there.
+    """What the server acknowledged and therefore must be there.
 
-    A change whose outcome nobody knows, because the server was killed in the middle of it, may be there or not.
+    The add that was under way when the server was killed is in doubt: it may be there or not.
     """
 
     def __init__(self) -> None:
         self.records: dict[str, dict[str, Any]] = {}
-        self.doubt: tuple[str, dict[str, Any] | None] | None = None
+        self.doubt: dict[str, Any] | None = None
         self.events: list[tuple[str, str, int]] = []
 
-    def put(self, record: dict[str, Any]) -> None:
-        """Enter an acknowledged record."""
-        self.records[record["hotkey"]] = record
-        self.events.append(("put", record["hotkey"], record["serial"]))
-
-    def drop(self, hotkey: str) -> None:
-        """Enter an acknowledged removal."""
-        self.events.append(("remove", hotkey, self.records.pop(hotkey)["serial"]))
-
-    def replace(self, records: list[dict[str, Any]]) -> None:
-        """Enter an acknowledged sync."""
-        stay = {record["hotkey"] for record in records}
-        for hotkey in [hotkey for hotkey in self.records if hotkey not in stay]:
-            self.drop(hotkey)
+    def put(self, *records: dict[str, Any]) -> None:
+        """Enter acknowledged records."""
         for record in records:
-            self.put(record)
+            self.records[record["hotkey"]] = record
+            self.events.append(("put", record["hotkey"], record["serial"]))
 
-    def missing_from(self, state: dict[str, dict[str, Any]]) -> int:
-        """Return of how many hotkeys a state says something else than was acknowledged."""
-        hotkeys = set(self.records) | set(state)
-        return sum(not self._allows(hotkey, state.get(hotkey)) for hotkey in hotkeys)
+    def drop(self, *hotkeys: str) -> None:
+        """Enter acknowledged removals."""
+        self.events += [("remove", hotkey, self.records.pop(hotkey)["serial"]) for hotkey in hotkeys]
 
-    def _allows(self, hotkey: str, found: dict[str, Any] | None) -> bool:
-        if found == self.records.get(hotkey):
-            return True
-        return self.doubt is not None and self.doubt == (hotkey, found)
-
-    def missing_from_history(self, events: set[tuple[str, str, int]]) -> int:
-        """Return how many acknowledged changes a history does not tell of."""
-        return sum(event not in events for event in self.events)
+    def lost(self, state: dict[str, dict[str, Any]]) -> int:
+        """Return for how many hotkeys a state differs from what was acknowledged."""
+        doubt = {} if self.doubt is None else {self.doubt["hotkey"]: self.doubt}
+        differing = [hotkey for hotkey in self.records | state if state.get(hotkey) != self.records.get(hotkey)]
+        return sum(hotkey not in doubt or state.get(hotkey) != doubt[hotkey] for hotkey in differing)
 
     def settle(self, state: dict[str, dict[str, Any]]) -> None:
         """Take the change in doubt for made, or not, as a state says."""
-        if self.doubt is not None:
-            hotkey, record = self.doubt
-            if record is not None and state.get(hotkey) == record:
-                self.put(record)
-            self.doubt = None
+        if self.doubt is not None and state.get(self.doubt["hotkey"]) == self.doubt:
+            self.put(self.doubt)
+        self.doubt = None
 
 
 class Scenario:
-    """One run of the demo in a directory and under a name of its own.
+    """One run of the demo, under a name and in a directory of its own; ``tell`` hears what happens now."""
 
-    Parameters
-    ----------
-    name
-        The name to serve.
-    home
-        A directory for the state and everything else.
-    departed
-        The file of real departed hotkeys.
-    seconds
-        About how long it takes.
-    readers
-        How many reader processes.
-    tell
-        Called with what happens now.
-
-    """
-
-    def __init__(
-        self, name: str, home: Path, departed: Path, seconds: float, readers: int, tell: Callable[[str], Any]
-    ) -> None:
-        self._name, self._home, self._departed = name, home, departed
-        self._seconds, self._count, self._tell = seconds, readers, tell
-        self._server: ServerProcess | None = None
-        self._crowd: Crowd | None = None
-        self._client: EliminationClient | None = None
+    def __init__(self, name: str, home: Path, seconds: float, readers: int) -> None:
+        self._name, self._home, self._seconds, self._count = name, home, seconds, readers
+        self.tell: Callable[[str], object] = str
+        self._open: list[Process | EliminationClient] = []
+        self._parts = cast()
+        self._singles, self._serials, self._stamp = cycle(self._parts.single), count(1), 0
         self._ledger = Ledger()
-        self._serials = count(1)
-        self._stamp = 0
-        self.findings = Findings(filesystem=_filesystem(home))
+        self._counts: Counter[str] = Counter()
+        self._sync_ms: list[float] = []
 
-    def run(self) -> Findings:
-        """Play it and return what was measured."""
-        began = time.monotonic()
-        found = files.read_departed(self._departed)
-        if found is None:
-            raise ShmelimError(f"{self._departed} does not exist", hint="install the package with its data")
-        cast = Cast.of([hotkey for hotkey, _ in found.items.items()])
-        self._singles = cycle(cast.single)
-        self._cast = cast
-        self._tell("starting a server")
-        self._server = self._start_server()
-        self._server.wait_ready()
-        self._client = self._connect()
-        self.findings.departed = self._client.num_departed_hotkeys
+    def run(self) -> dict[str, Any]:
+        """Play it; returns ``invariants``, ``figures`` and what each of the ``readers`` counted."""
+        began, ledger = time.monotonic(), self._ledger
+        self.tell("starting a server")
+        (self._home / "run").mkdir(mode=0o700)
+        self._start_server()
+        departed = self._client.num_departed_hotkeys
         self._sync()
-        self._tell(f"starting {self._count} readers")
-        with signals_deferred():
-            self._crowd = Crowd(self._name, cast, self._count)
-        self._crowd.gather("attached")
-        self._crowd.enter(BEFORE)
-        self._tell("adding, removing and syncing under the eyes of the readers")
-        self._change_until(began + self._seconds * _FIRST_PART)
-        killed_ns = self._kill()
-        self._take_over(killed_ns)
-        self._tell("adding, removing and syncing with the second writer")
-        self._change_until(began + self._seconds * _SECOND_PART)
-        self._tell("counting")
-        self.findings.tallies = self._crowd.report()
-        self.findings.lost_at_the_end = self._ledger.missing_from(self._client.eliminations)
+        self.tell(f"starting readers: {self._count}")
+        self._readers = [self._start("shmelim.cli.demo.reader", self._name) for _ in range(self._count)]
+        for reader in self._readers:
+            reader.hear()
+        self._ask("round")
+        self.tell("adding, removing and syncing under the readers' eyes")
+        self._change_until(began + 0.5 * self._seconds)
+        self.tell(f"killing the server, process {self._server.pid}, in the middle of changes")
+        self._kill_amid_adds()
+        idle = sum(not reads for reads in self._ask("round"))
+        lost_while_dead = ledger.lost(self._client.eliminations)
+        self.tell("starting the next server")
+        killed_ns = self._server.killed_ns
+        self._start_server()
+        # The first change is timed, so it is made before the old ones are looked for.
+        recovered = self._client.eliminations
+        first = make_record(self._parts.first, self._stamp, next(self._serials))
+        self._client.add_elimination(self._parts.first, first)
+        serving_ns = time.monotonic_ns()
+        blind = self._ask("sees", self._parts.first).count(False)
+        lost_by_restart = ledger.lost(recovered)
+        ledger.settle(recovered)
+        ledger.put(first)
+        self.tell("adding, removing and syncing with the second server")
+        self._change_until(began + 0.9 * self._seconds)
+        self.tell("counting")
+        tallies = self._ask("report")
+        lost_by_the_end = ledger.lost(self._client.eliminations)
         self._server.close()
-        self._read_history()
-        self.findings.acknowledged = len(self.findings.add_seconds) + self.findings.removes
-        self.findings.acknowledged += len(self.findings.sync_seconds)
-        return self.findings
+        seen: Counter[str] = Counter()
+        for tally in tallies:
+            seen.update({key: value for key, value in tally.items() if key != "errors"})
+        adds = self._counts["adds"]
+        return {
+            "invariants": {
+                "no record was torn": seen["torn"],
+                "no snapshot and no batch of checks mixed two syncs": seen["mixed"],
+                "no answer was wrong": seen["wrong"],
+                "no reader saw the version go back": seen["backwards"],
+                "no read failed": seen["failed"],
+                "every reader read on while no server lived": idle,
+                "every reader saw the next server's first change": blind,
+                "every change was visible when its call returned": self._counts["late"],
+                "no acknowledged change was lost while no server lived": lost_while_dead,
+                "no acknowledged change was lost by the restart": lost_by_restart,
+                "no acknowledged change was lost by the end": lost_by_the_end,
+                "every acknowledged change is in the history": self._lost_in_history(),
+            },
+            "figures": {
+                "readers": self._count,
+                "checks_per_second": sum(1e9 * it["checks"] / it["checking_ns"] for it in tallies),
+                "checks": seen["checks"],
+                "snapshots": seen["snapshots"],
+                "reads_overtaken_and_done_again": seen["retries"],
+                "departed_hotkeys": departed,
+                "durable_adds": adds,
+                "durable_adds_per_second": 1e9 * adds / self._counts["adding_ns"],
+                "removes": self._counts["removes"],
+                "syncs": len(self._sync_ms),
+                "sync_records": self._sync_records,
+                "sync_median_ms": median(self._sync_ms),
+                "kill_to_next_change_ms": (serving_ns - killed_ns) / 1e6,
+                "next_server_to_its_first_change_ms": (serving_ns - self._server.started_ns) / 1e6,
+            },
+            "readers": tallies,
+        }
 
     def close(self) -> None:
         """End every process. Idempotent."""
-        for part in (self._client, self._crowd, self._server):
-            if part is not None:
-                part.close()
+        for each in reversed(self._open):
+            each.close()
+
+    # ------------------------------------------------------------------ processes
+
+    def _start(self, *arguments: str) -> Process:
+        with signals_held():
+            self._open.append(process := Process(self._home, *arguments))
+        return process
+
+    def _start_server(self) -> None:
+        arguments = ["--name", self._name, "--state-dir", str(self._home / "state"), "--ready-fd", "1"]
+        if len(os.fsencode(self._home / "run" / "shmelim" / self._name / "socket")) > _LONGEST_SOCKET:
+            arguments += ["--port", "0"]
+        self._server = self._start("shmelim", "serve", *arguments, "--default-departed", str(REAL_HOTKEYS))
+        self._server.hear()
+        self._client = EliminationClient(self._name, runtime_base=self._home / "run" / "shmelim")
+        self._open.append(self._client)
+
+    def _ask(self, what: str, about: str | None = None) -> list[Any]:
+        for reader in self._readers:
+            reader.tell(what, about)
+        return [json.loads(reader.hear()) for reader in self._readers]
 
     # ------------------------------------------------------------------ changes
-
-    def _start_server(self) -> ServerProcess:
-        with signals_deferred():
-            # Kept here too: once signals have effect again, whoever cleans up must know of it.
-            self._server = server = ServerProcess(self._name, self._home, self._departed)
-        return server
-
-    def _connect(self) -> EliminationClient:
-        return EliminationClient(self._name, runtime_base=self._home / "run" / "shmelim")
 
     def _change_until(self, deadline: float) -> None:
         """Add, remove and sync in turn, at least once each."""
         while True:
-            for _ in range(_ADDS):
-                self._add(next(self._singles))
-            present = [hotkey for hotkey in self._cast.single if hotkey in self._ledger.records]
-            for hotkey in present[:_REMOVES]:
-                self._remove(hotkey)
+            for _ in range(40):
+                self._add()
+            for hotkey in [hotkey for hotkey in self._parts.single if hotkey in self._ledger.records][:10]:
+                self._client.remove_elimination(hotkey)
+                self._ledger.drop(hotkey)
+                self._counts["removes"] += 1
+                self._counts["late"] += self._client.is_hotkey_eliminated(hotkey)
             self._sync()
             if time.monotonic() >= deadline:
                 return
 
-    def _add(self, hotkey: str) -> None:
-        assert self._client is not None
-        record = make_record(hotkey, self._stamp, next(self._serials))
-        self._ledger.doubt = (hotkey, record)
-        began = time.perf_counter()
+    def _add(self) -> None:
+        record = make_record(next(self._singles), self._stamp, next(self._serials))
+        began = time.perf_counter_ns()
         try:
-            self._client.add_elimination(hotkey, record)
+            self._client.add_elimination(record["hotkey"], record)
         except OutcomeUnknownError:
-            self.findings.unknown_outcomes += 1
+            self._ledger.doubt = record
             raise
-        except ChannelError:
-            self._ledger.doubt = None
-            raise
-        self.findings.add_seconds.append(time.perf_counter() - began)
-        self._ledger.doubt = None
+        self._counts["adding_ns"] += time.perf_counter_ns() - began
+        self._counts["adds"] += 1
         self._ledger.put(record)
-        self.findings.late += self._client.get_elimination(hotkey) != record
-
-    def _remove(self, hotkey: str) -> None:
-        assert self._client is not None
-        self._client.remove_elimination(hotkey)
-        self._ledger.drop(hotkey)
-        self.findings.removes += 1
-        self.findings.late += self._client.is_hotkey_eliminated(hotkey)
+        self._counts["late"] += self._client.get_elimination(record["hotkey"]) != record
 
     def _sync(self) -> None:
         """Write every record anew with the next stamp, and let the other camp be eliminated."""
-        assert self._client is not None
-        cast, present = self._cast, self._ledger.records
+        parts, ledger = self._parts, self._ledger
         self._stamp += 1
-        camp = cast.odd if self._stamp % 2 else cast.even
-        others = [hotkey for hotkey in (*cast.single, cast.first) if hotkey in present]
+        camp = parts.odd if self._stamp % 2 else parts.even
+        others = [hotkey for hotkey in (*parts.single, parts.first) if hotkey in ledger.records]
         serial = next(self._serials)
-        records = [make_record(hotkey, self._stamp, serial) for hotkey in (*cast.steady, *camp, *others)]
-        began = time.perf_counter()
+        records = [make_record(hotkey, self._stamp, serial) for hotkey in (*parts.steady, *camp, *others)]
+        self._sync_records, began = len(records), time.perf_counter()
         self._client.sync_eliminations(records)
-        self.findings.sync_seconds.append(time.perf_counter() - began)
-        self.findings.sync_records = len(records)
-        self._ledger.replace(records)
-        self.findings.late += self._ledger.missing_from(self._client.eliminations) > 0
+        self._sync_ms.append(1e3 * (time.perf_counter() - began))
+        ledger.drop(*(ledger.records.keys() - {record["hotkey"] for record in records}))
+        ledger.put(*records)
+        self._counts["late"] += ledger.lost(self._client.eliminations)
 
-    # ------------------------------------------------------------------ the kill, and what comes after
+    def _kill_amid_adds(self) -> None:
+        killer = threading.Thread(target=self._server.kill, name="shmelim-demo-killer")
+        for _ in range(25):
+            self._add()
+        killer.start()
+        with contextlib.suppress(ConnectionError):  # the server is dead
+            while True:
+                self._add()
+        killer.join()
 
-    def _kill(self) -> int:
-        """Kill the server in the middle of a stream of changes; returns when, by the monotonic clock."""
-        assert self._server is not None
-        assert self._crowd is not None
-        assert self._client is not None
-        self._tell(f"killing the server, process {self._server.pid}, in the middle of changes")
-        self._crowd.enter(KILLING)
-        enough, surprises = threading.Event(), []
-
-        def stream() -> None:
-            try:
-                for number in count():
-                    if number == _ADDS_BEFORE_KILL:
-                        enough.set()
-                    self._add(next(self._singles))
-            except ChannelError:
-                pass
-            except Exception as error:
-                surprises.append(error)
-            finally:
-                enough.set()
-
-        adding = threading.Thread(target=stream, name="shmelim-demo-adds", daemon=True)
-        adding.start()
-        enough.wait()
-        killed_ns = self._server.kill()
-        adding.join(_ENDING)
-        if surprises:
-            raise surprises[0]
-        if adding.is_alive():
-            raise ShmelimError("a change that was under way when the server was killed has not ended")
-        self._crowd.enter(DEAD)
-        self.findings.lost_while_dead = self._ledger.missing_from(self._client.eliminations)
-        return killed_ns
-
-    def _take_over(self, killed_ns: int) -> None:
-        """Start the next server and time its first change, as the readers see it."""
-        assert self._server is not None
-        assert self._crowd is not None
-        assert self._client is not None
-        self._tell("starting the next server")
-        self._client.close()
-        self._server.close()
-        self._crowd.look_out_for(self._cast.first)
-        self._server = self._start_server()
-        self._server.wait_ready()
-        self._client = self._connect()
-        recovered = self._client.eliminations
-        doubtful, self._ledger.doubt = self._ledger.doubt, None
-        self._add(self._cast.first)
-        self._ledger.doubt = doubtful
-        # The first change is made before the old ones are looked for: it is being timed.
-        recovered[self._cast.first] = self._ledger.records[self._cast.first]
-        self.findings.lost_after_restart = self._ledger.missing_from(recovered)
-        self._ledger.settle(recovered)
-        seen_ns = min(self._crowd.gather("seen"))
-        self.findings.kill_to_first_ms = (seen_ns - killed_ns) / 1e6
-        self.findings.start_to_first_ms = (seen_ns - self._server.started_ns) / 1e6
-        self._crowd.enter(AFTER)
-
-    def _read_history(self) -> None:
+    def _lost_in_history(self) -> int:
         """Look for every acknowledged change in the store, which the second server has closed."""
-        told: set[tuple[str, str, int]] = set()
+        told = set()
         for event in read_events(self._home / "state", limit=None):
-            if event.hotkey is None:
-                continue
-            if event.new is not None:
-                told.add(("put", event.hotkey, decode(event.new)["serial"]))
-            elif event.old is not None:
-                told.add(("remove", event.hotkey, decode(event.old)["serial"]))
-        self.findings.lost_in_history = self._ledger.missing_from_history(told)
-
-
-def add_rate(seconds: list[float]) -> float | None:
-    """Return how many a second, one after the other, took these times."""
-    return len(seconds) / sum(seconds) if seconds else None
-
-
-def median_ms(seconds: list[float]) -> float | None:
-    """Return the median in milliseconds."""
-    return statistics.median(seconds) * 1e3 if seconds else None
-
-
-def _filesystem(directory: Path) -> str | None:
-    """Return the kind of file system a directory is on, if that can be found out."""
-    resolved = f"{directory.resolve()}/"
-    found = {
-        partition.mountpoint: partition.fstype
-        for partition in psutil.disk_partitions(all=True)
-        if resolved.startswith(f"{partition.mountpoint.rstrip('/')}/")
-    }
-    return found[max(found, key=len)] if found else None
+            if event.hotkey is not None and (record := event.new or event.old) is not None:
+                action = "remove" if event.new is None else "put"
+                told.add((action, event.hotkey, decode(record)["serial"]))
+        return sum(event not in told for event in self._ledger.events)

@@ -1,20 +1,20 @@
 """What an elimination still owes: its effects outside of the state, recorded with it and settled afterwards.
 
-A debt is recorded in the transaction of its elimination, so that whatever crashes afterwards leaves word of what
-is still to be made. Deleting limit orders and closing positions may be repeated; a slash moves money and may not::
+A debt is recorded in the transaction of its elimination, so that after a crash it is known what is still to be
+done. Deleting limit orders and closing positions may be repeated; a slash moves money and may not::
 
     owed ──begin──▶ attempting ──settle──▶ (gone)
      ▲                │    │
      └──certainly─────┘    └──nobody knows──▶ in doubt ──by hand──▶ (gone), or owed
         not made
 
-*attempting* is durable before the contract is called. A slash that is found so after a crash may have been made:
-it is in doubt, is never repeated, and waits for a person.
+*attempting* is durable before the contract is called. A slash that is found in this state after a crash may have
+been made: it is put in doubt, is never repeated, and waits for a person.
 
-An attempt is known by a token, which tells its process from every other one, past and future.
+An attempt has a token, which tells its process from every other one, past and future.
 
-Of each hotkey the last slash that was made stays on record when its debt is settled: if the elimination is taken
-back and made again, the money must not be taken again.
+The last slash made of each hotkey stays on record when its debt is settled: if the elimination is taken back and
+made again, the money must not be taken again.
 """
 
 from __future__ import annotations
@@ -46,75 +46,34 @@ _numbers = itertools.count(1)
 
 
 class Debt(NamedTuple):
-    """One effect that an elimination owes.
-
-    Attributes
-    ----------
-    hotkey : str
-        Who was eliminated.
-    kind : str
-        One of :data:`KINDS`.
-    state : str
-        ``"owed"``; a slash also ``"attempting"`` or ``"in_doubt"``.
-    ordinal : int
-        The place of its elimination among those that owe something.
-    due : bool
-        False for a slash that was begun and whose elimination was taken back: if it turns out that it was not
-        made, it is not made any more.
-    since_ms : int
-        Since when, in milliseconds since 1970, UTC.
-    eliminated_ms : int
-        The time of the elimination, as its record had it; of a slash that stands for two, the later one's.
-    attempts : int
-        How often it failed.
-    error : str or None
-        The last failure.
-    attempt : str or None
-        The token of the last attempt of a slash.
-    in_doubt_since_ms : int or None
-        Since when it is in doubt.
-
-    """
+    """One effect that an elimination owes; times are in milliseconds since 1970, UTC."""
 
     hotkey: str
-    kind: str
-    state: str
-    ordinal: int
-    due: bool
+    kind: str  # one of KINDS
+    state: str  # OWED; a slash also ATTEMPTING or IN_DOUBT
+    ordinal: int  # the place of its elimination among those that owe something
+    due: bool  # False for a slash whose elimination was taken back after it was begun: it is not made any more
     since_ms: int
-    eliminated_ms: int
-    attempts: int = 0
-    error: str | None = None
-    attempt: str | None = None
+    eliminated_ms: int  # as the elimination's record had it; of a slash that stands for two, the later one's
+    attempts: int = 0  # how often it failed
+    error: str | None = None  # the last failure
+    attempt: str | None = None  # the token of a slash's last attempt
     in_doubt_since_ms: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as callers of the server get it; with no attempt, while none stands."""
+        """Return it as callers of the server get it, who see an attempt only while it stands."""
         named = self._asdict()
         del named["ordinal"]
         return named | {"attempt": None if self.state == OWED else self.attempt}
 
 
 class Slash(NamedTuple):
-    """The last slash of a hotkey that was made.
-
-    Attributes
-    ----------
-    hotkey : str
-        Whose collateral.
-    made_ms : int
-        When it was recorded as made, in milliseconds since 1970, UTC.
-    eliminated_ms : int
-        The time of the elimination that owed it.
-    by : str
-        Who says that it was made: ``"contract"``, or ``"hand"`` of a person who settled it.
-
-    """
+    """The last slash of a hotkey that was made; times are in milliseconds since 1970, UTC."""
 
     hotkey: str
-    made_ms: int
-    eliminated_ms: int
-    by: str
+    made_ms: int  # when it was recorded as made
+    eliminated_ms: int  # the time of the elimination that owed it
+    by: str  # who says that it was made: BY_CONTRACT, or BY_HAND of a person who settled it
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as callers of the server get it."""
@@ -122,17 +81,17 @@ class Slash(NamedTuple):
 
 
 def new_attempt() -> str:
-    """Return a token for an attempt of this process, which no other attempt ever has."""
+    """Return a token for an attempt of this process, unlike that of any other attempt."""
     return f"{_token_of(ProcessIdentity.this_process())}.{next(_numbers)}"
 
 
 def attempt_is_mine(token: str) -> bool:
-    """Tell whether an attempt was made by this process, not by one before a fork or a restart."""
+    """Whether an attempt was made by this process, not by one before a fork or a restart."""
     return token.rpartition(".")[0] == _token_of(ProcessIdentity.this_process())
 
 
 def attempt_is_alive(token: str) -> bool:
-    """Tell whether the process that made an attempt still runs; False for what is no token."""
+    """Whether the process that made an attempt still runs; False for what is not a token."""
     process = token.rpartition(".")[0]
     pid = process.partition("-")[0]
     if not (pid.isascii() and pid.isdigit()):
@@ -150,5 +109,5 @@ def _token_of(process: ProcessIdentity) -> str:
 def _boot() -> str:
     try:
         return _BOOT_ID.read_text().strip().replace("-", "")
-    except OSError:  # no Linux: there, starts are dates
+    except OSError:  # not Linux: there, starts are dates
         return ""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import sqlite3
+from typing import NamedTuple
 
 from shmelim.eliminations.debts.states import IN_DOUBT, Debt, Slash
 
-if TYPE_CHECKING:
-    import sqlite3
-
-
-# The columns are the fields of a Debt; the names of the kinds stand in the alphabet in their own order.
+# The columns are the fields of a Debt; the alphabetic order of the kinds is the one in which they are settled.
 _SELECT = (
     "SELECT hotkey, kind, state, ordinal, due, since_ms, eliminated_ms, attempts, error, attempt,"
     " in_doubt_since_ms FROM debts"

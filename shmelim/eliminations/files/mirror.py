@@ -15,19 +15,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Final, Literal
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal
 
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.rows import PREFIX, Status, departed_in
-from shmelim.eliminations.state.changes import note, set_meta
+from shmelim.eliminations.state.changes import Step
+from shmelim.eliminations.state.committer import Committer
+from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.errors import StoreError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from shmelim.eliminations.state.committer import Committer
-    from shmelim.shm import TableReader
+from shmelim.shm import TableReader
+from shmelim.system.durable import move_aside
+from shmelim.system.logs import LimitedLog
+from shmelim.system.problems import Problems
 
 FilesMode = Literal["current", "lagged", "off"]
 FILES_MODES: Final = ("current", "lagged", "off")
@@ -40,40 +41,37 @@ _PATIENCE: Final = 10
 _RETRY: Final = 1.0
 _FLUSH_LIMIT: Final = 300.0
 
+_BEHIND: Final = "files_behind"
+_REMEDY: Final = (
+    "make room, or let the server's user write there; every change is stored and published all the same"
+)
+
 _log = logging.getLogger("shmelim.files")
+_limited = LimitedLog(_log)
 
 
 class FileMirror:
     """Writes the two files behind the published state.
 
-    Parameters
-    ----------
-    directory
-        Where they are.
-    table
-        A reader of the published state.
-    committer
-        Commits their digests.
-    mode
-        ``"current"``: :meth:`flush` writes; ``"lagged"``: it returns at once; ``"off"``: no files.
+    In mode ``"current"`` :meth:`flush` writes; in ``"lagged"`` it returns at once; ``"off"`` means no files.
 
-    Notes
-    -----
     ``_stale``, ``_asked``, ``_written`` and the flags are guarded by ``_changed``; the rest belongs to the thread,
-    but that anybody may reset ``_departed_written``, which costs a write too many at worst.
-
+    except that anybody may reset ``_departed_written``, which costs a write too many at worst.
     """
 
-    def __init__(self, directory: Path, table: TableReader, committer: Committer, mode: FilesMode) -> None:
+    def __init__(
+        self, directory: Path, table: TableReader, committer: Committer, mode: FilesMode, problems: Problems
+    ) -> None:
         self._directory = directory
         self._table = table
         self._committer = committer
         self.mode = mode
+        self._problems = problems
         self._changed = threading.Condition()
         self._stale: dict[str, float] = {}
         self._asked = 0
         self._written = 0
-        # Whether a write is under way: what it writes is stale no more, and not yet written.
+        # Whether a write is under way: what it writes is no longer stale, and not yet written.
         self._writing = False
         self._stopping = False
         self._ended = False
@@ -84,11 +82,6 @@ class FileMirror:
         self._ours: dict[str, files.Identity | None] = {}
         self._problem: StoreError | None = None
         self._thread: threading.Thread | None = None
-
-    @property
-    def problem(self) -> StoreError | None:
-        """Why the last write failed, or None; one reference read."""
-        return self._problem
 
     def start(self) -> None:
         """Start the writing thread; nothing happens in mode ``"off"``."""
@@ -109,18 +102,9 @@ class FileMirror:
             self._changed.notify_all()
 
     def flush(self, *, insist: bool = False) -> None:
-        """Return when the files show everything published before the call.
+        """Return when the files show everything published before the call; StoreError if they cannot be written.
 
-        Parameters
-        ----------
-        insist
-            Write in mode ``"lagged"`` too, and write both files even if they are not stale.
-
-        Raises
-        ------
-        StoreError
-            They could not be written; the state itself is safe in the store.
-
+        With `insist`, also in mode ``"lagged"``, and both files even if they are not stale.
         """
         if self.mode == "off" or self._thread is None or (self.mode == "lagged" and not insist):
             return
@@ -134,7 +118,9 @@ class FileMirror:
             wanted = self._asked
             self._changed.notify_all()
             if not self._changed.wait_for(lambda: self._written >= wanted or self._ended, _FLUSH_LIMIT):
-                raise StoreError(f"the files in {self._directory} were not written within {_FLUSH_LIMIT:.0f} s")
+                text = f"the files in {self._directory} were not written within {_FLUSH_LIMIT:.0f} s"
+                self._problems.report(_BEHIND, text)
+                raise StoreError(text)
             problem = self._problem
         if problem is not None:
             raise problem
@@ -146,8 +132,6 @@ class FileMirror:
                 self._stopping = True
                 self._changed.notify_all()
             self._thread.join()
-
-    # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
         try:
@@ -167,6 +151,10 @@ class FileMirror:
             began = time.monotonic()
             problem = self._write(stale)
             took = time.monotonic() - began
+            if problem is None:
+                self._problems.clear(_BEHIND)
+            else:
+                self._problems.report(_BEHIND, problem.message, remedy=problem.hint or _REMEDY)
             with self._changed:
                 if problem is None:
                     self._not_before = time.monotonic() + _PATIENCE * took
@@ -174,8 +162,6 @@ class FileMirror:
                     for name in stale:
                         self._stale.setdefault(name, began)
                     self._not_before = time.monotonic() + _RETRY
-                if problem is not None and str(problem) != str(self._problem):
-                    _log.error("%s", problem)
                 self._problem = problem
                 self._written = asked
                 self._writing = False
@@ -184,7 +170,7 @@ class FileMirror:
                     return
 
     def _wait_for_work(self) -> tuple[list[str], int]:
-        """Wait until something must be written now; return the stale files, which are stale no more."""
+        """Wait until something must be written now; return the stale files, and how many asked for them."""
         while not self._stopping and self._asked == self._written:
             if not self._stale:
                 self._changed.wait()
@@ -200,7 +186,7 @@ class FileMirror:
         try:
             for name in stale:
                 path = self._directory / name
-                confirm = self._confirming(name)
+                confirm = partial(self._confirm, name)
                 if name == DEPARTED_FILE and self._departed_written == self._table.count_flag(1):
                     continue
                 entries = self._table.snapshot().entries
@@ -211,7 +197,8 @@ class FileMirror:
                     digest = files.write_eliminations(path, records, before_rename=confirm)
                 else:
                     departed = departed_in(entries)
-                    digest = files.write_departed(path, _times(departed), before_rename=confirm)
+                    times = ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())
+                    digest = files.write_departed(path, times, before_rename=confirm)
                     self._departed_written = len(departed)
                 self._ours[name] = files.identity_of(path)
                 # An earlier version that a person puts back is that person's work.
@@ -219,22 +206,21 @@ class FileMirror:
         except StoreError as error:
             return error
         except Exception as error:
-            _log.exception("the files in %s could not be written", self._directory)
+            text = "the files in %s could not be written"
+            _limited(logging.ERROR, "mistake", text, self._directory, exc_info=True)
             return StoreError(f"the files in {self._directory} could not be written: {error}")
         return None
 
-    def _confirming(self, name: str) -> Callable[[str], None]:
-        def confirm(digest: str) -> None:
-            self._keep_edit(name)
-            # The one that stands there stays known: a crash may come before the rename.
-            standing = self._standing(name)
-            if digest not in standing:
-                self._know(name, [*standing, digest])
-
-        return confirm
+    def _confirm(self, name: str, digest: str) -> None:
+        """Make way for a file of this digest, which is about to take its place, and have it known as ours."""
+        self._keep_edit(name)
+        # The one that stands there stays known: a crash may come before the rename.
+        standing = self._standing(name)
+        if digest not in standing:
+            self._know(name, [*standing, digest])
 
     def _keep_edit(self, name: str) -> None:
-        """Move a file that is not ours out of the way of the one that is about to take its place."""
+        """Move a file that is not ours aside."""
         path = self._directory / name
         found = files.identity_of(path)
         if found is None or found == self._ours.get(name):
@@ -242,21 +228,21 @@ class FileMirror:
         # A file that was only touched, or copied over itself, or that stood there at the start, is as we left it.
         if files.digest_of(path) in self._known(name):
             return
-        aside = files.move_aside(path, "edited")
+        aside = move_aside(path, "edited")
         apply = (
             f"`shmelim sync {aside}` applies it"
             if name == ELIMINATIONS_FILE
             else f"the next start with `--import {aside}` applies it"
         )
         _log.warning(
-            "%s was changed while the server runs, which takes no notice of it: it is now %s; %s."
+            "%s was changed while the server runs, which does not read it: it is now %s; %s."
             " To edit it in place, stop the server first.",
             path,
             aside,
             apply,
         )
         text = f"{name} was changed while the server ran: not applied, moved aside to {aside.name}"
-        self._committer.commit(note("edited", text))
+        self._committer.commit(Step.record, [EventOf("edited", note=text)])
 
     def _known(self, name: str) -> list[str]:
         return self._committer.read(lambda store: known_digests(store.meta(digest_key(name))))
@@ -273,7 +259,7 @@ class FileMirror:
     def _know(self, name: str, digests: list[str]) -> None:
         """Make these the digests under which the store knows a file."""
         if self._known(name) != digests:
-            self._committer.commit(set_meta(digest_key(name), digests))
+            self._committer.commit(Step.set_meta, digest_key(name), digests)
 
 
 def digest_key(name: str) -> str:
@@ -284,7 +270,3 @@ def digest_key(name: str) -> str:
 def known_digests(value: object) -> list[str]:
     """Return the digests under which the store knows a file, oldest first."""
     return [digest for digest in value if isinstance(digest, str)] if isinstance(value, list) else []
-
-
-def _times(departed: dict[str, dict[str, int]]) -> Iterator[tuple[str, int]]:
-    return ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())

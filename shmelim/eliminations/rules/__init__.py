@@ -5,6 +5,6 @@
 the loop.
 """
 
-from shmelim.eliminations.rules.processor import EliminationProcessor
+from shmelim.eliminations.rules.processor import EliminationProcessor, processed
 
-__all__ = ["EliminationProcessor"]
+__all__ = ["EliminationProcessor", "processed"]

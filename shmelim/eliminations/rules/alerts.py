@@ -1,18 +1,20 @@
-"""What failed, told once: each failure is logged when it happens, and sent to Slack until that has it."""
+"""What failed in the processing, as problems: logged when it happens, sent to Slack once, until it goes well."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from shmelim.notify.problems import ProblemMessages
+from shmelim.system.logs import LimitedLog
+from shmelim.system.problems import Problems
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from types import TracebackType
 
     from shmelim.eliminations.validator.collaborators import Collaborators
-
-_MOST: Final = 10_000  # failures that are remembered
 
 _log = logging.getLogger("shmelim.processing")
 
@@ -26,76 +28,45 @@ def is_failure(error: BaseException) -> bool:
 
 
 class Alerts:
-    """Remembers which failures were told, by their kind and by whom they concern. Thread-safe.
+    """The problems of the processing: the kind of failure is their name, whom it concerns their subject.
 
-    Parameters
-    ----------
-    collaborators
-        Whose ``slack_notifier`` is told.
-
+    Thread-safe and fork-safe.
     """
 
     def __init__(self, collaborators: Collaborators) -> None:
-        self._collaborators = collaborators
-        # Each step on them is one operation of the dict: no lock that a forked child could inherit held.
-        self._told: dict[tuple[str, str], object] = {}
-        self._unsent: dict[tuple[str, str], str] = {}
+        self.problems = Problems()
+        self._messages = ProblemMessages(self.problems, lambda: collaborators.slack_notifier, ends=False)
+        self._limited = LimitedLog(_log)
 
     def failed(self, kind: str, whom: str, text: str, error: BaseException | None = None) -> None:
         """Report a failure: to the log each time, to Slack the first time since it last went well."""
-        mine = object()
-        first = self._told.setdefault((kind, whom), mine) is mine
-        if len(self._told) > _MOST:
-            self._forget(next(iter(list(self._told))))
         text = _in_one_line(text)
-        # The whole trace once: the repetitions say the same.
-        _log.error("%s", text, exc_info=error if first else None)
-        if first and not self.tell(text, "error"):
-            self._unsent[kind, whom] = text
+        if self.problems.stands(kind, whom):
+            self._limited(logging.ERROR, kind, "%s", text)
+        else:
+            # The whole trace once: the repetitions say the same.
+            _log.error("%s", text, exc_info=error)
+        self.problems.report(kind, text, subject=whom)
 
     def is_known(self, kind: str, whom: str) -> bool:
         """Tell whether that was reported, and has not gone well since."""
-        return (kind, whom) in self._told
+        return self.problems.stands(kind, whom)
 
     def succeeded(self, kind: str, whom: str) -> None:
         """Say that it went well, so that the next failure is told again."""
-        self._forget((kind, whom))
-
-    def send_again(self) -> None:
-        """Send what Slack did not take, and what still holds."""
-        for told in list(self._unsent):
-            text = self._unsent.pop(told, None)
-            if text is not None and not self.tell(text, "error"):
-                self._unsent[told] = text
-                return  # the others would wait as long, and for nothing
+        self.problems.clear(kind, whom)
 
     def only(self, kind: str, failed: Collection[str]) -> None:
         """Say that of this kind nothing failed but for these."""
-        for told in list(self._told):
-            if told[0] == kind and told[1] not in failed:
-                self._forget(told)
+        self.problems.clear_others(kind, failed)
 
-    def tell(self, text: str, level: str) -> bool:
-        """Send a message to Slack; what fails there is logged, since nothing may depend on it.
+    def send_again(self) -> None:
+        """Send what Slack did not take, and what still holds."""
+        self._messages.send_again()
 
-        Returns
-        -------
-        bool
-            False if it raised, or answered False.
-
-        """
-        try:
-            notifier = self._collaborators.slack_notifier
-            return notifier is None or notifier.send_message(_in_one_line(text), level=level) is not False
-        except BaseException as error:
-            if not is_failure(error):
-                raise
-            _log.exception("a message to Slack could not be sent: %s", _in_one_line(text))
-            return False
-
-    def _forget(self, told: tuple[str, str]) -> None:
-        self._told.pop(told, None)
-        self._unsent.pop(told, None)
+    def tell(self, text: str, level: str) -> None:
+        """Send a message to Slack; what fails there is logged, since nothing may depend on it."""
+        self._messages.send(_in_one_line(text), level)
 
     @contextlib.contextmanager
     def round(self, kind: str, *passing: type[Exception]) -> Iterator[Round]:

@@ -3,74 +3,51 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import SLASH
-from shmelim.eliminations.rules.iteration import OvertakenError
-from shmelim.errors import StateUnavailableError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from shmelim.eliminations.rules.alerts import Alerts
-    from shmelim.eliminations.rules.iteration import Iteration
-    from shmelim.eliminations.rules.membership import Membership
-    from shmelim.eliminations.rules.roster import Roster
-    from shmelim.eliminations.rules.statecalls import StateCalls
-    from shmelim.eliminations.validator.collaborators import Collaborators
-    from shmelim.eliminations.validator.environment import ValidatorEnvironment
+from shmelim.eliminations.rules.alerts import Alerts
+from shmelim.eliminations.rules.iteration import NOT_A_MINERS, Iteration
+from shmelim.eliminations.rules.membership import Membership
+from shmelim.eliminations.rules.roster import Roster
+from shmelim.eliminations.validator.collaborators import Collaborators
+from shmelim.eliminations.validator.environment import ValidatorEnvironment
 
 _log = logging.getLogger("shmelim.processing")
 
 
+@dataclass(eq=False)
 class Expiry:
     """Deletes expired eliminations.
 
-    Of a miner go, in this order, so that a crash between them leaves the row and all is repeated: the entry in
-    the challenge period, the positions, the directory, the row. A row stays while a slash of it is owed or in
-    doubt; limit orders and positions that are still owed go with the rest.
-
-    Parameters
-    ----------
-    collaborators, environment, state, alerts, roster, membership
-        As of the processor.
-    keep_directories
-        Leave the miners' directories alone.
-
+    What is left of a miner goes in this order, so that a crash between two steps leaves the row and all is
+    repeated: the entry in the challenge period, the positions, the directory, the row. A row stays while its slash
+    is owed or in doubt; limit orders and positions that are still owed go with the rest.
     """
 
-    def __init__(
-        self,
-        collaborators: Collaborators,
-        environment: ValidatorEnvironment,
-        state: StateCalls,
-        alerts: Alerts,
-        roster: Roster,
-        membership: Membership,
-        *,
-        keep_directories: bool = False,
-    ) -> None:
-        self._collaborators = collaborators
-        self._environment = environment
-        self._state = state
-        self._alerts = alerts
-        self._roster = roster
-        self._membership = membership
-        self._keep_directories = keep_directories
-        # Whether entries were removed from the challenge period that are still on its disk.
-        self._unwritten = False
+    collaborators: Collaborators
+    environment: ValidatorEnvironment
+    state: ProcessingCalls
+    alerts: Alerts
+    roster: Roster
+    membership: Membership
+    keep_directories: bool
+    unwritten: bool = False  # whether entries were removed from the challenge period that are still on its disk
 
-    def delete(self, iteration: Iteration, stopping: Callable[[], bool]) -> None:
+    def delete(self, iteration: Iteration) -> None:
         """Delete all that is expired."""
         old_enough = self._old_enough()
-        expired = self._membership.missing(old_enough)
+        expired = self.membership.missing(old_enough)
         if not expired:
             return
-        slashes = {debt["hotkey"] for debt in self._state.get_debts() if debt["kind"] == SLASH}
+        slashes = {debt["hotkey"] for debt in self.state.get_debts() if debt["kind"] == SLASH}
         gone: list[str] = []
-        with self._alerts.round("deletion", OvertakenError, StateUnavailableError) as this_round:
+        with self.alerts.round("deletion", *NOT_A_MINERS) as this_round:
             for hotkey in expired:
-                if stopping():
+                if iteration.stopping():
                     return
                 if hotkey in slashes:
                     continue
@@ -78,43 +55,43 @@ class Expiry:
                 with this_round.guard(hotkey):
                     self._remove_challenge_entry(hotkey)
                     self._remove_positions(hotkey)
-                    if not self._keep_directories:
-                        self._environment.remove_miner_directory(hotkey)
+                    if not self.keep_directories:
+                        self.environment.remove_miner_directory(hotkey)
                     gone.append(hotkey)
         self._write_challenge_entries()
         iteration.check()
         if gone:
             # Somebody may have been eliminated anew meanwhile: that row stays.
-            deleted = self._state.delete_eliminations({hotkey: old_enough[hotkey] for hotkey in gone})
+            deleted = self.state.delete_eliminations(gone, {hotkey: old_enough[hotkey] for hotkey in gone})
             _log.info("deleted %d expired eliminations: %s", len(deleted), ", ".join(deleted[:10]))
 
     def is_due(self, record: Mapping[str, Any]) -> bool:
-        """Tell whether an elimination would be deleted at once, if it were made."""
-        latest = self._environment.now_ms() - self._environment.deletion_delay_ms
+        """Whether an elimination would be deleted at once, if it were made."""
+        latest = self.environment.now_ms() - self.environment.deletion_delay_ms
         old = bool(record["elimination_initiated_time_ms"] <= latest)
-        return old and bool(self._membership.missing([record["hotkey"]]))
+        return old and bool(self.membership.missing([record["hotkey"]]))
 
     def _old_enough(self) -> dict[str, int]:
-        """Return when those were eliminated of whom that is long ago."""
-        latest = self._environment.now_ms() - self._environment.deletion_delay_ms
-        eliminated = self._roster.now().eliminated
+        """Return when each was eliminated, of those of whom that is long enough ago."""
+        latest = self.environment.now_ms() - self.environment.deletion_delay_ms
+        eliminated = self.roster.now().eliminated
         return {hotkey: time_ms for hotkey, time_ms in eliminated.items() if time_ms <= latest}
 
     def _remove_challenge_entry(self, hotkey: str) -> None:
-        challenge: Any = self._collaborators.challengeperiod_manager
+        challenge: Any = self.collaborators.challengeperiod_manager
         if challenge is not None and challenge.has_miner(hotkey):
-            self._unwritten = True
+            self.unwritten = True
             challenge.remove_miner(hotkey)
 
     def _write_challenge_entries(self) -> None:
         """Have removals of entries stored, before the rows that would tell a later pass to remove them again."""
-        challenge: Any = self._collaborators.challengeperiod_manager
-        if self._unwritten and challenge is not None:
+        challenge: Any = self.collaborators.challengeperiod_manager
+        if self.unwritten and challenge is not None:
             challenge._write_challengeperiod_from_memory_to_disk()  # noqa: SLF001 - the field's name for it
-        self._unwritten = False
+        self.unwritten = False
 
     def _remove_positions(self, hotkey: str) -> None:
-        positions = self._collaborators.position_manager
+        positions = self.collaborators.position_manager
         if positions is not None:
             for position in list(positions.get_positions_for_one_hotkey(hotkey)):
                 positions.delete_position(position)

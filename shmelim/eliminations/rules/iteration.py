@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
+from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.errors import ShmelimError, StateUnavailableError
-
-if TYPE_CHECKING:
-    from shmelim.eliminations.validator.collaborators import Collaborators
 
 
 class OvertakenError(ShmelimError):
@@ -15,43 +15,36 @@ class OvertakenError(ShmelimError):
 
 
 NOT_A_MINERS: Final = (OvertakenError, StateUnavailableError)
-"""Errors that end a pass, since they are no one miner's."""
+"""Errors that end a pass, since they are not one miner's."""
 
 
+@dataclass(eq=False)
 class Iteration:
-    """What was true when a pass began.
+    """What was true when a pass began, and whether it should go on."""
 
-    Attributes
-    ----------
-    epoch
-        What ``sync_epoch`` was; None if there is none.
-    replacements : int
-        How often the list of eliminations had been replaced.
-
-    """
-
-    def __init__(self, collaborators: Collaborators, position_locks: Any, epoch: Any, replacements: int) -> None:
-        self._collaborators = collaborators
-        self._superseded = False
-        self._given_locks = position_locks
-        self.epoch = epoch
-        self.replacements = replacements
+    collaborators: Collaborators
+    given_locks: Any
+    epoch: Any  # what sync_epoch was; None if there is none
+    replacements: int  # how often the list of eliminations had been replaced
+    stopping: Callable[[], bool]
+    price_sources: Mapping[Any, Any] | None = None  # by trade pair, where the caller has some
+    superseded: bool = False
 
     @property
     def position_locks(self) -> Any:
         """The locks for this pass: those it was given, else the collaborators'."""
-        return self._collaborators.position_locks if self._given_locks is None else self._given_locks
+        return self.collaborators.position_locks if self.given_locks is None else self.given_locks
 
     def supersede(self) -> None:
-        """Take note that the list of eliminations was replaced meanwhile, and end the pass."""
-        self._superseded = True
+        """Note that the list of eliminations was replaced meanwhile, and end the pass."""
+        self.superseded = True
         self.check()
 
     def check(self) -> None:
         """Raise OvertakenError if a sync came since the pass began."""
-        if self._superseded:
+        if self.superseded:
             raise OvertakenError("the eliminations were replaced while they were processed")
-        now = current_epoch(self._collaborators)
+        now = current_epoch(self.collaborators)
         if self.epoch is not None and now is not None and now != self.epoch:
             raise OvertakenError(f"a sync came meanwhile (epoch {self.epoch} -> {now})")
 

@@ -1,12 +1,12 @@
 """The loop that ticks, in a thread or in a process of its own, until the validator ends.
 
 In the main thread of a child process a SIGTERM ends it too: at once between two ticks, and within a tick as soon
-as the miner at hand is done. Where that takes longer than a second, because a collaborator waits for something
-that does not come, ``SystemExit`` is raised in the midst of it, and again until it got through; a slash that is
-broken off that way is in doubt. Signal handlers are left as they were found.
+as the miner at hand is done. Where that takes longer than a second, because a collaborator is waiting for
+something that does not come, ``SystemExit`` is raised inside the tick, and again until the loop has ended; a slash
+that is broken off this way is in doubt. Afterwards the signal handlers are as they were.
 
-Nothing that a collaborator raises ends it, but for ``KeyboardInterrupt``, and ``SystemExit`` in the main thread;
-and it does not end that way without saying so.
+Nothing that a collaborator raises ends the loop, except ``KeyboardInterrupt``, and ``SystemExit`` in the main
+thread; and then the loop says that it ends.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final, Self
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Final, Self
 
 from shmelim.eliminations.rules.alerts import is_failure
+from shmelim.eliminations.rules.processor import EliminationProcessor
 from shmelim.system.processes import set_title
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import FrameType, TracebackType
-
-    from shmelim.eliminations.rules.processor import EliminationProcessor
 
 _TITLE: Final = "vali_EliminationProcessing"
 _LOOK_AGAIN: Final = 0.25  # seconds between two looks at whether to end
@@ -37,7 +34,7 @@ _log = logging.getLogger("shmelim.processing")
 
 
 def run_loop(processor: EliminationProcessor) -> None:
-    """Tick until the validator ends."""
+    """Run a tick each second until ``shutdown_dict`` is truthy; survives every error, and tells of it."""
     with _Termination(processor):
         _log.info("the processing of eliminations begins")
         try:
@@ -66,14 +63,14 @@ def _step(processor: EliminationProcessor) -> float:
 
 def _ends_the_loop(processor: EliminationProcessor, error: BaseException) -> bool:
     if isinstance(error, SystemExit):
-        # In the main thread a signal handler may have raised it; elsewhere it is a collaborator that called
-        # sys.exit, which would end this thread and nothing else, without a word.
+        # In the main thread a signal handler may have raised it; elsewhere a collaborator called sys.exit, which
+        # would silently end this thread and nothing else.
         return processor.end_asked or threading.current_thread() is threading.main_thread()
     return not is_failure(error)
 
 
 def _tell_of_the_end(processor: EliminationProcessor) -> None:
-    """Say that the loop ends though the validator does not; what ends it is on its way out."""
+    """Say that the loop ends though the validator does not."""
     error = sys.exc_info()[1]
     text = f"the processing of eliminations has ended, though nobody asked it to: {type(error).__name__}: {error}"
     _log.critical("%s", text)
@@ -95,15 +92,9 @@ def _pause(seconds: float, stopping: Callable[[], bool]) -> None:
 
 
 class _Termination:
-    """SIGTERM, for the length of a ``with`` block, where this is the main thread of a child process.
+    """Has SIGTERM end the loop inside a ``with`` block, where this is the main thread of a child process.
 
-    Elsewhere signals are the business of whoever runs the loop, and nothing is touched.
-
-    Parameters
-    ----------
-    processor
-        Is told of it.
-
+    Elsewhere signals are for whoever runs the loop, and nothing is touched.
     """
 
     def __init__(self, processor: EliminationProcessor) -> None:

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable
+from typing import Any, Final
 
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.record import check_hotkey
+from shmelim.eliminations.rules.roster import Roster
+from shmelim.eliminations.validator.collaborators import Collaborators
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from shmelim.eliminations.rules.roster import Roster
-    from shmelim.eliminations.rules.statecalls import StateCalls
-    from shmelim.eliminations.validator.collaborators import Collaborators
-
-_SHOWN: Final = 60  # characters of what is no hotkey
+_SHOWN: Final = 60  # characters of what is not a hotkey
 
 _log = logging.getLogger("shmelim.processing")
 
 
 class Membership:
-    """The metagraph as the processing sees it.
+    """The metagraph as the processing sees it."""
 
-    Parameters
-    ----------
-    collaborators, state, roster
-        As of the processor.
-
-    """
-
-    def __init__(self, collaborators: Collaborators, state: StateCalls, roster: Roster) -> None:
+    def __init__(self, collaborators: Collaborators, state: ProcessingCalls, roster: Roster) -> None:
         self._collaborators = collaborators
         self._state = state
         self._roster = roster
         self._told: list[str] | None = None  # what the server was told last
-        # What the metagraph listed last, what that was of hotkeys, and what it was else.
+        # What the metagraph listed last, the hotkeys in it, and what else was in it.
         self._listed: list[Any] | None = None
         self._hotkeys_listed: list[str] | None = None
         self._refused: list[str] = []
@@ -53,8 +43,8 @@ class Membership:
     def missing(self, hotkeys: Iterable[str]) -> list[str]:
         """Return those of these hotkeys that are certainly not in the metagraph.
 
-        Nobody is while the metagraph has no hotkey at all, nor while so many are missing that their loss was not
-        believed: what it shows of the others, whom the server perhaps never saw, is not believed either.
+        Nobody is while the metagraph has no hotkey at all, or while so many are missing that their loss is not
+        believed: then it is not believed of the others either, whom the server perhaps never saw.
         """
         members = set(self._hotkeys() or ())
         absent = [hotkey for hotkey in hotkeys if hotkey not in members] if members else []
@@ -65,7 +55,7 @@ class Membership:
         return absent if self._roster.now().registered <= members else []
 
     def unbelieved(self) -> set[str]:
-        """Return those whose loss the server did not believe, since so many are missing at once."""
+        """Return those whose loss the server did not believe, because so many are missing at once."""
         hotkeys = self._hotkeys()
         return set() if hotkeys is None else {*self._roster.now().registered}.difference(hotkeys)
 
@@ -80,7 +70,7 @@ class Membership:
             self._listed = listed
             if refused and refused != self._refused:
                 _log.warning(
-                    "%d entries of the metagraph are no hotkeys and are left out: %s",
+                    "%d entries of the metagraph are not hotkeys and are left out: %s",
                     len(refused),
                     ", ".join(refused[:10]),
                 )
@@ -93,21 +83,16 @@ class Membership:
 
 
 def listed_by(hotkeys: Any) -> list[Any]:
-    """Return what a metagraph lists; TypeError where that is no list, and no text either."""
+    """Return what a metagraph lists; TypeError where that is not a list, or is text."""
     if isinstance(hotkeys, (str, bytes)):
         raise TypeError(f"hotkeys must be a list or set of hotkeys, not {type(hotkeys).__name__}")
-    return list(hotkeys)  # a manager's list, for one, is no Iterable by name
+    return list(hotkeys)  # a manager's list, for one, is not an Iterable by name
 
 
 def valid_hotkeys(listed: Iterable[Any]) -> tuple[list[str] | None, list[str]]:
-    """Part what a metagraph lists into hotkeys and what is none.
+    """Return the hotkeys among what a metagraph lists, and the rest as text.
 
-    Returns
-    -------
-    tuple
-        The hotkeys, or None where something is listed and nothing of it is a hotkey: then they are not known yet;
-        and what is none, as text.
-
+    The hotkeys are None where something is listed and nothing of it is a hotkey: then they are not known yet.
     """
     hotkeys, refused = [], []
     for one in listed:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import POSITIONS
+from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import EliminationReason, generate_row, normalise
 from shmelim.eliminations.rules.alerts import Alerts, is_failure
 from shmelim.eliminations.rules.challenge import ChallengePeriod
@@ -20,43 +23,27 @@ from shmelim.eliminations.rules.judging import DrawdownRule
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.roster import Roster
 from shmelim.eliminations.rules.settling import Settling
-from shmelim.eliminations.rules.statecalls import StateCalls
-from shmelim.errors import StateUnavailableError
+from shmelim.eliminations.validator.collaborators import Collaborators
+from shmelim.eliminations.validator.environment import ValidatorEnvironment
+from shmelim.errors import NoCollaboratorsError, StateUnavailableError
+from shmelim.system.logs import LimitedLog
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from shmelim.eliminations.reader import EliminationReader
-    from shmelim.eliminations.validator.collaborators import Collaborators
-    from shmelim.eliminations.validator.environment import ValidatorEnvironment
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _log = logging.getLogger("shmelim.processing")
+_limited = LimitedLog(_log)
 
 
 class EliminationProcessor:
     """Eliminates miners by the rules, and settles what eliminations owe.
 
-    Parameters
-    ----------
-    collaborators
-        The validator's managers. Each may be replaced at any time; the next use takes the new one.
-    environment
-        The validator's figures and rules.
-    reader
-        Reads the table of the eliminations.
-    state
-        Returns the server, or the channel's proxy for it.
-    always
-        Every call of :meth:`process_eliminations` is a tick, whatever time has passed.
-    is_backtesting
-        There is no first refresh, nobody is slashed, and the miners' directories make no zombies and are not
-        removed: collateral and directories are those of a living validator.
+    Any of the collaborators may be replaced at any time; the next use takes the new one. With `is_backtesting`
+    there is no first refresh, nobody is slashed, and the miners' directories make no zombies and are not removed:
+    collateral and directories are those of a living validator.
 
-    Notes
-    -----
-    Any thread may call any method. Two ticks at once make nothing twice: eliminations are recorded by whoever
-    comes first, positions are closed under their lock, and of a slash there is one attempt.
-
+    Any thread may call any method. Two ticks at once do nothing twice: who comes first records an elimination,
+    positions are closed under their lock, and there is one attempt at a slash.
     """
 
     def __init__(
@@ -64,17 +51,15 @@ class EliminationProcessor:
         collaborators: Collaborators,
         environment: ValidatorEnvironment,
         reader: EliminationReader,
-        state: Callable[[], Any],
+        state: ProcessingCalls,
         *,
-        always: bool = False,
         is_backtesting: bool = False,
     ) -> None:
         self.collaborators = collaborators
         self.environment = environment
         self.alerts = Alerts(collaborators)
         self._reader = reader
-        self._state = StateCalls(state)
-        self._always = always
+        self._state = state
         self._is_backtesting = is_backtesting
         self._last_update_ms = 0
         self.end_asked = False  # written by a signal handler too
@@ -91,21 +76,19 @@ class EliminationProcessor:
             self._membership,
             keep_directories=is_backtesting,
         )
-
         eliminate = functools.partial(self._settling.eliminate, slash=True)
         self._challenge = ChallengePeriod(collaborators, environment, self.alerts, eliminate)
-        self._drawdowns = DrawdownRule(collaborators, environment, self.alerts, self._roster, eliminate)
-
-    # ------------------------------------------------------------------ when
+        self._drawdown = DrawdownRule(collaborators, environment, self.alerts, self._roster, eliminate)
 
     def refresh_allowed(self, refresh_interval_ms: int) -> bool:
-        """Tell whether more than so many milliseconds have passed since the last tick."""
+        """Whether more than so many milliseconds have passed since the last tick; in direct mode always."""
         passed_ms = self.environment.now_ms() - self._last_update_ms
         # A clock that was set back would otherwise stop everything until it is there again.
-        return self._always or passed_ms > refresh_interval_ms or passed_ms < 0
+        always = bool(getattr(self.collaborators, "running_unit_tests", False))
+        return always or passed_ms > refresh_interval_ms or passed_ms < 0
 
     def set_last_update_time(self, skip_message: bool = False) -> None:
-        """Say that a tick was made now."""
+        """Note that a tick was made now."""
         self._last_update_ms = self.environment.now_ms()
         if not skip_message:
             _log.debug("processed the eliminations")
@@ -115,7 +98,7 @@ class EliminationProcessor:
         return self._last_update_ms
 
     def is_stopping(self) -> bool:
-        """Tell whether the validator ends."""
+        """Whether the validator is ending."""
         shutdown = self.collaborators.shutdown_dict
         try:
             # An event is always true.
@@ -123,31 +106,20 @@ class EliminationProcessor:
             return self.end_asked or bool(shutdown if is_set is None else is_set())
         except Exception:
             # It lives in a process that is gone, and the validator with it.
-            _log.exception("whether the validator ends cannot be asked any more, so it does")
+            text = "whether the validator is ending cannot be asked any more: taken as a yes"
+            _limited(logging.ERROR, "end", text, exc_info=True)
             return True
 
-    # ------------------------------------------------------------------ the tick
-
     def process_eliminations(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
-        """Make a tick, if one is due.
+        """Make a tick, if one is due; StateUnavailableError if the server does not answer or cannot store it.
 
-        Parameters
-        ----------
-        position_locks
-            The locks to use; default: the collaborators'.
-        iteration_epoch
-            What ``sync_epoch`` was when the caller began; default: what it is now.
-
-        Raises
-        ------
-        StateUnavailableError
-            The server cannot be reached, or cannot store anything.
-
+        `position_locks` are the locks to use, by default the collaborators'. `iteration_epoch` is what
+        ``sync_epoch`` was when the caller began, by default what it is now.
         """
         self.tick(position_locks, iteration_epoch)
 
     def tick(self, position_locks: Any = None, iteration_epoch: Any = None) -> bool:
-        """As :meth:`process_eliminations`; False if a step of it failed, and the next tick should not wait long.
+        """As :meth:`process_eliminations`; False if a step failed, and the next tick should come soon.
 
         A step that fails stops none of the later ones. A sync that comes meanwhile ends the tick, and the next
         one is due at once.
@@ -158,13 +130,13 @@ class EliminationProcessor:
         iteration = self._begin(position_locks, iteration_epoch)
         steps: dict[str, Callable[[Iteration], None]] = {
             "departed hotkeys": self._departed,
-            "debts": self._debts,
+            "debts": self._settling.settle_all,
             "first refresh": self._first_refresh,
             "perf-ledger eliminations": self._perf_ledger,
-            "challenge-period eliminations": self._challenge_period,
-            "drawdown eliminations": self._drawdown,
+            "challenge-period eliminations": self._challenge.apply,
+            "drawdown eliminations": self._drawdown.apply,
             "zombies": self._zombies,
-            "deletion of expired eliminations": self._expired,
+            "deletion of expired eliminations": self._expiry.delete,
         }
         well = True
         for name, step in steps.items():
@@ -173,7 +145,7 @@ class EliminationProcessor:
             try:
                 step(iteration)
             except OvertakenError as overtaken:
-                _log.warning("the rest of this tick is left to the next: %s", overtaken)
+                _limited(logging.WARNING, "overtaken", "the rest of this tick is left to the next: %s", overtaken)
                 return well
             except StateUnavailableError:
                 raise
@@ -185,7 +157,7 @@ class EliminationProcessor:
                 self.alerts.failed("step", name, text, error)
             else:
                 self.alerts.succeeded("step", name)
-        # Not before it ran: a tick that was not due tells nothing of what fails in one that is.
+        # Only here, after it ran: a tick that was not due says nothing of what fails in one that is.
         self.alerts.succeeded("loop", "tick")
         if well:
             self.set_last_update_time()
@@ -195,24 +167,23 @@ class EliminationProcessor:
         if epoch is None:
             epoch = current_epoch(self.collaborators)
         # After the epoch: a sync between the two is noticed by either.
-        return Iteration(self.collaborators, position_locks, epoch, self._state.get_replacements())
+        replacements = self._state.get_replacements()
+        return Iteration(self.collaborators, position_locks, epoch, replacements, self.is_stopping)
 
     def _alone(self, step: Callable[[Iteration], None], position_locks: Any, epoch: Any) -> None:
         """Make one step outside of a tick."""
         try:
             step(self._begin(position_locks, epoch))
         except OvertakenError as overtaken:
-            _log.warning("broken off: %s", overtaken)
-
-    # ------------------------------------------------------------------ its steps, one by one
+            _limited(logging.WARNING, "overtaken", "broken off: %s", overtaken)
 
     def handle_departed(self) -> list[str]:
-        """Tell the server who is registered, if that changed; returns those whose departure was recorded."""
+        """Tell the server who is registered, if that changed; returns the hotkeys whose departure was recorded."""
         return self._membership.look()
 
     def settle_debts(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
         """Settle what eliminations owe since earlier ticks."""
-        self._alone(self._debts, position_locks, iteration_epoch)
+        self._alone(self._settling.settle_all, position_locks, iteration_epoch)
 
     def handle_first_refresh(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
         """Close the positions that are open of miners already eliminated; once."""
@@ -226,11 +197,11 @@ class EliminationProcessor:
         self, position_locks: Any = None, iteration_epoch: Any = None
     ) -> None:
         """Eliminate the miners who failed the challenge period."""
-        self._alone(self._challenge_period, position_locks, iteration_epoch)
+        self._alone(self._challenge.apply, position_locks, iteration_epoch)
 
     def handle_mdd_eliminations(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
         """Eliminate the scored miners whose drawdown is too large."""
-        self._alone(self._drawdown, position_locks, iteration_epoch)
+        self._alone(self._drawdown.apply, position_locks, iteration_epoch)
 
     def handle_zombies(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
         """Eliminate the miners who have a directory and are not in the metagraph."""
@@ -238,13 +209,40 @@ class EliminationProcessor:
 
     def delete_expired(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
         """Delete what is left of miners who were eliminated long ago and have left the metagraph."""
-        self._alone(self._expired, position_locks, iteration_epoch)
+        self._alone(self._expiry.delete, position_locks, iteration_epoch)
 
-    def _challenge_period(self, iteration: Iteration) -> None:
-        self._challenge.apply(iteration, self.is_stopping)
+    def handle_eliminated_miner(
+        self,
+        hotkey: str,
+        trade_pair_to_price_source_used_for_elimination_check: Mapping[Any, Any] | None = None,
+        position_locks: Any = None,
+        iteration_epoch: Any = None,
+    ) -> None:
+        """Delete the limit orders and close the open positions of a miner who is eliminated; else do nothing.
 
-    def _drawdown(self, iteration: Iteration) -> None:
-        self._drawdowns.apply(iteration, self.is_stopping)
+        Parameters
+        ----------
+        hotkey
+            The miner.
+        trade_pair_to_price_source_used_for_elimination_check
+            Price sources by trade pair; those that it lacks are made from the record's ``price_info``.
+        position_locks, iteration_epoch
+            As for :meth:`process_eliminations`.
+
+        """
+        record = self._reader.get_elimination(hotkey)
+        if record is None:
+            return
+        limit_orders = self.collaborators.limit_order_manager
+        if limit_orders is not None:
+            try:
+                limit_orders.delete_all_limit_orders_for_hotkey(hotkey)
+            except Exception:
+                _log.exception("the limit orders of eliminated miner %s could not be deleted", hotkey)
+        if self.collaborators.position_manager is not None:
+            iteration = self._begin(position_locks, iteration_epoch)
+            iteration.price_sources = trade_pair_to_price_source_used_for_elimination_check
+            self._settling.flattening.close_open(hotkey, record, iteration)
 
     def _departed(self, _iteration: Iteration) -> None:
         self._membership.look()
@@ -252,17 +250,11 @@ class EliminationProcessor:
         if lost:
             text = (
                 f"{lost} hotkeys are missing from the metagraph at once, and are not recorded as departed."
-                " If they are gone indeed: shmelim missing --accept"
+                " If they are really gone: shmelim missing --accept"
             )
             self.alerts.failed("departures", "the metagraph", text)
         else:
             self.alerts.succeeded("departures", "the metagraph")
-
-    def _debts(self, iteration: Iteration) -> None:
-        self._settling.settle_all(iteration, self.is_stopping)
-
-    def _expired(self, iteration: Iteration) -> None:
-        self._expiry.delete(iteration, self.is_stopping)
 
     def _first_refresh(self, iteration: Iteration) -> None:
         positions = self.collaborators.position_manager
@@ -281,10 +273,11 @@ class EliminationProcessor:
                     with this_round.guard(hotkey):
                         self._settling.flattening.close(hotkey, listed, record, iteration)
         if not this_round.failed:
-            self._state.set_first_refresh_ran()
+            self._state.set_first_refresh_ran(True)
 
     def _perf_ledger(self, iteration: Iteration) -> None:
-        ledgers = self._ledgers()
+        positions = self.collaborators.position_manager
+        ledgers = None if positions is None else positions.perf_ledger_manager
         if ledgers is None:
             return
         eliminated = self._roster.now().eliminated
@@ -295,16 +288,15 @@ class EliminationProcessor:
                 if self.is_stopping():
                     return
                 with this_round.guard(_whose(row, place)):
-                    # Everything the row says is kept; what cannot be stored is this miner's failure.
                     record = normalise(row)
-                    # Ledgers name miners also when they and their eliminations are long gone.
+                    # Ledgers still name miners who, with their eliminations, are long gone.
                     if not self._expiry.is_due(record):
                         self._settling.eliminate(record, iteration, slash=True)
 
     def _zombies(self, iteration: Iteration) -> None:
         if self._is_backtesting:
             return
-        # Those eliminated already, and the one that is none.
+        # Those eliminated already, and the one that is not a zombie.
         known = {*self._roster.now().eliminated, self.environment.development_hotkey}
         missing = self._membership.missing(hk for hk in self.environment.miner_hotkeys() if hk not in known)
         with self.alerts.round("zombie elimination", *NOT_A_MINERS) as this_round:
@@ -314,10 +306,6 @@ class EliminationProcessor:
                 with this_round.guard(hotkey):
                     row = generate_row(hotkey, None, EliminationReason.ZOMBIE, self.environment.now_ms())
                     self._settling.eliminate(normalise(row), iteration, slash=False)
-
-    def _ledgers(self) -> Any:
-        positions = self.collaborators.position_manager
-        return None if positions is None else positions.perf_ledger_manager
 
 
 class _WithoutContract:
@@ -336,3 +324,18 @@ def _whose(row: Any, place: int) -> str:
     """Return whose a row is, for a message, also where it does not say."""
     hotkey = row.get("hotkey") if hasattr(row, "get") else None
     return hotkey if isinstance(hotkey, str) else f"number {place} of the list"
+
+
+def processed(method: Callable[Concatenate[EliminationProcessor, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Return the processor's method, for an object that has a ``_processor``, or None."""
+
+    @functools.wraps(method)
+    def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._processor is None:
+            raise NoCollaboratorsError(
+                f"{method.__name__} cannot run in the server's process, which has no metagraph and no positions",
+                hint=f"call EliminationManager.{method.__name__} in the process that holds them",
+            )
+        return method(self._processor, *args, **kwargs)
+
+    return call

@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from collections.abc import Set as AbstractSet
-
-    from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.reader import EliminationReader
 
 
 class Listed(NamedTuple):
-    """What the table says, as of one version; not to be changed.
-
-    Attributes
-    ----------
-    version : int
-        The version of the table.
-    eliminated : Mapping
-        When each eliminated hotkey was, in milliseconds since 1970, UTC.
-    registered : Set
-        Whom the server has as registered: also those whose loss it did not believe.
-
-    """
+    """What the table says, as of one version; not to be changed."""
 
     version: int
-    eliminated: Mapping[str, int]
-    registered: AbstractSet[str]
+    eliminated: Mapping[str, int]  # when each hotkey was, in milliseconds since 1970, UTC
+    registered: AbstractSet[str]  # also those whose loss the server did not believe
 
 
 class Roster:
-    """The table in few words, read anew when anything changed in it. Thread-safe.
-
-    Parameters
-    ----------
-    reader
-        Reads the table.
-
-    """
+    """The table in few words, read anew when anything changed in it. Thread-safe."""
 
     def __init__(self, reader: EliminationReader) -> None:
         self._reader = reader
         self._listed = Listed(-1, {}, frozenset())  # replaced as one reference
 
     def now(self) -> Listed:
-        """Return what the table says now."""
+        """Return what the table says."""
         listed = self._listed
         if listed.version != self._reader.version:
             version, eliminations, _, registered = self._reader.snapshot()

@@ -1,50 +1,39 @@
 """Eliminating, and settling what that owes: limit orders to delete, positions to close, collateral to slash.
 
-What is owed stands in the store since the elimination itself. It is settled right after it, and what fails there,
-or is broken off by a crash, in each later pass until it is done.
+What is owed stands in the store from the elimination on. It is settled right after it; what fails then, or is
+broken off by a crash, is tried again in each later pass until it is done.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import IN_DOUBT, LIMIT_ORDERS, OWED, POSITIONS, SLASH
-from shmelim.eliminations.rules.alerts import is_failure
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.rules.alerts import Alerts, is_failure
 from shmelim.eliminations.rules.flattening import Flattening
-from shmelim.eliminations.rules.iteration import OvertakenError
+from shmelim.eliminations.rules.iteration import NOT_A_MINERS, Iteration
 from shmelim.eliminations.rules.slashing import Slashing
-from shmelim.errors import StateUnavailableError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from shmelim.eliminations.reader import EliminationReader
-    from shmelim.eliminations.rules.alerts import Alerts
-    from shmelim.eliminations.rules.iteration import Iteration
-    from shmelim.eliminations.rules.statecalls import StateCalls
-    from shmelim.eliminations.validator.collaborators import Collaborators
-    from shmelim.eliminations.validator.environment import ValidatorEnvironment
+from shmelim.eliminations.validator.collaborators import Collaborators
+from shmelim.eliminations.validator.environment import ValidatorEnvironment
+from shmelim.system.logs import LimitedLog
 
 _log = logging.getLogger("shmelim.processing")
+_limited = LimitedLog(_log)
 
 
 class Settling:
-    """Records eliminations, and settles their debts.
-
-    Parameters
-    ----------
-    collaborators, environment, reader, state, alerts
-        As of the processor.
-
-    """
+    """Records eliminations, and settles their debts."""
 
     def __init__(
         self,
         collaborators: Collaborators,
         environment: ValidatorEnvironment,
         reader: EliminationReader,
-        state: StateCalls,
+        state: ProcessingCalls,
         alerts: Alerts,
     ) -> None:
         self._collaborators = collaborators
@@ -68,7 +57,7 @@ class Settling:
             iteration.supersede()
         if outcome == "added":
             _log.info("eliminated miner %s: %s (%s)", hotkey, record["reason"], record.get("dd"))
-            # Not all that it would have owed, perhaps: a slash may have been made before.
+            # Perhaps not all of `owed`: a slash may have been made before.
             for debt in self._state.get_debts(hotkey):
                 self._settle(debt, iteration)
 
@@ -84,25 +73,22 @@ class Settling:
         ]
         return [kind for kind, collaborator in with_whom if collaborator is not None]
 
-    def settle_all(self, iteration: Iteration, stopping: Callable[[], bool]) -> None:
-        """Settle everything that is owed, as far as that goes."""
+    def settle_all(self, iteration: Iteration) -> None:
+        """Settle everything that is owed, as far as that can be done now."""
         debts = self._state.get_debts()
-        self._forget_others(debts)
-        for debt in debts:
-            if stopping():
-                return
-            self._settle(debt, iteration)
-
-    def _forget_others(self, debts: list[dict[str, Any]]) -> None:
-        """Forget what was told of debts that are no more."""
+        # What was told of debts that no longer stand can be forgotten.
         self._slashing.forget_others(debts)
         for kind in (LIMIT_ORDERS, POSITIONS):
             self._alerts.only(kind, {debt["hotkey"] for debt in debts if debt["kind"] == kind})
+        for debt in debts:
+            if iteration.stopping():
+                return
+            self._settle(debt, iteration)
 
     def _settle(self, debt: Mapping[str, Any], iteration: Iteration) -> None:
         """Settle one debt; a failure is reported and recorded, and it stays owed."""
         if debt["state"] == IN_DOUBT:
-            # A person's business, if a person knows of it.
+            # For a person to settle, who must hear of it.
             self._slashing.remind(debt)
             return
         iteration.check()
@@ -118,7 +104,7 @@ class Settling:
             return
         try:
             done = self._make(hotkey, kind, record, iteration)
-        except (OvertakenError, StateUnavailableError):
+        except NOT_A_MINERS:
             raise
         except BaseException as error:
             if not is_failure(error):
@@ -145,5 +131,5 @@ class Settling:
                 return False
             self.flattening.close_open(hotkey, record, iteration)
             return True
-        _log.warning("a debt of a kind that nobody knows: %s of miner %s", kind, hotkey)
+        _limited(logging.WARNING, "unknown", "a debt of an unknown kind: %s of miner %s", kind, hotkey)
         return False

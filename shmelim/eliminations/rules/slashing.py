@@ -8,16 +8,16 @@ durably and with a token, before the contract is called, and its outcome afterwa
 3. It returned None or True: *settled*. It raised ``SlashNotMadeError``, or returned a coroutine, which does
    nothing until somebody runs it: *owed* again. Anything else: *in doubt*.
 
-What fails before 1 (nobody can say the share, the contract's method does not take it) made nothing: it stays
-*owed*.
+If it fails before 1 (the share cannot be found out, the contract's method does not take it), nothing was made: it
+stays *owed*.
 
 A process that dies between 1 and 3 leaves an attempt whose process is gone. Nobody knows whether money moved: it
-is put *in doubt*, told to people, and never made again by itself. What a living process knows of an attempt and
-could not record, because the server was away, it remembers and records in a later pass.
+is put *in doubt*, told to people, and never made again by itself. If a living process could not record an outcome,
+because the server was away, it remembers it and records it in a later pass.
 
-A sync can take an elimination back that was only just made, and the next tick makes it again. The money does not
-come back that way. So the server keeps the last slash of each miner that was made, and an elimination whose time
-is close to that of the one which owed it owes none.
+A sync can take back an elimination that was only just made, and the next tick makes it again; the money does not
+come back that way. So the server keeps the last slash made of each miner, and another elimination that is close in
+time to the one that owed it owes no slash.
 """
 
 from __future__ import annotations
@@ -27,29 +27,28 @@ import inspect
 import logging
 import os
 import shlex
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import ATTEMPTING, SLASH, attempt_is_alive, attempt_is_mine, new_attempt
-from shmelim.eliminations.rules.alerts import is_failure
+from shmelim.eliminations.rules.alerts import Alerts, is_failure
+from shmelim.eliminations.validator.collaborators import Collaborators
+from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.errors import SlashNotMadeError, StateUnavailableError
+from shmelim.system.logs import LimitedLog
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-
-    from shmelim.eliminations.rules.alerts import Alerts
-    from shmelim.eliminations.rules.statecalls import StateCalls
-    from shmelim.eliminations.validator.collaborators import Collaborators
-    from shmelim.eliminations.validator.environment import ValidatorEnvironment
-
-# What is told of: a slash that was not made by its miner, a doubt by its attempt. One is no news of the other.
+# Kinds of alerts: of a slash that was not made there is one for each miner, of a doubt one for each attempt.
 _NOT_MADE: Final = "slash not made"
 _DOUBT: Final = "slash in doubt"
 
 _SHOWN: Final = 100  # characters of an answer
 
 _log = logging.getLogger("shmelim.processing")
+_limited = LimitedLog(_log)
 
 
 class _Outcome(NamedTuple):
@@ -78,31 +77,18 @@ def _forget_attempts() -> None:
 os.register_at_fork(after_in_child=_forget_attempts)
 
 
+@dataclass(eq=False)
 class Slashing:
-    """Makes slashes, and finds out about those that were broken off.
+    """Makes slashes, and finds out about those that were broken off."""
 
-    Parameters
-    ----------
-    collaborators, environment, state, alerts
-        As of the processor.
-
-    """
-
-    def __init__(
-        self,
-        collaborators: Collaborators,
-        environment: ValidatorEnvironment,
-        state: StateCalls,
-        alerts: Alerts,
-    ) -> None:
-        self._collaborators = collaborators
-        self._environment = environment
-        self._state = state
-        self._alerts = alerts
+    collaborators: Collaborators
+    environment: ValidatorEnvironment
+    state: ProcessingCalls
+    alerts: Alerts
 
     def make(self, hotkey: str, record: Mapping[str, Any]) -> None:
         """Make the slash that an elimination owes, if it is still owed."""
-        contract = self._collaborators.contract_manager
+        contract = self.collaborators.contract_manager
         if contract is None:
             return
         try:
@@ -112,17 +98,19 @@ class Slashing:
         except BaseException as error:
             if not is_failure(error):
                 raise
-            # Before the contract was called: what that raises is an outcome.
-            self._report_not_begun(hotkey, error)
+            # It was before the contract was called: what the contract raises is an outcome.
+            what = f"{type(error).__name__}: {error}"
+            self.alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made: {what}", error)
+            self.state.fail_debt(hotkey, SLASH, what)
 
     def _attempt(self, hotkey: str, slash: Callable[[], Any]) -> None:
         attempts = _attempts
         token = new_attempt()
         attempts.running.add(token)
-        begun = True  # also while nobody knows, because the server's answer was lost
+        begun = True  # also if the server's answer is lost, and nobody knows
         outcome = _Outcome("not made", "broken off before the contract was called")
         try:
-            begun = self._state.begin_slash(hotkey, token)
+            begun = self.state.begin_slash(hotkey, token)
             if begun:
                 outcome = _Outcome("unknown", "the call to the contract was broken off")
                 outcome = _call(slash, hotkey)
@@ -139,7 +127,7 @@ class Slashing:
         method = contract.slash_miner_collateral_proportion
         if not callable(method):
             raise TypeError(f"slash_miner_collateral_proportion is not callable, but {type(method).__name__}")
-        proportion = self._environment.slash_proportion(reason)
+        proportion = self.environment.slash_proportion(reason)
         options = {} if proportion is None else {"slash_proportion": proportion}
         try:
             signature = inspect.signature(method)
@@ -148,22 +136,22 @@ class Slashing:
         else:
             signature.bind(hotkey, **options)
         if inspect.iscoroutinefunction(method):
-            raise TypeError("slash_miner_collateral_proportion is a coroutine function, which nobody here runs")
+            raise TypeError("slash_miner_collateral_proportion is a coroutine function, which nothing here runs")
         return functools.partial(method, hotkey, **options)
 
     def remind(self, debt: Mapping[str, Any]) -> None:
-        """Tell of a slash that is in doubt, unless it was told: whoever found the doubt may be gone."""
-        if not self._alerts.is_known(_DOUBT, debt["attempt"]):
+        """Tell of a slash that is in doubt, unless this process did; who found the doubt may be gone."""
+        if not self.alerts.is_known(_DOUBT, debt["attempt"]):
             self._report_doubt(debt["hotkey"], debt["attempt"], debt["error"])
 
     def forget_others(self, debts: Iterable[Mapping[str, Any]]) -> None:
         """Forget what was told of slashes that are not among these debts."""
         slashes = [debt for debt in debts if debt["kind"] == SLASH]
-        self._alerts.only(_NOT_MADE, {debt["hotkey"] for debt in slashes})
-        self._alerts.only(_DOUBT, {debt["attempt"] for debt in slashes})
+        self.alerts.only(_NOT_MADE, {debt["hotkey"] for debt in slashes})
+        self.alerts.only(_DOUBT, {debt["attempt"] for debt in slashes})
 
     def review(self, debt: Mapping[str, Any]) -> None:
-        """Look at a slash that is being attempted: if nobody does any more, record how it ended."""
+        """Look at a slash that is being attempted, and record how it ended if the attempt is over."""
         hotkey, token = debt["hotkey"], debt.get("attempt") or ""
         attempts = _attempts
         if debt["state"] != ATTEMPTING or token in attempts.running:
@@ -172,7 +160,7 @@ class Slashing:
             self._record(hotkey, token, attempts)
         elif attempt_is_mine(token) or not attempt_is_alive(token):
             error = "the process that attempted it is gone"
-            if self._state.doubt_slash(hotkey, token, error):
+            if self.state.doubt_slash(hotkey, token, error):
                 self._report_doubt(hotkey, token, error)
 
     def _record(self, hotkey: str, token: str, attempts: _Attempts) -> None:
@@ -180,36 +168,32 @@ class Slashing:
         made, error = outcome = attempts.ended[token]
         try:
             if made == "made":
-                recorded = self._state.settle_debt(hotkey, SLASH, token)
+                recorded = self.state.settle_debt(hotkey, SLASH, token)
             else:
                 doubtful = made == "unknown"
-                recorded = self._state.fail_debt(hotkey, SLASH, error, token, in_doubt=doubtful)
+                recorded = self.state.fail_debt(hotkey, SLASH, error, token, in_doubt=doubtful)
         except BaseException as failure:
             if not is_failure(failure):
                 raise
-            _log.exception("slash of miner %s: %s, which could not be recorded yet", hotkey, made)
+            text = "slash of miner %s: %s, which could not be recorded yet"
+            _limited(logging.ERROR, "unrecorded", text, hotkey, made, exc_info=True)
             return
         attempts.ended.pop(token, None)
         if recorded:
             self._report(hotkey, token, outcome)
         elif made != "not made":
-            # A person settled it meanwhile, say; who is to know how it really ended.
-            self._alerts.tell(f"slash of miner {hotkey}: {made}, but another outcome is on record", "warning")
+            # A person settled it meanwhile, perhaps, and should know how it really ended.
+            self.alerts.tell(f"slash of miner {hotkey}: {made}, but another outcome is on record", "warning")
             _log.warning("slash of miner %s: %s, but another outcome is on record", hotkey, made)
 
     def _report(self, hotkey: str, token: str, outcome: _Outcome) -> None:
         if outcome.made == "made":
-            self._alerts.succeeded(_NOT_MADE, hotkey)
+            self.alerts.succeeded(_NOT_MADE, hotkey)
             _log.info("slashed the collateral of miner %s", hotkey)
         elif outcome.made == "not made":
-            self._alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made: {outcome.error}")
+            self.alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made: {outcome.error}")
         else:
             self._report_doubt(hotkey, token, outcome.error)
-
-    def _report_not_begun(self, hotkey: str, error: BaseException) -> None:
-        what = f"{type(error).__name__}: {error}"
-        self._alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made: {what}", error)
-        self._state.fail_debt(hotkey, SLASH, what)
 
     def _report_doubt(self, hotkey: str, token: str, error: str | None) -> None:
         named = shlex.quote(hotkey)
@@ -218,8 +202,8 @@ class Slashing:
             " look at the contract, then say what you found: shmelim slash resolve"
             f" {'-- ' if hotkey.startswith('-') else ''}{named}"
         )
-        self._alerts.succeeded(_NOT_MADE, hotkey)
-        self._alerts.failed(_DOUBT, token, text)
+        self.alerts.succeeded(_NOT_MADE, hotkey)
+        self.alerts.failed(_DOUBT, token, text)
 
 
 def _call(slash: Callable[[], Any], hotkey: str) -> _Outcome:
@@ -236,7 +220,7 @@ def _call(slash: Callable[[], Any], hotkey: str) -> _Outcome:
 
 
 def _outcome_of(answer: Any) -> _Outcome:
-    """Say what a contract's answer means: only a plain yes, or nothing, is a yes."""
+    """Say what a contract's answer means: only True, or None, says that it was made."""
     if answer is None or answer is True or (isinstance(answer, np.bool_) and answer):
         return _Outcome("made")
     if inspect.iscoroutine(answer) and inspect.getcoroutinestate(answer) == inspect.CORO_CREATED:

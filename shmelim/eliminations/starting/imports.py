@@ -1,24 +1,23 @@
 """Merging files into the state, each content once: a restart must not undo what was changed since.
 
 The digests of what was merged stand in the store, and in the table's origin entry too, so that they survive a
-damaged store as the state does. A state that had to be made from the JSON files does not tell them: the files
-named at its next start are then taken for merged.
+damaged store as the state does. The JSON files do not hold them: after a state was restored from those, the files
+named at the next start are taken for merged.
+
+What cannot be read raises StoreError or DamagedFileError, and nothing of it is applied.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
 
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.state.changes import Step, merge, record_departures
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedFileError, StoreError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
-
-    from shmelim.eliminations.store.store import Store
 
 _log = logging.getLogger("shmelim.recovery")
 
@@ -27,22 +26,10 @@ _UNKNOWN: Final = "imports-unknown"
 
 
 def merge_once(store: Store, paths: Sequence[Path], before_each: Callable[[Path], Any]) -> None:
-    """Merge files into the state, unless their very content was merged before.
+    """Merge files into the state, unless their very content was merged before; no transaction is open.
 
-    Parameters
-    ----------
-    store
-        The state; no transaction is open.
-    paths
-        Files of eliminations or departed hotkeys.
-    before_each
-        Called with each file before it is looked at.
-
-    Raises
-    ------
-    DamagedFileError, StoreError
-        A file cannot be read; it is not applied, those before it are.
-
+    `before_each` is called with each file before it is looked at. One that cannot be read ends it; those before
+    it are applied.
     """
     unknown = store.meta(_UNKNOWN, default=False)
     for path in paths:
@@ -84,56 +71,32 @@ def restore_imported(step: Step, digests: Iterable[str] | None) -> None:
 
 
 def import_file(step: Step, path: Path) -> tuple[int, int]:
-    """Merge a file of eliminations or departed hotkeys into the state.
-
-    Rows that cannot be taken are set aside in a quarantine file beside it.
-
-    Returns
-    -------
-    tuple
-        How many rows were taken and how many set aside.
-
-    Raises
-    ------
-    DamagedFileError, StoreError
-        It cannot be read; nothing is applied.
-
-    """
+    """Merge a file of eliminations or departed hotkeys; returns how many rows were taken and set aside."""
     try:
         found = files.read_eliminations(path)
     except DamagedFileError:
-        departed = files.read_departed(path)
-        if departed is None:
+        if (departed := files.read_departed(path)) is None:
             raise
-        return _take_departed(step, path, departed)
+        return _take_departed(step, path, departed, f"import of {path}")
     if found is None:
         raise StoreError(f"{path} does not exist", hint="name a JSON file of eliminations or departed hotkeys")
     if found.bad and not found.rows and all(isinstance(bad.row, str) for bad in found.bad):
         # A bare list of hotkeys, the legacy form of a departed file.
         return import_departed(step, path)
-    merge(dict(found.rows), f"import of {path}")(step)
-    set_aside(path, found.bad)
+    merge(step, dict(found.rows), f"import of {path}")
+    files.quarantine(path, found.bad)
     return len(found.rows), len(found.bad)
 
 
-def import_departed(step: Step, path: Path) -> tuple[int, int]:
-    """Merge a departed file into the state; returns and raises as :func:`import_file` does."""
+def import_departed(step: Step, path: Path, reason: str | None = None) -> tuple[int, int]:
+    """Merge a departed file; otherwise as :func:`import_file`."""
     departed = files.read_departed(path)
     if departed is None:
         raise StoreError(f"{path} does not exist", hint="name a JSON file of departed hotkeys")
-    return _take_departed(step, path, departed)
+    return _take_departed(step, path, departed, reason or f"import of {path}")
 
 
-def _take_departed(step: Step, path: Path, departed: files.DepartedFile) -> tuple[int, int]:
-    record_departures(departed.items, f"import of {path}")(step)
-    set_aside(path, departed.bad)
+def _take_departed(step: Step, path: Path, departed: files.DepartedFile, reason: str) -> tuple[int, int]:
+    record_departures(step, departed.items, reason)
+    files.quarantine(path, departed.bad)
     return len(departed.items), len(departed.bad)
-
-
-def set_aside(path: Path, bad: list[files.BadRow]) -> None:
-    """Keep the rows of a file that cannot be taken in a quarantine file beside it, and log what is wrong."""
-    if bad:
-        target = files.quarantine(path, bad)
-        _log.warning("%d rows of %s cannot be taken and are set aside in %s:", len(bad), path, target)
-        for row in bad[:20]:
-            _log.warning("  row %d: %s", row.index, row.problem)

@@ -17,7 +17,8 @@ would mean to start empty and let eliminated miners trade: so the start is refus
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,19 +26,15 @@ from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files.mirror import DEPARTED_FILE, ELIMINATIONS_FILE, digest_key, known_digests
 from shmelim.eliminations.rows import ORIGIN_KEY, PREFIX, Status, departed_in
 from shmelim.eliminations.starting import replacement
-from shmelim.eliminations.starting.imports import restore_imported, set_aside
+from shmelim.eliminations.starting.imports import import_departed, restore_imported
 from shmelim.eliminations.state.changes import Step, merge, record_departures, replace_all
 from shmelim.eliminations.store.history import Change as EventOf
-from shmelim.eliminations.store.schema import FILE_NAME, RESTORE_HINT
+from shmelim.eliminations.store.opening import LOG_SUFFIXES
+from shmelim.eliminations.store.schema import FILE_NAME, RESTORE_HINT, Durability
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError, StoreError
+from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError
 from shmelim.shm import Namespace, TableReader
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from shmelim.eliminations.store.schema import Durability
+from shmelim.system.durable import move_aside
 
 _log = logging.getLogger("shmelim.recovery")
 _CHECK_LIMIT = 256 << 20
@@ -60,30 +57,11 @@ def recover(
     default_departed: Path | None = None,
     use_files: bool = True,
 ) -> Store:
-    """Open the store of a state directory with the state to serve in it.
+    """Open the store of a state directory, made if missing, with the state to serve in it.
 
-    Parameters
-    ----------
-    directory
-        The state directory; made if missing.
-    namespace
-        Where the last writer's table may still be.
-    durability
-        As in :meth:`Store.open`.
-    default_departed
-        A departed file to use when there is none yet.
-    use_files
-        Whether the JSON files count at all.
-
-    Raises
-    ------
-    StoreError
-        The directory or a file cannot be read or written.
-    DamagedStoreError
-        The store is damaged, and neither shared memory nor the JSON files can stand in.
-    DamagedFileError
-        There is no store, and the JSON file in its place is damaged.
-
+    `namespace` is where the last writer's table may still be; `default_departed` is a departed file to use where
+    nobody has departed yet; without `use_files` the JSON files do not count. Raises DamagedStoreError or
+    DamagedFileError if the only record of the state is damaged, StoreError if something cannot be read or written.
     """
     made = not (directory / FILE_NAME).exists()
     try:
@@ -99,14 +77,15 @@ def recover(
             step = Step(store, None)
             if use_files:
                 fresh = not any(store.counts()) and not store.meta_items()
-                _take_files(step, directory, fresh=fresh)
+                take_files(step, directory, fresh=fresh)
             if default_departed is not None and not store.counts().departed:
-                _take_departed(step, default_departed, "default departed file")
+                import_departed(step, default_departed, "default departed file")
     except BaseException:
         store.close()
         if made:
             # The next start must not take an empty store for the state.
-            _remove_store(directory)
+            for suffix in ("", *LOG_SUFFIXES):
+                (directory / (FILE_NAME + suffix)).unlink(missing_ok=True)
         raise
     return store
 
@@ -152,11 +131,6 @@ def _need_files(directory: Path | None, damage: DamagedStoreError) -> None:
     ) from damage
 
 
-def _remove_store(directory: Path) -> None:
-    for suffix in ("", "-wal", "-shm"):
-        (directory / (FILE_NAME + suffix)).unlink(missing_ok=True)
-
-
 class _Origin(msgspec.Struct):
     """What a table says of its origin; ``imported`` is None where that is not known."""
 
@@ -180,37 +154,25 @@ def _origin_in(record: bytes) -> _Origin | None:
         return None
 
 
-def _take_files(step: Step, directory: Path, *, fresh: bool) -> None:
-    def eliminations(path: Path) -> str | None:
-        found = files.read_eliminations(path)
-        if found is None:
-            return None
-        # A row that cannot be taken says nothing against what the store knows of its hotkey.
-        unsure = [bad.row.get("hotkey") for bad in found.bad if isinstance(bad.row, dict)]
-        keep = [hotkey for hotkey in unsure if isinstance(hotkey, str)]
-        replace_all(dict(found.rows), f"file {path.name}", keep)(step)
-        set_aside(path, found.bad)
-        return found.digest
-
-    def departed(path: Path) -> str | None:
-        return _take_departed(step, path, f"file {path.name}")
-
-    takers: dict[str, Callable[[Path], str | None]] = {ELIMINATIONS_FILE: eliminations, DEPARTED_FILE: departed}
-    for name, take in takers.items():
+def take_files(step: Step, directory: Path, *, fresh: bool) -> None:
+    """Take over the files that somebody else put there; a damaged one is moved aside, or refused if `fresh`."""
+    for name in (ELIMINATIONS_FILE, DEPARTED_FILE):
         path = directory / name
-        known = known_digests(step.store.meta(digest_key(name)))
         digest = files.digest_of(path)
-        if digest is None or digest in known:
+        if digest is None or digest in known_digests(step.store.meta(digest_key(name))):
             continue
         try:
-            take(path)
+            if name == ELIMINATIONS_FILE:
+                _take_eliminations(step, path)
+            else:
+                import_departed(step, path, f"file {name}")
         except DamagedFileError as error:
             if fresh:
                 raise DamagedFileError(
                     f"{error.message}, and there is no other record of the state",
                     hint="repair the file, or move it away to start empty",
                 ) from None
-            aside = files.move_aside(path)
+            aside = move_aside(path)
             _log.error("%s; it is now %s, the state comes from the store", error.message, aside)
             step.record([EventOf("damaged", note=f"{name} was damaged: moved aside to {aside.name}")])
         else:
@@ -219,13 +181,15 @@ def _take_files(step: Step, directory: Path, *, fresh: bool) -> None:
             step.store.set_meta(digest_key(name), [digest])
 
 
-def _take_departed(step: Step, path: Path, reason: str) -> str | None:
-    found = files.read_departed(path)
+def _take_eliminations(step: Step, path: Path) -> None:
+    found = files.read_eliminations(path)
     if found is None:
-        raise StoreError(f"{path} does not exist", hint="name a JSON file of departed hotkeys")
-    record_departures(found.items, reason)(step)
-    set_aside(path, found.bad)
-    return found.digest
+        return
+    # A row that cannot be taken says nothing against what the store knows of its hotkey.
+    unsure = [bad.row.get("hotkey") for bad in found.bad if isinstance(bad.row, dict)]
+    keep = [hotkey for hotkey in unsure if isinstance(hotkey, str)]
+    replace_all(step, dict(found.rows), f"file {path.name}", keep)
+    files.quarantine(path, found.bad)
 
 
 def _last_published(namespace: Namespace, directory: Path) -> _Published | None:
@@ -254,8 +218,8 @@ def _last_published(namespace: Namespace, directory: Path) -> _Published | None:
 
 def _restore(step: Step, published: _Published, directory: Path) -> None:
     step.record([EventOf("recover", note="the store was damaged: restored from shared memory")])
-    merge(published.records, "recovered")(step)
-    record_departures(published.departed, "recovered")(step)
+    merge(step, published.records, "recovered")
+    record_departures(step, published.departed, "recovered")
     step.store.set_registered(published.registered)
     restore_imported(step, published.imported)
     # What stands in the files is at most as new: no start must take it for a person's work.
@@ -273,6 +237,6 @@ def _restore(step: Step, published: _Published, directory: Path) -> None:
 
 def _restore_from_files(step: Step, directory: Path) -> None:
     step.record([EventOf("recover", note="the store was damaged: restored from the JSON files")])
-    _take_files(step, directory, fresh=True)
+    take_files(step, directory, fresh=True)
     restore_imported(step, None)
     _log.warning("the history starts anew, and what eliminations still owed is in the damaged store alone")

@@ -13,19 +13,15 @@ All functions need the lock on the state directory.
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 from shmelim.eliminations.state.changes import Step
-from shmelim.eliminations.store import schema
-from shmelim.eliminations.store.database import move_aside
+from shmelim.eliminations.store.opening import LOG_SUFFIXES, remove_log
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
-from shmelim.system.durable import sync_directory
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+from shmelim.system.durable import move_aside, sync_directory, writing
 
 _PLACE = ".rebuilding"
 
@@ -41,7 +37,7 @@ def need_finished_recovery(directory: Path) -> None:
 
 
 def is_finished(directory: Path) -> bool:
-    """Tell whether a replacement stands there that was committed whole."""
+    """Whether a replacement stands there that was committed whole."""
     place = directory / _PLACE
     if not (place / FILE_NAME).exists():
         return False
@@ -54,14 +50,7 @@ def is_finished(directory: Path) -> bool:
 
 
 def build(directory: Path, fill: Callable[[Step], None]) -> None:
-    """Make a replacement; `fill` fills it, and must write an event.
-
-    Raises
-    ------
-    StoreError
-        It could not be written; the damaged store is still in its place.
-
-    """
+    """Make a replacement; `fill` fills it, and must write an event. The damaged store stays in its place."""
     discard(directory)
     try:
         # Always as durable as can be: it takes the place of a file that is then no longer looked at.
@@ -73,34 +62,21 @@ def build(directory: Path, fill: Callable[[Step], None]) -> None:
 
 
 def put_in_place(directory: Path) -> Path | None:
-    """Move the damaged store aside, if it still stands there, and put the finished one in its place.
+    """Put the finished replacement in its place; the damaged store that may stand there is moved aside.
 
-    Returns
-    -------
-    Path or None
-        Where the damaged store is now, if this call moved it.
-
-    Raises
-    ------
-    StoreError
-        A rename failed; the next start goes on from there.
-
+    Returns where that is now, if this call moved it. After a StoreError the next start goes on from there.
     """
     path, place = directory / FILE_NAME, directory / _PLACE
     log = place / f"{FILE_NAME}-wal"
     if log.exists() and log.stat().st_size:
         raise StoreError(f"{log} could not be folded into its database", hint="make room on that file system")
-    aside = move_aside(directory) if path.exists() else None
-    try:
+    # Its log after it: in its place without the log, the file might pass for a whole one, and would be an old one.
+    aside = move_aside(path, "damaged", LOG_SUFFIXES) if path.exists() else None
+    with writing(f"the restored store cannot be put in place as {path}", hint="start again"):
         # A kill may have come after the damaged file was moved and before its log was.
-        schema.remove_log(path)
+        remove_log(path)
         (place / FILE_NAME).replace(path)
         sync_directory(directory)
-    except OSError as error:
-        raise StoreError(
-            f"the restored store cannot be put in place as {path}: {error.strerror}",
-            hint="make the directory writable and start again",
-        ) from error
     discard(directory)
     return aside
 

@@ -22,130 +22,105 @@ from __future__ import annotations
 import threading
 from collections import deque
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, ParamSpec, TypeVar, cast
 
 from shmelim.eliminations.rows import ORIGIN_KEY, row_entry
 from shmelim.eliminations.state.changes import Step
-from shmelim.errors import StoreError
+from shmelim.errors import SegmentFullError, StoreError
+from shmelim.system.problems import Problems
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from shmelim.eliminations.store.history import Origin
     from shmelim.eliminations.store.store import Store
     from shmelim.shm import TableWriter, Transaction
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_GROUP: Final = 1024
 _REBUILD_FROM: Final = 1000
 _REPORT_EVERY: Final = 10_000
 
+_COMMIT_FAILED: Final = "commit_failed"
+_MEMORY_FULL: Final = "shared_memory_full"
+
 
 class _Round:
     """One attempt to commit a group; ``finished`` acknowledges all of it in one store."""
 
-    def __init__(self) -> None:
-        self.finished = False
+    finished = False
+
+
+_NONE_YET: Final = _Round()
+_FAILED: Final = _Round()
+_FAILED.finished = True
 
 
 class _Request(Generic[T]):
     """One change on its way: what to do, for whom, and how it ended."""
 
-    def __init__(self, change: Callable[[Step], T], origin: Origin | None) -> None:
-        self.change = change
+    def __init__(
+        self, change: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], origin: Origin | None
+    ) -> None:
+        self.change, self.args, self.kwargs = change, args, kwargs
         self.origin = origin
         self.wanted = True
-        self.round = _Round()
+        self.round = _NONE_YET
         self.result: T | None = None
         self.error: BaseException | None = None
 
-    @property
-    def done(self) -> bool:
-        return self.round.finished
-
-    def fail(self, error: BaseException) -> None:
-        self.error = error
-        self.round = _Round()
-        self.round.finished = True
-
-    def outcome(self) -> T:
-        if self.error is not None:
-            raise self.error
-        return cast("T", self.result)
-
 
 class Committer:
-    """Commits changes to the store and publishes them in the table.
+    """Commits changes to the store, which is from now on used through this object only, and publishes them.
 
-    Parameters
-    ----------
-    store
-        The state of record; from now on only used through this object.
-    table
-        The table's writer; loaded by :meth:`publish_all`.
-    published
-        Called after each publish, still before the callers go on, with the hotkeys that changed.
-
+    ``origin`` tells who asks for the change that a thread makes. ``published`` is called after each publish, still
+    before the callers go on. ``commits`` and ``changes`` count.
     """
 
-    def __init__(self, store: Store, table: TableWriter, published: Callable[[Sequence[str]], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        table: TableWriter,
+        origin: Callable[[], Origin | None],
+        problems: Problems | None = None,
+    ) -> None:
         self._store = store
         self._table = table
-        self._published = published
+        self._origin = origin
+        self._problems = problems or Problems()
+        self.published: Callable[[], None] | None = None
         self._queue: deque[_Request[Any]] = deque()
         self._leading = threading.Lock()
         self._closed = False
         # Hotkeys with which the store may be ahead of the table; more than none only after an interrupt.
         self._owed: dict[str, None] = {}
-        # For statistics; written under `_leading`.
+        # Written under `_leading`.
         self.commits = 0
         self.changes = 0
 
-    def commit(self, change: Callable[[Step], T], origin: Origin | None = None) -> T:
-        """Carry out a change; when this returns it is durable, and every later read anywhere sees it.
+    def commit(self, change: Callable[Concatenate[Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Carry out a change with these arguments, perhaps together with others, and return what it returns.
 
-        Parameters
-        ----------
-        change
-            Run inside a transaction, perhaps together with others; what it raises undoes it alone.
-        origin
-            The process that asked for it, for the history.
-
-        Returns
-        -------
-        What ``change`` returned.
-
-        Raises
-        ------
-        StoreError
-            It could not be committed; nothing of it was applied.
-        SegmentFullError
-            Shared memory has no room for it; nothing of it was applied.
-
+        Then it is durable, and every later read anywhere sees it. What the change raises undoes it alone. After
+        StoreError (not committed) and SegmentFullError (no room in shared memory) nothing of it was applied.
         """
-        request = _Request(change, origin)
+        request = _Request(change, args, kwargs, self._origin())
         self._queue.append(request)
         try:
             with self._leading:
-                if not request.done:
+                if not request.round.finished:
                     self._lead(request)
         except BaseException:
             request.wanted = False
             raise
-        return request.outcome()
+        if request.error is not None:
+            raise request.error
+        return cast("T", request.result)
 
     def publish_all(self, origin_record: bytes, on_progress: Callable[[int, int], Any] | None = None) -> None:
-        """Publish the whole store as the next generation of the table.
-
-        Parameters
-        ----------
-        origin_record
-            Kept under :data:`ORIGIN_KEY`: tells a successor where this table came from.
-        on_progress
-            Called now and then with how many rows are read, and how many there are at most.
-
-        """
+        """Publish the whole store as the next generation, with a record that tells where it came from."""
         with self._leading, self._table.transaction(replace=True) as transaction:
             transaction.put(ORIGIN_KEY, 0, origin_record, 0)
             self._origin_record = origin_record
@@ -178,30 +153,27 @@ class Committer:
         """Carry out what is queued, ``own`` in any case. What is done leaves the queue, and nothing else does."""
         if self._closed:
             raise StoreError("the state is closed: the server has been shut down")
-        waiting = [self._queue[n] for n in range(min(len(self._queue), MAX_GROUP))]
-        group = [request for request in waiting if request.wanted and not request.done]
+        waiting = self._queue.copy()  # which others go on appending to
+        group = [request for request in waiting if request.wanted and not request.round.finished][:MAX_GROUP]
         if own not in group:
             # More were queued before it than one group takes.
             group.append(own)
         try:
             self._run(group)
         except Exception as error:
-            if len(group) == 1 and not own.done:
-                own.fail(error)
+            if len(group) == 1 and not own.round.finished:
+                own.error, own.round = error, _FAILED
             # One change that cannot be made must not take the others with it.
             for request in group:
-                if not request.done:
-                    self._run_alone(request)
+                if not request.round.finished:
+                    try:
+                        self._run([request])
+                    except Exception as its_own:
+                        if not request.round.finished:
+                            request.error, request.round = its_own, _FAILED
         finally:
-            while self._queue and (self._queue[0].done or not self._queue[0].wanted):
+            while self._queue and (self._queue[0].round.finished or not self._queue[0].wanted):
                 self._queue.popleft()
-
-    def _run_alone(self, request: _Request[Any]) -> None:
-        try:
-            self._run([request])
-        except Exception as error:
-            if not request.done:
-                request.fail(error)
 
     def _run(self, group: list[_Request[Any]]) -> None:
         """Commit and publish a group; on an ``Exception`` nothing of it is applied.
@@ -212,7 +184,6 @@ class Committer:
         store, owed = self._store, self._owed
         this_round = _Round()
         touched: dict[str, None] = {}
-        transaction: Transaction | None = None
         wrote = committed = False
         try:
             self._clean_up()
@@ -220,40 +191,46 @@ class Committer:
             touched, wrote = self._apply(group, this_round)
             if not wrote:
                 store.rollback()
-            if touched or owed:
-                transaction = self._stage([*{**owed, **touched}])
+            transaction = self._stage([*{**owed, **touched}]) if touched or owed else None
             if wrote:
                 self._owed = {**owed, **touched}
                 store.commit()
             committed = True
             if transaction is not None:
                 transaction.publish()
-            self._acknowledge(this_round, touched)
+            self._owed = {}
+            this_round.finished = True
         except BaseException as error:
             # A commit that fails says so; one that was interrupted has ended its transaction, or has not.
             committed = committed or (wrote and not isinstance(error, Exception) and not store.in_transaction)
             self._clean_up()
             if not committed:
                 self._owed = owed
+                self._report(error)
             elif not this_round.finished:
-                self._catch_up()
-                self._acknowledge(this_round, touched)
+                if self._owed:
+                    self._stage([*self._owed]).publish()
+                self._owed = {}
+                this_round.finished = True
             raise
         finally:
-            self._clean_up()
+            if touched and this_round.finished and self.published is not None:
+                self.published()
         self.commits += wrote
         self.changes += len(group)
+        if wrote:
+            self._problems.clear(_COMMIT_FAILED)
+            self._problems.clear(_MEMORY_FULL)
 
-    def _acknowledge(self, this_round: _Round, touched: dict[str, None]) -> None:
-        self._owed = {}
-        this_round.finished = True
-        if touched:
-            self._published([*touched])
-
-    def _catch_up(self) -> None:
-        """Publish what the store may be ahead with."""
-        if self._owed:
-            self._stage([*self._owed]).publish()
+    def _report(self, error: BaseException) -> None:
+        """Name what keeps changes from being made, where that is not the change itself."""
+        if isinstance(error, SegmentFullError):
+            self._problems.report(_MEMORY_FULL, f"a change was refused: {error.message}", remedy=error.hint)
+        elif isinstance(error, StoreError):
+            # Not "failing", which a service answers with a restart: that makes no room on a disk, and the start
+            # with a damaged store makes a new one without its debts and slashes, which is a person's decision.
+            text = f"the last change could not be committed: {error.message}"
+            self._problems.report(_COMMIT_FAILED, text, remedy=error.hint)
 
     def _clean_up(self) -> None:
         """End what an interrupt, or a failure, left open."""
@@ -273,7 +250,7 @@ class Committer:
             request.round, request.result, request.error = this_round, None, None
             try:
                 with self._store.savepoint() if len(group) > 1 else nullcontext():
-                    request.result = request.change(step)
+                    request.result = request.change(step, *request.args, **request.kwargs)
             except StoreError:
                 raise
             except Exception as error:

@@ -1,14 +1,18 @@
-"""What the server says and does about debts: arguments are checked here, steps committed, questions answered."""
+"""The server's methods about debts: arguments are checked here, changes committed, questions answered.
+
+They are documented where they are declared, in ``calls.py``.
+"""
+
+# ruff: noqa: D102
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from shmelim.eliminations.debts.states import KINDS, SLASH
-from shmelim.eliminations.debts.tables import Figures
 from shmelim.eliminations.record import check_hotkey, encode, normalise
 from shmelim.eliminations.state import debt_changes
-from shmelim.eliminations.state.changes import replacements
+from shmelim.eliminations.state.changes import replacements as count_replacements
 from shmelim.eliminations.store.offline import read_debt_figures, read_debts, read_slashes
 from shmelim.errors import StoreError
 
@@ -16,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from shmelim.eliminations.state.changes import Step
     from shmelim.eliminations.state.committer import Committer
-    from shmelim.eliminations.store.history import Origin
+    from shmelim.eliminations.store.store import Store
+    from shmelim.system.problems import Problems
 
 T = TypeVar("T")
 
@@ -28,138 +32,112 @@ MOST_SHOWN: Final = 20
 """Hotkeys in doubt that a health check names."""
 
 
-class DebtBook:
-    """The debts of a server's state.
+class DebtMethods:
+    """A server's remote methods about debts."""
 
-    Parameters
-    ----------
-    committer
-        Carries out the changes.
-    origin
-        Tells who asks for a change.
-    state_dir
-        Where the store is; None: in memory.
+    # Of the server.
+    _committer: Committer
+    state_dir: Path | None
 
-    Notes
-    -----
-    Thread-safe: it holds nothing itself. Questions do not wait for a commit that is under way, unless the store is
-    in memory.
-
-    """
-
-    def __init__(self, committer: Committer, origin: Callable[[], Origin], state_dir: Path | None) -> None:
-        self._committer = committer
-        self._origin = origin
-        self._state_dir = state_dir
-
-    def eliminate(
+    def eliminate_rpc(
         self,
         hotkey: str,
         record: Mapping[str, Any],
         owed: Iterable[str],
-        expected: int | None,
-        slash_once_within_ms: float | None,
+        replacements: int | None = None,
+        slash_once_within_ms: float | None = None,
     ) -> str:
-        """Eliminate a hotkey with what that owes."""
         check_hotkey(hotkey)  # which also refuses None: normalise would take the record's word for it
-        if expected is not None and (isinstance(expected, bool) or not isinstance(expected, int)):
-            raise TypeError(f"replacements must be a whole number or None, not {expected!r}")
+        if replacements is not None and (isinstance(replacements, bool) or not isinstance(replacements, int)):
+            raise TypeError(f"replacements must be a whole number or None, not {replacements!r}")
         if slash_once_within_ms is not None:
             _check_span("slash_once_within_ms", slash_once_within_ms)
         plain = normalise(record, hotkey)
-        return self._commit(
-            debt_changes.eliminate(
-                plain["hotkey"],
-                encode(plain),
-                plain["elimination_initiated_time_ms"],
-                _check_kinds(owed),
-                expected,
-                slash_once_within_ms,
-            )
+        eliminated_ms = plain["elimination_initiated_time_ms"]
+        kinds = _check_kinds(owed)
+        return self._committer.commit(
+            debt_changes.eliminate, hotkey, encode(plain), eliminated_ms, kinds, replacements, slash_once_within_ms
         )
 
-    def replacements(self) -> int:
-        """Return how often the whole list was replaced."""
-        return self._committer.read(replacements)
+    def get_replacements_rpc(self) -> int:
+        return self._committer.read(count_replacements)
 
-    def debts(self, hotkey: str | None) -> list[dict[str, Any]]:
-        """Return what is owed."""
-        if hotkey is not None:
-            check_hotkey(hotkey)
-        if self._state_dir is None:
-            found = self._committer.read(lambda store: store.debts(hotkey))
-        else:
-            found = read_debts(self._state_dir, hotkey)
+    def get_debts_rpc(self, hotkey: str | None = None) -> list[dict[str, Any]]:
+        found = self._ask(hotkey, lambda store: store.debts(hotkey), read_debts)
         return [debt.as_dict() for debt in found]
 
-    def slashes(self, hotkey: str | None) -> list[dict[str, Any]]:
-        """Return the last slash that was made of each."""
-        if hotkey is not None:
-            check_hotkey(hotkey)
-        if self._state_dir is None:
-            found = self._committer.read(lambda store: store.slashes(hotkey))
-        else:
-            found = read_slashes(self._state_dir, hotkey)
+    def get_slashes_rpc(self, hotkey: str | None = None) -> list[dict[str, Any]]:
+        found = self._ask(hotkey, lambda store: store.slashes(hotkey), read_slashes)
         return [slash.as_dict() for slash in found]
 
-    def settle(self, hotkey: str, kind: str, attempt: str | None) -> bool:
-        """Remove a debt whose effect is made."""
-        _check(hotkey, kind, attempt)
-        return self._commit(debt_changes.settle(hotkey, kind, attempt))
+    def _ask(
+        self,
+        hotkey: str | None,
+        store: Callable[[Store], list[T]],
+        directory: Callable[[Path, str | None], list[T]],
+    ) -> list[T]:
+        """Ask the directory, which waits for no commit; the store where it is in memory."""
+        if hotkey is not None:
+            check_hotkey(hotkey)
+        return self._committer.read(store) if self.state_dir is None else directory(self.state_dir, hotkey)
 
-    def fail(self, hotkey: str, kind: str, error: str, attempt: str | None, *, in_doubt: bool) -> bool:
-        """Note that a debt could not be settled."""
+    def settle_debt_rpc(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:
+        _check(hotkey, kind, attempt)
+        return self._committer.commit(debt_changes.settle, hotkey, kind, attempt)
+
+    def fail_debt_rpc(
+        self, hotkey: str, kind: str, error: str, attempt: str | None = None, in_doubt: bool = False
+    ) -> bool:
         _check(hotkey, kind, attempt)
         _check_truth("in_doubt", in_doubt)
         if in_doubt and attempt is None:
             raise ValueError("in_doubt is said of an attempt: attempt must not be None")
-        return self._commit(debt_changes.fail(hotkey, kind, _checked_error(error), attempt, in_doubt=in_doubt))
+        text = _checked_error(error)
+        return self._committer.commit(debt_changes.fail, hotkey, kind, text, attempt, in_doubt=in_doubt)
 
-    def begin_slash(self, hotkey: str, attempt: str) -> bool:
-        """Let an attempt have a slash that is owed."""
+    def begin_slash_rpc(self, hotkey: str, attempt: str) -> bool:
         check_hotkey(hotkey)
         _check_attempt(attempt)
-        if not self._commit(debt_changes.begin_slash(hotkey, attempt)):
+        if not self._committer.commit(debt_changes.begin_slash, hotkey, attempt):
             return False
         # After a power cut that took this with it, the slash would be owed, and made again.
         self._committer.sync()
         return True
 
-    def doubt_slash(self, hotkey: str, attempt: str, error: str) -> bool:
-        """Put the slash of an attempt in doubt."""
+    def doubt_slash_rpc(self, hotkey: str, attempt: str, error: str) -> bool:
         check_hotkey(hotkey)
         _check_attempt(attempt)
-        return self._commit(debt_changes.fail(hotkey, SLASH, _checked_error(error), attempt, in_doubt=True))
+        return self._committer.commit(
+            debt_changes.fail, hotkey, SLASH, _checked_error(error), attempt, in_doubt=True
+        )
 
-    def resolve_slash(self, hotkey: str, made: bool) -> bool:
-        """Settle by hand what an attempt left."""
+    def resolve_slash_rpc(self, hotkey: str, made: bool) -> bool:
         check_hotkey(hotkey)
         _check_truth("made", made)
-        return self._commit(debt_changes.resolve_slash(hotkey, made=made))
+        return self._committer.commit(debt_changes.resolve_slash, hotkey, made=made)
 
-    def health(self) -> tuple[dict[str, Any], list[str]]:
-        """Return what a health check says of debts, and what is wrong with them."""
+    def _debt_health(self, problems: Problems) -> dict[str, Any]:
+        """Return what a health check says of debts; raise and clear what is wrong with them."""
         try:
-            figures = self._figures()
+            if self.state_dir is None:
+                figures = self._committer.read(lambda store: store.debt_figures())
+            else:
+                figures = read_debt_figures(self.state_dir)
         except StoreError as error:
-            return {"num_debts": None, "slashes_in_doubt": None}, [f"what is owed cannot be read: {error}"]
+            problems.report("debts_unreadable", f"what is owed cannot be read: {error}")
+            return {"num_debts": None, "slashes_in_doubt": None}
+        problems.clear("debts_unreadable")
         shown = figures.in_doubt[:MOST_SHOWN]
-        said: dict[str, Any] = {"num_debts": figures.debts, "slashes_in_doubt": shown}
-        if not shown:
-            return said, []
-        more = f" and {len(figures.in_doubt) - len(shown)} more" if len(figures.in_doubt) > len(shown) else ""
-        listed = f"{', '.join(shown)}{more}"
-        return said, [
-            f"slashes in doubt: {listed}; see `shmelim debts`, and settle them with `shmelim slash resolve`"
-        ]
-
-    def _figures(self) -> Figures:
-        if self._state_dir is None:
-            return self._committer.read(lambda store: store.debt_figures())
-        return read_debt_figures(self._state_dir)
-
-    def _commit(self, change: Callable[[Step], T]) -> T:
-        return self._committer.commit(change, self._origin())
+        if shown:
+            more = f" and {len(figures.in_doubt) - len(shown)} more" if len(figures.in_doubt) > len(shown) else ""
+            problems.report(
+                "slashes_in_doubt",
+                f"nobody knows whether these slashes were made: {', '.join(shown)}{more}",
+                remedy="see `shmelim debts`, look at the contract, and settle them with `shmelim slash resolve`",
+            )
+        else:
+            problems.clear("slashes_in_doubt")
+        return {"num_debts": figures.debts, "slashes_in_doubt": shown}
 
 
 def _check(hotkey: str, kind: str, attempt: str | None) -> None:

@@ -7,7 +7,6 @@ settles or resolves it is always told.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Final
 
 from shmelim.eliminations.debts.states import (
@@ -23,9 +22,10 @@ from shmelim.eliminations.debts.states import (
 )
 from shmelim.eliminations.state.changes import replacements
 from shmelim.eliminations.store.history import Change as EventOf
+from shmelim.system import clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from shmelim.eliminations.state.changes import Step
 
@@ -34,140 +34,106 @@ _LARGEST_MS: Final = (1 << 63) - 1
 
 
 def eliminate(
+    step: Step,
     hotkey: str,
     record: bytes,
     eliminated_ms: int,
     kinds: Sequence[str],
     expected: int | None = None,
     slash_once_within_ms: float | None = None,
-) -> Callable[[Step], str]:
-    """Eliminate a hotkey that is not eliminated yet, and record what that owes.
+) -> str:
+    """Eliminate a hotkey that is not eliminated yet, and record what that owes; as ``ProcessingCalls.eliminate``.
 
-    Parameters
-    ----------
-    hotkey, record, eliminated_ms
-        Whom, the record, and the time in it.
-    kinds
-        What is owed.
-    expected
-        The number of replacements on which the decision rests; None asks for none.
-    slash_once_within_ms
-        No slash is owed where one was made for an elimination whose time is less than this away; None: it is.
-
-    Returns
-    -------
-    A step that returns ``"added"``; ``"already"`` where it was eliminated; or ``"superseded"``, where the list was
-    replaced meanwhile. Only ``"added"`` changes anything.
-
+    ``expected`` is the number of replacements on which the decision rests.
     """
-
-    def run(step: Step) -> str:
-        if expected is not None and expected != replacements(step.store):
-            return "superseded"
-        known = step.store.get(hotkey)
-        if known is not None and known.record is not None:
-            return "already"
-        step.store.put_elimination(hotkey, record)
-        step.record([EventOf("add", hotkey, None, record)])
-        _owe(step, hotkey, kinds, min(eliminated_ms, _LARGEST_MS), slash_once_within_ms)
-        return "added"
-
-    return run
+    if expected is not None and expected != replacements(step.store):
+        return "superseded"
+    known = step.store.get(hotkey)
+    if known is not None and known.record is not None:
+        return "already"
+    step.store.put_elimination(hotkey, record)
+    step.record([EventOf("add", hotkey, None, record)])
+    _owe(step, hotkey, kinds, min(eliminated_ms, _LARGEST_MS), slash_once_within_ms)
+    return "added"
 
 
-def settle(hotkey: str, kind: str, attempt: str | None = None) -> Callable[[Step], bool]:
+def settle(step: Step, hotkey: str, kind: str, attempt: str | None = None) -> bool:
     """Remove a debt whose effect is made, a slash only by the attempt that stands; False where there is none.
 
     That a slash was made is recorded with it.
     """
-
-    def run(step: Step) -> bool:
-        debt = _find(step, hotkey, kind, attempt)
-        if debt is None or (kind == SLASH and attempt is None):
-            return False
-        step.store.remove_debt(debt)
-        if kind == SLASH:
-            _record_slash(step, debt, BY_CONTRACT)
-        failures = f", after {debt.attempts} failures" if debt.attempts else ""
-        step.tell([EventOf("settle", hotkey, note=f"{_named(debt)}{failures}")])
-        return True
-
-    return run
+    debt = _find(step, hotkey, kind, attempt)
+    if debt is None or (kind == SLASH and attempt is None):
+        return False
+    step.store.remove_debt(debt)
+    if kind == SLASH:
+        step.store.put_slash(Slash(hotkey, clock.now_ms(), debt.eliminated_ms, BY_CONTRACT))
+    failures = f", after {debt.attempts} failures" if debt.attempts else ""
+    step.tell([EventOf("settle", hotkey, note=f"{_named(debt)}{failures}")])
+    return True
 
 
 def fail(
-    hotkey: str, kind: str, error: str, attempt: str | None = None, *, in_doubt: bool = False
-) -> Callable[[Step], bool]:
+    step: Step, hotkey: str, kind: str, error: str, attempt: str | None = None, *, in_doubt: bool = False
+) -> bool:
     """Note that a debt could not be settled; False where there is none, or another attempt stands.
 
     A slash that was attempted is owed again, or is ``in_doubt`` where nobody knows whether it was made.
     """
-
-    def run(step: Step) -> bool:
-        debt = _find(step, hotkey, kind, attempt)
-        if debt is None:
-            return False
-        debt = debt._replace(attempts=debt.attempts + 1, error=error)
-        if in_doubt:
-            step.store.put_debt(debt._replace(state=IN_DOUBT, in_doubt_since_ms=_now_ms()))
-            step.tell([EventOf("doubt", hotkey, note=f"{_named(debt)}: {error}")])
-            return True
-        if _is_told(debt.attempts):
-            step.tell([EventOf("fail", hotkey, note=f"{_named(debt)}: {error} (failure {debt.attempts})")])
-        _owe_again(step, debt)
+    debt = _find(step, hotkey, kind, attempt)
+    if debt is None:
+        return False
+    debt = debt._replace(attempts=debt.attempts + 1, error=error)
+    if in_doubt:
+        step.store.put_debt(debt._replace(state=IN_DOUBT, in_doubt_since_ms=clock.now_ms()))
+        step.tell([EventOf("doubt", hotkey, note=f"{_named(debt)}: {error}")])
         return True
+    if _is_told(debt.attempts):
+        step.tell([EventOf("fail", hotkey, note=f"{_named(debt)}: {error} (failure {debt.attempts})")])
+    _owe_again(step, debt)
+    return True
 
-    return run
 
-
-def begin_slash(hotkey: str, attempt: str) -> Callable[[Step], bool]:
+def begin_slash(step: Step, hotkey: str, attempt: str) -> bool:
     """Make an owed slash the one that this attempt makes; False where it is not owed, or another's.
 
     May be repeated while the attempt stands. An attempt that failed never comes back, so that a request which is
     overtaken by its repetition begins nothing.
     """
-
-    def run(step: Step) -> bool:
-        debt = step.store.debt(hotkey, SLASH)
-        if debt is None or debt.state == IN_DOUBT:
-            return False
-        if debt.state == ATTEMPTING or debt.attempt == attempt:
-            return debt.state == ATTEMPTING and debt.attempt == attempt
-        debt = debt._replace(state=ATTEMPTING, attempt=attempt)
-        step.store.put_debt(debt)
-        step.wrote = True
-        if _is_told(debt.attempts + 1):
-            step.tell([EventOf("begin", hotkey, note=_named(debt))])
-        return True
-
-    return run
+    debt = step.store.debt(hotkey, SLASH)
+    if debt is None or debt.state == IN_DOUBT:
+        return False
+    if debt.state == ATTEMPTING or debt.attempt == attempt:
+        return debt.state == ATTEMPTING and debt.attempt == attempt
+    debt = debt._replace(state=ATTEMPTING, attempt=attempt)
+    step.store.put_debt(debt)
+    step.wrote = True
+    if _is_told(debt.attempts + 1):
+        step.tell([EventOf("begin", hotkey, note=_named(debt))])
+    return True
 
 
-def resolve_slash(hotkey: str, *, made: bool) -> Callable[[Step], bool]:
+def resolve_slash(step: Step, hotkey: str, *, made: bool) -> bool:
     """Settle by hand a slash that was begun, or make it owed again; False where there is none.
 
     One that a running process may be making at this moment is never owed again.
     """
-
-    def run(step: Step) -> bool:
-        debt = step.store.debt(hotkey, SLASH)
-        if debt is None or debt.state == OWED or debt.attempt is None:
-            return False
-        if not made and debt.state == ATTEMPTING and attempt_is_alive(debt.attempt):
-            return False
-        step.tell([EventOf("resolve", hotkey, note=f"{_named(debt)}: {'made' if made else 'not made'}")])
-        if made:
-            step.store.remove_debt(debt)
-            _record_slash(step, debt, BY_HAND)
-        else:
-            _owe_again(step, debt)
-        return True
-
-    return run
+    debt = step.store.debt(hotkey, SLASH)
+    if debt is None or debt.state == OWED or debt.attempt is None:
+        return False
+    if not made and debt.state == ATTEMPTING and attempt_is_alive(debt.attempt):
+        return False
+    step.tell([EventOf("resolve", hotkey, note=f"{_named(debt)}: {'made' if made else 'not made'}")])
+    if made:
+        step.store.remove_debt(debt)
+        step.store.put_slash(Slash(hotkey, clock.now_ms(), debt.eliminated_ms, BY_HAND))
+    else:
+        _owe_again(step, debt)
+    return True
 
 
 def _owe(step: Step, hotkey: str, kinds: Sequence[str], eliminated_ms: int, once_within_ms: float | None) -> None:
-    ordinal, now = step.store.next_debt_ordinal(), _now_ms()
+    ordinal, now = step.store.next_debt_ordinal(), clock.now_ms()
     said = []
     for kind in kinds:
         if kind == SLASH and _was_made(step, hotkey, eliminated_ms, once_within_ms):
@@ -193,10 +159,6 @@ def _was_made(step: Step, hotkey: str, eliminated_ms: int, within_ms: float | No
         return False
     slash = step.store.slash(hotkey)
     return slash is not None and abs(eliminated_ms - slash.eliminated_ms) < within_ms
-
-
-def _record_slash(step: Step, debt: Debt, by: str) -> None:
-    step.store.put_slash(Slash(debt.hotkey, _now_ms(), debt.eliminated_ms, by))
 
 
 def _owe_again(step: Step, debt: Debt) -> None:
@@ -225,7 +187,3 @@ def _named(debt: Debt) -> str:
 def _is_told(number: int) -> bool:
     """Tell whether this failure of a debt is written into the history."""
     return number & (number - 1) == 0
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -12,22 +12,11 @@ ANOMALY_SHARE: Final = 0.25
 
 
 def lost_hotkeys(before: set[str], now: set[str], size: int | None = None) -> tuple[list[str], bool]:
-    """Compare two looks at the metagraph.
+    """Return the hotkeys missing since the last look that was believed, sorted, and whether that is an anomaly.
 
-    Parameters
-    ----------
-    before, now
-        The hotkeys seen at the last look that was believed, and since; and at this one.
-    size
-        How many were seen at the last look that was believed; None: as many as `before`. Who came while a loss is
-        not believed makes it no smaller.
-
-    Returns
-    -------
-    tuple
-        The hotkeys that are missing now, sorted, and whether so many at once are an anomaly (a metagraph that
-        failed to load, say): both more than 10 and at least 25 % of `size`.
-
+    An anomaly (a metagraph that failed to load, say) is a loss of more than 10 and at least 25 % of `size`, the
+    number of hotkeys at that look; by default that of `before`, which may hold newcomers: they make a loss no
+    smaller.
     """
     lost = sorted(before - now)
     return lost, len(lost) > ANOMALY_COUNT and len(lost) >= ANOMALY_SHARE * (len(before) if size is None else size)

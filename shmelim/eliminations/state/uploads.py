@@ -27,24 +27,14 @@ class _Upload:
 
 
 class Uploads:
-    """The lists that clients are sending; thread-safe, everything is guarded by one lock.
-
-    An upload that nobody went on with for two minutes is forgotten by the next :meth:`expire`.
-    """
+    """The lists that clients are sending; thread-safe. What nobody went on with for two minutes is forgotten."""
 
     def __init__(self) -> None:
         self._open: dict[str, _Upload] = {}
         self._lock = threading.Lock()
 
     def begin(self) -> str:
-        """Begin an upload and return its token.
-
-        Raises
-        ------
-        ValueError
-            Too many are under way.
-
-        """
+        """Begin an upload and return its token; ValueError where too many are under way."""
         self.expire()
         with self._lock:
             if len(self._open) >= MAX_OPEN:
@@ -56,13 +46,8 @@ class Uploads:
     def extend(self, token: str, records: Sequence[Mapping[str, Any]]) -> int:
         """Check records and add them; return how many the upload has now.
 
-        Raises
-        ------
-        ValueError, TypeError
-            A record is not fit to be stored; the upload is given up.
-        UploadLostError
-            There is no such upload.
-
+        UploadLostError: there is no such upload. A record that cannot be stored is a ValueError or TypeError, and
+        the upload is given up.
         """
         with self._lock:
             first = self._get(token).given

@@ -1,28 +1,23 @@
-"""The store's database: opening, transactions, named values, and errors in the package's own words.
-
-:class:`~shmelim.eliminations.store.store.Store` adds what a row means.
-"""
+"""The store's database: opening, transactions, named values, and errors in the package's own words."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sqlite3
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from types import TracebackType
+from typing import Any, NoReturn, Self
 
 import msgspec
 
-from shmelim.eliminations.store import schema
+from shmelim.eliminations.store import opening, schema
+from shmelim.eliminations.store.opening import closed_on_error, log_of
+from shmelim.eliminations.store.schema import Durability
 from shmelim.errors import DamagedStoreError, StoreError
-from shmelim.system.durable import sync_directory, sync_file, unused_name
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import TracebackType
-
-    from shmelim.eliminations.store.schema import Durability
+from shmelim.system.durable import sync_file, writing
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +65,7 @@ class Guard:
         code = getattr(error, "sqlite_errorcode", None)
         primary = None if code is None else code & 0xFF
         name = getattr(error, "sqlite_errorname", type(error).__name__)
-        # A text column that is no UTF-8 is refused by the driver, which then gives no code.
+        # The driver refuses a text column that is not UTF-8 by itself, and then gives no code.
         if primary in _DAMAGED or (code is None and "decode to UTF-8" in str(error)):
             raise DamagedStoreError(
                 f"{self.path} is damaged: {error} ({name})", hint=schema.DAMAGED_HINT
@@ -81,25 +76,16 @@ class Guard:
 
 @contextmanager
 def reading(directory: str | os.PathLike[str], busy_timeout: float) -> Iterator[sqlite3.Connection]:
-    """Open the database of a state directory read-only, whether or not a server runs there.
-
-    ``StoreError`` for what goes wrong meanwhile. May be called from any thread and process.
-    """
+    """Open the database of a state directory read-only, whether or not a server runs there; from any thread."""
     path = Path(directory) / schema.FILE_NAME
-    with Guard(path):
-        db = schema.connect_read_only(path, busy_timeout)
-        try:
-            yield db
-        finally:
-            db.close()
+    with Guard(path), closing(opening.connect_read_only(path, busy_timeout)) as db:
+        yield db
 
 
 class Database:
-    """A connection to the store's database, with explicit transactions.
+    """A connection to the store's database, in which every change stands between :meth:`begin` and :meth:`commit`.
 
-    Every change stands between :meth:`begin` and :meth:`commit`; outside of a transaction it is refused. Not
-    thread-safe: one thread at a time, and a stream that is being read must end before the next change. Not to
-    be used in a forked child.
+    For one thread at a time, and not for a forked child. A stream that is read must end before the next change.
     """
 
     def __init__(self, db: sqlite3.Connection, path: Path) -> None:
@@ -111,8 +97,8 @@ class Database:
         self._guard = Guard(path)
         self._pid = os.getpid()
         self._closed = False
-        # The next ordinal as this transaction sees it; None until it is asked for. The rows are the only record
-        # of it, so that no rollback and no crash can leave it wrong.
+        # The next ordinal in this transaction; None until it is asked for. The rows are the only record of it, so
+        # that no rollback and no crash can leave it wrong.
         self._next_ordinal: int | None = None
         self._depth = 0
 
@@ -125,54 +111,30 @@ class Database:
         parents: bool = False,
         busy_timeout: float = 5.0,
     ) -> Self:
-        """Open the store in a state directory, creating both when they are missing.
+        """Open the store in a state directory, creating both when they are missing (0700, 0600).
 
-        Parameters
-        ----------
-        directory
-            The state directory; created with mode 0700, its file with 0600.
-        durability
-            ``"power"``: a commit survives a power cut (one fsync each). ``"process"``: it survives the death
-            of this process, and may be lost with the machine.
-        parents
-            Create missing parents of the directory too.
-        busy_timeout
-            Seconds to wait for another process that holds a transaction open.
-
-        Raises
-        ------
-        StoreError
-            The directory cannot be made or written, a newer version wrote the store, or it is another
-            program's.
-        DamagedStoreError
-            The file is no database, or a damaged one; see :func:`move_aside`.
-
+        With durability ``"power"`` a commit survives a power cut (one fsync each); with ``"process"`` it survives
+        the death of this process, and may be lost with the machine. `parents`: create missing parents too.
+        `busy_timeout`: seconds to wait for another process that holds a transaction open.
         """
         if durability not in ("power", "process"):
             raise ValueError(f"durability must be 'power' or 'process', not {durability!r}")
         folder = Path(directory)
         path = folder / schema.FILE_NAME
-        try:
-            with Guard(path):
-                schema.make_private(path, parents=parents)
-        except OSError as error:
-            raise _cannot_make(folder, error) from error
-        return cls._install(path, lambda: schema.connect(path, durability, busy_timeout), path)
+        hint = f"create {folder.parent} first, or name another state directory"
+        with writing(f"the state directory {folder} cannot be used", hint), Guard(path):
+            opening.make_private(path, parents=parents)
+        return cls._install(path, lambda: opening.connect(path, durability, busy_timeout), path)
 
     @classmethod
     def in_memory(cls) -> Self:
         """Open an empty store that lives in this process's memory and writes nothing to disk."""
-        return cls._install(_IN_MEMORY, lambda: schema.connect(None, "process", 0.0), None)
+        return cls._install(_IN_MEMORY, lambda: opening.connect(None, "process", 0.0), None)
 
     @classmethod
     def _install(cls, name: Path, connect: Callable[[], sqlite3.Connection], path: Path | None) -> Self:
-        with Guard(name):
-            db = connect()
-            try:
-                schema.install(db, path)
-            except BaseException:
-                db.close()
-                raise
+        with Guard(name), closed_on_error(db := connect()):
+            schema.install(db, path)
         return cls(db, name)
 
     @property
@@ -186,14 +148,7 @@ class Database:
         return not self._closed and self._db.in_transaction
 
     def begin(self) -> None:
-        """Start a transaction; waits for another process's for at most the busy timeout.
-
-        Raises
-        ------
-        StoreError
-            One is open already, another process did not end its own, or this is a forked child.
-
-        """
+        """Start a transaction; waits for another process's for at most the busy timeout."""
         if self._pid != os.getpid():
             raise StoreError(
                 f"{self._path} was opened by process {self._pid}; this is its child {os.getpid()}",
@@ -206,16 +161,8 @@ class Database:
     def commit(self) -> None:
         """End the transaction; when this returns, it is as durable as the store was opened for.
 
-        Raises
-        ------
-        StoreError
-            It could not be written, or the file that is open is no longer the one of that name: it is rolled
-            back, and no transaction is open.
-
-        Notes
-        -----
-        After an interrupt (``KeyboardInterrupt``) a transaction is still open if it was not committed.
-
+        After a StoreError it is rolled back. After an interrupt (``KeyboardInterrupt``) it is either committed or
+        still open.
         """
         self._need_transaction()
         try:
@@ -274,21 +221,13 @@ class Database:
     def sync(self) -> None:
         """Make all that was committed survive a power cut, whatever the store was opened for; from any thread.
 
-        Raises
-        ------
-        StoreError
-            Nobody knows whether it would.
-
+        After a StoreError nobody knows whether it would.
         """
         if self._file is None:
             return
         # A checkpoint that takes what is committed out of the log has synced both files by itself.
-        try:
-            sync_file(_companion(self._file, "-wal"))
-        except OSError as error:
-            raise StoreError(
-                f"{self._file}: its log could not be synced: {error.strerror}", hint="check the disk"
-            ) from error
+        with writing(f"{self._file}: its log could not be synced", hint="check the disk"):
+            sync_file(log_of(self._file))
 
     def meta(self, key: str, default: Any = None) -> Any:
         """Return a named value, or the default."""
@@ -305,8 +244,9 @@ class Database:
     def set_meta(self, key: str, value: Any) -> None:
         """Keep a JSON-like value under a name."""
         self._need_transaction()
+        encoded = msgspec.msgpack.encode(value)
         with self._guard:
-            self._write_meta(key, value)
+            self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, encoded))
 
     def delete_meta(self, key: str) -> bool:
         """Forget a named value; says whether there was one."""
@@ -321,18 +261,11 @@ class Database:
             (page_size,) = self._db.execute("PRAGMA page_size").fetchone()
         size = int(pages * page_size)
         with suppress(OSError):
-            size += _companion(self._path, "-wal").stat().st_size
+            size += log_of(self._path).stat().st_size
         return size
 
     def check(self) -> None:
-        """Have SQLite check the whole file (about 2 s for each GB).
-
-        Raises
-        ------
-        DamagedStoreError
-            With the first things that it found.
-
-        """
+        """Have SQLite check the whole file, about 2 s for each GB; DamagedStoreError has what it finds first."""
         with self._guard:
             found = [str(line) for (line,) in self._db.execute("PRAGMA integrity_check(10)")]
         if found != ["ok"]:
@@ -359,13 +292,13 @@ class Database:
         self.close()
 
     def _need_transaction(self) -> None:
-        if not self.in_transaction:
+        if self._closed or not self._db.in_transaction:
             raise StoreError(f"{self._path}: a change needs an open transaction", hint="call begin() first")
 
     def _need_place(self) -> None:
-        """Refuse a commit to a file that was deleted or replaced: no start would find it there.
+        """Refuse a commit to a file that was deleted or replaced, which no start would find; costs one ``stat``.
 
-        One ``stat``, a microsecond or two. What is deleted between it and the commit is noticed by the next one.
+        A file that is deleted between it and the commit is noticed by the next commit.
         """
         if self._file is None:
             return
@@ -385,10 +318,6 @@ class Database:
             (first,) = self._db.execute(_NEXT_ORDINAL).fetchone()
         self._next_ordinal = first + count
         return first
-
-    def _write_meta(self, key: str, value: Any) -> None:
-        encoded = msgspec.msgpack.encode(value)
-        self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, encoded))
 
     def _decode_meta(self, key: str, value: bytes) -> Any:
         try:
@@ -413,56 +342,13 @@ class Database:
             cursor.close()
 
 
-def move_aside(directory: str | os.PathLike[str]) -> Path:
-    """Rename a damaged database, so that a new one can take its place; returns its new path.
-
-    It becomes ``shmelim.sqlite.damaged-<UTC time>``, its write-ahead log beside it; nothing is overwritten,
-    and SQLite's own recovery tools work on the result. The store must be closed.
-
-    Raises
-    ------
-    StoreError
-        There is none, or it cannot be renamed.
-
-    """
-    path = Path(directory) / schema.FILE_NAME
-    try:
-        path.stat()  # that there is one, before a name is taken for it
-        aside = unused_name(path, "damaged")
-        # Its log last: in its place without it, the file might pass for a whole one, and would be an old one.
-        path.replace(aside)
-        for suffix in ("-wal", "-shm"):
-            with suppress(FileNotFoundError):
-                _companion(path, suffix).replace(_companion(aside, suffix))
-        sync_directory(path.parent)
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be moved aside: {error.strerror}", hint="move it by hand, with its -wal and -shm"
-        ) from error
-    return aside
-
-
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells one file from another of the same name; None where nothing can be said."""
+    """Return what tells one file from another of the same name; None where this process may not look."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return _GONE
     except OSError:
-        # Not to be seen is not to be gone: this process may have changed its user since.
+        # It need not be gone: this process may have changed its user since.
         return None
     return status.st_dev, status.st_ino
-
-
-def _companion(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
-
-
-def _cannot_make(folder: Path, error: OSError) -> StoreError:
-    if isinstance(error, FileNotFoundError):
-        hint = f"create {folder.parent} first, or name another state directory"
-    elif isinstance(error, (NotADirectoryError, FileExistsError)):
-        hint = "a file stands where a directory should be: name another state directory"
-    else:
-        hint = "make the directory writable for this user, or name another state directory"
-    return StoreError(f"the state directory {folder} cannot be used: {error.strerror}", hint=hint)

@@ -6,19 +6,16 @@ Events are written in the transaction of the change they tell of, and never chan
 from __future__ import annotations
 
 import os
+import sqlite3
 import sys
-import time
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from shmelim.eliminations.record import decode
 from shmelim.eliminations.store.database import reading
 
-if TYPE_CHECKING:
-    import sqlite3
-    from collections.abc import Iterable
-
-_INSERT = (
+INSERT = (
     "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new)"
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
@@ -58,6 +55,11 @@ class Event(NamedTuple):
     old: bytes | None
     new: bytes | None
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return it with its records decoded, as callers of the server get it."""
+        old, new = (None if record is None else decode(record) for record in (self.old, self.new))
+        return self._asdict() | {"old": old, "new": new}
+
 
 def this_process() -> Origin:
     """Return this process as an origin."""
@@ -72,43 +74,14 @@ def read_events(
     *,
     busy_timeout: float = 5.0,
 ) -> list[Event]:
-    """Return events from a state directory, newest first, whether or not a server runs there.
+    """Return at most `limit` events of a state directory, newest first, whether or not a server runs there.
 
-    Opens the database read-only for this one call, so it may be called from any thread and process.
-
-    Parameters
-    ----------
-    directory
-        The state directory.
-    hotkey
-        Only this hotkey's events; None means all.
-    limit
-        At most so many; None means all.
-    before_id
-        Only events older than this one; for the next page.
-    busy_timeout
-        Seconds to wait where another process holds the file locked.
-
-    Raises
-    ------
-    StoreError
-        There is no store there, or it cannot be read.
-    DamagedStoreError
-        It is damaged.
-
+    `hotkey`: of this hotkey alone. `before_id`: only events older than this one, for the next page.
+    `busy_timeout`: seconds to wait where another process holds the file locked. From any thread and process;
+    StoreError or DamagedStoreError if there is no store, or it cannot be read.
     """
     with reading(directory, busy_timeout) as db:
         return select(db, hotkey, limit, before_id)
-
-
-def insert(db: sqlite3.Connection, changes: Iterable[Change], origin: Origin | None, at_ms: int | None) -> None:
-    """Append one event for each change, all of the same origin and time."""
-    pid, uid, program = this_process() if origin is None else origin
-    now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
-    db.executemany(
-        _INSERT,
-        ((now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes),
-    )
 
 
 def select(db: sqlite3.Connection, hotkey: str | None, limit: int | None, before_id: int | None) -> list[Event]:

@@ -1,16 +1,19 @@
-"""Reading the debts and slashes in a state directory, whether or not a server runs there."""
+"""Reading debts, slashes and the size of a state directory, whether or not a server runs there: any thread may."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from shmelim.eliminations.debts import tables
 from shmelim.eliminations.debts.states import Debt, Slash
 from shmelim.eliminations.debts.tables import Figures
 from shmelim.eliminations.store.database import reading
+from shmelim.eliminations.store.schema import FILE_NAME
 
 T = TypeVar("T")
 
@@ -18,39 +21,28 @@ T = TypeVar("T")
 def read_debts(
     directory: str | os.PathLike[str], hotkey: str | None = None, *, busy_timeout: float = 5.0
 ) -> list[Debt]:
-    """Return what is owed from a state directory, whether or not a server runs there.
-
-    Opens the database read-only for this one call, so it may be called from any thread and process.
-
-    Parameters
-    ----------
-    directory
-        The state directory.
-    hotkey
-        Only this hotkey's debts; None means all.
-    busy_timeout
-        Seconds to wait where another process holds the file locked.
-
-    Raises
-    ------
-    StoreError
-        There is no store there, or it cannot be read.
-    DamagedStoreError
-        It is damaged.
-
-    """
+    """Return what is owed, by one hotkey or by all, as :func:`~shmelim.eliminations.store.history.read_events`."""
     return _ask(directory, busy_timeout, lambda db: tables.select(db, hotkey), [])
 
 
+def store_bytes(directory: Path) -> int:
+    """Return what the store takes on disk, its write-ahead log included; waits for no commit."""
+    size = 0
+    for suffix in ("", "-wal"):
+        with contextlib.suppress(FileNotFoundError):
+            size += (directory / (FILE_NAME + suffix)).stat().st_size
+    return size
+
+
 def read_debt_figures(directory: str | os.PathLike[str], *, busy_timeout: float = 5.0) -> Figures:
-    """Count the debts in a state directory, as :func:`read_debts` reads them."""
+    """Count the debts."""
     return _ask(directory, busy_timeout, tables.figures, Figures(0, []))
 
 
 def read_slashes(
     directory: str | os.PathLike[str], hotkey: str | None = None, *, busy_timeout: float = 5.0
 ) -> list[Slash]:
-    """Return the last slash made of one hotkey, or of each, from a state directory; as :func:`read_debts`."""
+    """Return the last slash made of one hotkey, or of each."""
     return _ask(directory, busy_timeout, lambda db: tables.select_slashes(db, hotkey), [])
 
 

@@ -1,4 +1,4 @@
-"""The tables of the store, and how a connection to them is opened.
+"""The tables of the store, and how an older schema is brought up to date.
 
     hotkeys   one row for each hotkey about which anything is known: what is published about it, and the CRC-32
               of its record (SQLite checks its own structure, not the bytes of a value)
@@ -9,20 +9,17 @@
 
 ``PRAGMA application_id`` says that a file is ours, ``PRAGMA user_version`` which schema it has. A database of an
 older schema is brought up to date when it is opened for writing.
+
+``sqlite3.Error`` comes out of here as it is.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sqlite3
-import tempfile
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote
 
 from shmelim.errors import DamagedStoreError, StoreError
-from shmelim.system.durable import sync_directory
 
 FILE_NAME = "shmelim.sqlite"
 SCHEMA_NUMBER = 2
@@ -30,18 +27,12 @@ SCHEMA_NUMBER = 2
 Durability = Literal["power", "process"]
 
 _APPLICATION_ID = 0x73686D65
+
 DAMAGED_HINT = (
     "start the server again: it moves the file aside, and restores the state from shared memory or the JSON files"
 )
 # What the log of an earlier file holds would be replayed onto the one that takes its place.
 RESTORE_HINT = f"remove {FILE_NAME}-wal and -shm first, then put a backup in its place"
-
-_SYNCHRONOUS = {"power": "FULL", "process": "NORMAL"}
-_SMALLEST = 512
-_CACHE_KIB = 32 * 1024
-_LARGEST_IDLE_WAL = 64 << 20
-# 16 MB: four times SQLite's default, so that a stream of small changes is folded in less often.
-_CHECKPOINT_PAGES = 4000
 
 # events needs no AUTOINCREMENT: where nothing is ever deleted, no number comes twice without it.
 # hotkeys keeps its rowid: with records of 0.5 kB, WITHOUT ROWID puts the records into the pages that a search
@@ -112,129 +103,12 @@ _SECOND = (
 _SCHEMAS = (_FIRST, _SECOND)
 
 
-def make_private(path: Path, *, parents: bool) -> None:
-    """Make the database's directory (0700) and file (0600) where missing. Raises ``OSError`` as it comes.
-
-    A new database takes its name when it is whole, so that a start that is killed leaves nothing that the next
-    one could take for a damaged store.
-
-    Raises
-    ------
-    DamagedStoreError
-        The file is smaller than any database.
-    sqlite3.Error
-        As it comes.
-
-    """
-    _make_directory(path.parent, parents=parents)
-    if path.exists():
-        _check_file(path)
-    else:
-        _make_file(path)
-
-
-def remove_log(path: Path) -> None:
-    """Remove the write-ahead log and its index that a database which is gone left behind.
-
-    SQLite would replay them onto the next database of that name.
-    """
-    for suffix in ("-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-
-
-def _make_directory(folder: Path, *, parents: bool) -> None:
-    if folder.is_dir():
-        return
-    if parents:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    sync_directory(folder.parent)
-
-
-def _check_file(path: Path) -> None:
-    # Never opened here: closing it would drop the locks of every connection of this process to it.
-    status = path.stat()
-    if status.st_size < _SMALLEST:
-        # SQLite would take a file without content for a new database, and the state for empty.
-        raise DamagedStoreError(f"{path} is damaged: it has only {status.st_size} bytes", hint=DAMAGED_HINT)
-    if status.st_mode & 0o077:
-        path.chmod(0o600)
-
-
-def _make_file(path: Path) -> None:
-    """Make an empty database under another name, private before SQLite opens it, and link it into place.
-
-    One process at a time in one directory, so that none removes what another one has just begun.
-    """
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if not path.exists():
-            _make_file_alone(path)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_file_alone(path: Path) -> None:
-    for leftover in path.parent.glob(f".{path.name}.*"):
-        leftover.unlink(missing_ok=True)
-    # Of a database that was deleted or moved without them.
-    remove_log(path)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        db = connect(temporary, "power", 0.0)
-        try:
-            install(db, temporary)
-        finally:
-            db.close()
-        path.hardlink_to(temporary)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def connect(path: Path | None, durability: Durability, busy_timeout: float) -> sqlite3.Connection:
-    """Open or create a database for writing; None opens one in memory. ``sqlite3.Error`` comes as it is."""
-    db = sqlite3.connect(
-        ":memory:" if path is None else path,
-        timeout=busy_timeout,
-        isolation_level=None,
-        check_same_thread=False,
-    )
-    try:
-        for pragma in (
-            f"synchronous={_SYNCHRONOUS[durability]}",
-            "fullfsync=ON",  # macOS only: there, fsync alone does not reach the disk
-            "checkpoint_fullfsync=ON",
-            "cell_size_check=ON",
-            "trusted_schema=OFF",
-            "temp_store=MEMORY",
-            f"cache_size=-{_CACHE_KIB}",
-            f"wal_autocheckpoint={_CHECKPOINT_PAGES}",
-            f"journal_size_limit={_LARGEST_IDLE_WAL}",
-        ):
-            db.execute(f"PRAGMA {pragma}")
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
 def install(db: sqlite3.Connection, path: Path | None) -> None:
     """Make sure that the database is ours and has the tables, those of an older schema in one transaction.
 
-    Raises
-    ------
-    StoreError
-        A newer shmelim wrote it, it belongs to another program, or its file system cannot keep a write-ahead
-        log.
-    sqlite3.Error
-        As it comes.
-
+    A StoreError says that it is another program's, a newer shmelim's, or on a file system that keeps no log.
     """
-    found = _identify(db, path)
+    found = identify(db, path)
     if path is not None:
         (mode,) = db.execute("PRAGMA journal_mode=WAL").fetchone()
         if mode != "wal":
@@ -246,7 +120,7 @@ def install(db: sqlite3.Connection, path: Path | None) -> None:
         return
     db.execute("BEGIN IMMEDIATE")
     # Looked at again: another process may have been quicker.
-    for statements in _SCHEMAS[_identify(db, path) :]:
+    for statements in _SCHEMAS[identify(db, path) :]:
         for statement in statements:
             db.execute(statement)
     db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
@@ -254,43 +128,7 @@ def install(db: sqlite3.Connection, path: Path | None) -> None:
     db.execute("COMMIT")
 
 
-def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
-    """Open an existing database for reading, with or without a writer. ``sqlite3.Error`` comes as it is.
-
-    It may have an older schema, and so lack tables.
-
-    Raises
-    ------
-    StoreError
-        As :func:`install` does.
-
-    """
-    location = f"file:{quote(os.fspath(path.absolute()))}?mode=ro"
-    try:
-        return _read_only(location, path, busy_timeout)
-    except sqlite3.OperationalError:
-        # A reader needs the index of the write-ahead log, and may be unable to make one (a directory that it
-        # may not write). Where nothing stands in the log, the main file alone is the whole truth.
-        wal = path.with_name(path.name + "-wal")
-        if os.access(path.parent, os.W_OK) or (wal.exists() and wal.stat().st_size):
-            raise
-        return _read_only(f"{location}&immutable=1", path, busy_timeout)
-
-
-def _read_only(location: str, path: Path, busy_timeout: float) -> sqlite3.Connection:
-    db = sqlite3.connect(location, uri=True, timeout=busy_timeout, isolation_level=None, check_same_thread=False)
-    try:
-        found = _identify(db, path)
-    except BaseException:
-        db.close()
-        raise
-    if not found:
-        db.close()
-        raise StoreError(f"{path} holds no tables yet", hint="nothing was ever stored there")
-    return db
-
-
-def _identify(db: sqlite3.Connection, path: Path | None) -> int:
+def identify(db: sqlite3.Connection, path: Path | None) -> int:
     """Return the schema number of a database of ours, 0 of an empty one; refuse every other."""
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (schema,) = db.execute("PRAGMA user_version").fetchone()

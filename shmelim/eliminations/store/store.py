@@ -4,7 +4,7 @@ A change is made in a transaction, with its events; the server publishes it afte
 
     with store.transaction():
         old = store.put_elimination(hotkey, record)
-        store.add_event("add", hotkey, old=old, new=record)
+        store.add_events([Change("add", hotkey, old, record)])
 
 Records are opaque msgpack bytes here (:mod:`shmelim.eliminations.record` makes them). Eliminated and departed
 hotkeys carry ordinals, which keep the order in which they first became so: a new one gets a number above all
@@ -13,22 +13,20 @@ in use, an update keeps it, a removal frees it, and a hotkey that comes again co
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from zlib import crc32
 
 from shmelim.eliminations.debts import tables as debt_table
+from shmelim.eliminations.debts.states import Debt, Slash
 from shmelim.eliminations.rows import Row
 from shmelim.eliminations.store import history
 from shmelim.eliminations.store.database import Database
 from shmelim.eliminations.store.history import Change, Event, Origin
 from shmelim.eliminations.store.schema import DAMAGED_HINT
 from shmelim.errors import DamagedStoreError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from shmelim.eliminations.debts.states import Debt, Slash
+from shmelim.system import clock
 
 # Hotkeys in one question: below the 999 that an old SQLite allows, and nearly all chunks share one statement.
 _CHUNK = 500
@@ -62,10 +60,9 @@ class Counts(NamedTuple):
 class Store(Database):
     """The state of record in SQLite; open it with :meth:`open` or :meth:`in_memory`.
 
-    Used by one thread at a time, normally the one thread that owns it. Every method raises
-    :class:`~shmelim.errors.StoreError` when the database cannot be read or written
-    (:class:`~shmelim.errors.DamagedStoreError` when it is damaged), and when a change is made outside of a
-    transaction. What a call changed before it raised is undone by the rollback of its transaction or
+    For one thread at a time. Every method raises :class:`~shmelim.errors.StoreError` when the database cannot be
+    read or written (:class:`~shmelim.errors.DamagedStoreError` when it is damaged), and when a change is made
+    outside of a transaction. What a call changed before it raised is undone by the rollback of its transaction or
     savepoint, not before.
     """
 
@@ -80,10 +77,10 @@ class Store(Database):
         found: dict[str, Row] = {}
         remaining = iter(hotkeys)
         while chunk := list(islice(remaining, _CHUNK)):
-            marks = ",".join("?" * len(chunk))
             with self._guard:
-                rows = self._db.execute(f"{_ALL} WHERE hotkey IN ({marks})", chunk).fetchall()
-            found.update((row[0], _row(row)) for row in rows)
+                rows = self._db.execute(f"{_ALL} WHERE hotkey IN ({_marks(chunk)})", chunk).fetchall()
+            for row in rows:
+                found[row[0]] = _row(row)
         return found
 
     def rows(self) -> Iterator[Row]:
@@ -155,10 +152,6 @@ class Store(Database):
             )
         return old
 
-    def remove_elimination(self, hotkey: str) -> bytes | None:
-        """Remove a hotkey's record; returns it, or None where there was none."""
-        return self.remove_eliminations((hotkey,)).get(hotkey)
-
     def remove_eliminations(self, hotkeys: Iterable[str]) -> dict[str, bytes]:
         """Remove the records of many hotkeys; returns those that were there, in the order given."""
         self._need_transaction()
@@ -184,20 +177,9 @@ class Store(Database):
         return deleted + emptied
 
     def put_departed(self, hotkey: str, detected_ms: int) -> bool:
-        """Record that a hotkey departed, once and for ever.
+        """Record that a hotkey departed, once and for ever; False where that, and its time, is recorded already.
 
-        Parameters
-        ----------
-        hotkey
-            The hotkey.
-        detected_ms
-            When it was seen, in milliseconds since 1970, UTC; 0 where nobody knows.
-
-        Returns
-        -------
-        bool
-            False where it was recorded before; that time stays.
-
+        `detected_ms` is when it was seen, in milliseconds since 1970, UTC; 0 where nobody knows.
         """
         self._need_transaction()
         with self._guard:
@@ -212,8 +194,20 @@ class Store(Database):
             )
         return True
 
+    def clear_departed(self) -> None:
+        """Forget every departure."""
+        self._need_transaction()
+        with self._guard:
+            self._db.execute(
+                "DELETE FROM hotkeys"
+                " WHERE departed_ordinal IS NOT NULL AND eliminated_ordinal IS NULL AND registered = 0"
+            )
+            self._db.execute(
+                "UPDATE hotkeys SET departed_ordinal = NULL, detected_ms = NULL WHERE departed_ordinal IS NOT NULL"
+            )
+
     def set_registered(self, hotkeys: Iterable[str]) -> set[str]:
-        """Make exactly these hotkeys registered; returns those of which that is a change."""
+        """Make exactly these hotkeys registered; returns those that were not, and those that no longer are."""
         self._need_transaction()
         before, after = self.registered(), set(hotkeys)
         gone = [(hotkey,) for hotkey in before - after]
@@ -227,49 +221,23 @@ class Store(Database):
             self._db.executemany(_DELETE_EMPTY, gone)
         return before ^ after
 
-    def add_event(
-        self,
-        action: str,
-        hotkey: str | None = None,
-        *,
-        old: bytes | None = None,
-        new: bytes | None = None,
-        note: str | None = None,
-        origin: Origin | None = None,
-        at_ms: int | None = None,
-    ) -> None:
-        """Append one event to the history.
-
-        Parameters
-        ----------
-        action
-            What was done, a word.
-        hotkey
-            To whom; None where it concerns no one hotkey.
-        old, new
-            The records before and after, as msgpack.
-        note
-            Why, in words.
-        origin
-            The process that asked for it; None means this one.
-        at_ms
-            When, in milliseconds since 1970, UTC; None means now.
-
-        """
-        self.add_events((Change(action, hotkey, old, new, note),), origin, at_ms)
-
     def add_events(
         self, changes: Iterable[Change], origin: Origin | None = None, at_ms: int | None = None
     ) -> None:
-        """Append an event for each change; all have the same origin and time."""
+        """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
         self._need_transaction()
+        pid, uid, program = history.this_process() if origin is None else origin
+        now = clock.now_ms() if at_ms is None else at_ms
+        rows = [
+            (now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes
+        ]
         with self._guard:
-            history.insert(self._db, changes, origin, at_ms)
+            self._db.executemany(history.INSERT, rows)
 
     def events(
         self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
     ) -> list[Event]:
-        """Return events, newest first; the parameters are those of :func:`read_events`."""
+        """Return events, newest first, as :func:`~shmelim.eliminations.store.history.read_events`."""
         with self._guard:
             return history.select(self._db, hotkey, limit, before_id)
 
@@ -331,10 +299,13 @@ class Store(Database):
         found: dict[str, bytes] = {}
         for start in range(0, len(names), _CHUNK):
             chunk = names[start : start + _CHUNK]
-            marks = ",".join("?" * len(chunk))
             with self._guard:
-                found.update(self._db.execute(f"{_RECORDS} ({marks})", chunk))
+                found.update(self._db.execute(f"{_RECORDS} ({_marks(chunk)})", chunk))
         return {hotkey: found[hotkey] for hotkey in names if hotkey in found}
+
+
+def _marks(values: list[str]) -> str:
+    return ",".join("?" * len(values))
 
 
 def _row(row: tuple[str, int | None, bytes | None, int | None, int | None, int, int | None]) -> Row:

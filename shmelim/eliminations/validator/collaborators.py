@@ -1,7 +1,8 @@
 """What the processing of eliminations needs of a validator: one protocol for each thing that it calls.
 
-A validator's own classes need not know of these. They fit if they have these methods; where one has not, an
-adapter of a few lines stands between. First arguments are passed by position, those with defaults by name.
+A validator's own classes need not know of these: they fit if they have these methods, and where they do not, an
+adapter of a few lines stands between. First arguments are passed by position, those with defaults by name. What a
+method raises is reported, stops no other rule, and is tried again in the next tick; only a slash is not.
 
 Each protocol can be asked at run time whether an object has all its methods:
 ``isinstance(manager, PositionManager)``.
@@ -9,12 +10,10 @@ Each protocol can be asked at run time whether an object has all its methods:
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -23,10 +22,10 @@ class Metagraph(Protocol):
 
     @property
     def hotkeys(self) -> Sequence[str]:
-        """All registered hotkeys; None means that they are not known yet. What is no hotkey is left out."""
+        """All registered hotkeys; None means that they are not known yet. What is not a hotkey is left out."""
 
     def has_hotkey(self, hotkey: str, /) -> bool:
-        """Tell whether a hotkey is registered."""
+        """Whether a hotkey is registered."""
 
 
 @runtime_checkable
@@ -35,7 +34,7 @@ class TradePair(Protocol):
 
     @property
     def trade_pair_id(self) -> str:
-        """The pair's short name, such as ``BTCUSD``: the one under which its positions are locked."""
+        """The pair's short name, such as ``BTCUSD``, under which its positions are locked."""
 
 
 @runtime_checkable
@@ -90,10 +89,7 @@ class PerfLedgerManager(Protocol):
 
     @property
     def perf_ledger_hks_to_invalidate(self) -> Iterable[str]:
-        """Hotkeys whose ledger must be built again, since their positions changed in the past.
-
-        Only read: such a ledger shows what did not happen, so the drawdown rule does not judge by it.
-        """
+        """Hotkeys whose positions changed in the past, and whose ledger is not judged until it is built again."""
 
     def get_perf_ledger_eliminations(self) -> Iterable[Mapping[str, Any]]:
         """Return the elimination records of miners whose ledger shows that they were liquidated."""
@@ -101,15 +97,12 @@ class PerfLedgerManager(Protocol):
     def filtered_ledger_for_scoring(
         self, *, portfolio_only: bool = True, hotkeys: list[str] | None = None
     ) -> Mapping[str, Any]:
-        """Return ``{hotkey: ledger}`` of those of these hotkeys that have one."""
+        """Return ``{hotkey: ledger}`` for those of these hotkeys that have one."""
 
 
 @runtime_checkable
 class PositionManager(Protocol):
-    """The miners' positions.
-
-    What its getters return may be changed by the processing until it is saved.
-    """
+    """The miners' positions. The processing changes what the getters return, and then has it saved."""
 
     @property
     def perf_ledger_manager(self) -> Any:
@@ -130,32 +123,32 @@ class PositionManager(Protocol):
         """Store a position as it is."""
 
     def delete_position(self, position: Any, /) -> Any:
-        """Delete a position; one that is not there is no error."""
+        """Delete a position; it is not an error if it is gone."""
 
 
 @runtime_checkable
 class ChallengePeriodManager(Protocol):
     """The miners that are on probation, and why some of them failed.
 
-    A class may also have ``pop_elimination_reasons(hotkeys)``, which forgets those of these hotkeys alone. It is
-    then called instead of ``clear_elimination_reasons``: between a last look at who waits and the clearing,
-    another one can come, whose reason would be cleared unseen.
+    A class may also have ``pop_elimination_reasons(hotkeys)``, which forgets the reasons of these hotkeys alone.
+    It is then called instead of ``clear_elimination_reasons``, which would also clear a reason that came after the
+    last look.
     """
 
     def has_elimination_reasons(self) -> bool:
-        """Tell whether anybody waits to be eliminated. Asked every second."""
+        """Whether anybody waits to be eliminated. Asked every second."""
 
     def get_all_elimination_reasons(self) -> Mapping[str, Sequence[Any]]:
         """Return ``{hotkey: (reason, drawdown)}`` of those who wait. Asked again before they are cleared."""
 
     def clear_elimination_reasons(self) -> Any:
-        """Forget them: each is recorded."""
+        """Forget all reasons, which are recorded by then."""
 
     def get_hotkeys_by_bucket(self, bucket: Any, /) -> Iterable[str]:
         """Return the hotkeys in a bucket."""
 
     def has_miner(self, hotkey: str, /) -> bool:
-        """Tell whether a miner has an entry."""
+        """Whether a miner has an entry."""
 
     def remove_miner(self, hotkey: str, /) -> Any:
         """Remove a miner's entry."""
@@ -169,11 +162,11 @@ class ContractManager(Protocol):
     """The contract that holds the miners' collateral."""
 
     def slash_miner_collateral_proportion(self, hotkey: str, /, slash_proportion: float | None = None) -> Any:
-        """Take a share of a miner's collateral; None: as much as the contract says.
+        """Take a share of a miner's collateral, 0 to 1; None: as much as the contract says.
 
-        Called once for an elimination and not again, unless it raises :class:`~shmelim.errors.SlashNotMadeError`,
-        which says that certainly nothing was taken. It returns None or True once it is made. After any other
-        exception or answer nobody knows whether money moved, and a person must say. It is not awaited.
+        Called once for an elimination, and again only if it raises :class:`~shmelim.errors.SlashNotMadeError`,
+        which says that certainly nothing was taken. It returns None or True once the slash is made. After any
+        other exception or answer nobody knows whether money moved, and a person must find out. It is not awaited.
         """
 
 
@@ -190,20 +183,20 @@ class LimitOrderManager(Protocol):
     """The miners' limit orders."""
 
     def delete_all_limit_orders_for_hotkey(self, hotkey: str, /) -> Any:
-        """Delete a miner's limit orders; none is no error."""
+        """Delete a miner's limit orders; having none is not an error."""
 
 
 @runtime_checkable
 class Notifier(Protocol):
-    """Who is told of what needs a person, such as :class:`shmelim.notify.SlackNotifier`."""
+    """Tells people what needs them, such as :class:`shmelim.notify.SlackNotifier`."""
 
     def send_message(self, text: str, *, level: str = "info") -> Any:
-        """Have a message sent; False, or an exception, says that it must be sent again later."""
+        """Have a message sent; after False, or an exception, it is sent again later."""
 
 
 @runtime_checkable
 class WebSocketQueue(Protocol):
-    """Where changed positions are told to those who watch."""
+    """Takes changed positions to those who watch."""
 
     def put(self, message: Any, /) -> Any:
         """Put a message into the queue."""
@@ -223,8 +216,8 @@ class Collaborators:
     """The collaborators as they are now.
 
     Any of them may be replaced at any time, from any thread; whoever uses one looks here each time. None means
-    that the validator has no such thing, and what needs it is left out: a step of the tick, or what an
-    elimination owes.
+    that the validator has no such thing: what needs it, a step of the tick or a part of what an elimination owes,
+    is left out.
 
     Attributes
     ----------
@@ -243,7 +236,7 @@ class Collaborators:
     live_price_fetcher
         Handed on to positions that are closed; see :class:`ValidatorEnvironment` for its stand-in.
     shared_queue_websockets : WebSocketQueue
-        Is told of positions that were closed.
+        Gets the positions that were closed.
     slack_notifier : Notifier
         Is told what failed, once until it works again.
     shutdown_dict

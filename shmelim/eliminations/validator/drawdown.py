@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any, Final
 
 LOOKS: Final = 12
-"""Of so many looks at a ledger that seems the same one at least reads all of it: once an hour, by default."""
+"""At least one of so many looks at a ledger that seems unchanged reads all of it: once an hour, by default."""
 
 _WORTHWHILE: Final = 8  # checkpoints; fewer are read faster than compared
 
@@ -19,16 +20,9 @@ def ledger_drawdown_percentage(ledger: Any) -> float:
     """Return a ledger's largest drawdown as a percentage, 0 to 100.
 
     The ledger has checkpoints ``cps``, each with the lowest point it saw as a factor ``mdd`` of the peak before:
-    0.9 is 10 % down, and from 1 on there is none. Without a ledger (None), or a checkpoint in it, there is no
-    drawdown.
-
-    Raises
-    ------
-    AttributeError, TypeError
-        The ledger has no checkpoints, one of them has no ``mdd``, or that is no number.
-    ValueError
-        An ``mdd`` is NaN, or the lowest one so far off (over 2, under -1) that it is no factor; a percentage, say.
-
+    0.9 is 10 % down, and 1 or more is no drawdown. None, or a ledger without checkpoints, has no drawdown. What
+    cannot be read raises AttributeError or TypeError; an ``mdd`` that is NaN, or so far off (over 2, under -1)
+    that it is not a factor but perhaps a percentage, ValueError.
     """
     if ledger is None:
         return 0.0
@@ -38,10 +32,10 @@ def ledger_drawdown_percentage(ledger: Any) -> float:
 class Drawdowns:
     """Drawdowns of ledgers that are asked again and again, most of which have not changed since.
 
-    A ledger grows at its end: its last checkpoint changes, until another one comes after it, and one that is
-    built anew has other checkpoints. So while a ledger is the same object, with as many checkpoints, and the first
-    and the last two are the same objects, only those two are read. As nothing keeps a ledger from changing others
-    in place, every :data:`LOOKS`-th time all are read.
+    A ledger grows at its end: its last checkpoint changes until another one comes after it, and one that is built
+    anew has other checkpoints. So while a ledger is the same object, with as many checkpoints, of which the first
+    and the last two are the same objects, only the last two are read. As nothing keeps a ledger from changing the
+    others in place, all are read every :data:`LOOKS`-th time.
 
     Thread-safe. Keeps no ledger alive; forgets everything when it is pickled.
     """
@@ -76,19 +70,15 @@ class Drawdowns:
         known[key] = _Known(gone, count, ends, lowest, LOOKS - 1 - len(known) % (LOOKS // 2))
 
 
+@dataclass(slots=True)
 class _Known:
     """What is known of a ledger, and for how many looks more."""
 
-    __slots__ = ("count", "ends", "ledger", "looks", "lowest")
-
-    def __init__(
-        self, ledger: weakref.ref[Any], count: int, ends: tuple[Any, Any, Any], lowest: float, looks: int
-    ) -> None:
-        self.ledger = ledger
-        self.count = count
-        self.ends = ends
-        self.lowest = lowest
-        self.looks = looks
+    ledger: weakref.ref[Any]
+    count: int
+    ends: tuple[Any, Any, Any]
+    lowest: float  # of all but the last two
+    looks: int
 
     def is_of(self, ledger: Any, count: int, ends: tuple[Any, Any, Any]) -> bool:
         self.looks -= 1
@@ -105,7 +95,7 @@ class _Known:
 def _percentage(factors: list[Any]) -> float:
     if not factors:
         return 0.0
-    # One sum finds a NaN anywhere, which a minimum passes over, and refuses what is no number.
+    # One sum finds a NaN anywhere, which a minimum passes over, and refuses what is not a number.
     total = sum(factors)
     if total != total:  # noqa: PLR0124 - only NaN differs from itself, and asking costs nothing
         raise ValueError("the ledger has a checkpoint whose mdd is not a number")

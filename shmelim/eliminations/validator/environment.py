@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
 
 from shmelim.eliminations.validator.directories import MinerDirectories
 from shmelim.eliminations.validator.drawdown import Drawdowns
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
+from shmelim.system import clock as system_clock
 
 DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
 
@@ -18,38 +16,52 @@ DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
 class ValidatorEnvironment:
     """The figures and rules that validators choose; pass what differs, or subclass.
 
+    Any attribute may be set at any time; the next tick uses it. Thread-safe, and can be pickled if what it was
+    given can.
+
     Parameters
     ----------
     price_source
-        Called with a trade pair, an elimination's ``price_info`` and its time; returns what the position class'
-        ``generate_fake_flat_order`` expects, or None. Default: see :meth:`price_source`.
+        Called with a trade pair, an elimination's ``price_info`` and its time (ms since 1970, UTC); returns what
+        the position class' ``generate_fake_flat_order`` expects, or None. Default: see :meth:`price_source`.
     drawdown
         Called with a ledger; returns whether its miner is to be eliminated, and the drawdown as a percentage.
         Default: see :meth:`drawdown`.
     max_drawdown_percentage
-        The default drawdown rule eliminates from this percentage on.
+        The default drawdown rule eliminates from this percentage on, 0 to 100.
     scored_bucket
         The bucket of the challenge period whose miners the drawdown rule judges.
     check_interval_ms
-        A tick runs when more than this has passed since the last one.
+        A tick runs when more than this many milliseconds have passed since the last one.
     deletion_delay_ms
-        An elimination of at least this age is deleted once its miner has left the metagraph.
+        An elimination at least this many milliseconds old is deleted once its miner has left the metagraph.
     slash_proportions
-        ``{reason: share of the collateral}``; a reason that is not in it is left to the contract.
+        ``{reason: share of the collateral}``, each 0 to 1; for any other reason the contract decides.
     slash_once_within_ms
-        A miner who was slashed for an elimination is not slashed for another that begins less than this later (or
-        earlier): a sync that takes an elimination back gives no collateral back.
+        A miner who was slashed for an elimination is not slashed for another one that begins less than this many
+        milliseconds later (or earlier): a sync that takes an elimination back gives no collateral back.
     development_hotkey
-        The hotkey that is no zombie, though it is in no metagraph.
+        The hotkey that is not a zombie, though it is in no metagraph.
     miner_directory
-        The directory that has one for each miner, and nothing else: whatever directory stands there is a miner's,
-        but for hidden ones, links, and names that can be no hotkey. None: there are none, and so no zombies.
+        The directory that has one for each miner, and nothing else: every directory in it is a miner's, except
+        hidden ones, links, and names that cannot be hotkeys. None: there are no such directories, and no zombies.
     live_price_fetcher
-        Stands in where the collaborators have none.
+        Used where the collaborators have none.
     clock
-        Returns milliseconds since 1970, UTC; fractions of one are rounded.
+        Returns milliseconds since 1970, UTC; fractions are rounded. Default: the system's clock.
     tick_pause_s, error_pause_s
         Seconds between two ticks of the loop, and after one that failed.
+
+    Examples
+    --------
+    >>> environment = ValidatorEnvironment(max_drawdown_percentage=5.0, slash_proportions={"PLAGIARISM": 1.0})
+    >>> environment.slash_proportion("PLAGIARISM"), environment.slash_proportion("ZOMBIE")
+    (1.0, None)
+    >>> from types import SimpleNamespace
+    >>> environment.drawdown(SimpleNamespace(cps=[SimpleNamespace(mdd=0.99), SimpleNamespace(mdd=0.94)]))
+    (True, 6.0)
+    >>> environment.price_source("BTC/USD", {"BTC/USD": 65000.0}, 1_700_000_000_000)
+    65000.0
 
     """
 
@@ -89,40 +101,47 @@ class ValidatorEnvironment:
 
     def now_ms(self) -> int:
         """Return the time in milliseconds since 1970, UTC."""
-        return time.time_ns() // 1_000_000 if self._clock is None else round(self._clock())
+        return system_clock.now_ms() if self._clock is None else round(self._clock())
 
     def price_source(self, trade_pair: Any, price_info: Mapping[str, Any], time_ms: int) -> Any:
         """Return the price at which a position is closed, as its class wants it; None to have it fetched.
 
-        By default the price itself, where ``price_info`` (``{"BTC/USD": price}``) has the pair by its
-        ``trade_pair``, its ``trade_pair_id`` or its text.
+        By default the price itself, where ``price_info`` has the pair by its ``trade_pair``, its ``trade_pair_id``
+        or its text.
 
         Parameters
         ----------
         trade_pair
-            Of the position.
+            The position's.
         price_info
-            The prices that led to the elimination, from its record.
+            The prices that led to the elimination, from its record: ``{"BTC/USD": price}``.
         time_ms
-            The time of the elimination.
+            The time of the elimination, in milliseconds since 1970, UTC.
 
         """
         if self._price_source is not None:
             return self._price_source(trade_pair, price_info, time_ms)
-        for name in (
+        names = (
             getattr(trade_pair, "trade_pair", None),
             getattr(trade_pair, "trade_pair_id", None),
             str(trade_pair),
-        ):
-            if isinstance(name, str) and name in price_info:
-                return price_info[name]
-        return None
+        )
+        return next((price_info[name] for name in names if isinstance(name, str) and name in price_info), None)
 
     def drawdown(self, ledger: Any) -> tuple[bool, float]:
         """Return whether a ledger's miner is to be eliminated, and the drawdown as a percentage.
 
-        By default from `max_drawdown_percentage` on, by :func:`ledger_drawdown_percentage`; of a ledger that has
-        not changed only the end is read (see :class:`~shmelim.eliminations.validator.drawdown.Drawdowns`).
+        By default from `max_drawdown_percentage` on. The ledger has checkpoints ``cps``, each with the lowest
+        point it saw as a factor ``mdd`` of the peak before: 0.9 is 10 % down. Of a ledger that seems unchanged
+        only the end is read, and at least once in 12 looks the whole.
+
+        Raises
+        ------
+        AttributeError, TypeError
+            The ledger has no checkpoints, one of them has no ``mdd``, or that is not a number.
+        ValueError
+            An ``mdd`` is NaN, or so far off that it is not a factor.
+
         """
         if self._drawdown is not None:
             return self._drawdown(ledger)
@@ -130,7 +149,7 @@ class ValidatorEnvironment:
         return percentage >= self.max_drawdown_percentage, percentage
 
     def slash_proportion(self, reason: str) -> float | None:
-        """Return which share of the collateral is taken for that reason; None leaves it to the contract."""
+        """Return the share of the collateral that is taken for a reason, 0 to 1; None lets the contract decide."""
         return self.slash_proportions.get(reason)
 
     def miner_hotkeys(self) -> list[str]:

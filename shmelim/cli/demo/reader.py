@@ -1,0 +1,173 @@
+"""A reader process of the demo: reads without pause, and counts whatever must not be.
+
+Each record carries the ``stamp`` of the last sync, which writes all records anew: one snapshot never holds two
+stamps. Each ends in a ``checksum`` over its other fields: parts of two records never make a whole one. And a sync
+eliminates all of one camp and none of the other, in turns, so that mixed answers to a batch of checks show too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from itertools import cycle
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from shmelim.eliminations.files import format as files
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.record import EliminationReason
+
+REAL_HOTKEYS: Final = resources.files("shmelim") / "data" / "default_departed_hotkeys.json"
+BATCH: Final = 100  # checks between two looks at the clock
+_REASONS: Final = [reason.value for reason in EliminationReason]
+
+
+class Cast(NamedTuple):
+    """Which hotkey plays which part."""
+
+    steady: list[str]  # eliminated from the first sync to the end
+    even: list[str]  # eliminated in syncs with an even stamp
+    odd: list[str]  # eliminated in syncs with an odd one
+    single: list[str]  # added, replaced and removed one at a time
+    first: str  # the first change that the second server makes
+    never: list[str]  # never eliminated
+
+
+def cast() -> Cast:
+    """Give each of the real hotkeys its part, the same every time."""
+    with resources.as_file(REAL_HOTKEYS) as path:
+        found = files.read_departed(path)
+    assert found is not None, f"{REAL_HOTKEYS} is part of the package"
+    rest = random.Random(0).sample(sorted(found.items), len(found.items))  # noqa: S311 - parts, not secrets
+    return Cast(rest[:120], rest[120:180], rest[180:240], rest[240:300], rest[300], rest[301:])
+
+
+def make_record(hotkey: str, stamp: int, serial: int) -> dict[str, Any]:
+    """Return a hotkey's record as a change writes it after a sync; the same for the same arguments."""
+    figures = random.Random(f"{hotkey} {serial}")  # noqa: S311 - plausible figures, not secrets
+    record: dict[str, Any] = {
+        "hotkey": hotkey,
+        "dd": round(figures.uniform(0.02, 0.3), 4),
+        "reason": figures.choice(_REASONS),
+        "elimination_initiated_time_ms": 1_738_000_000_000 + figures.randrange(10**10),
+        "price_info": {pair: round(figures.uniform(1, 1e5), 5) for pair in ("BTC/USD", "ETH/USD", "EUR/USD")},
+        "return_info": {"return": round(figures.uniform(0.7, 1.1), 6), "n_positions": figures.randint(1, 400)},
+        "stamp": stamp,
+        "serial": serial,
+    }
+    return {**record, "checksum": _checksum(record)}
+
+
+def is_whole(record: dict[str, Any]) -> bool:
+    """Tell whether a record is one that was made, and not parts of several."""
+    return record.get("checksum") == _checksum({key: value for key, value in record.items() if key != "checksum"})
+
+
+def _checksum(fields: dict[str, Any]) -> int:
+    return zlib.crc32(msgspec.msgpack.encode(fields, order="sorted"))
+
+
+def are_mixed(records: Iterable[dict[str, Any]]) -> bool:
+    """Tell whether records that were read as one state are of more than one."""
+    return len({record.get("stamp") for record in records}) > 1
+
+
+def are_halves_mixed(even: Sequence[bool], odd: Sequence[bool]) -> bool:
+    """Tell whether the answers for the two camps, read as one state, are of more than one."""
+    return not ((all(even) and not any(odd)) or (all(odd) and not any(even)))
+
+
+class Watcher:
+    """Reads of every kind in turn, each compared with what can be known of the answer."""
+
+    def __init__(self, reader: EliminationReader, parts: Cast) -> None:
+        self.reader, self.parts = reader, parts
+        self.counts: Counter[str] = Counter()
+        self.errors: list[str] = []
+        self._steady = cycle(parts.steady)
+        self._mixture = [it for pair in zip(parts.steady, parts.never, strict=False) for it in pair][:BATCH]
+        self._version = 0
+
+    def round(self) -> None:
+        """Do some reads of every kind."""
+        for read, times in ((self._check, 100), (self._get, 50), (self._check_camps, 4), (self._snapshot, 1)):
+            for _ in range(times):
+                self._guarded(read)
+
+    def _guarded(self, read: Callable[[], None]) -> None:
+        try:
+            read()
+            self.counts["reads"] += 1
+        except Exception as error:
+            self.counts["failed"] += 1
+            self.errors = [*self.errors, f"{read.__name__.strip('_')}: {type(error).__name__}: {error}"][:3]
+
+    def _check(self) -> None:
+        check, found = self.reader.is_hotkey_eliminated, 0
+        began = time.perf_counter_ns()
+        for hotkey in self._mixture:
+            if check(hotkey):
+                found += 1
+        self.counts["checking_ns"] += time.perf_counter_ns() - began
+        self.counts["checks"] += BATCH
+        # Half of them are eliminated throughout, the others never.
+        self.counts["wrong"] += found != BATCH // 2
+
+    def _get(self) -> None:
+        hotkey = next(self._steady)
+        record = self.reader.get_elimination(hotkey)
+        self.counts["wrong"] += record is None or record.get("hotkey") != hotkey
+        self.counts["torn"] += record is not None and not is_whole(record)
+
+    def _check_camps(self) -> None:
+        half = len(self.parts.even)
+        answers = self.reader.are_eliminated([*self.parts.even, *self.parts.odd]).tolist()
+        self.counts["mixed"] += are_halves_mixed(answers[:half], answers[half:])
+
+    def _snapshot(self) -> None:
+        snapshot = self.reader.snapshot()
+        records = snapshot.eliminations
+        self.counts["snapshots"] += 1
+        self.counts["mixed"] += are_mixed(records.values())
+        self.counts["torn"] += sum(not is_whole(record) for record in records.values())
+        self.counts["wrong"] += any(hotkey not in records for hotkey in self.parts.steady)
+        self.counts["backwards"] += snapshot.version < self._version
+        self._version = snapshot.version
+
+
+def main(name: str) -> None:
+    """Read until told to report, or until the demo is gone; one line of JSON asks, one answers.
+
+    ``["round", null]`` is answered with the number of reads in a whole round, ``["sees", hotkey]`` with whether
+    the hotkey is eliminated now, and ``["report", null]`` with all that was counted.
+    """
+    watcher = Watcher(EliminationReader(name, wait=30), cast())
+    answer: object = os.getpid()
+    while True:
+        if answer is not None:
+            print(json.dumps(answer), flush=True)  # noqa: T201 - the demo reads it
+        answer, what, about, before = None, "", "", watcher.counts["reads"]
+        if select.select([sys.stdin], [], [], 0)[0]:
+            what, about = json.loads(sys.stdin.readline() or '["report", null]')
+        if what == "report":
+            break
+        if what == "sees":
+            answer = watcher.reader.is_hotkey_eliminated(about)
+        watcher.round()
+        if what == "round":
+            answer = watcher.counts["reads"] - before
+    counts = {**watcher.counts, "retries": watcher.reader.retries}
+    print(json.dumps({"pid": os.getpid(), **counts, "errors": watcher.errors}), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

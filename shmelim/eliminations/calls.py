@@ -1,0 +1,538 @@
+"""The remote methods, each declared once: its arguments, its documentation, and how it may be called.
+
+The server implements a declared method as ``<name>_rpc``. Clients, the manager in both modes, and the processing
+inherit it from here. So a new remote method is its declaration in this file and its body in ``server.py``.
+"""
+
+# mypy: disable-error-code="empty-body"
+# What a declaration does stands in the server.
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import weakref
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+
+from shmelim.eliminations.record import generate_row
+from shmelim.eliminations.state.changes import check_hotkeys, check_listed
+from shmelim.errors import ChannelError, MessageTooLargeError, ShmelimError, StateUnavailableError, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Class = TypeVar("Class", bound=type)
+
+_PART: Final = 2000  # records in a message
+_ABANDON_TIMEOUT: Final = 2.0  # seconds, as those below
+_PART_TIMEOUT: Final = 60.0
+_LONG_TIMEOUT: Final = 60.0
+_TIMEOUT_PER_ROW: Final = 0.001
+
+# Ends the documentation of each call.
+_EVERY_CALL: Final = """
+        As every call to the server it raises ``TypeError`` or ``ValueError`` for what cannot be a hotkey,
+        ``StoreError`` or ``SegmentFullError`` where a change could not be stored or published, and in RPC mode
+        ``NotServingError``, ``CallTimeoutError`` or another ``ChannelError`` where the call did not reach the
+        server. Nothing was applied then; after ``OutcomeUnknownError`` it may have been.
+"""
+
+
+def remote(
+    *,
+    idempotent: bool = False,
+    grows: bool = False,
+    keywords: Mapping[str, str] | None = None,
+    check: Callable[[Any], Any] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declare a method of :class:`Calls` whose body is the server's ``<name>_rpc``; a plain function comes of it.
+
+    ``idempotent``: it may be carried out twice, and is sent again when a connection breaks. ``grows``: it may take
+    the longer, the more hotkeys are eliminated. ``keywords``: callers' names for its parameters, with ours.
+    ``check`` is applied to the first argument before that is sent.
+    """
+
+    def declare(declared: Callable[P, R]) -> Callable[P, R]:
+        method = f"{declared.__name__}_rpc"
+        first = list(inspect.signature(declared).parameters)[1:2]
+
+        @functools.wraps(declared)
+        def call(self: Calls, *args: Any, **kwargs: Any) -> Any:
+            if kwargs and keywords:
+                kwargs = _our_names(kwargs, keywords)
+            if check is not None and args:
+                args = (check(args[0]), *args[1:])
+            elif check is not None:
+                kwargs.update({name: check(kwargs[name]) for name in first if name in kwargs})
+            return self._call(method, args, kwargs, idempotent=idempotent, timeout=self._long() if grows else None)
+
+        call.__doc__ = f"{declared.__doc__}{_EVERY_CALL}"
+        call.keywords = keywords  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return declare
+
+
+def accepts(**keywords: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a method take callers' names of its parameters beside ours."""
+
+    def decorate(method: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(method)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return method(*args, **(_our_names(kwargs, keywords) if kwargs else kwargs))
+
+        call.keywords = keywords  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _our_names(kwargs: Mapping[str, Any], keywords: Mapping[str, str]) -> dict[str, Any]:
+    ours: dict[str, Any] = {}
+    for given, value in kwargs.items():
+        name = keywords.get(given, given)
+        if name in ours:
+            raise TypeError(f"{name} was given twice: {' and '.join(map(repr, kwargs))}")
+        ours[name] = value
+    return ours
+
+
+def implements(*declarations: type) -> Callable[[Class], Class]:
+    """Give a server's ``<name>_rpc`` methods the documentation and the keywords of the methods they implement."""
+
+    def decorate(server: Class) -> Class:
+        for name in dir(server):
+            own = name.removesuffix("_rpc")
+            declared = next((getattr(each, own) for each in declarations if hasattr(each, own)), None)
+            if own != name and declared is not None:
+                body = getattr(server, name)
+                body.__doc__ = body.__doc__ or declared.__doc__
+                if keywords := getattr(declared, "keywords", None):
+                    setattr(server, name, accepts(**keywords)(body))
+        return server
+
+    return decorate
+
+
+class Calls:
+    """The methods that ask the server: all that change the state, and what only it can answer.
+
+    When a change returns it is durable, and every later read in every process sees it. It costs a commit: with
+    durability "process" some 0.2 ms, with "power" a write to the disk more (0.7 ms together on an SSD).
+    """
+
+    _timeout: float  # seconds for a usual call
+
+    def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
+        """Call the server's method; ``options`` are ``idempotent`` and ``timeout`` (seconds; None: the usual)."""
+        raise NotImplementedError
+
+    def _size(self) -> int:
+        """Return how many hotkeys are eliminated."""
+        raise NotImplementedError
+
+    def _long(self) -> float:
+        """Return the seconds that a call may take which writes the files, or changes many records."""
+        return max(self._timeout, _LONG_TIMEOUT + self._size() * _TIMEOUT_PER_ROW)
+
+    # ------------------------------------------------------------------ one elimination
+
+    @remote(keywords={"elimination_data": "data"})
+    def add_elimination(self, hotkey: str, data: Mapping[str, Any]) -> bool:
+        """Add or replace an elimination record.
+
+        Parameters
+        ----------
+        hotkey
+            Whom: 1 to 255 bytes of UTF-8.
+        data
+            The record, a mapping of JSON-like values: ``hotkey`` (the same), ``reason``,
+            ``elimination_initiated_time_ms`` (ms since 1970, UTC), ``dd`` (drawdown, stored as given, or None),
+            ``price_info``, ``return_info``, and whatever else is to be kept; at most 1 MiB.
+
+        Returns
+        -------
+        bool
+            True for a hotkey that was not eliminated before, False for an update.
+
+        Raises
+        ------
+        ValueError
+            A field is missing, or the record is of another hotkey, or too large.
+        TypeError
+            A value cannot be stored; the message names its path.
+
+        """
+
+    @remote(keywords={"dd": "current_dd"})
+    def append_elimination_row(
+        self,
+        hotkey: str,
+        current_dd: float | None,
+        reason: str,
+        t_ms: int | None = None,
+        price_info: Mapping[str, Any] | None = None,
+        return_info: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Build a record from its parts, add it, and have the JSON files written.
+
+        Parameters
+        ----------
+        hotkey, current_dd, reason, t_ms, price_info, return_info
+            As for :meth:`generate_elimination_row`, which only builds it.
+
+        Returns
+        -------
+        bool
+            As for :meth:`add_elimination`, and so are the errors.
+
+        """
+
+    generate_elimination_row = staticmethod(accepts(dd="current_dd")(generate_row))
+
+    @remote()
+    def remove_elimination(self, hotkey: str) -> bool:
+        """Remove a hotkey's elimination record; True if there was one."""
+
+    # ------------------------------------------------------------------ many
+
+    @remote(grows=True, keywords={"deleted_hotkeys": "hotkeys"}, check=check_hotkeys)
+    def delete_eliminations(self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None) -> list[str]:
+        """Remove many records in one transaction, and have the JSON files written.
+
+        Parameters
+        ----------
+        hotkeys
+            Whose.
+        times_ms
+            Remove only those that were initiated at the time, in ms since 1970, which stands here for their
+            hotkey: another elimination may have come since. None: all.
+
+        Returns
+        -------
+        list of str
+            The hotkeys whose record was removed.
+
+        """
+
+    @accepts(dat="eliminations", eliminations_list="eliminations")
+    def sync_eliminations(
+        self,
+        eliminations: Iterable[Mapping[str, Any]],
+        *,
+        on_progress: Callable[[int], Any] | None = None,
+    ) -> list[str]:
+        """Make exactly these records the eliminations, in one step however many they are.
+
+        Hotkeys that stay keep their place in the order. Of a hotkey that is listed twice the last record counts.
+
+        Parameters
+        ----------
+        eliminations
+            The records, as for :meth:`add_elimination`. A long list is sent in parts, and applied as a whole.
+        on_progress
+            Called with the number of records sent so far; once all are sent, the commit is still to come.
+
+        Returns
+        -------
+        list of str
+            The hotkeys that are no longer eliminated.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A record cannot be stored; the message names its place in the list. Nothing is applied.
+        UploadLostError
+            The server was restarted in the middle of a long list; nothing is applied.
+
+        Exception
+            As every call; see :meth:`add_elimination`.
+
+        Notes
+        -----
+        About 30 µs for each record.
+
+        """
+        rows = iter(check_listed(eliminations))
+        first = list(islice(rows, _PART))
+        if len(first) < _PART:
+            with contextlib.suppress(MessageTooLargeError):
+                removed = self._call("sync_eliminations_rpc", (first,), timeout=self._long())
+                if on_progress is not None:
+                    on_progress(len(first))
+                return list(removed)
+        token = self._call("begin_upload_rpc")
+        sent = 0
+        try:
+            for part in _parts(first, rows):
+                self._upload(token, part)
+                sent += len(part)
+                if on_progress is not None:
+                    on_progress(sent)
+        except BaseException:
+            with contextlib.suppress(ShmelimError):
+                self._call("abandon_upload_rpc", (token,), timeout=_ABANDON_TIMEOUT)
+            raise
+        limit = _LONG_TIMEOUT + sent * _TIMEOUT_PER_ROW
+        return list(self._call("sync_uploaded_rpc", (token,), timeout=limit))
+
+    def _upload(self, token: str, part: list[Mapping[str, Any]]) -> None:
+        """Send records in one message, or in two where that is too large."""
+        try:
+            self._call("upload_rpc", (token, part), timeout=_PART_TIMEOUT)
+        except MessageTooLargeError:
+            if len(part) == 1:
+                raise
+            middle = len(part) // 2
+            self._upload(token, part[:middle])
+            self._upload(token, part[middle:])
+
+    @accepts(dat="eliminations", eliminations_list="eliminations")
+    def write_eliminations_to_disk(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
+        """Make exactly these records the eliminations, on disk and everywhere else: a sync without an answer."""
+        self.sync_eliminations(eliminations)
+
+    @remote(grows=True)
+    def clear_eliminations(self) -> None:
+        """Remove all elimination records. Departures stay."""
+
+    # ------------------------------------------------------------------ files
+
+    @remote(idempotent=True, grows=True)
+    def save_eliminations(self) -> None:
+        """Write the JSON files, and return when they are written; StoreError if they cannot be."""
+
+    @remote(idempotent=True, grows=True)
+    def get_eliminations_from_disk(self) -> list[dict[str, Any]]:
+        """Return the rows of ``eliminations.json``, or of the store where there is no such file."""
+
+    @remote(grows=True)
+    def load_eliminations_from_disk(self) -> None:
+        """Take over JSON files that somebody else put into the state directory, as a start does.
+
+        Files that the server wrote itself are older than its state, and left alone. A damaged file is moved
+        aside, with an error in the log, and changes nothing. Without a state directory nothing happens.
+        """
+
+    reload_from_disk = load_eliminations_from_disk
+
+    # ------------------------------------------------------------------ registered and departed
+
+    @remote(idempotent=True, grows=True, check=check_hotkeys)
+    def update_metagraph(self, hotkeys: Iterable[str]) -> list[str]:
+        """Say which hotkeys are registered now.
+
+        Those that were and are no longer have departed, which is recorded once and for ever, unless so many are
+        lost at once (more than 10, and at least a quarter) that it is not believed.
+
+        Parameters
+        ----------
+        hotkeys
+            All that are in the metagraph.
+
+        Returns
+        -------
+        list of str
+            Those whose departure was recorded.
+
+        """
+
+    @remote(idempotent=True)
+    def get_missing_hotkeys(self) -> list[str]:
+        """Return the hotkeys that the metagraph no longer shows, so many at once that it was not believed."""
+
+    @remote(grows=True, check=check_hotkeys)
+    def accept_loss(self, hotkeys: Iterable[str]) -> list[str]:
+        """Record the departure of hotkeys that really left, though their loss was not believed.
+
+        Parameters
+        ----------
+        hotkeys
+            Whose; those that are not missing are left as they are.
+
+        Returns
+        -------
+        list of str
+            Those that were missing.
+
+        """
+
+    @remote(grows=True)
+    def clear_departed_hotkeys(self) -> None:
+        """Forget all departures; eliminations, and who is registered now, stay."""
+
+    # ------------------------------------------------------------------ history, debts, first refresh
+
+    @remote(idempotent=True)
+    def get_history(
+        self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Return events, newest first: who changed what, when, with the old and the new record.
+
+        Parameters
+        ----------
+        hotkey
+            Only this hotkey's; None: all.
+        limit
+            At most so many, up to 10,000; None: 10,000.
+        before_id
+            Only events older than the one with this ``id``: for the next page.
+
+        Returns
+        -------
+        list of dict
+            With ``id``, ``at_ms`` (ms since 1970, UTC), ``action``, ``hotkey``, ``pid``, ``uid``, ``program``,
+            ``note``, ``old`` and ``new``.
+
+        Raises
+        ------
+        ValueError
+            The limit is out of bounds.
+
+        """
+
+    @remote(idempotent=True)
+    def get_debts(self, hotkey: str | None = None) -> list[dict[str, Any]]:
+        """Return what eliminations still owe, in their order, and of one: limit orders, positions, slash.
+
+        Parameters
+        ----------
+        hotkey
+            Whose; None: everybody's.
+
+        Returns
+        -------
+        list of dict
+            With ``hotkey``, ``kind``, ``state`` (``"owed"``, ``"attempting"``, ``"in_doubt"``), ``due``,
+            ``since_ms``, ``eliminated_ms``, ``attempts``, ``error``, ``attempt`` and ``in_doubt_since_ms``;
+            times in ms since 1970, UTC.
+
+        """
+
+    @remote(idempotent=True)
+    def get_slashes(self, hotkey: str | None = None) -> list[dict[str, Any]]:
+        """Return the last slash that was made of each hotkey, oldest first.
+
+        Parameters
+        ----------
+        hotkey
+            Only this one's; None: everybody's.
+
+        Returns
+        -------
+        list of dict
+            With ``hotkey``, ``made_ms``, ``eliminated_ms`` (ms since 1970, UTC) and ``by``: ``"contract"``, or
+            ``"hand"`` where a person said that it was made.
+
+        """
+
+    @remote()
+    def resolve_slash(self, hotkey: str, made: bool) -> bool:
+        """Say by hand whether a slash that was begun was made.
+
+        Parameters
+        ----------
+        hotkey
+            Whose collateral.
+        made
+            True: it is settled. False: it is owed again, unless its elimination was taken back.
+
+        Returns
+        -------
+        bool
+            False where there is no such slash, or where a running process may still be making it.
+
+        """
+
+    @remote(idempotent=True)
+    def get_first_refresh_ran(self) -> bool:
+        """Tell whether the first refresh was made since the server started."""
+
+    @remote(idempotent=True)
+    def set_first_refresh_ran(self, value: bool) -> None:
+        """Say whether the first refresh was made."""
+
+
+def _parts(first: list[Any], rest: Iterator[Any]) -> Iterator[list[Any]]:
+    part = first
+    while part:
+        yield part
+        part = list(islice(rest, _PART))
+
+
+class ProcessingCalls(Calls):
+    """The calls of the processing, through a manager that it does not keep alive.
+
+    A collaborator may raise a channel's error too. So errors of the server itself come out of here as
+    :class:`StateUnavailableError`, and whoever handles a miner's failure can tell them apart.
+    """
+
+    def __init__(self, manager: Calls) -> None:
+        self._manager = weakref.ref(manager)
+
+    def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
+        manager = self._manager()
+        try:
+            if manager is None:
+                raise ChannelError("the manager is gone")
+            return manager._call(method, args, kwargs, **options)  # noqa: SLF001
+        except MessageTooLargeError:
+            raise  # a record's fault
+        except (ConnectionError, TimeoutError, StoreError) as error:
+            raise StateUnavailableError(f"{method} failed: {error}") from error
+
+    def _long(self) -> float:
+        manager = self._manager()
+        return _LONG_TIMEOUT if manager is None else manager._long()  # noqa: SLF001
+
+    @remote()
+    def eliminate(
+        self,
+        hotkey: str,
+        record: Mapping[str, Any],
+        owed: Iterable[str],
+        replacements: int | None = None,
+        slash_once_within_ms: float | None = None,
+    ) -> str:
+        """Eliminate a hotkey that is not eliminated yet, and record in the same transaction what that owes.
+
+        ``owed`` are kinds of debts; a slash that was begun for an earlier elimination and is not settled stands
+        for this one too. ``replacements`` is what :meth:`get_replacements` returned when the decision was made;
+        None: whatever it is. No slash is owed if one was made for an elimination of this hotkey whose time is less
+        than ``slash_once_within_ms`` away; None: it is owed all the same.
+
+        Returns ``"added"``; ``"already"`` where it was eliminated, whose reason and debts stay; ``"superseded"``
+        where the list was replaced since. Only ``"added"`` changes anything.
+        """
+
+    @remote(idempotent=True)
+    def get_replacements(self) -> int:
+        """Return how often all eliminations were replaced: by a sync, a write, a clear, or a file at a start."""
+
+    @remote()
+    def settle_debt(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:
+        """Say that an effect is made; a slash only by the attempt that stands. False where nothing fits."""
+
+    @remote()
+    def fail_debt(
+        self, hotkey: str, kind: str, error: str, attempt: str | None = None, in_doubt: bool = False
+    ) -> bool:
+        """Say that an effect could not be made; False where nothing fits.
+
+        A slash that is attempted is owed again, or ``in_doubt`` where nobody knows whether it was made.
+        """
+
+    @remote(idempotent=True)
+    def begin_slash(self, hotkey: str, attempt: str) -> bool:
+        """Let an attempt have an owed slash, durable before this returns; may be repeated with the same token.
+
+        False: the slash is not owed, or another attempt has it; it must not be made.
+        """
+
+    @remote()
+    def doubt_slash(self, hotkey: str, attempt: str, error: str) -> bool:
+        """Put the slash that this very attempt has in doubt; False where it has none."""

@@ -1,0 +1,159 @@
+"""The file of the store's database: how it is made, and how a connection to it is opened.
+
+``OSError`` and ``sqlite3.Error`` come out of here as they are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from shmelim.eliminations.store import schema
+from shmelim.eliminations.store.schema import Durability
+from shmelim.errors import DamagedStoreError, StoreError
+from shmelim.system.durable import sync_directory
+
+LOG_SUFFIXES = ("-wal", "-shm")
+
+_SYNCHRONOUS = {"power": "FULL", "process": "NORMAL"}
+_SMALLEST = 512
+_CACHE_KIB = 32 * 1024
+_LARGEST_IDLE_WAL = 64 << 20
+# 16 MB: four times SQLite's default, so that a stream of small changes is folded in less often.
+_CHECKPOINT_PAGES = 4000
+
+
+def make_private(path: Path, *, parents: bool) -> None:
+    """Make the database's directory (0700) and file (0600) where missing.
+
+    A new database takes its name when it is whole, so that a start that is killed leaves nothing that the next
+    one could take for a damaged store.
+    """
+    _make_directory(path.parent, parents=parents)
+    if path.exists():
+        _check_file(path)
+    else:
+        _make_file(path)
+
+
+def remove_log(path: Path) -> None:
+    """Remove the log that a database which is gone left behind: SQLite would replay it onto the next one."""
+    for suffix in LOG_SUFFIXES:
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _make_directory(folder: Path, *, parents: bool) -> None:
+    if folder.is_dir():
+        return
+    if parents:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    sync_directory(folder.parent)
+
+
+def _check_file(path: Path) -> None:
+    # Never opened here: closing it would drop the locks of every connection of this process to it.
+    status = path.stat()
+    if status.st_size < _SMALLEST:
+        # SQLite would take a file without content for a new database, and the state for empty.
+        raise DamagedStoreError(f"{path} is damaged: it has only {status.st_size} bytes", hint=schema.DAMAGED_HINT)
+    if status.st_mode & 0o077:
+        path.chmod(0o600)
+
+
+def _make_file(path: Path) -> None:
+    """Make an empty database under another name, private before SQLite opens it, and link it into place.
+
+    One process at a time in one directory, so that none removes what another one has just begun.
+    """
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not path.exists():
+            _make_file_alone(path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_file_alone(path: Path) -> None:
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink(missing_ok=True)
+    # Of a database that was deleted or moved without them.
+    remove_log(path)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        with closing(connect(temporary, "power", 0.0)) as db:
+            schema.install(db, temporary)
+        path.hardlink_to(temporary)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def connect(path: Path | None, durability: Durability, busy_timeout: float) -> sqlite3.Connection:
+    """Open or create a database for writing; None opens one in memory."""
+    db = sqlite3.connect(
+        ":memory:" if path is None else path,
+        timeout=busy_timeout,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    with closed_on_error(db):
+        for pragma in (
+            f"synchronous={_SYNCHRONOUS[durability]}",
+            "fullfsync=ON",  # macOS only: there, fsync alone does not reach the disk
+            "checkpoint_fullfsync=ON",
+            "cell_size_check=ON",
+            "trusted_schema=OFF",
+            "temp_store=MEMORY",
+            f"cache_size=-{_CACHE_KIB}",
+            f"wal_autocheckpoint={_CHECKPOINT_PAGES}",
+            f"journal_size_limit={_LARGEST_IDLE_WAL}",
+        ):
+            db.execute(f"PRAGMA {pragma}")
+    return db
+
+
+@contextmanager
+def closed_on_error(db: sqlite3.Connection) -> Iterator[None]:
+    """Close a connection if the block raises."""
+    try:
+        yield
+    except BaseException:
+        db.close()
+        raise
+
+
+def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
+    """Open an existing database for reading, with or without a writer; one of an older schema may lack tables."""
+    location = f"file:{quote(os.fspath(path.absolute()))}?mode=ro"
+    try:
+        return _read_only(location, path, busy_timeout)
+    except sqlite3.OperationalError:
+        # A reader needs the index of the write-ahead log, and may be unable to make one (a directory that it
+        # may not write). Where nothing stands in the log, the main file alone is the whole truth.
+        wal = log_of(path)
+        if os.access(path.parent, os.W_OK) or (wal.exists() and wal.stat().st_size):
+            raise
+        return _read_only(f"{location}&immutable=1", path, busy_timeout)
+
+
+def _read_only(location: str, path: Path, busy_timeout: float) -> sqlite3.Connection:
+    db = sqlite3.connect(location, uri=True, timeout=busy_timeout, isolation_level=None, check_same_thread=False)
+    with closed_on_error(db):
+        if not schema.identify(db, path):
+            raise StoreError(f"{path} holds no tables yet", hint="nothing was ever stored there")
+    return db
+
+
+def log_of(path: Path) -> Path:
+    """Return the path of a database's write-ahead log."""
+    return path.with_name(f"{path.name}-wal")

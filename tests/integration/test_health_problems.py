@@ -1,0 +1,159 @@
+"""What a server says is wrong: by name, since when, how bad, what to do; logged once, and gone when it is over."""
+
+import ast
+import threading
+from pathlib import Path
+
+import pytest
+from serving import row
+
+import shmelim
+from shmelim.eliminations.server import EliminationManagerServer
+from shmelim.eliminations.state import debt_book
+from shmelim.errors import DamagedStoreError, SegmentFullError, StoreError
+
+FIELDS = {"name", "subject", "text", "severity", "remedy", "since_ms"}
+
+
+@pytest.fixture
+def server(tmp_path):
+    with EliminationManagerServer(state_dir=tmp_path, files="off", durability="process") as server:
+        yield server
+
+
+def raising(error):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    return fail
+
+
+def test_nothing_is_wrong(server):
+    health = server.health_check_rpc()
+    assert (health["status"], health["problems"]) == ("ok", [])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [StoreError("no space left", hint="make room"), DamagedStoreError("a page is damaged", hint="restart")],
+    ids=["full", "damaged"],
+)
+def test_a_commit_that_failed_is_named_logged_once_and_over_with_the_next_that_works(
+    server, monkeypatch, caplog, error
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(server._committer._store, "commit", raising(error))
+        for number in range(50):
+            with pytest.raises(type(error)):
+                server.add_elimination_rpc(f"h{number}", row(f"h{number}"))
+        health = server.health_check_rpc()
+        (problem,) = health["problems"]
+        assert set(problem) == FIELDS
+        assert (problem["name"], problem["severity"], problem["remedy"]) == (
+            "commit_failed",
+            "degraded",
+            error.hint,
+        )
+        assert error.message in problem["text"]
+        assert server.started_ms <= problem["since_ms"] <= health["timestamp_ms"]
+        assert health["status"] == "degraded"
+    assert server.add_elimination_rpc("a", row("a")) is True
+    assert (server.health_check_rpc()["status"], server.health_check_rpc()["problems"]) == ("ok", [])
+    lines = [message for message in caplog.messages if "commit_failed" in message]
+    assert len(lines) == 2
+    assert "over after" in lines[1]
+
+
+def test_a_change_that_changes_nothing_does_not_end_a_problem(server, monkeypatch):
+    server.add_elimination_rpc("a", row("a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(server._committer._store, "commit", raising(StoreError("no space left")))
+        with pytest.raises(StoreError):
+            server.add_elimination_rpc("b", row("b"))
+    assert server.remove_elimination_rpc("unknown") is False
+    assert server.health_check_rpc()["status"] == "degraded"
+
+
+def test_a_change_that_is_refused_for_itself_is_nobody_elses_problem(server):
+    with pytest.raises(ValueError, match="reason"):
+        server.add_elimination_rpc("a", {"hotkey": "a"})
+    assert server.health_check_rpc()["problems"] == []
+
+
+def test_full_shared_memory_is_named(server, monkeypatch):
+    with monkeypatch.context() as patch:
+        error = SegmentFullError("no room for 5 bytes", hint="enlarge /dev/shm")
+        patch.setattr(server._committer, "_stage", raising(error))
+        with pytest.raises(SegmentFullError):
+            server.add_elimination_rpc("a", row("a"))
+        (problem,) = server.health_check_rpc()["problems"]
+        assert (problem["name"], problem["remedy"]) == ("shared_memory_full", "enlarge /dev/shm")
+    server.add_elimination_rpc("a", row("a"))
+    assert server.health_check_rpc()["problems"] == []
+
+
+def test_a_server_that_is_closed_has_no_problem_with_its_commits(server):
+    server.close()
+    with pytest.raises(StoreError, match="closed"):
+        server.add_elimination_rpc("a", row("a"))
+    assert server.problems.standing() == []
+
+
+def test_debts_that_cannot_be_read_are_named(server, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(debt_book, "read_debt_figures", raising(StoreError("unreadable")))
+        health = server.health_check_rpc()
+        assert (health["num_debts"], health["slashes_in_doubt"]) == (None, None)
+        assert [problem["name"] for problem in health["problems"]] == ["debts_unreadable"]
+    assert server.health_check_rpc()["problems"] == []
+
+
+def test_files_that_are_not_written_in_time_are_behind(tmp_path, monkeypatch):
+    go_on = threading.Event()
+    with EliminationManagerServer(state_dir=tmp_path, durability="process") as server:
+        server.save_eliminations_rpc()
+        write = server._mirror._write
+        monkeypatch.setattr("shmelim.eliminations.files.mirror._FLUSH_LIMIT", 0.01)
+        monkeypatch.setattr(server._mirror, "_write", lambda stale: (go_on.wait(60), write(stale))[1])
+        assert server.append_elimination_row_rpc("a", 1.0, "ZOMBIE") is True
+        assert [problem["name"] for problem in server.health_check_rpc()["problems"]] == ["files_behind"]
+        go_on.set()
+        monkeypatch.setattr("shmelim.eliminations.files.mirror._FLUSH_LIMIT", 60)
+        server.save_eliminations_rpc()
+        assert server.health_check_rpc()["problems"] == []
+
+
+def test_saving_calls_say_once_that_the_files_are_behind(tmp_path, caplog):
+    with EliminationManagerServer(state_dir=tmp_path, durability="process") as server:
+        server.save_eliminations_rpc()  # nothing is written behind our back
+        (tmp_path / "eliminations.json").unlink()
+        (tmp_path / "eliminations.json" / "in the way").mkdir(parents=True)
+        for number in range(30):
+            assert server.append_elimination_row_rpc(f"h{number}", 1.0, "ZOMBIE") is True
+        assert server.health_check_rpc()["status"] == "degraded"
+        assert len([message for message in caplog.messages if "files_behind" in message]) == 1
+
+
+def names_in(source):
+    """The names of problems that a module reports: constants, written out or by their name."""
+    tree = ast.parse(source)
+    constants = {
+        node.target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("report", "failed") and node.args:
+            first = node.args[0]
+            if isinstance(first, ast.Constant):
+                yield first.value
+            elif isinstance(first, ast.Name) and first.id in constants:
+                yield constants[first.id]
+
+
+def test_each_problem_has_a_line_in_the_documentation():
+    package = Path(shmelim.__file__).parent
+    names = {name for path in package.glob("eliminations/**/*.py") for name in names_in(path.read_text())}
+    assert {"commit_failed", "files_behind", "slashes_in_doubt", "loop", "slash in doubt"} <= names
+    documentation = (package.parent / "docs" / "operations.md").read_text()
+    assert [name for name in sorted(names) if f"`{name}`" not in documentation] == []
