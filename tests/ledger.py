@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import select
+import signal
 import threading
 from pathlib import Path
 
 from setproctitle import setproctitle
-from waiting import PATIENCE
+from waiting import PATIENCE, until
 
 from shmelim.service import RPCServiceBase
 
@@ -36,9 +38,39 @@ def held_elsewhere(lock):
 
 def is_alive(pid):
     """Whether a process runs; a zombie does not."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+def pid_after(service, dead):
+    """Wait for the server after one that died; return its id."""
+    until(lambda: service.server_pid != dead, "a server after the one that died")
+    return service.server_pid
+
+
+def kill(service):
+    """Kill the server process, and wait until it is dead, with all its threads; return its id."""
+    pid = service.server_pid
+    descriptor = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        assert select.select([descriptor], [], [], PATIENCE)[0], "the server did not die"
+    finally:
+        os.close(descriptor)
+    return pid
+
+
+def hang(pid):
+    """Stop a process, and wait until all its threads stand still."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    until(lambda: {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks.iterdir()} == {"T"})
+
+
+def core_of(service):
+    """What the base has of its own, for tests that must look into it."""
+    return service._RPCServiceBase__core
 
 
 class LedgerServer:
@@ -92,6 +124,8 @@ class Ledger(RPCServiceBase):
     """The service, with the short way to start a server."""
 
     def __init__(self, directory, port=0, *, running_unit_tests=False, **options):
+        options.setdefault("start_method", "fork")  # the quickest; None is the default of the base
+        self.start_method = options["start_method"]
         options.setdefault("call_timeout", PATIENCE)
         options.setdefault("ready_timeout", PATIENCE)
         if "address" in options:
@@ -141,7 +175,7 @@ class EntryPointLedger(Ledger):
     """A function of the server's module as the process' target."""
 
     def _start_server_process(self, address, authkey, server_ready):
-        context = multiprocessing.get_context(self._settings.start_method)
+        context = multiprocessing.get_context(self.start_method)
         process = context.Process(
             target=start_ledger_server, args=(address, authkey, self.directory, server_ready), daemon=True
         )

@@ -125,16 +125,11 @@ class Calls:
     durability "process" some 0.2 ms, with "power" a write to the disk more (0.7 ms together on an SSD).
     """
 
-    # A subclass has the server, or a client that calls it.
-    _server_proxy: Any
-    _client: Any
-    _timeout: float
+    _timeout: float  # seconds for a usual call
 
     def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
         """Call the server's method; ``options`` are ``idempotent`` and ``timeout`` (seconds; None: the usual)."""
-        if self._client is None:
-            return getattr(self._server_proxy, method)(*args, **(kwargs or {}))
-        return self._client.call(method, args, kwargs, **options)
+        raise NotImplementedError
 
     def _size(self) -> int:
         """Return how many hotkeys are eliminated."""

@@ -21,7 +21,7 @@ from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, ope
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.errors import AlreadyServingError, ChannelError, ShmelimError
-from shmelim.service import RPCServiceBase
+from shmelim.service import RPCServiceBase, ServiceSettings
 from shmelim.shm import PrivateNamespace, check_name
 from shmelim.system.logs import LimitedLog
 
@@ -154,20 +154,11 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
     # CPython 3.11 does not specialise calls of an object's methods once it has more than some 25 attributes in its
     # dict, and a check then takes half as long again. So what nobody patches stands in slots.
     __slots__ = (
-        "_client",
-        "_closing",
-        "_desk",
+        "_RPCServiceBase__core",
         "_live_price_fetcher",
-        "_location",
-        "_monitor",
         "_options",
-        "_outages",
-        "_owner_pid",
         "_processor",
         "_reader",
-        "_service_key",
-        "_settings",
-        "_supervisor",
         "_timeout",
     )
 
@@ -238,6 +229,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             port = None if port == DEFAULT_PORT else port
         elif port is None:
             address = runtime.address()
+        defaults: dict[str, Any] = {"ready_timeout": _READY_TIMEOUT}
         super().__init__(
             SERVICE_NAME,
             port,
@@ -249,7 +241,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             slack_notifier,
             address=address,
             key_path=None if runtime is None else runtime.key,
-            **{"ready_timeout": _READY_TIMEOUT} | settings,
+            **defaults | settings,
         )
         self.metagraph = metagraph
         self.position_manager = position_manager
@@ -274,7 +266,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             default_departed=None if default_departed is None else _absolute(default_departed),
             imports=tuple(_absolute(path) for path in imports),
         )
-        self._timeout = self._settings.call_timeout
+        self._timeout = settings.get("call_timeout", ServiceSettings.call_timeout)
         self._live_price_fetcher = self.environment.live_price_fetcher
         if runtime is not None:
             runtime.create()
@@ -308,7 +300,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         directory = None if self._options.in_memory else cast("Path", self._options.state_dir).resolve()
         earlier = None if directory is None else _in_direct_mode.get(directory)
         if earlier is not None:
-            earlier._end(f"a later manager of this process has taken {directory} over")  # noqa: SLF001
+            earlier.shutdown(f"a later manager of this process has taken {directory} over")
         server = open_server(self._options, namespace=PrivateNamespace())
         if directory is not None:
             _in_direct_mode[directory] = self
@@ -349,6 +341,9 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             return
         if listed:
             self.update_metagraph(listed)
+
+    def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
+        return self._call_server(method, args, kwargs, **options)
 
     def _size(self) -> int:
         return len(self._reader)

@@ -19,9 +19,8 @@ from shmelim.eliminations.runtime import Announcement, RuntimeDirectory, ServerI
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.store.schema import FILE_NAME, Durability
 from shmelim.errors import AlreadyServingError, ChannelError, NotServingError, SegmentError, StoreError
-from shmelim.service import ServerReady
-from shmelim.service.ending import Ending
-from shmelim.service.serving import run_server
+from shmelim.service import ServerReady, report_progress
+from shmelim.service.serving import Ending, run_server
 from shmelim.shm import Namespace, SharedNamespace
 
 SERVICE_NAME: Final = "EliminationManagerServer"
@@ -87,7 +86,7 @@ def open_server(
         files=options.files,
         default_departed=options.default_departed,
         imports=options.imports,
-        on_progress=on_progress,
+        on_progress=on_progress or report_progress,  # to who waits for this process, if anybody does
     )
 
 

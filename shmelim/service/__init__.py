@@ -2,8 +2,8 @@
 
 from shmelim.service.base import RPCServiceBase
 from shmelim.service.health import HealthCheckDaemon
-from shmelim.service.launch import ServerReady
-from shmelim.service.serving import serve_rpc
+from shmelim.service.process import ServerReady
+from shmelim.service.serving import report_progress, serve_rpc
 from shmelim.service.settings import ServiceSettings
 
-__all__ = ["HealthCheckDaemon", "RPCServiceBase", "ServerReady", "ServiceSettings", "serve_rpc"]
+__all__ = ["HealthCheckDaemon", "RPCServiceBase", "ServerReady", "ServiceSettings", "report_progress", "serve_rpc"]

@@ -25,54 +25,52 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.context
 import os
-import threading
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Collection, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, ClassVar, Final, Self
 
-from shmelim.channel.address import describe
-from shmelim.errors import ChannelError, UnknownMethodError
-from shmelim.service import log_streams
-from shmelim.service.absent import Absent
-from shmelim.service.client import ServiceClient
-from shmelim.service.key import ServiceKey
-from shmelim.service.lifetimes import end_at_exit, weakly
-from shmelim.service.monitor import HealthMonitor, HealthPolicy, tell
-from shmelim.service.outages import Outages
-from shmelim.service.restarts import RestartDesk
+from shmelim.channel.address import Address, Location
+from shmelim.errors import ChannelError
+from shmelim.service.core import Absent, Core
+from shmelim.service.health import Notifier
+from shmelim.service.lease import ServiceKey
+from shmelim.service.owner import Owner
+from shmelim.service.process import FreshProcess, InCallersScriptError, ServerReady
 from shmelim.service.serving import run_server, serve_rpc
-from shmelim.service.settings import ServiceSettings, service_location
-from shmelim.service.supervisor import Supervisor
-from shmelim.service.titles import check_service_name
+from shmelim.service.settings import ServiceSettings, check_service_name, service_location
 from shmelim.system import forks
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from multiprocessing.process import BaseProcess
-    from types import TracebackType
-
-    from shmelim.channel.address import Address, Location
-    from shmelim.service.launch import ServerReady
-    from shmelim.service.monitor import Notifier
-    from shmelim.service.outages import Finding
+_SCRIPT_RUNS_AGAIN: Final = (
+    "multiprocessing runs the caller's script again in that process: put the server's factory into a module "
+    'and leave start_method out, or what the script does under `if __name__ == "__main__":`'
+)
 
 
 class RPCServiceBase(ABC):
     """A service: starts its server, keeps it alive, and carries its clients' calls.
 
-    In RPC mode the server is a process of its own, and a child of the process that made the service: its owner.
+    In RPC mode the server is a process of its own; the process that made the service is its *owner*. A server that
+    dies is back within a second or two with nobody calling anything: the owner waits for its end. A server that
+    hangs is found by :meth:`health_check`. A service whose state is in memory only comes back empty.
+
     A copy of the service in another process, forked or given to a process that is being started, is a client:
-    its calls go over connections of its own, and it never ends or starts anything. In direct mode the server
-    is an object of this process, without process, address or key.
+    its calls go over connections of its own. It never starts a server; when its checks find that the server hangs,
+    it ends that, and the owner starts another. If the owner is gone, so is the server, and checks say so. In
+    direct mode the server is an object of this process, without process, address or key.
 
     Of two objects of one process that are the same service (of equal name and key path) at one address, the later
     one takes it, and the earlier one ends as if it had been shut down. Objects of different services are refused.
+    Dropping the last reference to a service ends it, as :meth:`shutdown` does.
 
-    Thread-safe. Every call has a deadline, and ends as :class:`~shmelim.channel.client.ChannelClient` says.
+    Thread-safe and fork-safe. Every call has a deadline, and ends as
+    :meth:`~shmelim.channel.client.ChannelClient.call` says; it costs some 50 to 100 µs.
 
     Parameters
     ----------
     service_name
-        Name for messages, threads and titles: the server process is titled ``vali_<service_name>``.
+        Name for messages, threads and titles, 1 to 60 bytes: the server process is titled ``vali_<service_name>``.
     port
         TCP port on 127.0.0.1, 0 for any; None if there is an `address`.
     running_unit_tests
@@ -84,20 +82,25 @@ class RPCServiceBase(ABC):
     max_consecutive_failures
         Failures in a row that lead to a restart.
     enable_auto_restart
-        Whether they do; otherwise they are only told.
+        Whether they do, and whether a server that died is restarted; otherwise both are only told.
     slack_notifier
-        Who is told: anything with ``send_message(text, level=...)``. The owner's is told what any process finds.
-        That of a copy is told what the copy finds after the owner's death, or if the owner had none when the copy
-        was made.
+        Who is told: anything with ``send_message(text, level=...)``. An outage is told once for all processes,
+        and so is its end. Of a server that died the owner tells, if it has a notifier; of one that hangs, the
+        process that finds it first.
     address
         Path of a Unix socket, or ``(host, port)``, instead of `port`.
     key_path
         File for the key, for clients that are no copies of this object; None: the key is in memory only.
+    health_check_interval_ms
+        Instead of `health_check_interval_s`.
     settings
         The fields of :class:`~shmelim.service.settings.ServiceSettings`: every figure, each with a default.
 
     Attributes
     ----------
+    served_methods : collection of str
+        For the subclass to list: methods of the server that can be called although their names do not end in
+        ``_rpc``.
     service_name, running_unit_tests
         As given.
     port
@@ -108,16 +111,40 @@ class RPCServiceBase(ABC):
     Raises
     ------
     TypeError, ValueError
-        There is neither `port` nor `address` in RPC mode, or both; the name is no title for a process; or a
+        There is neither `port` nor `address` in RPC mode, or both; the name cannot be a process' title; or a
         setting is unknown or impossible.
+
+    Examples
+    --------
+    >>> class CountingServer:
+    ...     total = 0
+    ...     def add_rpc(self, number):
+    ...         self.total += number
+    ...         return self.total
+    ...     def health_check_rpc(self):
+    ...         return {"status": "ok"}
+    >>> class Counting(RPCServiceBase):
+    ...     def __init__(self, **options):
+    ...         super().__init__("CountingServer", 50005, **options)
+    ...         self._initialize_service()
+    ...     def _create_direct_server(self):
+    ...         return CountingServer()
+    ...     def _start_server_process(self, address, authkey, server_ready):
+    ...         return self._spawn_server(
+    ...             CountingServer, address=address, authkey=authkey, server_ready=server_ready)
+    ...     def add(self, number):
+    ...         return self._server_proxy.add_rpc(number)
+    >>> with Counting(running_unit_tests=True, enable_health_check=True) as counting:
+    ...     counting.add(2), counting.add(3), counting.health_check()
+    (2, 5, True)
 
     """
 
-    # On the class as well, for mocks made after it, and for objects that are forgotten before they are made.
+    # Everything else that the base has stands in one object, so that no name of a subclass can collide with it.
+    # On the class for mocks that are made after it, and for objects that are forgotten before they are made.
+    __core: Core | None = None
     _server_proxy: Any = None
-    _closed = True
-    _why_ended = "it was shut down"
-    _owner_tells = True  # in a copy: whether the owner had a notifier
+    served_methods: ClassVar[Collection[str]] = ()
 
     def __init__(
         self,
@@ -132,6 +159,7 @@ class RPCServiceBase(ABC):
         *,
         address: Address | None = None,
         key_path: str | os.PathLike[str] | None = None,
+        health_check_interval_ms: float | None = None,
         **settings: Any,
     ) -> None:
         self.service_name = check_service_name(service_name)
@@ -139,35 +167,20 @@ class RPCServiceBase(ABC):
         self.running_unit_tests = running_unit_tests
         self.enable_health_check = enable_health_check
         self.health_check_interval_s = health_check_interval_s
+        if health_check_interval_ms is not None:
+            self.health_check_interval_ms = health_check_interval_ms
         self.max_consecutive_failures = max_consecutive_failures
         self.enable_auto_restart = enable_auto_restart
         self.slack_notifier = slack_notifier
-        self._location = None if running_unit_tests else service_location(port, address)
-        self._service_key = ServiceKey(key_path)
-        self._settings = ServiceSettings.checked(type(self).__name__, settings)
-        # Written by _initialize_service(), by shutdown(), and by a forked child, which is alone.
-        self._server_proxy = self._not_yet()
-        self._supervisor: Supervisor | None = None  # in the owner only
-        self._desk: RestartDesk | None = None
-        self._client: ServiceClient | None = None
-        self._owner_pid = os.getpid()
-        self._begin_here()
-
-    def _begin_here(self) -> None:
-        """Make what each process has of its own."""
-        # Guards `_closed`. Re-entrant, since a signal handler may shut down what its thread is shutting down.
-        self._closing = threading.RLock()
-        self._closed = False
-        self._outages = Outages(self.service_name, weakly(self._tell))
-        self._monitor = HealthMonitor(
-            self.service_name,
-            weakly(self._probe),
-            weakly(self._restart_after),
-            weakly(self._report),
-            weakly(self._is_over),
+        self.__core = Core(
+            service_name,
+            None if running_unit_tests else service_location(port, address),
+            ServiceKey(key_path),
+            ServiceSettings.checked(type(self).__name__, settings),
+            self.served_methods,
         )
-        forks.register(self)
-        end_at_exit(self)
+        self.__core.belong_to(self)
+        self._server_proxy = self.__core.proxy()
 
     # ------------------------------------------------------------------ what a subclass writes
 
@@ -189,11 +202,11 @@ class RPCServiceBase(ABC):
         Parameters
         ----------
         address
-            Where to serve.
+            Where to serve: a path, or host and port.
         authkey
             The key: 32 bytes that must not get into a log, an environment or an argument list.
         server_ready
-            To be handed to :meth:`_serve_rpc`.
+            To be handed to :meth:`_serve_rpc`. Has what a :class:`multiprocessing.Event` has for that purpose.
 
         """
 
@@ -202,48 +215,51 @@ class RPCServiceBase(ABC):
     def _initialize_service(self) -> None:
         """Make the server, in direct or in RPC mode; to be called once the subclass is ready for it.
 
-        Afterwards ``self._server_proxy.some_rpc(...)`` calls the server's methods.
+        Afterwards ``self._server_proxy.some_rpc(...)`` calls the server's methods. Costs the start of a process
+        in RPC mode, some 0.3 s and what the server's constructor takes.
 
         Raises
         ------
         ChannelError
-            Another process, or another service of this one, is at the address; or this process may have no
-            children.
+            Another process, or another service of this one, is at the address; or what the process needs cannot be
+            given to it.
         TimeoutError
             The server was not ready in time.
         NotServingError
             The server process ended before it was ready.
+        RuntimeError
+            It was called before.
+        SystemExit
+            The caller's script is being run again by :mod:`multiprocessing`, in a process that it starts.
         Exception
             Whatever kept the server from being made.
 
         """
-        if not isinstance(self._server_proxy, Absent) or self._closed:
+        core = self.__core
+        if core is None or core.refusal is not None or not isinstance(self._server_proxy, Absent):
             raise RuntimeError(f"{self.service_name} was initialized or shut down before")
         if self.running_unit_tests:
-            self._server_proxy = self._create_direct_server()
+            self._server_proxy = core.direct = self._create_direct_server()
             return
-        assert self._location is not None
-        supervisor = Supervisor(
-            self._location, self._service_key, self.service_name, self._settings, weakly(self._end)
-        )
-        self._supervisor = supervisor
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            # Not an Exception: what catches one would leave a second service in a process that is to be a server.
+            raise SystemExit(
+                f"{self.service_name} is made a second time, while multiprocessing runs the script again in a "
+                f'process that it starts: put that part of the script under `if __name__ == "__main__":`'
+            )
         try:
-            self._location = supervisor.start(self._start_server_process)
-            if not isinstance(self._location, str):
-                self.port = self._location[1]
-            self._client = ServiceClient(self._location, self._service_key, self._settings)
-            self._check_not_ended()  # by a signal handler, meanwhile
-            self._client.reach(self.service_name)
-            # Also without health checks: they can be enabled at any time, in any copy.
-            with forks.creating_descriptors:
-                self._desk = RestartDesk()
-            self._desk.open(self.service_name, weakly(self._restart), weakly(self._report))
-            self._server_proxy = self._client.proxy
-            self._check_not_ended()
+            assert core.location is not None
+            core.owner = Owner(core, core.location)
+            core.page.owner_tells = core.is_heard()
+            core.owner.start()
+            if core.settings.restart_on_exit:
+                core.owner.watch()
+            if not isinstance(core.location, str):
+                self.port = core.location[1]
+            self._server_proxy = core.proxy()
+            core.check_not_ended()  # by a signal handler, meanwhile
         except BaseException:
             self.shutdown()
-            if self._desk is not None:
-                self._desk.close()
             raise
 
     def _spawn_server(
@@ -258,109 +274,175 @@ class RPCServiceBase(ABC):
     ) -> BaseProcess:
         """Start a process that serves ``factory(*args, **kwargs)``; for :meth:`_start_server_process`.
 
-        Works with every start method; for all but ``fork``, `factory`, its arguments and `on_listening` must be
-        picklable. If the object has a method ``close``, that is called at the process' end. `on_listening` is
-        called in that process, with the object and its address, before clients are told that it is ready.
+        The process is a fresh interpreter, which imports what it needs and does not run the caller's script again:
+        the script needs no ``if __name__ == "__main__":``, and nothing is forked. Where `factory` or an
+        argument lives in that script itself, the process is started in the way of :mod:`multiprocessing`; a
+        setting ``start_method`` chooses one of its ways in any case. For all but ``fork`` everything given must be
+        picklable.
+
+        Parameters
+        ----------
+        factory, args, kwargs
+            What makes the object, in that process. If the object has a method ``close``, that is called at the
+            process' end. A factory that takes longer than ``ready_timeout`` calls
+            :func:`~shmelim.service.report_progress` as it gets on.
+        address, authkey, server_ready
+            What :meth:`_start_server_process` got.
+        on_listening
+            Called in that process, with the object and its address, before clients are told that it is ready.
+
+        Returns
+        -------
+        BaseProcess
+            The process, which has started and may not yet be ready.
+
+        Raises
+        ------
+        ChannelError
+            It cannot be started in the way of :mod:`multiprocessing`; the message says what that needs.
+
         """
-        this = multiprocessing.current_process()
-        if this.daemon:
-            raise ChannelError(
-                f"{self.service_name} cannot be served: the daemonic process {this.name!r} may have no children",
-                hint="make that process with daemon=False, or give it a copy of a service that is made elsewhere",
+        core = self.__core
+        assert core is not None
+        given = factory, args, kwargs, address, authkey, server_ready, on_listening
+        options: Any = {"target": run_server, "args": given, "name": self.service_name, "daemon": True}
+        if core.settings.start_method is None:
+            try:
+                process: BaseProcess = FreshProcess(**options)
+                process.start()
+            except InCallersScriptError:
+                pass
+            else:
+                if core.owner is not None:
+                    core.owner.recipe = factory, args, kwargs, on_listening
+                return process
+        context: Any = multiprocessing.get_context(core.settings.start_method)
+        if context.get_start_method() != "fork":
+            server_ready.hint = _SCRIPT_RUNS_AGAIN
+        try:
+            process = context.Process(**options)
+            with forks.logs_at_rest():
+                process.start()
+        except AssertionError as error:
+            hint = (
+                "make that process with daemon=False, or put the factory into a module and leave start_method out"
             )
-        context = multiprocessing.get_context(self._settings.start_method)
-        process: BaseProcess = context.Process(  # type: ignore[attr-defined]  # each context has one
-            target=run_server,
-            args=(factory, args, kwargs, address, authkey, server_ready, on_listening),
-            name=self.service_name,
-            daemon=True,
-        )
-        with log_streams.at_rest():
-            process.start()
+            raise ChannelError(f"{self.service_name} cannot be served: {error}", hint=hint) from error
+        except (EOFError, RuntimeError, ConnectionError) as error:
+            raise ChannelError(
+                f"{self.service_name} cannot be served: {error!r}", hint=server_ready.hint
+            ) from error
         return process
 
     _serve_rpc = staticmethod(serve_rpc)
+
+    def _call_server(
+        self,
+        method: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        idempotent: bool = False,
+    ) -> Any:
+        """Call a method of the server with a deadline of its own; else as through ``self._server_proxy``.
+
+        Parameters
+        ----------
+        method, args, kwargs
+            What to call with what.
+        timeout
+            Seconds for the whole call; None: the setting ``call_timeout``. Of no effect in direct mode.
+        idempotent
+            Whether the call may be carried out twice, and so is repeated when a connection is lost.
+
+        Returns
+        -------
+        Any
+            What the method returned.
+
+        Raises
+        ------
+        Exception
+            As :meth:`~shmelim.channel.client.ChannelClient.call`.
+
+        """
+        client = None if self.__core is None else self.__core.client
+        if client is None or not self._server_proxy:
+            return getattr(self._server_proxy, method)(*args, **(kwargs or {}))
+        return client.call(method, args, kwargs, timeout=timeout, idempotent=idempotent)
 
     # ------------------------------------------------------------------ life
 
     @property
     def address(self) -> Location | None:
-        """Where the server is; None in direct mode."""
-        return self._location
-
-    @property
-    def _server_process(self) -> BaseProcess | None:
-        """The server process that was started last; None in direct mode and outside of the owner."""
-        supervisor = self._supervisor
-        return None if supervisor is None else supervisor.process
+        """Where the server is: a path, or host and port; None in direct mode."""
+        return None if self.__core is None else self.__core.location
 
     @property
     def server_pid(self) -> int | None:
-        """Id of the server process that was started last; None in direct mode and outside of the owner."""
-        process = self._server_process
-        return None if process is None else process.pid
-
-    def restart_server(self) -> None:
-        """Restart the server process by hand; clients reconnect by themselves.
-
-        Raises
-        ------
-        ChannelError
-            There is no server process; this process is not the owner; or the service was shut down; or as for
-            :meth:`_initialize_service`.
-
-        """
-        self._restart(None)
+        """Id of the server process that serves, or was the last to; None in direct mode and in copies."""
+        owner = None if self.__core is None else self.__core.owner
+        return None if owner is None or owner.server is None else owner.server.pid
 
     @property
     def has_ended(self) -> bool:
         """Whether it was shut down, here or by its owner, or a later object has taken its address."""
-        return self._closed or (self._desk is not None and not self._is_owner and self._desk.has_ended())
+        return self.__core is None or self.__core.has_ended
 
-    def shutdown(self) -> None:
+    @property
+    def health_check_interval_ms(self) -> float:
+        """Milliseconds between two checks: :attr:`health_check_interval_s` in another unit."""
+        return self.health_check_interval_s * 1000
+
+    @health_check_interval_ms.setter
+    def health_check_interval_ms(self, value: float) -> None:
+        self.health_check_interval_s = value / 1000
+
+    def restart_server(self) -> None:
+        """Restart the server process by hand; clients reconnect by themselves.
+
+        What the next server needs (key, address, what its process is given) is checked before this one is ended.
+        Costs the end of a process and the start of another.
+
+        Raises
+        ------
+        ChannelError
+            There is no server process; this process is not the owner; the service was shut down; another server
+            could not be started, so that this one goes on; or as for :meth:`_initialize_service`.
+
+        """
+        core = self.__core
+        assert core is not None
+        core.check_not_ended()
+        if core.location is None:
+            raise ChannelError(f"{core.name} is in direct mode: it has no server process to restart")
+        if core.client is None:
+            raise ChannelError(f"{core.name} has no server yet", hint="call _initialize_service() first")
+        if core.owner is None:
+            raise ChannelError(f"{core.name} can only be restarted by the process that made it")
+        core.owner.restart()
+        core.look()
+
+    def shutdown(self, why: str | None = None) -> None:
         """End the server, if this process is its owner, and close this process' connections. Idempotent.
 
         Calls of this process that are under way get their answers, as far as the server gives them within half of
         `stop_timeout`; others end with an error. Copies in other processes see an end, and no failure. May be
-        called by a signal handler, whatever its thread was doing.
+        called by a signal handler, whatever its thread was doing. Takes up to `stop_timeout` seconds, and
+        longer only for what the kernel needs to end a process.
+
+        Parameters
+        ----------
+        why
+            What whoever still uses the service is told; None: that it was shut down.
+
         """
-        self._end(f"{self.service_name} was shut down")
-
-    def _end(self, why: str) -> None:
-        """Shut down, and let whoever still wants something know why."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed, self._why_ended = True, why
-        desk = self._desk if self._is_owner else None
-        if desk is not None:
-            desk.close()  # first, so that no copy takes what follows for a failure
-        if self._client is not None:
-            self._client.retire(why)
-        try:
-            if self._supervisor is not None:
-                self._supervisor.close(why)
-        finally:
-            if self._client is not None:
-                self._client.close(why)
-            server, self._server_proxy = self._server_proxy, Absent(why)
-        if desk is not None:
-            desk.join(_DESK_JOIN)
-        if self.running_unit_tests and not isinstance(server, Absent):
-            close = getattr(server, "close", None)
-            if self._is_owner and callable(close):
-                close()
-
-    def _check_not_ended(self) -> None:
-        if self._closed:
-            raise ChannelError(self._why_ended)
-
-    def _not_yet(self) -> Absent:
-        return Absent(f"{self.service_name} has no server yet", hint="call _initialize_service() first")
-
-    @property
-    def _is_owner(self) -> bool:
-        return self._owner_pid == os.getpid()
+        core = self.__core
+        if core is not None and core.refusal is None:
+            why = why or f"{self.service_name} was shut down"
+            core.end(why)
+            self._server_proxy = Absent(why)  # whether or not the core still finds this object
 
     def __enter__(self) -> Self:
         return self
@@ -371,49 +453,37 @@ class RPCServiceBase(ABC):
         self.shutdown()
 
     def __del__(self) -> None:
-        if not self._closed:
-            self.shutdown()
+        self.shutdown()
 
     def __repr__(self) -> str:
-        where = "direct" if self._location is None else f"at {describe(self._location)}"
-        return f"<{type(self).__name__} {self.service_name!r} {where}>"
+        return f"<{type(self).__name__} {self.__core!r}>"
 
     # ------------------------------------------------------------------ other processes
 
-    def after_fork_in_child(self) -> None:
-        """Become a client. Called by :mod:`shmelim.system.forks`."""
-        if self._supervisor is not None:
-            self._owner_tells = self.slack_notifier is not None
-            self._supervisor.disown()
-            self._supervisor = None
-        if self._desk is not None:
-            self._desk.after_fork_in_child()
-        closed = self._closed
-        self._begin_here()
-        self._closed = closed
-
     def __getstate__(self) -> dict[str, Any]:
         multiprocessing.context.assert_spawning(self)
-        if self.running_unit_tests:
-            raise TypeError(f"{self.service_name} is in direct mode: its server lives in this process only")
-        state = {name: getattr(self, name) for name in _names(self) if name not in _OF_ONE_PROCESS}
-        if self._supervisor is not None:
-            state["_owner_tells"] = self.slack_notifier is not None
-        return state
+        slots = {name for kind in type(self).__mro__ for name in getattr(kind, "__slots__", ())}
+        names = {*self.__dict__, *slots} - {"_server_proxy", "__dict__", "__weakref__"}
+        return {name: getattr(self, name) for name in names if name in self.__dict__ or hasattr(self, name)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in (dict.fromkeys(_OF_ONE_PROCESS) | state).items():
+        for name, value in state.items():
             setattr(self, name, value)
-        self._owner_pid = 0  # nobody's
-        self._begin_here()
-        self._server_proxy = self._not_yet() if self._client is None else self._client.proxy
+        core = self.__core
+        assert core is not None
+        core.belong_to(self)
+        self._server_proxy = core.proxy()
 
     # ------------------------------------------------------------------ health
 
     def health_check(self, current_time_ms: float | None = None) -> bool:
-        """Check the server, if it is time to; restart it when it failed too often in a row.
+        """Check the server, if it is time to; have it replaced when it failed too often in a row.
 
-        May be called as often as one likes, from any thread, and in any copy of the service.
+        May be called as often as one likes, from any thread, and in any copy of the service. A check costs one
+        call of ``health_check_rpc``; between two checks it costs about a microsecond. At the threshold the owner
+        restarts a server that hangs, which takes as long as :meth:`restart_server`; a copy ends it, and leaves the
+        rest to the owner. A server that is dead is the owner's, too: a check counts that it found none. What is
+        this process' own fault (a key that it may not read, a limit of descriptors) is not counted, and told once.
 
         Parameters
         ----------
@@ -423,82 +493,31 @@ class RPCServiceBase(ABC):
         Returns
         -------
         bool
-            Whether the check found the server healthy: it answered ``health_check_rpc`` with the status "ok".
-            False also if it was restarted since. What the last check found, if it is not time yet. True while
-            health checks are not enabled, and if the server has no ``health_check_rpc``, which is told once.
-            False, without a check, once the service :attr:`has_ended`, and before it has a server.
+            Whether the check found the server healthy: it answered ``health_check_rpc`` with the status "ok" or
+            "degraded". False also if it was restarted since. What the last check found, if it is not time yet.
+            True while health checks are not enabled, and if the server has no ``health_check_rpc``, which is
+            told once. False, without a check, once the service :attr:`has_ended`, and before it has a server.
 
         """
         if not self.enable_health_check:
             return True
-        if self.has_ended or isinstance(self._server_proxy, Absent):
+        core = self.__core
+        if core is None or core.has_ended or isinstance(self._server_proxy, Absent):
             return False
-        restarts = self.enable_auto_restart and not self.running_unit_tests
-        policy = HealthPolicy(self.health_check_interval_s * 1000, self.max_consecutive_failures, restarts)
-        return self._monitor.check(
-            self._settings.clock_ms() if current_time_ms is None else current_time_ms, policy
-        )
-
-    def _probe(self) -> Any:
-        if self.running_unit_tests:
-            check = getattr(self._server_proxy, "health_check_rpc", None)
-            if not callable(check):
-                raise UnknownMethodError(f"{self.service_name} has no remote method 'health_check_rpc'")
-            return check()
-        assert self._client is not None
-        return self._client.health()
-
-    def _is_over(self) -> bool:
-        return self.has_ended
-
-    def _report(self, finding: Finding) -> None:
-        """Have a finding told, by the owner if there is one."""
-        if self.has_ended:
-            return
-        if self._supervisor is not None:
-            self._outages.report(finding, self._supervisor.restarted_at)
-            return
-        if self._desk is not None and (self._owner_tells or self.slack_notifier is None):
-            try:
-                self._desk.report(finding)
-            except ChannelError:
-                pass  # it is gone
-            else:
-                return
-        self._outages.report(finding)
-
-    def _tell(self, text: str, level: str) -> None:
-        tell(self.slack_notifier, text, level)
-
-    def _restart(self, failed_at: float | None) -> None:
-        """Restart the server, unless that was done since `failed_at`; in the owner."""
-        self._check_not_ended()
-        if self.running_unit_tests:
-            raise ChannelError(f"{self.service_name} is in direct mode: it has no server process to restart")
-        if self._is_owner and isinstance(self._server_proxy, Absent):
-            raise self._server_proxy.error()
-        if self._supervisor is None or self._client is None:
-            raise ChannelError(f"{self.service_name} can only be restarted by the process that made it")
-        if self._supervisor.restart(self._start_server_process, failed_at):
-            self._client.reach(self.service_name)
-
-    def _restart_after(self, failed_at: float) -> None:
-        """Restart the server, or have it restarted by the owner."""
-        if self._supervisor is not None or self._desk is None:
-            self._restart(failed_at)
-        else:
-            figures = self._settings
-            patience = figures.stop_timeout + figures.release_timeout + figures.ready_timeout
-            self._desk.ask_and_wait(failed_at, self._monitor.is_well, patience)
+        now_ms = core.settings.clock_ms() if current_time_ms is None else current_time_ms
+        return core.checks.check(now_ms, self.health_check_interval_s * 1000)
 
 
-_DESK_JOIN = 1.0  # seconds; its thread may be at a notifier, or in this very shutdown
+class _LastProcess:
+    """The server process that was started last; None in direct mode and outside of the owner.
 
-# Attributes of the base that mean nothing in another process.
-_OF_ONE_PROCESS = frozenset({"_server_proxy", "_supervisor", "_closing", "_closed", "_monitor", "_outages"})
+    An attribute of its name that a subclass sets for itself is the subclass' own.
+    """
+
+    def __get__(self, service: RPCServiceBase | None, kind: type) -> BaseProcess | None:
+        core: Core | None = getattr(service, "_RPCServiceBase__core", None)
+        owner = None if core is None else core.owner
+        return None if owner is None or owner.server is None else owner.server.process
 
 
-def _names(service: RPCServiceBase) -> set[str]:
-    """Return the names of all attributes that an object has of its own, in its dict or in slots."""
-    slots = {name for kind in type(service).__mro__ for name in getattr(kind, "__slots__", ())}
-    return {*service.__dict__, *(name for name in slots if hasattr(service, name))}
+RPCServiceBase._server_process = _LastProcess()  # type: ignore[attr-defined]  # noqa: SLF001

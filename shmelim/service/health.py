@@ -1,41 +1,191 @@
-"""Health checks by themselves, at an interval, in a thread or a process of their own.
-
-A restart is made where the service was made, wherever the checks run: a server is a child of its owner, which
-alone can wait for it, and alone has what it was made with. From another process the check asks the owner (see
-:mod:`shmelim.service.restarts`).
-"""
+"""The health of a service: how checks are counted, what people are told, and a daemon that checks by itself."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.process
 import os
-import select
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, Final, Literal, NamedTuple, Protocol, Self
 
-from shmelim.service import log_streams
-from shmelim.service.monitor import tell
-from shmelim.service.titles import checker_title
+from shmelim.errors import KeyFileError
+from shmelim.service.settings import server_title
+from shmelim.service.shared import SharedPage
 from shmelim.system import forks
+from shmelim.system.clock import monotonic
+from shmelim.system.problems import SEVERITIES, Change, Problem
 from shmelim.system.processes import ProcessIdentity, set_title
 
-if TYPE_CHECKING:
-    from multiprocessing.process import BaseProcess
-    from types import TracebackType
+DOWN: Final = "server_down"
 
-    from shmelim.service.monitor import Notifier
-
-_PATIENCE = 0.8  # seconds that a check under way has to end by itself
-_LOOK_AGAIN = 0.5  # seconds
-_FLUSH = 2.0  # seconds for alerts that are still to be sent when a checking process ends
+_PATIENCE: Final = 0.8  # seconds that a check under way has to end by itself
+_FLUSH: Final = 2.0  # seconds for alerts that are still to be sent when a checking process ends
+# What a process lacks itself: descriptors, memory, rights, a way to the socket.
+_OWN_FAULTS: Final = frozenset(
+    {
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ENOBUFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOTDIR,
+        errno.ELOOP,
+    }
+)
 
 _logger = logging.getLogger("shmelim.service")
+
+
+# ---------------------------------------------------------------------- who is told
+
+
+class Notifier(Protocol):
+    """Who is told of what people should know, such as a :class:`~shmelim.notify.slack.SlackNotifier`."""
+
+    def send_message(self, text: str, level: str = "info") -> object:
+        """Pass a message on; `level` is info, success, warning or error."""
+
+
+def tell(notifier: Notifier | None, text: str, level: str) -> None:
+    """Pass a message to a notifier, if there is one; whatever that raises is logged."""
+    if notifier is None:
+        return
+    try:
+        notifier.send_message(text, level=level)
+    except Exception:
+        _logger.exception("the notifier failed; it should have said: %s", text)
+
+
+class Alerts:
+    """A subscriber of problems that passes them on to a notifier; an outage once for all processes of the service.
+
+    An outage's messages carry its number, so that no two look like a repetition.
+    """
+
+    def __init__(self, service_name: str, page: SharedPage, notifier: Callable[[], Notifier | None]) -> None:
+        self._name = service_name
+        self._page = page
+        self._notifier = notifier
+
+    def __call__(self, change: Change, problem: Problem) -> None:
+        """Hear of a change."""
+        if problem.name != DOWN:
+            if change == "raised":
+                self.say(problem.text, "warning")
+        elif change == "cleared":
+            self.recovered()
+        elif self._notifier() is not None:
+            number = self._page.rise(SEVERITIES.index(problem.severity))
+            if number:
+                self.say(f"outage {number}: {problem.text}", "error")
+
+    def recovered(self) -> None:
+        """Say that the outage is over, if one was told of that is not over yet, by whatever process."""
+        over = self._page.fall() if self._page.level and self._notifier() is not None else None
+        if over is not None:
+            number, seconds, restarts = over
+            count = "1 restart" if restarts == 1 else f"{restarts} restarts"
+            self.say(f"outage {number}: recovered after {seconds:.1f} s and {count}", "success")
+
+    def restarted(self, text: str) -> None:
+        """Say that a health check has had the server restarted."""
+        self.say(f"outage {self._page.number}: {text}", "warning")
+
+    def say(self, text: str, level: str) -> None:
+        """Pass a message on."""
+        tell(self._notifier(), f"{self._name}: {text}", level)
+
+
+# ---------------------------------------------------------------------- what a check finds
+
+
+class Finding(NamedTuple):
+    """What a check found wrong with a server."""
+
+    text: str
+    error: Exception | None = None  # that the call raised
+    own: bool = False  # whether that is this process' own fault
+
+
+class HealthChecks:
+    """Checks a server at most so often, and counts how often it failed in a row.
+
+    Thread-safe. A call that comes while another one checks returns what is known, and does not wait. `ask` returns
+    what the server says of itself. `found` gets what a check finds, the number of failures in a row, and the
+    ``monotonic()`` at which the check began; it returns whether the count begins anew.
+    """
+
+    def __init__(self, ask: Callable[[], object], found: Callable[[Finding | None, int, float], bool]) -> None:
+        self._ask = ask
+        self._found = found
+        # Whoever holds the turn, which nobody waits for, reads and writes everything below; the others only read
+        # `_healthy`, which is one reference.
+        self._turn = threading.Lock()
+        self._healthy = True
+        self._last_ms: float | None = None
+        self.failures = 0
+
+    def check(self, now_ms: float, interval_ms: float) -> bool:
+        """Check if it is time to (also when time has gone back); return whether the server was found healthy."""
+        if not self._turn.acquire(blocking=False):
+            return self._healthy
+        try:
+            if self._last_ms is None or not 0 <= now_ms - self._last_ms < interval_ms:
+                self._last_ms = now_ms
+                began = monotonic()
+                finding = self.find()
+                self._healthy = finding is None
+                self.failures = 0 if finding is None else self.failures + (not finding.own)
+                if self._found(finding, self.failures, began):
+                    self.failures = 0
+            return self._healthy
+        finally:
+            self._turn.release()
+
+    def find(self) -> Finding | None:
+        """Ask the server now; return what is wrong."""
+        try:
+            answer = self._ask()
+        except Exception as error:
+            return Finding(f"RPC error: {type(error).__name__}: {error}", error, _is_own_fault(error))
+        if not isinstance(answer, Mapping):
+            return Finding(f"status error: the answer is {_short(answer)}, not a dict with a status")
+        status = answer.get("status")
+        return None if status in ("ok", "degraded") else Finding(f"status error: the status is {_short(status)}")
+
+
+def checks(number: int) -> str:
+    """Return so many failed checks in words."""
+    return "1 failed health check" if number == 1 else f"{number} failed health checks"
+
+
+def _is_own_fault(error: BaseException | None) -> bool:
+    """Whether a failed call is the fault of who called: of its key, its rights, or its limits."""
+    while error is not None:
+        if isinstance(error, KeyFileError | MemoryError):
+            return True
+        if isinstance(error, OSError) and error.errno in _OWN_FAULTS:
+            return True
+        error = error.__cause__
+    return False
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "…"  # noqa: PLR2004
+
+
+# ---------------------------------------------------------------------- the daemon
 
 
 class Checked(Protocol):
@@ -53,15 +203,18 @@ class HealthCheckDaemon:
     """Checks a service's health until it is stopped, the service is shut down, or the daemon's maker ends.
 
     Survives every exception of a check: it is logged, told to the notifier, and the next check comes in time.
+    A server that hangs is found by it; one that died is restarted by the service itself.
 
     May be handed to a process of one's own as well: ``Process(target=daemon.run, daemon=True).start()``.
+    Thread-safe. In a forked child the copy does not check, and :meth:`stop` does nothing.
 
     Parameters
     ----------
     service
         The service, with health checks enabled. Its own interval holds, too: the longer one decides.
     interval_s
-        Seconds between two checks; None: the service's own interval.
+        Seconds between two checks; None: the service's own interval. The notifier may stand in its place:
+        ``HealthCheckDaemon(service, slack_notifier)``.
     slack_notifier
         Who is told when the checking itself fails. The service tells its own notifier what the checks find.
     start_method
@@ -70,23 +223,35 @@ class HealthCheckDaemon:
     Raises
     ------
     TypeError
-        `interval_s` is no number.
+        `interval_s` is not a number.
     ValueError
         It is not positive; or the service's health checks are not enabled, so that they would find nothing.
+
+    Examples
+    --------
+    >>> class Service:
+    ...     service_name = "PriceServer"
+    ...     def health_check(self, current_time_ms=None):
+    ...         return True
+    >>> with HealthCheckDaemon(Service(), interval_s=60).start() as daemon:
+    ...     daemon
+    <HealthCheckDaemon of PriceServer, every 60 s>
 
     """
 
     def __init__(
         self,
         service: Checked,
-        interval_s: float | None = None,
+        interval_s: float | Notifier | None = None,
         slack_notifier: Notifier | None = None,
         *,
         start_method: str | None = None,
     ) -> None:
+        if slack_notifier is None and hasattr(interval_s, "send_message"):
+            interval_s, slack_notifier = None, interval_s
         if interval_s is None:
-            interval_s = getattr(service, "health_check_interval_s", 60.0)
-        if not isinstance(interval_s, (int, float)):
+            interval_s = float(getattr(service, "health_check_interval_s", 60.0))
+        if not isinstance(interval_s, int | float):
             raise TypeError(f"interval_s is a number of seconds, not {interval_s!r}")
         if not 0 < interval_s < math.inf:
             raise ValueError(f"interval_s must be more than 0 seconds, not {interval_s}")
@@ -97,8 +262,9 @@ class HealthCheckDaemon:
         self.slack_notifier = slack_notifier
         self._start_method = start_method
         self._maker = ProcessIdentity.this_process()
-        # Closing or writing to the second end wakes the first; written by start() and stop() of one process.
-        self._waking, self._stopping = multiprocessing.Pipe(duplex=False)
+        # Writing to the second end wakes the first; written by stop() of the process that made it.
+        with forks.creating_descriptors:
+            self._waking, self._stopping = multiprocessing.Pipe(duplex=False)
         self._stopped = False
         self._runner: threading.Thread | BaseProcess | None = None
         forks.register(self)
@@ -109,9 +275,9 @@ class HealthCheckDaemon:
         Parameters
         ----------
         kind
-            ``"thread"``: in a thread of this process, which is all that most need, since a restart is made here
-            anyway, and told from here. ``"process"``: in a process titled ``vali_<service>_HealthChecker``, which
-            goes on checking when this process is too busy to run a thread.
+            ``"thread"``: in a thread of this process, which is all that most need. ``"process"``: in a process
+            titled ``vali_<service>_HealthChecker``, which goes on checking when this process is too busy to run a
+            thread; it costs the start of a process.
 
         Returns
         -------
@@ -122,6 +288,8 @@ class HealthCheckDaemon:
         ------
         RuntimeError
             It was started before.
+        ValueError
+            There is no such kind.
 
         """
         if self._runner is not None or self._stopped:
@@ -129,14 +297,14 @@ class HealthCheckDaemon:
         name = f"{self.service.service_name}-health"
         if kind == "thread":
             self._runner = threading.Thread(target=self._run, name=name, daemon=True)
+            self._runner.start()
         elif kind == "process":
-            context = multiprocessing.get_context(self._start_method)
-            process: BaseProcess = context.Process(target=self.run, name=name, daemon=True)  # type: ignore[attr-defined]
-            self._runner = process
+            context: Any = multiprocessing.get_context(self._start_method)
+            process = self._runner = context.Process(target=self.run, name=name, daemon=True)
+            with forks.logs_at_rest():
+                process.start()
         else:
             raise ValueError(f"kind is 'thread' or 'process', not {kind!r}")
-        with log_streams.at_rest() if kind == "process" else contextlib.nullcontext():
-            self._runner.start()
         return self
 
     def run(self) -> None:
@@ -146,7 +314,7 @@ class HealthCheckDaemon:
         """
         elsewhere = self._maker.pid != os.getpid()
         if elsewhere:
-            set_title(checker_title(self.service.service_name))
+            set_title(f"{server_title(self.service.service_name)}_HealthChecker")
         try:
             self._run()
         finally:
@@ -191,38 +359,18 @@ class HealthCheckDaemon:
 
     def _run(self) -> None:
         # A wall clock that is set would lengthen or shorten an interval; this one does neither.
-        began_ms, began = time.time_ns() // 1_000_000, time.monotonic()
+        began_ms, began = time.time_ns() // 1_000_000, monotonic()
         due = began
-        poller = select.poll()
-        poller.register(self._waking, select.POLLIN)
-        maker = None if self._maker.pid == os.getpid() else self._maker
-        watched = None if maker is None else maker.open()
-        try:
-            if watched is not None:
-                poller.register(watched, select.POLLIN)
-            while self._pause(due, poller, None if watched is not None else maker):
-                now = time.monotonic()
+        while not self._maker.wait(max(0.0, due - monotonic()), self._waking.fileno()):
+            if (
+                self._waking.poll() or getattr(self.service, "has_ended", False) is True
+            ):  # a mock has all attributes
+                return
+            now = monotonic()
+            if now >= due:
                 # Whole milliseconds, rounded up: two checks are never less than the interval apart by these.
                 self._check(began_ms + math.ceil((now - began) * 1000))
-                if getattr(self.service, "has_ended", False) is True:  # a mock has all attributes
-                    return
                 due = now + self.interval_s
-        finally:
-            if watched is not None:
-                os.close(watched)
-
-    @staticmethod
-    def _pause(due: float, poller: select.poll, maker: ProcessIdentity | None) -> bool:
-        """Wait until a check is due; return False instead when it is time to end."""
-        while True:
-            left = due - time.monotonic()
-            # Where the kernel does not report the maker's end, it is looked for now and then.
-            if poller.poll(max(0.0, min(left, _LOOK_AGAIN) if maker is not None else left) * 1000):
-                return False
-            if maker is not None and not maker.is_running():
-                return False
-            if time.monotonic() >= due:
-                return True
 
     def _check(self, now_ms: float) -> None:
         name = self.service.service_name

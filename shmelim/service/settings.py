@@ -1,25 +1,20 @@
-"""The settings of a service: where it is, how long what may take, how its calls are made."""
+"""The settings of a service: how it is started and kept alive, how long what may take, how its calls are made."""
 
 from __future__ import annotations
 
 import difflib
 import multiprocessing
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
-from shmelim.channel.address import normalize
-from shmelim.channel.codec import MSGPACK
+from shmelim.channel.address import Address, Location, normalize
+from shmelim.channel.codec import MSGPACK, Codec
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from shmelim.channel.address import Address, Location
-    from shmelim.channel.codec import Codec
-
-_LOCALHOST = "127.0.0.1"
+_LOCALHOST: Final = "127.0.0.1"
+_NAME_LIMIT: Final = 60  # bytes
 
 
 def _now_ms() -> float:
@@ -28,24 +23,34 @@ def _now_ms() -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceSettings:
-    """What :class:`~shmelim.service.base.RPCServiceBase` takes besides its arguments, as keywords.
+    """What :class:`RPCServiceBase` takes besides its arguments, as keywords.
 
     Attributes
     ----------
     start_method : str | None
-        Start method for ``_spawn_server``; None: the default of :mod:`multiprocessing`.
+        How ``_spawn_server`` starts a process: ``"fork"``, ``"forkserver"`` or ``"spawn"``, as
+        :mod:`multiprocessing` has them. None: a fresh interpreter that does not run the caller's script again, and
+        the default of :mod:`multiprocessing` for what lives in that script.
+    restart_on_exit : bool
+        Whether a server that died is restarted at once, with nobody checking. Otherwise the health checks of the
+        process that made the service restart it, and nobody else. Without automatic restart neither happens.
+    restart_pause, restart_pause_most : float
+        Seconds before a server that died again and again is restarted. The first two deaths cost no pause; each
+        further one doubles it, up to the second figure. A server that lived for 10 s begins anew.
     replace_stale : bool
         Whether a server of this name, user and address that an earlier run left behind is ended.
     outlive_owner : bool
         Whether the server process goes on when its owner is gone without having shut it down.
     ready_timeout : float
-        Seconds from the start of the server process to its being ready.
+        Seconds from the start of the server process to its being ready; counted anew each time that it reports
+        progress (:func:`report_progress`).
     connect_tries, connect_delay : int, float
         How often to try to connect then, and seconds between two tries.
     stop_timeout : float
         Seconds from SIGTERM to SIGKILL. Calls under way have half of it to finish.
     release_timeout : float
-        Seconds in which an address must become free after its server has ended.
+        Seconds in which an address must become free after its server has ended, or while a connection of some
+        other process holds the port.
     call_timeout : float
         Seconds for a whole call.
     connect_wait : float
@@ -53,7 +58,7 @@ class ServiceSettings:
     health_check_timeout : float
         Seconds for the call of a health check.
     idempotent : collection of str
-        Names of ``_rpc`` methods that may be carried out twice; they are repeated when a connection is lost.
+        Names of methods that may be carried out twice; they are repeated when a connection is lost.
     max_message : int
         Longest message in bytes, both ways.
     codec : Codec | None
@@ -69,9 +74,20 @@ class ServiceSettings:
         A figure is negative, or 0 where that makes no sense, or there is no such start method; the message names
         it.
 
+    Examples
+    --------
+    >>> ServiceSettings(stop_timeout=5).stop_timeout
+    5
+    >>> ServiceSettings(stop_timeout=-1)
+    Traceback (most recent call last):
+    ValueError: stop_timeout must be 0 or more, not -1
+
     """
 
     start_method: str | None = None
+    restart_on_exit: bool = True
+    restart_pause: float = 0.25
+    restart_pause_most: float = 30.0
     replace_stale: bool = True
     outlive_owner: bool = False
     ready_timeout: float = 10.0
@@ -90,17 +106,24 @@ class ServiceSettings:
     def __post_init__(self) -> None:
         if self.codec is MSGPACK:  # which cannot be pickled, and so is stood for by None
             object.__setattr__(self, "codec", None)
-        for name, (kind, least) in _FIGURES.items():
+        for name, default in _DEFAULTS.items():
             value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                number = "a whole number" if kind is int else "a number"
-                raise TypeError(f"{name} must be {number}, not {value!r}")
-            if not value >= least:  # which is no number, too
-                raise ValueError(f"{name} must be {least} or more, not {value}")
-        for name, (fits, what) in _OTHERS.items():
-            value = getattr(self, name)
-            if not fits(value):
-                raise TypeError(f"{name} must be {what}, not {value!r}")
+            if type(default) is bool:
+                _check(name, isinstance(value, bool), "True or False", value)
+            elif isinstance(default, int | float):
+                whole = isinstance(default, int)
+                fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+                _check(name, fits, "a whole number" if whole else "a number", value)
+                least = 1 if whole else 0
+                if not value >= least:  # NaN, too
+                    raise ValueError(f"{name} must be {least} or more, not {value}")
+        # A text is a collection of its letters, which nobody means.
+        names = isinstance(self.idempotent, Collection) and not isinstance(self.idempotent, str)
+        _check("idempotent", names, "a collection of names", self.idempotent)
+        codec = self.codec is None or (hasattr(self.codec, "dumps") and hasattr(self.codec, "loads"))
+        _check("codec", codec, "a codec or None", self.codec)
+        _check("clock_ms", callable(self.clock_ms), "a function", self.clock_ms)
+        _check("start_method", isinstance(self.start_method, str | None), "a name or None", self.start_method)
         methods = multiprocessing.get_all_start_methods()
         if self.start_method not in {None, *methods}:
             raise ValueError(
@@ -110,10 +133,9 @@ class ServiceSettings:
     @classmethod
     def checked(cls, owner: str, settings: Mapping[str, Any]) -> Self:
         """Return settings from keywords; an error names `owner`, whose they are, as well as the setting."""
-        known = [field.name for field in fields(cls)]
         for name in settings:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
+            if name not in _DEFAULTS:
+                close = difflib.get_close_matches(name, _DEFAULTS, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise TypeError(f"{owner} has no setting {name!r}{hint}")
         try:
@@ -121,39 +143,13 @@ class ServiceSettings:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{owner}: {error}") from None
 
-    @property
-    def codec_in_use(self) -> Codec:
-        """The codec itself."""
-        return self.codec or MSGPACK
+
+_DEFAULTS: Final = {field.name: field.default for field in fields(ServiceSettings)}
 
 
-_SECONDS = (int, float)
-_FIGURES: Final[dict[str, tuple[Any, int]]] = {
-    "ready_timeout": (_SECONDS, 0),
-    "connect_tries": (int, 1),
-    "connect_delay": (_SECONDS, 0),
-    "stop_timeout": (_SECONDS, 0),
-    "release_timeout": (_SECONDS, 0),
-    "call_timeout": (_SECONDS, 0),
-    "connect_wait": (_SECONDS, 0),
-    "health_check_timeout": (_SECONDS, 0),
-    "max_message": (int, 1),
-}
-_OTHERS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "replace_stale": (lambda value: isinstance(value, bool), "True or False"),
-    "outlive_owner": (lambda value: isinstance(value, bool), "True or False"),
-    "start_method": (lambda value: value is None or isinstance(value, str), "a name or None"),
-    # A text is a collection of its letters, which nobody means.
-    "idempotent": (
-        lambda value: isinstance(value, Collection) and not isinstance(value, str),
-        "a collection of names",
-    ),
-    "codec": (
-        lambda value: value is None or (hasattr(value, "dumps") and hasattr(value, "loads")),
-        "a codec or None",
-    ),
-    "clock_ms": (callable, "a function"),
-}
+def _check(name: str, fits: bool, what: str, value: object) -> None:
+    if not fits:
+        raise TypeError(f"{name} must be {what}, not {value!r}")
 
 
 def service_location(port: int | None, address: Address | None) -> Location:
@@ -163,3 +159,15 @@ def service_location(port: int | None, address: Address | None) -> Location:
     if port is None and address is not None:
         return normalize(address)
     raise ValueError("a service needs a port or an address, and not both")
+
+
+def check_service_name(name: str) -> str:
+    """Return a service's name if it can stand in a process title; ``ValueError`` otherwise."""
+    if not name or len(name.encode()) > _NAME_LIMIT or not name.isprintable() or name != " ".join(name.split()):
+        raise ValueError(f"{name!r} is no name for a service: 1 to {_NAME_LIMIT} printable characters")
+    return name
+
+
+def server_title(service_name: str) -> str:
+    """Return the title of a service's server process: how it shows up in ``ps``, and is known again."""
+    return f"vali_{service_name}"

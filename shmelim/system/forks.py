@@ -1,4 +1,4 @@
-"""What a forked child does with the channel's descriptors: closes its copies, and uses none of them.
+"""What a forked child must do: close its copies of descriptors, re-make locks; and how a fork is kept safe.
 
 A descriptor that a child inherits keeps the other end of a connection from seeing that the parent died, and
 keeps a dead server's port taken. So every object that owns descriptors registers here, and creates each
@@ -7,10 +7,15 @@ descriptor together with its entry in its own books inside :func:`creating_descr
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import threading
 import weakref
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Final, Protocol
+
+_PATIENCE: Final = 0.1  # seconds for one lock of a log handler; one that hangs must not hold up the fork
 
 
 class ForkAware(Protocol):
@@ -48,3 +53,30 @@ os.register_at_fork(
     after_in_parent=creating_descriptors.release,
     after_in_child=_in_child,
 )
+
+
+@contextlib.contextmanager
+def logs_at_rest() -> Iterator[None]:
+    """Keep a fork from catching another thread in the middle of writing a log line.
+
+    A stream's own lock is not re-made in a forked child. If another thread holds it at the fork, the child's first
+    log line waits for ever for a thread that does not exist there. So this takes the locks of all log handlers, as
+    far as they can be had soon. A fork itself waits for the lock of the logging module, whose holder may wait for
+    that of a handler; so that one is taken first, and if it cannot be had soon, none is.
+    """
+    with contextlib.ExitStack() as stack:
+        if _held(getattr(logging, "_lock", None), stack):
+            loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+            for handler in {h for one in loggers if isinstance(one, logging.Logger) for h in one.handlers}:
+                _held(handler.lock, stack)
+        yield
+
+
+def _held(lock: Any, stack: contextlib.ExitStack) -> bool:
+    """Take a lock until the stack ends, if there is one; return whether nobody else has it."""
+    if lock is None:
+        return True
+    if not lock.acquire(timeout=_PATIENCE):
+        return False
+    stack.callback(lock.release)
+    return True

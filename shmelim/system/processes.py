@@ -1,22 +1,24 @@
-"""What a process is known by: its id with its start, whether it lives, and the title that it carries."""
+"""What a process is known by: its id with its start, whether it lives, its title; and how one is ended."""
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
+import select
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Final, Self
 
-from setproctitle import setproctitle
+from shmelim.system.clock import monotonic
 
-if TYPE_CHECKING:
-    import psutil
-
-_HAS_PROC = Path("/proc/self/stat").exists()
-_STARTED = 18  # index of the start time after the state, see proc(5)
-
-_logger = logging.getLogger("shmelim.system")
+_HAS_PROC: Final = Path("/proc/self/stat").exists()
+_STARTED: Final = 18  # index of the start time after the state, see proc(5)
+_ARGUMENTS: Final = slice(44, 46)  # indexes of the first and the last address of the arguments
+_pidfd_open: Callable[[int], int] | None = getattr(os, "pidfd_open", None)
+_LOOK_AGAIN: Final = 0.05  # seconds between two looks, where the kernel does not report a process' end
+_KILLED: Final = 5.0  # seconds that a process may take to vanish after SIGKILL
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +48,62 @@ class ProcessIdentity:
         return cls(pid, _start_of(pid) or 0.0)
 
     def is_running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether it has not ended; a zombie has."""
         return self.started != 0.0 and _start_of(self.pid) == self.started
 
-    def open(self) -> int | None:
-        """Return a descriptor that becomes readable when it ends; None where there is no such thing."""
-        opener = getattr(os, "pidfd_open", None)
+    def wait(self, timeout: float | None, *others: int) -> bool:
+        """Wait up to `timeout` seconds for its end, or until a descriptor of `others` is readable.
+
+        Returns whether it has ended. Where the kernel reports no ends, it is looked at now and then.
+        """
+        with self._opened() as descriptor:
+            poller = select.poll()
+            for number in (*others, *(() if descriptor is None else (descriptor,))):
+                poller.register(number, select.POLLIN)
+            deadline = None if timeout is None else monotonic() + timeout
+            # Looked at after the descriptor was opened, which so is certainly not of a later process of that id.
+            while self.is_running():
+                left = None if deadline is None else max(0.0, deadline - monotonic())
+                pause = left if descriptor is not None else min(_LOOK_AGAIN, _LOOK_AGAIN if left is None else left)
+                ready = {number for number, _ in poller.poll(None if pause is None else pause * 1000)}
+                if descriptor in ready:  # it may still be on its way to being a zombie
+                    return True
+                if ready or left == 0.0:
+                    return not self.is_running()
+            return True
+
+    def end(self, patience: float, check: Callable[[int], object] = lambda _signal: None) -> bool:
+        """End it: SIGTERM, and after `patience` seconds SIGKILL; return whether it is gone.
+
+        `check` is called with each signal before that is sent, and may raise: the process that it looks at is
+        certainly the one that gets the signal.
+        """
+        with self._opened() as descriptor:
+            for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, _KILLED)):
+                if not self.is_running():
+                    return True
+                check(number)
+                with contextlib.suppress(ProcessLookupError):
+                    if descriptor is None:
+                        os.kill(self.pid, number)
+                    else:
+                        signal.pidfd_send_signal(descriptor, number)
+                if self.wait(seconds):
+                    return True
+        return False
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int | None]:
+        """Hold a descriptor that becomes readable when it ends; None where there is no such thing."""
         try:
-            return None if opener is None else int(opener(self.pid))
+            descriptor = None if _pidfd_open is None else _pidfd_open(self.pid)
         except OSError:  # it has ended, or the kernel is too old: is_running() tells
-            return None
+            descriptor = None
+        try:
+            yield descriptor
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def _start_of(pid: int) -> float | None:
@@ -64,11 +112,11 @@ def _start_of(pid: int) -> float | None:
         # Counted from the boot. What psutil makes of it moves when the clock is set, and so would differ between
         # two processes.
         try:
-            state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()
+            state, *fields = _fields_of(pid)
         except (FileNotFoundError, ProcessLookupError):
             return None
         return None if state in "ZX" else float(fields[_STARTED])
-    import psutil  # noqa: PLC0415  # Linux does without
+    import psutil  # noqa: PLC0415  # needed nowhere else on Linux
 
     try:
         process = psutil.Process(pid)
@@ -77,21 +125,70 @@ def _start_of(pid: int) -> float | None:
         return None
 
 
-def set_title(title: str) -> None:
-    """Give this process a title; say so in the log if the system has no room for it."""
-    import psutil  # noqa: PLC0415  # for servers alone
+def _fields_of(pid: int) -> list[str]:
+    """Return the fields of /proc/<pid>/stat from the state on."""
+    descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 4096).decode("latin-1").rpartition(")")[2].split()
+    finally:
+        os.close(descriptor)
+
+
+def set_title(title: str) -> bool:
+    """Give this process a title; return whether it has it now."""
+    from setproctitle import setproctitle  # noqa: PLC0415  # few processes have a title of ours
 
     setproctitle(title)
-    if title_of(psutil.Process()) != title:
-        # The title overwrites arguments and environment, and has no room where both are almost empty.
-        _logger.warning("the process title %r could not be set; a later server will not replace this one", title)
+    # It looks for the arguments from the first variable of the environment on. In a process where that one was
+    # changed or removed, and in its forked children, it does nothing, without a word.
+    return title_of(os.getpid()) == title or (_HAS_PROC and _overwrite_arguments(title))
 
 
-def title_of(process: psutil.Process) -> str | None:
+def _overwrite_arguments(title: str) -> bool:
+    """Write a title over this process' arguments, where the kernel says that they are, if they are long enough."""
+    import ctypes  # noqa: PLC0415
+
+    try:
+        begin, end = map(int, _fields_of(os.getpid())[1:][_ARGUMENTS])
+        text = title.encode()
+        if not 0 < begin < end or len(text) >= end - begin:
+            return False
+        ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
+        Path("/proc/self/comm").write_bytes(text[:15])
+    except (OSError, ValueError):
+        return False
+    return title_of(os.getpid()) == title
+
+
+def title_of(pid: int) -> str | None:
     """Return a process' whole title, or None if it is gone or may not be looked at."""
+    if _HAS_PROC:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return None
+        return words.replace(b"\0", b" ").decode(errors="replace").rstrip() or None
     import psutil  # noqa: PLC0415
 
     try:
-        return " ".join(process.cmdline()).rstrip()  # what the old arguments leave over is filled with NULs
+        return " ".join(psutil.Process(pid).cmdline()).rstrip()
     except psutil.Error:
         return None
+
+
+def is_of_this_user(pid: int) -> bool:
+    """Whether a process runs as this user, by its real and its effective id."""
+    if _HAS_PROC:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text(encoding="latin-1")
+        except OSError:
+            return False
+        real, effective = map(int, status.partition("\nUid:")[2].split()[:2])
+        return (real, effective) == (os.getuid(), os.geteuid())
+    import psutil  # noqa: PLC0415
+
+    try:
+        found = psutil.Process(pid).uids()
+    except psutil.Error:
+        return False
+    return (found.real, found.effective) == (os.getuid(), os.geteuid())

@@ -7,9 +7,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 
 import pytest
-from ledger import Alerts
+from ledger import Alerts, FileAlerts, kill, pid_after
 from serving import row, stamp_of, state_in_store, state_in_table
 from waiting import PATIENCE, until
 
@@ -83,6 +84,7 @@ def test_killed_while_one_process_changes_and_three_read(managers, tmp_path, met
         max_consecutive_failures=1,
         connect_wait=PATIENCE,
         call_timeout=PATIENCE,
+        restart_pause=0.0,
         slack_notifier=None,
     )
     stop, results, readings = context.Event(), context.Queue(), context.Queue()
@@ -118,7 +120,7 @@ def test_killed_while_one_process_changes_and_three_read(managers, tmp_path, met
     for process in processes:
         process.join(PATIENCE)
         assert process.exitcode == 0
-    assert [level for level, _ in alerts.messages] == ["error", "warning", "success"] * kills
+    assert [level for level, _ in alerts.messages] == ["error", "success"] * kills
     assert sum(refused for _, refused in outcomes) == 0  # every call waited for the next server
     assert min(reads) > 0
     for changer in range(3):
@@ -130,6 +132,44 @@ def test_killed_while_one_process_changes_and_three_read(managers, tmp_path, met
     assert state_in_table(EliminationReader(manager.name)) == state_in_store(tmp_path / "state")
     changes = sum(stamp > 0 for stamp in acknowledged)
     print(f"{kills} kills: {changes} hotkeys, {sum(reads)} rounds of reads, {outcomes} (in doubt, refused)")
+
+
+def check_without_pause(manager, stop):
+    clock = itertools.count(1, 61_000)
+    while not stop.is_set():
+        manager.health_check(next(clock))
+
+
+def test_four_kills_while_three_copies_check(managers, tmp_path):
+    """Each costs one restart, one alert when it went, one when it is back; the log of the test shows the gaps."""
+    alerts = FileAlerts(tmp_path)
+    fork = multiprocessing.get_context("fork")
+    manager = managers(
+        health_check_interval_s=0, max_consecutive_failures=1, slack_notifier=alerts, state_dir=tmp_path / "state"
+    )
+    stop = fork.Event()
+    copies = [fork.Process(target=check_without_pause, args=(manager, stop)) for _ in range(3)]
+    for copy in copies:
+        copy.start()
+    pids, gaps = [manager.server_pid], []
+    try:
+        for round_number in range(1, 5):
+            began = time.monotonic()
+            pids.append(pid_after(manager, kill(manager)))
+            manager.add_elimination("a", row("a", round_number))
+            gaps.append(time.monotonic() - began)
+            until(lambda: len(alerts.lines()) == 2 * round_number)  # noqa: B023
+    finally:
+        stop.set()
+    for copy in copies:
+        copy.join(PATIENCE)
+        assert copy.exitcode == 0
+    print("seconds until a change is taken again:", *(f"{gap:.2f}" for gap in gaps))
+    print(*alerts.lines(), sep="\n")
+    assert alerts.levels() == ["error", "success"] * 4
+    assert len(set(alerts.lines())) == 8
+    assert len(set(pids)) == 5
+    assert stamp_of("a", manager.get_elimination("a")) == 4
 
 
 def _two_threads(manager, acknowledged, stop, results):

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from ledger import Alerts, Ledger
+from ledger import Alerts, Ledger, kill, pid_after
 from waiting import PATIENCE, until
 
 from shmelim import EliminationReader
@@ -60,6 +60,7 @@ def test_killed_under_load(tmp_path, method, kills):
         health_check_interval_s=0,
         max_consecutive_failures=1,
         connect_wait=PATIENCE,
+        restart_pause=0.0,
         slack_notifier=alerts,
     ) as service:
         stop, results = context.Event(), context.Queue()
@@ -95,7 +96,7 @@ def test_killed_under_load(tmp_path, method, kills):
     assert done <= set(written)  # nothing lost
     assert set(written) <= done | doubtful  # nothing that was refused
     assert not refused  # every call waited for the next server
-    assert [level for level, _ in alerts.messages] == ["error", "warning", "success"] * kills
+    assert [level for level, _ in alerts.messages] == ["error", "success"] * kills
     print(f"{len(done)} acknowledged, {len(doubtful)} in doubt, {len(doubtful & set(written))} of them done")
 
 
@@ -132,6 +133,7 @@ def test_readers_of_shared_memory_see_nothing_of_it(tmp_path, table_name, monkey
         max_consecutive_failures=1,
         connect_wait=PATIENCE,
         call_timeout=PATIENCE,
+        restart_pause=0.0,
         slack_notifier=alerts,
     ) as service:
         service.append_elimination_row("5Counted", 0, "ZOMBIE")
@@ -157,14 +159,12 @@ def test_readers_of_shared_memory_see_nothing_of_it(tmp_path, table_name, monkey
             reader.join(PATIENCE)
             assert reader.exitcode == 0
     assert [last for last, _ in outcomes] == [acknowledged] * 3
-    assert [level for level, _ in alerts.messages] == ["error", "warning", "success"] * kills
+    assert [level for level, _ in alerts.messages] == ["error", "success"] * kills
 
 
 def test_a_server_that_dies_as_soon_as_it_is_ready(tmp_path):
-    """Connecting finds nobody; that is an error and no hang, and the next restart works."""
-    with Ledger(
-        tmp_path, enable_health_check=True, connect_wait=0.0, connect_tries=2, connect_delay=0.0
-    ) as service:
+    """Connecting finds nobody; that is an error and no hang, and the next start works."""
+    with Ledger(tmp_path, connect_wait=0.0, connect_tries=2, connect_delay=0.0, restart_on_exit=False) as service:
         start = service._start_server_process
 
         def start_and_kill(address, authkey, server_ready):
@@ -180,6 +180,34 @@ def test_a_server_that_dies_as_soon_as_it_is_ready(tmp_path):
         del service._start_server_process
         service.restart_server()
         assert service.pid() == service.server_pid
+
+
+def test_one_that_dies_again_and_again_is_started_with_growing_pauses(tmp_path):
+    """Two deaths cost no pause; from then on each doubles it."""
+    starts = []
+    with Ledger(tmp_path, restart_pause=0.1, restart_pause_most=0.4, connect_wait=PATIENCE) as service:
+        start = service._start_server_process
+
+        def start_noted(*arguments):
+            starts.append(time.monotonic())
+            return start(*arguments)
+
+        service._start_server_process = start_noted
+        deaths = []
+        for _ in range(6):
+            deaths.append(time.monotonic())
+            pid_after(service, kill(service))
+        assert service.pid() == service.server_pid
+    pauses = [started - died for died, started in zip(deaths, starts, strict=True)]
+    for pause, least in zip(pauses, (0.0, 0.0, 0.1, 0.2, 0.4, 0.4), strict=True):
+        assert pause >= least, pauses
+
+
+def test_one_that_lived_long_enough_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("shmelim.service.owner._STABLE", 0.0)
+    with Ledger(tmp_path, restart_pause=PATIENCE) as service:
+        for _ in range(4):
+            pid_after(service, kill(service))
 
 
 def test_strangers_at_the_port_disturb_nobody(tmp_path):
@@ -210,7 +238,7 @@ def test_an_interrupted_start_leaves_no_process(tmp_path, monkeypatch):
             server_ready.outcome = interrupt
             return started[0]
 
-    def interrupt(_process, _timeout):
+    def interrupt(*_arguments):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

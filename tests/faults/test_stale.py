@@ -13,13 +13,15 @@ import time
 
 import psutil
 import pytest
-from ledger import Ledger, is_alive
+from ledger import Ledger, is_alive, kill
 from waiting import PATIENCE, until
 
 from shmelim.errors import ChannelError
-from shmelim.service import stale
-from shmelim.service.stale import clear_stale, is_free, wait_until_free
+from shmelim.service import lease
+from shmelim.service.lease import clear_stale, is_free, wait_until_free
+from shmelim.system import processes
 
+NAME = "LedgerServer"
 TITLE = "vali_LedgerServer"
 
 HOLDER = """
@@ -132,30 +134,66 @@ def test_where_one_of_several_holders_is_foreign_none_is_touched(hold):
     holder = hold(ways=["child"])
     child = psutil.Process(holder.pid).children()[0]
     with pytest.raises(ChannelError, match=f"process {child.pid} "):
-        clear_stale(holder.address, TITLE)
+        clear_stale(holder.address, NAME)
     assert child.is_running()
     assert holder.process.poll() is None
 
 
 def test_a_free_address_needs_nothing(address, monkeypatch):
-    monkeypatch.setattr(stale, "_holders", None)
-    assert clear_stale(address, TITLE) == []
+    monkeypatch.setattr(lease, "_pids_at", None)
+    assert clear_stale(address, NAME) == []
 
 
 def test_it_says_whom_it_ended(hold, address):
     holder = hold(address)
-    assert clear_stale(holder.address, TITLE) == [holder.pid]
+    assert clear_stale(holder.address, NAME) == [holder.pid]
     assert is_free(holder.address)
-    assert clear_stale(holder.address, TITLE) == []
+    assert clear_stale(holder.address, NAME) == []
 
 
 def test_without_the_kernels_help(hold, address, monkeypatch):
     """As on systems that have no descriptors of processes."""
-    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    monkeypatch.setattr(processes, "_pidfd_open", None)
     first, second = hold(address), None
-    assert clear_stale(first.address, TITLE) == [first.pid]
+    assert clear_stale(first.address, NAME) == [first.pid]
     second = hold(first.address if isinstance(address, str) is False else address + "2", ways=["deaf"])
-    assert clear_stale(second.address, TITLE, grace=0.05) == [second.pid]
+    assert clear_stale(second.address, NAME, grace=0.05) == [second.pid]
+
+
+UNTITLED = """
+import sys, threading
+from setproctitle import setproctitle
+from ledger import Ledger
+from waiting import PATIENCE
+import setproctitle as module
+module.setproctitle = lambda _title: None
+from shmelim.system import processes
+processes._overwrite_arguments = lambda _title: False
+service = Ledger(sys.argv[1], outlive_owner=True)
+print(service.port, service.server_pid, flush=True)
+threading.Event().wait(PATIENCE)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names that end with their process")
+def test_one_whose_title_could_not_be_set_is_known_by_its_mark(make, tmp_path):
+    owner = subprocess.Popen(
+        [sys.executable, "-c", UNTITLED, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    port, pid = map(int, owner.stdout.readline().split())
+    assert TITLE not in " ".join(psutil.Process(pid).cmdline())
+    assert not lease.is_server_of(pid, "OtherServer")
+    with pytest.raises(ChannelError, match=f"process {pid}, the server of a process that lives"):
+        make(("127.0.0.1", port))
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    service = make(("127.0.0.1", port))
+    assert not is_alive(pid)
+    assert service.pid() == service.server_pid
 
 
 # ------------------------------------------------------------------ not ours
@@ -208,7 +246,7 @@ def test_a_process_that_cannot_be_seen(hold, make, monkeypatch):
 
 def test_this_very_process(make, monkeypatch, address):
     """Even one that carries the title."""
-    monkeypatch.setattr(stale, "title_of", lambda _process: TITLE)
+    monkeypatch.setattr(lease, "title_of", lambda _pid: TITLE)
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.bind(address)
@@ -217,12 +255,18 @@ def test_this_very_process(make, monkeypatch, address):
             make(sock.getsockname())
 
 
-def test_a_port_that_is_only_used_by_a_connection(make):
-    """The system gave it to somebody as the source of a connection."""
+def test_a_port_that_only_an_outgoing_connection_holds_is_waited_for_and_named(make):
+    """The system gave it to somebody as the source of a connection, as it may any port of its range."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as client:
         client.connect(server.getsockname())
-        with pytest.raises(ChannelError, match=f"in use by process {os.getpid()} "):
-            make(client.getsockname())
+        with pytest.raises(ChannelError) as caught:
+            make(client.getsockname(), release_timeout=0.1)
+        assert f"an outgoing connection of process {os.getpid()} (" in caught.value.message
+        assert f"ip_local_reserved_ports={client.getsockname()[1]}" in caught.value.hint
+        peer, _ = server.accept()
+        threading.Timer(0.2, lambda: (peer.close(), client.close())).start()  # the side that closes first waits
+        service = make(client.getsockname(), release_timeout=PATIENCE)
+        assert service.pid() == service.server_pid
 
 
 def test_a_port_on_all_addresses_is_taken_too(hold, make):
@@ -254,58 +298,45 @@ def test_it_is_looked_at_again_right_before_each_signal(hold, monkeypatch):
     holder = hold(ways=["deaf"])
     looks = []
 
-    def title_of(_process):
+    def title_of(_pid):
         looks.append(time.monotonic())
         return TITLE if len(looks) <= honest else "sshd"
 
-    monkeypatch.setattr(stale, "title_of", title_of)
+    monkeypatch.setattr(lease, "title_of", title_of)
     for honest in (0, 1, 2):
         looks.clear()
         with pytest.raises(ChannelError, match=f"in use by process {holder.pid} "):
-            clear_stale(holder.address, TITLE, grace=0.05)
+            clear_stale(holder.address, NAME, grace=0.05)
         assert len(looks) == honest + 1  # the first look; before SIGTERM; before SIGKILL
         assert holder.process.poll() is None
 
 
-def test_a_reused_process_id_is_not_hit(hold, monkeypatch):
-    """The holder dies after it was looked at, and its id goes to another process, which has our title, too."""
-    first, innocent = hold(), hold()
-    process = psutil.Process(innocent.pid)
-    process._ident = (innocent.pid, -1.0)  # what psutil knew of the dead one
-    monkeypatch.setattr(stale, "_holders", lambda _location: [process])
-    real_check = stale._check
-    calls = []
-
-    def check(*arguments):
-        calls.append(arguments)
-        if len(calls) > 1:
-            real_check(*arguments)
-
-    monkeypatch.setattr(stale, "_check", check)
-    with pytest.raises(ChannelError):
-        clear_stale(first.address, TITLE, release=0.0)
-    assert len(calls) == 2
+def test_a_reused_process_id_is_not_hit(hold):
+    """The process that was looked at died, and its id went to another one, which has our title, too."""
+    innocent = hold()
+    dead = processes.ProcessIdentity(innocent.pid, 1.0)
+    assert dead.end(0.1)
     assert innocent.process.poll() is None
 
 
 def test_one_that_goes_by_itself(hold, monkeypatch):
     holder = hold()
-    holders = stale._holders
+    pids_at = lease._pids_at
 
     def gone(location):
-        found = holders(location)
+        found = pids_at(location)
         holder.close()
         return found
 
-    monkeypatch.setattr(stale, "_holders", gone)
-    clear_stale(holder.address, TITLE)
+    monkeypatch.setattr(lease, "_pids_at", gone)
+    clear_stale(holder.address, NAME)
     assert is_free(holder.address)
 
 
 def test_one_that_goes_before_it_is_looked_for(hold, monkeypatch):
     holder = hold()
-    monkeypatch.setattr(stale, "_holders", lambda _location: holder.close() or [])
-    assert clear_stale(holder.address, TITLE) == []
+    monkeypatch.setattr(lease, "_pids_at", lambda _location: holder.close() or ([], []))
+    assert clear_stale(holder.address, NAME) == []
 
 
 def test_waiting_has_an_end(hold):
@@ -319,9 +350,8 @@ def test_waiting_has_an_end(hold):
 
 
 def test_a_stranger_who_took_the_port_meanwhile_is_not_touched(make, hold):
-    service = make(("127.0.0.1", 0), release_timeout=0.0, connect_wait=0.0)
-    service._server_process.kill()
-    service._server_process.join()
+    service = make(("127.0.0.1", 0), release_timeout=0.0, connect_wait=0.0, restart_on_exit=False)
+    kill(service)
     stranger = hold(service.address, title=None)
     with pytest.raises(ChannelError, match=f"in use by process {stranger.pid} "):
         service.restart_server()

@@ -198,7 +198,7 @@ def test_all_four_at_once_and_each_killed_in_turn(tmp_path, table_name, method):
         reading.join(PATIENCE)
         assert reader_errors == []
         for alerts in four.alerts.values():
-            assert [level for level, _ in alerts.messages] == ["error", "warning", "success"]
+            assert [level for level, _ in alerts.messages] == ["error", "success"]
         assert four.positions.close_position(position)["hotkey"] == "5Kept"
         acknowledged = callers["eliminations"].done
         present = len(reader) - 1
@@ -231,7 +231,7 @@ def test_the_program_runs(name, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = {
         "price_fetcher": "BTC/USD 97250.5 | ETH/USD None\nhealthy: True\n",
-        "positions": "the health check found it dead, and restarted it",
+        "positions": "its server was killed, and is back",
         "limit_orders": "filled at 94,900: [1]\ndeleted with 5Other: 1\nhealthy: True\n",
         "eliminations": "5Miner eliminated: True\n5Other eliminated: False\nhealthy: True\nwithout the server: ",
     }

@@ -658,7 +658,7 @@ class TestRpcMode:
         manager = managers()
         manager.sync_eliminations([row("a"), row("b")])
         with (
-            patch.object(manager, "_client", Untouchable()),
+            patch.object(EliminationManager, "_call_server", Untouchable()),
             patch.object(manager, "_server_proxy", Untouchable()),
         ):
             assert manager.is_hotkey_eliminated("a")

@@ -10,7 +10,6 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 from reference_validator import Managed
 from waiting import PATIENCE, until
@@ -249,7 +248,7 @@ def test_process_of_the_loop_ends_on_sigterm_and_carries_a_title(make: Callable[
     managed.validator.lose("a", 0.2)
     with in_a_process(managed) as process:
         until(lambda: managed.manager.is_hotkey_eliminated("a"))
-        assert title_of(psutil.Process(process.pid)) == "vali_EliminationProcessing"
+        assert title_of(process.pid) == "vali_EliminationProcessing"
         assert ends(process)
         assert process.exitcode == 0
 

@@ -3,14 +3,25 @@
 import contextlib
 import logging
 import os
-import signal
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from ledger import Alerts, Clock, ClosureLedger, EntryPointLedger, Ledger, is_alive
+from ledger import (
+    Alerts,
+    Clock,
+    ClosureLedger,
+    EntryPointLedger,
+    Ledger,
+    LedgerServer,
+    core_of,
+    hang,
+    is_alive,
+    kill,
+    pid_after,
+)
 from waiting import PATIENCE, until
 
 from shmelim.channel import ChannelClient, PickleCodec, load_key
@@ -25,6 +36,7 @@ from shmelim.service import RPCServiceBase
 
 WAYS = {
     "direct": (Ledger, {"running_unit_tests": True}),
+    "fresh": (Ledger, {"start_method": None}),
     "fork": (Ledger, {"start_method": "fork"}),
     "spawn": (Ledger, {"start_method": "spawn"}),
     "forkserver": (Ledger, {"start_method": "forkserver"}),
@@ -32,8 +44,7 @@ WAYS = {
     "entry point, fork": (EntryPointLedger, {"start_method": "fork"}),
     "entry point, spawn": (EntryPointLedger, {"start_method": "spawn"}),
 }
-LONG = {"forkserver", "entry point, fork", "entry point, spawn"}  # the same code as the others, for the most part
-RPC = [pytest.param(way, marks=[pytest.mark.long] if way in LONG else []) for way in WAYS if way != "direct"]
+RPC = [way for way in WAYS if way != "direct"]
 
 
 @pytest.fixture
@@ -48,16 +59,15 @@ def make(tmp_path):
         yield make
 
 
-def kill(service):
-    service._server_process.kill()
-    service._server_process.join()
+def levels(alerts):
+    return [level for level, _ in alerts.messages]
 
 
 # ------------------------------------------------------------------ the same in every way
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_calls_errors_health_and_shutdown(make, way, tmp_path):
+def test_a_life_from_the_first_call_over_two_restarts_to_the_end(make, way, tmp_path):
     clock, alerts = Clock(), Alerts()
     service = make(
         way, enable_health_check=True, health_check_interval_s=60, slack_notifier=alerts, clock_ms=clock
@@ -70,51 +80,41 @@ def test_calls_errors_health_and_shutdown(make, way, tmp_path):
     with pytest.raises(ZeroDivisionError, match="on purpose"):
         service._server_proxy.fail_rpc()
     assert service.health_check()
-    (tmp_path / "status").write_text("failing")
+    (tmp_path / "status").write_text("sick")
     assert service.health_check()  # not yet time
     assert service.health_check(clock.later(60)) is False
     (told,) = alerts.of("error")
-    assert told.endswith(": health check failed: status error: the status is 'failing', not 'ok'")
-    (tmp_path / "status").unlink()
+    assert told.endswith(": health check failed: status error: the status is 'sick'")
+    (tmp_path / "status").write_text("degraded")  # is well enough
     assert service.health_check(clock.later(60))
-    assert [level for level, _ in alerts.messages] == ["error", "success"]
-    process = service._server_process
+    assert levels(alerts) == ["error", "success"]
+    if way != "direct":
+        title = "vali_LedgerServer"
+        assert " ".join(psutil.Process(service.server_pid).cmdline()).rstrip() == title
+        assert service._server_process.daemon
+        address, first = service.address, kill(service)
+        assert service.pid() == pid_after(service, first)
+        service.restart_server()
+        assert service.pid() == service.server_pid
+        assert service.address == address
+        assert service.entries() == ["one"]
+        until(lambda: len(alerts.messages) == 4)
+        assert levels(alerts) == ["error", "success"] * 2
+    process, told = service._server_process, len(alerts.messages)
     service.shutdown()
     service.shutdown()
     assert process is None or not process.is_alive()
     assert (tmp_path / "closed").exists() == (way != "closure")  # whose target does not close its server
     assert service.health_check(clock.later(60)) is False
-    assert [level for level, _ in alerts.messages] == ["error", "success"]
+    assert len(alerts.messages) == told
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["direct", "fork"])
 def test_without_health_checks_everything_is_well(make, way, tmp_path):
     service = make(way)
-    (tmp_path / "status").write_text("failing")
+    (tmp_path / "status").write_text("sick")
     assert service.health_check()
     assert service.health_check(0)
-
-
-@pytest.mark.parametrize("way", RPC)
-def test_killed_noticed_restarted_and_told_of(make, way):
-    clock, alerts = Clock(), Alerts()
-    service = make(way, enable_health_check=True, slack_notifier=alerts, clock_ms=clock)
-    service.enter("before")
-    address, first = service.address, service.pid()
-    kill(service)
-    assert [service.health_check(clock.later(60)) for _ in range(3)] == [False] * 3
-    assert service.health_check(clock.later(60))
-    assert [level for level, _ in alerts.messages] == ["error", "warning", "success"]
-    assert service.address == address
-    assert service.pid() not in {first, os.getpid()}
-    assert service.entries() == ["before"]
-
-
-@pytest.mark.parametrize("way", RPC)
-def test_the_process_has_its_title_from_the_moment_it_is_ready(make, way):
-    service = make(way)
-    assert " ".join(psutil.Process(service.server_pid).cmdline()).rstrip() == "vali_LedgerServer"
-    assert service._server_process.daemon
 
 
 def test_in_direct_mode_there_is_nothing_but_the_object(make):
@@ -156,8 +156,7 @@ def test_the_system_chooses_a_port_once(make):
     port = service.port
     assert service.address == ("127.0.0.1", port)
     assert port > 0
-    kill(service)
-    service.restart_server()
+    pid_after(service, kill(service))
     assert service.port == port
     assert service.pid() == service.server_pid
 
@@ -216,16 +215,15 @@ def test_a_key_file_lets_other_clients_in_over_restarts(make, tmp_path):
 def test_the_key_is_in_no_argument_environment_log_or_repr(make, way, caplog):
     caplog.set_level(logging.DEBUG)
     service = make(way, enable_health_check=True)
-    key = service._service_key.for_server()
+    key = core_of(service).key.for_server()
     assert len(key) == 32
-    process = psutil.Process(service.server_pid)
-    kill_at_once = service.restart_server
-    kill_at_once()
+    service.restart_server()
     process = psutil.Process(service.server_pid)
     shown = "".join(
         [
             caplog.text,
             *map(repr, vars(service).values()),
+            *map(repr, vars(core_of(service)).values()),
             repr(service),
             repr(service._server_process),
             repr(service._server_proxy),
@@ -242,7 +240,7 @@ def test_the_key_is_in_no_argument_environment_log_or_repr(make, way, caplog):
 def test_each_service_has_a_key_of_its_own(make, tmp_path):
     (tmp_path / "other").mkdir()
     first, second = make(), make(directory=tmp_path / "other")
-    assert first._service_key.for_server() != second._service_key.for_server()
+    assert core_of(first).key.for_server() != core_of(second).key.for_server()
 
 
 # ------------------------------------------------------------------ calls
@@ -256,7 +254,7 @@ def test_only_remote_methods_can_be_called(make):
             getattr(proxy, name)
     for name in ("local_method", "_hidden_rpc", "close", "__init__", "never"):
         with pytest.raises(UnknownMethodError, match="has no remote method"):
-            service._client._calls.call(name)
+            core_of(service).client.call(name)
     with pytest.raises(UnknownMethodError, match="pid_rpc"):
         proxy.pit_rpc()
 
@@ -279,28 +277,23 @@ def test_a_hanging_server_fails_its_health_check(make):
         stop_timeout=0.05,
     )
     first = service.server_pid
-    os.kill(first, signal.SIGSTOP)
+    hang(first)
     assert service.health_check() is False
     assert service.health_check(clock.later(60)) is False
     assert service.health_check(clock.later(60))
     assert service.pid() == service.server_pid != first
     assert not is_alive(first)
-    assert [level for level, _ in alerts.messages] == ["error", "warning", "success"]
+    assert levels(alerts) == ["error", "warning", "success"]
 
 
-def test_calls_wait_for_a_restart_if_they_may(make):
+def test_calls_wait_for_the_next_server_if_they_may(make):
     service = make(connect_wait=PATIENCE)
-    kill(service)
-    pids = []
-    thread = threading.Thread(target=lambda: pids.append(service.pid()))
-    thread.start()
-    service.restart_server()
-    thread.join(PATIENCE)
-    assert pids == [service.server_pid]
+    dead = kill(service)
+    assert service.pid() == pid_after(service, dead)
 
 
 def test_calls_without_a_server_say_so(make):
-    service = make(connect_wait=0.0)
+    service = make(connect_wait=0.0, restart_on_exit=False)
     kill(service)
     with pytest.raises(NotServingError, match="nobody serves at"):
         service.enter("never")
@@ -314,32 +307,48 @@ def test_the_limit_of_messages_is_the_services(make):
         service.enter("x" * 30_000)
 
 
-def test_idempotent_calls_are_repeated_others_never(make):
-    """The server dies with the request in its hands: only what was said to be repeatable is repeated."""
-    service = make(idempotent=["pid_rpc"], connect_wait=PATIENCE)
-    pids, errors = [], []
+class SlowServer(LedgerServer):
+    def _begin(self, what):
+        self.enter_rpc(f"{what} begun")
+        until((self.directory / "go on").exists)
+        return os.getpid()
 
-    def call(method, results):
-        try:
-            results.append(method())
-        except OutcomeUnknownError as error:
-            errors.append(error)
+    def repeatable_rpc(self):
+        return self._begin("repeatable")
 
-    os.kill(service.server_pid, signal.SIGSTOP)
-    threads = [
-        threading.Thread(target=call, args=(service.pid, pids)),
-        threading.Thread(target=call, args=(lambda: service.enter("perhaps"), [])),
-    ]
-    for thread in threads:
-        thread.start()
-    connections = psutil.Process(service.server_pid)
-    until(lambda: len(connections.net_connections("tcp")) >= 1)
-    kill(service)
-    service.restart_server()
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert pids == [service.server_pid]
-    assert service.entries().count("perhaps") <= 1
+    def once_rpc(self):
+        return self._begin("once")
+
+
+class SlowLedger(Ledger):
+    def _start_server_process(self, address, authkey, server_ready):
+        return self._spawn_server(
+            SlowServer, self.directory, address=address, authkey=authkey, server_ready=server_ready
+        )
+
+
+def test_idempotent_calls_are_repeated_others_never(tmp_path):
+    """The server dies with both requests in its hands: only what was said to be repeatable is repeated."""
+    with SlowLedger(tmp_path, idempotent=["repeatable_rpc"], connect_wait=PATIENCE) as service:
+        outcomes = {}
+
+        def call(name):
+            try:
+                outcomes[name] = getattr(service._server_proxy, f"{name}_rpc")()
+            except OutcomeUnknownError as error:
+                outcomes[name] = type(error)
+
+        threads = [threading.Thread(target=call, args=(name,)) for name in ("repeatable", "once")]
+        for thread in threads:
+            thread.start()
+        journal = tmp_path / "journal"
+        until(lambda: len(journal.read_text().splitlines()) == 2)
+        dead = kill(service)
+        (tmp_path / "go on").touch()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert outcomes == {"repeatable": pid_after(service, dead), "once": OutcomeUnknownError}
+        assert sorted(service.entries()) == ["once begun", "repeatable begun", "repeatable begun"]
 
 
 def test_rich_values_with_a_codec_that_carries_them(tmp_path):
@@ -388,20 +397,22 @@ class PickledService(RPCServiceBase):
 
 
 def test_two_restarts_for_one_failure_are_one(make):
-    service = make(enable_health_check=True)
+    service = make()
     failed_at = time.monotonic()
-    service._restart(failed_at)
+    assert core_of(service).owner.restart(failed_at)
     pid = service.server_pid
-    service._restart(failed_at)
+    assert not core_of(service).owner.restart(failed_at)
     assert service.server_pid == pid
-    service._restart(time.monotonic())
+    assert core_of(service).owner.restart(time.monotonic())
     assert service.server_pid != pid
 
 
-def test_threads_that_all_see_the_death_restart_once(make):
-    service = make(enable_health_check=True, max_consecutive_failures=1)
+def test_threads_that_all_see_a_server_hang_restart_it_once(make):
+    service = make(
+        enable_health_check=True, max_consecutive_failures=1, health_check_timeout=0.2, stop_timeout=0.1
+    )
     alerts = service.slack_notifier = Alerts()
-    kill(service)
+    hang(service.server_pid)
     barrier = threading.Barrier(8)
 
     def check():
@@ -413,11 +424,11 @@ def test_threads_that_all_see_the_death_restart_once(make):
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
-    assert [level for level, _ in alerts.messages] == ["error", "warning", "success"]
+    assert levels(alerts) == ["error", "warning", "success"]
     assert service.pid() == service.server_pid
 
 
-def test_automatic_restart_can_be_off(make):
+def test_automatic_restart_can_be_off_and_on_again(make):
     clock, alerts = Clock(), Alerts()
     service = make(
         enable_health_check=True,
@@ -426,30 +437,45 @@ def test_automatic_restart_can_be_off(make):
         clock_ms=clock,
         connect_wait=0.0,
     )
-    kill(service)
+    dead = kill(service)
+    until(lambda: alerts.of("error"))  # of the owner
     for _ in range(5):
         assert service.health_check(clock.later(60)) is False
     with pytest.raises(NotServingError):
         service.pid()
-    assert len(alerts.of("error")) == 2
+    until(lambda: len(alerts.of("error")) == 2)
+    assert "no automatic restart" in alerts.of("error")[1]
     service.restart_server()  # by hand
     assert service.health_check(clock.later(60))
     assert len(alerts.of("success")) == 1
+    dead = kill(service)
+    until(lambda: len(alerts.of("error")) == 3)
+    service.enable_auto_restart = True
+    pid_after(service, dead)
 
 
-def test_a_restart_that_fails_is_tried_again(make, tmp_path):
+@pytest.mark.parametrize("itself", [True, False])
+def test_a_restart_that_fails_is_tried_again_and_told_once(make, tmp_path, itself):
+    """By the owner's thread, or by the checks where nobody else restarts."""
     clock, alerts = Clock(), Alerts()
-    service = make(enable_health_check=True, max_consecutive_failures=1, slack_notifier=alerts, clock_ms=clock)
+    service = make(
+        enable_health_check=True,
+        max_consecutive_failures=1,
+        slack_notifier=alerts,
+        clock_ms=clock,
+        restart_on_exit=itself,
+        restart_pause=0.01,
+    )
     service.directory = tmp_path / "missing"
     kill(service)
     for _ in range(3):
         assert service.health_check(clock.later(60)) is False
-    assert len(alerts.of("error")) == 2
+    until(lambda: len(alerts.of("error")) == 2)
     assert "FileNotFoundError" in alerts.of("error")[1]
     service.directory = tmp_path
-    assert service.health_check(clock.later(60)) is False
-    assert service.health_check(clock.later(60))
-    assert [level for level, _ in alerts.messages] == ["error", "error", "warning", "success"]
+    until(lambda: service.health_check(clock.later(60)))
+    until(lambda: alerts.of("success"))
+    assert levels(alerts) == ["error", "error", *(() if itself else ("warning",)), "success"]
 
 
 def test_after_shutdown_nothing_is_restarted(make):

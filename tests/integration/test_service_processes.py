@@ -17,12 +17,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ledger import Alerts, EntryPointLedger, Ledger, LedgerServer, is_alive
+from ledger import EntryPointLedger, Ledger, LedgerServer, core_of, is_alive, pid_after
 from waiting import PATIENCE, until
 
 from shmelim.errors import AuthenticationFailedError, ChannelError, NotServingError
 from shmelim.service import RPCServiceBase, ServerReady
-from shmelim.service.launch import ServerOptions
+from shmelim.service.process import ServerOptions
+from shmelim.service.serving import Ending
+from shmelim.system import processes
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -186,7 +188,7 @@ def test_a_fork_while_other_threads_restart_and_check(make, monkeypatch):
 def test_a_copy_may_go_to_a_starting_process_only(service):
     with pytest.raises(RuntimeError, match=r"Ledger objects should only be shared .* through inheritance"):
         pickle.dumps(service)
-    for part in (service._service_key, service._client, ServerReady(ServerOptions("S"))):
+    for part in (core_of(service).key, core_of(service), core_of(service).page, ServerReady(ServerOptions("S"))):
         with pytest.raises(RuntimeError, match="inheritance"):
             pickle.dumps(part)
 
@@ -222,66 +224,11 @@ def test_every_client_in_every_process_finds_the_next_server(make, how):
     for thread in threads:
         thread.start()
     os.kill(first, signal.SIGKILL)
-    service.restart_server()
+    pid_after(service, first)
     for one in (*threads, *processes):
         one.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     assert not any(thread.is_alive() for thread in threads)
-
-
-def restart_from_copy(service, results):
-    service.slack_notifier = alerts = Alerts()
-    outcomes = [service.health_check(60_000.0 * number) for number in range(1, 5)]
-    results.send((outcomes, alerts.messages, service.pid()))
-
-
-@pytest.mark.parametrize("how", ["fork", "spawn"])
-def test_a_copys_health_check_has_the_owner_restart(make, how):
-    alerts = Alerts()
-    service = make(enable_health_check=True, max_consecutive_failures=2, slack_notifier=alerts)
-    first = service.pid()
-    os.kill(first, signal.SIGKILL)
-    service._server_process.join()
-    context = multiprocessing.get_context(how)
-    results, sending = context.Pipe(duplex=False)
-    process = context.Process(target=restart_from_copy, args=(service, sending))
-    process.start()
-    assert results.poll(PATIENCE)
-    outcomes, told, pid = results.recv()
-    assert outcomes == [False, False, True, True]
-    assert told == []  # the owner tells what anybody finds
-    until(lambda: [level for level, _ in alerts.messages] == ["error", "warning", "success"])
-    assert pid == service.server_pid != first
-    assert psutil.Process(pid).ppid() == os.getpid()
-    process.join(PATIENCE)
-
-
-def test_many_copies_that_see_one_death_cause_one_restart(make, tmp_path):
-    service = make(enable_health_check=True, max_consecutive_failures=1)
-    starts = []
-    start = service._start_server_process
-    service._start_server_process = lambda *arguments: starts.append(1) or start(*arguments)
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(5)
-    results, sending = context.Pipe(duplex=False)
-
-    def copy():
-        barrier.wait(PATIENCE)
-        service.health_check(1)
-        sending.send(service.health_check(10**9))
-
-    processes = [context.Process(target=copy) for _ in range(4)]
-    for process in processes:
-        process.start()
-    os.kill(service.server_pid, signal.SIGKILL)
-    service._server_process.join()
-    barrier.wait(PATIENCE)
-    answers = [results.recv() for _ in processes]
-    for process in processes:
-        process.join(PATIENCE)
-    assert answers == [True] * 4
-    # A check that began before the restart asks for it, however late; one that began after it does not fail.
-    assert len(starts) == 1
 
 
 # ------------------------------------------------------------------ starting
@@ -332,7 +279,9 @@ def test_a_restart_that_is_not_ready_in_time_leaves_no_process(make):
         )
         started.append(process)
         until((service.directory / "pid").exists)
-        server_ready.outcome = lambda process, _: type(server_ready).outcome(server_ready, process, 0.0)
+        server_ready.outcome = lambda server, _, *more: type(server_ready).outcome(
+            server_ready, server, 0.0, *more
+        )
         return process
 
     service._start_server_process = start
@@ -379,7 +328,7 @@ def test_connecting_is_tried_as_often_as_said(make, tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records if "tries left" in record.getMessage()] == [
         f"LedgerServer: cannot connect, {left} tries left: nobody serves at {tmp_path / 's'}" for left in (2, 1, 0)
     ]
-    assert not [child for child in psutil.Process().children() if "ledger" in " ".join(child.cmdline())]
+    assert not [child for child in psutil.Process().children() if "LedgerServer" in " ".join(child.cmdline())]
 
 
 class OtherKey(Ledger):
@@ -481,7 +430,7 @@ def test_a_forgotten_service_ends_its_server(tmp_path):
     gc.collect()
     assert gone() is None
     assert not process.is_alive()
-    until(lambda: not any(thread.name == "LedgerServer-restarts" for thread in threading.enumerate()))
+    until(lambda: not any(thread.name == "LedgerServer-owner" for thread in threading.enumerate()))
 
 
 def test_an_object_that_was_never_made_can_be_forgotten():
@@ -554,15 +503,13 @@ def test_a_server_outlives_its_owner_if_it_is_told_to(owner, make, tmp_path):
     assert not is_alive(server)
 
 
-@pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
+@pytest.mark.parametrize("method", ["fork"], indirect=True)
 def test_the_end_of_an_owner_is_seen_without_the_kernels_help(owner, monkeypatch):
     """As on systems that have no descriptors of processes."""
-    from shmelim.service import ending
-
-    monkeypatch.delattr(os, "pidfd_open", raising=False)
-    monkeypatch.setattr(ending, "_LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(processes, "_pidfd_open", None)
+    monkeypatch.setattr(processes, "_LOOK_AGAIN", 0.01)
     process, _ = owner("wait")
-    with ending.Ending(ending.Owner.of(process.pid)) as end:
+    with Ending(processes.ProcessIdentity.of(process.pid)) as end:
         threading.Thread(target=lambda: (process.kill(), process.wait())).start()
         assert end.wait() == f"the end of its owner, process {process.pid}"
         assert end.wait() == f"the end of its owner, process {process.pid}"  # and when it is over already

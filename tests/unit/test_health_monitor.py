@@ -1,21 +1,30 @@
 """When a service is checked, what counts as a failure, when it is restarted, and what is told of it."""
 
+import errno
 import logging
 import threading
 
 import pytest
+from ledger import Alerts
 from waiting import PATIENCE
 
-from shmelim.errors import NotServingError, UnknownMethodError
-from shmelim.service import outages
-from shmelim.service.monitor import HealthMonitor, HealthPolicy, tell
-from shmelim.service.outages import Outages
+from shmelim.errors import ChannelError, KeyFileError, NotServingError, UnknownMethodError
+from shmelim.service import shared
+from shmelim.service.core import Core
+from shmelim.service.health import tell
+from shmelim.service.lease import ServiceKey
+from shmelim.service.settings import ServiceSettings
+from shmelim.system.processes import ProcessIdentity
 
 OK = {"status": "ok"}
 
 
 class Subject:
-    """A monitor over a server that is as the test says, and a record of what happened to it."""
+    """A service whose server is as the test says, and a record of what happened to it."""
+
+    enable_health_check = True
+    enable_auto_restart = True
+    max_consecutive_failures = 3
 
     def __init__(self):
         self.answer = OK
@@ -23,17 +32,27 @@ class Subject:
         self.restarts = []
         self.restart_error = None
         self.healed_by_restart = True
-        self.told = []
+        self.slack_notifier = Alerts()
         self.now = 0.0
-        self.ended = False
-        report = Outages("Svc", self.notify).report
-        self.monitor = HealthMonitor("Svc", self.probe, self.restart, report, lambda: self.ended)
+        self.core = Core("Svc", "/nowhere", ServiceKey(), ServiceSettings(restart_on_exit=False), ())
+        self.core.belong_to(self)
+        self.core.page.server = ProcessIdentity.this_process()
+        self.core._checking = self.core.owner = self
+        self.monitor = self.core.checks
 
-    def probe(self):
+    def call(self, method, *, idempotent):
         self.probes += 1
         if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer
+
+    def retire(self, *_why):
+        pass
+
+    close = disown = retire
+
+    def sees_to_it(self):
+        return False
 
     def restart(self, failed_at):
         self.restarts.append(failed_at)
@@ -41,13 +60,16 @@ class Subject:
             raise self.restart_error
         if self.healed_by_restart:
             self.answer = OK
-
-    def notify(self, text, level):
-        self.told.append((level, text))
+        return True
 
     def check(self, seconds=60.0, *, limit=3, restarts=True, interval=60.0):
         self.now += seconds * 1000
-        return self.monitor.check(self.now, HealthPolicy(interval * 1000, limit, restarts))
+        self.max_consecutive_failures, self.enable_auto_restart = limit, restarts
+        return self.monitor.check(self.now, interval * 1000)
+
+    @property
+    def told(self):
+        return self.slack_notifier.messages
 
     def levels(self):
         return [level for level, _ in self.told]
@@ -55,7 +77,7 @@ class Subject:
 
 @pytest.fixture
 def subject(monkeypatch):
-    monkeypatch.setattr(outages, "_numbers", {})
+    monkeypatch.setattr(shared, "_numbers", {})
     return Subject()
 
 
@@ -94,9 +116,10 @@ def test_between_checks_the_last_result_holds(subject):
     [
         (ConnectionError("gone"), "RPC error: ConnectionError: gone"),
         (TimeoutError("late"), "RPC error: TimeoutError: late"),
-        ({"status": "failing"}, "status error: the status is 'failing', not 'ok'"),
-        ({}, "status error: the status is None, not 'ok'"),
-        ({"status": "OK"}, "status error: the status is 'OK', not 'ok'"),
+        ({"status": "failing"}, "status error: the status is 'failing'"),
+        ({}, "status error: the status is None"),
+        ({"status": "OK"}, "status error: the status is 'OK'"),
+        ({"status": ["ok"]}, "status error: the status is ['ok']"),
         ("ok", "status error: the answer is 'ok', not a dict with a status"),
         (None, "status error: the answer is None, not a dict with a status"),
     ],
@@ -112,11 +135,11 @@ def test_both_kinds_count_and_restart_at_the_threshold(subject):
         subject.answer = answer
         assert not subject.check()
         assert not subject.restarts
-    assert subject.monitor.consecutive_failures == 2
+    assert subject.monitor.failures == 2
     subject.answer = OSError("y")
     assert not subject.check()
     assert len(subject.restarts) == 1
-    assert subject.monitor.consecutive_failures == 0
+    assert subject.monitor.failures == 0
 
 
 def test_a_good_check_ends_the_count(subject):
@@ -136,8 +159,7 @@ def test_a_streak_is_told_once_each_restart_once_and_the_recovery_once(subject):
         assert subject.check()
     assert subject.levels() == ["error", "warning", "success"]
     assert "restarted after 3 failed health checks" in subject.told[1][1]
-    assert "recovered" in subject.told[2][1]
-    assert "3 failed health checks and 1 restart" in subject.told[2][1]
+    assert "recovered after" in subject.told[2][1]
 
 
 def test_recovery_without_a_restart(subject):
@@ -146,7 +168,7 @@ def test_recovery_without_a_restart(subject):
     subject.answer = OK
     assert subject.check()
     assert subject.levels() == ["error", "success"]
-    assert "1 failed health check and 0 restarts" in subject.told[1][1]
+    assert "outage 1: recovered after 0.0 s and 0 restarts" in subject.told[1][1]
 
 
 def test_the_next_streak_is_told_again(subject):
@@ -191,7 +213,7 @@ def test_without_automatic_restart_it_is_told_once_that_somebody_must_act(subjec
         assert not subject.check(restarts=False)
     assert not subject.restarts
     assert subject.levels() == ["error", "error"]
-    assert "3 failed health checks in a row, no automatic restart" in subject.told[1][1]
+    assert "3 failed health checks in a row, no automatic restart: RPC error: OSError: x" in subject.told[1][1]
     subject.answer = OK
     assert subject.check(restarts=False)
     assert subject.levels() == ["error", "error", "success"]
@@ -222,9 +244,9 @@ def test_two_checks_at_once_restart_once_and_neither_waits(subject):
     def slow_restart(failed_at):
         entered.set()
         assert go_on.wait(PATIENCE)
-        original(failed_at)
+        return original(failed_at)
 
-    subject.monitor._restart = slow_restart
+    subject.restart = slow_restart
     results = []
     first = threading.Thread(target=lambda: results.append(subject.check(limit=1)))
     first.start()
@@ -243,7 +265,7 @@ def test_many_threads_at_once_check_once(subject):
 
     def check():
         barrier.wait(PATIENCE)
-        subject.monitor.check(1000.0, HealthPolicy(60_000, 3, restarts=True))
+        subject.monitor.check(1000.0, 60_000)
 
     threads = [threading.Thread(target=check) for _ in range(8)]
     for thread in threads:
@@ -253,20 +275,73 @@ def test_many_threads_at_once_check_once(subject):
     assert subject.probes == 1
 
 
-def test_alerts_go_out_after_the_restart_and_without_a_lock(subject):
-    """A notifier that is slow, or checks itself, keeps nobody from restarting or checking."""
-    order = []
+def test_a_notifier_may_check_the_service_itself(subject):
+    """No lock is held then that another check waits for."""
+    found = []
 
-    def notify(text, level):
-        order.append(level)
-        assert subject.restarts
-        assert subject.monitor._turn.acquire(blocking=False)
-        subject.monitor._turn.release()
+    class Checking:
+        def send_message(self, text, level="info"):
+            found.append((level, subject.check(0)))
 
-    subject.monitor._report = Outages("Svc", notify).report
+    subject.slack_notifier = Checking()
     subject.answer = OSError("x")
     subject.check(limit=1)
-    assert order == ["error", "warning", "success"]
+    assert found == [("error", False), ("warning", False), ("success", False)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyFileError("there is no key file"),
+        OSError(errno.EMFILE, "Too many open files"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        NotADirectoryError(errno.ENOTDIR, "Not a directory"),
+        MemoryError(),
+    ],
+)
+def test_what_is_the_askers_own_fault_is_not_counted_and_told_once(subject, error):
+    for cause in (error, caused_by(error)):
+        subject.answer = cause
+        for _ in range(5):
+            assert subject.check(limit=1) is False
+    assert subject.restarts == []
+    assert subject.monitor.failures == 0
+    ((level, text),) = subject.told
+    assert level == "warning"
+    assert "cannot check the server, which may be well: RPC error: " in text
+    subject.answer = OK
+    assert subject.check()
+    assert len(subject.told) == 1
+
+
+def caused_by(cause):
+    error = ChannelError("cannot connect")
+    error.__cause__ = cause
+    return error
+
+
+def test_failures_of_an_earlier_server_do_not_count(subject):
+    subject.answer = OSError("x")
+    assert [subject.check(limit=3) for _ in range(2)] == [False] * 2
+    subject.core.page.server = ProcessIdentity(1, 1.0)
+    assert [subject.check(limit=3) for _ in range(2)] == [False] * 2
+    assert not subject.restarts
+    subject.check(limit=3)
+    assert len(subject.restarts) == 1
+
+
+def test_an_outage_whose_end_another_process_told_is_told_of_when_it_begins_anew(subject):
+    subject.answer = OSError("x")
+    subject.check()
+    subject.core.page.fall()  # by another process
+    subject.check()
+    assert [text.split(": ")[1] for _, text in subject.told] == ["outage 1", "outage 2"]
+
+
+def test_an_outage_of_which_a_process_told_that_is_gone_is_ended_by_another(subject):
+    subject.core.page.rise(1)
+    assert subject.check()
+    assert subject.levels() == ["success"]
 
 
 def test_an_interrupt_leaves_the_monitor_usable(subject):
@@ -282,7 +357,7 @@ def test_the_traceback_is_logged_once_a_streak(subject, caplog):
     with caplog.at_level(logging.WARNING, logger="shmelim.service"):
         subject.check()
         subject.check()
-    traces = [record.exc_info for record in caplog.records]
+    traces = [record.exc_info for record in caplog.records if "in a row" in record.getMessage()]
     assert traces[0][1] is subject.answer
     assert traces[1] is None
 
@@ -301,17 +376,16 @@ def test_an_error_of_ours_is_logged_without_its_traceback(subject, caplog):
     subject.answer = subject.restart_error = NotServingError("nobody serves")
     with caplog.at_level(logging.WARNING, logger="shmelim.service"):
         subject.check(limit=1)
-    assert [record.exc_info for record in caplog.records] == [None, None]
-    assert "restart failed, the next check tries again: nobody serves" in caplog.text
+    assert not any(record.exc_info for record in caplog.records)
+    assert "restart failed: nobody serves" in caplog.text
 
 
 def test_a_server_that_cannot_be_checked_is_told_of_once_and_left_alone(subject):
     subject.answer = UnknownMethodError("Svc has no remote method 'health_check_rpc'")
     for _ in range(5):
         assert subject.check(limit=1)
-    assert subject.told == [
-        ("warning", "Svc: health cannot be checked: Svc has no remote method 'health_check_rpc'")
-    ]
+    text = "Svc: health cannot be checked, and counts as good: Svc has no remote method 'health_check_rpc'"
+    assert subject.told == [("warning", text)]
     assert not subject.restarts
     subject.answer = OSError("x")  # that it cannot be reached is another matter
     assert not subject.check(limit=1)
@@ -319,7 +393,7 @@ def test_a_server_that_cannot_be_checked_is_told_of_once_and_left_alone(subject)
 
 
 def test_what_fails_after_the_end_is_no_failure(subject):
-    subject.ended = True
+    subject.core.refusal = "Svc was shut down"
     subject.answer = OSError("x")
     for _ in range(5):
         assert not subject.check(limit=1)
@@ -329,10 +403,10 @@ def test_what_fails_after_the_end_is_no_failure(subject):
 
 def test_an_end_while_it_restarts_is_no_failure_either(subject):
     def restart(_failed_at):
-        subject.ended = True
+        subject.core.refusal = "Svc was shut down"
         raise NotServingError("too late")
 
     subject.answer = OSError("x")
-    subject.monitor._restart = restart
+    subject.restart = restart
     assert not subject.check(limit=1)
-    assert [level for level, _ in subject.told] == ["error"]  # which the service keeps to itself by now
+    assert subject.levels() == ["error"]

@@ -1,12 +1,12 @@
 """The small parts of the service base, each by itself."""
 
-import collections
 import io
-import itertools
 import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -17,12 +17,11 @@ from waiting import PATIENCE, until
 from shmelim.channel import MSGPACK, PickleCodec
 from shmelim.channel.codec import UncarriedValueError
 from shmelim.errors import CallTimeoutError, ChannelError, NotServingError, ProtocolError
-from shmelim.service import ServerReady, ServiceSettings, log_streams
-from shmelim.service.ending import Ending
-from shmelim.service.launch import ServerOptions, ServerProcess
-from shmelim.service.outages import Finding
-from shmelim.service.restarts import RestartDesk
-from shmelim.system import processes
+from shmelim.service import ServerReady, ServiceSettings, report_progress, serving
+from shmelim.service.process import ServerOptions, ServerProcess
+from shmelim.service.serving import Ending
+from shmelim.service.shared import SharedPage
+from shmelim.system import forks, processes
 from shmelim.system.processes import ProcessIdentity
 
 fork = multiprocessing.get_context("fork")
@@ -49,14 +48,14 @@ def in_thread(function):
 
 
 def test_no_handler_is_at_work_during_a_fork(handler):
-    with log_streams.at_rest():
+    with forks.logs_at_rest():
         assert not in_thread(lambda: handler.lock.acquire(blocking=False))
         logging.getLogger("shmelim.test.streams").error("this thread may still log")
     assert in_thread(lambda: handler.lock.acquire(blocking=False) and not handler.lock.release())
 
 
 def test_a_handler_that_hangs_does_not_hold_up_a_fork(handler, monkeypatch):
-    monkeypatch.setattr(log_streams, "_PATIENCE", 0.001)
+    monkeypatch.setattr(forks, "_PATIENCE", 0.001)
     held, go_on, in_time = threading.Event(), threading.Event(), []
 
     def hang():
@@ -67,7 +66,7 @@ def test_a_handler_that_hangs_does_not_hold_up_a_fork(handler, monkeypatch):
     thread = threading.Thread(target=hang)
     thread.start()
     assert held.wait(PATIENCE)
-    with log_streams.at_rest():
+    with forks.logs_at_rest():
         pass
     go_on.set()
     thread.join(PATIENCE)
@@ -76,7 +75,7 @@ def test_a_handler_that_hangs_does_not_hold_up_a_fork(handler, monkeypatch):
 
 def test_whoever_forks_waits_for_the_logging_module_first(handler, monkeypatch):
     """A fork waits for that lock, whose holder may wait for a handler's: then no handler may be held."""
-    monkeypatch.setattr(log_streams, "_PATIENCE", 0.001)
+    monkeypatch.setattr(forks, "_PATIENCE", 0.001)
     held, go_on = threading.Event(), threading.Event()
 
     def configure():
@@ -87,29 +86,52 @@ def test_whoever_forks_waits_for_the_logging_module_first(handler, monkeypatch):
     thread = threading.Thread(target=configure)
     thread.start()
     assert held.wait(PATIENCE)
-    with log_streams.at_rest():
+    with forks.logs_at_rest():
         assert in_thread(lambda: handler.lock.acquire(blocking=False) and not handler.lock.release())
     go_on.set()
     thread.join(PATIENCE)
-    with log_streams.at_rest():
+    with forks.logs_at_rest():
         assert not in_thread(lambda: logging._lock.acquire(blocking=False))
 
 
 # ------------------------------------------------------------------ titles
 
 
-def test_a_title_without_room_is_told(monkeypatch, caplog):
-    monkeypatch.setattr(processes, "setproctitle", lambda _title: None)
-    processes.set_title("vali_X")
-    assert "'vali_X' could not be set" in caplog.text
+ENVIRONMENT_CHANGED = """
+import os, sys
+first = open("/proc/self/environ").read().partition("=")[0]
+if sys.argv[1] == "changed":
+    os.environ[first] = "another value, which stands elsewhere in memory"
+elif sys.argv[1] == "removed":
+    del os.environ[first]
+from shmelim.system.processes import set_title, title_of
+if os.fork() == 0:
+    print(set_title("vali_X"), title_of(os.getpid()), open("/proc/self/comm").read().strip(), flush=True)
+    os._exit(0)
+os.wait()
+print(title_of(os.getpid()) != "vali_X")
+"""
+
+
+@pytest.mark.parametrize("how", ["as it was", "changed", "removed"])
+def test_a_title_is_set_whatever_became_of_the_environment(how):
+    """setproctitle looks for the arguments from the first variable on, and gives up if that is elsewhere."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENVIRONMENT_CHANGED, how], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == ["True vali_X vali_X", "True"], done.stderr
+
+
+def test_a_title_without_room_is_told(monkeypatch):
+    monkeypatch.setattr("setproctitle.setproctitle", lambda _title: None)
+    assert not processes.set_title("vali_" + "X" * 100_000)
 
 
 def test_a_process_that_is_gone_has_no_title():
     process = fork.Process(target=int)
     process.start()
-    seen = psutil.Process(process.pid)
     process.join()
-    assert processes.title_of(seen) is None
+    assert processes.title_of(process.pid) is None
 
 
 # ------------------------------------------------------------------ readiness
@@ -117,6 +139,10 @@ def test_a_process_that_is_gone_has_no_title():
 
 def ready():
     return ServerReady(ServerOptions("Svc"))
+
+
+def outcome(report, process, timeout=PATIENCE, refusal=lambda: None):
+    return report.outcome(ServerProcess(process, "Svc"), timeout, refusal)
 
 
 def run(function, *arguments):
@@ -132,7 +158,7 @@ def test_ready_is_used_like_an_event():
     process = run(report.set)
     assert report.wait(PATIENCE)
     assert report.is_set()
-    assert report.outcome(process, PATIENCE) is None
+    assert outcome(report, process, PATIENCE) is None
     process.join()
     report.close()
     report.close()
@@ -144,7 +170,7 @@ def test_ready_is_used_like_an_event():
 def test_ready_says_where(address):
     report = ready()
     process = run(report.set, address)
-    assert report.outcome(process, PATIENCE) == address
+    assert outcome(report, process, PATIENCE) == address
     process.join()
 
 
@@ -152,7 +178,7 @@ def test_ready_says_what_went_wrong():
     report = ready()
     process = run(report.fail, PermissionError(13, "Permission denied", "/root/x"))
     with pytest.raises(PermissionError, match="/root/x"):
-        report.outcome(process, PATIENCE)
+        outcome(report, process, PATIENCE)
     process.join()
 
 
@@ -160,7 +186,7 @@ def test_a_report_of_another_kind_is_refused():
     report = ready()
     process = run(report._report, ["what"])
     with pytest.raises(ProtocolError):
-        report.outcome(process, PATIENCE)
+        outcome(report, process, PATIENCE)
     process.join()
 
 
@@ -171,7 +197,7 @@ def test_a_dead_process_is_noticed_although_others_hold_its_pipe():
     bystander = run(go_on.wait, PATIENCE)
     process = run(os._exit, 7)
     with pytest.raises(NotServingError, match="exit code 7"):
-        report.outcome(process, PATIENCE)
+        outcome(report, process, PATIENCE)
     go_on.set()
     bystander.join()
 
@@ -185,7 +211,7 @@ def test_a_process_that_closes_the_pipe_and_lives_is_waited_for():
 
     process = run(close_and_wait)
     with pytest.raises(CallTimeoutError):
-        report.outcome(process, 0.1)
+        outcome(report, process, 0.1)
     server = ServerProcess(process, "Svc")
     server.stop(PATIENCE)
     server.stop(PATIENCE)
@@ -193,11 +219,28 @@ def test_a_process_that_closes_the_pipe_and_lives_is_waited_for():
 
 
 def test_a_process_that_is_not_wanted_any_more_is_not_waited_for():
-    report = ServerReady(ServerOptions("Svc"), lambda: "Svc was shut down")
+    report = ready()
     process = run(time.sleep, PATIENCE)
     with pytest.raises(ChannelError, match="Svc was shut down"):
-        report.outcome(process, PATIENCE)
+        outcome(report, process, PATIENCE, lambda: "Svc was shut down")
     process.kill()
+    process.join()
+
+
+def test_one_that_reports_progress_is_given_more_time(monkeypatch):
+    """Each report begins the time anew; afterwards, and in other processes, it does nothing."""
+    report, patience = ready(), 0.5
+
+    def get_on():
+        monkeypatch.setattr(serving, "_starting", report)
+        for _ in range(8):
+            time.sleep(patience / 4)  # so that the whole takes longer than the time for one step
+            report_progress("recovering", 1, 2)
+        report.set("/tmp/s")
+
+    process = run(get_on)
+    assert outcome(report, process, 4 * patience) == "/tmp/s"
+    report_progress()
     process.join()
 
 
@@ -209,7 +252,7 @@ def test_an_owner_is_not_taken_for_a_later_process_of_its_id():
     assert this.is_running()
     assert not ProcessIdentity(this.pid, this.started - 1).is_running()
     assert not ProcessIdentity.of(2**22 + 1).is_running()
-    assert ProcessIdentity.of(2**22 + 1).open() is None
+    assert ProcessIdentity.of(2**22 + 1).wait(None)
 
 
 def test_an_owner_is_known_by_what_no_clock_changes(monkeypatch):
@@ -258,106 +301,79 @@ def test_outside_of_the_main_thread_signals_are_left_alone():
     assert in_thread(use) == "the end of its owner, process 1"
 
 
-# ------------------------------------------------------------------ asking for restarts
+# ------------------------------------------------------------------ what owner and copies share
 
 
-def test_a_full_pipe_holds_up_nobody():
-    desk = RestartDesk()
-    with pytest.raises(ChannelError, match="cannot be asked"):
-        collections.deque(map(desk.ask, itertools.repeat(0.0)), maxlen=0)
-
-
-def test_an_owner_that_is_gone_cannot_be_asked():
-    desk = RestartDesk()
-    desk.after_fork_in_child()  # the only reader
-    with pytest.raises(ChannelError, match="cannot be asked"):
-        desk.ask(0.0)
-
-
-def test_requests_are_served_in_turn_and_survive_failures(caplog):
-    served, found = [], []
-
-    def restart(failed_at):
-        served.append(failed_at)
-        raise RuntimeError("not this time")
-
-    desk = RestartDesk()
-    desk.open("Svc", restart, found.append)
-    process = run(desk.ask, 1.5)
+def in_copy(function):
+    """Return what a function returns in a forked process."""
+    here, there = fork.Pipe(duplex=False)
+    process = run(lambda: there.send(function()))
+    assert here.poll(PATIENCE)
     process.join()
-    desk.ask(2.5)
-    finding = Finding("failed", 1.0, 2.0, 3, "\ud800" + "x" * 5000)
-    desk.report(finding)
-    until(lambda: served == [1.5, 2.5] and found)
-    assert found[0][:4] == finding[:4]
-    assert set(found[0].detail) == {"?", "x"}
-    desk.close()
-    desk.close()
-    desk.join(PATIENCE)
-    assert "a request of another process failed: not this time" in caplog.text
-    assert not any(thread.name == "Svc-restarts" for thread in threading.enumerate())
+    return here.recv()
 
 
-def test_waiting_for_a_restart_has_an_end():
-    desk = RestartDesk()
-    with pytest.raises(CallTimeoutError, match="did not in"):
-        desk.ask_and_wait(0.0, lambda: False, 0.01)
-    desk.ask_and_wait(0.0, lambda: True, 0.0)
+def test_what_one_process_writes_the_others_see():
+    page = SharedPage("Svc")
+    server = ProcessIdentity.this_process()
+    assert not page.ended
+    page.server, page.ended_by, page.owner_tells = server, 7, True
+    assert in_copy(lambda: (page.server, page.ended_by, page.owner_tells)) == (server, 7, 1)
+    in_copy(lambda: setattr(page, "ended", 1))
+    assert page.ended
 
 
-def can_ask(desk):
-    try:
-        desk.ask(0.0)
-    except ChannelError:
-        return False
-    return True
+def test_an_outage_is_entered_once_for_each_level_and_ended_once_by_whoever_comes_first():
+    page = SharedPage("Once")
+    number = page.rise(1)
+    assert number > 0
+    assert in_copy(lambda: page.rise(1)) == 0
+    assert in_copy(lambda: page.rise(2)) == number
+    assert page.rise(1) == page.rise(2) == 0
+    page.count_restart()
+    assert in_copy(page.fall)[::2] == (number, 1)
+    assert page.fall() is None
+    assert in_copy(lambda: page.rise(1)) == number + 1
 
 
-def test_a_copy_knows_how_the_owner_is():
-    """Whether it has ended; that it is gone shows when it is asked."""
-    for end, states in (("close", (True, False)), ("after_fork_in_child", (False, False))):
-        desk = RestartDesk()
-        here, there = fork.Pipe()
+def test_of_many_processes_that_enter_an_outage_one_is_the_first():
+    page, barrier = SharedPage("Many"), fork.Barrier(8)
+    here, there = fork.Pipe(duplex=False)
 
-        def copy(desk=desk, here=here, there=there):
-            desk.after_fork_in_child()
-            there.send((desk.has_ended(), can_ask(desk)))
-            there.recv()
-            there.send((desk.has_ended(), can_ask(desk)))
+    def rise():
+        barrier.wait(PATIENCE)
+        there.send(page.rise(1))
 
-        process = run(copy)
-        assert here.recv() == (False, True)
-        if end == "close":
-            desk.open("Svc", int, int)
-        getattr(desk, end)()
-        desk.join(PATIENCE)
-        here.send("look")
-        assert here.recv() == states
+    processes = [run(rise) for _ in range(8)]
+    assert sum(number > 0 for number in (here.recv() for _ in processes)) == 1
+    for process in processes:
         process.join()
 
 
-def test_waiting_for_a_restart_ends_with_the_owner():
-    desk = RestartDesk()
-    looks = []
+def test_a_process_that_was_stopped_with_the_lock_stops_nobody(monkeypatch):
+    monkeypatch.setattr("shmelim.service.shared._PATIENCE", 0.05)
+    page, held = SharedPage("Held"), fork.Event()
 
-    def is_well():
-        looks.append(1)
-        desk.close()
-        return False
+    def hold():
+        with page._alone():
+            held.set()
+            time.sleep(PATIENCE)
 
-    with pytest.raises(ChannelError, match="has ended"):
-        desk.ask_and_wait(0.0, is_well, PATIENCE)
-    assert looks == [1]
+    process = run(hold)
+    assert held.wait(PATIENCE)
+    assert page.rise(1)
+    process.kill()
+    process.join()
 
 
-def test_a_desk_with_a_full_pipe_can_be_closed():
-    desk = RestartDesk()
-    with pytest.raises(ChannelError):
-        collections.deque(map(desk.ask, itertools.repeat(0.0)), maxlen=0)
-    desk.close()
-    desk.open("Svc", int, int)
-    desk.join(PATIENCE)
-    assert not any(thread.name == "Svc-restarts" for thread in threading.enumerate())
+def test_no_two_outages_of_a_name_have_one_number():
+    """Also those of one object and of the next, which have one notifier."""
+    numbers = []
+    for page in (SharedPage("Alike"), SharedPage("Alike", shared=False)):
+        for _ in range(2):
+            numbers.append(page.rise(1))
+            page.fall()
+    assert len(set(numbers)) == 4
 
 
 # ------------------------------------------------------------------ settings and pickle
@@ -365,9 +381,8 @@ def test_a_desk_with_a_full_pipe_can_be_closed():
 
 def test_settings_keep_msgpack_out_of_pickles():
     assert ServiceSettings(codec=MSGPACK).codec is None
-    assert ServiceSettings().codec_in_use is MSGPACK
     codec = PickleCodec()
-    assert ServiceSettings(codec=codec).codec_in_use is codec
+    assert ServiceSettings(codec=codec).codec is codec
 
 
 class Rude:
