@@ -26,6 +26,7 @@ from shmelim.channel.address import normalize
 from shmelim.channel.key import whose
 from shmelim.errors import AddressError, AlreadyServingError, KeyFileError, NotServingError, StoreError
 from shmelim.shm import check_name
+from shmelim.system.durable import write_whole
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog
 
@@ -107,10 +108,7 @@ class RuntimeDirectory:
 
     def announce(self, info: ServerInfo) -> None:
         """Write down how the server is reached, in one step."""
-        temporary = self._info.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(msgspec.json.encode(info))
-        temporary.chmod(0o600)
-        temporary.replace(self._info)
+        write_whole(self._info, [msgspec.json.encode(info)])
 
     @property
     def _info(self) -> Path:
