@@ -225,9 +225,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> typ
 
 
 def examples(number: int) -> settings:
-    return settings(
-        max_examples=number, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    return settings(max_examples=number, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @examples(100)
