@@ -16,8 +16,7 @@ import weakref
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
-from shmelim.eliminations.record import generate_row
-from shmelim.eliminations.state.changes import check_hotkeys, check_listed
+from shmelim.eliminations.record import check_hotkeys, check_listed, generate_row
 from shmelim.errors import ChannelError, MessageTooLargeError, ShmelimError, StateUnavailableError, StoreError
 
 if TYPE_CHECKING:

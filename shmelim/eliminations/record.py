@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any, NoReturn
 
@@ -138,6 +138,40 @@ def prepare(data: Mapping[str, Any], hotkey: str | None = None) -> tuple[str, by
     """Return hotkey and bytes of a record that :func:`normalise` and :func:`encode` accept."""
     record = normalise(data, hotkey)
     return record["hotkey"], encode(record)
+
+
+def prepare_all(records: Iterable[Mapping[str, Any]], first: int = 0) -> dict[str, bytes]:
+    """Check and encode a list of records; of a hotkey that is listed twice the last record counts.
+
+    ValueError and TypeError name the place of one that cannot be stored; ``first`` is that of the first.
+    """
+    prepared: dict[str, bytes] = {}
+    for index, record in enumerate(check_listed(records), first):
+        try:
+            hotkey, encoded = prepare(record)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"elimination {index} of the list: {error}") from None
+        prepared[hotkey] = encoded
+    return prepared
+
+
+def check_listed(records: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    """Return records, those of a proxy as a list; TypeError for what can be iterated over and yet lists none."""
+    if not isinstance(records, Iterable):
+        records = plain_container(records) or records  # type: ignore[unreachable]  # a proxy may stand for one
+    if isinstance(records, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(records, Iterable):
+        raise TypeError(f"eliminations must be a list of records, not {type(records).__name__}")
+    return records
+
+
+def check_hotkeys(hotkeys: Iterable[str]) -> list[str]:
+    """Return hotkeys as a list without repetitions; ValueError or TypeError for one that cannot be a key."""
+    if isinstance(hotkeys, (str, bytes, bytearray, memoryview)) or not isinstance(hotkeys, Iterable):
+        raise TypeError(f"hotkeys must be a list or set of hotkeys, not {type(hotkeys).__name__}")
+    listed = list(dict.fromkeys(hotkeys))
+    for hotkey in listed:
+        check_hotkey(hotkey)
+    return listed
 
 
 def generate_row(

@@ -24,7 +24,7 @@ from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files.mirror import ELIMINATIONS_FILE, FILES_MODES, FileMirror, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
-from shmelim.eliminations.record import check_hotkey, decode, generate_row, prepare
+from shmelim.eliminations.record import check_hotkey, check_hotkeys, decode, generate_row, prepare, prepare_all
 from shmelim.eliminations.rules import EliminationProcessor, processed
 from shmelim.eliminations.runtime import StateLock
 from shmelim.eliminations.starting.imports import import_departed, imported, merge_once
@@ -33,8 +33,8 @@ from shmelim.eliminations.state import changes
 from shmelim.eliminations.state.committer import Committer
 from shmelim.eliminations.state.debt_book import DebtMethods
 from shmelim.eliminations.state.uploads import Uploads
-from shmelim.eliminations.store.history import Origin, read_events, this_process
-from shmelim.eliminations.store.offline import store_bytes
+from shmelim.eliminations.store.history import Origin, this_process
+from shmelim.eliminations.store.opening import store_bytes
 from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
 from shmelim.errors import DamagedFileError, StoreError
@@ -297,12 +297,7 @@ class EliminationManagerServer(DebtMethods):
         limit = HISTORY_LIMIT if limit is None else limit
         if not 0 <= limit <= HISTORY_LIMIT:
             raise ValueError(f"limit must be 0 to {HISTORY_LIMIT:,}, not {limit!r}; go on with before_id")
-        if self.state_dir is None:
-            events = self._committer.read(lambda store: store.events(hotkey, limit, before_id))
-        else:
-            # Beside the one who commits, who may be busy with a long sync.
-            events = read_events(self.state_dir, hotkey, limit, before_id)
-        return [event.as_dict() for event in events]
+        return [event.as_dict() for event in self._ask(lambda store: store.events(hotkey, limit, before_id))]
 
     # ------------------------------------------------------------------ changing
 
@@ -325,20 +320,21 @@ class EliminationManagerServer(DebtMethods):
         return added
 
     def remove_elimination_rpc(self, hotkey: str) -> bool:
-        return bool(self._committer.commit(changes.remove, changes.check_hotkeys([hotkey])))
+        check_hotkey(hotkey)
+        return bool(self._committer.commit(changes.remove, [hotkey]))
 
     def delete_eliminations_rpc(
         self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None
     ) -> list[str]:
-        removed = self._committer.commit(changes.remove, changes.check_hotkeys(hotkeys), times_ms)
+        removed = self._committer.commit(changes.remove, check_hotkeys(hotkeys), times_ms)
         self._save()
         return removed
 
     def sync_eliminations_rpc(self, eliminations: Iterable[Mapping[str, Any]]) -> list[str]:
-        return self._replace(changes.prepare_all(eliminations), "sync")
+        return self._replace(prepare_all(eliminations), "sync")
 
     def write_eliminations_to_disk_rpc(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
-        self._replace(changes.prepare_all(eliminations), "write")
+        self._replace(prepare_all(eliminations), "write")
 
     def begin_upload_rpc(self) -> str:
         """Begin a list that is too large for one message; returns its token."""
@@ -362,17 +358,16 @@ class EliminationManagerServer(DebtMethods):
         return removed
 
     def clear_eliminations_rpc(self) -> None:
-        self._committer.commit(changes.clear)
-        self._save()
+        self._replace({}, "clear")
 
     def update_metagraph_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._committer.commit(changes.update_metagraph, changes.check_hotkeys(hotkeys))
+        return self._committer.commit(changes.update_metagraph, check_hotkeys(hotkeys))
 
     def get_missing_hotkeys_rpc(self) -> list[str]:
         return self._committer.read(changes.missing)
 
     def accept_loss_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._committer.commit(changes.accept_loss, changes.check_hotkeys(hotkeys))
+        return self._committer.commit(changes.accept_loss, check_hotkeys(hotkeys))
 
     def clear_departed_hotkeys_rpc(self) -> None:
         self._committer.commit(changes.clear_departed)

@@ -29,7 +29,6 @@ _TRACED = tuple(
         "store/database.py",
         "state/debt_book.py",
         "state/debt_changes.py",
-        "debts/tables.py",
         "store/history.py",
         "store/store.py",
     )

@@ -55,14 +55,14 @@ def test_remove(store):
     assert (result, step.touched, step.wrote, events) == ([], {}, False, [])
 
 
-def test_clear(store):
+def test_replace_all_by_nothing(store):
     add(store, "a", "b")
-    result, step, events = apply(store, changes.clear, "because")
-    assert (result, list(step.touched)) == (2, ["a", "b"])
+    result, step, events = apply(store, changes.replace_all, {}, "because")
+    assert (result, list(step.touched)) == (["a", "b"], ["a", "b"])
     assert events == [("remove", "a", "because"), ("remove", "b", "because")]
-    result, step, events = apply(store, changes.clear)
+    result, step, events = apply(store, changes.replace_all, {})
     # That the list was replaced is written, though nothing in it changed.
-    assert (result, step.touched, step.wrote, events) == (0, {}, True, [])
+    assert (result, step.touched, step.wrote, events) == ([], {}, True, [])
 
 
 def test_replace_all(store):
@@ -164,26 +164,3 @@ def test_departures_can_be_cleared(store):
 def test_meta(store):
     _, step, events = apply(store, Step.set_meta, "k", [1])
     assert (step.wrote, step.touched, events, store.meta("k")) == (True, {}, [], [1])
-
-
-class TestArguments:
-    def test_lists_of_records(self):
-        assert list(changes.prepare_all(row(hotkey) for hotkey in "ba")) == ["b", "a"]
-        assert changes.prepare_all([row("a", 1), row("a", 2)]) == dict([prepare(row("a", 2))])
-        for wrong in ("text", b"bytes", {"a": row("a")}, ["a"], 5, None):
-            with pytest.raises(TypeError):
-                changes.prepare_all(wrong)
-        with pytest.raises(ValueError, match="elimination 1 of the list"):
-            changes.prepare_all([row("a"), {"hotkey": "b"}])
-        with pytest.raises(ValueError, match="elimination 11 of the list"):
-            changes.prepare_all([row("a"), {"hotkey": "b"}], 10)
-
-    def test_lists_of_hotkeys(self):
-        assert changes.check_hotkeys(["b", "a", "b"]) == ["b", "a"]
-        assert set(changes.check_hotkeys({"b", "a"})) == {"a", "b"}
-        for wrong in ("text", b"bytes", 5, None, [5], [None]):
-            with pytest.raises(TypeError):
-                changes.check_hotkeys(wrong)
-        for wrong in ([""], ["x" * 256], ["\ud800"]):
-            with pytest.raises(ValueError, match="hotkey"):
-                changes.check_hotkeys(wrong)

@@ -7,7 +7,8 @@ settles or resolves it is always told.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import Final
 
 from shmelim.eliminations.debts.states import (
     ATTEMPTING,
@@ -20,14 +21,9 @@ from shmelim.eliminations.debts.states import (
     Slash,
     attempt_is_alive,
 )
-from shmelim.eliminations.state.changes import replacements
+from shmelim.eliminations.state.changes import Step, replacements
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.system import clock
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from shmelim.eliminations.state.changes import Step
 
 # A record's time may be any whole number of 64 bits; SQLite's are signed.
 _LARGEST_MS: Final = (1 << 63) - 1
@@ -155,10 +151,8 @@ def _owe(step: Step, hotkey: str, kinds: Sequence[str], eliminated_ms: int, once
 
 def _was_made(step: Step, hotkey: str, eliminated_ms: int, within_ms: float | None) -> bool:
     """Tell whether a slash was made for an elimination less than so far away."""
-    if within_ms is None:
-        return False
-    slash = step.store.slash(hotkey)
-    return slash is not None and abs(eliminated_ms - slash.eliminated_ms) < within_ms
+    made = step.store.slashes(hotkey)
+    return within_ms is not None and any(abs(eliminated_ms - slash.eliminated_ms) < within_ms for slash in made)
 
 
 def _owe_again(step: Step, debt: Debt) -> None:

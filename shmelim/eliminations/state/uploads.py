@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from shmelim.eliminations.state.changes import prepare_all
+from shmelim.eliminations.record import prepare_all
 from shmelim.errors import UploadLostError
 
 MAX_OPEN: Final = 4
