@@ -15,26 +15,22 @@ import contextlib
 import gc
 import os
 import struct
+from collections.abc import Iterator, Mapping
 from enum import IntFlag
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from shmelim.eliminations.record import decode
 from shmelim.errors import CorruptSegmentError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from shmelim.shm import Entry
+from shmelim.shm import HEADS, ITEMS, VALUES, Entry
 
 T = TypeVar("T")
 
-_MANY: Final = 1000
+_LARGE: Final = 200_000  # bytes
 _rows: Final = msgspec.msgpack.Decoder(list[dict[str, Any]])
 _eliminations: Final = msgspec.msgpack.Decoder(dict[str, dict[str, Any]])
 _hotkeys: Final = msgspec.msgpack.Decoder(list[str])
-_prefixes: Final = msgspec.msgpack.Decoder(dict[str, bytes])
+_heads: Final = msgspec.msgpack.Decoder(dict[str, bytes])
 
 # Whether a thread of this process keeps the garbage collector switched off; written by that thread alone.
 _collector_rests = False
@@ -84,15 +80,18 @@ def row_entry(row: Row) -> tuple[bytes, int, bytes, int]:
     return row.hotkey.encode(), int(flags), prefix + (row.record or b""), ordinal
 
 
-def eliminations_in(entries: Mapping[bytes, Entry]) -> dict[str, dict[str, Any]]:
-    """Return the elimination records in a snapshot's entries, in the order of first elimination."""
+def pack(entries: Mapping[bytes, Entry], flag: int, form: int) -> bytes:
+    """Return what the compiled read path collects (as ``Lookups._collect``) of a snapshot's entries."""
     size = PREFIX.size
-    with _collector_at_rest(len(entries)):
-        return {
-            key.decode(): decode(record[size:])
-            for key, (flags, record, _) in entries.items()
-            if flags & Status.ELIMINATED
-        }
+    chosen = {key.decode(): entry.record for key, entry in entries.items() if entry.flags & flag}
+    packed: Any = list(chosen)
+    if form == HEADS:
+        packed = {hotkey: record[:size] for hotkey, record in chosen.items()}
+    elif form == ITEMS:
+        packed = {hotkey: msgspec.Raw(record[size:]) for hotkey, record in chosen.items()}
+    elif form == VALUES:
+        packed = [msgspec.Raw(record[size:]) for record in chosen.values()]
+    return msgspec.msgpack.encode(packed)
 
 
 @contextlib.contextmanager
@@ -102,7 +101,7 @@ def _collector_at_rest(size: int) -> Iterator[None]:
     Decoded records hold no cycles, and the walks double the time from some thousand records on.
     """
     global _collector_rests  # noqa: PLW0603
-    if size < _MANY or not gc.isenabled():
+    if size < _LARGE or not gc.isenabled():
         yield
         return
     _collector_rests = True
@@ -142,28 +141,19 @@ def decode_hotkeys(found: bytes) -> list[str]:
 
 def decode_departures(found: bytes) -> dict[str, dict[str, int]]:
     """Return ``{hotkey: {"detected_ms": …}}``, in the order of departure, of a msgpack map of hotkey to prefix."""
-    prefixes = [(PREFIX.unpack(prefix), hotkey) for hotkey, prefix in _decode_all(_prefixes, found).items()]
-    prefixes.sort(key=_departed_ordinal)
-    return {hotkey: {"detected_ms": detected_ms} for (detected_ms, _), hotkey in prefixes}
+    heads = [(*PREFIX.unpack(head), hotkey) for hotkey, head in _decode_all(_heads, found).items()]
+    heads.sort(key=lambda head: head[1])
+    return {hotkey: {"detected_ms": detected_ms} for detected_ms, _, hotkey in heads}
+
+
+def departed_in(entries: Mapping[bytes, Entry]) -> dict[str, dict[str, int]]:
+    """Return the same of a snapshot's entries."""
+    return decode_departures(pack(entries, Status.DEPARTED, HEADS))
 
 
 def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes) -> T:
-    # The number of items stands in the four bytes behind the first.
-    with _collector_at_rest(int.from_bytes(found[1:5], "big")):
+    with _collector_at_rest(len(found)):
         try:
             return decoder.decode(found)
         except msgspec.DecodeError as error:
             raise CorruptSegmentError(f"the records in shared memory cannot be decoded: {error}") from error
-
-
-def _departed_ordinal(item: tuple[tuple[int, int], Any]) -> int:
-    return item[0][1]
-
-
-def departed_in(entries: Mapping[bytes, Entry]) -> dict[str, dict[str, int]]:
-    """Return ``{hotkey: {"detected_ms": …}}`` of a snapshot's entries, in the order of departure."""
-    found = [
-        (PREFIX.unpack_from(record), key) for key, (flags, record, _) in entries.items() if flags & Status.DEPARTED
-    ]
-    found.sort(key=_departed_ordinal)
-    return {key.decode(): {"detected_ms": detected_ms} for (detected_ms, _), key in found}
