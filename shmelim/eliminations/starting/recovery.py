@@ -52,10 +52,10 @@ class _Published(NamedTuple):
 def recover(
     directory: Path,
     namespace: Namespace,
+    durability: Durability,
+    default_departed: Path | None,
     *,
-    durability: Durability = "power",
-    default_departed: Path | None = None,
-    use_files: bool = True,
+    use_files: bool,
 ) -> Store:
     """Open the store of a state directory, made if missing, with the state to serve in it.
 
