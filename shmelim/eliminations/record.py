@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
@@ -54,16 +54,7 @@ class EliminationReason(str, Enum):  # noqa: UP042 - StrEnum would change str() 
 
 
 class _NotStorableError(TypeError):
-    """A value that has no stored form; collects the path to it while the walk unwinds."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.path: list[str | int] = []
-
-    def __str__(self) -> str:
-        steps = "".join(f"[{_short(step)}]" for step in reversed(self.path))
-        return f"record{steps} cannot be stored: {self.problem}"
+    """A value that has no stored form."""
 
 
 def check_hotkey(hotkey: str) -> bytes:
@@ -105,10 +96,12 @@ def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, A
     try:
         record = _plain_dict(data, 1, [MAX_RECORD_BYTES])
     except _NotStorableError as error:
-        raise TypeError(str(error)) from None
-    for field in REQUIRED_FIELDS:
-        if field not in record:
-            _refuse_missing(record, hotkey)
+        steps = "".join(f"[{_short(step)}]" for step in _path_to_culprit(data))
+        raise TypeError(f"record{steps} cannot be stored: {error}") from None
+    if missing := [repr(field) for field in REQUIRED_FIELDS if field not in record]:
+        known = record.get("hotkey", hotkey)
+        whose = "" if known is None else f" of hotkey {_short(known)}"
+        raise ValueError(f"the elimination record{whose} lacks the required field {', '.join(missing)}")
     _check_types(record)
     if hotkey is not None and record["hotkey"] != hotkey:
         raise ValueError(f"the record is of hotkey {_short(record['hotkey'])}, not of {_short(hotkey)}")
@@ -224,13 +217,15 @@ def _plain_dict(data: Mapping[Any, Any], depth: int, room: list[int]) -> dict[st
     The count ends the walk early where one list stands in another many times over: a few objects in memory
     can spell out more values than there are atoms.
     """
-    if depth > MAX_NESTING:
-        _refuse_depth()
+    _enter(len(data), depth, room)
     plain: dict[str, Any] = {}
-    _take(room, len(data))
     for key, value in data.items():
         if type(key) is not str or not key.isascii():
-            key = _plain_key(key)  # noqa: PLW2901 - the loop's own key, made plain
+            if not isinstance(key, str):
+                raise _NotStorableError(
+                    f"the key {_short(key)} is of type {type(key).__name__}; keys must be text"
+                )
+            key = _plain_text(key)  # noqa: PLW2901 - the loop's own key, made plain
         kind = type(value)
         # The plain types first: they are nearly all there is.
         if (
@@ -242,29 +237,30 @@ def _plain_dict(data: Mapping[Any, Any], depth: int, room: list[int]) -> dict[st
         ):
             plain[key] = value
         else:
-            try:
-                plain[key] = _plain(value, depth, room)
-            except _NotStorableError as error:
-                error.path.append(key)
-                raise
+            plain[key] = _plain(value, depth, room)
     return plain
 
 
 def _plain_list(values: list[Any] | tuple[Any, ...], depth: int, room: list[int]) -> list[Any]:
+    _enter(len(values), depth, room)
+    return [value if type(value) is float else _plain(value, depth, room) for value in values]
+
+
+def _enter(count: int, depth: int, room: list[int]) -> None:
     if depth > MAX_NESTING:
-        _refuse_depth()
-    plain = []
-    _take(room, len(values))
-    for index, value in enumerate(values):
-        if type(value) is float:
-            plain.append(value)
-            continue
+        raise ValueError(f"the record is nested more than {MAX_NESTING} levels deep (does it contain itself?)")
+    _take(room, count)
+
+
+def _path_to_culprit(value: Any) -> list[Any]:
+    """Return the keys and indexes that lead to what cannot be stored; slow, which an error may be."""
+    container = plain_container(value)
+    for step, item in container.items() if isinstance(container, dict) else enumerate(container or ()):
         try:
-            plain.append(_plain(value, depth, room))
-        except _NotStorableError as error:
-            error.path.append(index)
-            raise
-    return plain
+            _plain(item, 1, [MAX_RECORD_BYTES])
+        except _NotStorableError:
+            return [step, *_path_to_culprit(item)]
+    return []
 
 
 def _plain(value: Any, depth: int, room: list[int]) -> Any:  # noqa: PLR0911 - one flat dispatch
@@ -321,27 +317,10 @@ def _plain_text(value: str) -> str:
     return text
 
 
-def _plain_key(key: Any) -> str:
-    if not isinstance(key, str):
-        raise _NotStorableError(f"the key {_short(key)} is of type {type(key).__name__}; keys must be text")
-    return _plain_text(key)
-
-
 def _take(room: list[int], count: int) -> None:
     room[0] -= count
     if room[0] < 0:
         raise ValueError(f"the record takes more than {MAX_RECORD_BYTES} bytes, the most that is allowed")
-
-
-def _refuse_depth() -> NoReturn:
-    raise ValueError(f"the record is nested more than {MAX_NESTING} levels deep (does it contain itself?)")
-
-
-def _refuse_missing(record: dict[str, Any], hotkey: str | None) -> NoReturn:
-    missing = ", ".join(repr(field) for field in REQUIRED_FIELDS if field not in record)
-    known = record.get("hotkey", hotkey)
-    whose = "the elimination record" if known is None else f"the elimination record of hotkey {_short(known)}"
-    raise ValueError(f"{whose} lacks the required field {missing}")
 
 
 def _wrong_field(record: dict[str, Any], field: str, wanted: str) -> TypeError:
