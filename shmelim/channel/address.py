@@ -26,7 +26,7 @@ _PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the final NUL
 _PORTS = 65535
 _BACKLOG = 512
 _PROBE = 1.0  # seconds for the question whether somebody answers at a socket file
-_LOCK_WAIT = 5.0  # seconds for another server that is starting or stopping in the same directory
+LOCK_WAIT = 5.0  # seconds for another server that is starting or stopping in the same directory
 _UCRED = struct.Struct("3i")
 _TAKEN = "another server uses this address; stop it or choose another address"
 
@@ -108,19 +108,17 @@ class SocketFile:
 
         An ``OSError`` does no harm: the next server at this address replaces the file.
         """
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), _directory_lock(self.path, _LOCK_WAIT):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), _directory_lock(self.path, LOCK_WAIT):
             # An identity may be given out again, so that only the question whether somebody answers tells.
             if _identity(self.path) == self._identity and not _answers(self.path):
                 Path(self.path).unlink()
 
 
-def listen(
-    sock: socket.socket, location: Location, patience: float | None = None
-) -> tuple[Location, SocketFile | None]:
+def listen(sock: socket.socket, location: Location, patience: float) -> tuple[Location, SocketFile | None]:
     """Make a socket listen, without blocking; return the real address, and the socket file if there is one.
 
     A Unix socket file gets mode 0600, and replaces one at which nobody answers. Port 0 lets the system choose one.
-    `patience` seconds (5 by default) are for others that start or stop in the same directory. ``ChannelError`` if
+    `patience` seconds are for others that start or stop in the same directory. ``ChannelError`` if
     the address is taken or cannot be used. The caller closes the socket, also then.
     """
     with _explained(location):
@@ -132,7 +130,7 @@ def listen(
             return (host, port), None
         # From the question "does anybody answer?" to our own listen(), no other server may act in this directory:
         # between two that start at once, the second must find the first one listening.
-        with _directory_lock(location, _LOCK_WAIT if patience is None else patience):
+        with _directory_lock(location, patience):
             if _is_stale(location):
                 Path(location).unlink(missing_ok=True)
             _bind_private(sock, location)

@@ -60,7 +60,7 @@ class Wire:
 
     __slots__ = ("_closing", "_readable", "_surplus", "begun", "deadline", "longest", "patience", "sock")
 
-    def __init__(self, sock: socket.socket, *, patience: float) -> None:
+    def __init__(self, sock: socket.socket, patience: float = 0.0) -> None:
         sock.setblocking(False)  # noqa: FBT003
         # When to give up with TimeoutError, on the clock of system.clock. None: wait for ever for the first byte
         # of a message, and `patience` seconds for everything else. Set by the thread that uses the wire.

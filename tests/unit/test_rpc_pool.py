@@ -7,7 +7,7 @@ import threading
 import pytest
 from ledger import PATIENCE
 
-from shmelim.channel.connections import Connections
+from shmelim.channel.client import Connections
 from shmelim.errors import ChannelError
 
 
@@ -31,7 +31,7 @@ class Sockets:
 @pytest.fixture
 def sockets(monkeypatch):
     sockets = Sockets()
-    monkeypatch.setattr("shmelim.channel.connections.new_socket", sockets.make)
+    monkeypatch.setattr("shmelim.channel.client.new_socket", sockets.make)
     yield sockets
     for sock in sockets.others:
         sock.close()
@@ -95,7 +95,7 @@ def test_closed_by_a_signal_handler_at_any_step(sockets, use):
 
     def at_every_step():
         while True:
-            pool = Connections("/nowhere", b"k" * 32, max_idle=2)
+            pool = Connections("/nowhere")
             sockets.made.clear()
             sockets.others.clear()
             pool.give_back(pool.open())
@@ -118,7 +118,7 @@ def test_closed_by_a_signal_handler_at_any_step(sockets, use):
 
 
 def test_one_that_is_retired_leaves_those_in_use_alone(sockets):
-    pool = Connections("/nowhere", b"k" * 32, max_idle=2)
+    pool = Connections("/nowhere")
     idle, used = pool.open(), pool.open()
     pool.give_back(idle)
     pool.retire("not any more")
