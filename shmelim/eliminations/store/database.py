@@ -164,7 +164,6 @@ class Database:
         After a StoreError it is rolled back. After an interrupt (``KeyboardInterrupt``) it is either committed or
         still open.
         """
-        self._need_transaction()
         try:
             self._need_place()
             with self._guard:

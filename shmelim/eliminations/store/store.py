@@ -13,6 +13,7 @@ in use, an update keeps it, a removal frees it, and a hotkey that comes again co
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -26,7 +27,6 @@ from shmelim.eliminations.store.database import Database
 from shmelim.eliminations.store.history import Change, Event, Origin
 from shmelim.eliminations.store.schema import DAMAGED_HINT
 from shmelim.errors import DamagedStoreError
-from shmelim.system import clock
 
 # Hotkeys in one question: below the 999 that an old SQLite allows, and nearly all chunks share one statement.
 _CHUNK = 500
@@ -78,7 +78,7 @@ class Store(Database):
         remaining = iter(hotkeys)
         while chunk := list(islice(remaining, _CHUNK)):
             with self._guard:
-                rows = self._db.execute(f"{_ALL} WHERE hotkey IN ({_marks(chunk)})", chunk).fetchall()
+                rows = self._db.execute(f"{_ALL} WHERE hotkey IN ({','.join('?' * len(chunk))})", chunk).fetchall()
             for row in rows:
                 found[row[0]] = _row(row)
         return found
@@ -227,7 +227,7 @@ class Store(Database):
         """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
         self._need_transaction()
         pid, uid, program = history.this_process() if origin is None else origin
-        now = clock.now_ms() if at_ms is None else at_ms
+        now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
         rows = [
             (now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes
         ]
@@ -300,12 +300,8 @@ class Store(Database):
         for start in range(0, len(names), _CHUNK):
             chunk = names[start : start + _CHUNK]
             with self._guard:
-                found.update(self._db.execute(f"{_RECORDS} ({_marks(chunk)})", chunk))
+                found.update(self._db.execute(f"{_RECORDS} ({','.join('?' * len(chunk))})", chunk))
         return {hotkey: found[hotkey] for hotkey in names if hotkey in found}
-
-
-def _marks(values: list[str]) -> str:
-    return ",".join("?" * len(values))
 
 
 def _row(row: tuple[str, int | None, bytes | None, int | None, int | None, int, int | None]) -> Row:
