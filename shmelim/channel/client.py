@@ -53,11 +53,12 @@ class ChannelClient:
     Parameters
     ----------
     address
-        Path of a Unix socket, or ``(host, port)``.
+        Path of a Unix socket, or ``(host, port)``; or a function that returns it, which is asked now and before
+        each connect, so that a server is found that was restarted elsewhere.
     authkey
         The key, or a function that returns it, which is asked after each connect (so that the key of a restarted
-        server is found); whatever it raises ends the call, but a ``NotServingError`` is tried again within
-        `connect_wait`.
+        server is found). Whatever these functions raise ends the call, but a ``NotServingError`` is tried again
+        within `connect_wait`.
     timeout
         Seconds for a whole call, connecting included, unless the call says otherwise. No signal, patched socket or
         stopped clock stretches it.
@@ -92,7 +93,7 @@ class ChannelClient:
 
     def __init__(
         self,
-        address: Address,
+        address: Address | Callable[[], Address],
         authkey: bytes | Callable[[], bytes],
         *,
         timeout: float = 10.0,
@@ -100,11 +101,12 @@ class ChannelClient:
         max_message: int = DEFAULT_MAX_MESSAGE,
         codec: Codec = MSGPACK,
     ) -> None:
-        self._location = normalize(address)
+        self._find = address if callable(address) else None
+        self._location = normalize(address() if callable(address) else address)
         self._authkey = authkey if callable(authkey) else check_key(authkey)
         self._timeout = _checked_seconds("timeout", timeout)
         self._connect_wait = _checked_seconds("connect_wait", connect_wait)
-        self._connections = Connections(self._location)
+        self._connections = Connections()
         self._max_message = max_message
         self._codec = codec
         self._numbers = itertools.count(1)  # next() of it is atomic
@@ -120,7 +122,7 @@ class ChannelClient:
 
     @property
     def address(self) -> str | tuple[str, int]:
-        """Where it calls."""
+        """Where it calls, or called last."""
         return self._location
 
     def call(
@@ -253,23 +255,31 @@ class ChannelClient:
         give_up = min(deadline, monotonic() + self._connect_wait)
         pause, drops = _PAUSE_FIRST, 0
         while True:
-            wire = self._connections.open()
             try:
-                establish(wire, self._location, self._authkey, deadline)
-            except BaseException as error:
-                self._connections.discard(wire)
-                if not isinstance(error, TryAgainError):
-                    raise
+                return self._connect(deadline)
+            except TryAgainError as error:
                 dropped = isinstance(error, DroppedError)
                 drops += dropped
                 # A server that is there is worth the whole deadline, unless it drops us again and again.
                 patient = isinstance(error, BusyError) or (dropped and drops < _TRIES)
                 if monotonic() + pause > (deadline if patient else give_up):
                     raise error.failure from error.__cause__
-            else:
-                return wire
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE_MOST)
+
+    def _connect(self, deadline: float) -> Wire:
+        if self._find is not None:
+            try:
+                self._location = normalize(self._find())
+            except NotServingError as error:
+                raise TryAgainError(error) from None
+        wire = self._connections.open(self._location)
+        try:
+            establish(wire, self._location, self._authkey, deadline)
+        except BaseException:
+            self._connections.discard(wire)
+            raise
+        return wire
 
     def _exchange(self, method: str, request: bytes, deadline: float, *, idempotent: bool) -> bytes:
         """Send a request and return the reply, on as many connections as that takes and is allowed."""
@@ -337,8 +347,7 @@ class Connections:
     forked child it is empty, and its copies of the descriptors are closed without a word to the server.
     """
 
-    def __init__(self, location: Location) -> None:
-        self._location = location
+    def __init__(self) -> None:
         self.refusal: str | None = None  # why no more connections are handed out; never goes back
         # The lock guards everything below, from other threads. It is re-entrant, since a signal handler that
         # closes may have interrupted its holder at any point: so whoever has entered a wire looks once more
@@ -355,13 +364,13 @@ class Connections:
         for wire in getattr(self, "_wires", ()):
             wire.close()
 
-    def open(self) -> Wire:
+    def open(self, location: Location) -> Wire:
         """Enter a new wire, which is not connected yet; ``ChannelError`` when closed."""
         with forks.creating_descriptors:
             try:
-                sock = new_socket(self._location)
+                sock = new_socket(location)
             except OSError as error:
-                raise cannot_connect(self._location, error) from error
+                raise cannot_connect(location, error) from error
             with self._lock:
                 wire = Wire(sock)
                 self._wires[wire] = None
@@ -373,7 +382,10 @@ class Connections:
     def take(self) -> Wire | None:
         """Return an idle connection that is up, the last used one first; None if there is none."""
         while True:
-            wire = self._pop_idle()
+            try:
+                wire = self._idle.pop()
+            except IndexError:  # not asked before: a signal handler, or another thread, may come between
+                wire = None
             if self.refusal is not None:
                 if wire is not None:
                     self.discard(wire)
@@ -413,14 +425,10 @@ class Connections:
             for wire in list(self._wires):
                 wire.shutdown()
 
-    def _pop_idle(self) -> Wire | None:
-        with self._lock, contextlib.suppress(IndexError):  # not asked before: a signal handler may come between
-            return self._idle.pop()
-        return None
-
     def _close_idle(self) -> None:
-        while (wire := self._pop_idle()) is not None:
-            self.discard(wire)
+        with contextlib.suppress(IndexError):
+            while True:
+                self.discard(self._idle.pop())
 
     def after_fork_in_child(self) -> None:
         """Close the inherited descriptors. Called by :mod:`shmelim.system.forks`."""

@@ -53,7 +53,7 @@ def take_a_broken_one(pool, sockets):
 
 
 def open_one(pool, sockets):
-    pool.discard(pool.open())
+    pool.discard(pool.open("/nowhere"))
 
 
 def retire_and_close(pool, _sockets):
@@ -95,10 +95,10 @@ def test_closed_by_a_signal_handler_at_any_step(sockets, use):
 
     def at_every_step():
         while True:
-            pool = Connections("/nowhere")
+            pool = Connections()
             sockets.made.clear()
             sockets.others.clear()
-            pool.give_back(pool.open())
+            pool.give_back(pool.open("/nowhere"))
             try:
                 came = interrupted_at(len(steps), lambda: use(pool, sockets), lambda: pool.close("the end"))  # noqa: B023
             except ChannelError:
@@ -118,14 +118,14 @@ def test_closed_by_a_signal_handler_at_any_step(sockets, use):
 
 
 def test_one_that_is_retired_leaves_those_in_use_alone(sockets):
-    pool = Connections("/nowhere")
-    idle, used = pool.open(), pool.open()
+    pool = Connections()
+    idle, used = pool.open("/nowhere"), pool.open("/nowhere")
     pool.give_back(idle)
     pool.retire("not any more")
     with pytest.raises(ChannelError, match="not any more"):
         pool.take()
     with pytest.raises(ChannelError, match="not any more"):
-        pool.open()
+        pool.open("/nowhere")
     assert [sock.fileno() == -1 for sock in sockets.made] == [True, False, True]
     sockets.others[1].sendall(b"\0\0\0\2ok")
     assert used.recv_bytes(10) == b"ok"
