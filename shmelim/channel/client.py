@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Self
 
 from shmelim.channel.address import Address, Location, describe, new_socket, normalize
 from shmelim.channel.codec import MSGPACK, Codec, UncarriedValueError
-from shmelim.channel.connecting import BusyError, DroppedError, TryAgainError, cannot_connect, establish
+from shmelim.channel.connecting import TryAgainError, cannot_connect, establish
 from shmelim.channel.dispatch import is_remote_name
 from shmelim.channel.failures import unpack_failure
 from shmelim.channel.key import check_key
@@ -258,11 +258,10 @@ class ChannelClient:
             try:
                 return self._connect(deadline)
             except TryAgainError as error:
-                dropped = isinstance(error, DroppedError)
-                drops += dropped
+                drops += error.server == "drops us"
                 # A server that is there is worth the whole deadline, unless it drops us again and again.
-                patient = isinstance(error, BusyError) or (dropped and drops < _TRIES)
-                if monotonic() + pause > (deadline if patient else give_up):
+                until = deadline if error.server and drops < _TRIES else give_up
+                if monotonic() + pause > until:
                     raise error.failure from error.__cause__
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE_MOST)

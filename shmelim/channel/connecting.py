@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from typing import Literal
 
 from shmelim.channel.address import Location, connect, describe
 from shmelim.channel.key import check_key, whose
@@ -18,19 +19,15 @@ _OWN_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS
 
 
 class TryAgainError(Exception):
-    """An attempt failed where another one may not; `failure` is for who has no time left for one."""
+    """An attempt failed where another one may not.
 
-    def __init__(self, failure: Exception) -> None:
+    `failure` is for who has no time left for one; `server` is what it showed of a server, if it did.
+    """
+
+    def __init__(self, failure: Exception, server: Literal["busy", "drops us"] | None = None) -> None:
         super().__init__()
         self.failure = failure
-
-
-class BusyError(TryAgainError):
-    """There is a server, but it had no room."""
-
-
-class DroppedError(TryAgainError):
-    """There is a server, but it broke the handshake off."""
+        self.server = server
 
 
 def establish(wire: Wire, location: Location, authkey: bytes | Callable[[], bytes], deadline: float) -> None:
@@ -48,13 +45,13 @@ def establish(wire: Wire, location: Location, authkey: bytes | Callable[[], byte
         raise
     except BlockingIOError as error:
         busy = CallTimeoutError(f"the server at {where} has too many connections waiting")
-        raise BusyError(busy) from error
+        raise TryAgainError(busy, "busy") from error
     except TimeoutError as error:
         text = f"the server at {where} did not finish a handshake in time"
         raise CallTimeoutError(text, hint="it hangs or is stopped, or another program listens there") from error
     except (EOFError, ConnectionError) as error:
         dropped = ChannelError(f"the server at {where} breaks connections off during the handshake")
-        raise DroppedError(dropped) from error
+        raise TryAgainError(dropped, "drops us") from error
     except OSError as error:
         raise cannot_connect(location, error) from error
 

@@ -236,7 +236,6 @@ class ChannelServer:
 
     def after_fork_in_child(self) -> None:
         """Make this copy inert. Called by :mod:`shmelim.system.forks`."""
-        self._log.after_fork_in_child()
         self._peers.abandon()
         for sock in self._listeners:
             sock.close()
