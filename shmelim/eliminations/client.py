@@ -69,15 +69,18 @@ class EliminationClient(Calls, EliminationReader):
         deadline = time.monotonic() + (wait or 0.0)
         super().__init__(name, wait=wait)
         self._arguments = {"timeout": timeout, "connect_wait": connect_wait, "runtime_base": runtime_base}
-        self._runtime = RuntimeDirectory(name, runtime_base)
+        runtime = RuntimeDirectory(name, runtime_base)
         self._timeout = timeout
-        self._connect_wait = connect_wait
         while True:
             try:
-                # One reference, replaced when the server is found elsewhere; any thread may do that.
-                self._channel = self._open_channel()
+                self._client = ChannelClient(
+                    lambda: runtime.server().address,
+                    lambda: load_key(runtime.key),
+                    timeout=timeout,
+                    connect_wait=connect_wait,
+                )
                 if wait is not None:
-                    self._channel.connect(timeout=max(0.0, deadline - time.monotonic()))
+                    self._client.connect(timeout=max(0.0, deadline - time.monotonic()))
             except (NotServingError, CallTimeoutError):
                 if time.monotonic() >= deadline:
                     raise
@@ -90,34 +93,13 @@ class EliminationClient(Calls, EliminationReader):
 
     def close(self) -> None:
         """Close the connections; reads go on working. Idempotent."""
-        self._channel.close()
+        self._client.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _open_channel(self) -> ChannelClient:
-        return ChannelClient(
-            self._runtime.server().address,
-            lambda: load_key(self._runtime.key),
-            timeout=self._timeout,
-            connect_wait=self._connect_wait,
-        )
-
-    def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
-        channel = self._channel
-        try:
-            return channel.call(method, args, kwargs, **options)
-        except NotServingError:
-            # Nothing was carried out. The next server may listen at another address.
-            elsewhere = self._open_channel()
-            if elsewhere.address == channel.address:
-                raise
-            self._channel = elsewhere
-            channel.close()
-            return elsewhere.call(method, args, kwargs, **options)
 
     def _size(self) -> int:
         return len(self)

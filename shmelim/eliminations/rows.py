@@ -66,20 +66,6 @@ class Status(IntFlag):
     REGISTERED = 4
 
 
-def row_entry(row: Row) -> tuple[bytes, int, bytes, int]:
-    """Return key, flags, record and ordinal under which a row is published."""
-    flags = 0
-    if row.record is not None:
-        flags |= Status.ELIMINATED
-    if row.departed_ordinal is not None:
-        flags |= Status.DEPARTED
-    if row.registered:
-        flags |= Status.REGISTERED
-    prefix = PREFIX.pack(row.detected_ms or 0, row.departed_ordinal or 0)
-    ordinal = row.eliminated_ordinal or row.departed_ordinal or 0
-    return row.hotkey.encode(), int(flags), prefix + (row.record or b""), ordinal
-
-
 def pack(entries: Mapping[bytes, Entry], flag: int, form: int) -> bytes:
     """Return what the compiled read path collects (as ``Lookups._collect``) of a snapshot's entries."""
     size = PREFIX.size

@@ -162,8 +162,7 @@ class EliminationManagerServer(DebtMethods):
                 self._mirror = FileMirror(
                     self.state_dir, TableReader(self.namespace), self._committer, files, self.problems
                 )
-                self._committer.published = self._mirror.mark
-                self._mirror.mark()
+                self._committer.published = self._mirror.published.set
                 self._mirror.start()
             self._undo = undo.pop_all()
 

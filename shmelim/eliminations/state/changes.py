@@ -7,6 +7,7 @@ publishes every hotkey that they *touched*.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from shmelim.eliminations.debts.states import OWED
@@ -24,17 +25,17 @@ _BELIEVED: Final = "believed"  # how many hotkeys there were before the loss tha
 _REPLACEMENTS: Final = "replacements"
 
 
+@dataclass(slots=True)
 class Step:
     """One change inside a transaction: the store, who asked for it, and what it did.
 
     ``touched`` are the hotkeys whose row may be another now; ``wrote`` tells whether anything must be committed.
     """
 
-    def __init__(self, store: Store, origin: Origin | None) -> None:
-        self.store = store
-        self.origin = origin
-        self.touched: dict[str, None] = {}
-        self.wrote = False
+    store: Store
+    origin: Origin | None
+    touched: dict[str, None] = field(default_factory=dict)
+    wrote: bool = False
 
     def record(self, events: Iterable[EventOf]) -> None:
         """Write events, and touch the hotkeys that they speak of."""

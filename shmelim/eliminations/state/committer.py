@@ -22,9 +22,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, ParamSpec, TypeVar, cast
 
-from shmelim.eliminations.rows import ORIGIN_KEY, row_entry
+from shmelim.eliminations.rows import ORIGIN_KEY, PREFIX, Status
 from shmelim.eliminations.state.changes import Step
 from shmelim.errors import SegmentFullError, StoreError
 from shmelim.system.problems import Problems
@@ -32,6 +33,7 @@ from shmelim.system.problems import Problems
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from shmelim.eliminations.rows import Row
     from shmelim.eliminations.store.history import Origin
     from shmelim.eliminations.store.store import Store
     from shmelim.shm import TableWriter, Transaction
@@ -58,18 +60,18 @@ _FAILED: Final = _Round()
 _FAILED.finished = True
 
 
+@dataclass(slots=True, eq=False)
 class _Request(Generic[T]):
     """One change on its way: what to do, for whom, and how it ended."""
 
-    def __init__(
-        self, change: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], origin: Origin | None
-    ) -> None:
-        self.change, self.args, self.kwargs = change, args, kwargs
-        self.origin = origin
-        self.wanted = True
-        self.round = _NONE_YET
-        self.result: T | None = None
-        self.error: BaseException | None = None
+    change: Callable[..., T]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    origin: Origin | None
+    wanted: bool = True
+    round: _Round = _NONE_YET
+    result: T | None = None
+    error: BaseException | None = None
 
 
 class Committer:
@@ -97,6 +99,7 @@ class Committer:
         # Hotkeys with which the store may be ahead of the table; more than none only after an interrupt.
         self._owed: dict[str, None] = {}
         # Written under `_leading`.
+        self._raised: set[str] = set()  # the problems that the next commit clears
         self.commits = 0
         self.changes = 0
 
@@ -218,18 +221,19 @@ class Committer:
                 self.published()
         self.commits += wrote
         self.changes += len(group)
-        if wrote:
-            self._problems.clear(_COMMIT_FAILED)
-            self._problems.clear(_MEMORY_FULL)
+        while wrote and self._raised:
+            self._problems.clear(self._raised.pop())
 
     def _report(self, error: BaseException) -> None:
         """Name what keeps changes from being made, where that is not the change itself."""
         if isinstance(error, SegmentFullError):
+            self._raised.add(_MEMORY_FULL)
             self._problems.report(_MEMORY_FULL, f"a change was refused: {error.message}", remedy=error.hint)
         elif isinstance(error, StoreError):
             # Not "failing", which a service answers with a restart: that makes no room on a disk, and the start
             # with a damaged store makes a new one without its debts and slashes, which is a person's decision.
             text = f"the last change could not be committed: {error.message}"
+            self._raised.add(_COMMIT_FAILED)
             self._problems.report(_COMMIT_FAILED, text, remedy=error.hint)
 
     def _clean_up(self) -> None:
@@ -281,3 +285,17 @@ class Committer:
             transaction.abort()
             raise
         return transaction
+
+
+def row_entry(row: Row) -> tuple[bytes, int, bytes, int]:
+    """Return key, flags, record and ordinal under which a row is published."""
+    flags = 0
+    if row.record is not None:
+        flags |= Status.ELIMINATED
+    if row.departed_ordinal is not None:
+        flags |= Status.DEPARTED
+    if row.registered:
+        flags |= Status.REGISTERED
+    prefix = PREFIX.pack(row.detected_ms or 0, row.departed_ordinal or 0)
+    ordinal = row.eliminated_ordinal or row.departed_ordinal or 0
+    return row.hotkey.encode(), int(flags), prefix + (row.record or b""), ordinal

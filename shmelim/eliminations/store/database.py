@@ -251,22 +251,24 @@ class Database:
     def _change(self, sql: str, arguments: Sequence[Any] = ()) -> int:
         """Run a statement of a transaction; return how many rows it changed."""
         try:
-            self._need_transaction()
-            return self._db.execute(sql, arguments).rowcount
+            if self._db.in_transaction:
+                return self._db.execute(sql, arguments).rowcount
         except _ERRORS as error:
             raise store_error(self.path, error) from error
+        raise self._outside()
 
     def _change_each(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """Run a statement of a transaction once for each of many arguments."""
         try:
-            self._need_transaction()
-            self._db.executemany(sql, rows)
+            if self._db.in_transaction:
+                self._db.executemany(sql, rows)
+                return
         except _ERRORS as error:
             raise store_error(self.path, error) from error
+        raise self._outside()
 
-    def _need_transaction(self) -> None:
-        if not self._db.in_transaction:
-            raise StoreError(f"{self.path}: a change needs an open transaction", hint="call begin() first")
+    def _outside(self) -> StoreError:
+        return StoreError(f"{self.path}: a change needs an open transaction", hint="call begin() first")
 
     def _stream(self, sql: str) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of a query, a few hundred in memory at a time."""

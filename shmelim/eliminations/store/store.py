@@ -14,6 +14,7 @@ record of the numbers in use, so that no rollback and no crash can leave that wr
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -24,7 +25,6 @@ from shmelim.eliminations.rows import Row
 from shmelim.eliminations.store.database import Database
 from shmelim.eliminations.store.history import Change, Event, Origin, this_process
 from shmelim.eliminations.store.schema import damaged
-from shmelim.system import clock
 
 # Hotkeys in one question: below the 999 that an old SQLite allows, and nearly all chunks share one statement.
 _CHUNK = 500
@@ -34,14 +34,14 @@ _ROWS = (
     "SELECT hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum FROM hotkeys"
 )
 _NEXT_ORDINAL = (
-    "SELECT 1 + max("
+    "(SELECT 1 + max("
     "coalesce((SELECT max(eliminated_ordinal) FROM hotkeys WHERE eliminated_ordinal IS NOT NULL), 0),"
-    " coalesce((SELECT max(departed_ordinal) FROM hotkeys WHERE departed_ordinal IS NOT NULL), 0))"
+    " coalesce((SELECT max(departed_ordinal) FROM hotkeys WHERE departed_ordinal IS NOT NULL), 0)))"
 )
 _PUT = (
-    "INSERT INTO hotkeys (hotkey, eliminated_ordinal, record, checksum) VALUES (?, ?, ?, ?)"
+    f"INSERT INTO hotkeys (hotkey, record, checksum, eliminated_ordinal) VALUES (?, ?, ?, {_NEXT_ORDINAL})"  # noqa: S608
     " ON CONFLICT (hotkey) DO UPDATE"
-    " SET eliminated_ordinal = excluded.eliminated_ordinal, record = excluded.record, checksum = excluded.checksum"
+    " SET record = excluded.record, checksum = excluded.checksum, eliminated_ordinal = excluded.eliminated_ordinal"
 )
 _UPDATE = "UPDATE hotkeys SET record = ?, checksum = ? WHERE hotkey = ?"
 _REMOVE = "UPDATE hotkeys SET eliminated_ordinal = NULL, record = NULL, checksum = NULL WHERE hotkey = ?"
@@ -50,9 +50,9 @@ _DELETE_EMPTY = (
     " AND eliminated_ordinal IS NULL AND departed_ordinal IS NULL AND registered = 0"
 )
 _DEPART = (
-    "INSERT INTO hotkeys (hotkey, departed_ordinal, detected_ms) VALUES (?, ?, ?)"
+    f"INSERT INTO hotkeys (hotkey, detected_ms, departed_ordinal) VALUES (?, ?, {_NEXT_ORDINAL})"  # noqa: S608
     " ON CONFLICT (hotkey) DO UPDATE"
-    " SET departed_ordinal = excluded.departed_ordinal, detected_ms = excluded.detected_ms"
+    " SET detected_ms = excluded.detected_ms, departed_ordinal = excluded.departed_ordinal"
     " WHERE departed_ordinal IS NULL"
 )
 _EVENTS = "SELECT id, at_ms, action, hotkey, pid, uid, program, note, old, new FROM events"
@@ -138,7 +138,7 @@ class Store(Database):
         found = self._ask("SELECT record FROM hotkeys WHERE hotkey = ?", (hotkey,))
         old: bytes | None = found[0][0] if found else None
         if old is None:
-            self._change(_PUT, (hotkey, self._next_ordinal(), record, crc32(record)))
+            self._change(_PUT, (hotkey, record, crc32(record)))
         elif old != record:
             self._change(_UPDATE, (record, crc32(record), hotkey))
         return old
@@ -153,8 +153,8 @@ class Store(Database):
         old = self._records_of(given)
         changed = [hotkey for hotkey, record in old.items() if given[hotkey] != record]
         self._change_each(_UPDATE, ((given[hotkey], crc32(given[hotkey]), hotkey) for hotkey in changed))
-        new = enumerate((hotkey for hotkey in given if hotkey not in old), self._next_ordinal())
-        self._change_each(_PUT, ((hotkey, n, given[hotkey], crc32(given[hotkey])) for n, hotkey in new))
+        new = ((hotkey, record, crc32(record)) for hotkey, record in given.items() if hotkey not in old)
+        self._change_each(_PUT, new)
         return old
 
     def remove_eliminations(self, hotkeys: Iterable[str]) -> dict[str, bytes]:
@@ -170,7 +170,7 @@ class Store(Database):
 
         `detected_ms` is when it was seen, in milliseconds since 1970, UTC; 0 where nobody knows.
         """
-        return self._change(_DEPART, (hotkey, self._next_ordinal(), detected_ms)) > 0
+        return self._change(_DEPART, (hotkey, detected_ms)) > 0
 
     def clear_departed(self) -> None:
         """Forget every departure."""
@@ -202,7 +202,7 @@ class Store(Database):
     ) -> None:
         """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
         pid, uid, program = this_process() if origin is None else origin
-        now = clock.now_ms() if at_ms is None else at_ms
+        now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
         self._change_each(
             _ADD_EVENT,
             [
@@ -270,9 +270,6 @@ class Store(Database):
 
     # ------------------------------------------------------------------ questions
 
-    def _next_ordinal(self) -> int:
-        return int(self._ask(_NEXT_ORDINAL)[0][0])
-
     def _records_of(self, hotkeys: Iterable[str]) -> dict[str, bytes]:
         """Return the stored records of these hotkeys, in their order."""
         names = list(hotkeys)
@@ -280,11 +277,12 @@ class Store(Database):
         found = {hotkey: record for hotkey, record in self._ask_of(select, names) if record is not None}
         return {hotkey: found[hotkey] for hotkey in names if hotkey in found}
 
-    def _ask_of(self, select: str, hotkeys: Iterable[str]) -> Iterator[tuple[Any, ...]]:
+    def _ask_of(self, select: str, hotkeys: Iterable[str]) -> list[tuple[Any, ...]]:
         """Ask of many hotkeys."""
-        remaining = iter(hotkeys)
+        remaining, found = iter(hotkeys), []
         while chunk := list(islice(remaining, _CHUNK)):
-            yield from self._ask(f"{select} WHERE hotkey IN ({','.join('?' * len(chunk))})", chunk)
+            found += self._ask(f"{select} WHERE hotkey IN ({','.join('?' * len(chunk))})", chunk)
+        return found
 
     def _ask_whose(self, select: str, hotkey: str | None, order: str) -> list[tuple[Any, ...]]:
         """Ask of one hotkey or of all."""
