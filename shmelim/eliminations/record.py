@@ -189,26 +189,27 @@ def generate_row(
     }
 
 
-_DRAWDOWN_TYPES = frozenset({float, int, type(None)})
-_INFO_TYPES = frozenset({dict, type(None)})
+_FIELDS = (
+    ("hotkey", {str}, "text"),
+    ("reason", {str}, "text"),
+    ("elimination_initiated_time_ms", {int}, "a whole number of milliseconds"),
+    ("dd", {float, int, type(None)}, "a number or None"),
+    ("price_info", {dict, type(None)}, "a dict or None"),
+    ("return_info", {dict, type(None)}, "a dict or None"),
+)
 
 
 def _check_types(record: dict[str, Any]) -> None:
     """Hold the named fields of a plain record to their types; a float time becomes the int it is."""
-    if type(record["hotkey"]) is not str:
-        raise _wrong_field(record, "hotkey", "text")
-    if type(record["reason"]) is not str:
-        raise _wrong_field(record, "reason", "text")
     time_ms = record["elimination_initiated_time_ms"]
     if type(time_ms) is float and time_ms.is_integer() and _MIN_INT <= time_ms <= _MAX_INT:
         record["elimination_initiated_time_ms"] = int(time_ms)
-    elif type(time_ms) is not int:
-        raise _wrong_field(record, "elimination_initiated_time_ms", "a whole number of milliseconds")
-    if type(record.get("dd")) not in _DRAWDOWN_TYPES:
-        raise _wrong_field(record, "dd", "a number or None")
-    for field in ("price_info", "return_info"):
-        if type(record.get(field)) not in _INFO_TYPES:
-            raise _wrong_field(record, field, "a dict or None")
+    for field, kinds, wanted in _FIELDS:
+        value = record.get(field)
+        if type(value) not in kinds:
+            whose = "" if field == "hotkey" else f" (hotkey {_short(record['hotkey'])})"
+            given = f"{type(value).__name__} {_short(value)}"
+            raise TypeError(f"record[{field!r}] must be {wanted}, not {given}{whose}")
 
 
 def _plain_dict(data: Mapping[Any, Any], depth: int, room: list[int]) -> dict[str, Any]:
@@ -321,12 +322,6 @@ def _take(room: list[int], count: int) -> None:
     room[0] -= count
     if room[0] < 0:
         raise ValueError(f"the record takes more than {MAX_RECORD_BYTES} bytes, the most that is allowed")
-
-
-def _wrong_field(record: dict[str, Any], field: str, wanted: str) -> TypeError:
-    value = record[field]
-    whose = "" if field == "hotkey" else f" (hotkey {_short(record['hotkey'])})"
-    return TypeError(f"record[{field!r}] must be {wanted}, not {type(value).__name__} {_short(value)}{whose}")
 
 
 def _short(value: object) -> str:

@@ -11,12 +11,12 @@ A table is a pure function of the store: what is published for a hotkey follows 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import IntFlag
+from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
@@ -27,10 +27,6 @@ from shmelim.shm import HEADS, ITEMS, VALUES, Entry
 T = TypeVar("T")
 
 _LARGE: Final = 200_000  # bytes
-_rows: Final = msgspec.msgpack.Decoder(list[dict[str, Any]])
-_eliminations: Final = msgspec.msgpack.Decoder(dict[str, dict[str, Any]])
-_hotkeys: Final = msgspec.msgpack.Decoder(list[str])
-_heads: Final = msgspec.msgpack.Decoder(dict[str, bytes])
 
 # Whether a thread of this process keeps the garbage collector switched off; written by that thread alone.
 _collector_rests = False
@@ -80,25 +76,6 @@ def pack(entries: Mapping[bytes, Entry], flag: int, form: int) -> bytes:
     return msgspec.msgpack.encode(packed)
 
 
-@contextlib.contextmanager
-def _collector_at_rest(size: int) -> Iterator[None]:
-    """Keep the cyclic garbage collector from walking a large result again and again while it grows.
-
-    Decoded records hold no cycles, and the walks double the time from some thousand records on.
-    """
-    global _collector_rests  # noqa: PLW0603
-    if size < _LARGE or not gc.isenabled():
-        yield
-        return
-    _collector_rests = True
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        _collector_rests = False
-
-
 def _wake_collector_in_child() -> None:
     # The thread that would have switched it on again does not exist in the child.
     global _collector_rests  # noqa: PLW0603
@@ -110,24 +87,36 @@ def _wake_collector_in_child() -> None:
 os.register_at_fork(after_in_child=_wake_collector_in_child)
 
 
-def decode_rows(found: bytes) -> list[dict[str, Any]]:
-    """Return the elimination records in a msgpack array of them."""
-    return _decode_all(_rows, found)
+def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes) -> T:
+    """Decode, and keep the cyclic garbage collector from walking a large result again and again while it grows.
+
+    Decoded records hold no cycles, and the walks double the time from some thousand records on.
+    """
+    global _collector_rests  # noqa: PLW0603
+    rests = len(found) >= _LARGE and gc.isenabled()
+    if rests:
+        _collector_rests = True
+        gc.disable()
+    try:
+        return decoder.decode(found)
+    except msgspec.DecodeError as error:
+        raise CorruptSegmentError(f"the records in shared memory cannot be decoded: {error}") from error
+    finally:
+        if rests:
+            gc.enable()
+            _collector_rests = False
 
 
-def decode_eliminations(found: bytes) -> dict[str, dict[str, Any]]:
-    """Return the elimination records in a msgpack map of hotkey to record."""
-    return _decode_all(_eliminations, found)
-
-
-def decode_hotkeys(found: bytes) -> list[str]:
-    """Return the hotkeys in a msgpack array of them."""
-    return _decode_all(_hotkeys, found)
+# What the read paths collect: all records, in an array or by hotkey; hotkeys; the heads of records by hotkey.
+decode_rows = partial(_decode_all, msgspec.msgpack.Decoder(list[dict[str, Any]]))
+decode_eliminations = partial(_decode_all, msgspec.msgpack.Decoder(dict[str, dict[str, Any]]))
+decode_hotkeys = partial(_decode_all, msgspec.msgpack.Decoder(list[str]))
+_decode_heads = partial(_decode_all, msgspec.msgpack.Decoder(dict[str, bytes]))
 
 
 def decode_departures(found: bytes) -> dict[str, dict[str, int]]:
     """Return ``{hotkey: {"detected_ms": …}}``, in the order of departure, of a msgpack map of hotkey to prefix."""
-    heads = [(*PREFIX.unpack(head), hotkey) for hotkey, head in _decode_all(_heads, found).items()]
+    heads = [(*PREFIX.unpack(head), hotkey) for hotkey, head in _decode_heads(found).items()]
     heads.sort(key=lambda head: head[1])
     return {hotkey: {"detected_ms": detected_ms} for detected_ms, _, hotkey in heads}
 
@@ -135,11 +124,3 @@ def decode_departures(found: bytes) -> dict[str, dict[str, int]]:
 def departed_in(entries: Mapping[bytes, Entry]) -> dict[str, dict[str, int]]:
     """Return the same of a snapshot's entries."""
     return decode_departures(pack(entries, Status.DEPARTED, HEADS))
-
-
-def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes) -> T:
-    with _collector_at_rest(len(found)):
-        try:
-            return decoder.decode(found)
-        except msgspec.DecodeError as error:
-            raise CorruptSegmentError(f"the records in shared memory cannot be decoded: {error}") from error

@@ -29,6 +29,7 @@ from shmelim.shm import check_name
 from shmelim.system.durable import write_whole
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog
+from shmelim.system.processes import ProcessIdentity
 
 LOCALHOST: Final = "127.0.0.1"
 
@@ -159,7 +160,7 @@ class Announcement:
             found = None
         # Another server of the name that lives speaks for itself.
         if found != self._info and not (
-            found is not None and found.pid != self._info.pid and _is_running(found.pid)
+            found is not None and found.pid != self._info.pid and ProcessIdentity.of(found.pid).is_running()
         ):
             self._runtime.announce(self._info)
             lost = True
@@ -172,16 +173,6 @@ class Announcement:
                     self._say(logging.WARNING, "put back", "%s had been cleaned up: put back", self._runtime.path)
             except Exception as error:
                 self._say(logging.WARNING, "lost", "clients cannot find the server any more: %s", error)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 def lock_state(directory: Path) -> Lease:

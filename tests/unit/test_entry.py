@@ -21,10 +21,9 @@ def packed(count):
 
 
 @pytest.mark.parametrize(("count", "rests"), [(10, False), (10_000, True)])
-def test_the_collector_rests_only_while_many_are_decoded(monkeypatch, count, rests):
+def test_the_collector_rests_only_while_many_are_decoded(count, rests):
     seen = []
-    monkeypatch.setattr(rows, "_rows", SimpleNamespace(decode=lambda _: seen.append(gc.isenabled())))
-    decode_rows(packed(count))
+    rows._decode_all(SimpleNamespace(decode=lambda _: seen.append(gc.isenabled())), packed(count))
     assert seen == [not rests]
     assert gc.isenabled()
 
@@ -38,7 +37,7 @@ def test_a_collector_that_somebody_switched_off_stays_off():
         gc.enable()
 
 
-def test_a_child_forked_meanwhile_collects_again(monkeypatch):
+def test_a_child_forked_meanwhile_collects_again():
     outcome = []
 
     def decode(_):
@@ -47,7 +46,6 @@ def test_a_child_forked_meanwhile_collects_again(monkeypatch):
             os._exit(0 if gc.isenabled() else 1)
         outcome.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
-    monkeypatch.setattr(rows, "_rows", SimpleNamespace(decode=decode))
-    decode_rows(packed(10_000))
+    rows._decode_all(SimpleNamespace(decode=decode), packed(10_000))
     assert outcome == [0]
     assert gc.isenabled()
