@@ -13,14 +13,12 @@ import contextlib
 import functools
 import inspect
 import weakref
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 from shmelim.eliminations.record import check_hotkeys, check_listed, generate_row
 from shmelim.errors import ChannelError, MessageTooLargeError, ShmelimError, StateUnavailableError, StoreError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
 
 P = ParamSpec("P")
 R = TypeVar("R")

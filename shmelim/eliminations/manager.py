@@ -6,10 +6,15 @@ import functools
 import logging
 import warnings
 import weakref
+from collections.abc import Container, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn, cast
 
+from shmelim.channel import Address
+from shmelim.channel.address import Location
 from shmelim.eliminations.calls import Calls, ProcessingCalls
+from shmelim.eliminations.files.mirror import FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.rows import Status
@@ -17,34 +22,25 @@ from shmelim.eliminations.rules import EliminationProcessor, processed
 from shmelim.eliminations.rules.loop import run_loop
 from shmelim.eliminations.rules.membership import listed_by, valid_hotkeys
 from shmelim.eliminations.runtime import RuntimeDirectory
-from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, open_server
+from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, living_writer, open_server
 from shmelim.eliminations.server import EliminationManagerServer
+from shmelim.eliminations.store.schema import Durability
+from shmelim.eliminations.validator.collaborators import (
+    ChallengePeriodManager,
+    Collaborators,
+    ContractManager,
+    LimitOrderManager,
+    Metagraph,
+    PositionLocks,
+    PositionManager,
+    SharedValue,
+    WebSocketQueue,
+)
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
-from shmelim.errors import AlreadyServingError, ChannelError, ShmelimError
-from shmelim.service import RPCServiceBase
+from shmelim.errors import AlreadyServingError, ChannelError
+from shmelim.service import RPCServiceBase, ServerReady
 from shmelim.shm import PrivateNamespace, check_name
 from shmelim.system.logs import LimitedLog
-
-if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
-    from multiprocessing.process import BaseProcess
-
-    from shmelim.channel import Address
-    from shmelim.channel.address import Location
-    from shmelim.eliminations.files.mirror import FilesMode
-    from shmelim.eliminations.store.schema import Durability
-    from shmelim.eliminations.validator.collaborators import (
-        ChallengePeriodManager,
-        Collaborators,
-        ContractManager,
-        LimitOrderManager,
-        Metagraph,
-        PositionLocks,
-        PositionManager,
-        SharedValue,
-        WebSocketQueue,
-    )
-    from shmelim.service import ServerReady
 
 _log = logging.getLogger("shmelim.manager")
 _limited = LimitedLog(_log)
@@ -292,7 +288,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             self._initialize_service()
         except (AlreadyServingError, ChannelError) as error:
             name = self._options.name
-            if self.running_unit_tests or not _is_served(name):
+            if self.running_unit_tests or living_writer(name) is None:
                 raise
             hint = (
                 f"{name!r} is served: to read it, use EliminationReader({name!r}); to change it, EliminationClient"
@@ -445,10 +441,3 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
 
 def _absolute(path: Path | str | None) -> Path | None:
     return None if path is None else Path(path).absolute()
-
-
-def _is_served(name: str) -> bool:
-    try:
-        return EliminationReader(name).writer.alive
-    except ShmelimError:
-        return False

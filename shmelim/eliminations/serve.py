@@ -100,6 +100,14 @@ def start_elimination_manager_server(
     run_server(open_server, (options,), {}, address, authkey, server_ready, partial(announce, options))
 
 
+def living_writer(name: str) -> int | None:
+    """Return the process that serves a name; None if there is none that lives."""
+    with contextlib.suppress(NotServingError, SegmentError):
+        writer = EliminationReader(name).writer
+        return writer.pid if writer.alive else None
+    return None
+
+
 class Service:
     """A served name: locks, state and command channel, for the length of a ``with`` block.
 
@@ -132,14 +140,12 @@ class Service:
         try:
             check_free(self._address)
         except ChannelError:
-            with contextlib.suppress(NotServingError, SegmentError):
-                writer = EliminationReader(self.options.name).writer
-                if writer.alive:  # which says more than that its address is taken
-                    raise AlreadyServingError(
-                        f"{self.options.name!r} is already served by process {writer.pid}",
-                        hint="stop that process, or serve under another name",
-                    ) from None
-            raise
+            if (pid := living_writer(self.options.name)) is None:
+                raise
+            raise AlreadyServingError(  # which says more than that its address is taken
+                f"{self.options.name!r} is already served by process {pid}",
+                hint="stop that process, or serve under another name",
+            ) from None
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()

@@ -92,13 +92,14 @@ def test_record_departures(store):
     assert list(store.departed()) == [("a", 5), ("b", 6), ("c", 8)]
 
 
-def test_update_metagraph(store):
-    result, step, events = apply(store, changes.update_metagraph, ["a", "b"], 5)
+def test_update_metagraph(store, monkeypatch):
+    monkeypatch.setattr(changes.clock, "now_ms", lambda: 6)
+    result, step, events = apply(store, changes.update_metagraph, ["a", "b"])
     assert (result, set(step.touched), step.wrote, events) == ([], {"a", "b"}, True, [])
-    result, step, events = apply(store, changes.update_metagraph, ["b", "c"], 6)
+    result, step, events = apply(store, changes.update_metagraph, ["b", "c"])
     assert (result, set(step.touched)) == (["a"], {"a", "c"})
     assert events == [("depart", "a", "metagraph")]
-    result, step, events = apply(store, changes.update_metagraph, ["c", "b"], 7)
+    result, step, events = apply(store, changes.update_metagraph, ["c", "b"])
     assert (result, step.touched, step.wrote, events) == ([], {}, False, [])
     assert list(store.departed()) == [("a", 6)]
 
@@ -128,12 +129,13 @@ def test_newcomers_do_not_make_a_loss_believable(store):
     assert apply(store, changes.update_metagraph, shown[3:])[0] == hotkeys[:14]
 
 
-def test_loss_that_is_true_can_be_accepted(store):
+def test_loss_that_is_true_can_be_accepted(store, monkeypatch):
+    monkeypatch.setattr(changes.clock, "now_ms", lambda: 9)
     hotkeys = [f"h{n:02}" for n in range(44)]
     apply(store, changes.update_metagraph, hotkeys)
     apply(store, changes.update_metagraph, hotkeys[20:])
     assert changes.missing(store) == hotkeys[:20]
-    result, step, events = apply(store, changes.accept_loss, [*hotkeys[:5], hotkeys[30], "unknown"], 9)
+    result, step, events = apply(store, changes.accept_loss, [*hotkeys[:5], hotkeys[30], "unknown"])
     assert (result, set(step.touched)) == (hotkeys[:5], set(hotkeys[:5]))
     assert events == [("depart", hotkey, "accepted") for hotkey in hotkeys[:5]]
     assert store.registered() == set(hotkeys[5:])

@@ -148,7 +148,7 @@ def lost_hotkeys(before: set[str], now: set[str], size: int | None = None) -> tu
     )
 
 
-def update_metagraph(step: Step, hotkeys: list[str], at_ms: int | None = None) -> list[str]:
+def update_metagraph(step: Step, hotkeys: list[str]) -> list[str]:
     """Make these hotkeys the registered ones; returns those whose departure it recorded."""
     seen = set(hotkeys)
     before = step.store.registered()
@@ -167,7 +167,7 @@ def update_metagraph(step: Step, hotkeys: list[str], at_ms: int | None = None) -
             step.record([EventOf("anomaly", note=text)])
     if anomalous:
         return []
-    return record_departures(step, dict.fromkeys(lost, at_ms or clock.now_ms()), "metagraph")
+    return record_departures(step, dict.fromkeys(lost, clock.now_ms()), "metagraph")
 
 
 def missing(store: Store) -> list[str]:
@@ -180,7 +180,7 @@ def _set_missing(step: Step, hotkeys: list[str], size: int) -> None:
     step.set_meta(_BELIEVED, size if hotkeys else None)
 
 
-def accept_loss(step: Step, hotkeys: Iterable[str], at_ms: int | None = None) -> list[str]:
+def accept_loss(step: Step, hotkeys: Iterable[str]) -> list[str]:
     """Believe that these hotkeys are lost, as far as they are missing; returns those that were."""
     named = set(hotkeys)
     listed = missing(step.store)
@@ -188,7 +188,7 @@ def accept_loss(step: Step, hotkeys: Iterable[str], at_ms: int | None = None) ->
     if not accepted:
         return []
     step.touched.update(dict.fromkeys(step.store.set_registered(step.store.registered() - set(accepted))))
-    record_departures(step, dict.fromkeys(accepted, at_ms or clock.now_ms()), "accepted")
+    record_departures(step, dict.fromkeys(accepted, clock.now_ms()), "accepted")
     left = [hotkey for hotkey in listed if hotkey not in named]
     _set_missing(step, left, step.store.meta(_BELIEVED, None) or len(step.store.registered()))
     return accepted

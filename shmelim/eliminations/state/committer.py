@@ -21,22 +21,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Final, Generic, ParamSpec, TypeVar, cast
 
-from shmelim.eliminations.rows import ORIGIN_KEY, PREFIX, Status
+from shmelim.eliminations.rows import ORIGIN_KEY, PREFIX, Row, Status
 from shmelim.eliminations.state.changes import Step
+from shmelim.eliminations.store.history import Origin
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import SegmentFullError, StoreError
+from shmelim.shm import TableWriter, Transaction
 from shmelim.system.problems import Problems
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from shmelim.eliminations.rows import Row
-    from shmelim.eliminations.store.history import Origin
-    from shmelim.eliminations.store.store import Store
-    from shmelim.shm import TableWriter, Transaction
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -125,13 +121,16 @@ class Committer:
     def publish_all(self, origin_record: bytes, on_progress: Callable[[int, int], Any] | None = None) -> None:
         """Publish the whole store as the next generation, with a record that tells where it came from."""
         with self._leading, self._table.transaction(replace=True) as transaction:
-            transaction.put(ORIGIN_KEY, 0, origin_record, 0)
             self._origin_record = origin_record
-            total = sum(self._store.counts()[:3]) if on_progress else 0
-            for done, row in enumerate(self._store.rows()):
-                transaction.put(*row_entry(row))
-                if on_progress is not None and done % _REPORT_EVERY == 0:
-                    on_progress(done, total)
+            self._put_all(transaction, on_progress)
+
+    def _put_all(self, transaction: Transaction, on_progress: Callable[[int, int], Any] | None = None) -> None:
+        transaction.put(ORIGIN_KEY, 0, self._origin_record, 0)
+        total = sum(self._store.counts()[:3]) if on_progress else 0
+        for done, row in enumerate(self._store.rows()):
+            transaction.put(*row_entry(row))
+            if on_progress is not None and done % _REPORT_EVERY == 0:
+                on_progress(done, total)
 
     def sync(self) -> None:
         """Make all that was committed survive a power cut, whatever the store was opened for."""
@@ -270,9 +269,7 @@ class Committer:
         transaction = self._table.transaction(replace=rebuild)
         try:
             if rebuild:
-                transaction.put(ORIGIN_KEY, 0, self._origin_record, 0)
-                for row in self._store.rows():
-                    transaction.put(*row_entry(row))
+                self._put_all(transaction)
             else:
                 rows = self._store.get_many(touched)
                 for hotkey in touched:

@@ -248,36 +248,21 @@ class Database:
         except _ERRORS as error:
             raise store_error(self.path, error) from error
 
-    def _change(self, sql: str, arguments: Sequence[Any] = ()) -> int:
-        """Run a statement of a transaction; return how many rows it changed."""
+    def _change(self, sql: str, arguments: Iterable[Any] = (), *, each: bool = False) -> int:
+        """Run a statement of a transaction, once or for each of many arguments; return how many rows changed."""
         try:
             if self._db.in_transaction:
-                return self._db.execute(sql, arguments).rowcount
+                run: Any = self._db.executemany if each else self._db.execute
+                return int(run(sql, arguments).rowcount)
         except _ERRORS as error:
             raise store_error(self.path, error) from error
-        raise self._outside()
-
-    def _change_each(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Run a statement of a transaction once for each of many arguments."""
-        try:
-            if self._db.in_transaction:
-                self._db.executemany(sql, rows)
-                return
-        except _ERRORS as error:
-            raise store_error(self.path, error) from error
-        raise self._outside()
-
-    def _outside(self) -> StoreError:
-        return StoreError(f"{self.path}: a change needs an open transaction", hint="call begin() first")
+        raise StoreError(f"{self.path}: a change needs an open transaction", hint="call begin() first")
 
     def _stream(self, sql: str) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of a query, a few hundred in memory at a time."""
-        try:
-            with closing(self._db.execute(sql)) as cursor:
-                while rows := cursor.fetchmany(_FETCH):
-                    yield from rows
-        except _ERRORS as error:
-            raise store_error(self.path, error) from error
+        with _guard(self.path), closing(self._db.execute(sql)) as cursor:
+            while rows := cursor.fetchmany(_FETCH):
+                yield from rows
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -152,17 +152,17 @@ class Store(Database):
         given = dict(records)
         old = self._records_of(given)
         changed = [hotkey for hotkey, record in old.items() if given[hotkey] != record]
-        self._change_each(_UPDATE, ((given[hotkey], crc32(given[hotkey]), hotkey) for hotkey in changed))
+        self._change(_UPDATE, ((given[hotkey], crc32(given[hotkey]), hotkey) for hotkey in changed), each=True)
         new = ((hotkey, record, crc32(record)) for hotkey, record in given.items() if hotkey not in old)
-        self._change_each(_PUT, new)
+        self._change(_PUT, new, each=True)
         return old
 
     def remove_eliminations(self, hotkeys: Iterable[str]) -> dict[str, bytes]:
         """Remove the records of many hotkeys; returns those that were there, in the order given."""
         old = self._records_of(dict.fromkeys(hotkeys))
         names = [(hotkey,) for hotkey in old]
-        self._change_each(_REMOVE, names)
-        self._change_each(_DELETE_EMPTY, names)
+        self._change(_REMOVE, names, each=True)
+        self._change(_DELETE_EMPTY, names, each=True)
         return old
 
     def put_departed(self, hotkey: str, detected_ms: int) -> bool:
@@ -186,13 +186,14 @@ class Store(Database):
         """Make exactly these hotkeys registered; returns those that were not, and those that no longer are."""
         before, after = self.registered(), set(hotkeys)
         gone = [(hotkey,) for hotkey in before - after]
-        self._change_each(
+        self._change(
             "INSERT INTO hotkeys (hotkey, registered) VALUES (?, 1)"
             " ON CONFLICT (hotkey) DO UPDATE SET registered = 1",
             [(hotkey,) for hotkey in after - before],
+            each=True,
         )
-        self._change_each("UPDATE hotkeys SET registered = 0 WHERE hotkey = ?", gone)
-        self._change_each(_DELETE_EMPTY, gone)
+        self._change("UPDATE hotkeys SET registered = 0 WHERE hotkey = ?", gone, each=True)
+        self._change(_DELETE_EMPTY, gone, each=True)
         return before ^ after
 
     # ------------------------------------------------------------------ history
@@ -203,13 +204,10 @@ class Store(Database):
         """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
         pid, uid, program = this_process() if origin is None else origin
         now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
-        self._change_each(
-            _ADD_EVENT,
-            [
-                (now, action, hotkey, pid, uid, program, note, old, new)
-                for action, hotkey, old, new, note in changes
-            ],
-        )
+        rows = [
+            (now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes
+        ]
+        self._change(_ADD_EVENT, rows, each=True)
 
     def events(
         self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
