@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 from segments import segments_of
 from serving import Served
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 _SHM = Path("/dev/shm")
 _PREFIX = f"t{secrets.token_hex(3)}"
 _numbers = itertools.count()
+
+# A machine that is busy with something else makes an example slow, and no test fail.
+hypothesis.settings.register_profile("shmelim", deadline=None)
+hypothesis.settings.load_profile("shmelim")
 
 
 _TESTS = Path(__file__).parent
