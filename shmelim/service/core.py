@@ -141,7 +141,7 @@ class Core:
         )
         # Its calls are short, and tell of a missing server at once.
         self._checking = ChannelClient(
-            self.location, self.key.for_check, timeout=settings.health_check_timeout, codec=codec
+            self.location, self.key.for_client, timeout=settings.health_check_timeout, codec=codec
         )
 
     def proxy(self) -> Proxy | Absent:

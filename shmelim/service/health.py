@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import math
 import multiprocessing
@@ -17,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, Protocol, Self
 
-from shmelim.errors import KeyFileError
+from shmelim.errors import CallerFaultError, KeyFileError
 from shmelim.service.settings import server_title
 from shmelim.service.shared import SharedPage
 from shmelim.system import forks
@@ -29,19 +28,6 @@ DOWN: Final = "server_down"
 
 _PATIENCE: Final = 0.8  # seconds that a check under way has to end by itself
 _FLUSH: Final = 2.0  # seconds for alerts that are still to be sent when a checking process ends
-# What a process lacks itself: descriptors, memory, rights, a way to the socket.
-_OWN_FAULTS: Final = frozenset(
-    {
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOMEM,
-        errno.ENOBUFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENOTDIR,
-        errno.ELOOP,
-    }
-)
 
 _logger = logging.getLogger("shmelim.service")
 
@@ -157,7 +143,8 @@ class HealthChecks:
         try:
             answer = self._ask()
         except Exception as error:
-            return Finding(f"RPC error: {type(error).__name__}: {error}", error, _is_own_fault(error))
+            own = isinstance(error, KeyFileError | CallerFaultError | MemoryError)
+            return Finding(f"RPC error: {type(error).__name__}: {error}", error, own)
         if not isinstance(answer, Mapping):
             return Finding(f"status error: the answer is {_short(answer)}, not a dict with a status")
         status = answer.get("status")
@@ -167,17 +154,6 @@ class HealthChecks:
 def checks(number: int) -> str:
     """Return so many failed checks in words."""
     return "1 failed health check" if number == 1 else f"{number} failed health checks"
-
-
-def _is_own_fault(error: BaseException | None) -> bool:
-    """Whether a failed call is the fault of who called: of its key, its rights, or its limits."""
-    while error is not None:
-        if isinstance(error, KeyFileError | MemoryError):
-            return True
-        if isinstance(error, OSError) and error.errno in _OWN_FAULTS:
-            return True
-        error = error.__cause__
-    return False
 
 
 def _short(value: Any) -> str:

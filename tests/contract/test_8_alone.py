@@ -16,14 +16,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from contract_marks import not_built
 from contract_services import WAYS, Clock, FileAlerts, Notes, NotesServer, is_alive, kill
 from contract_validator import row
 from waiting import PATIENCE, until
 
 from shmelim import EliminationClient, EliminationReader, ShmelimError
-
-RESTART = not_built("SPEC 8: a server that died is back with nobody calling anything (restart_on_exit)", TypeError)
 
 
 @pytest.fixture
@@ -58,7 +55,6 @@ def next_server(service, dead):
 
 
 @pytest.mark.parametrize("way", ["default", "fork", "forkserver", "spawn", "nested", "process"])
-@RESTART
 def test_a_killed_server_is_back_with_nobody_calling_anything(start, alerts, way):
     service = start(way, restart_on_exit=True)
     service.note("in memory")
@@ -74,7 +70,6 @@ def test_a_killed_server_is_back_with_nobody_calling_anything(start, alerts, way
     assert [level == "success" for level in alerts.levels()] == [False, True, False, True]
 
 
-@not_built("SPEC 8: restart_on_exit is the default", AssertionError)
 def test_that_is_so_by_default(start):
     service = start()
     dead = service.server_pid
@@ -82,7 +77,6 @@ def test_that_is_so_by_default(start):
     until(lambda: service.server_pid != dead and is_alive(service.server_pid), "the next server", within=8)
 
 
-@RESTART
 def test_a_manager_s_server_is_back_with_its_state_and_readers_saw_nothing(make, alerts):
     manager = make("rpc", restart_on_exit=True, slack_notifier=alerts)
     manager.add_elimination("a", row("a"))
@@ -108,7 +102,6 @@ def check_until(service, stop):
         stop.wait(0.01)
 
 
-@RESTART
 def test_ten_processes_that_watch_cause_one_restart_and_two_alerts(start, alerts):
     service = start(restart_on_exit=True, enable_health_check=True, max_consecutive_failures=1)
     context = multiprocessing.get_context("fork")
@@ -150,7 +143,6 @@ class ShortLivedNotes(Notes):
         )
 
 
-@RESTART
 def test_one_that_dies_again_and_again_is_restarted_with_growing_pauses(start, tmp_path):
     service = start(kind=ShortLivedNotes, restart_on_exit=True)
     (tmp_path / "die").touch()
@@ -169,7 +161,6 @@ def answers(service):
         return service.pid()
 
 
-@RESTART
 def test_a_check_that_finds_no_server_counts_and_never_starts_a_second_one(start, alerts, tmp_path):
     service = start(
         kind=ShortLivedNotes,
@@ -192,7 +183,6 @@ def test_a_check_that_finds_no_server_counts_and_never_starts_a_second_one(start
     assert len((tmp_path / "starts").read_text().splitlines()) == 2, "the first, and one in its place"
 
 
-@RESTART
 def test_without_restart_on_exit_the_threshold_restarts_in_the_owner(start, alerts):
     service = start(restart_on_exit=False, enable_health_check=True, max_consecutive_failures=3, connect_wait=0.0)
     clock, dead = Clock(), service.server_pid
@@ -206,7 +196,6 @@ def test_without_restart_on_exit_the_threshold_restarts_in_the_owner(start, aler
     assert len(alerts.of("success")) == 1
 
 
-@RESTART
 def test_without_restart_on_exit_a_copy_counts_and_tells_and_restarts_nothing(start, alerts):
     service = start(restart_on_exit=False, enable_health_check=True, max_consecutive_failures=2, connect_wait=0.0)
     dead = service.server_pid
@@ -226,7 +215,6 @@ def test_without_restart_on_exit_a_copy_counts_and_tells_and_restarts_nothing(st
     assert service.server_pid in (dead, None)
 
 
-@RESTART
 def test_a_dying_forkserver_is_not_a_dying_server(start):
     """`Process.sentinel` becomes ready then, while the server lives."""
     service = start("forkserver", restart_on_exit=True, enable_health_check=True)
@@ -241,7 +229,6 @@ def test_a_dying_forkserver_is_not_a_dying_server(start):
     assert service.notes() == ["kept"]
 
 
-@RESTART
 def test_after_shutdown_nothing_is_restarted(start, tmp_path):
     service = start(kind=ShortLivedNotes, restart_on_exit=True)
     service.shutdown()
@@ -269,7 +256,6 @@ def served(make):
     return manager, found.parent
 
 
-@not_built("SPEC 8: what a replacement needs is checked first", AssertionError)
 def test_a_working_server_is_not_ended_where_another_could_not_be_started(start, tmp_path):
     place = tmp_path / "p"
     place.mkdir()
@@ -283,7 +269,6 @@ def test_a_working_server_is_not_ended_where_another_could_not_be_started(start,
 
 
 @pytest.mark.parametrize("lost", ["key", "directory"])
-@not_built("SPEC 8: a missing key is the asker's problem", AssertionError)
 def test_a_check_does_not_blame_the_server_for_a_missing_key(served, lost):
     manager, runtime = served
     pid = manager.server_pid
@@ -399,7 +384,6 @@ if __name__ == "__main__":
 """
 
 
-@not_built("SPEC 8: a call's deadline holds under gevent's patched sockets")
 def test_the_deadline_of_a_call_holds_under_gevent(tmp_path):
     pytest.importorskip("gevent")
     script = tmp_path / "script.py"

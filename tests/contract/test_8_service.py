@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from contract_marks import not_built, words
+from contract_marks import words
 from contract_services import WAYS, Clock, FileAlerts, Notes, NotesServer, is_alive, kill, title_of
 from contract_validator import Notifier, row
 from waiting import PATIENCE, until
@@ -345,7 +345,6 @@ def test_a_factory_in_the_callers_script_is_started_in_multiprocessings_way(tmp_
     assert done.stdout.split() == ["ran", "1"], done.stderr
 
 
-@not_built("SPEC 8: the error of a factory in an unguarded script says what it needs")
 def test_a_factory_in_a_script_without_a_guard_says_what_it_needs(tmp_path):
     done = run(tmp_path, FACTORY_IN_THE_SCRIPT, "spawn")
     assert "__main__" in done.stdout.splitlines()[-1]
@@ -366,11 +365,6 @@ class MarkedService(Notes):
         )
 
 
-@not_built(
-    "SPEC 8: _spawn_server runs a fresh interpreter, nothing forked from a threaded process",
-    AssertionError,
-    condition=multiprocessing.get_start_method() == "fork",
-)
 def test_a_server_runs_in_a_fresh_interpreter(start, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "MARK", "set by the owner")
     assert start(kind=MarkedService)._server_proxy.mark_rpc()[0] == "not set"
@@ -392,7 +386,6 @@ class NestedElsewhere(Notes):
         return process
 
 
-@not_built("SPEC 8: the pickling error of a nested function names both ways out")
 def test_a_nested_function_where_multiprocessing_does_not_fork_names_both_ways_out(start):
     with pytest.raises(Exception, match="pickle") as caught:
         start(kind=NestedElsewhere)
@@ -551,7 +544,6 @@ def test_a_daemon_survives_every_exception_and_tells_its_notifier():
     assert alerts.about("on purpose")
 
 
-@not_built("SPEC 8: HealthCheckDaemon(service, slack_notifier)", TypeError)
 def test_a_daemon_as_the_requirement_writes_it():
     service, alerts = Failing(), Notifier()
     service.health_check_interval_s = 0.005
@@ -561,7 +553,6 @@ def test_a_daemon_as_the_requirement_writes_it():
         until(lambda: alerts.about("on purpose"))
 
 
-@not_built("SPEC 8: health_check_interval_ms beside the seconds", AttributeError)
 def test_the_interval_in_milliseconds(start, tmp_path):
     service, clock = start("direct", enable_health_check=True, health_check_interval_s=60), Clock()
     assert service.health_check_interval_ms == 60_000
@@ -686,7 +677,6 @@ def test_a_server_ends_with_its_owner(tmp_path, how):
 
 
 @pytest.mark.parametrize("way", ["direct", "default"])
-@not_built("SPEC 8: what stands for a server that is not there is falsy", AssertionError)
 def test_what_stands_for_a_server_that_is_not_there_is_falsy(start, way):
     service = start(way)
     assert service._server_proxy
@@ -730,7 +720,6 @@ class Busy(Notes):
 
 
 @pytest.mark.parametrize("way", ["direct", "default"])
-@not_built("SPEC 8: names of the base cannot collide with a subclass's")
 def test_names_of_the_base_do_not_collide_with_a_subclasss(start, way, tmp_path):
     service = start(way, kind=Busy, enable_health_check=True, max_consecutive_failures=1)
     assert service.note("one") == 1
@@ -746,7 +735,6 @@ class Listing(Notes):
     served_methods = ("local",)
 
 
-@not_built("SPEC 8: methods that the subclass lists are served")
 def test_methods_that_the_subclass_lists_are_served(start):
     service = start(kind=Listing)
     assert service._server_proxy.local() == "not remote"
