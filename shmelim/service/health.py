@@ -77,7 +77,7 @@ class Alerts:
 
     def recovered(self) -> None:
         """Say that the outage is over, if one was told of that is not over yet, by whatever process."""
-        over = self._page.fall() if self._page.level and self._notifier() is not None else None
+        over = self._page.fall() if self._page.state.level and self._notifier() is not None else None
         if over is not None:
             number, seconds, restarts = over
             count = "1 restart" if restarts == 1 else f"{restarts} restarts"
@@ -85,7 +85,7 @@ class Alerts:
 
     def restarted(self, text: str) -> None:
         """Say that a health check has had the server restarted."""
-        self.say(f"outage {self._page.number}: {text}", "warning")
+        self.say(f"outage {self._page.state.number}: {text}", "warning")
 
     def say(self, text: str, level: str) -> None:
         """Pass a message on."""
@@ -107,11 +107,11 @@ class HealthChecks:
     """Checks a server at most so often, and counts how often it failed in a row.
 
     Thread-safe. A call that comes while another one checks returns what is known, and does not wait. `ask` returns
-    what the server says of itself. `found` gets what a check finds, the number of failures in a row, and the
-    ``monotonic()`` at which the check began; it returns whether the count begins anew.
+    what the server says of itself. `found` gets what a check finds and the number of failures in a row, and
+    returns whether the count begins anew.
     """
 
-    def __init__(self, ask: Callable[[], object], found: Callable[[Finding | None, int, float], bool]) -> None:
+    def __init__(self, ask: Callable[[], object], found: Callable[[Finding | None, int], bool]) -> None:
         self._ask = ask
         self._found = found
         # Whoever holds the turn, which nobody waits for, reads and writes everything below; the others only read
@@ -128,11 +128,10 @@ class HealthChecks:
         try:
             if self._last_ms is None or not 0 <= now_ms - self._last_ms < interval_ms:
                 self._last_ms = now_ms
-                began = monotonic()
                 finding = self.find()
                 self._healthy = finding is None
                 self.failures = 0 if finding is None else self.failures + (not finding.own)
-                if self._found(finding, self.failures, began):
+                if self._found(finding, self.failures):
                     self.failures = 0
             return self._healthy
         finally:

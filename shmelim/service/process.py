@@ -150,31 +150,14 @@ def _pickled(value: object, popen: object) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """What a server process must know besides address and key.
-
-    Attributes
-    ----------
-    service_name : str
-        Name for title, messages and threads.
-    owner : ProcessIdentity | None
-        The process with which it ends; None: it outlives all others.
-    codec : Codec | None
-        Codec of requests and replies; None: msgpack.
-    max_message : int
-        Longest message in bytes.
-    drain : float
-        Seconds that running calls have when it ends.
-    methods : frozenset of str
-        Methods that are served although their names do not end in ``_rpc``.
-
-    """
+    """What a server process must know besides address and key."""
 
     service_name: str
-    owner: ProcessIdentity | None = None
-    codec: Codec | None = None
+    owner: ProcessIdentity | None = None  # with which it ends; None: it outlives all others
+    codec: Codec | None = None  # None: msgpack
     max_message: int = DEFAULT_MAX_MESSAGE
-    drain: float = 1.0
-    methods: frozenset[str] = frozenset()
+    drain: float = 1.0  # seconds that running calls have when it ends
+    methods: frozenset[str] = frozenset()  # that are served although their names do not end in _rpc
 
 
 class ServerReady:

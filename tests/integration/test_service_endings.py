@@ -419,7 +419,7 @@ def check_three_times(service, pipe):
     service.slack_notifier = alerts = Alerts()
     outcomes = [service.health_check(60_000.0 * number) for number in (1, 2)]
     until(lambda: is_alive(service._server_proxy and core_of(service).page.server.pid))
-    until(lambda: not core_of(service).page.ended_by)  # the owner has another, and has told
+    until(lambda: not core_of(service).page.state.ended_by)  # the owner has another, and has told
     outcomes.append(service.health_check(60_000.0 * 3))
     pipe.send((outcomes, [level for level, _ in alerts.messages], service.pid()))
 
