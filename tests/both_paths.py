@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shmelim.shm.hashing import key_hash
+from shmelim.shm.layout import key_hash
 from shmelim.shm.lookups import Lookups, flag_choice, flag_test
 from shmelim.shm.reader import TableReader
 

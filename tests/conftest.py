@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 from segments import segments_of
 from serving import Served
@@ -22,6 +23,28 @@ if TYPE_CHECKING:
 _SHM = Path("/dev/shm")
 _PREFIX = f"t{secrets.token_hex(3)}"
 _numbers = itertools.count()
+
+# A machine that is busy with something else makes an example slow, and no test fail.
+hypothesis.settings.register_profile("shmelim", deadline=None)
+hypothesis.settings.load_profile("shmelim")
+
+
+_TESTS = Path(__file__).parent
+# What runs in a minute with `-m quick`: no server process, or few.
+_QUICK = (
+    "unit/",
+    "contract/test_0_",
+    "contract/test_2_",
+    "contract/test_3_",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is quick by where it stands, so that no test has to say so."""
+    for item in items:
+        where = str(item.path.relative_to(_TESTS)) if item.path.is_relative_to(_TESTS) else ""
+        if where.startswith(_QUICK) and not item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.quick)
 
 
 def pytest_report_header() -> str:

@@ -105,11 +105,11 @@ def state_in_files(directory: Path) -> State:
 
 
 def listing(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory with its content."""
+    """Every file below a directory with its content, but for the lock, which names who tried last to start."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != "lock"
     }
 
 

@@ -26,7 +26,7 @@ _PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the final NUL
 _PORTS = 65535
 _BACKLOG = 512
 _PROBE = 1.0  # seconds for the question whether somebody answers at a socket file
-_LOCK_WAIT = 5.0  # seconds for another server that is starting or stopping in the same directory
+LOCK_WAIT = 5.0  # seconds for another server that is starting or stopping in the same directory
 _UCRED = struct.Struct("3i")
 _TAKEN = "another server uses this address; stop it or choose another address"
 
@@ -38,12 +38,12 @@ def normalize(address: Address) -> Location:
     address holds (``AddressError``), or the port is out of range.
     """
     if isinstance(address, tuple):
-        if len(address) != 2 or not isinstance(address[0], str) or not isinstance(address[1], int):  # noqa: PLR2004
-            raise TypeError(f"a TCP address is (host, port), not {address!r}")
-        host, port = address
-        if not host or not 0 <= port <= _PORTS:
-            raise ValueError(f"{address!r} is not a TCP address: the port must be 0 to 65535, the host not empty")
-        return host, port
+        match address:
+            case (str(host), int(port)) if host and 0 <= port <= _PORTS:
+                return host, port
+            case (str(), int()):
+                raise ValueError(f"{address!r} is not a TCP address: the port is 0 to 65535, the host not empty")
+        raise TypeError(f"a TCP address is (host, port), not {address!r}")
     path = os.fspath(address)
     if not isinstance(path, str):
         raise TypeError(f"a socket path is text, not {type(path).__name__}")
@@ -108,19 +108,17 @@ class SocketFile:
 
         An ``OSError`` does no harm: the next server at this address replaces the file.
         """
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), _directory_lock(self.path, _LOCK_WAIT):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), _directory_lock(self.path, LOCK_WAIT):
             # An identity may be given out again, so that only the question whether somebody answers tells.
             if _identity(self.path) == self._identity and not _answers(self.path):
                 Path(self.path).unlink()
 
 
-def listen(
-    sock: socket.socket, location: Location, patience: float | None = None
-) -> tuple[Location, SocketFile | None]:
+def listen(sock: socket.socket, location: Location, patience: float) -> tuple[Location, SocketFile | None]:
     """Make a socket listen, without blocking; return the real address, and the socket file if there is one.
 
     A Unix socket file gets mode 0600, and replaces one at which nobody answers. Port 0 lets the system choose one.
-    `patience` seconds (5 by default) are for others that start or stop in the same directory. ``ChannelError`` if
+    `patience` seconds are for others that start or stop in the same directory. ``ChannelError`` if
     the address is taken or cannot be used. The caller closes the socket, also then.
     """
     with _explained(location):
@@ -132,10 +130,13 @@ def listen(
             return (host, port), None
         # From the question "does anybody answer?" to our own listen(), no other server may act in this directory:
         # between two that start at once, the second must find the first one listening.
-        with _directory_lock(location, _LOCK_WAIT if patience is None else patience):
+        with _directory_lock(location, patience):
             if _is_stale(location):
                 Path(location).unlink(missing_ok=True)
-            _bind_private(sock, location)
+            # The file gets the mode of the unbound socket less the umask, so that it is private from the first.
+            os.fchmod(sock.fileno(), 0o600)
+            sock.bind(location)
+            Path(location).chmod(0o600)  # whatever the umask took away
             sock.listen(_BACKLOG)
             return location, SocketFile(location)
 
@@ -148,47 +149,26 @@ def _explained(location: Location) -> Iterator[None]:
     except ChannelError:
         raise
     except OSError as error:
-        hint = None
-        if error.errno == errno.EADDRINUSE:
-            hint = _TAKEN + _about_port(location)
-        raise ChannelError(
-            f"cannot serve at {describe(location)}: {error.strerror or error}", hint=hint
-        ) from error
+        hint = _TAKEN + _about_port(location) if error.errno == errno.EADDRINUSE else None
+        text = f"cannot serve at {describe(location)}: {error.strerror or error}"
+        raise ChannelError(text, hint=hint) from error
 
 
 def _about_port(location: Location) -> str:
     """Say so if a port may be held by a mere connection."""
-    with contextlib.suppress(OSError, ValueError):
-        low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-        if not isinstance(location, str) and low <= location[1] <= high:
-            return (
-                f". It may also be an outgoing connection, which the system gives ports from {low} to {high}: "
-                f"take a port outside, or reserve this one with the sysctl net.ipv4.ip_local_reserved_ports"
-            )
-    return ""
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    if isinstance(location, str) or not low <= location[1] <= high:
+        return ""
+    return (
+        f". It may also be an outgoing connection, which the system gives ports from {low} to {high}: "
+        f"take a port outside, or reserve this one with the sysctl net.ipv4.ip_local_reserved_ports"
+    )
 
 
 def _bind_tcp(sock: socket.socket, location: tuple[str, int]) -> None:
     # A server's own closed connections linger in TIME_WAIT and must not keep its successor from the port.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(location)
-
-
-def _bind_private(sock: socket.socket, path: str) -> None:
-    """Bind so that the file has mode 0600 from its first moment."""
-    try:
-        # Linux makes the file with the mode of the unbound socket, less the umask.
-        os.fchmod(sock.fileno(), 0o600)
-        sock.bind(path)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # elsewhere a socket has no mode, and only the umask helps
-            raise
-        before = os.umask(0o177)
-        try:
-            sock.bind(path)
-        finally:
-            os.umask(before)
-    Path(path).chmod(0o600)  # whatever the umask took away
 
 
 def _is_stale(path: str) -> bool:
@@ -223,20 +203,17 @@ def _directory_lock(path: str, patience: float) -> Iterator[None]:
     The lock is ``flock`` on the directory itself: no file is left behind, and the kernel releases it when its
     holder dies.
     """
-    directory = Path(path).parent
+    directory, deadline = Path(path).parent, monotonic() + patience
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = monotonic() + patience
         while True:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
-                if monotonic() > deadline:
-                    raise ChannelError(
-                        f"the directory {directory} has been locked by another process for {patience:g} s"
-                    ) from None
-                time.sleep(0.005)
+            if monotonic() > deadline:
+                text = f"the directory {directory} has been locked by another process for {patience:g} s"
+                raise ChannelError(text)
+            time.sleep(0.005)
         try:
             yield
         finally:
@@ -261,18 +238,14 @@ def connect(sock: socket.socket, location: Location, deadline: float) -> None:
     ``OSError`` for anything else, such as missing rights.
     """
     sock.setblocking(False)  # noqa: FBT003
-    try:
-        try:
-            sock.connect(location)
-        except BlockingIOError as error:
-            if error.errno != errno.EINPROGRESS:  # EAGAIN: the queue of a Unix socket is full
-                raise
-            wait(poller_of(sock, select.POLLOUT), deadline)
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, os.strerror(code)) from None
-    except (ConnectionRefusedError, FileNotFoundError) as error:
-        raise NotServingError(f"nobody serves at {describe(location)}") from error
+    code = sock.connect_ex(location)
+    if code == errno.EINPROGRESS:  # EAGAIN: the queue of a Unix socket is full
+        wait(poller_of(sock, select.POLLOUT), deadline)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code in (errno.ECONNREFUSED, errno.ENOENT):
+        raise NotServingError(f"nobody serves at {describe(location)}") from OSError(code, os.strerror(code))
+    if code:
+        raise OSError(code, os.strerror(code))
     if not isinstance(location, str):
         # With nobody listening, a connection to a local port of the system's own range can be given that very
         # port as its source, and is then connected to itself, which also keeps the server from the port.
@@ -295,11 +268,10 @@ def new_socket(location: Location) -> socket.socket:
 def peer_credentials(sock: socket.socket) -> tuple[int | None, int | None]:
     """Return process id and user id of the process at the other end, as the kernel knows them.
 
-    Each is None where the kernel does not say: on TCP, on systems without ``SO_PEERCRED``, and (the process id)
-    when that process lives in a process namespace that is not visible from here.
+    Each is None where the kernel does not say: on TCP, and (the process id) when that process lives in a process
+    namespace that is not visible from here.
     """
-    option = getattr(socket, "SO_PEERCRED", None)
-    if sock.family != socket.AF_UNIX or option is None:
+    if sock.family != socket.AF_UNIX:
         return None, None
-    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, option, _UCRED.size))
+    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return pid or None, uid

@@ -7,18 +7,21 @@ method), it was not (``NotServingError``, ``ChannelError`` and its other subclas
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NoReturn, Self
 
-from shmelim.channel.address import Address, describe, normalize
-from shmelim.channel.codec import MSGPACK, Codec
-from shmelim.channel.connections import Connections
+from shmelim.channel.address import Address, Location, describe, new_socket, normalize
+from shmelim.channel.codec import MSGPACK, Codec, UncarriedValueError
+from shmelim.channel.connecting import TryAgainError, cannot_connect, establish
 from shmelim.channel.dispatch import is_remote_name
 from shmelim.channel.failures import unpack_failure
-from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE, decode_reply, encode_request
+from shmelim.channel.key import check_key
+from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE
 from shmelim.channel.wire import Wire
 from shmelim.errors import (
     CallTimeoutError,
@@ -29,17 +32,12 @@ from shmelim.errors import (
     ProtocolError,
     UnknownMethodError,
 )
+from shmelim.system import forks
 from shmelim.system.clock import monotonic
 
 _TRIES = 4  # connections that the server may break off before a call gives up
-
-
-class _Failure(NamedTuple):
-    """An attempt that brought no reply: why, whether it may be carried out, whether there is a bound to such."""
-
-    error: Exception
-    sent: bool
-    counts: bool
+_MOST_IDLE = 8
+_PAUSE_FIRST, _PAUSE_MOST = 0.005, 0.1  # seconds between attempts to connect
 
 
 class ChannelClient:
@@ -55,11 +53,12 @@ class ChannelClient:
     Parameters
     ----------
     address
-        Path of a Unix socket, or ``(host, port)``.
+        Path of a Unix socket, or ``(host, port)``; or a function that returns it, which is asked now and before
+        each connect, so that a server is found that was restarted elsewhere.
     authkey
         The key, or a function that returns it, which is asked after each connect (so that the key of a restarted
-        server is found); whatever it raises ends the call, but a ``NotServingError`` is tried again within
-        `connect_wait`.
+        server is found). Whatever these functions raise ends the call, but a ``NotServingError`` is tried again
+        within `connect_wait`.
     timeout
         Seconds for a whole call, connecting included, unless the call says otherwise. No signal, patched socket or
         stopped clock stretches it.
@@ -94,7 +93,7 @@ class ChannelClient:
 
     def __init__(
         self,
-        address: Address,
+        address: Address | Callable[[], Address],
         authkey: bytes | Callable[[], bytes],
         *,
         timeout: float = 10.0,
@@ -102,11 +101,12 @@ class ChannelClient:
         max_message: int = DEFAULT_MAX_MESSAGE,
         codec: Codec = MSGPACK,
     ) -> None:
-        if connect_wait < 0:
-            raise ValueError(f"connect_wait must not be negative, and is {connect_wait}")
-        self._location = normalize(address)
-        self._timeout = _checked_timeout(timeout)
-        self._connections = Connections(self._location, authkey, connect_wait=connect_wait, patience=self._timeout)
+        self._find = address if callable(address) else None
+        self._location = normalize(address() if callable(address) else address)
+        self._authkey = authkey if callable(authkey) else check_key(authkey)
+        self._timeout = _checked_seconds("timeout", timeout)
+        self._connect_wait = _checked_seconds("connect_wait", connect_wait)
+        self._connections = Connections()
         self._max_message = max_message
         self._codec = codec
         self._numbers = itertools.count(1)  # next() of it is atomic
@@ -122,7 +122,7 @@ class ChannelClient:
 
     @property
     def address(self) -> str | tuple[str, int]:
-        """Where it calls."""
+        """Where it calls, or called last."""
         return self._location
 
     def call(
@@ -176,19 +176,27 @@ class ChannelClient:
             Whatever else the method raised, if its type is built in or of this package.
 
         """
-        deadline = self._deadline(timeout)
+        deadline = monotonic() + (self._timeout if timeout is None else _checked_seconds("timeout", timeout))
         number = next(self._numbers)
-        request = encode_request(self._codec, number, method, args, kwargs or {})
-        _check_size(method, request, self._max_message)
+        try:
+            request = self._codec.dumps([number, method, list(args), dict(kwargs or {})])
+        except UncarriedValueError as error:
+            root = {2: "args", 3: "kwargs"}.get(error.path[0] if error.path else -1, "request")
+            raise TypeError(f"{method}: {error.naming(root, error.path[1:])}") from None
+        if len(request) > self._max_message:
+            raise _too_large(method, request, self._max_message)
         reply = self._exchange(method, request, deadline, idempotent=idempotent)
         try:
-            succeeded, value = decode_reply(self._codec, reply, number)
-            failure = None if succeeded else unpack_failure(value)
+            match self._codec.loads(reply):
+                case [answered, True, result] if answered == number:
+                    return result
+                case [answered, False, parts] if answered == number:
+                    failure = unpack_failure(parts)
+                case _:
+                    failure = self._unknown_outcome(method, "the reply has an unknown form")
         except ProtocolError as error:
-            raise self._unknown_outcome(method, error) from error
-        if failure is not None:
-            raise failure
-        return value
+            raise self._unknown_outcome(method, error.message) from error
+        raise failure
 
     def connect(self, *, timeout: float | None = None) -> None:
         """Make sure within `timeout` seconds (None: the client's) that there is a connection, calling nothing.
@@ -199,7 +207,8 @@ class ChannelClient:
             As :meth:`call`.
 
         """
-        self._connections.give_back(self._connection(self._deadline(timeout)))
+        deadline = monotonic() + (self._timeout if timeout is None else _checked_seconds("timeout", timeout))
+        self._connections.give_back(self._connections.take() or self._dial(deadline))
 
     def proxy(
         self, *, timeout: float | None = None, idempotent: Collection[str] = (), methods: Collection[str] = ()
@@ -238,73 +247,195 @@ class ChannelClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _deadline(self, timeout: float | None) -> float:
-        return monotonic() + (self._timeout if timeout is None else _checked_timeout(timeout))
+    def _dial(self, deadline: float) -> Wire:
+        """Open a connection; wait for a server, and forgive one that drops us, as long as allowed."""
+        give_up = min(deadline, monotonic() + self._connect_wait)
+        pause, drops = _PAUSE_FIRST, 0
+        while True:
+            try:
+                return self._connect(deadline)
+            except TryAgainError as error:
+                drops += error.server == "drops us"
+                # A server that is there is worth the whole deadline, unless it drops us again and again.
+                until = deadline if error.server and drops < _TRIES else give_up
+                if monotonic() + pause > until:
+                    raise error.failure from error.__cause__
+            time.sleep(pause)
+            pause = min(2 * pause, _PAUSE_MOST)
 
-    def _connection(self, deadline: float) -> Wire:
-        return self._connections.take() or self._connections.dial(deadline)
+    def _connect(self, deadline: float) -> Wire:
+        if self._find is not None:
+            try:
+                self._location = normalize(self._find())
+            except NotServingError as error:
+                raise TryAgainError(error) from None
+        wire = self._connections.open(self._location)
+        try:
+            establish(wire, self._location, self._authkey, deadline)
+        except BaseException:
+            self._connections.discard(wire)
+            raise
+        return wire
 
     def _exchange(self, method: str, request: bytes, deadline: float, *, idempotent: bool) -> bytes:
         """Send a request and return the reply, on as many connections as that takes and is allowed."""
+        connections = self._connections
         perhaps_done = False  # an attempt of an idempotent call may have been carried out
         tries = 0
         while True:
             try:
-                wire = self._connection(deadline)
+                wire = connections.take() or self._dial(deadline)
             except (NotServingError, ChannelError) as error:
                 if perhaps_done:
-                    lost = ChannelError(f"the connection was lost, and then: {error}")
-                    raise self._unknown_outcome(method, lost) from error
+                    raise self._unknown_outcome(method, f"the connection was lost, and then: {error}") from error
                 raise
             if wire.longest is not None and len(request) > wire.longest:
-                self._connections.give_back(wire)
-                _check_size(method, request, wire.longest)
+                connections.give_back(wire)
+                raise _too_large(method, request, wire.longest)
             wire.deadline = deadline
-            outcome = self._attempt(wire, request)
-            if isinstance(outcome, bytes):
-                return outcome
-            why = outcome.error
-            perhaps_done = perhaps_done or outcome.sent
-            tries += outcome.counts
-            final = isinstance(why, (TimeoutError, ProtocolError))  # another attempt would end so, too
-            over = final or tries >= _TRIES or self._connections.refusal is not None
-            if perhaps_done and (over or not idempotent):
-                raise self._unknown_outcome(method, why) from why
-            if over:
-                kind = CallTimeoutError if final else ChannelError
-                text = _reason(why, "the server did not take it in time")
-                raise kind(f"{method} could not be sent to {describe(self._location)}: {text}") from why
+            sent = False  # what the kernel never took whole nobody can carry out
+            try:
+                wire.send_bytes(request)
+                sent = True
+                reply = wire.recv_bytes(self._max_message)
+            except BaseException as error:  # after a KeyboardInterrupt, too, the reply must find nobody
+                connections.discard(wire)
+                if not isinstance(error, (EOFError, OSError)):
+                    raise
+                failure: Exception = error
+                perhaps_done = perhaps_done or sent
+                tries += 1
+            else:
+                if reply != GOODBYE:
+                    connections.give_back(wire)
+                    return reply
+                # Not carried out; and the next attempt is with another server, or finds more room.
+                connections.discard(wire)
+                failure = EOFError("the server is closing")
+            # Another attempt would run late, or be misunderstood, too.
+            over = (
+                isinstance(failure, (TimeoutError, ProtocolError))
+                or tries >= _TRIES
+                or connections.refusal is not None
+            )
+            if over or (perhaps_done and not idempotent):
+                raise self._unanswered(method, failure, perhaps_done=perhaps_done) from failure
 
-    def _attempt(self, wire: Wire, request: bytes) -> bytes | _Failure:
-        """Send a request on a connection, and return the reply or why there is none."""
-        sent = False  # what the kernel never took whole nobody can carry out
-        try:
-            wire.send_bytes(request)
-            sent = True
-            reply = wire.recv_bytes(self._max_message)
-        except BaseException as error:
-            # Also after a KeyboardInterrupt: the reply may still come, and must find nobody.
-            self._connections.discard(wire)
-            if isinstance(error, (EOFError, OSError)):
-                return _Failure(error, sent, counts=True)
-            raise
-        if reply == GOODBYE:  # not carried out; and the next attempt is with another server, or finds more room
-            self._connections.discard(wire)
-            return _Failure(EOFError("the server is closing"), sent=False, counts=False)
-        self._connections.give_back(wire)
-        return reply
+    def _unanswered(self, method: str, failure: Exception, *, perhaps_done: bool) -> ChannelError:
+        late = isinstance(failure, TimeoutError)
+        why = getattr(failure, "strerror", None) or str(failure)
+        if perhaps_done:
+            return self._unknown_outcome(method, "no reply came in time" if late else why)
+        kind, why = (CallTimeoutError, "the server did not take it in time") if late else (ChannelError, why)
+        return kind(f"{method} could not be sent to {describe(self._location)}: {why}")
 
-    def _unknown_outcome(self, method: str, error: Exception) -> OutcomeUnknownError:
-        what = _reason(error, "no reply came in time")
+    def _unknown_outcome(self, method: str, what: str) -> OutcomeUnknownError:
         return OutcomeUnknownError(
             f"{method} was sent to {describe(self._location)}, but {what}",
             hint="it may or may not have been carried out",
         )
+
+
+class Connections:
+    """The connections of one client. Every method is thread-safe and short.
+
+    A signal handler may call any method, also while its thread is inside one: :meth:`close` most of all. In a
+    forked child it is empty, and its copies of the descriptors are closed without a word to the server.
+    """
+
+    def __init__(self) -> None:
+        self.refusal: str | None = None  # why no more connections are handed out; never goes back
+        # The lock guards everything below, from other threads. It is re-entrant, since a signal handler that
+        # closes may have interrupted its holder at any point: so whoever has entered a wire looks once more
+        # whether it was closed meanwhile. `_wires` has every connection; `_idle` those that no call uses, the
+        # last used one last. Entries of `_wires` are also made inside forks.creating_descriptors, so that a
+        # forked child finds every inherited descriptor here.
+        self._lock = threading.RLock()
+        self._wires: dict[Wire, None] = {}
+        self._idle: list[Wire] = []
+        forks.register(self)
+
+    def __del__(self) -> None:
+        # Nobody else holds a reference, so no call is under way.
+        for wire in getattr(self, "_wires", ()):
+            wire.close()
+
+    def open(self, location: Location) -> Wire:
+        """Enter a new wire, which is not connected yet; ``ChannelError`` when closed."""
+        with forks.creating_descriptors:
+            try:
+                sock = new_socket(location)
+            except OSError as error:
+                raise cannot_connect(location, error) from error
+            with self._lock:
+                wire = Wire(sock)
+                self._wires[wire] = None
+        if self.refusal is not None:
+            self.discard(wire)
+            raise ChannelError(self.refusal)
+        return wire
+
+    def take(self) -> Wire | None:
+        """Return an idle connection that is up, the last used one first; None if there is none."""
+        while True:
+            try:
+                wire = self._idle.pop()
+            except IndexError:  # not asked before: a signal handler, or another thread, may come between
+                wire = None
+            if self.refusal is not None:
+                if wire is not None:
+                    self.discard(wire)
+                raise ChannelError(self.refusal)
+            if wire is None or wire.quiet():
+                return wire
+            self.discard(wire)  # the server has closed it
+
+    def give_back(self, wire: Wire) -> None:
+        """Make a connection idle after a complete exchange; it is closed if there are enough."""
+        with self._lock:
+            # A wire that was in use at a fork is not in the child's books.
+            kept = len(self._idle) < _MOST_IDLE and wire in self._wires
+            if kept:
+                self._idle.append(wire)
+        if not kept:
+            self.discard(wire)
+        elif self.refusal is not None:
+            self._close_idle()
+
+    def discard(self, wire: Wire) -> None:
+        """Strike a connection that its caller has in use, and close it."""
+        with self._lock:
+            self._wires.pop(wire, None)
+        wire.close()
+
+    def retire(self, why: str) -> None:
+        """Hand out no more connections, and close idle ones; those in use are left alone."""
+        if self.refusal is None:
+            self.refusal = why
+        self._close_idle()
+
+    def close(self, why: str) -> None:
+        """Retire, and shut the connections in use, which their users then discard; idempotent."""
+        self.retire(why)
+        with self._lock:
+            for wire in list(self._wires):
+                wire.shutdown()
+
+    def _close_idle(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self.discard(self._idle.pop())
+
+    def after_fork_in_child(self) -> None:
+        """Close the inherited descriptors. Called by :mod:`shmelim.system.forks`."""
+        self._lock = threading.RLock()
+        for wire in self._wires:
+            wire.abandon()
+        self._wires = {}
+        self._idle = []
 
 
 class Proxy:
@@ -354,17 +485,11 @@ class Proxy:
         return f"<{type(self).__name__} of {self._client!r}>"
 
 
-def _check_size(method: str, request: bytes, limit: int) -> None:
-    if len(request) > limit:
-        raise MessageTooLargeError(f"{method}: the request has {len(request)} bytes, the limit is {limit}")
+def _too_large(method: str, request: bytes, limit: int) -> MessageTooLargeError:
+    return MessageTooLargeError(f"{method}: the request has {len(request)} bytes, the limit is {limit}")
 
 
-def _reason(error: Exception, late: str) -> str:
-    """Return why an attempt failed."""
-    return late if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
-
-
-def _checked_timeout(timeout: float) -> float:
-    if not 0 <= timeout < math.inf:
-        raise ValueError(f"a timeout is a number of seconds, 0 or more, not {timeout}")
-    return timeout
+def _checked_seconds(name: str, value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is a number of seconds, 0 or more, not {value}")
+    return value

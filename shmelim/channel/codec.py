@@ -18,7 +18,7 @@ _DEEPEST = 100  # levels of nesting; msgspec's own limit is far above
 
 # What msgspec writes as it is. Integers and text are checked by msgspec itself, which is free.
 _ATOMS = frozenset({str, int, float, bool, bytes, type(None), msgspec.Raw})
-_SEQUENCES = frozenset({list, tuple})
+_COLLECTIONS = (list, tuple, set, frozenset)
 
 
 class Codec(Protocol):
@@ -75,14 +75,14 @@ class MsgpackCodec:
         self._decode = msgspec.msgpack.Decoder(ext_hook=self._load_extension).decode
 
     def dumps(self, value: Any) -> bytes:
-        """Return a value as msgpack: about 1 µs for each container, and nothing for each plain value in it.
+        """Return a value as msgpack: about 0.3 µs for each container, and nothing for each plain value in it.
 
         `value` is not changed, and must not change meanwhile. ``UncarriedValueError``, a ``TypeError`` and
         ``ValueError``, says what cannot be carried and where it is: an unknown type, an integer beyond 64 bits,
         text that is not UTF-8, or more than 100 levels of nesting (or a cycle).
         """
         try:
-            return self._encode(self._plain(value, 0))
+            return self._encode(value if _is_plain(value) else self._plain(value, 0))
         except (OverflowError, TypeError, ValueError) as error:
             raise UncarriedValueError(self._place_of_culprit(value, 0), _reason(error)) from None
 
@@ -94,41 +94,29 @@ class MsgpackCodec:
             found = "a pickle" if is_pickle(data) else type(error).__name__
             raise ProtocolError(f"the message is not valid msgpack: {found}") from error
 
-    def _plain(self, value: Any, depth: int) -> Any:  # noqa: PLR0911  # one for each kind
-        """Return `value`, or if something in it needs it, a copy that msgspec can write."""
-        kind = type(value)
-        if kind in _ATOMS:
+    def _plain(self, value: Any, depth: int) -> Any:
+        """Return a copy of `value` that msgspec writes as it is meant."""
+        if type(value) in _ATOMS:
             return value
         if depth >= _DEEPEST:
             raise UncarriedValueError((), f"it is nested more than {_DEEPEST} levels deep")
-        if issubclass(kind, Enum):
+        if isinstance(value, Enum):
             return self._plain(value.value, depth + 1)
-        if issubclass(kind, dict):
-            simple_keys = _ATOMS.issuperset(map(type, value))
-            if simple_keys and _ATOMS.issuperset(map(type, value.values())):
-                return value if kind is dict else dict(value)
-            return {
-                key if simple_keys else _plain_key(key): item
-                if type(item) in _ATOMS
-                else self._plain(item, depth + 1)
-                for key, item in value.items()
-            }
-        if issubclass(kind, (list, tuple)):
-            return self._plain_items(value, depth)
-        if issubclass(kind, (set, frozenset)):
-            return msgspec.msgpack.Ext(_SET, self._encode(self._plain_items(list(value), depth)))
+        if isinstance(value, dict):
+            return {_plain_key(key): self._plain(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, _COLLECTIONS):
+            items = list(value)
+            if not _ATOMS.issuperset(map(type, items)):
+                items = [self._plain(item, depth + 1) for item in items]
+            is_set = isinstance(value, (set, frozenset))
+            return msgspec.msgpack.Ext(_SET, self._encode(items)) if is_set else items
         container = plain_container(value)
         return _plain_atom(value) if container is None else self._plain(container, depth)
 
-    def _plain_items(self, value: list[Any] | tuple[Any, ...], depth: int) -> list[Any] | tuple[Any, ...]:
-        if type(value) in _SEQUENCES and _ATOMS.issuperset(map(type, value)):
-            return value
-        return [item if type(item) in _ATOMS else self._plain(item, depth + 1) for item in value]
-
     def _place_of_culprit(self, value: Any, depth: int) -> tuple[Any, ...]:
         """Return the keys and indexes that lead to what cannot be carried; slow, which an error may be."""
-        items = value.items() if isinstance(value, dict) else enumerate(value) if _is_collection(value) else ()
-        for step, item in items:
+        collection = value if isinstance(value, _COLLECTIONS) else ()
+        for step, item in value.items() if isinstance(value, dict) else enumerate(collection):
             try:
                 self._encode(self._plain(item, depth + 1))
             except (OverflowError, TypeError, ValueError):
@@ -182,8 +170,26 @@ def is_pickle(data: bytes | memoryview) -> bool:
     return bytes(data[:1]) == b"\x80" and bytes(data[1:2]) in b"\2\3\4\5" and bytes(data[-1:]) == b"."
 
 
-def _is_collection(value: Any) -> bool:
-    return isinstance(value, (list, tuple, set, frozenset))
+def _is_plain(value: Any) -> bool:
+    """Whether msgspec writes `value` as it is meant: nothing in it but atoms, lists, tuples and dicts."""
+    rest = [(value, 0)]
+    while rest:
+        value, depth = rest.pop()
+        kind = type(value)
+        if kind is dict:
+            if not _ATOMS.issuperset(map(type, value)):
+                return False
+            value = value.values()
+        elif kind is not list and kind is not tuple:
+            return kind in _ATOMS  # which comes here only by itself
+        if not _ATOMS.issuperset(map(type, value)):
+            depth += 1
+            if depth == _DEEPEST:
+                return False
+            for item in value:
+                if type(item) not in _ATOMS:
+                    rest.append((item, depth))  # noqa: PERF401  # a comprehension would be one more call
+    return True
 
 
 def _reason(error: Exception) -> str:

@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 
 from shmelim.channel.codec import Codec, UncarriedValueError
 from shmelim.channel.failures import is_expected, pack_failure
-from shmelim.channel.protocol import decode_request
-from shmelim.errors import MessageTooLargeError, UnknownMethodError
+from shmelim.errors import MessageTooLargeError, ProtocolError, UnknownMethodError
 from shmelim.system.logs import LimitedLog
 
 _NAME_SHOWN = 100  # characters of a peer's method name that go into messages
@@ -86,7 +85,11 @@ class Dispatcher:
 
         ``ProtocolError`` if `data` is not a request.
         """
-        number, name, args, kwargs = decode_request(self._codec, data)
+        request = self._codec.loads(data)
+        # Exact types: a bool is an int too.
+        if type(request) is not list or list(map(type, request)) != [int, str, list, dict]:
+            raise ProtocolError("the request has an unknown form")
+        number, name, args, kwargs = request
         try:
             method = self._methods.get(name) or self._unknown(name)
             result = method(*args, **kwargs)

@@ -14,6 +14,7 @@ other     nothing                  :class:`~shmelim.errors.RemoteError` with ``"
 from __future__ import annotations
 
 import builtins
+import contextlib
 from typing import Any
 
 from shmelim import errors
@@ -22,6 +23,9 @@ from shmelim.errors import ProtocolError, RemoteError, ShmelimError
 
 _TEXT_LIMIT = 2000  # characters of one text; keeps every failure within FAILURE_LIMIT
 FAILURE_LIMIT = 16 * 1024  # bytes; a channel's message limit must be at least this
+_OWN: dict[str, type[ShmelimError]] = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, ShmelimError)
+}
 
 
 def pack_failure(error: BaseException, codec: Codec) -> list[Any]:
@@ -33,7 +37,7 @@ def pack_failure(error: BaseException, codec: Codec) -> list[Any]:
     name = kind.__name__
     text = _text(error)
     if isinstance(error, ShmelimError):
-        if name in errors.__all__ and getattr(errors, name) is kind:
+        if _OWN.get(name) is kind:
             return ["shmelim", name, [_clean(error.message), error.hint and _clean(error.hint)], text]
     elif isinstance(error, Exception) and _builtin_exception(name) is kind:
         arguments = [_carried(argument, codec) for argument in _arguments(error)]
@@ -46,20 +50,13 @@ def pack_failure(error: BaseException, codec: Codec) -> list[Any]:
 def unpack_failure(parts: Any) -> Exception:
     """Return the exception in the form of the module's table; ``ProtocolError`` if `parts` are not one."""
     match parts:
-        case ["shmelim", str(name), [str(message), None | str() as hint], str()] if name in errors.__all__:
-            own: type[ShmelimError] = getattr(errors, name)
-            return own(message, hint=hint)
-        case ["builtin", str(name), list(arguments), str(text)]:
-            kind = _builtin_exception(name)
-            if kind is not None:
-                try:
-                    error = kind(*arguments)
-                except Exception:  # its constructor wants what could not be carried
-                    return RemoteError(f"{name}: {text}")
-                if isinstance(error, kind):
+        case ["shmelim", str(name), [str(message), None | str() as hint], str()] if name in _OWN:
+            return _OWN[name](message, hint=hint)
+        case [str(origin), str(name), list(arguments), str(text)]:
+            kind = _builtin_exception(name) if origin == "builtin" else None
+            with contextlib.suppress(Exception):  # its constructor may want what could not be carried
+                if kind is not None and isinstance(error := kind(*arguments), kind):
                     return error
-            return RemoteError(f"{name}: {text}")
-        case [str(), str(name), list(), str(text)]:
             return RemoteError(f"{name}: {text}")
     raise ProtocolError("the server's error reply has an unknown form")
 

@@ -9,9 +9,13 @@ import contextlib
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from shmelim.errors import KeyFileError, NotServingError
+
+KeyPath: TypeAlias = str | os.PathLike[str]
 
 KEY_SIZE = 32
 _SHORTEST = 16  # bytes; a shorter key is a mistake
@@ -21,7 +25,7 @@ _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _ANEW = "stop the server, delete the file, and start the server again"
 
 
-def load_or_create_key(path: str | os.PathLike[str]) -> bytes:
+def load_or_create_key(path: KeyPath) -> bytes:
     """Return the key of a server, making the file if there is none yet.
 
     A new file appears whole and with mode 0600: it is written under another name first. Of several processes
@@ -44,15 +48,13 @@ def load_or_create_key(path: str | os.PathLike[str]) -> bytes:
         others, may be read by others, or does not have 32 bytes; or it can be neither read nor made.
 
     """
-    path = os.fspath(path)
     with contextlib.suppress(FileNotFoundError):
         return _read(path, server=True)
-    # Where another process was faster, its key counts.
-    _put(path, secrets.token_bytes(KEY_SIZE), replace=False)
+    _put(path, secrets.token_bytes(KEY_SIZE), os.link)  # where another process was faster, its key counts
     return _read(path, server=True)
 
 
-def load_key(path: str | os.PathLike[str]) -> bytes:
+def load_key(path: KeyPath) -> bytes:
     """Return the key that a server left for its clients.
 
     Parameters
@@ -75,14 +77,13 @@ def load_key(path: str | os.PathLike[str]) -> bytes:
         reasons that :func:`load_or_create_key` names. It says nothing of the server.
 
     """
-    path = os.fspath(path)
     try:
         return _read(path, server=False)
     except FileNotFoundError as error:
         raise NotServingError(f"there is no key file {path}", hint="start the server first") from error
 
 
-def restore_key(path: str | os.PathLike[str], key: bytes) -> bool:
+def restore_key(path: KeyPath, key: bytes) -> bool:
     """Put a server's key file back if it was removed, replaced or opened to others; return whether it was.
 
     Raises
@@ -91,11 +92,10 @@ def restore_key(path: str | os.PathLike[str], key: bytes) -> bool:
         That cannot be done. The directory must exist.
 
     """
-    path = os.fspath(path)
     with contextlib.suppress(FileNotFoundError, KeyFileError):
         if _read(path, server=True) == key:
             return False
-    _put(path, key, replace=True)
+    _put(path, key, os.replace)
     return True
 
 
@@ -108,30 +108,26 @@ def check_key(authkey: object) -> bytes:
     return authkey
 
 
-def _put(path: str, key: bytes, *, replace: bool) -> None:
-    """Make a whole key file of mode 0600 appear; without `replace` only if there is none."""
-    temporary = f"{path}.{secrets.token_hex(8)}"
+def _put(path: KeyPath, key: bytes, install: Callable[[str, KeyPath], object]) -> None:
+    """Make a whole key file of mode 0600 and install it, unless it would have to replace one and may not."""
+    temporary = f"{os.fspath(path)}.{secrets.token_hex(8)}"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            try:
+            with open(descriptor, "wb") as file:  # noqa: PTH123  # it opens a descriptor
                 os.fchmod(descriptor, 0o600)  # whatever the umask took away
-                os.write(descriptor, key)
+                file.write(key)
+                file.flush()
                 os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
             with contextlib.suppress(FileExistsError):
-                if replace:
-                    Path(temporary).replace(path)
-                else:
-                    os.link(temporary, path)
+                install(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         raise KeyFileError(f"cannot make the key file {path}: {error.strerror or error}") from error
 
 
-def _read(path: str, *, server: bool) -> bytes:
+def _read(path: KeyPath, *, server: bool) -> bytes:
     """Return the key in the file; ``FileNotFoundError`` if there is none."""
     try:
         descriptor = os.open(path, _OPEN)
@@ -144,10 +140,8 @@ def _read(path: str, *, server: bool) -> bytes:
         why = f"{error.strerror or error}; {whose(path)}"
         raise KeyFileError(f"cannot read the key file {path}: {why}", hint=hint) from error
     try:
-        status = os.fstat(descriptor)
-        _check(path, status, server=server)
-        # One byte more than expected, so that a file that is too long shows.
-        key = os.read(descriptor, KEY_SIZE + 1)
+        _check(path, os.fstat(descriptor), server=server)
+        key = os.read(descriptor, KEY_SIZE + 1)  # one byte more, so that a file that is too long shows
     finally:
         os.close(descriptor)
     if len(key) != KEY_SIZE:
@@ -155,7 +149,7 @@ def _read(path: str, *, server: bool) -> bytes:
     return key
 
 
-def _check(path: str, status: os.stat_result, *, server: bool) -> None:
+def _check(path: KeyPath, status: os.stat_result, *, server: bool) -> None:
     """Raise ``KeyFileError`` if others than its owner decide, or know, what is in the file."""
     mode = status.st_mode
     if not stat.S_ISREG(mode):
@@ -174,7 +168,7 @@ def _check(path: str, status: os.stat_result, *, server: bool) -> None:
         )
 
 
-def whose(path: str | os.PathLike[str]) -> str:
+def whose(path: KeyPath) -> str:
     """Say who this process is, and whose the file is that it may not use, or the nearest directory it can see."""
     user = f"this process runs as user {os.geteuid()}"
     for place in (Path(path), *Path(path).parents):

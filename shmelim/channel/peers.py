@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections import Counter
 from typing import Literal, TypeAlias
 
 from shmelim.channel.address import peer_credentials
@@ -11,6 +12,9 @@ from shmelim.channel.protocol import GOODBYE
 from shmelim.channel.wire import Wire
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
+
+# Has not proven to hold the key; has; has sent a whole request, and not got the whole reply; was told to go.
+State: TypeAlias = Literal["pending", "idle", "busy", "gone"]
 
 # What becomes of a connection that has proven to hold the key: an idle one may have been sent away for it; or all
 # of them are busy; or it had to make room itself meanwhile.
@@ -22,15 +26,17 @@ _RELIEVED = 0.9  # of the bound: with fewer connections than that it is not crow
 class Peer:
     """One connection, seen from the server. Its own thread uses the wire; any may shut it down."""
 
-    __slots__ = ("busy", "label", "pid", "thread", "uid", "wire")
+    __slots__ = ("idle_since", "label", "pid", "state", "thread", "uid", "wire")
 
     def __init__(self, sock: socket.socket, patience: float) -> None:
-        self.wire = Wire(sock, patience=patience)
+        self.wire = Wire(sock, patience)
         self.pid, self.uid = peer_credentials(sock)
         # What the log calls it; written by the accepting thread, then by its own.
         self.label = "a peer" if self.pid is None else f"process {self.pid} of user {self.uid}"
-        self.thread: threading.Thread | None = None  # written once, under the books' lock
-        self.busy = False  # from the last byte of a request to the last byte of its reply; under the books' lock
+        self.thread: threading.Thread | None = None  # written once, before that starts
+        # Changes under the books' lock, but for the end of a call: nobody minds to see that late.
+        self.state: State = "pending"
+        self.idle_since = 0.0
 
 
 class Peers:
@@ -41,19 +47,15 @@ class Peers:
         self.max_proven = max_proven  # those that have
         self.closing = False  # never goes back
         faults = ("refused", "dropped", "wrong_key", "malformed", "overdue")
-        self._counts = dict.fromkeys(("accepted", "calls", "reclaimed", *faults), 0)
+        self.counts = dict.fromkeys(("accepted", "calls", "reclaimed", *faults), 0)
         self._begin()
 
     def _begin(self) -> None:
         # One lock guards everything here. Nothing blocks or logs while it is held. Re-entrant, since a signal
         # handler may close the server while its thread looks at the counts.
-        self._lock = threading.RLock()
-        self._call_ended = threading.Condition(self._lock)  # notified only while closing
-        self._pending: dict[Peer, None] = {}  # oldest first
-        self._proven: dict[Peer, None] = {}  # the one whose last call ended longest ago first
-        self._crowded = False
-        # Everyone whose thread has not ended, also those that are in none of the two above any more. Entries
-        # are made inside forks.creating_descriptors, so that a forked child finds every inherited descriptor here.
+        self.lock = threading.RLock()
+        # Everyone whose thread has not ended, in the order in which they came. Entries are made inside
+        # forks.creating_descriptors, so that a forked child finds every inherited descriptor here.
         self._all: dict[Peer, None] = {}
 
     def accept(self, listener: socket.socket, patience: float) -> Peer:
@@ -65,27 +67,24 @@ class Peers:
             except BaseException:
                 sock.close()
                 raise
-            with self._lock:
+            with self.lock:
                 self._all[peer] = None
+                self.counts["accepted"] += 1
         return peer
 
-    def admit(self, peer: Peer, thread: threading.Thread) -> bool:
-        """Let the handshake begin in `thread`; return whether too many are in that state now."""
-        with self._lock:
-            peer.thread = thread
-            self._pending[peer] = None
-            self._counts["accepted"] += 1
-            return len(self._pending) > self.max_pending
+    def _those(self, *states: State) -> list[Peer]:
+        return [peer for peer in self._all if peer.state in states]
 
-    def drop_oldest(self) -> Peer | None:
-        """End the connection whose handshake has taken longest, and return it, if there is one."""
-        with self._lock:
-            peer = next(iter(self._pending), None)
-            if peer is not None:
-                del self._pending[peer]
-                self._counts["dropped"] += 1
-                peer.wire.shutdown()
-            return peer
+    def drop_oldest(self, most: int = 0) -> Peer | None:
+        """End the connection whose handshake has taken longest, if there are more than so many; return it."""
+        with self.lock:
+            pending = self._those("pending")
+            if len(pending) <= most:
+                return None
+            pending[0].state = "gone"
+            self.counts["dropped"] += 1
+            pending[0].wire.shutdown()
+            return pending[0]
 
     def send_away_idlest(self) -> bool:
         """Say goodbye to the proven connection that has been idle longest; return whether one was idle.
@@ -93,78 +92,52 @@ class Peers:
         Its client connects again when it has something to ask. A request that is on its way just now is not
         carried out: the goodbye says so, and the client sends it once more.
         """
-        with self._lock:
-            peer = next((peer for peer in self._proven if not (peer.busy or peer.wire.begun)), None)
-            if peer is not None:
-                del self._proven[peer]
-                self._counts["reclaimed"] += 1
-                peer.wire.bid_farewell(
-                    GOODBYE
-                )  # its thread sends nothing; or its welcome, which this may overtake
-            return peer is not None
+        with self.lock:
+            idle = [peer for peer in self._those("idle") if not peer.wire.begun]
+            if not idle:
+                return False
+            peer = min(idle, key=lambda peer: peer.idle_since)
+            peer.state = "gone"
+            self.counts["reclaimed"] += 1
+            peer.wire.bid_farewell(GOODBYE)  # its thread sends nothing; or its welcome, which this may overtake
+            return True
 
     def prove(self, peer: Peer) -> Admission:
         """Decide about a connection that has proven to hold the key."""
-        with self._lock:
-            if peer not in self._pending or self.closing:
+        with self.lock:
+            if peer.state != "pending" or self.closing:
                 return "dropped"
-            del self._pending[peer]
-            admission: Admission = "welcome"
-            if len(self._proven) >= self.max_proven:
-                self._crowded = True
-                if not self.send_away_idlest():
-                    self._counts["refused"] += 1
-                    return "crowded"
-                admission = "in place of another"
-            self._proven[peer] = None
-            return admission
-
-    def begin_call(self, peer: Peer) -> bool:
-        """Enter that a request is complete; return False if it comes too late to be carried out."""
-        with self._lock:
-            if self.closing or peer not in self._proven:
-                return False
-            peer.busy = True
-            self._counts["calls"] += 1
-            return True
-
-    def end_call(self, peer: Peer) -> bool:
-        """Enter that the reply is sent, or never will be; return whether the connection may go on."""
-        with self._lock:
-            peer.busy = False
-            if self.closing:
-                self._call_ended.notify_all()
-            else:  # a busy one is never sent away, and so is there
-                del self._proven[peer]
-                self._proven[peer] = None
-            return not self.closing
+            full = len(self._those("idle", "busy")) >= self.max_proven
+            if full and not self.send_away_idlest():
+                peer.state = "gone"
+                self.counts["refused"] += 1
+                return "crowded"
+            peer.state, peer.idle_since = "idle", monotonic()
+            return "in place of another" if full else "welcome"
 
     def count(self, what: str) -> bool:
         """Count a fault of a peer; return False while closing, when every connection looks faulty."""
-        with self._lock:
-            if not self.closing:
-                self._counts[what] += 1
+        with self.lock:
+            self.counts[what] += not self.closing
             return not self.closing
 
     def forget(self, peer: Peer) -> bool:
-        """Strike a connection whose thread ends, and close it; return whether it was too crowded until now."""
-        with self._lock:
-            for book in (self._pending, self._proven, self._all):
-                book.pop(peer, None)
-            relieved = self._crowded and len(self._proven) < _RELIEVED * self.max_proven
-            self._crowded = self._crowded and not relieved
+        """Strike a connection whose thread ends, and close it; return whether the rest is not crowded."""
+        with self.lock:
+            self._all.pop(peer, None)
+            roomy = len(self._those("idle", "busy")) < _RELIEVED * self.max_proven
         peer.wire.close()
-        return relieved
+        return roomy
 
     def begin_closing(self) -> bool:
         """Let no more calls begin; return whether this was the first time."""
-        with self._lock:
+        with self.lock:
             first, self.closing = not self.closing, True
             return first
 
     def has_thread(self, thread: threading.Thread) -> bool:
         """Whether `thread` is that of a connection."""
-        with self._lock:
+        with self.lock:
             return any(peer.thread is thread for peer in self._all)
 
     def drain(self, seconds: float, join: float) -> int:
@@ -174,33 +147,26 @@ class Peers:
         thread, if it has one, ends after its reply. `join` is for the threads of the others. Return how many calls
         still run; their threads go on, but their replies are lost.
         """
-        deadline = monotonic() + seconds
-        with self._lock:
+        with self.lock:
             others = [peer for peer in self._all if peer.thread is not threading.current_thread()]
             for peer in others:
-                if peer in self._proven and not peer.busy:
+                if peer.state == "idle":
                     peer.wire.bid_farewell(GOODBYE)
-                elif not peer.busy:
+                elif peer.state != "busy":
                     peer.wire.shutdown()
-            while running := sum(peer.busy for peer in others):
-                left = deadline - monotonic()
-                if left <= 0:
-                    break
-                self._call_ended.wait(left)
-            for peer in others:
-                peer.wire.shutdown()
-            threads = [peer.thread for peer in others if peer.thread is not None and not peer.busy]
-        deadline = monotonic() + join
-        for thread in threads:
-            thread.join(max(0.0, deadline - monotonic()))
-        return running
+        _join([peer for peer in others if peer.state == "busy"], seconds)
+        for peer in others:
+            peer.wire.shutdown()
+        _join([peer for peer in others if peer.state != "busy"], join)
+        return sum(peer.state == "busy" for peer in others)
 
     def stats(self) -> dict[str, int]:
         """Return the counts that :meth:`ChannelServer.stats` documents."""
-        with self._lock:
-            running = sum(peer.busy for peer in self._proven)
-            now = {"connections": len(self._proven), "pending": len(self._pending), "running": running}
-            return now | self._counts
+        with self.lock:
+            states = Counter(peer.state for peer in self._all)
+            proven = states["idle"] + states["busy"]
+            now = {"connections": proven, "pending": states["pending"], "running": states["busy"]}
+            return now | self.counts
 
     def abandon(self) -> None:
         """Close all descriptors of a forked child's copy, and forget them; nothing else is touched."""
@@ -208,3 +174,11 @@ class Peers:
         self._begin()
         for peer in peers:
             peer.wire.abandon()
+
+
+def _join(peers: list[Peer], seconds: float) -> None:
+    """Wait until the threads of connections have ended, at most so long."""
+    deadline = monotonic() + seconds
+    for peer in peers:
+        if peer.thread is not None:
+            peer.thread.join(max(0.0, deadline - monotonic()))

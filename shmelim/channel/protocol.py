@@ -1,4 +1,4 @@
-"""The messages of the channel, their limits, and the order in which they go.
+"""The messages of the channel, their limits and their order; and the handshake, which both ends find here.
 
 A connection starts with the mutual HMAC handshake of ``multiprocessing.connection`` (the server challenges first),
 then the client says hello and the server answers; from there on it is one request, one reply::
@@ -20,15 +20,19 @@ hold the same key. What they say next is a pickle, which is recognised, answered
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import answer_challenge, deliver_challenge
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from shmelim.channel.codec import MSGPACK, Codec, UncarriedValueError, is_pickle
-from shmelim.errors import ProtocolError
+from shmelim.channel.codec import MSGPACK, is_pickle
+from shmelim.channel.wire import Wire
+from shmelim.errors import AuthenticationFailedError, ChannelError, ProtocolError
+from shmelim.system.clock import monotonic
 
 PROTOCOL = 1  # raised with every change that one of the two ends would misunderstand
 DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024  # bytes
@@ -36,6 +40,7 @@ GOODBYE = b""
 HELLO_LIMIT = 512  # bytes; hello and welcome
 WELCOME_LIMIT = 64 * 1024  # bytes; what may come in its place, such as a manager's traceback
 
+_LAST_WORDS = 0.5  # seconds for what a server may say after it has refused the key
 _NAME_LIMIT = 60  # characters of a program or service name; four bytes each still fit into HELLO_LIMIT
 
 
@@ -83,46 +88,77 @@ def decode_welcome(data: bytes) -> Welcome:
     raise ProtocolError("the server's welcome has an unknown form")
 
 
+def greet(wire: Wire, key: bytes, where: str) -> int:
+    """Shake hands as a client; return the longest request in bytes that the server takes.
+
+    ``AuthenticationFailedError``, ``ProtocolError`` or ``ChannelError`` if another attempt would end so, too;
+    ``OSError`` or ``EOFError`` if the connection broke off or the deadline passed.
+    """
+    try:
+        answer_challenge(wire, key)  # type: ignore[arg-type]  # needs no more than a Wire has
+        deliver_challenge(wire, key)  # type: ignore[arg-type]
+        wire.send_bytes(encode_hello())
+        answer = wire.recv_bytes(WELCOME_LIMIT)
+    except AuthenticationError:
+        raise _other_key(wire, where) from None
+    except (ProtocolError, AssertionError) as error:  # the handshake functions assert what the peer sends
+        raise _stranger(where, f"another program ({error})") from error
+    if answer == GOODBYE:
+        raise EOFError("the server is closing")
+    if is_managers_reply(answer):
+        raise _stranger(where, "a multiprocessing manager (BaseManager), and it holds the same key")
+    try:
+        welcome = decode_welcome(answer)
+    except ProtocolError as error:
+        raise _stranger(where, f"a program that holds the key ({error.message})") from error
+    if welcome.protocol != PROTOCOL:
+        raise ProtocolError(
+            f"{welcome.service_name} at {where} speaks protocol {welcome.protocol}, this client {PROTOCOL}",
+            hint="run the same version of the package at both ends",
+        )
+    if welcome.refusal is not None:
+        raise ChannelError(f"the server at {where} refuses the connection: {welcome.refusal}")
+    return welcome.max_message
+
+
+def receive_hello(wire: Wire, key: bytes, service: str) -> Hello:
+    """Shake hands as a server, up to the client's hello, which a welcome should answer."""
+    deliver_challenge(wire, key)  # type: ignore[arg-type]
+    answer_challenge(wire, key)  # type: ignore[arg-type]
+    data = wire.recv_bytes(HELLO_LIMIT)
+    if not is_pickle(data):
+        return decode_hello(data)
+    text = (
+        f"{service} is not a multiprocessing manager but a command channel of shmelim: call it with shmelim's "
+        f"clients, or give the manager its own address"
+    )
+    with contextlib.suppress(OSError):
+        wire.send_bytes(pickle.dumps(("#TRACEBACK", text)))  # what makes a manager's client raise RemoteError
+    raise ProtocolError("it is a client of a multiprocessing manager, and was told so")
+
+
 def is_managers_reply(data: bytes) -> bool:
     """Whether this is what a manager of :mod:`multiprocessing` answers to whatever is not a call of its own."""
     return is_pickle(data) and any(kind in data[:40] for kind in (b"#TRACEBACK", b"#ERROR", b"#RETURN"))
 
 
-def encode_managers_refusal(text: str) -> bytes:
-    """Return what makes a client of a :mod:`multiprocessing` manager raise ``RemoteError`` with that text."""
-    return pickle.dumps(("#TRACEBACK", text))
+def _other_key(wire: Wire, where: str) -> ChannelError:
+    """Say who refused our key, or has another: a manager says one thing more before it hangs up."""
+    wire.deadline = min(wire.deadline or 0.0, monotonic() + _LAST_WORDS)
+    with contextlib.suppress(EOFError, OSError):
+        if is_managers_reply(wire.recv_bytes(WELCOME_LIMIT)):
+            return _stranger(where, "a multiprocessing manager (BaseManager), and it holds another key")
+    return AuthenticationFailedError(
+        f"the server at {where} holds another key",
+        hint="load the key again from the server's key file; or see whether another service listens there",
+    )
 
 
-def encode_request(
-    codec: Codec, number: int, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> bytes:
-    """Return a request; ``TypeError`` names the argument that cannot be carried."""
-    try:
-        return codec.dumps([number, method, list(args), dict(kwargs)])
-    except UncarriedValueError as error:
-        _, *place = error.path or (None,)
-        root = {2: "args", 3: "kwargs"}.get(error.path[0] if error.path else -1, "request")
-        raise TypeError(f"{method}: {error.naming(root, tuple(place))}") from None
-
-
-def decode_request(codec: Codec, data: bytes) -> tuple[int, str, list[Any], dict[str, Any]]:
-    """Return a request's id, method, arguments and keywords; ``ProtocolError`` if `data` is not one."""
-    parts = codec.loads(data)
-    # Exact types: a bool is an int too.
-    if type(parts) is list and [type(part) for part in parts] == [int, str, list, dict]:
-        number, method, args, kwargs = parts
-        return number, method, args, kwargs
-    raise ProtocolError("the request has an unknown form")
-
-
-def decode_reply(codec: Codec, data: bytes, number: int) -> tuple[bool, Any]:
-    """Return whether the call succeeded, and its result or failure; ``ProtocolError`` if that is not its reply."""
-    parts = codec.loads(data)
-    if type(parts) is not list or len(parts) != 3 or type(parts[1]) is not bool:  # noqa: PLR2004
-        raise ProtocolError("the reply has an unknown form")
-    if parts[0] != number:
-        raise ProtocolError("the reply belongs to another request")
-    return parts[1], parts[2]
+def _stranger(where: str, what: str) -> ProtocolError:
+    return ProtocolError(
+        f"whoever listens at {where} is not a server of shmelim but {what}",
+        hint="stop that program, or give the server another address",
+    )
 
 
 def _short(name: str) -> str:

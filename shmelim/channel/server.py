@@ -18,19 +18,17 @@ import threading
 import time
 from collections.abc import Collection
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import answer_challenge, deliver_challenge
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
-from shmelim.channel import protocol
-from shmelim.channel.address import Address, SocketFile, describe, listen, new_socket, normalize
-from shmelim.channel.codec import MSGPACK, Codec, is_pickle
+from shmelim.channel.address import LOCK_WAIT, Address, SocketFile, describe, listen, new_socket, normalize
+from shmelim.channel.codec import MSGPACK, Codec
 from shmelim.channel.dispatch import Caller, Dispatcher, set_caller
 from shmelim.channel.failures import FAILURE_LIMIT
 from shmelim.channel.key import check_key, restore_key
 from shmelim.channel.peers import Peer, Peers
-from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE, PROTOCOL
+from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE, PROTOCOL, encode_welcome, receive_hello
+from shmelim.channel.wire import poller_of
 from shmelim.errors import ProtocolError
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
@@ -155,12 +153,9 @@ class ChannelServer:
         )
         self._peers = Peers(max_pending=max_pending, max_proven=max_connections)
         self._closed = threading.Event()
-        self._started = False
         # Written by start(), then by the accepting thread, then by the one close() that comes first; a forked
-        # child, which is alone, clears them. The sockets are the pair that ends the accepting thread's wait, and
-        # the listening one, which comes last.
-        self._sockets: list[socket.socket] = []
-        self._wake: socket.socket | None = None
+        # child, which is alone, clears them. The last of the listening sockets is the one at the address.
+        self._listeners: list[socket.socket] = []
         self._socket_file: SocketFile | None = None
         self._acceptor: threading.Thread | None = None
 
@@ -183,32 +178,26 @@ class ChannelServer:
             It was started or closed before.
 
         """
-        if self._started or self._peers.closing:
+        if self._acceptor is not None or self._peers.closing:
             raise RuntimeError(f"{self!r} was started or closed before; make a new one")
-        self._started = True
+        self._acceptor = threading.Thread(target=self._accept, name=f"{self._service_name}-accept", daemon=True)
+        forks.register(self)
         try:
-            forks.register(self)
-            with forks.creating_descriptors:
-                wakes, self._wake = socket.socketpair()
-                self._sockets += [wakes, self._wake]
-            self._listen()
-            self._acceptor = threading.Thread(
-                target=self._accept, args=(wakes,), name=f"{self._service_name}-accept", daemon=True
-            )
+            self._listen(LOCK_WAIT)
             self._acceptor.start()
         except BaseException:
             self.close(0)
             raise
         return self
 
-    def _listen(self, patience: float | None = None) -> None:
+    def _listen(self, patience: float) -> None:
         with forks.creating_descriptors:
             sock = new_socket(self._location)
-            self._sockets.append(sock)
+            self._listeners.append(sock)
         try:
             self._location, self._socket_file = listen(sock, self._location, patience)
         except BaseException:
-            self._sockets.remove(sock)
+            self._listeners.remove(sock)
             sock.close()
             raise
 
@@ -230,11 +219,9 @@ class ChannelServer:
         self._closed.set()
 
     def __enter__(self) -> Self:
-        return self if self._started else self.start()
+        return self.start() if self._acceptor is None else self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def stats(self) -> dict[str, int]:
@@ -249,38 +236,30 @@ class ChannelServer:
 
     def after_fork_in_child(self) -> None:
         """Make this copy inert. Called by :mod:`shmelim.system.forks`."""
-        self._log.after_fork_in_child()
         self._peers.abandon()
-        for sock in self._sockets:
+        for sock in self._listeners:
             sock.close()
-        self._sockets = []
-        self._wake = self._socket_file = self._acceptor = None
+        self._listeners = []
+        self._socket_file = self._acceptor = None
         self._closed = threading.Event()
         self._closed.set()
 
     # Accepting: in the accepting thread only.
 
-    def _accept(self, wakes: socket.socket) -> None:
-        listener, look = self._sockets[-1], monotonic() + _LOOK
-        poller = select.poll()
-        for sock in (wakes, listener):
-            poller.register(sock, select.POLLIN)
-        while True:
-            poller.poll(_LOOK * 1000)
-            if self._peers.closing:
-                return
+    def _accept(self) -> None:
+        look = monotonic() + _LOOK
+        while not self._peers.closing:
+            listener = self._listeners[-1]
+            poller_of(listener, select.POLLIN).poll(_LOOK * 1000)
+            self._accept_one(listener)
             if monotonic() >= look:
                 self._keep_address()
-                if self._sockets[-1] is not listener:
-                    poller.unregister(listener)
-                    while self._accept_one(listener):  # who had connected when its file vanished
-                        pass
-                    self._sockets.remove(listener)
-                    listener.close()
-                    listener = self._sockets[-1]
-                    poller.register(listener, select.POLLIN)
                 look = monotonic() + _LOOK
-            self._accept_one(listener)
+            for old in self._listeners[:-1]:
+                while self._accept_one(old):  # who had connected when its file vanished
+                    pass
+                self._listeners.remove(old)
+                old.close()
 
     def _accept_one(self, listener: socket.socket) -> bool:
         """Accept a connection if there is one; return whether there was."""
@@ -289,10 +268,11 @@ class ChannelServer:
         except (BlockingIOError, ConnectionAbortedError):
             return False  # it went away before we came
         except Exception as error:  # no descriptor, memory or thread left: make room, and go on
-            self._warn("accept", f"cannot accept a connection: {error}")
-            if not self._peers.drop_oldest():
-                self._peers.send_away_idlest()
-            time.sleep(_EXHAUSTED)
+            if not self._peers.closing:
+                self._warn("accept", f"cannot accept a connection: {error}")
+                if not self._peers.drop_oldest():
+                    self._peers.send_away_idlest()
+                time.sleep(_EXHAUSTED)
             return False
         return True
 
@@ -302,15 +282,13 @@ class ChannelServer:
             if listener.family != socket.AF_UNIX:
                 peer.wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             peer.wire.deadline = monotonic() + self._handshake_timeout
-            thread = threading.Thread(
+            peer.thread = threading.Thread(
                 target=self._converse, args=(peer,), name=f"{self._service_name}-peer", daemon=True
             )
-            if self._peers.admit(peer, thread):
-                oldest = self._peers.drop_oldest()
-                if oldest is not None:
-                    crowd = self._peers.max_pending
-                    self._warn("dropped", f"dropped {oldest.label}: more than {crowd} handshakes at a time")
-            thread.start()
+            most = self._peers.max_pending
+            if oldest := self._peers.drop_oldest(most):
+                self._warn("dropped", f"dropped {oldest.label}: more than {most} handshakes at a time")
+            peer.thread.start()
         except BaseException:
             self._peers.forget(peer)
             raise
@@ -339,11 +317,12 @@ class ChannelServer:
 
     def _stop_accepting(self) -> None:
         """End the accepting thread, then free the address; by the one thread that closes."""
-        if self._wake is not None:
-            self._wake.send(b"x")
+        for sock in self._listeners[:]:
+            with contextlib.suppress(OSError):  # it does not listen yet
+                sock.shutdown(socket.SHUT_RDWR)  # which wakes the accepting thread
         if self._acceptor is not None and self._acceptor.is_alive():
             self._acceptor.join()
-        for sock in self._sockets:
+        for sock in self._listeners:
             sock.close()
         if self._socket_file is not None:
             try:
@@ -376,9 +355,7 @@ class ChannelServer:
     def _shake_hands(self, peer: Peer) -> bool:
         """Prove the key both ways, then exchange hello and welcome; return whether the peer may go on."""
         wire = peer.wire
-        deliver_challenge(wire, self._authkey)  # type: ignore[arg-type]  # a Wire has what this uses
-        answer_challenge(wire, self._authkey)  # type: ignore[arg-type]
-        hello = self._hello(peer)
+        hello = receive_hello(wire, self._authkey, f"{self._service_name} at {describe(self._location)}")
         admission = self._peers.prove(peer)
         if admission == "dropped":
             return False
@@ -386,13 +363,12 @@ class ChannelServer:
         if admission == "crowded":
             refusal = f"{self._service_name} is at its limit of {bound} connections, and all are busy"
         if admission != "welcome":
-            self._warn(
-                "crowded", f"{peer.label} finds {bound} connections, the limit: {refusal or 'an idle one goes'}"
-            )
+            what = refusal or "an idle one goes"
+            self._warn("crowded", f"{peer.label} finds {bound} connections, the limit: {what}")
             remedy = "see which processes keep so many clients, or raise max_connections"
             text = f"{bound} connections are the limit, and idle ones make room for new ones"
             self._problems.report(CROWDED, text, subject=self._service_name, severity="notice", remedy=remedy)
-        wire.send_bytes(protocol.encode_welcome(self._service_name, refusal, self._max_message))
+        wire.send_bytes(encode_welcome(self._service_name, refusal, self._max_message))
         if refusal is not None:
             return False
         if hello.protocol != PROTOCOL:
@@ -403,34 +379,21 @@ class ChannelServer:
         wire.deadline = None
         return True
 
-    def _hello(self, peer: Peer) -> protocol.Hello:
-        data = peer.wire.recv_bytes(protocol.HELLO_LIMIT)
-        try:
-            return protocol.decode_hello(data)
-        except ProtocolError as error:
-            if not is_pickle(data):
-                raise
-            text = (
-                f"{self._service_name} at {describe(self._location)} is not a multiprocessing manager but a "
-                f"command channel of shmelim: call it with shmelim's clients, or give the manager its own address"
-            )
-            with contextlib.suppress(OSError):
-                peer.wire.send_bytes(protocol.encode_managers_refusal(text))
-            raise ProtocolError("it is a client of a multiprocessing manager, and was told so") from error
-
     def _serve(self, peer: Peer) -> None:
         wire, peers, answer = peer.wire, self._peers, self._dispatcher.answer
-        while True:
+        while not peers.closing:
             request = wire.recv_bytes(self._max_message)
-            if not peers.begin_call(peer):
-                break
+            with peers.lock:  # under which idle connections are told to go
+                if peers.closing or peer.state != "idle":
+                    break
+                peer.state = "busy"
+                peers.counts["calls"] += 1
             try:
                 reply = answer(request)
                 wire.send_bytes(reply)
             finally:
-                may_go_on = peers.end_call(peer)
-            if not may_go_on:
-                break
+                peer.idle_since = monotonic()
+                peer.state = "idle"
             del request, reply  # an idle connection keeps no large message alive
         wire.bid_farewell(GOODBYE)
 

@@ -60,7 +60,7 @@ class Wire:
 
     __slots__ = ("_closing", "_readable", "_surplus", "begun", "deadline", "longest", "patience", "sock")
 
-    def __init__(self, sock: socket.socket, *, patience: float) -> None:
+    def __init__(self, sock: socket.socket, patience: float = 0.0) -> None:
         sock.setblocking(False)  # noqa: FBT003
         # When to give up with TimeoutError, on the clock of system.clock. None: wait for ever for the first byte
         # of a message, and `patience` seconds for everything else. Set by the thread that uses the wire.
@@ -136,25 +136,25 @@ class Wire:
     def _receive_rest(self, data: bytes, maxlength: int, deadline: float) -> bytes:
         """Finish a message of which `data` (at least a byte, perhaps more than the message) is here."""
         header = _HEADER.size
-        while len(data) < header:
-            data += self._receive(_FIRST_READ, deadline)
+        data = self._complete(data, header, deadline)
         (size,) = _HEADER.unpack_from(data)
         if size == -1:
             header = _LONG_HEADER.size
-            while len(data) < header:
-                data += self._receive(_FIRST_READ, deadline)
+            data = self._complete(data, header, deadline)
             _, size = _LONG_HEADER.unpack_from(data)
         if not 0 <= size <= maxlength:
             raise ProtocolError(_too_long(data, size, maxlength))
-        end = header + size
-        parts = [data]
-        missing = end - len(data)
+        data = self._complete(data, header + size, deadline)
+        self._surplus = data[header + size :]
+        return data[header : header + size]
+
+    def _complete(self, data: bytes, size: int, deadline: float) -> bytes:
+        """Return `data` with what comes after it, up to so many bytes."""
+        parts, missing = [data], size - len(data)
         while missing > 0:
             parts.append(self._receive(min(missing, _NEXT_READ), deadline))
             missing -= len(parts[-1])
-        data = b"".join(parts)
-        self._surplus = data[end:]
-        return data[header:end]
+        return b"".join(parts)
 
     def _receive(self, size: int, deadline: float | None) -> bytes:
         """Return 1 to `size` bytes as soon as there are any."""

@@ -13,7 +13,6 @@ from shmelim.cli.offline import ask
 from shmelim.cli.options import HOTKEY, Command, Group, Settings, command
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.debts.states import ATTEMPTING, OWED, SLASH, attempt_is_alive
-from shmelim.eliminations.store.offline import read_debts, read_slashes
 
 
 @command
@@ -37,7 +36,7 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
     found, source = ask(
         settings.name,
         lambda client: client.get_debts(hotkey),
-        lambda directory: [debt.as_dict() for debt in read_debts(directory, hotkey)],
+        lambda store: [debt.as_dict() for debt in store.debts(hotkey)],
     )
     settings.show(
         {"source": source, "count": len(found), "debts": found},
@@ -80,7 +79,7 @@ def list_(settings: Settings, *, hotkey: str | None) -> None:
     found, source = ask(
         settings.name,
         lambda client: client.get_slashes(hotkey),
-        lambda directory: [slash.as_dict() for slash in read_slashes(directory, hotkey)],
+        lambda store: [slash._asdict() for slash in store.slashes(hotkey)],
     )
     settings.show(
         {"source": source, "count": len(found), "slashes": found},

@@ -12,7 +12,7 @@ from shmelim.cli import output
 from shmelim.cli.offline import ask
 from shmelim.cli.options import HOTKEY, PATH, Settings, command
 from shmelim.eliminations.client import EliminationClient
-from shmelim.eliminations.store.history import read_events
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import MessageTooLargeError
 
 _PAGE: Final = 200
@@ -37,13 +37,14 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
       shmelim history --limit 1000 --json
     """
 
-    def store(directory: Path) -> list[dict[str, Any]]:
-        return [event.as_dict() for event in read_events(directory, hotkey, limit)]
+    def stored(store: Store) -> list[dict[str, Any]]:
+        return [event.as_dict() for event in store.events(hotkey, limit)]
 
     if state_dir is not None:
-        events, source = store(state_dir), "store"
+        with Store.read_only(state_dir) as store:
+            events, source = stored(store), "store"
     else:
-        events, source = ask(settings.name, lambda client: _pages(client, hotkey, limit), store)
+        events, source = ask(settings.name, lambda client: _pages(client, hotkey, limit), stored)
     settings.show(
         {"source": source, "events": events},
         ("when (UTC)", "action", "hotkey", "by", "change"),

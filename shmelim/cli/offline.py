@@ -10,12 +10,15 @@ from typing import Any
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.runtime import RuntimeDirectory, default_state_directory
 from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import KeyFileError, NotServingError, StoreError
 
 Rows = list[dict[str, Any]]
 
 
-def ask(name: str, server: Callable[[EliminationClient], Rows], store: Callable[[Path], Rows]) -> tuple[Rows, str]:
+def ask(
+    name: str, server: Callable[[EliminationClient], Rows], store: Callable[[Store], Rows]
+) -> tuple[Rows, str]:
     """Return the rows that the server or the store has, and who answered: "server" or "store".
 
     The store is the one that the last server of the name used, or else the one that the name has by default. Where
@@ -31,7 +34,8 @@ def ask(name: str, server: Callable[[EliminationClient], Rows], store: Callable[
             announced = None
         directory = default_state_directory(name) if announced is None else Path(announced)
         try:
-            return store(directory), "store"
+            with Store.read_only(directory) as opened:
+                return store(opened), "store"
         except StoreError as damaged:
             if (directory / FILE_NAME).exists():
                 raise

@@ -14,7 +14,7 @@ from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.state.debt_book import MOST_SHOWN
-from shmelim.eliminations.store.offline import read_debt_figures
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import KeyFileError, NotServingError, ShmelimError, StoreError
 from shmelim.shm import READ_PATH
 
@@ -109,8 +109,8 @@ def _owed(server: dict[str, Any] | None, state_dir: str | None) -> tuple[int | N
     if server is not None:
         return server.get("num_debts"), server.get("slashes_in_doubt")
     if state_dir is not None:
-        with contextlib.suppress(StoreError):
-            figures = read_debt_figures(state_dir)
+        with contextlib.suppress(StoreError), Store.read_only(state_dir) as store:
+            figures = store.debt_figures()
             return figures.debts, figures.in_doubt[:MOST_SHOWN]
     return None, None
 

@@ -13,15 +13,12 @@ import contextlib
 import functools
 import inspect
 import weakref
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
-from shmelim.eliminations.record import generate_row
-from shmelim.eliminations.state.changes import check_hotkeys, check_listed
+from shmelim.eliminations.record import check_hotkeys, check_listed, generate_row
 from shmelim.errors import ChannelError, MessageTooLargeError, ShmelimError, StateUnavailableError, StoreError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,14 +30,6 @@ _PART_TIMEOUT: Final = 60.0
 _LONG_TIMEOUT: Final = 60.0
 _TIMEOUT_PER_ROW: Final = 0.001
 
-# Ends the documentation of each call.
-_EVERY_CALL: Final = """
-        As every call to the server it raises ``TypeError`` or ``ValueError`` for what cannot be a hotkey,
-        ``StoreError`` or ``SegmentFullError`` where a change could not be stored or published, and in RPC mode
-        ``NotServingError``, ``CallTimeoutError`` or another ``ChannelError`` where the call did not reach the
-        server. Nothing was applied then; after ``OutcomeUnknownError`` it may have been.
-"""
-
 
 def remote(
     *,
@@ -51,9 +40,9 @@ def remote(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare a method of :class:`Calls` whose body is the server's ``<name>_rpc``; a plain function comes of it.
 
-    ``idempotent``: it may be carried out twice, and is sent again when a connection breaks. ``grows``: it may take
-    the longer, the more hotkeys are eliminated. ``keywords``: callers' names for its parameters, with ours.
-    ``check`` is applied to the first argument before that is sent.
+    ``idempotent``: it is sent again when a connection breaks. ``grows``: it takes the longer, the more hotkeys are
+    eliminated. ``keywords``: callers' names for its parameters, with ours. ``check`` is applied to the first
+    argument before that is sent.
     """
 
     def declare(declared: Callable[P, R]) -> Callable[P, R]:
@@ -70,7 +59,6 @@ def remote(
                 kwargs.update({name: check(kwargs[name]) for name in first if name in kwargs})
             return self._call(method, args, kwargs, idempotent=idempotent, timeout=self._long() if grows else None)
 
-        call.__doc__ = f"{declared.__doc__}{_EVERY_CALL}"
         call.keywords = keywords  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
 
@@ -122,7 +110,13 @@ class Calls:
     """The methods that ask the server: all that change the state, and what only it can answer.
 
     When a change returns it is durable, and every later read in every process sees it. It costs a commit: with
-    durability "process" some 0.2 ms, with "power" a write to the disk more (0.7 ms together on an SSD).
+    durability "process" some 0.2 ms, with "power" a write to the disk more (0.7 ms together on an SSD). Times are
+    in ms since 1970, UTC; a hotkey is 1 to 255 bytes of UTF-8.
+
+    Every method raises ``TypeError`` or ``ValueError`` for what cannot be a hotkey, ``StoreError`` or
+    ``SegmentFullError`` where a change could not be stored or published, and in RPC mode ``NotServingError``,
+    ``CallTimeoutError`` or another ``ChannelError`` where the call did not reach the server. Nothing was applied
+    then; after ``OutcomeUnknownError`` it may have been.
     """
 
     _timeout: float  # seconds for a usual call
@@ -143,29 +137,12 @@ class Calls:
 
     @remote(keywords={"elimination_data": "data"})
     def add_elimination(self, hotkey: str, data: Mapping[str, Any]) -> bool:
-        """Add or replace an elimination record.
+        """Add or replace an elimination record; True for a hotkey that was not eliminated before.
 
-        Parameters
-        ----------
-        hotkey
-            Whom: 1 to 255 bytes of UTF-8.
-        data
-            The record, a mapping of JSON-like values: ``hotkey`` (the same), ``reason``,
-            ``elimination_initiated_time_ms`` (ms since 1970, UTC), ``dd`` (drawdown, stored as given, or None),
-            ``price_info``, ``return_info``, and whatever else is to be kept; at most 1 MiB.
-
-        Returns
-        -------
-        bool
-            True for a hotkey that was not eliminated before, False for an update.
-
-        Raises
-        ------
-        ValueError
-            A field is missing, or the record is of another hotkey, or too large.
-        TypeError
-            A value cannot be stored; the message names its path.
-
+        ``data`` is a mapping of JSON-like values, at most 1 MiB: ``hotkey`` (the same), ``reason``,
+        ``elimination_initiated_time_ms``, ``dd`` (drawdown, stored as given, or None), ``price_info``,
+        ``return_info``, and whatever else is to be kept. ``ValueError`` if a field is missing, or the record is
+        another hotkey's, or too large; ``TypeError``, which names the path, if a value cannot be stored.
         """
 
     @remote(keywords={"dd": "current_dd"})
@@ -178,18 +155,9 @@ class Calls:
         price_info: Mapping[str, Any] | None = None,
         return_info: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Build a record from its parts, add it, and have the JSON files written.
+        """Build a record as :meth:`generate_elimination_row`, add it, and have the JSON files written.
 
-        Parameters
-        ----------
-        hotkey, current_dd, reason, t_ms, price_info, return_info
-            As for :meth:`generate_elimination_row`, which only builds it.
-
-        Returns
-        -------
-        bool
-            As for :meth:`add_elimination`, and so are the errors.
-
+        Returns and errors are those of :meth:`add_elimination`.
         """
 
     generate_elimination_row = staticmethod(accepts(dd="current_dd")(generate_row))
@@ -202,21 +170,10 @@ class Calls:
 
     @remote(grows=True, keywords={"deleted_hotkeys": "hotkeys"}, check=check_hotkeys)
     def delete_eliminations(self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None) -> list[str]:
-        """Remove many records in one transaction, and have the JSON files written.
+        """Remove many records in one transaction, have the JSON files written, and return whose were removed.
 
-        Parameters
-        ----------
-        hotkeys
-            Whose.
-        times_ms
-            Remove only those that were initiated at the time, in ms since 1970, which stands here for their
-            hotkey: another elimination may have come since. None: all.
-
-        Returns
-        -------
-        list of str
-            The hotkeys whose record was removed.
-
+        With ``times_ms`` only those that were initiated at the time which stands there for their hotkey: another
+        elimination may have come since.
         """
 
     @accepts(dat="eliminations", eliminations_list="eliminations")
@@ -226,53 +183,31 @@ class Calls:
         *,
         on_progress: Callable[[int], Any] | None = None,
     ) -> list[str]:
-        """Make exactly these records the eliminations, in one step however many they are.
+        """Make exactly these records the eliminations, in one step; return the hotkeys that are none any more.
 
         Hotkeys that stay keep their place in the order. Of a hotkey that is listed twice the last record counts.
+        A long list is sent in parts and applied as a whole, at about 30 µs a record. ``on_progress`` is called
+        with the number of records sent so far; once all are sent, the commit is still to come.
 
-        Parameters
-        ----------
-        eliminations
-            The records, as for :meth:`add_elimination`. A long list is sent in parts, and applied as a whole.
-        on_progress
-            Called with the number of records sent so far; once all are sent, the commit is still to come.
-
-        Returns
-        -------
-        list of str
-            The hotkeys that are no longer eliminated.
-
-        Raises
-        ------
-        ValueError, TypeError
-            A record cannot be stored; the message names its place in the list. Nothing is applied.
-        UploadLostError
-            The server was restarted in the middle of a long list; nothing is applied.
-
-        Exception
-            As every call; see :meth:`add_elimination`.
-
-        Notes
-        -----
-        About 30 µs for each record.
-
+        ``ValueError`` or ``TypeError``, which names the place in the list, if a record cannot be stored;
+        ``UploadLostError`` if the server was restarted in the middle of a long list. Nothing is applied then.
         """
         rows = iter(check_listed(eliminations))
-        first = list(islice(rows, _PART))
-        if len(first) < _PART:
+        tell = on_progress or (lambda _: None)
+        part = list(islice(rows, _PART))
+        if len(part) < _PART:
             with contextlib.suppress(MessageTooLargeError):
-                removed = self._call("sync_eliminations_rpc", (first,), timeout=self._long())
-                if on_progress is not None:
-                    on_progress(len(first))
+                removed = self._call("sync_eliminations_rpc", (part,), timeout=self._long())
+                tell(len(part))
                 return list(removed)
         token = self._call("begin_upload_rpc")
         sent = 0
         try:
-            for part in _parts(first, rows):
+            while part:
                 self._upload(token, part)
                 sent += len(part)
-                if on_progress is not None:
-                    on_progress(sent)
+                tell(sent)
+                part = list(islice(rows, _PART))
         except BaseException:
             with contextlib.suppress(ShmelimError):
                 self._call("abandon_upload_rpc", (token,), timeout=_ABANDON_TIMEOUT)
@@ -324,21 +259,10 @@ class Calls:
 
     @remote(idempotent=True, grows=True, check=check_hotkeys)
     def update_metagraph(self, hotkeys: Iterable[str]) -> list[str]:
-        """Say which hotkeys are registered now.
+        """Say which hotkeys are registered now: all in the metagraph. Return those whose departure it recorded.
 
-        Those that were and are no longer have departed, which is recorded once and for ever, unless so many are
-        lost at once (more than 10, and at least a quarter) that it is not believed.
-
-        Parameters
-        ----------
-        hotkeys
-            All that are in the metagraph.
-
-        Returns
-        -------
-        list of str
-            Those whose departure was recorded.
-
+        Those that were registered and are no longer have departed, which is recorded once and for ever, unless so
+        many are lost at once (more than 10, and at least a quarter) that it is not believed.
         """
 
     @remote(idempotent=True)
@@ -349,16 +273,7 @@ class Calls:
     def accept_loss(self, hotkeys: Iterable[str]) -> list[str]:
         """Record the departure of hotkeys that really left, though their loss was not believed.
 
-        Parameters
-        ----------
-        hotkeys
-            Whose; those that are not missing are left as they are.
-
-        Returns
-        -------
-        list of str
-            Those that were missing.
-
+        Return those that were missing; the others are left as they are.
         """
 
     @remote(grows=True)
@@ -373,79 +288,34 @@ class Calls:
     ) -> list[dict[str, Any]]:
         """Return events, newest first: who changed what, when, with the old and the new record.
 
-        Parameters
-        ----------
-        hotkey
-            Only this hotkey's; None: all.
-        limit
-            At most so many, up to 10,000; None: 10,000.
-        before_id
-            Only events older than the one with this ``id``: for the next page.
+        ``hotkey``: only this one's. ``limit``: at most so many, up to 10,000 (None); ``ValueError`` beyond.
+        ``before_id``: only events older than the one with this ``id``, for the next page.
 
-        Returns
-        -------
-        list of dict
-            With ``id``, ``at_ms`` (ms since 1970, UTC), ``action``, ``hotkey``, ``pid``, ``uid``, ``program``,
-            ``note``, ``old`` and ``new``.
-
-        Raises
-        ------
-        ValueError
-            The limit is out of bounds.
-
+        Each has ``id``, ``at_ms``, ``action``, ``hotkey``, ``pid``, ``uid``, ``program``, ``note``, ``old`` and
+        ``new``.
         """
 
     @remote(idempotent=True)
     def get_debts(self, hotkey: str | None = None) -> list[dict[str, Any]]:
-        """Return what eliminations still owe, in their order, and of one: limit orders, positions, slash.
+        """Return what one hotkey or all still owe, in the order of eliminations: limit orders, positions, slash.
 
-        Parameters
-        ----------
-        hotkey
-            Whose; None: everybody's.
-
-        Returns
-        -------
-        list of dict
-            With ``hotkey``, ``kind``, ``state`` (``"owed"``, ``"attempting"``, ``"in_doubt"``), ``due``,
-            ``since_ms``, ``eliminated_ms``, ``attempts``, ``error``, ``attempt`` and ``in_doubt_since_ms``;
-            times in ms since 1970, UTC.
-
+        Each has ``hotkey``, ``kind``, ``state`` (``"owed"``, ``"attempting"``, ``"in_doubt"``), ``due``,
+        ``since_ms``, ``eliminated_ms``, ``attempts``, ``error``, ``attempt`` and ``in_doubt_since_ms``.
         """
 
     @remote(idempotent=True)
     def get_slashes(self, hotkey: str | None = None) -> list[dict[str, Any]]:
-        """Return the last slash that was made of each hotkey, oldest first.
+        """Return the last slash that was made of one hotkey or of each, oldest first.
 
-        Parameters
-        ----------
-        hotkey
-            Only this one's; None: everybody's.
-
-        Returns
-        -------
-        list of dict
-            With ``hotkey``, ``made_ms``, ``eliminated_ms`` (ms since 1970, UTC) and ``by``: ``"contract"``, or
-            ``"hand"`` where a person said that it was made.
-
+        Each has ``hotkey``, ``made_ms``, ``eliminated_ms`` and ``by``: ``"contract"``, or ``"hand"`` where a
+        person said that it was made.
         """
 
     @remote()
     def resolve_slash(self, hotkey: str, made: bool) -> bool:
-        """Say by hand whether a slash that was begun was made.
+        """Say by hand that a slash that was begun was made, or was not: then it is owed again, if still due.
 
-        Parameters
-        ----------
-        hotkey
-            Whose collateral.
-        made
-            True: it is settled. False: it is owed again, unless its elimination was taken back.
-
-        Returns
-        -------
-        bool
-            False where there is no such slash, or where a running process may still be making it.
-
+        False where there is no such slash, or where a running process may still be making it.
         """
 
     @remote(idempotent=True)
@@ -455,13 +325,6 @@ class Calls:
     @remote(idempotent=True)
     def set_first_refresh_ran(self, value: bool) -> None:
         """Say whether the first refresh was made."""
-
-
-def _parts(first: list[Any], rest: Iterator[Any]) -> Iterator[list[Any]]:
-    part = first
-    while part:
-        yield part
-        part = list(islice(rest, _PART))
 
 
 class ProcessingCalls(Calls):

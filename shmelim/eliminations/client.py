@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Final, Self
+from pathlib import Path
+from typing import Any, Final, Self
 
 from shmelim.channel import ChannelClient, load_key
 from shmelim.eliminations.calls import Calls, remote
@@ -11,14 +12,16 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import CallTimeoutError, NotServingError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 _WAIT_PAUSE: Final = 0.01
 
 
 class EliminationClient(Calls, EliminationReader):
     """An :class:`EliminationReader` with the calls that change the state, for any process that may read the key.
+
+    A call that changes something costs a commit and about 0.1 ms for the channel. Its errors are those of
+    :class:`~shmelim.eliminations.calls.Calls`; of the constructor, those of the reader, ``NotServingError``, and
+    ``KeyFileError`` if this user may not read the key. Thread-safe and fork-safe: a child opens connections of its
+    own. Pickles as its name. A context manager, which closes the connections.
 
     Parameters
     ----------
@@ -32,20 +35,6 @@ class EliminationClient(Calls, EliminationReader):
         Seconds within which a call tries to reach a server that is not there (one that restarts, say).
     runtime_base
         Where runtime directories are; None: the user's.
-
-    Raises
-    ------
-    NotServingError
-        Nothing is served under that name.
-    KeyFileError
-        This user may not read the key.
-    Exception
-        As for :class:`EliminationReader`.
-
-    Notes
-    -----
-    A call that changes something costs a commit and about 0.1 ms for the channel. Thread-safe and fork-safe: a
-    child opens connections of its own. Pickles as its name. A context manager, which closes the connections.
 
     Examples
     --------
@@ -80,15 +69,18 @@ class EliminationClient(Calls, EliminationReader):
         deadline = time.monotonic() + (wait or 0.0)
         super().__init__(name, wait=wait)
         self._arguments = {"timeout": timeout, "connect_wait": connect_wait, "runtime_base": runtime_base}
-        self._runtime = RuntimeDirectory(name, runtime_base)
+        runtime = RuntimeDirectory(name, runtime_base)
         self._timeout = timeout
-        self._connect_wait = connect_wait
         while True:
             try:
-                # One reference, replaced when the server is found elsewhere; any thread may do that.
-                self._channel = self._open_channel()
+                self._client = ChannelClient(
+                    lambda: runtime.server().address,
+                    lambda: load_key(runtime.key),
+                    timeout=timeout,
+                    connect_wait=connect_wait,
+                )
                 if wait is not None:
-                    self._channel.connect(timeout=max(0.0, deadline - time.monotonic()))
+                    self._client.connect(timeout=max(0.0, deadline - time.monotonic()))
             except (NotServingError, CallTimeoutError):
                 if time.monotonic() >= deadline:
                     raise
@@ -101,34 +93,13 @@ class EliminationClient(Calls, EliminationReader):
 
     def close(self) -> None:
         """Close the connections; reads go on working. Idempotent."""
-        self._channel.close()
+        self._client.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _open_channel(self) -> ChannelClient:
-        return ChannelClient(
-            self._runtime.server().address,
-            lambda: load_key(self._runtime.key),
-            timeout=self._timeout,
-            connect_wait=self._connect_wait,
-        )
-
-    def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
-        channel = self._channel
-        try:
-            return channel.call(method, args, kwargs, **options)
-        except NotServingError:
-            # Nothing was carried out. The next server may listen at another address.
-            elsewhere = self._open_channel()
-            if elsewhere.address == channel.address:
-                raise
-            self._channel = elsewhere
-            channel.close()
-            return elsewhere.call(method, args, kwargs, **options)
 
     def _size(self) -> int:
         return len(self)
@@ -137,12 +108,10 @@ class EliminationClient(Calls, EliminationReader):
     def health_check(self) -> dict[str, Any]:  # type: ignore[empty-body]  # the server has it
         """Return what the server says of itself; a manager's method of this name tells whether it is well.
 
-        Returns
-        -------
-        dict
-            ``status`` (``"ok"``), ``timestamp_ms``, ``num_eliminations``, ``num_departed_hotkeys``, ``problems``
-            (a list of text), ``pid``, ``started_ms``, ``state_dir``, sizes in bytes, and counts.
-
+        ``status`` ("ok", "degraded" or "failing"), ``timestamp_ms``, ``num_eliminations``,
+        ``num_departed_hotkeys``, ``pid``, ``started_ms``, ``state_dir``, sizes in bytes, counts, and ``problems``:
+        what is wrong, the oldest first, as dicts with ``name``, ``subject``, ``text``, ``severity``, ``remedy``,
+        ``since_ms``.
         """
 
 

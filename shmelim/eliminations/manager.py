@@ -6,10 +6,15 @@ import functools
 import logging
 import warnings
 import weakref
+from collections.abc import Container, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn, cast
 
+from shmelim.channel import Address
+from shmelim.channel.address import Location
 from shmelim.eliminations.calls import Calls, ProcessingCalls
+from shmelim.eliminations.files.mirror import FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.rows import Status
@@ -17,34 +22,25 @@ from shmelim.eliminations.rules import EliminationProcessor, processed
 from shmelim.eliminations.rules.loop import run_loop
 from shmelim.eliminations.rules.membership import listed_by, valid_hotkeys
 from shmelim.eliminations.runtime import RuntimeDirectory
-from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, open_server
+from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, living_writer, open_server
 from shmelim.eliminations.server import EliminationManagerServer
+from shmelim.eliminations.store.schema import Durability
+from shmelim.eliminations.validator.collaborators import (
+    ChallengePeriodManager,
+    Collaborators,
+    ContractManager,
+    LimitOrderManager,
+    Metagraph,
+    PositionLocks,
+    PositionManager,
+    SharedValue,
+    WebSocketQueue,
+)
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
-from shmelim.errors import AlreadyServingError, ChannelError, ShmelimError
-from shmelim.service import RPCServiceBase, ServiceSettings
+from shmelim.errors import AlreadyServingError, ChannelError
+from shmelim.service import RPCServiceBase, ServerReady, ServiceSettings
 from shmelim.shm import PrivateNamespace, check_name
 from shmelim.system.logs import LimitedLog
-
-if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
-    from multiprocessing.process import BaseProcess
-
-    from shmelim.channel import Address
-    from shmelim.channel.address import Location
-    from shmelim.eliminations.files.mirror import FilesMode
-    from shmelim.eliminations.store.schema import Durability
-    from shmelim.eliminations.validator.collaborators import (
-        ChallengePeriodManager,
-        Collaborators,
-        ContractManager,
-        LimitOrderManager,
-        Metagraph,
-        PositionLocks,
-        PositionManager,
-        SharedValue,
-        WebSocketQueue,
-    )
-    from shmelim.service import ServerReady
 
 _log = logging.getLogger("shmelim.manager")
 _limited = LimitedLog(_log)
@@ -67,10 +63,17 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
     process, changes go to it. Copies in child processes, forked or given to a process that is being started,
     read and change alike, and follow a restart of the server by themselves. In direct mode the server object
     lives in this process: no process, no port, nothing in ``/dev/shm``, and unless a `state_dir` is given
-    nothing on disk.
+    nothing on disk. A second manager of a state directory in direct mode takes it over, and the first one's calls
+    fail from then on.
 
     Every collaborator can be replaced at any time by assigning the attribute of its name; the next call uses the
     new one. None of them is called by the constructor, but for the metagraph's list of hotkeys.
+
+    A check costs what it costs an :class:`EliminationReader`, some 30 ns; a change a commit, and in RPC mode 0.1
+    ms for the channel; their errors are those of :class:`~shmelim.eliminations.calls.Calls`. Thread-safe. After a
+    fork the child's copy is a client: it never starts, restarts or ends the server. Can be pickled to a process
+    that is being started only, together with its collaborators, and not in direct mode. Processing belongs into
+    one process at a time. A context manager, which shuts it down.
 
     Parameters
     ----------
@@ -87,20 +90,18 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         Keep the state in memory: nothing is read from disk or written to it.
     shared_queue_websockets
         A queue that gets every position that is closed; None: nobody is told.
-    sync_in_progress
-        Processing pauses while its ``value`` is true.
+    sync_in_progress, sync_epoch
+        Processing pauses while the former's ``value`` is true; the latter's moves with every sync of the
+        validator's positions.
     slack_notifier
         Who is told of failures: ``send_message(text, level=...)``.
-    sync_epoch
-        A counter in ``value``, which moves with every sync of the validator's positions.
     environment
         What is the validator's own: intervals, rules, prices, directories; None: the defaults.
     name
         The name under which readers find the state.
-    port
-        TCP port on 127.0.0.1 for changes; 0: any; None: a Unix socket in the name's runtime directory.
-    address
-        Path of a Unix socket, or ``(host, port)``, instead of `port`.
+    port, address
+        TCP port on 127.0.0.1 for changes; 0: any; None: a Unix socket in the name's runtime directory. Or the path
+        of a Unix socket, or ``(host, port)``.
     state_dir
         Where the state is kept; None: the user's state directory of that name (in direct mode: in memory).
     runtime_base
@@ -122,16 +123,6 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         The server was not ready in time: within `ready_timeout`, here 60 s, since a large state takes a while.
     StoreError, SegmentError
         State or shared memory cannot be had.
-
-    Notes
-    -----
-    A check costs what it costs an :class:`EliminationReader`, some 30 ns; a change a commit, and in RPC mode 0.1
-    ms for the channel. Thread-safe. After a fork the child's copy is a client: it never starts, restarts or ends
-    the server. Can be pickled to a process that is being started only, together with its collaborators, and not
-    in direct mode. Processing belongs into one process at a time. A context manager, which shuts it down.
-
-    In direct mode a second manager of a state directory takes it over, and the first one's calls fail from then
-    on.
 
     Examples
     --------
@@ -257,14 +248,14 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         self.environment = ValidatorEnvironment() if environment is None else environment
         self._options = ServeOptions(
             name=name,
-            state_dir=None if state_dir is None else _absolute(state_dir),
+            state_dir=_absolute(state_dir),
             group_readable=group_readable,
-            runtime_base=None if runtime_base is None else _absolute(runtime_base),
+            runtime_base=_absolute(runtime_base),
             in_memory=is_backtesting or (running_unit_tests and state_dir is None),
             durability=durability,
             files=files,
-            default_departed=None if default_departed is None else _absolute(default_departed),
-            imports=tuple(_absolute(path) for path in imports),
+            default_departed=_absolute(default_departed),
+            imports=tuple(Path(path).absolute() for path in imports),
         )
         self._timeout = settings.get("call_timeout", ServiceSettings.call_timeout)
         self._live_price_fetcher = self.environment.live_price_fetcher
@@ -289,7 +280,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             self._initialize_service()
         except (AlreadyServingError, ChannelError) as error:
             name = self._options.name
-            if self.running_unit_tests or not _is_served(name):
+            if self.running_unit_tests or living_writer(name) is None:
                 raise
             hint = (
                 f"{name!r} is served: to read it, use EliminationReader({name!r}); to change it, EliminationClient"
@@ -443,12 +434,5 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         return hotkey != self.environment.development_hotkey and hotkey not in all_hotkeys_set
 
 
-def _absolute(path: Path | str) -> Path:
-    return Path(path).absolute()
-
-
-def _is_served(name: str) -> bool:
-    try:
-        return EliminationReader(name).writer.alive
-    except ShmelimError:
-        return False
+def _absolute(path: Path | str | None) -> Path | None:
+    return None if path is None else Path(path).absolute()

@@ -16,6 +16,17 @@ _WAIT_PAUSE = 0.01
 class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
     """The current eliminations, read from shared memory: a read-only mapping of hotkey to record.
 
+    Every method answers from the state that is current when it is called, also while the writer is dead, and
+    needs no system call (after the first read of a grown table, which maps the new segment). Returned dicts
+    and lists are the caller's own. Hotkeys are texts: None is in no table, anything else raises ``TypeError``.
+
+    A lookup of one hotkey is one probe, plus decoding where a record is returned; it costs about as much as one in
+    a dict, or about a microsecond where the compiled read path is missing. ``len`` is one load; iteration, and
+    everything that returns all records, decodes a snapshot.
+
+    Thread-safe: threads may share one reader. Fork-safe: it works on in a child. Pickles as its name: it attaches
+    again where it is unpickled.
+
     Parameters
     ----------
     name
@@ -31,27 +42,11 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         Nothing is served under that name, nor was left there by a writer that died.
     ValueError
         The name is not a legal one.
-    UntrustedSegmentError, CorruptSegmentError, SegmentFormatError
-        What stands under the name cannot be read.
+    CorruptSegmentError, UntrustedSegmentError, SegmentFormatError
+        What stands in shared memory cannot be read. A read, too, raises the first where bytes contradict each
+        other, and another ``SegmentError`` where the table has moved to a segment that cannot be mapped.
     UnsupportedPlatformError
         The compiled read path is missing, and this machine needs it.
-
-    Notes
-    -----
-    Every method answers from the state that is current when it is called, also while the writer is dead, and
-    needs no system call (after the first read of a grown table, which maps the new segment). Returned dicts
-    and lists are the caller's own.
-
-    A lookup of one hotkey is one probe, plus decoding where a record is returned; it costs about as much as one in
-    a dict, or about a microsecond where the compiled read path is missing. ``len`` is one load; iteration, and
-    everything that returns all records, decodes a snapshot. Hotkeys are texts: None is in no table, anything else
-    raises ``TypeError``, in ``in`` and ``[]`` too.
-
-    Any read raises ``CorruptSegmentError`` where bytes in shared memory contradict each other, and
-    ``NotServingError`` or another ``SegmentError`` where the table has moved to a segment that cannot be mapped.
-
-    Thread-safe: threads may share one reader. Fork-safe: it works on in a child. Pickles as its name: it attaches
-    again where it is unpickled.
 
     Examples
     --------
@@ -100,7 +95,7 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
                     raise
                 time.sleep(_WAIT_PAUSE)
             else:
-                break
+                return
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._private:
@@ -135,13 +130,7 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
     def verify(self) -> int:
         """Check every record's checksum and that lookups find each entry; return the number of entries.
 
-        Takes some microseconds an entry.
-
-        Raises
-        ------
-        CorruptSegmentError
-            With the first contradiction found.
-
+        ``CorruptSegmentError`` has the first contradiction found. Takes some microseconds an entry.
         """
         snapshot = self._table.snapshot(verify=True)
         keys = list(snapshot.entries)

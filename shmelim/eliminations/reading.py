@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
-
-import msgspec
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 from shmelim.eliminations.record import decode as decode_record
 from shmelim.eliminations.rows import (
@@ -14,19 +13,25 @@ from shmelim.eliminations.rows import (
     decode_eliminations,
     decode_hotkeys,
     decode_rows,
-    departed_in,
-    eliminations_in,
+    pack,
 )
 from shmelim.errors import CorruptSegmentError
-from shmelim.shm import HEADS, ITEMS, KEYS, LOADING_NUMPY, VALUES, Lookups, flag_choice, flag_test
+from shmelim.shm import (
+    HEADS,
+    ITEMS,
+    KEYS,
+    LOADING_NUMPY,
+    VALUES,
+    Lookups,
+    TableInfo,
+    WriterInfo,
+    flag_choice,
+    flag_test,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
     import numpy as np
     from numpy.typing import NDArray
-
-    from shmelim.shm import TableInfo, WriterInfo
 
 T = TypeVar("T")
 
@@ -43,17 +48,6 @@ _numpy: Any = None
 class Snapshot(NamedTuple):
     """Everything as of one version; the dicts and the set are the caller's own.
 
-    Attributes
-    ----------
-    version : int
-        As :attr:`EliminationReader.version`.
-    eliminations : dict
-        Hotkey to record, in the order of first elimination.
-    departed : dict
-        Hotkey to ``{"detected_ms": ms since 1970, UTC}``, in the order of departure.
-    registered : set
-        The hotkeys that are in the metagraph.
-
     Examples
     --------
     >>> from shmelim import EliminationManager
@@ -67,13 +61,21 @@ class Snapshot(NamedTuple):
     """
 
     version: int
+    """As :attr:`EliminationReader.version`."""
     eliminations: dict[str, dict[str, Any]]
+    """Hotkey to record, in the order of first elimination."""
     departed: dict[str, dict[str, int]]
+    """Hotkey to ``{"detected_ms": ms since 1970, UTC}``, in the order of departure."""
     registered: set[str]
+    """The hotkeys that are in the metagraph."""
 
 
 class Reading(Lookups):
-    """Reads from shared memory, without asking anybody; a subclass sets ``_table`` before the first of them."""
+    """Reads from shared memory, without asking anybody; a subclass sets ``_table`` before the first of them.
+
+    A hotkey may be any text, or None, who is neither eliminated nor anything else; what is neither raises
+    ``TypeError``. Dicts, lists and sets that are returned are the caller's own. Times are in ms since 1970, UTC.
+    """
 
     _head = PREFIX.size
     _member = _ELIMINATED
@@ -82,105 +84,48 @@ class Reading(Lookups):
 
     @flag_test(_ELIMINATED)
     def is_hotkey_eliminated(self, hotkey: str | None) -> bool:
-        """Tell whether a hotkey is eliminated.
-
-        One probe of shared memory, about 30 ns.
-
-        Parameters
-        ----------
-        hotkey
-            Any text; None, too, is not eliminated.
-
-        Raises
-        ------
-        TypeError
-            The hotkey is neither a text nor None. Bytes are not taken for a hotkey that is not eliminated.
-
-        """
+        """Tell whether a hotkey is eliminated: one probe of shared memory, about 30 ns."""
         return self._flags(hotkey) & _ELIMINATED != 0
 
     @flag_test(_RE_REGISTERED)
     def is_hotkey_re_registered(self, hotkey: str | None) -> bool:
-        """Tell whether a hotkey that once left the metagraph is in it now.
-
-        Parameters, errors and cost are those of :meth:`is_hotkey_eliminated`.
-        """
+        """Tell whether a hotkey that once left the metagraph is in it now; one probe."""
         return self._flags(hotkey) & _RE_REGISTERED == _RE_REGISTERED
 
     @flag_choice(_STATUSES)
     def status(self, hotkey: str | None) -> Status:
-        """Return all that the table says of a hotkey, as flags: ELIMINATED, DEPARTED, REGISTERED, or none of them.
-
-        Parameters, errors and cost are those of :meth:`is_hotkey_eliminated`.
-        """
+        """Return all that the table says of a hotkey, as flags; one probe."""
         return _STATUSES[self._flags(hotkey)]
 
     def _refuse(self, key: object) -> NoReturn:
         raise TypeError(f"a hotkey must be text, not {type(key).__name__}: {key!r:.60}")
 
     def get_elimination(self, hotkey: str | None) -> dict[str, Any] | None:
-        """Return a hotkey's elimination record, or None if it is not eliminated.
+        """Return a hotkey's elimination record, or None; about 0.5 µs for a record of 0.5 kB.
 
-        One probe, and decoding: about 0.5 µs for a record of 0.5 kB.
-
-        Parameters
-        ----------
-        hotkey
-            Any text, or None, which is not eliminated.
-
-        Returns
-        -------
-        dict or None
-            The caller's own: ``hotkey``, ``reason``, ``elimination_initiated_time_ms`` (ms since 1970, UTC) and
-            whatever else the record holds.
-
-        Raises
-        ------
-        TypeError
-            The hotkey is neither a text nor None.
-
+        It has ``hotkey``, ``reason``, ``elimination_initiated_time_ms`` and whatever else was stored.
         """
         record = self._record(hotkey)
-        return None if record is None else _decode(record)
+        try:
+            return None if record is None else decode_record(record)
+        except ValueError as error:
+            raise CorruptSegmentError(f"a record in shared memory cannot be decoded: {error}") from error
 
-    def hotkey_in_eliminations(self, hotkey: str | None) -> dict[str, Any] | None:
-        """Return a hotkey's elimination record, or None: the field's other name for :meth:`get_elimination`."""
-        record = self._record(hotkey)
-        return None if record is None else _decode(record)
-
+    hotkey_in_eliminations = get_elimination
     # What stood for a copy of at most 5 s ago answers from the current state.
     get_elimination_local_cache = get_elimination
 
     def read(self, hotkey: str | None, decode: Callable[[memoryview], T]) -> T | None:
-        """Run ``decode`` on a record's msgpack bytes where they stand, without copying them.
+        """Return what ``decode`` makes of a record's msgpack bytes where they stand, uncopied; None without one.
 
-        Parameters
-        ----------
-        hotkey
-            Any text, or None, which is not eliminated.
-        decode
-            Called with a read-only view, perhaps several times, and perhaps over bytes that are being
-            overwritten: only a call during which nothing was published counts. It must copy what it keeps.
-
-        Returns
-        -------
-        The result of ``decode``, or None where the hotkey is not eliminated.
-
-        Raises
-        ------
-        TypeError
-            The hotkey is neither a text nor None.
-        Exception
-            Whatever ``decode`` raises in a call that counts.
-
+        It is called with a read-only view, perhaps several times, and perhaps over bytes that are being
+        overwritten: only a call during which nothing was published counts, and so does what that raises. It must
+        copy what it keeps.
         """
         return self._read(hotkey, decode)
 
     def get_departed_hotkey_info(self, hotkey: str | None) -> dict[str, int] | None:
-        """Return ``{"detected_ms": ms since 1970}`` of a hotkey that once left the metagraph, or None.
-
-        Parameters and errors are those of :meth:`get_elimination`. One probe.
-        """
+        """Return ``{"detected_ms": …}`` of a hotkey that once left the metagraph, or None; one probe."""
         found = self._table.get(self._key(hotkey))
         if found is None or not found.flags & _DEPARTED:
             return None
@@ -191,25 +136,10 @@ class Reading(Lookups):
     # ------------------------------------------------------------------ many at once
 
     def are_eliminated(self, hotkeys: Iterable[str | None]) -> NDArray[np.bool_]:
-        """Tell of many hotkeys whether they are eliminated, all as of one version.
+        """Tell of many hotkeys whether they are eliminated, in their order and as of one version: ``(n,)`` bools.
 
-        About 12 ns a hotkey. The first call in a process loads numpy.
-
-        Parameters
-        ----------
-        hotkeys
-            Any number ``n`` of hotkeys; a list, a tuple, or a numpy array of byte strings is quickest.
-
-        Returns
-        -------
-        numpy.ndarray
-            Of bool, shape ``(n,)``, in the order of the hotkeys.
-
-        Raises
-        ------
-        TypeError
-            One of them is neither a text nor None, or ``hotkeys`` is a single text.
-
+        About 12 ns a hotkey. A list, a tuple, or a numpy array of byte strings is quickest; a single text raises
+        ``TypeError``. The first call in a process loads numpy.
         """
         numpy = _numpy or _load_numpy()
         keys = hotkeys if type(hotkeys) is list else _listed(hotkeys, numpy)
@@ -219,10 +149,7 @@ class Reading(Lookups):
         return answers
 
     def statuses(self, hotkeys: Iterable[str | None]) -> list[Status]:
-        """Return all that the table says of many hotkeys, in their order and as of one version.
-
-        Parameters and errors are those of :meth:`are_eliminated`.
-        """
+        """Return all that the table says of many hotkeys; otherwise as :meth:`are_eliminated`."""
         numpy = _numpy or _load_numpy()
         keys = _listed(hotkeys, numpy)
         answers = numpy.empty(len(keys), numpy.uint8)
@@ -230,68 +157,62 @@ class Reading(Lookups):
             self._fill_in_any_case(keys, answers, 0)
         return [_STATUSES[flags] for flags in answers.tolist()]
 
+    def _packed(self, flag: int, form: int) -> bytes:
+        """Return msgpack of all entries with a flag, in order."""
+        found = self._collect(flag, form)
+        return pack(self._table.snapshot().entries, flag, form) if found is None else found[1]
+
+    def _hotkeys(self) -> list[str]:
+        """Return the hotkeys that are eliminated, in order."""
+        return decode_hotkeys(self._packed(_ELIMINATED, KEYS))
+
     def get_eliminated_hotkeys(self) -> set[str]:
         """Return the hotkeys that are eliminated; about 0.1 µs a hotkey."""
         return set(self._hotkeys())
 
-    def _hotkeys(self) -> list[str]:
-        """Return the hotkeys that are eliminated, in order."""
-        found = self._collect(_ELIMINATED, KEYS)
-        if found is not None:
-            return decode_hotkeys(found[1])
-        entries = self._table.snapshot().entries
-        return [key.decode() for key, entry in entries.items() if entry.flags & _ELIMINATED]
-
     def get_eliminations_from_memory(self) -> list[dict[str, Any]]:
         """Return all elimination records, in the order of first elimination; about 2 µs a record."""
-        found = self._collect(_ELIMINATED, VALUES)
-        return list(self._replayed_eliminations().values()) if found is None else decode_rows(found[1])
+        return decode_rows(self.pack_eliminations())
 
     def get_eliminations_dict(self) -> dict[str, dict[str, Any]]:
         """Return all elimination records by hotkey, in the order of first elimination; about 2 µs a record."""
-        found = self._collect(_ELIMINATED, ITEMS)
-        return self._replayed_eliminations() if found is None else decode_eliminations(found[1])
+        return decode_eliminations(self._packed(_ELIMINATED, ITEMS))
 
     get_eliminations_local_cache = get_eliminations_dict
 
-    def _replayed_eliminations(self) -> dict[str, dict[str, Any]]:
-        return eliminations_in(self._table.snapshot().entries)
-
     def pack_eliminations(self) -> bytes:
         """Return all elimination records in their order, as a msgpack array: to be passed on undecoded."""
-        found = self._collect(_ELIMINATED, VALUES)
-        return msgspec.msgpack.encode(self.get_eliminations_from_memory()) if found is None else found[1]
+        return self._packed(_ELIMINATED, VALUES)
 
     @property
     def eliminations(self) -> dict[str, dict[str, Any]]:
-        """A copy of all elimination records by hotkey: changing it changes nothing else."""
+        """What :meth:`get_eliminations_dict` returns: changing it changes nothing else."""
         return self.get_eliminations_dict()
 
     def get_departed_hotkeys(self) -> dict[str, dict[str, int]]:
-        """Return ``{hotkey: {"detected_ms": ms since 1970}}``, in the order in which they left the metagraph."""
-        found = self._collect(_DEPARTED, HEADS)
-        return departed_in(self._table.snapshot().entries) if found is None else decode_departures(found[1])
+        """Return ``{hotkey: {"detected_ms": …}}``, in the order in which they left the metagraph."""
+        return decode_departures(self._packed(_DEPARTED, HEADS))
 
     @property
     def departed_hotkeys(self) -> dict[str, dict[str, int]]:
-        """What :meth:`get_departed_hotkeys` returns: the caller's own copy."""
+        """What :meth:`get_departed_hotkeys` returns: changing it changes nothing else."""
         return self.get_departed_hotkeys()
 
     def snapshot(self) -> Snapshot:
         """Return everything as of one version, which separate calls may not; about 2 µs a record."""
-        eliminated = self._collect(_ELIMINATED, ITEMS)
-        departed = self._collect(_DEPARTED, HEADS)
-        registered = self._collect(_REGISTERED, KEYS)
-        if eliminated and departed and registered and eliminated[0] == departed[0] == registered[0]:
-            return Snapshot(
-                eliminated[0],
-                decode_eliminations(eliminated[1]),
-                decode_departures(departed[1]),
-                set(decode_hotkeys(registered[1])),
-            )
-        version, entries = self._table.snapshot()
-        present = {key.decode() for key, entry in entries.items() if entry.flags & _REGISTERED}
-        return Snapshot(version, eliminations_in(entries), departed_in(entries), present)
+        forms = (_ELIMINATED, ITEMS), (_DEPARTED, HEADS), (_REGISTERED, KEYS)
+        found = [self._collect(*form) for form in forms]
+        versions = {each[0] for each in found if each is not None}
+        if None in found or len(versions) > 1:
+            version, entries = self._table.snapshot()
+            found = [(version, pack(entries, *form)) for form in forms]
+        (version, eliminated), (_, departed), (_, registered) = cast("list[tuple[int, bytes]]", found)
+        return Snapshot(
+            version,
+            decode_eliminations(eliminated),
+            decode_departures(departed),
+            set(decode_hotkeys(registered)),
+        )
 
     # ------------------------------------------------------------------ the table and its writer
 
@@ -324,20 +245,10 @@ class Reading(Lookups):
         return self._table.count_flag(1)
 
     def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
-        """Wait for a publish, by looking at the version word every 2 ms at the latest.
+        """Wait for a publish, by looking at the version word every 2 ms at the latest; False if none came in time.
 
-        Parameters
-        ----------
-        timeout
-            Seconds; None waits for ever.
-        since
-            The :attr:`version` that counts as known; None means the one at the call.
-
-        Returns
-        -------
-        bool
-            False if nothing was published in time.
-
+        ``timeout`` is in seconds; None waits for ever. ``since`` is the :attr:`version` that counts as known; None
+        means the one at the call.
         """
         return self._table.wait_for_change(timeout, since)
 
@@ -358,10 +269,3 @@ def _listed(hotkeys: Any, numpy: Any) -> Any:
     if isinstance(hotkeys, str):
         raise TypeError("hotkeys must be a list of hotkeys, not one hotkey")
     return hotkeys if isinstance(hotkeys, (list, tuple)) else list(hotkeys)
-
-
-def _decode(record: bytes) -> dict[str, Any]:
-    try:
-        return decode_record(record)
-    except ValueError as error:
-        raise CorruptSegmentError(f"a record in shared memory cannot be decoded: {error}") from error

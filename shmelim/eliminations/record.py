@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
@@ -54,16 +54,7 @@ class EliminationReason(str, Enum):  # noqa: UP042 - StrEnum would change str() 
 
 
 class _NotStorableError(TypeError):
-    """A value that has no stored form; collects the path to it while the walk unwinds."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.path: list[str | int] = []
-
-    def __str__(self) -> str:
-        steps = "".join(f"[{_short(step)}]" for step in reversed(self.path))
-        return f"record{steps} cannot be stored: {self.problem}"
+    """A value that has no stored form."""
 
 
 def check_hotkey(hotkey: str) -> bytes:
@@ -105,10 +96,12 @@ def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, A
     try:
         record = _plain_dict(data, 1, [MAX_RECORD_BYTES])
     except _NotStorableError as error:
-        raise TypeError(str(error)) from None
-    for field in REQUIRED_FIELDS:
-        if field not in record:
-            _refuse_missing(record, hotkey)
+        steps = "".join(f"[{_short(step)}]" for step in _path_to_culprit(data))
+        raise TypeError(f"record{steps} cannot be stored: {error}") from None
+    if missing := [repr(field) for field in REQUIRED_FIELDS if field not in record]:
+        known = record.get("hotkey", hotkey)
+        whose = "" if known is None else f" of hotkey {_short(known)}"
+        raise ValueError(f"the elimination record{whose} lacks the required field {', '.join(missing)}")
     _check_types(record)
     if hotkey is not None and record["hotkey"] != hotkey:
         raise ValueError(f"the record is of hotkey {_short(record['hotkey'])}, not of {_short(hotkey)}")
@@ -140,6 +133,40 @@ def prepare(data: Mapping[str, Any], hotkey: str | None = None) -> tuple[str, by
     return record["hotkey"], encode(record)
 
 
+def prepare_all(records: Iterable[Mapping[str, Any]], first: int = 0) -> dict[str, bytes]:
+    """Check and encode a list of records; of a hotkey that is listed twice the last record counts.
+
+    ValueError and TypeError name the place of one that cannot be stored; ``first`` is that of the first.
+    """
+    prepared: dict[str, bytes] = {}
+    for index, record in enumerate(check_listed(records), first):
+        try:
+            hotkey, encoded = prepare(record)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"elimination {index} of the list: {error}") from None
+        prepared[hotkey] = encoded
+    return prepared
+
+
+def check_listed(records: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    """Return records, those of a proxy as a list; TypeError for what can be iterated over and yet lists none."""
+    if not isinstance(records, Iterable):
+        records = plain_container(records) or records  # type: ignore[unreachable]  # a proxy may stand for one
+    if isinstance(records, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(records, Iterable):
+        raise TypeError(f"eliminations must be a list of records, not {type(records).__name__}")
+    return records
+
+
+def check_hotkeys(hotkeys: Iterable[str]) -> list[str]:
+    """Return hotkeys as a list without repetitions; ValueError or TypeError for one that cannot be a key."""
+    if isinstance(hotkeys, (str, bytes, bytearray, memoryview)) or not isinstance(hotkeys, Iterable):
+        raise TypeError(f"hotkeys must be a list or set of hotkeys, not {type(hotkeys).__name__}")
+    listed = list(dict.fromkeys(hotkeys))
+    for hotkey in listed:
+        check_hotkey(hotkey)
+    return listed
+
+
 def generate_row(
     hotkey: str,
     current_dd: float | None,
@@ -162,26 +189,27 @@ def generate_row(
     }
 
 
-_DRAWDOWN_TYPES = frozenset({float, int, type(None)})
-_INFO_TYPES = frozenset({dict, type(None)})
+_FIELDS = (
+    ("hotkey", {str}, "text"),
+    ("reason", {str}, "text"),
+    ("elimination_initiated_time_ms", {int}, "a whole number of milliseconds"),
+    ("dd", {float, int, type(None)}, "a number or None"),
+    ("price_info", {dict, type(None)}, "a dict or None"),
+    ("return_info", {dict, type(None)}, "a dict or None"),
+)
 
 
 def _check_types(record: dict[str, Any]) -> None:
     """Hold the named fields of a plain record to their types; a float time becomes the int it is."""
-    if type(record["hotkey"]) is not str:
-        raise _wrong_field(record, "hotkey", "text")
-    if type(record["reason"]) is not str:
-        raise _wrong_field(record, "reason", "text")
     time_ms = record["elimination_initiated_time_ms"]
     if type(time_ms) is float and time_ms.is_integer() and _MIN_INT <= time_ms <= _MAX_INT:
         record["elimination_initiated_time_ms"] = int(time_ms)
-    elif type(time_ms) is not int:
-        raise _wrong_field(record, "elimination_initiated_time_ms", "a whole number of milliseconds")
-    if type(record.get("dd")) not in _DRAWDOWN_TYPES:
-        raise _wrong_field(record, "dd", "a number or None")
-    for field in ("price_info", "return_info"):
-        if type(record.get(field)) not in _INFO_TYPES:
-            raise _wrong_field(record, field, "a dict or None")
+    for field, kinds, wanted in _FIELDS:
+        value = record.get(field)
+        if type(value) not in kinds:
+            whose = "" if field == "hotkey" else f" (hotkey {_short(record['hotkey'])})"
+            given = f"{type(value).__name__} {_short(value)}"
+            raise TypeError(f"record[{field!r}] must be {wanted}, not {given}{whose}")
 
 
 def _plain_dict(data: Mapping[Any, Any], depth: int, room: list[int]) -> dict[str, Any]:
@@ -190,13 +218,15 @@ def _plain_dict(data: Mapping[Any, Any], depth: int, room: list[int]) -> dict[st
     The count ends the walk early where one list stands in another many times over: a few objects in memory
     can spell out more values than there are atoms.
     """
-    if depth > MAX_NESTING:
-        _refuse_depth()
+    _enter(len(data), depth, room)
     plain: dict[str, Any] = {}
-    _take(room, len(data))
     for key, value in data.items():
         if type(key) is not str or not key.isascii():
-            key = _plain_key(key)  # noqa: PLW2901 - the loop's own key, made plain
+            if not isinstance(key, str):
+                raise _NotStorableError(
+                    f"the key {_short(key)} is of type {type(key).__name__}; keys must be text"
+                )
+            key = _plain_text(key)  # noqa: PLW2901 - the loop's own key, made plain
         kind = type(value)
         # The plain types first: they are nearly all there is.
         if (
@@ -208,29 +238,30 @@ def _plain_dict(data: Mapping[Any, Any], depth: int, room: list[int]) -> dict[st
         ):
             plain[key] = value
         else:
-            try:
-                plain[key] = _plain(value, depth, room)
-            except _NotStorableError as error:
-                error.path.append(key)
-                raise
+            plain[key] = _plain(value, depth, room)
     return plain
 
 
 def _plain_list(values: list[Any] | tuple[Any, ...], depth: int, room: list[int]) -> list[Any]:
+    _enter(len(values), depth, room)
+    return [value if type(value) is float else _plain(value, depth, room) for value in values]
+
+
+def _enter(count: int, depth: int, room: list[int]) -> None:
     if depth > MAX_NESTING:
-        _refuse_depth()
-    plain = []
-    _take(room, len(values))
-    for index, value in enumerate(values):
-        if type(value) is float:
-            plain.append(value)
-            continue
+        raise ValueError(f"the record is nested more than {MAX_NESTING} levels deep (does it contain itself?)")
+    _take(room, count)
+
+
+def _path_to_culprit(value: Any) -> list[Any]:
+    """Return the keys and indexes that lead to what cannot be stored; slow, which an error may be."""
+    container = plain_container(value)
+    for step, item in container.items() if isinstance(container, dict) else enumerate(container or ()):
         try:
-            plain.append(_plain(value, depth, room))
-        except _NotStorableError as error:
-            error.path.append(index)
-            raise
-    return plain
+            _plain(item, 1, [MAX_RECORD_BYTES])
+        except _NotStorableError:
+            return [step, *_path_to_culprit(item)]
+    return []
 
 
 def _plain(value: Any, depth: int, room: list[int]) -> Any:  # noqa: PLR0911 - one flat dispatch
@@ -287,33 +318,10 @@ def _plain_text(value: str) -> str:
     return text
 
 
-def _plain_key(key: Any) -> str:
-    if not isinstance(key, str):
-        raise _NotStorableError(f"the key {_short(key)} is of type {type(key).__name__}; keys must be text")
-    return _plain_text(key)
-
-
 def _take(room: list[int], count: int) -> None:
     room[0] -= count
     if room[0] < 0:
         raise ValueError(f"the record takes more than {MAX_RECORD_BYTES} bytes, the most that is allowed")
-
-
-def _refuse_depth() -> NoReturn:
-    raise ValueError(f"the record is nested more than {MAX_NESTING} levels deep (does it contain itself?)")
-
-
-def _refuse_missing(record: dict[str, Any], hotkey: str | None) -> NoReturn:
-    missing = ", ".join(repr(field) for field in REQUIRED_FIELDS if field not in record)
-    known = record.get("hotkey", hotkey)
-    whose = "the elimination record" if known is None else f"the elimination record of hotkey {_short(known)}"
-    raise ValueError(f"{whose} lacks the required field {missing}")
-
-
-def _wrong_field(record: dict[str, Any], field: str, wanted: str) -> TypeError:
-    value = record[field]
-    whose = "" if field == "hotkey" else f" (hotkey {_short(record['hotkey'])})"
-    return TypeError(f"record[{field!r}] must be {wanted}, not {type(value).__name__} {_short(value)}{whose}")
 
 
 def _short(value: object) -> str:

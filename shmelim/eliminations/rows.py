@@ -11,30 +11,22 @@ A table is a pure function of the store: what is published for a hotkey follows 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import struct
+from collections.abc import Mapping
 from enum import IntFlag
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from shmelim.eliminations.record import decode
 from shmelim.errors import CorruptSegmentError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from shmelim.shm import Entry
+from shmelim.shm import HEADS, ITEMS, VALUES, Entry
 
 T = TypeVar("T")
 
-_MANY: Final = 1000
-_rows: Final = msgspec.msgpack.Decoder(list[dict[str, Any]])
-_eliminations: Final = msgspec.msgpack.Decoder(dict[str, dict[str, Any]])
-_hotkeys: Final = msgspec.msgpack.Decoder(list[str])
-_prefixes: Final = msgspec.msgpack.Decoder(dict[str, bytes])
+_LARGE: Final = 200_000  # bytes
 
 # Whether a thread of this process keeps the garbage collector switched off; written by that thread alone.
 _collector_rests = False
@@ -70,48 +62,18 @@ class Status(IntFlag):
     REGISTERED = 4
 
 
-def row_entry(row: Row) -> tuple[bytes, int, bytes, int]:
-    """Return key, flags, record and ordinal under which a row is published."""
-    flags = 0
-    if row.record is not None:
-        flags |= Status.ELIMINATED
-    if row.departed_ordinal is not None:
-        flags |= Status.DEPARTED
-    if row.registered:
-        flags |= Status.REGISTERED
-    prefix = PREFIX.pack(row.detected_ms or 0, row.departed_ordinal or 0)
-    ordinal = row.eliminated_ordinal or row.departed_ordinal or 0
-    return row.hotkey.encode(), int(flags), prefix + (row.record or b""), ordinal
-
-
-def eliminations_in(entries: Mapping[bytes, Entry]) -> dict[str, dict[str, Any]]:
-    """Return the elimination records in a snapshot's entries, in the order of first elimination."""
+def pack(entries: Mapping[bytes, Entry], flag: int, form: int) -> bytes:
+    """Return what the compiled read path collects (as ``Lookups._collect``) of a snapshot's entries."""
     size = PREFIX.size
-    with _collector_at_rest(len(entries)):
-        return {
-            key.decode(): decode(record[size:])
-            for key, (flags, record, _) in entries.items()
-            if flags & Status.ELIMINATED
-        }
-
-
-@contextlib.contextmanager
-def _collector_at_rest(size: int) -> Iterator[None]:
-    """Keep the cyclic garbage collector from walking a large result again and again while it grows.
-
-    Decoded records hold no cycles, and the walks double the time from some thousand records on.
-    """
-    global _collector_rests  # noqa: PLW0603
-    if size < _MANY or not gc.isenabled():
-        yield
-        return
-    _collector_rests = True
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        _collector_rests = False
+    chosen = {key.decode(): entry.record for key, entry in entries.items() if entry.flags & flag}
+    packed: Any = list(chosen)
+    if form == HEADS:
+        packed = {hotkey: record[:size] for hotkey, record in chosen.items()}
+    elif form == ITEMS:
+        packed = {hotkey: msgspec.Raw(record[size:]) for hotkey, record in chosen.items()}
+    elif form == VALUES:
+        packed = [msgspec.Raw(record[size:]) for record in chosen.values()]
+    return msgspec.msgpack.encode(packed)
 
 
 def _wake_collector_in_child() -> None:
@@ -125,45 +87,40 @@ def _wake_collector_in_child() -> None:
 os.register_at_fork(after_in_child=_wake_collector_in_child)
 
 
-def decode_rows(found: bytes) -> list[dict[str, Any]]:
-    """Return the elimination records in a msgpack array of them."""
-    return _decode_all(_rows, found)
+def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes) -> T:
+    """Decode, and keep the cyclic garbage collector from walking a large result again and again while it grows.
+
+    Decoded records hold no cycles, and the walks double the time from some thousand records on.
+    """
+    global _collector_rests  # noqa: PLW0603
+    rests = len(found) >= _LARGE and gc.isenabled()
+    if rests:
+        _collector_rests = True
+        gc.disable()
+    try:
+        return decoder.decode(found)
+    except msgspec.DecodeError as error:
+        raise CorruptSegmentError(f"the records in shared memory cannot be decoded: {error}") from error
+    finally:
+        if rests:
+            gc.enable()
+            _collector_rests = False
 
 
-def decode_eliminations(found: bytes) -> dict[str, dict[str, Any]]:
-    """Return the elimination records in a msgpack map of hotkey to record."""
-    return _decode_all(_eliminations, found)
-
-
-def decode_hotkeys(found: bytes) -> list[str]:
-    """Return the hotkeys in a msgpack array of them."""
-    return _decode_all(_hotkeys, found)
+# What the read paths collect: all records, in an array or by hotkey; hotkeys; the heads of records by hotkey.
+decode_rows = partial(_decode_all, msgspec.msgpack.Decoder(list[dict[str, Any]]))
+decode_eliminations = partial(_decode_all, msgspec.msgpack.Decoder(dict[str, dict[str, Any]]))
+decode_hotkeys = partial(_decode_all, msgspec.msgpack.Decoder(list[str]))
+_decode_heads = partial(_decode_all, msgspec.msgpack.Decoder(dict[str, bytes]))
 
 
 def decode_departures(found: bytes) -> dict[str, dict[str, int]]:
     """Return ``{hotkey: {"detected_ms": …}}``, in the order of departure, of a msgpack map of hotkey to prefix."""
-    prefixes = [(PREFIX.unpack(prefix), hotkey) for hotkey, prefix in _decode_all(_prefixes, found).items()]
-    prefixes.sort(key=_departed_ordinal)
-    return {hotkey: {"detected_ms": detected_ms} for (detected_ms, _), hotkey in prefixes}
-
-
-def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes) -> T:
-    # The number of items stands in the four bytes behind the first.
-    with _collector_at_rest(int.from_bytes(found[1:5], "big")):
-        try:
-            return decoder.decode(found)
-        except msgspec.DecodeError as error:
-            raise CorruptSegmentError(f"the records in shared memory cannot be decoded: {error}") from error
-
-
-def _departed_ordinal(item: tuple[tuple[int, int], Any]) -> int:
-    return item[0][1]
+    heads = [(*PREFIX.unpack(head), hotkey) for hotkey, head in _decode_heads(found).items()]
+    heads.sort(key=lambda head: head[1])
+    return {hotkey: {"detected_ms": detected_ms} for detected_ms, _, hotkey in heads}
 
 
 def departed_in(entries: Mapping[bytes, Entry]) -> dict[str, dict[str, int]]:
-    """Return ``{hotkey: {"detected_ms": …}}`` of a snapshot's entries, in the order of departure."""
-    found = [
-        (PREFIX.unpack_from(record), key) for key, (flags, record, _) in entries.items() if flags & Status.DEPARTED
-    ]
-    found.sort(key=_departed_ordinal)
-    return {key.decode(): {"detected_ms": detected_ms} for (detected_ms, _), key in found}
+    """Return the same of a snapshot's entries."""
+    return decode_departures(pack(entries, Status.DEPARTED, HEADS))

@@ -26,8 +26,10 @@ from shmelim.channel.address import normalize
 from shmelim.channel.key import whose
 from shmelim.errors import AddressError, AlreadyServingError, KeyFileError, NotServingError, StoreError
 from shmelim.shm import check_name
+from shmelim.system.durable import write_whole
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog
+from shmelim.system.processes import ProcessIdentity
 
 LOCALHOST: Final = "127.0.0.1"
 
@@ -56,16 +58,9 @@ class RuntimeDirectory:
         self.name = check_name(name)
         self._is_default = base is None
         self.path = (_default_base() if base is None else Path(base)) / name
-
-    @property
-    def key(self) -> Path:
-        """The key file."""
-        return self.path / "key"
-
-    @property
-    def socket(self) -> Path:
-        """The Unix socket."""
-        return self.path / "socket"
+        self.key = self.path / "key"
+        self.socket = self.path / "socket"
+        self._info = self.path / "server.json"
 
     def address(self, port: int | None = None) -> str | tuple[str, int]:
         """Return where the name is served; ``AddressError`` if the directory's path is too long for a socket."""
@@ -94,27 +89,16 @@ class RuntimeDirectory:
             )
         if stat.S_IMODE(status.st_mode) & 0o077:
             self.path.chmod(_PRIVATE)
-        if self._is_default:
-            self._check_above()
-        return self
-
-    def _check_above(self) -> None:
-        """Refuse directories of another user on the way, who could put another one in the place of ours."""
-        for above in (self.path.parent, self.path.parent.parent):
+        for above in (self.path.parent, self.path.parent.parent) if self._is_default else ():
+            # Another user's could have another one put in the place of ours.
             owner = above.stat().st_uid
             if owner not in {0, os.geteuid()}:
                 raise StoreError(f"the runtime directory {above} belongs to uid {owner}", hint=_SET_RUNTIME)
+        return self
 
     def announce(self, info: ServerInfo) -> None:
         """Write down how the server is reached, in one step."""
-        temporary = self._info.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(msgspec.json.encode(info))
-        temporary.chmod(0o600)
-        temporary.replace(self._info)
-
-    @property
-    def _info(self) -> Path:
-        return self.path / "server.json"
+        write_whole(self._info, [msgspec.json.encode(info)])
 
     def server(self) -> ServerInfo:
         """Return how the server is reached, whether or not it runs.
@@ -153,7 +137,7 @@ class Announcement:
         self._thread = threading.Thread(target=self._run, name="shmelim-runtime", daemon=True)
 
     def start(self) -> Self:
-        """Announce the server, and look after that from now on; raises what :meth:`restore` does."""
+        """Announce the server, and look after that from now on."""
         self._runtime.announce(self._info)
         self._thread.start()
         return self
@@ -176,7 +160,7 @@ class Announcement:
             found = None
         # Another server of the name that lives speaks for itself.
         if found != self._info and not (
-            found is not None and found.pid != self._info.pid and _is_running(found.pid)
+            found is not None and found.pid != self._info.pid and ProcessIdentity.of(found.pid).is_running()
         ):
             self._runtime.announce(self._info)
             lost = True
@@ -191,44 +175,28 @@ class Announcement:
                 self._say(logging.WARNING, "lost", "clients cannot find the server any more: %s", error)
 
 
-def _is_running(pid: int) -> bool:
+def lock_state(directory: Path) -> Lease:
+    """Take the lease on a state directory: no two servers, of whatever names, use one.
+
+    ``AlreadyServingError`` if another server has it, ``StoreError`` if it cannot be written.
+    """
+    lease = Lease(directory / "lock")
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
-
-
-class StateLock:
-    """The lease on a state directory: no two servers, of whatever names, use one."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._lease = Lease(directory / "lock")
-
-    def acquire(self) -> None:
-        """Take it; ``AlreadyServingError`` if another server has it, ``StoreError`` if it cannot be written."""
-        try:
-            self._directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-            self._lease.acquire()
-        except BlockingIOError:
-            holder = self._lease.holder()
-            raise AlreadyServingError(
-                f"the state directory {self._directory} is in use by another server"
-                + (f", process {holder}" if holder else ""),
-                hint="name another (state_dir, --state-dir), or stop that server",
-            ) from None
-        except OSError as error:
-            raise StoreError(
-                f"the state directory {self._directory} cannot be used: {error.strerror}",
-                hint="make it writable for this user, or name another (state_dir, --state-dir)",
-            ) from error
-
-    def release(self) -> None:
-        """Give it back. Idempotent."""
-        self._lease.release()
+        directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+        lease.acquire()
+    except BlockingIOError:
+        holder = lease.holder()
+        raise AlreadyServingError(
+            f"the state directory {directory} is in use by another server"
+            + (f", process {holder}" if holder else ""),
+            hint="name another (state_dir, --state-dir), or stop that server",
+        ) from None
+    except OSError as error:
+        raise StoreError(
+            f"the state directory {directory} cannot be used: {error.strerror}",
+            hint="make it writable for this user, or name another (state_dir, --state-dir)",
+        ) from error
+    return lease
 
 
 def _default_base() -> Path:

@@ -13,8 +13,9 @@ import contextlib
 import logging
 import os
 import threading
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, cast
+from typing import Any, Final, Self, TypeAlias, cast
 
 import msgspec
 
@@ -24,31 +25,25 @@ from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files.mirror import ELIMINATIONS_FILE, FILES_MODES, FileMirror, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
-from shmelim.eliminations.record import check_hotkey, decode, generate_row, prepare
+from shmelim.eliminations.record import check_hotkey, check_hotkeys, decode, generate_row, prepare, prepare_all
 from shmelim.eliminations.rules import EliminationProcessor, processed
-from shmelim.eliminations.runtime import StateLock
+from shmelim.eliminations.runtime import lock_state
 from shmelim.eliminations.starting.imports import import_departed, imported, merge_once
 from shmelim.eliminations.starting.recovery import origin_record, recover, take_files
 from shmelim.eliminations.state import changes
 from shmelim.eliminations.state.committer import Committer
 from shmelim.eliminations.state.debt_book import DebtMethods
 from shmelim.eliminations.state.uploads import Uploads
-from shmelim.eliminations.store.history import Origin, read_events, this_process
-from shmelim.eliminations.store.offline import store_bytes
+from shmelim.eliminations.store.history import Origin, this_process
+from shmelim.eliminations.store.opening import store_bytes
+from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
 from shmelim.errors import DamagedFileError, StoreError
-from shmelim.shm import PrivateNamespace, SharedNamespace, TableReader, TableWriter
+from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter
 from shmelim.system import clock
 from shmelim.system.logs import LimitedLog, log_problems
 from shmelim.system.problems import Problems
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-    from types import TracebackType
-
-    from shmelim.eliminations.store.schema import Durability
-    from shmelim.shm import Namespace
 
 _log = logging.getLogger("shmelim.server")
 _limited = LimitedLog(_log)
@@ -56,10 +51,16 @@ _limited = LimitedLog(_log)
 BEAT_INTERVAL: Final = 0.25
 HISTORY_LIMIT: Final = 10_000
 
+Progress: TypeAlias = Callable[[str, int, int | None], Any]
+
 
 @implements(Calls, ProcessingCalls, Reading)
 class EliminationManagerServer(DebtMethods):
     """Owns store, table and files of one name.
+
+    Any thread may call any method; changes that come at once share a commit. Belongs to the process that made it.
+    ``live_price_fetcher`` is what the processing closes positions with in direct mode, and may be replaced at any
+    time; ``problems`` are what is wrong with the state now.
 
     Parameters
     ----------
@@ -81,14 +82,6 @@ class EliminationManagerServer(DebtMethods):
         Called while the state is being loaded with what is done, how far it is, and how far it will go (None
         where nobody knows).
 
-    Attributes
-    ----------
-    live_price_fetcher
-        In direct mode, what the processing closes positions with; may be replaced at any time.
-    problems
-        What is wrong with the state now: what the health check lists, and logs once.
-
-
     Raises
     ------
     AlreadyServingError
@@ -97,11 +90,6 @@ class EliminationManagerServer(DebtMethods):
         The state directory cannot be used.
     SegmentFullError
         No shared memory left.
-
-    Notes
-    -----
-    Thread-safe: any thread may call any method; changes that come at once share a commit. Belongs to the
-    process that made it.
 
     Examples
     --------
@@ -128,9 +116,9 @@ class EliminationManagerServer(DebtMethods):
         files: FilesMode = "current",
         default_departed: Path | str | None = None,
         imports: Sequence[Path | str] = (),
-        on_progress: Callable[[str, int, int | None], Any] | None = None,
+        on_progress: Progress | None = None,
     ) -> None:
-        tell = on_progress or _tell_nobody
+        tell = on_progress or (lambda _what, _done, _total: None)
         if files not in FILES_MODES:
             raise ValueError(f"files must be one of {', '.join(FILES_MODES)}, not {files!r}")
         self.namespace = PrivateNamespace() if namespace is None else namespace
@@ -148,9 +136,7 @@ class EliminationManagerServer(DebtMethods):
         self._mirror: FileMirror | None = None
         with contextlib.ExitStack() as undo:
             if self.state_dir is not None:
-                lock = StateLock(self.state_dir)
-                lock.acquire()
-                undo.callback(lock.release)
+                undo.callback(lock_state(self.state_dir).release)
             table = TableWriter(self.namespace)
             undo.callback(table.close)
             # From here on the heartbeat tells readers that a writer is at work, however long recovery takes.
@@ -161,7 +147,8 @@ class EliminationManagerServer(DebtMethods):
             undo.callback(self._beating.join)
             undo.callback(self._stopped.set)
             tell("opening the state", 0, None)
-            store = self._open_store(durability, default_departed, use_files=files != "off")
+            default = None if default_departed is None else Path(default_departed)
+            store = self._open_store(durability, default, use_files=files != "off")
             undo.callback(store.close)
             paths = [Path(path) for path in imports]
             merge_once(store, paths, lambda path: tell(f"importing {path}", 0, None))
@@ -175,23 +162,13 @@ class EliminationManagerServer(DebtMethods):
                 self._mirror = FileMirror(
                     self.state_dir, TableReader(self.namespace), self._committer, files, self.problems
                 )
-                self._committer.published = self._mirror.mark
-                self._mirror.mark()
+                self._committer.published = self._mirror.published.set
                 self._mirror.start()
             self._undo = undo.pop_all()
 
-    def _open_store(
-        self, durability: Durability, default_departed: Path | str | None, *, use_files: bool
-    ) -> Store:
-        default = None if default_departed is None else Path(default_departed)
+    def _open_store(self, durability: Durability, default: Path | None, *, use_files: bool) -> Store:
         if self.state_dir is not None:
-            return recover(
-                self.state_dir,
-                self.namespace,
-                durability=durability,
-                default_departed=default,
-                use_files=use_files,
-            )
+            return recover(self.state_dir, self.namespace, durability, default, use_files=use_files)
         store = Store.in_memory()
         if default is not None:
             with store.transaction():
@@ -222,19 +199,13 @@ class EliminationManagerServer(DebtMethods):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ------------------------------------------------------------------ health
 
     def health_check_rpc(self) -> dict[str, Any]:
-        """Return ``status`` ("ok", "degraded" or "failing"), ``timestamp_ms``, the counts, and what else helps.
-
-        ``problems`` lists what is wrong, the oldest first, as dicts with ``name``, ``subject``, ``text``,
-        ``severity``, ``remedy`` and ``since_ms``; the status is that of the worst.
-        """
+        """Return what the server says of itself, as ``EliminationClient.health_check`` describes."""
         table = self.reader.table
         debts = self._debt_health(self.problems)
         return {
@@ -297,12 +268,7 @@ class EliminationManagerServer(DebtMethods):
         limit = HISTORY_LIMIT if limit is None else limit
         if not 0 <= limit <= HISTORY_LIMIT:
             raise ValueError(f"limit must be 0 to {HISTORY_LIMIT:,}, not {limit!r}; go on with before_id")
-        if self.state_dir is None:
-            events = self._committer.read(lambda store: store.events(hotkey, limit, before_id))
-        else:
-            # Beside the one who commits, who may be busy with a long sync.
-            events = read_events(self.state_dir, hotkey, limit, before_id)
-        return [event.as_dict() for event in events]
+        return [event.as_dict() for event in self._ask(lambda store: store.events(hotkey, limit, before_id))]
 
     # ------------------------------------------------------------------ changing
 
@@ -325,20 +291,21 @@ class EliminationManagerServer(DebtMethods):
         return added
 
     def remove_elimination_rpc(self, hotkey: str) -> bool:
-        return bool(self._committer.commit(changes.remove, changes.check_hotkeys([hotkey])))
+        check_hotkey(hotkey)
+        return bool(self._committer.commit(changes.remove, [hotkey]))
 
     def delete_eliminations_rpc(
         self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None
     ) -> list[str]:
-        removed = self._committer.commit(changes.remove, changes.check_hotkeys(hotkeys), times_ms)
+        removed = self._committer.commit(changes.remove, check_hotkeys(hotkeys), times_ms)
         self._save()
         return removed
 
     def sync_eliminations_rpc(self, eliminations: Iterable[Mapping[str, Any]]) -> list[str]:
-        return self._replace(changes.prepare_all(eliminations), "sync")
+        return self._replace(prepare_all(eliminations), "sync")
 
     def write_eliminations_to_disk_rpc(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
-        self._replace(changes.prepare_all(eliminations), "write")
+        self._replace(prepare_all(eliminations), "write")
 
     def begin_upload_rpc(self) -> str:
         """Begin a list that is too large for one message; returns its token."""
@@ -362,17 +329,16 @@ class EliminationManagerServer(DebtMethods):
         return removed
 
     def clear_eliminations_rpc(self) -> None:
-        self._committer.commit(changes.clear)
-        self._save()
+        self._replace({}, "clear")
 
     def update_metagraph_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._committer.commit(changes.update_metagraph, changes.check_hotkeys(hotkeys))
+        return self._committer.commit(changes.update_metagraph, check_hotkeys(hotkeys))
 
     def get_missing_hotkeys_rpc(self) -> list[str]:
         return self._committer.read(changes.missing)
 
     def accept_loss_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._committer.commit(changes.accept_loss, changes.check_hotkeys(hotkeys))
+        return self._committer.commit(changes.accept_loss, check_hotkeys(hotkeys))
 
     def clear_departed_hotkeys_rpc(self) -> None:
         self._committer.commit(changes.clear_departed)
@@ -418,7 +384,3 @@ class EliminationManagerServer(DebtMethods):
     handle_perf_ledger_eliminations_rpc = processed(EliminationProcessor.handle_perf_ledger_eliminations)
     handle_mdd_eliminations_rpc = processed(EliminationProcessor.handle_mdd_eliminations)
     handle_first_refresh_rpc = processed(EliminationProcessor.handle_first_refresh)
-
-
-def _tell_nobody(_what: str, _done: int, _total: int | None) -> None:
-    """Stand in where nobody asked for progress."""

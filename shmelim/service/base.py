@@ -453,7 +453,9 @@ class RPCServiceBase(ABC):
         self.shutdown()
 
     def __del__(self) -> None:
-        self.shutdown()
+        # An object whose constructor was refused early has no core; a subclass may have given it a slot.
+        if getattr(self, "_RPCServiceBase__core", None) is not None:
+            self.shutdown()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.__core!r}>"

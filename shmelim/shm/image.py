@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shmelim.shm import hashing
+from shmelim.shm import layout
 from shmelim.shm.layout import (
     ARENA_ENTRY,
     COPY_HEADER_SIZE,
@@ -114,7 +114,7 @@ class Image:
     def count_new(self, changes: Sequence[Change]) -> int:
         """Return how many keys that changes put are not in this copy."""
         put = {change.key for change in changes if change.flags is not None}
-        return sum(not self._find(key, hashing.key_hash(key, self.header.seed))[1] for key in put)
+        return sum(not self._find(key, layout.key_hash(key, self.header.seed))[1] for key in put)
 
     def _find(self, key: bytes, digest: int) -> tuple[int, int]:
         """Return slot index and packed word of ``key``, or those of the empty slot where it would go."""
@@ -148,7 +148,7 @@ class Image:
 
     def _put(self, key: bytes, flags: int, record: bytes, ordinal: int | None) -> None:
         words = self._words
-        digest = hashing.key_hash(key, self.header.seed)
+        digest = layout.key_hash(key, self.header.seed)
         index, packed = self._find(key, digest)
         if packed:
             old_ordinal = self._forget(packed)
@@ -181,7 +181,7 @@ class Image:
                 words[head + FLAG_COUNTS + bit] += sign
 
     def _remove(self, key: bytes) -> None:
-        hole, packed = self._find(key, hashing.key_hash(key, self.header.seed))
+        hole, packed = self._find(key, layout.key_hash(key, self.header.seed))
         if not packed:
             return
         ordinal = self._forget(packed)
@@ -230,7 +230,7 @@ class Image:
         self._memory[self._arena + offset : self._arena + offset + pending] = b"".join(parts)
         used = offset + pending
         keys = [change.key for change in changes]
-        digest = hashing.key_hash
+        digest = layout.key_hash
         rows = np.zeros((len(keys), SLOT_WORDS), np.uint64)
         rows[:, 0] = np.fromiter((digest(key, seed) for key in keys), np.uint64, len(keys))
         rows[:, 1:PACKED] = inline_keys(keys)

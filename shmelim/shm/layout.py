@@ -32,9 +32,9 @@ from typing import Final, NamedTuple
 import xxhash
 
 from shmelim.errors import CorruptSegmentError, SegmentFormatError
-from shmelim.shm.hashing import ALGORITHM
 
 FORMAT: Final = 1
+ALGORITHM: Final = 2  # of the hash, as docs/memory-format.md counts them
 BYTE_ORDER_MARK: Final = 0x01020304
 PAGE: Final = 4096
 WORD: Final = 8
@@ -84,6 +84,7 @@ KIND_REMOVE: Final = 2
 MAX_RECORD: Final = (1 << 32) - 1
 MAX_ORDINAL: Final = (1 << 63) - 1
 
+_XXH3_FROM, _XXH3_TO = 17, 128
 _ENTRY_HEAD = struct.Struct("<QQ")
 _ENTRY_TAIL = struct.Struct("<IBBBx")
 _PADDING = [bytes(size) for size in range(WORD)]
@@ -126,6 +127,17 @@ def align(size: int, to: int = WORD) -> int:
 def copy_stride(capacity: int, arena_size: int) -> int:
     """Bytes of one copy, rounded up to whole pages."""
     return align(COPY_HEADER_SIZE + capacity * SLOT_SIZE + arena_size, PAGE)
+
+
+def key_hash(key: bytes, seed: int) -> int:
+    """Return the hash that gives ``key`` its place in a table with this seed.
+
+    XXH3 is the quicker one for the keys that matter, of 48 bytes: its multiplications do not wait for one another.
+    Outside of 17 to 128 bytes it is another algorithm for every few lengths, and so XXH64 stands in for it there.
+    """
+    if _XXH3_FROM <= len(key) <= _XXH3_TO:
+        return xxhash.xxh3_64_intdigest(key, seed)
+    return xxhash.xxh64_intdigest(key, seed)
 
 
 def next_version(version: int, generation: int) -> int:
@@ -218,4 +230,4 @@ def entry_checksum(seed: int, ordinal: int, tail: bytes) -> int:
 
 def entry_size(key_length: int, record_length: int) -> int:
     """Bytes that an arena entry takes."""
-    return align(ENTRY_HEADER + key_length + record_length)
+    return (ENTRY_HEADER + key_length + record_length + WORD - 1) & -WORD

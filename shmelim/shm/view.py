@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shmelim.errors import CorruptSegmentError
-from shmelim.shm import hashing
+from shmelim.shm import layout
 from shmelim.shm.layout import (
     ARENA_ENTRY,
     ENTRY_HEADER,
@@ -49,7 +49,7 @@ class Batch:
         """Hash all keys with ``seed``."""
         import numpy as np  # noqa: PLC0415
 
-        digest = hashing.key_hash
+        digest = layout.key_hash
         self.hashes = np.fromiter((digest(key, seed) for key in self.keys), np.uint64, len(self.keys))
         self.seed = seed
 
@@ -84,7 +84,7 @@ class View:
         differs in all but one of 2**64 strangers.
         """
         words = self.words
-        digest = hashing.key_hash(key, self.seed)
+        digest = layout.key_hash(key, self.seed)
         base = self.slot_word[copy]
         home = slot = base + (digest & self.mask) * SLOT_WORDS
         while True:

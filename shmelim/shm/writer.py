@@ -34,6 +34,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
@@ -223,7 +224,7 @@ class TableWriter:
             raise ShmelimError("this table writer is closed, or belongs to the process that forked this one")
         if self._open is not None:
             raise ShmelimError("a transaction is already open on this table writer")
-        self._open = Transaction(self, replace=replace or not self.loaded)
+        self._open = Transaction(self, replace=replace or self._images is None)
         return self._open
 
     def abort(self) -> None:
@@ -238,7 +239,7 @@ class TableWriter:
         """
         if self._images is None or self._behind is None or (self._open is not None and self._open.staged):
             return
-        now = self.version & 1
+        now = self._root.words[VERSION] & 1
         current, spare = self._images[now], self._images[1 - now]
         behind, self._behind = self._behind, _ALL
         if isinstance(behind, list):
@@ -255,7 +256,7 @@ class TableWriter:
         self.settle()
         if replace or self._images is None:
             return self._stage_afresh(changes, need)
-        version = self.version
+        version = self._root.words[VERSION]
         current, spare = self._images[version & 1], self._images[~version & 1]
         header = current.header
         count = current.count + len(changes)  # at most
@@ -324,7 +325,7 @@ class TableWriter:
     def _publish(self, staged: _Staged) -> int:
         generation = staged.images[0].header.generation
         grown = staged.segment is not self._segment
-        version = next_version(self.version, generation)
+        version = next_version(self._root.words[VERSION], generation)
         # Whether or not an interrupt lets the store happen, mirroring puts the other copy right. One statement,
         # since no signal handler runs inside it: segment and version word must not disagree.
         self._behind = _ALL
@@ -343,13 +344,13 @@ class TableWriter:
         self._namespace.remove_data(keep=self.version >> SEQUENCE_BITS or None)
 
 
+@dataclass(slots=True)
 class _Staged:
     """The next state, made but not published; ``behind`` is what the other copy will lack once it is."""
 
-    def __init__(self, segment: Segment | None, images: tuple[Image, Image], behind: list[Change] | str) -> None:
-        self.segment = segment
-        self.images = images
-        self.behind: list[Change] | str = behind
+    segment: Segment | None
+    images: tuple[Image, Image]
+    behind: list[Change] | str
 
     def target(self, version: int) -> Image:
         """Return the copy that the version after this one will name."""

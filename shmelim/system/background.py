@@ -23,9 +23,8 @@ _CAPACITY: Final = 1000
 class Background(Generic[T]):
     """Calls ``work(item)`` for each item in a thread of its own; whoever puts an item never waits.
 
-    What finds the queue full is dropped and counted; as soon as half of the queue is free, ``work(lost(count))``
-    says so. What ``work`` raises is ignored. The thread lives while there is work. Thread-safe; a forked child
-    begins with an empty queue, as what waits in it is the parent's.
+    What finds the queue full is dropped and counted, and ``work(lost(count))`` says so once half of it is free.
+    What ``work`` raises is ignored. A forked child begins with an empty queue: what waits is the parent's.
     """
 
     def __init__(self, work: Callable[[T], object], lost: Callable[[int], T], capacity: int = _CAPACITY) -> None:
@@ -115,31 +114,20 @@ class BackgroundHandler(logging.Handler):
         super().__init__(handler.level)
         self.replaced: logging.Handler = handler.replaced if isinstance(handler, BackgroundHandler) else handler
         self.filters = handler.filters
-        self._pid = os.getpid()
-        self._writer = _off_the_stream(self.replaced)
-        self._background = Background(self._write, _lines_dropped)
-
-    def is_of_this_process(self) -> bool:
-        """Whether its thread may live here."""
-        return self._pid == os.getpid()
+        self.pid = os.getpid()  # where its thread may live
+        # Without the handler's lock, which nobody else needs now, and which logging takes when the process ends.
+        self._background = Background(_off_the_stream(self.replaced).emit, _lines_dropped)
+        self.drain = self._background.drain
 
     def emit(self, record: logging.LogRecord) -> None:
         """Have a line written; its arguments are those of this moment."""
-        if not self.is_of_this_process():
+        if self.pid != os.getpid():
             self.replaced.emit(record)
             return
         merged = copy.copy(record)
         with contextlib.suppress(Exception):  # the handler itself says what is wrong with the arguments
             merged.msg, merged.args = record.getMessage(), None
         self._background.put(merged)
-
-    def drain(self, timeout: float) -> bool:
-        """Wait until all is written, at most so many seconds; return whether it is."""
-        return self._background.drain(timeout)
-
-    def _write(self, record: logging.LogRecord) -> None:
-        # Without the handler's lock, which nobody else needs now, and which logging takes when the process ends.
-        self._writer.emit(record)
 
 
 def _off_the_stream(handler: logging.Handler) -> logging.Handler:
@@ -165,10 +153,7 @@ def _lines_dropped(count: int) -> logging.LogRecord:
 
 
 class BackgroundStream(Descriptor):
-    """A text stream over a descriptor on which nobody waits; what nobody reads in time is dropped and counted.
-
-    Over None, it loses everything.
-    """
+    """A text stream on which nobody waits; what nobody reads in time is dropped and counted. Over None: all."""
 
     encoding = "utf-8"
 
@@ -177,15 +162,12 @@ class BackgroundStream(Descriptor):
         self._background = Background(
             super().write, lambda count: f"({count} pieces of output were dropped here)\n"
         )
+        self.drain = self._background.drain
 
     def write(self, text: str) -> int:
         """Have a text written; what is written at once stays together."""
         self._background.put(text)
         return len(text)
-
-    def drain(self, timeout: float) -> bool:
-        """Wait until all is written, at most so many seconds; return whether it is."""
-        return self._background.drain(timeout)
 
     def isatty(self) -> bool:
         """Whether a person looks at it."""

@@ -49,15 +49,13 @@ class Lease:
             return None
 
     def release(self) -> None:
-        """Give the lock back. Idempotent."""
+        """Give the lock back; idempotent."""
         descriptor, self._descriptor = self._descriptor, None
         _held.discard(self)
         if descriptor is not None:
             os.close(descriptor)
 
-    def after_fork_in_child(self) -> None:
-        """Close the inherited descriptor. Called by :mod:`shmelim.system.forks`."""
-        self.release()
+    after_fork_in_child = release
 
 
 # Strong references: a lease that its holder forgot is held all the same.

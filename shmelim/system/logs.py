@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,16 +23,7 @@ class LimitedLog:
     """A logger's front for lines that can repeat: of each topic a burst passes, and then one line an interval.
 
     The next line that passes says how many were held back. Thread-safe, usable from a signal handler, and after a
-    fork. A line that is held back costs about a microsecond.
-
-    Parameters
-    ----------
-    logger
-        Where the lines go.
-    burst
-        Lines of one topic that pass at once.
-    interval
-        Seconds after which one more line of that topic may pass.
+    fork. `interval` is in seconds; a line that is held back costs about a microsecond.
 
     Examples
     --------
@@ -78,8 +70,7 @@ class LimitedLog:
 def log_problems(problems: Problems, logger: logging.Logger) -> None:
     """Log each problem once when it is raised, when it gets worse and when it ends.
 
-    A notice is a warning, "degraded" an error, "failing" critical, and an end a warning: whoever saw the beginning
-    must see it. A problem that comes and goes is limited like every repeated line.
+    An end is a warning: whoever saw the beginning must see it. One that comes and goes is limited as every line.
     """
     limited = LimitedLog(logger)
 
@@ -98,18 +89,15 @@ def log_problems(problems: Problems, logger: logging.Logger) -> None:
 def log_without_waiting() -> Iterator[None]:
     """Have no call of this process wait for a log, for the length of a ``with`` block.
 
-    Every handler of every logger works in a thread of its own behind a bounded queue, so that a pipe that nobody
-    reads, or a disk that hangs, blocks that thread only; lines that are dropped meanwhile are counted. At the end
-    the handlers are put back, once they have written what waits or a second has passed. Filters are asked where
-    the line is logged. May be nested, to take in handlers that were added since.
-
-    For processes that do nothing but serve: the logging of anybody else's process, a forked child's included, is
-    theirs.
+    Every handler works in a thread of its own behind a bounded queue, so that a pipe that nobody reads, or a disk
+    that hangs, blocks that thread only. At the end the handlers are put back, once they have written what waits or
+    a second has passed. May be nested, to take in handlers that were added since. For processes that do nothing
+    but serve: the logging of anybody else's process, a forked child's included, is theirs.
     """
     made: dict[logging.Handler, BackgroundHandler] = {}  # a handler may serve several loggers
 
     def behind(handler: logging.Handler) -> logging.Handler:
-        if isinstance(handler, BackgroundHandler) and handler.is_of_this_process():
+        if isinstance(handler, BackgroundHandler) and handler.pid == os.getpid():
             return handler
         if handler not in made:
             made[handler] = BackgroundHandler(handler)

@@ -19,6 +19,13 @@ def is_alive(pid):
     return False
 
 
+def hang(pid):
+    """Stop a process, and wait until all its threads stand still: until then one may still answer."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    until(lambda: {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks.iterdir()} == {"T"})
+
+
 def title_of(pid):
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
 

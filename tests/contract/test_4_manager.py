@@ -16,6 +16,7 @@ from unittest.mock import Mock, patch
 import psutil
 import pytest
 from contract_marks import not_built
+from contract_services import hang
 from contract_validator import START, Metagraph, Validator, row
 from waiting import PATIENCE, until
 
@@ -285,7 +286,7 @@ def test_reads_ask_nobody(make):
     manager.update_metagraph(["m", "n"])
     manager.update_metagraph(["n"])
     departed = manager.get_departed_hotkeys()
-    os.kill(manager.server_pid, signal.SIGSTOP)
+    hang(manager.server_pid)
     try:
         assert manager.is_hotkey_eliminated("a")
         assert manager.get_elimination("a") == manager.hotkey_in_eliminations("a") == row("a")

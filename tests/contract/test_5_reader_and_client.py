@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from contract_services import kill
+from contract_services import hang, kill
 from contract_validator import row
 from waiting import PATIENCE, until
 
@@ -41,7 +41,7 @@ def reader(served):
 
 @contextlib.contextmanager
 def stopped(pid):
-    os.kill(pid, signal.SIGSTOP)
+    hang(pid)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from contract_services import WAYS, Clock, FileAlerts, Notes, NotesServer, is_alive, kill
+from contract_services import WAYS, Clock, FileAlerts, Notes, NotesServer, hang, is_alive, kill
 from contract_validator import row
 from waiting import PATIENCE, until
 
@@ -329,7 +329,7 @@ def stopped_under_signals(pid, every=0.05):
             woken.append(pid)
             os.kill(pid, signal.SIGCONT)
 
-    os.kill(pid, signal.SIGSTOP)
+    hang(pid)
     began = time.monotonic()
     before = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, every, every)
@@ -367,12 +367,12 @@ GEVENT = """
 import gevent.monkey
 gevent.monkey.patch_all()
 import os, signal, subprocess, sys, time
-from contract_services import Notes
+from contract_services import Notes, hang
 if __name__ == "__main__":
     service = Notes(sys.argv[1], start_method="spawn", call_timeout=1)
     service.note("connected")
     pid = service.server_pid
-    os.kill(pid, signal.SIGSTOP)
+    hang(pid)
     wake = subprocess.Popen(f"sleep 4; kill -CONT {pid}", shell=True)
     began = time.monotonic()
     try:

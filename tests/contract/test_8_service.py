@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from contract_marks import words
-from contract_services import WAYS, Clock, FileAlerts, Notes, NotesServer, is_alive, kill, title_of
+from contract_services import WAYS, Clock, FileAlerts, Notes, NotesServer, hang, is_alive, kill, title_of
 from contract_validator import Notifier, row
 from waiting import PATIENCE, until
 
@@ -489,7 +489,7 @@ def test_a_server_that_hangs_is_ended_and_replaced(start, way):
         way, enable_health_check=True, health_check_timeout=0.2, max_consecutive_failures=2, stop_timeout=0.1
     )
     first = service.server_pid
-    os.kill(first, signal.SIGSTOP)
+    hang(first)
     assert service.health_check(clock.later(61)) is False
     assert service.health_check(clock.later(61)) is False
     until(lambda: service.health_check(clock.later(61)), "the recovery")
@@ -516,7 +516,7 @@ def test_a_daemon_checks_and_a_server_that_hangs_is_replaced_and_told_of_once(st
     else:
         daemon.start(kind)
     first = service.server_pid
-    os.kill(first, signal.SIGSTOP)
+    hang(first)
     until(lambda: alerts.of("success"), "the recovery")
     assert service.pid() == service.server_pid != first
     assert len(alerts.of("error")) == len(alerts.of("success")) == 1
@@ -633,7 +633,7 @@ def test_a_process_of_our_title_that_does_not_hold_the_port_is_left_alone(start,
 def test_a_server_that_does_not_end_by_sigterm_is_killed(start):
     service = start(stop_timeout=0.1)
     pid = service.server_pid
-    os.kill(pid, signal.SIGSTOP)
+    hang(pid)
     service.shutdown()
     assert not is_alive(pid)
 

@@ -28,8 +28,6 @@ _TRACED = tuple(
         "state/committer.py",
         "store/database.py",
         "state/debt_book.py",
-        "state/debt_changes.py",
-        "debts/tables.py",
         "store/history.py",
         "store/store.py",
     )

@@ -124,7 +124,7 @@ def test_nobody_who_is_sending_a_request_is_sent_away(address, target):
         message = struct.pack("!i", len(request)) + request
         wire = clients[0]._connections.take()
         wire.sock.send(message[:7])
-        (peer, *_) = server._peers._proven
+        (peer, *_) = server._peers._all
         until(lambda: peer.wire.begun, "the beginning of the request")
         with Crowd(server, 1):  # in the place of the second, although the first is idle for longer
             assert server.stats()["reclaimed"] == 1

@@ -341,7 +341,13 @@ def answer(connection, value, number=None):
 
 @pytest.mark.parametrize(
     "reply",
-    [b"garbage", MSGPACK.dumps([]), MSGPACK.dumps([999, True, 1]), MSGPACK.dumps([1, False, "no failure"])],
+    [
+        b"garbage",
+        MSGPACK.dumps([]),
+        MSGPACK.dumps([999, True, 1]),
+        MSGPACK.dumps([1, 1, 0]),
+        MSGPACK.dumps([1, False, "no failure"]),
+    ],
 )
 def test_a_reply_that_is_none(tmp_path, reply):
     def behave(connection, _):

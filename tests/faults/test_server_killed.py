@@ -1,5 +1,6 @@
 """Many readers while the state is replaced again and again, and while its writer is killed again and again."""
 
+import functools
 import itertools
 import random
 import threading
@@ -10,6 +11,7 @@ import crashing
 import pytest
 from crashing import Child, Counter
 from serving import row, stamp_of
+from waiting import PATIENCE
 
 from shmelim import EliminationReader
 from shmelim.errors import NotServingError, OutcomeUnknownError
@@ -26,8 +28,8 @@ def longer(monkeypatch):
 # ---------------------------------------------------------------------- a sync of everything
 
 
-def _read_everything(name, hotkeys, stop):
-    """Look in every way, as fast as possible; return counts and how often a publish overlapped a read."""
+def _read_everything(name, hotkeys, stop, overlapped):
+    """Look in every way, as fast as possible; return counts, and say when a publish has overlapped a read."""
     reader = EliminationReader(name)
     rng = random.Random()
     stamp, reads, overlaps = 0, 0, 0
@@ -55,6 +57,7 @@ def _read_everything(name, hotkeys, stop):
         # All of one and none of the other: one version for the whole batch.
         assert (int(batch[2000:2100].sum()), int(batch[2100:].sum())) in ((100, 0), (0, 100))
         reads += 1
+        overlapped.value = overlaps + reader.retries
     return reads, overlaps + reader.retries, stamp
 
 
@@ -72,17 +75,19 @@ def test_a_sync_is_never_seen_in_part(serve, longer, count, seconds):
         )
 
     sync(0)
-    stop = Counter()
+    stop, overlapped = Counter(), [Counter() for _ in range(READERS)]
     with ExitStack() as stack:
         readers = [
-            stack.enter_context(Child(lambda: _read_everything(server.name, hotkeys, stop)))
-            for _ in range(READERS)
+            stack.enter_context(Child(functools.partial(_read_everything, server.name, hotkeys, stop, counter)))
+            for counter in overlapped
         ]
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
         for stamp in itertools.count(1):
             sync(stamp)
-            if time.monotonic() > deadline:
+            lasted = time.monotonic() - began
+            if lasted > seconds and any(counter.value for counter in overlapped):
                 break
+            assert lasted < seconds + PATIENCE, "no publish ever overlapped a read"
         stop.value = 1
         results = [reader.result() for reader in readers]
     reads, overlaps = (sum(result[n] for result in results) for n in (0, 1))

@@ -13,13 +13,18 @@ import pytest
 
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.record import encode, generate_row, normalise
-from shmelim.eliminations.store.history import Change, read_events
+from shmelim.eliminations.store.history import Change
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
 from shmelim.system.durable import move_aside
 
 RECORD = encode(normalise(generate_row("h", 1.0, "ZOMBIE", 5, return_info={"x": "y" * 400})))
+
+
+def read_events(directory):
+    with Store.read_only(directory) as store:
+        return store.events()
 
 
 def in_child(work):

@@ -10,12 +10,10 @@ from crashing import Child, Counter, at_line, kill_self
 from serving import Served, listing, row, state_in_table
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations.debts.tables import Figures
 from shmelim.eliminations.store import opening, schema
-from shmelim.eliminations.store.history import Change, read_events
-from shmelim.eliminations.store.offline import read_debt_figures, read_debts, read_slashes
+from shmelim.eliminations.store.history import Change
 from shmelim.eliminations.store.schema import FILE_NAME
-from shmelim.eliminations.store.store import Store
+from shmelim.eliminations.store.store import DebtFigures, Store
 from shmelim.errors import DamagedStoreError, StoreError
 
 
@@ -106,17 +104,17 @@ def test_readers_of_an_old_store_change_nothing(old):
     events = content(old)[1]
     # The index of the log is a reader's too.
     before = {name: data for name, data in listing(old).items() if not name.endswith("-shm")}
-    assert [event.id for event in read_events(old, limit=None)][::-1] == [event[0] for event in events]
-    assert read_debts(old) == []
-    assert read_debts(old, "h1") == []
-    assert read_debt_figures(old) == Figures(0, [])
-    assert read_slashes(old) == read_slashes(old, "h1") == []
+    with Store.read_only(old) as store:
+        assert [event.id for event in store.events(limit=None)][::-1] == [event[0] for event in events]
+        assert store.debts() == store.debts("h1") == []
+        assert store.debt_figures() == DebtFigures(0, [])
+        assert store.slashes() == store.slashes("h1") == []
     assert {name: data for name, data in listing(old).items() if not name.endswith("-shm")} == before
     assert schema_of(old)[0] == 1
 
 
 def test_readers_of_a_store_that_is_brought_up_to_date_meanwhile(old):
-    reading = opening.connect_read_only(old / FILE_NAME, 5.0)
+    reading = opening.connect_read_only(old / FILE_NAME)
     try:
         reading.execute("BEGIN")
         before = reading.execute("SELECT count(*) FROM events").fetchone()
@@ -125,7 +123,7 @@ def test_readers_of_a_store_that_is_brought_up_to_date_meanwhile(old):
         assert reading.execute("SELECT count(*) FROM events").fetchone() == before
         reading.execute("COMMIT")
         assert reading.execute("SELECT count(*) FROM events").fetchone() == (before[0] + 1,)
-        assert reading.execute("SELECT count(*) FROM debts").fetchone() == (0,)
+        assert reading.execute("SELECT count(*) FROM main.debts").fetchone() == (0,)
     finally:
         reading.close()
 

@@ -661,7 +661,7 @@ class TestHistory:
         api.add_elimination("a", row("a"))
         api.rpc("update_metagraph", ["m", "n"])
         api.rpc("update_metagraph", ["n"])
-        known = not isinstance(api, Remote) or isinstance(api.client._channel.address, str)
+        known = not isinstance(api, Remote) or isinstance(api.client._client.address, str)
         for event in api.get_history():
             assert event["pid"] == os.getpid()
             assert event["program"] == Path(sys.argv[0]).name

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from test_cli_commands import PATIENCE, A, B, T, environment, row, runner, serving, until, write
+from test_cli_commands import A, B, T, environment, row, runner, serving, write
+from waiting import PATIENCE, until
 
 from shmelim import EliminationReader
 from shmelim.cli.main import cli

@@ -9,7 +9,7 @@ from serving import row
 
 import shmelim
 from shmelim.eliminations.server import EliminationManagerServer
-from shmelim.eliminations.state import debt_book
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, SegmentFullError, StoreError
 
 FIELDS = {"name", "subject", "text", "severity", "remedy", "since_ms"}
@@ -101,7 +101,7 @@ def test_a_server_that_is_closed_has_no_problem_with_its_commits(server):
 
 def test_debts_that_cannot_be_read_are_named(server, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(debt_book, "read_debt_figures", raising(StoreError("unreadable")))
+        patch.setattr(Store, "debt_figures", raising(StoreError("unreadable")))
         health = server.health_check_rpc()
         assert (health["num_debts"], health["slashes_in_doubt"]) == (None, None)
         assert [problem["name"] for problem in health["problems"]] == ["debts_unreadable"]

@@ -469,7 +469,6 @@ class TestMapping:
     @pytest.mark.skipif(mapping_tests is None, reason="this Python comes without its own tests")
     def test_by_the_tests_of_the_standard_library(self, server, reader, monkeypatch):
         """Those put values into sets: so here, records are dicts with a hash."""
-        monkeypatch.setattr(entry, "decode", lambda data: _Record(decode(data)))
         monkeypatch.setattr(reading_module, "decode_record", lambda data: _Record(decode(data)))
         monkeypatch.setattr(reading_module, "decode_eliminations", _decode_into_records)
         records = {key: _Record(value) for key, value in self.FULL.items()}

@@ -148,8 +148,10 @@ def test_exceptions_of_the_method(client):
 
 
 def test_arguments_are_checked_before_anything_is_sent(client, server):
-    with pytest.raises(TypeError, match=r"args\[0\]"):
-        client.call("echo_rpc", (object(),))
+    with pytest.raises(TypeError, match=r"echo_rpc: args\[1\]\['k'\] cannot be sent: .*object"):
+        client.call("echo_rpc", (0, {"k": object()}))
+    with pytest.raises(TypeError, match=r"echo_rpc: kwargs\['x'\]\[0\] cannot be sent: .*64 bits"):
+        client.call("echo_rpc", kwargs={"x": [2**64]})
     with pytest.raises(ValueError, match="timeout"):
         client.call("echo_rpc", timeout=-1)
     assert server.stats()["accepted"] == 0
@@ -505,7 +507,7 @@ def test_a_server_waits_while_another_starts_in_its_directory(target, tmp_path, 
     thread.join(0.1)
     assert thread.is_alive()
     assert not (tmp_path / "s").exists()
-    monkeypatch.setattr("shmelim.channel.address._LOCK_WAIT", 0.01)
+    monkeypatch.setattr("shmelim.channel.server.LOCK_WAIT", 0.01)
     with pytest.raises(ChannelError, match="locked by another process"):
         ChannelServer(target, tmp_path / "t", KEY).start()
     monkeypatch.undo()

@@ -302,7 +302,7 @@ class TestStart:
 
     def test_at_a_taken_port_is_a_channel_error_and_leaves_nothing_locked(self, serve, new_name, tmp_path):
         first = serve(port=0)
-        port = first.client()._channel.address[1]
+        port = first.client()._client.address[1]
         name = new_name()
         with pytest.raises(ChannelError, match=str(port)):
             Served(name, tmp_path / "other", port=port).start()

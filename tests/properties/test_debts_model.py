@@ -248,7 +248,7 @@ def check_history(server, model):
     assert standing == set(model.debts)
 
 
-SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
 @settings(SETTINGS, max_examples=60)

@@ -224,14 +224,14 @@ def _raw(array: bytes) -> list[bytes]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sequence=sequences)
 def test_both_paths_answer_alike(sequence: list[Commit]) -> None:
     compare(sequence)
 
 
 @pytest.mark.long
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(sequence=sequences)
 def test_both_paths_answer_alike_for_long(sequence: list[Commit]) -> None:
     compare(sequence)

@@ -14,7 +14,7 @@ from reference_validator.scoring import NothingMovedError
 from reference_validator.trading import PAIRS
 
 from shmelim.eliminations.debts.states import IN_DOUBT
-from shmelim.eliminations.state.departures import lost_hotkeys
+from shmelim.eliminations.state.changes import lost_hotkeys
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -166,7 +166,7 @@ def check_history(server, model):
     assert departed == set(model.departed)
 
 
-SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
 @settings(SETTINGS, max_examples=50)

@@ -17,7 +17,7 @@ from shmelim.shm import (
     SharedNamespace,
     TableReader,
     TableWriter,
-    hashing,
+    layout,
 )
 from shmelim.shm.layout import COPY_HEADER_SIZE, WORD
 from shmelim.shm.reader import TableReader as Reference
@@ -216,18 +216,16 @@ def run(namespace: Namespace, sequence: list[Commit | Successor], kind: type[Tab
 @pytest.fixture(params=["strong", "colliding", "one"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[TableReader]:
     """Weaken the hash, and return who reads: the compiled path has a hash of its own, which stays as it is."""
-    strong = hashing.key_hash
+    strong = layout.key_hash
     if request.param == "colliding":
-        monkeypatch.setattr(hashing, "key_hash", lambda key, seed: strong(key, seed) & 3 | 1 << 63)
+        monkeypatch.setattr(layout, "key_hash", lambda key, seed: strong(key, seed) & 3 | 1 << 63)
     elif request.param == "one":
-        monkeypatch.setattr(hashing, "key_hash", lambda key, seed: 7)
+        monkeypatch.setattr(layout, "key_hash", lambda key, seed: 7)
     return TableReader if request.param == "strong" else Reference
 
 
 def examples(number: int) -> settings:
-    return settings(
-        max_examples=number, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    return settings(max_examples=number, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @examples(100)

@@ -55,14 +55,14 @@ def test_remove(store):
     assert (result, step.touched, step.wrote, events) == ([], {}, False, [])
 
 
-def test_clear(store):
+def test_replace_all_by_nothing(store):
     add(store, "a", "b")
-    result, step, events = apply(store, changes.clear, "because")
-    assert (result, list(step.touched)) == (2, ["a", "b"])
+    result, step, events = apply(store, changes.replace_all, {}, "because")
+    assert (result, list(step.touched)) == (["a", "b"], ["a", "b"])
     assert events == [("remove", "a", "because"), ("remove", "b", "because")]
-    result, step, events = apply(store, changes.clear)
+    result, step, events = apply(store, changes.replace_all, {})
     # That the list was replaced is written, though nothing in it changed.
-    assert (result, step.touched, step.wrote, events) == (0, {}, True, [])
+    assert (result, step.touched, step.wrote, events) == ([], {}, True, [])
 
 
 def test_replace_all(store):
@@ -92,13 +92,14 @@ def test_record_departures(store):
     assert list(store.departed()) == [("a", 5), ("b", 6), ("c", 8)]
 
 
-def test_update_metagraph(store):
-    result, step, events = apply(store, changes.update_metagraph, ["a", "b"], 5)
+def test_update_metagraph(store, monkeypatch):
+    monkeypatch.setattr(changes.clock, "now_ms", lambda: 6)
+    result, step, events = apply(store, changes.update_metagraph, ["a", "b"])
     assert (result, set(step.touched), step.wrote, events) == ([], {"a", "b"}, True, [])
-    result, step, events = apply(store, changes.update_metagraph, ["b", "c"], 6)
+    result, step, events = apply(store, changes.update_metagraph, ["b", "c"])
     assert (result, set(step.touched)) == (["a"], {"a", "c"})
     assert events == [("depart", "a", "metagraph")]
-    result, step, events = apply(store, changes.update_metagraph, ["c", "b"], 7)
+    result, step, events = apply(store, changes.update_metagraph, ["c", "b"])
     assert (result, step.touched, step.wrote, events) == ([], {}, False, [])
     assert list(store.departed()) == [("a", 6)]
 
@@ -128,12 +129,13 @@ def test_newcomers_do_not_make_a_loss_believable(store):
     assert apply(store, changes.update_metagraph, shown[3:])[0] == hotkeys[:14]
 
 
-def test_loss_that_is_true_can_be_accepted(store):
+def test_loss_that_is_true_can_be_accepted(store, monkeypatch):
+    monkeypatch.setattr(changes.clock, "now_ms", lambda: 9)
     hotkeys = [f"h{n:02}" for n in range(44)]
     apply(store, changes.update_metagraph, hotkeys)
     apply(store, changes.update_metagraph, hotkeys[20:])
     assert changes.missing(store) == hotkeys[:20]
-    result, step, events = apply(store, changes.accept_loss, [*hotkeys[:5], hotkeys[30], "unknown"], 9)
+    result, step, events = apply(store, changes.accept_loss, [*hotkeys[:5], hotkeys[30], "unknown"])
     assert (result, set(step.touched)) == (hotkeys[:5], set(hotkeys[:5]))
     assert events == [("depart", hotkey, "accepted") for hotkey in hotkeys[:5]]
     assert store.registered() == set(hotkeys[5:])
@@ -164,26 +166,3 @@ def test_departures_can_be_cleared(store):
 def test_meta(store):
     _, step, events = apply(store, Step.set_meta, "k", [1])
     assert (step.wrote, step.touched, events, store.meta("k")) == (True, {}, [], [1])
-
-
-class TestArguments:
-    def test_lists_of_records(self):
-        assert list(changes.prepare_all(row(hotkey) for hotkey in "ba")) == ["b", "a"]
-        assert changes.prepare_all([row("a", 1), row("a", 2)]) == dict([prepare(row("a", 2))])
-        for wrong in ("text", b"bytes", {"a": row("a")}, ["a"], 5, None):
-            with pytest.raises(TypeError):
-                changes.prepare_all(wrong)
-        with pytest.raises(ValueError, match="elimination 1 of the list"):
-            changes.prepare_all([row("a"), {"hotkey": "b"}])
-        with pytest.raises(ValueError, match="elimination 11 of the list"):
-            changes.prepare_all([row("a"), {"hotkey": "b"}], 10)
-
-    def test_lists_of_hotkeys(self):
-        assert changes.check_hotkeys(["b", "a", "b"]) == ["b", "a"]
-        assert set(changes.check_hotkeys({"b", "a"})) == {"a", "b"}
-        for wrong in ("text", b"bytes", 5, None, [5], [None]):
-            with pytest.raises(TypeError):
-                changes.check_hotkeys(wrong)
-        for wrong in ([""], ["x" * 256], ["\ud800"]):
-            with pytest.raises(ValueError, match="hotkey"):
-                changes.check_hotkeys(wrong)

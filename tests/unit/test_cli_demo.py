@@ -1,15 +1,16 @@
 """The demo's own detectors: what must be 0 in its report can be other than 0."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from shmelim.cli.demo import scenario
 from shmelim.cli.demo.reader import BATCH, Watcher, are_halves_mixed, are_mixed, cast, is_whole, make_record
 from shmelim.cli.demo.scenario import Ledger, Scenario
 from shmelim.eliminations.reading import Snapshot
 from shmelim.eliminations.record import decode, encode, prepare
+from shmelim.eliminations.store.store import Store
 
 CAST = cast()
 HOTKEYS = [*CAST.steady, *CAST.even, *CAST.odd, *CAST.single, CAST.first, *CAST.never]
@@ -200,7 +201,9 @@ def test_changes_that_the_history_lacks_are_counted(monkeypatch, tmp_path):
 
     def lacking(*told):
         events = [SimpleNamespace(hotkey=hotkey, old=old, new=new) for hotkey, old, new in told]
-        monkeypatch.setattr(scenario, "read_events", lambda *_, **__: events)
+        monkeypatch.setattr(
+            Store, "read_only", lambda _: nullcontext(SimpleNamespace(events=lambda limit: events))
+        )
         return played._lost_in_history()
 
     puts = [(HOTKEYS[0], None, first), (HOTKEYS[1], None, second), (HOTKEYS[2], b"", third)]

@@ -11,14 +11,14 @@ import pytest
 from serving import row
 
 from shmelim.eliminations.record import decode, prepare
-from shmelim.eliminations.rows import eliminations_in
+from shmelim.eliminations.rows import Status, decode_eliminations, pack
 from shmelim.eliminations.starting.recovery import origin_record
 from shmelim.eliminations.state import changes, committer
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.state.committer import Committer, _Request
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import SegmentFullError, StoreError
-from shmelim.shm import PrivateNamespace, TableReader, TableWriter
+from shmelim.shm import ITEMS, PrivateNamespace, TableReader, TableWriter
 
 
 class Noting:
@@ -67,7 +67,8 @@ class Rig:
         return self.committer.commit(changes.add, *prepare(row(hotkey, stamp, pad=pad)))
 
     def in_table(self):
-        return eliminations_in(self.reader.snapshot(verify=True).entries)
+        entries = self.reader.snapshot(verify=True).entries
+        return decode_eliminations(pack(entries, Status.ELIMINATED, ITEMS))
 
     def in_store(self):
         assert not self.real_store.in_transaction

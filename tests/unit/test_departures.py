@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmelim.eliminations.state.departures import lost_hotkeys
+from shmelim.eliminations.state.changes import lost_hotkeys
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from shmelim import EliminationReader, NotServingError
 from shmelim.errors import CorruptSegmentError
 from shmelim.shm import READ_PATH, VALUES, PrivateNamespace, SharedNamespace, TableWriter, flag_test
 from shmelim.shm.fast import NativeView
-from shmelim.shm.hashing import key_hash
+from shmelim.shm.layout import key_hash
 
 HOTKEY = "5" + "h" * 47
 

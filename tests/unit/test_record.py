@@ -9,6 +9,7 @@ import types
 import msgspec
 import numpy as np
 import pytest
+from serving import row as row_of
 
 from shmelim.eliminations import record as rec
 from shmelim.eliminations.record import EliminationReason
@@ -314,3 +315,26 @@ def test_reasons_are_the_six_of_the_field():
         )
     }
     assert rec.DEPARTED_HOTKEYS_KEY == "departed_hotkeys"
+
+
+class TestLists:
+    def test_lists_of_records(self):
+        assert list(rec.prepare_all(row_of(hotkey) for hotkey in "ba")) == ["b", "a"]
+        assert rec.prepare_all([row_of("a", 1), row_of("a", 2)]) == dict([rec.prepare(row_of("a", 2))])
+        for wrong in ("text", b"bytes", {"a": row_of("a")}, ["a"], 5, None):
+            with pytest.raises(TypeError):
+                rec.prepare_all(wrong)
+        with pytest.raises(ValueError, match="elimination 1 of the list"):
+            rec.prepare_all([row_of("a"), {"hotkey": "b"}])
+        with pytest.raises(ValueError, match="elimination 11 of the list"):
+            rec.prepare_all([row_of("a"), {"hotkey": "b"}], 10)
+
+    def test_lists_of_hotkeys(self):
+        assert rec.check_hotkeys(["b", "a", "b"]) == ["b", "a"]
+        assert set(rec.check_hotkeys({"b", "a"})) == {"a", "b"}
+        for wrong in ("text", b"bytes", 5, None, [5], [None]):
+            with pytest.raises(TypeError):
+                rec.check_hotkeys(wrong)
+        for wrong in ([""], ["x" * 256], ["\ud800"]):
+            with pytest.raises(ValueError, match="hotkey"):
+                rec.check_hotkeys(wrong)

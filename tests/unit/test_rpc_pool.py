@@ -7,7 +7,7 @@ import threading
 import pytest
 from waiting import PATIENCE
 
-from shmelim.channel.connections import Connections
+from shmelim.channel.client import Connections
 from shmelim.errors import ChannelError
 
 
@@ -31,7 +31,7 @@ class Sockets:
 @pytest.fixture
 def sockets(monkeypatch):
     sockets = Sockets()
-    monkeypatch.setattr("shmelim.channel.connections.new_socket", sockets.make)
+    monkeypatch.setattr("shmelim.channel.client.new_socket", sockets.make)
     yield sockets
     for sock in sockets.others:
         sock.close()
@@ -53,7 +53,7 @@ def take_a_broken_one(pool, sockets):
 
 
 def open_one(pool, sockets):
-    pool.discard(pool.open())
+    pool.discard(pool.open("/nowhere"))
 
 
 def retire_and_close(pool, _sockets):
@@ -95,10 +95,10 @@ def test_closed_by_a_signal_handler_at_any_step(sockets, use):
 
     def at_every_step():
         while True:
-            pool = Connections("/nowhere", b"k" * 32, max_idle=2)
+            pool = Connections()
             sockets.made.clear()
             sockets.others.clear()
-            pool.give_back(pool.open())
+            pool.give_back(pool.open("/nowhere"))
             try:
                 came = interrupted_at(len(steps), lambda: use(pool, sockets), lambda: pool.close("the end"))  # noqa: B023
             except ChannelError:
@@ -118,14 +118,14 @@ def test_closed_by_a_signal_handler_at_any_step(sockets, use):
 
 
 def test_one_that_is_retired_leaves_those_in_use_alone(sockets):
-    pool = Connections("/nowhere", b"k" * 32, max_idle=2)
-    idle, used = pool.open(), pool.open()
+    pool = Connections()
+    idle, used = pool.open("/nowhere"), pool.open("/nowhere")
     pool.give_back(idle)
     pool.retire("not any more")
     with pytest.raises(ChannelError, match="not any more"):
         pool.take()
     with pytest.raises(ChannelError, match="not any more"):
-        pool.open()
+        pool.open("/nowhere")
     assert [sock.fileno() == -1 for sock in sockets.made] == [True, False, True]
     sockets.others[1].sendall(b"\0\0\0\2ok")
     assert used.recv_bytes(10) == b"ok"

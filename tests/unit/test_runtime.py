@@ -14,8 +14,8 @@ from shmelim.eliminations.runtime import (
     Announcement,
     RuntimeDirectory,
     ServerInfo,
-    StateLock,
     default_state_directory,
+    lock_state,
 )
 from shmelim.errors import AddressError, AlreadyServingError, KeyFileError, NotServingError, StoreError
 
@@ -185,46 +185,42 @@ def test_a_directory_too_long_for_a_socket_is_refused_before_it_is_made(tmp_path
 
 class TestStateLock:
     def test_excludes_another(self, tmp_path):
-        first, second = StateLock(tmp_path / "a" / "b"), StateLock(tmp_path / "a" / "b")
-        first.acquire()
+        first = lock_state(tmp_path / "a" / "b")
         with pytest.raises(AlreadyServingError) as caught:
-            second.acquire()
+            lock_state(tmp_path / "a" / "b")
         assert str(tmp_path) in str(caught.value)
         assert f"process {os.getpid()}" in str(caught.value)
         assert caught.value.hint
         first.release()
         first.release()
-        second.acquire()
-        second.release()
+        lock_state(tmp_path / "a" / "b").release()
 
     def test_a_refused_one_keeps_nothing_open(self, tmp_path):
-        first = StateLock(tmp_path)
-        first.acquire()
+        first = lock_state(tmp_path)
         before = len(list(Path("/proc/self/fd").iterdir()))
         for _ in range(5):
             with pytest.raises(AlreadyServingError):
-                StateLock(tmp_path).acquire()
+                lock_state(tmp_path)
         assert len(list(Path("/proc/self/fd").iterdir())) == before
         first.release()
 
     def test_a_child_lets_go_of_its_copy_and_not_of_the_lock(self, tmp_path):
-        lock = StateLock(tmp_path)
-        lock.acquire()
+        lock = lock_state(tmp_path)
 
         def child():
             with pytest.raises(AlreadyServingError):
-                StateLock(tmp_path).acquire()
+                lock_state(tmp_path)
             return True
 
         assert call(child)
         with pytest.raises(AlreadyServingError):
-            StateLock(tmp_path).acquire()
+            lock_state(tmp_path)
         lock.release()
 
     def test_a_link_in_its_place_is_not_followed(self, tmp_path):
         (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
         with pytest.raises(StoreError):
-            StateLock(tmp_path).acquire()
+            lock_state(tmp_path)
         assert not (tmp_path / "elsewhere").exists()
 
 

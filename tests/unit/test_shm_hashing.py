@@ -9,7 +9,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmelim.shm.hashing import key_hash
+from shmelim.shm.layout import key_hash
 
 SEEDS = st.integers(0, (1 << 64) - 1)
 

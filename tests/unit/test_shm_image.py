@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmelim.shm import Namespace, PrivateNamespace, TableReader, TableWriter, hashing
+from shmelim.shm import Namespace, PrivateNamespace, TableReader, TableWriter, layout
 from shmelim.shm.image import place
 from shmelim.shm.layout import MAX_GENERATION, PACKED, SEQUENCE_BITS, VERSION
 
@@ -72,7 +72,7 @@ class Table:
         for home in homes:
             for number in numbers:
                 key = b"key-%d" % number
-                if hashing.key_hash(key, seed) & mask == home:
+                if layout.key_hash(key, seed) & mask == home:
                     found.append(key)
                     break
         return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from shmelim.errors import ShmelimError
-from shmelim.shm import SharedNamespace, TableWriter, hashing
+from shmelim.shm import SharedNamespace, TableWriter, layout
 from shmelim.shm.layout import EPOCH, VERSION
 from shmelim.shm.reader import TableReader  # the reference: the other path cannot be interposed
 from shmelim.shm.segment import Segment
@@ -208,8 +208,8 @@ CHANGES = [touching, moving, compacting, growing, replacing, waiting, waiting_to
 @pytest.fixture(params=["colliding", "strong"])
 def _hash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "colliding":
-        strong = hashing.key_hash
-        monkeypatch.setattr(hashing, "key_hash", lambda key, seed: strong(key, seed) & 1)
+        strong = layout.key_hash
+        monkeypatch.setattr(layout, "key_hash", lambda key, seed: strong(key, seed) & 1)
 
 
 def explore(name: str, *, frozen: bool) -> Iterator[tuple[str, str, int, Any, list[Any]]]:
@@ -271,8 +271,8 @@ def test_every_answer_is_that_of_a_published_state(table_name: str) -> None:
 
 
 def test_without_the_recheck_every_operation_goes_wrong(table_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    strong = hashing.key_hash
-    monkeypatch.setattr(hashing, "key_hash", lambda key, seed: strong(key, seed) & 1)
+    strong = layout.key_hash
+    monkeypatch.setattr(layout, "key_hash", lambda key, seed: strong(key, seed) & 1)
     wrong = set()
     answers = explore(table_name, frozen=True)
     for operation, _change, _touch, answer, right in answers:

@@ -40,19 +40,47 @@ def test_two_do_not_mix():
 
 def test_one_nobody_went_on_with_is_forgotten(clock):
     subject = Uploads()
-    tokens = [subject.begin() for _ in range(4)]
+    tokens = [subject.begin() for _ in range(2)]
     clock.now += uploads.IDLE_LIMIT - 1
     subject.extend(tokens[0], [row("a")])
-    with pytest.raises(ValueError, match="4 uploads"):
-        subject.begin()
+    subject.expire()
+    subject.extend(tokens[1], [row("b")])
+    clock.now += uploads.IDLE_LIMIT - 1
+    subject.extend(tokens[0], [row("b")])
     clock.now += 2
-    again = [subject.begin() for _ in range(3)]
-    assert len(again) == 3
-    with pytest.raises(ValueError, match="4 uploads"):
-        subject.begin()
+    subject.expire()
     with pytest.raises(ValueError, match="no upload"):
         subject.extend(tokens[1], [row("a")])
-    assert list(subject.finish(tokens[0])) == ["a"]
+    assert list(subject.finish(tokens[0])) == ["a", "b"]
+
+
+def test_abandoned_ones_lock_nobody_out_and_the_one_idle_longest_makes_room(clock):
+    subject = Uploads()
+    tokens = [subject.begin() for _ in range(uploads.MAX_OPEN)]
+    with pytest.raises(ValueError, match="4 uploads"):
+        subject.begin()
+    clock.now += uploads.PAUSE
+    for token in (tokens[0], tokens[2], tokens[3]):
+        subject.extend(token, [row("a")])
+    another = subject.begin()
+    with pytest.raises(ValueError, match="no upload"):
+        subject.extend(tokens[1], [row("a")])
+    with pytest.raises(ValueError, match="4 uploads"):
+        subject.begin()
+    for token in (tokens[0], tokens[2], tokens[3], another):
+        subject.extend(token, [row("b")])
+
+
+def test_an_abandoned_one_makes_room_for_the_bytes_of_another(clock, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_BYTES", 1500)
+    subject = Uploads()
+    abandoned, token = subject.begin(), subject.begin()
+    subject.extend(abandoned, [row("a", pad=1000)])
+    clock.now += uploads.PAUSE
+    assert subject.extend(token, [row("b", pad=1000)]) == 1
+    with pytest.raises(ValueError, match="no upload"):
+        subject.finish(abandoned)
+    assert list(subject.finish(token)) == ["b"]
 
 
 def test_more_than_the_limit_is_refused_and_forgotten(monkeypatch):

@@ -21,7 +21,7 @@ from typing import Any, Final
 from shmelim.cli.demo.reader import REAL_HOTKEYS, cast, make_record
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.record import decode
-from shmelim.eliminations.store.history import read_events
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import OutcomeUnknownError, ShmelimError
 
 ENDING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -289,7 +289,9 @@ class Scenario:
     def _lost_in_history(self) -> int:
         """Look for every acknowledged change in the store, which the second server has closed."""
         told = set()
-        for event in read_events(self._home / "state", limit=None):
+        with Store.read_only(self._home / "state") as store:
+            events = store.events(limit=None)
+        for event in events:
             if event.hotkey is not None and (record := event.new or event.old) is not None:
                 action = "remove" if event.new is None else "put"
                 told.add((action, event.hotkey, decode(record)["serial"]))

@@ -75,10 +75,6 @@ class Slash(NamedTuple):
     eliminated_ms: int  # the time of the elimination that owed it
     by: str  # who says that it was made: BY_CONTRACT, or BY_HAND of a person who settled it
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as callers of the server get it."""
-        return self._asdict()
-
 
 def new_attempt() -> str:
     """Return a token for an attempt of this process, unlike that of any other attempt."""

@@ -55,8 +55,9 @@ class FileMirror:
 
     In mode ``"current"`` :meth:`flush` writes; in ``"lagged"`` it returns at once; ``"off"`` means no files.
 
-    ``_stale``, ``_asked``, ``_written`` and the flags are guarded by ``_changed``; the rest belongs to the thread,
-    except that anybody may reset ``_departed_written``, which costs a write too many at worst.
+    ``published`` is set by whoever publishes. ``_stale``, ``_seen``, ``_asked``, ``_written`` and the flags are
+    guarded by ``_changed``; the rest belongs to the thread, except that anybody may reset ``_departed_written``,
+    which costs a write too many at worst.
     """
 
     def __init__(
@@ -67,8 +68,11 @@ class FileMirror:
         self._committer = committer
         self.mode = mode
         self._problems = problems
+        self.published = threading.Event()  # or there is something else for the thread to do
         self._changed = threading.Condition()
+        # The files that the published state is ahead of, and since when; the version that they were seen by.
         self._stale: dict[str, float] = {}
+        self._seen: int | None = None
         self._asked = 0
         self._written = 0
         # Whether a write is under way: what it writes is no longer stale, and not yet written.
@@ -89,18 +93,6 @@ class FileMirror:
             self._thread = threading.Thread(target=self._run, name="shmelim-files", daemon=True)
             self._thread.start()
 
-    def mark(self, *, eliminations: bool = True, departed: bool = True) -> None:
-        """Say that the published state is ahead of the files. Cheap, from any thread."""
-        if self.mode == "off":
-            return
-        now = time.monotonic()
-        with self._changed:
-            if eliminations:
-                self._stale.setdefault(ELIMINATIONS_FILE, now)
-            if departed:
-                self._stale.setdefault(DEPARTED_FILE, now)
-            self._changed.notify_all()
-
     def flush(self, *, insist: bool = False) -> None:
         """Return when the files show everything published before the call; StoreError if they cannot be written.
 
@@ -108,15 +100,16 @@ class FileMirror:
         """
         if self.mode == "off" or self._thread is None or (self.mode == "lagged" and not insist):
             return
-        if insist:
-            self._departed_written = -1
-            self.mark()
         with self._changed:
+            if insist:
+                self._departed_written = -1
+                self._seen = None
+            self._look()
             if not self._stale and not self._writing and self._asked == self._written:
                 return
             self._asked += 1
             wanted = self._asked
-            self._changed.notify_all()
+            self.published.set()
             if not self._changed.wait_for(lambda: self._written >= wanted or self._ended, _FLUSH_LIMIT):
                 text = f"the files in {self._directory} were not written within {_FLUSH_LIMIT:.0f} s"
                 self._problems.report(_BEHIND, text)
@@ -130,7 +123,7 @@ class FileMirror:
         if self._thread is not None:
             with self._changed:
                 self._stopping = True
-                self._changed.notify_all()
+            self.published.set()
             self._thread.join()
 
     def _run(self) -> None:
@@ -143,11 +136,9 @@ class FileMirror:
 
     def _write_until_stopped(self) -> None:
         while True:
-            with self._changed:
-                stale, asked = self._wait_for_work()
-                if not stale and self._stopping:
-                    return
-                self._writing = True
+            stale, asked = self._wait_for_work()
+            if not stale and self._stopping:
+                return
             began = time.monotonic()
             problem = self._write(stale)
             took = time.monotonic() - began
@@ -169,18 +160,27 @@ class FileMirror:
                 if problem is not None and self._stopping:
                     return
 
+    def _look(self) -> None:
+        version = self._table.version
+        if version != self._seen:
+            self._seen = version
+            for name in (ELIMINATIONS_FILE, DEPARTED_FILE):
+                self._stale.setdefault(name, time.monotonic())
+
     def _wait_for_work(self) -> tuple[list[str], int]:
         """Wait until something must be written now; return the stale files, and how many asked for them."""
-        while not self._stopping and self._asked == self._written:
-            if not self._stale:
-                self._changed.wait()
-                continue
-            due = max(min(self._stale.values()) + _COALESCE, self._not_before)
-            if (left := due - time.monotonic()) <= 0:
-                break
-            self._changed.wait(left)
-        stale, self._stale = list(self._stale), {}
-        return stale, self._asked
+        while True:
+            self.published.clear()
+            left = None
+            with self._changed:
+                self._look()
+                if self._stale:
+                    left = max(min(self._stale.values()) + _COALESCE, self._not_before) - time.monotonic()
+                if self._stopping or self._asked != self._written or (left is not None and left <= 0):
+                    stale, self._stale = list(self._stale), {}
+                    self._writing = bool(stale)
+                    return stale, self._asked
+            self.published.wait(left)
 
     def _write(self, stale: list[str]) -> StoreError | None:
         try:

@@ -51,7 +51,7 @@ def merge_once(store: Store, paths: Sequence[Path], before_each: Callable[[Path]
             store.set_meta(f"{_DONE}{digest}", value=True)
     if unknown and paths:
         with store.transaction():
-            store.delete_meta(_UNKNOWN)
+            store.set_meta(_UNKNOWN, value=False)
 
 
 def imported(store: Store) -> list[str] | None:

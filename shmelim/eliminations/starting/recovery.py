@@ -29,7 +29,7 @@ from shmelim.eliminations.starting import replacement
 from shmelim.eliminations.starting.imports import import_departed, restore_imported
 from shmelim.eliminations.state.changes import Step, merge, record_departures, replace_all
 from shmelim.eliminations.store.history import Change as EventOf
-from shmelim.eliminations.store.opening import LOG_SUFFIXES
+from shmelim.eliminations.store.opening import LOG_SUFFIXES, store_bytes
 from shmelim.eliminations.store.schema import FILE_NAME, RESTORE_HINT, Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError
@@ -52,10 +52,10 @@ class _Published(NamedTuple):
 def recover(
     directory: Path,
     namespace: Namespace,
+    durability: Durability,
+    default_departed: Path | None,
     *,
-    durability: Durability = "power",
-    default_departed: Path | None = None,
-    use_files: bool = True,
+    use_files: bool,
 ) -> Store:
     """Open the store of a state directory, made if missing, with the state to serve in it.
 
@@ -92,9 +92,9 @@ def recover(
 
 def _open_whole(directory: Path, durability: Durability) -> Store:
     """Open the store, and read it through; DamagedStoreError where that shows damage."""
-    store = Store.open(directory, durability, parents=True)
+    store = Store.open(directory, durability)
     try:
-        if store.size_bytes() <= _CHECK_LIMIT:
+        if store_bytes(directory) <= _CHECK_LIMIT:
             store.check()
         for _ in store.rows():
             pass

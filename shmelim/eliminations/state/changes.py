@@ -7,45 +7,42 @@ publishes every hotkey that they *touched*.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from shmelim.eliminations.debts.states import OWED
-from shmelim.eliminations.record import check_hotkey, decode, prepare
-from shmelim.eliminations.state.departures import lost_hotkeys
+from shmelim.eliminations.record import decode
 from shmelim.eliminations.store.history import Change as EventOf
+from shmelim.eliminations.store.history import Origin
+from shmelim.eliminations.store.store import Store
 from shmelim.system import clock
-from shmelim.system.containers import plain_container
 
-if TYPE_CHECKING:
-    from shmelim.eliminations.rows import Row
-    from shmelim.eliminations.store.history import Origin
-    from shmelim.eliminations.store.store import Store
-
+# A loss of more hotkeys than this, and of at least this share of those seen before, is not believed.
+_ANOMALY_COUNT: Final = 10
+_ANOMALY_SHARE: Final = 0.25
 _ANOMALY: Final = "anomaly"
 _BELIEVED: Final = "believed"  # how many hotkeys there were before the loss that is not believed
 _REPLACEMENTS: Final = "replacements"
 
 
+@dataclass(slots=True)
 class Step:
     """One change inside a transaction: the store, who asked for it, and what it did.
 
     ``touched`` are the hotkeys whose row may be another now; ``wrote`` tells whether anything must be committed.
     """
 
-    def __init__(self, store: Store, origin: Origin | None) -> None:
-        self.store = store
-        self.origin = origin
-        self.touched: dict[str, None] = {}
-        self.wrote = False
+    store: Store
+    origin: Origin | None
+    touched: dict[str, None] = field(default_factory=dict)
+    wrote: bool = False
 
     def record(self, events: Iterable[EventOf]) -> None:
         """Write events, and touch the hotkeys that they speak of."""
         listed = list(events)
         if listed:
             self.tell(listed)
-        for event in listed:
-            if event.hotkey is not None:
-                self.touched[event.hotkey] = None
+        self.touched.update((event.hotkey, None) for event in listed if event.hotkey is not None)
 
     def tell(self, events: Iterable[EventOf]) -> None:
         """Write events of what nobody publishes."""
@@ -58,40 +55,6 @@ class Step:
         self.wrote = True
 
 
-def prepare_all(records: Iterable[Mapping[str, Any]], first: int = 0) -> dict[str, bytes]:
-    """Check and encode a list of records; of a hotkey that is listed twice the last record counts.
-
-    ValueError and TypeError name the place of one that cannot be stored; ``first`` is that of the first.
-    """
-    prepared: dict[str, bytes] = {}
-    for index, record in enumerate(check_listed(records), first):
-        try:
-            hotkey, encoded = prepare(record)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"elimination {index} of the list: {error}") from None
-        prepared[hotkey] = encoded
-    return prepared
-
-
-def check_listed(records: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
-    """Return records, those of a proxy as a list; TypeError for what can be iterated over and yet lists none."""
-    if not isinstance(records, Iterable):
-        records = plain_container(records) or records  # type: ignore[unreachable]  # a proxy may stand for one
-    if isinstance(records, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(records, Iterable):
-        raise TypeError(f"eliminations must be a list of records, not {type(records).__name__}")
-    return records
-
-
-def check_hotkeys(hotkeys: Iterable[str]) -> list[str]:
-    """Return hotkeys as a list without repetitions; ValueError or TypeError for one that cannot be a key."""
-    if isinstance(hotkeys, (str, bytes, bytearray, memoryview)) or not isinstance(hotkeys, Iterable):
-        raise TypeError(f"hotkeys must be a list or set of hotkeys, not {type(hotkeys).__name__}")
-    listed = list(dict.fromkeys(hotkeys))
-    for hotkey in listed:
-        check_hotkey(hotkey)
-    return listed
-
-
 def add(step: Step, hotkey: str, record: bytes) -> bool:
     """Add or replace one record; returns True for a hotkey that was not eliminated before."""
     old = step.store.put_elimination(hotkey, record)
@@ -100,35 +63,25 @@ def add(step: Step, hotkey: str, record: bytes) -> bool:
     return old is None
 
 
-def remove(step: Step, hotkeys: list[str], times_ms: Mapping[str, int] | None = None) -> list[str]:
+def remove(
+    step: Step, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None, reason: str | None = None
+) -> list[str]:
     """Remove records; returns the hotkeys that had one.
 
     With `times_ms`, only those whose elimination was initiated when it says: another one came since.
     """
-
-    def is_still(row: Row) -> bool:
-        time_ms = None if row.record is None else decode(row.record)["elimination_initiated_time_ms"]
-        return times_ms is not None and time_ms == times_ms.get(row.hotkey)
-
-    listed = hotkeys
     if times_ms is not None:
-        found = step.store.get_many(hotkeys)
-        listed = [hotkey for hotkey in hotkeys if hotkey in found and is_still(found[hotkey])]
-    old = step.store.remove_eliminations(listed)
-    step.record(EventOf("remove", hotkey, record) for hotkey, record in old.items())
-    _cancel_debts(step, old, "remove")
+        rows = step.store.get_many(hotkeys)
+        times = {
+            hotkey: decode(row.record)["elimination_initiated_time_ms"]
+            for hotkey, row in rows.items()
+            if row.record is not None
+        }
+        hotkeys = [hotkey for hotkey in hotkeys if hotkey in times and times[hotkey] == times_ms.get(hotkey)]
+    old = step.store.remove_eliminations(hotkeys)
+    step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in old.items())
+    _cancel_debts(step, old, reason or "remove")
     return list(old)
-
-
-def clear(step: Step, reason: str = "clear") -> int:
-    """Remove all records; returns how many there were."""
-    old = dict(step.store.eliminated())
-    if old:
-        step.store.clear_eliminations()
-        step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in old.items())
-        _cancel_debts(step, old, reason)
-    step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
-    return len(old)
 
 
 def replace_all(
@@ -138,11 +91,8 @@ def replace_all(
 
     A hotkey that stays keeps its place in the order. Those in ``keep`` stay whatever the records say.
     """
-    kept = set(keep)
-    gone = [hotkey for hotkey, _ in step.store.eliminated() if hotkey not in records and hotkey not in kept]
-    removed = step.store.remove_eliminations(gone)
-    step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in removed.items())
-    _cancel_debts(step, removed, reason)
+    kept = {*records, *keep}
+    gone = remove(step, [hotkey for hotkey, _ in step.store.eliminated() if hotkey not in kept], reason=reason)
     merge(step, records, reason)
     step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
     return gone
@@ -186,7 +136,19 @@ def merge(step: Step, records: dict[str, bytes], reason: str) -> int:
     return len(changed)
 
 
-def update_metagraph(step: Step, hotkeys: list[str], at_ms: int | None = None) -> list[str]:
+def lost_hotkeys(before: set[str], now: set[str], size: int | None = None) -> tuple[list[str], bool]:
+    """Return the hotkeys missing since the last look that was believed, sorted, and whether that is an anomaly.
+
+    `size` is the number of hotkeys at that look; by default that of `before`, which may hold newcomers: they make
+    a loss no smaller.
+    """
+    lost = sorted(before - now)
+    return lost, len(lost) > _ANOMALY_COUNT and len(lost) >= _ANOMALY_SHARE * (
+        len(before) if size is None else size
+    )
+
+
+def update_metagraph(step: Step, hotkeys: list[str]) -> list[str]:
     """Make these hotkeys the registered ones; returns those whose departure it recorded."""
     seen = set(hotkeys)
     before = step.store.registered()
@@ -205,7 +167,7 @@ def update_metagraph(step: Step, hotkeys: list[str], at_ms: int | None = None) -
             step.record([EventOf("anomaly", note=text)])
     if anomalous:
         return []
-    return record_departures(step, dict.fromkeys(lost, at_ms or clock.now_ms()), "metagraph")
+    return record_departures(step, dict.fromkeys(lost, clock.now_ms()), "metagraph")
 
 
 def missing(store: Store) -> list[str]:
@@ -218,7 +180,7 @@ def _set_missing(step: Step, hotkeys: list[str], size: int) -> None:
     step.set_meta(_BELIEVED, size if hotkeys else None)
 
 
-def accept_loss(step: Step, hotkeys: Iterable[str], at_ms: int | None = None) -> list[str]:
+def accept_loss(step: Step, hotkeys: Iterable[str]) -> list[str]:
     """Believe that these hotkeys are lost, as far as they are missing; returns those that were."""
     named = set(hotkeys)
     listed = missing(step.store)
@@ -226,7 +188,7 @@ def accept_loss(step: Step, hotkeys: Iterable[str], at_ms: int | None = None) ->
     if not accepted:
         return []
     step.touched.update(dict.fromkeys(step.store.set_registered(step.store.registered() - set(accepted))))
-    record_departures(step, dict.fromkeys(accepted, at_ms or clock.now_ms()), "accepted")
+    record_departures(step, dict.fromkeys(accepted, clock.now_ms()), "accepted")
     left = [hotkey for hotkey in listed if hotkey not in named]
     _set_missing(step, left, step.store.meta(_BELIEVED, None) or len(step.store.registered()))
     return accepted

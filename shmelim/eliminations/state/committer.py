@@ -21,20 +21,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Concatenate, Final, Generic, ParamSpec, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Concatenate, Final, Generic, ParamSpec, TypeVar, cast
 
-from shmelim.eliminations.rows import ORIGIN_KEY, row_entry
+from shmelim.eliminations.rows import ORIGIN_KEY, PREFIX, Row, Status
 from shmelim.eliminations.state.changes import Step
+from shmelim.eliminations.store.history import Origin
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import SegmentFullError, StoreError
+from shmelim.shm import TableWriter, Transaction
 from shmelim.system.problems import Problems
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from shmelim.eliminations.store.history import Origin
-    from shmelim.eliminations.store.store import Store
-    from shmelim.shm import TableWriter, Transaction
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,18 +56,18 @@ _FAILED: Final = _Round()
 _FAILED.finished = True
 
 
+@dataclass(slots=True, eq=False)
 class _Request(Generic[T]):
     """One change on its way: what to do, for whom, and how it ended."""
 
-    def __init__(
-        self, change: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], origin: Origin | None
-    ) -> None:
-        self.change, self.args, self.kwargs = change, args, kwargs
-        self.origin = origin
-        self.wanted = True
-        self.round = _NONE_YET
-        self.result: T | None = None
-        self.error: BaseException | None = None
+    change: Callable[..., T]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    origin: Origin | None
+    wanted: bool = True
+    round: _Round = _NONE_YET
+    result: T | None = None
+    error: BaseException | None = None
 
 
 class Committer:
@@ -97,6 +95,7 @@ class Committer:
         # Hotkeys with which the store may be ahead of the table; more than none only after an interrupt.
         self._owed: dict[str, None] = {}
         # Written under `_leading`.
+        self._raised: set[str] = set()  # the problems that the next commit clears
         self.commits = 0
         self.changes = 0
 
@@ -122,13 +121,16 @@ class Committer:
     def publish_all(self, origin_record: bytes, on_progress: Callable[[int, int], Any] | None = None) -> None:
         """Publish the whole store as the next generation, with a record that tells where it came from."""
         with self._leading, self._table.transaction(replace=True) as transaction:
-            transaction.put(ORIGIN_KEY, 0, origin_record, 0)
             self._origin_record = origin_record
-            total = sum(self._store.counts()[:3]) if on_progress else 0
-            for done, row in enumerate(self._store.rows()):
-                transaction.put(*row_entry(row))
-                if on_progress is not None and done % _REPORT_EVERY == 0:
-                    on_progress(done, total)
+            self._put_all(transaction, on_progress)
+
+    def _put_all(self, transaction: Transaction, on_progress: Callable[[int, int], Any] | None = None) -> None:
+        transaction.put(ORIGIN_KEY, 0, self._origin_record, 0)
+        total = sum(self._store.counts()[:3]) if on_progress else 0
+        for done, row in enumerate(self._store.rows()):
+            transaction.put(*row_entry(row))
+            if on_progress is not None and done % _REPORT_EVERY == 0:
+                on_progress(done, total)
 
     def sync(self) -> None:
         """Make all that was committed survive a power cut, whatever the store was opened for."""
@@ -218,18 +220,19 @@ class Committer:
                 self.published()
         self.commits += wrote
         self.changes += len(group)
-        if wrote:
-            self._problems.clear(_COMMIT_FAILED)
-            self._problems.clear(_MEMORY_FULL)
+        while wrote and self._raised:
+            self._problems.clear(self._raised.pop())
 
     def _report(self, error: BaseException) -> None:
         """Name what keeps changes from being made, where that is not the change itself."""
         if isinstance(error, SegmentFullError):
+            self._raised.add(_MEMORY_FULL)
             self._problems.report(_MEMORY_FULL, f"a change was refused: {error.message}", remedy=error.hint)
         elif isinstance(error, StoreError):
             # Not "failing", which a service answers with a restart: that makes no room on a disk, and the start
             # with a damaged store makes a new one without its debts and slashes, which is a person's decision.
             text = f"the last change could not be committed: {error.message}"
+            self._raised.add(_COMMIT_FAILED)
             self._problems.report(_COMMIT_FAILED, text, remedy=error.hint)
 
     def _clean_up(self) -> None:
@@ -266,9 +269,7 @@ class Committer:
         transaction = self._table.transaction(replace=rebuild)
         try:
             if rebuild:
-                transaction.put(ORIGIN_KEY, 0, self._origin_record, 0)
-                for row in self._store.rows():
-                    transaction.put(*row_entry(row))
+                self._put_all(transaction)
             else:
                 rows = self._store.get_many(touched)
                 for hotkey in touched:
@@ -281,3 +282,17 @@ class Committer:
             transaction.abort()
             raise
         return transaction
+
+
+def row_entry(row: Row) -> tuple[bytes, int, bytes, int]:
+    """Return key, flags, record and ordinal under which a row is published."""
+    flags = 0
+    if row.record is not None:
+        flags |= Status.ELIMINATED
+    if row.departed_ordinal is not None:
+        flags |= Status.DEPARTED
+    if row.registered:
+        flags |= Status.REGISTERED
+    prefix = PREFIX.pack(row.detected_ms or 0, row.departed_ordinal or 0)
+    ordinal = row.eliminated_ordinal or row.departed_ordinal or 0
+    return row.hotkey.encode(), int(flags), prefix + (row.record or b""), ordinal

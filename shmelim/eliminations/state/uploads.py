@@ -5,17 +5,16 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
-from shmelim.eliminations.state.changes import prepare_all
+from shmelim.eliminations.record import prepare_all
 from shmelim.errors import UploadLostError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 MAX_OPEN: Final = 4
 MAX_BYTES: Final = 4 << 30
 IDLE_LIMIT: Final = 120.0
+PAUSE: Final = 5.0  # seconds for which an upload keeps its place, though others want it and nothing comes
 
 
 class _Upload:
@@ -27,7 +26,10 @@ class _Upload:
 
 
 class Uploads:
-    """The lists that clients are sending; thread-safe. What nobody went on with for two minutes is forgotten."""
+    """The lists that clients are sending; thread-safe.
+
+    What nobody went on with for two minutes is forgotten; where there is no room, the one idle longest makes some.
+    """
 
     def __init__(self) -> None:
         self._open: dict[str, _Upload] = {}
@@ -35,10 +37,9 @@ class Uploads:
 
     def begin(self) -> str:
         """Begin an upload and return its token; ValueError where too many are under way."""
-        self.expire()
         with self._lock:
-            if len(self._open) >= MAX_OPEN:
-                raise ValueError(f"{MAX_OPEN} uploads are under way already: try again in {IDLE_LIMIT:.0f} s")
+            if len(self._open) >= MAX_OPEN and not self._drop_idle(PAUSE):
+                raise ValueError(f"{MAX_OPEN} uploads are under way already: try again in {PAUSE:.0f} s")
             token = secrets.token_hex(8)
             self._open[token] = _Upload()
             return token
@@ -46,16 +47,15 @@ class Uploads:
     def extend(self, token: str, records: Sequence[Mapping[str, Any]]) -> int:
         """Check records and add them; return how many the upload has now.
 
-        UploadLostError: there is no such upload. A record that cannot be stored is a ValueError or TypeError, and
-        the upload is given up.
+        UploadLostError: there is no such upload. After a ValueError or TypeError (a record that cannot be stored,
+        or too much) it is given up.
         """
         with self._lock:
             first = self._get(token).given
         try:
             prepared = prepare_all(records, first)
         except (ValueError, TypeError):
-            with self._lock:
-                self._open.pop(token, None)
+            self.abandon(token)
             raise
         with self._lock:
             upload = self._get(token)
@@ -63,9 +63,10 @@ class Uploads:
             upload.records.update(prepared)
             upload.size += sum(map(len, prepared.values()))
             upload.touched = time.monotonic()
-            if sum(each.size for each in self._open.values()) > MAX_BYTES:
-                del self._open[token]
-                raise ValueError(f"uploads of more than {MAX_BYTES:,} bytes together are not accepted")
+            while sum(each.size for each in self._open.values()) > MAX_BYTES:
+                if not self._drop_idle(PAUSE):
+                    del self._open[token]
+                    raise ValueError(f"uploads of more than {MAX_BYTES:,} bytes together are not accepted")
             return len(upload.records)
 
     def finish(self, token: str) -> dict[str, bytes]:
@@ -81,10 +82,17 @@ class Uploads:
 
     def expire(self) -> None:
         """Forget the uploads that nobody goes on with."""
-        if self._open:
-            limit = time.monotonic() - IDLE_LIMIT
-            with self._lock:
-                self._open = {token: upload for token, upload in self._open.items() if upload.touched > limit}
+        with self._lock:
+            while self._drop_idle(IDLE_LIMIT):
+                pass
+
+    def _drop_idle(self, seconds: float) -> bool:
+        """Forget the upload that is idle longest, if that is so many seconds; say whether one was."""
+        token = min(self._open, key=lambda token: self._open[token].touched, default=None)
+        if token is None or time.monotonic() - self._open[token].touched < seconds:
+            return False
+        del self._open[token]
+        return True
 
     def _get(self, token: str) -> _Upload:
         try:

@@ -6,21 +6,12 @@ Events are written in the transaction of the change they tell of, and never chan
 from __future__ import annotations
 
 import os
-import sqlite3
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from shmelim.eliminations.record import decode
-from shmelim.eliminations.store.database import reading
-
-INSERT = (
-    "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-)
-_SELECT = "SELECT id, at_ms, action, hotkey, pid, uid, program, note, old, new FROM events"
-_LARGEST_ID = (1 << 63) - 1
 
 
 class Origin(NamedTuple):
@@ -64,38 +55,6 @@ class Event(NamedTuple):
 def this_process() -> Origin:
     """Return this process as an origin."""
     return Origin(os.getpid(), os.getuid(), _program())
-
-
-def read_events(
-    directory: str | os.PathLike[str],
-    hotkey: str | None = None,
-    limit: int | None = 100,
-    before_id: int | None = None,
-    *,
-    busy_timeout: float = 5.0,
-) -> list[Event]:
-    """Return at most `limit` events of a state directory, newest first, whether or not a server runs there.
-
-    `hotkey`: of this hotkey alone. `before_id`: only events older than this one, for the next page.
-    `busy_timeout`: seconds to wait where another process holds the file locked. From any thread and process;
-    StoreError or DamagedStoreError if there is no store, or it cannot be read.
-    """
-    with reading(directory, busy_timeout) as db:
-        return select(db, hotkey, limit, before_id)
-
-
-def select(db: sqlite3.Connection, hotkey: str | None, limit: int | None, before_id: int | None) -> list[Event]:
-    """Return events, newest first."""
-    if limit is not None and limit < 0:
-        raise ValueError(f"limit must be at least 0, not {limit}")
-    before = _LARGEST_ID if before_id is None else before_id
-    arguments: list[Any] = [before]
-    where = " WHERE id < ?"
-    if hotkey is not None:
-        where += " AND hotkey = ?"
-        arguments.append(hotkey)
-    arguments.append(-1 if limit is None else limit)
-    return [Event._make(row) for row in db.execute(f"{_SELECT}{where} ORDER BY id DESC LIMIT ?", arguments)]
 
 
 @cache

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sqlite3
@@ -15,11 +16,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 from shmelim.eliminations.store import schema
-from shmelim.eliminations.store.schema import Durability
-from shmelim.errors import DamagedStoreError, StoreError
+from shmelim.eliminations.store.schema import FILE_NAME, Durability, damaged
+from shmelim.errors import StoreError
 from shmelim.system.durable import sync_directory
 
 LOG_SUFFIXES = ("-wal", "-shm")
+BUSY_TIMEOUT = 5.0  # seconds to wait for another process that holds a transaction open
 
 _SYNCHRONOUS = {"power": "FULL", "process": "NORMAL"}
 _SMALLEST = 512
@@ -29,17 +31,27 @@ _LARGEST_IDLE_WAL = 64 << 20
 _CHECKPOINT_PAGES = 4000
 
 
-def make_private(path: Path, *, parents: bool) -> None:
+def make_private(path: Path) -> None:
     """Make the database's directory (0700) and file (0600) where missing.
 
     A new database takes its name when it is whole, so that a start that is killed leaves nothing that the next
     one could take for a damaged store.
     """
-    _make_directory(path.parent, parents=parents)
-    if path.exists():
-        _check_file(path)
-    else:
+    folder = path.parent
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        sync_directory(folder.parent)
+    if not path.exists():
         _make_file(path)
+        return
+    # Never opened here: closing it would drop the locks of every connection of this process to it.
+    status = path.stat()
+    if status.st_size < _SMALLEST:
+        # SQLite would take a file without content for a new database, and the state for empty.
+        raise damaged(path, f"it has only {status.st_size} bytes")
+    if status.st_mode & 0o077:
+        path.chmod(0o600)
 
 
 def remove_log(path: Path) -> None:
@@ -48,23 +60,13 @@ def remove_log(path: Path) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-def _make_directory(folder: Path, *, parents: bool) -> None:
-    if folder.is_dir():
-        return
-    if parents:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    sync_directory(folder.parent)
-
-
-def _check_file(path: Path) -> None:
-    # Never opened here: closing it would drop the locks of every connection of this process to it.
-    status = path.stat()
-    if status.st_size < _SMALLEST:
-        # SQLite would take a file without content for a new database, and the state for empty.
-        raise DamagedStoreError(f"{path} is damaged: it has only {status.st_size} bytes", hint=schema.DAMAGED_HINT)
-    if status.st_mode & 0o077:
-        path.chmod(0o600)
+def store_bytes(directory: Path) -> int:
+    """Return what the store takes on disk, its write-ahead log included; waits for no commit."""
+    size = 0
+    for file in (directory / FILE_NAME, log_of(directory / FILE_NAME)):
+        with contextlib.suppress(FileNotFoundError):
+            size += file.stat().st_size
+    return size
 
 
 def _make_file(path: Path) -> None:
@@ -91,21 +93,16 @@ def _make_file_alone(path: Path) -> None:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        with closing(connect(temporary, "power", 0.0)) as db:
+        with closing(connect(temporary, "power")) as db:
             schema.install(db, temporary)
         path.hardlink_to(temporary)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def connect(path: Path | None, durability: Durability, busy_timeout: float) -> sqlite3.Connection:
+def connect(path: Path | None, durability: Durability) -> sqlite3.Connection:
     """Open or create a database for writing; None opens one in memory."""
-    db = sqlite3.connect(
-        ":memory:" if path is None else path,
-        timeout=busy_timeout,
-        isolation_level=None,
-        check_same_thread=False,
-    )
+    db = _connect(":memory:" if path is None else os.fspath(path))
     with closed_on_error(db):
         for pragma in (
             f"synchronous={_SYNCHRONOUS[durability]}",
@@ -122,6 +119,10 @@ def connect(path: Path | None, durability: Durability, busy_timeout: float) -> s
     return db
 
 
+def _connect(database: str, *, uri: bool = False) -> sqlite3.Connection:
+    return sqlite3.connect(database, uri=uri, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+
+
 @contextmanager
 def closed_on_error(db: sqlite3.Connection) -> Iterator[None]:
     """Close a connection if the block raises."""
@@ -132,25 +133,27 @@ def closed_on_error(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def connect_read_only(path: Path, busy_timeout: float) -> sqlite3.Connection:
-    """Open an existing database for reading, with or without a writer; one of an older schema may lack tables."""
+def connect_read_only(path: Path) -> sqlite3.Connection:
+    """Open an existing database for reading, with or without a writer."""
     location = f"file:{quote(os.fspath(path.absolute()))}?mode=ro"
     try:
-        return _read_only(location, path, busy_timeout)
+        return _read_only(location, path)
     except sqlite3.OperationalError:
         # A reader needs the index of the write-ahead log, and may be unable to make one (a directory that it
         # may not write). Where nothing stands in the log, the main file alone is the whole truth.
         wal = log_of(path)
         if os.access(path.parent, os.W_OK) or (wal.exists() and wal.stat().st_size):
             raise
-        return _read_only(f"{location}&immutable=1", path, busy_timeout)
+        return _read_only(f"{location}&immutable=1", path)
 
 
-def _read_only(location: str, path: Path, busy_timeout: float) -> sqlite3.Connection:
-    db = sqlite3.connect(location, uri=True, timeout=busy_timeout, isolation_level=None, check_same_thread=False)
+def _read_only(location: str, path: Path) -> sqlite3.Connection:
+    db = _connect(location, uri=True)
     with closed_on_error(db):
-        if not schema.identify(db, path):
+        found = schema.identify(db, path)
+        if not found:
             raise StoreError(f"{path} holds no tables yet", hint="nothing was ever stored there")
+        schema.lend_missing(db, found)
     return db
 
 

@@ -16,6 +16,7 @@ older schema is brought up to date when it is opened for writing.
 from __future__ import annotations
 
 import sqlite3
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ Durability = Literal["power", "process"]
 
 _APPLICATION_ID = 0x73686D65
 
-DAMAGED_HINT = (
+_DAMAGED_HINT = (
     "start the server again: it moves the file aside, and restores the state from shared memory or the JSON files"
 )
 # What the log of an earlier file holds would be replayed onto the one that takes its place.
@@ -103,6 +104,11 @@ _SECOND = (
 _SCHEMAS = (_FIRST, _SECOND)
 
 
+def damaged(what: object, how: str = "") -> DamagedStoreError:
+    """Return the error for a damaged database, or for what stands in it."""
+    return DamagedStoreError(f"{what} is damaged{f': {how}' if how else ''}", hint=_DAMAGED_HINT)
+
+
 def install(db: sqlite3.Connection, path: Path | None) -> None:
     """Make sure that the database is ours and has the tables, those of an older schema in one transaction.
 
@@ -126,6 +132,13 @@ def install(db: sqlite3.Connection, path: Path | None) -> None:
     db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
     db.execute(f"PRAGMA user_version={SCHEMA_NUMBER}")
     db.execute("COMMIT")
+
+
+def lend_missing(db: sqlite3.Connection, number: int) -> None:
+    """Give a connection that only reads an older schema the tables which that lacks: empty, and in memory."""
+    db.execute("PRAGMA temp_store=MEMORY")
+    for statement in chain.from_iterable(_SCHEMAS[number:]):
+        db.execute(statement.replace("CREATE TABLE", "CREATE TEMP TABLE", 1))
 
 
 def identify(db: sqlite3.Connection, path: Path | None) -> int:

@@ -1,4 +1,4 @@
-"""The state of record: a row per hotkey that mirrors what is published about it, and the history of changes.
+"""The state of record: a row per hotkey that mirrors what is published about it, its debts, and the history.
 
 A change is made in a transaction, with its events; the server publishes it after the commit::
 
@@ -8,44 +8,64 @@ A change is made in a transaction, with its events; the server publishes it afte
 
 Records are opaque msgpack bytes here (:mod:`shmelim.eliminations.record` makes them). Eliminated and departed
 hotkeys carry ordinals, which keep the order in which they first became so: a new one gets a number above all
-in use, an update keeps it, a removal frees it, and a hotkey that comes again comes last.
+in use, an update keeps it, a removal frees it, and a hotkey that comes again comes last. The rows are the only
+record of the numbers in use, so that no rollback and no crash can leave that wrong.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
-from shmelim.eliminations.debts import tables as debt_table
-from shmelim.eliminations.debts.states import Debt, Slash
+from shmelim.eliminations.debts.states import IN_DOUBT, Debt, Slash
 from shmelim.eliminations.rows import Row
-from shmelim.eliminations.store import history
 from shmelim.eliminations.store.database import Database
-from shmelim.eliminations.store.history import Change, Event, Origin
-from shmelim.eliminations.store.schema import DAMAGED_HINT
-from shmelim.errors import DamagedStoreError
-from shmelim.system import clock
+from shmelim.eliminations.store.history import Change, Event, Origin, this_process
+from shmelim.eliminations.store.schema import damaged
 
 # Hotkeys in one question: below the 999 that an old SQLite allows, and nearly all chunks share one statement.
 _CHUNK = 500
-_ALL = (
+_LARGEST_ID = (1 << 63) - 1
+
+_ROWS = (
     "SELECT hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum FROM hotkeys"
 )
-_GET = f"{_ALL} WHERE hotkey = ?"
+_NEXT_ORDINAL = (
+    "(SELECT 1 + max("
+    "coalesce((SELECT max(eliminated_ordinal) FROM hotkeys WHERE eliminated_ordinal IS NOT NULL), 0),"
+    " coalesce((SELECT max(departed_ordinal) FROM hotkeys WHERE departed_ordinal IS NOT NULL), 0)))"
+)
 _PUT = (
-    "INSERT INTO hotkeys (hotkey, eliminated_ordinal, record, checksum) VALUES (?, ?, ?, ?)"
+    f"INSERT INTO hotkeys (hotkey, record, checksum, eliminated_ordinal) VALUES (?, ?, ?, {_NEXT_ORDINAL})"  # noqa: S608
     " ON CONFLICT (hotkey) DO UPDATE"
-    " SET eliminated_ordinal = excluded.eliminated_ordinal, record = excluded.record, checksum = excluded.checksum"
+    " SET record = excluded.record, checksum = excluded.checksum, eliminated_ordinal = excluded.eliminated_ordinal"
 )
 _UPDATE = "UPDATE hotkeys SET record = ?, checksum = ? WHERE hotkey = ?"
-_RECORDS = "SELECT hotkey, record FROM hotkeys WHERE record IS NOT NULL AND hotkey IN"
 _REMOVE = "UPDATE hotkeys SET eliminated_ordinal = NULL, record = NULL, checksum = NULL WHERE hotkey = ?"
 _DELETE_EMPTY = (
     "DELETE FROM hotkeys WHERE hotkey = ?"
     " AND eliminated_ordinal IS NULL AND departed_ordinal IS NULL AND registered = 0"
 )
+_DEPART = (
+    f"INSERT INTO hotkeys (hotkey, detected_ms, departed_ordinal) VALUES (?, ?, {_NEXT_ORDINAL})"  # noqa: S608
+    " ON CONFLICT (hotkey) DO UPDATE"
+    " SET detected_ms = excluded.detected_ms, departed_ordinal = excluded.departed_ordinal"
+    " WHERE departed_ordinal IS NULL"
+)
+_EVENTS = "SELECT id, at_ms, action, hotkey, pid, uid, program, note, old, new FROM events"
+_ADD_EVENT = (
+    "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+# The columns are the fields of a Debt; the alphabetic order of the kinds is the one in which they are settled.
+_DEBTS = (
+    "SELECT hotkey, kind, state, ordinal, due, since_ms, eliminated_ms, attempts, error, attempt,"
+    " in_doubt_since_ms FROM debts"
+)
+_SLASHES = "SELECT hotkey, made_ms, eliminated_ms, said_by FROM slashes"
 
 
 class Counts(NamedTuple):
@@ -57,8 +77,15 @@ class Counts(NamedTuple):
     events: int
 
 
+class DebtFigures(NamedTuple):
+    """How much is owed, and the hotkeys whose slash is in doubt."""
+
+    debts: int
+    in_doubt: list[str]
+
+
 class Store(Database):
-    """The state of record in SQLite; open it with :meth:`open` or :meth:`in_memory`.
+    """The state of record in SQLite; made by :meth:`open`, :meth:`read_only` or :meth:`in_memory`.
 
     For one thread at a time. Every method raises :class:`~shmelim.errors.StoreError` when the database cannot be
     read or written (:class:`~shmelim.errors.DamagedStoreError` when it is damaged), and when a change is made
@@ -66,30 +93,23 @@ class Store(Database):
     savepoint, not before.
     """
 
+    # ------------------------------------------------------------------ hotkeys
+
     def get(self, hotkey: str) -> Row | None:
-        """Return what is known of a hotkey, or None; about 7 µs."""
-        with self._guard:
-            row = self._db.execute(_GET, (hotkey,)).fetchone()
-        return None if row is None else _row(row)
+        """Return what is known of a hotkey, or None."""
+        return self.get_many([hotkey]).get(hotkey)
 
     def get_many(self, hotkeys: Iterable[str]) -> dict[str, Row]:
         """Return what is known of each of these hotkeys; the unknown are left out."""
-        found: dict[str, Row] = {}
-        remaining = iter(hotkeys)
-        while chunk := list(islice(remaining, _CHUNK)):
-            with self._guard:
-                rows = self._db.execute(f"{_ALL} WHERE hotkey IN ({_marks(chunk)})", chunk).fetchall()
-            for row in rows:
-                found[row[0]] = _row(row)
-        return found
+        return {row[0]: _row(row) for row in self._ask_of(_ROWS, hotkeys)}
 
     def rows(self) -> Iterator[Row]:
         """Stream every row, in the order in which the rows came to be; about 2.5 s for a million of 0.5 kB."""
-        return map(_row, self._stream(f"{_ALL} ORDER BY rowid"))
+        return map(_row, self._stream(f"{_ROWS} ORDER BY rowid"))
 
     def eliminated(self) -> Iterator[tuple[str, bytes]]:
         """Stream the hotkeys that are eliminated with their records, in the order of their elimination."""
-        rows = map(_row, self._stream(f"{_ALL} WHERE eliminated_ordinal IS NOT NULL ORDER BY eliminated_ordinal"))
+        rows = map(_row, self._stream(f"{_ROWS} WHERE eliminated_ordinal IS NOT NULL ORDER BY eliminated_ordinal"))
         return ((row.hotkey, row.record) for row in rows if row.record is not None)
 
     def departed(self) -> Iterator[tuple[str, int]]:
@@ -104,28 +124,24 @@ class Store(Database):
 
     def counts(self) -> Counts:
         """Count; a few ms for each million."""
-        with self._guard:
-            row = self._db.execute(
-                "SELECT (SELECT count(*) FROM hotkeys WHERE eliminated_ordinal IS NOT NULL),"
-                " (SELECT count(*) FROM hotkeys WHERE departed_ordinal IS NOT NULL),"
-                " (SELECT count(*) FROM hotkeys WHERE registered = 1),"
-                # Numbered without gaps but for what was rolled back, and none is ever deleted.
-                " (SELECT coalesce(max(id), 0) FROM events)"
-            ).fetchone()
+        (row,) = self._ask(
+            "SELECT (SELECT count(*) FROM hotkeys WHERE eliminated_ordinal IS NOT NULL),"
+            " (SELECT count(*) FROM hotkeys WHERE departed_ordinal IS NOT NULL),"
+            " (SELECT count(*) FROM hotkeys WHERE registered = 1),"
+            # Numbered without gaps but for what was rolled back, and none is ever deleted.
+            " (SELECT coalesce(max(id), 0) FROM events)"
+        )
         return Counts._make(row)
 
     def put_elimination(self, hotkey: str, record: bytes) -> bytes | None:
         """Store a hotkey's record; returns the one it replaces, or None for one newly eliminated."""
-        self._need_transaction()
-        with self._guard:
-            row = self._db.execute("SELECT record FROM hotkeys WHERE hotkey = ?", (hotkey,)).fetchone()
-            if row is None or row[0] is None:
-                self._db.execute(_PUT, (hotkey, self._take_ordinals(1), record, crc32(record)))
-                return None
-            old: bytes = row[0]
-            if old != record:
-                self._db.execute(_UPDATE, (record, crc32(record), hotkey))
-            return old
+        found = self._ask("SELECT record FROM hotkeys WHERE hotkey = ?", (hotkey,))
+        old: bytes | None = found[0][0] if found else None
+        if old is None:
+            self._change(_PUT, (hotkey, record, crc32(record)))
+        elif old != record:
+            self._change(_UPDATE, (record, crc32(record), hotkey))
+        return old
 
     def put_eliminations(self, records: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
         """Store many records at once; returns those that they replace, by hotkey.
@@ -133,183 +149,148 @@ class Store(Database):
         New hotkeys follow each other in the order given. Of a hotkey that is given twice the last record
         counts, at the place of the first. A record equal to the stored one costs a look and no write.
         """
-        self._need_transaction()
         given = dict(records)
         old = self._records_of(given)
-        new = [(hotkey, record) for hotkey, record in given.items() if hotkey not in old]
-        first = self._take_ordinals(len(new))
-        with self._guard:
-            self._db.executemany(
-                _UPDATE,
-                [
-                    (given[hotkey], crc32(given[hotkey]), hotkey)
-                    for hotkey, record in old.items()
-                    if given[hotkey] != record
-                ],
-            )
-            self._db.executemany(
-                _PUT, ((hotkey, first + n, record, crc32(record)) for n, (hotkey, record) in enumerate(new))
-            )
+        changed = [hotkey for hotkey, record in old.items() if given[hotkey] != record]
+        self._change(_UPDATE, ((given[hotkey], crc32(given[hotkey]), hotkey) for hotkey in changed), each=True)
+        new = ((hotkey, record, crc32(record)) for hotkey, record in given.items() if hotkey not in old)
+        self._change(_PUT, new, each=True)
         return old
 
     def remove_eliminations(self, hotkeys: Iterable[str]) -> dict[str, bytes]:
         """Remove the records of many hotkeys; returns those that were there, in the order given."""
-        self._need_transaction()
         old = self._records_of(dict.fromkeys(hotkeys))
         names = [(hotkey,) for hotkey in old]
-        with self._guard:
-            self._db.executemany(_REMOVE, names)
-            self._db.executemany(_DELETE_EMPTY, names)
+        self._change(_REMOVE, names, each=True)
+        self._change(_DELETE_EMPTY, names, each=True)
         return old
-
-    def clear_eliminations(self) -> int:
-        """Remove every record; returns how many there were."""
-        self._need_transaction()
-        with self._guard:
-            deleted = self._db.execute(
-                "DELETE FROM hotkeys"
-                " WHERE eliminated_ordinal IS NOT NULL AND departed_ordinal IS NULL AND registered = 0"
-            ).rowcount
-            emptied = self._db.execute(
-                "UPDATE hotkeys SET eliminated_ordinal = NULL, record = NULL, checksum = NULL"
-                " WHERE eliminated_ordinal IS NOT NULL"
-            ).rowcount
-        return deleted + emptied
 
     def put_departed(self, hotkey: str, detected_ms: int) -> bool:
         """Record that a hotkey departed, once and for ever; False where that, and its time, is recorded already.
 
         `detected_ms` is when it was seen, in milliseconds since 1970, UTC; 0 where nobody knows.
         """
-        self._need_transaction()
-        with self._guard:
-            row = self._db.execute("SELECT departed_ordinal FROM hotkeys WHERE hotkey = ?", (hotkey,)).fetchone()
-            if row is not None and row[0] is not None:
-                return False
-            self._db.execute(
-                "INSERT INTO hotkeys (hotkey, departed_ordinal, detected_ms) VALUES (?, ?, ?)"
-                " ON CONFLICT (hotkey) DO UPDATE SET"
-                " departed_ordinal = excluded.departed_ordinal, detected_ms = excluded.detected_ms",
-                (hotkey, self._take_ordinals(1), detected_ms),
-            )
-        return True
+        return self._change(_DEPART, (hotkey, detected_ms)) > 0
 
     def clear_departed(self) -> None:
         """Forget every departure."""
-        self._need_transaction()
-        with self._guard:
-            self._db.execute(
-                "DELETE FROM hotkeys"
-                " WHERE departed_ordinal IS NOT NULL AND eliminated_ordinal IS NULL AND registered = 0"
-            )
-            self._db.execute(
-                "UPDATE hotkeys SET departed_ordinal = NULL, detected_ms = NULL WHERE departed_ordinal IS NOT NULL"
-            )
+        self._change(
+            "DELETE FROM hotkeys"
+            " WHERE departed_ordinal IS NOT NULL AND eliminated_ordinal IS NULL AND registered = 0"
+        )
+        self._change(
+            "UPDATE hotkeys SET departed_ordinal = NULL, detected_ms = NULL WHERE departed_ordinal IS NOT NULL"
+        )
 
     def set_registered(self, hotkeys: Iterable[str]) -> set[str]:
         """Make exactly these hotkeys registered; returns those that were not, and those that no longer are."""
-        self._need_transaction()
         before, after = self.registered(), set(hotkeys)
         gone = [(hotkey,) for hotkey in before - after]
-        with self._guard:
-            self._db.executemany(
-                "INSERT INTO hotkeys (hotkey, registered) VALUES (?, 1)"
-                " ON CONFLICT (hotkey) DO UPDATE SET registered = 1",
-                [(hotkey,) for hotkey in after - before],
-            )
-            self._db.executemany("UPDATE hotkeys SET registered = 0 WHERE hotkey = ?", gone)
-            self._db.executemany(_DELETE_EMPTY, gone)
+        self._change(
+            "INSERT INTO hotkeys (hotkey, registered) VALUES (?, 1)"
+            " ON CONFLICT (hotkey) DO UPDATE SET registered = 1",
+            [(hotkey,) for hotkey in after - before],
+            each=True,
+        )
+        self._change("UPDATE hotkeys SET registered = 0 WHERE hotkey = ?", gone, each=True)
+        self._change(_DELETE_EMPTY, gone, each=True)
         return before ^ after
+
+    # ------------------------------------------------------------------ history
 
     def add_events(
         self, changes: Iterable[Change], origin: Origin | None = None, at_ms: int | None = None
     ) -> None:
         """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
-        self._need_transaction()
-        pid, uid, program = history.this_process() if origin is None else origin
-        now = clock.now_ms() if at_ms is None else at_ms
+        pid, uid, program = this_process() if origin is None else origin
+        now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
         rows = [
             (now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes
         ]
-        with self._guard:
-            self._db.executemany(history.INSERT, rows)
+        self._change(_ADD_EVENT, rows, each=True)
 
     def events(
         self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
     ) -> list[Event]:
-        """Return events, newest first, as :func:`~shmelim.eliminations.store.history.read_events`."""
-        with self._guard:
-            return history.select(self._db, hotkey, limit, before_id)
+        """Return at most `limit` events, newest first: of one hotkey, or older than the one with that id."""
+        if limit is not None and limit < 0:
+            raise ValueError(f"limit must be at least 0, not {limit}")
+        arguments: list[Any] = [_LARGEST_ID if before_id is None else before_id]
+        where = "id < ?"
+        if hotkey is not None:
+            where += " AND hotkey = ?"
+            arguments.append(hotkey)
+        arguments.append(-1 if limit is None else limit)
+        return [
+            Event._make(row) for row in self._ask(f"{_EVENTS} WHERE {where} ORDER BY id DESC LIMIT ?", arguments)
+        ]
+
+    # ------------------------------------------------------------------ debts and slashes
 
     def debts(self, hotkey: str | None = None) -> list[Debt]:
         """Return what is owed, by one hotkey or by all, in the order of the eliminations that owe it."""
-        with self._guard:
-            return debt_table.select(self._db, hotkey)
+        found = self._ask_whose(_DEBTS, hotkey, "ordinal, kind")
+        return [debt._replace(due=bool(debt.due)) for debt in map(Debt._make, found)]
 
     def debt(self, hotkey: str, kind: str) -> Debt | None:
         """Return one debt, or None."""
-        with self._guard:
-            return debt_table.find(self._db, hotkey, kind)
+        return next((debt for debt in self.debts(hotkey) if debt.kind == kind), None)
 
     def debtors(self) -> set[str]:
         """Return the hotkeys that owe anything."""
-        return {hotkey for (hotkey,) in self._stream("SELECT DISTINCT hotkey FROM debts")}
+        return {hotkey for (hotkey,) in self._ask("SELECT DISTINCT hotkey FROM debts")}
 
-    def put_debt(self, debt: Debt) -> None:
-        """Store a debt; it replaces the one of this hotkey and kind."""
-        self._need_transaction()
-        with self._guard:
-            debt_table.put(self._db, debt)
-
-    def remove_debt(self, debt: Debt) -> None:
-        """Remove a debt."""
-        self._need_transaction()
-        with self._guard:
-            debt_table.delete(self._db, debt)
+    def debt_figures(self) -> DebtFigures:
+        """Count the debts."""
+        ((count,),) = self._ask("SELECT count(*) FROM debts")
+        in_doubt = self._ask("SELECT hotkey FROM debts WHERE state = ? ORDER BY ordinal", (IN_DOUBT,))
+        return DebtFigures(count, [hotkey for (hotkey,) in in_doubt])
 
     def next_debt_ordinal(self) -> int:
         """Return the ordinal for the debts of the next elimination."""
-        with self._guard:
-            return debt_table.next_ordinal(self._db)
+        return int(self._ask("SELECT 1 + coalesce(max(ordinal), 0) FROM debts")[0][0])
 
-    def debt_figures(self) -> debt_table.Figures:
-        """Count the debts."""
-        with self._guard:
-            return debt_table.figures(self._db)
+    def put_debt(self, debt: Debt) -> None:
+        """Store a debt; it replaces the one of this hotkey and kind."""
+        self._change("INSERT OR REPLACE INTO debts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", debt)
 
-    def slash(self, hotkey: str) -> Slash | None:
-        """Return the last slash that was made of a hotkey, or None."""
-        with self._guard:
-            return debt_table.find_slash(self._db, hotkey)
+    def remove_debt(self, debt: Debt) -> None:
+        """Remove a debt."""
+        self._change("DELETE FROM debts WHERE hotkey = ? AND kind = ?", (debt.hotkey, debt.kind))
 
     def slashes(self, hotkey: str | None = None) -> list[Slash]:
         """Return the last slash that was made of one hotkey, or of each, oldest first."""
-        with self._guard:
-            return debt_table.select_slashes(self._db, hotkey)
+        return [Slash._make(row) for row in self._ask_whose(_SLASHES, hotkey, "made_ms, hotkey")]
 
     def put_slash(self, slash: Slash) -> None:
         """Store a slash that was made; it replaces the last one of this hotkey."""
-        self._need_transaction()
-        with self._guard:
-            debt_table.put_slash(self._db, slash)
+        self._change("INSERT OR REPLACE INTO slashes VALUES (?, ?, ?, ?)", slash)
+
+    # ------------------------------------------------------------------ questions
 
     def _records_of(self, hotkeys: Iterable[str]) -> dict[str, bytes]:
         """Return the stored records of these hotkeys, in their order."""
         names = list(hotkeys)
-        found: dict[str, bytes] = {}
-        for start in range(0, len(names), _CHUNK):
-            chunk = names[start : start + _CHUNK]
-            with self._guard:
-                found.update(self._db.execute(f"{_RECORDS} ({_marks(chunk)})", chunk))
+        select = "SELECT hotkey, record FROM hotkeys"
+        found = {hotkey: record for hotkey, record in self._ask_of(select, names) if record is not None}
         return {hotkey: found[hotkey] for hotkey in names if hotkey in found}
 
+    def _ask_of(self, select: str, hotkeys: Iterable[str]) -> list[tuple[Any, ...]]:
+        """Ask of many hotkeys."""
+        remaining, found = iter(hotkeys), []
+        while chunk := list(islice(remaining, _CHUNK)):
+            found += self._ask(f"{select} WHERE hotkey IN ({','.join('?' * len(chunk))})", chunk)
+        return found
 
-def _marks(values: list[str]) -> str:
-    return ",".join("?" * len(values))
+    def _ask_whose(self, select: str, hotkey: str | None, order: str) -> list[tuple[Any, ...]]:
+        """Ask of one hotkey or of all."""
+        if hotkey is None:
+            return self._ask(f"{select} ORDER BY {order}")
+        return self._ask(f"{select} WHERE hotkey = ? ORDER BY {order}", (hotkey,))
 
 
-def _row(row: tuple[str, int | None, bytes | None, int | None, int | None, int, int | None]) -> Row:
+def _row(row: tuple[Any, ...]) -> Row:
     hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum = row
     if record is not None and crc32(record) != checksum:
-        raise DamagedStoreError(f"the stored record of hotkey {hotkey!r} is damaged", hint=DAMAGED_HINT)
+        raise damaged(f"the stored record of hotkey {hotkey!r}")
     return Row(hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered == 1)
