@@ -250,7 +250,7 @@ class RPCServiceBase(ABC):
         try:
             assert core.location is not None
             core.owner = Owner(core, core.location)
-            core.page.owner_tells = core.is_heard()
+            core.page.state.owner_tells = core.is_heard()
             core.owner.start()
             if core.settings.restart_on_exit:
                 core.owner.watch()

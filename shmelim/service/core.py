@@ -141,7 +141,7 @@ class Core:
         )
         # Its calls are short, and tell of a missing server at once.
         self._checking = ChannelClient(
-            self.location, self.key.for_check, timeout=settings.health_check_timeout, codec=codec
+            self.location, self.key.for_client, timeout=settings.health_check_timeout, codec=codec
         )
 
     def proxy(self) -> Proxy | Absent:
@@ -182,7 +182,7 @@ class Core:
     @property
     def has_ended(self) -> bool:
         """Whether the service was shut down, here or by its owner, or a later object has taken its address."""
-        return self.refusal is not None or bool(self.page.ended)
+        return self.refusal is not None or bool(self.page.state.ended)
 
     def end(self, why: str) -> None:
         """Shut down, and let whoever still wants something know why; idempotent."""
@@ -192,7 +192,7 @@ class Core:
             self.refusal = why
         self._at_exit.cancel()
         if self.is_makers:
-            self.page.ended = 1  # first, so that no copy takes what follows for a failure
+            self.page.state.ended = 1  # first, so that no copy takes what follows for a failure
         clients = [client for client in (self.client, self._checking) if client is not None]
         for client in clients:
             client.retire(why)
@@ -258,7 +258,7 @@ class Core:
     def _unknown(self) -> NoReturn:
         raise UnknownMethodError(f"{self.name} has no remote method 'health_check_rpc'")
 
-    def _found(self, finding: Finding | None, failures: int, began: float) -> bool:
+    def _found(self, finding: Finding | None, failures: int) -> bool:
         """Tell of what a check found, and at the threshold have the server replaced."""
         if finding is None:
             self._well()
@@ -279,12 +279,12 @@ class Core:
             _logger.warning(text, self.name, failures, limit, finding.text, exc_info=trace)
             if not self._owner_tells():
                 self.report_down(f"health check failed: {finding.text}")
-            return failures >= limit and self._replace(failures, began, finding.text)
+            return failures >= limit and self._replace(failures, finding.text)
         return False
 
     def report_down(self, text: str, severity: Severity = "degraded") -> None:
         """Raise the problem that the server is down."""
-        if self.is_heard() and not self.page.level:
+        if self.is_heard() and not self.page.state.level:
             self.problems.clear(DOWN, self.name)  # an earlier one, whose end another process has told
         self.problems.report(DOWN, text, subject=self.name, severity=severity)
 
@@ -292,7 +292,7 @@ class Core:
         """End whatever a good check ends; also an outage of which another process told that has ended since."""
         if self.problems.stands("cannot_check", self.name):
             self.problems.clear("cannot_check", self.name)
-        if (self.problems.stands(DOWN, self.name) or self.page.level) and not self._is_being_replaced():
+        if (self.problems.stands(DOWN, self.name) or self.page.state.level) and not self._is_being_replaced():
             self.problems.clear(DOWN, self.name)
             self.alerts.recovered()
 
@@ -301,25 +301,25 @@ class Core:
         return (
             self.location is not None
             and self.settings.restart_on_exit
-            and bool(self.page.owner_tells)
+            and bool(self.page.state.owner_tells)
             and (self.is_makers or self.maker.is_running())
             and self._asked.wait(_DYING)
         )
 
     def _is_being_replaced(self) -> bool:
         """Whether the owner is about to tell of another server, which answers and is not yet in the books."""
-        if self.location is None or self.is_makers:
+        if self.location is None or not (self.page.state.ended_by or not self.page.server.is_running()):
             return False
-        return bool(self.page.ended_by or not self.page.server.is_running()) and self.maker.is_running()
+        return self.is_makers or self.maker.is_running()
 
-    def _replace(self, failures: int, failed_at: float, text: str) -> bool:
+    def _replace(self, failures: int, text: str) -> bool:
         """Have a server that failed so often replaced, if that may be; return whether the count begins anew."""
         facade = self._facade()
         try:
             if self.location is None or not getattr(facade, "enable_auto_restart", False):
                 why_not = "no automatic restart"
             elif self.owner is not None:
-                return self._restart(failures, failed_at)
+                return self._restart(failures)
             elif not self.maker.is_running():
                 why_not = f"nobody restarts it: process {self.maker.pid}, which made the service, is gone"
             elif not self.settings.restart_on_exit:
@@ -335,16 +335,12 @@ class Core:
         self.report_down(f"{checks(failures)} in a row, {why_not}: {text}", "failing")
         return False
 
-    def _restart(self, failures: int, failed_at: float) -> bool:
+    def _restart(self, failures: int) -> bool:
         """Restart a server that hangs, in the owner. One that is dead is brought back anyway."""
-        if self.owner.sees_to_it():
+        if not self.owner.restart(self._asked):
             return False
-        self.page.ended_by = os.getpid()
-        try:
-            if self.owner.restart(failed_at):
-                self.alerts.restarted(f"server restarted after {checks(failures)}")
-        finally:
-            self.page.ended_by = 0
+        self.alerts.restarted(f"server restarted after {checks(failures)}")
+        self.page.state.ended_by = 0  # from here on, also copies may tell that all is well
         self.look()
         return True
 
@@ -366,7 +362,9 @@ class Core:
         # One that is about to be dead has no title any more.
         if not (is_of_this_user(pid) and is_server_of(pid, self.name)) and not self._asked.wait(_DYING):
             raise ChannelError(f"process {pid} does not look like the server of {self.name}, and is left alone")
-        self.page.ended_by = os.getpid()
+        self.page.state.ended_by = os.getpid()
+        if self.page.server != self._asked:  # it had died, and there is another one: there is nothing to tell of
+            self.page.state.ended_by = 0
 
     def __repr__(self) -> str:
         return f"{self.name!r} {'direct' if self.location is None else f'at {describe(self.location)}'}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import math
 import multiprocessing
@@ -17,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, Protocol, Self
 
-from shmelim.errors import KeyFileError
+from shmelim.errors import CallerFaultError, KeyFileError
 from shmelim.service.settings import server_title
 from shmelim.service.shared import SharedPage
 from shmelim.system import forks
@@ -29,19 +28,6 @@ DOWN: Final = "server_down"
 
 _PATIENCE: Final = 0.8  # seconds that a check under way has to end by itself
 _FLUSH: Final = 2.0  # seconds for alerts that are still to be sent when a checking process ends
-# What a process lacks itself: descriptors, memory, rights, a way to the socket.
-_OWN_FAULTS: Final = frozenset(
-    {
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOMEM,
-        errno.ENOBUFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENOTDIR,
-        errno.ELOOP,
-    }
-)
 
 _logger = logging.getLogger("shmelim.service")
 
@@ -91,7 +77,7 @@ class Alerts:
 
     def recovered(self) -> None:
         """Say that the outage is over, if one was told of that is not over yet, by whatever process."""
-        over = self._page.fall() if self._page.level and self._notifier() is not None else None
+        over = self._page.fall() if self._page.state.level and self._notifier() is not None else None
         if over is not None:
             number, seconds, restarts = over
             count = "1 restart" if restarts == 1 else f"{restarts} restarts"
@@ -99,7 +85,7 @@ class Alerts:
 
     def restarted(self, text: str) -> None:
         """Say that a health check has had the server restarted."""
-        self.say(f"outage {self._page.number}: {text}", "warning")
+        self.say(f"outage {self._page.state.number}: {text}", "warning")
 
     def say(self, text: str, level: str) -> None:
         """Pass a message on."""
@@ -121,11 +107,11 @@ class HealthChecks:
     """Checks a server at most so often, and counts how often it failed in a row.
 
     Thread-safe. A call that comes while another one checks returns what is known, and does not wait. `ask` returns
-    what the server says of itself. `found` gets what a check finds, the number of failures in a row, and the
-    ``monotonic()`` at which the check began; it returns whether the count begins anew.
+    what the server says of itself. `found` gets what a check finds and the number of failures in a row, and
+    returns whether the count begins anew.
     """
 
-    def __init__(self, ask: Callable[[], object], found: Callable[[Finding | None, int, float], bool]) -> None:
+    def __init__(self, ask: Callable[[], object], found: Callable[[Finding | None, int], bool]) -> None:
         self._ask = ask
         self._found = found
         # Whoever holds the turn, which nobody waits for, reads and writes everything below; the others only read
@@ -142,11 +128,10 @@ class HealthChecks:
         try:
             if self._last_ms is None or not 0 <= now_ms - self._last_ms < interval_ms:
                 self._last_ms = now_ms
-                began = monotonic()
                 finding = self.find()
                 self._healthy = finding is None
                 self.failures = 0 if finding is None else self.failures + (not finding.own)
-                if self._found(finding, self.failures, began):
+                if self._found(finding, self.failures):
                     self.failures = 0
             return self._healthy
         finally:
@@ -157,7 +142,8 @@ class HealthChecks:
         try:
             answer = self._ask()
         except Exception as error:
-            return Finding(f"RPC error: {type(error).__name__}: {error}", error, _is_own_fault(error))
+            own = isinstance(error, KeyFileError | CallerFaultError | MemoryError)
+            return Finding(f"RPC error: {type(error).__name__}: {error}", error, own)
         if not isinstance(answer, Mapping):
             return Finding(f"status error: the answer is {_short(answer)}, not a dict with a status")
         status = answer.get("status")
@@ -167,17 +153,6 @@ class HealthChecks:
 def checks(number: int) -> str:
     """Return so many failed checks in words."""
     return "1 failed health check" if number == 1 else f"{number} failed health checks"
-
-
-def _is_own_fault(error: BaseException | None) -> bool:
-    """Whether a failed call is the fault of who called: of its key, its rights, or its limits."""
-    while error is not None:
-        if isinstance(error, KeyFileError | MemoryError):
-            return True
-        if isinstance(error, OSError) and error.errno in _OWN_FAULTS:
-            return True
-        error = error.__cause__
-    return False
 
 
 def _short(value: Any) -> str:

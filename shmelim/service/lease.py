@@ -65,13 +65,6 @@ class ServiceKey:
         """Return the key that the server has; ``NotServingError`` or ``KeyFileError`` if it cannot be had."""
         return self._key if self.path is None else load_key(self.path)
 
-    def for_check(self) -> bytes:
-        """Return the key that the server has; ``KeyFileError`` whatever keeps it from this process."""
-        try:
-            return self.for_client()
-        except NotServingError as error:
-            raise KeyFileError(error.message, hint="its server puts it back, if it can") from error
-
     def check_available(self) -> None:
         """Raise ``KeyFileError`` if a server could not get the key; makes nothing."""
         if self.path is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import threading
@@ -57,7 +58,6 @@ class Owner:
         self._lock = threading.RLock()
         self.server: ServerProcess | None = None  # the one that serves, or was the last to
         self._mark: socket.socket | None = None
-        self._restarted_at = float("-inf")
         self.recipe: tuple[Any, ...] = ()  # what the last start gave to its process
         self._changed = threading.Event()  # there is another server, or the end: the watching thread need not rest
         self._thread: threading.Thread | None = None
@@ -82,7 +82,7 @@ class Owner:
                     core.check_not_ended()
                     self.disown_mark()
                     if self.server is not None:
-                        core.page.count_restart()
+                        core.page.state.restarts += 1
                     self.server, self._mark, core.page.server = server, mark, server.identity
                     server.ready_at = monotonic()
                     core.reach(server.identity)
@@ -128,25 +128,28 @@ class Owner:
         except ChannelError as error:
             raise type(error)(f"{name} cannot be served: {error.message}", hint=error.hint) from error
 
-    def restart(self, failed_at: float | None = None) -> bool:
+    def restart(self, failing: ProcessIdentity | None = None) -> bool:
         """End the server process, and start another at the same address with the same key.
 
-        Returns whether that was done: not if it was since `failed_at`. What the next server needs is checked
-        before this one is ended.
+        Returns whether that was done: not if there is another one by now than `failing`, or the watching thread
+        brings it back. What the next server needs is checked before this one is ended.
         """
-        settings = self._settings
+        core, settings = self._core, self._settings
         with self._lock:
-            if failed_at is not None and failed_at < self._restarted_at:
-                return False
-            self._core.check_not_ended()
+            core.check_not_ended()
             server = self.server
-            if server is not None and server.identity.is_running():
+            lives = server is not None and server.identity.is_running()
+            known = failing is None or (server is not None and server.identity == failing)
+            if not known or (failing is not None and self._thread is not None and not lives):
+                return False
+            if server is not None and lives:
                 self._check_replaceable()
-                _logger.warning("%s: restarting the server process", self._core.name)
+                if failing is not None:
+                    core.page.state.ended_by = os.getpid()
+                _logger.warning("%s: restarting the server process", core.name)
                 server.stop(settings.stop_timeout)
-            wait_until_free(self._location, settings.release_timeout)
+                wait_until_free(self._location, settings.release_timeout)
             self.start()
-            self._restarted_at = monotonic()
             return True
 
     def _check_replaceable(self) -> None:
@@ -190,10 +193,6 @@ class Owner:
         self._thread = threading.Thread(target=self._watch, name=f"{self._core.name}-owner", daemon=True)
         self._thread.start()
 
-    def sees_to_it(self) -> bool:
-        """Whether the server is dead, and the watching thread brings it back."""
-        return self._thread is not None and (self.server is None or not self.server.identity.is_running())
-
     def _watch(self) -> None:
         """Bring each server back that dies, until the service ends."""
         deaths = 0
@@ -220,10 +219,10 @@ class Owner:
         """Raise the problem that the server is down, unless a health check has ended it, which has told why."""
         core = self._core
         how = dead.how_it_ended()
-        if dead.process.exitcode in {0, -signal.SIGTERM} and not core.page.ended_by:
+        if dead.process.exitcode in {0, -signal.SIGTERM} and not core.page.state.ended_by:
             self._changed.wait(_MEANT)
-        core.page.owner_tells = core.is_heard()
-        if self._is_missed(dead) and not core.page.ended_by:
+        core.page.state.owner_tells = core.is_heard()
+        if self._is_missed(dead) and not core.page.state.ended_by:
             what = "another is being started" if core.may_restart() else "restart_server() starts another"
             text = f"the server, process {dead.pid}, {how}; {what}"
             self._aside(lambda: core.report_down(text))
@@ -253,10 +252,10 @@ class Owner:
     def _tell_of_restart(self) -> None:
         """Say that a server was restarted which a health check had ended, and find out whether all is well."""
         core = self._core
-        if core.page.ended_by:
-            text = f"server restarted: process {core.page.ended_by} found that it hung, and ended it"
+        if core.page.state.ended_by:
+            text = f"server restarted: process {core.page.state.ended_by} found that it hung, and ended it"
             core.alerts.restarted(text)
-            core.page.ended_by = 0
+            core.page.state.ended_by = 0
         core.look()
 
     def _aside(self, tell: Callable[[], object]) -> None:

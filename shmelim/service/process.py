@@ -11,6 +11,7 @@ import multiprocessing.process
 import multiprocessing.util
 import os
 import pickle
+import pickletools
 import signal
 import sys
 from collections.abc import Callable
@@ -117,15 +118,6 @@ def _preparation(name: str) -> dict[str, Any]:
     return data if method is None else data | {"start_method": method}
 
 
-class _Pickler(reduction.ForkingPickler):
-    """Refuses what lives in the caller's script."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if getattr(value, "__module__", None) in _SCRIPTS and hasattr(value, "__qualname__"):
-            raise InCallersScriptError(value.__qualname__)
-        return NotImplemented
-
-
 class _NoProcess:
     """Stands for a process that is being started, where it is only asked whether things can be given to one."""
 
@@ -139,13 +131,18 @@ def check_portable(*things: object) -> None:
 
 
 def _pickled(value: object, popen: object) -> bytes:
-    buffer = io.BytesIO()
+    """Return a value for a process; ``InCallersScriptError`` if something in it lives in the caller's script."""
     multiprocessing.context.set_spawning_popen(popen)  # type: ignore[arg-type]
     try:
-        _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
+        pickled = bytes(reduction.ForkingPickler.dumps(value, pickle.HIGHEST_PROTOCOL))
     finally:
         multiprocessing.context.set_spawning_popen(None)
-    return buffer.getvalue()
+    # Modules stand in it as texts of their own.
+    if any(name.encode() in pickled for name in _SCRIPTS) and any(
+        text in _SCRIPTS for _, text, _ in pickletools.genops(pickled)
+    ):
+        raise InCallersScriptError
+    return pickled
 
 
 # ---------------------------------------------------------------------- readiness
@@ -153,31 +150,14 @@ def _pickled(value: object, popen: object) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """What a server process must know besides address and key.
-
-    Attributes
-    ----------
-    service_name : str
-        Name for title, messages and threads.
-    owner : ProcessIdentity | None
-        The process with which it ends; None: it outlives all others.
-    codec : Codec | None
-        Codec of requests and replies; None: msgpack.
-    max_message : int
-        Longest message in bytes.
-    drain : float
-        Seconds that running calls have when it ends.
-    methods : frozenset of str
-        Methods that are served although their names do not end in ``_rpc``.
-
-    """
+    """What a server process must know besides address and key."""
 
     service_name: str
-    owner: ProcessIdentity | None = None
-    codec: Codec | None = None
+    owner: ProcessIdentity | None = None  # with which it ends; None: it outlives all others
+    codec: Codec | None = None  # None: msgpack
     max_message: int = DEFAULT_MAX_MESSAGE
-    drain: float = 1.0
-    methods: frozenset[str] = frozenset()
+    drain: float = 1.0  # seconds that running calls have when it ends
+    methods: frozenset[str] = frozenset()  # that are served although their names do not end in _rpc
 
 
 class ServerReady:

@@ -73,22 +73,11 @@ def run_server(
     server_ready: ServerReady,
     on_listening: Callable[[Any, Location], object] | None = None,
 ) -> None:
-    """Make an object and serve it; what a server process runs that was started by ``_spawn_server``.
+    """Make an object and serve it; what a process runs that ``_spawn_server`` starts.
 
-    Parameters
-    ----------
-    factory, args, kwargs
-        ``factory(*args, **kwargs)`` makes the object. If that has a method ``close``, it is called in the end.
-    address, authkey, server_ready
-        As for :func:`serve_rpc`.
-    on_listening
-        Called with the object and its address before the owner is told that the server is ready.
-
-    Raises
-    ------
-    SystemExit
-        There is no server, and the owner was told why.
-
+    If the object has a method ``close``, that is called in the end. `on_listening` is called with it and its
+    address before the owner is told that the server is ready. Where there is no server, the owner is told why, and
+    ``SystemExit`` is raised.
     """
     global _starting  # noqa: PLW0603
     options = server_ready.options

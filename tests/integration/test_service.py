@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -398,12 +397,12 @@ class PickledService(RPCServiceBase):
 
 def test_two_restarts_for_one_failure_are_one(make):
     service = make()
-    failed_at = time.monotonic()
-    assert core_of(service).owner.restart(failed_at)
+    failing = core_of(service).page.server
+    assert core_of(service).owner.restart(failing)
     pid = service.server_pid
-    assert not core_of(service).owner.restart(failed_at)
+    assert not core_of(service).owner.restart(failing)
     assert service.server_pid == pid
-    assert core_of(service).owner.restart(time.monotonic())
+    assert core_of(service).owner.restart(core_of(service).page.server)
     assert service.server_pid != pid
 
 
@@ -476,6 +475,35 @@ def test_a_restart_that_fails_is_tried_again_and_told_once(make, tmp_path, itsel
     until(lambda: service.health_check(clock.later(60)))
     until(lambda: alerts.of("success"))
     assert levels(alerts) == ["error", "error", *(() if itself else ("warning",)), "success"]
+
+
+@pytest.mark.parametrize(
+    "lacking", ["what is given cannot be pickled", "the key's directory", "the socket's directory"]
+)
+def test_what_the_next_server_needs_is_looked_at_before_this_one_is_ended(make, tmp_path, lacking):
+    place = tmp_path / "place"
+    place.mkdir()
+    where = {"address": place / "s"} if "socket" in lacking else {"key_path": place / "key"}
+    service = make("fresh", enable_health_check=True, max_consecutive_failures=1, **where)
+    alerts, pid = Alerts(), service.pid()
+    service.slack_notifier = alerts
+    if "pickled" in lacking:
+        factory, arguments, *rest = core_of(service).owner.recipe
+        core_of(service).owner.recipe = (factory, (*arguments, threading.Lock()), *rest)
+    else:
+        place.rename(tmp_path / "elsewhere")
+        place.touch()
+    with pytest.raises(ChannelError, match="LedgerServer goes on with its server, since another could not"):
+        service.restart_server()
+    (tmp_path / "status").write_text("sick")
+    for number in range(1, 4):
+        assert service.health_check(60_000.0 * number) is False
+    assert is_alive(pid)
+    assert service.server_pid == pid
+    assert levels(alerts) == ["error", "error"]
+    assert "goes on with its server" in alerts.of("error")[1]
+    (tmp_path / "status").unlink()
+    assert service.health_check(10**9) is True
 
 
 def test_after_shutdown_nothing_is_restarted(make):

@@ -7,7 +7,9 @@ import logging
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +23,7 @@ from ledger import EntryPointLedger, Ledger, LedgerServer, core_of, is_alive, pi
 from waiting import PATIENCE, until
 
 from shmelim.errors import AuthenticationFailedError, ChannelError, NotServingError
-from shmelim.service import RPCServiceBase, ServerReady
+from shmelim.service import RPCServiceBase, ServerReady, report_progress
 from shmelim.service.process import ServerOptions
 from shmelim.service.serving import Ending
 from shmelim.system import processes
@@ -356,6 +358,121 @@ def test_a_plain_event_will_do(tmp_path):
     process.terminate()
     process.join(PATIENCE)
     assert process.exitcode == 0
+
+
+class GettingOn(LedgerServer):
+    """Is made in steps, which together take longer than a start may."""
+
+    def __init__(self, directory):
+        super().__init__(directory)
+        for step in range(8):
+            time.sleep(0.1)
+            report_progress("recovering", step, 8)
+
+
+class GettingOnLedger(Ledger):
+    def _start_server_process(self, address, authkey, server_ready):
+        return self._spawn_server(
+            GettingOn, self.directory, address=address, authkey=authkey, server_ready=server_ready
+        )
+
+
+def test_a_server_that_reports_progress_is_given_more_than_the_limit(make):
+    service = make(GettingOnLedger, ready_timeout=0.5, start_method="fork")
+    assert service.pid() == service.server_pid
+
+
+def sockets_of(pid):
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the directory itself
+            found.add(str(link.readlink()))
+    return {name for name in found if name.startswith("socket:")}
+
+
+def test_a_fresh_server_inherits_no_descriptor_and_no_thread(make):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.set_inheritable(True)
+        service = make(start_method=None)
+        assert sockets_of(service.server_pid)
+        assert not sockets_of(service.server_pid) & sockets_of(os.getpid())
+
+
+def test_a_fresh_server_is_not_interrupted_by_its_owners_terminal_while_it_starts(make):
+    class Interrupted(Ledger):
+        def _start_server_process(self, address, authkey, server_ready):
+            process = super()._start_server_process(address, authkey, server_ready)
+            for _ in range(3):
+                os.kill(process.pid, signal.SIGINT)
+            return process
+
+    service = make(Interrupted, start_method=None)
+    os.kill(service.server_pid, signal.SIGINT)
+    assert service.pid() == service.server_pid
+
+
+MODULE_LEVEL = """
+import sys
+from ledger import Ledger
+print("ran", flush=True)
+service = Ledger(sys.argv[1], start_method=None)
+print(service.enter("one"), service.pid() == service.server_pid, flush=True)
+"""
+
+
+@pytest.mark.parametrize("by", ["script", "standard input", "-c"])
+def test_a_module_level_service_needs_no_guard(tmp_path, by):
+    """And ends with the script, which does not shut it down."""
+    script = tmp_path / "script.py"
+    script.write_text(MODULE_LEVEL)
+    arguments = {"script": [str(script)], "standard input": ["-"], "-c": ["-c", MODULE_LEVEL]}[by]
+    done = subprocess.run(
+        [sys.executable, *arguments, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([TESTS, *sys.path])},
+        input=MODULE_LEVEL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["ran", "one True"], done.stderr
+    assert (tmp_path / "closed").exists()
+
+
+def test_a_copy_without_descriptors_left_blames_itself(make):
+    """It cannot even ask; the server is well."""
+    alerts = []
+    service = make(enable_health_check=True, max_consecutive_failures=1)
+    pid = service.pid()
+    here, there = multiprocessing.get_context("fork").Pipe()
+
+    def check():
+        service.slack_notifier = Notes()
+        limit = max(int(link.name) for link in Path("/proc/self/fd").iterdir()) + 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        taken = []
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        outcomes = [service.health_check(60_000.0 * number) for number in range(1, 4)]
+        there.send((outcomes, service.slack_notifier.messages))
+
+    class Notes:
+        messages = alerts
+
+        def send_message(self, text, level="info"):
+            self.messages.append((level, text))
+
+    process = multiprocessing.get_context("fork").Process(target=check)
+    process.start()
+    assert here.poll(PATIENCE)
+    outcomes, told = here.recv()
+    process.join(PATIENCE)
+    assert outcomes == [False] * 3
+    ((level, text),) = told
+    assert level == "warning"
+    assert "cannot check the server, which may be well" in text
+    assert service.pid() == service.server_pid == pid
 
 
 # ------------------------------------------------------------------ ending

@@ -316,11 +316,11 @@ def in_copy(function):
 def test_what_one_process_writes_the_others_see():
     page = SharedPage("Svc")
     server = ProcessIdentity.this_process()
-    assert not page.ended
-    page.server, page.ended_by, page.owner_tells = server, 7, True
-    assert in_copy(lambda: (page.server, page.ended_by, page.owner_tells)) == (server, 7, 1)
-    in_copy(lambda: setattr(page, "ended", 1))
-    assert page.ended
+    assert not page.state.ended
+    page.server, page.state.ended_by, page.state.owner_tells = server, 7, True
+    assert in_copy(lambda: (page.server, page.state.ended_by, page.state.owner_tells)) == (server, 7, 1)
+    in_copy(lambda: setattr(page.state, "ended", 1))
+    assert page.state.ended
 
 
 def test_an_outage_is_entered_once_for_each_level_and_ended_once_by_whoever_comes_first():
@@ -330,7 +330,7 @@ def test_an_outage_is_entered_once_for_each_level_and_ended_once_by_whoever_come
     assert in_copy(lambda: page.rise(1)) == 0
     assert in_copy(lambda: page.rise(2)) == number
     assert page.rise(1) == page.rise(2) == 0
-    page.count_restart()
+    page.state.restarts += 1
     assert in_copy(page.fall)[::2] == (number, 1)
     assert page.fall() is None
     assert in_copy(lambda: page.rise(1)) == number + 1
