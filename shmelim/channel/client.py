@@ -210,15 +210,11 @@ class ChannelClient:
         deadline = monotonic() + (self._timeout if timeout is None else _checked_seconds("timeout", timeout))
         self._connections.give_back(self._connections.take() or self._dial(deadline))
 
-    def proxy(
-        self, *, timeout: float | None = None, idempotent: Collection[str] = (), methods: Collection[str] = ()
-    ) -> Proxy:
+    def proxy(self, *, idempotent: Collection[str] = (), methods: Collection[str] = ()) -> Proxy:
         """Return an object whose remote methods can be called like its own.
 
         Parameters
         ----------
-        timeout
-            Seconds for each call; None: the client's.
         idempotent
             Names of the methods that may be carried out twice.
         methods
@@ -230,7 +226,7 @@ class ChannelClient:
             ``proxy.some_rpc(1, x=2)`` is ``call("some_rpc", (1,), {"x": 2})``.
 
         """
-        return Proxy(self, timeout, frozenset(idempotent), frozenset(methods))
+        return Proxy(self, frozenset(idempotent), frozenset(methods))
 
     def retire(self, why: str) -> None:
         """Take no more calls, which raise ``ChannelError(why)``; those under way are left alone. Idempotent."""
@@ -343,7 +339,7 @@ class Connections:
     """The connections of one client. Every method is thread-safe and short.
 
     A signal handler may call any method, also while its thread is inside one: :meth:`close` most of all. In a
-    forked child it is empty, and its copies of the descriptors are closed without a word to the server.
+    forked child it is empty.
     """
 
     def __init__(self) -> None:
@@ -351,8 +347,7 @@ class Connections:
         # The lock guards everything below, from other threads. It is re-entrant, since a signal handler that
         # closes may have interrupted its holder at any point: so whoever has entered a wire looks once more
         # whether it was closed meanwhile. `_wires` has every connection; `_idle` those that no call uses, the
-        # last used one last. Entries of `_wires` are also made inside forks.creating_descriptors, so that a
-        # forked child finds every inherited descriptor here.
+        # last used one last.
         self._lock = threading.RLock()
         self._wires: dict[Wire, None] = {}
         self._idle: list[Wire] = []
@@ -365,14 +360,13 @@ class Connections:
 
     def open(self, location: Location) -> Wire:
         """Enter a new wire, which is not connected yet; ``ChannelError`` when closed."""
-        with forks.creating_descriptors:
-            try:
-                sock = new_socket(location)
-            except OSError as error:
-                raise cannot_connect(location, error) from error
-            with self._lock:
-                wire = Wire(sock)
-                self._wires[wire] = None
+        try:
+            with forks.creating_descriptors:
+                wire = Wire(new_socket(location))
+        except OSError as error:
+            raise cannot_connect(location, error) from error
+        with self._lock:
+            self._wires[wire] = None
         if self.refusal is not None:
             self.discard(wire)
             raise ChannelError(self.refusal)
@@ -430,12 +424,8 @@ class Connections:
                 self.discard(self._idle.pop())
 
     def after_fork_in_child(self) -> None:
-        """Close the inherited descriptors. Called by :mod:`shmelim.system.forks`."""
-        self._lock = threading.RLock()
-        for wire in self._wires:
-            wire.abandon()
-        self._wires = {}
-        self._idle = []
+        """Forget all, which is the parent's. Called by :mod:`shmelim.system.forks`."""
+        self._lock, self._wires, self._idle = threading.RLock(), {}, []
 
 
 class Proxy:
@@ -455,15 +445,8 @@ class Proxy:
 
     """
 
-    def __init__(
-        self,
-        client: ChannelClient,
-        timeout: float | None,
-        idempotent: frozenset[str],
-        methods: frozenset[str],
-    ) -> None:
+    def __init__(self, client: ChannelClient, idempotent: frozenset[str], methods: frozenset[str]) -> None:
         self._client = client
-        self._timeout = timeout
         self._idempotent = idempotent
         self._methods = methods
 
@@ -473,9 +456,7 @@ class Proxy:
             raise UnknownMethodError(f"{name!r} is not the name of a remote method", hint=hint)
 
         def remote_method(*args: Any, **kwargs: Any) -> Any:
-            return self._client.call(
-                name, args, kwargs, timeout=self._timeout, idempotent=name in self._idempotent
-            )
+            return self._client.call(name, args, kwargs, idempotent=name in self._idempotent)
 
         remote_method.__name__ = remote_method.__qualname__ = name
         self.__dict__[name] = remote_method  # the next access finds it without coming here

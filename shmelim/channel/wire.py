@@ -19,6 +19,7 @@ import struct
 import threading
 
 from shmelim.errors import ProtocolError
+from shmelim.system import forks
 from shmelim.system.clock import monotonic
 
 _HEADER = struct.Struct("!i")
@@ -55,10 +56,9 @@ class Wire:
     """A connected stream socket with message framing and deadlines, which owns the socket.
 
     One thread at a time may send and receive; :meth:`shutdown`, :meth:`bid_farewell` and :meth:`close` may come
-    from any. After an error of sending or receiving the wire is of no use any more.
+    from any. After an error of sending or receiving the wire is of no use any more. Make it together with its
+    socket inside ``forks.creating_descriptors``: a forked child closes its copy without a word to the peer.
     """
-
-    __slots__ = ("_closing", "_readable", "_surplus", "begun", "deadline", "longest", "patience", "sock")
 
     def __init__(self, sock: socket.socket, patience: float = 0.0) -> None:
         sock.setblocking(False)  # noqa: FBT003
@@ -74,6 +74,7 @@ class Wire:
         # Orders shutdown() before close(), so that it never hits a descriptor number that was given away again.
         # Re-entrant, since a signal handler may shut a wire that its thread is about to close.
         self._closing = threading.RLock()
+        forks.register(self)
 
     def send_bytes(self, data: bytes) -> None:
         """Send one message of up to 2 GiB; ``TimeoutError`` if the peer did not take it in time, or ``OSError``.
@@ -191,8 +192,8 @@ class Wire:
         with self._closing:
             self.sock.close()
 
-    def abandon(self) -> None:
-        """Close a forked child's copy of the descriptor: without the lock and without a word to the peer."""
+    def after_fork_in_child(self) -> None:
+        """Close the child's copy, whoever held the lock. Called by :mod:`shmelim.system.forks`."""
         self._closing = threading.RLock()
         self.sock.close()
 
