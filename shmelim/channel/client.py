@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, Self
@@ -338,19 +337,15 @@ class ChannelClient:
 class Connections:
     """The connections of one client. Every method is thread-safe and short.
 
-    A signal handler may call any method, also while its thread is inside one: :meth:`close` most of all. In a
-    forked child it is empty.
+    A signal handler may call any method, also while its thread is inside one: :meth:`close` most of all. So there
+    is no lock, but only atomic steps on a dict and a list; and whoever has entered a connection looks once more
+    whether it was closed meanwhile. In a forked child it is empty.
     """
 
     def __init__(self) -> None:
         self.refusal: str | None = None  # why no more connections are handed out; never goes back
-        # The lock guards everything below, from other threads. It is re-entrant, since a signal handler that
-        # closes may have interrupted its holder at any point: so whoever has entered a wire looks once more
-        # whether it was closed meanwhile. `_wires` has every connection; `_idle` those that no call uses, the
-        # last used one last.
-        self._lock = threading.RLock()
-        self._wires: dict[Wire, None] = {}
-        self._idle: list[Wire] = []
+        self._wires: dict[Wire, None] = {}  # all
+        self._idle: list[Wire] = []  # those that no call uses, the last used one last
         forks.register(self)
 
     def __del__(self) -> None:
@@ -365,8 +360,7 @@ class Connections:
                 wire = Wire(new_socket(location))
         except OSError as error:
             raise cannot_connect(location, error) from error
-        with self._lock:
-            self._wires[wire] = None
+        self._wires[wire] = None
         if self.refusal is not None:
             self.discard(wire)
             raise ChannelError(self.refusal)
@@ -389,20 +383,17 @@ class Connections:
 
     def give_back(self, wire: Wire) -> None:
         """Make a connection idle after a complete exchange; it is closed if there are enough."""
-        with self._lock:
-            # A wire that was in use at a fork is not in the child's books.
-            kept = len(self._idle) < _MOST_IDLE and wire in self._wires
-            if kept:
-                self._idle.append(wire)
-        if not kept:
+        # A wire that was in use at a fork is not in the child's books.
+        if len(self._idle) >= _MOST_IDLE or wire not in self._wires:
             self.discard(wire)
-        elif self.refusal is not None:
+            return
+        self._idle.append(wire)
+        if self.refusal is not None:
             self._close_idle()
 
     def discard(self, wire: Wire) -> None:
         """Strike a connection that its caller has in use, and close it."""
-        with self._lock:
-            self._wires.pop(wire, None)
+        self._wires.pop(wire, None)
         wire.close()
 
     def retire(self, why: str) -> None:
@@ -414,9 +405,8 @@ class Connections:
     def close(self, why: str) -> None:
         """Retire, and shut the connections in use, which their users then discard; idempotent."""
         self.retire(why)
-        with self._lock:
-            for wire in list(self._wires):
-                wire.shutdown()
+        for wire in list(self._wires):
+            wire.shutdown()
 
     def _close_idle(self) -> None:
         with contextlib.suppress(IndexError):
@@ -425,7 +415,7 @@ class Connections:
 
     def after_fork_in_child(self) -> None:
         """Forget all, which is the parent's. Called by :mod:`shmelim.system.forks`."""
-        self._lock, self._wires, self._idle = threading.RLock(), {}, []
+        self._wires, self._idle = {}, []
 
 
 class Proxy:

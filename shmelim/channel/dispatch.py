@@ -124,15 +124,14 @@ def _remote_methods(target: object, listed: Collection[str]) -> dict[str, Callab
     if isinstance(listed, str):
         raise TypeError(f"methods is a collection of names, not the text {listed!r}")
     kind = type(target)
-    methods = {}
+    methods: dict[str, Callable[..., Any]] = {}
     for name in dir(kind):
-        if not is_remote_name(name, listed):
-            continue
-        raw = inspect.getattr_static(kind, name)
-        if isinstance(raw, type) or not (callable(raw) or isinstance(raw, (staticmethod, classmethod))):
-            continue  # a property, a constant, a nested class
-        bind = getattr(type(raw), "__get__", None)
-        methods[name] = raw if bind is None else bind(raw, target, kind)
+        raw: Any = inspect.getattr_static(kind, name)
+        # Not a property, a constant or a nested class.
+        is_method = isinstance(raw, (staticmethod, classmethod)) or (callable(raw) and not isinstance(raw, type))
+        if is_method and is_remote_name(name, listed):
+            bind = getattr(type(raw), "__get__", None)
+            methods[name] = raw if bind is None else bind(raw, target, kind)
     for name in listed:
         if name not in methods:
             raise ValueError(f"methods: {kind.__qualname__} has no public method {name!r} that could be served")
