@@ -83,13 +83,13 @@ class Peers:
         """
         with self.lock:
             idle = [peer for peer in self._those("idle") if not peer.wire.begun]
-            if not idle:
-                return False
-            peer = min(idle, key=lambda peer: peer.idle_since)
-            peer.state = "gone"
-            self.counts["reclaimed"] += 1
-            peer.wire.bid_farewell(GOODBYE)  # its thread sends nothing; or its welcome, which this may overtake
-            return True
+            if idle:
+                peer = min(idle, key=lambda peer: peer.idle_since)
+                peer.state = "gone"
+                self.counts["reclaimed"] += 1
+                # Its own thread sends nothing; or its welcome, which this may overtake.
+                peer.wire.bid_farewell(GOODBYE)
+            return bool(idle)
 
     def prove(self, peer: Peer) -> Admission:
         """Decide about a connection that has proven to hold the key."""
@@ -132,9 +132,8 @@ class Peers:
     def drain(self, seconds: float, join: float) -> int:
         """End all connections: idle ones at once with a goodbye, the others when their call ends or time is over.
 
-        Call it after :meth:`begin_closing`, when nothing is accepted any more. The connection of the calling
-        thread, if it has one, ends after its reply. `join` is for the threads of the others. Return how many calls
-        still run; their threads go on, but their replies are lost.
+        Call it when nothing is accepted any more. That of the calling thread, if it has one, ends after its reply.
+        `join` is for the threads of the others. Return how many calls still run, whose replies are lost.
         """
         with self.lock:
             others = [peer for peer in self._all if peer.thread is not threading.current_thread()]

@@ -77,10 +77,7 @@ class Wire:
         forks.register(self)
 
     def send_bytes(self, data: bytes) -> None:
-        """Send one message of up to 2 GiB; ``TimeoutError`` if the peer did not take it in time, or ``OSError``.
-
-        After an error the peer cannot have got the whole message: the kernel never accepted all of it.
-        """
+        """Send one message of up to 2 GiB; after an error (``OSError``) the peer cannot have got all of it."""
         deadline = self.deadline
         now = monotonic()
         if deadline is None:
@@ -112,11 +109,10 @@ class Wire:
                 parts[0] = parts[0][sent:]
 
     def recv_bytes(self, maxlength: int) -> bytes:
-        """Receive one message of at most that length; nothing is allocated for a length that is only announced.
+        """Receive one message; nothing is allocated for a length that is only announced.
 
-        ``EOFError`` if the connection was closed or shut down, ``TimeoutError`` if the deadline passed or a
-        message that had begun did not end in time, ``ProtocolError`` if a longer one was announced, or
-        ``OSError``.
+        ``EOFError`` if the connection was closed or shut down, ``TimeoutError`` if the message did not come or end
+        in time, ``ProtocolError`` if a longer one was announced, or ``OSError``.
         """
         deadline = self.deadline
         data, self._surplus = self._surplus, b""
@@ -179,16 +175,13 @@ class Wire:
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def bid_farewell(self, data: bytes) -> None:
-        """Send a short last message if that is possible at once, then :meth:`shutdown`.
-
-        Another thread may be receiving meanwhile, but none sending.
-        """
+        """Send a short last message if that is possible at once, and shut down; no thread may be sending."""
         with self._closing, contextlib.suppress(OSError):  # no room, or nobody there: then without it
             self.sock.send(_HEADER.pack(len(data)) + data)
         self.shutdown()
 
     def close(self) -> None:
-        """Release the descriptor. Call it when no other thread uses the wire; idempotent."""
+        """Release the descriptor, which no other thread may be using; idempotent."""
         with self._closing:
             self.sock.close()
 

@@ -84,7 +84,7 @@ class Target(Base):
 @pytest.fixture
 def dispatcher():
     log = LimitedLog(logging.getLogger("shmelim.channel"))
-    return dispatch.Dispatcher(Target(), codec=MSGPACK, max_message=32_768, service_name="svc", log=log)
+    return dispatch.Dispatcher(Target(), (), MSGPACK, 32_768, "svc", log)
 
 
 def ask(dispatcher, method, *args, **kwargs):
