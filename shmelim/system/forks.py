@@ -17,6 +17,8 @@ from typing import Any, Final, Protocol
 
 _PATIENCE: Final = 0.1  # seconds for one lock of a log handler; one that hangs must not hold up the fork
 
+_logger = logging.getLogger("shmelim.forks")
+
 
 class ForkAware(Protocol):
     """An owner of descriptors that must be told about a fork."""
@@ -43,7 +45,10 @@ def register(owner: ForkAware) -> None:
 def _in_child() -> None:
     try:
         for owner in list(_owners):
-            owner.after_fork_in_child()
+            try:
+                owner.after_fork_in_child()
+            except Exception:  # the others have descriptors, too
+                _logger.exception("a %s failed after a fork", type(owner).__qualname__)
     finally:
         creating_descriptors.release()
 
