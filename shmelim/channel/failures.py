@@ -22,6 +22,9 @@ from shmelim.errors import ProtocolError, RemoteError, ShmelimError
 
 _TEXT_LIMIT = 2000  # characters of one text; keeps every failure within FAILURE_LIMIT
 FAILURE_LIMIT = 16 * 1024  # bytes; a channel's message limit must be at least this
+_OWN: dict[str, type[ShmelimError]] = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, ShmelimError)
+}
 
 
 def pack_failure(error: BaseException, codec: Codec) -> list[Any]:
@@ -33,7 +36,7 @@ def pack_failure(error: BaseException, codec: Codec) -> list[Any]:
     name = kind.__name__
     text = _text(error)
     if isinstance(error, ShmelimError):
-        if name in errors.__all__ and getattr(errors, name) is kind:
+        if _OWN.get(name) is kind:
             return ["shmelim", name, [_clean(error.message), error.hint and _clean(error.hint)], text]
     elif isinstance(error, Exception) and _builtin_exception(name) is kind:
         arguments = [_carried(argument, codec) for argument in _arguments(error)]
@@ -46,9 +49,8 @@ def pack_failure(error: BaseException, codec: Codec) -> list[Any]:
 def unpack_failure(parts: Any) -> Exception:
     """Return the exception in the form of the module's table; ``ProtocolError`` if `parts` are not one."""
     match parts:
-        case ["shmelim", str(name), [str(message), None | str() as hint], str()] if name in errors.__all__:
-            own: type[ShmelimError] = getattr(errors, name)
-            return own(message, hint=hint)
+        case ["shmelim", str(name), [str(message), None | str() as hint], str()] if name in _OWN:
+            return _OWN[name](message, hint=hint)
         case ["builtin", str(name), list(arguments), str(text)]:
             kind = _builtin_exception(name)
             if kind is not None:
