@@ -288,7 +288,11 @@ class EliminationManagerServer(DebtMethods):
     def is_zombie_hotkey_rpc(self, hotkey: str, all_hotkeys_set: Container[str]) -> bool:
         """Tell whether a hotkey is missing among all hotkeys of the metagraph, the development one excepted."""
         check_hotkey(hotkey)
-        own = DEVELOPMENT_HOTKEY if self._processor is None else self._processor.environment.development_hotkey
+        own = (
+            DEVELOPMENT_HOTKEY
+            if self._processor is None
+            else self._processor.context.environment.development_hotkey
+        )
         return hotkey != own and hotkey not in all_hotkeys_set
 
     def get_history_rpc(
