@@ -8,7 +8,7 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
-from shmelim.cli.options import HOTKEY, Settings, command, hotkeys_from, owner_option
+from shmelim.cli.options import Settings, command, hotkeys_argument, hotkeys_from, owner_option
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.rows import Status
 
@@ -16,7 +16,7 @@ _RE_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
 
 
 @command
-@click.argument("hotkeys", metavar="HOTKEY…", type=HOTKEY, nargs=-1, required=True)
+@hotkeys_argument
 @owner_option
 def check(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> int:
     """Tell of each HOTKEY whether it is eliminated, re-registered, departed, or clear.
@@ -60,7 +60,7 @@ def _in_words(status: Status) -> str:
 
 
 @command
-@click.argument("hotkeys", metavar="HOTKEY…", type=HOTKEY, nargs=-1, required=True)
+@hotkeys_argument
 @owner_option
 def get(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> int:
     """Print the elimination record of each HOTKEY; "-" stands for those on stdin.

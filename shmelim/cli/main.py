@@ -23,12 +23,12 @@ _COMMANDS: Final = {
     "list": ("look:list_", "List eliminations, or departed hotkeys."),
     "add": ("change:add", "Eliminate a hotkey."),
     "remove": ("change:remove", "Take an elimination back."),
-    "sync": ("change:sync", "Replace all eliminations by those of a file."),
-    "debts": ("debts:debts", "Show what eliminations still owe."),
-    "slash": ("debts:slash", "Show the slashes that were made, settle one that is in doubt."),
-    "missing": ("missing:missing", "List hotkeys whose departure was not believed, or accept it."),
-    "history": ("history:history", "Show who changed what, and when."),
-    "export": ("export:export", "Write the state to a JSON file."),
+    "sync": ("transfer:sync", "Replace all eliminations by those of a file."),
+    "debts": ("books:debts", "Show what eliminations still owe."),
+    "slash": ("books:slash", "Show the slashes that were made, settle one that is in doubt."),
+    "missing": ("change:missing", "List hotkeys whose departure was not believed, or accept it."),
+    "history": ("books:history", "Show who changed what, and when."),
+    "export": ("transfer:export", "Write the state to a JSON file."),
     "demo": ("demo.command:demo", "Show and measure all of it, on real hotkeys."),
 }
 """Where each command is (its module is loaded when it is used), and its line in the list of all."""

@@ -402,7 +402,7 @@ class EliminationManagerServer(DebtMethods):
                 _limited(logging.WARNING, "file", "%s; answering from the store", error)
             else:
                 if found is not None:
-                    return [decode(record) for _, record in found.rows]
+                    return [decode(record) for record in found.taken.values()]
         return [decode(record) for record in self._committer.read(lambda s: [r for _, r in s.eliminated()])]
 
     def load_eliminations_from_disk_rpc(self) -> None:

@@ -47,7 +47,7 @@ def cast() -> Cast:
     with resources.as_file(REAL_HOTKEYS) as path:
         found = files.read_departed(path)
     assert found is not None, f"{REAL_HOTKEYS} is part of the package"
-    rest = random.Random(0).sample(sorted(found.items), len(found.items))  # noqa: S311 - parts, not secrets
+    rest = random.Random(0).sample(sorted(found.taken), len(found.taken))  # noqa: S311 - parts, not secrets
     return Cast(rest[:120], rest[120:180], rest[180:240], rest[240:300], rest[300], rest[301:])
 
 

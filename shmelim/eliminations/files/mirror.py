@@ -55,8 +55,8 @@ class FileMirror:
 
     In mode ``"current"`` :meth:`flush` writes; in ``"lagged"`` it returns at once; ``"off"`` means no files.
 
-    ``_stale``, ``_asked``, ``_written`` and the flags are guarded by ``_changed``; the rest belongs to the thread,
-    except that anybody may reset ``_departed_written``, which costs a write too many at worst.
+    The condition guards ``_stale``, ``_asked``, ``_written`` and the flags; the rest belongs to the thread, except
+    that anybody may reset ``_departed_written``, which costs a write too many at worst.
     """
 
     def __init__(
@@ -72,14 +72,12 @@ class FileMirror:
         self._asked = 0
         self._written = 0
         # Whether a write is under way: what it writes is no longer stale, and not yet written.
-        self._writing = False
-        self._stopping = False
-        self._ended = False
+        self._writing = self._stopping = self._ended = False
         self._not_before = 0.0
         # Departures are for ever, so their number tells whether the file lacks any.
         self._departed_written = -1
         # The files as they stood when they were last known to be ours.
-        self._ours: dict[str, files.Identity | None] = {}
+        self._ours: dict[str, tuple[int, ...] | None] = {}
         self._problem: StoreError | None = None
         self._thread: threading.Thread | None = None
 
@@ -93,12 +91,10 @@ class FileMirror:
         """Say that the published state is ahead of the files. Cheap, from any thread."""
         if self.mode == "off":
             return
-        now = time.monotonic()
         with self._changed:
-            if eliminations:
-                self._stale.setdefault(ELIMINATIONS_FILE, now)
-            if departed:
-                self._stale.setdefault(DEPARTED_FILE, now)
+            for name, is_stale in ((ELIMINATIONS_FILE, eliminations), (DEPARTED_FILE, departed)):
+                if is_stale:
+                    self._stale.setdefault(name, time.monotonic())
             self._changed.notify_all()
 
     def flush(self, *, insist: bool = False) -> None:
@@ -135,39 +131,34 @@ class FileMirror:
 
     def _run(self) -> None:
         try:
-            self._write_until_stopped()
+            while self._write_what_is_due():
+                pass
         finally:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
 
-    def _write_until_stopped(self) -> None:
-        while True:
-            with self._changed:
-                stale, asked = self._wait_for_work()
-                if not stale and self._stopping:
-                    return
-                self._writing = True
-            began = time.monotonic()
-            problem = self._write(stale)
-            took = time.monotonic() - began
-            if problem is None:
-                self._problems.clear(_BEHIND)
-            else:
-                self._problems.report(_BEHIND, problem.message, remedy=problem.hint or _REMEDY)
-            with self._changed:
-                if problem is None:
-                    self._not_before = time.monotonic() + _PATIENCE * took
-                else:
-                    for name in stale:
-                        self._stale.setdefault(name, began)
-                    self._not_before = time.monotonic() + _RETRY
-                self._problem = problem
-                self._written = asked
-                self._writing = False
-                self._changed.notify_all()
-                if problem is not None and self._stopping:
-                    return
+    def _write_what_is_due(self) -> bool:
+        """Wait until something must be written, and write it; False once the thread is to end."""
+        with self._changed:
+            stale, asked = self._wait_for_work()
+            if not stale and self._stopping:
+                return False
+            self._writing = True
+        began = time.monotonic()
+        problem = self._write(stale)
+        pause = _PATIENCE * (time.monotonic() - began) if problem is None else _RETRY
+        if problem is None:
+            self._problems.clear(_BEHIND)
+        else:
+            self._problems.report(_BEHIND, problem.message, remedy=problem.hint or _REMEDY)
+        with self._changed:
+            if problem is not None:
+                self._stale = dict.fromkeys(stale, began) | self._stale
+            self._not_before = time.monotonic() + pause
+            self._problem, self._written, self._writing = problem, asked, False
+            self._changed.notify_all()
+            return problem is None or not self._stopping
 
     def _wait_for_work(self) -> tuple[list[str], int]:
         """Wait until something must be written now; return the stale files, and how many asked for them."""
@@ -191,9 +182,8 @@ class FileMirror:
                     continue
                 entries = self._table.snapshot().entries
                 if name == ELIMINATIONS_FILE:
-                    records = (
-                        record[PREFIX.size :] for flags, record, _ in entries.values() if flags & Status.ELIMINATED
-                    )
+                    rows = (entry for entry in entries.values() if entry.flags & Status.ELIMINATED)
+                    records = (entry.record[PREFIX.size :] for entry in rows)
                     digest = files.write_eliminations(path, records, before_rename=confirm)
                 else:
                     departed = departed_in(entries)
@@ -229,17 +219,17 @@ class FileMirror:
         if files.digest_of(path) in self._known(name):
             return
         aside = move_aside(path, "edited")
-        apply = (
-            f"`shmelim sync {aside}` applies it"
+        applies = (
+            f"shmelim sync {aside}` applies"
             if name == ELIMINATIONS_FILE
-            else f"the next start with `--import {aside}` applies it"
+            else f"--import {aside}` at the next start applies"
         )
         _log.warning(
-            "%s was changed while the server runs, which does not read it: it is now %s; %s."
+            "%s was changed while the server runs, which does not read it: it is now %s; `%s it."
             " To edit it in place, stop the server first.",
             path,
             aside,
-            apply,
+            applies,
         )
         text = f"{name} was changed while the server ran: not applied, moved aside to {aside.name}"
         self._committer.commit(Step.record, [EventOf("edited", note=text)])
@@ -268,5 +258,5 @@ def digest_key(name: str) -> str:
 
 
 def known_digests(value: object) -> list[str]:
-    """Return the digests under which the store knows a file, oldest first."""
+    """Return the digests in such a value, oldest first."""
     return [digest for digest in value if isinstance(digest, str)] if isinstance(value, list) else []

@@ -22,7 +22,7 @@ class ChallengePeriod:
 
     def apply(self, iteration: Iteration) -> None:
         """Eliminate the miners who wait for it."""
-        challenge = self.context.collaborators.challengeperiod_manager
+        challenge: Any = self.context.collaborators.challengeperiod_manager
         if challenge is None or not challenge.has_elimination_reasons():
             return
         waiting = dict(challenge.get_all_elimination_reasons())
@@ -46,7 +46,7 @@ class ChallengePeriod:
 
     def is_waiting(self) -> bool:
         """Whether miners wait to be eliminated, other than those with whom that failed."""
-        challenge = self.context.collaborators.challengeperiod_manager
+        challenge: Any = self.context.collaborators.challengeperiod_manager
         try:
             waiting = challenge is not None and bool(challenge.has_elimination_reasons())
             if waiting and self.left_over:

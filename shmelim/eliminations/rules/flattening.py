@@ -43,7 +43,7 @@ class Flattening:
         more is saved.
         """
         if positions is None:
-            manager = self.context.collaborators.position_manager
+            manager: Any = self.context.collaborators.position_manager
             positions = manager.get_positions_for_one_hotkey(hotkey, only_open_positions=True)
         first: BaseException | None = None
         found: dict[str, str] = {}
@@ -70,7 +70,8 @@ class Flattening:
     def _close_one(
         self, hotkey: str, uuid: str, pair: str, record: Mapping[str, Any], iteration: Iteration
     ) -> None:
-        collaborators, locks = self.context.collaborators, iteration.position_locks
+        collaborators: Any = self.context.collaborators
+        locks = iteration.position_locks
         with contextlib.nullcontext() if locks is None else locks.get_lock(hotkey, pair):
             manager = collaborators.position_manager
             # Read again: orders may have come in until the lock was ours.

@@ -1,23 +1,143 @@
-"""``shmelim debts`` and ``shmelim slash``: what is still owed, what was made, and what a person must decide."""
+"""``shmelim history``, ``debts`` and ``slash``: what the server has on record, or the store where none answers."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
 
 import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES, RefusedError
-from shmelim.cli.offline import ask
-from shmelim.cli.options import HOTKEY, Command, Group, Settings, command
+from shmelim.cli.options import (
+    PATH,
+    Command,
+    Group,
+    Settings,
+    any_hotkey_argument,
+    command,
+    hotkey_argument,
+    yes_option,
+)
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.debts.states import ATTEMPTING, OWED, SLASH, attempt_is_alive
+from shmelim.eliminations.runtime import RuntimeDirectory, default_state_directory
+from shmelim.eliminations.store.history import read_events
 from shmelim.eliminations.store.offline import read_debts, read_slashes
+from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError, StoreError
+
+Rows = list[dict[str, Any]]
+
+_PAGE: Final = 200
+
+
+def _ask(
+    name: str, server: Callable[[EliminationClient], Rows], store: Callable[[Path], Rows]
+) -> tuple[Rows, str]:
+    """Return the rows that the server or the store has, and who answered: "server" or "store".
+
+    The store is that of the last server of the name, or else the one that the name has by default; nothing is
+    changed there. Where there is none either, what the server's absence raised is raised.
+    """
+    try:
+        with EliminationClient(name) as client:
+            return server(client), "server"
+    except (NotServingError, KeyFileError) as error:
+        try:
+            announced = RuntimeDirectory(name).server().state_dir
+        except (NotServingError, KeyFileError):
+            announced = None
+        directory = default_state_directory(name) if announced is None else Path(announced)
+        try:
+            return store(directory), "store"
+        except StoreError as damaged:
+            if (directory / FILE_NAME).exists():
+                raise
+            raise error from damaged
 
 
 @command
-@click.argument("hotkey", type=HOTKEY, required=False)
+@any_hotkey_argument
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, metavar="N", help="At most N.")
+@click.option(
+    "--state-dir", type=PATH, metavar="DIR", help="Read the store in this directory, without asking a server."
+)
+def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Path | None) -> None:
+    """Show the changes of HOTKEY, or all changes, newest first: when, what, to whom, by which process, old → new.
+
+    Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
+
+    With --json: name, source ("server" or "store"), events [{id, at_ms, action, hotkey, pid, uid,
+    program, note, old, new}], where old and new are records or null.
+
+    For example:
+      shmelim history 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
+      shmelim history --limit 1000 --json
+    """
+
+    def store(directory: Path) -> Rows:
+        return [event.as_dict() for event in read_events(directory, hotkey, limit)]
+
+    if state_dir is not None:
+        events, source = store(state_dir), "store"
+    else:
+        events, source = _ask(settings.name, lambda client: _pages(client, hotkey, limit), store)
+    settings.show(
+        {"source": source, "events": events},
+        ("when (UTC)", "action", "hotkey", "by", "change"),
+        ((output.moment(it["at_ms"]), it["action"], it["hotkey"], _who(it), _change(it)) for it in events),
+    )
+
+
+def _pages(client: EliminationClient, hotkey: str | None, limit: int) -> Rows:
+    """Ask the server in pages, each of which fits into a message."""
+    events: Rows = []
+    page = _PAGE
+    while len(events) < limit:
+        wanted = min(page, limit - len(events))
+        try:
+            found = client.get_history(hotkey, wanted, events[-1]["id"] if events else None)
+        except MessageTooLargeError:
+            if page == 1:
+                raise
+            page = max(1, page // 4)
+            continue
+        events += found
+        if len(found) < wanted:
+            break
+    return events
+
+
+def _who(event: Mapping[str, Any]) -> str:
+    uid = "" if event["uid"] is None else f" uid {event['uid']}"
+    return f"{event['program']}[{event['pid']}]{uid}"
+
+
+def _change(event: Mapping[str, Any]) -> str:
+    """Return old → new, as short as it can be said, and the note."""
+    old, new = event["old"], event["new"]
+    said = ""
+    if old is not None and new is not None:
+        fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
+        said = ", ".join(
+            f"{field}: {output.value(old.get(field))} → {output.value(new.get(field))}" for field in fields
+        )
+    elif new is not None:
+        said = f"→ {_brief(new)}"
+    elif old is not None:
+        said = f"{_brief(old)} →"
+    return f"{said} ({event['note']})".strip() if event["note"] else said
+
+
+def _brief(record: Mapping[str, Any]) -> str:
+    dd = "" if record.get("dd") is None else f" dd {output.value(record['dd'])}"
+    return f"{output.value(record.get('reason'))}{dd}"
+
+
+@command
+@any_hotkey_argument
 def debts(settings: Settings, *, hotkey: str | None) -> None:
     """Show what the elimination of HOTKEY still owes, or what all of them do, oldest first.
 
@@ -34,7 +154,7 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
       shmelim debts
       shmelim debts --json | jq '.debts[] | select(.state == "in_doubt")'
     """
-    found, source = ask(
+    found, source = _ask(
         settings.name,
         lambda client: client.get_debts(hotkey),
         lambda directory: [debt.as_dict() for debt in read_debts(directory, hotkey)],
@@ -43,8 +163,8 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
         {"source": source, "count": len(found), "debts": found},
         ("hotkey", "owes", "state", "since (UTC)", "failures", "last error"),
         (
-            (d["hotkey"], d["kind"], d["state"], output.moment(d["since_ms"]), d["attempts"], d["error"])
-            for d in found
+            (it["hotkey"], it["kind"], it["state"], output.moment(it["since_ms"]), it["attempts"], it["error"])
+            for it in found
         ),
     )
 
@@ -60,7 +180,7 @@ def slash() -> None:
 
 
 @slash.command("list", cls=Command, short_help="Show the last slash of each miner that was made.")
-@click.argument("hotkey", type=HOTKEY, required=False)
+@any_hotkey_argument
 @click.pass_obj
 def list_(settings: Settings, *, hotkey: str | None) -> None:
     """Show the last slash of HOTKEY that was made, or that of each miner, oldest first.
@@ -77,7 +197,7 @@ def list_(settings: Settings, *, hotkey: str | None) -> None:
       shmelim slash list
       shmelim slash list 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --json
     """
-    found, source = ask(
+    found, source = _ask(
         settings.name,
         lambda client: client.get_slashes(hotkey),
         lambda directory: [slash.as_dict() for slash in read_slashes(directory, hotkey)],
@@ -85,14 +205,17 @@ def list_(settings: Settings, *, hotkey: str | None) -> None:
     settings.show(
         {"source": source, "count": len(found), "slashes": found},
         ("hotkey", "made (UTC)", "eliminated (UTC)", "by"),
-        ((s["hotkey"], output.moment(s["made_ms"]), output.moment(s["eliminated_ms"]), s["by"]) for s in found),
+        (
+            (it["hotkey"], output.moment(it["made_ms"]), output.moment(it["eliminated_ms"]), it["by"])
+            for it in found
+        ),
     )
 
 
 @slash.command(cls=Command, short_help="Say whether a slash that is in doubt was made.")
-@click.argument("hotkey", type=HOTKEY)
+@hotkey_argument
 @click.option("--made/--not-made", "made", default=None, help="Whether the collateral was taken.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@yes_option
 @click.pass_obj
 def resolve(settings: Settings, *, hotkey: str, made: bool | None, yes: bool) -> int:
     """Say whether the slash of HOTKEY, which is in doubt, was made.
@@ -110,14 +233,16 @@ def resolve(settings: Settings, *, hotkey: str, made: bool | None, yes: bool) ->
     """
     if made is None:
         raise click.UsageError("say --made or --not-made")
-    with contextlib.closing(EliminationClient(settings.name)) as client:
+    shown = output.printable(hotkey)
+    with EliminationClient(settings.name) as client:
         debt = _in_doubt(client, hotkey)
         since = output.moment(debt["in_doubt_since_ms"])
+        question = "It was made, and is settled?" if made else "It was NOT made, and may be made once more?"
         resolved = (
             yes
             or output.agreed(
-                "It was made, and is settled?" if made else "It was NOT made, and may be made once more?",
-                f"hotkey      {output.printable(debt['hotkey'])}",
+                question,
+                f"hotkey      {shown}",
                 f"in doubt    {'not noticed yet' if since is None else f'since {since} UTC'}",
                 f"last error  {output.value(debt['error'])}",
             )
@@ -126,7 +251,7 @@ def resolve(settings: Settings, *, hotkey: str, made: bool | None, yes: bool) ->
             # Perhaps somebody was quicker, which this names; else the question was answered with no.
             _in_doubt(client, hotkey)
     again = "made" if made else f"not made; it is {'owed again' if debt['due'] else 'no longer due'}"
-    said = f"resolved: {output.printable(hotkey)}: the slash was {again}" if resolved else "nothing was changed"
+    said = f"resolved: {shown}: the slash was {again}" if resolved else "nothing was changed"
     settings.say({"hotkey": hotkey, "made": made, "resolved": resolved}, said)
     return YES if resolved else NO
 
