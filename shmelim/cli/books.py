@@ -84,7 +84,7 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
         events, source = store(state_dir), "store"
     else:
         events, source = _ask(settings.name, lambda client: _pages(client, hotkey, limit), store)
-    settings.show(
+    settings.table(
         {"source": source, "events": events},
         ("when (UTC)", "action", "hotkey", "by", "change"),
         ((output.moment(it["at_ms"]), it["action"], it["hotkey"], _who(it), _change(it)) for it in events),
@@ -118,20 +118,19 @@ def _who(event: Mapping[str, Any]) -> str:
 def _change(event: Mapping[str, Any]) -> str:
     """Return old → new, as short as it can be said, and the note."""
     old, new = event["old"], event["new"]
-    said = ""
-    if old is not None and new is not None:
+    if old and new:
         fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
         said = ", ".join(
             f"{field}: {output.value(old.get(field))} → {output.value(new.get(field))}" for field in fields
         )
-    elif new is not None:
-        said = f"→ {_brief(new)}"
-    elif old is not None:
-        said = f"{_brief(old)} →"
+    else:
+        said = f"{_brief(old)} → {_brief(new)}".strip() if old or new else ""
     return f"{said} ({event['note']})".strip() if event["note"] else said
 
 
-def _brief(record: Mapping[str, Any]) -> str:
+def _brief(record: Mapping[str, Any] | None) -> str:
+    if not record:
+        return ""
     dd = "" if record.get("dd") is None else f" dd {output.value(record['dd'])}"
     return f"{output.value(record.get('reason'))}{dd}"
 
@@ -159,14 +158,8 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
         lambda client: client.get_debts(hotkey),
         lambda directory: [debt.as_dict() for debt in read_debts(directory, hotkey)],
     )
-    settings.show(
-        {"source": source, "count": len(found), "debts": found},
-        ("hotkey", "owes", "state", "since (UTC)", "failures", "last error"),
-        (
-            (it["hotkey"], it["kind"], it["state"], output.moment(it["since_ms"]), it["attempts"], it["error"])
-            for it in found
-        ),
-    )
+    columns = {"hotkey": "hotkey", "kind": "owes", "state": "state", "since_ms": "since (UTC)"}
+    settings.rows({"source": source}, "debts", found, columns | {"attempts": "failures", "error": "last error"})
 
 
 @click.group(cls=Group)
@@ -202,14 +195,8 @@ def list_(settings: Settings, *, hotkey: str | None) -> None:
         lambda client: client.get_slashes(hotkey),
         lambda directory: [slash.as_dict() for slash in read_slashes(directory, hotkey)],
     )
-    settings.show(
-        {"source": source, "count": len(found), "slashes": found},
-        ("hotkey", "made (UTC)", "eliminated (UTC)", "by"),
-        (
-            (it["hotkey"], output.moment(it["made_ms"]), output.moment(it["eliminated_ms"]), it["by"])
-            for it in found
-        ),
-    )
+    columns = {"hotkey": "hotkey", "made_ms": "made (UTC)", "eliminated_ms": "eliminated (UTC)", "by": "by"}
+    settings.rows({"source": source}, "slashes", found, columns)
 
 
 @slash.command(cls=Command, short_help="Say whether a slash that is in doubt was made.")
@@ -252,7 +239,7 @@ def resolve(settings: Settings, *, hotkey: str, made: bool | None, yes: bool) ->
             _in_doubt(client, hotkey)
     again = "made" if made else f"not made; it is {'owed again' if debt['due'] else 'no longer due'}"
     said = f"resolved: {shown}: the slash was {again}" if resolved else "nothing was changed"
-    settings.say({"hotkey": hotkey, "made": made, "resolved": resolved}, said)
+    settings.answer({"hotkey": hotkey, "made": made, "resolved": resolved}, said)
     return YES if resolved else NO
 
 

@@ -45,7 +45,7 @@ def add(settings: Settings, *, hotkey: str, reason: str, dd: float | None, time_
     with EliminationClient(settings.name) as client:
         added = client.append_elimination_row(hotkey, dd, reason, at_ms)
     content = {"added": added, "elimination": generate_row(hotkey, dd, reason, at_ms)}
-    settings.say(content, f"{'added' if added else 'replaced'}: {output.printable(hotkey)}")
+    settings.answer(content, f"{'added' if added else 'replaced'}: {output.printable(hotkey)}")
 
 
 @command
@@ -61,7 +61,7 @@ def remove(settings: Settings, *, hotkey: str) -> int:
     with EliminationClient(settings.name) as client:
         removed = bool(client.delete_eliminations([hotkey]))
     what = "removed" if removed else "not eliminated"
-    settings.say({"hotkey": hotkey, "removed": removed}, f"{what}: {output.printable(hotkey)}")
+    settings.answer({"hotkey": hotkey, "removed": removed}, f"{what}: {output.printable(hotkey)}")
     return YES if removed else NO
 
 
@@ -90,7 +90,7 @@ def missing(settings: Settings, *, accept: bool, yes: bool) -> int:
             accepted = client.accept_loss(listed)
     content = {"count": len(listed), "missing": listed, "accepted": accepted}
     if not accept:
-        settings.show(content, ("hotkey",), ((hotkey,) for hotkey in listed))
+        settings.table(content, ("hotkey",), ((hotkey,) for hotkey in listed))
         return YES
-    settings.say(content, f"departed: {len(accepted)} hotkeys" if accepted else "nothing was changed")
+    settings.answer(content, f"departed: {len(accepted)} hotkeys" if accepted else "nothing was changed")
     return YES if accepted else NO

@@ -151,9 +151,8 @@ def _drop_stdout() -> None:
 
 def _drop_unwritten() -> None:
     """Write out what is buffered, or drop it: the interpreter must not try again at its end."""
-    if sys.stdout is None:
-        return
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         _drop_stdout()

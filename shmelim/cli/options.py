@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import sys
@@ -63,19 +64,29 @@ class Settings:
             raise click.UsageError(f"{NAME_VARIABLE}: {problem}")
         return cls(name, debug=os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"))
 
-    def say(self, content: dict[str, Any], text: str) -> None:
-        """Print what was done: as JSON with the name, or as text."""
+    def answer(self, content: dict[str, Any], say: str | Callable[[], object]) -> None:
+        """Print what was found or done: as JSON with the name, or else a text, or whatever `say` prints."""
         if self.as_json:
-            output.document({"name": self.name, **content})
+            click.echo(json.dumps({"name": self.name, **content}, default=str))
+        elif isinstance(say, str):
+            click.echo(say)
         else:
-            click.echo(text)
+            say()
 
-    def show(self, content: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Print what was found: as JSON with the name, or as rows."""
-        if self.as_json:
-            output.document({"name": self.name, **content})
-        else:
-            output.records(columns, rows)
+    def table(self, content: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Print what was found, as JSON or as rows."""
+        self.answer(content, lambda: output.records(columns, rows))
+
+    def rows(
+        self, content: dict[str, Any], what: str, rows: list[dict[str, Any]], columns: dict[str, str]
+    ) -> None:
+        """Print rows that are dicts; `columns` has the heading of each key, and a key in ``_ms`` is a time."""
+
+        def cell(row: dict[str, Any], key: str) -> object:
+            return output.moment(row[key]) if key.endswith("_ms") else row.get(key)
+
+        cells = ([cell(row, key) for key in columns] for row in rows)
+        self.table({**content, "count": len(rows), what: rows}, list(columns.values()), cells)
 
 
 def _shared(*names: str, **about: Any) -> click.Option:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -41,11 +41,6 @@ def agreed(question: str, *about: str) -> bool:
     for line in about:
         click.echo(line, err=True)
     return click.confirm(question, err=True)
-
-
-def document(content: dict[str, Any]) -> None:
-    """Print one JSON document, in ASCII, with keys in the order given."""
-    click.echo(json.dumps(content, default=str))
 
 
 def records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

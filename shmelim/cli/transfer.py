@@ -55,7 +55,7 @@ def sync(settings: Settings, *, file: Path) -> None:
                 raise RefusedError(str(error), hint="nothing was changed") from error
             eliminated = len(client)
     content = {"records": len(records), "removed": removed, "eliminated": eliminated}
-    settings.say(content, f"{len(removed)} removed, {eliminated} eliminated now")
+    settings.answer(content, f"{len(removed)} removed, {eliminated} eliminated now")
 
 
 def _read(file: Path) -> list[bytes]:
@@ -110,7 +110,7 @@ def export(settings: Settings, *, file: Path, departed: bool, owner: int | None)
     _write(file, snapshot, departed=departed)
     what = "departed hotkeys" if departed else "eliminations"
     content = {"version": snapshot.version, "file": str(file), "count": count}
-    settings.say(content, f"{count} {what} written to {printable(str(file))}")
+    settings.answer(content, f"{count} {what} written to {printable(str(file))}")
 
 
 def _write(path: Path, snapshot: Snapshot, *, departed: bool) -> None:
