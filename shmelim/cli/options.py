@@ -42,7 +42,6 @@ class _Checked(click.ParamType[str]):
         self.name = name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the text, or fail with what is wrong with it."""
         if problem := _problem(self.name, value):
             self.fail(problem, param, ctx)
         return str(value)
