@@ -114,7 +114,7 @@ def test_files_that_are_not_written_in_time_are_behind(tmp_path, monkeypatch):
         server.save_eliminations_rpc()
         write = server._mirror._write
         monkeypatch.setattr("shmelim.eliminations.files.mirror._FLUSH_LIMIT", 0.01)
-        monkeypatch.setattr(server._mirror, "_write", lambda stale: (go_on.wait(60), write(stale))[1])
+        monkeypatch.setattr(server._mirror, "_write", lambda: (go_on.wait(60), write())[1])
         assert server.append_elimination_row_rpc("a", 1.0, "ZOMBIE") is True
         assert [problem["name"] for problem in server.health_check_rpc()["problems"]] == ["files_behind"]
         go_on.set()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal
@@ -53,10 +54,10 @@ _limited = LimitedLog(_log)
 class FileMirror:
     """Writes the two files behind the published state.
 
-    In mode ``"current"`` :meth:`flush` writes; in ``"lagged"`` it returns at once; ``"off"`` means no files.
+    In mode ``"current"`` :meth:`flush` writes; in ``"lagged"`` it returns at once.
 
-    The condition guards ``_stale``, ``_asked``, ``_written`` and the flags; the rest belongs to the thread, except
-    that anybody may reset ``_departed_written``, which costs a write too many at worst.
+    The condition guards what follows it in the constructor; the rest belongs to the thread, except that anybody
+    may reset ``_departed_written``, which costs a write too many at worst.
     """
 
     def __init__(
@@ -65,36 +66,32 @@ class FileMirror:
         self._directory = directory
         self._table = table
         self._committer = committer
-        self.mode = mode
+        self._mode = mode
         self._problems = problems
-        self._changed = threading.Condition()
-        self._stale: dict[str, float] = {}
-        self._asked = 0
-        self._written = 0
-        # Whether a write is under way: what it writes is no longer stale, and not yet written.
-        self._writing = self._stopping = self._ended = False
-        self._not_before = 0.0
         # Departures are for ever, so their number tells whether the file lacks any.
         self._departed_written = -1
         # The files as they stood when they were last known to be ours.
         self._ours: dict[str, tuple[int, ...] | None] = {}
+        self._thread = threading.Thread(target=self._run, name="shmelim-files", daemon=True)
+        self._changed = threading.Condition()
+        self._stale_since: float | None = None
+        # How many asked for a write, and how many of them have it.
+        self._asked = self._written = 0
+        # While a write is under way, what it writes is no longer stale, and not yet written.
+        self._writing = self._stopping = self._ended = False
+        self._not_before = 0.0
         self._problem: StoreError | None = None
-        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the writing thread; nothing happens in mode ``"off"``."""
-        if self.mode != "off":
-            self._thread = threading.Thread(target=self._run, name="shmelim-files", daemon=True)
-            self._thread.start()
+        """Start the writing thread, which soon writes what the files lack."""
+        self.mark()
+        self._thread.start()
 
-    def mark(self, *, eliminations: bool = True, departed: bool = True) -> None:
+    def mark(self) -> None:
         """Say that the published state is ahead of the files. Cheap, from any thread."""
-        if self.mode == "off":
-            return
         with self._changed:
-            for name, is_stale in ((ELIMINATIONS_FILE, eliminations), (DEPARTED_FILE, departed)):
-                if is_stale:
-                    self._stale.setdefault(name, time.monotonic())
+            if self._stale_since is None:
+                self._stale_since = time.monotonic()
             self._changed.notify_all()
 
     def flush(self, *, insist: bool = False) -> None:
@@ -102,13 +99,13 @@ class FileMirror:
 
         With `insist`, also in mode ``"lagged"``, and both files even if they are not stale.
         """
-        if self.mode == "off" or self._thread is None or (self.mode == "lagged" and not insist):
+        if self._mode == "lagged" and not insist:
             return
         if insist:
             self._departed_written = -1
             self.mark()
         with self._changed:
-            if not self._stale and not self._writing and self._asked == self._written:
+            if self._stale_since is None and not self._writing and self._asked == self._written:
                 return
             self._asked += 1
             wanted = self._asked
@@ -123,11 +120,10 @@ class FileMirror:
 
     def stop(self) -> None:
         """Write what is stale, and end the thread. Idempotent."""
-        if self._thread is not None:
-            with self._changed:
-                self._stopping = True
-                self._changed.notify_all()
-            self._thread.join()
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -141,12 +137,13 @@ class FileMirror:
     def _write_what_is_due(self) -> bool:
         """Wait until something must be written, and write it; False once the thread is to end."""
         with self._changed:
-            stale, asked = self._wait_for_work()
-            if not stale and self._stopping:
+            self._wait_for_work()
+            is_stale, asked = self._stale_since is not None, self._asked
+            if self._stopping and not is_stale:
                 return False
-            self._writing = True
+            self._stale_since, self._writing = None, True
         began = time.monotonic()
-        problem = self._write(stale)
+        problem = self._write() if is_stale else None
         pause = _PATIENCE * (time.monotonic() - began) if problem is None else _RETRY
         if problem is None:
             self._problems.clear(_BEHIND)
@@ -154,45 +151,33 @@ class FileMirror:
             self._problems.report(_BEHIND, problem.message, remedy=problem.hint or _REMEDY)
         with self._changed:
             if problem is not None:
-                self._stale = dict.fromkeys(stale, began) | self._stale
+                self._stale_since = began
             self._not_before = time.monotonic() + pause
             self._problem, self._written, self._writing = problem, asked, False
             self._changed.notify_all()
             return problem is None or not self._stopping
 
-    def _wait_for_work(self) -> tuple[list[str], int]:
-        """Wait until something must be written now; return the stale files, and how many asked for them."""
+    def _wait_for_work(self) -> None:
+        """Wait until something must be written now."""
         while not self._stopping and self._asked == self._written:
-            if not self._stale:
+            if self._stale_since is None:
                 self._changed.wait()
-                continue
-            due = max(min(self._stale.values()) + _COALESCE, self._not_before)
-            if (left := due - time.monotonic()) <= 0:
-                break
-            self._changed.wait(left)
-        stale, self._stale = list(self._stale), {}
-        return stale, self._asked
+            elif (left := max(self._stale_since + _COALESCE, self._not_before) - time.monotonic()) > 0:
+                self._changed.wait(left)
+            else:
+                return
 
-    def _write(self, stale: list[str]) -> StoreError | None:
+    def _write(self) -> StoreError | None:
         try:
-            for name in stale:
-                path = self._directory / name
-                confirm = partial(self._confirm, name)
-                if name == DEPARTED_FILE and self._departed_written == self._table.count_flag(1):
-                    continue
-                entries = self._table.snapshot().entries
-                if name == ELIMINATIONS_FILE:
-                    rows = (entry for entry in entries.values() if entry.flags & Status.ELIMINATED)
-                    records = (entry.record[PREFIX.size :] for entry in rows)
-                    digest = files.write_eliminations(path, records, before_rename=confirm)
-                else:
-                    departed = departed_in(entries)
-                    times = ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())
-                    digest = files.write_departed(path, times, before_rename=confirm)
-                    self._departed_written = len(departed)
-                self._ours[name] = files.identity_of(path)
-                # An earlier version that a person puts back is that person's work.
-                self._know(name, [digest])
+            entries = self._table.snapshot().entries
+            rows = (entry for entry in entries.values() if entry.flags & Status.ELIMINATED)
+            records = (entry.record[PREFIX.size :] for entry in rows)
+            self._write_one(ELIMINATIONS_FILE, files.write_eliminations, records)
+            if self._departed_written != self._table.count_flag(1):
+                departed = departed_in(entries)
+                times = ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())
+                self._write_one(DEPARTED_FILE, files.write_departed, times)
+                self._departed_written = len(departed)
         except StoreError as error:
             return error
         except Exception as error:
@@ -200,6 +185,13 @@ class FileMirror:
             _limited(logging.ERROR, "mistake", text, self._directory, exc_info=True)
             return StoreError(f"the files in {self._directory} could not be written: {error}")
         return None
+
+    def _write_one(self, name: str, write: Callable[..., str], rows: Iterable[object]) -> None:
+        path = self._directory / name
+        digest = write(path, rows, before_rename=partial(self._confirm, name))
+        self._ours[name] = files.identity_of(path)
+        # An earlier version that a person puts back is that person's work.
+        self._know(name, [digest])
 
     def _confirm(self, name: str, digest: str) -> None:
         """Make way for a file of this digest, which is about to take its place, and have it known as ours."""
