@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from shmelim.system import forks
 from shmelim.system.clock import now_ms
@@ -26,8 +25,7 @@ _MOST: Final = 10_000  # problems that stand at a time; beyond it the oldest is 
 _logger = logging.getLogger("shmelim.problems")
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """Something that is wrong."""
 
     name: str  # what kind of problem it is, such as "server_down"; a constant of this package
@@ -42,7 +40,7 @@ class Problem:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the attributes by name, for a health check's answer."""
-        return asdict(self)
+        return self._asdict()
 
 
 def over(problem: Problem) -> str:
@@ -107,7 +105,7 @@ class Problems:
         with self._lock:
             before = self._standing.get(key)
             if before is not None:
-                problem = replace(problem, since_ms=before.since_ms)
+                problem = problem._replace(since_ms=before.since_ms)
             elif len(self._standing) >= _MOST:
                 del self._standing[next(iter(self._standing))]
             self._standing[key] = problem

@@ -217,17 +217,8 @@ class Scenario:
 
     def _start_server(self) -> None:
         # On a port: the path of a socket below a long TMPDIR may be too long.
-        arguments = [
-            "--name",
-            self._name,
-            "--state-dir",
-            str(self._home / "state"),
-            "--port",
-            "0",
-            "--ready-fd",
-            "1",
-        ]
-        self._server = self._start("shmelim", "serve", *arguments, "--default-departed", str(REAL_HOTKEYS))
+        given = ["--name", self._name, "--state-dir", self._home / "state", "--default-departed", REAL_HOTKEYS]
+        self._server = self._start("shmelim", "serve", "--port", "0", "--ready-fd", "1", *map(str, given))
         self._server.hear()
         self._client = EliminationClient(self._name, runtime_base=self._home / "run" / "shmelim")
         self._open.append(self._client)
