@@ -16,7 +16,7 @@ _log = logging.getLogger("shmelim.processing")
 _limited = LimitedLog(_log)
 
 WISHES: Final = (KeyboardInterrupt, GeneratorExit, SystemExit)
-"""Somebody's wish to end the process. Anything else is a failure: ``asyncio.CancelledError`` is not an Exception."""
+"""Wishes to end the process. Anything else is a failure, such as ``asyncio.CancelledError``: not an Exception."""
 
 
 class OvertakenError(ShmelimError):
