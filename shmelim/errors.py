@@ -7,36 +7,6 @@ Bad arguments raise the built-in ``ValueError`` and ``TypeError``; everything el
 
 from __future__ import annotations
 
-__all__ = [
-    "AddressError",
-    "AlreadyServingError",
-    "AuthenticationFailedError",
-    "CallTimeoutError",
-    "CallerFaultError",
-    "ChannelError",
-    "CorruptSegmentError",
-    "DamagedFileError",
-    "DamagedStoreError",
-    "KeyFileError",
-    "MessageTooLargeError",
-    "NoCollaboratorsError",
-    "NotServingError",
-    "OutcomeUnknownError",
-    "ProtocolError",
-    "RemoteError",
-    "SegmentError",
-    "SegmentFormatError",
-    "SegmentFullError",
-    "ShmelimError",
-    "SlashNotMadeError",
-    "StateUnavailableError",
-    "StoreError",
-    "UnknownMethodError",
-    "UnsupportedPlatformError",
-    "UntrustedSegmentError",
-    "UploadLostError",
-]
-
 
 class ShmelimError(Exception):
     """Base of every error of this package.

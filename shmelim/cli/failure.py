@@ -15,6 +15,7 @@ code  meaning
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import click
@@ -76,3 +77,11 @@ def show(failure: Failure, *, as_json: bool) -> None:
     for kind, text in (("error", failure.message), ("hint", failure.hint)):
         if text:
             click.echo(f"{kind}: {printable(' '.join(text.split()))}", err=True)
+
+
+def need_file(path: Path) -> None:
+    """Raise FileProblemError where a file is a directory, or does not exist."""
+    if path.is_dir():
+        raise FileProblemError(f"{path} is a directory, not a file")
+    if not path.exists():
+        raise FileProblemError(f"{path} does not exist")

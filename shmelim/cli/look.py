@@ -8,15 +8,20 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
-from shmelim.cli.options import HOTKEY, Settings, command, hotkeys_from, owner_option
+from shmelim.cli.options import Settings, command, hotkeys_argument, hotkeys_from, owner_option
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.rows import Status
 
-_RE_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
+_STATES: Final = {
+    "eliminated": Status.ELIMINATED,
+    "departed": Status.DEPARTED,
+    "registered": Status.REGISTERED,
+    "re_registered": Status.DEPARTED | Status.REGISTERED,
+}
 
 
 @command
-@click.argument("hotkeys", metavar="HOTKEY…", type=HOTKEY, nargs=-1, required=True)
+@hotkeys_argument
 @owner_option
 def check(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> int:
     """Tell of each HOTKEY whether it is eliminated, re-registered, departed, or clear.
@@ -31,36 +36,25 @@ def check(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) ->
       shmelim check 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
       shmelim check - < hotkeys.txt
     """
-    reader = EliminationReader(settings.name, owner=owner)
     asked = hotkeys_from(hotkeys)
-    found = dict(zip(asked, reader.statuses(asked), strict=True))
-    eliminated = sum(Status.ELIMINATED in status for status in found.values())
-    rows = [
-        {
-            "hotkey": hotkey,
-            "eliminated": Status.ELIMINATED in status,
-            "departed": Status.DEPARTED in status,
-            "registered": Status.REGISTERED in status,
-            "re_registered": _RE_REGISTERED in status,
-        }
-        for hotkey, status in found.items()
+    statuses = EliminationReader(settings.name, owner=owner).statuses(asked)
+    rows: list[dict[str, Any]] = [
+        {"hotkey": hotkey, **{name: state in status for name, state in _STATES.items()}}
+        for hotkey, status in zip(asked, statuses, strict=True)
     ]
-    words = ((hotkey, _in_words(status)) for hotkey, status in found.items())
-    settings.show({"eliminated": eliminated, "hotkeys": rows}, ("hotkey", "status"), words)
+    eliminated = sum(row["eliminated"] for row in rows)
+    words = ((row["hotkey"], _in_words(row)) for row in rows)
+    settings.table({"eliminated": eliminated, "hotkeys": rows}, ("hotkey", "status"), words)
     return NO if eliminated else YES
 
 
-def _in_words(status: Status) -> str:
-    words = ["eliminated"] if Status.ELIMINATED in status else []
-    if _RE_REGISTERED in status:
-        words.append("re-registered")
-    elif Status.DEPARTED in status:
-        words.append("departed")
-    return ", ".join(words) or "clear"
+def _in_words(row: dict[str, Any]) -> str:
+    left = "re-registered" if row["re_registered"] else "departed" if row["departed"] else ""
+    return ", ".join(filter(None, ("eliminated" if row["eliminated"] else "", left))) or "clear"
 
 
 @command
-@click.argument("hotkeys", metavar="HOTKEY…", type=HOTKEY, nargs=-1, required=True)
+@hotkeys_argument
 @owner_option
 def get(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> int:
     """Print the elimination record of each HOTKEY; "-" stands for those on stdin.
@@ -76,15 +70,16 @@ def get(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> i
     found = {hotkey: reader.get_elimination(hotkey) for hotkey in hotkeys_from(hotkeys)}
     eliminations = [record for record in found.values() if record is not None]
     missing = [hotkey for hotkey, record in found.items() if record is None]
-    if settings.as_json:
-        output.document({"name": settings.name, "eliminations": eliminations, "missing": missing})
-    else:
+
+    def say() -> None:
         for number, record in enumerate(eliminations):
             if number:
                 click.echo()
             output.facts([*record.items(), ("(UTC)", output.moment(record["elimination_initiated_time_ms"]))])
         for hotkey in missing:
             click.echo(f"not eliminated: {output.printable(hotkey)}", err=True)
+
+    settings.answer({"eliminations": eliminations, "missing": missing}, say)
     return NO if missing else YES
 
 
@@ -108,20 +103,11 @@ def list_(settings: Settings, *, departed: bool, reason: str | None, owner: int 
     if departed and reason is not None:
         raise click.UsageError("--reason is about eliminations and does not go with --departed")
     snapshot = EliminationReader(settings.name, owner=owner).snapshot()
-    content: dict[str, Any] = {"version": snapshot.version}
+    version = {"version": snapshot.version}
     if departed:
         gone = [{"hotkey": hotkey, **info} for hotkey, info in snapshot.departed.items()]
-        content |= {"count": len(gone), "departed": gone}
-        cells = ((it["hotkey"], output.moment(it["detected_ms"])) for it in gone)
-        settings.show(content, ("hotkey", "seen to leave"), cells)
+        settings.rows(version, "departed", gone, {"hotkey": "hotkey", "detected_ms": "seen to leave"})
         return
     rows = [row for row in snapshot.eliminations.values() if reason is None or row["reason"] == reason]
-    content |= {"count": len(rows), "eliminations": rows}
-    settings.show(
-        content,
-        ("hotkey", "reason", "dd", "eliminated"),
-        (
-            (row["hotkey"], row["reason"], row.get("dd"), output.moment(row["elimination_initiated_time_ms"]))
-            for row in rows
-        ),
-    )
+    columns = {"hotkey": "hotkey", "reason": "reason", "dd": "dd", "elimination_initiated_time_ms": "eliminated"}
+    settings.rows(version, "eliminations", rows, columns)

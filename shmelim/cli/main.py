@@ -23,12 +23,12 @@ _COMMANDS: Final = {
     "list": ("look:list_", "List eliminations, or departed hotkeys."),
     "add": ("change:add", "Eliminate a hotkey."),
     "remove": ("change:remove", "Take an elimination back."),
-    "sync": ("change:sync", "Replace all eliminations by those of a file."),
-    "debts": ("debts:debts", "Show what eliminations still owe."),
-    "slash": ("debts:slash", "Show the slashes that were made, settle one that is in doubt."),
-    "missing": ("missing:missing", "List hotkeys whose departure was not believed, or accept it."),
-    "history": ("history:history", "Show who changed what, and when."),
-    "export": ("export:export", "Write the state to a JSON file."),
+    "sync": ("transfer:sync", "Replace all eliminations by those of a file."),
+    "debts": ("books:debts", "Show what eliminations still owe."),
+    "slash": ("books:slash", "Show the slashes that were made, settle one that is in doubt."),
+    "missing": ("change:missing", "List hotkeys whose departure was not believed, or accept it."),
+    "history": ("books:history", "Show who changed what, and when."),
+    "export": ("transfer:export", "Write the state to a JSON file."),
     "demo": ("demo.command:demo", "Show and measure all of it, on real hotkeys."),
 }
 """Where each command is (its module is loaded when it is used), and its line in the list of all."""
@@ -42,11 +42,9 @@ class _Commands(Group):
     """A group that loads a command when it is used, and ends every error in one line, a hint and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """Return the names of the commands."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """Return a command, or None if there is none of that name."""
         if cmd_name not in _COMMANDS:
             return None
         module, _, name = _COMMANDS[cmd_name][0].partition(":")
@@ -54,12 +52,10 @@ class _Commands(Group):
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """Write the list of commands, without loading them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command of a context."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
@@ -68,7 +64,6 @@ class _Commands(Group):
     def main(  # type: ignore[override]  # click's own has overloads over standalone_mode, which is always on here
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
     ) -> NoReturn:
-        """Run a command and exit."""
         arguments = list(sys.argv[1:] if args is None else args)
         settings = Settings(as_json="--json" in arguments, debug="--debug" in arguments)
         extra.pop("standalone_mode", None)
@@ -84,23 +79,12 @@ class _Commands(Group):
             sys.exit(failure.PIPE_CLOSED)
         except Exception as error:
             if settings.debug or "--debug" in arguments:
-                import traceback
-
-                traceback.print_exc()
+                sys.excepthook(type(error), error, error.__traceback__)
             _drop_unwritten()
             described = failure.describe(error, settings.name)
             failure.show(described, as_json=settings.as_json or "--json" in arguments)
             sys.exit(described.exit_code)
         sys.exit(code if isinstance(code, int) else 0)
-
-
-def _show_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        # Finding it takes tens of milliseconds.
-        from shmelim import __version__
-
-        click.echo(f"shmelim, version {__version__}")
-        context.exit()
 
 
 @click.group(
@@ -109,9 +93,7 @@ def _show_version(context: click.Context, _option: click.Parameter, wanted: bool
     epilog="Exit codes: 0 done, 1 the answer is no or the request was refused, 2 wrong usage, "
     "3 nothing is served under that name, 4 any other error.",
 )
-@click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
-)
+@click.version_option(package_name="shmelim")
 def cli() -> None:
     """Is this hotkey eliminated? Answered from shared memory, in any process.
 
@@ -151,9 +133,8 @@ def _drop_stdout() -> None:
 
 def _drop_unwritten() -> None:
     """Write out what is buffered, or drop it: the interpreter must not try again at its end."""
-    if sys.stdout is None:
-        return
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         _drop_stdout()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import sys
@@ -19,8 +20,31 @@ NAME_VARIABLE: Final = "SHMELIM_NAME"
 DEBUG_VARIABLE: Final = "SHMELIM_DEBUG"
 DEFAULT_NAME: Final = "shmelim"
 PATH: Final = click.Path(path_type=Path, readable=False)
-PATH_OR_DASH: Final = click.Path(path_type=Path, readable=False, allow_dash=True)
 _BLOCK: Final = re.compile(r"^(?=(With --json|For example):)", re.MULTILINE)
+
+
+def _problem(what: str, text: str) -> str | None:
+    """Return what is wrong with a name or a hotkey."""
+    from shmelim.eliminations.record import check_hotkey
+    from shmelim.shm import check_name
+
+    try:
+        (check_name if what == "name" else check_hotkey)(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+class _Checked(click.ParamType[str]):
+    """A name or a hotkey."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if problem := _problem(self.name, value):
+            self.fail(problem, param, ctx)
+        return str(value)
 
 
 @dataclass
@@ -39,33 +63,54 @@ class Settings:
             raise click.UsageError(f"{NAME_VARIABLE}: {problem}")
         return cls(name, debug=os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"))
 
-    def say(self, content: dict[str, Any], text: str) -> None:
-        """Print what was done: as JSON with the name, or as text."""
+    def answer(self, content: dict[str, Any], say: str | Callable[[], object]) -> None:
+        """Print what was found or done: as JSON with the name, or else a text, or whatever `say` prints."""
         if self.as_json:
-            output.document({"name": self.name, **content})
+            click.echo(json.dumps({"name": self.name, **content}, default=str))
+        elif isinstance(say, str):
+            click.echo(say)
         else:
-            click.echo(text)
+            say()
 
-    def show(self, content: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Print what was found: as JSON with the name, or as rows."""
-        if self.as_json:
-            output.document({"name": self.name, **content})
-        else:
-            output.records(columns, rows)
+    def table(self, content: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Print what was found, as JSON or as rows."""
+        self.answer(content, lambda: output.records(columns, rows))
+
+    def rows(
+        self, content: dict[str, Any], what: str, rows: list[dict[str, Any]], columns: dict[str, str]
+    ) -> None:
+        """Print rows that are dicts; `columns` has the heading of each key, and a key in ``_ms`` is a time."""
+
+        def cell(row: dict[str, Any], key: str) -> object:
+            return output.moment(row[key]) if key.endswith("_ms") else row.get(key)
+
+        cells = ([cell(row, key) for key in columns] for row in rows)
+        self.table({**content, "count": len(rows), what: rows}, list(columns.values()), cells)
+
+
+def _shared(*names: str, **about: Any) -> click.Option:
+    def remember(context: click.Context, parameter: click.Parameter, given: Any) -> None:
+        if given:
+            setattr(context.ensure_object(Settings), str(parameter.name), given)
+
+    return click.Option(names, expose_value=False, callback=remember, **about)
+
+
+_OF_NAME = f"The name that is served [default: {NAME_VARIABLE}, else {DEFAULT_NAME!r}]."
+_SHARED: Final = [
+    _shared("--name", type=_Checked("name"), metavar="NAME", help=_OF_NAME),
+    _shared("--json", "as_json", is_flag=True, help="Print one JSON document; errors as JSON on stderr."),
+    _shared("--debug", is_flag=True, help=f"Show where an error came from (also: {DEBUG_VARIABLE}=1)."),
+]
 
 
 class _Shared:
-    """Gives a command ``--name``, ``--json`` and ``--debug``, and keeps the lines of its help's last blocks."""
+    """Gives a command the options that all have, and keeps the lines of its help's last blocks."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         # "\b" is how click wants a block marked that it must not fill.
         named["help"] = _BLOCK.sub("\b\n", inspect.cleandoc(named["help"]))
-        options = [
-            _option("name", f"The name that is served [default: {NAME_VARIABLE}, else {DEFAULT_NAME!r}]."),
-            _option("json", "Print one JSON document; errors as JSON on stderr.", field="as_json"),
-            _option("debug", f"Show where an error came from (also: {DEBUG_VARIABLE}=1)."),
-        ]
-        named["params"] = [*(named.get("params") or ()), *options]
+        named["params"] = [*(named.get("params") or ()), *_SHARED]
         super().__init__(*arguments, **named)
 
 
@@ -89,52 +134,11 @@ def command(function: Callable[..., Any]) -> Command:
     return click.command(function.__name__.rstrip("_"), cls=Command)(click.pass_obj(function))
 
 
-def _option(name: str, text: str, field: str | None = None) -> click.Option:
-    def remember(context: click.Context, parameter: click.Parameter, given: Any) -> None:
-        settings = context.ensure_object(Settings)
-        if given is None or given is False:
-            return
-        if name == "name" and (problem := _problem("name", given)):
-            raise click.BadParameter(problem, context, parameter)
-        setattr(settings, field or name, given)
-
-    flag = name != "name"
-    return click.Option(
-        [f"--{name}"],
-        is_flag=flag,
-        metavar=None if flag else name.upper(),
-        expose_value=False,
-        callback=remember,
-        help=text,
-    )
-
-
-def _problem(what: str, text: str) -> str | None:
-    """Return what is wrong with a name or a hotkey."""
-    from shmelim.eliminations.record import check_hotkey
-    from shmelim.shm import check_name
-
-    try:
-        (check_name if what == "name" else check_hotkey)(text)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-class _Hotkey(click.ParamType[str]):
-    """A hotkey: 1 to 255 bytes of UTF-8."""
-
-    name = "hotkey"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the hotkey, or fail with what is wrong with it."""
-        if problem := _problem("hotkey", value):
-            self.fail(problem, param, ctx)
-        return str(value)
-
-
-HOTKEY: Final = _Hotkey()
-
+hotkey_argument = click.argument("hotkey", type=_Checked("hotkey"))
+any_hotkey_argument = click.argument("hotkey", type=_Checked("hotkey"), required=False)
+hotkeys_argument = click.argument("hotkeys", metavar="HOTKEY…", type=_Checked("hotkey"), nargs=-1, required=True)
+file_argument = click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
+yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 owner_option = click.option(
     "--owner",
     type=click.IntRange(min=0),

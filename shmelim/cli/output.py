@@ -10,9 +10,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _HOTKEY_WIDTH: Final = 48
 _OTHER_WIDTH: Final = 12
@@ -40,11 +43,6 @@ def agreed(question: str, *about: str) -> bool:
     return click.confirm(question, err=True)
 
 
-def document(content: dict[str, Any]) -> None:
-    """Print one JSON document, in ASCII, with keys in the order given."""
-    click.echo(json.dumps(content, default=str))
-
-
 def records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows: a table on a terminal, else one line each, tab-separated and complete, without a heading.
 
@@ -55,16 +53,13 @@ def records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         from rich import box
         from rich.console import Console
         from rich.table import Table
-        from rich.text import Text
 
         widths = [_HOTKEY_WIDTH if column == "hotkey" else _OTHER_WIDTH for column in columns]
         if Console().width >= sum(widths):
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
             for column in columns:
                 table.add_column(column, overflow="fold", min_width=_HOTKEY_WIDTH if column == "hotkey" else None)
-            for row in rows:
-                table.add_row(*(Text(value(cell)) for cell in row))
-            Console().print(table)
+            _print(table, rows)
             return
     lines = ("\t".join(map(value, row)) for row in rows)
     # Each echo is a system call of its own.
@@ -74,19 +69,23 @@ def records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 def facts(pairs: Iterable[tuple[str, object]]) -> None:
     """Print what is known of one thing: names and values in two columns, or tab-separated."""
-    if not on_terminal():
-        for name, fact in pairs:
-            click.echo(f"{printable(name)}\t{value(fact)}")
-        return
+    if on_terminal():
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        _print(table, pairs)
+    else:
+        records((), pairs)
+
+
+def _print(table: Table, rows: Iterable[Sequence[object]]) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, fact in pairs:
-        table.add_row(Text(printable(name)), Text(value(fact)))
+    for row in rows:
+        table.add_row(*(Text(value(cell)) for cell in row))
     Console().print(table)
 
 
@@ -99,12 +98,13 @@ def printable(text: str) -> str:
 
 def value(thing: object) -> str:
     """Return any value as it is shown: text as it is, "-" for None, the rest as JSON."""
-    if thing is None:
-        return "-"
-    if isinstance(thing, str):
-        return printable(thing)
-    if isinstance(thing, bool):
-        return "yes" if thing else "no"
+    match thing:
+        case None:
+            return "-"
+        case str():
+            return printable(thing)
+        case bool():
+            return "yes" if thing else "no"
     return printable(json.dumps(thing, ensure_ascii=False, default=str))
 
 
@@ -127,8 +127,10 @@ def span(seconds: float) -> str:
 
 def size(count: float) -> str:
     """Return a number of bytes as people say it."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < _KIB:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+    if count < _KIB:
+        return f"{count:,.0f} B"
+    for unit in ("KiB", "MiB"):
         count /= _KIB
-    return f"{count:,.1f} GiB"
+        if count < _KIB:
+            return f"{count:,.1f} {unit}"
+    return f"{count / _KIB:,.1f} GiB"

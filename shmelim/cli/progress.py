@@ -25,28 +25,21 @@ class DelayedProgress:
         self._file = file
         self._timer = threading.Timer(delay, self._show)
         self._timer.daemon = True
-        self._progress: Progress | None = None
+        self._bar: Progress | None = None
         self._shown = False
         self._what: str | None = None
 
     def __enter__(self) -> Self:
         if sys.stderr is not None and sys.stderr.isatty():
+            from rich import progress
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                SpinnerColumn,
-                TextColumn,
-                TimeElapsedColumn,
-            )
 
-            self._progress = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
+            self._bar = progress.Progress(
+                progress.SpinnerColumn(),
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
                 console=Console(file=self._file, stderr=True),
                 transient=True,
             )
@@ -60,33 +53,33 @@ class DelayedProgress:
         """Take the bar away. Idempotent."""
         with self._lock:
             self._timer.cancel()
-            if self._progress is not None and self._shown:
-                self._progress.stop()
-            self._progress = None
+            if self._bar is not None and self._shown:
+                self._bar.stop()
+            self._bar = None
 
     def tell(self, what: str, done: int, total: int | None) -> None:
         """Say what is being done and how far it is; a total of None: it is not known how far it will go."""
         with self._lock:
-            if self._progress is None:
+            if self._bar is None:
                 return
             if what != self._what:
-                for task in self._progress.task_ids:
-                    self._progress.remove_task(task)
-                self._progress.add_task(what, total=total, completed=done)
+                for task in self._bar.task_ids:
+                    self._bar.remove_task(task)
+                self._bar.add_task(what, total=total, completed=done)
                 self._what = what
             else:
-                self._progress.update(self._progress.task_ids[0], completed=done, total=total)
+                self._bar.update(self._bar.task_ids[0], completed=done, total=total)
 
     def write(self, text: str) -> None:
         """Write whole lines: above the bar while there is one, so that neither spoils the other."""
         with self._lock:
-            if self._progress is not None and self._shown:
-                self._progress.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+            if self._bar is not None and self._shown:
+                self._bar.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
             elif self._file is not None:
                 self._file.write(text)
 
     def _show(self) -> None:
         with self._lock:
-            if self._progress is not None:
-                self._progress.start()
+            if self._bar is not None:
+                self._bar.start()
                 self._shown = True

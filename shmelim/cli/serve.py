@@ -6,21 +6,18 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Final, TextIO, cast
+from typing import Any, Final, TextIO, cast
 
 import click
 
-from shmelim.cli.failure import FileProblemError
+from shmelim.channel.address import describe
+from shmelim.cli.failure import need_file
 from shmelim.cli.options import PATH, Settings, command
 from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
-from shmelim.eliminations.files.mirror import FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.serve import ServeOptions, Service, run
-from shmelim.eliminations.store.schema import Durability
 from shmelim.errors import AlreadyServingError, ShmelimError
 from shmelim.system.background import BackgroundStream
 
@@ -43,7 +40,7 @@ class _LineFormatter(logging.Formatter):
     "--state-dir",
     type=PATH,
     metavar="DIR",
-    help="Where the state is kept [default: a directory of that name among the user's state].",
+    help="Where the state is kept [default: a directory of the user's state].",
 )
 @click.option(
     "--import",
@@ -54,10 +51,7 @@ class _LineFormatter(logging.Formatter):
     help="Merge a file of eliminations or of departed hotkeys into the state, once; repeatable.",
 )
 @click.option(
-    "--default-departed",
-    type=PATH,
-    metavar="FILE",
-    help="A file of departed hotkeys to start from while none are known.",
+    "--default-departed", type=PATH, metavar="FILE", help="Departed hotkeys to start from while none are known."
 )
 @click.option(
     "--port",
@@ -87,19 +81,7 @@ class _LineFormatter(logging.Formatter):
     help='Write "ready" and a newline to this descriptor once readers and commands are served, and close it.',
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log more than warnings.")
-def serve(
-    settings: Settings,
-    *,
-    state_dir: Path | None,
-    imports: tuple[Path, ...],
-    default_departed: Path | None,
-    port: int | None,
-    durability: Durability,
-    files: FilesMode,
-    group_readable: bool,
-    ready_fd: int | None,
-    verbose: bool,
-) -> None:
+def serve(settings: Settings, *, ready_fd: int | None, verbose: bool, **options: Any) -> None:
     """Serve a name until SIGTERM or Ctrl-C.
 
     Recovers the state, publishes it in shared memory, and takes changes from whoever may read the key. When it
@@ -111,22 +93,14 @@ def serve(
       shmelim serve --name mainnet --state-dir /var/lib/shmelim --default-departed departed_hotkeys.json
       shmelim serve --import old/eliminations.json --import old/departed_hotkeys.json
     """
-    _check_descriptor(ready_fd)
-    for path in (*imports, *([] if default_departed is None else [default_departed])):
-        if path.is_dir():
-            raise FileProblemError(f"{path} is a directory, not a file")
-        if not path.exists():
-            raise FileProblemError(f"{path} does not exist")
-    options = ServeOptions(
-        name=settings.name,
-        state_dir=state_dir,
-        port=port,
-        group_readable=group_readable,
-        durability=durability,
-        files=files,
-        default_departed=default_departed,
-        imports=imports,
-    )
+    if ready_fd is not None:
+        try:
+            os.fstat(ready_fd)
+        except OSError:
+            raise click.UsageError(f"--ready-fd: descriptor {ready_fd} is not open") from None
+    for path in (*options["imports"], options["default_departed"]):
+        if path is not None:
+            need_file(path)
     # Nothing here waits for whoever reads stderr, or does not.
     stderr = BackgroundStream(_stderr())
     progress = DelayedProgress(file=cast("TextIO", stderr))
@@ -138,9 +112,10 @@ def serve(
         if ready_fd is not None:
             _tell_ready(ready_fd)
 
-    with _logging(progress, verbose=verbose), progress:
+    _log_to(progress, verbose=verbose)
+    with progress:
         try:
-            run(options, announce, progress.tell)
+            run(ServeOptions(settings.name, **options), announce, progress.tell)
         except AlreadyServingError as error:
             raise _naming_the_other(error, settings.name) from error
         finally:
@@ -148,11 +123,11 @@ def serve(
 
 
 def _ready_line(service: Service) -> str:
-    reader, address = service.server.reader, service.channel.address
-    channel = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
+    server = service.server
     return printable(
-        f"serving {service.options.name!r}: {len(reader)} eliminated, {reader.num_departed_hotkeys} departed; "
-        f"channel {channel}; state {service.server.state_dir}"
+        f"serving {service.options.name!r}: {len(server.reader)} eliminated,"
+        f" {server.reader.num_departed_hotkeys} departed; channel {describe(service.channel.address)};"
+        f" state {server.state_dir}"
     )
 
 
@@ -162,14 +137,6 @@ def _stderr() -> int | None:
         return sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):
         return None
-
-
-def _check_descriptor(descriptor: int | None) -> None:
-    if descriptor is not None:
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            raise click.UsageError(f"--ready-fd: descriptor {descriptor} is not open") from None
 
 
 def _tell_ready(descriptor: int) -> None:
@@ -192,16 +159,8 @@ def _naming_the_other(error: AlreadyServingError, name: str) -> ShmelimError:
     return error
 
 
-@contextlib.contextmanager
-def _logging(progress: DelayedProgress, *, verbose: bool) -> Iterator[None]:
-    log = logging.getLogger("shmelim")
-    handler = logging.StreamHandler(progress)
+def _log_to(progress: DelayedProgress, *, verbose: bool) -> None:
+    log, handler = logging.getLogger("shmelim"), logging.StreamHandler(progress)
     handler.setFormatter(_LineFormatter())
-    before = log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before)

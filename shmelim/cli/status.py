@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import click
 
+from shmelim.channel.address import describe
 from shmelim.cli import output
 from shmelim.cli.options import Settings, command, owner_option
 from shmelim.eliminations.client import EliminationClient
@@ -15,7 +16,7 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.state.debt_book import MOST_SHOWN
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import KeyFileError, NotServingError, ShmelimError, StoreError
+from shmelim.errors import ShmelimError, StoreError
 from shmelim.shm import READ_PATH
 
 _ASKING: Final = 2.0
@@ -46,62 +47,47 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
     reader = EliminationReader(settings.name, owner=owner)
     verified = reader.verify() if verify else None
     writer, table = reader.writer, reader.table
-    address, state_dir, problem = _announced(settings.name)
-    server, problem = (None, problem) if address is None else _ask(settings.name)
+    channel, state_dir, server = _ask(settings.name)
     debts, in_doubt = _owed(server, state_dir)
-    document = {
-        "name": settings.name,
-        "version": table.version,
-        "generation": table.generation,
-        "sequence": table.sequence,
+    found = {
+        **_of(table, "version", "generation", "sequence"),
         **dict(zip(("eliminated", "departed", "registered"), table.flag_counts, strict=False)),
         "entries": table.entries,
         "read_path": READ_PATH,
         "writer": {
-            "pid": writer.pid,
-            "alive": writer.alive,
-            "state": writer.state,
+            **_of(writer, "pid", "alive", "state", "started_ms"),
             "heartbeat_age_s": round(writer.heartbeat_age, 3),
-            "started_ms": writer.started_ms,
         },
         "table": {
-            "capacity": table.capacity,
+            **_of(table, "capacity", "arena_size", "arena_used", "arena_live"),
             "usable": table.capacity // 2,
-            "arena_size": table.arena_size,
-            "arena_used": table.arena_used,
-            "arena_live": table.arena_live,
             "segment_bytes": table.segment_size,
         },
-        "channel": {"address": address, "answers": server is not None, "problem": problem},
+        "channel": channel,
         "state_dir": state_dir,
         "server": server and {key: server.get(key) for key in ("commits", "changes", "store_bytes", "problems")},
         "debts": debts,
         "slashes_in_doubt": in_doubt,
         "verified": verified,
     }
-    if settings.as_json:
-        output.document(document)
-    else:
-        output.facts(_lines(document))
+    settings.answer(found, lambda: output.facts(_lines({"name": settings.name, **found})))
 
 
-def _announced(name: str) -> tuple[str | None, str | None, str | None]:
-    """Return the address and state directory that the last server left word of, and what is in the way of them."""
+def _of(thing: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(thing, name) for name in names}
+
+
+def _ask(name: str) -> tuple[dict[str, Any], str | None, dict[str, Any] | None]:
+    """Return where the server that started last is and whether it answers, its directory, and what it says."""
+    address = state_dir = server = problem = None
     try:
         info = RuntimeDirectory(name).server()
-    except (NotServingError, KeyFileError) as error:
-        return None, None, error.message
-    address = info.address if isinstance(info.address, str) else f"{info.address[0]}:{info.address[1]}"
-    return address, info.state_dir, None
-
-
-def _ask(name: str) -> tuple[dict[str, Any] | None, str | None]:
-    """Return what the server says of itself, or why it does not."""
-    try:
-        with contextlib.closing(EliminationClient(name, timeout=_ASKING)) as client:
-            return client.health_check(), None
+        address, state_dir = describe(info.address), info.state_dir
+        with EliminationClient(name, timeout=_ASKING) as client:
+            server = client.health_check()
     except ShmelimError as error:
-        return None, error.message
+        problem = error.message
+    return {"address": address, "answers": server is not None, "problem": problem}, state_dir, server
 
 
 def _owed(server: dict[str, Any] | None, state_dir: str | None) -> tuple[int | None, list[str] | None]:

@@ -18,7 +18,7 @@ from shmelim.eliminations.files.mirror import FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.rows import Status
-from shmelim.eliminations.rules import EliminationProcessor, processed
+from shmelim.eliminations.rules import Context, EliminationProcessor, processed
 from shmelim.eliminations.rules.loop import run_loop
 from shmelim.eliminations.rules.membership import listed_by, valid_hotkeys
 from shmelim.eliminations.runtime import RuntimeDirectory
@@ -309,12 +309,9 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         )
 
     def _make_processor(self) -> EliminationProcessor:
+        collaborators = cast("Collaborators", weakref.proxy(self))  # which it does not keep alive
         processor = EliminationProcessor(
-            cast("Collaborators", weakref.proxy(self)),  # which it does not keep alive
-            self.environment,
-            self._reader,
-            ProcessingCalls(self),
-            is_backtesting=self.is_backtesting,
+            Context(collaborators, self.environment, self._reader, ProcessingCalls(self), self.is_backtesting)
         )
         if self.running_unit_tests:
             self._server_proxy._processor = processor  # noqa: SLF001

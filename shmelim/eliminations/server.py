@@ -158,7 +158,7 @@ class EliminationManagerServer(DebtMethods):
                 lambda done, total: tell("publishing", done, total),
             )
             self.reader = EliminationReader.over(self.namespace)
-            if self.state_dir is not None:
+            if self.state_dir is not None and files != "off":
                 self._mirror = FileMirror(
                     self.state_dir, TableReader(self.namespace), self._committer, files, self.problems
                 )
@@ -259,7 +259,8 @@ class EliminationManagerServer(DebtMethods):
     def is_zombie_hotkey_rpc(self, hotkey: str, all_hotkeys_set: Container[str]) -> bool:
         """Tell whether a hotkey is missing among all hotkeys of the metagraph, the development one excepted."""
         check_hotkey(hotkey)
-        own = DEVELOPMENT_HOTKEY if self._processor is None else self._processor.environment.development_hotkey
+        processor = self._processor
+        own = DEVELOPMENT_HOTKEY if processor is None else processor.context.environment.development_hotkey
         return hotkey != own and hotkey not in all_hotkeys_set
 
     def get_history_rpc(
@@ -357,20 +358,19 @@ class EliminationManagerServer(DebtMethods):
                 self._mirror.flush()
 
     def get_eliminations_from_disk_rpc(self) -> list[dict[str, Any]]:
-        if self._mirror is not None and self._mirror.mode != "off" and self.state_dir is not None:
+        if self._mirror is not None and self.state_dir is not None:
             try:
                 found = files.read_eliminations(self.state_dir / ELIMINATIONS_FILE)
             except DamagedFileError as error:
                 _limited(logging.WARNING, "file", "%s; answering from the store", error)
             else:
                 if found is not None:
-                    return [decode(record) for _, record in found.rows]
+                    return [decode(record) for record in found.taken.values()]
         return [decode(record) for record in self._committer.read(lambda s: [r for _, r in s.eliminated()])]
 
     def load_eliminations_from_disk_rpc(self) -> None:
-        directory = self.state_dir
-        if directory is not None and self._mirror is not None and self._mirror.mode != "off":
-            self._committer.commit(take_files, directory, fresh=False)
+        if self._mirror is not None and self.state_dir is not None:
+            self._committer.commit(take_files, self.state_dir, fresh=False)
 
     # ------------------------------------------------------------------ first refresh, and processing
 

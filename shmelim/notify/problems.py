@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Final, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
-from shmelim.system.clock import now_ms
 from shmelim.system.logs import LimitedLog
-from shmelim.system.problems import Change, Problem, Problems
+from shmelim.system.problems import Change, Problem, Problems, over
 
 _MOST: Final = 10_000  # messages that wait to be sent again; beyond it the oldest is forgotten
 
 _limited = LimitedLog(logging.getLogger("shmelim.notify"))
 
 
+@runtime_checkable
 class Notifier(Protocol):
     """Who is told of what people should know, such as a :class:`~shmelim.notify.slack.SlackNotifier`."""
 
@@ -29,21 +29,13 @@ class _Unsent(NamedTuple):
 
 
 class ProblemMessages:
-    """Sends a message when a problem is raised or gets worse, and another when it ends.
+    """Sends a message when a problem is raised or gets worse, and unless `ends` is false another when it ends.
 
     What the notifier refuses, by False or an error, is kept for :meth:`send_again` as long as it holds; of a
-    problem that ends before anybody heard of it, nothing is sent. Thread-safe and fork-safe: each step is one
-    operation of a dict, so that there is no lock which a forked child could inherit held.
+    problem that ends before anybody heard of it, nothing is sent. `notifier` returns who is told, each time.
 
-    Parameters
-    ----------
-    problems
-        What it tells of.
-    notifier
-        Returns who is told; may be another one each time, or None.
-    ends
-        Whether it tells of ends.
-
+    Thread-safe and fork-safe: each step is one operation of a dict, so that there is no lock which a forked child
+    could inherit held.
     """
 
     def __init__(self, problems: Problems, notifier: Callable[[], Notifier | None], *, ends: bool = True) -> None:
@@ -81,11 +73,23 @@ class ProblemMessages:
         if change != "cleared":
             text, level = str(problem), "warning" if problem.severity == "notice" else "error"
         elif is_known and self._ends:
-            lasted = max(0, now_ms() - problem.since_ms) / 1000
-            text, level = f"over after {lasted:.1f} s: {problem.text}", "success"
+            text, level = over(problem), "success"
         else:
             return
         if not self.send(text, level):
             self._unsent[key] = _Unsent(text, level, is_known)
             if len(self._unsent) > _MOST:
                 self._unsent.pop(next(iter(list(self._unsent))), None)
+
+
+def take_over(problems: Problems, reported: Iterable[Mapping[str, Any]]) -> None:
+    """Make the problems that a server's health check lists those that stand, so that subscribers hear of changes.
+
+    `problems` should be that server's alone: what is not listed is over.
+    """
+    listed = {(problem["name"], problem["subject"]): problem for problem in reported}
+    for old in problems.standing():
+        if (old.name, old.subject) not in listed:
+            problems.clear(old.name, old.subject)
+    for each in listed.values():
+        problems.report(**each)

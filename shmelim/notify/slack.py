@@ -6,7 +6,6 @@ slow, down or angry costs its callers nothing, and at worst some messages, which
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import logging
@@ -14,18 +13,18 @@ import math
 import multiprocessing.context
 import multiprocessing.util
 import threading
-import time
 import urllib.parse
 import weakref
-from collections.abc import Callable
 from http import HTTPStatus
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from shmelim.system import forks
+from shmelim.system.background import Background
 from shmelim.system.logs import LimitedLog
 
 if TYPE_CHECKING:
-    from slack_sdk.webhook import WebhookClient
+    from slack_sdk.webhook import WebhookResponse
 
 _SIGNS: Final = {"info": "\u2139\ufe0f", "success": "✅", "warning": "⚠️", "error": "❌"}
 _LONGEST: Final = 3500  # characters; Slack shortens from 4000 on
@@ -35,43 +34,36 @@ _REMEMBERED: Final = 256  # messages by which repetitions are known
 _logger = logging.getLogger("shmelim.notify")
 # The client logs the URL, so that what it says goes nowhere.
 _silent = logging.Logger("shmelim.webhook", logging.CRITICAL + 1)  # noqa: LOG001  # not in the tree on purpose
-_silent.disabled = True
 
 
 class SlackNotifier:
     """Sends messages to a Slack webhook, from a thread of its own.
 
-    A message that is repeated within `repeat_after` seconds is held back and counted; when it is let through
+    A message (text and level) that is repeated within `repeat_after` seconds is held back; when it is let through
     again, it says how often it was repeated. Messages leave at a bounded rate; those that find the queue full
-    are dropped and counted, and the next one that leaves says so. What Slack refuses for now (429, 5xx, no
-    connection) is tried again, and then dropped with a line in the log.
+    are dropped, and one that leaves later says how many. What Slack refuses for now (429, 5xx, no connection) is
+    tried again, and then dropped with a line in the log.
 
-    Thread-safe. No call raises, and each returns at once (some 10 µs), but for :meth:`flush` and :meth:`close`,
-    which have a bound. In a forked child it begins with an empty queue. Can be pickled to a process that is being
+    Thread-safe. No method raises, and each returns at once (some 10 µs), but for :meth:`flush` and :meth:`close`,
+    which have a bound. A forked child begins with an empty queue. Can be pickled to a process that is being
     started, and in no other way. The URL, which is a secret, appears in no log, message or ``repr``.
 
     Parameters
     ----------
     webhook_url : str
-        The webhook's URL.
+        The webhook's http(s) URL.
     source : str, optional
-        What every message begins with, such as the name of the host; None: nothing.
+        What every message begins with, such as the name of the host.
     repeat_after : float
-        Seconds in which the same message (text and level) is sent once.
+        Seconds in which the same message is sent once.
     burst, interval : int, float
         So many messages may leave at once, and from then on one every `interval` seconds.
-    max_queued : int
-        Messages that may wait.
-    max_tries : int
-        How often a message is tried.
+    max_queued, max_tries : int
+        How many messages may wait, and how often each is tried.
     retry_delay : float
-        Seconds before the second try; doubled for each further one. Slack's own ``Retry-After`` takes precedence.
-    timeout : float
-        Seconds for connecting, and for each piece of an answer.
-    exit_timeout : float
-        Seconds for messages that still wait at the end of the process.
-    clock : callable
-        Returns seconds; for repetitions.
+        Seconds before the second try, doubled for each further one; Slack's ``Retry-After`` takes precedence.
+    timeout, exit_timeout : float
+        Seconds for connecting, and for each piece of an answer; seconds for what waits when the process ends.
 
     Raises
     ------
@@ -105,7 +97,6 @@ class SlackNotifier:
         retry_delay: float = 1.0,
         timeout: float = 5.0,
         exit_timeout: float = 2.0,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         # What a started process gets, and all that an instance is made of.
         self._arguments: dict[str, Any] = {name: value for name, value in locals().items() if name != "self"}
@@ -113,40 +104,27 @@ class SlackNotifier:
             raise ValueError("burst, max_queued and max_tries must be 1 or more, and no time may be negative")
         self._host = _host(webhook_url)
         self._log = LimitedLog(_logger)
-        self._begin_here(closed=False)
+        self._background = Background(self._deliver, self._lost, max_queued)
+        self._closed = False
+        self.after_fork_in_child()
         forks.register(self)
 
-    def _begin_here(self, *, closed: bool) -> None:
-        """Make what each process has of its own."""
-        # The condition's lock guards everything below, and is held by nobody who waits for the network. It is
-        # re-entrant, since a signal handler may send a message while its thread does.
+    def after_fork_in_child(self) -> None:
+        """Begin anew: what waits here is the parent's to send. Called by :mod:`shmelim.system.forks`."""
+        # Its lock guards everything below, and is held by nobody who waits for the network. It is re-entrant: a
+        # signal handler may send a message while its thread does.
         self._changed = threading.Condition(threading.RLock())
         # (level, text) -> [when it was let through, how often it was held back since], the oldest first.
         self._seen: dict[tuple[str, str], list[float]] = {}
-        self._queue: collections.deque[str] = collections.deque()  # the first one is on its way
-        self._closed = closed
-        self._thread: threading.Thread | None = None  # lives while there are messages
         self._finalizer: multiprocessing.util.Finalize | None = None
         self._full_at = 0.0  # when a whole burst may leave again; each message moves it by an interval
-        self._unsaid = 0  # dropped messages that none has told of
         self._counts = dict.fromkeys(("sent", "held_back", "dropped", "failed"), 0)
-        self._client: WebhookClient | None = None  # the sending thread's
 
     def send_message(self, text: str, level: str = "info") -> bool:
-        """Have a message sent.
+        """Have a message sent; False if it is held back as a repetition, or cannot be taken.
 
-        Parameters
-        ----------
-        text : str
-            The message. Slack's control characters in it are escaped; from 3,500 characters on it is cut.
-        level : str
-            "info", "success", "warning" or "error"; anything else counts as "info".
-
-        Returns
-        -------
-        bool
-            Whether it waits to be sent; False if it is held back as a repetition, or cannot be taken.
-
+        The text is cut after 3,500 characters, and Slack's control characters in it are escaped. The level is
+        "info", "success", "warning" or "error"; any other counts as "info".
         """
         try:
             with self._changed:
@@ -157,18 +135,11 @@ class SlackNotifier:
             return False
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until nothing waits any more, at most `timeout` seconds (None: `exit_timeout`).
+        """Wait until every message was sent or given up, `timeout` seconds at most (None: `exit_timeout`).
 
-        Returns
-        -------
-        bool
-            Whether nothing waits any more; each message was sent, or given up.
-
+        False: some still wait.
         """
-        with self._changed:
-            limit = self._arguments["exit_timeout"] if timeout is None else timeout
-            self._changed.wait_for(lambda: not self._queue or self._thread is None, limit)
-            return not self._queue
+        return self._background.drain(self._arguments["exit_timeout"] if timeout is None else timeout)
 
     def close(self, timeout: float | None = None) -> bool:
         """Take no more messages, send those that wait without further pauses, and :meth:`flush`; idempotent.
@@ -183,7 +154,7 @@ class SlackNotifier:
     def stats(self) -> dict[str, int]:
         """Return counts: messages `sent`, `held_back` as repetitions, `dropped`, `failed`, and `queued` now."""
         with self._changed:
-            return {**self._counts, "queued": len(self._queue)}
+            return {**self._counts, "queued": len(self._background)}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {self._host}>"
@@ -192,97 +163,68 @@ class SlackNotifier:
         multiprocessing.context.assert_spawning(self)
         return functools.partial(type(self), **self._arguments), ()
 
-    def after_fork_in_child(self) -> None:
-        """Begin anew: what waits here is the parent's to send. Called by :mod:`shmelim.system.forks`."""
-        self._begin_here(closed=self._closed)
-
-    # ------------------------------------------------------------------ with the lock held
-
     def _enqueue(self, text: str, level: str) -> bool:
-        message, now = (level, text), self._arguments["clock"]()
+        """Put a message into the queue, with the lock held."""
+        message, now = (level, text), monotonic()
         let_through, repeated = self._seen.get(message, (-math.inf, 0))
-        if 0 <= now - let_through < self._arguments["repeat_after"]:
+        if now - let_through < self._arguments["repeat_after"]:
             self._seen[message][1] += 1
             self._counts["held_back"] += 1
             return False
         self._seen.pop(message, None)
-        if self._closed or len(self._queue) >= self._arguments["max_queued"]:
+        again = f" (repeated {repeated:.0f} times meanwhile)" if repeated else ""
+        if self._closed or not self._background.put(self._as_sent(text, again, level)):
             self._counts["dropped"] += 1
-            self._unsaid += 1
             return False
         self._seen[message] = [now, 0]
         if len(self._seen) > _REMEMBERED:
             del self._seen[next(iter(self._seen))]
-        if len(text) > _LONGEST:
-            text = text[:_LONGEST] + " …"
-        if repeated:
-            text += f" (repeated {repeated:.0f} times meanwhile)"
-        prefix = f"[{self._arguments['source']}] " if self._arguments["source"] else ""
-        # Escaped, so that nothing in it means something to Slack, such as <!channel>.
-        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        self._queue.append(f"{_SIGNS.get(level, _SIGNS['info'])} {prefix}{text}")
-        if self._thread is None:
-            self._start_thread()
-        return True
-
-    def _start_thread(self) -> None:
         if self._finalizer is None:
             # Called at the end of the main process, and of a child of multiprocessing, which knows no atexit.
             reference = weakref.ref(self)
             self._finalizer = multiprocessing.util.Finalize(
                 self, lambda: (living := reference()) and living.close(), exitpriority=100
             )
-        thread = threading.Thread(target=self._deliver, name="slack-notifier", daemon=True)
-        thread.start()
-        self._thread = thread
+        return True
 
-    # ------------------------------------------------------------------ in the notifier's thread
+    def _as_sent(self, text: str, again: str, level: str) -> str:
+        text = f"{text[:_LONGEST]} …" if len(text) > _LONGEST else text
+        source = f"[{self._arguments['source']}] " if self._arguments["source"] else ""
+        # Escaped, so that nothing in it means something to Slack, such as <!channel>.
+        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        return f"{_SIGNS.get(level, _SIGNS['info'])} {source}{text}{again}"
 
-    def _deliver(self) -> None:
-        """Send what is in the queue, and end."""
-        while True:
-            with self._changed:
-                if not self._queue:
-                    self._thread = None
-                    self._changed.notify_all()
-                    return
-                self._wait_for_turn()
-                text = self._queue[0]
-                unsaid, self._unsaid = self._unsaid, 0
-            if unsaid:
-                text += f" ({unsaid} other messages were dropped)"
-            fault = self._send(text)
-            with self._changed:
-                self._queue.popleft()
-                self._counts["failed" if fault else "sent"] += 1
-                if fault:
-                    self._unsaid += unsaid
-                self._changed.notify_all()
-            if fault:
-                self._log(logging.WARNING, "failed", "a message was not delivered (%s): %s", fault, text)
+    def _lost(self, count: int) -> str:
+        return self._as_sent(f"{count} messages were dropped: too many waited", "", "warning")
 
-    def _wait_for_turn(self) -> None:
-        """Wait until a message may leave, with the lock released meanwhile; one that closes does not wait."""
+    # ------------------------------------------------------------------ in the thread that sends
+
+    def _deliver(self, text: str) -> None:
         burst, interval = self._arguments["burst"], self._arguments["interval"]
-        while not self._closed and (left := self._full_at - burst * interval + interval - time.monotonic()) > 0:
-            self._changed.wait(left)
-        self._full_at = max(self._full_at, time.monotonic()) + interval
+        self._pause(self._full_at - (burst - 1) * interval - monotonic())
+        self._full_at = max(self._full_at, monotonic()) + interval
+        fault = self._try(text)
+        with self._changed:
+            self._counts["failed" if fault else "sent"] += 1
+        if fault:
+            self._log(logging.WARNING, "failed", "a message was not delivered (%s): %s", fault, text)
 
-    def _send(self, text: str) -> str | None:
+    def _pause(self, seconds: float) -> None:
+        """Let time pass, unless the notifier is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed, seconds)
+
+    def _try(self, text: str) -> str | None:
         """Try to deliver a message, as often as allowed; return what went wrong, without the URL."""
         delay, fault = self._arguments["retry_delay"], ""
         for left in reversed(range(self._arguments["max_tries"])):
             after = None
             try:
-                self._client = self._client or _new_client(
-                    self._arguments["webhook_url"], self._arguments["timeout"]
-                )
-                answer = self._client.send(text=text)
-                status = answer.status_code
-                if status == HTTPStatus.OK:
+                answer = self._post(text)
+                if answer.status_code == HTTPStatus.OK:
                     return None
-                fault = f"HTTP status {status}"
-                if status < HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.TOO_MANY_REQUESTS:
+                fault = f"HTTP status {answer.status_code}"
+                if HTTPStatus.TOO_MANY_REQUESTS != answer.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
                     return fault
                 after = _seconds(answer.headers.get("Retry-After"))
             except OSError as error:  # no connection, no answer in time
@@ -291,22 +233,16 @@ class SlackNotifier:
             except Exception as error:  # its text may have the URL in it
                 fault = type(error).__name__
             if left:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closed, delay if after is None else after)
+                self._pause(delay if after is None else after)
             delay *= 2
         return fault
 
+    def _post(self, text: str) -> WebhookResponse:
+        # Imported by the first message: it takes 0.1 s, which no program without alerts should pay.
+        from slack_sdk.webhook import WebhookClient  # noqa: PLC0415
 
-def _new_client(url: str, timeout: float) -> WebhookClient:
-    # Imported by the first message: it takes 0.1 s, which no program without alerts should pay.
-    from slack_sdk.webhook import WebhookClient  # noqa: PLC0415
-
-    return WebhookClient(
-        url,
-        timeout=timeout,  # type: ignore[arg-type]  # fractions of a second are fine
-        logger=_silent,
-        retry_handlers=[],  # the queue decides about another try
-    )
+        url, timeout = self._arguments["webhook_url"], self._arguments["timeout"]
+        return WebhookClient(url, timeout=timeout, logger=_silent, retry_handlers=[]).send(text=text)
 
 
 def _host(url: str) -> str:

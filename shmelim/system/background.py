@@ -42,12 +42,15 @@ class Background(Generic[T]):
         self._dropped = 0
         self._thread: threading.Thread | None = None
 
-    def put(self, item: T) -> None:
-        """Have an item worked on, or drop it."""
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def put(self, item: T) -> bool:
+        """Have an item worked on; False: it is dropped."""
         with self._changed:
             if len(self._queue) >= self._capacity:
                 self._dropped += 1
-                return
+                return False
             self._queue.append(item)
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="shmelim-background", daemon=True)
@@ -56,8 +59,9 @@ class Background(Generic[T]):
                 except RuntimeError:  # the interpreter ends, or has no thread left
                     self._queue.clear()
                     self._dropped += 1
-                    return
+                    return False
                 self._thread = thread
+            return True
 
     def drain(self, timeout: float) -> bool:
         """Wait until nothing waits any more, at most so many seconds; return whether that is so."""

@@ -12,8 +12,7 @@ from typing import Final
 
 from shmelim.system import forks
 from shmelim.system.background import BackgroundHandler
-from shmelim.system.clock import now_ms
-from shmelim.system.problems import Change, Problem, Problems
+from shmelim.system.problems import Change, Problem, Problems, over
 
 _LEVELS: Final = {"notice": logging.WARNING, "degraded": logging.ERROR, "failing": logging.CRITICAL}
 _AT_THE_END: Final = 1.0  # seconds for lines that are not written yet
@@ -77,8 +76,7 @@ def log_problems(problems: Problems, logger: logging.Logger) -> None:
     def log(change: Change, problem: Problem) -> None:
         whose = f"{problem.name} ({problem.subject})" if problem.subject else problem.name
         if change == "cleared":
-            lasted = max(0, now_ms() - problem.since_ms) / 1000
-            limited(logging.WARNING, problem.name, "%s: over after %.1f s: %s", whose, lasted, problem.text)
+            limited(logging.WARNING, problem.name, "%s: %s", whose, over(problem))
         else:
             limited(_LEVELS[problem.severity], problem.name, "%s: %s", whose, problem)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from shmelim.system import forks
 from shmelim.system.clock import now_ms
 
+# Worth knowing; something does not work; the purpose is not served.
 Severity: TypeAlias = Literal["notice", "degraded", "failing"]
 Change: TypeAlias = Literal["raised", "worse", "cleared"]
 
@@ -25,41 +25,27 @@ _MOST: Final = 10_000  # problems that stand at a time; beyond it the oldest is 
 _logger = logging.getLogger("shmelim.problems")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """Something that is wrong.
+class Problem(NamedTuple):
+    """Something that is wrong."""
 
-    Attributes
-    ----------
-    name : str
-        What kind of problem it is, such as ``"server_down"``; a constant of this package.
-    subject : str
-        Whom or what it concerns, such as a hotkey; empty where there is only one.
-    text : str
-        What is wrong, in one sentence for people.
-    severity : str
-        ``"notice"`` (worth knowing), ``"degraded"`` (something does not work), ``"failing"`` (the purpose is not
-        served).
-    remedy : str | None
-        What to do about it, in one sentence; None where it mends itself.
-    since_ms : int
-        When it began: ms since 1970, UTC.
-
-    """
-
-    name: str
-    subject: str = ""
-    text: str
-    severity: Severity = "degraded"
-    remedy: str | None = None
-    since_ms: int
+    name: str  # what kind of problem it is, such as "server_down"; a constant of this package
+    subject: str  # whom or what it concerns, such as a hotkey; empty where there is only one
+    text: str  # what is wrong, in one sentence for people
+    severity: Severity
+    remedy: str | None  # what to do about it, in one sentence; None where it mends itself
+    since_ms: int  # when it began: ms since 1970, UTC
 
     def __str__(self) -> str:
         return self.text if self.remedy is None else f"{self.text}; {self.remedy}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the attributes by name, for a health check's answer."""
-        return asdict(self)
+        return self._asdict()
+
+
+def over(problem: Problem) -> str:
+    """Return the line that says that a problem has ended just now."""
+    return f"over after {max(0, now_ms() - problem.since_ms) / 1000:.1f} s: {problem.text}"
 
 
 Subscriber: TypeAlias = Callable[[Change, Problem], object]
@@ -68,9 +54,8 @@ Subscriber: TypeAlias = Callable[[Change, Problem], object]
 class Problems:
     """The problems that stand, and who is told of each change.
 
-    A subscriber is called by whoever raises or clears, after the books are written and without the lock; what it
-    raises is logged. Thread-safe, and usable from a signal handler. A forked child has the problems that stood at
-    the fork, of which its parent told; one that is to tell for itself calls :meth:`begin_anew`.
+    A subscriber is called by whoever raises or clears, without the lock; what it raises is logged. Thread-safe and
+    signal-safe. A forked child has the problems that stood at the fork, of which its parent told.
 
     Examples
     --------
@@ -79,14 +64,10 @@ class Problems:
     >>> problems.subscribe(lambda change, problem: told.append((change, problem.name)))
     >>> problems.report("disk_full", "the last commit failed", severity="failing", remedy="make room")
     True
-    >>> problems.report("disk_full", "the last commit failed", severity="failing")
-    False
     >>> problems.status()
     'failing'
-    >>> problems.clear("disk_full").text
-    'the last commit failed'
-    >>> told, problems.status()
-    ([('raised', 'disk_full'), ('cleared', 'disk_full')], 'ok')
+    >>> problems.clear("disk_full").text, told
+    ('the last commit failed', [('raised', 'disk_full'), ('cleared', 'disk_full')])
 
     """
 
@@ -101,11 +82,6 @@ class Problems:
         # Guards changes of `_standing`. Re-entrant: a signal handler may raise a problem while its thread does.
         self._lock = threading.RLock()
 
-    def begin_anew(self) -> None:
-        """Forget every problem without telling anybody."""
-        with self._lock:
-            self._standing.clear()
-
     def subscribe(self, subscriber: Subscriber) -> None:
         """Have ``subscriber(change, problem)`` called for each problem raised, worse or cleared."""
         self._subscribers = (*self._subscribers, subscriber)
@@ -118,25 +94,24 @@ class Problems:
         subject: str = "",
         severity: Severity = "degraded",
         remedy: str | None = None,
+        since_ms: int | None = None,
     ) -> bool:
         """Raise a problem; return whether it did not stand before.
 
         One that stands keeps its beginning and takes the new text; subscribers hear of it again if it is worse.
         """
-        problem = Problem(
-            name=name, subject=subject, text=text, severity=severity, remedy=remedy, since_ms=now_ms()
-        )
+        problem = Problem(name, subject, text, severity, remedy, now_ms() if since_ms is None else since_ms)
         key = name, subject
         with self._lock:
             before = self._standing.get(key)
             if before is not None:
-                problem = replace(problem, since_ms=before.since_ms)
+                problem = problem._replace(since_ms=before.since_ms)
             elif len(self._standing) >= _MOST:
                 del self._standing[next(iter(self._standing))]
             self._standing[key] = problem
         if before is None:
             self._tell("raised", problem)
-        elif SEVERITIES.index(severity) > SEVERITIES.index(before.severity):
+        elif SEVERITIES.index(problem.severity) > SEVERITIES.index(before.severity):
             self._tell("worse", problem)
         return before is None
 

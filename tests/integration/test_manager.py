@@ -284,7 +284,7 @@ class TestCollaborators:
     @pytest.mark.parametrize("name", COLLABORATORS)
     def test_the_next_call_uses_the_new_one(self, make, name):
         manager = make()
-        seen = manager._processor.collaborators
+        seen = manager._processor.context.collaborators
         for collaborator in (Untouchable(), Untouchable()):
             setattr(manager, name, collaborator)
             assert getattr(seen, name) is getattr(manager, name) is collaborator
@@ -297,14 +297,14 @@ class TestCollaborators:
         else:
             before = manager.live_price_fetcher
         with patch.object(manager, name) as patched:
-            assert getattr(manager._processor.collaborators, name) is patched
+            assert getattr(manager._processor.context.collaborators, name) is patched
         assert getattr(manager, name) is before
 
     def test_in_direct_mode_the_server_carries_the_price_fetcher(self, managers):
         manager = managers(running_unit_tests=True)
         with patch.object(manager._server_proxy, "live_price_fetcher") as fetcher:
             assert manager.live_price_fetcher is fetcher
-            assert manager._processor.collaborators.live_price_fetcher is fetcher
+            assert manager._processor.context.collaborators.live_price_fetcher is fetcher
         manager.live_price_fetcher = fetcher = object()
         assert manager._server_proxy.live_price_fetcher is fetcher
 

@@ -460,7 +460,7 @@ def test_each_doubt_is_told_once(managed: Managed) -> None:
     managed.tick()
     assert managed.debts == []
     assert len(managed.alerts) == 2
-    assert managed.manager._processor.alerts.problems.standing() == []
+    assert managed.manager._processor.context.alerts.standing() == []
 
 
 def test_alert_that_could_not_be_sent_is_sent_later(managed: Managed) -> None:

@@ -183,7 +183,7 @@ def test_failure_is_not_forgotten_by_pauses_for_syncs(make: Callable[..., Manage
             return looks[-1]
 
     managed.manager.sync_in_progress = Flag()
-    managed.manager._processor._state._manager = lambda: None
+    managed.manager._processor.context.state._manager = lambda: None
     with in_a_thread(managed):
         until(lambda: len(looks) > 40)
     assert len(managed.alerts) == 1

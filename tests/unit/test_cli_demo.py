@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from shmelim.cli.demo.reader import BATCH, Watcher, are_halves_mixed, are_mixed, cast, is_whole, make_record
+from shmelim.cli.demo.reader import BATCH, Watcher, are_halves_mixed, cast, is_whole, make_record
 from shmelim.cli.demo.scenario import Ledger, Scenario
 from shmelim.eliminations.reading import Snapshot
 from shmelim.eliminations.record import decode, encode, prepare
@@ -31,7 +31,7 @@ def test_records_are_made_alike_and_survive_storing():
     assert is_whole(decode(prepare(record)[1]))
 
 
-@pytest.mark.parametrize("field", ["dd", "reason", "price_info", "return_info", "stamp", "serial", "checksum"])
+@pytest.mark.parametrize("field", ["dd", "reason", "price_info", "stamp", "serial", "checksum"])
 def test_a_record_made_of_two_is_torn(field):
     old, new = make_record(HOTKEYS[1], 1, 1), make_record(HOTKEYS[1], 2, 2)
     if old[field] == new[field]:
@@ -44,13 +44,6 @@ def test_a_record_without_a_field_is_torn(field):
     record = make_record(HOTKEYS[1], 1, 1)
     del record[field]
     assert not is_whole(record)
-
-
-def test_records_of_two_syncs_are_mixed():
-    assert not are_mixed([make_record(hotkey, 4, 9) for hotkey in HOTKEYS[:5]])
-    assert are_mixed([make_record(HOTKEYS[0], 4, 9), make_record(HOTKEYS[1], 5, 10)])
-    assert are_mixed([make_record(HOTKEYS[0], 4, 9), {"hotkey": "without a stamp"}])
-    assert not are_mixed([])
 
 
 @pytest.mark.parametrize(

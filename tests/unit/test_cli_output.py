@@ -5,6 +5,7 @@ import json
 import pytest
 
 from shmelim.cli import output
+from shmelim.cli.options import Settings
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,8 @@ def test_on_a_terminal_no_character_is_left_out(capsys, monkeypatch, width):
 
 
 def test_a_document_is_one_line_of_ascii(capsys):
-    output.document({"hotkey": "größer", "dd": None})
+    Settings("mainnet", as_json=True).answer({"hotkey": "größer", "dd": None}, "unused")
     printed = capsys.readouterr().out
     assert printed.isascii()
     assert printed.count("\n") == 1
-    assert json.loads(printed) == {"hotkey": "größer", "dd": None}
+    assert json.loads(printed) == {"name": "mainnet", "hotkey": "größer", "dd": None}

@@ -49,13 +49,12 @@ class TestWriteEliminations:
         text = path.read_text(encoding="utf-8")
         assert '"dd":Infinity' in text
         assert "[-Infinity,null" in text
-        read = [row for _, row in files.read_eliminations(path).rows]
+        read = list(files.read_eliminations(path).taken.values())
         assert read == list(map(encode, rows))
 
-    @pytest.mark.parametrize("mode", [0o600, 0o640])
-    def test_mode(self, path, mode):
-        files.write_eliminations(path, [], mode=mode)
-        assert stat.S_IMODE(path.stat().st_mode) == mode
+    def test_a_new_one_is_its_owners_alone(self, path):
+        files.write_eliminations(path, [])
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
     def test_digest_is_told_before_the_rename(self, path):
         files.write_eliminations(path, [encode(record("old"))])
@@ -107,17 +106,16 @@ class TestReadEliminations:
         rows = [record("b"), record("a")]
         path.write_text(json.dumps(shape(rows)))
         read = files.read_eliminations(path)
-        assert read.rows == [(row["hotkey"], encode(row)) for row in rows]
+        assert list(read.taken.items()) == [(row["hotkey"], encode(row)) for row in rows]
         assert read.bad == []
-        assert read.digest == files.digest_of(path)
 
     def test_byte_order_mark(self, path):
         path.write_text(json.dumps([record("a")]), encoding="utf-8-sig")
-        assert len(files.read_eliminations(path).rows) == 1
+        assert len(files.read_eliminations(path).taken) == 1
 
     def test_last_row_of_a_hotkey_at_the_place_of_the_first(self, path):
         path.write_text(json.dumps([record("a", n=1), record("b"), record("a", n=2)]))
-        assert files.read_eliminations(path).rows == [
+        assert list(files.read_eliminations(path).taken.items()) == [
             ("a", encode(record("a", n=2))),
             ("b", encode(record("b"))),
         ]
@@ -141,7 +139,7 @@ class TestReadEliminations:
     def test_bad_rows_are_set_aside(self, path, bad, problem):
         path.write_text(json.dumps({"eliminations": [record("a"), bad, record("b")]}))
         read = files.read_eliminations(path)
-        assert [hotkey for hotkey, _ in read.rows] == ["a", "b"]
+        assert list(read.taken) == ["a", "b"]
         (found,) = read.bad
         assert (found.index, found.row) == (1, bad)
         with pytest.raises(ValueError, match=problem):
@@ -150,12 +148,12 @@ class TestReadEliminations:
     def test_row_under_another_hotkey_is_bad(self, path):
         path.write_text(json.dumps({"eliminations": {"a": record("a"), "b": record("c")}}))
         read = files.read_eliminations(path)
-        assert [hotkey for hotkey, _ in read.rows] == ["a"]
+        assert list(read.taken) == ["a"]
         assert "'c'" in read.bad[0].problem
 
     def test_whole_float_times_of_old_files(self, path):
         path.write_text(json.dumps([generate_row("a", 1, "r", 5.0)]))
-        assert files.read_eliminations(path).rows == [("a", encode(generate_row("a", 1, "r", 5)))]
+        assert files.read_eliminations(path).taken == {"a": encode(generate_row("a", 1, "r", 5))}
 
 
 DAMAGED = [
@@ -195,22 +193,22 @@ def test_a_directory_is_no_file(tmp_path, read):
 class TestDeparted:
     def test_the_real_list(self, path):
         read = files.read_departed(DEPARTED_DEFAULT)
-        assert len(read.items) == 367
+        assert len(read.taken) == 367
         assert read.bad == []
-        files.write_departed(path, read.items.items())
+        files.write_departed(path, read.taken.items())
         assert json.loads(path.read_text()) == json.loads(DEPARTED_DEFAULT.read_text())
         again = files.read_departed(path)
-        assert list(again.items.items()) == list(read.items.items())
+        assert list(again.taken.items()) == list(read.taken.items())
 
     @pytest.mark.parametrize("wrap", [lambda hotkeys: hotkeys, lambda hotkeys: {"departed_hotkeys": hotkeys}])
     def test_older_list_reads_as_zero(self, path, wrap):
         path.write_text(json.dumps(wrap(["b", "a", "b"])))
-        assert list(files.read_departed(path).items.items()) == [("b", 0), ("a", 0)]
+        assert list(files.read_departed(path).taken.items()) == [("b", 0), ("a", 0)]
 
     def test_empty_ones(self, path):
         for content in ("[]", '{"departed_hotkeys": {}}', '{"departed_hotkeys": []}'):
             path.write_text(content)
-            assert files.read_departed(path).items == {}
+            assert files.read_departed(path).taken == {}
         files.write_departed(path, [])
         assert json.loads(path.read_text()) == {"departed_hotkeys": {}}
 
@@ -221,7 +219,7 @@ class TestDeparted:
     def test_bad_times_are_set_aside(self, path, info):
         path.write_text(json.dumps({"departed_hotkeys": {"a": {"detected_ms": 5.0, "x": 1}, "b": info}}))
         read = files.read_departed(path)
-        assert read.items == {"a": 5}
+        assert read.taken == {"a": 5}
         (bad,) = read.bad
         assert bad.index == 1
         assert "'b'" in bad.problem
@@ -230,7 +228,7 @@ class TestDeparted:
     def test_bad_hotkeys_are_set_aside(self, path, hotkey):
         path.write_text(json.dumps([hotkey, "a"]))
         read = files.read_departed(path)
-        assert read.items == {"a": 0}
+        assert read.taken == {"a": 0}
         assert [(bad.index, bad.row) for bad in read.bad] == [(0, hotkey)]
 
 

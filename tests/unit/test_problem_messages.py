@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from shmelim.notify.problems import ProblemMessages
+from shmelim.notify.problems import ProblemMessages, take_over
 from shmelim.system.problems import Problems
 
 
@@ -41,9 +41,9 @@ def messages(problems, notifier):
 
 def test_a_problem_is_told_with_its_remedy_and_its_end(problems, messages, notifier, monkeypatch):
     monkeypatch.setattr("shmelim.system.problems.now_ms", lambda: 1000)
-    monkeypatch.setattr("shmelim.notify.problems.now_ms", lambda: 3500)
     for _ in range(3):
         problems.report("full", "no room", remedy="make some")
+    monkeypatch.setattr("shmelim.system.problems.now_ms", lambda: 3500)
     problems.clear("full")
     assert notifier.taken == [("error", "no room; make some"), ("success", "over after 2.5 s: no room")]
 
@@ -72,16 +72,6 @@ def test_what_was_refused_is_sent_again_while_it_stands(problems, messages, noti
     messages.send_again()
     messages.send_again()
     assert sorted(notifier.taken) == [("error", "it waits"), ("error", "no room")]
-
-
-def test_what_was_refused_and_is_forgotten_is_not_sent_again(problems, messages, notifier):
-    """As in a child that begins anew."""
-    notifier.refusal = False
-    problems.report("full", "no room")
-    notifier.refusal = None
-    problems.begin_anew()
-    messages.send_again()
-    assert notifier.taken == []
 
 
 def test_of_a_problem_that_nobody_heard_of_the_end_is_not_told_either(problems, messages, notifier):
@@ -131,3 +121,21 @@ def test_what_waits_is_bounded(problems, messages, notifier, monkeypatch):
     for number in range(5):
         problems.report("bad", "bad", subject=str(number))
     assert [subject for _, subject in messages._unsent] == ["2", "3", "4"]
+
+
+def test_what_a_health_check_lists_is_told_once_and_its_end_too(problems, messages, notifier, monkeypatch):
+    monkeypatch.setattr("shmelim.system.problems.now_ms", lambda: 4000)
+    server = Problems()
+    server.report("full", "no room", remedy="make some", since_ms=1000)
+    server.report("slash", "in doubt", subject="a")
+    for _ in range(2):
+        take_over(problems, [problem.as_dict() for problem in server.standing()])
+    server.clear("full")
+    server.report("slash", "in doubt", subject="b", severity="notice")
+    take_over(problems, [problem.as_dict() for problem in server.standing()])
+    assert notifier.taken == [
+        ("error", "no room; make some"),
+        ("error", "in doubt"),
+        ("success", "over after 3.0 s: no room"),
+        ("warning", "in doubt"),
+    ]

@@ -47,8 +47,9 @@ def demo(settings: Settings, *, seconds: float, readers: int | None) -> int:
     their eyes, kills the server with SIGKILL in the middle of that, starts the next one, and looks for every
     change that was acknowledged. Exit code 1: an invariant did not hold.
 
-    With --json: ok, invariants {invariant: number of violations}, figures {checks_per_second,
-    durable_adds_per_second, sync_median_ms, kill_to_next_change_ms, …}, readers [{pid, checks, …, errors}].
+    With --json: name (the demo's own), ok, invariants {invariant: number of violations}, figures
+    {checks_per_second, durable_adds_per_second, sync_median_ms, kill_to_next_change_ms, …},
+    readers [{pid, checks, …, errors}].
 
     For example:
       shmelim demo
@@ -68,11 +69,8 @@ def demo(settings: Settings, *, seconds: float, readers: int | None) -> int:
             line = stack.enter_context(Console(stderr=True).status(""))
             scenario.tell = lambda what: line.update(f"{what} …")
         found = scenario.run()
-    found = {"ok": not any(found["invariants"].values()), **found}
-    if settings.as_json:
-        output.document(found)
-    else:
-        show(found)
+    found = {"name": name, "ok": not any(found["invariants"].values()), **found}
+    settings.answer(found, lambda: show(found))
     return YES if found["ok"] else NO
 
 

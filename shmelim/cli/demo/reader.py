@@ -15,7 +15,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from itertools import cycle
 from typing import Any, Final, NamedTuple
@@ -28,6 +28,7 @@ from shmelim.eliminations.record import EliminationReason
 
 REAL_HOTKEYS: Final = resources.files("shmelim") / "data" / "default_departed_hotkeys.json"
 BATCH: Final = 100  # checks between two looks at the clock
+_SHOWN: Final = 3  # errors
 _REASONS: Final = [reason.value for reason in EliminationReason]
 
 
@@ -47,7 +48,7 @@ def cast() -> Cast:
     with resources.as_file(REAL_HOTKEYS) as path:
         found = files.read_departed(path)
     assert found is not None, f"{REAL_HOTKEYS} is part of the package"
-    rest = random.Random(0).sample(sorted(found.items), len(found.items))  # noqa: S311 - parts, not secrets
+    rest = random.Random(0).sample(sorted(found.taken), len(found.taken))  # noqa: S311 - parts, not secrets
     return Cast(rest[:120], rest[120:180], rest[180:240], rest[240:300], rest[300], rest[301:])
 
 
@@ -60,25 +61,19 @@ def make_record(hotkey: str, stamp: int, serial: int) -> dict[str, Any]:
         "reason": figures.choice(_REASONS),
         "elimination_initiated_time_ms": 1_738_000_000_000 + figures.randrange(10**10),
         "price_info": {pair: round(figures.uniform(1, 1e5), 5) for pair in ("BTC/USD", "ETH/USD", "EUR/USD")},
-        "return_info": {"return": round(figures.uniform(0.7, 1.1), 6), "n_positions": figures.randint(1, 400)},
         "stamp": stamp,
         "serial": serial,
     }
     return {**record, "checksum": _checksum(record)}
 
 
-def is_whole(record: dict[str, Any]) -> bool:
-    """Tell whether a record is one that was made, and not parts of several."""
-    return record.get("checksum") == _checksum({key: value for key, value in record.items() if key != "checksum"})
-
-
 def _checksum(fields: dict[str, Any]) -> int:
     return zlib.crc32(msgspec.msgpack.encode(fields, order="sorted"))
 
 
-def are_mixed(records: Iterable[dict[str, Any]]) -> bool:
-    """Tell whether records that were read as one state are of more than one."""
-    return len({record.get("stamp") for record in records}) > 1
+def is_whole(record: dict[str, Any]) -> bool:
+    """Tell whether a record is one that was made, and not parts of several."""
+    return record.get("checksum") == _checksum({key: value for key, value in record.items() if key != "checksum"})
 
 
 def are_halves_mixed(even: Sequence[bool], odd: Sequence[bool]) -> bool:
@@ -99,17 +94,14 @@ class Watcher:
 
     def round(self) -> None:
         """Do some reads of every kind."""
-        for read, times in ((self._check, 100), (self._get, 50), (self._check_camps, 4), (self._snapshot, 1)):
-            for _ in range(times):
-                self._guarded(read)
-
-    def _guarded(self, read: Callable[[], None]) -> None:
-        try:
-            read()
-            self.counts["reads"] += 1
-        except Exception as error:
-            self.counts["failed"] += 1
-            self.errors = [*self.errors, f"{read.__name__.strip('_')}: {type(error).__name__}: {error}"][:3]
+        for read in (*[self._check] * 100, *[self._get] * 50, *[self._check_camps] * 4, self._snapshot):
+            try:
+                read()
+                self.counts["reads"] += 1
+            except Exception as error:
+                self.counts["failed"] += 1
+                self.errors += [f"{read.__name__.strip('_')}: {type(error).__name__}: {error}"]
+                del self.errors[_SHOWN:]
 
     def _check(self) -> None:
         check, found = self.reader.is_hotkey_eliminated, 0
@@ -137,7 +129,7 @@ class Watcher:
         snapshot = self.reader.snapshot()
         records = snapshot.eliminations
         self.counts["snapshots"] += 1
-        self.counts["mixed"] += are_mixed(records.values())
+        self.counts["mixed"] += len({record.get("stamp") for record in records.values()}) > 1
         self.counts["torn"] += sum(not is_whole(record) for record in records.values())
         self.counts["wrong"] += any(hotkey not in records for hotkey in self.parts.steady)
         self.counts["backwards"] += snapshot.version < self._version
@@ -145,28 +137,19 @@ class Watcher:
 
 
 def main(name: str) -> None:
-    """Read until told to report, or until the demo is gone; one line of JSON asks, one answers.
-
-    ``["round", null]`` is answered with the number of reads in a whole round, ``["sees", hotkey]`` with whether
-    the hotkey is eliminated now, and ``["report", null]`` with all that was counted.
-    """
-    watcher = Watcher(EliminationReader(name, wait=30), cast())
-    answer: object = os.getpid()
-    while True:
-        if answer is not None:
-            print(json.dumps(answer), flush=True)  # noqa: T201 - the demo reads it
-        answer, what, about, before = None, "", "", watcher.counts["reads"]
-        if select.select([sys.stdin], [], [], 0)[0]:
-            what, about = json.loads(sys.stdin.readline() or '["report", null]')
-        if what == "report":
-            break
-        if what == "sees":
-            answer = watcher.reader.is_hotkey_eliminated(about)
+    """Read until the demo is gone; each line on stdin is answered, after a round, with what was counted."""
+    reader, parts = EliminationReader(name, wait=30), cast()
+    watcher = Watcher(reader, parts)
+    while (asked := select.select([sys.stdin], [], [], 0)[0] and sys.stdin.readline()) != "":
+        before = watcher.counts["reads"]
         watcher.round()
-        if what == "round":
-            answer = watcher.counts["reads"] - before
-    counts = {**watcher.counts, "retries": watcher.reader.retries}
-    print(json.dumps({"pid": os.getpid(), **counts, "errors": watcher.errors}), flush=True)  # noqa: T201
+        if asked:
+            about = {"pid": os.getpid(), "retries": reader.retries, "errors": watcher.errors}
+            now = {
+                "round": watcher.counts["reads"] - before,
+                "sees_first": reader.is_hotkey_eliminated(parts.first),
+            }
+            print(json.dumps({**watcher.counts, **about, **now}), flush=True)  # noqa: T201 - the demo reads it
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from shmelim.errors import OutcomeUnknownError, ShmelimError
 
 ENDING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE: Final = 60.0
-_LONGEST_SOCKET: Final = 100  # bytes of a path; the kernel takes 107
 
 
 @contextlib.contextmanager
@@ -49,12 +48,15 @@ class Process(subprocess.Popen[str]):
     def __init__(self, home: Path, *arguments: str) -> None:
         self._log = home / "log"
         self.started_ns = self.killed_ns = time.monotonic_ns()
-        environment = {**os.environ, "XDG_RUNTIME_DIR": str(home / "run")}
+        pipes: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "text": True,
+            "process_group": 0,
+        }
         with self._log.open("ab") as log:
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-            super().__init__(
-                [sys.executable, "-m", *arguments], text=True, process_group=0, env=environment, **pipes
-            )
+            environment = {**os.environ, "XDG_RUNTIME_DIR": str(home / "run")}
+            super().__init__([sys.executable, "-m", *arguments], stderr=log, env=environment, **pipes)
 
     def hear(self) -> str:
         """Return the next line that it says; ShmelimError where it ends, or is silent for a minute."""
@@ -64,10 +66,10 @@ class Process(subprocess.Popen[str]):
         said = self._log.read_text(errors="replace").splitlines() or ["it said nothing"]
         raise ShmelimError(f"process {self.pid} of the demo ended or hangs: {said[-1]}")
 
-    def tell(self, what: str, about: str | None) -> None:
+    def ask(self) -> None:
         """Send it a line; if it has died, that shows when its answer is waited for."""
         with contextlib.suppress(OSError):
-            print(json.dumps([what, about]), file=self.stdin, flush=True)
+            print(file=self.stdin, flush=True)
 
     def kill(self) -> None:
         """Kill it without warning; returns once it is dead."""
@@ -141,14 +143,12 @@ class Scenario:
         self._sync()
         self.tell(f"starting readers: {self._count}")
         self._readers = [self._start("shmelim.cli.demo.reader", self._name) for _ in range(self._count)]
-        for reader in self._readers:
-            reader.hear()
-        self._ask("round")
+        self._ask()
         self.tell("adding, removing and syncing under the readers' eyes")
         self._change_until(began + 0.5 * self._seconds)
         self.tell(f"killing the server, process {self._server.pid}, in the middle of changes")
         self._kill_amid_adds()
-        idle = sum(not reads for reads in self._ask("round"))
+        idle = sum(not tally["round"] for tally in self._ask())
         lost_while_dead = ledger.lost(self._client.eliminations)
         self.tell("starting the next server")
         killed_ns = self._server.killed_ns
@@ -158,20 +158,19 @@ class Scenario:
         first = make_record(self._parts.first, self._stamp, next(self._serials))
         self._client.add_elimination(self._parts.first, first)
         serving_ns = time.monotonic_ns()
-        blind = self._ask("sees", self._parts.first).count(False)
+        blind = sum(not tally["sees_first"] for tally in self._ask())
         lost_by_restart = ledger.lost(recovered)
         ledger.settle(recovered)
         ledger.put(first)
         self.tell("adding, removing and syncing with the second server")
         self._change_until(began + 0.9 * self._seconds)
         self.tell("counting")
-        tallies = self._ask("report")
+        tallies = self._ask()
         lost_by_the_end = ledger.lost(self._client.eliminations)
         self._server.close()
         seen: Counter[str] = Counter()
         for tally in tallies:
             seen.update({key: value for key, value in tally.items() if key != "errors"})
-        adds = self._counts["adds"]
         return {
             "invariants": {
                 "no record was torn": seen["torn"],
@@ -194,8 +193,8 @@ class Scenario:
                 "snapshots": seen["snapshots"],
                 "reads_overtaken_and_done_again": seen["retries"],
                 "departed_hotkeys": departed,
-                "durable_adds": adds,
-                "durable_adds_per_second": 1e9 * adds / self._counts["adding_ns"],
+                "durable_adds": self._counts["adds"],
+                "durable_adds_per_second": 1e9 * self._counts["adds"] / self._counts["adding_ns"],
                 "removes": self._counts["removes"],
                 "syncs": len(self._sync_ms),
                 "sync_records": self._sync_records,
@@ -211,28 +210,24 @@ class Scenario:
         for each in reversed(self._open):
             each.close()
 
-    # ------------------------------------------------------------------ processes
-
     def _start(self, *arguments: str) -> Process:
         with signals_held():
             self._open.append(process := Process(self._home, *arguments))
         return process
 
     def _start_server(self) -> None:
-        arguments = ["--name", self._name, "--state-dir", str(self._home / "state"), "--ready-fd", "1"]
-        if len(os.fsencode(self._home / "run" / "shmelim" / self._name / "socket")) > _LONGEST_SOCKET:
-            arguments += ["--port", "0"]
-        self._server = self._start("shmelim", "serve", *arguments, "--default-departed", str(REAL_HOTKEYS))
+        # On a port: the path of a socket below a long TMPDIR may be too long.
+        given = ["--name", self._name, "--state-dir", self._home / "state", "--default-departed", REAL_HOTKEYS]
+        self._server = self._start("shmelim", "serve", "--port", "0", "--ready-fd", "1", *map(str, given))
         self._server.hear()
         self._client = EliminationClient(self._name, runtime_base=self._home / "run" / "shmelim")
         self._open.append(self._client)
 
-    def _ask(self, what: str, about: str | None = None) -> list[Any]:
+    def _ask(self) -> list[dict[str, Any]]:
+        """Return what each reader has counted, after another round."""
         for reader in self._readers:
-            reader.tell(what, about)
+            reader.ask()
         return [json.loads(reader.hear()) for reader in self._readers]
-
-    # ------------------------------------------------------------------ changes
 
     def _change_until(self, deadline: float) -> None:
         """Add, remove and sync in turn, at least once each."""

@@ -13,12 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -26,8 +24,10 @@ from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, ELIMINATIONS_KEY, 
 from shmelim.errors import DamagedFileError, StoreError
 from shmelim.system.durable import write_aside, write_whole, writing
 
-# Rows in memory at once, and in one write.
-_CHUNK = 1000
+T = TypeVar("T")
+R = TypeVar("R")
+
+_CHUNK = 1000  # rows in memory at once, and in one write
 _LATEST_MS = (1 << 63) - 1
 _SHOWN = 20  # bad rows in the log
 
@@ -43,129 +43,63 @@ class BadRow(msgspec.Struct, frozen=True):
     problem: str
 
 
-class EliminationsFile(NamedTuple):
-    """What an eliminations file holds: (hotkey, msgpack record) in order, the rows left out, its digest."""
+class Content(NamedTuple, Generic[T]):
+    """What a file holds: a msgpack record, or ``detected_ms``, of each hotkey in order, and the rows left out."""
 
-    rows: list[tuple[str, bytes]]
+    taken: dict[str, T]
     bad: list[BadRow]
-    digest: str
-
-
-class DepartedFile(NamedTuple):
-    """What a departed file holds: hotkey → ``detected_ms`` in order, the rows left out, its digest."""
-
-    items: dict[str, int]
-    bad: list[BadRow]
-    digest: str
-
-
-class Identity(NamedTuple):
-    """What tells a file from every other, and from itself after it was written to."""
-
-    device: int
-    inode: int
-    changed_ns: int
-    size: int
 
 
 def write_eliminations(
-    path: str | os.PathLike[str],
-    records: Iterable[bytes],
-    *,
-    before_rename: Callable[[str], object] | None = None,
-    mode: int = 0o600,
+    path: Path, records: Iterable[bytes], *, before_rename: Callable[[str], object] = lambda _: None
 ) -> str:
     """Replace the eliminations file by one of these msgpack records, in order; returns its digest.
 
     `before_rename` is called with the digest when the new file is complete and about to take its place; what it
-    raises cancels that. `mode` is for a file that does not exist yet. About 4 s for a million records of 0.5 kB,
-    of which a thousand are in memory at a time.
+    raises cancels that. About 4 s for a million records of 0.5 kB, of which a thousand are in memory at a time.
     """
-    return _write(Path(path), ELIMINATIONS_KEY, "[]", map(_row_as_json, records), before_rename, mode)
+    return _write(path, ELIMINATIONS_KEY, "[]", map(_row_as_json, records), before_rename)
 
 
 def write_departed(
-    path: str | os.PathLike[str],
-    items: Iterable[tuple[str, int]],
-    *,
-    before_rename: Callable[[str], object] | None = None,
-    mode: int = 0o600,
+    path: Path, times: Iterable[tuple[str, int]], *, before_rename: Callable[[str], object] = lambda _: None
 ) -> str:
     """Write the departed file from (hotkey, ``detected_ms``); otherwise as :func:`write_eliminations`."""
-    rows = (
-        _json_encoder.encode(hotkey) + b":" + _json_encoder.encode({"detected_ms": ms}) for hotkey, ms in items
-    )
-    return _write(Path(path), DEPARTED_HOTKEYS_KEY, "{}", rows, before_rename, mode)
+    encode = _json_encoder.encode
+    rows = (encode(hotkey) + b":" + encode({"detected_ms": ms}) for hotkey, ms in times)
+    return _write(path, DEPARTED_HOTKEYS_KEY, "{}", rows, before_rename)
 
 
-def read_eliminations(path: str | os.PathLike[str]) -> EliminationsFile | None:
+def read_eliminations(path: Path) -> Content[bytes] | None:
     """Read an eliminations file, also a bare list of rows or a dict of rows by hotkey; None where there is none.
 
     A row that breaks a rule of :func:`~shmelim.eliminations.record.normalise` is in ``bad``. Of two rows of one
     hotkey the last counts, at the place of the first. DamagedFileError if the file is empty, not UTF-8, not JSON,
     or not of that shape.
     """
-    loaded = _load(Path(path), ELIMINATIONS_KEY)
-    if loaded is None:
-        return None
-    content, digest = loaded
-    named: Iterable[tuple[str | None, Any]] = (
-        content.items() if isinstance(content, dict) else ((None, row) for row in content)
-    )
-    rows: dict[str, bytes] = {}
-    bad = []
-    for index, (name, row) in enumerate(named):
-        try:
-            hotkey, record = prepare(row, name)
-        except (ValueError, TypeError) as error:
-            bad.append(BadRow(index, row, str(error)))
-        else:
-            rows[hotkey] = record
-    return EliminationsFile(list(rows.items()), bad, digest)
+    return _read(path, ELIMINATIONS_KEY, lambda name, row: prepare(row, name))
 
 
-def read_departed(path: str | os.PathLike[str]) -> DepartedFile | None:
+def read_departed(path: Path) -> Content[int] | None:
     """Read a departed file, also the older list of hotkeys, whose ``detected_ms`` reads as 0.
 
-    Returns None where there is no file; raises what :func:`read_eliminations` raises.
+    Otherwise as :func:`read_eliminations`.
     """
-    loaded = _load(Path(path), DEPARTED_HOTKEYS_KEY)
-    if loaded is None:
-        return None
-    content, digest = loaded
-    items: dict[str, int] = {}
-    bad = []
-    for index, row in enumerate(content.items() if isinstance(content, dict) else content):
-        hotkey, info = row if isinstance(content, dict) else (row, {"detected_ms": 0})
-        try:
-            check_hotkey(hotkey)
-            items[hotkey] = _detected_ms(hotkey, info)
-        except (ValueError, TypeError) as error:
-            bad.append(BadRow(index, row, str(error)))
-    return DepartedFile(items, bad, digest)
+    return _read(path, DEPARTED_HOTKEYS_KEY, _departure)
 
 
-def digest_of(path: str | os.PathLike[str]) -> str | None:
+def digest_of(path: Path) -> str | None:
     """Return the SHA-256 of a file in hexadecimal, or None where there is no file."""
-    with _reading(path):
-        try:
-            with Path(path).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
-            return None
+    return _if_there(path, _sha256)
 
 
-def identity_of(path: str | os.PathLike[str]) -> Identity | None:
-    """Return what identifies a file and its content, or None where there is no file."""
-    with _reading(path):
-        try:
-            status = Path(path).stat()
-        except FileNotFoundError:
-            return None
-        return Identity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+def identity_of(path: Path) -> tuple[int, ...] | None:
+    """Return what tells a file from every other, and from itself after it was written to; None where it is not."""
+    status = _if_there(path, Path.stat)
+    return None if status is None else (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
-def quarantine(path: str | os.PathLike[str], bad_rows: list[BadRow]) -> Path | None:
+def quarantine(path: Path, bad_rows: list[BadRow]) -> Path | None:
     """Keep the rows that could not be taken from a file, with what is wrong with each, and log that.
 
     They go to ``<name>.quarantine-<UTC time>.json`` beside it (0600), whose path is returned; None if there are
@@ -173,10 +107,9 @@ def quarantine(path: str | os.PathLike[str], bad_rows: list[BadRow]) -> Path | N
     """
     if not bad_rows:
         return None
-    rows = [{"index": bad.index, "problem": bad.problem, "row": bad.row} for bad in bad_rows]
-    text = json.dumps({"file": os.fspath(path), "rows": rows}, indent=1, default=repr)
-    with writing(f"the bad rows of {path} could not be set aside", hint=f"check that {Path(path).parent} exists"):
-        target = write_aside(Path(path), "quarantine", text.encode("ascii"), ".json")
+    text = json.dumps({"file": str(path), "rows": msgspec.to_builtins(bad_rows)}, indent=1, default=repr)
+    with writing(f"the bad rows of {path} could not be set aside", hint=f"check that {path.parent} exists"):
+        target = write_aside(path, "quarantine", text.encode("ascii"), ".json")
     _log.warning("%d rows of %s cannot be taken and are set aside in %s:", len(bad_rows), path, target)
     for bad in bad_rows[:_SHOWN]:
         _log.warning("  row %d: %s", bad.index, bad.problem)
@@ -184,36 +117,26 @@ def quarantine(path: str | os.PathLike[str], bad_rows: list[BadRow]) -> Path | N
 
 
 def _write(
-    path: Path,
-    key: str,
-    brackets: str,
-    rows: Iterator[bytes],
-    before_rename: Callable[[str], object] | None,
-    mode: int,
+    path: Path, key: str, brackets: str, rows: Iterator[bytes], before_rename: Callable[[str], object]
 ) -> str:
     digest = hashlib.sha256()
 
+    def parts() -> Iterator[bytes]:
+        yield f'{{"{key}": {brackets[0]}'.encode()
+        separator = b"\n"
+        while chunk := list(islice(rows, _CHUNK)):
+            yield separator + b",\n".join(chunk)
+            separator = b",\n"
+        yield f"\n{brackets[1]}}}\n".encode()
+
     def digested() -> Iterator[bytes]:
-        for part in _document(key, brackets, rows):
+        for part in parts():
             digest.update(part)
             yield part
 
-    def confirm() -> None:
-        if before_rename is not None:
-            before_rename(digest.hexdigest())
-
     with writing(f"{path} could not be written", hint=f"check that {path.parent} exists and has room"):
-        write_whole(path, digested(), mode=mode, before_rename=confirm)
+        write_whole(path, digested(), before_rename=lambda: before_rename(digest.hexdigest()))
     return digest.hexdigest()
-
-
-def _document(key: str, brackets: str, rows: Iterator[bytes]) -> Iterator[bytes]:
-    yield f'{{"{key}": {brackets[0]}'.encode()
-    separator = b"\n"
-    while chunk := list(islice(rows, _CHUNK)):
-        yield separator + b",\n".join(chunk)
-        separator = b",\n"
-    yield f"\n{brackets[1]}}}\n".encode()
 
 
 def _row_as_json(record: bytes) -> bytes:
@@ -225,13 +148,11 @@ def _row_as_json(record: bytes) -> bytes:
     return encoded
 
 
-def _load(path: Path, key: str) -> tuple[dict[str, Any] | list[Any], str] | None:
-    """Return the rows in a file, still unchecked, and its digest."""
-    with _reading(path):
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
+def _read(path: Path, key: str, take: Callable[[str | None, Any], tuple[str, T]]) -> Content[T] | None:
+    """Read a file, each row of which ``take(name, row)`` takes; the name is None where the rows are a list."""
+    data = _if_there(path, Path.read_bytes)
+    if data is None:
+        return None
     hint = "repair it (its end is often cut off), or use a backup"
     if not data:
         raise DamagedFileError(f"{path} is damaged: it has 0 bytes", hint=hint)
@@ -245,22 +166,40 @@ def _load(path: Path, key: str) -> tuple[dict[str, Any] | list[Any], str] | None
         raise DamagedFileError(
             f"{path} is damaged: it holds neither {{{key!r}: …}} nor a list, but {str(content)[:60]!r}", hint=hint
         )
-    return rows, hashlib.sha256(data).hexdigest()
+    found = Content[T]({}, [])
+    named = rows.items() if isinstance(rows, dict) else ((None, row) for row in rows)
+    for index, (name, row) in enumerate(named):
+        try:
+            hotkey, taken = take(name, row)
+        except (ValueError, TypeError) as error:
+            found.bad.append(BadRow(index, row, str(error)))
+        else:
+            found.taken[hotkey] = taken
+    return found
 
 
-def _detected_ms(hotkey: str, info: Any) -> int:
+def _departure(name: str | None, row: Any) -> tuple[str, int]:
+    hotkey, info = (row, {"detected_ms": 0}) if name is None else (name, row)
+    check_hotkey(hotkey)
     ms = info.get("detected_ms") if isinstance(info, dict) else None
     if isinstance(ms, float) and ms.is_integer():
         ms = int(ms)
     if type(ms) is not int or not 0 <= ms <= _LATEST_MS:
         raise ValueError(f"departed hotkey {hotkey!r} has no valid 'detected_ms': {str(info)[:60]}")
-    return ms
+    return hotkey, ms
 
 
-@contextmanager
-def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _if_there(path: Path, look: Callable[[Path], R]) -> R | None:
+    """Return what `look` sees of a file, or None where there is none."""
     try:
-        yield
+        return look(path)
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise StoreError(
             f"{path} cannot be read: {error.strerror}", hint="make it readable for this user"

@@ -83,7 +83,7 @@ class FileMirror:
         # Departures are for ever, so their number tells whether the file lacks any.
         self._departed_written = -1
         # The files as they stood when they were last known to be ours.
-        self._ours: dict[str, files.Identity | None] = {}
+        self._ours: dict[str, tuple[int, ...] | None] = {}
         self._problem: StoreError | None = None
         self._thread: threading.Thread | None = None
 

@@ -5,6 +5,7 @@
 the loop.
 """
 
+from shmelim.eliminations.rules.iteration import Context
 from shmelim.eliminations.rules.processor import EliminationProcessor, processed
 
-__all__ = ["EliminationProcessor", "processed"]
+__all__ = ["Context", "EliminationProcessor", "processed"]

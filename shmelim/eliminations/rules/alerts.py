@@ -1,136 +1,83 @@
-"""What failed in the processing, as problems: logged when it happens, sent to Slack once, until it goes well."""
+"""What fails in the processing, as problems: logged when it happens, sent to Slack once, until it goes well."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
+from shmelim.eliminations.validator.collaborators import Collaborators
+from shmelim.errors import ShmelimError, StateUnavailableError
 from shmelim.notify.problems import ProblemMessages
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Problems
 
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-    from types import TracebackType
-
-    from shmelim.eliminations.validator.collaborators import Collaborators
-
 _log = logging.getLogger("shmelim.processing")
+_limited = LimitedLog(_log)
+
+WISHES: Final = (KeyboardInterrupt, GeneratorExit, SystemExit)
+"""Wishes to end the process. Anything else is a failure, such as ``asyncio.CancelledError``: not an Exception."""
 
 
-def is_failure(error: BaseException) -> bool:
-    """Tell whether an error is a failure of what was tried, and not somebody's wish to end the process.
-
-    A collaborator that runs coroutines can raise ``asyncio.CancelledError``, which is no ``Exception``.
-    """
-    return not isinstance(error, (KeyboardInterrupt, GeneratorExit, SystemExit))
+class OvertakenError(ShmelimError):
+    """A sync replaced what this pass began with: nothing more of it may be written."""
 
 
-class Alerts:
-    """The problems of the processing: the kind of failure is their name, whom it concerns their subject.
+ENDS_A_PASS: Final = (OvertakenError, StateUnavailableError, *WISHES)
+"""Errors that are not one miner's."""
 
-    Thread-safe and fork-safe.
-    """
+
+class Alerts(Problems):
+    """The problems of the processing: the kind of failure is their name, whom it concerns their subject."""
 
     def __init__(self, collaborators: Collaborators) -> None:
-        self.problems = Problems()
-        self._messages = ProblemMessages(self.problems, lambda: collaborators.slack_notifier, ends=False)
-        self._limited = LimitedLog(_log)
+        super().__init__()
+        self.messages = ProblemMessages(self, lambda: collaborators.slack_notifier, ends=False)
 
     def failed(self, kind: str, whom: str, text: str, error: BaseException | None = None) -> None:
         """Report a failure: to the log each time, to Slack the first time since it last went well."""
-        text = _in_one_line(text)
-        if self.problems.stands(kind, whom):
-            self._limited(logging.ERROR, kind, "%s", text)
+        text = _in_one_line(text if error is None else f"{text}: {named(error)}")
+        if self.stands(kind, whom):
+            _limited(logging.ERROR, kind, "%s", text)
         else:
             # The whole trace once: the repetitions say the same.
             _log.error("%s", text, exc_info=error)
-        self.problems.report(kind, text, subject=whom)
-
-    def is_known(self, kind: str, whom: str) -> bool:
-        """Tell whether that was reported, and has not gone well since."""
-        return self.problems.stands(kind, whom)
-
-    def succeeded(self, kind: str, whom: str) -> None:
-        """Say that it went well, so that the next failure is told again."""
-        self.problems.clear(kind, whom)
-
-    def only(self, kind: str, failed: Collection[str]) -> None:
-        """Say that of this kind nothing failed but for these."""
-        self.problems.clear_others(kind, failed)
-
-    def send_again(self) -> None:
-        """Send what Slack did not take, and what still holds."""
-        self._messages.send_again()
+        self.report(kind, text, subject=whom)
 
     def tell(self, text: str, level: str) -> None:
         """Send a message to Slack; what fails there is logged, since nothing may depend on it."""
-        self._messages.send(_in_one_line(text), level)
+        self.messages.send(_in_one_line(text), level)
 
-    @contextlib.contextmanager
-    def round(self, kind: str, *passing: type[Exception]) -> Iterator[Round]:
-        """Go round the miners for one rule: whoever failed in an earlier round, and not in this one, is well.
+    def each(
+        self,
+        kind: str,
+        miners: Iterable[tuple[str, Any]],
+        part: Callable[[str, Any], object],
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> set[str] | None:
+        """Call ``part(hotkey, what)`` for each of the miners; a failure is reported, and stops nobody else's part.
 
-        Parameters
-        ----------
-        kind
-            What is done in this round.
-        passing
-            Errors that are no miner's, and end the round.
-
+        Who failed in an earlier round, and not in this one, is well. Returns whose part failed; None if the
+        validator is stopping.
         """
-        this = Round(self, kind, passing)
-        yield this
-        self.only(kind, this.failed)
+        failed: set[str] = set()
+        for hotkey, what in miners:
+            if stopping():
+                return None
+            try:
+                part(hotkey, what)
+            except ENDS_A_PASS:
+                raise
+            except BaseException as error:
+                failed.add(hotkey)
+                self.failed(kind, hotkey, f"{kind}: failed for miner {hotkey}", error)
+        self.clear_others(kind, failed)
+        return failed
 
 
-class Round:
-    """One pass over many miners.
-
-    Attributes
-    ----------
-    failed : set of str
-        Whose part failed.
-
-    """
-
-    def __init__(self, alerts: Alerts, kind: str, passing: tuple[type[Exception], ...]) -> None:
-        self._alerts = alerts
-        self._kind = kind
-        self._passing = passing
-        self.failed: set[str] = set()
-
-    def guard(self, hotkey: str) -> _Guard:
-        """Do one miner's part; what it raises is reported, and stops nobody else's."""
-        return _Guard(self, hotkey)
-
-    def report(self, hotkey: str, error: BaseException) -> bool:
-        """Report what a miner's part raised; False if it is no miner's, and ends the round."""
-        if isinstance(error, self._passing) or not is_failure(error):
-            return False
-        self.failed.add(hotkey)
-        text = f"{self._kind}: failed for miner {hotkey}: {type(error).__name__}: {error}"
-        self._alerts.failed(self._kind, hotkey, text, error)
-        return True
-
-
-class _Guard:
-    """A miner's part of a round; a class, as there is one for each miner in each tick."""
-
-    __slots__ = ("_hotkey", "_round")
-
-    def __init__(self, this_round: Round, hotkey: str) -> None:
-        self._round = this_round
-        self._hotkey = hotkey
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
-    ) -> bool:
-        return error is not None and self._round.report(self._hotkey, error)
+def named(error: BaseException) -> str:
+    """Return an error as a message tells it."""
+    return f"{type(error).__name__}: {error}"
 
 
 def _in_one_line(text: str) -> str:

@@ -11,17 +11,19 @@ thread; and then the loop says that it ends.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any, Final, Self
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Final
 
-from shmelim.eliminations.rules.alerts import is_failure
+from shmelim.eliminations.rules.alerts import WISHES, named
+from shmelim.eliminations.rules.iteration import Context
 from shmelim.eliminations.rules.processor import EliminationProcessor
 from shmelim.system.processes import set_title
 
@@ -35,93 +37,75 @@ _log = logging.getLogger("shmelim.processing")
 
 def run_loop(processor: EliminationProcessor) -> None:
     """Run a tick each second until ``shutdown_dict`` is truthy; survives every error, and tells of it."""
-    with _Termination(processor):
+    context = processor.context
+    with _ended_by_sigterm(context):
         _log.info("the processing of eliminations begins")
         try:
-            while not processor.is_stopping():
-                _pause(_step(processor), processor.is_stopping)
+            while not context.is_stopping():
+                _pause(_step(processor), context.is_stopping)
         finally:
-            if processor.is_stopping():
+            if context.is_stopping():
                 _log.info("the processing of eliminations ends")
             else:
-                _tell_of_the_end(processor)
+                error = sys.exc_info()[1] or SystemExit()
+                text = f"the processing of eliminations has ended, though nobody asked it to: {named(error)}"
+                _log.critical("%s", text)
+                context.alerts.tell(text, "error")
 
 
 def _step(processor: EliminationProcessor) -> float:
     """Tick, unless a sync is in progress; returns how long to pause after it."""
-    environment, alerts = processor.environment, processor.alerts
+    context = processor.context
+    syncing = context.collaborators.sync_in_progress
     try:
-        if _sync_in_progress(processor) or processor.tick():
-            return environment.tick_pause_s
+        if (syncing is not None and syncing.value) or processor.tick():
+            return context.environment.tick_pause_s
     except BaseException as error:
-        if _ends_the_loop(processor, error):
+        if _ends_the_loop(context, error):
             raise
-        text = f"the processing of eliminations failed: {type(error).__name__}: {error}"
-        alerts.failed("loop", "tick", text, error)
-    return environment.error_pause_s
+        context.alerts.failed("loop", "tick", "the processing of eliminations failed", error)
+    return context.environment.error_pause_s
 
 
-def _ends_the_loop(processor: EliminationProcessor, error: BaseException) -> bool:
+def _ends_the_loop(context: Context, error: BaseException) -> bool:
     if isinstance(error, SystemExit):
         # In the main thread a signal handler may have raised it; elsewhere a collaborator called sys.exit, which
         # would silently end this thread and nothing else.
-        return processor.end_asked or threading.current_thread() is threading.main_thread()
-    return not is_failure(error)
-
-
-def _tell_of_the_end(processor: EliminationProcessor) -> None:
-    """Say that the loop ends though the validator does not."""
-    error = sys.exc_info()[1]
-    text = f"the processing of eliminations has ended, though nobody asked it to: {type(error).__name__}: {error}"
-    _log.critical("%s", text)
-    processor.alerts.tell(text, "error")
-
-
-def _sync_in_progress(processor: EliminationProcessor) -> bool:
-    flag = processor.collaborators.sync_in_progress
-    return flag is not None and bool(flag.value)
+        return context.end_asked or threading.current_thread() is threading.main_thread()
+    return isinstance(error, WISHES)
 
 
 def _pause(seconds: float, stopping: Callable[[], bool]) -> None:
     end = time.monotonic() + seconds
-    while not stopping():
-        left = end - time.monotonic()
-        if left <= 0:
-            return
+    while not stopping() and (left := end - time.monotonic()) > 0:
         time.sleep(min(left, _LOOK_AGAIN))
 
 
-class _Termination:
-    """Has SIGTERM end the loop inside a ``with`` block, where this is the main thread of a child process.
+@contextlib.contextmanager
+def _ended_by_sigterm(context: Context) -> Iterator[None]:
+    """Have SIGTERM end the loop inside a ``with`` block, where this is the main thread of a child process.
 
     Elsewhere signals are for whoever runs the loop, and nothing is touched.
     """
 
-    def __init__(self, processor: EliminationProcessor) -> None:
-        self._processor = processor
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and multiprocessing.parent_process() is not None:
-            set_title(_TITLE)
-            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
-            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._break_off)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._before:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
-            self._processor.end_asked = False
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self._processor.end_asked = True
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        context.end_asked = True
         # A timer of the kernel: a handler that started a thread could wait for a lock that its own thread holds.
         signal.setitimer(signal.ITIMER_REAL, _GRACE, _AGAIN)
 
-    def _break_off(self, _number: int, _frame: FrameType | None) -> None:
+    def break_off(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread() or multiprocessing.parent_process() is None:
+        yield
+        return
+    set_title(_TITLE)
+    handlers = {signal.SIGTERM: ask, signal.SIGALRM: break_off}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        context.end_asked = False

@@ -1,28 +1,52 @@
-"""Who is in the metagraph: told to the server when it changed, and asked by the rules."""
+"""Who is in the metagraph and who is eliminated: told to the server when it changed, and asked by the rules."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any, Final, NamedTuple
 
-from shmelim.eliminations.calls import ProcessingCalls
+from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import check_hotkey
-from shmelim.eliminations.rules.roster import Roster
-from shmelim.eliminations.validator.collaborators import Collaborators
+from shmelim.eliminations.rules.iteration import Context
 
 _SHOWN: Final = 60  # characters of what is not a hotkey
 
 _log = logging.getLogger("shmelim.processing")
 
 
+class _Listed(NamedTuple):
+    """What the table says, as of one version; not to be changed."""
+
+    version: int
+    eliminated: Mapping[str, int]  # when each hotkey was, in milliseconds since 1970, UTC
+    registered: AbstractSet[str]  # also those whose loss the server did not believe
+
+
+class Roster:
+    """The table in few words, read anew when anything changed in it, since reading costs most. Thread-safe."""
+
+    def __init__(self, reader: EliminationReader) -> None:
+        self._reader = reader
+        self._listed = _Listed(-1, {}, frozenset())  # replaced as one reference
+
+    def now(self) -> _Listed:
+        """Return what the table says."""
+        listed = self._listed
+        if listed.version != self._reader.version:
+            version, eliminations, _, registered = self._reader.snapshot()
+            times = {hotkey: row["elimination_initiated_time_ms"] for hotkey, row in eliminations.items()}
+            self._listed = listed = _Listed(version, times, registered)
+        return listed
+
+
 class Membership:
     """The metagraph as the processing sees it."""
 
-    def __init__(self, collaborators: Collaborators, state: ProcessingCalls, roster: Roster) -> None:
-        self._collaborators = collaborators
-        self._state = state
-        self._roster = roster
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.roster = Roster(context.reader)
         self._told: list[str] | None = None  # what the server was told last
         # What the metagraph listed last, the hotkeys in it, and what else was in it.
         self._listed: list[Any] | None = None
@@ -32,9 +56,10 @@ class Membership:
     def look(self) -> list[str]:
         """Tell the server who is registered, unless it knows; returns those whose departure was recorded."""
         hotkeys = self._hotkeys()
-        if hotkeys is None or self._is_known(hotkeys):
+        # Others may have told the server something else since.
+        if hotkeys is None or (hotkeys == self._told and self.roster.now().registered >= set(hotkeys)):
             return []
-        departed = self._state.update_metagraph(hotkeys)
+        departed = self._context.state.update_metagraph(hotkeys)
         self._told = hotkeys
         if departed:
             _log.info("%d hotkeys left the metagraph: %s", len(departed), ", ".join(departed[:10]))
@@ -52,15 +77,15 @@ class Membership:
             return []
         self.look()
         # The server keeps those registered whose loss it did not believe.
-        return absent if self._roster.now().registered <= members else []
+        return absent if self.roster.now().registered <= members else []
 
-    def unbelieved(self) -> set[str]:
-        """Return those whose loss the server did not believe, because so many are missing at once."""
+    def unbelieved(self) -> int:
+        """Return of how many the server did not believe the loss, because so many are missing at once."""
         hotkeys = self._hotkeys()
-        return set() if hotkeys is None else {*self._roster.now().registered}.difference(hotkeys)
+        return 0 if hotkeys is None else len(self.roster.now().registered - set(hotkeys))
 
     def _hotkeys(self) -> list[str] | None:
-        metagraph = self._collaborators.metagraph
+        metagraph = self._context.collaborators.metagraph
         shown = None if metagraph is None else metagraph.hotkeys
         if shown is None:
             return None
@@ -69,17 +94,10 @@ class Membership:
             self._hotkeys_listed, refused = valid_hotkeys(listed)
             self._listed = listed
             if refused and refused != self._refused:
-                _log.warning(
-                    "%d entries of the metagraph are not hotkeys and are left out: %s",
-                    len(refused),
-                    ", ".join(refused[:10]),
-                )
+                text = "%d entries of the metagraph are not hotkeys and are left out: %s"
+                _log.warning(text, len(refused), ", ".join(refused[:10]))
             self._refused = refused
         return self._hotkeys_listed
-
-    def _is_known(self, hotkeys: list[str]) -> bool:
-        # Others may have told the server something else since.
-        return hotkeys == self._told and self._roster.now().registered >= set(hotkeys)
 
 
 def listed_by(hotkeys: Any) -> list[Any]:

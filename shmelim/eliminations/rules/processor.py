@@ -9,23 +9,18 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import POSITIONS
-from shmelim.eliminations.reader import EliminationReader
-from shmelim.eliminations.record import EliminationReason, generate_row, normalise
-from shmelim.eliminations.rules.alerts import Alerts, is_failure
+from shmelim.eliminations.record import EliminationReason, normalise
+from shmelim.eliminations.rules.alerts import ENDS_A_PASS, OvertakenError
 from shmelim.eliminations.rules.challenge import ChallengePeriod
 from shmelim.eliminations.rules.expiry import Expiry
-from shmelim.eliminations.rules.iteration import NOT_A_MINERS, Iteration, OvertakenError, current_epoch
+from shmelim.eliminations.rules.iteration import Context, Iteration
 from shmelim.eliminations.rules.judging import DrawdownRule
 from shmelim.eliminations.rules.membership import Membership
-from shmelim.eliminations.rules.roster import Roster
 from shmelim.eliminations.rules.settling import Settling
-from shmelim.eliminations.validator.collaborators import Collaborators
-from shmelim.eliminations.validator.environment import ValidatorEnvironment
-from shmelim.errors import NoCollaboratorsError, StateUnavailableError
+from shmelim.errors import NoCollaboratorsError
 from shmelim.system.logs import LimitedLog
 
 P = ParamSpec("P")
@@ -46,50 +41,25 @@ class EliminationProcessor:
     positions are closed under their lock, and there is one attempt at a slash.
     """
 
-    def __init__(
-        self,
-        collaborators: Collaborators,
-        environment: ValidatorEnvironment,
-        reader: EliminationReader,
-        state: ProcessingCalls,
-        *,
-        is_backtesting: bool = False,
-    ) -> None:
-        self.collaborators = collaborators
-        self.environment = environment
-        self.alerts = Alerts(collaborators)
-        self._reader = reader
-        self._state = state
-        self._is_backtesting = is_backtesting
+    def __init__(self, context: Context) -> None:
+        self.context = context
         self._last_update_ms = 0
-        self.end_asked = False  # written by a signal handler too
-        self._roster = Roster(reader)
-        self._membership = Membership(collaborators, self._state, self._roster)
-        effects = cast("Collaborators", _WithoutContract(collaborators)) if is_backtesting else collaborators
-        self._settling = Settling(effects, environment, reader, self._state, self.alerts)
-        self._expiry = Expiry(
-            collaborators,
-            environment,
-            self._state,
-            self.alerts,
-            self._roster,
-            self._membership,
-            keep_directories=is_backtesting,
-        )
-        eliminate = functools.partial(self._settling.eliminate, slash=True)
-        self._challenge = ChallengePeriod(collaborators, environment, self.alerts, eliminate)
-        self._drawdown = DrawdownRule(collaborators, environment, self.alerts, self._roster, eliminate)
+        self._membership = Membership(context)
+        self._settling = Settling(context)
+        self._expiry = Expiry(context, self._membership)
+        self._challenge = ChallengePeriod(context, self._settling)
+        self._drawdown = DrawdownRule(context, self._settling, self._membership.roster)
 
     def refresh_allowed(self, refresh_interval_ms: int) -> bool:
         """Whether more than so many milliseconds have passed since the last tick; in direct mode always."""
-        passed_ms = self.environment.now_ms() - self._last_update_ms
+        passed_ms = self.context.environment.now_ms() - self._last_update_ms
         # A clock that was set back would otherwise stop everything until it is there again.
-        always = bool(getattr(self.collaborators, "running_unit_tests", False))
+        always = bool(getattr(self.context.collaborators, "running_unit_tests", False))
         return always or passed_ms > refresh_interval_ms or passed_ms < 0
 
     def set_last_update_time(self, skip_message: bool = False) -> None:
         """Note that a tick was made now."""
-        self._last_update_ms = self.environment.now_ms()
+        self._last_update_ms = self.context.environment.now_ms()
         if not skip_message:
             _log.debug("processed the eliminations")
 
@@ -97,24 +67,11 @@ class EliminationProcessor:
         """Return when the last tick was made, in milliseconds since 1970, UTC; 0 if there was none."""
         return self._last_update_ms
 
-    def is_stopping(self) -> bool:
-        """Whether the validator is ending."""
-        shutdown = self.collaborators.shutdown_dict
-        try:
-            # An event is always true.
-            is_set = getattr(shutdown, "is_set", None)
-            return self.end_asked or bool(shutdown if is_set is None else is_set())
-        except Exception:
-            # It lives in a process that is gone, and the validator with it.
-            text = "whether the validator is ending cannot be asked any more: taken as a yes"
-            _limited(logging.ERROR, "end", text, exc_info=True)
-            return True
-
     def process_eliminations(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
         """Make a tick, if one is due; StateUnavailableError if the server does not answer or cannot store it.
 
         `position_locks` are the locks to use, by default the collaborators'. `iteration_epoch` is what
-        ``sync_epoch`` was when the caller began, by default what it is now.
+        ``sync_epoch`` was when the caller began, by default what it is now. So too for each single step.
         """
         self.tick(position_locks, iteration_epoch)
 
@@ -124,10 +81,11 @@ class EliminationProcessor:
         A step that fails stops none of the later ones. A sync that comes meanwhile ends the tick, and the next
         one is due at once.
         """
-        if not self.refresh_allowed(self.environment.check_interval_ms) and not self._challenge.is_waiting():
+        context, alerts = self.context, self.context.alerts
+        if not self.refresh_allowed(context.environment.check_interval_ms) and not self._challenge.is_waiting():
             return True
-        self.alerts.send_again()
-        iteration = self._begin(position_locks, iteration_epoch)
+        alerts.messages.send_again()
+        iteration = context.begin(position_locks, iteration_epoch)
         steps: dict[str, Callable[[Iteration], None]] = {
             "departed hotkeys": self._departed,
             "debts": self._settling.settle_all,
@@ -140,40 +98,30 @@ class EliminationProcessor:
         }
         well = True
         for name, step in steps.items():
-            if self.is_stopping():
+            if context.is_stopping():
                 return True
             try:
                 step(iteration)
             except OvertakenError as overtaken:
                 _limited(logging.WARNING, "overtaken", "the rest of this tick is left to the next: %s", overtaken)
                 return well
-            except StateUnavailableError:
+            except ENDS_A_PASS:
                 raise
             except BaseException as error:
-                if not is_failure(error):
-                    raise
                 well = False
-                text = f"eliminations: {name} failed: {type(error).__name__}: {error}"
-                self.alerts.failed("step", name, text, error)
+                alerts.failed("step", name, f"eliminations: {name} failed", error)
             else:
-                self.alerts.succeeded("step", name)
+                alerts.clear("step", name)
         # Only here, after it ran: a tick that was not due says nothing of what fails in one that is.
-        self.alerts.succeeded("loop", "tick")
+        alerts.clear("loop", "tick")
         if well:
             self.set_last_update_time()
         return well
 
-    def _begin(self, position_locks: Any, epoch: Any) -> Iteration:
-        if epoch is None:
-            epoch = current_epoch(self.collaborators)
-        # After the epoch: a sync between the two is noticed by either.
-        replacements = self._state.get_replacements()
-        return Iteration(self.collaborators, position_locks, epoch, replacements, self.is_stopping)
-
     def _alone(self, step: Callable[[Iteration], None], position_locks: Any, epoch: Any) -> None:
         """Make one step outside of a tick."""
         try:
-            step(self._begin(position_locks, epoch))
+            step(self.context.begin(position_locks, epoch))
         except OvertakenError as overtaken:
             _limited(logging.WARNING, "overtaken", "broken off: %s", overtaken)
 
@@ -220,104 +168,75 @@ class EliminationProcessor:
     ) -> None:
         """Delete the limit orders and close the open positions of a miner who is eliminated; else do nothing.
 
-        Parameters
-        ----------
-        hotkey
-            The miner.
-        trade_pair_to_price_source_used_for_elimination_check
-            Price sources by trade pair; those that it lacks are made from the record's ``price_info``.
-        position_locks, iteration_epoch
-            As for :meth:`process_eliminations`.
-
+        The price sources are by trade pair; those that are missing are made from the record's ``price_info``.
         """
-        record = self._reader.get_elimination(hotkey)
+        collaborators, record = self.context.collaborators, self.context.reader.get_elimination(hotkey)
         if record is None:
             return
-        limit_orders = self.collaborators.limit_order_manager
-        if limit_orders is not None:
+        if collaborators.limit_order_manager is not None:
             try:
-                limit_orders.delete_all_limit_orders_for_hotkey(hotkey)
+                collaborators.limit_order_manager.delete_all_limit_orders_for_hotkey(hotkey)
             except Exception:
                 _log.exception("the limit orders of eliminated miner %s could not be deleted", hotkey)
-        if self.collaborators.position_manager is not None:
-            iteration = self._begin(position_locks, iteration_epoch)
+        if collaborators.position_manager is not None:
+            iteration = self.context.begin(position_locks, iteration_epoch)
             iteration.price_sources = trade_pair_to_price_source_used_for_elimination_check
-            self._settling.flattening.close_open(hotkey, record, iteration)
+            self._settling.flattening.close(hotkey, record, iteration)
 
     def _departed(self, _iteration: Iteration) -> None:
         self._membership.look()
-        lost = len(self._membership.unbelieved())
-        if lost:
+        if lost := self._membership.unbelieved():
             text = (
                 f"{lost} hotkeys are missing from the metagraph at once, and are not recorded as departed."
                 " If they are really gone: shmelim missing --accept"
             )
-            self.alerts.failed("departures", "the metagraph", text)
+            self.context.alerts.failed("departures", "the metagraph", text)
         else:
-            self.alerts.succeeded("departures", "the metagraph")
+            self.context.alerts.clear("departures", "the metagraph")
 
     def _first_refresh(self, iteration: Iteration) -> None:
-        positions = self.collaborators.position_manager
-        if self._is_backtesting or positions is None or self._state.get_first_refresh_ran():
+        context, positions = self.context, self.context.collaborators.position_manager
+        if context.is_backtesting or positions is None or context.state.get_first_refresh_ran():
             return
         # Those whose positions are owed are closed as debts.
-        owing = {debt["hotkey"] for debt in self._state.get_debts() if debt["kind"] == POSITIONS}
-        eliminated = {hk: row for hk, row in self._reader.get_eliminations_dict().items() if hk not in owing}
-        open_positions = positions.get_positions_for_hotkeys(list(eliminated), only_open_positions=True)
-        with self.alerts.round("first refresh", *NOT_A_MINERS) as this_round:
-            for hotkey, listed in open_positions.items():
-                record = eliminated.get(hotkey)
-                if self.is_stopping():
-                    return
-                if record is not None and listed:
-                    with this_round.guard(hotkey):
-                        self._settling.flattening.close(hotkey, listed, record, iteration)
-        if not this_round.failed:
-            self._state.set_first_refresh_ran(True)
+        owing = {debt["hotkey"] for debt in context.state.get_debts() if debt["kind"] == POSITIONS}
+        rows = {hk: row for hk, row in context.reader.get_eliminations_dict().items() if hk not in owing}
+        found = positions.get_positions_for_hotkeys(list(rows), only_open_positions=True)
+        miners = ((hotkey, listed) for hotkey, listed in found.items() if listed and hotkey in rows)
+
+        def close(hotkey: str, listed: Any) -> None:
+            self._settling.flattening.close(hotkey, rows[hotkey], iteration, listed)
+
+        if context.alerts.each("first refresh", miners, close, context.is_stopping) == set():
+            context.state.set_first_refresh_ran(True)
 
     def _perf_ledger(self, iteration: Iteration) -> None:
-        positions = self.collaborators.position_manager
-        ledgers = None if positions is None else positions.perf_ledger_manager
-        if ledgers is None:
+        if (ledgers := self.context.ledgers) is None:
             return
-        eliminated = self._roster.now().eliminated
-        with self.alerts.round("perf-ledger elimination", *NOT_A_MINERS) as this_round:
-            for place, row in enumerate(ledgers.get_perf_ledger_eliminations()):
-                if _whose(row, place) in eliminated:
-                    continue
-                if self.is_stopping():
-                    return
-                with this_round.guard(_whose(row, place)):
-                    record = normalise(row)
-                    # Ledgers still name miners who, with their eliminations, are long gone.
-                    if not self._expiry.is_due(record):
-                        self._settling.eliminate(record, iteration, slash=True)
+        eliminated = self._membership.roster.now().eliminated
+        rows = ((_whose(row, place), row) for place, row in enumerate(ledgers.get_perf_ledger_eliminations()))
+        miners = (one for one in rows if one[0] not in eliminated)
+
+        def eliminate(_hotkey: str, row: Any) -> None:
+            record = normalise(row)
+            # Ledgers still name miners who, with their eliminations, are long gone.
+            if not self._expiry.is_due(record):
+                self._settling.eliminate(record, iteration)
+
+        self.context.alerts.each("perf-ledger elimination", miners, eliminate, self.context.is_stopping)
 
     def _zombies(self, iteration: Iteration) -> None:
-        if self._is_backtesting:
+        context = self.context
+        if context.is_backtesting:
             return
         # Those eliminated already, and the one that is not a zombie.
-        known = {*self._roster.now().eliminated, self.environment.development_hotkey}
-        missing = self._membership.missing(hk for hk in self.environment.miner_hotkeys() if hk not in known)
-        with self.alerts.round("zombie elimination", *NOT_A_MINERS) as this_round:
-            for hotkey in missing:
-                if self.is_stopping():
-                    return
-                with this_round.guard(hotkey):
-                    row = generate_row(hotkey, None, EliminationReason.ZOMBIE, self.environment.now_ms())
-                    self._settling.eliminate(normalise(row), iteration, slash=False)
+        known = {*self._membership.roster.now().eliminated, context.environment.development_hotkey}
+        missing = self._membership.missing(hk for hk in context.environment.miner_hotkeys() if hk not in known)
 
+        def eliminate(hotkey: str, _: None) -> None:
+            self._settling.eliminate_now(hotkey, EliminationReason.ZOMBIE, None, iteration, slash=False)
 
-class _WithoutContract:
-    """Collaborators as they are at each look, but for the contract: nobody is slashed."""
-
-    contract_manager = None
-
-    def __init__(self, collaborators: Collaborators) -> None:
-        self._collaborators = collaborators
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._collaborators, name)
+        context.alerts.each("zombie elimination", ((hk, None) for hk in missing), eliminate, context.is_stopping)
 
 
 def _whose(row: Any, place: int) -> str:

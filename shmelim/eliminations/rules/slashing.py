@@ -33,12 +33,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from shmelim.eliminations.calls import ProcessingCalls
-from shmelim.eliminations.debts.states import ATTEMPTING, SLASH, attempt_is_alive, attempt_is_mine, new_attempt
-from shmelim.eliminations.rules.alerts import Alerts, is_failure
-from shmelim.eliminations.validator.collaborators import Collaborators
-from shmelim.eliminations.validator.environment import ValidatorEnvironment
-from shmelim.errors import SlashNotMadeError, StateUnavailableError
+from shmelim.eliminations.debts.states import SLASH, attempt_is_alive, attempt_is_mine, new_attempt
+from shmelim.eliminations.rules.alerts import ENDS_A_PASS, WISHES, named
+from shmelim.eliminations.rules.iteration import Context
+from shmelim.errors import SlashNotMadeError
 from shmelim.system.logs import LimitedLog
 
 # Kinds of alerts: of a slash that was not made there is one for each miner, of a doubt one for each attempt.
@@ -58,76 +56,56 @@ class _Outcome(NamedTuple):
     error: str = ""
 
 
-class _Attempts:
-    """The attempts of this process: those under way, and those whose outcome is not recorded yet. Thread-safe."""
-
-    def __init__(self) -> None:
-        self.running: set[str] = set()
-        self.ended: dict[str, _Outcome] = {}
-
-
-_attempts = _Attempts()
-
-
-def _forget_attempts() -> None:
-    global _attempts  # noqa: PLW0603
-    _attempts = _Attempts()
-
-
-os.register_at_fork(after_in_child=_forget_attempts)
+# The attempts of this process: None while they are under way, and how they ended until that is recorded. Each step
+# is one operation of the dict, so that any thread may look.
+_attempts: dict[str, _Outcome | None] = {}
+os.register_at_fork(after_in_child=_attempts.clear)
 
 
 @dataclass(eq=False)
 class Slashing:
     """Makes slashes, and finds out about those that were broken off."""
 
-    collaborators: Collaborators
-    environment: ValidatorEnvironment
-    state: ProcessingCalls
-    alerts: Alerts
+    context: Context
 
     def make(self, hotkey: str, record: Mapping[str, Any]) -> None:
         """Make the slash that an elimination owes, if it is still owed."""
-        contract = self.collaborators.contract_manager
+        contract = self.context.contract
         if contract is None:
             return
         try:
             self._attempt(hotkey, self._prepare(contract, hotkey, record["reason"]))
-        except StateUnavailableError:
+        except ENDS_A_PASS:
             raise
         except BaseException as error:
-            if not is_failure(error):
-                raise
             # It was before the contract was called: what the contract raises is an outcome.
-            what = f"{type(error).__name__}: {error}"
-            self.alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made: {what}", error)
-            self.state.fail_debt(hotkey, SLASH, what)
+            self.context.alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made", error)
+            self.context.state.fail_debt(hotkey, SLASH, named(error))
 
     def _attempt(self, hotkey: str, slash: Callable[[], Any]) -> None:
-        attempts = _attempts
         token = new_attempt()
-        attempts.running.add(token)
+        _attempts[token] = None
         begun = True  # also if the server's answer is lost, and nobody knows
         outcome = _Outcome("not made", "broken off before the contract was called")
         try:
-            begun = self.state.begin_slash(hotkey, token)
+            begun = self.context.state.begin_slash(hotkey, token)
             if begun:
                 outcome = _Outcome("unknown", "the call to the contract was broken off")
                 outcome = _call(slash, hotkey)
         finally:
             # Also on the way out of the process.
             if begun:
-                attempts.ended[token] = outcome
-            attempts.running.discard(token)
-            if begun:
-                self._record(hotkey, token, attempts)
+                _attempts[token] = outcome
+                self._record(hotkey, token)
+            else:
+                _attempts.pop(token, None)
 
     def _prepare(self, contract: Any, hotkey: str, reason: str) -> Callable[[], Any]:
         """Return the call to the contract; raises while nothing has moved yet, where it could not be made."""
         method = contract.slash_miner_collateral_proportion
         if not callable(method):
             raise TypeError(f"slash_miner_collateral_proportion is not callable, but {type(method).__name__}")
-        proportion = self.environment.slash_proportion(reason)
+        proportion = self.context.environment.slash_proportion(reason)
         options = {} if proportion is None else {"slash_proportion": proportion}
         try:
             signature = inspect.signature(method)
@@ -141,69 +119,64 @@ class Slashing:
 
     def remind(self, debt: Mapping[str, Any]) -> None:
         """Tell of a slash that is in doubt, unless this process did; who found the doubt may be gone."""
-        if not self.alerts.is_known(_DOUBT, debt["attempt"]):
+        if not self.context.alerts.stands(_DOUBT, debt["attempt"]):
             self._report_doubt(debt["hotkey"], debt["attempt"], debt["error"])
 
     def forget_others(self, debts: Iterable[Mapping[str, Any]]) -> None:
         """Forget what was told of slashes that are not among these debts."""
         slashes = [debt for debt in debts if debt["kind"] == SLASH]
-        self.alerts.only(_NOT_MADE, {debt["hotkey"] for debt in slashes})
-        self.alerts.only(_DOUBT, {debt["attempt"] for debt in slashes})
+        self.context.alerts.clear_others(_NOT_MADE, {debt["hotkey"] for debt in slashes})
+        self.context.alerts.clear_others(_DOUBT, {debt["attempt"] for debt in slashes})
 
     def review(self, debt: Mapping[str, Any]) -> None:
         """Look at a slash that is being attempted, and record how it ended if the attempt is over."""
-        hotkey, token = debt["hotkey"], debt.get("attempt") or ""
-        attempts = _attempts
-        if debt["state"] != ATTEMPTING or token in attempts.running:
-            return
-        if token in attempts.ended:
-            self._record(hotkey, token, attempts)
+        hotkey, token = debt["hotkey"], debt["attempt"] or ""
+        if token in _attempts:
+            self._record(hotkey, token)
         elif attempt_is_mine(token) or not attempt_is_alive(token):
             error = "the process that attempted it is gone"
-            if self.state.doubt_slash(hotkey, token, error):
+            if self.context.state.doubt_slash(hotkey, token, error):
                 self._report_doubt(hotkey, token, error)
 
-    def _record(self, hotkey: str, token: str, attempts: _Attempts) -> None:
+    def _record(self, hotkey: str, token: str) -> None:
         """Record how an attempt ended; what cannot be recorded now is kept for a later pass."""
-        made, error = outcome = attempts.ended[token]
+        outcome, state, alerts = _attempts.get(token), self.context.state, self.context.alerts
+        if outcome is None:
+            return  # it is under way
+        made, error = outcome
         try:
             if made == "made":
-                recorded = self.state.settle_debt(hotkey, SLASH, token)
+                recorded = state.settle_debt(hotkey, SLASH, token)
             else:
-                doubtful = made == "unknown"
-                recorded = self.state.fail_debt(hotkey, SLASH, error, token, in_doubt=doubtful)
-        except BaseException as failure:
-            if not is_failure(failure):
-                raise
+                recorded = state.fail_debt(hotkey, SLASH, error, token, in_doubt=made == "unknown")
+        except WISHES:
+            raise
+        except BaseException:
             text = "slash of miner %s: %s, which could not be recorded yet"
             _limited(logging.ERROR, "unrecorded", text, hotkey, made, exc_info=True)
             return
-        attempts.ended.pop(token, None)
-        if recorded:
-            self._report(hotkey, token, outcome)
+        _attempts.pop(token, None)
+        if recorded and made == "made":
+            alerts.clear(_NOT_MADE, hotkey)
+            _log.info("slashed the collateral of miner %s", hotkey)
+        elif recorded and made == "unknown":
+            self._report_doubt(hotkey, token, error)
+        elif recorded:
+            alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made: {error}")
         elif made != "not made":
             # A person settled it meanwhile, perhaps, and should know how it really ended.
-            self.alerts.tell(f"slash of miner {hotkey}: {made}, but another outcome is on record", "warning")
-            _log.warning("slash of miner %s: %s, but another outcome is on record", hotkey, made)
-
-    def _report(self, hotkey: str, token: str, outcome: _Outcome) -> None:
-        if outcome.made == "made":
-            self.alerts.succeeded(_NOT_MADE, hotkey)
-            _log.info("slashed the collateral of miner %s", hotkey)
-        elif outcome.made == "not made":
-            self.alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made: {outcome.error}")
-        else:
-            self._report_doubt(hotkey, token, outcome.error)
+            text = f"slash of miner {hotkey}: {made}, but another outcome is on record"
+            alerts.tell(text, "warning")
+            _log.warning("%s", text)
 
     def _report_doubt(self, hotkey: str, token: str, error: str | None) -> None:
-        named = shlex.quote(hotkey)
+        argument = f"{'-- ' if hotkey.startswith('-') else ''}{shlex.quote(hotkey)}"
         text = (
             f"slash of miner {hotkey}: nobody knows whether it was made ({error}). It is not repeated;"
-            " look at the contract, then say what you found: shmelim slash resolve"
-            f" {'-- ' if hotkey.startswith('-') else ''}{named}"
+            f" look at the contract, then say what you found: shmelim slash resolve {argument}"
         )
-        self.alerts.succeeded(_NOT_MADE, hotkey)
-        self.alerts.failed(_DOUBT, token, text)
+        self.context.alerts.clear(_NOT_MADE, hotkey)
+        self.context.alerts.failed(_DOUBT, token, text)
 
 
 def _call(slash: Callable[[], Any], hotkey: str) -> _Outcome:
@@ -212,11 +185,11 @@ def _call(slash: Callable[[], Any], hotkey: str) -> _Outcome:
         return _outcome_of(slash())
     except SlashNotMadeError as error:
         return _Outcome("not made", str(error))
+    except WISHES:
+        raise
     except BaseException as error:
-        if not is_failure(error):
-            raise
         _log.exception("the contract failed to slash miner %s", hotkey)
-        return _Outcome("unknown", f"the contract raised {type(error).__name__}: {error}")
+        return _Outcome("unknown", f"the contract raised {named(error)}")
 
 
 def _outcome_of(answer: Any) -> _Outcome:
@@ -225,7 +198,6 @@ def _outcome_of(answer: Any) -> _Outcome:
         return _Outcome("made")
     if inspect.iscoroutine(answer) and inspect.getcoroutinestate(answer) == inspect.CORO_CREATED:
         answer.close()
-        return _Outcome(
-            "not made", "the contract answered with a coroutine, which nobody runs; it must wait itself"
-        )
+        text = "the contract answered with a coroutine, which nobody runs; it must wait itself"
+        return _Outcome("not made", text)
     return _Outcome("unknown", f"the contract answered {type(answer).__name__} {repr(answer)[:_SHOWN]}")

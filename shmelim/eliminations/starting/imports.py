@@ -75,28 +75,22 @@ def import_file(step: Step, path: Path) -> tuple[int, int]:
     try:
         found = files.read_eliminations(path)
     except DamagedFileError:
-        if (departed := files.read_departed(path)) is None:
-            raise
-        return _take_departed(step, path, departed, f"import of {path}")
+        return import_departed(step, path)
     if found is None:
         raise StoreError(f"{path} does not exist", hint="name a JSON file of eliminations or departed hotkeys")
-    if found.bad and not found.rows and all(isinstance(bad.row, str) for bad in found.bad):
+    if found.bad and not found.taken and all(isinstance(bad.row, str) for bad in found.bad):
         # A bare list of hotkeys, the legacy form of a departed file.
         return import_departed(step, path)
-    merge(step, dict(found.rows), f"import of {path}")
+    merge(step, found.taken, f"import of {path}")
     files.quarantine(path, found.bad)
-    return len(found.rows), len(found.bad)
+    return len(found.taken), len(found.bad)
 
 
 def import_departed(step: Step, path: Path, reason: str | None = None) -> tuple[int, int]:
     """Merge a departed file; otherwise as :func:`import_file`."""
-    departed = files.read_departed(path)
-    if departed is None:
+    found = files.read_departed(path)
+    if found is None:
         raise StoreError(f"{path} does not exist", hint="name a JSON file of departed hotkeys")
-    return _take_departed(step, path, departed, reason or f"import of {path}")
-
-
-def _take_departed(step: Step, path: Path, departed: files.DepartedFile, reason: str) -> tuple[int, int]:
-    record_departures(step, departed.items, reason)
-    files.quarantine(path, departed.bad)
-    return len(departed.items), len(departed.bad)
+    record_departures(step, found.taken, reason or f"import of {path}")
+    files.quarantine(path, found.bad)
+    return len(found.taken), len(found.bad)

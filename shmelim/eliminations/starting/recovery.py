@@ -17,8 +17,9 @@ would mean to start empty and let eliminated miners trade: so the start is refus
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 import msgspec
 
@@ -33,20 +34,19 @@ from shmelim.eliminations.store.opening import LOG_SUFFIXES, store_bytes
 from shmelim.eliminations.store.schema import FILE_NAME, RESTORE_HINT, Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError
-from shmelim.shm import Namespace, TableReader
+from shmelim.shm import Entry, Namespace, TableReader
 from shmelim.system.durable import move_aside
 
 _log = logging.getLogger("shmelim.recovery")
 _CHECK_LIMIT = 256 << 20
+Entries: TypeAlias = dict[bytes, Entry]
 
 
-class _Published(NamedTuple):
-    """What the last writer left in shared memory."""
+class _Origin(msgspec.Struct):
+    """What a table says of its origin; ``imported`` is None where that is not known."""
 
-    records: dict[str, bytes]
-    departed: dict[str, int]
-    registered: list[str]
-    imported: list[str] | None
+    state_dir: str | None
+    imported: list[str] | None = None
 
 
 def recover(
@@ -112,7 +112,7 @@ def _replace(directory: Path, namespace: Namespace, damage: DamagedStoreError, *
     # Nothing was published since the replacement was finished: only its two renames are missing.
     published = None if between else _last_published(namespace, directory)
     if published is not None:
-        replacement.build(directory, lambda step: _restore(step, published, directory))
+        replacement.build(directory, lambda step: _restore(step, *published, directory))
     elif not finished:
         _need_files(directory if use_files else None, damage)
         replacement.build(directory, lambda step: _restore_from_files(step, directory))
@@ -131,27 +131,10 @@ def _need_files(directory: Path | None, damage: DamagedStoreError) -> None:
     ) from damage
 
 
-class _Origin(msgspec.Struct):
-    """What a table says of its origin; ``imported`` is None where that is not known."""
-
-    state_dir: str | None
-    imported: list[str] | None = None
-
-
 def origin_record(directory: Path | None, imported: list[str] | None = None) -> bytes:
     """Return what a table says of its origin: its state directory, and the digests of what was imported there."""
-    return msgspec.msgpack.encode(_Origin(_resolved(directory), imported))
-
-
-def _resolved(directory: Path | None) -> str | None:
-    return None if directory is None else str(directory.resolve())
-
-
-def _origin_in(record: bytes) -> _Origin | None:
-    try:
-        return msgspec.msgpack.decode(record, type=_Origin)
-    except msgspec.DecodeError:
-        return None
+    place = None if directory is None else str(directory.resolve())
+    return msgspec.msgpack.encode(_Origin(place, imported))
 
 
 def take_files(step: Step, directory: Path, *, fresh: bool) -> None:
@@ -188,40 +171,37 @@ def _take_eliminations(step: Step, path: Path) -> None:
     # A row that cannot be taken says nothing against what the store knows of its hotkey.
     unsure = [bad.row.get("hotkey") for bad in found.bad if isinstance(bad.row, dict)]
     keep = [hotkey for hotkey in unsure if isinstance(hotkey, str)]
-    replace_all(step, dict(found.rows), f"file {path.name}", keep)
+    replace_all(step, found.taken, f"file {path.name}", keep)
     files.quarantine(path, found.bad)
 
 
-def _last_published(namespace: Namespace, directory: Path) -> _Published | None:
+def _last_published(namespace: Namespace, directory: Path) -> tuple[_Origin, Entries] | None:
     """Return what stands in shared memory, if it was made from this state directory and is whole."""
     try:
         entries = TableReader(namespace).snapshot(verify=True).entries
     except (NotServingError, SegmentError) as error:
         _log.warning("shared memory does not help: %s", error)
         return None
-    entry_of_origin = entries.pop(ORIGIN_KEY, None)
-    origin = None if entry_of_origin is None else _origin_in(entry_of_origin.record)
-    if origin is None or origin.state_dir != _resolved(directory):
-        _log.warning("shared memory does not help: what stands there is the state of another directory")
-        return None
-    return _Published(
-        {
-            key.decode(): entry.record[PREFIX.size :]
-            for key, entry in entries.items()
-            if entry.flags & Status.ELIMINATED
-        },
-        {hotkey: info["detected_ms"] for hotkey, info in departed_in(entries).items()},
-        [key.decode() for key, entry in entries.items() if entry.flags & Status.REGISTERED],
-        origin.imported,
-    )
+    with suppress(KeyError, msgspec.DecodeError):
+        origin = msgspec.msgpack.decode(entries.pop(ORIGIN_KEY).record, type=_Origin)
+        if origin.state_dir == str(directory.resolve()):
+            return origin, entries
+    _log.warning("shared memory does not help: what stands there is the state of another directory")
+    return None
 
 
-def _restore(step: Step, published: _Published, directory: Path) -> None:
+def _restore(step: Step, origin: _Origin, entries: Entries, directory: Path) -> None:
     step.record([EventOf("recover", note="the store was damaged: restored from shared memory")])
-    merge(step, published.records, "recovered")
-    record_departures(step, published.departed, "recovered")
-    step.store.set_registered(published.registered)
-    restore_imported(step, published.imported)
+    records = {
+        key.decode(): entry.record[PREFIX.size :]
+        for key, entry in entries.items()
+        if entry.flags & Status.ELIMINATED
+    }
+    departed = {hotkey: info["detected_ms"] for hotkey, info in departed_in(entries).items()}
+    merge(step, records, "recovered")
+    record_departures(step, departed, "recovered")
+    step.store.set_registered(key.decode() for key, entry in entries.items() if entry.flags & Status.REGISTERED)
+    restore_imported(step, origin.imported)
     # What stands in the files is at most as new: no start must take it for a person's work.
     for name in (ELIMINATIONS_FILE, DEPARTED_FILE):
         digest = files.digest_of(directory / name)
@@ -230,8 +210,8 @@ def _restore(step: Step, published: _Published, directory: Path) -> None:
     _log.warning(
         "restored %d eliminations and %d departed hotkeys from shared memory; the history starts anew, and what"
         " eliminations still owed is in the damaged store alone",
-        len(published.records),
-        len(published.departed),
+        len(records),
+        len(departed),
     )
 
 

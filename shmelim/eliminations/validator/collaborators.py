@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+
+from shmelim.notify.problems import Notifier as Notifier  # noqa: PLC0414 - one of these protocols too
 
 
 @runtime_checkable
@@ -29,24 +31,6 @@ class Metagraph(Protocol):
 
 
 @runtime_checkable
-class TradePair(Protocol):
-    """What is traded."""
-
-    @property
-    def trade_pair_id(self) -> str:
-        """The pair's short name, such as ``BTCUSD``, under which its positions are locked."""
-
-
-@runtime_checkable
-class Order(Protocol):
-    """One order of a position."""
-
-    @property
-    def processed_ms(self) -> int:
-        """When it took effect, in milliseconds since 1970, UTC."""
-
-
-@runtime_checkable
 class Position(Protocol):
     """One miner's position in one trade pair."""
 
@@ -56,7 +40,7 @@ class Position(Protocol):
 
     @property
     def trade_pair(self) -> Any:
-        """What is traded: a :class:`TradePair`."""
+        """What is traded; its ``trade_pair_id``, such as ``BTCUSD``, is what its positions are locked by."""
 
     @property
     def is_closed_position(self) -> bool:
@@ -64,7 +48,7 @@ class Position(Protocol):
 
     @property
     def orders(self) -> Sequence[Any]:
-        """Its orders, oldest first: each an :class:`Order`."""
+        """Its orders, oldest first; each took effect at its ``processed_ms``, in ms since 1970, UTC."""
 
     def to_websocket_dict(self) -> Any:
         """Return what is put into the WebSocket queue."""
@@ -187,14 +171,6 @@ class LimitOrderManager(Protocol):
 
 
 @runtime_checkable
-class Notifier(Protocol):
-    """Tells people what needs them, such as :class:`shmelim.notify.SlackNotifier`."""
-
-    def send_message(self, text: str, *, level: str = "info") -> Any:
-        """Have a message sent; after False, or an exception, it is sent again later."""
-
-
-@runtime_checkable
 class WebSocketQueue(Protocol):
     """Takes changed positions to those who watch."""
 
@@ -218,54 +194,23 @@ class Collaborators:
     Any of them may be replaced at any time, from any thread; whoever uses one looks here each time. None means
     that the validator has no such thing: what needs it, a step of the tick or a part of what an elimination owes,
     is left out.
-
-    Attributes
-    ----------
-    metagraph : Metagraph
-        Without it nobody departs, is a zombie, or is deleted.
-    position_manager : PositionManager
-        Without it there are no positions to close and no ledgers to judge by.
-    challengeperiod_manager : ChallengePeriodManager
-        Without it nobody fails probation, and nobody is in the bucket that is scored.
-    contract_manager : ContractManager
-        Without it nobody is slashed.
-    position_locks : PositionLocks
-        Without them positions are closed without a lock.
-    limit_order_manager : LimitOrderManager
-        Without it there are no limit orders to delete.
-    live_price_fetcher
-        Handed on to positions that are closed; see :class:`ValidatorEnvironment` for its stand-in.
-    shared_queue_websockets : WebSocketQueue
-        Gets the positions that were closed.
-    slack_notifier : Notifier
-        Is told what failed, once until it works again.
-    shutdown_dict
-        Whatever is true once the validator ends, or an event that is set then.
-    sync_in_progress : SharedValue
-        True while positions are being replaced.
-    sync_epoch : SharedValue
-        Another number after each time that they were.
-
     """
 
-    metagraph: Any = None
-    position_manager: Any = None
-    challengeperiod_manager: Any = None
-    contract_manager: Any = None
-    position_locks: Any = None
-    limit_order_manager: Any = None
-    live_price_fetcher: Any = None
-    shared_queue_websockets: Any = None
-    slack_notifier: Any = None
-    shutdown_dict: Any = None
-    sync_in_progress: Any = None
-    sync_epoch: Any = None
+    metagraph: Metagraph | None = None  # without it nobody departs, is a zombie, or is deleted
+    position_manager: PositionManager | None = None  # without it: no positions to close, no ledgers to judge by
+    challengeperiod_manager: ChallengePeriodManager | None = (
+        None  # without it nobody fails probation, or is scored
+    )
+    contract_manager: ContractManager | None = None  # without it nobody is slashed
+    position_locks: PositionLocks | None = None  # without them positions are closed without a lock
+    limit_order_manager: LimitOrderManager | None = None  # without it there are no limit orders to delete
+    live_price_fetcher: Any = None  # handed on to positions that are closed; None: the environment's
+    shared_queue_websockets: WebSocketQueue | None = None  # gets the positions that were closed
+    slack_notifier: Notifier | None = None  # is told what failed, once until it works again
+    shutdown_dict: Any = None  # whatever is true once the validator ends, or an event that is set then
+    sync_in_progress: SharedValue | None = None  # true while positions are being replaced
+    sync_epoch: SharedValue | None = None  # another number after each time that they were
 
     def as_arguments(self) -> dict[str, Any]:
-        """Return what ``EliminationManager`` is constructed with, by name.
-
-        All but ``live_price_fetcher``, which is an attribute of the manager, and an argument of the environment.
-        """
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        del named["live_price_fetcher"]
-        return named
+        """Return what ``EliminationManager`` is constructed with, by name: all but ``live_price_fetcher``."""
+        return {name: value for name, value in vars(self).items() if name != "live_price_fetcher"}

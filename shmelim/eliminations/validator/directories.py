@@ -43,10 +43,12 @@ class MinerDirectories:
         except FileNotFoundError:
             return False
         try:
-            if not _is_directory(hotkey, root):
+            if not stat.S_ISDIR(os.stat(hotkey, dir_fd=root, follow_symlinks=False).st_mode):
                 return False
             # By the root's descriptor, and links are not followed: nobody can put another place under the name.
             shutil.rmtree(hotkey, dir_fd=root)
+        except FileNotFoundError:
+            return False
         finally:
             os.close(root)
         return True
@@ -58,10 +60,3 @@ def _can_be_a_miner(name: str) -> bool:
     except ValueError:
         return False
     return not name.startswith(".") and "/" not in name and "\0" not in name
-
-
-def _is_directory(name: str, root: int) -> bool:
-    try:
-        return stat.S_ISDIR(os.stat(name, dir_fd=root, follow_symlinks=False).st_mode)
-    except FileNotFoundError:
-        return False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, Final
 
 LOOKS: Final = 12
@@ -11,19 +13,11 @@ LOOKS: Final = 12
 
 _WORTHWHILE: Final = 8  # checkpoints; fewer are read faster than compared
 
-_LEAST_FACTOR: Final = -1.0
-_LARGEST_FACTOR: Final = 2.0
 _DIGITS: Final = 9  # of a percentage: what binary fractions add or lose lies far behind
 
 
 def ledger_drawdown_percentage(ledger: Any) -> float:
-    """Return a ledger's largest drawdown as a percentage, 0 to 100.
-
-    The ledger has checkpoints ``cps``, each with the lowest point it saw as a factor ``mdd`` of the peak before:
-    0.9 is 10 % down, and 1 or more is no drawdown. None, or a ledger without checkpoints, has no drawdown. What
-    cannot be read raises AttributeError or TypeError; an ``mdd`` that is NaN, or so far off (over 2, under -1)
-    that it is not a factor but perhaps a percentage, ValueError.
-    """
+    """Return a ledger's drawdown as a percentage, as ``ValidatorEnvironment.drawdown`` says; None has 0."""
     if ledger is None:
         return 0.0
     return _percentage([checkpoint.mdd for checkpoint in ledger.cps])
@@ -51,23 +45,19 @@ class Drawdowns:
         checkpoints = getattr(ledger, "cps", None)
         if not isinstance(checkpoints, list) or len(checkpoints) < _WORTHWHILE:
             return ledger_drawdown_percentage(ledger)
-        ends = checkpoints[0], checkpoints[-2], checkpoints[-1]
-        known = self._known.get(id(ledger))
-        if known is not None and known.is_of(ledger, len(checkpoints), ends):
-            return _percentage([known.lowest, ends[1].mdd, ends[2].mdd])
+        count, ends, known = len(checkpoints), (checkpoints[0], *checkpoints[-2:]), self._known
+        key = id(ledger)
+        if (last := known.get(key)) is not None and last.is_of(ledger, count, ends):
+            return _percentage([last.lowest, ends[1].mdd, ends[2].mdd])
         factors = [checkpoint.mdd for checkpoint in checkpoints]
         percentage = _percentage(factors)
-        self._know(ledger, len(checkpoints), ends, min(factors[:-2]))
-        return percentage
-
-    def _know(self, ledger: Any, count: int, ends: tuple[Any, Any, Any], lowest: float) -> None:
-        key, known = id(ledger), self._known
-        try:
+        # What cannot tell when it is gone is not remembered: another may stand at its place then.
+        with contextlib.suppress(TypeError):
             gone = weakref.ref(ledger, lambda _: known.pop(key, None))
-        except TypeError:
-            return  # it cannot tell when it is gone, and another may stand at its place then
-        # Not all at their first place, lest one look in so many reads everything.
-        known[key] = _Known(gone, count, ends, lowest, LOOKS - 1 - len(known) % (LOOKS // 2))
+            # Not all at their first place, lest one look in so many reads everything.
+            looks = LOOKS - 1 - len(known) % (LOOKS // 2)
+            known[key] = _Known(gone, count, ends, min(factors[:-2]), looks)
+        return percentage
 
 
 @dataclass(slots=True)
@@ -76,19 +66,14 @@ class _Known:
 
     ledger: weakref.ref[Any]
     count: int
-    ends: tuple[Any, Any, Any]
+    ends: tuple[Any, ...]  # the first checkpoint and the last two
     lowest: float  # of all but the last two
     looks: int
 
-    def is_of(self, ledger: Any, count: int, ends: tuple[Any, Any, Any]) -> bool:
+    def is_of(self, ledger: Any, count: int, ends: tuple[Any, ...]) -> bool:
         self.looks -= 1
         return (
-            self.looks >= 0
-            and count == self.count
-            and ends[2] is self.ends[2]
-            and ends[1] is self.ends[1]
-            and ends[0] is self.ends[0]
-            and self.ledger() is ledger
+            self.looks >= 0 and count == self.count and self.ledger() is ledger and all(map(is_, ends, self.ends))
         )
 
 
@@ -100,9 +85,7 @@ def _percentage(factors: list[Any]) -> float:
     if total != total:  # noqa: PLR0124 - only NaN differs from itself, and asking costs nothing
         raise ValueError("the ledger has a checkpoint whose mdd is not a number")
     lowest = float(min(factors))
-    if not _LEAST_FACTOR <= lowest <= _LARGEST_FACTOR:
+    if not -1.0 <= lowest <= 2.0:  # noqa: PLR2004 - as the documentation says
         raise ValueError(f"the ledger's lowest mdd is {lowest}, and should be a factor: 0.9 is 10 % down")
-    if lowest >= 1.0:
-        return 0.0
     # Rounded, since (1 - 0.9) * 100 is a little less than the 10 % that it stands for.
-    return round((1.0 - max(lowest, 0.0)) * 100.0, _DIGITS)
+    return round((1.0 - min(max(lowest, 0.0), 1.0)) * 100.0, _DIGITS)

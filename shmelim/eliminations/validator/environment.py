@@ -21,12 +21,8 @@ class ValidatorEnvironment:
 
     Parameters
     ----------
-    price_source
-        Called with a trade pair, an elimination's ``price_info`` and its time (ms since 1970, UTC); returns what
-        the position class' ``generate_fake_flat_order`` expects, or None. Default: see :meth:`price_source`.
-    drawdown
-        Called with a ledger; returns whether its miner is to be eliminated, and the drawdown as a percentage.
-        Default: see :meth:`drawdown`.
+    price_source, drawdown
+        Stand in for the methods :meth:`price_source` and :meth:`drawdown`.
     max_drawdown_percentage
         The default drawdown rule eliminates from this percentage on, 0 to 100.
     scored_bucket
@@ -104,28 +100,16 @@ class ValidatorEnvironment:
         return system_clock.now_ms() if self._clock is None else round(self._clock())
 
     def price_source(self, trade_pair: Any, price_info: Mapping[str, Any], time_ms: int) -> Any:
-        """Return the price at which a position is closed, as its class wants it; None to have it fetched.
+        """Return the price at which a position is closed, as its ``generate_fake_flat_order`` wants it.
 
-        By default the price itself, where ``price_info`` has the pair by its ``trade_pair``, its ``trade_pair_id``
-        or its text.
-
-        Parameters
-        ----------
-        trade_pair
-            The position's.
-        price_info
-            The prices that led to the elimination, from its record: ``{"BTC/USD": price}``.
-        time_ms
-            The time of the elimination, in milliseconds since 1970, UTC.
-
+        `price_info` has the prices that led to the elimination, ``{"BTC/USD": price}``, and `time_ms` is when it
+        was (ms since 1970, UTC). None has the price fetched. By default the price itself, where `price_info` has
+        the pair by its ``trade_pair``, its ``trade_pair_id`` or its text.
         """
         if self._price_source is not None:
             return self._price_source(trade_pair, price_info, time_ms)
-        names = (
-            getattr(trade_pair, "trade_pair", None),
-            getattr(trade_pair, "trade_pair_id", None),
-            str(trade_pair),
-        )
+        names = [getattr(trade_pair, attribute, None) for attribute in ("trade_pair", "trade_pair_id")]
+        names.append(str(trade_pair))
         return next((price_info[name] for name in names if isinstance(name, str) and name in price_info), None)
 
     def drawdown(self, ledger: Any) -> tuple[bool, float]:
@@ -135,13 +119,8 @@ class ValidatorEnvironment:
         point it saw as a factor ``mdd`` of the peak before: 0.9 is 10 % down. Of a ledger that seems unchanged
         only the end is read, and at least once in 12 looks the whole.
 
-        Raises
-        ------
-        AttributeError, TypeError
-            The ledger has no checkpoints, one of them has no ``mdd``, or that is not a number.
-        ValueError
-            An ``mdd`` is NaN, or so far off that it is not a factor.
-
+        AttributeError, TypeError: the ledger has no checkpoints, or one has no ``mdd`` that is a number.
+        ValueError: an ``mdd`` is NaN, or so far off that it is not a factor.
         """
         if self._drawdown is not None:
             return self._drawdown(ledger)

@@ -1,0 +1,264 @@
+"""``shmelim history``, ``debts`` and ``slash``: what the server has on record, or the store where none answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from shmelim.cli import output
+from shmelim.cli.failure import NO, YES, RefusedError
+from shmelim.cli.options import (
+    PATH,
+    Command,
+    Group,
+    Settings,
+    any_hotkey_argument,
+    command,
+    hotkey_argument,
+    yes_option,
+)
+from shmelim.eliminations.client import EliminationClient
+from shmelim.eliminations.debts.states import ATTEMPTING, OWED, SLASH, attempt_is_alive
+from shmelim.eliminations.runtime import RuntimeDirectory, default_state_directory
+from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.eliminations.store.store import Store
+from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError, StoreError
+
+Rows = list[dict[str, Any]]
+
+_PAGE: Final = 200
+
+
+def _ask(
+    name: str, server: Callable[[EliminationClient], Rows], store: Callable[[Store], Rows]
+) -> tuple[Rows, str]:
+    """Return the rows that the server or the store has, and who answered: "server" or "store".
+
+    The store is that of the last server of the name, or else the one that the name has by default; nothing is
+    changed there. Where there is none either, what the server's absence raised is raised.
+    """
+    try:
+        with EliminationClient(name) as client:
+            return server(client), "server"
+    except (NotServingError, KeyFileError) as error:
+        try:
+            announced = RuntimeDirectory(name).server().state_dir
+        except (NotServingError, KeyFileError):
+            announced = None
+        directory = default_state_directory(name) if announced is None else Path(announced)
+        try:
+            with Store.read_only(directory) as opened:
+                return store(opened), "store"
+        except StoreError as damaged:
+            if (directory / FILE_NAME).exists():
+                raise
+            raise error from damaged
+
+
+@command
+@any_hotkey_argument
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, metavar="N", help="At most N.")
+@click.option(
+    "--state-dir", type=PATH, metavar="DIR", help="Read the store in this directory, without asking a server."
+)
+def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Path | None) -> None:
+    """Show the changes of HOTKEY, or all changes, newest first: when, what, to whom, by which process, old → new.
+
+    Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
+
+    With --json: name, source ("server" or "store"), events [{id, at_ms, action, hotkey, pid, uid,
+    program, note, old, new}], where old and new are records or null.
+
+    For example:
+      shmelim history 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
+      shmelim history --limit 1000 --json
+    """
+
+    def stored(store: Store) -> Rows:
+        return [event.as_dict() for event in store.events(hotkey, limit)]
+
+    if state_dir is not None:
+        with Store.read_only(state_dir) as store:
+            events, source = stored(store), "store"
+    else:
+        events, source = _ask(settings.name, lambda client: _pages(client, hotkey, limit), stored)
+    settings.table(
+        {"source": source, "events": events},
+        ("when (UTC)", "action", "hotkey", "by", "change"),
+        ((output.moment(it["at_ms"]), it["action"], it["hotkey"], _who(it), _change(it)) for it in events),
+    )
+
+
+def _pages(client: EliminationClient, hotkey: str | None, limit: int) -> Rows:
+    """Ask the server in pages, each of which fits into a message."""
+    events: Rows = []
+    page = _PAGE
+    while len(events) < limit:
+        wanted = min(page, limit - len(events))
+        try:
+            found = client.get_history(hotkey, wanted, events[-1]["id"] if events else None)
+        except MessageTooLargeError:
+            if page == 1:
+                raise
+            page = max(1, page // 4)
+            continue
+        events += found
+        if len(found) < wanted:
+            break
+    return events
+
+
+def _who(event: Mapping[str, Any]) -> str:
+    uid = "" if event["uid"] is None else f" uid {event['uid']}"
+    return f"{event['program']}[{event['pid']}]{uid}"
+
+
+def _change(event: Mapping[str, Any]) -> str:
+    """Return old → new, as short as it can be said, and the note."""
+    old, new = event["old"], event["new"]
+    if old and new:
+        fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
+        said = ", ".join(
+            f"{field}: {output.value(old.get(field))} → {output.value(new.get(field))}" for field in fields
+        )
+    else:
+        said = f"{_brief(old)} → {_brief(new)}".strip() if old or new else ""
+    return f"{said} ({event['note']})".strip() if event["note"] else said
+
+
+def _brief(record: Mapping[str, Any] | None) -> str:
+    if not record:
+        return ""
+    dd = "" if record.get("dd") is None else f" dd {output.value(record['dd'])}"
+    return f"{output.value(record.get('reason'))}{dd}"
+
+
+@command
+@any_hotkey_argument
+def debts(settings: Settings, *, hotkey: str | None) -> None:
+    """Show what the elimination of HOTKEY still owes, or what all of them do, oldest first.
+
+    Limit orders are to be deleted, positions closed, collateral slashed. What fails is tried again with the next
+    tick, except a slash that is in_doubt: it is not known whether it was made, and a person must find out
+    ("shmelim slash resolve --help").
+
+    Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
+
+    With --json: name, source ("server" or "store"), count, debts [{hotkey, kind, state, due, since_ms,
+    eliminated_ms, attempts, error, attempt, in_doubt_since_ms}].
+
+    For example:
+      shmelim debts
+      shmelim debts --json | jq '.debts[] | select(.state == "in_doubt")'
+    """
+    found, source = _ask(
+        settings.name,
+        lambda client: client.get_debts(hotkey),
+        lambda store: [debt.as_dict() for debt in store.debts(hotkey)],
+    )
+    columns = {"hotkey": "hotkey", "kind": "owes", "state": "state", "since_ms": "since (UTC)"}
+    settings.rows({"source": source}, "debts", found, columns | {"attempts": "failures", "error": "last error"})
+
+
+@click.group(cls=Group)
+def slash() -> None:
+    """Show the slashes that were made, or settle one that is in doubt.
+
+    For example:
+      shmelim slash list
+      shmelim slash resolve 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --made
+    """
+
+
+@slash.command("list", cls=Command, short_help="Show the last slash of each miner that was made.")
+@any_hotkey_argument
+@click.pass_obj
+def list_(settings: Settings, *, hotkey: str | None) -> None:
+    """Show the last slash of HOTKEY that was made, or that of each miner, oldest first.
+
+    A miner who is eliminated again for the same cause (say, a sync took the elimination back) is not slashed
+    again.
+
+    Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
+
+    With --json: name, source ("server" or "store"), count, slashes [{hotkey, made_ms, eliminated_ms, by
+    ("contract" or "hand")}].
+
+    For example:
+      shmelim slash list
+      shmelim slash list 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --json
+    """
+    found, source = _ask(
+        settings.name,
+        lambda client: client.get_slashes(hotkey),
+        lambda store: [slash._asdict() for slash in store.slashes(hotkey)],
+    )
+    columns = {"hotkey": "hotkey", "made_ms": "made (UTC)", "eliminated_ms": "eliminated (UTC)", "by": "by"}
+    settings.rows({"source": source}, "slashes", found, columns)
+
+
+@slash.command(cls=Command, short_help="Say whether a slash that is in doubt was made.")
+@hotkey_argument
+@click.option("--made/--not-made", "made", default=None, help="Whether the collateral was taken.")
+@yes_option
+@click.pass_obj
+def resolve(settings: Settings, *, hotkey: str, made: bool | None, yes: bool) -> int:
+    """Say whether the slash of HOTKEY, which is in doubt, was made.
+
+    First look at the collateral itself, on the chain. --made: it is settled. --not-made: it is owed again, and the
+    next tick makes it; a wrong --not-made takes the collateral twice. The history keeps who said so.
+
+    Exit code 1: no slash of HOTKEY is in doubt, or the question was answered with no; nothing was changed.
+
+    With --json: name, hotkey, made, resolved.
+
+    For example:
+      shmelim slash resolve 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --made
+      shmelim slash resolve 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --not-made --yes
+    """
+    if made is None:
+        raise click.UsageError("say --made or --not-made")
+    shown = output.printable(hotkey)
+    with EliminationClient(settings.name) as client:
+        debt = _in_doubt(client, hotkey)
+        since = output.moment(debt["in_doubt_since_ms"])
+        question = "It was made, and is settled?" if made else "It was NOT made, and may be made once more?"
+        resolved = (
+            yes
+            or output.agreed(
+                question,
+                f"hotkey      {shown}",
+                f"in doubt    {'not noticed yet' if since is None else f'since {since} UTC'}",
+                f"last error  {output.value(debt['error'])}",
+            )
+        ) and client.resolve_slash(hotkey, made)
+        if not resolved:
+            # Perhaps somebody was quicker, which this names; else the question was answered with no.
+            _in_doubt(client, hotkey)
+    again = "made" if made else f"not made; it is {'owed again' if debt['due'] else 'no longer due'}"
+    said = f"resolved: {shown}: the slash was {again}" if resolved else "nothing was changed"
+    settings.answer({"hotkey": hotkey, "made": made, "resolved": resolved}, said)
+    return YES if resolved else NO
+
+
+def _in_doubt(client: EliminationClient, hotkey: str) -> dict[str, Any]:
+    """Return the slash of a hotkey that a person may settle; RefusedError where there is none."""
+    debt = next((debt for debt in client.get_debts(hotkey) if debt["kind"] == SLASH), None)
+    shown = output.printable(hotkey)
+    if debt is None:
+        raise RefusedError(f"no slash of {shown} is in doubt", hint="`shmelim debts` shows what is owed")
+    if debt["state"] == OWED:
+        raise RefusedError(
+            f"the slash of {shown} is owed, not in doubt: it has certainly not been made yet",
+            hint="there is nothing to settle; the next tick makes it",
+        )
+    if debt["state"] == ATTEMPTING and attempt_is_alive(debt["attempt"]):
+        pid = debt["attempt"].partition("-")[0]
+        raise RefusedError(
+            f"process {pid} has begun the slash of {shown} and may be making it right now",
+            hint="wait until it is settled or in doubt; if that process hangs, end it first",
+        )
+    return debt
