@@ -213,12 +213,8 @@ convert_bytes(PyObject *Py_UNUSED(op), PyObject *item, const unsigned char **dat
     return bytes_key(item, data, size) < 0 ? -1 : 1;
 }
 
-PyDoc_STRVAR(table_fill_doc,
-"_fill($self, keys, answers, mask, /)\n--\n\n"
-"Write an answer for each key into a buffer of bytes: whether it has all flags of ``mask``, or all its\n"
-"flags if that is 0. Keys are a list or tuple of bytes, or an array of byte strings. False: publishes\n"
-"overtook it every time.");
-
+/* Write an answer for each key into a buffer of bytes: (keys, answers, mask). Keys are a list or tuple of bytes, or an
+ * array of byte strings. False: publishes overtook it every time. */
 static PyObject *
 table_fill(PyObject *op, PyObject *const *args, Py_ssize_t count)
 {

@@ -39,7 +39,7 @@ from shmelim.shm.layout import (
     entry_size,
     pack_entry,
 )
-from shmelim.shm.native import release_fence
+from shmelim.shm.native import fence
 from shmelim.shm.segment import Segment
 
 _FLAG_BITS = 8
@@ -99,7 +99,7 @@ class Image:
         Must be seen before the first such store.
         """
         self._words[self._head + EPOCH] += 1
-        release_fence()
+        fence()
 
     # ------------------------------------------------------------------ changes
 

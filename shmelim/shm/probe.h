@@ -60,7 +60,7 @@ typedef struct {
     const Word *version;
     uint64_t generation;
     uint64_t seed;
-    uint64_t words_48[XXH3_WORDS_48]; /* made from the seed, for hash_48 */
+    uint64_t words_48[XXH3_WORDS_48]; /* made from the seed, for xxh3_48 */
     uint64_t mask;
     uint64_t arena_size;
     Copy copies[2];
@@ -124,15 +124,9 @@ set_seed(Map *map, uint64_t seed)
 }
 
 static inline uint64_t
-hash_48(const Map *map, const unsigned char *key)
-{
-    return xxh3_48(key, map->words_48);
-}
-
-static inline uint64_t
 hash_key(const Map *map, const unsigned char *key, size_t size)
 {
-    return size == INLINE_KEY ? hash_48(map, key) : hash_any(key, size, map->seed);
+    return size == INLINE_KEY ? xxh3_48(key, map->words_48) : hash_any(key, size, map->seed);
 }
 
 /* ---------------------------------------------------------------- finding a key */

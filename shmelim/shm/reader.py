@@ -50,6 +50,7 @@ from shmelim.shm.layout import (
     WRITER_STATE,
     check_root,
 )
+from shmelim.shm.native import fence
 from shmelim.shm.replay import Entry, replay
 from shmelim.shm.segment import Namespace, Segment
 from shmelim.shm.view import Batch, View
@@ -224,16 +225,12 @@ class TableReader:
 
         return self._consistently(look)
 
-    def _fence(self) -> None:
-        """Keep the loads before this call before those behind it. On x86-64, loads do that by themselves."""
-
     def _consistently(self, look: Callable[[View, int], T]) -> T:
         """Return what ``look`` makes of a view at a version; start over if a publish came between.
 
         The frame of all reads but :meth:`flags`, where it stands unrolled, and :meth:`flags_of`, which gives up.
         An exception counts as a result does: only if nothing was published meanwhile.
         """
-        fence = self._fence
         while True:
             view = self._view
             words = view.root.words
@@ -331,7 +328,7 @@ class TableReader:
                 )
             start = view.arena[version & 1]
             log = view.memory[start : start + used]
-            self._fence()
+            fence()
             if view.words[view.header_word[version & 1] + EPOCH] != epoch:
                 self.retries += 1
                 continue

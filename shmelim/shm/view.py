@@ -160,16 +160,19 @@ class View:
         """Return first byte, end and ordinal of a record, after checking that it lies in the arena."""
         offset = packed >> OFFSET_SHIFT
         if offset + ENTRY_HEADER > self.arena_size:
-            raise CorruptSegmentError(f"segment {self.segment.label} has a record at {offset}, outside its arena")
+            raise self._misplaced(offset)
         at = self.arena[copy] + offset
         ordinal, _, length, key_length, _, _ = ARENA_ENTRY.unpack_from(self.memory, at)
         start = at + ENTRY_HEADER + key_length
         end = start + length
         if end > self.arena[copy] + self.arena_size or key_length != packed >> KEY_LENGTH_SHIFT & 0xFF:
-            raise CorruptSegmentError(
-                f"segment {self.segment.label} has a record of {length} bytes at {offset} that does not fit"
-            )
+            raise self._misplaced(offset)
         return start, end, ordinal
+
+    def _misplaced(self, offset: int) -> CorruptSegmentError:
+        return CorruptSegmentError(
+            f"segment {self.segment.label} has a record at {offset} that does not fit into its arena"
+        )
 
     def _full(self) -> CorruptSegmentError:
         return CorruptSegmentError(f"segment {self.segment.label} has no empty slot: a lookup cannot end")
