@@ -6,10 +6,10 @@ import mmap
 
 from shmelim.errors import NotServingError
 from shmelim.shm.layout import ROOT_SIZE
-from shmelim.shm.segment import Segment, check_name
+from shmelim.shm.segment import Namespace, Segment, check_name
 
 
-class PrivateNamespace:
+class PrivateNamespace(Namespace):
     """The same segments in anonymous memory of this process: no name, nothing in ``/dev/shm``, no lock.
 
     A forked child sees the table as it was at the fork.
@@ -22,44 +22,38 @@ class PrivateNamespace:
         self._data: dict[int, Segment] = {}
 
     def acquire(self) -> None:
-        """Make the root segment if there is none; whoever holds this object is the only one who can."""
+        # Whoever holds this object is the only one who can.
         if self._root is None:
             self.create_root()
 
     def release(self) -> None:
-        """Do nothing."""
+        pass
 
     def create_root(self) -> Segment:
-        """Make the root segment."""
         self._root = Segment(f"{self.name} (private root)", _anonymous(ROOT_SIZE))
         return self._root
 
     def open_root(self, *, writable: bool = False) -> Segment:  # noqa: ARG002
-        """Return the root segment; :class:`NotServingError` if there is none."""
         if self._root is None:
             raise NotServingError(f"nothing is served in the private table {self.name!r}")
         return self._root
 
     def create_data(self, generation: int, size: int) -> Segment:
-        """Make a data segment."""
         self._data[generation] = Segment(f"{self.name} (private {generation})", _anonymous(size))
         return self._data[generation]
 
     def open_data(self, generation: int) -> Segment:
-        """Return a data segment; :class:`NotServingError` if there is none."""
         try:
             return self._data[generation]
         except KeyError:
             raise NotServingError(f"private table {self.name!r} has no generation {generation}") from None
 
     def remove_data(self, *, keep: int | None) -> None:
-        """Forget every data segment but generation ``keep``."""
         for generation in list(self._data):
             if generation != keep:
                 del self._data[generation]
 
     def root_replaced(self, root: Segment) -> bool:
-        """Tell whether ``root`` is no longer the root segment."""
         return root is not self._root
 
 

@@ -7,7 +7,7 @@ a length: bad bytes give :class:`CorruptSegmentError`, never a crash.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from shmelim.errors import CorruptSegmentError
 from shmelim.shm import hashing
@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_NO_END: Final = "has no empty slot: a lookup cannot end"
+
 
 class Batch:
     """Keys of a batch lookup, prepared for probing before any version is looked at."""
 
-    def __init__(self, keys: Sequence[bytes]) -> None:
+    def __init__(self, keys: Sequence[bytes], seed: int) -> None:
         import numpy as np  # noqa: PLC0415  # loaded by whoever has a batch: see LOADING_NUMPY
 
         self.keys = keys
@@ -42,15 +44,16 @@ class Batch:
         self.inline: NDArray[np.uint64] = (
             np.array(keys, f"S{INLINE_KEY}").view(np.uint64).reshape(-1, INLINE_KEY // WORD)
         )
-        self.seed: int | None = None
-        self.hashes: NDArray[np.uint64] = self.lengths
+        self.hash_for(seed)
 
     def hash_for(self, seed: int) -> None:
         """Hash all keys with ``seed``."""
         import numpy as np  # noqa: PLC0415
 
         digest = hashing.key_hash
-        self.hashes = np.fromiter((digest(key, seed) for key in self.keys), np.uint64, len(self.keys))
+        self.hashes: NDArray[np.uint64] = np.fromiter(
+            (digest(key, seed) for key in self.keys), np.uint64, len(self.keys)
+        )
         self.seed = seed
 
 
@@ -100,7 +103,7 @@ class View:
             if slot == base + self.capacity * SLOT_WORDS:
                 slot = base
             if slot == home:
-                raise self._full()
+                raise self.corrupt(_NO_END)
 
     def _same_key(self, copy: int, slot: int, packed: int, key: bytes) -> bool:
         length = len(key)
@@ -144,7 +147,7 @@ class View:
             unsettled = unsettled[left]
             index = (index[left] + np.uint64(1)) & mask
         else:
-            raise self._full()
+            raise self.corrupt(_NO_END)
         hits = np.flatnonzero(packed_of)
         lengths = batch.lengths[hits]
         doubtful = (
@@ -160,19 +163,15 @@ class View:
         """Return first byte, end and ordinal of a record, after checking that it lies in the arena."""
         offset = packed >> OFFSET_SHIFT
         if offset + ENTRY_HEADER > self.arena_size:
-            raise self._misplaced(offset)
+            raise self.corrupt(f"has a record at {offset} that does not fit into its arena")
         at = self.arena[copy] + offset
         ordinal, _, length, key_length, _, _ = ARENA_ENTRY.unpack_from(self.memory, at)
         start = at + ENTRY_HEADER + key_length
         end = start + length
         if end > self.arena[copy] + self.arena_size or key_length != packed >> KEY_LENGTH_SHIFT & 0xFF:
-            raise self._misplaced(offset)
+            raise self.corrupt(f"has a record at {offset} that does not fit into its arena")
         return start, end, ordinal
 
-    def _misplaced(self, offset: int) -> CorruptSegmentError:
-        return CorruptSegmentError(
-            f"segment {self.segment.label} has a record at {offset} that does not fit into its arena"
-        )
-
-    def _full(self) -> CorruptSegmentError:
-        return CorruptSegmentError(f"segment {self.segment.label} has no empty slot: a lookup cannot end")
+    def corrupt(self, what: str) -> CorruptSegmentError:
+        """Return the error that says what is wrong with this segment."""
+        return CorruptSegmentError(f"segment {self.segment.label} {what}")
