@@ -52,11 +52,7 @@ static int
 table_set_view(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
 {
     Table *self = (Table *)op;
-    State *state = state_of(op);
-    if (state == NULL) {
-        return -1;
-    }
-    if (value == NULL || !PyObject_TypeCheck(value, state->view_type) || ((View *)value)->label == NULL) {
+    if (value == NULL || !PyObject_TypeCheck(value, state_of(op)->view_type) || ((View *)value)->label == NULL) {
         PyErr_SetString(PyExc_TypeError, "a table's view must be a mapped View");
         return -1;
     }
@@ -186,11 +182,8 @@ static PyType_Spec release_word_spec = {
 
 /* ------------------------------------------------------------------ the module */
 
-PyDoc_STRVAR(bind_doc,
-"bind(cls, name, doc, which, /)\n--\n\n"
-"Put a method of one text argument into a subclass of Lookups.\n\n"
-"``which`` 0 to 3: whether its flags have all of the mask of that number; 4: the choice that its flags select.");
-
+/* Put a method of one text argument into a subclass of Lookups: (cls, name, doc, which). Which 0 to 3: whether its flags
+ * have all of the mask of that number; 4: the choice that its flags select. */
 static PyObject *
 bind(PyObject *module, PyObject *args)
 {
@@ -230,8 +223,7 @@ bind(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(hash_doc, "key_hash(key, seed, /)\n--\n\nReturn the hash of a key with a segment's seed.");
-
+/* Return the hash of a key with a seed, as lookups do. */
 static PyObject *
 hash(PyObject *Py_UNUSED(module), PyObject *args)
 {
@@ -247,8 +239,6 @@ hash(PyObject *Py_UNUSED(module), PyObject *args)
     return PyLong_FromUnsignedLongLong(digest);
 }
 
-PyDoc_STRVAR(fence_doc, "fence()\n--\n\nKeep this thread's loads and stores on their sides of this call.");
-
 static PyObject *
 fence(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
@@ -257,9 +247,9 @@ fence(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 }
 
 static PyMethodDef module_methods[] = {
-    {"bind", bind, METH_VARARGS, bind_doc},
-    {"key_hash", hash, METH_VARARGS, hash_doc},
-    {"fence", fence, METH_NOARGS, fence_doc},
+    {"bind", bind, METH_VARARGS, NULL},
+    {"key_hash", hash, METH_VARARGS, NULL},
+    {"fence", fence, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

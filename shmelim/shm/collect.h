@@ -22,16 +22,10 @@ typedef struct {
     uint64_t bytes; /* of the result, without its header */
 } Collection;
 
-static size_t
-text_header(uint8_t size)
-{
-    return size < 32 ? 1 : 2;
-}
-
 static uint64_t
 collected_size(const Collection *all, const Span *entry)
 {
-    uint64_t key = all->form == VALUES ? 0 : text_header(entry->key_size) + entry->key_size;
+    uint64_t key = all->form == VALUES ? 0 : (entry->key_size < 32 ? 1 : 2) + (uint64_t)entry->key_size;
     uint64_t value = all->form == KEYS ? 0 : all->form == HEADS ? 2 + all->skip : entry->size - all->skip;
     return key + value;
 }
@@ -104,36 +98,15 @@ sort_entries(Span *entries, Span *spare, size_t count)
     return entries;
 }
 
-static size_t
-put_header(unsigned char *to, bool map, size_t count)
-{
-    to[0] = map ? 0xDF : 0xDD;
-    for (unsigned n = 0; n < 4; n++) {
-        to[1 + n] = (unsigned char)(count >> (24 - 8 * n));
-    }
-    return 5;
-}
-
-static unsigned char *
-put_key(unsigned char *to, const unsigned char *key, uint8_t size)
-{
-    if (size < 32) {
-        *to++ = (unsigned char)(0xA0 | size);
-    }
-    else {
-        *to++ = 0xD9;
-        *to++ = size;
-    }
-    memcpy(to, key, size);
-    return to + size;
-}
-
 /* Write the result: one msgpack array, or map, of what was gathered. Every place was checked by gather. */
 static void
 put_all(const Collection *all, unsigned char *to)
 {
     const unsigned char *arena = all->view->map.copies[all->version & 1].arena;
-    to += put_header(to, all->form == ITEMS || all->form == HEADS, all->count);
+    *to++ = all->form == ITEMS || all->form == HEADS ? 0xDF : 0xDD;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        *to++ = (unsigned char)(all->count >> shift);
+    }
     for (size_t n = 0; n < all->count; n++) {
         const Span *entry = &all->entries[n];
         const unsigned char *record = arena + entry->start;
@@ -141,7 +114,15 @@ put_all(const Collection *all, unsigned char *to)
             __builtin_prefetch(arena + all->entries[n + PREFETCH_RECORDS].start);
         }
         if (all->form != VALUES) {
-            to = put_key(to, record - entry->key_size, entry->key_size);
+            if (entry->key_size < 32) {
+                *to++ = (unsigned char)(0xA0 | entry->key_size);
+            }
+            else {
+                *to++ = 0xD9;
+                *to++ = entry->key_size;
+            }
+            memcpy(to, record - entry->key_size, entry->key_size);
+            to += entry->key_size;
         }
         if (all->form == VALUES || all->form == ITEMS) {
             memcpy(to, record + all->skip, entry->size - all->skip);

@@ -231,17 +231,14 @@ lookups_prepare(Lookups *self, PyTypeObject *type)
         return -1;
     }
     int done = -1;
-    if (!PyTuple_Check(settings)) {
-        PyErr_SetString(PyExc_TypeError, "_settings must be a tuple");
-    }
-    else if (PyArg_ParseTuple(settings, "O!OUb", &PyTuple_Type, &masks, &choices, &argument, &self->skip)
-             && PyArg_ParseTuple(masks, "bbbb", &self->masks[0], &self->masks[1], &self->masks[2], &self->masks[3])) {
+    if (PyArg_ParseTuple(settings, "O!OUb", &PyTuple_Type, &masks, &choices, &argument, &self->skip)
+        && PyArg_ParseTuple(masks, "bbbb", &self->masks[0], &self->masks[1], &self->masks[2], &self->masks[3])) {
         if (choices != Py_None && !(PyTuple_Check(choices) && PyTuple_GET_SIZE(choices) == FLAGS)) {
             PyErr_Format(PyExc_TypeError, "choices must be a tuple of %d", FLAGS);
         }
         else {
-            Py_XSETREF(self->choices, choices == Py_None ? NULL : Py_NewRef(choices));
-            Py_XSETREF(self->argument, Py_NewRef(argument));
+            self->choices = choices == Py_None ? NULL : Py_NewRef(choices);
+            self->argument = Py_NewRef(argument);
             done = 0;
         }
     }
@@ -253,11 +250,7 @@ static int
 lookups_set_table(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
 {
     Lookups *self = (Lookups *)op;
-    State *state = state_of(op);
-    if (state == NULL) {
-        return -1;
-    }
-    if (value == NULL || self->table != NULL || !PyObject_TypeCheck(value, state->table_type)) {
+    if (value == NULL || self->table != NULL || !PyObject_TypeCheck(value, state_of(op)->table_type)) {
         PyErr_SetString(PyExc_TypeError, "_table is a Table, and set once");
         return -1;
     }

@@ -9,16 +9,12 @@ from __future__ import annotations
 import os
 import warnings
 from types import ModuleType
-from typing import Final, Protocol
+from typing import Any, Final
 
 from shmelim.shm.segment import Segment
 
 _INTERFACE: Final = 3
 """That of ``_native.c``: to be raised there and here by whatever only a matching pair of them can do."""
-
-
-class _Word(Protocol):
-    def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
 def _load() -> ModuleType | None:
@@ -54,7 +50,7 @@ def fence() -> None:
         _extension.fence()
 
 
-def release_word(segment: Segment, index: int) -> _Word:
+def release_word(segment: Segment, index: int) -> Any:
     """Return a word of a writable segment; assigning to its item 0 publishes.
 
     Everything stored before is seen before it, everything stored behind is seen after it. The assignment is a
@@ -62,5 +58,4 @@ def release_word(segment: Segment, index: int) -> _Word:
     """
     if _extension is None:
         return segment.words[index : index + 1]
-    word: _Word = _extension.ReleaseWord(segment.memory, index)
-    return word
+    return _extension.ReleaseWord(segment.memory, index)

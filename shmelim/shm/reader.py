@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVar
 
 from shmelim.errors import CorruptSegmentError, NotServingError, SegmentError
 from shmelim.shm.layout import (
-    COPY_HEADER_SIZE,
     COUNT,
     EPOCH,
     FLAG_BITS,
@@ -40,7 +39,6 @@ from shmelim.shm.layout import (
     SEQUENCE_BITS,
     USED,
     VERSION,
-    WORD,
     WRITER_PID,
     WRITER_STARTED,
     WRITER_STATE,
@@ -280,20 +278,15 @@ class TableReader:
 
         ``verify`` checks every entry's checksum, too. CorruptSegmentError where the log contradicts itself.
         """
-
-        def look(view: View, version: int) -> tuple[View, int, int, int, int]:
-            header = view.header_word[version & 1]
-            epoch, used, count = (view.words[header + field] for field in (EPOCH, USED, COUNT))
-            return view, version, epoch, used, count
-
         while True:
-            view, version, epoch, used, count = self._consistently(look)
+            view, version, head = self._consistently(lambda view, version: (view, version, view.head(version & 1)))
+            used, count = head[USED], head[COUNT]
             if used > view.arena_size:
                 raise view.corrupt(f"says {used} bytes used of an arena of {view.arena_size}")
             start = view.arena[version & 1]
             log = view.memory[start : start + used]
             fence()
-            if view.words[view.header_word[version & 1] + EPOCH] != epoch:
+            if view.head(version & 1)[EPOCH] != head[EPOCH]:
                 self.retries += 1
                 continue
             entries = replay(log, view.segment.label, seed=view.seed if verify else None)
@@ -307,8 +300,7 @@ class TableReader:
         """Return sizes and counts as of one version."""
 
         def look(view: View, version: int) -> TableInfo:
-            base = view.header_word[version & 1]
-            head = view.words[base : base + COPY_HEADER_SIZE // WORD].tolist()
+            head = view.head(version & 1)
             return TableInfo(
                 version=version,
                 generation=view.generation,

@@ -25,34 +25,29 @@ count_retry(Table *table)
  *
  * With a GIL it is borrowed: only Python code replaces it, and between the two calls none runs. Whoever calls back
  * into Python, or releases the GIL, takes hold instead. */
-#ifdef Py_GIL_DISABLED
 static inline View *
 borrow_view(Table *table)
 {
+#ifdef Py_GIL_DISABLED
     View *view;
     Py_BEGIN_CRITICAL_SECTION(table);
     view = (View *)Py_XNewRef((PyObject *)table->view);
     Py_END_CRITICAL_SECTION();
     return view;
+#else
+    return table->view;
+#endif
 }
 
 static inline void
 release_view(View *view)
 {
+#ifdef Py_GIL_DISABLED
     Py_XDECREF(view);
-}
 #else
-static inline View *
-borrow_view(Table *table)
-{
-    return table->view;
-}
-
-static inline void
-release_view(View *Py_UNUSED(view))
-{
-}
+    (void)view;
 #endif
+}
 
 /* Have the segment attached that the version word names now. Runs Python code. */
 static int

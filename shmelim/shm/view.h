@@ -25,11 +25,11 @@ typedef struct {
 
 static struct PyModuleDef native_module;
 
+/* The state of the module that made an object's type, or a base of it. */
 static State *
 state_of(PyObject *object)
 {
-    PyObject *module = PyType_GetModuleByDef(Py_TYPE(object), &native_module);
-    return module == NULL ? NULL : PyModule_GetState(module);
+    return PyModule_GetState(PyType_GetModuleByDef(Py_TYPE(object), &native_module));
 }
 
 typedef struct {
@@ -136,10 +136,7 @@ static PyType_Spec view_spec = {
 static void
 raise_corrupt(PyObject *op, const View *view, const char *what)
 {
-    State *state = state_of(op);
-    if (state != NULL) {
-        PyErr_Format(state->corrupt, "segment %U %s", view->label, what);
-    }
+    PyErr_Format(state_of(op)->corrupt, "segment %U %s", view->label, what);
 }
 
 #define NO_END "has no empty slot: a lookup cannot end"

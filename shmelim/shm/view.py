@@ -13,6 +13,7 @@ from shmelim.errors import CorruptSegmentError
 from shmelim.shm import hashing
 from shmelim.shm.layout import (
     ARENA_ENTRY,
+    COPY_HEADER_SIZE,
     ENTRY_HEADER,
     INLINE_KEY,
     KEY_LENGTH_SHIFT,
@@ -21,7 +22,6 @@ from shmelim.shm.layout import (
     PAGE,
     SLOT_WORDS,
     WORD,
-    DataHeader,
     unpack_data_header,
 )
 from shmelim.shm.segment import Segment
@@ -65,20 +65,21 @@ class View:
     """
 
     def __init__(self, segment: Segment, generation: int, root: Segment) -> None:
-        header: DataHeader = unpack_data_header(segment.memory[:PAGE], segment.size, generation, segment.label)
+        self.header = header = unpack_data_header(segment.memory[:PAGE], segment.size, generation, segment.label)
+        self.generation, self.seed, self.capacity, self.arena_size, _ = header
         self.segment = segment
         self.root = root
         self.memory = segment.memory
         self.words = segment.words
-        self.generation = generation
-        self.seed = header.seed
-        self.capacity = header.capacity
         self.mask = header.capacity - 1
-        self.stride = header.stride
-        self.arena_size = header.arena_size
         self.header_word = [header.copy_base(copy) // WORD for copy in (0, 1)]
         self.slot_word = [header.slots_base(copy) // WORD for copy in (0, 1)]
         self.arena = [header.arena_base(copy) for copy in (0, 1)]
+
+    def head(self, copy: int) -> list[int]:
+        """Return the words of a copy's header."""
+        at = self.header_word[copy]
+        return self.words[at : at + COPY_HEADER_SIZE // WORD].tolist()
 
     def probe(self, copy: int, key: bytes) -> int:
         """Return the packed word of ``key``'s slot, 0 if it is absent.
