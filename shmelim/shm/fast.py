@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from shmelim.shm import _native
 from shmelim.shm.lookups import Lookups
-from shmelim.shm.reader import LOADING_NUMPY, Record, TableReader
+from shmelim.shm.reader import LOADING_NUMPY, TableReader
 from shmelim.shm.segment import Segment
 from shmelim.shm.view import View
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _TESTS: Final = 4
-_CHOICE: Final = 4
+_CHOICE: Final = _TESTS
 
 
 class NativeView(_native.View, View):
@@ -31,11 +31,6 @@ class NativeTableReader(_native.Table, TableReader):
     """A :class:`TableReader` whose lookups are compiled; attaching and all that is rare is inherited."""
 
     _view_type = NativeView
-
-    def get(self, key: bytes) -> Record | None:
-        """Return flags, ordinal and a copy of the record of ``key``, or None."""
-        found = self._entry(key)
-        return None if found is None else Record(*found)
 
     def flags_of(self, keys: Sequence[bytes]) -> NDArray[np.uint8]:
         """Return the flags of many keys as of one version, as a ``uint8`` array of the same length."""
@@ -56,8 +51,8 @@ class NativeLookups(_native.Lookups, Lookups):
 
     __slots__ = ()
 
-    _methods: ClassVar[dict[str, Any]] = {}
-    _settings: ClassVar[tuple[Any, ...]] = ((1, 0, 0, 0), None, "key", 0)
+    _methods: ClassVar[dict[str, Any]]
+    _settings: ClassVar[tuple[Any, ...]]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -76,9 +71,8 @@ class NativeLookups(_native.Lookups, Lookups):
             _native.bind(cls, name, f"{name}($self, {argument})\n--\n\n{method.__doc__ or ''}", which)
 
     def _collect(self, mask: int, form: int) -> tuple[int, bytes] | None:
-        table: Any = self._table
-        found: tuple[int, bytes] | None = table._collect(mask, form, self._head)  # noqa: SLF001
-        return found
+        table: NativeTableReader = self._table
+        return table._collect(mask, form, self._head)  # noqa: SLF001
 
 
 def _marked_methods(cls: type[NativeLookups]) -> dict[str, Any]:

@@ -106,9 +106,8 @@ only_argument(PyObject *op, PyObject *const *args, Py_ssize_t count, PyObject *n
             return same < 0 ? NULL : args[0];
         }
     }
-    PyErr_Format(PyExc_TypeError, "%.200s expected exactly one argument, %S", Py_TYPE(op)->tp_name,
-                 argument == NULL ? Py_None : argument);
-    return NULL;
+    return PyErr_Format(PyExc_TypeError, "%.200s expected exactly one argument, %S", Py_TYPE(op)->tp_name,
+                        argument == NULL ? Py_None : argument);
 }
 
 /* The methods that bind() hands out. What sets them apart is a constant, so that each is one function to its caller. */
@@ -221,17 +220,19 @@ lookups_get_table(PyObject *op, void *Py_UNUSED(closure))
     return table;
 }
 
-/* Read from the class what its methods test for: (masks, choices or None, name of the argument, skip). */
+/* Takes from the class, too, what its methods test for: (masks, choices or None, name of the argument, skip). */
 static int
-lookups_prepare(Lookups *self, PyTypeObject *type)
+lookups_set_table(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
 {
-    PyObject *settings = PyObject_GetAttrString((PyObject *)type, "_settings");
+    Lookups *self = (Lookups *)op;
     PyObject *masks, *choices, *argument;
-    if (settings == NULL) {
+    if (value == NULL || self->table != NULL || !PyObject_TypeCheck(value, state_of(op)->table_type)) {
+        PyErr_SetString(PyExc_TypeError, "_table is a Table, and set once");
         return -1;
     }
-    int done = -1;
-    if (PyArg_ParseTuple(settings, "O!OUb", &PyTuple_Type, &masks, &choices, &argument, &self->skip)
+    PyObject *settings = PyObject_GetAttrString((PyObject *)Py_TYPE(op), "_settings");
+    if (settings != NULL
+        && PyArg_ParseTuple(settings, "O!OUb", &PyTuple_Type, &masks, &choices, &argument, &self->skip)
         && PyArg_ParseTuple(masks, "bbbb", &self->masks[0], &self->masks[1], &self->masks[2], &self->masks[3])) {
         if (choices != Py_None && !(PyTuple_Check(choices) && PyTuple_GET_SIZE(choices) == FLAGS)) {
             PyErr_Format(PyExc_TypeError, "choices must be a tuple of %d", FLAGS);
@@ -239,26 +240,11 @@ lookups_prepare(Lookups *self, PyTypeObject *type)
         else {
             self->choices = choices == Py_None ? NULL : Py_NewRef(choices);
             self->argument = Py_NewRef(argument);
-            done = 0;
+            self->table = (Table *)Py_NewRef(value);
         }
     }
-    Py_DECREF(settings);
-    return done;
-}
-
-static int
-lookups_set_table(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
-{
-    Lookups *self = (Lookups *)op;
-    if (value == NULL || self->table != NULL || !PyObject_TypeCheck(value, state_of(op)->table_type)) {
-        PyErr_SetString(PyExc_TypeError, "_table is a Table, and set once");
-        return -1;
-    }
-    if (lookups_prepare(self, Py_TYPE(op)) < 0) {
-        return -1;
-    }
-    self->table = (Table *)Py_NewRef(value);
-    return 0;
+    Py_XDECREF(settings);
+    return self->table == NULL ? -1 : 0;
 }
 
 static void

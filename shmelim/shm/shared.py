@@ -234,8 +234,7 @@ class SharedNamespace(Namespace):
         except posix_ipc.PermissionsError:
             raise self._untrusted(label, "this user may not open it") from None
         try:
-            self._check_owner(shared.fd, label, writable=writable)
-            size = os.fstat(shared.fd).st_size
+            size = self._check_owner(shared.fd, label, writable=writable).st_size
             if size == 0:
                 raise self._not_serving(": no writer has published anything yet")
             return self._map(shared.fd, label, size, mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
@@ -246,13 +245,14 @@ class SharedNamespace(Namespace):
         finally:
             shared.close_fd()
 
-    def _check_owner(self, descriptor: int, label: str, *, writable: bool) -> None:
+    def _check_owner(self, descriptor: int, label: str, *, writable: bool) -> os.stat_result:
         status = os.fstat(descriptor)
         trusted = {os.geteuid()} if writable else self._trusted
         if status.st_uid not in trusted:
             raise self._untrusted(label, f"it belongs to uid {status.st_uid}")
         if stat.S_IMODE(status.st_mode) & 0o022:
             raise self._untrusted(label, f"its mode {stat.S_IMODE(status.st_mode):#o} lets others write")
+        return status
 
     def _not_serving(self, why: str = "") -> NotServingError:
         return NotServingError(

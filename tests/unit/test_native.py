@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from shmelim import EliminationReader, NotServingError
 from shmelim.errors import CorruptSegmentError
 from shmelim.shm import READ_PATH, VALUES, PrivateNamespace, SharedNamespace, TableWriter, flag_test
+from shmelim.shm import native as read_path
 from shmelim.shm.fast import NativeView
 from shmelim.shm.hashing import key_hash
 
@@ -420,6 +421,14 @@ def test_many_threads_share_one_reader() -> None:
     for thread in threads:
         thread.join()
     assert problems == [False] * 4
+
+
+def test_an_extension_of_another_build_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHMELIM_PURE", raising=False)
+    assert read_path._load() is native
+    monkeypatch.setattr(read_path, "_INTERFACE", native.INTERFACE + 1)
+    with pytest.warns(RuntimeWarning, match="build_ext"):
+        assert read_path._load() is None
 
 
 @pytest.mark.parametrize(("pure", "expected"), [("", "native"), ("0", "native"), ("1", "pure")])
