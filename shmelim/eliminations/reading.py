@@ -241,7 +241,7 @@ class Reading(Lookups):
 
     @property
     def num_departed_hotkeys(self) -> int:
-        """How many hotkeys once left the metagraph. One load."""
+        """How many hotkeys once left the metagraph."""
         return self._table.count_flag(1)
 
     def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:

@@ -27,7 +27,10 @@
 #include "collect.h"
 #include "lookups.h"
 
-#define INTERFACE 2
+#include <limits.h>
+#include <structmember.h>
+
+#define INTERFACE 3
 
 /* ------------------------------------------------------------------ Table */
 
@@ -49,11 +52,7 @@ static int
 table_set_view(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
 {
     Table *self = (Table *)op;
-    State *state = state_of(op);
-    if (state == NULL) {
-        return -1;
-    }
-    if (value == NULL || !PyObject_TypeCheck(value, state->view_type) || ((View *)value)->label == NULL) {
+    if (value == NULL || !PyObject_TypeCheck(value, state_of(op)->view_type) || ((View *)value)->label == NULL) {
         PyErr_SetString(PyExc_TypeError, "a table's view must be a mapped View");
         return -1;
     }
@@ -66,71 +65,38 @@ table_set_view(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
     return 0;
 }
 
-static PyObject *
-table_get_retries(PyObject *op, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLongLong(atomic_load_explicit(&((Table *)op)->retries, memory_order_relaxed));
-}
-
-static int
-table_set_retries(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
-{
-    unsigned long long count = value == NULL ? 0 : PyLong_AsUnsignedLongLong(value);
-    if (count == ULLONG_MAX && PyErr_Occurred()) {
-        return -1;
-    }
-    atomic_store_explicit(&((Table *)op)->retries, count, memory_order_relaxed);
-    return 0;
-}
-
-static int
-table_traverse(PyObject *op, visitproc visit, void *arg)
-{
-    Py_VISIT(Py_TYPE(op));
-    Py_VISIT(((Table *)op)->view);
-    return 0;
-}
-
-static int
-table_clear(PyObject *op)
-{
-    Py_CLEAR(((Table *)op)->view);
-    return 0;
-}
-
 static void
 table_dealloc(PyObject *op)
 {
-    PyTypeObject *type = Py_TYPE(op);
-    PyObject_GC_UnTrack(op);
-    table_clear(op);
-    type->tp_free(op);
-    Py_DECREF(type);
+    Py_XDECREF(((Table *)op)->view);
+    free_object(op);
 }
 
 static PyMethodDef table_methods[] = {
     {"flags", table_flags, METH_O, table_flags_doc},
     {"read", table_read, METH_VARARGS, table_read_doc},
-    {"_entry", table_entry, METH_O, table_entry_doc},
-    {"_counter", table_counter, METH_O, table_count_doc},
-    {"_fill", (PyCFunction)(void (*)(void))table_fill, METH_FASTCALL, table_fill_doc},
-    {"_collect", table_collect, METH_VARARGS, table_collect_doc},
+    {"_entry", table_entry, METH_O, NULL},
+    {"_fill", (PyCFunction)(void (*)(void))table_fill, METH_FASTCALL, NULL},
+    {"_collect", table_collect, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef table_getset[] = {
     {"_view", table_get_view, table_set_view, "The view that is current.", NULL},
-    {"retries", table_get_retries, table_set_retries,
-     "How often a read started over because a publish overtook it.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMemberDef table_members[] = {
+    {"retries", T_ULONGLONG, offsetof(Table, retries), 0,
+     "How often a read started over because a publish overtook it."},
+    {NULL, 0, 0, 0, NULL},
 };
 
 static PyType_Slot table_slots[] = {
     {Py_tp_doc, "Lookups by bytes in the current view; a subclass provides _attach()."},
     {Py_tp_methods, table_methods},
     {Py_tp_getset, table_getset},
-    {Py_tp_traverse, table_traverse},
-    {Py_tp_clear, table_clear},
+    {Py_tp_members, table_members},
     {Py_tp_dealloc, table_dealloc},
     {0, NULL},
 };
@@ -138,7 +104,7 @@ static PyType_Slot table_slots[] = {
 static PyType_Spec table_spec = {
     .name = "shmelim.shm._native.Table",
     .basicsize = sizeof(Table),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
     .slots = table_slots,
 };
 
@@ -151,14 +117,10 @@ typedef struct {
 } ReleaseWord;
 
 static PyObject *
-release_word_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+release_word_new(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(names))
 {
     PyObject *memory;
     Py_ssize_t index;
-    if (kwargs != NULL && PyDict_GET_SIZE(kwargs) != 0) {
-        PyErr_SetString(PyExc_TypeError, "ReleaseWord takes no keyword arguments");
-        return NULL;
-    }
     if (!PyArg_ParseTuple(args, "On:ReleaseWord", &memory, &index)) {
         return NULL;
     }
@@ -180,11 +142,12 @@ release_word_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static int
 release_word_store(PyObject *op, PyObject *Py_UNUSED(index), PyObject *value)
 {
-    unsigned long long word = value == NULL ? ULLONG_MAX : PyLong_AsUnsignedLongLong(value);
-    if (word == ULLONG_MAX && (value == NULL || PyErr_Occurred())) {
-        if (value == NULL) {
-            PyErr_SetString(PyExc_TypeError, "a word cannot be deleted");
-        }
+    if (value == NULL) {
+        PyErr_SetString(PyExc_TypeError, "a word cannot be deleted");
+        return -1;
+    }
+    unsigned long long word = PyLong_AsUnsignedLongLong(value);
+    if (word == ULLONG_MAX && PyErr_Occurred()) {
         return -1;
     }
     /* The release store keeps all that was written before from being seen after it. The fence keeps all that is
@@ -194,19 +157,11 @@ release_word_store(PyObject *op, PyObject *Py_UNUSED(index), PyObject *value)
     return 0;
 }
 
-static PyObject *
-release_word_load(PyObject *op, PyObject *Py_UNUSED(index))
-{
-    return PyLong_FromUnsignedLongLong(load(((ReleaseWord *)op)->word));
-}
-
 static void
 release_word_dealloc(PyObject *op)
 {
-    PyTypeObject *type = Py_TYPE(op);
     PyBuffer_Release(&((ReleaseWord *)op)->memory);
-    type->tp_free(op);
-    Py_DECREF(type);
+    free_object(op);
 }
 
 static PyType_Slot release_word_slots[] = {
@@ -214,7 +169,6 @@ static PyType_Slot release_word_slots[] = {
                 "A word of memory; assigning to its item 0 is a release store with a release fence behind it."},
     {Py_tp_new, release_word_new},
     {Py_tp_dealloc, release_word_dealloc},
-    {Py_mp_subscript, release_word_load},
     {Py_mp_ass_subscript, release_word_store},
     {0, NULL},
 };
@@ -228,11 +182,8 @@ static PyType_Spec release_word_spec = {
 
 /* ------------------------------------------------------------------ the module */
 
-PyDoc_STRVAR(bind_doc,
-"bind(cls, name, doc, which, /)\n--\n\n"
-"Put a method of one text argument into a subclass of Lookups.\n\n"
-"``which`` 0 to 3: whether its flags have all of the mask of that number; 4: the choice that its flags select.");
-
+/* Put a method of one text argument into a subclass of Lookups: (cls, name, doc, which). Which 0 to 3: whether its flags
+ * have all of the mask of that number; 4: the choice that its flags select. */
 static PyObject *
 bind(PyObject *module, PyObject *args)
 {
@@ -272,8 +223,7 @@ bind(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(hash_doc, "key_hash(key, seed, /)\n--\n\nReturn the hash of a key with a segment's seed.");
-
+/* Return the hash of a key with a seed, as lookups do. */
 static PyObject *
 hash(PyObject *Py_UNUSED(module), PyObject *args)
 {
@@ -289,8 +239,6 @@ hash(PyObject *Py_UNUSED(module), PyObject *args)
     return PyLong_FromUnsignedLongLong(digest);
 }
 
-PyDoc_STRVAR(fence_doc, "fence()\n--\n\nKeep this thread's loads and stores on their sides of this call.");
-
 static PyObject *
 fence(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
@@ -299,9 +247,9 @@ fence(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 }
 
 static PyMethodDef module_methods[] = {
-    {"bind", bind, METH_VARARGS, bind_doc},
-    {"key_hash", hash, METH_VARARGS, hash_doc},
-    {"fence", fence, METH_NOARGS, fence_doc},
+    {"bind", bind, METH_VARARGS, NULL},
+    {"key_hash", hash, METH_VARARGS, NULL},
+    {"fence", fence, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

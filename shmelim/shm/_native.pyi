@@ -5,29 +5,17 @@ from typing_extensions import Buffer
 
 _T = TypeVar("_T")
 
-INTERFACE: Final = 2
+INTERFACE: Final = 3
 
 class View:
-    def _map(
-        self,
-        root: Buffer,
-        data: Buffer,
-        label: str,
-        generation: int,
-        seed: int,
-        capacity: int,
-        arena_size: int,
-        stride: int,
-        /,
-    ) -> None: ...
+    def _map(self, root: Buffer, data: Buffer, label: str, /, *header: int) -> None: ...
 
 class Table:
     _view: Any
     retries: int
     def flags(self, key: bytes, /) -> int: ...
     def read(self, key: bytes, decode: Callable[[memoryview], _T], /) -> _T | None: ...
-    def _entry(self, key: bytes, /) -> tuple[int, int, bytes] | None: ...
-    def _counter(self, bit: int, /) -> int: ...
+    _entry: Any  # of a key alone
     def _fill(self, keys: Any, answers: Any, mask: int, /) -> bool: ...
     def _collect(self, mask: int, form: int, skip: int, /) -> tuple[int, bytes] | None: ...
 
@@ -41,7 +29,6 @@ class Lookups:
 
 class ReleaseWord:
     def __new__(cls, memory: Buffer, index: int, /) -> Self: ...
-    def __getitem__(self, index: int, /) -> int: ...
     def __setitem__(self, index: int, value: int, /) -> None: ...
 
 def bind(cls: type, name: str, doc: str, which: int, /) -> None: ...

@@ -44,39 +44,23 @@ batch_of_array(Batch *batch, PyObject *array)
     return 0;
 }
 
-static int
-batch_of_list(Batch *batch, PyObject *list)
-{
-#ifdef Py_GIL_DISABLED
-    /* Other threads may change a list at any time. */
-    batch->list = PySequence_Tuple(list);
-    if (batch->list == NULL) {
-        return -1;
-    }
-#else
-    batch->list = Py_NewRef(list);
-#endif
-    batch->count = PySequence_Fast_GET_SIZE(list);
-    return 0;
-}
-
-/* Take the keys of a list or tuple, or of anything that has the buffer of an array. For batch_release in any case. */
+/* Take the keys of a list or tuple, or of anything that has the buffer of an array. Either is released by batch_fill. */
 static int
 batch_init(Batch *batch, PyObject *op, PyObject *source)
 {
-    batch->op = op;
-    batch->list = NULL;
-    batch->array.obj = NULL;
-    return PyList_Check(source) || PyTuple_Check(source) ? batch_of_list(batch, source) : batch_of_array(batch, source);
-}
-
-static void
-batch_release(Batch *batch)
-{
-    Py_XDECREF(batch->list);
-    if (batch->array.obj != NULL) {
-        PyBuffer_Release(&batch->array);
+    *batch = (Batch){.op = op};
+    if (!PyList_Check(source) && !PyTuple_Check(source)) {
+        return batch_of_array(batch, source);
     }
+    batch->count = PySequence_Fast_GET_SIZE(source);
+#ifdef Py_GIL_DISABLED
+    /* Other threads may change a list at any time. */
+    batch->list = PySequence_Tuple(source);
+    return batch->list == NULL ? -1 : 0;
+#else
+    batch->list = Py_NewRef(source);
+    return 0;
+#endif
 }
 
 /* Take one key from where it is, and hash it. The bytes of a text live as long as the text is in the list, which is
@@ -202,7 +186,8 @@ batch_fill(Table *table, PyObject *op, PyObject *const *args, Py_ssize_t count, 
     if (done == 0) {
         done = batch_answer(&batch, table, (unsigned)mask, answers.buf, convert);
     }
-    batch_release(&batch);
+    Py_XDECREF(batch.list);
+    PyBuffer_Release(&batch.array);
     PyBuffer_Release(&answers);
     return done < 0 ? NULL : PyBool_FromLong(done);
 }
@@ -213,12 +198,8 @@ convert_bytes(PyObject *Py_UNUSED(op), PyObject *item, const unsigned char **dat
     return bytes_key(item, data, size) < 0 ? -1 : 1;
 }
 
-PyDoc_STRVAR(table_fill_doc,
-"_fill($self, keys, answers, mask, /)\n--\n\n"
-"Write an answer for each key into a buffer of bytes: whether it has all flags of ``mask``, or all its\n"
-"flags if that is 0. Keys are a list or tuple of bytes, or an array of byte strings. False: publishes\n"
-"overtook it every time.");
-
+/* Write an answer for each key into a buffer of bytes: (keys, answers, mask). Keys are a list or tuple of bytes, or an
+ * array of byte strings. False: publishes overtook it every time. */
 static PyObject *
 table_fill(PyObject *op, PyObject *const *args, Py_ssize_t count)
 {

@@ -8,37 +8,24 @@
 /* Slots from which on others may run meanwhile, and entries that are asked for ahead. */
 enum { LARGE = 1 << 15, PREFETCH_RECORDS = 8 };
 
-/* In which form entries are collected: their keys, what follows a record's first bytes, both, keys with those first bytes. */
+/* In which form entries are collected: an array of their keys; an array of what follows the first bytes of each record;
+ * a map of both; a map of keys to those first bytes. */
 enum { KEYS, VALUES, ITEMS, HEADS };
-
-typedef struct {
-    uint64_t ordinal;
-    uint64_t start;
-    uint32_t size;
-    uint8_t key_size;
-} Entry;
 
 typedef struct {
     View *view;
     uint64_t version;
     unsigned mask, form;
     uint32_t skip;
-    Entry *entries;
+    Span *entries;
     size_t count;
     uint64_t bytes; /* of the result, without its header */
-    Found found;
 } Collection;
 
-static size_t
-text_header(uint8_t size)
-{
-    return size < 32 ? 1 : 2;
-}
-
 static uint64_t
-collected_size(const Collection *all, const Entry *entry)
+collected_size(const Collection *all, const Span *entry)
 {
-    uint64_t key = all->form == VALUES ? 0 : text_header(entry->key_size) + entry->key_size;
+    uint64_t key = all->form == VALUES ? 0 : (entry->key_size < 32 ? 1 : 2) + (uint64_t)entry->key_size;
     uint64_t value = all->form == KEYS ? 0 : all->form == HEADS ? 2 + all->skip : entry->size - all->skip;
     return key + value;
 }
@@ -50,8 +37,6 @@ gather(Collection *all, uint64_t room)
     const Map *map = &all->view->map;
     const Copy *copy = &map->copies[all->version & 1];
     uint64_t live = 0, arena = 0;
-    all->count = 0;
-    all->bytes = 0;
     for (uint64_t index = 0; index <= map->mask; index++) {
         if (index % 4096 == 0 && load(map->version) != all->version) {
             return CONTRADICTION;
@@ -64,14 +49,13 @@ gather(Collection *all, uint64_t room)
         if ((packed & all->mask) != all->mask) {
             continue;
         }
-        Span span;
-        if (all->count == room || find_record(map, all->version & 1, packed, &span) != FOUND || span.size < all->skip) {
+        Span *entry = &all->entries[all->count];
+        if (all->count == room || find_record(map, all->version & 1, packed, entry) != FOUND || entry->size < all->skip) {
             return CONTRADICTION;
         }
-        Entry *entry = &all->entries[all->count++];
-        *entry = (Entry){span.ordinal, span.start, span.size, span.key_size};
+        all->count++;
         all->bytes += collected_size(all, entry);
-        arena += ENTRY_HEADER + span.size;
+        arena += ENTRY_HEADER + entry->size;
         /* Entries do not overlap; and no more is allocated than the arena could hold. */
         if (arena > map->arena_size) {
             return CONTRADICTION;
@@ -80,15 +64,16 @@ gather(Collection *all, uint64_t room)
     return live == load(copy->header + COUNT) ? FOUND : CONTRADICTION;
 }
 
-/* Sort by ordinal: a radix sort of bytes, least significant first, that leaves out those in which none differ. */
-static void
-sort_entries(Entry **entries, Entry **spare, size_t count)
+/* Sort by ordinal: a radix sort of bytes, least significant first, that leaves out those in which none differ. Of the
+ * two arrays, return the one that has the result. */
+static Span *
+sort_entries(Span *entries, Span *spare, size_t count)
 {
     uint64_t differ = 0;
     bool in_order = true;
     for (size_t n = 1; n < count; n++) {
-        differ |= (*entries)[n].ordinal ^ (*entries)[0].ordinal;
-        in_order = in_order && (*entries)[n - 1].ordinal <= (*entries)[n].ordinal;
+        differ |= entries[n].ordinal ^ entries[0].ordinal;
+        in_order = in_order && entries[n - 1].ordinal <= entries[n].ordinal;
     }
     for (unsigned shift = 0; !in_order && shift < 64 && differ >> shift != 0; shift += 8) {
         size_t starts[256] = {0}, at = 0;
@@ -96,7 +81,7 @@ sort_entries(Entry **entries, Entry **spare, size_t count)
             continue;
         }
         for (size_t n = 0; n < count; n++) {
-            starts[(*entries)[n].ordinal >> shift & 0xFF]++;
+            starts[entries[n].ordinal >> shift & 0xFF]++;
         }
         for (unsigned byte = 0; byte < 256; byte++) {
             size_t size = starts[byte];
@@ -104,36 +89,13 @@ sort_entries(Entry **entries, Entry **spare, size_t count)
             at += size;
         }
         for (size_t n = 0; n < count; n++) {
-            (*spare)[starts[(*entries)[n].ordinal >> shift & 0xFF]++] = (*entries)[n];
+            spare[starts[entries[n].ordinal >> shift & 0xFF]++] = entries[n];
         }
-        Entry *sorted = *spare;
-        *spare = *entries;
-        *entries = sorted;
+        Span *sorted = spare;
+        spare = entries;
+        entries = sorted;
     }
-}
-
-static size_t
-put_header(unsigned char *to, bool map, size_t count)
-{
-    to[0] = map ? 0xDF : 0xDD;
-    for (unsigned n = 0; n < 4; n++) {
-        to[1 + n] = (unsigned char)(count >> (24 - 8 * n));
-    }
-    return 5;
-}
-
-static unsigned char *
-put_key(unsigned char *to, const unsigned char *key, uint8_t size)
-{
-    if (size < 32) {
-        *to++ = (unsigned char)(0xA0 | size);
-    }
-    else {
-        *to++ = 0xD9;
-        *to++ = size;
-    }
-    memcpy(to, key, size);
-    return to + size;
+    return entries;
 }
 
 /* Write the result: one msgpack array, or map, of what was gathered. Every place was checked by gather. */
@@ -141,15 +103,26 @@ static void
 put_all(const Collection *all, unsigned char *to)
 {
     const unsigned char *arena = all->view->map.copies[all->version & 1].arena;
-    to += put_header(to, all->form == ITEMS || all->form == HEADS, all->count);
+    *to++ = all->form == ITEMS || all->form == HEADS ? 0xDF : 0xDD;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        *to++ = (unsigned char)(all->count >> shift);
+    }
     for (size_t n = 0; n < all->count; n++) {
-        const Entry *entry = &all->entries[n];
+        const Span *entry = &all->entries[n];
         const unsigned char *record = arena + entry->start;
         if (n + PREFETCH_RECORDS < all->count) {
             __builtin_prefetch(arena + all->entries[n + PREFETCH_RECORDS].start);
         }
         if (all->form != VALUES) {
-            to = put_key(to, record - entry->key_size, entry->key_size);
+            if (entry->key_size < 32) {
+                *to++ = (unsigned char)(0xA0 | entry->key_size);
+            }
+            else {
+                *to++ = 0xD9;
+                *to++ = entry->key_size;
+            }
+            memcpy(to, record - entry->key_size, entry->key_size);
+            to += entry->key_size;
         }
         if (all->form == VALUES || all->form == ITEMS) {
             memcpy(to, record + all->skip, entry->size - all->skip);
@@ -164,74 +137,53 @@ put_all(const Collection *all, unsigned char *to)
     }
 }
 
-/* Gather and sort. 1 when done, 0 when a publish overtook it, -1 on an error. */
-static int
-collect_entries(Table *table, Collection *all)
-{
-    const Map *map = &all->view->map;
-    uint64_t room = load(map->copies[all->version & 1].header + COUNT);
-    room = room > map->mask ? map->mask + 1 : room;
-    Entry *entries = PyMem_RawMalloc((size_t)(room ? room : 1) * sizeof(Entry));
-    Entry *spare = PyMem_RawMalloc((size_t)(room ? room : 1) * sizeof(Entry));
-    all->entries = entries;
-    if (entries == NULL || spare == NULL) {
-        PyMem_RawFree(entries);
-        PyMem_RawFree(spare);
-        all->entries = NULL;
-        PyErr_NoMemory();
-        return -1;
-    }
-    bool whole;
-    PyThreadState *thread = map->mask < LARGE ? NULL : PyEval_SaveThread();
-    all->found = gather(all, room);
-    whole = read_ends(map, all->version);
-    if (whole && all->found == FOUND) {
-        sort_entries(&entries, &spare, all->count);
-    }
-    if (thread != NULL) {
-        PyEval_RestoreThread(thread);
-    }
-    all->entries = entries;
-    PyMem_RawFree(spare);
-    if (whole && all->found == CONTRADICTION) {
-        raise_corrupt((PyObject *)table, all->view, "has entries that contradict each other");
-        return -1;
-    }
-    return whole;
-}
-
 /* One attempt: the result, Py_None when a publish overtook it, NULL with an exception. */
 static PyObject *
 collect_once(Table *table, Collection *all)
 {
+    const Map *map = &all->view->map;
+    uint64_t room = load(map->copies[all->version & 1].header + COUNT);
+    room = room > map->mask ? map->mask + 1 : room;
+    Span *memory = PyMem_RawMalloc(2 * (size_t)room * sizeof(Span)); /* half of it to sort in */
+    if (memory == NULL) {
+        return PyErr_NoMemory();
+    }
+    all->entries = memory;
+    PyThreadState *thread = map->mask < LARGE ? NULL : PyEval_SaveThread();
+    Found found = gather(all, room);
+    bool whole = read_ends(map, all->version);
+    if (whole && found == FOUND) {
+        all->entries = sort_entries(memory, memory + room, all->count);
+    }
+    if (thread != NULL) {
+        PyEval_RestoreThread(thread);
+    }
     PyObject *result = NULL;
-    int gathered = collect_entries(table, all);
-    if (gathered > 0) {
+    if (whole && found == CONTRADICTION) {
+        raise_corrupt((PyObject *)table, all->view, "has entries that contradict each other");
+    }
+    else if (whole) {
         result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(all->bytes + 5));
     }
     if (result != NULL) {
         unsigned char *to = (unsigned char *)PyBytes_AS_STRING(result);
-        PyThreadState *thread = all->bytes < LARGE * SLOT_SIZE ? NULL : PyEval_SaveThread();
+        thread = all->bytes < LARGE * SLOT_SIZE ? NULL : PyEval_SaveThread();
         put_all(all, to);
-        gathered = read_ends(&all->view->map, all->version);
+        whole = read_ends(map, all->version);
         if (thread != NULL) {
             PyEval_RestoreThread(thread);
         }
     }
-    PyMem_RawFree(all->entries);
-    if (gathered == 0) {
+    PyMem_RawFree(memory);
+    if (!whole) {
         Py_XDECREF(result);
         return Py_NewRef(Py_None);
     }
     return result;
 }
 
-PyDoc_STRVAR(table_collect_doc,
-"_collect($self, mask, form, skip, /)\n--\n\n"
-"Return version and msgpack of all entries that have the flags of ``mask``, in the order of their ordinals.\n\n"
-"``form`` 0: an array of keys, 1: an array of what follows the first ``skip`` bytes of each record, 2: a map\n"
-"of both, 3: a map of keys to those first bytes. None: publishes overtook it every time.");
-
+/* Return version and msgpack of all entries that have the flags of a mask, in the order of their ordinals: (mask, form,
+ * skip). None: publishes overtook it every time. */
 static PyObject *
 table_collect(PyObject *op, PyObject *args)
 {

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from shmelim.shm import _native
-from shmelim.shm.lookups import Lookups, Mark
-from shmelim.shm.reader import LOADING_NUMPY, Record, TableReader
+from shmelim.shm.lookups import Lookups
+from shmelim.shm.reader import LOADING_NUMPY, TableReader
 from shmelim.shm.segment import Segment
 from shmelim.shm.view import View
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _TESTS: Final = 4
-_CHOICE: Final = 4
+_CHOICE: Final = _TESTS
 
 
 class NativeView(_native.View, View):
@@ -24,30 +24,13 @@ class NativeView(_native.View, View):
 
     def __init__(self, segment: Segment, generation: int, root: Segment) -> None:
         View.__init__(self, segment, generation, root)
-        self._map(
-            root.memory,
-            segment.memory,
-            segment.label,
-            generation,
-            self.seed,
-            self.capacity,
-            self.arena_size,
-            self.stride,
-        )
+        self._map(root.memory, segment.memory, segment.label, *self.header)
 
 
 class NativeTableReader(_native.Table, TableReader):
     """A :class:`TableReader` whose lookups are compiled; attaching and all that is rare is inherited."""
 
     _view_type = NativeView
-
-    def _fence(self) -> None:
-        _native.fence()
-
-    def get(self, key: bytes) -> Record | None:
-        """Return flags, ordinal and a copy of the record of ``key``, or None."""
-        found = self._entry(key)
-        return None if found is None else Record(*found)
 
     def flags_of(self, keys: Sequence[bytes]) -> NDArray[np.uint8]:
         """Return the flags of many keys as of one version, as a ``uint8`` array of the same length."""
@@ -57,10 +40,6 @@ class NativeTableReader(_native.Table, TableReader):
         listed = keys if isinstance(keys, (list, tuple)) else list(keys)
         flags = np.empty(len(listed), np.uint8)
         return flags if self._fill(listed, flags, 0) else self._flags_of_snapshot(listed)
-
-    def count_flag(self, bit: int) -> int:
-        """Return how many entries have the flag with the value ``1 << bit``, 0 to 7. One load."""
-        return self._counter(bit)
 
 
 class NativeLookups(_native.Lookups, Lookups):
@@ -72,42 +51,33 @@ class NativeLookups(_native.Lookups, Lookups):
 
     __slots__ = ()
 
-    _marks: ClassVar[dict[str, tuple[Mark, str, str]]] = {}
-    _settings: ClassVar[tuple[Any, ...]] = ((1, 0, 0, 0), None, "key", 0)
+    _methods: ClassVar[dict[str, Any]]
+    _settings: ClassVar[tuple[Any, ...]]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._marks = {}
-        for name, (mark, argument, doc) in _marks_in(cls).items():
-            cls._marks[name] = (mark, argument, doc)
+        cls._methods = _marked_methods(cls)
         masks = [cls._member]
         choices, argument = None, "key"
-        for name, (mark, argument, doc) in cls._marks.items():  # noqa: B007
-            if mark.choices is not None:
-                choices = mark.choices
-            elif mark.mask not in masks:
-                masks.append(mark.mask)
+        for method in cls._methods.values():
+            argument = method.__code__.co_varnames[1]
+            if method.__mark__.choices is not None:
+                choices = method.__mark__.choices
+            elif method.__mark__.mask not in masks:
+                masks.append(method.__mark__.mask)
         cls._settings = ((*masks, *[0] * (_TESTS - len(masks))), choices, argument, cls._head)
-        for name, (mark, argument, doc) in cls._marks.items():
-            which = _CHOICE if mark.choices is not None else masks.index(mark.mask)
-            _native.bind(cls, name, f"{name}($self, {argument})\n--\n\n{doc}", which)
+        for name, method in cls._methods.items():
+            which = _CHOICE if method.__mark__.choices is not None else masks.index(method.__mark__.mask)
+            _native.bind(cls, name, f"{name}($self, {argument})\n--\n\n{method.__doc__ or ''}", which)
 
     def _collect(self, mask: int, form: int) -> tuple[int, bytes] | None:
-        table: Any = self._table
-        found: tuple[int, bytes] | None = table._collect(mask, form, self._head)  # noqa: SLF001
-        return found
+        table: NativeTableReader = self._table
+        return table._collect(mask, form, self._head)  # noqa: SLF001
 
 
-def _marks_in(cls: type[NativeLookups]) -> dict[str, tuple[Mark, str, str]]:
-    """Return the marked methods that a class has, unless somebody else's stand before them."""
-    marks: dict[str, tuple[Mark, str, str]] = {}
+def _marked_methods(cls: type[NativeLookups]) -> dict[str, Any]:
+    """Return the marked methods that a class has, as they were before the extension's took their places."""
+    methods: dict[str, Any] = {}
     for kind in reversed(cls.__mro__):
-        for name, value in vars(kind).items():
-            mark = getattr(value, "__mark__", None)
-            if mark is not None:
-                marks[name] = (mark, value.__code__.co_varnames[1], value.__doc__ or "")
-            elif name not in vars(kind).get("_marks", {}):
-                marks.pop(name, None)
-            else:
-                marks[name] = vars(kind)["_marks"][name]
-    return marks
+        methods |= vars(kind) | vars(kind).get("_methods", {})
+    return {name: method for name, method in methods.items() if hasattr(method, "__mark__")}

@@ -21,6 +21,7 @@ from shmelim.shm.layout import (
     COUNT,
     ENTRY_HEADER,
     EPOCH,
+    FLAG_BITS,
     FLAG_COUNTS,
     INLINE_KEY,
     KEY_LENGTH_SHIFT,
@@ -30,19 +31,16 @@ from shmelim.shm.layout import (
     NEXT_ORDINAL,
     OFFSET_SHIFT,
     PACKED,
-    SLOT_SIZE,
     SLOT_WORDS,
     USED,
     WORD,
     DataHeader,
-    align,
     entry_size,
     pack_entry,
 )
-from shmelim.shm.native import release_fence
+from shmelim.shm.native import fence
 from shmelim.shm.segment import Segment
 
-_FLAG_BITS = 8
 _FILL_CHUNK = 1 << 20
 
 
@@ -99,7 +97,7 @@ class Image:
         Must be seen before the first such store.
         """
         self._words[self._head + EPOCH] += 1
-        release_fence()
+        fence()
 
     # ------------------------------------------------------------------ changes
 
@@ -176,7 +174,7 @@ class Image:
         words, head = self._words, self._head
         words[head + COUNT] += sign
         words[head + LIVE] += sign * size
-        for bit in range(_FLAG_BITS):
+        for bit in range(FLAG_BITS):
             if flags >> bit & 1:
                 words[head + FLAG_COUNTS + bit] += sign
 
@@ -205,7 +203,7 @@ class Image:
         """Empty this copy."""
         self.begin_overwrite()
         self.rows[:] = 0
-        self._set_header(0, 0, 0, 0, [0] * _FLAG_BITS)
+        self._set_header(0, 0, 0, [0] * FLAG_BITS)
 
     def fill(self, changes: Sequence[Change]) -> None:
         """Put entries with distinct keys into this copy, which must be empty; quicker than :meth:`apply`."""
@@ -225,9 +223,9 @@ class Image:
             parts.append(entry)
             pending += len(entry)
             if pending > _FILL_CHUNK:
-                self._memory[self._arena + offset : self._arena + offset + pending] = b"".join(parts)
+                self._append(b"".join(parts))
                 offset, pending, parts = offset + pending, 0, []
-        self._memory[self._arena + offset : self._arena + offset + pending] = b"".join(parts)
+        self._append(b"".join(parts))
         used = offset + pending
         keys = [change.key for change in changes]
         digest = layout.key_hash
@@ -237,9 +235,9 @@ class Image:
         rows[:, PACKED] = np.array(packed, np.uint64)
         self.rows[place(rows[:, 0], self.header.capacity)] = rows
         counts = [
-            int(np.count_nonzero(rows[:, PACKED] >> np.uint64(bit) & np.uint64(1))) for bit in range(_FLAG_BITS)
+            int(np.count_nonzero(rows[:, PACKED] >> np.uint64(bit) & np.uint64(1))) for bit in range(FLAG_BITS)
         ]
-        self._set_header(used, len(keys), next_ordinal, used, counts)
+        self._set_header(used, len(keys), next_ordinal, counts)
 
     def compact_into(self, target: Image) -> None:
         """Write the current entries, without the garbage between them, into another copy or segment.
@@ -267,8 +265,8 @@ class Image:
         target.rows[:] = 0
         target.rows[place(live[:, 0], target.header.capacity)] = live
         used = int(ends[-1]) if len(live) else 0
-        counts = [self._words[self._head + FLAG_COUNTS + bit] for bit in range(_FLAG_BITS)]
-        target._set_header(used, len(live), self._words[self._head + NEXT_ORDINAL], used, counts)
+        counts = [self._words[self._head + FLAG_COUNTS + bit] for bit in range(FLAG_BITS)]
+        target._set_header(used, len(live), self._words[self._head + NEXT_ORDINAL], counts)
 
     def mirror_into(self, target: Image, *, arena_from: int) -> None:
         """Make ``target``, of the same size, equal to this copy; the arenas differ from ``arena_from`` on."""
@@ -276,18 +274,17 @@ class Image:
             target.begin_overwrite()
         target.arena[arena_from : self.used] = self.arena[arena_from : self.used]
         target.rows[:] = self.rows
-        epoch = target._words[target._head + EPOCH]
         head = self._memory[self._base : self._base + COPY_HEADER_SIZE]
         target._memory[target._base + WORD : target._base + COPY_HEADER_SIZE] = head[WORD:]
-        assert target._words[target._head + EPOCH] == epoch
 
-    def _set_header(self, used: int, count: int, next_ordinal: int, live: int, counts: Sequence[int]) -> None:
+    def _set_header(self, used: int, count: int, next_ordinal: int, counts: Sequence[int]) -> None:
+        """Describe a copy without garbage."""
         words, head = self._words, self._head
         words[head + USED] = used
         words[head + COUNT] = count
         words[head + NEXT_ORDINAL] = next_ordinal
-        words[head + LIVE] = live
-        for bit in range(_FLAG_BITS):
+        words[head + LIVE] = used
+        for bit in range(FLAG_BITS):
             words[head + FLAG_COUNTS + bit] = counts[bit]
 
 
@@ -315,7 +312,3 @@ def place(hashes: NDArray[np.uint64], capacity: int) -> NDArray[np.int64]:
     placed = np.empty_like(spots)
     placed[order] = spots
     return placed
-
-
-assert SLOT_SIZE == SLOT_WORDS * WORD
-assert align(ENTRY_HEADER) == ENTRY_HEADER

@@ -157,25 +157,13 @@ def pack_root_header() -> bytes:
 
 def check_root(data: bytes, label: str) -> None:
     """Check the first 16 bytes of a root segment; SegmentFormatError or CorruptSegmentError if they are wrong."""
-    if len(data) < _HEADER.size:
-        raise CorruptSegmentError(f"segment {label} is {len(data)} bytes long, too short for a root page")
-    magic, version, mark = _HEADER.unpack_from(data)
-    _check_common(magic, ROOT_MAGIC, version, mark, label)
+    _unpack(_HEADER, data, ROOT_MAGIC, label)
 
 
 def pack_data_header(header: DataHeader) -> bytes:
     """Return the header of a data segment."""
-    return _DATA_HEADER.pack(
-        DATA_MAGIC,
-        FORMAT,
-        BYTE_ORDER_MARK,
-        header.generation,
-        ALGORITHM,
-        header.seed,
-        header.capacity,
-        header.arena_size,
-        header.stride,
-    )
+    generation, *rest = header
+    return _DATA_HEADER.pack(DATA_MAGIC, FORMAT, BYTE_ORDER_MARK, generation, ALGORITHM, *rest)
 
 
 def unpack_data_header(data: bytes, size: int, generation: int, label: str) -> DataHeader:
@@ -183,10 +171,7 @@ def unpack_data_header(data: bytes, size: int, generation: int, label: str) -> D
 
     SegmentFormatError or CorruptSegmentError; no offset computed from a header that passes leaves the mapping.
     """
-    if len(data) < _DATA_HEADER.size:
-        raise CorruptSegmentError(f"segment {label} is {len(data)} bytes long, too short for its header")
-    magic, version, mark, found, algorithm, seed, capacity, arena, stride = _DATA_HEADER.unpack_from(data)
-    _check_common(magic, DATA_MAGIC, version, mark, label)
+    found, algorithm, seed, capacity, arena, stride = _unpack(_DATA_HEADER, data, DATA_MAGIC, label)
     if algorithm != ALGORITHM:
         raise SegmentFormatError(
             f"segment {label} uses hash algorithm {algorithm}, this package knows {ALGORITHM}"
@@ -204,7 +189,11 @@ def unpack_data_header(data: bytes, size: int, generation: int, label: str) -> D
     return header
 
 
-def _check_common(magic: bytes, expected: bytes, version: int, mark: int, label: str) -> None:
+def _unpack(form: struct.Struct, data: bytes, expected: bytes, label: str) -> tuple[int, ...]:
+    """Return what follows magic, format and byte order in a header, after checking these."""
+    if len(data) < form.size:
+        raise CorruptSegmentError(f"segment {label} is {len(data)} bytes long, too short for its header")
+    magic, version, mark, *rest = form.unpack_from(data)
     if magic != expected:
         raise CorruptSegmentError(f"segment {label} does not start with {expected!r} but with {magic!r}")
     if mark != BYTE_ORDER_MARK:
@@ -214,6 +203,7 @@ def _check_common(magic: bytes, expected: bytes, version: int, mark: int, label:
             f"segment {label} has format {version}, this package reads format {FORMAT}",
             hint="run readers and writer with the same release",
         )
+    return tuple(rest)
 
 
 def pack_entry(seed: int, kind: int, key: bytes, flags: int, ordinal: int, record: bytes) -> bytes:

@@ -17,7 +17,7 @@ typedef struct {
 } Lookups;
 
 static int
-no_table(PyObject *Py_UNUSED(op))
+no_table(void)
 {
     PyErr_SetString(PyExc_RuntimeError, "this object has no table yet");
     return -1;
@@ -86,7 +86,7 @@ text_flags(PyObject *op, PyObject *key, uint64_t *packed)
 {
     Table *table = ((Lookups *)op)->table;
     if (UNLIKELY(table == NULL)) {
-        return no_table(op);
+        return no_table();
     }
     if (LIKELY(PyUnicode_Check(key) && PyUnicode_IS_COMPACT_ASCII(key) && PyUnicode_GET_LENGTH(key) == INLINE_KEY)) {
         /* Such a text is its header and then its characters. */
@@ -106,9 +106,8 @@ only_argument(PyObject *op, PyObject *const *args, Py_ssize_t count, PyObject *n
             return same < 0 ? NULL : args[0];
         }
     }
-    PyErr_Format(PyExc_TypeError, "%.200s expected exactly one argument, %S", Py_TYPE(op)->tp_name,
-                 argument == NULL ? Py_None : argument);
-    return NULL;
+    return PyErr_Format(PyExc_TypeError, "%.200s expected exactly one argument, %S", Py_TYPE(op)->tp_name,
+                        argument == NULL ? Py_None : argument);
 }
 
 /* The methods that bind() hands out. What sets them apart is a constant, so that each is one function to its caller. */
@@ -162,8 +161,7 @@ lookups_contains(PyObject *op, PyObject *key)
     return (packed & mask) == mask;
 }
 
-PyDoc_STRVAR(lookups_flags_doc, "_flags($self, key, /)\n--\n\nReturn the flags of a text, 0 if it is absent.");
-
+/* Return the flags of a text, 0 if it is absent. */
 static PyObject *
 lookups_flags(PyObject *op, PyObject *key)
 {
@@ -171,55 +169,42 @@ lookups_flags(PyObject *op, PyObject *key)
     return text_flags(op, key, &packed) < 0 ? NULL : PyLong_FromLong((long)(packed & 0xFF));
 }
 
-PyDoc_STRVAR(lookups_record_doc,
-"_record($self, key, /)\n--\n\n"
-"Return a copy of what follows the first bytes of a text's record; None if there is nothing.");
+/* Use what follows the first bytes of a text's record; None if there is nothing. */
+static PyObject *
+use_body(PyObject *op, PyObject *key, PyObject *decode)
+{
+    Lookups *self = (Lookups *)op;
+    const unsigned char *data;
+    size_t size;
+    Span span;
+    uint64_t packed;
+    int converted = self->table == NULL ? no_table() : text_key(op, key, &data, &size);
+    if (converted <= 0) {
+        return converted < 0 ? NULL : Py_NewRef(Py_None);
+    }
+    return with_record(self->table, data, size, &(Use){decode, self->skip}, &span, &packed);
+}
 
 static PyObject *
 lookups_record(PyObject *op, PyObject *key)
 {
-    Lookups *self = (Lookups *)op;
-    const unsigned char *data;
-    size_t size;
-    uint32_t skip = self->skip;
-    int converted = self->table == NULL ? no_table(op) : text_key(op, key, &data, &size);
-    if (converted <= 0) {
-        return converted < 0 ? NULL : Py_NewRef(Py_None);
-    }
-    return with_record(self->table, data, size, copy_record, &skip);
+    return use_body(op, key, NULL);
 }
-
-PyDoc_STRVAR(lookups_read_doc,
-"_read($self, key, decode, /)\n--\n\n"
-"Run ``decode`` on what follows the first bytes of a text's record; None if there is nothing.");
 
 static PyObject *
 lookups_read(PyObject *op, PyObject *args)
 {
-    Lookups *self = (Lookups *)op;
-    PyObject *key;
-    Decoding decoding = {NULL, self->skip};
-    const unsigned char *data;
-    size_t size;
-    if (!PyArg_ParseTuple(args, "OO:_read", &key, &decoding.decode)) {
-        return NULL;
-    }
-    int converted = self->table == NULL ? no_table(op) : text_key(op, key, &data, &size);
-    if (converted <= 0) {
-        return converted < 0 ? NULL : Py_NewRef(Py_None);
-    }
-    return with_record(self->table, data, size, decode_in_place, &decoding);
+    PyObject *key, *decode;
+    return PyArg_ParseTuple(args, "OO:_read", &key, &decode) ? use_body(op, key, decode) : NULL;
 }
 
-PyDoc_STRVAR(lookups_fill_doc,
-"_fill($self, keys, answers, mask, /)\n--\n\nAs ``Table._fill``, with texts in lists and tuples.");
-
+/* As table_fill, with texts in lists and tuples. */
 static PyObject *
 lookups_fill(PyObject *op, PyObject *const *args, Py_ssize_t count)
 {
     Table *table = ((Lookups *)op)->table;
     if (table == NULL) {
-        no_table(op);
+        no_table();
         return NULL;
     }
     return batch_fill(table, op, args, count, text_key);
@@ -235,81 +220,48 @@ lookups_get_table(PyObject *op, void *Py_UNUSED(closure))
     return table;
 }
 
-/* Read from the class what its methods test for: (masks, choices or None, name of the argument, skip). */
-static int
-lookups_prepare(Lookups *self, PyTypeObject *type)
-{
-    PyObject *settings = PyObject_GetAttrString((PyObject *)type, "_settings");
-    PyObject *masks, *choices, *argument;
-    if (settings == NULL) {
-        return -1;
-    }
-    int done = -1;
-    if (!PyTuple_Check(settings)) {
-        PyErr_SetString(PyExc_TypeError, "_settings must be a tuple");
-    }
-    else if (PyArg_ParseTuple(settings, "O!OUb", &PyTuple_Type, &masks, &choices, &argument, &self->skip)
-             && PyArg_ParseTuple(masks, "bbbb", &self->masks[0], &self->masks[1], &self->masks[2], &self->masks[3])) {
-        if (choices != Py_None && !(PyTuple_Check(choices) && PyTuple_GET_SIZE(choices) == FLAGS)) {
-            PyErr_Format(PyExc_TypeError, "choices must be a tuple of %d", FLAGS);
-        }
-        else {
-            Py_XSETREF(self->choices, choices == Py_None ? NULL : Py_NewRef(choices));
-            Py_XSETREF(self->argument, Py_NewRef(argument));
-            done = 0;
-        }
-    }
-    Py_DECREF(settings);
-    return done;
-}
-
+/* Takes from the class, too, what its methods test for: (masks, choices or None, name of the argument, skip). */
 static int
 lookups_set_table(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
 {
     Lookups *self = (Lookups *)op;
-    State *state = state_of(op);
-    if (state == NULL) {
-        return -1;
-    }
-    if (value == NULL || self->table != NULL || !PyObject_TypeCheck(value, state->table_type)) {
+    PyObject *masks, *choices, *argument;
+    if (value == NULL || self->table != NULL || !PyObject_TypeCheck(value, state_of(op)->table_type)) {
         PyErr_SetString(PyExc_TypeError, "_table is a Table, and set once");
         return -1;
     }
-    if (lookups_prepare(self, Py_TYPE(op)) < 0) {
-        return -1;
+    PyObject *settings = PyObject_GetAttrString((PyObject *)Py_TYPE(op), "_settings");
+    if (settings != NULL
+        && PyArg_ParseTuple(settings, "O!OUb", &PyTuple_Type, &masks, &choices, &argument, &self->skip)
+        && PyArg_ParseTuple(masks, "bbbb", &self->masks[0], &self->masks[1], &self->masks[2], &self->masks[3])) {
+        if (choices != Py_None && !(PyTuple_Check(choices) && PyTuple_GET_SIZE(choices) == FLAGS)) {
+            PyErr_Format(PyExc_TypeError, "choices must be a tuple of %d", FLAGS);
+        }
+        else {
+            self->choices = choices == Py_None ? NULL : Py_NewRef(choices);
+            self->argument = Py_NewRef(argument);
+            self->table = (Table *)Py_NewRef(value);
+        }
     }
-    self->table = (Table *)Py_NewRef(value);
-    return 0;
+    Py_XDECREF(settings);
+    return self->table == NULL ? -1 : 0;
 }
 
-static int
-lookups_traverse(PyObject *op, visitproc visit, void *arg)
-{
-    Py_VISIT(Py_TYPE(op));
-    Py_VISIT(((Lookups *)op)->table);
-    Py_VISIT(((Lookups *)op)->choices);
-    return 0;
-}
-
-/* No tp_clear: a table and a tuple of flags lead back to no lookups, and the table must stay as long as the object. */
 static void
 lookups_dealloc(PyObject *op)
 {
     Lookups *self = (Lookups *)op;
-    PyTypeObject *type = Py_TYPE(op);
-    PyObject_GC_UnTrack(op);
-    Py_CLEAR(self->table);
-    Py_CLEAR(self->choices);
-    Py_CLEAR(self->argument);
-    type->tp_free(op);
-    Py_DECREF(type);
+    Py_XDECREF(self->table);
+    Py_XDECREF(self->choices);
+    Py_XDECREF(self->argument);
+    free_object(op);
 }
 
 static PyMethodDef lookups_methods[] = {
-    {"_flags", lookups_flags, METH_O, lookups_flags_doc},
-    {"_record", lookups_record, METH_O, lookups_record_doc},
-    {"_read", lookups_read, METH_VARARGS, lookups_read_doc},
-    {"_fill", (PyCFunction)(void (*)(void))lookups_fill, METH_FASTCALL, lookups_fill_doc},
+    {"_flags", lookups_flags, METH_O, NULL},
+    {"_record", lookups_record, METH_O, NULL},
+    {"_read", lookups_read, METH_VARARGS, NULL},
+    {"_fill", (PyCFunction)(void (*)(void))lookups_fill, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -322,7 +274,6 @@ static PyType_Slot lookups_slots[] = {
     {Py_tp_doc, "Lookups by text in a table."},
     {Py_tp_methods, lookups_methods},
     {Py_tp_getset, lookups_getset},
-    {Py_tp_traverse, lookups_traverse},
     {Py_tp_dealloc, lookups_dealloc},
     {Py_sq_contains, lookups_contains},
     {0, NULL},
@@ -331,7 +282,7 @@ static PyType_Slot lookups_slots[] = {
 static PyType_Spec lookups_spec = {
     .name = "shmelim.shm._native.Lookups",
     .basicsize = sizeof(Lookups),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
     .slots = lookups_slots,
 };
 

@@ -8,6 +8,7 @@ here, and say what they do there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from shmelim.shm.reader import LOADING_NUMPY, TableReader
@@ -36,20 +37,17 @@ class Mark(NamedTuple):
 
 def flag_test(mask: int) -> Callable[[Method], Method]:
     """Mark a method of one text that tells whether its flags have all of ``mask``."""
-    return _marked(Mark(mask, None))
+    return partial(_marked, Mark(mask, None))
 
 
 def flag_choice(choices: tuple[Any, ...]) -> Callable[[Method], Method]:
     """Mark a method of one text that returns what its flags select from ``choices``, of which there are 256."""
-    return _marked(Mark(0, choices))
+    return partial(_marked, Mark(0, choices))
 
 
-def _marked(mark: Mark) -> Callable[[Method], Method]:
-    def decorate(method: Method) -> Method:
-        method.__mark__ = mark  # type: ignore[attr-defined]
-        return method
-
-    return decorate
+def _marked(mark: Mark, method: Method) -> Method:
+    method.__mark__ = mark  # type: ignore[attr-defined]
+    return method
 
 
 class Lookups:

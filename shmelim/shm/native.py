@@ -7,16 +7,14 @@ reference. ``SHMELIM_PURE=1`` in the environment forces the latter.
 from __future__ import annotations
 
 import os
+import warnings
 from types import ModuleType
-from typing import Final, Protocol
+from typing import Any, Final
 
 from shmelim.shm.segment import Segment
 
-_INTERFACE: Final = 2
-
-
-class _Word(Protocol):
-    def __setitem__(self, index: int, value: int, /) -> None: ...
+_INTERFACE: Final = 3
+"""That of ``_native.c``: to be raised there and here by whatever only a matching pair of them can do."""
 
 
 def _load() -> ModuleType | None:
@@ -26,8 +24,15 @@ def _load() -> ModuleType | None:
         from shmelim.shm import _native  # noqa: PLC0415  # it may not be there
     except ImportError:
         return None
-    # One that another release left in the directory is not used.
-    return _native if getattr(_native, "INTERFACE", None) == _INTERFACE else None
+    if getattr(_native, "INTERFACE", None) != _INTERFACE:
+        warnings.warn(
+            f"{_native.__file__} was built from another release of shmelim and is not used: reads take the slower "
+            "pure-Python path. Install shmelim again, or run `python setup.py build_ext --inplace` in its source.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return _native
 
 
 _extension: Final = _load()
@@ -36,16 +41,16 @@ READ_PATH: Final = "pure" if _extension is None else "native"
 """``"native"`` or ``"pure"``."""
 
 
-def release_fence() -> None:
-    """Keep what was stored before this call from being seen after what is stored behind it.
+def fence() -> None:
+    """Keep this thread's loads and stores on their sides of this call.
 
-    Without the extension nothing is to be done: such machines are refused unless they keep stores in order.
+    Without the extension nothing is to be done: such machines are refused unless they keep that order themselves.
     """
     if _extension is not None:
         _extension.fence()
 
 
-def release_word(segment: Segment, index: int) -> _Word:
+def release_word(segment: Segment, index: int) -> Any:
     """Return a word of a writable segment; assigning to its item 0 publishes.
 
     Everything stored before is seen before it, everything stored behind is seen after it. The assignment is a
@@ -53,5 +58,4 @@ def release_word(segment: Segment, index: int) -> _Word:
     """
     if _extension is None:
         return segment.words[index : index + 1]
-    word: _Word = _extension.ReleaseWord(segment.memory, index)
-    return word
+    return _extension.ReleaseWord(segment.memory, index)

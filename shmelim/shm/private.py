@@ -6,10 +6,12 @@ import mmap
 
 from shmelim.errors import NotServingError
 from shmelim.shm.layout import ROOT_SIZE
-from shmelim.shm.segment import Segment, check_name
+from shmelim.shm.segment import Namespace, Segment, check_name
+
+_ROOT = 0  # no data segment's generation
 
 
-class PrivateNamespace:
+class PrivateNamespace(Namespace):
     """The same segments in anonymous memory of this process: no name, nothing in ``/dev/shm``, no lock.
 
     A forked child sees the table as it was at the fork.
@@ -17,51 +19,42 @@ class PrivateNamespace:
 
     def __init__(self, name: str = "private") -> None:
         self.name = check_name(name)
-        self._root: Segment | None = None
-        # Written under the writer's transactions, read by readers attaching; dict operations are atomic.
-        self._data: dict[int, Segment] = {}
+        # By generation. Written under transactions, read by readers attaching; dict operations are atomic.
+        self._segments: dict[int, Segment] = {}
 
     def acquire(self) -> None:
-        """Make the root segment if there is none; whoever holds this object is the only one who can."""
-        if self._root is None:
+        # Whoever holds this object is the only one who can.
+        if _ROOT not in self._segments:
             self.create_root()
 
     def release(self) -> None:
-        """Do nothing."""
+        pass
 
     def create_root(self) -> Segment:
-        """Make the root segment."""
-        self._root = Segment(f"{self.name} (private root)", _anonymous(ROOT_SIZE))
-        return self._root
+        return self.create_data(_ROOT, ROOT_SIZE)
 
     def open_root(self, *, writable: bool = False) -> Segment:  # noqa: ARG002
-        """Return the root segment; :class:`NotServingError` if there is none."""
-        if self._root is None:
-            raise NotServingError(f"nothing is served in the private table {self.name!r}")
-        return self._root
+        return self._segment(_ROOT)
 
     def create_data(self, generation: int, size: int) -> Segment:
-        """Make a data segment."""
-        self._data[generation] = Segment(f"{self.name} (private {generation})", _anonymous(size))
-        return self._data[generation]
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._segments[generation] = Segment(f"{self.name} (private {generation or 'root'})", memory)
+        return self._segments[generation]
 
     def open_data(self, generation: int) -> Segment:
-        """Return a data segment; :class:`NotServingError` if there is none."""
-        try:
-            return self._data[generation]
-        except KeyError:
-            raise NotServingError(f"private table {self.name!r} has no generation {generation}") from None
+        return self._segment(generation)
 
     def remove_data(self, *, keep: int | None) -> None:
-        """Forget every data segment but generation ``keep``."""
-        for generation in list(self._data):
-            if generation != keep:
-                del self._data[generation]
+        for generation in list(self._segments):
+            if generation not in {_ROOT, keep}:
+                del self._segments[generation]
 
     def root_replaced(self, root: Segment) -> bool:
-        """Tell whether ``root`` is no longer the root segment."""
-        return root is not self._root
+        return root is not self._segments.get(_ROOT)
 
-
-def _anonymous(size: int) -> mmap.mmap:
-    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    def _segment(self, generation: int) -> Segment:
+        try:
+            return self._segments[generation]
+        except KeyError:
+            what = f"has no generation {generation}" if generation else "has no writer yet"
+            raise NotServingError(f"private table {self.name!r} {what}") from None

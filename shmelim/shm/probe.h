@@ -60,7 +60,7 @@ typedef struct {
     const Word *version;
     uint64_t generation;
     uint64_t seed;
-    uint64_t words_48[XXH3_WORDS_48]; /* made from the seed, for hash_48 */
+    uint64_t words_48[XXH3_WORDS_48]; /* made from the seed, for xxh3_48 */
     uint64_t mask;
     uint64_t arena_size;
     Copy copies[2];
@@ -108,14 +108,6 @@ read_ends(const Map *map, uint64_t version)
 
 /* ---------------------------------------------------------------- the hash of a key */
 
-/* Algorithm 2 of memory-format.md: XXH3 where that is 17 to 128 bytes, XXH64 elsewhere. */
-static inline uint64_t
-hash_any(const unsigned char *key, size_t size, uint64_t seed)
-{
-    bool middle = size >= XXH3_FROM && size <= XXH3_TO;
-    return middle ? xxh3_middle(key, size, seed) : xxh64(key, size, seed);
-}
-
 static inline void
 set_seed(Map *map, uint64_t seed)
 {
@@ -123,16 +115,15 @@ set_seed(Map *map, uint64_t seed)
     xxh3_prepare_48(map->words_48, seed);
 }
 
-static inline uint64_t
-hash_48(const Map *map, const unsigned char *key)
-{
-    return xxh3_48(key, map->words_48);
-}
-
+/* Algorithm 2 of memory-format.md: XXH3 where that is 17 to 128 bytes, XXH64 elsewhere. */
 static inline uint64_t
 hash_key(const Map *map, const unsigned char *key, size_t size)
 {
-    return size == INLINE_KEY ? hash_48(map, key) : hash_any(key, size, map->seed);
+    if (size == INLINE_KEY) {
+        return xxh3_48(key, map->words_48);
+    }
+    bool middle = size >= XXH3_FROM && size <= XXH3_TO;
+    return middle ? xxh3_middle(key, size, map->seed) : xxh64(key, size, map->seed);
 }
 
 /* ---------------------------------------------------------------- finding a key */

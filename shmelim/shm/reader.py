@@ -15,9 +15,6 @@ one bytecode's load never moves past another's; ``shared.require_store_order`` r
 Trade-offs: a read that a publish overtakes is done again, so a read must be short against the time between two
 publishes. Long reads take another way: the arena is an append-only log between two compactions of a copy, so
 :meth:`TableReader.snapshot` copies a prefix that nobody changes and replays it (see there).
-
-Everything read from shared memory is checked against the reader's own mapping before it is used as an offset or
-a length: bad bytes give :class:`CorruptSegmentError`, never a crash.
 """
 
 from __future__ import annotations
@@ -26,13 +23,11 @@ import contextlib
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVar
 
 from shmelim.errors import CorruptSegmentError, NotServingError, SegmentError
 from shmelim.shm.layout import (
-    COPY_HEADER_SIZE,
     COUNT,
     EPOCH,
     FLAG_BITS,
@@ -44,12 +39,12 @@ from shmelim.shm.layout import (
     SEQUENCE_BITS,
     USED,
     VERSION,
-    WORD,
     WRITER_PID,
     WRITER_STARTED,
     WRITER_STATE,
     check_root,
 )
+from shmelim.shm.native import fence
 from shmelim.shm.replay import Entry, replay
 from shmelim.shm.segment import Namespace, Segment
 from shmelim.shm.view import Batch, View
@@ -125,40 +120,28 @@ class TableSnapshot(NamedTuple):
     entries: dict[bytes, Entry]
 
 
+class _OvertakenError(Exception):
+    """Publishes came faster than a read of many keys."""
+
+
 class TableReader:
-    """Lock-free reads of a shared table.
+    """Lock-free reads of a shared table, whose segments are in ``namespace``.
 
-    Parameters
-    ----------
-    namespace
-        Where its segments are.
+    NotServingError where nothing has been published under that name yet; CorruptSegmentError, SegmentFormatError
+    or UntrustedSegmentError where what stands there cannot be read.
 
-    Attributes
-    ----------
-    retries : int
-        How often a read started over because a publish overtook it; a statistic, not exact under threads.
+    ``retries`` counts the reads that started over because a publish overtook them; not exact under threads.
 
-    Raises
-    ------
-    NotServingError
-        Nothing has been published under that name yet.
-    CorruptSegmentError, SegmentFormatError, UntrustedSegmentError
-        What stands there cannot be read.
-
-    Notes
-    -----
     Thread-safe: the attached view is replaced by a single reference store; attaching is serialised by a lock.
     After a fork the child goes on with the same mappings. Closing is left to the garbage collector, since a
     thread may be in the middle of a read.
-
     """
 
     _view_type: ClassVar[type[View]] = View
+    _attaching: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
-        self._attaching = threading.Lock()
-        _readers.add(self)
         self.retries = 0
         # Replaced under `_attaching` and read without it, as one reference: root and data segment belong together.
         self._view: View = self._view_of(self._open_root())
@@ -196,7 +179,7 @@ class TableReader:
 
     def get(self, key: bytes) -> Record | None:
         """Return flags, ordinal and a copy of the record of ``key``, or None."""
-        found = self._locate(key, None)
+        found = self._entry(key)
         return None if found is None else Record(*found)
 
     def read(self, key: bytes, decode: Callable[[memoryview], T]) -> T | None:
@@ -206,10 +189,10 @@ class TableReader:
         error) counts only if no publish overtook it. It must copy what it keeps; the view is released
         afterwards.
         """
-        found = self._locate(key, decode)
+        found = self._entry(key, decode)
         return None if found is None else found[2]
 
-    def _locate(self, key: bytes, decode: Callable[[memoryview], T] | None) -> tuple[int, int, Any] | None:
+    def _entry(self, key: bytes, decode: Callable[[memoryview], T] | None = None) -> tuple[int, int, Any] | None:
         """Return flags, ordinal, and the record or what ``decode`` makes of it; None if ``key`` is absent."""
 
         def look(view: View, version: int) -> tuple[int, int, Any] | None:
@@ -219,22 +202,18 @@ class TableReader:
             start, end, ordinal = view.record_span(version & 1, packed)
             if decode is None:
                 return packed & 0xFF, ordinal, view.memory[start:end]
-            with memoryview(view.memory) as whole, whole[start:end] as window:
+            with memoryview(view.memory)[start:end] as window:
                 return packed & 0xFF, ordinal, decode(window)
 
         return self._consistently(look)
 
-    def _fence(self) -> None:
-        """Keep the loads before this call before those behind it. On x86-64, loads do that by themselves."""
-
-    def _consistently(self, look: Callable[[View, int], T]) -> T:
+    def _consistently(self, look: Callable[[View, int], T], attempts: int = -1) -> T:
         """Return what ``look`` makes of a view at a version; start over if a publish came between.
 
-        The frame of all reads but :meth:`flags`, where it stands unrolled, and :meth:`flags_of`, which gives up.
-        An exception counts as a result does: only if nothing was published meanwhile.
+        The frame of all reads but :meth:`flags`, where it stands unrolled. An exception counts as a result does:
+        only if nothing was published meanwhile. _OvertakenError once a publish came between ``attempts`` times.
         """
-        fence = self._fence
-        while True:
+        while attempts:
             view = self._view
             words = view.root.words
             version = words[VERSION]
@@ -253,6 +232,8 @@ class TableReader:
                 if words[VERSION] == version:
                     return result
             self.retries += 1
+            attempts -= 1
+        raise _OvertakenError
 
     # ------------------------------------------------------------------ many at once
 
@@ -265,31 +246,18 @@ class TableReader:
         with LOADING_NUMPY:
             import numpy as np  # noqa: PLC0415
 
-        if not keys:
-            return np.zeros(0, np.uint8)
-        batch = Batch(keys)
-        attempts = 0
-        while attempts < _BATCH_ATTEMPTS:
-            view = self._view
-            words = view.root.words
-            version = words[VERSION]
-            if version >> SEQUENCE_BITS != view.generation:
-                self._attach()
-                continue
-            if batch.seed != view.seed:
+        batch = Batch(keys, self._view.seed)
+
+        def look(view: View, version: int) -> NDArray[np.uint64]:
+            if batch.seed != view.seed:  # that of another generation
                 batch.hash_for(view.seed)
-                continue
-            try:
-                packed = view.probe_many(version & 1, batch)
-            except CorruptSegmentError:
-                if words[VERSION] == version:
-                    raise
-            else:
-                if words[VERSION] == version:
-                    return (packed & np.uint64(0xFF)).astype(np.uint8)
-            self.retries += 1
-            attempts += 1
-        return self._flags_of_snapshot(keys)
+            return view.probe_many(version & 1, batch)
+
+        try:
+            packed = self._consistently(look, _BATCH_ATTEMPTS)
+        except _OvertakenError:
+            return self._flags_of_snapshot(keys)
+        return (packed & np.uint64(0xFF)).astype(np.uint8)
 
     def _flags_of_snapshot(self, keys: Sequence[bytes]) -> NDArray[np.uint8]:
         import numpy as np  # noqa: PLC0415
@@ -306,40 +274,22 @@ class TableReader:
         meanwhile; replaying it gives the entries. That makes the whole table readable under any rate of
         mutations, at the price of reading the garbage too (never more than the arena).
 
-        Parameters
-        ----------
-        verify
-            Also check every entry's checksum.
-
-        Raises
-        ------
-        CorruptSegmentError
-            The log contradicts itself.
-
+        ``verify`` checks every entry's checksum, too. CorruptSegmentError where the log contradicts itself.
         """
-
-        def look(view: View, version: int) -> tuple[View, int, int, int, int]:
-            header = view.header_word[version & 1]
-            epoch, used, count = (view.words[header + field] for field in (EPOCH, USED, COUNT))
-            return view, version, epoch, used, count
-
         while True:
-            view, version, epoch, used, count = self._consistently(look)
+            view, version, head = self._consistently(lambda view, version: (view, version, view.head(version & 1)))
+            used, count = head[USED], head[COUNT]
             if used > view.arena_size:
-                raise CorruptSegmentError(
-                    f"segment {view.segment.label} says {used} bytes used of an arena of {view.arena_size}"
-                )
+                raise view.corrupt(f"says {used} bytes used of an arena of {view.arena_size}")
             start = view.arena[version & 1]
             log = view.memory[start : start + used]
-            self._fence()
-            if view.words[view.header_word[version & 1] + EPOCH] != epoch:
+            fence()
+            if view.head(version & 1)[EPOCH] != head[EPOCH]:
                 self.retries += 1
                 continue
             entries = replay(log, view.segment.label, seed=view.seed if verify else None)
             if len(entries) != count:
-                raise CorruptSegmentError(
-                    f"segment {view.segment.label} says {count} entries, its log gives {len(entries)}"
-                )
+                raise view.corrupt(f"says {count} entries, its log gives {len(entries)}")
             return TableSnapshot(version, entries)
 
     # ------------------------------------------------------------------ looking at the table itself
@@ -348,8 +298,7 @@ class TableReader:
         """Return sizes and counts as of one version."""
 
         def look(view: View, version: int) -> TableInfo:
-            base = view.header_word[version & 1]
-            head = view.words[base : base + COPY_HEADER_SIZE // WORD].tolist()
+            head = view.head(version & 1)
             return TableInfo(
                 version=version,
                 generation=view.generation,
@@ -366,12 +315,10 @@ class TableReader:
         return self._consistently(look)
 
     def count_flag(self, bit: int) -> int:
-        """Return how many entries have the flag with the value ``1 << bit``, 0 to 7. One load."""
+        """Return how many entries have the flag with the value ``1 << bit``, 0 to 7. About 1 µs."""
         if not 0 <= bit < FLAG_BITS:
             raise ValueError(f"bit {bit} must be 0 to {FLAG_BITS - 1}")
-        return self._consistently(
-            lambda view, version: int(view.words[view.header_word[version & 1] + FLAG_COUNTS + bit])
-        )
+        return self._consistently(lambda view, version: view.head(version & 1)[FLAG_COUNTS + bit])
 
     def writer(self) -> WriterInfo:
         """Return who writes and whether it lives. Looks whether the root segment was replaced meanwhile."""
@@ -484,16 +431,12 @@ class TableReader:
         return self._open_root()
 
 
-_readers: weakref.WeakSet[TableReader] = weakref.WeakSet()
-
-
-def _renew_locks_in_child() -> None:
+def _renew_lock_in_child() -> None:
     # A thread that was attaching during the fork does not exist in the child: nobody would release its lock.
-    for reader in list(_readers):
-        reader._attaching = threading.Lock()  # noqa: SLF001
+    TableReader._attaching = threading.Lock()  # noqa: SLF001
 
 
-os.register_at_fork(after_in_child=_renew_locks_in_child)
+os.register_at_fork(after_in_child=_renew_lock_in_child)
 os.register_at_fork(
     before=LOADING_NUMPY.acquire,
     after_in_parent=LOADING_NUMPY.release,

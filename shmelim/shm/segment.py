@@ -57,25 +57,37 @@ class Namespace(Protocol):
     name: str
 
     def acquire(self) -> None:
-        """Become the writer, or raise :class:`AlreadyServingError` at once."""
+        """Become the writer, and make the root segment (one page of zeros) if there is none.
+
+        AlreadyServingError at once if a live process is the writer; SegmentFullError if shared memory is full;
+        UntrustedSegmentError if another user owns the root segment or may write to it.
+        """
 
     def release(self) -> None:
-        """Stop being the writer."""
+        """Stop being the writer; nothing happens to who is not."""
 
     def create_root(self) -> Segment:
-        """Make an empty, writable root segment, replacing any of that name."""
+        """Make an empty, writable root segment, replacing any of that name; errors as in :meth:`acquire`."""
 
     def open_root(self, *, writable: bool = False) -> Segment:
-        """Map the root segment."""
+        """Map the root segment.
+
+        NotServingError if there is none; UntrustedSegmentError if another user owns it or may write to it.
+        """
 
     def create_data(self, generation: int, size: int) -> Segment:
-        """Make a data segment, zeroed and with all its memory reserved, replacing any of that name."""
+        """Make a data segment of ``size`` bytes, zeroed and all reserved, replacing any of that name.
+
+        SegmentFullError if shared memory is full, and nothing is left behind; UntrustedSegmentError if another
+        user made it; SegmentError if the root segment was removed behind the writer's back, so that the name may
+        be another writer's by now.
+        """
 
     def open_data(self, generation: int) -> Segment:
-        """Map a data segment for reading."""
+        """Map a data segment for reading; errors as in :meth:`open_root`."""
 
     def remove_data(self, *, keep: int | None) -> None:
-        """Remove the names of all data segments but one; whoever has them mapped keeps them."""
+        """Remove the names of all data segments but generation ``keep``; whoever has them mapped keeps them."""
 
     def root_replaced(self, root: Segment) -> bool:
-        """Tell whether the name leads to another root segment now."""
+        """Tell whether the name no longer leads to ``root``: it was removed, or another made."""

@@ -23,36 +23,26 @@ from shmelim.errors import (
 )
 from shmelim.shm.layout import ROOT_SIZE
 from shmelim.shm.native import READ_PATH
-from shmelim.shm.segment import Segment, check_name
+from shmelim.shm.segment import Namespace, Segment, check_name
 
 _SHM_DIR: Final = "/dev/shm"  # noqa: S108  # where Linux keeps POSIX shared memory
 _ZEROS: Final = bytes(1 << 20)
 
 
-class SharedNamespace:
+class SharedNamespace(Namespace):
     """Segments ``/shmelim.<name>`` and ``/shmelim.<name>.<generation>`` in POSIX shared memory.
 
-    Parameters
-    ----------
-    name
-        1 to 16 of ``a-z 0-9 _ -``.
-    mode
-        Permissions of segments made here: 0o600, or 0o640 to let a group read.
-    owner
-        For readers: the uid whose segments are trusted. Default: this user's and root's.
+    ``name`` is 1 to 16 of ``a-z 0-9 _ -``; ``mode`` the permissions of segments made here, 0o600, or 0o640 to let
+    a group read; ``owner`` the uid whose segments a reader trusts, by default this user's and root's.
 
-    Raises
-    ------
-    ValueError
-        For a bad name or mode.
-    UnsupportedPlatformError
-        The machine's memory order is too weak for the pure-Python path, and the extension is not there.
+    ValueError for a bad name or mode; UnsupportedPlatformError where the machine's memory order is too weak for
+    the pure-Python path, and the extension is not there.
 
-    Notes
-    -----
     The lock is an ``flock`` on the root segment itself, through a descriptor of its own: it has exactly the
     scope of the name, and the kernel releases it however the writer dies. A forked child closes its copy.
 
+    >>> SharedNamespace("docs").root_name
+    '/shmelim.docs'
     """
 
     def __init__(self, name: str, *, mode: int = 0o600, owner: int | None = None) -> None:
@@ -65,8 +55,8 @@ class SharedNamespace:
         # Written by the writer's thread only, and by the fork hook in a child.
         self._lock: int | None = None
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, (self.name, self._mode, sorted(self._trusted))
+    def __getstate__(self) -> dict[str, object]:
+        return vars(self) | {"_lock": None}
 
     @property
     def root_name(self) -> str:
@@ -78,18 +68,6 @@ class SharedNamespace:
         return f"{self.root_name}.{generation}"
 
     def acquire(self) -> None:
-        """Take the writer's lock, making the root segment (one page of zeros) if there is none.
-
-        Raises
-        ------
-        AlreadyServingError
-            A live process holds it.
-        SegmentFullError
-            ``/dev/shm`` is full.
-        UntrustedSegmentError
-            The root segment belongs to another user or may be written by one.
-
-        """
         while True:
             descriptor = self._open_lock()
             try:
@@ -118,14 +96,12 @@ class SharedNamespace:
                 raise _no_room(self.root_name, ROOT_SIZE, error) from error
 
     def release(self) -> None:
-        """Give the lock back; nothing happens if it is not held."""
         descriptor, self._lock = self._lock, None
         _locked.discard(self)
         if descriptor is not None:
             os.close(descriptor)
 
     def create_root(self) -> Segment:
-        """Make a new root segment under the lock and move the lock to it; errors as in :meth:`acquire`."""
         previous = self._lock
         self._unlink(self.root_name)
         # Whoever comes first makes it and locks it, in the same way as when there never was one.
@@ -135,31 +111,9 @@ class SharedNamespace:
         return self.open_root(writable=True)
 
     def open_root(self, *, writable: bool = False) -> Segment:
-        """Map the root segment.
-
-        Raises
-        ------
-        NotServingError
-            There is none.
-        UntrustedSegmentError
-            It belongs to another user or may be written by one.
-
-        """
         return self._open(self.root_name, writable=writable)
 
     def create_data(self, generation: int, size: int) -> Segment:
-        """Make a data segment of ``size`` bytes.
-
-        Raises
-        ------
-        SegmentFullError
-            ``/dev/shm`` is full; nothing is left behind.
-        UntrustedSegmentError
-            Another user made a segment of that name.
-        SegmentError
-            The root segment was removed behind the writer's back: the name may be another writer's by now.
-
-        """
         label = self.data_name(generation)
         if self._lost_name():
             raise SegmentError(
@@ -170,11 +124,9 @@ class SharedNamespace:
         return self._create(label, size)
 
     def open_data(self, generation: int) -> Segment:
-        """Map a data segment for reading; errors as in :meth:`open_root`."""
         return self._open(self.data_name(generation), writable=False)
 
     def remove_data(self, *, keep: int | None) -> None:
-        """Unlink every data segment of this name but generation ``keep``, unless the name was lost."""
         for generation in [] if self._lost_name() else self.generations():
             if generation != keep:
                 # What another user put there is not ours, and nothing reads it.
@@ -195,7 +147,6 @@ class SharedNamespace:
         self._unlink(self.root_name)
 
     def root_replaced(self, root: Segment) -> bool:
-        """Tell whether the name no longer leads to ``root`` (it was removed, or another made)."""
         try:
             other = self._open(self.root_name, writable=False)
         except SegmentError:
@@ -279,19 +230,14 @@ class SharedNamespace:
         try:
             shared = posix_ipc.SharedMemory(label, read_only=not writable)
         except posix_ipc.ExistentialError:
-            raise NotServingError(
-                f"nothing is served under the name {self.name!r}",
-                hint=f"start it with `shmelim serve --name {self.name}`",
-            ) from None
+            raise self._not_serving() from None
         except posix_ipc.PermissionsError:
             raise self._untrusted(label, "this user may not open it") from None
         try:
-            self._check_owner(shared.fd, label, writable=writable)
-            size = os.fstat(shared.fd).st_size
+            size = self._check_owner(shared.fd, label, writable=writable).st_size
             if size == 0:
-                raise self._unpublished()
-            protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-            return self._map(shared.fd, label, size, protection)
+                raise self._not_serving(": no writer has published anything yet")
+            return self._map(shared.fd, label, size, mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
         except (NotServingError, SegmentError):
             raise
         except (OSError, ValueError) as error:
@@ -299,17 +245,18 @@ class SharedNamespace:
         finally:
             shared.close_fd()
 
-    def _check_owner(self, descriptor: int, label: str, *, writable: bool) -> None:
+    def _check_owner(self, descriptor: int, label: str, *, writable: bool) -> os.stat_result:
         status = os.fstat(descriptor)
         trusted = {os.geteuid()} if writable else self._trusted
         if status.st_uid not in trusted:
             raise self._untrusted(label, f"it belongs to uid {status.st_uid}")
         if stat.S_IMODE(status.st_mode) & 0o022:
             raise self._untrusted(label, f"its mode {stat.S_IMODE(status.st_mode):#o} lets others write")
+        return status
 
-    def _unpublished(self) -> NotServingError:
+    def _not_serving(self, why: str = "") -> NotServingError:
         return NotServingError(
-            f"nothing is served under the name {self.name!r}: no writer has published anything yet",
+            f"nothing is served under the name {self.name!r}{why}",
             hint=f"start it with `shmelim serve --name {self.name}`",
         )
 
@@ -356,12 +303,6 @@ def _no_room(label: str, size: int, error: Exception) -> SegmentError:
             hint="enlarge /dev/shm (Docker: --shm-size) or remove what fills it; the published state stands",
         )
     return SegmentError(f"cannot make segment {label} of {size:,} bytes: {error}")
-
-
-def _reopen(name: str, mode: int, trusted: list[int]) -> SharedNamespace:
-    namespace = SharedNamespace(name, mode=mode)
-    namespace._trusted = set(trusted)  # noqa: SLF001
-    return namespace
 
 
 # Strong references: a namespace whose lock was never released still has it to drop in a child.

@@ -5,8 +5,6 @@
 
 #include "view.h"
 
-#include <limits.h>
-
 /* How often a read that takes long is tried before it says that publishes overtook it. */
 enum { ATTEMPTS = 16 };
 
@@ -27,34 +25,29 @@ count_retry(Table *table)
  *
  * With a GIL it is borrowed: only Python code replaces it, and between the two calls none runs. Whoever calls back
  * into Python, or releases the GIL, takes hold instead. */
-#ifdef Py_GIL_DISABLED
 static inline View *
 borrow_view(Table *table)
 {
+#ifdef Py_GIL_DISABLED
     View *view;
     Py_BEGIN_CRITICAL_SECTION(table);
     view = (View *)Py_XNewRef((PyObject *)table->view);
     Py_END_CRITICAL_SECTION();
     return view;
+#else
+    return table->view;
+#endif
 }
 
 static inline void
 release_view(View *view)
 {
+#ifdef Py_GIL_DISABLED
     Py_XDECREF(view);
-}
 #else
-static inline View *
-borrow_view(Table *table)
-{
-    return table->view;
-}
-
-static inline void
-release_view(View *Py_UNUSED(view))
-{
-}
+    (void)view;
 #endif
+}
 
 /* Have the segment attached that the version word names now. Runs Python code. */
 static int
@@ -92,21 +85,12 @@ begin(Table *table, uint64_t *version)
 static View *
 hold(Table *table, uint64_t *version)
 {
-    for (;;) {
-        View *view = borrow_view(table);
-        Py_XINCREF(view);
+    View *view = begin(table, version);
+    if (view != NULL) {
+        Py_INCREF(view);
         release_view(view);
-        if (view != NULL) {
-            *version = read_begin(&view->map);
-            if (*version >> SEQUENCE_BITS == view->map.generation) {
-                return view;
-            }
-            Py_DECREF(view);
-        }
-        if (attach(table) < 0) {
-            return NULL;
-        }
     }
+    return view;
 }
 
 /* Find the packed word of a key, 0 if it is absent. The lookup: everything else is variations of it. */
@@ -143,7 +127,7 @@ look_up_48(Table *table, const unsigned char *key, uint64_t *packed)
     if (LIKELY(view != NULL)) {
         uint64_t version = read_begin(&view->map);
         bool done = LIKELY(version >> SEQUENCE_BITS == view->map.generation)
-                    && LIKELY(probe_48(&view->map, version & 1, key, hash_48(&view->map, key), packed)
+                    && LIKELY(probe_48(&view->map, version & 1, key, xxh3_48(key, view->map.words_48), packed)
                               != CONTRADICTION)
                     && LIKELY(read_ends(&view->map, version));
         release_view(view);
@@ -154,37 +138,71 @@ look_up_48(Table *table, const unsigned char *key, uint64_t *packed)
     return look_up(table, key, INLINE_KEY, packed);
 }
 
-/* What is done with a record that was found: returns a new reference, or NULL with an exception. */
-typedef PyObject *(*Use)(View *view, unsigned which, const Span *span, uint64_t packed, void *context);
+/* What a record is wanted for: decode is called on its bytes where they stand; without it, they are copied. */
+typedef struct {
+    PyObject *decode;
+    uint32_t skip; /* of the record's first bytes; one that has no others is None */
+} Use;
 
-/* Find the record of a key and use it; None if the key is absent. An exception of use counts as its result does: only
- * if nothing was published meanwhile. */
 static PyObject *
-with_record(Table *table, const unsigned char *key, size_t size, Use use, void *context)
+use_record(const View *view, unsigned which, const Span *span, const Use *use)
+{
+    if (use->skip != 0 && span->size <= use->skip) {
+        return Py_NewRef(Py_None);
+    }
+    const unsigned char *start = view->map.copies[which].arena + span->start + use->skip;
+    Py_ssize_t size = (Py_ssize_t)(span->size - use->skip);
+    if (use->decode == NULL) {
+        return PyBytes_FromStringAndSize((const char *)start, size);
+    }
+    /* A memoryview of the whole memory, cut: it holds the mapping for as long as somebody holds on to it. */
+    Py_ssize_t at = start - (const unsigned char *)view->data.buf;
+    PyObject *whole = PyMemoryView_FromObject(view->data.obj);
+    PyObject *window = whole == NULL ? NULL : PySequence_GetSlice(whole, at, at + size);
+    Py_XDECREF(whole);
+    if (window == NULL) {
+        return NULL;
+    }
+    PyObject *result = PyObject_CallOneArg(use->decode, window);
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *released = PyObject_CallMethod(window, "release", NULL);
+    if (released == NULL) {
+        Py_CLEAR(result);
+    }
+    if (type != NULL) {
+        /* What decode raised tells more. */
+        PyErr_Restore(type, value, trace);
+    }
+    Py_XDECREF(released);
+    Py_DECREF(window);
+    return result;
+}
+
+/* Find the record of a key and use it; None if the key is absent. An exception of decode counts as its result does:
+ * only if nothing was published meanwhile. */
+static PyObject *
+with_record(Table *table, const unsigned char *key, size_t size, const Use *use, Span *span, uint64_t *packed)
 {
     for (;;) {
-        uint64_t version, packed;
-        Span span = {0, 0, 0, 0};
+        uint64_t version;
         View *view = hold(table, &version);
         if (view == NULL) {
             return NULL;
         }
         unsigned which = version & 1;
         PyObject *result = NULL;
-        Found found = probe(&view->map, which, key, size, hash_key(&view->map, key, size), &packed);
-        Found placed = found == FOUND ? find_record(&view->map, which, packed, &span) : found;
-        if (placed == FOUND) {
-            result = use(view, which, &span, packed, context);
-        }
-        else if (placed == ABSENT) {
-            result = Py_NewRef(Py_None);
+        Found found = probe(&view->map, which, key, size, hash_key(&view->map, key, size), packed);
+        Found placed = found == FOUND ? find_record(&view->map, which, *packed, span) : found;
+        if (placed != CONTRADICTION) {
+            result = placed == FOUND ? use_record(view, which, span, use) : Py_NewRef(Py_None);
         }
         if (read_ends(&view->map, version)) {
             if (found == CONTRADICTION) {
                 raise_corrupt((PyObject *)table, view, NO_END);
             }
             else if (placed == CONTRADICTION) {
-                raise_misplaced((PyObject *)table, view, packed, &span);
+                raise_misplaced((PyObject *)table, view, *packed);
             }
             Py_DECREF(view);
             return result;
@@ -199,71 +217,6 @@ with_record(Table *table, const unsigned char *key, size_t size, Use use, void *
         Py_XDECREF(result);
         count_retry(table);
     }
-}
-
-/* Call a function on a record's bytes where they stand; context is the function, and how much of the record to skip. */
-typedef struct {
-    PyObject *decode;
-    uint32_t skip;
-} Decoding;
-
-static PyObject *
-decode_in_place(View *view, unsigned which, const Span *span, uint64_t Py_UNUSED(packed), void *context)
-{
-    const Decoding *decoding = context;
-    if (decoding->skip != 0 && span->size <= decoding->skip) {
-        return Py_NewRef(Py_None);
-    }
-    /* A memoryview of the whole memory, cut: it holds the mapping for as long as somebody holds on to it. */
-    Py_ssize_t at = view->map.copies[which].arena - (const unsigned char *)view->data.buf;
-    Py_ssize_t start = at + (Py_ssize_t)(span->start + decoding->skip);
-    PyObject *whole = PyMemoryView_FromObject(view->data.obj);
-    PyObject *window = whole == NULL ? NULL : PySequence_GetSlice(whole, start, at + (Py_ssize_t)(span->start + span->size));
-    PyObject *result = window == NULL ? NULL : PyObject_CallOneArg(decoding->decode, window);
-    PyObject *views[] = {window, whole};
-    for (int n = 0; n < 2; n++) {
-        if (views[n] == NULL) {
-            continue;
-        }
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
-        PyObject *released = PyObject_CallMethod(views[n], "release", NULL);
-        if (released == NULL) {
-            /* What decode raised tells more. */
-            if (type != NULL) {
-                PyErr_Clear();
-            }
-            Py_CLEAR(result);
-        }
-        if (type != NULL) {
-            PyErr_Restore(type, value, trace);
-        }
-        Py_XDECREF(released);
-        Py_DECREF(views[n]);
-    }
-    return result;
-}
-
-static PyObject *
-copy_record(View *view, unsigned which, const Span *span, uint64_t Py_UNUSED(packed), void *context)
-{
-    uint32_t skip = *(const uint32_t *)context;
-    if (skip != 0 && span->size <= skip) {
-        return Py_NewRef(Py_None);
-    }
-    const unsigned char *start = view->map.copies[which].arena + span->start;
-    return PyBytes_FromStringAndSize((const char *)start + skip, (Py_ssize_t)(span->size - skip));
-}
-
-static PyObject *
-copy_entry(View *view, unsigned which, const Span *span, uint64_t packed, void *Py_UNUSED(context))
-{
-    uint32_t skip = 0;
-    PyObject *record = copy_record(view, which, span, packed, &skip);
-    if (record == NULL) {
-        return NULL;
-    }
-    return Py_BuildValue("kKN", (unsigned long)(packed & 0xFF), (unsigned long long)span->ordinal, record);
 }
 
 static int
@@ -292,18 +245,22 @@ table_flags(PyObject *op, PyObject *key)
     return PyLong_FromLong((long)(packed & 0xFF));
 }
 
-PyDoc_STRVAR(table_entry_doc,
-"_entry($self, key, /)\n--\n\nReturn flags, ordinal and a copy of the record of ``key``, or None.");
-
+/* Return flags, ordinal and a copy of the record of a key, or None. */
 static PyObject *
 table_entry(PyObject *op, PyObject *key)
 {
     const unsigned char *data;
     size_t size;
+    Span span;
+    uint64_t packed;
     if (bytes_key(key, &data, &size) < 0) {
         return NULL;
     }
-    return with_record((Table *)op, data, size, copy_entry, NULL);
+    PyObject *record = with_record((Table *)op, data, size, &(Use){NULL, 0}, &span, &packed);
+    if (record == NULL || record == Py_None) {
+        return record;
+    }
+    return Py_BuildValue("kKN", (unsigned long)(packed & 0xFF), (unsigned long long)span.ordinal, record);
 }
 
 PyDoc_STRVAR(table_read_doc,
@@ -317,43 +274,15 @@ static PyObject *
 table_read(PyObject *op, PyObject *args)
 {
     PyObject *key;
-    Decoding decoding = {NULL, 0};
+    Use use = {NULL, 0};
     const unsigned char *data;
     size_t size;
-    if (!PyArg_ParseTuple(args, "OO:read", &key, &decoding.decode) || bytes_key(key, &data, &size) < 0) {
+    Span span;
+    uint64_t packed;
+    if (!PyArg_ParseTuple(args, "OO:read", &key, &use.decode) || bytes_key(key, &data, &size) < 0) {
         return NULL;
     }
-    return with_record((Table *)op, data, size, decode_in_place, &decoding);
-}
-
-PyDoc_STRVAR(table_count_doc,
-"_counter($self, bit, /)\n--\n\nReturn how many entries have the flag with the value ``1 << bit``, 0 to 7.");
-
-static PyObject *
-table_counter(PyObject *op, PyObject *argument)
-{
-    Table *self = (Table *)op;
-    long bit = PyLong_AsLong(argument);
-    if (bit == -1 && PyErr_Occurred()) {
-        return NULL;
-    }
-    if (bit < 0 || bit >= FLAG_BITS) {
-        return PyErr_Format(PyExc_ValueError, "bit %ld must be 0 to %d", bit, FLAG_BITS - 1);
-    }
-    for (;;) {
-        uint64_t version;
-        View *view = begin(self, &version);
-        if (view == NULL) {
-            return NULL;
-        }
-        uint64_t count = load(view->map.copies[version & 1].header + FLAG_COUNTS + bit);
-        bool whole = read_ends(&view->map, version);
-        release_view(view);
-        if (whole) {
-            return PyLong_FromUnsignedLongLong(count);
-        }
-        count_retry(self);
-    }
+    return with_record((Table *)op, data, size, &use, &span, &packed);
 }
 
 #endif

@@ -25,19 +25,19 @@ typedef struct {
 
 static struct PyModuleDef native_module;
 
+/* The state of the module that made an object's type, or a base of it. */
 static State *
 state_of(PyObject *object)
 {
-    PyObject *module = PyType_GetModuleByDef(Py_TYPE(object), &native_module);
-    return module == NULL ? NULL : PyModule_GetState(module);
+    return PyModule_GetState(PyType_GetModuleByDef(Py_TYPE(object), &native_module));
 }
 
 typedef struct {
     PyObject_HEAD
-    Map map; /* map.version is NULL until map() was called */
+    Map map;
     Py_buffer root;
     Py_buffer data;
-    PyObject *label;
+    PyObject *label; /* NULL until all of it is mapped */
 } View;
 
 /* Check the numbers of a data header against the buffer, and compute from them where everything is. */
@@ -68,10 +68,7 @@ view_place(View *self, uint64_t capacity, uint64_t arena_size, uint64_t stride)
     return 0;
 }
 
-PyDoc_STRVAR(view_map_doc,
-"_map($self, root, data, label, generation, seed, capacity, arena_size, stride, /)\n--\n\n"
-"Hold the memory of root and data segment, and place the copies in it. Once per view.");
-
+/* Hold the memory of root and data segment, and place the copies in it. Once per view, even if it fails. */
 static PyObject *
 view_map(PyObject *op, PyObject *args)
 {
@@ -82,61 +79,49 @@ view_map(PyObject *op, PyObject *args)
                           &stride)) {
         return NULL;
     }
-    if (self->label != NULL) {
+    if (self->root.obj != NULL) {
         PyErr_SetString(PyExc_RuntimeError, "a view is mapped once");
         return NULL;
     }
-    if (PyObject_GetBuffer(root, &self->root, PyBUF_SIMPLE) < 0) {
-        return NULL;
-    }
-    if (PyObject_GetBuffer(data, &self->data, PyBUF_SIMPLE) < 0) {
-        PyBuffer_Release(&self->root);
+    if (PyObject_GetBuffer(root, &self->root, PyBUF_SIMPLE) < 0
+        || PyObject_GetBuffer(data, &self->data, PyBUF_SIMPLE) < 0
+        || view_place(self, capacity, arena_size, stride) < 0) {
         return NULL;
     }
     self->map.generation = generation;
     set_seed(&self->map, seed);
-    if (view_place(self, capacity, arena_size, stride) < 0) {
-        PyBuffer_Release(&self->root);
-        PyBuffer_Release(&self->data);
-        return NULL;
-    }
     self->label = Py_NewRef(label);
     Py_RETURN_NONE;
 }
 
-static int
-view_traverse(PyObject *op, visitproc visit, void *arg)
-{
-    View *self = (View *)op;
-    Py_VISIT(Py_TYPE(op));
-    Py_VISIT(self->root.obj);
-    Py_VISIT(self->data.obj);
-    return 0;
-}
-
-/* No tp_clear: buffers refer to memory, and memory refers to nothing, so that no cycle goes through a view. */
+/* No type of this extension takes part in garbage collection: buffers refer to memory and memory to nothing, so that no
+ * cycle goes through a view, nor through what refers to views. What a subclass adds is collected as its own. */
 static void
-view_dealloc(PyObject *op)
+free_object(PyObject *op)
 {
-    View *self = (View *)op;
     PyTypeObject *type = Py_TYPE(op);
-    PyObject_GC_UnTrack(op);
-    PyBuffer_Release(&self->root);
-    PyBuffer_Release(&self->data);
-    Py_CLEAR(self->label);
     type->tp_free(op);
     Py_DECREF(type);
 }
 
+static void
+view_dealloc(PyObject *op)
+{
+    View *self = (View *)op;
+    PyBuffer_Release(&self->root);
+    PyBuffer_Release(&self->data);
+    Py_XDECREF(self->label);
+    free_object(op);
+}
+
 static PyMethodDef view_methods[] = {
-    {"_map", view_map, METH_VARARGS, view_map_doc},
+    {"_map", view_map, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot view_slots[] = {
     {Py_tp_doc, "An attached data segment, with the root segment that named it."},
     {Py_tp_methods, view_methods},
-    {Py_tp_traverse, view_traverse},
     {Py_tp_dealloc, view_dealloc},
     {0, NULL},
 };
@@ -144,34 +129,24 @@ static PyType_Slot view_slots[] = {
 static PyType_Spec view_spec = {
     .name = "shmelim.shm._native.View",
     .basicsize = sizeof(View),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
     .slots = view_slots,
 };
 
 static void
 raise_corrupt(PyObject *op, const View *view, const char *what)
 {
-    State *state = state_of(op);
-    if (state != NULL) {
-        PyErr_Format(state->corrupt, "segment %U %s", view->label, what);
-    }
+    PyErr_Format(state_of(op)->corrupt, "segment %U %s", view->label, what);
 }
 
 #define NO_END "has no empty slot: a lookup cannot end"
 
-/* Say what is wrong with the record of a slot. */
 static void
-raise_misplaced(PyObject *op, const View *view, uint64_t packed, const Span *span)
+raise_misplaced(PyObject *op, const View *view, uint64_t packed)
 {
-    char what[128];
-    unsigned long long offset = packed >> 16;
-    if (offset + ENTRY_HEADER > view->map.arena_size) {
-        PyOS_snprintf(what, sizeof what, "has a record at %llu, outside its arena", offset);
-    }
-    else {
-        PyOS_snprintf(what, sizeof what, "has a record of %lu bytes at %llu that does not fit",
-                      (unsigned long)span->size, offset);
-    }
+    char what[80];
+    PyOS_snprintf(what, sizeof what, "has a record at %llu that does not fit into its arena",
+                  (unsigned long long)(packed >> 16));
     raise_corrupt(op, view, what);
 }
 

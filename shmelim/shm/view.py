@@ -7,12 +7,13 @@ a length: bad bytes give :class:`CorruptSegmentError`, never a crash.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from shmelim.errors import CorruptSegmentError
 from shmelim.shm import layout
 from shmelim.shm.layout import (
     ARENA_ENTRY,
+    COPY_HEADER_SIZE,
     ENTRY_HEADER,
     INLINE_KEY,
     KEY_LENGTH_SHIFT,
@@ -21,7 +22,6 @@ from shmelim.shm.layout import (
     PAGE,
     SLOT_WORDS,
     WORD,
-    DataHeader,
     unpack_data_header,
 )
 from shmelim.shm.segment import Segment
@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_NO_END: Final = "has no empty slot: a lookup cannot end"
+
 
 class Batch:
     """Keys of a batch lookup, prepared for probing before any version is looked at."""
 
-    def __init__(self, keys: Sequence[bytes]) -> None:
+    def __init__(self, keys: Sequence[bytes], seed: int) -> None:
         import numpy as np  # noqa: PLC0415  # loaded by whoever has a batch: see LOADING_NUMPY
 
         self.keys = keys
@@ -42,8 +44,7 @@ class Batch:
         self.inline: NDArray[np.uint64] = (
             np.array(keys, f"S{INLINE_KEY}").view(np.uint64).reshape(-1, INLINE_KEY // WORD)
         )
-        self.seed: int | None = None
-        self.hashes: NDArray[np.uint64] = self.lengths
+        self.hash_for(seed)
 
     def hash_for(self, seed: int) -> None:
         """Hash all keys with ``seed``."""
@@ -62,20 +63,21 @@ class View:
     """
 
     def __init__(self, segment: Segment, generation: int, root: Segment) -> None:
-        header: DataHeader = unpack_data_header(segment.memory[:PAGE], segment.size, generation, segment.label)
+        self.header = header = unpack_data_header(segment.memory[:PAGE], segment.size, generation, segment.label)
+        self.generation, self.seed, self.capacity, self.arena_size, _ = header
         self.segment = segment
         self.root = root
         self.memory = segment.memory
         self.words = segment.words
-        self.generation = generation
-        self.seed = header.seed
-        self.capacity = header.capacity
         self.mask = header.capacity - 1
-        self.stride = header.stride
-        self.arena_size = header.arena_size
         self.header_word = [header.copy_base(copy) // WORD for copy in (0, 1)]
         self.slot_word = [header.slots_base(copy) // WORD for copy in (0, 1)]
         self.arena = [header.arena_base(copy) for copy in (0, 1)]
+
+    def head(self, copy: int) -> list[int]:
+        """Return the words of a copy's header."""
+        at = self.header_word[copy]
+        return self.words[at : at + COPY_HEADER_SIZE // WORD].tolist()
 
     def probe(self, copy: int, key: bytes) -> int:
         """Return the packed word of ``key``'s slot, 0 if it is absent.
@@ -100,7 +102,7 @@ class View:
             if slot == base + self.capacity * SLOT_WORDS:
                 slot = base
             if slot == home:
-                raise self._full()
+                raise self.corrupt(_NO_END)
 
     def _same_key(self, copy: int, slot: int, packed: int, key: bytes) -> bool:
         length = len(key)
@@ -144,7 +146,7 @@ class View:
             unsettled = unsettled[left]
             index = (index[left] + np.uint64(1)) & mask
         else:
-            raise self._full()
+            raise self.corrupt(_NO_END)
         hits = np.flatnonzero(packed_of)
         lengths = batch.lengths[hits]
         doubtful = (
@@ -160,16 +162,15 @@ class View:
         """Return first byte, end and ordinal of a record, after checking that it lies in the arena."""
         offset = packed >> OFFSET_SHIFT
         if offset + ENTRY_HEADER > self.arena_size:
-            raise CorruptSegmentError(f"segment {self.segment.label} has a record at {offset}, outside its arena")
+            raise self.corrupt(f"has a record at {offset} that does not fit into its arena")
         at = self.arena[copy] + offset
         ordinal, _, length, key_length, _, _ = ARENA_ENTRY.unpack_from(self.memory, at)
         start = at + ENTRY_HEADER + key_length
         end = start + length
         if end > self.arena[copy] + self.arena_size or key_length != packed >> KEY_LENGTH_SHIFT & 0xFF:
-            raise CorruptSegmentError(
-                f"segment {self.segment.label} has a record of {length} bytes at {offset} that does not fit"
-            )
+            raise self.corrupt(f"has a record at {offset} that does not fit into its arena")
         return start, end, ordinal
 
-    def _full(self) -> CorruptSegmentError:
-        return CorruptSegmentError(f"segment {self.segment.label} has no empty slot: a lookup cannot end")
+    def corrupt(self, what: str) -> CorruptSegmentError:
+        """Return the error that says what is wrong with this segment."""
+        return CorruptSegmentError(f"segment {self.segment.label} {what}")

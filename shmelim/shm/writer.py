@@ -85,31 +85,25 @@ _ALL: Final = "all"
 
 
 class TableWriter:
-    """The one writer of a table.
+    """The one writer of the table whose segments are in ``namespace``.
 
-    Parameters
-    ----------
-    namespace
-        Where its segments go.
-    capacity
-        Smallest number of slots per copy; rounded up to a power of two. Half of them can be in use.
-    arena_size
-        Smallest number of bytes for records, per copy.
+    ``capacity`` is the smallest number of slots per copy, rounded up to a power of two, of which half can be in
+    use; ``arena_size`` the smallest number of bytes for records, per copy.
 
-    Raises
-    ------
-    AlreadyServingError
-        Another process writes this table.
-    SegmentFullError
-        No shared memory left.
-    UntrustedSegmentError
-        The name is taken by another user.
+    AlreadyServingError if another process writes this table; SegmentFullError if no shared memory is left;
+    UntrustedSegmentError if the name is taken by another user.
 
-    Notes
-    -----
     Nothing is published before :meth:`load`; until then readers go on with what a predecessor left. Not
     thread-safe: one thread owns it; :meth:`beat` alone may come from another. A forked child must not use it.
 
+    >>> from shmelim.shm import PrivateNamespace, TableReader
+    >>> namespace = PrivateNamespace()
+    >>> with TableWriter(namespace) as writer:
+    ...     writer.load([(b"key", 1, b"record", None)])
+    ...     with writer.transaction() as transaction:
+    ...         transaction.put(b"key", 3, b"another")
+    >>> TableReader(namespace).get(b"key")
+    Record(flags=3, ordinal=0, data=b'another')
     """
 
     def __init__(self, namespace: Namespace, *, capacity: int = 1024, arena_size: int = 1 << 18) -> None:
@@ -199,27 +193,15 @@ class TableWriter:
     def load(self, entries: Iterable[tuple[bytes, int, bytes, int | None]]) -> None:
         """Publish a whole table as the next generation: (key, flags, record, ordinal) with distinct keys.
 
-        Raises
-        ------
-        SegmentFullError
-            No shared memory left; what a predecessor published stays.
-        ValueError
-            A key or a record is out of bounds.
-
+        ValueError as in :meth:`Transaction.put`; SegmentFullError if no shared memory is left, and what was
+        published stays.
         """
         with self.transaction(replace=True) as transaction:
             for key, flags, record, ordinal in entries:
                 transaction.put(key, flags, record, ordinal)
 
     def transaction(self, *, replace: bool = False) -> Transaction:
-        """Begin a transaction; at most one is open at a time.
-
-        Parameters
-        ----------
-        replace
-            Start from an empty table instead of the current one.
-
-        """
+        """Begin a transaction, of which one can be open at a time; ``replace`` starts it from an empty table."""
         if self._pid != os.getpid():
             raise ShmelimError("this table writer is closed, or belongs to the process that forked this one")
         if self._open is not None:
@@ -372,25 +354,10 @@ class Transaction:
         self._staged: _Staged | None = None
 
     def put(self, key: bytes, flags: int, record: bytes = b"", ordinal: int | None = None) -> None:
-        """Set flags and record of a key.
+        """Set flags (0 to 255) and record (any bytes) of a key (1 to 255 bytes).
 
-        Parameters
-        ----------
-        key
-            1 to 255 bytes.
-        flags
-            0 to 255.
-        record
-            Any bytes.
-        ordinal
-            Its place in the order of a snapshot, 0 to 2**63 - 1. None: a new key goes last, a known one keeps its
-            place.
-
-        Raises
-        ------
-        ValueError
-            Something is out of bounds; the transaction is as before.
-
+        ``ordinal``, 0 to 2**63 - 1, is its place in the order of a snapshot; None: a new key goes last, a known
+        one keeps its place. ValueError if something is out of bounds, and the transaction is as before.
         """
         check_key(key)
         if not 0 <= flags <= 0xFF:  # noqa: PLR2004
@@ -422,11 +389,7 @@ class Transaction:
     def stage(self) -> None:
         """Do everything that can fail, out of sight of readers.
 
-        Raises
-        ------
-        SegmentFullError
-            No room to grow; the transaction is aborted and the published state stands.
-
+        SegmentFullError if there is no room to grow; the transaction is aborted and the published state stands.
         """
         self._check_open()
         if self._staged is not None:

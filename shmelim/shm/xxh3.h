@@ -26,7 +26,6 @@ static const uint64_t xxh3_secret[16] = {
 };
 
 /* The product of two words, its halves folded together. */
-#ifdef __SIZEOF_INT128__
 static inline uint64_t
 xxh3_fold(uint64_t a, uint64_t b)
 {
@@ -34,17 +33,6 @@ xxh3_fold(uint64_t a, uint64_t b)
     Wide product = (Wide)a * b;
     return (uint64_t)product ^ (uint64_t)(product >> 64);
 }
-#else
-static inline uint64_t
-xxh3_fold(uint64_t a, uint64_t b)
-{
-    uint64_t low_a = a & UINT32_MAX, high_a = a >> 32, low_b = b & UINT32_MAX, high_b = b >> 32;
-    uint64_t low = low_a * low_b, cross = high_a * low_b + (low >> 32);
-    uint64_t other = low_a * high_b + (cross & UINT32_MAX);
-    uint64_t high = high_a * high_b + (cross >> 32) + (other >> 32);
-    return (other << 32 | (low & UINT32_MAX)) ^ high;
-}
-#endif
 
 static inline uint64_t
 xxh3_mix(const unsigned char *at, uint64_t first, uint64_t second)

@@ -36,72 +36,6 @@ xxh64_round(uint64_t accumulator, uint64_t lane)
     return xxh64_rotate(accumulator + lane * XXH64_PRIME_2, 31) * XXH64_PRIME_1;
 }
 
-static inline uint64_t
-xxh64_merge(uint64_t accumulator, uint64_t other)
-{
-    return (accumulator ^ xxh64_round(0, other)) * XXH64_PRIME_1 + XXH64_PRIME_4;
-}
-
-typedef struct {
-    uint64_t a, b, c, d;
-} Xxh64Lanes;
-
-static inline Xxh64Lanes
-xxh64_begin(uint64_t seed)
-{
-    return (Xxh64Lanes){seed + XXH64_PRIME_1 + XXH64_PRIME_2, seed + XXH64_PRIME_2, seed, seed - XXH64_PRIME_1};
-}
-
-/* A stripe of 32 bytes. */
-static inline void
-xxh64_stripe(Xxh64Lanes *lanes, const unsigned char *at)
-{
-    lanes->a = xxh64_round(lanes->a, xxh64_word(at));
-    lanes->b = xxh64_round(lanes->b, xxh64_word(at + 8));
-    lanes->c = xxh64_round(lanes->c, xxh64_word(at + 16));
-    lanes->d = xxh64_round(lanes->d, xxh64_word(at + 24));
-}
-
-static inline uint64_t
-xxh64_converge(const Xxh64Lanes *lanes)
-{
-    uint64_t hash = xxh64_rotate(lanes->a, 1) + xxh64_rotate(lanes->b, 7) + xxh64_rotate(lanes->c, 12)
-                    + xxh64_rotate(lanes->d, 18);
-    hash = xxh64_merge(hash, lanes->a);
-    hash = xxh64_merge(hash, lanes->b);
-    hash = xxh64_merge(hash, lanes->c);
-    return xxh64_merge(hash, lanes->d);
-}
-
-/* What is left after the stripes: words, then half a word, then bytes. */
-static inline uint64_t
-xxh64_left_word(uint64_t hash, const unsigned char *at)
-{
-    return xxh64_rotate(hash ^ xxh64_round(0, xxh64_word(at)), 27) * XXH64_PRIME_1 + XXH64_PRIME_4;
-}
-
-static inline uint64_t
-xxh64_left_half(uint64_t hash, const unsigned char *at)
-{
-    uint32_t half;
-    memcpy(&half, at, sizeof half);
-    return xxh64_rotate(hash ^ half * XXH64_PRIME_1, 23) * XXH64_PRIME_2 + XXH64_PRIME_3;
-}
-
-static inline uint64_t
-xxh64_left_byte(uint64_t hash, const unsigned char *at)
-{
-    return xxh64_rotate(hash ^ *at * XXH64_PRIME_5, 11) * XXH64_PRIME_1;
-}
-
-static inline uint64_t
-xxh64_avalanche(uint64_t hash)
-{
-    hash = (hash ^ hash >> 33) * XXH64_PRIME_2;
-    hash = (hash ^ hash >> 29) * XXH64_PRIME_3;
-    return hash ^ hash >> 32;
-}
-
 /* The hash of any number of bytes. */
 static inline uint64_t
 xxh64(const unsigned char *data, size_t size, uint64_t seed)
@@ -109,23 +43,33 @@ xxh64(const unsigned char *data, size_t size, uint64_t seed)
     size_t left = size;
     uint64_t hash = seed + XXH64_PRIME_5;
     if (left >= 32) {
-        Xxh64Lanes lanes = xxh64_begin(seed);
-        for (; left >= 32; left -= 32, data += 32) {
-            xxh64_stripe(&lanes, data);
+        uint64_t lanes[] = {seed + XXH64_PRIME_1 + XXH64_PRIME_2, seed + XXH64_PRIME_2, seed, seed - XXH64_PRIME_1};
+        for (; left >= 32; left -= 32) {
+            for (int n = 0; n < 4; n++, data += 8) {
+                lanes[n] = xxh64_round(lanes[n], xxh64_word(data));
+            }
         }
-        hash = xxh64_converge(&lanes);
+        hash = xxh64_rotate(lanes[0], 1) + xxh64_rotate(lanes[1], 7) + xxh64_rotate(lanes[2], 12)
+               + xxh64_rotate(lanes[3], 18);
+        for (int n = 0; n < 4; n++) {
+            hash = (hash ^ xxh64_round(0, lanes[n])) * XXH64_PRIME_1 + XXH64_PRIME_4;
+        }
     }
     hash += size;
     for (; left >= 8; left -= 8, data += 8) {
-        hash = xxh64_left_word(hash, data);
+        hash = xxh64_rotate(hash ^ xxh64_round(0, xxh64_word(data)), 27) * XXH64_PRIME_1 + XXH64_PRIME_4;
     }
     for (; left >= 4; left -= 4, data += 4) {
-        hash = xxh64_left_half(hash, data);
+        uint32_t half;
+        memcpy(&half, data, sizeof half);
+        hash = xxh64_rotate(hash ^ half * XXH64_PRIME_1, 23) * XXH64_PRIME_2 + XXH64_PRIME_3;
     }
     for (; left > 0; left--, data++) {
-        hash = xxh64_left_byte(hash, data);
+        hash = xxh64_rotate(hash ^ *data * XXH64_PRIME_5, 11) * XXH64_PRIME_1;
     }
-    return xxh64_avalanche(hash);
+    hash = (hash ^ hash >> 33) * XXH64_PRIME_2;
+    hash = (hash ^ hash >> 29) * XXH64_PRIME_3;
+    return hash ^ hash >> 32;
 }
 
 #endif

@@ -94,7 +94,6 @@ class Damaged:
             yield lambda key=key: lookups._read(key.decode(), bytes)
         yield lambda: table._fill(ASKED, bytearray(len(ASKED)), 0)
         yield lambda: table._fill(np.array(ASKED), bytearray(len(ASKED)), 1)
-        yield lambda: table._counter(3)
         for mask, form in itertools.product((0, 1, 3), range(4)):
             yield lambda mask=mask, form=form: table._collect(mask, form, HEAD)
 

@@ -46,8 +46,8 @@ class Interposed(PrivateNamespace):
     def create_data(self, generation: int, size: int) -> Segment:
         memory = Memory(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.act = self.run
-        self._data[generation] = Segment(f"{generation}", memory)
-        return self._data[generation]
+        self._segments[generation] = Segment(f"{generation}", memory)
+        return self._segments[generation]
 
 
 @pytest.mark.parametrize("changes", [1, 50, 1000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import random
 import sys
 from typing import TYPE_CHECKING
@@ -10,10 +11,12 @@ import crashing
 import pytest
 
 from shmelim.errors import ShmelimError
-from shmelim.shm import Namespace, Record, SharedNamespace, TableReader, TableWriter
+from shmelim.shm import Namespace, Record, SharedNamespace, TableReader, TableWriter, shared
+from shmelim.shm import writer as writer_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import ModuleType
 
 
 @pytest.fixture
@@ -543,3 +546,9 @@ def test_interrupt_by_a_bad_record_leaves_no_segment(table_name: str) -> None:
             transaction.stage()
         assert namespace.generations() == [1]
         assert state(TableReader(namespace)) == ABC[:1]
+
+
+@pytest.mark.parametrize("module", [shared, writer_module])
+def test_the_examples_in_the_documentation_hold(module: ModuleType) -> None:
+    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(module).attempted > 0
