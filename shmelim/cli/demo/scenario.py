@@ -61,7 +61,9 @@ class Process(subprocess.Popen[str]):
     def hear(self) -> str:
         """Return the next line that it says; ShmelimError where it ends, or is silent for a minute."""
         assert self.stdout is not None
-        if select.select([self.stdout], [], [], _PATIENCE)[0] and (line := self.stdout.readline()):
+        waiting = select.poll()
+        waiting.register(self.stdout, select.POLLIN)
+        if waiting.poll(1000 * _PATIENCE) and (line := self.stdout.readline()):
             return line
         said = self._log.read_text(errors="replace").splitlines() or ["it said nothing"]
         raise ShmelimError(f"process {self.pid} of the demo ended or hangs: {said[-1]}")
