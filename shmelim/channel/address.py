@@ -118,8 +118,8 @@ def listen(sock: socket.socket, location: Location, patience: float) -> tuple[Lo
     """Make a socket listen, without blocking; return the real address, and the socket file if there is one.
 
     A Unix socket file gets mode 0600, and replaces one at which nobody answers. Port 0 lets the system choose one.
-    `patience` seconds are for others that start or stop in the same directory. ``ChannelError`` if
-    the address is taken or cannot be used. The caller closes the socket, also then.
+    `patience` seconds are for others that start or stop in the same directory. ``ChannelError`` if the address is
+    taken or cannot be used. The caller closes the socket, also then.
     """
     with _explained(location):
         sock.setblocking(False)  # noqa: FBT003

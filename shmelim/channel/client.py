@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, Self
@@ -210,15 +209,11 @@ class ChannelClient:
         deadline = monotonic() + (self._timeout if timeout is None else _checked_seconds("timeout", timeout))
         self._connections.give_back(self._connections.take() or self._dial(deadline))
 
-    def proxy(
-        self, *, timeout: float | None = None, idempotent: Collection[str] = (), methods: Collection[str] = ()
-    ) -> Proxy:
+    def proxy(self, *, idempotent: Collection[str] = (), methods: Collection[str] = ()) -> Proxy:
         """Return an object whose remote methods can be called like its own.
 
         Parameters
         ----------
-        timeout
-            Seconds for each call; None: the client's.
         idempotent
             Names of the methods that may be carried out twice.
         methods
@@ -230,7 +225,7 @@ class ChannelClient:
             ``proxy.some_rpc(1, x=2)`` is ``call("some_rpc", (1,), {"x": 2})``.
 
         """
-        return Proxy(self, timeout, frozenset(idempotent), frozenset(methods))
+        return Proxy(self, frozenset(idempotent), frozenset(methods))
 
     def retire(self, why: str) -> None:
         """Take no more calls, which raise ``ChannelError(why)``; those under way are left alone. Idempotent."""
@@ -342,20 +337,15 @@ class ChannelClient:
 class Connections:
     """The connections of one client. Every method is thread-safe and short.
 
-    A signal handler may call any method, also while its thread is inside one: :meth:`close` most of all. In a
-    forked child it is empty, and its copies of the descriptors are closed without a word to the server.
+    A signal handler may call any method, also while its thread is inside one: :meth:`close` most of all. So there
+    is no lock, but only atomic steps on a dict and a list; and whoever has entered a connection looks once more
+    whether it was closed meanwhile. In a forked child it is empty.
     """
 
     def __init__(self) -> None:
         self.refusal: str | None = None  # why no more connections are handed out; never goes back
-        # The lock guards everything below, from other threads. It is re-entrant, since a signal handler that
-        # closes may have interrupted its holder at any point: so whoever has entered a wire looks once more
-        # whether it was closed meanwhile. `_wires` has every connection; `_idle` those that no call uses, the
-        # last used one last. Entries of `_wires` are also made inside forks.creating_descriptors, so that a
-        # forked child finds every inherited descriptor here.
-        self._lock = threading.RLock()
-        self._wires: dict[Wire, None] = {}
-        self._idle: list[Wire] = []
+        self._wires: dict[Wire, None] = {}  # all
+        self._idle: list[Wire] = []  # those that no call uses, the last used one last
         forks.register(self)
 
     def __del__(self) -> None:
@@ -365,14 +355,12 @@ class Connections:
 
     def open(self, location: Location) -> Wire:
         """Enter a new wire, which is not connected yet; ``ChannelError`` when closed."""
-        with forks.creating_descriptors:
-            try:
-                sock = new_socket(location)
-            except OSError as error:
-                raise cannot_connect(location, error) from error
-            with self._lock:
-                wire = Wire(sock)
-                self._wires[wire] = None
+        try:
+            with forks.creating_descriptors:
+                wire = Wire(new_socket(location))
+        except OSError as error:
+            raise cannot_connect(location, error) from error
+        self._wires[wire] = None
         if self.refusal is not None:
             self.discard(wire)
             raise ChannelError(self.refusal)
@@ -395,20 +383,17 @@ class Connections:
 
     def give_back(self, wire: Wire) -> None:
         """Make a connection idle after a complete exchange; it is closed if there are enough."""
-        with self._lock:
-            # A wire that was in use at a fork is not in the child's books.
-            kept = len(self._idle) < _MOST_IDLE and wire in self._wires
-            if kept:
-                self._idle.append(wire)
-        if not kept:
+        # A wire that was in use at a fork is not in the child's books.
+        if len(self._idle) >= _MOST_IDLE or wire not in self._wires:
             self.discard(wire)
-        elif self.refusal is not None:
+            return
+        self._idle.append(wire)
+        if self.refusal is not None:
             self._close_idle()
 
     def discard(self, wire: Wire) -> None:
         """Strike a connection that its caller has in use, and close it."""
-        with self._lock:
-            self._wires.pop(wire, None)
+        self._wires.pop(wire, None)
         wire.close()
 
     def retire(self, why: str) -> None:
@@ -420,9 +405,8 @@ class Connections:
     def close(self, why: str) -> None:
         """Retire, and shut the connections in use, which their users then discard; idempotent."""
         self.retire(why)
-        with self._lock:
-            for wire in list(self._wires):
-                wire.shutdown()
+        for wire in list(self._wires):
+            wire.shutdown()
 
     def _close_idle(self) -> None:
         with contextlib.suppress(IndexError):
@@ -430,12 +414,8 @@ class Connections:
                 self.discard(self._idle.pop())
 
     def after_fork_in_child(self) -> None:
-        """Close the inherited descriptors. Called by :mod:`shmelim.system.forks`."""
-        self._lock = threading.RLock()
-        for wire in self._wires:
-            wire.abandon()
-        self._wires = {}
-        self._idle = []
+        """Forget all, which is the parent's. Called by :mod:`shmelim.system.forks`."""
+        self._wires, self._idle = {}, []
 
 
 class Proxy:
@@ -455,15 +435,8 @@ class Proxy:
 
     """
 
-    def __init__(
-        self,
-        client: ChannelClient,
-        timeout: float | None,
-        idempotent: frozenset[str],
-        methods: frozenset[str],
-    ) -> None:
+    def __init__(self, client: ChannelClient, idempotent: frozenset[str], methods: frozenset[str]) -> None:
         self._client = client
-        self._timeout = timeout
         self._idempotent = idempotent
         self._methods = methods
 
@@ -473,9 +446,7 @@ class Proxy:
             raise UnknownMethodError(f"{name!r} is not the name of a remote method", hint=hint)
 
         def remote_method(*args: Any, **kwargs: Any) -> Any:
-            return self._client.call(
-                name, args, kwargs, timeout=self._timeout, idempotent=name in self._idempotent
-            )
+            return self._client.call(name, args, kwargs, idempotent=name in self._idempotent)
 
         remote_method.__name__ = remote_method.__qualname__ = name
         self.__dict__[name] = remote_method  # the next access finds it without coming here

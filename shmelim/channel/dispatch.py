@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from shmelim.channel.codec import Codec, UncarriedValueError
-from shmelim.channel.failures import is_expected, pack_failure
-from shmelim.errors import MessageTooLargeError, ProtocolError, UnknownMethodError
+from shmelim.channel.failures import pack_failure
+from shmelim.errors import MessageTooLargeError, ProtocolError, ShmelimError, UnknownMethodError
 from shmelim.system.logs import LimitedLog
 
 _NAME_SHOWN = 100  # characters of a peer's method name that go into messages
+_ANSWERS = (ValueError, TypeError, LookupError, ShmelimError)  # no faults of the server, that its log must explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Caller:
 
 
 # Set once in each connection's thread, which serves one client only.
-_caller: ContextVar[Caller | None] = ContextVar("shmelim_rpc_caller", default=None)
+this_caller: ContextVar[Caller | None] = ContextVar("shmelim_rpc_caller", default=None)
 
 
 def current_caller() -> Caller | None:
@@ -44,12 +45,7 @@ def current_caller() -> Caller | None:
     True
 
     """
-    return _caller.get()
-
-
-def set_caller(caller: Caller) -> None:
-    """Make `caller` the caller of whatever this thread runs from now on."""
-    _caller.set(caller)
+    return this_caller.get()
 
 
 def is_remote_name(name: str, listed: Collection[str] = ()) -> bool:
@@ -67,12 +63,11 @@ class Dispatcher:
     def __init__(
         self,
         target: object,
-        *,
+        methods: Collection[str],
         codec: Codec,
         max_message: int,
         service_name: str,
         log: LimitedLog,
-        methods: Collection[str] = (),
     ) -> None:
         self._codec = codec
         self._max_message = max_message
@@ -94,7 +89,7 @@ class Dispatcher:
             method = self._methods.get(name) or self._unknown(name)
             result = method(*args, **kwargs)
         except BaseException as error:  # a method must not end the thread of its connection
-            if not is_expected(error):
+            if not isinstance(error, _ANSWERS):
                 self._log(logging.ERROR, "method failed", "%s: %s failed", self._service_name, name, exc_info=True)
             return self._failure(number, error)
         try:
@@ -124,15 +119,14 @@ def _remote_methods(target: object, listed: Collection[str]) -> dict[str, Callab
     if isinstance(listed, str):
         raise TypeError(f"methods is a collection of names, not the text {listed!r}")
     kind = type(target)
-    methods = {}
+    methods: dict[str, Callable[..., Any]] = {}
     for name in dir(kind):
-        if not is_remote_name(name, listed):
-            continue
-        raw = inspect.getattr_static(kind, name)
-        if isinstance(raw, type) or not (callable(raw) or isinstance(raw, (staticmethod, classmethod))):
-            continue  # a property, a constant, a nested class
-        bind = getattr(type(raw), "__get__", None)
-        methods[name] = raw if bind is None else bind(raw, target, kind)
+        raw: Any = inspect.getattr_static(kind, name)
+        # Not a property, a constant or a nested class.
+        is_method = isinstance(raw, (staticmethod, classmethod)) or (callable(raw) and not isinstance(raw, type))
+        if is_method and is_remote_name(name, listed):
+            bind = getattr(type(raw), "__get__", None)
+            methods[name] = raw if bind is None else bind(raw, target, kind)
     for name in listed:
         if name not in methods:
             raise ValueError(f"methods: {kind.__qualname__} has no public method {name!r} that could be served")

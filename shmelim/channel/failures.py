@@ -61,11 +61,6 @@ def unpack_failure(parts: Any) -> Exception:
     raise ProtocolError("the server's error reply has an unknown form")
 
 
-def is_expected(error: BaseException) -> bool:
-    """Whether `error` answers the caller, rather than being a fault of the server that its log should explain."""
-    return isinstance(error, (ValueError, TypeError, LookupError, ShmelimError))
-
-
 def _builtin_exception(name: str) -> type[Exception] | None:
     kind = vars(builtins).get(name)
     return kind if isinstance(kind, type) and issubclass(kind, Exception) else None

@@ -20,7 +20,7 @@ KeyPath: TypeAlias = str | os.PathLike[str]
 KEY_SIZE = 32
 _SHORTEST = 16  # bytes; a shorter key is a mistake
 
-# A FIFO must not block the open, and a symbolic link may point to a file that somebody else controls.
+# A FIFO must not block the open, and a symbolic link may lead to a file that somebody else controls.
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _ANEW = "stop the server, delete the file, and start the server again"
 

@@ -26,8 +26,6 @@ _RELIEVED = 0.9  # of the bound: with fewer connections than that it is not crow
 class Peer:
     """One connection, seen from the server. Its own thread uses the wire; any may shut it down."""
 
-    __slots__ = ("idle_since", "label", "pid", "state", "thread", "uid", "wire")
-
     def __init__(self, sock: socket.socket, patience: float) -> None:
         self.wire = Wire(sock, patience)
         self.pid, self.uid = peer_credentials(sock)
@@ -48,28 +46,19 @@ class Peers:
         self.closing = False  # never goes back
         faults = ("refused", "dropped", "wrong_key", "malformed", "overdue")
         self.counts = dict.fromkeys(("accepted", "calls", "reclaimed", *faults), 0)
-        self._begin()
-
-    def _begin(self) -> None:
         # One lock guards everything here. Nothing blocks or logs while it is held. Re-entrant, since a signal
         # handler may close the server while its thread looks at the counts.
         self.lock = threading.RLock()
-        # Everyone whose thread has not ended, in the order in which they came. Entries are made inside
-        # forks.creating_descriptors, so that a forked child finds every inherited descriptor here.
+        # Everyone whose thread has not ended, in the order in which they came.
         self._all: dict[Peer, None] = {}
 
     def accept(self, listener: socket.socket, patience: float) -> Peer:
         """Accept a connection from a non-blocking listener and enter it; ``OSError`` if there is none."""
         with forks.creating_descriptors:
-            sock, _ = listener.accept()
-            try:
-                peer = Peer(sock, patience)
-            except BaseException:
-                sock.close()
-                raise
-            with self.lock:
-                self._all[peer] = None
-                self.counts["accepted"] += 1
+            peer = Peer(listener.accept()[0], patience)
+        with self.lock:
+            self._all[peer] = None
+            self.counts["accepted"] += 1
         return peer
 
     def _those(self, *states: State) -> list[Peer]:
@@ -94,13 +83,13 @@ class Peers:
         """
         with self.lock:
             idle = [peer for peer in self._those("idle") if not peer.wire.begun]
-            if not idle:
-                return False
-            peer = min(idle, key=lambda peer: peer.idle_since)
-            peer.state = "gone"
-            self.counts["reclaimed"] += 1
-            peer.wire.bid_farewell(GOODBYE)  # its thread sends nothing; or its welcome, which this may overtake
-            return True
+            if idle:
+                peer = min(idle, key=lambda peer: peer.idle_since)
+                peer.state = "gone"
+                self.counts["reclaimed"] += 1
+                # Its own thread sends nothing; or its welcome, which this may overtake.
+                peer.wire.bid_farewell(GOODBYE)
+            return bool(idle)
 
     def prove(self, peer: Peer) -> Admission:
         """Decide about a connection that has proven to hold the key."""
@@ -143,9 +132,8 @@ class Peers:
     def drain(self, seconds: float, join: float) -> int:
         """End all connections: idle ones at once with a goodbye, the others when their call ends or time is over.
 
-        Call it after :meth:`begin_closing`, when nothing is accepted any more. The connection of the calling
-        thread, if it has one, ends after its reply. `join` is for the threads of the others. Return how many calls
-        still run; their threads go on, but their replies are lost.
+        Call it when nothing is accepted any more. That of the calling thread, if it has one, ends after its reply.
+        `join` is for the threads of the others. Return how many calls still run, whose replies are lost.
         """
         with self.lock:
             others = [peer for peer in self._all if peer.thread is not threading.current_thread()]
@@ -169,11 +157,8 @@ class Peers:
             return now | self.counts
 
     def abandon(self) -> None:
-        """Close all descriptors of a forked child's copy, and forget them; nothing else is touched."""
-        peers, self.closing = self._all, True
-        self._begin()
-        for peer in peers:
-            peer.wire.abandon()
+        """Forget all, in a forked child, where the wires have been closed."""
+        self.closing, self.lock, self._all = True, threading.RLock(), {}
 
 
 def _join(peers: list[Peer], seconds: float) -> None:

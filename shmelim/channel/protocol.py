@@ -52,15 +52,6 @@ class Hello(NamedTuple):
     program: str
 
 
-class Welcome(NamedTuple):
-    """What a server answers; `refusal` says why it takes no requests."""
-
-    protocol: int
-    service_name: str
-    refusal: str | None
-    max_message: int  # longest request in bytes
-
-
 def encode_hello() -> bytes:
     """Return this process' hello."""
     program = Path((sys.argv and sys.argv[0]) or sys.executable).name
@@ -78,14 +69,6 @@ def decode_hello(data: bytes) -> Hello:
 def encode_welcome(service_name: str, refusal: str | None, max_message: int) -> bytes:
     """Return the answer to a hello."""
     return MSGPACK.dumps([PROTOCOL, _short(service_name), refusal, max_message])
-
-
-def decode_welcome(data: bytes) -> Welcome:
-    """Return the welcome in `data`; ``ProtocolError`` if there is none."""
-    match MSGPACK.loads(data):
-        case [int(protocol), str(service_name), None | str() as refusal, int(max_message), *_]:
-            return Welcome(protocol, service_name, refusal, max_message)
-    raise ProtocolError("the server's welcome has an unknown form")
 
 
 def greet(wire: Wire, key: bytes, where: str) -> int:
@@ -108,17 +91,20 @@ def greet(wire: Wire, key: bytes, where: str) -> int:
     if is_managers_reply(answer):
         raise _stranger(where, "a multiprocessing manager (BaseManager), and it holds the same key")
     try:
-        welcome = decode_welcome(answer)
+        parts = MSGPACK.loads(answer)
     except ProtocolError as error:
         raise _stranger(where, f"a program that holds the key ({error.message})") from error
-    if welcome.protocol != PROTOCOL:
-        raise ProtocolError(
-            f"{welcome.service_name} at {where} speaks protocol {welcome.protocol}, this client {PROTOCOL}",
-            hint="run the same version of the package at both ends",
-        )
-    if welcome.refusal is not None:
-        raise ChannelError(f"the server at {where} refuses the connection: {welcome.refusal}")
-    return welcome.max_message
+    match parts:
+        case [int(protocol), str(name), *_] if protocol != PROTOCOL:
+            raise ProtocolError(
+                f"{name} at {where} speaks protocol {protocol}, this client {PROTOCOL}",
+                hint="run the same version of the package at both ends",
+            )
+        case [int(), str(), None, int(longest), *_]:
+            return longest
+        case [int(), str(), str(refusal), *_]:
+            raise ChannelError(f"the server at {where} refuses the connection: {refusal}")
+    raise _stranger(where, "a program that holds the key (its welcome has an unknown form)")
 
 
 def receive_hello(wire: Wire, key: bytes, service: str) -> Hello:

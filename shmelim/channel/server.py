@@ -23,7 +23,7 @@ from typing import Final, Self
 
 from shmelim.channel.address import LOCK_WAIT, Address, SocketFile, describe, listen, new_socket, normalize
 from shmelim.channel.codec import MSGPACK, Codec
-from shmelim.channel.dispatch import Caller, Dispatcher, set_caller
+from shmelim.channel.dispatch import Caller, Dispatcher, this_caller
 from shmelim.channel.failures import FAILURE_LIMIT
 from shmelim.channel.key import check_key, restore_key
 from shmelim.channel.peers import Peer, Peers
@@ -130,9 +130,9 @@ class ChannelServer:
     ) -> None:
         if not FAILURE_LIMIT <= max_message < 2**31:
             raise ValueError(f"max_message must be {FAILURE_LIMIT} bytes to 2 GiB, not {max_message}")
-        if max_connections < 1 or max_pending < 1:
+        if min(max_connections, max_pending) < 1:
             raise ValueError("max_connections and max_pending must be 1 or more")
-        if handshake_timeout <= 0 or message_timeout <= 0:
+        if min(handshake_timeout, message_timeout) <= 0:
             raise ValueError("handshake_timeout and message_timeout must be more than 0 seconds")
         self._authkey = check_key(authkey)
         self._location = normalize(address)
@@ -143,14 +143,7 @@ class ChannelServer:
         self._key_path = None if key_path is None else Path(key_path)
         self._problems = Problems() if problems is None else problems
         self._log = LimitedLog(_logger)
-        self._dispatcher = Dispatcher(
-            target,
-            codec=codec,
-            max_message=max_message,
-            service_name=service_name,
-            log=self._log,
-            methods=methods,
-        )
+        self._dispatcher = Dispatcher(target, methods, codec, max_message, service_name, self._log)
         self._peers = Peers(max_pending=max_pending, max_proven=max_connections)
         self._closed = threading.Event()
         # Written by start(), then by the accepting thread, then by the one close() that comes first; a forked
@@ -375,7 +368,7 @@ class ChannelServer:
             raise ProtocolError(f"it speaks protocol {hello.protocol}, this server {PROTOCOL}")
         pid = hello.pid if peer.pid is None else peer.pid
         peer.label = f"process {pid} ({hello.program!r})"
-        set_caller(Caller(pid, peer.uid, hello.program))
+        this_caller.set(Caller(pid, peer.uid, hello.program))
         wire.deadline = None
         return True
 

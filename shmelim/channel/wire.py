@@ -19,6 +19,7 @@ import struct
 import threading
 
 from shmelim.errors import ProtocolError
+from shmelim.system import forks
 from shmelim.system.clock import monotonic
 
 _HEADER = struct.Struct("!i")
@@ -55,10 +56,9 @@ class Wire:
     """A connected stream socket with message framing and deadlines, which owns the socket.
 
     One thread at a time may send and receive; :meth:`shutdown`, :meth:`bid_farewell` and :meth:`close` may come
-    from any. After an error of sending or receiving the wire is of no use any more.
+    from any. After an error of sending or receiving the wire is of no use any more. Make it together with its
+    socket inside ``forks.creating_descriptors``: a forked child closes its copy without a word to the peer.
     """
-
-    __slots__ = ("_closing", "_readable", "_surplus", "begun", "deadline", "longest", "patience", "sock")
 
     def __init__(self, sock: socket.socket, patience: float = 0.0) -> None:
         sock.setblocking(False)  # noqa: FBT003
@@ -74,12 +74,10 @@ class Wire:
         # Orders shutdown() before close(), so that it never hits a descriptor number that was given away again.
         # Re-entrant, since a signal handler may shut a wire that its thread is about to close.
         self._closing = threading.RLock()
+        forks.register(self)
 
     def send_bytes(self, data: bytes) -> None:
-        """Send one message of up to 2 GiB; ``TimeoutError`` if the peer did not take it in time, or ``OSError``.
-
-        After an error the peer cannot have got the whole message: the kernel never accepted all of it.
-        """
+        """Send one message of up to 2 GiB; after an error (``OSError``) the peer cannot have got all of it."""
         deadline = self.deadline
         now = monotonic()
         if deadline is None:
@@ -111,11 +109,10 @@ class Wire:
                 parts[0] = parts[0][sent:]
 
     def recv_bytes(self, maxlength: int) -> bytes:
-        """Receive one message of at most that length; nothing is allocated for a length that is only announced.
+        """Receive one message; nothing is allocated for a length that is only announced.
 
-        ``EOFError`` if the connection was closed or shut down, ``TimeoutError`` if the deadline passed or a
-        message that had begun did not end in time, ``ProtocolError`` if a longer one was announced, or
-        ``OSError``.
+        ``EOFError`` if the connection was closed or shut down, ``TimeoutError`` if the message did not come or end
+        in time, ``ProtocolError`` if a longer one was announced, or ``OSError``.
         """
         deadline = self.deadline
         data, self._surplus = self._surplus, b""
@@ -178,21 +175,18 @@ class Wire:
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def bid_farewell(self, data: bytes) -> None:
-        """Send a short last message if that is possible at once, then :meth:`shutdown`.
-
-        Another thread may be receiving meanwhile, but none sending.
-        """
+        """Send a short last message if that is possible at once, and shut down; no thread may be sending."""
         with self._closing, contextlib.suppress(OSError):  # no room, or nobody there: then without it
             self.sock.send(_HEADER.pack(len(data)) + data)
         self.shutdown()
 
     def close(self) -> None:
-        """Release the descriptor. Call it when no other thread uses the wire; idempotent."""
+        """Release the descriptor, which no other thread may be using; idempotent."""
         with self._closing:
             self.sock.close()
 
-    def abandon(self) -> None:
-        """Close a forked child's copy of the descriptor: without the lock and without a word to the peer."""
+    def after_fork_in_child(self) -> None:
+        """Close the child's copy, whoever held the lock. Called by :mod:`shmelim.system.forks`."""
         self._closing = threading.RLock()
         self.sock.close()
 

@@ -47,11 +47,7 @@ def writing(what: str, hint: str | None = None) -> Iterator[None]:
 
 
 def write_whole(
-    path: Path,
-    parts: Iterable[bytes],
-    *,
-    mode: int = 0o600,
-    before_rename: Callable[[], object] | None = None,
+    path: Path, parts: Iterable[bytes], *, mode: int = 0o600, before_rename: Callable[[], object] | None = None
 ) -> None:
     """Replace a file in one step; it is durable when this returns.
 
@@ -100,12 +96,11 @@ def _remove_leftovers(path: Path) -> None:
     """Remove what writers of this file left behind when they were killed."""
     for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
         owner = leftover.name.removeprefix(f".{path.name}.").split(".")[0]
-        try:
-            os.kill(int(owner), 0)
-        except ProcessLookupError:
-            leftover.unlink(missing_ok=True)
-        except (ValueError, OverflowError, PermissionError):
-            continue
+        with suppress(ValueError, OverflowError, PermissionError):
+            try:
+                os.kill(int(owner), 0)
+            except ProcessLookupError:
+                leftover.unlink(missing_ok=True)
 
 
 def write_aside(path: Path, what: str, content: bytes, suffix: str = "") -> Path:

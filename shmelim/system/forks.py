@@ -7,10 +7,13 @@ descriptor together with its entry in its own books inside :func:`creating_descr
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
 from typing import Protocol
+
+_logger = logging.getLogger("shmelim.forks")
 
 
 class ForkAware(Protocol):
@@ -38,7 +41,10 @@ def register(owner: ForkAware) -> None:
 def _in_child() -> None:
     try:
         for owner in list(_owners):
-            owner.after_fork_in_child()
+            try:
+                owner.after_fork_in_child()
+            except Exception:  # the others have descriptors, too
+                _logger.exception("a %s failed after a fork", type(owner).__qualname__)
     finally:
         creating_descriptors.release()
 

@@ -160,7 +160,8 @@ def test_a_crowd_that_calls_all_the_time_loses_and_repeats_nothing(address, targ
         def work():
             with ChannelClient(server.address, KEY, timeout=PATIENCE) as client:
                 calls = 0
-                while calls < 60 and not errors:
+                # Until connections have made room, however the threads take turns.
+                while not errors and (calls < 60 or server.stats()["reclaimed"] < 20):
                     try:
                         client.call("add_rpc")
                     except ChannelError as error:
@@ -176,8 +177,7 @@ def test_a_crowd_that_calls_all_the_time_loses_and_repeats_nothing(address, targ
         for thread in threads:
             thread.join()
         assert errors == []
-        assert target.count == sum(done) == 720
-        assert server.stats()["reclaimed"] > 0, "no connection made room: nothing was tested"
+        assert target.count == sum(done) >= 720
 
 
 def test_out_of_descriptors_an_idle_connection_makes_room(address, target, monkeypatch):

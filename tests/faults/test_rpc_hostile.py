@@ -448,6 +448,19 @@ def test_a_server_may_say_goodbye_before_its_welcome(tmp_path):
         assert client.call("echo_rpc") == 5
 
 
+@pytest.mark.parametrize(
+    "welcome",
+    [b"garbage", MSGPACK.dumps(5), MSGPACK.dumps([]), MSGPACK.dumps(["1", "svc", None, 5]), b"\x91" * 99],
+)
+def test_a_welcome_that_is_none(tmp_path, welcome):
+    with (
+        fake_server(tmp_path, lambda *_: None, lambda *_: welcome) as path,
+        ChannelClient(path, KEY) as client,
+        pytest.raises(ProtocolError, match="is not a server of shmelim but a program that holds the key"),
+    ):
+        client.call("echo_rpc")
+
+
 @pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9\r\n", struct.pack("!i", 5) + b"hello", b"\x00" * 64])
 def test_whoever_listens_is_no_server(tmp_path, greeting):
     path = str(tmp_path / "other")

@@ -356,6 +356,34 @@ def test_a_restarted_server_is_found(target, server, client):
     server.close()
 
 
+def test_a_server_that_was_restarted_elsewhere_is_found(target, tmp_path):
+    here, there = str(tmp_path / "here"), str(tmp_path / "there")
+    places = [here]
+    with ChannelServer(target, here, KEY), ChannelClient(lambda: places[-1], KEY) as client:
+        assert client.call("echo_rpc", (1,)) == [[1], {}]
+        assert client.address == here
+        with ChannelServer(target, there, KEY) as server:
+            places.append(there)
+            client._connections._close_idle()
+            assert client.call("echo_rpc", (2,)) == [[2], {}]
+            assert client.address == server.address == there
+
+
+def test_a_client_waits_for_a_place_that_nobody_knows_yet(target, tmp_path):
+    asked = []
+
+    def find():
+        asked.append(None)
+        if len(asked) in (2, 3):
+            raise NotServingError("nobody has said where")
+        return tmp_path / "s"
+
+    with ChannelClient(find, KEY, connect_wait=PATIENCE, timeout=PATIENCE) as client:
+        with ChannelServer(target, tmp_path / "s", KEY):
+            assert client.call("echo_rpc") == [[], {}]
+        assert len(asked) == 4
+
+
 def test_close_lets_a_running_call_finish(server, client, target):
     results = []
     caller = threading.Thread(target=lambda: results.append(client.call("hang_rpc")))
