@@ -107,9 +107,9 @@ def check_of_a_healthy_server(place: Path) -> Iterator[Callable[[], Any]]:
 
 @contextlib.contextmanager
 def check_that_restarts(place: Path) -> Iterator[Callable[[], Any]]:
-    """With ``restart_on_exit=False``, as the requirement has it: else the owner's thread has restarted it already."""
+    """With ``restart_on_exit=False``, as the requirement has it: else the owner's thread restarts it."""
     with managed(place, restart_on_exit=False) as manager:
-        process = manager._server_process
+        process = manager._server_process  # noqa: SLF001
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         yield manager.health_check
@@ -148,10 +148,8 @@ class Frames:
 
 
 def in_the_background() -> bool:
-    return threading.current_thread().name in {
-        "shmelim-heartbeat",
-        "shmelim-files",
-    } or threading.current_thread().name.endswith("-owner")
+    name = threading.current_thread().name
+    return name in {"shmelim-heartbeat", "shmelim-files"} or name.endswith("-owner")
 
 
 def count(scenario: Scenario, frames: Frames) -> list[tuple[str, str]]:

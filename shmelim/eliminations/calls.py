@@ -120,10 +120,11 @@ class Calls:
     """
 
     _timeout: float  # seconds for a usual call
+    _client: Any  # the ChannelClient of a class that makes its calls as it is
 
     def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
         """Call the server's method; ``options`` are ``idempotent`` and ``timeout`` (seconds; None: the usual)."""
-        raise NotImplementedError
+        return self._client.call(method, args, kwargs, **options)
 
     def _size(self) -> int:
         """Return how many hotkeys are eliminated."""

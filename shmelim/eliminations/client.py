@@ -101,9 +101,6 @@ class EliminationClient(Calls, EliminationReader):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
-        return self._client.call(method, args, kwargs, **options)
-
     def _size(self) -> int:
         return len(self)
 
