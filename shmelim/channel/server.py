@@ -32,6 +32,7 @@ from shmelim.channel.wire import poller_of
 from shmelim.errors import ProtocolError
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
+from shmelim.system.durable import make_private_directory
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Problems
 
@@ -291,11 +292,11 @@ class ChannelServer:
         put_back = []
         try:
             if self._key_path is not None:
-                self._key_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private_directory(self._key_path.parent)
                 if restore_key(self._key_path, self._authkey):
                     put_back.append(str(self._key_path))
             if self._socket_file is not None and self._socket_file.is_lost():
-                Path(self._socket_file.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private_directory(Path(self._socket_file.path).parent)
                 self._listen(_LOOK)
                 put_back.append(self._socket_file.path)
         except Exception as error:

@@ -26,7 +26,7 @@ from shmelim.channel.address import normalize
 from shmelim.channel.key import whose
 from shmelim.errors import AddressError, AlreadyServingError, KeyFileError, NotServingError, StoreError
 from shmelim.shm import check_name
-from shmelim.system.durable import write_whole
+from shmelim.system.durable import make_private_directory, write_whole
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog
 from shmelim.system.processes import ProcessIdentity
@@ -75,8 +75,7 @@ class RuntimeDirectory:
     def create(self) -> Self:
         """Make the directory, private to this user; ``StoreError`` if that cannot be, or others could enter it."""
         try:
-            self.path.parent.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-            self.path.mkdir(mode=_PRIVATE, exist_ok=True)
+            make_private_directory(self.path)
             status = self.path.lstat()
         except OSError as error:
             raise StoreError(

@@ -37,6 +37,16 @@ _HINTS: Final = {
 }
 
 
+def make_private_directory(path: Path) -> None:
+    """Make a directory and what is missing above it, all for this user alone (``Path.mkdir``: only the last).
+
+    Where a whole XDG_RUNTIME_DIR was removed, one that others may enter would not be used by anybody.
+    """
+    for directory in (*reversed(path.parents), path):
+        if not directory.is_dir():
+            directory.mkdir(mode=0o700, exist_ok=True)
+
+
 @contextmanager
 def writing(what: str, hint: str | None = None) -> Iterator[None]:
     """Make an OSError a StoreError: `what`, why, and what to do; `hint` is for what the errno does not explain."""
