@@ -22,6 +22,7 @@ from shmelim.service.process import ServerOptions, ServerReady
 from shmelim.service.settings import server_title
 from shmelim.system.clock import monotonic
 from shmelim.system.logs import log_without_waiting
+from shmelim.system.problems import Problems
 from shmelim.system.processes import ProcessIdentity, set_title
 
 _PROGRESS: Final = 0.1  # seconds between two reports of progress
@@ -39,6 +40,7 @@ def serve_rpc(server: object, address: Address, authkey: bytes, server_ready: Se
     ----------
     server
         The object; its methods whose name ends in ``_rpc`` can be called, and those that the service lists.
+        If it has :class:`~shmelim.system.problems.Problems` as its ``problems``, those of the channel join them.
     address, authkey, server_ready
         What ``_start_server_process`` got. A plain ``multiprocessing.Event`` will do as `server_ready`; the
         service is then named after the object's type.
@@ -138,6 +140,9 @@ def _serve(
     ending: Ending,
     on_listening: Callable[[Any, Location], object] | None = None,
 ) -> None:
+    problems = getattr(
+        server, "problems", None
+    )  # what its health check lists: there people look for the channel's
     channel = ChannelServer(
         server,
         address,
@@ -146,6 +151,7 @@ def _serve(
         max_message=options.max_message,
         codec=options.codec or MSGPACK,
         methods=options.methods,
+        problems=problems if isinstance(problems, Problems) else None,
     ).start()
     try:
         if on_listening is not None:

@@ -1,13 +1,16 @@
 """What a server says is wrong: by name, since when, how bad, what to do; logged once, and gone when it is over."""
 
 import ast
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 from serving import row
+from waiting import until
 
 import shmelim
+from shmelim import EliminationManager
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, SegmentFullError, StoreError
@@ -151,9 +154,34 @@ def names_in(source):
                 yield constants[first.id]
 
 
+def test_what_is_wrong_with_its_channel_is_in_its_health(new_name, tmp_path):
+    with (
+        tempfile.TemporaryDirectory() as base,  # short enough for a socket
+        EliminationManager(
+            None, None, None, name=new_name(), port=None, runtime_base=Path(base), state_dir=tmp_path
+        ) as manager,
+    ):
+        proxy = manager._server_proxy
+        assert proxy.health_check_rpc()["problems"] == []
+        (socket,) = Path(base).rglob("socket")
+        socket.unlink()
+        socket.write_text("in the place of the socket")
+        (problem,) = until(lambda: proxy.health_check_rpc()["problems"], "the problem")
+        assert (problem["name"], problem["severity"]) == ("channel_unreachable", "degraded")
+        socket.unlink()
+        until(lambda: proxy.health_check_rpc()["problems"] == [], "the end of the problem")
+
+
 def test_each_problem_has_a_line_in_the_documentation():
     package = Path(shmelim.__file__).parent
-    names = {name for path in package.glob("eliminations/**/*.py") for name in names_in(path.read_text())}
-    assert {"commit_failed", "files_behind", "slashes_in_doubt", "loop", "slash in doubt"} <= names
+    names = {name for path in package.glob("**/*.py") for name in names_in(path.read_text())}
+    assert {
+        "commit_failed",
+        "files_behind",
+        "slashes_in_doubt",
+        "loop",
+        "slash in doubt",
+        "connections_crowded",
+    } <= names
     documentation = (package.parent / "docs" / "operations.md").read_text()
     assert [name for name in sorted(names) if f"`{name}`" not in documentation] == []
