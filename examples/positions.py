@@ -39,7 +39,7 @@ class PositionServer:
     def open_position_rpc(self, hotkey: str, pair: str, size: float) -> str:
         """Open a position; return its id."""
         if not size:
-            raise ValueError("a position of size 0 is none")
+            raise ValueError("the size of a position must not be 0")
         with self.lock:
             if sum(p["hotkey"] == hotkey for p in self.positions.values()) >= self.max_per_hotkey:
                 raise ValueError(f"{hotkey} has {self.max_per_hotkey} positions, which is the limit")

@@ -101,7 +101,8 @@ def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, A
     if missing := [repr(field) for field in REQUIRED_FIELDS if field not in record]:
         known = record.get("hotkey", hotkey)
         whose = "" if known is None else f" of hotkey {_short(known)}"
-        raise ValueError(f"the elimination record{whose} lacks the required field {', '.join(missing)}")
+        plural = "s" if len(missing) > 1 else ""
+        raise ValueError(f"the elimination record{whose} lacks the required field{plural} {', '.join(missing)}")
     _check_types(record)
     if hotkey is not None and record["hotkey"] != hotkey:
         raise ValueError(f"the record is of hotkey {_short(record['hotkey'])}, not of {_short(hotkey)}")

@@ -215,7 +215,7 @@ def check_usable(location: Location) -> None:
     if isinstance(location, str):
         directory = Path(location).parent
         if not (directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)):
-            raise ChannelError(f"no server can be at {location}: {directory} is no directory that it could use")
+            raise ChannelError(f"no server can be at {location}: it cannot use the directory {directory}")
 
 
 @contextlib.contextmanager

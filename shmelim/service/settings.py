@@ -164,7 +164,7 @@ def service_location(port: int | None, address: Address | None) -> Location:
 def check_service_name(name: str) -> str:
     """Return a service's name if it can stand in a process title; ``ValueError`` otherwise."""
     if not name or len(name.encode()) > _NAME_LIMIT or not name.isprintable() or name != " ".join(name.split()):
-        raise ValueError(f"{name!r} is no name for a service: 1 to {_NAME_LIMIT} printable characters")
+        raise ValueError(f"{name!r} cannot name a service: it takes 1 to {_NAME_LIMIT} printable characters")
     return name
 
 

@@ -165,10 +165,10 @@ def test_the_system_chooses_a_port_once(make):
     [
         (("S", None), "a port or an address"),
         (("S", 70_000), "0 to 65535"),
-        (("", 0), "no name for a service"),
-        (("a\nb", 0), "no name for a service"),
-        ((" a", 0), "no name for a service"),
-        (("x" * 61, 0), "no name for a service"),
+        (("", 0), "cannot name a service"),
+        (("a\nb", 0), "cannot name a service"),
+        ((" a", 0), "cannot name a service"),
+        (("x" * 61, 0), "cannot name a service"),
     ],
 )
 def test_impossible_arguments(arguments, error):
