@@ -120,7 +120,7 @@ def test_a_hotkey_is_any_text_of_1_to_255_bytes(manager, hotkey):
 
 
 @pytest.mark.parametrize("hotkey", ILLEGAL, ids=ascii)
-def test_what_is_no_hotkey_is_refused_where_it_would_be_stored_and_absent_where_it_is_read(manager, hotkey):
+def test_what_is_not_a_hotkey_is_refused_where_it_would_be_stored_and_absent_where_it_is_read(manager, hotkey):
     manager.add_elimination("a", row("a"))
     for change in (
         lambda: manager.add_elimination(hotkey, row("a") | {"hotkey": hotkey}),

@@ -205,7 +205,7 @@ class TestRefused:
             manager.add_elimination("a", row("a", deep={"list": [1, value]}))
 
     @pytest.mark.parametrize("data", [None, [], "text", 5])
-    def test_what_is_no_record_at_all(self, manager, data):
+    def test_what_is_not_a_record_at_all(self, manager, data):
         with pytest.raises(TypeError):
             manager.add_elimination("a", data)
 
@@ -226,7 +226,7 @@ class TestRefused:
             manager.sync_eliminations([*(row(f"h{n}") for n in range(4100)), row("c", bad=object())])
 
     @pytest.mark.parametrize("rows", ["", "ab", b"ab", {}, None, 5, ["a"]], ids=repr)
-    def test_what_is_no_list_of_records(self, manager, rows):
+    def test_what_is_not_a_list_of_records(self, manager, rows):
         with pytest.raises(TypeError):
             manager.sync_eliminations(rows)
         with pytest.raises(TypeError):

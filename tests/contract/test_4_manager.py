@@ -361,7 +361,7 @@ def test_none_answers_as_a_dict_would(manager):
 
 
 @pytest.mark.parametrize("hotkey", [b"a", 5, ["a"], 1.5], ids=repr)
-def test_what_is_no_text_is_a_type_error(manager, hotkey):
+def test_what_is_not_text_is_a_type_error(manager, hotkey):
     manager.add_elimination("a", row("a"))
     for call in (
         manager.is_hotkey_eliminated,

@@ -158,7 +158,7 @@ def test_wait_for_change(reader, served):
     assert answers == [True]
 
 
-def test_what_is_no_text_is_never_read_as_not_eliminated(reader):
+def test_what_is_not_text_is_never_read_as_not_eliminated(reader):
     for read in (
         reader.is_hotkey_eliminated,
         reader.get_elimination,

@@ -224,7 +224,7 @@ class TestAddingOne:
         nothing_applied(api, before)
 
     @pytest.mark.parametrize("data", [None, [], "text", 5])
-    def test_refuses_what_is_no_dict(self, api, data):
+    def test_refuses_what_is_not_a_dict(self, api, data):
         before = api.snapshot()
         with pytest.raises(TypeError):
             api.add_elimination("a", data)
@@ -480,7 +480,7 @@ class TestSync:
         nothing_applied(api, before)
 
     @pytest.mark.parametrize("rows", [5, None, {"a": row("a")}, "text", ["a"]])
-    def test_refuses_what_is_no_list_of_records(self, api, rows):
+    def test_refuses_what_is_not_a_list_of_records(self, api, rows):
         api.sync_eliminations([row("x")])
         before = api.snapshot()
         with pytest.raises(TypeError):

@@ -303,7 +303,7 @@ def test_the_key_is_asked_for_at_each_connect(target, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["text", b"", b"short", None])
-def test_what_is_no_key(tmp_path, key):
+def test_what_is_not_a_key(tmp_path, key):
     with pytest.raises((TypeError, ValueError), match="the key must"):
         ChannelServer(object(), tmp_path / "s", key)
     with pytest.raises((TypeError, ValueError), match="the key must"):

@@ -299,7 +299,7 @@ def test_a_fork_of_a_direct_service_closes_nothing(make, tmp_path):
     assert service.enter("still here") == "still here"
 
 
-def test_what_is_no_started_process_is_refused(make):
+def test_what_is_not_a_started_process_is_refused(make):
     class Wrong(Ledger):
         def _start_server_process(self, address, authkey, server_ready):
             return multiprocessing.Process(target=print)

@@ -28,7 +28,7 @@ def test_percentile_takes_the_lower_of_two_middles():
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.1])
-def test_percentile_refuses_what_is_no_share(share):
+def test_percentile_refuses_what_is_not_a_share(share):
     with pytest.raises(ValueError, match="share"):
         percentile([1], share)
 

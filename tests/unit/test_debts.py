@@ -77,7 +77,7 @@ def test_a_process_that_got_the_id_of_another_has_not_its_attempts():
 
 
 @pytest.mark.parametrize("token", ["", "x", "1", ".", "-.-", "²-1-x.1", "-1-0-x.1", "99999999999-1-x.1"])
-def test_what_is_no_token_is_no_attempt(token):
+def test_what_is_not_a_token_is_not_an_attempt(token):
     assert not attempt_is_alive(token)
     assert not attempt_is_mine(token)
 
@@ -457,7 +457,7 @@ def test_a_slash_that_was_made_stays_on_record(server, how):
     assert slashes(server, "b") == []
 
 
-def test_what_is_no_slash_that_was_made_is_not_on_record(server):
+def test_what_is_not_a_slash_that_was_made_is_not_on_record(server):
     eliminate(server)
     for kind in (LIMIT_ORDERS, POSITIONS):
         assert server.settle_debt_rpc("a", kind)

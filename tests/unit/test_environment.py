@@ -140,7 +140,7 @@ def test_removal_follows_no_link(directories: MinerDirectories) -> None:
 @pytest.mark.parametrize(
     "hotkey", ["link", "file", "..", ".", ".hidden", "../victim", "a/positions", "/etc", "", "a\0", "x" * 256]
 )
-def test_what_is_no_miners_directory_is_not_removed(directories: MinerDirectories, hotkey: str) -> None:
+def test_what_is_not_a_miners_directory_is_not_removed(directories: MinerDirectories, hotkey: str) -> None:
     before = sorted(path.name for path in directories.root.iterdir())
     assert not directories.remove(hotkey)
     assert sorted(path.name for path in directories.root.iterdir()) == before

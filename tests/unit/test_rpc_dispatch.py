@@ -182,7 +182,7 @@ def test_an_exit_is_an_answer(dispatcher):
         {"id": 1},
     ],
 )
-def test_what_is_no_request(dispatcher, request_):
+def test_what_is_not_a_request(dispatcher, request_):
     with pytest.raises(ProtocolError):
         dispatcher.answer(MSGPACK.dumps(request_))
 
