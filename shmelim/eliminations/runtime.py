@@ -38,6 +38,7 @@ _LOOK: Final = 0.5  # seconds between two looks at what clients find a server by
 _SET_RUNTIME: Final = "set XDG_RUNTIME_DIR to a directory of your own"
 
 _log = logging.getLogger("shmelim.runtime")
+_once = LimitedLog(_log, burst=1, interval=3600)
 
 
 class ServerInfo(msgspec.Struct, frozen=True):
@@ -199,12 +200,13 @@ def lock_state(directory: Path) -> Lease:
 
 
 def _default_base() -> Path:
-    """Return where runtime directories are; what is said of a bad XDG_RUNTIME_DIR goes to the log."""
+    """Return where runtime directories are; a variable that is set and cannot be used is worth a warning."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         base = Path(platformdirs.user_runtime_dir("shmelim"))
-    for warning in said:
-        _log.info("%s", warning.message)
+    for warning in said:  # others may look where the variable says
+        level = logging.WARNING if os.environ.get("XDG_RUNTIME_DIR") else logging.INFO
+        _once(level, "base", "%s", warning.message)
     return base
 
 

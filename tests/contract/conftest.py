@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from contract_services import WAYS
 from contract_validator import Validator
 
 from shmelim import EliminationManager
@@ -105,3 +106,18 @@ def validate(make, tmp_path):
 @pytest.fixture
 def validator(validate, mode):
     return validate(mode)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start services in any way; what is left of them afterwards is shut down."""
+    started = []
+
+    def start(way="default", kind=None, **options):
+        usual, more = WAYS[way]
+        started.append((kind or usual)(tmp_path, **more | options))
+        return started[-1]
+
+    yield start
+    for service in started:
+        service.shutdown()

@@ -1,6 +1,7 @@
 """SPEC 8: what a service does by itself when its server dies, its places vanish, or its peers are strange."""
 
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from contract_services import WAYS, Clock, FileAlerts, Notes, NotesServer, hang, is_alive, kill
+from contract_services import Clock, FileAlerts, Notes, NotesServer, hang, is_alive, kill
 from contract_validator import row
 from waiting import PATIENCE, until
 
@@ -29,18 +30,9 @@ def alerts(tmp_path):
 
 
 @pytest.fixture
-def start(tmp_path, alerts):
-    """Start services that tell `alerts`; what is left of them afterwards is shut down."""
-    started = []
-
-    def start(way="default", kind=None, **options):
-        usual, more = WAYS[way]
-        started.append((kind or usual)(tmp_path, slack_notifier=alerts, **more | options))
-        return started[-1]
-
-    yield start
-    for service in started:
-        service.shutdown()
+def start(start, alerts):
+    """Start services that tell `alerts`."""
+    return functools.partial(start, slack_notifier=alerts)
 
 
 def next_server(service, dead):

@@ -26,21 +26,6 @@ from shmelim.errors import ChannelError, ShmelimError, UnknownMethodError
 METHODS = ("fork", "forkserver", "spawn")
 
 
-@pytest.fixture
-def start(tmp_path):
-    """Start services; what is left of them afterwards is shut down."""
-    started = []
-
-    def start(way="default", kind=None, **options):
-        usual, more = WAYS[way]
-        started.append((kind or usual)(tmp_path, **more | options))
-        return started[-1]
-
-    yield start
-    for service in started:
-        service.shutdown()
-
-
 def in_fork(function):
     """Run a function in a forked child that then leaves at once; return its exit status."""
     pid = os.fork()

@@ -23,26 +23,6 @@ from shmelim.shm import SharedNamespace
 HOTKEYS = [f"hotkey-{n}" for n in range(40)]
 
 
-@pytest.fixture
-def state_dir(tmp_path):
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def start(table_name, state_dir):
-    """Start a server object over real shared memory; all are closed at the end."""
-    servers = []
-
-    def make(**options):
-        options.setdefault("durability", "process")
-        servers.append(EliminationManagerServer(SharedNamespace(table_name), state_dir, **options))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.close()
-
-
 def fill(server):
     """Eliminations, departed and registered hotkeys, and some history."""
     server.sync_eliminations_rpc([row(hotkey, n) for n, hotkey in enumerate(HOTKEYS)])
@@ -481,14 +461,14 @@ class TestImports:
     def test_are_merged_once(self, tmp_path, state_dir, start):
         other = tmp_path / "other.json"
         other.write_text(json.dumps({"eliminations": [row("a"), row("b")]}))
-        with start(imports=[other]) as server:
+        with start(other) as server:
             server.remove_elimination_rpc("a")
-        with start(imports=[other]) as server:
+        with start(other) as server:
             assert server.get_eliminated_hotkeys_rpc() == {"b"}
 
     def test_a_file_that_is_missing_stops_the_start(self, tmp_path, start):
         with pytest.raises(StoreError, match="nowhere"):
-            start(imports=[tmp_path / "nowhere.json"])
+            start(tmp_path / "nowhere.json")
         start()  # the lock was given back
 
 

@@ -15,31 +15,10 @@ from shmelim.shm import SharedNamespace
 
 
 @pytest.fixture
-def state_dir(tmp_path):
-    return tmp_path / "state"
-
-
-@pytest.fixture
 def other(tmp_path):
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"eliminations": [row("a"), row("b")]}))
     return path
-
-
-@pytest.fixture
-def start(table_name, state_dir):
-    servers = []
-
-    def make(*imports, **options):
-        options.setdefault("durability", "process")
-        servers.append(
-            EliminationManagerServer(SharedNamespace(table_name), state_dir, imports=imports, **options)
-        )
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.close()
 
 
 @pytest.fixture

@@ -6,30 +6,9 @@ import shutil
 import pytest
 from serving import row, state_in_store, state_in_table
 
-from shmelim import EliminationManagerServer
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import StoreError
-from shmelim.shm import SharedNamespace
-
-
-@pytest.fixture
-def state_dir(tmp_path):
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def start(table_name, state_dir):
-    servers = []
-
-    def make(**options):
-        options.setdefault("durability", "process")
-        servers.append(EliminationManagerServer(SharedNamespace(table_name), state_dir, **options))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.close()
 
 
 def _delete_directory(state_dir):

@@ -1,5 +1,6 @@
 """Where a name's things are, and who may see them."""
 
+import logging
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ from shmelim.eliminations.runtime import (
     lock_state,
 )
 from shmelim.errors import AddressError, AlreadyServingError, KeyFileError, NotServingError, StoreError
+from shmelim.system.logs import LimitedLog
 
 
 class TestRuntimeDirectory:
@@ -233,3 +235,17 @@ def test_a_default_place_below_somebody_elses_directory_is_refused(tmp_path, mon
     os.chown(above, 12345, -1)
     with pytest.raises(StoreError, match="belongs to uid 12345"):
         RuntimeDirectory("theirs").create()
+
+
+@pytest.mark.parametrize(("mode", "level"), [(0o755, "WARNING"), (None, "INFO")])
+def test_a_variable_that_cannot_be_used_is_worth_a_warning(tmp_path, monkeypatch, caplog, mode, level):
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    if mode is not None:
+        (tmp_path / "run").mkdir(mode)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setattr("shmelim.eliminations.runtime._once", LimitedLog(logging.getLogger("shmelim.runtime")))
+    caplog.set_level(logging.INFO, "shmelim.runtime")
+    RuntimeDirectory("x")
+    assert [(record.levelname, "XDG_RUNTIME_DIR" in record.message) for record in caplog.records] == [
+        (level, True)
+    ]
