@@ -204,10 +204,10 @@ class SlackNotifier:
         self._pause(self._full_at - (burst - 1) * interval - monotonic())
         self._full_at = max(self._full_at, monotonic()) + interval
         fault = self._try(text)
-        with self._changed:
-            self._counts["failed" if fault else "sent"] += 1
         if fault:
             self._log(logging.WARNING, "failed", "a message was not delivered (%s): %s", fault, text)
+        with self._changed:
+            self._counts["failed" if fault else "sent"] += 1
 
     def _pause(self, seconds: float) -> None:
         """Let time pass, unless the notifier is closed."""

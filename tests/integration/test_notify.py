@@ -162,8 +162,7 @@ def test_the_rate_is_bounded_after_a_burst(slack, make):
     notifier = make(burst=3, interval=3600.0)
     for number in range(10):
         assert notifier.send_message(f"message {number}")
-    until(lambda: notifier.stats()["sent"] == 3)
-    assert notifier.stats()["queued"] == 7
+    until(lambda: (notifier.stats()["sent"], notifier.stats()["queued"]) == (3, 7))
     assert not notifier.flush(0)
     assert len(slack.accepted) == 3
     assert notifier.close(PATIENCE)  # at the end nothing waits for its turn any more
