@@ -62,34 +62,23 @@ class SlowLedger(Ledger):
 
 
 HANDLING = """
-import faulthandler, itertools, signal, sys, time
+import faulthandler, itertools, signal, sys
 from ledger import Ledger
 from waiting import PATIENCE
-from shmelim.errors import ChannelError
 
 def main():
     faulthandler.dump_traceback_later(PATIENCE / 2, exit=True)
-    service = Ledger(sys.argv[1])
-    pool, steps = service._RPCServiceBase__core.client._connections, itertools.count()
+    service, steps = Ledger(sys.argv[1]), itertools.count()
+    service.pid()
 
-    def end(*_):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        service.shutdown()
+    def interrupt(frame, event, _):
+        # When the n-th function of the channel is entered or left.
+        if "shmelim/channel" in frame.f_code.co_filename and next(steps) == int(sys.argv[2]):
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGALRM)
 
-    signal.signal(signal.SIGALRM, end)
-
-    class Interrupting:
-        # The lock of the pool, with a signal whenever it is held for the n-th time.
-        def __init__(self, lock):
-            self.lock = lock
-        def __enter__(self):
-            self.lock.__enter__()
-            if next(steps) == int(sys.argv[2]):
-                signal.raise_signal(signal.SIGALRM)
-        def __exit__(self, *arguments):
-            self.lock.__exit__(*arguments)
-
-    pool._lock = Interrupting(pool._lock)
+    signal.signal(signal.SIGALRM, lambda *_: service.shutdown())
+    sys.setprofile(interrupt)
     try:
         while True:
             service.pid()
@@ -101,7 +90,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("step", range(0, 40, 5))
 def test_shutdown_by_a_signal_handler_in_the_middle_of_a_call(tmp_path, step):
     program = tmp_path / "program.py"
     program.write_text(HANDLING)
