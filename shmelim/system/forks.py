@@ -42,7 +42,15 @@ def register(owner: ForkAware) -> None:
         _owners.add(owner)
 
 
+# How often logs_at_rest() holds it for the thread that has it; the child of a fork in there never leaves it.
+_resting = 0
+
+
 def _in_child() -> None:
+    global _resting  # noqa: PLW0603
+    for _ in range(_resting):
+        creating_descriptors.release()
+    _resting = 0
     try:
         for owner in list(_owners):
             try:
@@ -66,15 +74,24 @@ def logs_at_rest() -> Iterator[None]:
 
     A stream's own lock is not re-made in a forked child. If another thread holds it at the fork, the child's first
     log line waits for ever for a thread that does not exist there. So this takes the locks of all log handlers, as
-    far as they can be had soon. A fork itself waits for the lock of the logging module, whose holder may wait for
-    that of a handler; so that one is taken first, and if it cannot be had soon, none is.
+    far as they can be had soon. A fork takes `creating_descriptors` and then the lock of the logging module, whose
+    holder may wait for that of a handler; so they are taken in this order, or two threads that fork at the same
+    time would wait for each other. If the second cannot be had soon, none of the handlers' is taken.
     """
-    with contextlib.ExitStack() as stack:
-        if _held(getattr(logging, "_lock", None), stack):
-            loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-            for handler in {h for one in loggers if isinstance(one, logging.Logger) for h in one.handlers}:
-                _held(handler.lock, stack)
-        yield
+    global _resting  # noqa: PLW0603
+    creating_descriptors.acquire()
+    _resting += 1
+    try:
+        with contextlib.ExitStack() as stack:
+            if _held(getattr(logging, "_lock", None), stack):
+                loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+                for handler in {h for one in loggers if isinstance(one, logging.Logger) for h in one.handlers}:
+                    _held(handler.lock, stack)
+            yield
+    finally:
+        if _resting:
+            _resting -= 1
+            creating_descriptors.release()
 
 
 def _held(lock: Any, stack: contextlib.ExitStack) -> bool:
