@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Change, Problem, Problems, over
@@ -82,12 +82,13 @@ class ProblemMessages:
                 self._unsent.pop(next(iter(list(self._unsent))), None)
 
 
-def take_over(problems: Problems, reported: Iterable[Mapping[str, Any]]) -> None:
+def take_over(problems: Problems, reported: object) -> None:
     """Make the problems that a server's health check lists those that stand, so that subscribers hear of changes.
 
-    `problems` should be that server's alone: what is not listed is over.
+    `problems` should be that server's alone: what is not listed is over. Whatever is not a problem is passed over.
     """
-    listed = {(problem["name"], problem["subject"]): problem for problem in reported}
+    rows = [row for row in reported if isinstance(row, Mapping)] if isinstance(reported, list) else []
+    listed = {(row["name"], row["subject"]): row for row in rows if row.keys() == set(Problem._fields)}
     for old in problems.standing():
         if (old.name, old.subject) not in listed:
             problems.clear(old.name, old.subject)

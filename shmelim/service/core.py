@@ -8,7 +8,7 @@ import multiprocessing.util
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from multiprocessing.process import BaseProcess
 from typing import Any, Final, NoReturn
 
@@ -23,6 +23,7 @@ from shmelim.errors import (
     ShmelimError,
     UnknownMethodError,
 )
+from shmelim.notify.problems import ProblemMessages, take_over
 from shmelim.service.health import DOWN, Alerts, Finding, HealthChecks, checks
 from shmelim.service.lease import ServiceKey, check_usable, is_server_of
 from shmelim.service.process import ServerReady
@@ -101,6 +102,8 @@ class Core:
         self.problems = Problems()
         log_problems(self.problems, _logger)
         self.problems.subscribe(self.alerts)
+        self._reported = Problems()  # what the server says is wrong with it
+        ProblemMessages(self._reported, self._notifier)
         self.checks = HealthChecks(self._ask, self._found)
         forks.register(self)
         # Called before multiprocessing ends and waits for children, in its own children, too; keeps nothing alive.
@@ -247,13 +250,17 @@ class Core:
         self._asked = self.page.server
         try:
             if self._checking is not None:
-                return self._checking.call("health_check_rpc", idempotent=True)
-            check = getattr(getattr(self._facade(), "_server_proxy", None), "health_check_rpc", None)
-            return check() if callable(check) else self._unknown()
+                answer = self._checking.call("health_check_rpc", idempotent=True)
+            else:
+                check = getattr(getattr(self._facade(), "_server_proxy", None), "health_check_rpc", None)
+                answer = check() if callable(check) else self._unknown()
         except UnknownMethodError as error:
             text = f"health cannot be checked, and counts as good: {error}"
             self.problems.report("unchecked", text, subject=self.name, severity="notice")
             return {"status": "ok"}
+        if self.is_makers and isinstance(answer, Mapping):  # copies would tell of the same once more
+            take_over(self._reported, answer.get("problems"))
+        return answer
 
     def _unknown(self) -> NoReturn:
         raise UnknownMethodError(f"{self.name} has no remote method 'health_check_rpc'")

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from ledger import Alerts
 from serving import row
 from waiting import until
 
@@ -185,3 +186,17 @@ def test_each_problem_has_a_line_in_the_documentation():
     } <= names
     documentation = (package.parent / "docs" / "operations.md").read_text()
     assert [name for name in sorted(names) if f"`{name}`" not in documentation] == []
+
+
+def test_the_process_that_made_a_manager_tells_slack_of_its_servers_problems_once_each(managers):
+    alerts = Alerts()
+    manager = managers(running_unit_tests=True, slack_notifier=alerts, health_check_interval_s=0)
+    problems = manager._server_proxy.problems
+    problems.report("commit_failed", "the disk is full", remedy="make room")
+    assert [manager.health_check() for _ in range(3)] == [True] * 3, "degraded is well enough"
+    problems.clear("commit_failed")
+    assert manager.health_check()
+    (raised,), (over,) = alerts.of("error"), alerts.of("success")
+    assert "the disk is full" in raised
+    assert "make room" in raised
+    assert "the disk is full" in over
