@@ -83,7 +83,7 @@ def test_each_one_does_its_work(four):
     four.positions.open_position("5A", "ETH/USD", -1.0)
     with pytest.raises(ValueError, match="limit"):
         four.positions.open_position("5A", "ETH/USD", 1.0)
-    with pytest.raises(ValueError, match="size 0"):
+    with pytest.raises(ValueError, match="size of a position must not be 0"):
         four.positions.open_position("5B", "ETH/USD", 0)
     assert four.positions.close_position(number)["pair"] == "BTC/USD"
     with pytest.raises(KeyError):
