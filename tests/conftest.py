@@ -33,17 +33,18 @@ _TESTS = Path(__file__).parent
 # What runs in a minute with `-m quick`: no server process, or few.
 _QUICK = (
     "unit/",
-    "contract/test_0_",
     "contract/test_2_",
     "contract/test_3_",
 )
+# Examples that start servers, type checkers, and hunts for leaks.
+_SLOW = ("unit/test_documents", "unit/test_face", "unit/test_native")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is quick by where it stands, so that no test has to say so."""
     for item in items:
         where = str(item.path.relative_to(_TESTS)) if item.path.is_relative_to(_TESTS) else ""
-        if where.startswith(_QUICK) and not item.get_closest_marker("long"):
+        if where.startswith(_QUICK) and not where.startswith(_SLOW) and not item.get_closest_marker("long"):
             item.add_marker(pytest.mark.quick)
 
 
