@@ -194,9 +194,11 @@ def test_server_killed_around_every_call_of_an_elimination(
     eliminated_ms = prepare(tmp_path / "prepared")
     original = ProcessingCalls._call
     calls: list[str] = []
-    stop = 0
+    stop, ready = 0, False
 
     def with_a_death(self: ProcessingCalls, method: str, *args: Any, **options: Any) -> Any:
+        if not ready:
+            return original(self, method, *args, **options)
         calls.append(method)
         if len(calls) != stop:
             return original(self, method, *args, **options)
@@ -207,10 +209,11 @@ def test_server_killed_around_every_call_of_an_elimination(
 
     monkeypatch.setattr(ProcessingCalls, "_call", with_a_death)
     while not stop or len(calls) >= stop:
-        stop, calls = stop + 1, []
+        stop, calls, ready = stop + 1, [], False
         directory = tmp_path / f"at-{stop}"
         shutil.copytree(tmp_path / "prepared", directory)
         with Managed("rpc", new_name(), directory) as managed:
+            ready = True
             with contextlib.suppress(StateUnavailableError):
                 managed.manager.process_eliminations()
             if len(calls) < stop:

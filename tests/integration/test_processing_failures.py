@@ -117,7 +117,7 @@ def test_failure_that_lasts_is_told_once_until_it_went_well(managed: Managed) ->
     assert len(managed.alerts) == 1
 
 
-def test_row_of_the_perf_ledger_that_is_bad_is_its_miners_failure(managed: Managed) -> None:
+def test_row_of_the_perf_ledger_is_lost_only_if_it_names_no_miner(managed: Managed) -> None:
     ledgers = managed.manager.position_manager.perf_ledger_manager
     good = {
         "reason": "LIQUIDATED",
@@ -133,14 +133,15 @@ def test_row_of_the_perf_ledger_that_is_bad_is_its_miners_failure(managed: Manag
     ledgers.get_perf_ledger_eliminations = lambda: rows
     for _ in range(2):
         managed.tick()
-    assert list(managed.reasons) == [TEN[place] for place in (0, 1, 3, 5, 7, 9)]
+    assert list(managed.reasons) == [TEN[place] for place in (0, 1, 2, 3, 4, 5, 7, 9)]
     assert managed.manager.get_elimination(TEN[0])["own"] == [1], "its own fields stay"
-    assert len(managed.alerts) == 4
-    assert "'reason'" in managed.alerts[0]
-    assert "number 6 of the list" in managed.alerts[2]
-    rows[2]["reason"] = "LIQUIDATED"
-    managed.tick()
-    assert THIRD in managed.reasons
+    assert managed.reasons[THIRD] == "UNKNOWN"
+    assert managed.manager.get_elimination(TEN[4])["dd"] is None
+    assert len(managed.alerts) == 2
+    assert "number 6 of the list" in managed.alerts[0]
+
+
+TOO_LONG = "x" * 256
 
 
 def test_reason_that_cannot_be_recorded_waits_and_makes_no_tick_due(
@@ -151,13 +152,14 @@ def test_reason_that_cannot_be_recorded_waits_and_makes_no_tick_due(
         validator.register("a", "b")
         managed.tick()
         validator.probation.fail("a", "PLAGIARISM", None)
-        validator.probation.fail("b", "PLAGIARISM", "much")
+        validator.probation.fail(TOO_LONG, "PLAGIARISM", None)
         managed.tick(0)
         assert managed.reasons == {"a": "PLAGIARISM"}
-        assert set(validator.probation.failed) == {"a", "b"}
+        assert set(validator.probation.failed) == {"a", TOO_LONG}
         asked = validator.faults.count("in stage")
         managed.tick(1000)
         assert validator.faults.count("in stage") == asked, "what failed waits for the interval"
+        del validator.probation.failed[TOO_LONG]
         validator.probation.fail("b", "PLAGIARISM", 0.1)
         managed.tick(1000)
         assert managed.reasons == {"a": "PLAGIARISM", "b": "PLAGIARISM"}
@@ -638,7 +640,7 @@ def test_hotkey_leads_nowhere_out_of_the_miners_directory(directly: Managed, hot
     for victim in victims:
         victim.mkdir(parents=True)
     validator.register("other")
-    directly.manager.append_elimination_row(hotkey, None, "ZOMBIE", validator.now_ms)
+    directly.manager.append_elimination_row(hotkey, None, "LIQUIDATED", validator.now_ms)
     directly.tick(10**9)
     assert hotkey not in directly.reasons
     assert all(victim.exists() for victim in victims)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shmelim.eliminations.record import generate_row
 from shmelim.eliminations.rules.iteration import Context, Iteration
 from shmelim.eliminations.rules.settling import Settling
+from shmelim.eliminations.salvage import salvage
 
 
 @dataclass(eq=False)
@@ -29,7 +31,8 @@ class ChallengePeriod:
         recorded: list[str] = []
 
         def eliminate(hotkey: str, reason: Any) -> None:
-            self.settling.eliminate_now(hotkey, reason[0], reason[1], iteration)
+            row = generate_row(hotkey, _second(reason), _first(reason), self.context.environment.now_ms())
+            self.settling.eliminate(salvage(row, row["elimination_initiated_time_ms"])[0], iteration)
             recorded.append(hotkey)
 
         kind, stopping = "challenge-period elimination", self.context.is_stopping
@@ -61,7 +64,17 @@ class ChallengePeriod:
 
 def _reasons(waiting: Mapping[str, Any]) -> dict[str, str]:
     """Return who waits to be eliminated and why, as text: what else is said of them may not even equal itself."""
-    return _in_words({hotkey: reason[0] for hotkey, reason in waiting.items()})
+    return _in_words({hotkey: _first(reason) for hotkey, reason in waiting.items()})
+
+
+def _first(why: Any) -> Any:
+    """Return the reason of ``(reason, drawdown)``, or of a reason alone."""
+    return why[0] if isinstance(why, Sequence) and not isinstance(why, str) and why else why
+
+
+def _second(why: Any) -> Any:
+    """Return the drawdown of ``(reason, drawdown)``; None if it is not there."""
+    return why[1] if isinstance(why, Sequence) and not isinstance(why, str) and len(why) > 1 else None
 
 
 def _in_words(waiting: Mapping[str, Any]) -> dict[str, str]:

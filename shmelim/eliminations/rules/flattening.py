@@ -101,8 +101,9 @@ class Flattening:
                 queue.put(message)
 
     def _flat_order(self, position: Any, record: Mapping[str, Any], fetcher: Any, iteration: Iteration) -> Any:
+        environment = self.context.environment
         eliminated_ms = record["elimination_initiated_time_ms"]
-        time_ms = eliminated_ms
+        time_ms = eliminated_ms if environment.is_plausible(eliminated_ms) else environment.now_ms()
         if position.orders:
             # Two orders at one time would have no order.
             time_ms = max(time_ms, position.orders[-1].processed_ms + 1)
@@ -110,7 +111,7 @@ class Flattening:
         source = given.get(position.trade_pair) if given else None
         if source is None:
             prices = record.get("price_info") or {}
-            source = self.context.environment.price_source(position.trade_pair, prices, eliminated_ms)
+            source = environment.price_source(position.trade_pair, prices, time_ms)
         return position.generate_fake_flat_order(position, time_ms, fetcher, source)
 
 

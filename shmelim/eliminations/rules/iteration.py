@@ -9,10 +9,13 @@ from typing import Any
 
 from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.rows import Status
 from shmelim.eliminations.rules.alerts import Alerts, OvertakenError
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.system.logs import LimitedLog
+
+_WAS_REGISTERED = Status.DEPARTED | Status.REGISTERED
 
 _limited = LimitedLog(logging.getLogger("shmelim.processing"))
 
@@ -54,6 +57,10 @@ class Context:
             text = "whether the validator is ending cannot be asked any more: taken as a yes"
             _limited(logging.ERROR, "end", text, exc_info=True)
             return True
+
+    def can_be_a_miner(self, name: str) -> bool:
+        """Whether a name may be a hotkey: it looks like one, or was registered here once."""
+        return bool(self.environment.is_hotkey(name) or self.reader.status(name) & _WAS_REGISTERED)
 
     def epoch(self) -> Any:
         """Return what ``sync_epoch`` is now; None if there is none."""

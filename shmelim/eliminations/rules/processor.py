@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from shmelim.eliminations.debts.states import POSITIONS
-from shmelim.eliminations.record import EliminationReason, normalise
+from shmelim.eliminations.record import EliminationReason
 from shmelim.eliminations.rules.alerts import ENDS_A_PASS, OvertakenError
 from shmelim.eliminations.rules.challenge import ChallengePeriod
 from shmelim.eliminations.rules.expiry import Expiry
@@ -20,6 +20,7 @@ from shmelim.eliminations.rules.iteration import Context, Iteration
 from shmelim.eliminations.rules.judging import DrawdownRule
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.settling import Settling
+from shmelim.eliminations.salvage import salvage
 from shmelim.errors import NoCollaboratorsError
 from shmelim.system.logs import LimitedLog
 
@@ -217,8 +218,11 @@ class EliminationProcessor:
         rows = ((_whose(row, place), row) for place, row in enumerate(ledgers.get_perf_ledger_eliminations()))
         miners = (one for one in rows if one[0] not in eliminated)
 
-        def eliminate(_hotkey: str, row: Any) -> None:
-            record = normalise(row)
+        def eliminate(hotkey: str, row: Any) -> None:
+            record, notes = salvage(row, self.context.environment.now_ms())
+            if notes:
+                text = "the ledger's elimination of miner %s is stored without what cannot be: %s"
+                _limited(logging.WARNING, "salvaged", text, hotkey, "; ".join(notes))
             # Ledgers still name miners who, with their eliminations, are long gone.
             if not self._expiry.is_due(record):
                 self._settling.eliminate(record, iteration)
@@ -231,7 +235,11 @@ class EliminationProcessor:
             return
         # Those eliminated already, and the one that is not a zombie.
         known = {*self._membership.roster.now().eliminated, context.environment.development_hotkey}
-        missing = self._membership.missing(hk for hk in context.environment.miner_hotkeys() if hk not in known)
+        missing = self._membership.missing(
+            hotkey
+            for hotkey in context.environment.miner_hotkeys()
+            if hotkey not in known and context.can_be_a_miner(hotkey)
+        )
 
         def eliminate(hotkey: str, _: None) -> None:
             self._settling.eliminate_now(hotkey, EliminationReason.ZOMBIE, None, iteration, slash=False)
