@@ -566,7 +566,6 @@ def test_collateral_is_slashed_by_three_rules_and_never_of_zombies(validator):
     assert len(validator.contract.slashes) == 3
 
 
-@not_built("SPEC 7: a tick first records all eliminations, then closes positions, then slashes", AssertionError)
 def test_all_is_recorded_before_anything_is_closed_and_closed_before_anything_is_slashed(direct):
     direct.register("a", "b", "c")
     for hotkey in "abc":

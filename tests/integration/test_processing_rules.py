@@ -109,7 +109,7 @@ def test_steps_come_in_their_order(managed: Managed) -> None:
     )
     managed.tick(HOUR)
     did = [hotkey for name, hotkey in validator.faults.passed if name in ("cancel", "store", "drop")]
-    assert list(dict.fromkeys(did)) == ["owing", "listed", "liquid", "failed", "down", "zombie", "expired"]
+    assert list(dict.fromkeys(did)) == ["listed", "owing", "liquid", "failed", "down", "zombie", "expired"]
     assert departed == [True]
     assert managed.reasons == {
         "owing": "X",
@@ -356,7 +356,17 @@ def test_reason_that_comes_while_others_are_recorded_is_not_cleared(managed: Man
     validator = managed.validator
     validator.register("a", "b")
     validator.probation.fail("a", "PLAGIARISM", None)
-    validator.faults.at("slash", lambda: validator.probation.fail("b", "PLAGIARISM", None))
+    challenge = managed.manager.challengeperiod_manager
+    look, looks = challenge.get_all_elimination_reasons, []
+
+    def get_all_elimination_reasons() -> dict[str, Any]:
+        found = dict(look())
+        if not looks:
+            validator.probation.fail("b", "PLAGIARISM", None)
+        looks.append(found)
+        return found
+
+    challenge.get_all_elimination_reasons = get_all_elimination_reasons
     managed.tick()
     assert set(validator.probation.failed) == {"a", "b"}
     assert managed.reasons == {"a": "PLAGIARISM"}
@@ -879,7 +889,7 @@ def test_nothing_from_before_a_sync_is_written_after_it(
     assert set(managed.reasons) == {"elsewhere", "a", "c"} | reasons, (
         "the next tick is due at once, and decides anew"
     )
-    assert all(validator.is_flat(hotkey) for hotkey in ("a", "b", "c"))
+    assert all(validator.is_flat(hotkey) for hotkey in ("a", "b", "c") if hotkey in managed.reasons)
 
 
 @pytest.mark.parametrize("resolved", [False, True])

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shmelim.eliminations.debts.states import SLASH
-from shmelim.eliminations.rules.iteration import Context, Iteration
 from shmelim.eliminations.rules.membership import Membership
+from shmelim.eliminations.rules.tick import Context, Tick
 
 _NOBODYS: Final = "not a hotkey"
 
@@ -29,7 +29,7 @@ class Expiry:
     membership: Membership
     unwritten: bool = False  # whether entries were removed from the challenge period that are still on its disk
 
-    def delete(self, iteration: Iteration) -> None:
+    def delete(self, tick: Tick) -> None:
         """Delete all that is expired."""
         state, nobodys = self.context.state, self._nobodys()
         eliminated = self.membership.roster.now().eliminated
@@ -39,25 +39,22 @@ class Expiry:
             for hotkey, time_ms in eliminated.items()
             if first <= time_ms <= latest and hotkey not in nobodys
         }
-        expired = self.membership.missing(old_enough)
+        expired = self.context.ask("metagraph", lambda: self.membership.missing(old_enough))
         if not expired:
             return
         slashes = {debt["hotkey"] for debt in state.get_debts() if debt["kind"] == SLASH}
         gone: dict[str, int] = {}
 
         def remove(hotkey: str, time_ms: int) -> None:
-            iteration.check()
-            self._remove_challenge_entry(hotkey)
-            self._remove_positions(hotkey)
-            if not self.context.is_backtesting:
-                self.context.environment.remove_miner_directory(hotkey)
+            tick.check()
+            self.context.ask("deletion", lambda: self._remove(hotkey, tick), hotkey)
             gone[hotkey] = time_ms
 
         due = ((hotkey, old_enough[hotkey]) for hotkey in expired if hotkey not in slashes)
         if self.context.alerts.each("deletion", due, remove, self.context.is_stopping) is None:
             return
-        self._write_challenge_entries()
-        iteration.check()
+        self.context.ask("challenge entries", self._write_challenge_entries)
+        tick.check()
         if gone:
             # Somebody may have been eliminated anew meanwhile: that row stays.
             deleted = state.delete_eliminations(list(gone), gone)
@@ -86,6 +83,14 @@ class Expiry:
         """Return the first and the last time of what is expired: an odd time is no reason to delete."""
         environment = self.context.environment
         return environment.plausible_since_ms, environment.now_ms() - environment.deletion_delay_ms
+
+    def _remove(self, hotkey: str, tick: Tick) -> None:
+        self._remove_challenge_entry(hotkey)
+        tick.check()
+        self._remove_positions(hotkey)
+        tick.check()
+        if not self.context.is_backtesting:
+            self.context.environment.remove_miner_directory(hotkey)
 
     def _remove_challenge_entry(self, hotkey: str) -> None:
         challenge = self.context.collaborators.challengeperiod_manager

@@ -9,7 +9,8 @@ from typing import Any, Final, NamedTuple
 
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import EliminationReason, check_hotkey
-from shmelim.eliminations.rules.iteration import Context
+from shmelim.eliminations.rules.deadlines import check_turn
+from shmelim.eliminations.rules.tick import Context
 
 _ENTRIES: Final = "metagraph", "entries"
 _SHOWN: Final = 60  # characters of what is not a hotkey
@@ -58,9 +59,8 @@ class Membership:
         self._context = context
         self.roster = Roster(context.reader)
         self._told: list[str] | None = None  # what the server was told last
-        # What the metagraph listed last, and what that was taken for.
-        self._listed: list[Any] | None = None
-        self._seen: _Seen | None = None
+        # What the metagraph listed last, and what that was taken for; replaced as one reference.
+        self._last: tuple[list[Any], _Seen] | None = None
 
     def look(self) -> list[str]:
         """Tell the server who is registered, unless it knows; returns those whose departure was recorded."""
@@ -73,6 +73,7 @@ class Membership:
         # Others may have told the server something else since.
         if hotkeys == self._told and registered == set(hotkeys):
             return []
+        check_turn()
         departed = self._context.state.update_metagraph(hotkeys)
         self._told = hotkeys
         if departed:
@@ -109,10 +110,11 @@ class Membership:
         if shown is None:
             return None
         listed = listed_by(shown)
-        if listed != self._listed:
+        last = self._last
+        if last is None or listed != last[0]:
             hotkeys, refused = valid_hotkeys(listed)
             believed = bool(hotkeys) or self._context.environment.believe_empty_metagraph
-            self._seen, self._listed = _Seen(hotkeys, not refused and believed), listed
+            self._last = last = listed, _Seen(hotkeys, not refused and believed)
             if refused:
                 text = (
                     f"{len(refused)} entries of the metagraph are not hotkeys: {', '.join(refused[:10])}."
@@ -121,7 +123,7 @@ class Membership:
                 alerts.failed(*_ENTRIES, text)
             else:
                 alerts.clear(*_ENTRIES)
-        return self._seen
+        return last[1]
 
 
 def listed_by(hotkeys: Any) -> list[Any]:

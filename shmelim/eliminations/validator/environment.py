@@ -24,6 +24,8 @@ _FIGURES: Final = {
     "deletion_delay_ms": math.inf,
     "slash_once_within_ms": math.inf,
     "plausible_since_ms": math.inf,
+    "call_deadline_s": math.inf,
+    "slash_deadline_s": math.inf,
     "tick_pause_s": math.inf,
     "error_pause_s": math.inf,
 }
@@ -71,6 +73,10 @@ class ValidatorEnvironment:
         Used where the collaborators have none.
     clock
         Returns milliseconds since 1970, UTC; fractions are rounded. Default: the system's clock.
+    call_deadline_s, slash_deadline_s
+        Seconds for each call to one of the validator's own objects, and for one to the contract. What has not come
+        back by then is a failure of that miner or step; it is left behind in its thread, and whatever it still
+        returns counts only if it is the contract's. In direct mode there are no deadlines.
     tick_pause_s, error_pause_s
         Seconds between two ticks of the loop, and after one that failed.
 
@@ -113,6 +119,8 @@ class ValidatorEnvironment:
         plausible_since_ms: int = SINCE_2020_MS,
         live_price_fetcher: Any = None,
         clock: Callable[[], float] | None = None,
+        call_deadline_s: float = 60.0,
+        slash_deadline_s: float = 180.0,
         tick_pause_s: float = 1.0,
         error_pause_s: float = 10.0,
     ) -> None:
@@ -127,6 +135,8 @@ class ValidatorEnvironment:
         self.believe_empty_metagraph = believe_empty_metagraph
         self.plausible_since_ms = plausible_since_ms
         self.live_price_fetcher = live_price_fetcher
+        self.call_deadline_s = call_deadline_s
+        self.slash_deadline_s = slash_deadline_s
         self.tick_pause_s = tick_pause_s
         self.error_pause_s = error_pause_s
         self._price_source = price_source
