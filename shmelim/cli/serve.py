@@ -110,12 +110,12 @@ def serve(settings: Settings, *, ready_fd: int | None, verbose: bool, **options:
         stderr.write(_ready_line(service) + "\n")
         stderr.drain(_DRAIN)
         if ready_fd is not None:
-            _tell_ready(ready_fd)
+            _report_ready(ready_fd)
 
     _log_to(progress, verbose=verbose)
     with progress:
         try:
-            run(ServeOptions(settings.name, **options), announce, progress.tell)
+            run(ServeOptions(settings.name, **options), announce, progress.update)
         except AlreadyServingError as error:
             raise _naming_the_other(error, settings.name) from error
         finally:
@@ -139,7 +139,7 @@ def _stderr() -> int | None:
         return None
 
 
-def _tell_ready(descriptor: int) -> None:
+def _report_ready(descriptor: int) -> None:
     # Whoever wanted to know may be gone; that is no reason to stop serving.
     with contextlib.suppress(OSError):
         os.write(descriptor, b"ready\n")

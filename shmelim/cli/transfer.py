@@ -38,19 +38,19 @@ def sync(settings: Settings, *, file: Path) -> None:
       ssh other shmelim export - | shmelim sync -
     """
     with DelayedProgress() as progress:
-        progress.tell("reading", 0, None)
+        progress.update("reading", 0, None)
         records = _read(file)
 
-        def tell(sent: int) -> None:
+        def show_sent(sent: int) -> None:
             sending = sent < len(records)
-            progress.tell(
+            progress.update(
                 "sending" if sending else "committing", sent * sending, len(records) if sending else None
             )
 
         with EliminationClient(settings.name) as client:
-            progress.tell("sending", 0, len(records))
+            progress.update("sending", 0, len(records))
             try:
-                removed = client.sync_eliminations(map(decode, records), on_progress=tell)
+                removed = client.sync_eliminations(map(decode, records), on_progress=show_sent)
             except (ValueError, TypeError) as error:
                 raise RefusedError(str(error), hint="nothing was changed") from error
             eliminated = len(client)
