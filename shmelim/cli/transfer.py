@@ -42,13 +42,13 @@ def sync(settings: Settings, *, file: Path) -> None:
         records = _read(file)
 
         def show_sent(sent: int) -> None:
-            sending = sent < len(records)
-            progress.update(
-                "sending" if sending else "committing", sent * sending, len(records) if sending else None
-            )
+            if sent < len(records):
+                progress.update("sending", sent, len(records))
+            else:
+                progress.update("committing", 0, None)
 
         with EliminationClient(settings.name) as client:
-            progress.update("sending", 0, len(records))
+            show_sent(0)
             try:
                 removed = client.sync_eliminations(map(decode, records), on_progress=show_sent)
             except (ValueError, TypeError) as error:

@@ -48,15 +48,11 @@ class Process(subprocess.Popen[str]):
     def __init__(self, home: Path, *arguments: str) -> None:
         self._log = home / "log"
         self.started_ns = self.killed_ns = time.monotonic_ns()
-        pipes: dict[str, Any] = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "text": True,
-            "process_group": 0,
-        }
+        about: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+        about["env"] = {**os.environ, "XDG_RUNTIME_DIR": str(home / "run")}
         with self._log.open("ab") as log:
-            environment = {**os.environ, "XDG_RUNTIME_DIR": str(home / "run")}
-            super().__init__([sys.executable, "-m", *arguments], stderr=log, env=environment, **pipes)
+            command = [sys.executable, "-m", *arguments]
+            super().__init__(command, stderr=log, text=True, process_group=0, **about)
 
     def hear(self) -> str:
         """Return the next line that it says; ShmelimError where it ends, or is silent for a minute."""
