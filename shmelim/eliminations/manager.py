@@ -267,6 +267,9 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             self._table = self._reader._table  # noqa: SLF001  # what the reads of both look into
             self._processor = self._make_processor()
             self._look_at_metagraph()
+            collaborators = self._processor.context.collaborators
+            for gap in self.environment.gaps(collaborators, is_backtesting=is_backtesting):
+                _log.warning("%s", gap)
         except BaseException:
             self.shutdown()
             raise

@@ -170,6 +170,21 @@ def test_reason_that_cannot_be_recorded_waits_and_makes_no_tick_due(
         assert len(managed.alerts) == 1
 
 
+def test_a_step_that_always_fails_makes_no_tick_of_every_call(new_name: Callable[[], str], tmp_path: Path) -> None:
+    with Managed("rpc", new_name(), tmp_path) as managed:
+        lasting = managed.validator.faults.fail("liquidated", times=None)
+        managed.tick()
+        for _ in range(1200):  # 20 minutes
+            managed.tick(1000)
+        # After 10, 20, 40, 80, 160 s and from then on with the interval of 5 minutes.
+        assert 6 <= lasting.happened <= 10
+        managed.validator.faults.clear()
+        managed.tick()
+        asked = managed.validator.faults.count("liquidated")
+        managed.tick(299_000)
+        assert managed.validator.faults.count("liquidated") == asked, "it went well, and waits for the interval"
+
+
 # ---------------------------------------------------------------------- steps and collaborators
 
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -92,6 +93,17 @@ def test_loop_pauses_while_a_sync_is_in_progress(make: Callable[..., Managed]) -
         assert managed.validator.faults.count("registry") == 0
         flag.set = False
         until(lambda: managed.validator.faults.count("registry"))
+
+
+def test_a_sync_that_never_ends_is_told(make: Callable[..., Managed]) -> None:
+    managed = make("direct", longest_sync_s=0.01, tick_pause_s=0.0)
+    managed.manager.sync_in_progress = flag = SimpleNamespace(value=True)
+    with in_a_thread(managed):
+        until(lambda: managed.alerts)
+        assert "sync_in_progress has been true for more than" in managed.alerts[0]
+        flag.value = False
+        until(lambda: not managed.manager._processor.context.alerts.standing())
+    assert len(managed.alerts) == 1
 
 
 def test_loop_survives_every_exception_and_tells_of_each_once(make: Callable[..., Managed]) -> None:

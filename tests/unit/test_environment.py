@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.directories import MinerDirectories
 from shmelim.eliminations.validator.drawdown import ledger_drawdown_percentage
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
@@ -170,6 +171,31 @@ def test_figure_that_is_not_a_number_is_a_type_error(value: Any) -> None:
 def test_clock_that_counts_something_else_is_refused(clock: Any) -> None:
     with pytest.raises(ValueError, match="clock must return milliseconds since 1970"):
         ValidatorEnvironment(clock=clock)
+
+
+class Challenge:
+    def __init__(self, buckets: Any) -> None:
+        self.buckets = buckets
+
+    def __getattribute__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was asked for")
+
+
+@pytest.mark.parametrize("buckets", [{"a": "MAINCOMP", "b": "CHALLENGE"}, ["MAINCOMP"], {"MAINCOMP"}])
+def test_a_scored_bucket_that_is_none_of_the_managers_is_said_without_asking_it(buckets: Any) -> None:
+    collaborators = Collaborators(challengeperiod_manager=Challenge(buckets))  # type: ignore[arg-type]
+    said = ValidatorEnvironment(scored_bucket="NEVER").gaps(collaborators)
+    assert sum("scored_bucket 'NEVER' is unknown" in gap for gap in said) == 1
+    assert not any("scored_bucket" in gap for gap in ValidatorEnvironment().gaps(collaborators))
+
+
+def test_what_nobody_needs_is_no_gap() -> None:
+    assert ValidatorEnvironment().gaps(Collaborators()) == []
+    collaborators = Collaborators(position_manager=SimpleNamespace())  # type: ignore[arg-type]
+    assert len(ValidatorEnvironment().gaps(collaborators)) == 2
+    assert len(ValidatorEnvironment().gaps(collaborators, is_backtesting=True)) == 1
+    whole = ValidatorEnvironment(live_price_fetcher=object(), miner_directory="miners")
+    assert whole.gaps(collaborators) == []
 
 
 ALICE = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"

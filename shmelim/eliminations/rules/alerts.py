@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from shmelim.eliminations.rules.deadlines import BusyError, LeftBehindError, StuckError
+from shmelim.eliminations.rules.deadlines import LeftBehindError, StuckError
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.errors import ShmelimError, StateUnavailableError
 from shmelim.notify.problems import ProblemMessages
@@ -47,7 +47,7 @@ class Alerts(Problems):
             return None
         try:
             return self._ask("slack", lambda: notifier.send_message(text, level=level), seconds=_PATIENCE)
-        except (BusyError, StuckError) as error:
+        except StuckError as error:
             _limited(logging.WARNING, "slack", "Slack is told later: %s", error)
             return False
 
@@ -72,8 +72,6 @@ class Alerts(Problems):
             yield
         except ENDS_A_TICK:
             raise
-        except BusyError:
-            pass
         except BaseException as error:
             self.failed(kind, whom, text, error)
         else:
@@ -99,8 +97,6 @@ class Alerts(Problems):
                 part(hotkey, what)
             except ENDS_A_TICK:
                 raise
-            except BusyError:
-                continue
             except BaseException as error:
                 failed.add(hotkey)
                 self.failed(kind, hotkey, f"{kind}: failed for miner {hotkey}", error)

@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from shmelim.eliminations.debts.states import LIMIT_ORDERS, OWED, POSITIONS
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, named
-from shmelim.eliminations.rules.deadlines import BusyError
 from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.system.logs import LimitedLog
 
@@ -62,8 +61,6 @@ class Closing:
                 context.ask(kind, lambda: self.close(hotkey, record, tick), hotkey)
             context.state.settle_debt(hotkey, kind)
             context.alerts.clear(kind, hotkey)
-        except BusyError:
-            return
         except ENDS_A_TICK:
             raise
         except BaseException as error:

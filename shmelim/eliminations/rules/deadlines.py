@@ -27,10 +27,6 @@ _LOOK_AGAIN: Final = 0.25  # seconds between two looks whether the validator is 
 _GRACE: Final = 1.0  # seconds for what is under way then
 
 
-class BusyError(ShmelimError):
-    """The same is under way in another tick, which will see to it."""
-
-
 class StuckError(ShmelimError):
     """One of the validator's own objects does not come back."""
 
@@ -46,7 +42,7 @@ class LeftBehindError(ShmelimError):
 class _Job:
     """A piece of work, and what became of it."""
 
-    def __init__(self, key: tuple[str, str], work: Callable[[], Any]) -> None:
+    def __init__(self, key: tuple[int, str, str], work: Callable[[], Any]) -> None:
         self.key = key
         self.work = work
         self.began = monotonic()
@@ -61,7 +57,7 @@ class _Job:
             self.result = self.work()
         except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
             # It would end this thread, and nobody would notice.
-            self.error = RuntimeError(f"{self.key[0]} wanted to end the process: {type(error).__name__}")
+            self.error = RuntimeError(f"{self.key[1]} wanted to end the process: {type(error).__name__}")
             self.error.__cause__ = error
         except BaseException as error:
             self.error = error
@@ -98,13 +94,14 @@ def _begin_anew() -> None:
 
 
 _lock: threading.Lock
-_under_way: dict[tuple[str, str], _Job]
+_under_way: dict[tuple[int, str, str], _Job]
 _idle: list[_Worker]
 _begin_anew()
 os.register_at_fork(after_in_child=_begin_anew)
 
 
 def call(
+    scope: object,
     what: str,
     whom: str,
     work: Callable[[], T],
@@ -112,29 +109,24 @@ def call(
     *,
     stopping: Callable[[], bool] = lambda: False,
 ) -> T:
-    """Return what ``work()`` does, or raise as it does; StuckError after that many seconds.
+    """Return what ``work()`` does, or raise as it does; StuckError if it is not done within so many seconds.
 
-    `what` and `whom` are what is asked of whom: BusyError or StuckError at once while the same is under way. It is
-    waited for no longer than a second once the validator is `stopping`.
+    `what` is asked for `whom`, in the name of `scope`. While the same is under way it waits for its turn; it is
+    StuckError at once if that was left behind. Once the validator is `stopping`, a second more is waited.
     """
-    job = _Job((what, whom), work)
-    with _lock:
+    job = _Job((id(scope), what, whom), work)
+    deadline = job.began + seconds
+    while (worker := _begin(job)) is None:
         earlier = _under_way.get(job.key)
         if earlier is not None:
-            since = monotonic() - earlier.began
             if earlier.is_left_behind:
-                raise StuckError(f"{what} has not come back for {since:.0f} s")
-            raise BusyError(f"{what} is under way in another thread")
-        if sum(each.is_left_behind for each in _under_way.values()) >= MOST_LEFT_BEHIND:
-            raise NotAskedError(f"{what} is not asked: {MOST_LEFT_BEHIND} other calls do not come back")
-        _under_way[job.key] = job
-        worker = _idle.pop() if _idle else None
+                raise StuckError(f"{what} has not come back for {monotonic() - earlier.began:.0f} s")
+            if monotonic() > deadline:
+                raise StuckError(f"{what} is under way in another thread, for too long")
+            earlier.done.wait(_LOOK_AGAIN)
     try:
-        if worker is None:
-            worker = _Worker()
-            worker.start()
         worker.inbox.put(job)
-        _wait(job, seconds, stopping)
+        _wait(job, deadline, stopping)
     except BaseException:
         job.is_left_behind = True
         raise
@@ -146,19 +138,33 @@ def call(
     return job.result  # type: ignore[no-any-return]
 
 
-def _wait(job: _Job, seconds: float, stopping: Callable[[], bool]) -> None:
-    deadline = job.began + seconds
+def _begin(job: _Job) -> _Worker | None:
+    """Return a thread for a job, whose turn it is from now on; None while the same is under way."""
+    with _lock:
+        if job.key in _under_way:
+            return None
+        if sum(each.is_left_behind for each in _under_way.values()) >= MOST_LEFT_BEHIND:
+            raise NotAskedError(f"{job.key[1]} is not asked: {MOST_LEFT_BEHIND} other calls do not come back")
+        if not _idle:
+            worker = _Worker()
+            worker.start()
+            _idle.append(worker)
+        _under_way[job.key] = job
+        return _idle.pop()
+
+
+def _wait(job: _Job, deadline: float, stopping: Callable[[], bool]) -> None:
+    asked = False
     while (left := deadline - monotonic()) > 0 and not job.done.wait(min(left, _LOOK_AGAIN)):
-        if stopping():
-            deadline = min(deadline, monotonic() + _GRACE)
-            stopping = lambda: False  # noqa: E731 - asked once
+        if not asked and stopping():
+            asked, deadline = True, min(deadline, monotonic() + _GRACE)
 
 
 def check_turn() -> None:
     """Raise LeftBehindError in a thread whose work nobody waits for any more; before each effect."""
     job = getattr(_current, "job", None)
     if job is not None and job.is_left_behind:
-        raise LeftBehindError(f"{job.key[0]}: it took too long, and its turn is over")
+        raise LeftBehindError(f"{job.key[1]}: it took too long, and its turn is over")
 
 
 def is_left_to_a_thread() -> bool:
@@ -170,4 +176,4 @@ def left_behind() -> list[tuple[str, str, float]]:
     """Return what does not come back: what, whose, and for how many seconds."""
     now = monotonic()
     with _lock:
-        return [(*job.key, now - job.began) for job in _under_way.values() if job.is_left_behind]
+        return [(*job.key[1:], now - job.began) for job in _under_way.values() if job.is_left_behind]

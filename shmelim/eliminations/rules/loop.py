@@ -55,7 +55,12 @@ def _step(processor: EliminationProcessor) -> float:
     context = processor.context
     syncing = context.collaborators.sync_in_progress
     try:
-        if (syncing is not None and syncing.value) or processor.tick():
+        if syncing is not None and syncing.value:
+            context.notice_sync()
+            return context.environment.tick_pause_s
+        context.sync_since = None
+        context.alerts.clear("loop", "sync")
+        if processor.tick():
             return context.environment.tick_pause_s
     except BaseException as error:
         if _ends_the_loop(context, error):

@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar
 
 from shmelim.eliminations.debts.states import LIMIT_ORDERS, POSITIONS, SLASH
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, OvertakenError
 from shmelim.eliminations.rules.challenge import ChallengePeriod
 from shmelim.eliminations.rules.closing import Closing
-from shmelim.eliminations.rules.deadlines import BusyError
 from shmelim.eliminations.rules.drawdown import fallen
 from shmelim.eliminations.rules.expiry import Expiry
 from shmelim.eliminations.rules.membership import Membership
@@ -30,6 +29,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Step: TypeAlias = Callable[[Tick], None]
 Candidates: TypeAlias = Iterator[tuple[str, Callable[[], Found | None]]]
+
+_AGAIN_MS: Final = 10_000  # until a tick that failed is repeated the first time
+_MOST_DOUBLED: Final = 20
 
 _log = logging.getLogger("shmelim.processing")
 _limited = LimitedLog(_log)
@@ -49,6 +51,8 @@ class EliminationProcessor:
     def __init__(self, context: Context) -> None:
         self.context = context
         self._last_update_ms = 0
+        # A tick of which a step failed is repeated before the interval is over, with growing pauses.
+        self._failed_in_a_row = 0
         self._membership = membership = Membership(context)
         self._closing = Closing(context)
         self._slashing = Slashing(context)
@@ -78,8 +82,7 @@ class EliminationProcessor:
         """Whether more than so many milliseconds have passed since the last tick; in direct mode always."""
         passed_ms = self.context.environment.now_ms() - self._last_update_ms
         # A clock that was set back would otherwise stop everything until it is there again.
-        always = bool(getattr(self.context.collaborators, "running_unit_tests", False))
-        return always or passed_ms > refresh_interval_ms or passed_ms < 0
+        return self.context.is_direct or passed_ms > refresh_interval_ms or passed_ms < 0
 
     def set_last_update_time(self, skip_message: bool = False) -> None:
         """Note that a tick was made now."""
@@ -106,7 +109,10 @@ class EliminationProcessor:
         one is due at once.
         """
         context, alerts = self.context, self.context.alerts
-        if not self.refresh_allowed(context.environment.check_interval_ms) and not self._challenge.is_waiting():
+        interval_ms = context.environment.check_interval_ms
+        if self._failed_in_a_row:
+            interval_ms = min(interval_ms, _AGAIN_MS << min(self._failed_in_a_row - 1, _MOST_DOUBLED))
+        if not (context.is_backtesting or self.refresh_allowed(interval_ms) or self._challenge.is_waiting()):
             return True
         alerts.messages.send_again()
         tick = context.begin(position_locks, iteration_epoch)
@@ -119,8 +125,6 @@ class EliminationProcessor:
             except OvertakenError as overtaken:
                 _limited(logging.WARNING, "overtaken", "the rest of this tick is left to the next: %s", overtaken)
                 return well
-            except BusyError:
-                continue  # another tick is at it
             except ENDS_A_TICK:
                 raise
             except BaseException as error:
@@ -130,8 +134,8 @@ class EliminationProcessor:
                 alerts.clear("step", name)
         # Only here, after it ran: a tick that was not due says nothing of what fails in one that is.
         alerts.clear("loop", "tick")
-        if well:
-            self.set_last_update_time()
+        self._failed_in_a_row = 0 if well else self._failed_in_a_row + 1
+        self.set_last_update_time()
         return well
 
     def _alone(self, name: str, position_locks: Any, epoch: Any) -> None:

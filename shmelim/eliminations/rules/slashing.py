@@ -36,7 +36,6 @@ import numpy as np
 from shmelim.eliminations.debts.states import IN_DOUBT, OWED, SLASH, attempt_is_alive, attempt_is_mine, new_attempt
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, WISHES, named
 from shmelim.eliminations.rules.deadlines import (
-    BusyError,
     NotAskedError,
     StuckError,
     check_turn,
@@ -104,8 +103,6 @@ class Slashing:
         except StuckError as error:
             text = f"the slash of miner {hotkey} is under way: {error}. Its answer will settle it when it comes"
             self.context.alerts.failed(_UNDER_WAY, hotkey, text)
-        except BusyError:
-            return
         except ENDS_A_TICK:
             raise
         except BaseException as error:

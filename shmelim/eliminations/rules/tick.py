@@ -16,6 +16,7 @@ from shmelim.eliminations.rules import deadlines
 from shmelim.eliminations.rules.alerts import Alerts, OvertakenError
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
+from shmelim.system.clock import monotonic
 from shmelim.system.logs import LimitedLog
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ class Context:
     state: ProcessingCalls
     is_backtesting: bool = False
     end_asked: bool = False  # written by a signal handler too
+    sync_since: float | None = None  # since when the loop pauses for a sync, by the monotonic clock
 
     def __post_init__(self) -> None:
         self.alerts = Alerts(self.collaborators, self.ask)
@@ -80,17 +82,29 @@ class Context:
         """Have the validator's own objects do something under a deadline, in direct mode in this thread.
 
         By default the environment's ``call_deadline_s``. A `patient` one has it whole even if the validator is
-        ending. BusyError, StuckError: see :mod:`~shmelim.eliminations.rules.deadlines`.
+        ending. StuckError: see :mod:`~shmelim.eliminations.rules.deadlines`.
         """
         if self.is_direct:
             return work()
         limit = self.environment.call_deadline_s if seconds is None else seconds
         stopping = (lambda: False) if patient else self.is_stopping
-        return deadlines.call(what, whom, work, limit, stopping=stopping)
+        return deadlines.call(self, what, whom, work, limit, stopping=stopping)
 
     def can_be_a_miner(self, name: str) -> bool:
         """Whether a name may be a hotkey: it looks like one, or was registered here once."""
         return bool(self.environment.is_hotkey(name) or self.reader.status(name) & _WAS_REGISTERED)
+
+    def notice_sync(self) -> None:
+        """Report a sync that has been in progress for so long that it will perhaps never end."""
+        now = monotonic()
+        if self.sync_since is None:
+            self.sync_since = now
+        if now - self.sync_since > self.environment.longest_sync_s:
+            text = (
+                f"sync_in_progress has been true for more than {self.environment.longest_sync_s:.0f} s: nothing is"
+                " processed meanwhile; see whether that sync is alive"
+            )
+            self.alerts.failed("loop", "sync", text)
 
     def epoch(self) -> Any:
         """Return what ``sync_epoch`` is now; None if there is none."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from shmelim.eliminations.record import EliminationReason
 from shmelim.eliminations.validator.addresses import is_ss58_address
+from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.directories import MinerDirectories
 from shmelim.eliminations.validator.drawdown import Drawdowns
 from shmelim.system import clock as system_clock
@@ -26,6 +28,7 @@ _FIGURES: Final = {
     "plausible_since_ms": math.inf,
     "call_deadline_s": math.inf,
     "slash_deadline_s": math.inf,
+    "longest_sync_s": math.inf,
     "tick_pause_s": math.inf,
     "error_pause_s": math.inf,
 }
@@ -77,6 +80,8 @@ class ValidatorEnvironment:
         Seconds for each call to one of the validator's own objects, and for one to the contract. What has not come
         back by then is a failure of that miner or step; it is left behind in its thread, and whatever it still
         returns counts only if it is the contract's. In direct mode there are no deadlines.
+    longest_sync_s
+        Seconds for which ``sync_in_progress`` may be true before people are told; the loop pauses meanwhile.
     tick_pause_s, error_pause_s
         Seconds between two ticks of the loop, and after one that failed.
 
@@ -121,6 +126,7 @@ class ValidatorEnvironment:
         clock: Callable[[], float] | None = None,
         call_deadline_s: float = 60.0,
         slash_deadline_s: float = 180.0,
+        longest_sync_s: float = 900.0,
         tick_pause_s: float = 1.0,
         error_pause_s: float = 10.0,
     ) -> None:
@@ -137,6 +143,7 @@ class ValidatorEnvironment:
         self.live_price_fetcher = live_price_fetcher
         self.call_deadline_s = call_deadline_s
         self.slash_deadline_s = slash_deadline_s
+        self.longest_sync_s = longest_sync_s
         self.tick_pause_s = tick_pause_s
         self.error_pause_s = error_pause_s
         self._price_source = price_source
@@ -157,6 +164,35 @@ class ValidatorEnvironment:
                     raise ValueError(f"slash_proportions has {reason!r}, which is not a reason: {known}")
                 _check_figure(f"slash_proportions[{reason!r}]", share, 1.0)
         super().__setattr__(name, value)
+
+    def gaps(self, collaborators: Collaborators, *, is_backtesting: bool = False) -> list[str]:
+        """Return what this environment lacks or contradicts for these collaborators, and what that costs; by name.
+
+        Asks none of them anything.
+        """
+        said = []
+        challenge = collaborators.challengeperiod_manager
+        if collaborators.position_manager is not None:
+            if self.live_price_fetcher is None:
+                said.append(
+                    "live_price_fetcher is missing: what no record names a price for is closed without one"
+                )
+            if self._directories is None and not is_backtesting:
+                said.append("miner_directory is missing: nobody is a zombie, and no directory is ever removed")
+        if challenge is not None:
+            known = _buckets(challenge)
+            if known and self.scored_bucket not in known:
+                names = ", ".join(sorted(map(str, known)))
+                text = (
+                    f"scored_bucket {self.scored_bucket!r} is unknown to the challenge period, which has {names}"
+                )
+                said.append(f"{text}: nobody's drawdown is judged")
+            if inspect.getattr_static(challenge, "pop_elimination_reasons", None) is None:
+                said.append(
+                    "the challenge period has no pop_elimination_reasons(hotkeys): a reason that comes between"
+                    " the last look and clear_elimination_reasons() can be lost"
+                )
+        return said
 
     def now_ms(self) -> int:
         """Return the time in milliseconds since 1970, UTC."""
@@ -208,6 +244,14 @@ class ValidatorEnvironment:
         """Remove a miner's directory, if there is one."""
         if self._directories is not None:
             self._directories.remove(hotkey)
+
+
+def _buckets(challenge: Any) -> list[Any]:
+    """Return the buckets that a challenge period has in its ``buckets``, by hotkey or listed, if it has them."""
+    found = inspect.getattr_static(challenge, "buckets", None)
+    if isinstance(found, Mapping):
+        found = found.values()
+    return list(found) if isinstance(found, Iterable) and not isinstance(found, (str, bytes)) else []
 
 
 def _check_figure(name: str, value: Any, most: float) -> None:
