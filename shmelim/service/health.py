@@ -218,7 +218,12 @@ class Health(ABC):
             if self._last_ms is None or not 0 <= now_ms - self._last_ms < interval_ms:
                 self._last_ms = now_ms
                 self._asked = self.page.server
-                finding = self._find_dead() or self._find()
+                # The owner knows of a dead server; for a copy, another owner's may be at the address.
+                if self.is_makers and self.location is not None and not self._asked.is_running():
+                    what = f"nobody serves at {describe(self.location)}: process {self._asked.pid} has ended"
+                    finding: Finding | None = Finding(f"RPC error: {what}")
+                else:
+                    finding = self._find()
                 self._healthy = finding is None
                 if finding is None:
                     self._failures = 0
@@ -233,14 +238,6 @@ class Health(ABC):
         """Find out, in the owner, whether a restart has ended the outage: where nobody checks, it has."""
         if not getattr(self.facade(), "enable_health_check", False) or self._find() is None:
             self._be_well(settled=True)
-
-    def _find_dead(self) -> Finding | None:
-        """Say so if the server is dead, in the owner; in a copy another owner's may be at the address."""
-        if not self.is_makers or self.location is None or self._asked.is_running():
-            return None
-        return Finding(
-            f"RPC error: nobody serves at {describe(self.location)}: process {self._asked.pid} has ended"
-        )
 
     def _find(self) -> Finding | None:
         """Ask the server now; return what is wrong."""

@@ -222,9 +222,6 @@ class Core(Health):
         """Start a server process, and return when it can be reached."""
         settings = self.settings
         with self._lock:
-            assert self.location is not None
-            if self.location[1] != 0:  # the system is not to choose it
-                self._free_address(self.location)
             ready = ServerReady(
                 ServerOptions(
                     self.name,
@@ -237,9 +234,10 @@ class Core(Health):
             )
             server = None
             try:
-                server = self._starting = ServerProcess(self._started(ready), self.name)
-                self.check_not_ended()
+                server = self._starting = self._launched(ready)
+                self.check_not_ended()  # from here on, an end ends the process
                 location = ready.outcome(server, settings.ready_timeout) or self.location
+                assert location is not None
                 if location[1] == 0:
                     raise ChannelError("the server process does not say which port it has", hint="name a port")  # noqa: TRY301
                 if location != self.location:
@@ -254,7 +252,6 @@ class Core(Health):
                 self.server, self.page.server = server, server.identity
                 server.ready_at = monotonic()
                 self._reach(server.identity)
-                self.check_not_ended()
             except BaseException as error:
                 if server is not None:
                     server.stop(settings.stop_timeout)
@@ -267,30 +264,28 @@ class Core(Health):
             _logger.info("process %d serves %r", server.pid, self)
             self._changed.set()
 
-    def _free_address(self, location: Location) -> None:
-        """Free the address of an earlier object of this service, and of what an earlier run has left there."""
-        settings = self.settings
+    def _launched(self, ready: ServerReady) -> ServerProcess:
+        """Free the address of what earlier objects and runs left there, and have the subclass start a process."""
+        settings, location, facade = self.settings, self.location, self.facade()
+        assert location is not None
+        if facade is None:
+            raise ChannelError(f"{self.name} is gone")
         try:
-            if self.server is None:
+            if location[1] != 0 and self.server is None:
                 claim(location, self, takes_over=settings.replace_stale)
-            if settings.replace_stale:
+            if location[1] != 0 and settings.replace_stale:
                 grace = min(settings.stop_timeout, 1.0)
                 clear_stale(location, self.name, grace=grace, release=settings.release_timeout)
         except ChannelError as error:
             raise type(error)(f"{self.name} cannot be served: {error.message}", hint=error.hint) from error
-
-    def _started(self, ready: ServerReady) -> Any:
-        """Return what the subclass' hook starts."""
-        facade = self.facade()
-        if facade is None:
-            raise ChannelError(f"{self.name} is gone")
         try:
-            return facade._start_server_process(self.location, self.key.for_server(), ready)  # noqa: SLF001
+            process = facade._start_server_process(location, self.key.for_server(), ready)  # noqa: SLF001
         except (PicklingError, AttributeError, TypeError) as error:
             if "pickle" not in str(error):
                 raise
             text = f"the server process of {self.name} cannot be started: {error}"
             raise ChannelError(text, hint=_NOT_PICKLED) from error
+        return ServerProcess(process, self.name)
 
     def restart(self, failing: ProcessIdentity | None = None) -> bool:
         """End the server process, and start another at the same address with the same key.

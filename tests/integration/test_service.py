@@ -69,7 +69,12 @@ def levels(alerts):
 def test_a_life_from_the_first_call_over_two_restarts_to_the_end(make, way, tmp_path):
     clock, alerts = Clock(), Alerts()
     service = make(
-        way, enable_health_check=True, health_check_interval_s=60, slack_notifier=alerts, clock_ms=clock
+        way,
+        enable_health_check=True,
+        health_check_interval_s=60,
+        slack_notifier=alerts,
+        clock_ms=clock,
+        connect_wait=PATIENCE,
     )
     assert service.enter("one") == "one"
     assert service.entries() == ["one"]
