@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -57,10 +57,15 @@ class _NotStorableError(TypeError):
     """A value that has no stored form."""
 
 
+def refuse_hotkey(hotkey: object, /) -> NoReturn:
+    """Raise TypeError for a hotkey that is not text, which no read may take for one that is not there."""
+    raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {_short(hotkey)}")
+
+
 def check_hotkey(hotkey: str) -> bytes:
     """Return the UTF-8 bytes of a hotkey; TypeError or ValueError for one that is not fit to be a key."""
     if not isinstance(hotkey, str):
-        raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {_short(hotkey)}")
+        refuse_hotkey(hotkey)
     try:
         key = hotkey.encode()
     except UnicodeEncodeError as error:

@@ -25,8 +25,17 @@ from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files.mirror import ELIMINATIONS_FILE, FILES_MODES, FileMirror, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
-from shmelim.eliminations.record import check_hotkey, check_hotkeys, decode, generate_row, prepare, prepare_all
+from shmelim.eliminations.record import (
+    check_hotkey,
+    check_hotkeys,
+    decode,
+    generate_row,
+    prepare,
+    prepare_all,
+    refuse_hotkey,
+)
 from shmelim.eliminations.rules import EliminationProcessor, processed
+from shmelim.eliminations.rules.membership import is_zombie
 from shmelim.eliminations.runtime import lock_state
 from shmelim.eliminations.starting.imports import import_departed, imported, merge_once
 from shmelim.eliminations.starting.recovery import origin_record, recover, take_files
@@ -229,10 +238,10 @@ class EliminationManagerServer(DebtMethods):
 
     # ------------------------------------------------------------------ reading
 
-    def is_hotkey_eliminated_rpc(self, hotkey: str) -> bool:
+    def is_hotkey_eliminated_rpc(self, hotkey: str | None) -> bool:
         return self.reader.is_hotkey_eliminated(hotkey)
 
-    def get_elimination_rpc(self, hotkey: str) -> dict[str, Any] | None:
+    def get_elimination_rpc(self, hotkey: str | None) -> dict[str, Any] | None:
         return self.reader.get_elimination(hotkey)
 
     def get_eliminated_hotkeys_rpc(self) -> set[str]:
@@ -247,25 +256,26 @@ class EliminationManagerServer(DebtMethods):
     def get_eliminations_dict_rpc(self) -> dict[str, dict[str, Any]]:
         return self.reader.get_eliminations_dict()
 
-    def is_hotkey_re_registered_rpc(self, hotkey: str) -> bool:
+    def is_hotkey_re_registered_rpc(self, hotkey: str | None) -> bool:
         return self.reader.is_hotkey_re_registered(hotkey)
 
     def get_departed_hotkeys_rpc(self) -> dict[str, dict[str, int]]:
         return self.reader.get_departed_hotkeys()
 
-    def get_departed_hotkey_info_rpc(self, hotkey: str) -> dict[str, int] | None:
+    def get_departed_hotkey_info_rpc(self, hotkey: str | None) -> dict[str, int] | None:
         return self.reader.get_departed_hotkey_info(hotkey)
 
-    def is_zombie_hotkey_rpc(self, hotkey: str, all_hotkeys_set: Container[str]) -> bool:
+    def is_zombie_hotkey_rpc(self, hotkey: str | None, all_hotkeys_set: Container[str]) -> bool:
         """Tell whether a hotkey is missing among all hotkeys of the metagraph, the development one excepted."""
-        check_hotkey(hotkey)
         processor = self._processor
         own = DEVELOPMENT_HOTKEY if processor is None else processor.context.environment.development_hotkey
-        return hotkey != own and hotkey not in all_hotkeys_set
+        return is_zombie(hotkey, all_hotkeys_set, own)
 
     def get_history_rpc(
         self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
     ) -> list[dict[str, Any]]:
+        if hotkey is not None and not isinstance(hotkey, str):
+            refuse_hotkey(hotkey)
         limit = HISTORY_LIMIT if limit is None else limit
         if not 0 <= limit <= HISTORY_LIMIT:
             raise ValueError(f"limit must be 0 to {HISTORY_LIMIT:,}, not {limit!r}; go on with before_id")

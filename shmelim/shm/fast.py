@@ -24,7 +24,7 @@ class NativeView(_native.View, View):
 
     def __init__(self, segment: Segment, generation: int, root: Segment) -> None:
         View.__init__(self, segment, generation, root)
-        self._map(root.memory, segment.memory, segment.label, *self.header)
+        self._map(root.memory, memoryview(segment.memory).toreadonly(), segment.label, *self.header)
 
 
 class NativeTableReader(_native.Table, TableReader):

@@ -63,7 +63,8 @@ class Lookups:
     _head: ClassVar[int] = 0
     _member: ClassVar[int] = 1
 
-    def _refuse(self, key: object) -> NoReturn:
+    @staticmethod
+    def _refuse(key: object, /) -> NoReturn:
         """Raise the error for a key that is not a text."""
         raise TypeError(f"a key must be text, not {type(key).__name__}: {key!r:.60}")
 
@@ -73,19 +74,17 @@ class Lookups:
             return b""
         if not isinstance(key, str):
             self._refuse(key)
-        return key.encode("utf-8", "surrogatepass")
+        try:
+            return str.encode(key)
+        except UnicodeEncodeError:
+            return b""
 
     def __contains__(self, key: Any) -> bool:
         return self._flags(key) & self._member == self._member
 
     def _flags(self, key: Any) -> int:
         """Return the flags of a text, 0 if it is absent."""
-        try:
-            return self._table.flags(key.encode())
-        except AttributeError:
-            return 0 if key is None else self._refuse(key)
-        except UnicodeEncodeError:
-            return 0
+        return self._table.flags(self._key(key))
 
     def _record(self, key: str | None) -> bytes | None:
         """Return a copy of the body of a text's record; None if there is none."""
@@ -119,6 +118,8 @@ class Lookups:
             import numpy as np  # noqa: PLC0415
 
         listed = keys.tolist() if isinstance(keys, np.ndarray) else [self._key(key) for key in keys]
+        if len(listed) != len(answers):
+            raise RuntimeError("the list of keys changed its size")
         flags = self._table.flags_of(listed)
         answers[:] = flags if mask == 0 else flags & mask == mask
 

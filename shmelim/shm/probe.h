@@ -39,11 +39,12 @@ enum {
     SLOT_WORDS = SLOT_SIZE / WORD,
     PACKED = SLOT_WORDS - 1,
     INLINE_KEY = 48,
+    MAX_KEY = 255,
     ENTRY_HEADER = 24,
 };
 
 /* Words of a copy's header. */
-enum { USED = 1, COUNT = 2, FLAG_COUNTS = 8, FLAG_BITS = 8 };
+enum { EPOCH = 0, USED = 1, COUNT = 2, FLAG_COUNTS = 8, FLAG_BITS = 8 };
 
 #define MAX_CAPACITY (UINT64_C(1) << 32)
 

@@ -133,16 +133,19 @@ static PyType_Spec view_spec = {
     .slots = view_slots,
 };
 
+/* Making the error runs Python code, which may let go of a view that is borrowed. */
 static void
-raise_corrupt(PyObject *op, const View *view, const char *what)
+raise_corrupt(PyObject *op, View *view, const char *what)
 {
+    Py_INCREF(view);
     PyErr_Format(state_of(op)->corrupt, "segment %U %s", view->label, what);
+    Py_DECREF(view);
 }
 
 #define NO_END "has no empty slot: a lookup cannot end"
 
 static void
-raise_misplaced(PyObject *op, const View *view, uint64_t packed)
+raise_misplaced(PyObject *op, View *view, uint64_t packed)
 {
     char what[80];
     PyOS_snprintf(what, sizeof what, "has a record at %llu that does not fit into its arena",

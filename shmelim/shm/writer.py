@@ -35,6 +35,7 @@ import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import index
 from types import TracebackType
 from typing import Final, Self
 
@@ -354,15 +355,19 @@ class Transaction:
         self._staged: _Staged | None = None
 
     def put(self, key: bytes, flags: int, record: bytes = b"", ordinal: int | None = None) -> None:
-        """Set flags (0 to 255) and record (any bytes) of a key (1 to 255 bytes).
+        """Set flags (0 to 255) and record (any bytes, which are copied unless they cannot change) of a key.
 
+        A key is 1 to 255 bytes.
         ``ordinal``, 0 to 2**63 - 1, is its place in the order of a snapshot; None: a new key goes last, a known
-        one keeps its place. ValueError if something is out of bounds, and the transaction is as before.
+        one keeps its place. ValueError or TypeError for what cannot be put, and the transaction is as before.
         """
-        check_key(key)
+        key = check_key(key)
+        if type(record) is not bytes:
+            record = _own_bytes(record)
+        flags = index(flags)
         if not 0 <= flags <= 0xFF:  # noqa: PLR2004
             raise ValueError(f"flags {flags} must be 0 to 255")
-        if ordinal is not None and not 0 <= ordinal <= MAX_ORDINAL:
+        if ordinal is not None and not 0 <= (ordinal := index(ordinal)) <= MAX_ORDINAL:
             raise ValueError(f"ordinal {ordinal} must be 0 to {MAX_ORDINAL}")
         if len(record) > MAX_RECORD:
             raise ValueError(f"record of {len(record):,} bytes is longer than {MAX_RECORD:,}")
@@ -370,8 +375,7 @@ class Transaction:
 
     def remove(self, key: bytes) -> None:
         """Remove a key; nothing happens if it is absent."""
-        check_key(key)
-        self._set(Change(key, None, b"", None))
+        self._set(Change(check_key(key), None, b"", None))
 
     @property
     def staged(self) -> bool:
@@ -444,9 +448,17 @@ class Transaction:
         self._writer.settle()
 
 
-def check_key(key: bytes) -> None:
-    """Raise TypeError or ValueError unless ``key`` is 1 to 255 bytes."""
+def check_key(key: bytes) -> bytes:
+    """Return a key as plain bytes; TypeError or ValueError unless it is 1 to 255 bytes."""
     if not isinstance(key, bytes):
         raise TypeError(f"key must be bytes, not {type(key).__name__}")
     if not 1 <= len(key) <= MAX_KEY:
         raise ValueError(f"key of {len(key)} bytes must be 1 to {MAX_KEY} bytes long")
+    return key if type(key) is bytes else memoryview(key).tobytes()
+
+
+def _own_bytes(record: object) -> bytes:
+    """Return the bytes of a record, which its caller may change after the call that put it."""
+    if not isinstance(record, (bytes, bytearray, memoryview)):
+        raise TypeError(f"record must be bytes, not {type(record).__name__}")
+    return memoryview(record).tobytes()

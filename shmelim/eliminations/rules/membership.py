@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, Final, NamedTuple
 
 from shmelim.eliminations.reader import EliminationReader
-from shmelim.eliminations.record import check_hotkey
+from shmelim.eliminations.record import check_hotkey, refuse_hotkey
 from shmelim.eliminations.rules.iteration import Context
 
 _SHOWN: Final = 60  # characters of what is not a hotkey
@@ -98,6 +98,15 @@ class Membership:
                 _log.warning(text, len(refused), ", ".join(refused[:10]))
             self._refused = refused
         return self._hotkeys_listed
+
+
+def is_zombie(hotkey: str | None, hotkeys: Container[str], development: str) -> bool:
+    """Tell whether a hotkey is missing among all of the metagraph; None and the development one never are."""
+    if hotkey is None:
+        return False
+    if not isinstance(hotkey, str):
+        refuse_hotkey(hotkey)
+    return hotkey != development and hotkey not in hotkeys
 
 
 def listed_by(hotkeys: Any) -> list[Any]:
