@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from shmelim.eliminations.record import decode as decode_record
-from shmelim.eliminations.record import refuse_hotkey
+from shmelim.eliminations.record import decode_unchecked, refuse_hotkey
 from shmelim.eliminations.rows import (
     PREFIX,
     Status,
@@ -26,6 +26,7 @@ from shmelim.shm import (
     Lookups,
     TableInfo,
     WriterInfo,
+    decoded,
     flag_choice,
     flag_test,
 )
@@ -100,6 +101,7 @@ class Reading(Lookups):
 
     _refuse = staticmethod(refuse_hotkey)
 
+    @decoded(decode_unchecked)
     def get_elimination(self, hotkey: str | None) -> dict[str, Any] | None:
         """Return a hotkey's elimination record, or None; about 0.5 µs for a record of 0.5 kB.
 

@@ -34,6 +34,9 @@ _SHOWN = 64
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(dict[str, Any])
 
+decode_unchecked = _decoder.decode
+"""What :func:`decode` does where nothing is wrong with the bytes; msgspec.DecodeError for others."""
+
 
 class EliminationReason(str, Enum):  # noqa: UP042 - StrEnum would change str() of a member, which callers log
     """Why a miner was eliminated; a record carries the value, which is the member's name.

@@ -30,7 +30,7 @@
 #include <limits.h>
 #include <structmember.h>
 
-#define INTERFACE 3
+#define INTERFACE 4
 
 /* ------------------------------------------------------------------ Table */
 
@@ -183,11 +183,11 @@ static PyType_Spec release_word_spec = {
 /* ------------------------------------------------------------------ the module */
 
 /* Put a method of one text argument into a subclass of Lookups: (cls, name, doc, which). Which 0 to 3: whether its flags
- * have all of the mask of that number; 4: the choice that its flags select. */
+ * have all of the mask of that number; 4: the choice that its flags select; 5: what its record is decoded to. */
 static PyObject *
 bind(PyObject *module, PyObject *args)
 {
-    static const _PyCFunctionFastWithKeywords functions[] = {test_0, test_1, test_2, test_3, choose};
+    static const _PyCFunctionFastWithKeywords functions[] = {test_0, test_1, test_2, test_3, choose, decoded};
     PyTypeObject *type;
     const char *name, *doc;
     Py_ssize_t name_size, doc_size;
@@ -196,8 +196,8 @@ bind(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "O!s#s#b:bind", &PyType_Type, &type, &name, &name_size, &doc, &doc_size, &which)) {
         return NULL;
     }
-    if (!PyType_IsSubtype(type, state->lookups_type) || which > TESTS) {
-        PyErr_SetString(PyExc_TypeError, "bind needs a subclass of Lookups, and a number from 0 to 4");
+    if (!PyType_IsSubtype(type, state->lookups_type) || which > TESTS + 1) {
+        PyErr_SetString(PyExc_TypeError, "bind needs a subclass of Lookups, and a number from 0 to 5");
         return NULL;
     }
     /* A definition must outlive every descriptor and every bound method made from it, and nothing tells when the last of

@@ -5,7 +5,7 @@ from typing_extensions import Buffer
 
 _T = TypeVar("_T")
 
-INTERFACE: Final = 3
+INTERFACE: Final = 4
 
 class View:
     def _map(self, root: Buffer, data: Buffer, label: str, /, *header: int) -> None: ...

@@ -14,6 +14,7 @@ typedef struct {
     uint8_t skip;
     PyObject *choices; /* a tuple, by flags */
     PyObject *argument; /* the name that callers give a key */
+    PyObject *decode;   /* what makes a result of a record; or NULL */
 } Lookups;
 
 static int
@@ -23,15 +24,23 @@ no_table(void)
     return -1;
 }
 
+/* Call a method with one argument, whatever that is: of a tuple, PyObject_CallMethod makes several. */
+static PyObject *
+call_with(PyObject *op, const char *method, PyObject *argument)
+{
+    PyObject *name = PyUnicode_FromString(method);
+    PyObject *result = name == NULL ? NULL : PyObject_CallMethodOneArg(op, name, argument);
+    Py_XDECREF(name);
+    return result;
+}
+
 /* Have the subclass say in its own words what is wrong with a key that is not a text. Runs Python code, in which a list
  * that the key was taken from may be emptied: the key is held. */
 static int
 refuse(PyObject *op, PyObject *key)
 {
     Py_INCREF(key);
-    PyObject *name = PyUnicode_InternFromString("_refuse");
-    PyObject *result = name == NULL ? NULL : PyObject_CallMethodOneArg(op, name, key);
-    Py_XDECREF(name);
+    PyObject *result = call_with(op, "_refuse", key);
     if (result != NULL) {
         Py_DECREF(result);
         PyErr_Format(PyExc_TypeError, "key must be text, not %.200s", Py_TYPE(key)->tp_name);
@@ -212,6 +221,26 @@ use_body(PyObject *op, PyObject *key, PyObject *decode)
 }
 
 static PyObject *
+decoded(PyObject *op, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    Lookups *self = (Lookups *)op;
+    PyObject *key = LIKELY(count == 1 && names == NULL) ? args[0] : only_argument(op, args, count, names);
+    PyObject *record = key == NULL ? NULL : use_body(op, key, NULL);
+    if (record == NULL || record == Py_None || self->decode == NULL) {
+        return record;
+    }
+    /* With room before it, as bound methods like it. */
+    PyObject *arguments[2] = {NULL, record};
+    PyObject *result = PyObject_Vectorcall(self->decode, arguments + 1, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    Py_DECREF(record);
+    if (UNLIKELY(result == NULL) && PyErr_ExceptionMatches(PyExc_Exception)) {
+        PyErr_Clear();
+        result = call_with(op, "_decoding", key);
+    }
+    return result;
+}
+
+static PyObject *
 lookups_record(PyObject *op, PyObject *key)
 {
     return use_body(op, key, NULL);
@@ -246,12 +275,13 @@ lookups_get_table(PyObject *op, void *Py_UNUSED(closure))
     return table;
 }
 
-/* Takes from the class, too, what its methods test for: (masks, choices or None, name of the argument, skip). */
+/* Takes from the class, too, what its methods are made of: (masks, choices or None, name of the argument, skip, decode or
+ * None). */
 static int
 lookups_set_table(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
 {
     Lookups *self = (Lookups *)op;
-    PyObject *masks, *choices, *argument;
+    PyObject *masks, *choices, *argument, *decode;
     if (value == NULL || self->table != NULL || !PyObject_TypeCheck(value, state_of(op)->table_type)) {
         PyErr_SetString(PyExc_TypeError, "_table is a Table, and set once");
         return -1;
@@ -259,7 +289,7 @@ lookups_set_table(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
     /* Reading the settings may run Python code, and so may set the table. */
     PyObject *settings = PyObject_GetAttrString((PyObject *)Py_TYPE(op), "_settings");
     if (settings != NULL
-        && PyArg_ParseTuple(settings, "O!OUb", &PyTuple_Type, &masks, &choices, &argument, &self->skip)
+        && PyArg_ParseTuple(settings, "O!OUbO", &PyTuple_Type, &masks, &choices, &argument, &self->skip, &decode)
         && PyArg_ParseTuple(masks, "bbbb", &self->masks[0], &self->masks[1], &self->masks[2], &self->masks[3])) {
         if (choices != Py_None && !(PyTuple_Check(choices) && PyTuple_GET_SIZE(choices) == FLAGS)) {
             PyErr_Format(PyExc_TypeError, "choices must be a tuple of %d", FLAGS);
@@ -270,6 +300,7 @@ lookups_set_table(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
         else {
             self->choices = choices == Py_None ? NULL : Py_NewRef(choices);
             self->argument = Py_NewRef(argument);
+            self->decode = decode == Py_None ? NULL : Py_NewRef(decode);
             self->table = (Table *)Py_NewRef(value);
         }
     }
@@ -284,6 +315,7 @@ lookups_dealloc(PyObject *op)
     Py_XDECREF(self->table);
     Py_XDECREF(self->choices);
     Py_XDECREF(self->argument);
+    Py_XDECREF(self->decode);
     free_object(op);
 }
 

@@ -1,8 +1,8 @@
 """Lookups by text: the base of a class that gives the table's keys, flags and records a meaning.
 
 This is the reference, in pure Python. ``fast.py`` has the same over the compiled read path, which also takes the
-place of the methods that are marked with :func:`flag_test` and :func:`flag_choice`: their bodies are what they do
-here, and say what they do there.
+place of the methods that are marked with :func:`flag_test`, :func:`flag_choice` and :func:`decoded`: their bodies
+are what they do here, and say what they do there.
 """
 
 from __future__ import annotations
@@ -29,20 +29,33 @@ HEADS: Final = 3
 
 
 class Mark(NamedTuple):
-    """What a marked method does: a test for all flags of ``mask``, or the one of ``choices`` that they select."""
+    """What a marked method does.
+
+    It tests for all flags of ``mask``, or returns the one of ``choices`` that they select, or what ``decode``
+    makes of the record's body.
+    """
 
     mask: int
-    choices: tuple[Any, ...] | None
+    choices: tuple[Any, ...] | None = None
+    decode: Callable[[bytes], Any] | None = None
 
 
 def flag_test(mask: int) -> Callable[[Method], Method]:
     """Mark a method of one text that tells whether its flags have all of ``mask``."""
-    return partial(_marked, Mark(mask, None))
+    return partial(_marked, Mark(mask))
 
 
 def flag_choice(choices: tuple[Any, ...]) -> Callable[[Method], Method]:
     """Mark a method of one text that returns what its flags select from ``choices``, of which there are 256."""
     return partial(_marked, Mark(0, choices))
+
+
+def decoded(decode: Callable[[bytes], Any]) -> Callable[[Method], Method]:
+    """Mark a method of one text that returns what ``decode`` makes of its record's body, or None without one.
+
+    Where ``decode`` raises, the method's own body is asked, which says what is wrong. A class has one ``decode``.
+    """
+    return partial(_marked, Mark(0, decode=decode))
 
 
 def _marked(mark: Mark, method: Method) -> Method:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from shmelim.shm.segment import Segment
 
-_INTERFACE: Final = 3
+_INTERFACE: Final = 4
 """That of ``_native.c``: to be raised there and here by whatever only a matching pair of them can do."""
 
 

@@ -269,7 +269,14 @@ def test_what_is_not_text_is_refused_by_the_name_of_its_type(
     lookups = path(namespace)
     for other in OTHERS:
         message = f"must be text, not {type(other).__name__}"
-        for use in (lookups._flags, lookups.first, lookups.named, lookups._record, lookups.__contains__):
+        for use in (
+            lookups._flags,
+            lookups.first,
+            lookups.named,
+            lookups.value,
+            lookups.__contains__,
+            lookups._record,
+        ):
             with pytest.raises(TypeError, match=message):
                 use(other)
         with pytest.raises(TypeError, match=message):
@@ -400,7 +407,7 @@ def answers(namespace: Namespace, path: Any) -> list[Any]:
         lookups = path(namespace)
         table = lookups._table
         for text in ("a", "b", "c", "d" * 255, "absent", "\ud800", None, b"a", 5):
-            said += [outcome(use, text) for use in (lookups._flags, lookups._record, lookups.named)]
+            said += [outcome(use, text) for use in (lookups._flags, lookups._record, lookups.named, lookups.value)]
             said.append(outcome(lookups._read, text, lambda window: (bytes(window), window.readonly)))
             said.append(outcome(lookups._fill, [text], np.zeros(1, np.uint8), 0))
         for key in (b"a", b"c", b"d" * 255, b"absent", b"", b"x" * 300, "a"):
