@@ -47,8 +47,9 @@ class NativeTableReader(_native.Table, TableReader):
 class NativeLookups(_native.Lookups, Lookups):
     """:class:`Lookups` that reach the extension without a Python frame.
 
-    Methods marked by :func:`flag_test`, :func:`flag_choice` and :func:`decoded` are replaced by C functions that do
-    the same, in every subclass anew, since the interpreter is quickest with a method of the very type of its object.
+    Methods marked by :func:`flag_test`, :func:`flag_choice` and :func:`decoded` are replaced by C functions that
+    do the same, in every subclass anew, since the interpreter is quickest with a method of the very type of its
+    object.
     """
 
     __slots__ = ()
