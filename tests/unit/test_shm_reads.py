@@ -377,7 +377,7 @@ def test_a_list_that_a_finalizer_empties_is_answered_whole() -> None:
 def answers(namespace: Namespace, path: Any) -> list[Any]:
     """Return what a table says of everything that may depend on its memory or on the read path."""
     said = []
-    with TableWriter(namespace, capacity=16, arena_size=1 << 14) as writer:
+    with TableWriter(namespace, capacity=16, arena_size=1 << 14, first_sequence=1 << 44) as writer:
         mine = bytearray(b"headmine")
         transaction = writer.transaction()
         for key, flags, record, ordinal in (
