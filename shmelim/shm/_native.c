@@ -1,10 +1,12 @@
-/* The compiled read path: lookups in the shared table, straight from the caller's call to shared memory.
+/* The compiled paths: lookups in the shared table, straight from the caller's call to shared memory, and the loops over
+ * entries of its writer.
  *
- * What: four types, none of which knows what the table is used for.
+ * What: five types, none of which knows what the table is used for.
  *
  *     View         an attached data segment: two buffers and the numbers that were checked against them; immutable
  *     Table        lookups by bytes; holds the view that is current, and calls _attach() when the generation moved
  *     Lookups      lookups by text in a Table; the base of whoever gives flags and records a meaning
+ *     Image        a copy of the table as its writer changes it; has nothing to do with the others
  *     ReleaseWord  one word that a writer stores with release semantics
  *
  * How: every lookup is the loop of memory-format.md: load the version (acquire), look into the copy that it names,
@@ -25,6 +27,7 @@
 
 #include "batch.h"
 #include "collect.h"
+#include "image.h"
 #include "lookups.h"
 
 #include <limits.h>
@@ -277,6 +280,7 @@ module_exec(PyObject *module)
     if (state->corrupt == NULL || (state->view_type = add_type(module, &view_spec)) == NULL
         || (state->table_type = add_type(module, &table_spec)) == NULL
         || (state->lookups_type = add_type(module, &lookups_spec)) == NULL
+        || (state->image_type = add_type(module, &image_spec)) == NULL
         || (release_word = add_type(module, &release_word_spec)) == NULL) {
         return -1;
     }
@@ -292,6 +296,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->view_type);
     Py_VISIT(state->table_type);
     Py_VISIT(state->lookups_type);
+    Py_VISIT(state->image_type);
     return 0;
 }
 
@@ -303,6 +308,7 @@ module_clear(PyObject *module)
     Py_CLEAR(state->view_type);
     Py_CLEAR(state->table_type);
     Py_CLEAR(state->lookups_type);
+    Py_CLEAR(state->image_type);
     return 0;
 }
 

@@ -4,12 +4,14 @@ An :class:`Image` works on a copy that no reader looks at; publishing is somebod
 (``writer.py``). Open addressing with linear probing; removal shifts the rest of the cluster back instead of
 leaving tombstones (Knuth, *The Art of Computer Programming* 3, section 6.4, algorithm R), so that probes stay
 as short as the load says.
+
+This is the reference, in pure Python. ``fast_image.py`` has the same over the extension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,13 +48,10 @@ from shmelim.shm.segment import Segment
 _FILL_CHUNK = 1 << 20
 
 
-class Change(NamedTuple):
-    """What a transaction does to one key; ``flags`` None removes it, ``ordinal`` None keeps or gives one."""
+Change: TypeAlias = tuple[bytes, int | None, bytes, int | None]
+"""What a transaction does to one key: (key, flags, record, ordinal), all of them checked.
 
-    key: bytes
-    flags: int | None
-    record: bytes
-    ordinal: int | None
+Flags None remove it; ordinal None keeps the one that it has, or gives it the next."""
 
 
 class Image:
@@ -126,33 +125,58 @@ class Image:
 
     def apply(self, changes: Sequence[Change]) -> None:
         """Carry out changes in order. The caller has made sure that slots and arena have room for all."""
-        for change in changes:
-            if change.flags is None:
-                self._remove(change.key)
+        for key, flags, record, ordinal in changes:
+            if flags is None:
+                self._remove(key)
             else:
-                self._put(change.key, change.flags, change.record, change.ordinal)
+                self._put(key, flags, record, ordinal)
+
+    def follow(self, source: Image) -> None:
+        """Bring this copy, whose log ``source`` has continued, up to that one."""
+        words, at, end = self._words, self.used, source.used
+        self._memory[self._arena + at : self._arena + end] = source._memory[
+            source._arena + at : source._arena + end
+        ]
+        while at < end:
+            start = self._arena + at
+            ordinal, _, length, key_length, flags, kind = ARENA_ENTRY.unpack_from(self._memory, start)
+            key = self._memory[start + ENTRY_HEADER : start + ENTRY_HEADER + key_length]
+            size = entry_size(key_length, length)
+            digest, index, packed = self._find(key)
+            if packed:
+                self._forget(packed)
+            if kind == KIND_PUT:
+                self._point(index, digest, key, flags, ordinal, at, size)
+            else:
+                self._empty(index)
+            at += size
+            words[self._head + USED] = at
 
     def count_new(self, changes: Sequence[Change]) -> int:
         """Return how many keys that changes put are not in this copy."""
-        put = {change.key for change in changes if change.flags is not None}
-        return sum(not self._find(key, layout.key_hash(key, self.header.seed))[1] for key in put)
+        return self._missing({key for key, flags, _, _ in changes if flags is not None})
 
-    def _find(self, key: bytes, digest: int) -> tuple[int, int]:
-        """Return slot index and packed word of ``key``, or those of the empty slot where it would go."""
+    def _missing(self, keys: Collection[bytes]) -> int:
+        """Return how many of these keys are absent."""
+        return sum(not self._find(key)[2] for key in keys)
+
+    def _find(self, key: bytes) -> tuple[int, int, int]:
+        """Return hash, slot index and packed word of ``key``; its slot is the empty one where it would go."""
         words, mask = self._words, self._mask
+        digest = layout.key_hash(key, self.header.seed)
         length, inline = len(key), key[:INLINE_KEY]
         index = digest & mask
         while True:
             slot = self._slots + index * SLOT_WORDS
             packed = words[slot + PACKED]
             if not packed:
-                return index, 0
+                return digest, index, 0
             if words[slot] == digest and packed >> KEY_LENGTH_SHIFT & 0xFF == length:
                 start = (slot + 1) * WORD
                 if self._memory[start : start + len(inline)] == inline and (
                     length <= INLINE_KEY or self._key_at(packed) == key
                 ):
-                    return index, packed
+                    return digest, index, packed
             index = (index + 1) & mask
 
     def _key_at(self, packed: int) -> bytes:
@@ -168,18 +192,22 @@ class Image:
         return offset
 
     def _put(self, key: bytes, flags: int, record: bytes, ordinal: int | None) -> None:
-        words = self._words
-        digest = layout.key_hash(key, self.header.seed)
-        index, packed = self._find(key, digest)
+        digest, index, packed = self._find(key)
         if packed:
             old_ordinal = self._forget(packed)
             ordinal = old_ordinal if ordinal is None else ordinal
         elif ordinal is None:
-            ordinal = words[self._head + NEXT_ORDINAL]
-        words[self._head + NEXT_ORDINAL] = max(words[self._head + NEXT_ORDINAL], ordinal + 1)
+            ordinal = self.next_ordinal
         entry = pack_entry(self.header.seed, KIND_PUT, key, flags, ordinal, record)
-        offset = self._append(entry)
-        self._count(flags, len(entry), 1)
+        self._point(index, digest, key, flags, ordinal, self._append(entry), len(entry))
+
+    def _point(
+        self, index: int, digest: int, key: bytes, flags: int, ordinal: int, offset: int, size: int
+    ) -> None:
+        """Let a slot lead to an entry of the log."""
+        words = self._words
+        words[self._head + NEXT_ORDINAL] = max(words[self._head + NEXT_ORDINAL], ordinal + 1)
+        self._count(flags, size, 1)
         slot = self._slots + index * SLOT_WORDS
         words[slot] = digest
         start = (slot + 1) * WORD
@@ -202,11 +230,15 @@ class Image:
                 words[head + FLAG_COUNTS + bit] += sign
 
     def _remove(self, key: bytes) -> None:
-        hole, packed = self._find(key, layout.key_hash(key, self.header.seed))
+        _, index, packed = self._find(key)
         if not packed:
             return
         ordinal = self._forget(packed)
         self._append(pack_entry(self.header.seed, KIND_REMOVE, key, 0, ordinal, b""))
+        self._empty(index)
+
+    def _empty(self, hole: int) -> None:
+        """Empty a slot, and shift back what follows."""
         rows, mask = self.rows, self._mask
         index = hole
         while True:
@@ -250,7 +282,7 @@ class Image:
                 offset, pending, parts = offset + pending, 0, []
         self._append(b"".join(parts))
         used = offset + pending
-        keys = [change.key for change in changes]
+        keys = [change[0] for change in changes]
         digest = layout.key_hash
         rows = np.zeros((len(keys), SLOT_WORDS), np.uint64)
         rows[:, 0] = np.fromiter((digest(key, seed) for key in keys), np.uint64, len(keys))

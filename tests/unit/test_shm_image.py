@@ -14,6 +14,8 @@ from shmelim.shm import Namespace, PrivateNamespace, TableReader, TableWriter, l
 from shmelim.shm.image import place
 from shmelim.shm.layout import MAX_GENERATION, PACKED, SEQUENCE_BITS, VERSION
 
+pytestmark = pytest.mark.usefixtures("image")
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
