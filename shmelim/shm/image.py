@@ -55,7 +55,7 @@ Flags None remove it; ordinal None keeps the one that it has, or gives it the ne
 
 
 class Image:
-    """One of the two copies in a writable segment.
+    """One of the two copies in a writable segment; ``head`` are the words of its header.
 
     Single-threaded: only the writer's thread may use it, and only while the version word names the other copy.
     """
@@ -64,8 +64,8 @@ class Image:
         self.header = header
         self._memory = segment.memory
         self._words = segment.words
-        self._head = header.copy_base(copy) // WORD
-        self._base = header.copy_base(copy)
+        at = header.copy_base(copy) // WORD
+        self.head = segment.words[at : at + COPY_HEADER_SIZE // WORD]
         self._slots = header.slots_base(copy) // WORD
         self._arena = header.arena_base(copy)
         self._mask = header.capacity - 1
@@ -80,45 +80,43 @@ class Image:
     @property
     def used(self) -> int:
         """Bytes of the arena that are written."""
-        return self._words[self._head + USED]
+        return self.head[USED]
 
     @property
     def count(self) -> int:
         """Entries."""
-        return self._words[self._head + COUNT]
+        return self.head[COUNT]
 
     @property
     def live(self) -> int:
         """Bytes of the arena that current entries take."""
-        return self._words[self._head + LIVE]
+        return self.head[LIVE]
 
     @property
     def next_ordinal(self) -> int:
         """The ordinal of the next new key."""
-        return self._words[self._head + NEXT_ORDINAL]
+        return self.head[NEXT_ORDINAL]
 
     @property
     def flag_counts(self) -> list[int]:
         """How many entries have each of the flags."""
-        at = self._head + FLAG_COUNTS
-        return self._words[at : at + FLAG_BITS].tolist()
+        return self.head[FLAG_COUNTS : FLAG_COUNTS + FLAG_BITS].tolist()
 
     @property
     def commit(self) -> int:
         """The number of the store's commit that made this state."""
-        return self._words[self._head + COMMIT]
+        return self.head[COMMIT]
 
     @commit.setter
     def commit(self, number: int) -> None:
-        self._words[self._head + COMMIT] = number
+        self.head[COMMIT] = number
 
     def begin_overwrite(self) -> None:
         """Move the epoch: what readers took for an append-only log is about to be written over.
 
         Must be seen before the first such store.
         """
-        epoch = self._head + EPOCH
-        self._words[epoch] = self._words[epoch] + 1 & MAX_WORD  # it may be what a stranger left
+        self.head[EPOCH] = self.head[EPOCH] + 1 & MAX_WORD  # it may be what a stranger left
         fence()
 
     # ------------------------------------------------------------------ changes
@@ -133,7 +131,7 @@ class Image:
 
     def follow(self, source: Image) -> None:
         """Bring this copy, whose log ``source`` has continued, up to that one."""
-        words, at, end = self._words, self.used, source.used
+        at, end = self.used, source.used
         self._memory[self._arena + at : self._arena + end] = source._memory[
             source._arena + at : source._arena + end
         ]
@@ -150,7 +148,7 @@ class Image:
             else:
                 self._empty(index)
             at += size
-            words[self._head + USED] = at
+            self.head[USED] = at
 
     def count_new(self, changes: Sequence[Change]) -> int:
         """Return how many keys that changes put are not in this copy."""
@@ -184,11 +182,10 @@ class Image:
         return self._memory[start : start + (packed >> KEY_LENGTH_SHIFT & 0xFF)]
 
     def _append(self, entry: bytes) -> int:
-        words, used = self._words, self._head + USED
-        offset = words[used]
+        offset = self.head[USED]
         start = self._arena + offset
         self._memory[start : start + len(entry)] = entry
-        words[used] = offset + len(entry)
+        self.head[USED] = offset + len(entry)
         return offset
 
     def _put(self, key: bytes, flags: int, record: bytes, ordinal: int | None) -> None:
@@ -206,7 +203,7 @@ class Image:
     ) -> None:
         """Let a slot lead to an entry of the log."""
         words = self._words
-        words[self._head + NEXT_ORDINAL] = max(words[self._head + NEXT_ORDINAL], ordinal + 1)
+        self.head[NEXT_ORDINAL] = max(self.head[NEXT_ORDINAL], ordinal + 1)
         self._count(flags, size, 1)
         slot = self._slots + index * SLOT_WORDS
         words[slot] = digest
@@ -222,12 +219,12 @@ class Image:
         return int(ordinal)
 
     def _count(self, flags: int, size: int, sign: int) -> None:
-        words, head = self._words, self._head
-        words[head + COUNT] += sign
-        words[head + LIVE] += sign * size
+        head = self.head
+        head[COUNT] += sign
+        head[LIVE] += sign * size
         for bit in range(FLAG_BITS):
             if flags >> bit & 1:
-                words[head + FLAG_COUNTS + bit] += sign
+                head[FLAG_COUNTS + bit] += sign
 
     def _remove(self, key: bytes) -> None:
         _, index, packed = self._find(key)
@@ -263,7 +260,7 @@ class Image:
     def fill(self, changes: Sequence[Change]) -> None:
         """Put entries with distinct keys into this copy, which must be empty; quicker than :meth:`apply`."""
         seed = self.header.seed
-        next_ordinal = self._words[self._head + NEXT_ORDINAL]
+        next_ordinal = self.next_ordinal
         offset = self.used
         packed: list[int] = []
         parts: list[bytes] = []
@@ -328,18 +325,17 @@ class Image:
             target.begin_overwrite()
         target.arena[arena_from : self.used] = self.arena[arena_from : self.used]
         target.rows[:] = self.rows
-        head = self._memory[self._base : self._base + COPY_HEADER_SIZE]
-        target._memory[target._base + WORD : target._base + COPY_HEADER_SIZE] = head[WORD:]
+        target.head[EPOCH + 1 :] = self.head[EPOCH + 1 :]
 
     def _set_header(self, used: int, count: int, next_ordinal: int, counts: Sequence[int]) -> None:
         """Describe a copy without garbage."""
-        words, head = self._words, self._head
-        words[head + USED] = used
-        words[head + COUNT] = count
-        words[head + NEXT_ORDINAL] = next_ordinal
-        words[head + LIVE] = used
+        head = self.head
+        head[USED] = used
+        head[COUNT] = count
+        head[NEXT_ORDINAL] = next_ordinal
+        head[LIVE] = used
         for bit in range(FLAG_BITS):
-            words[head + FLAG_COUNTS + bit] = counts[bit]
+            head[FLAG_COUNTS + bit] = counts[bit]
 
 
 def inline_keys(keys: Sequence[bytes]) -> NDArray[np.uint64]:

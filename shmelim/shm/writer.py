@@ -52,7 +52,9 @@ from shmelim.errors import (
 from shmelim.shm.adoption import check_copy
 from shmelim.shm.image import Change
 from shmelim.shm.layout import (
+    COUNT,
     HEARTBEAT,
+    LIVE,
     MAX_KEY,
     MAX_ORDINAL,
     MAX_RECORD,
@@ -64,7 +66,9 @@ from shmelim.shm.layout import (
     SLOT_SIZE,
     STORE_ID,
     STORE_ID_SIZE,
+    USED,
     VERSION,
+    WORD,
     WRITER_PID,
     WRITER_STARTED,
     WRITER_STATE,
@@ -94,6 +98,7 @@ MAX_FLAGS: Final = 0xFF
 _BYTES_PER_CHANGE: Final = 32_768 if READ_PATH == "pure" else 512
 """Bytes that are mirrored in about the time in which one change is followed."""
 
+_ENTRY_MORE: Final = entry_size(0, 0) + WORD - 1
 _SHRINK_FROM: Final = 8
 """A segment this many times too large is replaced by one that fits, when everything is replaced."""
 
@@ -307,36 +312,40 @@ class TableWriter:
 
     # ------------------------------------------------------------------ what a transaction is made of
 
-    def _stage(self, changes: list[Change], need: int, commit: int, *, replace: bool) -> _Staged:
-        """Make the next state in memory that nobody reads."""
-        self.settle()
+    def _stage(self, changes: list[Change], need: int, commit: int | None, *, replace: bool) -> _Staged:
+        """Make the next state in memory that nobody reads; ``commit`` None leaves the number that it has."""
+        if self._behind is not None:
+            self.settle()
         fresh = replace or self._images is None
         staged = self._stage_afresh(changes, need) if fresh else self._stage_changes(changes, need)
-        staged.target(self.version).commit = commit
+        if commit is None and staged.segment is not self._segment:
+            commit = self.commit
+        if commit is not None:
+            staged.target(self.version).commit = commit
         return staged
 
     def _stage_changes(self, changes: list[Change], need: int) -> _Staged:
         assert self._images is not None
         version = self._root.words[VERSION]
         current, spare = self._images[version & 1], self._images[~version & 1]
-        header = current.header
-        count = current.count + len(changes)  # at most
-        if 2 * count > header.capacity:
-            count = current.count + current.count_new(changes)
-        fits = 2 * count <= header.capacity
-        if fits and current.used + need <= header.arena_size:
+        header, head = current.header, current.head
+        capacity, room = header.capacity, header.arena_size
+        count = head[COUNT] + len(changes)  # at most
+        if 2 * count > capacity:
+            count = head[COUNT] + current.count_new(changes)
+        fits = 2 * count <= capacity
+        if fits and head[USED] + need <= room:
             staged = _Staged(self._segment, self._images, _LOG)
             self._behind = _ROWS
-        elif fits and current.live + need <= header.arena_size // 4 * 3:
+        elif fits and head[LIVE] + need <= room // 4 * 3:
             staged = _Staged(self._segment, self._images, _ALL)
             self._behind = _ALL
             current.compact_into(spare)
         else:
-            capacity, arena = self._room_for(count, current.live + need, header.capacity)
-            staged = self._new_segment(capacity, arena, header.seed)
+            staged = self._new_segment(*self._room_for(count, head[LIVE] + need, capacity), header.seed)
             current.compact_into(staged.target(version))
         staged.target(version).apply(changes)
-        if staged.behind == _LOG and len(changes) * _BYTES_PER_CHANGE > SLOT_SIZE * header.capacity + need:
+        if staged.behind == _LOG and len(changes) * _BYTES_PER_CHANGE > SLOT_SIZE * capacity + need:
             staged.behind = _TAIL
         return staged
 
@@ -424,7 +433,7 @@ class Transaction:
 
     def __init__(self, writer: TableWriter, *, replace: bool) -> None:
         self._writer = writer
-        self.commit = writer.commit
+        self.commit: int | None = None
         self._replace = replace
         self._changes: list[Change] = []
         self._need = 0
@@ -449,7 +458,7 @@ class Transaction:
         if self._writer._open is not self or self._staged is not None:  # noqa: SLF001
             self._refuse()
         self._changes.append((key, flags, record, ordinal))
-        self._need += entry_size(len(key), len(record))
+        self._need += len(key) + len(record) + _ENTRY_MORE & -WORD  # entry_size, without a call
 
     def remove(self, key: bytes) -> None:
         """Remove a key; nothing happens if it is absent."""

@@ -148,7 +148,7 @@ def test_both_images_are_written_alike(sequence: list[Commit], removed: list[byt
         check_copy(image, "native")
     assert writers[0].version == writers[1].version
     assert native_copy.header[:5] == copy.header[:5]
-    heads = [image._words[image._head + 1 : image._head + 16].tolist() for image in (native_copy, copy)]
+    heads = [image.head[1:].tolist() for image in (native_copy, copy)]
     assert heads[0] == heads[1]
     assert native_copy.arena[: copy.used].tobytes() == copy.arena[: copy.used].tobytes()
     assert sorted(map(tuple, native_copy.rows.tolist())) == sorted(map(tuple, copy.rows.tolist()))
