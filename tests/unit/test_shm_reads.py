@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from both_paths import Native, NativeTableReader, Reference, outcome
 
-from shmelim.errors import SegmentError
+from shmelim import EliminationReader
+from shmelim.eliminations.rows import PREFIX
+from shmelim.errors import CorruptSegmentError, SegmentError
 from shmelim.shm import Namespace, PrivateNamespace, TableWriter, reader
 from shmelim.shm.reader import TableReader
 
@@ -436,3 +438,13 @@ def test_what_a_table_says_depends_neither_on_its_memory_nor_on_the_path(
         assert found == wanted, number
     assert len({repr(each) for each in expected}) > 40
     assert (1, 0, b"headmine") in expected
+
+
+def test_a_record_that_cannot_be_decoded_is_said_to_be_corrupt(namespace: Namespace) -> None:
+    with TableWriter(namespace) as writer:
+        writer.load([(HOTKEY.encode(), 1, PREFIX.pack(0, 0) + b"\xc1", None)])
+        eliminations = EliminationReader.over(namespace)
+        for read in (eliminations.get_elimination, eliminations.get, eliminations.__getitem__):
+            with pytest.raises(CorruptSegmentError, match="1 bytes are not an elimination record"):
+                read(HOTKEY)
+        assert eliminations.get_elimination("absent") is eliminations.get_elimination(None) is None
