@@ -15,7 +15,7 @@ from segments import segments_of
 from serving import Served
 
 from shmelim import EliminationManager
-from shmelim.shm import READ_PATH, Namespace, PrivateNamespace, SharedNamespace, writer
+from shmelim.shm import READ_PATH, Namespace, PrivateNamespace, SharedNamespace, adoption, writer
 from shmelim.shm.image import Image
 
 if TYPE_CHECKING:
@@ -119,13 +119,13 @@ def namespace(request: pytest.FixtureRequest, new_name: Callable[[], str]) -> Na
 @pytest.fixture(params=["native", "pure"])
 def image(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Image]:
     """Have each kind of image written by the writers of a test: the compiled one, and its reference."""
+    kind, check = Image, adoption.check_copy
     if request.param == "native":
-        pytest.importorskip("shmelim.shm._native", reason="the extension is not built")
-        from shmelim.shm.fast_image import NativeImage as Kind
-    else:
-        Kind = Image  # noqa: N806
-    monkeypatch.setattr(writer, "Image", Kind)
-    return Kind
+        fast = pytest.importorskip("shmelim.shm.fast_image", reason="the extension is not built")
+        kind, check = fast.NativeImage, fast.check_copy
+    monkeypatch.setattr(writer, "Image", kind)
+    monkeypatch.setattr(writer, "check_copy", check)
+    return kind
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -39,7 +39,7 @@ typedef struct {
 typedef struct {
     const unsigned char *key;
     uint64_t ordinal;
-    uint64_t size; /* of all of it */
+    uint64_t size, checked; /* of all of it; of what its checksum is of */
     uint8_t key_size, flags, kind;
 } Entry;
 
@@ -153,6 +153,7 @@ read_entry(const Image *self, uint64_t at, uint64_t end, Entry *entry)
     entry->kind = start[22];
     entry->key = start + ENTRY_HEADER;
     entry->size = entry_size(entry->key_size, record);
+    entry->checked = ENTRY_HEADER - ENTRY_CHECKED + (uint64_t)entry->key_size + record;
     return entry->size <= end - at && entry->key_size > 0 && (entry->kind == KIND_PUT || entry->kind == KIND_REMOVE);
 }
 
@@ -298,8 +299,8 @@ change_one(Image *self, const Change *change)
         return 0;
     }
     const uint64_t at = append(self, KIND_PUT, change, ordinal);
-    const Entry entry = {change->key, ordinal, entry_size(change->key_size, change->size),
-                         (uint8_t)change->key_size, (uint8_t)change->flags, KIND_PUT};
+    const Entry entry = {.key = change->key, .ordinal = ordinal, .size = entry_size(change->key_size, change->size),
+                         .key_size = (uint8_t)change->key_size, .flags = (uint8_t)change->flags};
     return at == UINT64_MAX ? -1 : point(self, index, hash, &entry, at, found == ABSENT);
 }
 
@@ -391,40 +392,31 @@ clear_slots(Image *self)
     }
 }
 
-/* Bring this copy, whose log another one has continued, up to that one. */
-static PyObject *
-image_follow(PyObject *op, PyObject *argument)
+/* Carry out what a log says from a place on, with checksums where the log may be damaged. */
+static int
+replay(Image *self, uint64_t at, uint64_t end, bool check)
 {
-    Image *self = (Image *)op, *source = other_image(op, argument, true);
-    if (source == NULL) {
-        return NULL;
-    }
-    uint64_t at = load(self->header + USED);
-    const uint64_t end = used_of(source);
-    if (at > end || at % WORD != 0) {
-        broken(self, "has a log that the other copy does not continue");
-        return NULL;
-    }
-    memcpy(self->arena + at, source->arena + at, end - at);
     while (at < end) {
         Entry entry;
-        uint64_t index, packed, known;
+        uint64_t index, packed, known, checksum;
         if (!read_entry(self, at, end, &entry)) {
-            broken(self, "has an entry that does not fit into its log");
-            return NULL;
+            return broken(self, "has an entry that does not fit into its log");
+        }
+        memcpy(&checksum, self->arena + at + WORD, sizeof checksum);
+        if (check && xxh64(self->arena + at + ENTRY_CHECKED, entry.checked, self->map.seed ^ entry.ordinal) != checksum) {
+            return broken(self, "has a damaged entry in its log");
         }
         const uint64_t hash = hash_key(&self->map, entry.key, entry.key_size);
         const Found found = find_slot(self, entry.key, entry.key_size, hash, &index, &packed);
         if (found == CONTRADICTION) {
-            broken(self, NO_END);
-            return NULL;
+            return broken(self, NO_END);
         }
         if (found == FOUND && forget(self, packed, &known) < 0) {
-            return NULL;
+            return -1;
         }
         if (entry.kind == KIND_PUT) {
             if (point(self, index, hash, &entry, at, found == ABSENT) < 0) {
-                return NULL;
+                return -1;
             }
         }
         else if (found == FOUND) {
@@ -433,7 +425,94 @@ image_follow(PyObject *op, PyObject *argument)
         at += entry.size;
         store(self->header + USED, at);
     }
-    Py_RETURN_NONE;
+    return 0;
+}
+
+/* Bring this copy, whose log another one has continued, up to that one. */
+static PyObject *
+image_follow(PyObject *op, PyObject *argument)
+{
+    Image *self = (Image *)op, *source = other_image(op, argument, true);
+    if (source == NULL) {
+        return NULL;
+    }
+    const uint64_t at = load(self->header + USED), end = used_of(source);
+    if (at > end || at % WORD != 0) {
+        broken(self, "has a log that the other copy does not continue");
+        return NULL;
+    }
+    memcpy(self->arena + at, source->arena + at, end - at);
+    return replay(self, at, end, false) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+static bool
+same_words(const Word *words, const Word *others, unsigned count)
+{
+    uint64_t difference = 0;
+    for (unsigned n = 0; n < count; n++) {
+        difference |= load(words + n) ^ load(others + n);
+    }
+    return difference == 0;
+}
+
+/* Compare slots and header with those that the log alone leads to: each slot is where lookups find it. */
+static int
+compare(Image *self, Image *other)
+{
+    uint64_t occupied = 0;
+    for (uint64_t n = 0; n <= self->map.mask; n++) {
+        const Word *slot = self->slots + n * SLOT_WORDS;
+        const uint64_t at = load(slot + PACKED) >> 16;
+        uint64_t index, packed;
+        Entry entry;
+        if (load(slot + PACKED) == 0) {
+            continue;
+        }
+        occupied++;
+        if (!read_entry(self, at, used_of(self), &entry)
+            || find_slot(other, entry.key, entry.key_size, load(slot), &index, &packed) != FOUND
+            || !same_words(slot, other->slots + index * SLOT_WORDS, SLOT_WORDS)) {
+            return broken(self, "has a slot that contradicts its entry");
+        }
+        if (find_slot(self, entry.key, entry.key_size, load(slot), &index, &packed) != FOUND || index != n) {
+            return broken(self, "has entries that lookups do not find");
+        }
+    }
+    if (occupied != load(other->header + COUNT) || load(self->header + COUNT) != occupied
+        || load(self->header + LIVE) != load(other->header + LIVE)
+        || !same_words(self->header + FLAG_COUNTS, other->header + FLAG_COUNTS, FLAG_BITS)
+        || load(self->header + NEXT_ORDINAL) < load(other->header + NEXT_ORDINAL) || 2 * occupied > self->map.mask + 1) {
+        return broken(self, "has a header that contradicts its entries");
+    }
+    return 0;
+}
+
+/* Raise CorruptSegmentError unless log, slots and header agree, and lookups find every entry. */
+static PyObject *
+image_check(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    Image *self = (Image *)op;
+    if (not_mapped(self) < 0) {
+        return NULL;
+    }
+    const uint64_t used = load(self->header + USED), words = COPY_HEADER_SIZE / WORD + (self->map.mask + 1) * SLOT_WORDS;
+    if (used % WORD != 0 || used > self->map.arena_size) {
+        broken(self, "says that more of its arena is used than there is");
+        return NULL;
+    }
+    /* The same log, over memory of its own for header and slots. */
+    Word *memory = PyMem_RawCalloc((size_t)words, WORD);
+    if (memory == NULL) {
+        return PyErr_NoMemory();
+    }
+    Image other = *self;
+    other.header = memory;
+    other.slots = memory + COPY_HEADER_SIZE / WORD;
+    other.map.copies[0].header = other.header;
+    other.map.copies[0].slots = other.slots;
+    const int done = replay(&other, 0, used, true) < 0 ? -1 : compare(self, &other);
+    PyMem_RawFree(memory);
+    return done < 0 ? NULL : Py_NewRef(Py_None);
 }
 
 /* Empty this copy. */
@@ -600,6 +679,7 @@ image_dealloc(PyObject *op)
 static PyMethodDef image_methods[] = {
     {"_map", image_map, METH_VARARGS, NULL},
     {"_missing", image_missing, METH_O, NULL},
+    {"_check", image_check, METH_NOARGS, NULL},
     {"apply", image_apply, METH_O, NULL},
     {"fill", image_apply, METH_O, NULL},
     {"follow", image_follow, METH_O, NULL},

@@ -49,7 +49,6 @@ from shmelim.errors import (
     SegmentFormatError,
     ShmelimError,
 )
-from shmelim.shm.adoption import check_copy
 from shmelim.shm.image import Change
 from shmelim.shm.layout import (
     COUNT,
@@ -88,9 +87,11 @@ from shmelim.shm.reader import WriterState
 from shmelim.shm.segment import Namespace, Segment
 
 if TYPE_CHECKING or READ_PATH == "pure":
+    from shmelim.shm.adoption import check_copy
     from shmelim.shm.image import Image
 else:
     from shmelim.shm.fast_image import NativeImage as Image
+    from shmelim.shm.fast_image import check_copy
 
 MIN_CAPACITY: Final = 8
 MIN_ARENA: Final = PAGE

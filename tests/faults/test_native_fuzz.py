@@ -146,6 +146,7 @@ class DamagedForAWriter(Damaged):
             if key:
                 yield lambda key=key: current.apply([(key, 3, b"r" * 100, None)])
                 yield lambda key=key: current.apply([(key, None, b"", None)])
+        yield current._check
         yield lambda: current._missing(ASKED)
         yield lambda: idle.follow(current)
         yield lambda: current.follow(idle)
