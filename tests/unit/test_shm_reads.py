@@ -319,8 +319,8 @@ from both_paths import Native
 from shmelim.shm import PrivateNamespace, TableWriter
 
 namespace = PrivateNamespace()
-with TableWriter(namespace) as writer:
-    writer.load([(b"last", 7, b"headbody", None)])
+writer = TableWriter(namespace)  # which lives on: of a dead one more would be asked, in Python
+writer.load([(b"last", 7, b"headbody", None)])
 lookups = Native(namespace)
 answers = np.zeros(2000, np.uint8)
 
