@@ -54,13 +54,13 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     channel, state_dir, server = _ask(settings.name)
     debts, in_doubt = _owed(server, state_dir)
     found = {
-        **_of(table, "version", "generation", "sequence"),
+        **_of(table, "version", "generation"),
         **dict(zip(("eliminated", "departed", "registered"), table.flag_counts, strict=False)),
         "entries": table.entries,
         "read_path": READ_PATH,
         "writer": {
             **_of(writer, "pid", "alive", "state", "started_ms"),
-            "heartbeat_age_s": round(writer.heartbeat_age, 3),
+            "heartbeat_age_s": None if writer.heartbeat_age is None else round(writer.heartbeat_age, 3),
         },
         "table": {
             **_of(table, "capacity", "arena_size", "arena_used", "arena_live"),
@@ -117,7 +117,7 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
         ("name", status["name"]),
         ("writer", _writer_line(writer)),
         ("started", output.moment(writer["started_ms"])),
-        ("version", f"generation {status['generation']}, sequence {status['sequence']}"),
+        ("version", f"{status['version']}, generation {status['generation']}"),
         ("eliminated", status["eliminated"]),
         ("departed", status["departed"]),
         ("registered", status["registered"]),
@@ -141,7 +141,12 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
 
 
 def _writer_line(writer: dict[str, Any]) -> str:
-    heartbeat = f"heartbeat {output.span(writer['heartbeat_age_s'])} ago"
+    age = writer["heartbeat_age_s"]
+    if age is None:
+        return (
+            f"process {writer['pid']}, {writer['state']}; its clock is another, so nobody knows whether it lives"
+        )
+    heartbeat = f"heartbeat {output.span(age)} ago"
     if writer["alive"]:
         return f"process {writer['pid']}, alive, {writer['state']}, {heartbeat}"
     end = "stopped" if writer["state"] == "stopped" else f"dead (it was {writer['state']})"

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -33,6 +33,9 @@ _SHOWN = 64
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(dict[str, Any])
+
+decode_unchecked = _decoder.decode
+"""What :func:`decode` does where nothing is wrong with the bytes; msgspec.DecodeError for others."""
 
 
 class EliminationReason(str, Enum):  # noqa: UP042 - StrEnum would change str() of a member, which callers log
@@ -57,10 +60,15 @@ class _NotStorableError(TypeError):
     """A value that has no stored form."""
 
 
+def refuse_hotkey(hotkey: object, /) -> NoReturn:
+    """Raise TypeError for a hotkey that is not text, which no read may take for one that is not there."""
+    raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {_short(hotkey)}")
+
+
 def check_hotkey(hotkey: str) -> bytes:
     """Return the UTF-8 bytes of a hotkey; TypeError or ValueError for one that is not fit to be a key."""
     if not isinstance(hotkey, str):
-        raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {_short(hotkey)}")
+        refuse_hotkey(hotkey)
     try:
         key = hotkey.encode()
     except UnicodeEncodeError as error:

@@ -25,8 +25,17 @@ from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files.mirror import ELIMINATIONS_FILE, FILES_MODES, FileMirror, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
-from shmelim.eliminations.record import check_hotkey, check_hotkeys, decode, generate_row, prepare, prepare_all
+from shmelim.eliminations.record import (
+    check_hotkey,
+    check_hotkeys,
+    decode,
+    generate_row,
+    prepare,
+    prepare_all,
+    refuse_hotkey,
+)
 from shmelim.eliminations.rules import EliminationProcessor, processed
+from shmelim.eliminations.rules.membership import is_zombie
 from shmelim.eliminations.runtime import lock_state
 from shmelim.eliminations.starting.imports import import_departed, imported, merge_once
 from shmelim.eliminations.starting.recovery import origin_record, recover, take_files
@@ -40,7 +49,7 @@ from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.ticks import Ticks
 from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
-from shmelim.errors import DamagedFileError, StoreError
+from shmelim.errors import DamagedFileError, ShmelimError, StoreError
 from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter
 from shmelim.system import clock
 from shmelim.system.logs import LimitedLog, log_problems
@@ -51,6 +60,7 @@ _limited = LimitedLog(_log)
 
 BEAT_INTERVAL: Final = 0.25
 HISTORY_LIMIT: Final = 10_000
+_MEMORY_LOST: Final = "shared_memory_lost"
 
 Progress: TypeAlias = Callable[[str, int, int | None], Any]
 
@@ -179,8 +189,24 @@ class EliminationManagerServer(DebtMethods):
 
     def _beat(self, table: TableWriter) -> None:
         while not self._stopped.wait(BEAT_INTERVAL):
-            table.beat()
+            names_stand = table.beat()
             self._uploads.expire()
+            committer: Committer | None = getattr(self, "_committer", None)
+            if committer is not None and (not names_stand or self.problems.stands(_MEMORY_LOST)):
+                self._renew_names(table, committer)
+
+    def _renew_names(self, table: TableWriter, committer: Committer) -> None:
+        """Make names again that were removed from ``/dev/shm``; what keeps that from being done is a problem."""
+        try:
+            if committer.read(lambda _store: table.renew()):
+                _log.warning("names of %r were removed from /dev/shm, and are made again", self.namespace.name)
+        except (ShmelimError, OSError) as error:
+            hint = error.hint if isinstance(error, ShmelimError) else None
+            self.problems.report(
+                _MEMORY_LOST, f"readers may not find the table: {error}", severity="failing", remedy=hint
+            )
+        else:
+            self.problems.clear(_MEMORY_LOST)
 
     # ------------------------------------------------------------------ life
 
@@ -225,7 +251,7 @@ class EliminationManagerServer(DebtMethods):
             "commits": self._committer.commits,
             "changes": self._committer.changes,
             "generation": table.generation,
-            "sequence": table.sequence,
+            "sequence": table.version,
             "segment_bytes": table.segment_size,
             **debts,
             **processing,
@@ -239,10 +265,10 @@ class EliminationManagerServer(DebtMethods):
 
     # ------------------------------------------------------------------ reading
 
-    def is_hotkey_eliminated_rpc(self, hotkey: str) -> bool:
+    def is_hotkey_eliminated_rpc(self, hotkey: str | None) -> bool:
         return self.reader.is_hotkey_eliminated(hotkey)
 
-    def get_elimination_rpc(self, hotkey: str) -> dict[str, Any] | None:
+    def get_elimination_rpc(self, hotkey: str | None) -> dict[str, Any] | None:
         return self.reader.get_elimination(hotkey)
 
     def get_eliminated_hotkeys_rpc(self) -> set[str]:
@@ -257,25 +283,26 @@ class EliminationManagerServer(DebtMethods):
     def get_eliminations_dict_rpc(self) -> dict[str, dict[str, Any]]:
         return self.reader.get_eliminations_dict()
 
-    def is_hotkey_re_registered_rpc(self, hotkey: str) -> bool:
+    def is_hotkey_re_registered_rpc(self, hotkey: str | None) -> bool:
         return self.reader.is_hotkey_re_registered(hotkey)
 
     def get_departed_hotkeys_rpc(self) -> dict[str, dict[str, int]]:
         return self.reader.get_departed_hotkeys()
 
-    def get_departed_hotkey_info_rpc(self, hotkey: str) -> dict[str, int] | None:
+    def get_departed_hotkey_info_rpc(self, hotkey: str | None) -> dict[str, int] | None:
         return self.reader.get_departed_hotkey_info(hotkey)
 
-    def is_zombie_hotkey_rpc(self, hotkey: str, all_hotkeys_set: Container[str]) -> bool:
+    def is_zombie_hotkey_rpc(self, hotkey: str | None, all_hotkeys_set: Container[str]) -> bool:
         """Tell whether a hotkey is missing among all hotkeys of the metagraph, the development one excepted."""
-        check_hotkey(hotkey)
         processor = self._processor
         own = DEVELOPMENT_HOTKEY if processor is None else processor.context.environment.development_hotkey
-        return hotkey != own and hotkey not in all_hotkeys_set
+        return is_zombie(hotkey, all_hotkeys_set, own)
 
     def get_history_rpc(
         self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
     ) -> list[dict[str, Any]]:
+        if hotkey is not None and not isinstance(hotkey, str):
+            refuse_hotkey(hotkey)
         limit = HISTORY_LIMIT if limit is None else limit
         if not 0 <= limit <= HISTORY_LIMIT:
             raise ValueError(f"limit must be 0 to {HISTORY_LIMIT:,}, not {limit!r}; go on with before_id")

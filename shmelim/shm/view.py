@@ -20,6 +20,7 @@ from shmelim.shm.layout import (
     OFFSET_SHIFT,
     PACKED,
     PAGE,
+    ROOT_ID,
     SLOT_WORDS,
     WORD,
     unpack_data_header,
@@ -58,15 +59,18 @@ class Batch:
 class View:
     """A data segment as a reader sees it: immutable once made, so that one reference read is a consistent set.
 
-    It is of use only together with ``root``, the root segment whose version word named it: another root of the
-    same name may name the same generation and mean another segment.
+    It is of use only together with ``root``, the root segment whose version word ``version`` named it: another
+    root of the same name may name the same generation and mean another segment, which the ids of both tell.
     """
 
-    def __init__(self, segment: Segment, generation: int, root: Segment) -> None:
-        self.header = header = unpack_data_header(segment.memory[:PAGE], segment.size, generation, segment.label)
-        self.generation, self.seed, self.capacity, self.arena_size, _ = header
+    def __init__(self, segment: Segment, version: int, root: Segment) -> None:
+        self.header = header = unpack_data_header(
+            segment.memory[:PAGE], segment.size, root.words[ROOT_ID], version, segment.label
+        )
+        self.generation, self.seed, self.capacity, self.arena_size, *_ = header
         self.segment = segment
         self.root = root
+        self.root_words = root.words
         self.memory = segment.memory
         self.words = segment.words
         self.mask = header.capacity - 1
@@ -92,7 +96,13 @@ class View:
         while True:
             if words[slot] == digest:
                 packed = words[slot + PACKED]
-                if packed >> KEY_LENGTH_SHIFT & 0xFF == len(key) and self._same_key(copy, slot, packed, key):
+                length = len(key)
+                start = (slot + 1) * WORD
+                if packed >> KEY_LENGTH_SHIFT & 0xFF == length and (
+                    self.memory[start : start + length] == key
+                    if length <= INLINE_KEY
+                    else self._same_long_key(copy, packed, key)
+                ):
                     return packed
                 if not packed:
                     return 0
@@ -104,11 +114,8 @@ class View:
             if slot == home:
                 raise self.corrupt(_NO_END)
 
-    def _same_key(self, copy: int, slot: int, packed: int, key: bytes) -> bool:
+    def _same_long_key(self, copy: int, packed: int, key: bytes) -> bool:
         length = len(key)
-        if length <= INLINE_KEY:
-            start = (slot + 1) * WORD
-            return self.memory[start : start + length] == key
         start = (packed >> OFFSET_SHIFT) + ENTRY_HEADER
         if start + length > self.arena_size:
             return False
