@@ -55,10 +55,10 @@ _DEPART = (
     " SET detected_ms = excluded.detected_ms, departed_ordinal = excluded.departed_ordinal"
     " WHERE departed_ordinal IS NULL"
 )
-_EVENTS = "SELECT id, at_ms, action, hotkey, pid, uid, program, note, old, new FROM events"
+_EVENTS = "SELECT id, at_ms, action, hotkey, pid, uid, program, note, old, new, commit_number FROM events"
 _ADD_EVENT = (
-    "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new, commit_number)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 # The columns are the fields of a Debt; the alphabetic order of the kinds is the one in which they are settled.
 _DEBTS = (
@@ -205,7 +205,8 @@ class Store(Database):
         pid, uid, program = this_process() if origin is None else origin
         now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
         rows = [
-            (now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes
+            (now, action, hotkey, pid, uid, program, note, old, new, self.next_commit)
+            for action, hotkey, old, new, note in changes
         ]
         self._change(_ADD_EVENT, rows, each=True)
 
