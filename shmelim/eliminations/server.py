@@ -221,7 +221,7 @@ class EliminationManagerServer(DebtMethods):
             "commits": self._committer.commits,
             "changes": self._committer.changes,
             "generation": table.generation,
-            "sequence": table.sequence,
+            "sequence": table.version,
             "segment_bytes": table.segment_size,
             **debts,
             "problems": [problem.as_dict() for problem in self.problems.standing()],
