@@ -106,7 +106,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         Where the state is kept; None: the user's state directory of that name (in direct mode: in memory).
     runtime_base
         Where runtime directories are; None: the user's.
-    durability, files, default_departed, imports
+    durability, files, default_departed, imports, adopt_published, replace_published, must_exist, registry
         As for :class:`~shmelim.eliminations.server.EliminationManagerServer`.
     group_readable
         Let the group of this process read the shared memory.
@@ -121,6 +121,8 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         Another process is at the address.
     TimeoutError
         The server was not ready in time: within `ready_timeout`, here 60 s, since a large state takes a while.
+    StateConflictError
+        The name is known for another state than that of the state directory, or for a later one.
     StoreError, SegmentError
         State or shared memory cannot be had.
 
@@ -199,6 +201,10 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         files: FilesMode = "current",
         default_departed: Path | str | None = None,
         imports: Sequence[Path | str] = (),
+        adopt_published: bool = False,
+        replace_published: bool = False,
+        must_exist: bool = False,
+        registry: Path | str | bool | None = True,
         group_readable: bool = False,
         enable_health_check: bool = True,
         health_check_interval_s: float = 60,
@@ -256,6 +262,10 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             files=files,
             default_departed=_absolute(default_departed),
             imports=tuple(Path(path).absolute() for path in imports),
+            adopt_published=adopt_published,
+            replace_published=replace_published,
+            must_exist=must_exist,
+            registry=registry if registry is None or isinstance(registry, bool) else _absolute(registry),
         )
         self._timeout = settings.get("call_timeout", ServiceSettings.call_timeout)
         self._live_price_fetcher = self.environment.live_price_fetcher

@@ -41,6 +41,10 @@ class ServeOptions:
     files: FilesMode = "current"
     default_departed: Path | None = None
     imports: tuple[Path, ...] = ()
+    adopt_published: bool = False
+    replace_published: bool = False
+    must_exist: bool = False
+    registry: Path | bool | None = True
 
     def __post_init__(self) -> None:
         for what, value, known in (
@@ -74,6 +78,10 @@ def open_server(
         files=options.files,
         default_departed=options.default_departed,
         imports=options.imports,
+        adopt_published=options.adopt_published,
+        replace_published=options.replace_published,
+        must_exist=options.must_exist,
+        registry=options.registry,
         on_progress=on_progress or report_progress,  # to who waits for this process, if anybody does
     )
 

@@ -103,7 +103,8 @@ class TableWriter:
     ``capacity`` is the smallest number of slots per copy, rounded up to a power of two, of which half can be in
     use; ``arena_size`` the smallest number of bytes for records, per copy. ``store_id``, 16 bytes, is that of the
     store that the table is made from; a root segment of another store is replaced. A new root segment's versions
-    begin above ``first_sequence``, the ms since 1970, and those of the root that it replaces.
+    begin above ``first_sequence``, the ms since 1970, and those of the root that it replaces. ``acquired``: the
+    caller has acquired the namespace already; this writer releases it in the end.
 
     AlreadyServingError if another process writes this table; SegmentFullError if no shared memory is left;
     UntrustedSegmentError if the name is taken by another user.
@@ -129,6 +130,7 @@ class TableWriter:
         arena_size: int = 1 << 18,
         store_id: bytes = bytes(STORE_ID_SIZE),
         first_sequence: int = 0,
+        acquired: bool = False,
     ) -> None:
         if len(store_id) != STORE_ID_SIZE:
             raise ValueError(f"store_id of {len(store_id)} bytes must be {STORE_ID_SIZE} bytes long")
@@ -137,7 +139,8 @@ class TableWriter:
         self._min_capacity = max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
         self._min_arena = align(max(MIN_ARENA, arena_size), PAGE)
         self._pid = os.getpid()
-        namespace.acquire()
+        if not acquired:
+            namespace.acquire()
         try:
             self._root = self._take_root(first_sequence)
             self._published = release_word(self._root, VERSION)
@@ -190,6 +193,12 @@ class TableWriter:
     def commit(self) -> int:
         """The number of the store's commit that this writer has published, 0 before it has published anything."""
         return 0 if self._images is None else self._images[self.version & 1].commit
+
+    @commit.setter
+    def commit(self, number: int) -> None:
+        # One store, for a commit that changed nothing in the table: no reader has to look again.
+        if self._images is not None:
+            self._images[self.version & 1].commit = number
 
     @property
     def _generation(self) -> int:
