@@ -292,8 +292,8 @@ class Calls:
         ``hotkey``: only this one's. ``limit``: at most so many, up to 10,000 (None); ``ValueError`` beyond.
         ``before_id``: only events older than the one with this ``id``, for the next page.
 
-        Each has ``id``, ``at_ms``, ``action``, ``hotkey``, ``pid``, ``uid``, ``program``, ``note``, ``old``, ``new``
-        and ``commit_number``.
+        Each has ``id``, ``at_ms``, ``action``, ``hotkey``, ``pid``, ``uid``, ``program``, ``note``, ``old``,
+        ``new`` and ``commit_number``.
         """
 
     @remote(idempotent=True)
