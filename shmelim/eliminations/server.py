@@ -31,8 +31,8 @@ from shmelim.eliminations.runtime import lock_state
 from shmelim.eliminations.starting.imports import import_departed, imported, merge_once
 from shmelim.eliminations.starting.recovery import origin_record, recover, take_files
 from shmelim.eliminations.state import changes
-from shmelim.eliminations.state.committer import Committer
 from shmelim.eliminations.state.debt_book import DebtMethods
+from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.state.uploads import Uploads
 from shmelim.eliminations.store.history import Origin, this_process
 from shmelim.eliminations.store.opening import store_bytes
@@ -152,17 +152,25 @@ class EliminationManagerServer(DebtMethods):
             undo.callback(store.close)
             paths = [Path(path) for path in imports]
             merge_once(store, paths, lambda path: tell(f"importing {path}", 0, None))
-            self._committer = Committer(store, table, self._caller, self.problems)
-            self._committer.publish_all(
+            self._state = State(
+                store,
+                table,
+                self.namespace,
+                self._caller,
+                self.problems,
+                # In direct mode, where nobody else sees the table, callers take their turns themselves.
+                threaded=not isinstance(self.namespace, PrivateNamespace),
+            )
+            self._state.publish_all(
                 origin_record(self.state_dir, imported(store)),
                 lambda done, total: tell("publishing", done, total),
             )
             self.reader = EliminationReader.over(self.namespace)
             if self.state_dir is not None and files != "off":
                 self._mirror = FileMirror(
-                    self.state_dir, TableReader(self.namespace), self._committer, files, self.problems
+                    self.state_dir, TableReader(self.namespace), self._state, files, self.problems
                 )
-                self._committer.published = self._mirror.published.set
+                self._state.published = self._mirror.published.set
                 self._mirror.start()
             self._undo = undo.pop_all()
 
@@ -188,7 +196,7 @@ class EliminationManagerServer(DebtMethods):
             self._mirror.stop()
         self._stopped.set()
         self._beating.join()
-        self._committer.close()
+        self._state.close()
         self._undo.close()
 
     def _caller(self) -> Origin:
@@ -218,8 +226,8 @@ class EliminationManagerServer(DebtMethods):
             "started_ms": self.started_ms,
             "state_dir": None if self.state_dir is None else str(self.state_dir),
             "store_bytes": 0 if self.state_dir is None else store_bytes(self.state_dir),
-            "commits": self._committer.commits,
-            "changes": self._committer.changes,
+            "commits": self._state.commits,
+            "changes": self._state.changes,
             "generation": table.generation,
             "sequence": table.sequence,
             "segment_bytes": table.segment_size,
@@ -275,7 +283,7 @@ class EliminationManagerServer(DebtMethods):
 
     def add_elimination_rpc(self, hotkey: str, data: Mapping[str, Any]) -> bool:
         check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
-        return self._committer.commit(changes.add, *prepare(data, hotkey))
+        return self._state.commit(changes.add, *prepare(data, hotkey))
 
     def append_elimination_row_rpc(
         self,
@@ -293,12 +301,12 @@ class EliminationManagerServer(DebtMethods):
 
     def remove_elimination_rpc(self, hotkey: str) -> bool:
         check_hotkey(hotkey)
-        return bool(self._committer.commit(changes.remove, [hotkey]))
+        return bool(self._state.commit(changes.remove, [hotkey]))
 
     def delete_eliminations_rpc(
         self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None
     ) -> list[str]:
-        removed = self._committer.commit(changes.remove, check_hotkeys(hotkeys), times_ms)
+        removed = self._state.commit(changes.remove, check_hotkeys(hotkeys), times_ms)
         self._save()
         return removed
 
@@ -325,7 +333,7 @@ class EliminationManagerServer(DebtMethods):
         return self._replace(self._uploads.finish(token), "sync")
 
     def _replace(self, records: dict[str, bytes], reason: str) -> list[str]:
-        removed = self._committer.commit(changes.replace_all, records, reason)
+        removed = self._state.commit(changes.replace_all, records, reason)
         self._save()
         return removed
 
@@ -333,16 +341,16 @@ class EliminationManagerServer(DebtMethods):
         self._replace({}, "clear")
 
     def update_metagraph_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._committer.commit(changes.update_metagraph, check_hotkeys(hotkeys))
+        return self._state.commit(changes.update_metagraph, check_hotkeys(hotkeys))
 
     def get_missing_hotkeys_rpc(self) -> list[str]:
-        return self._committer.read(changes.missing)
+        return self._state.read(changes.missing)
 
     def accept_loss_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._committer.commit(changes.accept_loss, check_hotkeys(hotkeys))
+        return self._state.commit(changes.accept_loss, check_hotkeys(hotkeys))
 
     def clear_departed_hotkeys_rpc(self) -> None:
-        self._committer.commit(changes.clear_departed)
+        self._state.commit(changes.clear_departed)
         self._save()
 
     # ------------------------------------------------------------------ files
@@ -366,11 +374,11 @@ class EliminationManagerServer(DebtMethods):
             else:
                 if found is not None:
                     return [decode(record) for record in found.taken.values()]
-        return [decode(record) for record in self._committer.read(lambda s: [r for _, r in s.eliminated()])]
+        return [decode(record) for record in self._state.read(lambda s: [r for _, r in s.eliminated()])]
 
     def load_eliminations_from_disk_rpc(self) -> None:
         if self._mirror is not None and self.state_dir is not None:
-            self._committer.commit(take_files, self.state_dir, fresh=False)
+            self._state.commit(take_files, self.state_dir, fresh=False)
 
     # ------------------------------------------------------------------ first refresh, and processing
 
