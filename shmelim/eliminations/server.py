@@ -229,7 +229,7 @@ class EliminationManagerServer(DebtMethods):
             "commits": self._state.commits,
             "changes": self._state.changes,
             "generation": table.generation,
-            "sequence": table.sequence,
+            "sequence": table.version,
             "segment_bytes": table.segment_size,
             **debts,
             "problems": [problem.as_dict() for problem in self.problems.standing()],

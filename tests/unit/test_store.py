@@ -6,6 +6,7 @@ import stat
 import threading
 
 import pytest
+from crashing import call
 
 from shmelim.eliminations.store import opening
 from shmelim.eliminations.store.opening import store_bytes
@@ -319,8 +320,8 @@ class TestEvents:
             store.add_events([Change("add", "a", new=b"1")], origin, 10)
             store.add_events([Change("remove", "a", old=b"1", note="by hand")], origin, 11)
         assert [tuple(event) for event in store.events()] == [
-            (2, 11, "remove", "a", 123, None, "validator", "by hand", b"1", None),
-            (1, 10, "add", "a", 123, None, "validator", None, None, b"1"),
+            (2, 11, "remove", "a", 123, None, "validator", "by hand", b"1", None, 1),
+            (1, 10, "add", "a", 123, None, "validator", None, None, b"1", 1),
         ]
 
     def test_origin_is_this_process_by_default(self, store):
@@ -399,6 +400,84 @@ class TestReadOnly:
         with pytest.raises(StoreError, match=r"shmelim\.sqlite"):
             read_events(tmp_path)
         assert list(tmp_path.iterdir()) == []
+
+
+class TestIdentity:
+    def test_no_two_stores_have_the_same(self, tmp_path):
+        def made(directory):
+            with Store.open(directory) as store:
+                return store.store_id
+
+        # A forked child has the random state of its parent.
+        ids = [made(tmp_path / "a"), *(call(lambda n=n: made(tmp_path / f"{n}")) for n in range(2))]
+        ids += [Store.in_memory().store_id for _ in range(2)]
+        assert {len(store_id) for store_id in ids} == {16}
+        assert len(set(ids)) == 5
+
+    def test_a_store_keeps_it(self, tmp_path):
+        with Store.open(tmp_path) as store:
+            before = store.store_id
+        with Store.open(tmp_path) as store:
+            assert store.store_id == before
+        with Store.read_only(tmp_path) as store:
+            assert store.store_id == before
+
+    def test_each_transaction_that_changes_anything_has_the_next_number(self, tmp_path):
+        with Store.open(tmp_path) as store:
+            assert store.commit_number == 0
+            with store.transaction():
+                assert store.next_commit == 1
+                store.add_events([Change("a"), Change("b")])
+                store.put_elimination("a", b"1")
+            with store.transaction():
+                store.set_meta("k", 1)
+            assert store.commit_number == 2
+            with store.transaction():
+                assert store.get("a")
+            store.begin()
+            store.add_events([Change("never")])
+            store.rollback()
+            assert store.commit_number == 2
+            with store.transaction():
+                store.add_events([Change("c")])
+        with Store.open(tmp_path) as store:
+            assert store.commit_number == 3
+            assert [(event.action, event.commit_number) for event in store.events()] == [
+                ("c", 3),
+                ("b", 1),
+                ("a", 1),
+            ]
+
+
+class TestCopying:
+    def test_it_is_of_one_moment_while_others_write(self, tmp_path):
+        with Store.open(tmp_path / "state", "process") as store:
+            with store.transaction():
+                store.put_eliminations((f"h{n}", b"x" * 1000) for n in range(10_000))
+            seen = []
+
+            def meanwhile(done, total):
+                seen.append((done, total))
+                with store.transaction():
+                    store.put_elimination(f"late{done}", b"y" * 1000)
+
+            with Store.read_only(tmp_path / "state") as reading:
+                reading.copy_to(tmp_path / "copy", meanwhile)
+            assert len(seen) > 2
+            assert seen[-1][0] == seen[-1][1]
+        (tmp_path / "restored").mkdir()
+        (tmp_path / "copy").rename(tmp_path / "restored" / FILE_NAME)
+        with Store.open(tmp_path / "restored") as copied:
+            copied.check()
+            assert copied.counts().eliminated == 10_000
+            assert copied.commit_number == 1
+
+    def test_where_it_cannot_be_there_is_none(self, tmp_path):
+        with Store.open(tmp_path / "state") as store:
+            with pytest.raises(StoreError, match="cannot be copied") as caught:
+                store.copy_to(tmp_path / "missing" / "copy")
+            assert caught.value.hint
+        assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
 class TestOpening:

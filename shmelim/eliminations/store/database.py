@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -13,6 +13,7 @@ from typing import Any, Self, get_args
 import msgspec
 
 from shmelim.eliminations.store import opening, schema
+from shmelim.eliminations.store.copying import copy
 from shmelim.eliminations.store.opening import closed_on_error, log_of
 from shmelim.eliminations.store.schema import Durability, damaged
 from shmelim.errors import StoreError
@@ -73,6 +74,8 @@ class Database:
         self._identity = None if file is None else _identity(file)
         self._pid = os.getpid()
         self._closed = False
+        self._next_commit = 0  # of the transaction that is open
+        self._changes_before = 0
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], durability: Durability = "power") -> Self:
@@ -106,6 +109,26 @@ class Database:
         return cls(db, _IN_MEMORY)
 
     @property
+    def store_id(self) -> bytes | None:
+        """The 16 random bytes that tell this store, its copies and backups from every other one.
+
+        None where a store of an older schema is only read: it gets them when it is first opened for writing.
+        """
+        found = self._ask("SELECT store_id FROM identity")
+        return bytes(found[0][0]) if found else None
+
+    @property
+    def commit_number(self) -> int:
+        """How many transactions that changed anything were committed, in all the life of the store."""
+        found = self._ask("SELECT commit_number FROM identity")
+        return int(found[0][0]) if found else 0
+
+    @property
+    def next_commit(self) -> int:
+        """The number that the open transaction gets if it changes anything; its events carry it."""
+        return self._next_commit
+
+    @property
     def in_transaction(self) -> bool:
         """Whether a transaction is open."""
         return not self._closed and self._db.in_transaction
@@ -118,6 +141,13 @@ class Database:
                 hint="open the store anew after the fork",
             )
         self._ask("BEGIN IMMEDIATE")
+        try:
+            self._next_commit = self.commit_number + 1
+        except BaseException:
+            with suppress(StoreError):
+                self.rollback()
+            raise
+        self._changes_before = self._db.total_changes
 
     def commit(self) -> None:
         """End the transaction; when this returns, it is as durable as the store was opened for.
@@ -127,6 +157,8 @@ class Database:
         """
         try:
             self._need_place()
+            if self._db.total_changes != self._changes_before:
+                self._change("UPDATE identity SET commit_number = ?", (self._next_commit,))
             self._change("COMMIT")
         except StoreError:
             # The first error is the one to tell; SQLite has nothing to add when it is asked to undo.
@@ -192,6 +224,14 @@ class Database:
         self._change(
             "INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, msgspec.msgpack.encode(value))
         )
+
+    def copy_to(self, target: Path, on_progress: Callable[[int, int], Any] | None = None) -> None:
+        """Write a copy of the store as of one moment, one durable file (0600) that is there when it is complete.
+
+        Others may go on changing the store. `on_progress` is called with the pages copied, and how many there are.
+        """
+        with writing(f"{self.path} cannot be copied to {target}", hint="name another place"), _guard(self.path):
+            copy(self._db, target, on_progress)
 
     def check(self) -> None:
         """Have SQLite check the whole file, about 2 s for each GB; DamagedStoreError has what it finds first."""

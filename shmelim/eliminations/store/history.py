@@ -33,7 +33,10 @@ class Change(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One line of the history; `at_ms` is in milliseconds since 1970, UTC, records are msgpack."""
+    """One line of the history; `at_ms` is in milliseconds since 1970, UTC, records are msgpack.
+
+    `commit_number` is that of the transaction that wrote it; None before schema 3.
+    """
 
     id: int
     at_ms: int
@@ -45,6 +48,7 @@ class Event(NamedTuple):
     note: str | None
     old: bytes | None
     new: bytes | None
+    commit_number: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return it with its records decoded, as callers of the server get it."""

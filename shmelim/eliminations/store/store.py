@@ -55,10 +55,10 @@ _NEXT_ORDINAL = (
     "coalesce((SELECT max(eliminated_ordinal) FROM hotkeys WHERE eliminated_ordinal IS NOT NULL), 0),"
     " coalesce((SELECT max(departed_ordinal) FROM hotkeys WHERE departed_ordinal IS NOT NULL), 0))"
 )
-_EVENTS = "SELECT id, at_ms, action, hotkey, pid, uid, program, note, old, new FROM events"
+_EVENTS = "SELECT id, at_ms, action, hotkey, pid, uid, program, note, old, new, commit_number FROM events"
 _ADD_EVENT = (
-    "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new, commit_number)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 # The columns are the fields of a Debt; the alphabetic order of the kinds is the one in which they are settled.
 _DEBTS = (
@@ -105,18 +105,16 @@ class Store(Database):
         self.look_up = self._stored_rows
         self._numbers: dict[str, int] = {}  # the rowids of hotkeys, as far as they were asked for
         self._ordinal: int | None = None  # the next one that is free; None: to be asked for
-        self._clean = 0  # changes of this connection before the transaction
 
     # ------------------------------------------------------------------ transactions
 
     @property
     def dirty(self) -> bool:
         """Whether the open transaction wrote anything."""
-        return self._db.total_changes != self._clean
+        return self._db.total_changes != self._changes_before
 
     def begin(self) -> None:  # noqa: D102  # as the base has it
         super().begin()
-        self._clean = self._db.total_changes
         self._ordinal = None
         self.written = {}
 
@@ -134,14 +132,13 @@ class Store(Database):
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:  # noqa: D102
-        before, clean = dict(self.written), self._clean
-        changed = self._db.total_changes - clean
+        before, changed = dict(self.written), self._db.total_changes - self._changes_before
         try:
             with super().savepoint():
                 yield
         except BaseException:
             self._forget(before)
-            self._clean = self._db.total_changes - changed
+            self._changes_before = self._db.total_changes - changed
             raise
 
     def _forget(self, before: dict[str, Row | None]) -> None:
@@ -327,7 +324,8 @@ class Store(Database):
         pid, uid, program = this_process() if origin is None else origin
         now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
         rows = [
-            (now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes
+            (now, action, hotkey, pid, uid, program, note, old, new, self.next_commit)
+            for action, hotkey, old, new, note in changes
         ]
         self._change(_ADD_EVENT, rows, each=True)
 
