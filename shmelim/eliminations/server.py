@@ -34,8 +34,8 @@ from shmelim.eliminations.starting.keeping import memory_of
 from shmelim.eliminations.starting.recovery import origin_record, take_files
 from shmelim.eliminations.starting.registry import Memory, Registry, Remembering, registry_base, report_behind
 from shmelim.eliminations.state import changes
-from shmelim.eliminations.state.committer import Committer
 from shmelim.eliminations.state.debt_book import DebtMethods, held_money
+from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.state.uploads import Uploads
 from shmelim.eliminations.store.history import Origin, this_process
 from shmelim.eliminations.store.opening import store_bytes
@@ -180,20 +180,28 @@ class EliminationManagerServer(DebtMethods):
             undo.callback(self._stopped.set)
             paths = [Path(path) for path in imports]
             merge_once(store, paths, lambda path: tell(f"importing {path}", 0, None))
-            self._committer = Committer(store, table, self._caller, self.problems)
+            self._state = State(
+                store,
+                table,
+                self.namespace,
+                self._caller,
+                self.problems,
+                # In direct mode, where nobody else sees the table, callers take their turns themselves.
+                threaded=not isinstance(self.namespace, PrivateNamespace),
+            )
             self._publish(store, table, tell)
             if remembered is not None:
                 self._remembering = Remembering(
-                    remembered, self._memory, lambda: self._committer.commits, self._committer.sync, self.problems
+                    remembered, self._memory, lambda: self._state.commits, self._state.sync, self.problems
                 )
                 self._remembering.start()
                 undo.callback(self._remembering.stop)
             self.reader = EliminationReader.over(self.namespace)
             if self.state_dir is not None and files != "off":
                 self._mirror = FileMirror(
-                    self.state_dir, TableReader(self.namespace), self._committer, files, self.problems
+                    self.state_dir, TableReader(self.namespace), self._state, files, self.problems
                 )
-                self._committer.published = self._mirror.published.set
+                self._state.published = self._mirror.published.set
                 self._mirror.start()
             self._undo = undo.pop_all()
 
@@ -218,11 +226,11 @@ class EliminationManagerServer(DebtMethods):
     def _publish(self, store: Store, table: TableWriter, tell: Progress) -> None:
         """Have readers see what the store says; they move nowhere where the published table is its own."""
         origin = origin_record(self.state_dir, imported(store))
-        if adopt(store, table, self.namespace, origin):
-            self._committer.go_on(origin)
-        else:
-            self._committer.publish_all(origin, lambda done, total: tell("publishing", done, total))
         self._tell_held(held_money(store))
+        if adopt(store, table, self.namespace, origin):
+            self._state.go_on(origin)
+        else:
+            self._state.publish_all(origin, lambda done, total: tell("publishing", done, total))
 
     def _recall(self, registry: Registry | None) -> Memory | None:
         """Return what is remembered of the name; what keeps it from being read is a named problem."""
@@ -234,7 +242,7 @@ class EliminationManagerServer(DebtMethods):
 
     def _memory(self) -> Memory:
         """Return what the registry is to remember."""
-        store_id, commit, counts = self._committer.read(
+        store_id, commit, counts = self._state.read(
             lambda store: (store.store_id, store.commit_number, store.counts())
         )
         return memory_of(store_id or b"", commit, counts.eliminated, counts.departed, self.state_dir or Path())
@@ -254,7 +262,7 @@ class EliminationManagerServer(DebtMethods):
             self._remembering.stop()
         self._stopped.set()
         self._beating.join()
-        self._committer.close()
+        self._state.close()
         self._undo.close()
 
     def _caller(self) -> Origin:
@@ -284,8 +292,8 @@ class EliminationManagerServer(DebtMethods):
             "started_ms": self.started_ms,
             "state_dir": None if self.state_dir is None else str(self.state_dir),
             "store_bytes": 0 if self.state_dir is None else store_bytes(self.state_dir),
-            "commits": self._committer.commits,
-            "changes": self._committer.changes,
+            "commits": self._state.commits,
+            "changes": self._state.changes,
             "generation": table.generation,
             "sequence": table.version,
             "segment_bytes": table.segment_size,
@@ -341,7 +349,7 @@ class EliminationManagerServer(DebtMethods):
 
     def add_elimination_rpc(self, hotkey: str, data: Mapping[str, Any]) -> bool:
         check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
-        return self._committer.commit(changes.add, *prepare(data, hotkey))
+        return self._state.commit(changes.add, *prepare(data, hotkey))
 
     def append_elimination_row_rpc(
         self,
@@ -359,12 +367,12 @@ class EliminationManagerServer(DebtMethods):
 
     def remove_elimination_rpc(self, hotkey: str) -> bool:
         check_hotkey(hotkey)
-        return bool(self._committer.commit(changes.remove, [hotkey]))
+        return bool(self._state.commit(changes.remove, [hotkey]))
 
     def delete_eliminations_rpc(
         self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None
     ) -> list[str]:
-        removed = self._committer.commit(changes.remove, check_hotkeys(hotkeys), times_ms)
+        removed = self._state.commit(changes.remove, check_hotkeys(hotkeys), times_ms)
         self._save()
         return removed
 
@@ -391,7 +399,7 @@ class EliminationManagerServer(DebtMethods):
         return self._replace(self._uploads.finish(token), "sync")
 
     def _replace(self, records: dict[str, bytes], reason: str) -> list[str]:
-        removed = self._committer.commit(changes.replace_all, records, reason)
+        removed = self._state.commit(changes.replace_all, records, reason)
         self._save()
         return removed
 
@@ -399,16 +407,16 @@ class EliminationManagerServer(DebtMethods):
         self._replace({}, "clear")
 
     def update_metagraph_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._committer.commit(changes.update_metagraph, check_hotkeys(hotkeys))
+        return self._state.commit(changes.update_metagraph, check_hotkeys(hotkeys))
 
     def get_missing_hotkeys_rpc(self) -> list[str]:
-        return self._committer.read(changes.missing)
+        return self._state.read(changes.missing)
 
     def accept_loss_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._committer.commit(changes.accept_loss, check_hotkeys(hotkeys))
+        return self._state.commit(changes.accept_loss, check_hotkeys(hotkeys))
 
     def clear_departed_hotkeys_rpc(self) -> None:
-        self._committer.commit(changes.clear_departed)
+        self._state.commit(changes.clear_departed)
         self._save()
 
     # ------------------------------------------------------------------ files
@@ -432,11 +440,11 @@ class EliminationManagerServer(DebtMethods):
             else:
                 if found is not None:
                     return [decode(record) for record in found.taken.values()]
-        return [decode(record) for record in self._committer.read(lambda s: [r for _, r in s.eliminated()])]
+        return [decode(record) for record in self._state.read(lambda s: [r for _, r in s.eliminated()])]
 
     def load_eliminations_from_disk_rpc(self) -> None:
         if self._mirror is not None and self.state_dir is not None:
-            self._committer.commit(take_files, self.state_dir, fresh=False)
+            self._state.commit(take_files, self.state_dir, fresh=False)
 
     # ------------------------------------------------------------------ first refresh, and processing
 

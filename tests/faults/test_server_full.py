@@ -59,7 +59,7 @@ def fill_up(directory):
 def nothing_of(server, hotkey):
     """A refused change is neither in the table nor in the store nor in the history."""
     assert not server.is_hotkey_eliminated_rpc(hotkey)
-    assert server._committer.read(lambda store: store.get(hotkey)) is None
+    assert server._state.read(lambda store: store.get(hotkey)) is None
     assert server.get_history_rpc(hotkey) == []
     return True
 
@@ -114,7 +114,7 @@ class TestDiskOfTheStore:
                         break
                 assert refused
                 nothing_of(server, refused)
-                server._committer.read(lambda store: store.check())
+                server._state.read(lambda store: store.check())
                 # A small one may still fit or not; it is whole either way.
                 before = state_in_table(server.reader)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

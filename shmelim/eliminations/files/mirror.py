@@ -22,7 +22,7 @@ from typing import Final, Literal
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.rows import PREFIX, Status, departed_in
 from shmelim.eliminations.state.changes import Step
-from shmelim.eliminations.state.committer import Committer
+from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.errors import StoreError
 from shmelim.shm import TableReader
@@ -61,11 +61,11 @@ class FileMirror:
     """
 
     def __init__(
-        self, directory: Path, table: TableReader, committer: Committer, mode: FilesMode, problems: Problems
+        self, directory: Path, table: TableReader, state: State, mode: FilesMode, problems: Problems
     ) -> None:
         self._directory = directory
         self._table = table
-        self._committer = committer
+        self._state = state
         self.mode = mode
         self._problems = problems
         self.published = threading.Event()  # or there is something else for the thread to do
@@ -242,10 +242,10 @@ class FileMirror:
             apply,
         )
         text = f"{name} was changed while the server ran: not applied, moved aside to {aside.name}"
-        self._committer.commit(Step.record, [EventOf("edited", note=text)])
+        self._state.commit(Step.record, [EventOf("edited", note=text)])
 
     def _known(self, name: str) -> list[str]:
-        return self._committer.read(lambda store: known_digests(store.meta(digest_key(name))))
+        return self._state.read(lambda store: known_digests(store.meta(digest_key(name))))
 
     def _standing(self, name: str) -> list[str]:
         """Return the digest of the file on disk, as a list, if it is known to be ours."""
@@ -259,7 +259,7 @@ class FileMirror:
     def _know(self, name: str, digests: list[str]) -> None:
         """Make these the digests under which the store knows a file."""
         if self._known(name) != digests:
-            self._committer.commit(Step.set_meta, digest_key(name), digests)
+            self._state.commit(Step.set_meta, digest_key(name), digests)
 
 
 def digest_key(name: str) -> str:

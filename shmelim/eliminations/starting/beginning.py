@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from shmelim.eliminations.files.mirror import ELIMINATIONS_FILE
-from shmelim.eliminations.rows import ORIGIN_KEY
+from shmelim.eliminations.rows import ORIGIN_KEY, row_entry
 from shmelim.eliminations.starting import recovery, replacement
 from shmelim.eliminations.starting.deciding import Action, Facts, Plan, Relation, StoreIs, decide
 from shmelim.eliminations.starting.imports import import_departed
 from shmelim.eliminations.starting.recovery import Published
 from shmelim.eliminations.starting.registry import Memory
 from shmelim.eliminations.state.changes import Step
-from shmelim.eliminations.state.committer import row_entry
 from shmelim.eliminations.state.debt_book import hold_money
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.opening import LOG_SUFFIXES
@@ -330,7 +329,7 @@ def _rebuild(found: _Found, facts: Facts, plan: Plan, choices: Choices) -> Store
 def _mark(step: Step, found: _Found, facts: Facts, plan: Plan) -> None:
     """Have history and money know of a start that is not from the store's own latest state."""
     if plan.action not in _ORDINARY or plan.hold:
-        step.tell([EventOf("start", note=f"began with {plan.action.value} ({facts})")])
+        step.record([EventOf("start", note=f"began with {plan.action.value} ({facts})")])
     if plan.hold:
         step.store.go_on_from(found.acknowledged)
         hold_money(step, f"the server began with {plan.action.value} ({facts})")
