@@ -23,19 +23,26 @@ from typing import TypeAlias
 
 import msgspec
 
-from shmelim.eliminations.files import format as files
-from shmelim.eliminations.files.mirror import DEPARTED_FILE, ELIMINATIONS_FILE, digest_key, known_digests
+from shmelim.eliminations.files.format import (
+    DEPARTED_FILE,
+    ELIMINATIONS_FILE,
+    departures_in,
+    eliminations_in,
+    read_file,
+)
+from shmelim.eliminations.files.sidecar import read_sidecars
+from shmelim.eliminations.files.taking import NAMES, mark_taken, take_files
 from shmelim.eliminations.rows import ORIGIN_KEY, PREFIX, Status, departed_in
 from shmelim.eliminations.starting import replacement
 from shmelim.eliminations.starting.imports import import_departed, restore_imported
-from shmelim.eliminations.state.changes import Step, merge, record_departures, replace_all
+from shmelim.eliminations.state.changes import Step, merge, record_departures
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.opening import LOG_SUFFIXES, store_bytes
 from shmelim.eliminations.store.schema import FILE_NAME, RESTORE_HINT, Durability
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import DamagedFileError, DamagedStoreError, NotServingError, SegmentError
+from shmelim.errors import DamagedStoreError, NotServingError, SegmentError
 from shmelim.shm import Entry, Namespace, TableReader
-from shmelim.system.durable import move_aside
+from shmelim.system.problems import Problems
 
 _log = logging.getLogger("shmelim.recovery")
 _CHECK_LIMIT = 256 << 20
@@ -54,13 +61,15 @@ def recover(
     namespace: Namespace,
     durability: Durability,
     default_departed: Path | None,
+    problems: Problems,
     *,
     use_files: bool,
 ) -> Store:
     """Open the store of a state directory, made if missing, with the state to serve in it.
 
     `namespace` is where the last writer's table may still be; `default_departed` is a departed file to use where
-    nobody has departed yet; without `use_files` the JSON files do not count. Raises DamagedStoreError or
+    nobody has departed yet; without `use_files` the JSON files count only where there is no store yet: later they
+    would be older than it. What is wrong with a file becomes one of the `problems`. Raises DamagedStoreError or
     DamagedFileError if the only record of the state is damaged, StoreError if something cannot be read or written.
     """
     made = not (directory / FILE_NAME).exists()
@@ -75,9 +84,9 @@ def recover(
     try:
         with store.transaction():
             step = Step(store, None)
-            if use_files:
-                fresh = not any(store.counts()) and not store.meta_items()
-                take_files(step, directory, fresh=fresh)
+            fresh = not any(store.counts()) and not store.meta_items()
+            if use_files or fresh:
+                take_files(step, directory, problems, fresh=fresh)
             if default_departed is not None and not store.counts().departed:
                 import_departed(step, default_departed, "default departed file")
     except BaseException:
@@ -122,8 +131,10 @@ def _replace(directory: Path, namespace: Namespace, damage: DamagedStoreError, *
 
 def _need_files(directory: Path | None, damage: DamagedStoreError) -> None:
     """Refuse to go on without the damaged store unless the files are there, and whole; nothing is touched."""
-    if directory is not None and files.read_eliminations(directory / ELIMINATIONS_FILE) is not None:
-        files.read_departed(directory / DEPARTED_FILE)
+    if directory is not None and (file := read_file(directory / ELIMINATIONS_FILE)) is not None:
+        eliminations_in(file)
+        if (file := read_file(directory / DEPARTED_FILE)) is not None:
+            departures_in(file)
         return
     raise DamagedStoreError(
         f"{damage.message}, and there is no other record of the state",
@@ -135,44 +146,6 @@ def origin_record(directory: Path | None, imported: list[str] | None = None) -> 
     """Return what a table says of its origin: its state directory, and the digests of what was imported there."""
     place = None if directory is None else str(directory.resolve())
     return msgspec.msgpack.encode(_Origin(place, imported))
-
-
-def take_files(step: Step, directory: Path, *, fresh: bool) -> None:
-    """Take over the files that somebody else put there; a damaged one is moved aside, or refused if `fresh`."""
-    for name in (ELIMINATIONS_FILE, DEPARTED_FILE):
-        path = directory / name
-        digest = files.digest_of(path)
-        if digest is None or digest in known_digests(step.store.meta(digest_key(name))):
-            continue
-        try:
-            if name == ELIMINATIONS_FILE:
-                _take_eliminations(step, path)
-            else:
-                import_departed(step, path, f"file {name}")
-        except DamagedFileError as error:
-            if fresh:
-                raise DamagedFileError(
-                    f"{error.message}, and there is no other record of the state",
-                    hint="repair the file, or move it away to start empty",
-                ) from None
-            aside = move_aside(path)
-            _log.error("%s; it is now %s, the state comes from the store", error.message, aside)
-            step.record([EventOf("damaged", note=f"{name} was damaged: moved aside to {aside.name}")])
-        else:
-            _log.info("%s was not written by this server: taken over", path)
-            step.record([EventOf("import", note=f"{name} was put there by somebody else: taken over")])
-            step.store.set_meta(digest_key(name), [digest])
-
-
-def _take_eliminations(step: Step, path: Path) -> None:
-    found = files.read_eliminations(path)
-    if found is None:
-        return
-    # A row that cannot be taken says nothing against what the store knows of its hotkey.
-    unsure = [bad.row.get("hotkey") for bad in found.bad if isinstance(bad.row, dict)]
-    keep = [hotkey for hotkey in unsure if isinstance(hotkey, str)]
-    replace_all(step, found.taken, f"file {path.name}", keep)
-    files.quarantine(path, found.bad)
 
 
 def _last_published(namespace: Namespace, directory: Path) -> tuple[_Origin, Entries] | None:
@@ -203,10 +176,9 @@ def _restore(step: Step, origin: _Origin, entries: Entries, directory: Path) -> 
     step.store.set_registered(key.decode() for key, entry in entries.items() if entry.flags & Status.REGISTERED)
     restore_imported(step, origin.imported)
     # What stands in the files is at most as new: no start must take it for a person's work.
-    for name in (ELIMINATIONS_FILE, DEPARTED_FILE):
-        digest = files.digest_of(directory / name)
-        if digest is not None:
-            step.store.set_meta(digest_key(name), [digest])
+    for path in (directory / name for name in NAMES):
+        if (file := read_file(path)) is not None:
+            mark_taken(step, file, read_sidecars(path))
     _log.warning(
         "restored %d eliminations and %d departed hotkeys from shared memory; the history starts anew, and what"
         " eliminations still owed is in the damaged store alone",
@@ -217,6 +189,6 @@ def _restore(step: Step, origin: _Origin, entries: Entries, directory: Path) -> 
 
 def _restore_from_files(step: Step, directory: Path) -> None:
     step.record([EventOf("recover", note="the store was damaged: restored from the JSON files")])
-    take_files(step, directory, fresh=True)
+    take_files(step, directory, Problems(), fresh=True)  # which has no problem: it refuses
     restore_imported(step, None)
     _log.warning("the history starts anew, and what eliminations still owed is in the damaged store alone")
