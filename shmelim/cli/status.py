@@ -32,7 +32,7 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
     store, trouble with its files) is asked of it where this user may; what is still owed is read from the store
     where no server answers.
 
-    With --json: name, version, generation, sequence, eliminated, departed, registered, entries,
+    With --json: name, version, generation, eliminated, departed, registered, entries,
     read_path ("native" or "pure"), writer {pid, alive, state, heartbeat_age_s, started_ms},
     table {capacity, usable, arena_size, arena_used, arena_live, segment_bytes},
     channel {address, answers, problem}, state_dir,
@@ -50,7 +50,7 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
     channel, state_dir, server = _ask(settings.name)
     debts, in_doubt = _owed(server, state_dir)
     found = {
-        **_of(table, "version", "generation", "sequence"),
+        **_of(table, "version", "generation"),
         **dict(zip(("eliminated", "departed", "registered"), table.flag_counts, strict=False)),
         "entries": table.entries,
         "read_path": READ_PATH,
@@ -108,7 +108,7 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
         ("name", status["name"]),
         ("writer", _writer_line(writer)),
         ("started", output.moment(writer["started_ms"])),
-        ("version", f"generation {status['generation']}, sequence {status['sequence']}"),
+        ("version", f"{status['version']}, generation {status['generation']}"),
         ("eliminated", status["eliminated"]),
         ("departed", status["departed"]),
         ("registered", status["registered"]),

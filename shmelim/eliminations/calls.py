@@ -299,8 +299,8 @@ class Calls:
         ``hotkey``: only this one's. ``limit``: at most so many, up to 10,000 (None); ``ValueError`` beyond.
         ``before_id``: only events older than the one with this ``id``, for the next page.
 
-        Each has ``id``, ``at_ms``, ``action``, ``hotkey``, ``pid``, ``uid``, ``program``, ``note``, ``old`` and
-        ``new``.
+        Each has ``id``, ``at_ms``, ``action``, ``hotkey``, ``pid``, ``uid``, ``program``, ``note``, ``old``,
+        ``new`` and ``commit_number``.
         """
 
     @remote(idempotent=True)
@@ -324,6 +324,13 @@ class Calls:
         """Say by hand that a slash that was begun was made, or was not: then it is owed again, if still due.
 
         False where there is no such slash, or where a running process may still be making it.
+        """
+
+    @remote(idempotent=True)
+    def release_money(self) -> bool:
+        """Let slashes go on that are held since the state was restored, or is not known to be the latest one.
+
+        False where they are not held. Until then the health has the problem ``money_held``, and no slash is begun.
         """
 
     @remote(idempotent=True)
@@ -401,7 +408,7 @@ class ProcessingCalls(Calls):
     def begin_slash(self, hotkey: str, attempt: str) -> bool:
         """Let an attempt have an owed slash, durable before this returns; may be repeated with the same token.
 
-        False: the slash is not owed, or another attempt has it; it must not be made.
+        False: the slash is not owed, another attempt has it, or money is held; it must not be made.
         """
 
     @remote()

@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn, cast
 from shmelim.channel import Address
 from shmelim.channel.address import Location
 from shmelim.eliminations.calls import Calls, ProcessingCalls
-from shmelim.eliminations.files.mirror import FilesMode
+from shmelim.eliminations.files.mirror import FILES_MODE, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.rows import Status
@@ -23,7 +23,7 @@ from shmelim.eliminations.rules.loop import run_loop
 from shmelim.eliminations.rules.membership import listed_by, valid_hotkeys
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, living_writer, open_server
-from shmelim.eliminations.server import FILES_MODE, EliminationManagerServer
+from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.validator.collaborators import (
     ChallengePeriodManager,
@@ -106,7 +106,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         Where the state is kept; None: the user's state directory of that name (in direct mode: in memory).
     runtime_base
         Where runtime directories are; None: the user's.
-    durability, files_mode, default_departed, imports
+    durability, files_mode, default_departed, imports, adopt_published, replace_published, must_exist, registry
         As for :class:`~shmelim.eliminations.server.EliminationManagerServer`.
     files
         The same; None: ``"current"`` in direct mode, ``"lagged"`` in RPC mode.
@@ -125,6 +125,8 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         Another process is at the address.
     TimeoutError
         The server was not ready in time: within `ready_timeout`, here 60 s, since a large state takes a while.
+    StateConflictError
+        The name is known for another state than that of the state directory, or for a later one.
     StoreError, SegmentError
         State or shared memory cannot be had.
 
@@ -205,6 +207,10 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         files_dir: Path | str | None = None,
         default_departed: Path | str | None = None,
         imports: Sequence[Path | str] = (),
+        adopt_published: bool = False,
+        replace_published: bool = False,
+        must_exist: bool = False,
+        registry: Path | str | bool | None = True,
         group_readable: bool = False,
         enable_health_check: bool = True,
         health_check_interval_s: float = 60,
@@ -266,6 +272,10 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             files_dir=None if is_backtesting else _absolute(files_dir),
             default_departed=_absolute(default_departed),
             imports=tuple(Path(path).absolute() for path in imports),
+            adopt_published=adopt_published,
+            replace_published=replace_published,
+            must_exist=must_exist,
+            registry=registry if registry is None or isinstance(registry, bool) else _absolute(registry),
         )
         self._timeout = settings.get("call_timeout", ServiceSettings.call_timeout)
         self._live_price_fetcher = self.environment.live_price_fetcher

@@ -218,7 +218,7 @@ class Reading(Lookups):
 
     @property
     def version(self) -> int:
-        """A number that changes with every published change (generation << 48 | sequence). One load."""
+        """A number that grows with every published change, and never goes back, whatever is replaced. One load."""
         return self._table.version
 
     @property

@@ -15,6 +15,7 @@ import os
 import stat
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -178,8 +179,16 @@ class Announcement:
 def lock_state(directory: Path) -> Lease:
     """Take the lease on a state directory: no two servers, of whatever names, use one.
 
-    ``AlreadyServingError`` if another server has it, ``StoreError`` if it cannot be written.
+    ``AlreadyServingError`` if another server has it, ``StoreError`` if it cannot be written, or is another user's:
+    then nothing is made in it.
     """
+    with suppress(OSError):
+        if (owner := directory.stat().st_uid) != os.geteuid():
+            raise StoreError(
+                f"the state directory {directory} belongs to uid {owner}, and this process runs as uid"
+                f" {os.geteuid()}",
+                hint="run as its owner, give it to this user (chown -R), or name another (state_dir, --state-dir)",
+            )
     lease = Lease(directory / "lock")
     with writing(f"the state directory {directory} cannot be used", "name another (state_dir, --state-dir)"):
         try:
@@ -224,3 +233,11 @@ def _default_base() -> Path:
 def default_state_directory(name: str) -> Path:
     """Return the state directory that a name has by default."""
     return Path(platformdirs.user_state_dir("shmelim")) / check_name(name)
+
+
+def state_directory_of(name: str) -> Path:
+    """Return the state directory of the server of a name that started last, or else the name's default one."""
+    announced = None
+    with suppress(NotServingError, KeyFileError):
+        announced = RuntimeDirectory(name).server().state_dir
+    return default_state_directory(name) if announced is None else Path(announced)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Final, Self, get_args
 
 from shmelim.channel import Address, ChannelServer, check_free, load_or_create_key
-from shmelim.eliminations.files.mirror import FILES_MODES, FilesMode
+from shmelim.eliminations.files.mirror import FILES_MODE, FILES_MODES, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import Announcement, RuntimeDirectory, ServerInfo, default_state_directory
-from shmelim.eliminations.server import FILES_MODE, EliminationManagerServer, Progress
+from shmelim.eliminations.server import EliminationManagerServer, Progress
 from shmelim.eliminations.store.schema import FILE_NAME, Durability
 from shmelim.errors import AlreadyServingError, ChannelError, NotServingError, SegmentError, StoreError
 from shmelim.service import ServerReady, report_progress
@@ -43,6 +43,10 @@ class ServeOptions:
     files_dir: Path | None = None  # in direct mode
     default_departed: Path | None = None
     imports: tuple[Path, ...] = ()
+    adopt_published: bool = False
+    replace_published: bool = False
+    must_exist: bool = False
+    registry: Path | bool | None = True
 
     def __post_init__(self) -> None:
         for what, value, known in (
@@ -78,6 +82,10 @@ def open_server(
         files_dir=options.files_dir,
         default_departed=options.default_departed,
         imports=options.imports,
+        adopt_published=options.adopt_published,
+        replace_published=options.replace_published,
+        must_exist=options.must_exist,
+        registry=options.registry,
         on_progress=on_progress or report_progress,  # to who waits for this process, if anybody does
     )
 

@@ -22,18 +22,21 @@ import msgspec
 from shmelim.channel import current_caller
 from shmelim.eliminations.calls import Calls, ProcessingCalls, implements
 from shmelim.eliminations.files.format import ELIMINATIONS_FILE, read_eliminations
-from shmelim.eliminations.files.mirror import FILES_MODES, FileMirror, FilesMode
+from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode, check_files
 from shmelim.eliminations.files.taking import clear_gone, read_state, take_files
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.record import check_hotkey, check_hotkeys, decode, generate_row, prepare, prepare_all
 from shmelim.eliminations.rules import EliminationProcessor, processed
 from shmelim.eliminations.runtime import lock_state, secure_state
+from shmelim.eliminations.starting.beginning import Choices, adopt, begin
 from shmelim.eliminations.starting.imports import import_departed, imported, merge_once
-from shmelim.eliminations.starting.recovery import origin_record, recover
+from shmelim.eliminations.starting.keeping import memory_of
+from shmelim.eliminations.starting.recovery import origin_record
+from shmelim.eliminations.starting.registry import Memory, Registry, Remembering, registry_base, report_behind
 from shmelim.eliminations.state import changes
 from shmelim.eliminations.state.committer import Committer
-from shmelim.eliminations.state.debt_book import DebtMethods
+from shmelim.eliminations.state.debt_book import DebtMethods, held_money
 from shmelim.eliminations.state.uploads import Uploads
 from shmelim.eliminations.store.history import Origin, this_process
 from shmelim.eliminations.store.opening import store_bytes
@@ -56,7 +59,6 @@ _limited = LimitedLog(_log)
 
 BEAT_INTERVAL: Final = 0.25
 HISTORY_LIMIT: Final = 10_000
-FILES_MODE: Final = 0o600
 
 _CONTESTED: Final = "state_dir_contested"
 
@@ -93,6 +95,15 @@ class EliminationManagerServer(DebtMethods):
         A departed file to start from when nothing is known of departures yet.
     imports
         Files of eliminations or departed hotkeys, merged into the state once each.
+    adopt_published, replace_published
+        What is the truth where the name is known for another state than this directory's, or a later one: the
+        published table, or this directory. With neither, such a start is refused.
+    must_exist
+        Refuse to make a new store.
+    registry
+        A directory in which what is served under a name is remembered, so that an empty directory or an older
+        store is noticed also after a reboot; True: what ``SHMELIM_REGISTRY`` says, else one of the user's; None:
+        nowhere. Nothing is remembered of a state that is in memory, or of a table in private memory.
     on_progress
         Called while the state is being loaded with what is done, how far it is, and how far it will go (None
         where nobody knows).
@@ -101,6 +112,8 @@ class EliminationManagerServer(DebtMethods):
     ------
     AlreadyServingError
         Another server writes this table, or uses that state directory.
+    StateConflictError
+        The name is known for another state than this directory's, or a later one; nothing was touched.
     StoreError, DamagedFileError
         The state directory cannot be used.
     SegmentFullError
@@ -133,13 +146,16 @@ class EliminationManagerServer(DebtMethods):
         files_dir: Path | str | None = None,
         default_departed: Path | str | None = None,
         imports: Sequence[Path | str] = (),
+        adopt_published: bool = False,
+        replace_published: bool = False,
+        must_exist: bool = False,
+        registry: Path | str | bool | None = True,
         on_progress: Progress | None = None,
     ) -> None:
         tell = on_progress or (lambda _what, _done, _total: None)
-        if files not in FILES_MODES:
-            raise ValueError(f"files must be one of {', '.join(FILES_MODES)}, not {files!r}")
-        if files_mode & ~0o777 or files_mode & FILES_MODE != FILES_MODE:
-            raise ValueError(f"files_mode must be permissions with at least 0o600, not {files_mode:#o}")
+        if adopt_published and replace_published:
+            raise ValueError("adopt_published and replace_published contradict each other: give one of them")
+        check_files(files, files_mode)
         if files_dir is not None and (state_dir is not None or imports or files != "current"):
             raise ValueError("with files_dir the files are the state: leave state_dir, imports and files out")
         self.namespace = PrivateNamespace() if namespace is None else namespace
@@ -159,54 +175,111 @@ class EliminationManagerServer(DebtMethods):
         self._mirror: FileMirror | None = None
         self._waits_for_files = files == "current"
         self._lease: Lease | None = None
+        self._remembering: Remembering | None = None
         with contextlib.ExitStack() as undo:
             if self.state_dir is not None:
                 self._lease = lock_state(self.state_dir)
                 undo.callback(self._lease.release)
-            table = TableWriter(self.namespace)
+            tell("opening the state", 0, None)
+            choices = Choices(
+                durability,
+                use_files=files != "off",
+                default_departed=None if default_departed is None or files_dir else Path(default_departed),
+                adopt_published=adopt_published,
+                replace_published=replace_published,
+                must_exist=must_exist,
+            )
+            remembered = self._registry(registry)
+            store, table = self._begin(choices, remembered)
+            undo.callback(store.close)
             undo.callback(table.close)
-            # From here on the heartbeat tells readers that a writer is at work, however long recovery takes.
+            # From here on the heartbeat tells readers that a writer is at work.
             self._beating = threading.Thread(
                 target=self._beat, args=(table,), name="shmelim-heartbeat", daemon=True
             )
             self._beating.start()
             undo.callback(self._beating.join)
             undo.callback(self._stopped.set)
-            tell("opening the state", 0, None)
-            default = None if default_departed is None else Path(default_departed)
-            store = self._open_store(durability, default, use_files=files != "off")
-            undo.callback(store.close)
-            if self._lease is not None:
-                secure_state(self._lease)
+            self._secure(store, default_departed)
             paths = [Path(path) for path in imports]
             merge_once(store, paths, lambda path: tell(f"importing {path}", 0, None))
             self._committer = Committer(store, table, self._caller, self.problems)
-            self._committer.publish_all(
-                origin_record(self.state_dir, imported(store)),
-                lambda done, total: tell("publishing", done, total),
-            )
+            self._publish(store, table, tell)
+            if remembered is not None:
+                self._remembering = self._remember(remembered)
+                undo.callback(self._remembering.stop)
             self.reader = EliminationReader.over(self.namespace)
-            directory = self._files_dir or (None if files == "off" else self.state_dir)
-            if directory is not None:
-                self._mirror = self._start_mirror(directory, files_mode)
+            self._mirror = None if files == "off" else self._start_mirror(files_mode)
             self._undo = undo.pop_all()
 
-    def _open_store(self, durability: Durability, default: Path | None, *, use_files: bool) -> Store:
-        if self.state_dir is not None:
-            return recover(self.state_dir, self.namespace, durability, default, self.problems, use_files=use_files)
-        store = Store.in_memory()
+    def _registry(self, given: Path | str | bool | None) -> Registry | None:
+        base = registry_base(given)
+        if base is None or self.state_dir is None or not isinstance(self.namespace, SharedNamespace):
+            return None
+        return Registry(base, self.namespace.name)
+
+    def _begin(self, choices: Choices, registry: Registry | None) -> tuple[Store, TableWriter]:
+        """Take the name, and return the store to serve from with the writer of its table."""
+        self.namespace.acquire()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.namespace.release)
+            memory = self._recall(registry)
+            known = registry is not None
+            store = begin(self.state_dir, self.namespace, memory, choices, self.problems, has_registry=known)
+            undo.callback(store.close)
+            table = TableWriter(self.namespace, store_id=store.store_id or b"", acquired=True)
+            undo.pop_all()
+        return store, table
+
+    def _publish(self, store: Store, table: TableWriter, tell: Progress) -> None:
+        """Have readers see what the store says; they move nowhere where the published table is its own."""
+        origin = origin_record(self.state_dir, imported(store))
+        if adopt(store, table, self.namespace, origin):
+            self._committer.go_on(origin)
+        else:
+            self._committer.publish_all(origin, lambda done, total: tell("publishing", done, total))
+        self._tell_held(held_money(store))
+
+    def _recall(self, registry: Registry | None) -> Memory | None:
+        """Return what is remembered of the name; what keeps it from being read is a named problem."""
+        try:
+            return None if registry is None else registry.recall()
+        except StoreError as error:
+            report_behind(self.problems, error)
+            return None
+
+    def _remember(self, registry: Registry) -> Remembering:
+        committer = self._committer
+        remembering = Remembering(registry, self._memory, lambda: committer.commits, committer.sync, self.problems)
+        remembering.start()
+        return remembering
+
+    def _memory(self) -> Memory:
+        """Return what the registry is to remember."""
+        store_id, commit, counts = self._committer.read(
+            lambda store: (store.store_id, store.commit_number, store.counts())
+        )
+        return memory_of(store_id or b"", commit, counts.eliminated, counts.departed, self.state_dir or Path())
+
+    def _secure(self, store: Store, default: Path | str | None) -> None:
+        """Make the lock proof against its removal; or have a store in memory say what the files say."""
+        directory = self._files_dir
+        if self._lease is not None:
+            secure_state(self._lease)
+        if directory is None:
+            return
+        with writing(f"{directory} cannot be used"):
+            make_private_directory(directory)
         with store.transaction():
             step = changes.Step(store, None)
-            if self._files_dir is not None:
-                with writing(f"{self._files_dir} cannot be used"):
-                    make_private_directory(self._files_dir)
-                read_state(step, self._files_dir)
+            read_state(step, directory)
             if default is not None and not store.counts().departed:
-                import_departed(step, default)
-        return store
+                import_departed(step, Path(default))
 
-    def _start_mirror(self, directory: Path, mode: int) -> FileMirror:
-        plain = self._files_dir is not None
+    def _start_mirror(self, mode: int) -> FileMirror | None:
+        directory, plain = self._files_dir or self.state_dir, self._files_dir is not None
+        if directory is None:
+            return None
         table = TableReader(self.namespace)
         mirror = FileMirror(directory, table, self._committer, self.problems, mode=mode, plain=plain)
         self._committer.published = mirror.published.set
@@ -234,6 +307,8 @@ class EliminationManagerServer(DebtMethods):
         """Write what the files lack, and close the state; readers keep what was published. Idempotent."""
         if self._mirror is not None:
             self._mirror.stop()
+        if self._remembering is not None:
+            self._remembering.stop()
         self._stopped.set()
         self._beating.join()
         self._committer.close()
@@ -270,7 +345,7 @@ class EliminationManagerServer(DebtMethods):
             "commits": self._committer.commits,
             "changes": self._committer.changes,
             "generation": table.generation,
-            "sequence": table.sequence,
+            "sequence": table.version,
             "segment_bytes": table.segment_size,
             **debts,
             "problems": [problem.as_dict() for problem in self.problems.standing()],

@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING
 
 from shmelim.shm.lookups import HEADS, ITEMS, KEYS, VALUES, flag_choice, flag_test
 from shmelim.shm.native import READ_PATH
-from shmelim.shm.reader import LOADING_NUMPY, Record, TableInfo, TableSnapshot, WriterInfo, WriterState
+from shmelim.shm.reader import (
+    LOADING_NUMPY,
+    Record,
+    TableIdentity,
+    TableInfo,
+    TableSnapshot,
+    WriterInfo,
+    WriterState,
+)
 from shmelim.shm.replay import Entry
 from shmelim.shm.segment import Namespace, check_name
 from shmelim.shm.shared import SharedNamespace
@@ -34,6 +42,7 @@ __all__ = [
     "PrivateNamespace",
     "Record",
     "SharedNamespace",
+    "TableIdentity",
     "TableInfo",
     "TableReader",
     "TableSnapshot",

@@ -22,9 +22,9 @@ _CHOICE: Final = _TESTS
 class NativeView(_native.View, View):
     """A :class:`View` in which the extension looks up, too."""
 
-    def __init__(self, segment: Segment, generation: int, root: Segment) -> None:
-        View.__init__(self, segment, generation, root)
-        self._map(root.memory, segment.memory, segment.label, *self.header)
+    def __init__(self, segment: Segment, version: int, root: Segment) -> None:
+        View.__init__(self, segment, version, root)
+        self._map(root.memory, segment.memory, segment.label, *self.header[:5])
 
 
 class NativeTableReader(_native.Table, TableReader):

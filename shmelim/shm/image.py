@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from shmelim.shm import layout
 from shmelim.shm.layout import (
     ARENA_ENTRY,
+    COMMIT,
     COPY_HEADER_SIZE,
     COUNT,
     ENTRY_HEADER,
@@ -28,6 +29,7 @@ from shmelim.shm.layout import (
     KIND_PUT,
     KIND_REMOVE,
     LIVE,
+    MAX_WORD,
     NEXT_ORDINAL,
     OFFSET_SHIFT,
     PACKED,
@@ -91,12 +93,33 @@ class Image:
         """Bytes of the arena that current entries take."""
         return self._words[self._head + LIVE]
 
+    @property
+    def next_ordinal(self) -> int:
+        """The ordinal of the next new key."""
+        return self._words[self._head + NEXT_ORDINAL]
+
+    @property
+    def flag_counts(self) -> list[int]:
+        """How many entries have each of the flags."""
+        at = self._head + FLAG_COUNTS
+        return self._words[at : at + FLAG_BITS].tolist()
+
+    @property
+    def commit(self) -> int:
+        """The number of the store's commit that made this state."""
+        return self._words[self._head + COMMIT]
+
+    @commit.setter
+    def commit(self, number: int) -> None:
+        self._words[self._head + COMMIT] = number
+
     def begin_overwrite(self) -> None:
         """Move the epoch: what readers took for an append-only log is about to be written over.
 
         Must be seen before the first such store.
         """
-        self._words[self._head + EPOCH] += 1
+        epoch = self._head + EPOCH
+        self._words[epoch] = self._words[epoch] + 1 & MAX_WORD  # it may be what a stranger left
         fence()
 
     # ------------------------------------------------------------------ changes
@@ -265,8 +288,7 @@ class Image:
         target.rows[:] = 0
         target.rows[place(live[:, 0], target.header.capacity)] = live
         used = int(ends[-1]) if len(live) else 0
-        counts = [self._words[self._head + FLAG_COUNTS + bit] for bit in range(FLAG_BITS)]
-        target._set_header(used, len(live), self._words[self._head + NEXT_ORDINAL], counts)
+        target._set_header(used, len(live), self.next_ordinal, self.flag_counts)
 
     def mirror_into(self, target: Image, *, arena_from: int) -> None:
         """Make ``target``, of the same size, equal to this copy; the arenas differ from ``arena_from`` on."""

@@ -8,18 +8,25 @@ touches is a single aligned load or store. ``docs/memory-format.md`` is the same
     root segment, one page
       byte    0  magic "SHMELIM" and a zero byte
               8  format u32        12  byte-order mark u32
+             16  root id u64       32  store id, 16 bytes       never change
              64  version u64       alone on its cache line: generation << 48 | sequence
             128  writer pid        136  its start time, ms since 1970
             144  writer state      152  heartbeat, CLOCK_MONOTONIC ns
+            160  its clock: the inode of its time namespace; 0 where it has none
+            168  its lock: the inode of its lock file; 0 where it has none
+            256  reserved: the fleet's position, beat and source, 256 bytes
+            512  reserved: the channel's address, 512 bytes
+           1024  reserved: counters, 1024 bytes
 
     data segment, one per generation
       byte    0  magic "SHMELDAT"
               8  format u32        12  byte-order mark u32
              16  generation        24  hash algorithm     32  hash seed
              40  capacity, slots   48  arena size, bytes  56  bytes from copy 0 to copy 1
+             64  root id           72  birth: the sequence that it was published with first
            4096  copy 0, then copy 1:  header (128 bytes), slots (64 bytes each), arena
 
-    copy header:  epoch, used, count, next ordinal, live bytes | second line: entries per flag bit
+    copy header:  epoch, used, count, next ordinal, live bytes, commit | second line: entries per flag bit
     slot:         hash u64 | key, first 48 bytes | flags u8, key length u8, arena offset u48
     arena entry:  ordinal u64 | checksum u64 | length u32, key length u8, flags u8, kind u8, 0 | key | record
 """
@@ -31,22 +38,31 @@ from typing import Final, NamedTuple
 
 import xxhash
 
-from shmelim.errors import CorruptSegmentError, SegmentFormatError
+from shmelim.errors import CorruptSegmentError, SegmentFormatError, ShmelimError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 ALGORITHM: Final = 2  # of the hash, as docs/memory-format.md counts them
 BYTE_ORDER_MARK: Final = 0x01020304
 PAGE: Final = 4096
 WORD: Final = 8
+MAX_WORD: Final = (1 << 64) - 1
 
 # Root segment, as word indices.
 ROOT_MAGIC: Final = b"SHMELIM\0"
 ROOT_SIZE: Final = PAGE
+ROOT_ID: Final = 16 // WORD
+STORE_ID: Final = 32  # bytes
+STORE_ID_SIZE: Final = 16
 VERSION: Final = 64 // WORD
 WRITER_PID: Final = 128 // WORD
 WRITER_STARTED: Final = 136 // WORD
 WRITER_STATE: Final = 144 // WORD
 HEARTBEAT: Final = 152 // WORD
+WRITER_CLOCK: Final = 160 // WORD
+WRITER_LOCK: Final = 168 // WORD
+FLEET: Final = 256  # bytes; these three are written by later releases, and zero
+CHANNEL: Final = 512
+COUNTERS: Final = 1024
 
 SEQUENCE_BITS: Final = 48
 SEQUENCE_MASK: Final = (1 << SEQUENCE_BITS) - 1
@@ -68,6 +84,7 @@ USED: Final = 1
 COUNT: Final = 2
 NEXT_ORDINAL: Final = 3
 LIVE: Final = 4
+COMMIT: Final = 5
 FLAG_COUNTS: Final = 8
 FLAG_BITS: Final = 8
 
@@ -89,17 +106,23 @@ _ENTRY_HEAD = struct.Struct("<QQ")
 _ENTRY_TAIL = struct.Struct("<IBBBx")
 _PADDING = [bytes(size) for size in range(WORD)]
 _HEADER = struct.Struct("<8sII")
-_DATA_HEADER = struct.Struct("<8sIIQQQQQQ")
+_ROOT_HEADER = struct.Struct("<8sIIQQ16s")
+_DATA_HEADER = struct.Struct("<8sIIQQQQQQQQ")
 
 
 class DataHeader(NamedTuple):
-    """What a reader must know of a data segment; ``stride`` is the distance between the two copies."""
+    """What a reader must know of a data segment; ``stride`` is the distance between the two copies.
+
+    ``root_id`` and ``birth`` say whose it is: a name and a number may come again.
+    """
 
     generation: int
     seed: int
     capacity: int
     arena_size: int
     stride: int
+    root_id: int
+    birth: int
 
     @property
     def size(self) -> int:
@@ -141,7 +164,15 @@ def key_hash(key: bytes, seed: int) -> int:
 
 
 def next_version(version: int, generation: int) -> int:
-    """Return the word that publishes the next state, in ``generation``; the sequence never starts over."""
+    """Return the word that publishes the next state, in ``generation``; the sequence never starts over.
+
+    ShmelimError where the sequence is used up, which takes a publish every microsecond for nine years.
+    """
+    if version & SEQUENCE_MASK == SEQUENCE_MASK:
+        raise ShmelimError(
+            f"sequence {SEQUENCE_MASK} is the last one",
+            hint="stop the server, remove the table's segments from /dev/shm, and set the machine's clock right",
+        )
     return generation << SEQUENCE_BITS | ((version + 1) & SEQUENCE_MASK)
 
 
@@ -150,14 +181,17 @@ def next_generation(generation: int) -> int:
     return generation % MAX_GENERATION + 1
 
 
-def pack_root_header() -> bytes:
-    """Return the first 16 bytes of a root segment."""
-    return _HEADER.pack(ROOT_MAGIC, FORMAT, BYTE_ORDER_MARK)
+def pack_root_header(root_id: int, store_id: bytes, sequence: int) -> bytes:
+    """Return a root segment's first bytes, up to a version word that says that nothing is published yet."""
+    header = _ROOT_HEADER.pack(ROOT_MAGIC, FORMAT, BYTE_ORDER_MARK, root_id, 0, store_id)
+    return header.ljust(VERSION * WORD, b"\0") + sequence.to_bytes(WORD, "little")
 
 
 def check_root(data: bytes, label: str) -> None:
-    """Check the first 16 bytes of a root segment; SegmentFormatError or CorruptSegmentError if they are wrong."""
+    """Check the header of a root segment; SegmentFormatError or CorruptSegmentError if it is wrong."""
     _unpack(_HEADER, data, ROOT_MAGIC, label)
+    if not data[ROOT_ID * WORD : (ROOT_ID + 1) * WORD].strip(b"\0"):
+        raise CorruptSegmentError(f"segment {label} has no root id")
 
 
 def pack_data_header(header: DataHeader) -> bytes:
@@ -166,19 +200,25 @@ def pack_data_header(header: DataHeader) -> bytes:
     return _DATA_HEADER.pack(DATA_MAGIC, FORMAT, BYTE_ORDER_MARK, generation, ALGORITHM, *rest)
 
 
-def unpack_data_header(data: bytes, size: int, generation: int, label: str) -> DataHeader:
+def unpack_data_header(data: bytes, size: int, root_id: int, version: int, label: str) -> DataHeader:
     """Read the header of a data segment, and check it against the ``size`` of the mapping it will be read through.
 
-    SegmentFormatError or CorruptSegmentError; no offset computed from a header that passes leaves the mapping.
+    It must be the one that the version word ``version`` of the root ``root_id`` names. SegmentFormatError or
+    CorruptSegmentError; no offset computed from a header that passes leaves the mapping.
     """
-    found, algorithm, seed, capacity, arena, stride = _unpack(_DATA_HEADER, data, DATA_MAGIC, label)
+    found, algorithm, *rest = _unpack(_DATA_HEADER, data, DATA_MAGIC, label)
     if algorithm != ALGORITHM:
         raise SegmentFormatError(
             f"segment {label} uses hash algorithm {algorithm}, this package knows {ALGORITHM}"
         )
-    header = DataHeader(found, seed, capacity, arena, stride)
-    if found != generation:
+    header = DataHeader(found, *rest)
+    _, _, capacity, arena, stride, owner, birth = header
+    if found != version >> SEQUENCE_BITS:
         raise CorruptSegmentError(f"segment {label} says generation {found}")
+    if owner != root_id:
+        raise CorruptSegmentError(f"segment {label} belongs to the root {owner:#x}, not to {root_id:#x}")
+    if birth > version & SEQUENCE_MASK:
+        raise CorruptSegmentError(f"segment {label} is of sequence {birth}, which nobody has published yet")
     if capacity < 1 or capacity > MAX_CAPACITY or capacity & (capacity - 1):
         raise CorruptSegmentError(f"segment {label} says capacity {capacity}, not a power of two")
     if arena % WORD or stride % PAGE or stride < copy_stride(capacity, arena) or header.size > size:
@@ -201,7 +241,7 @@ def _unpack(form: struct.Struct, data: bytes, expected: bytes, label: str) -> tu
     if version != FORMAT:
         raise SegmentFormatError(
             f"segment {label} has format {version}, this package reads format {FORMAT}",
-            hint="run readers and writer with the same release",
+            hint=f"upgrade {'this process' if version > FORMAT else 'the server'}: both need the same release",
         )
     return tuple(rest)
 

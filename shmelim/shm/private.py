@@ -41,7 +41,7 @@ class PrivateNamespace(Namespace):
         self._segments[generation] = Segment(f"{self.name} (private {generation or 'root'})", memory)
         return self._segments[generation]
 
-    def open_data(self, generation: int) -> Segment:
+    def open_data(self, generation: int, *, writable: bool = False) -> Segment:  # noqa: ARG002
         return self._segment(generation)
 
     def remove_data(self, *, keep: int | None) -> None:

@@ -46,8 +46,10 @@ enum {
 enum { USED = 1, COUNT = 2, FLAG_COUNTS = 8, FLAG_BITS = 8 };
 
 #define MAX_CAPACITY (UINT64_C(1) << 32)
+#define SEQUENCE_MASK ((UINT64_C(1) << SEQUENCE_BITS) - 1)
 
 typedef _Atomic(uint64_t) Word;
+_Static_assert(sizeof(Word) == WORD && ATOMIC_LLONG_LOCK_FREE == 2, "64-bit atomics need no lock");
 
 typedef struct {
     const Word *header;

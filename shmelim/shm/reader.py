@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVar
 
 from shmelim.errors import CorruptSegmentError, NotServingError, SegmentError
 from shmelim.shm.layout import (
+    COMMIT,
     COUNT,
     EPOCH,
     FLAG_BITS,
@@ -35,8 +36,12 @@ from shmelim.shm.layout import (
     HEARTBEAT,
     LIVE,
     PAGE,
+    ROOT_ID,
     ROOT_SIZE,
     SEQUENCE_BITS,
+    SEQUENCE_MASK,
+    STORE_ID,
+    STORE_ID_SIZE,
     USED,
     VERSION,
     WRITER_PID,
@@ -98,12 +103,26 @@ class WriterInfo(NamedTuple):
     started_ms: int
 
 
+class TableIdentity(NamedTuple):
+    """Whose state a table is: what stands in it as of ``sequence``, its version.
+
+    ``root_id`` is of the root segment; ``store_id`` and ``commit`` of the store that it was made from, 16 zero
+    bytes and 0 where there is none. ``heartbeat_age``, in seconds, is that of its writer.
+    """
+
+    root_id: int
+    store_id: bytes
+    sequence: int
+    commit: int
+    entries: int
+    heartbeat_age: float
+
+
 class TableInfo(NamedTuple):
     """How full the table is: ``capacity`` in slots, of which half can be in use, sizes in bytes per copy."""
 
     version: int
     generation: int
-    sequence: int
     capacity: int
     entries: int
     flag_counts: tuple[int, ...]
@@ -150,12 +169,12 @@ class TableReader:
 
     @property
     def version(self) -> int:
-        """The version word: generation << 48 | sequence. It moves with every publish."""
+        """A number that grows with every publish, and never goes back: the sequence. One load."""
         while True:
             view = self._view
             version = view.root.words[VERSION]
             if version >> SEQUENCE_BITS == view.generation:
-                return version
+                return version & SEQUENCE_MASK
             self._attach()
 
     def flags(self, key: bytes) -> int:
@@ -290,9 +309,25 @@ class TableReader:
             entries = replay(log, view.segment.label, seed=view.seed if verify else None)
             if len(entries) != count:
                 raise view.corrupt(f"says {count} entries, its log gives {len(entries)}")
-            return TableSnapshot(version, entries)
+            return TableSnapshot(version & SEQUENCE_MASK, entries)
 
     # ------------------------------------------------------------------ looking at the table itself
+
+    def identity(self) -> TableIdentity:
+        """Return whose state this is, as of one version."""
+
+        def look(view: View, version: int) -> TableIdentity:
+            head = view.head(version & 1)
+            return TableIdentity(
+                root_id=view.root.words[ROOT_ID],
+                store_id=view.root.memory[STORE_ID : STORE_ID + STORE_ID_SIZE],
+                sequence=version & SEQUENCE_MASK,
+                commit=head[COMMIT],
+                entries=head[COUNT],
+                heartbeat_age=self._writer_of(view.root).heartbeat_age,
+            )
+
+        return self._consistently(look)
 
     def info(self) -> TableInfo:
         """Return sizes and counts as of one version."""
@@ -300,9 +335,8 @@ class TableReader:
         def look(view: View, version: int) -> TableInfo:
             head = view.head(version & 1)
             return TableInfo(
-                version=version,
+                version=version & SEQUENCE_MASK,
                 generation=view.generation,
-                sequence=version & ((1 << SEQUENCE_BITS) - 1),
                 capacity=view.capacity,
                 entries=head[COUNT],
                 flag_counts=tuple(head[FLAG_COUNTS : FLAG_COUNTS + FLAG_BITS]),
@@ -338,7 +372,7 @@ class TableReader:
             if not self._namespace.root_replaced(self._view.root):
                 return False
             root = self._open_root()
-            if root.words[VERSION] == 0:
+            if root.words[VERSION] >> SEQUENCE_BITS == 0:
                 return False
             self._view = self._view_of(root)
         return True
@@ -364,10 +398,10 @@ class TableReader:
 
     def _followed_version(self) -> int:
         """Return the version word, of the root segment that the name leads to if the old one was withdrawn."""
-        if self._view.root.words[VERSION] == 0:
+        if self._view.root.words[VERSION] >> SEQUENCE_BITS == 0:
             with contextlib.suppress(NotServingError, SegmentError):
                 self._attach()
-        return self._view.root.words[VERSION]
+        return self._view.root.words[VERSION] & SEQUENCE_MASK
 
     @staticmethod
     def _writer_of(root: Segment) -> WriterInfo:
@@ -411,7 +445,7 @@ class TableReader:
                 root = self._follow_name(root)
                 continue
             try:
-                return self._view_type(self._namespace.open_data(generation), generation, root)
+                return self._view_type(self._namespace.open_data(generation), version, root)
             except (NotServingError, SegmentError):
                 if root.words[VERSION] == version:
                     raise

@@ -83,8 +83,8 @@ class Namespace(Protocol):
         be another writer's by now.
         """
 
-    def open_data(self, generation: int) -> Segment:
-        """Map a data segment for reading; errors as in :meth:`open_root`."""
+    def open_data(self, generation: int, *, writable: bool = False) -> Segment:
+        """Map a data segment; errors as in :meth:`open_root`."""
 
     def remove_data(self, *, keep: int | None) -> None:
         """Remove the names of all data segments but generation ``keep``; whoever has them mapped keeps them."""

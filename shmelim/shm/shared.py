@@ -123,8 +123,8 @@ class SharedNamespace(Namespace):
         self._unlink(label)
         return self._create(label, size)
 
-    def open_data(self, generation: int) -> Segment:
-        return self._open(self.data_name(generation), writable=False)
+    def open_data(self, generation: int, *, writable: bool = False) -> Segment:
+        return self._open(self.data_name(generation), writable=writable)
 
     def remove_data(self, *, keep: int | None) -> None:
         for generation in [] if self._lost_name() else self.generations():

@@ -20,6 +20,7 @@ from shmelim.shm.layout import (
     OFFSET_SHIFT,
     PACKED,
     PAGE,
+    ROOT_ID,
     SLOT_WORDS,
     WORD,
     unpack_data_header,
@@ -58,13 +59,15 @@ class Batch:
 class View:
     """A data segment as a reader sees it: immutable once made, so that one reference read is a consistent set.
 
-    It is of use only together with ``root``, the root segment whose version word named it: another root of the
-    same name may name the same generation and mean another segment.
+    It is of use only together with ``root``, the root segment whose version word ``version`` named it: another
+    root of the same name may name the same generation and mean another segment, which the ids of both tell.
     """
 
-    def __init__(self, segment: Segment, generation: int, root: Segment) -> None:
-        self.header = header = unpack_data_header(segment.memory[:PAGE], segment.size, generation, segment.label)
-        self.generation, self.seed, self.capacity, self.arena_size, _ = header
+    def __init__(self, segment: Segment, version: int, root: Segment) -> None:
+        self.header = header = unpack_data_header(
+            segment.memory[:PAGE], segment.size, root.words[ROOT_ID], version, segment.label
+        )
+        self.generation, self.seed, self.capacity, self.arena_size, *_ = header
         self.segment = segment
         self.root = root
         self.memory = segment.memory

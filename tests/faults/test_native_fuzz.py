@@ -19,7 +19,16 @@ from both_paths import HEAD, Native, NativeTableReader, native
 
 from shmelim.errors import ShmelimError
 from shmelim.shm import PrivateNamespace, TableWriter
-from shmelim.shm.layout import COPY_HEADER_SIZE, ENTRY_HEADER, PACKED, SLOT_SIZE, VERSION, WORD, unpack_data_header
+from shmelim.shm.layout import (
+    COPY_HEADER_SIZE,
+    ENTRY_HEADER,
+    PACKED,
+    ROOT_ID,
+    SLOT_SIZE,
+    VERSION,
+    WORD,
+    unpack_data_header,
+)
 from shmelim.shm.segment import Segment
 
 if TYPE_CHECKING:
@@ -55,7 +64,9 @@ class Damaged:
             transaction.remove(KEYS[0])
             transaction.put(KEYS[1], 255, b"headchanged")
         root, data = namespace.open_root(), namespace.open_data(1)
-        header = unpack_data_header(data.memory[:4096], data.size, 1, "data")
+        header = unpack_data_header(
+            data.memory[:4096], data.size, root.words[ROOT_ID], root.words[VERSION], "data"
+        )
         # The arena takes up all that is left of a copy, and the second copy is read: behind it, memory ends.
         arena = header.stride - COPY_HEADER_SIZE - header.capacity * SLOT_SIZE
         self.header: DataHeader = header._replace(arena_size=arena)
@@ -74,7 +85,7 @@ class Damaged:
     def view(self, **changed: int) -> native.View:
         numbers = {name: getattr(self.header, name) for name in self.header._fields} | changed
         view = native.View()
-        view._map(self.root, self.data, "copy", *numbers.values())
+        view._map(self.root, self.data, "copy", *list(numbers.values())[:5])
         return view
 
     def words(self) -> Any:

@@ -17,7 +17,7 @@ from shmelim.eliminations.files import mirror, taking
 from shmelim.eliminations.files.taking import NAMES
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import DamagedFileError, DamagedStoreError, StoreError
+from shmelim.errors import DamagedFileError, DamagedStoreError, StateConflictError, StoreError
 from shmelim.shm import SharedNamespace
 
 HOTKEYS = [f"hotkey-{n}" for n in range(40)]
@@ -130,10 +130,13 @@ class TestDamagedStore:
     def test_is_not_restored_from_the_table_of_another_directory(self, table_name, tmp_path, state_dir, start):
         with start() as server:
             before = fill(server)
-        with EliminationManagerServer(SharedNamespace(table_name), tmp_path / "other") as other:
+        namespace = SharedNamespace(table_name)
+        with EliminationManagerServer(namespace, tmp_path / "other", replace_published=True) as other:
             other.add_elimination_rpc("stranger", row("stranger"))
         overwrite_header(state_dir / FILE_NAME)
-        assert state_in_table(start().reader) == before.without_registered()
+        with pytest.raises(StateConflictError, match="1 eliminated"):
+            start()
+        assert state_in_table(start(replace_published=True).reader) == before.without_registered()
 
     @pytest.mark.parametrize("use_files", ["current", "off"])
     def test_with_nothing_to_restore_it_from_is_refused_and_left_as_it_is(

@@ -231,6 +231,6 @@ def test_a_replacement_is_forgotten_when_the_store_is_whole_again(table_name, st
     with Store.open(backup) as store, store.transaction():
         store.add_events([Change("backup")])
     (backup / FILE_NAME).replace(state_dir / FILE_NAME)
-    with start(table_name, state_dir, files="off") as server:
-        assert [event["action"] for event in server.get_history_rpc()] == ["backup"]
+    with start(table_name, state_dir, files="off", replace_published=True) as server:
+        assert server.get_history_rpc()[-1]["action"] == "backup"
     assert not replacement.is_finished(state_dir)

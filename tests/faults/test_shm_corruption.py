@@ -18,6 +18,7 @@ from shmelim.shm import SharedNamespace, TableReader, TableWriter
 from shmelim.shm.layout import (
     COPY_HEADER_SIZE,
     PACKED,
+    ROOT_ID,
     SLOT_WORDS,
     VERSION,
     WORD,
@@ -45,8 +46,11 @@ class Damaged:
                 transaction.remove(KEYS[0])
                 transaction.put(KEYS[1], 255, b"changed")
         self.root = self.namespace.open_root(writable=True)
-        self.data = self.namespace._open(self.namespace.data_name(1), writable=True)
-        self.header = unpack_data_header(self.data.memory[:4096], self.data.size, 1, "data")
+        self.data = self.namespace.open_data(1, writable=True)
+        root = self.root.words
+        self.header = unpack_data_header(
+            self.data.memory[:4096], self.data.size, root[ROOT_ID], root[VERSION], "data"
+        )
         self.attached = TableReader(self.namespace)
         self.errors = self.answers = 0
 

@@ -260,8 +260,8 @@ def test_killed_at_any_moment_from_outside(table_name: str) -> None:
                         transaction.put(b"%d" % number, stamp, bytes([stamp]) * 300)
 
         with crashing.Child(work) as child:
-            target = reader.info().sequence + random.randint(1, 8)
-            child.until(lambda target=target: reader.info().sequence >= target)
+            target = reader.version + random.randint(1, 8)
+            child.until(lambda target=target: reader.version >= target)
             child.kill()
         entries = reader.snapshot(verify=True).entries
         assert len({entry.flags for entry in entries.values()} if len(entries) == 300 else [0]) == 1

@@ -94,7 +94,7 @@ class TestFollowing:
         for n in range(3000):
             server.add_elimination_rpc(f"h{n}", row(f"h{n}", n))
             assert stamp_of(f"h{n}", reader.get_elimination(f"h{n}")) == n
-            generations.add(reader.version >> 48)
+            generations.add(reader.table.generation)
         assert len(generations) >= 3
         assert len(reader) == 3000
         assert list(reader) == [f"h{n}" for n in range(3000)]

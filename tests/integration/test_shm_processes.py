@@ -336,7 +336,7 @@ def test_one_reader_under_many_threads(namespace: Namespace) -> None:
     for thread in threads:
         thread.join()
     assert not wrong, wrong
-    assert reader.info().sequence >= 250
+    assert reader.version >= 250
     writer.close()
 
 

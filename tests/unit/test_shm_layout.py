@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from shmelim.errors import CorruptSegmentError, SegmentFormatError
+from shmelim.errors import CorruptSegmentError, SegmentFormatError, ShmelimError
 from shmelim.shm import check_name
 from shmelim.shm.layout import (
     DATA_HEADER_SIZE,
@@ -26,7 +26,14 @@ from shmelim.shm.layout import (
     unpack_data_header,
 )
 
-HEADER = DataHeader(7, 0x1234, 16, 4096, copy_stride(16, 4096))
+ID, SEQUENCE = 0xFEDC, 1000
+HEADER = DataHeader(7, 0x1234, 16, 4096, copy_stride(16, 4096), ID, SEQUENCE)
+WORD_OF_7 = 7 << SEQUENCE_BITS | SEQUENCE
+ROOT = pack_root_header(ID, b"store".ljust(16), SEQUENCE)
+
+
+def unpack(data: bytes) -> DataHeader:
+    return unpack_data_header(data, HEADER.size, ID, WORD_OF_7, "label")
 
 
 def changed(data: bytes, offset: int, kind: str, value: int) -> bytes:
@@ -36,12 +43,12 @@ def changed(data: bytes, offset: int, kind: str, value: int) -> bytes:
 
 
 def test_root_header_round_trip() -> None:
-    check_root(pack_root_header(), "label")
+    check_root(ROOT, "label")
 
 
 @pytest.mark.parametrize("byte", range(8))
 def test_root_magic(byte: int) -> None:
-    data = bytearray(pack_root_header())
+    data = bytearray(ROOT)
     data[byte] ^= 1
     with pytest.raises(CorruptSegmentError, match="label"):
         check_root(bytes(data), "label")
@@ -50,25 +57,38 @@ def test_root_magic(byte: int) -> None:
 @pytest.mark.parametrize(("offset", "value"), [(8, 0), (8, FORMAT + 1), (8, 1 << 31), (12, 0x04030201), (12, 0)])
 def test_root_of_another_format(offset: int, value: int) -> None:
     with pytest.raises(SegmentFormatError, match="label"):
-        check_root(changed(pack_root_header(), offset, "<I", value), "label")
+        check_root(changed(ROOT, offset, "<I", value), "label")
+
+
+def test_a_root_without_an_id_is_refused() -> None:
+    with pytest.raises(CorruptSegmentError, match="label has no root id"):
+        check_root(changed(ROOT, 16, "<Q", 0), "label")
+
+
+@pytest.mark.parametrize(("number", "who"), [(1, "upgrade the server"), (FORMAT + 1, "upgrade this process")])
+def test_the_older_side_of_two_formats_is_told_to_upgrade(number: int, who: str) -> None:
+    with pytest.raises(SegmentFormatError, match=who):
+        check_root(changed(ROOT, 8, "<I", number), "label")
+    with pytest.raises(SegmentFormatError, match=who):
+        unpack(changed(pack_data_header(HEADER), 8, "<I", number))
 
 
 @pytest.mark.parametrize("size", [0, 1, 15])
 def test_root_too_short(size: int) -> None:
     with pytest.raises(CorruptSegmentError, match="too short"):
-        check_root(pack_root_header()[:size], "label")
+        check_root(ROOT[:size], "label")
 
 
 def test_the_hash_algorithm_that_is_written_and_refused() -> None:
     data = pack_data_header(HEADER)
     assert struct.unpack_from("<Q", data, 24) == (2,)
     with pytest.raises(SegmentFormatError, match="label uses hash algorithm 1, this package knows 2"):
-        unpack_data_header(changed(data, 24, "<Q", 1), HEADER.size, 7, "label")
+        unpack_data_header(changed(data, 24, "<Q", 1), HEADER.size, ID, WORD_OF_7, "label")
 
 
 def test_data_header_round_trip() -> None:
-    assert unpack_data_header(pack_data_header(HEADER), HEADER.size, 7, "label") == HEADER
-    assert unpack_data_header(pack_data_header(HEADER), HEADER.size + 1, 7, "label") == HEADER
+    assert unpack_data_header(pack_data_header(HEADER), HEADER.size, ID, WORD_OF_7, "label") == HEADER
+    assert unpack_data_header(pack_data_header(HEADER), HEADER.size + 1, ID, WORD_OF_7, "label") == HEADER
 
 
 @pytest.mark.parametrize("byte", range(8))
@@ -76,7 +96,7 @@ def test_data_magic(byte: int) -> None:
     data = bytearray(pack_data_header(HEADER))
     data[byte] ^= 0x80
     with pytest.raises(CorruptSegmentError, match="label"):
-        unpack_data_header(bytes(data), HEADER.size, 7, "label")
+        unpack_data_header(bytes(data), HEADER.size, ID, WORD_OF_7, "label")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +105,7 @@ def test_data_magic(byte: int) -> None:
 )
 def test_data_of_another_format(offset: int, kind: str, value: int) -> None:
     with pytest.raises(SegmentFormatError, match="label"):
-        unpack_data_header(changed(pack_data_header(HEADER), offset, kind, value), HEADER.size, 7, "label")
+        unpack(changed(pack_data_header(HEADER), offset, kind, value))
 
 
 @pytest.mark.parametrize(
@@ -116,39 +136,54 @@ def test_data_of_another_format(offset: int, kind: str, value: int) -> None:
 )
 def test_data_header_field_that_cannot_be(offset: int, value: int) -> None:
     with pytest.raises(CorruptSegmentError, match="label"):
-        unpack_data_header(changed(pack_data_header(HEADER), offset, "<Q", value), HEADER.size, 7, "label")
+        unpack(changed(pack_data_header(HEADER), offset, "<Q", value))
+
+
+def test_a_segment_of_another_root_is_refused() -> None:
+    with pytest.raises(CorruptSegmentError, match="label belongs to the root 0xfedc, not to 0x1"):
+        unpack_data_header(pack_data_header(HEADER), HEADER.size, 1, WORD_OF_7, "label")
+
+
+def test_a_segment_that_was_not_published_yet_is_refused() -> None:
+    """A growth that was given up may have left it, under a name that is made again."""
+    with pytest.raises(CorruptSegmentError, match="label is of sequence 1000, which nobody has published"):
+        unpack_data_header(pack_data_header(HEADER), HEADER.size, ID, WORD_OF_7 - 1, "label")
 
 
 def test_data_header_larger_than_the_mapping() -> None:
     with pytest.raises(CorruptSegmentError):
-        unpack_data_header(pack_data_header(HEADER), HEADER.size - 1, 7, "label")
+        unpack_data_header(pack_data_header(HEADER), HEADER.size - 1, ID, WORD_OF_7, "label")
 
 
 @pytest.mark.parametrize("size", [0, 1, 63])
 def test_data_header_too_short(size: int) -> None:
     with pytest.raises(CorruptSegmentError, match="too short"):
-        unpack_data_header(pack_data_header(HEADER)[:size], HEADER.size, 7, "label")
+        unpack_data_header(pack_data_header(HEADER)[:size], HEADER.size, ID, WORD_OF_7, "label")
 
 
 @pytest.mark.parametrize("capacity", [1, 8, 16, 1 << 20])
 @pytest.mark.parametrize("arena", [0, 8, 4096, 1 << 20])
 def test_copies_lie_apart_and_inside(capacity: int, arena: int) -> None:
-    header = DataHeader(1, 0, capacity, arena, copy_stride(capacity, arena))
+    header = DataHeader(1, 0, capacity, arena, copy_stride(capacity, arena), ID, 0)
     assert header.copy_base(0) == DATA_HEADER_SIZE
     assert header.arena_base(0) + arena <= header.copy_base(1)
     assert header.arena_base(1) + arena <= header.size
     assert header.slots_base(1) % 64 == 0
 
 
-def test_versions_and_generations_wrap() -> None:
-    top = (1 << SEQUENCE_BITS) - 1
+def test_a_version_names_generation_and_sequence() -> None:
     assert next_version(3 << SEQUENCE_BITS | 5, 3) == 3 << SEQUENCE_BITS | 6
     assert next_version(3 << SEQUENCE_BITS | 5, 4) == 4 << SEQUENCE_BITS | 6
-    assert next_version(3 << SEQUENCE_BITS | top, 3) == 3 << SEQUENCE_BITS
-    assert next_version(MAX_GENERATION << SEQUENCE_BITS | top, MAX_GENERATION) < 1 << 64
     assert next_generation(0) == 1
     assert next_generation(MAX_GENERATION - 1) == MAX_GENERATION
     assert next_generation(MAX_GENERATION) == 1
+
+
+def test_a_sequence_that_is_used_up_does_not_start_over() -> None:
+    top = (1 << SEQUENCE_BITS) - 1
+    assert next_version(top - 1, 1) == 1 << SEQUENCE_BITS | top
+    with pytest.raises(ShmelimError, match="is the last one"):
+        next_version(top, 1)
 
 
 @pytest.mark.parametrize("key_length", [1, 7, 8, 9, 255])

@@ -90,7 +90,8 @@ class Interposed(SharedNamespace):
         if generation is None:
             words.freezable = {VERSION}
         else:
-            view = View(segment, generation, segment)
+            root = super().open_root()
+            view = View(segment, root.words[VERSION], root)
             words.freezable = {word + EPOCH for word in view.header_word}
         segment.words = words  # type: ignore[assignment]
         memory.touch = self._touch

@@ -36,6 +36,7 @@ _CHUNK: Final = 1000  # rows in memory at once, and in one write
 _LATEST_MS: Final = (1 << 63) - 1
 _SHOWN: Final = 20  # bad rows in the log
 _HASH: Final = 8  # bytes
+_UNREADABLE: Final = "make it readable for this user"
 _HINT: Final = "repair it (its end is often cut off), or use a backup"
 
 _json_encoder = msgspec.json.Encoder()
@@ -124,9 +125,19 @@ def read_file(path: Path, *, stream: bool = False) -> File | None:
     try:
         found = read_once(path, stream=stream)
     except OSError as error:
-        hint = "make it readable for this user"
-        raise StoreError(f"{path} cannot be read: {error.strerror}", hint=hint) from error
+        raise StoreError(f"{path} cannot be read: {error.strerror}", hint=_UNREADABLE) from error
     return None if found is None else File(path, *found)
+
+
+def digest_of(path: Path) -> str | None:
+    """Return the SHA-256 of a file in hexadecimal, or None where there is none; any file, and a large one."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}", hint=_UNREADABLE) from error
 
 
 def write_eliminations(

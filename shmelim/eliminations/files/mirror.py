@@ -35,6 +35,7 @@ from shmelim.system.problems import Problems
 
 FilesMode = Literal["current", "lagged", "off"]
 FILES_MODES: Final = ("current", "lagged", "off")
+FILES_MODE: Final = 0o600
 
 _COALESCE: Final = 0.3
 _PATIENCE: Final = 10
@@ -48,6 +49,15 @@ _REMEDY: Final = (
 
 _log = logging.getLogger("shmelim.files")
 _limited = LimitedLog(_log)
+
+
+def check_files(files: str, mode: int) -> None:
+    """Raise ValueError for an unknown word, and for permissions with which their owner could not use the files."""
+    if files not in FILES_MODES:
+        raise ValueError(f"files must be one of {', '.join(FILES_MODES)}, not {files!r}")
+    if type(mode) is not int or mode & ~0o777 or mode & FILES_MODE != FILES_MODE:
+        shown = f"{mode:#o}" if type(mode) is int else repr(mode)
+        raise ValueError(f"files_mode must be permissions with at least 0o600, such as 0o640, not {shown}")
 
 
 class FileMirror:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -85,8 +86,15 @@ def meaning_of(store: Store, name: str, digest: str | None, sidecars: Sidecars, 
     return decide(digest, sidecars, Owner(store.store_id or b"", store.commit_number, fresh), taken)
 
 
-def mark_taken(step: Step, file: File, sidecars: Sidecars) -> None:
-    """Have the store know that a file was taken over, or is no newer than what it holds."""
+def take_for_known(step: Step, directory: Path) -> None:
+    """Have what stands in the files known as no newer than the store: not as a person's work."""
+    for path in (directory / name for name in NAMES):
+        with suppress(DamagedFileError):
+            if (file := read_file(path)) is not None:
+                _mark_taken(step, file, read_sidecars(path))
+
+
+def _mark_taken(step: Step, file: File, sidecars: Sidecars) -> None:
     before = None if sidecars.written is None else sidecars.written.commit_number
     step.set_meta(_TAKEN + file.path.name, Taken(file.digest, before))
 
@@ -157,7 +165,7 @@ def _take(step: Step, file: File, sidecars: Sidecars, problems: Problems, *, fre
     quarantine(file.path, found.bad)
     _log.info("%s was not written by this server: taken over", file.path)
     step.record([EventOf("import", note=f"{name} was put there by somebody else: taken over")])
-    mark_taken(step, file, sidecars)
+    _mark_taken(step, file, sidecars)
     if overtaken:
         text = f"the edit of {name} is applied, but for {len(overtaken)} hotkeys that were changed since"
         # A copy: a death before the commit must leave the edit where it is.

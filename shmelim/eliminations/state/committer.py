@@ -118,10 +118,15 @@ class Committer:
             raise request.error
         return cast("T", request.result)
 
+    def go_on(self, origin_record: bytes) -> None:
+        """Take changes of a table that shows the whole store already, and this record."""
+        self._origin_record = origin_record
+
     def publish_all(self, origin_record: bytes, on_progress: Callable[[int, int], Any] | None = None) -> None:
         """Publish the whole store as the next generation, with a record that tells where it came from."""
         with self._leading, self._table.transaction(replace=True) as transaction:
             self._origin_record = origin_record
+            transaction.commit = self._store.commit_number
             self._put_all(transaction, on_progress)
 
     def _put_all(self, transaction: Transaction, on_progress: Callable[[int, int], Any] | None = None) -> None:
@@ -267,6 +272,7 @@ class Committer:
         """Stage what the store now says of the touched hotkeys, or of all when most of them are touched."""
         rebuild = len(touched) >= _REBUILD_FROM and 2 * len(touched) >= self._table.entries
         transaction = self._table.transaction(replace=rebuild)
+        transaction.commit = self._store.next_commit
         try:
             if rebuild:
                 self._put_all(transaction)
