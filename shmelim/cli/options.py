@@ -15,6 +15,7 @@ from typing import Any, Final
 import click
 
 from shmelim.cli import output
+from shmelim.system.containers import finite
 
 NAME_VARIABLE: Final = "SHMELIM_NAME"
 DEBUG_VARIABLE: Final = "SHMELIM_DEBUG"
@@ -66,7 +67,7 @@ class Settings:
     def answer(self, content: dict[str, Any], say: str | Callable[[], object]) -> None:
         """Print what was found or done: as JSON with the name, or else a text, or whatever `say` prints."""
         if self.as_json:
-            click.echo(json.dumps({"name": self.name, **content}, default=str))
+            click.echo(json.dumps(finite({"name": self.name, **content}), default=str))
         elif isinstance(say, str):
             click.echo(say)
         else:

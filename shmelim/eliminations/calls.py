@@ -156,7 +156,7 @@ class Calls:
         price_info: Mapping[str, Any] | None = None,
         return_info: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Build a record as :meth:`generate_elimination_row`, add it, and have the JSON files written.
+        """Build a record as :meth:`generate_elimination_row`, and add it.
 
         Returns and errors are those of :meth:`add_elimination`.
         """
@@ -171,7 +171,7 @@ class Calls:
 
     @remote(grows=True, keywords={"deleted_hotkeys": "hotkeys"}, check=check_hotkeys)
     def delete_eliminations(self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None) -> list[str]:
-        """Remove many records in one transaction, have the JSON files written, and return whose were removed.
+        """Remove many records in one transaction, and return whose were removed.
 
         With ``times_ms`` only those that were initiated at the time which stands there for their hotkey: another
         elimination may have come since.
@@ -229,8 +229,12 @@ class Calls:
 
     @accepts(dat="eliminations", eliminations_list="eliminations")
     def write_eliminations_to_disk(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
-        """Make exactly these records the eliminations, on disk and everywhere else: a sync without an answer."""
+        """Make exactly these records the eliminations, and return when ``eliminations.json`` has them.
+
+        StoreError if that cannot be written; the eliminations are changed all the same.
+        """
         self.sync_eliminations(eliminations)
+        self.save_eliminations()
 
     @remote(grows=True)
     def clear_eliminations(self) -> None:
@@ -244,7 +248,10 @@ class Calls:
 
     @remote(idempotent=True, grows=True)
     def get_eliminations_from_disk(self) -> list[dict[str, Any]]:
-        """Return the rows of ``eliminations.json``, or of the store where there is no such file."""
+        """Write what ``eliminations.json`` lacks, and return its rows.
+
+        Those of the store where there is no such file, or it cannot be written.
+        """
 
     @remote(grows=True)
     def load_eliminations_from_disk(self) -> None:

@@ -27,7 +27,7 @@ from shmelim.channel.address import normalize
 from shmelim.channel.key import whose
 from shmelim.errors import AddressError, AlreadyServingError, KeyFileError, NotServingError, StoreError
 from shmelim.shm import check_name
-from shmelim.system.durable import make_private_directory, write_whole
+from shmelim.system.durable import make_private_directory, write_whole, writing
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog
 from shmelim.system.processes import ProcessIdentity
@@ -190,22 +190,33 @@ def lock_state(directory: Path) -> Lease:
                 hint="run as its owner, give it to this user (chown -R), or name another (state_dir, --state-dir)",
             )
     lease = Lease(directory / "lock")
-    try:
-        directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-        lease.acquire()
-    except BlockingIOError:
-        holder = lease.holder()
-        raise AlreadyServingError(
-            f"the state directory {directory} is in use by another server"
-            + (f", process {holder}" if holder else ""),
-            hint="name another (state_dir, --state-dir), or stop that server",
-        ) from None
-    except OSError as error:
-        raise StoreError(
-            f"the state directory {directory} cannot be used: {error.strerror}",
-            hint="make it writable for this user, or name another (state_dir, --state-dir)",
-        ) from error
+    with writing(f"the state directory {directory} cannot be used", "name another (state_dir, --state-dir)"):
+        try:
+            directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+            lease.acquire()
+        except BlockingIOError:
+            raise _in_use(lease) from None
     return lease
+
+
+def secure_state(lease: Lease) -> None:
+    """Make the lease proof against the removal of its file, once the store is there.
+
+    ``AlreadyServingError`` if another server has come in meanwhile.
+    """
+    try:
+        lease.secure()
+    except BlockingIOError:
+        raise _in_use(lease) from None
+
+
+def _in_use(lease: Lease) -> AlreadyServingError:
+    holder = lease.holder()
+    return AlreadyServingError(
+        f"the state directory {lease.path.parent} is in use by another server"
+        + (f", process {holder}" if holder else ""),
+        hint="name another (state_dir, --state-dir), or stop that server",
+    )
 
 
 def _default_base() -> Path:

@@ -55,13 +55,14 @@ def left_in(state_dir):
     return {name: content for name, content in listing(state_dir).items() if name != "lock"}
 
 
-def prepare(name, state_dir, files="current"):
+def prepare(name, state_dir, files="lagged"):
     """A damaged store, and a table with acknowledged changes that no file shows."""
 
     def run():
         mirror._COALESCE = 1e6
         server = start(name, state_dir, files=files)
         server.sync_eliminations_rpc([row(f"h{n}", n) for n in range(6)])
+        server.save_eliminations_rpc()
         server.update_metagraph_rpc(["m1", "m2"])
         server.update_metagraph_rpc(["m2"])
         server.add_elimination_rpc("late", row("late", 7))

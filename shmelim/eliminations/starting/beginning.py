@@ -13,7 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from shmelim.eliminations.files.mirror import ELIMINATIONS_FILE
+from shmelim.eliminations.files.format import ELIMINATIONS_FILE
+from shmelim.eliminations.files.taking import take_files
 from shmelim.eliminations.rows import ORIGIN_KEY, row_entry
 from shmelim.eliminations.starting import recovery, replacement
 from shmelim.eliminations.starting.deciding import Action, Facts, Plan, Relation, StoreIs, decide
@@ -29,6 +30,7 @@ from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StateConflictError, StoreError
 from shmelim.shm import Namespace, TableReader, TableWriter
 from shmelim.system import clock
+from shmelim.system.problems import Problems
 
 # What goes without saying: the log has it, the history not.
 _ORDINARY: Final = frozenset({Action.BEGIN, Action.TAKE_FILES, Action.CONTINUE, Action.ADOPT})
@@ -48,16 +50,23 @@ class Choices(NamedTuple):
 
 
 def begin(
-    directory: Path | None, namespace: Namespace, memory: Memory | None, choices: Choices, *, has_registry: bool
+    directory: Path | None,
+    namespace: Namespace,
+    memory: Memory | None,
+    choices: Choices,
+    problems: Problems,
+    *,
+    has_registry: bool,
 ) -> Store:
     """Return the store to serve from; None as directory stands for one in memory.
 
-    `memory` is what the registry remembers of the name. StateConflictError, DamagedStoreError or StoreError where
-    the start is refused, and nothing was touched; DamagedFileError if a file is damaged which is the only record
-    of the state; StoreError if something cannot be read or written.
+    `memory` is what the registry remembers of the name; `problems` gets what is wrong with a JSON file.
+    StateConflictError, DamagedStoreError or StoreError where the start is refused, and nothing was touched;
+    DamagedFileError if a file is damaged which is the only record of the state; StoreError if something cannot be
+    read or written.
     """
     store, damage = _open(directory, choices.durability)
-    found = _Found(directory, namespace, store, damage, recovery.look(namespace), memory, has_registry)
+    found = _Found(directory, namespace, store, damage, recovery.look(namespace), memory, has_registry, problems)
     try:
         facts = found.facts(choices)
         plan = decide(facts)
@@ -121,6 +130,7 @@ class _Found(NamedTuple):
     published: Published | None
     memory: Memory | None
     has_registry: bool
+    problems: Problems
 
     @property
     def here(self) -> str | None:
@@ -135,7 +145,10 @@ class _Found(NamedTuple):
             kind,
             _published_relation(self),
             _remembered_relation(self),
-            files=choices.use_files and directory is not None and (directory / ELIMINATIONS_FILE).exists(),
+            # Without files they count all the same where nothing else is known: later they would be too old.
+            files=(choices.use_files or kind is StoreIs.MISSING)
+            and directory is not None
+            and (directory / ELIMINATIONS_FILE).exists(),
             slashes=store is not None and store.knows_slashes(),
             adopt_published=choices.adopt_published,
             replace_published=choices.replace_published,
@@ -293,10 +306,10 @@ def _fill(step: Step, found: _Found, facts: Facts, plan: Plan, choices: Choices)
         assert found.published is not None
         recovery.say_what_is_published(step, found.namespace, found.published, found.directory)
     _mark(step, found, facts, plan)
-    if choices.use_files and found.directory is not None:
-        # A start may have died between making a store and this.
-        fresh = not any(step.store.counts()) and not step.store.meta_items()
-        recovery.take_files(step, found.directory, fresh=fresh)
+    # A start may have died between making a store and this.
+    fresh = not any(step.store.counts()) and not step.store.meta_items()
+    if found.directory is not None and (choices.use_files or fresh):
+        take_files(step, found.directory, found.problems, fresh=fresh)
     if choices.default_departed is not None and not step.store.counts().departed:
         import_departed(step, choices.default_departed, "default departed file")
 

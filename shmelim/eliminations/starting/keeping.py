@@ -15,7 +15,8 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from shmelim.eliminations.files import format as files
-from shmelim.eliminations.files.mirror import DEPARTED_FILE, ELIMINATIONS_FILE, digest_key
+from shmelim.eliminations.files.format import DEPARTED_FILE, ELIMINATIONS_FILE
+from shmelim.eliminations.files.taking import take_for_known
 from shmelim.eliminations.runtime import lock_state
 from shmelim.eliminations.starting import replacement
 from shmelim.eliminations.starting.registry import Memory, Registry
@@ -159,7 +160,10 @@ def check_files(directory: Path) -> list[Finding]:
 
         return whole
 
-    readings = {ELIMINATIONS_FILE: files.read_eliminations, DEPARTED_FILE: files.read_departed}
+    readings: dict[str, Callable[[Path], Any]] = {
+        ELIMINATIONS_FILE: files.read_eliminations,
+        DEPARTED_FILE: files.read_departed,
+    }
     there = [(directory / name, reading) for name, reading in readings.items() if (directory / name).exists()]
     return [_finding("file", path, read(path, reading)) for path, reading in there]
 
@@ -238,6 +242,4 @@ def _mark_restored(step: Step, backup: Path, directory: Path, above: int) -> Non
     step.record([EventOf("restore", note=f"restored from the backup {backup}")])
     hold_money(step, f"the state was restored from the backup {backup}")
     # What stands in the files is not of this store, and no start must take it for a person's work.
-    for name in (ELIMINATIONS_FILE, DEPARTED_FILE):
-        if (digest := files.digest_of(directory / name)) is not None:
-            step.store.set_meta(digest_key(name), [digest])
+    take_for_known(step, directory)

@@ -14,18 +14,16 @@ from typing import NamedTuple
 
 import msgspec
 
-from shmelim.eliminations.files import format as files
-from shmelim.eliminations.files.mirror import DEPARTED_FILE, ELIMINATIONS_FILE, digest_key, known_digests
+from shmelim.eliminations.files.taking import take_files, take_for_known
 from shmelim.eliminations.rows import ORIGIN_KEY, PREFIX, Status, departed_in
-from shmelim.eliminations.starting.imports import import_departed, restore_imported
+from shmelim.eliminations.starting.imports import restore_imported
 from shmelim.eliminations.state.changes import Step, record_departures, replace_all
-from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.opening import store_bytes
 from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import DamagedFileError, NotServingError, SegmentError
+from shmelim.errors import NotServingError, SegmentError
 from shmelim.shm import Namespace, TableIdentity, TableReader
-from shmelim.system.durable import move_aside
+from shmelim.system.problems import Problems
 
 _log = logging.getLogger("shmelim.recovery")
 _CHECK_LIMIT = 256 << 20
@@ -105,21 +103,13 @@ def say_what_is_published(step: Step, namespace: Namespace, published: Published
     identity = published.identity
     step.store.go_on_from(identity.commit, identity.store_id if identity.store_id.strip(b"\0") else None)
     if directory is not None:
-        know_files(step, directory)
+        take_for_known(step, directory)
     _log.warning("took %d eliminations and %d departed hotkeys from shared memory", len(records), len(departed))
-
-
-def know_files(step: Step, directory: Path) -> None:
-    """Have what stands in the files known as no newer than the store: not as a person's work."""
-    for name in (ELIMINATIONS_FILE, DEPARTED_FILE):
-        digest = files.digest_of(directory / name)
-        if digest is not None:
-            step.store.set_meta(digest_key(name), [digest])
 
 
 def say_what_files_say(step: Step, directory: Path) -> None:
     """Make an empty store say what the JSON files say; DamagedFileError if they do not."""
-    take_files(step, directory, fresh=True)
+    take_files(step, directory, Problems(), fresh=True)  # which has none to name: it refuses
     restore_imported(step, None)
 
 
@@ -127,41 +117,3 @@ def origin_record(directory: Path | None, imported: list[str] | None = None) -> 
     """Return what a table says of its origin: its state directory, and the digests of what was imported there."""
     place = None if directory is None else str(directory.resolve())
     return msgspec.msgpack.encode(_Origin(place, imported))
-
-
-def take_files(step: Step, directory: Path, *, fresh: bool) -> None:
-    """Take over the files that somebody else put there; a damaged one is moved aside, or refused if `fresh`."""
-    for name in (ELIMINATIONS_FILE, DEPARTED_FILE):
-        path = directory / name
-        digest = files.digest_of(path)
-        if digest is None or digest in known_digests(step.store.meta(digest_key(name))):
-            continue
-        try:
-            if name == ELIMINATIONS_FILE:
-                _take_eliminations(step, path)
-            else:
-                import_departed(step, path, f"file {name}")
-        except DamagedFileError as error:
-            if fresh:
-                raise DamagedFileError(
-                    f"{error.message}, and there is no other record of the state",
-                    hint="repair the file, or move it away to start empty",
-                ) from None
-            aside = move_aside(path)
-            _log.error("%s; it is now %s, the state comes from the store", error.message, aside)
-            step.record([EventOf("damaged", note=f"{name} was damaged: moved aside to {aside.name}")])
-        else:
-            _log.info("%s was not written by this server: taken over", path)
-            step.record([EventOf("import", note=f"{name} was put there by somebody else: taken over")])
-            step.store.set_meta(digest_key(name), [digest])
-
-
-def _take_eliminations(step: Step, path: Path) -> None:
-    found = files.read_eliminations(path)
-    if found is None:
-        return
-    # A row that cannot be taken says nothing against what the store knows of its hotkey.
-    unsure = [bad.row.get("hotkey") for bad in found.bad if isinstance(bad.row, dict)]
-    keep = [hotkey for hotkey in unsure if isinstance(hotkey, str)]
-    replace_all(step, found.taken, f"file {path.name}", keep)
-    files.quarantine(path, found.bad)
