@@ -254,6 +254,28 @@ def test_a_damaged_table_is_made_anew(table_name, start, served):
     assert state_in_table(start().reader) == served
 
 
+class TestATableOfAnOlderFormat:
+    """As a version before the last one left it, which may still have readers."""
+
+    @pytest.fixture(autouse=True)
+    def _older(self, table_name, served):
+        with Path(f"/dev/shm/shmelim.{table_name}").open("r+b") as root:
+            root.seek(8)
+            root.write((1).to_bytes(4, "little"))
+
+    def test_is_replaced_by_what_the_store_says(self, table_name, start, served):
+        server = start()
+        assert state_in_table(server.reader) == state_in_table(EliminationReader(table_name)) == served
+        assert held(server) == []
+
+    def test_is_nothing_that_an_empty_directory_replaces_by_itself(self, tmp_path, start):
+        for _ in range(2):
+            with pytest.raises(StateConflictError, match="cannot be read") as caught:
+                start(tmp_path / "other", registry=None)
+            assert "--adopt" not in caught.value.hint
+        assert start(tmp_path / "other", registry=None, replace_published=True)
+
+
 def test_a_name_in_which_nothing_was_is_anybodys(tmp_path, start):
     with start():
         pass
