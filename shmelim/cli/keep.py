@@ -188,11 +188,11 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
         return NO
     namespace = SharedNamespace(name)
     # Nobody can begin to serve it meanwhile.
-    namespace.acquire()
+    lock = namespace.acquire()
     try:
         namespace.remove()
     finally:
-        namespace.release()
+        lock.release()
     shutil.rmtree(RuntimeDirectory(name).path, ignore_errors=True)
     if (base := registry_base(registry)) is not None:
         Registry(base, name).forget()

@@ -43,7 +43,7 @@ from shmelim.eliminations.store.opening import store_bytes
 from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
-from shmelim.errors import StoreError
+from shmelim.errors import ShmelimError, StoreError
 from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter
 from shmelim.system import clock
 from shmelim.system.durable import make_private_directory, writing
@@ -61,6 +61,8 @@ BEAT_INTERVAL: Final = 0.25
 HISTORY_LIMIT: Final = 10_000
 
 _CONTESTED: Final = "state_dir_contested"
+_MEMORY_LOST: Final = "shared_memory_lost"
+_KEEP_NAMES: Final = "keep others from removing them: `RemoveIPC=no` in logind.conf"
 
 Progress: TypeAlias = Callable[[str, int, int | None], Any]
 
@@ -172,6 +174,7 @@ class EliminationManagerServer(DebtMethods):
         self._first_refresh_ran = False
         self._uploads = Uploads()
         self._stopped = threading.Event()
+        self._renewing = threading.Lock()  # held while names that were lost are made again
         self._mirror: FileMirror | None = None
         self._waits_for_files = files == "current"
         self._lease: Lease | None = None
@@ -228,14 +231,14 @@ class EliminationManagerServer(DebtMethods):
 
     def _begin(self, choices: Choices, registry: Registry | None) -> tuple[Store, TableWriter]:
         """Take the name, and return the store to serve from with the writer of its table."""
-        self.namespace.acquire()
+        lock = self.namespace.acquire()
         with contextlib.ExitStack() as undo:
-            undo.callback(self.namespace.release)
+            undo.callback(lock.release)
             memory = self._recall(registry)
             known = registry is not None
             store = begin(self.state_dir, self.namespace, memory, choices, self.problems, has_registry=known)
             undo.callback(store.close)
-            table = TableWriter(self.namespace, store_id=store.store_id or b"", acquired=True)
+            table = TableWriter(self.namespace, store_id=store.store_id or b"", lock=lock)
             undo.pop_all()
         return store, table
 
@@ -297,10 +300,28 @@ class EliminationManagerServer(DebtMethods):
 
     def _beat(self, table: TableWriter) -> None:
         while not self._stopped.wait(BEAT_INTERVAL):
-            table.beat()
+            if not table.beat() or self.problems.stands(_MEMORY_LOST):
+                self._renew_names(table)
             self._uploads.expire()
             if self._lease is not None:
                 self._look_at_lock(self._lease)
+
+    def _renew_names(self, table: TableWriter) -> None:
+        """Have names made again that were removed from ``/dev/shm``, by a thread that may wait for a long change."""
+        if not self._renewing.locked() and hasattr(self, "_state"):
+            threading.Thread(target=self._renew, args=(table,), name="shmelim-renewal", daemon=True).start()
+
+    def _renew(self, table: TableWriter) -> None:
+        with self._renewing:
+            text = "names were removed from /dev/shm under this server"
+            self.problems.report(_MEMORY_LOST, f"{text}: readers may be on an old state", remedy=_KEEP_NAMES)
+            try:
+                self._state.read(lambda _store: table.renew())
+            except (ShmelimError, OSError) as error:
+                remedy = getattr(error, "hint", None) or _KEEP_NAMES
+                self.problems.report(_MEMORY_LOST, f"{text}, and are not made again: {error}", remedy=remedy)
+            else:
+                self.problems.clear(_MEMORY_LOST)
 
     def _look_at_lock(self, lease: Lease) -> None:
         if lease.keep():

@@ -243,7 +243,7 @@ def test_a_table_behind_by_some_commits_is_brought_up_to_date_where_it_lies(tabl
 
 
 def test_a_damaged_table_is_made_anew(table_name, start, served):
-    (segment,) = Path("/dev/shm").glob(f"shmelim.{table_name}.*")
+    (segment,) = Path("/dev/shm").glob(f"shmelim.{table_name}.[0-9]*")
     with segment.open("r+b") as file:
         content = file.read()
         for key in (b"return_info", b"price_info"):

@@ -160,7 +160,7 @@ def test_verify_says_what_is_wrong(run, server, place, harm):
     elif harm == "file":
         (server.state_dir / "eliminations.json").write_text('{"eliminations": [17]}')
     elif harm == "table":
-        segment = next(Path("/dev/shm").glob(f"shmelim.{server.name}.*"))
+        segment = next(Path("/dev/shm").glob(f"shmelim.{server.name}.[0-9]*"))
         content = segment.read_bytes()
         spoil(segment, content.index(b"elimination_initiated_time_ms"))
         spoil(segment, content.rindex(b"elimination_initiated_time_ms"))

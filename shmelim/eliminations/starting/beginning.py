@@ -275,10 +275,12 @@ def _own_side(found: _Found) -> str:
 def _table_side(published: Published) -> str:
     if published.identity is None:
         return f"what is published cannot be read: {published.problem}"
+    age = published.identity.heartbeat_age
+    served = "nobody knows when" if age is None else _ago(int(age * 1000))
     return (
         f"the published table has {published.eliminated} eliminated, {published.departed} departed,"
         f" commit {published.identity.commit}, from {published.state_dir or 'memory'},"
-        f" last served {_ago(int(published.identity.heartbeat_age * 1000))}"
+        f" last served {served}"
     )
 
 
