@@ -27,12 +27,13 @@ from datetime import UTC, datetime
 from queue import SimpleQueue
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
-from shmelim.eliminations.rows import ORIGIN_KEY, Row, entry_row, row_entry
+from shmelim.eliminations.comparing import Settled
+from shmelim.eliminations.rows import ORIGIN_KEY, Row, row_entry
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.store.history import Origin
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import SegmentFullError, ShmelimError, StoreError
-from shmelim.shm import Namespace, TableReader, TableWriter, Transaction
+from shmelim.shm import Namespace, TableWriter, Transaction
 from shmelim.system import clock
 from shmelim.system.problems import Problems
 
@@ -127,8 +128,8 @@ class State:
         self._origin_record = origin_record
         with self._table.transaction(replace=True) as transaction:
             self._put_all(transaction, on_progress)
-        self._reader = TableReader(self._namespace)
-        self._store.look_up = self._published_rows
+        self._settled = Settled(self._namespace)
+        self._store.look_up = self._settled.rows_of
         if self._thread is not None:
             self._thread.start()
 
@@ -274,10 +275,11 @@ class State:
         store.begin()
         for request in group:
             request.error = None
+            step = Step(store, request.origin, self._settled)
             try:
                 # A change that is alone needs no savepoint: if it raises, nothing is committed.
                 with store.savepoint() if len(group) > 1 else nullcontext():
-                    request.result = request.call(Step(store, request.origin), *request.args, **request.kwargs)
+                    request.result = request.call(step, *request.args, **request.kwargs)
             except Exception as error:
                 if not store.in_transaction:
                     raise  # a full disk may undo the whole transaction by itself
@@ -290,7 +292,7 @@ class State:
             transaction = self._stage(written) if written else None
             store.commit()
             if transaction is not None:
-                transaction.publish()
+                self._settled.note(written, transaction.publish())
                 if self.published is not None:
                     self.published()
             self.commits += 1
@@ -310,6 +312,7 @@ class State:
         self._undo()
         with self._table.transaction(replace=True) as transaction:
             self._put_all(transaction)
+        self._settled.forget()
         self._torn = False
         if self.published is not None:
             self.published()
@@ -335,8 +338,9 @@ class State:
         """Stage the rows that were written, in a new table where that is less work."""
         rebuild = len(written) >= _REBUILD_FROM and 2 * len(written) >= self._table.entries
         transaction = self._table.transaction(replace=rebuild)
+        transaction.commit = self._store.next_commit
         if rebuild:
-            for key, (flags, record, ordinal) in self._reader.snapshot().entries.items():
+            for key, (flags, record, ordinal) in self._settled.entries().items():
                 if key == ORIGIN_KEY or key.decode() not in written:
                     transaction.put(key, flags, record, ordinal)
         for hotkey, row in written.items():
@@ -348,15 +352,10 @@ class State:
         return transaction
 
     def _put_all(self, transaction: Transaction, on_progress: Callable[[int, int], Any] | None = None) -> None:
+        transaction.commit = self._store.commit_number
         transaction.put(ORIGIN_KEY, 0, self._origin_record, 0)
         total = sum(self._store.counts()[:3]) if on_progress else 0
         for done, row in enumerate(self._store.rows()):
             transaction.put(*row_entry(row))
             if on_progress is not None and done % _REPORT_EVERY == 0:
                 on_progress(done, total)
-
-    def _published_rows(self, hotkeys: list[str]) -> dict[str, Row]:
-        """Return the rows of these hotkeys as they were before this turn; the unknown are left out."""
-        entry = self._reader.get
-        found = ((hotkey, entry(hotkey.encode())) for hotkey in hotkeys)
-        return {hotkey: entry_row(hotkey, *record) for hotkey, record in found if record is not None}
