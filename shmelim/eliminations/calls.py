@@ -327,8 +327,8 @@ class Calls:
         ``hotkey``: only this one's. ``limit``: at most so many, up to 10,000 (None); ``ValueError`` beyond.
         ``before_id``: only events older than the one with this ``id``, for the next page.
 
-        Each has ``id``, ``at_ms``, ``action``, ``hotkey``, ``pid``, ``uid``, ``program``, ``note``, ``old`` and
-        ``new``.
+        Each has ``id``, ``at_ms``, ``action``, ``hotkey``, ``pid``, ``uid``, ``program``, ``note``, ``old``,
+        ``new`` and ``commit_number``, which is None where a release before schema 3 wrote it.
         """
 
     @remote(idempotent=True)
@@ -410,7 +410,7 @@ class ProcessingCalls(Calls):
 
     @remote(idempotent=True)
     def get_replacements(self) -> int:
-        """Return how often all eliminations were replaced: by a sync, a write, a clear, or a file at a start."""
+        """Return how often a sync, a write, a clear, or a file at a start changed what the eliminations are."""
 
     @remote()
     def settle_debt(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:

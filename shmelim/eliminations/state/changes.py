@@ -48,7 +48,7 @@ def add(step: Step, hotkey: str, record: bytes) -> bool:
     """Add or replace one record; returns True for a hotkey that was not eliminated before."""
     old = step.store.put_elimination(hotkey, record)
     if old != record:
-        step.record([EventOf("add" if old is None else "update", hotkey, old, record)])
+        step.record([EventOf("add" if old is None else "update", hotkey, old)])
     return old is None
 
 
@@ -113,11 +113,15 @@ def sync_difference(
     return _replace(step, changed, gone, reason)
 
 
-def _replace(step: Step, records: dict[str, bytes], gone: Iterable[str], reason: str) -> list[str]:
-    removed = remove(step, gone, reason=reason)
-    if merge(step, records, reason) or removed:
+def _replace(step: Step, records: Mapping[str, bytes], gone: Iterable[str], reason: str) -> list[str]:
+    removed = step.store.remove_eliminations(gone)
+    events = [EventOf("remove", hotkey, record, reason) for hotkey, record in removed.items()]
+    events += _put(step, records, reason)
+    if events:
+        step.record(events)
+        _cancel_debts(step, removed, reason)
         step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
-    return removed
+    return list(removed)
 
 
 def replacements(store: Store) -> int:
@@ -146,16 +150,21 @@ def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
             step.record([EventOf("cancel", hotkey, note=f"{', '.join(cancelled)}: {reason}")])
 
 
-def merge(step: Step, records: dict[str, bytes], reason: str) -> int:
+def merge(step: Step, records: Mapping[str, bytes], reason: str) -> int:
     """Add or replace many records and leave the others; returns how many of them changed."""
+    changed = _put(step, records, reason)
+    step.record(changed)
+    return len(changed)
+
+
+def _put(step: Step, records: Mapping[str, bytes], reason: str) -> list[EventOf]:
+    """Add or replace many records, and return the events of those that changed."""
     old = step.store.put_eliminations(records.items())
-    changed = [
-        EventOf("update" if hotkey in old else "add", hotkey, old.get(hotkey), record, reason)
+    return [
+        EventOf("update" if hotkey in old else "add", hotkey, old.get(hotkey), reason)
         for hotkey, record in records.items()
         if old.get(hotkey) != record
     ]
-    step.record(changed)
-    return len(changed)
 
 
 def lost_hotkeys(before: set[str], now: set[str], size: int | None = None) -> tuple[list[str], bool]:

@@ -4,7 +4,7 @@ A change is made in a transaction, with its events; the server publishes it afte
 
     with store.transaction():
         old = store.put_elimination(hotkey, record)
-        store.add_events([Change("add", hotkey, old, record)])
+        store.add_events([Change("add", hotkey, old)])
 
 Records are opaque msgpack bytes here (:mod:`shmelim.eliminations.record` makes them). Eliminated and departed
 hotkeys carry ordinals, which keep the order in which they first became so: a new one gets a number above all
@@ -15,10 +15,8 @@ record of the numbers in use, so that no rollback and no crash can leave that wr
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +24,8 @@ from zlib import crc32
 
 from shmelim.eliminations.debts.states import IN_DOUBT, Debt, Slash
 from shmelim.eliminations.rows import Row
-from shmelim.eliminations.store.database import Database
-from shmelim.eliminations.store.history import Change, Event, Origin, this_process
+from shmelim.eliminations.store.history import History
 from shmelim.eliminations.store.schema import damaged
-
-# Hotkeys in one question: below the 999 that an old SQLite allows, and nearly all chunks share one statement.
-_CHUNK = 500
-_LARGEST_ID = (1 << 63) - 1
 
 _ROWS = (
     "SELECT hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum FROM hotkeys"
@@ -54,11 +47,6 @@ _NEXT_ORDINAL = (
     "SELECT 1 + max("
     "coalesce((SELECT max(eliminated_ordinal) FROM hotkeys WHERE eliminated_ordinal IS NOT NULL), 0),"
     " coalesce((SELECT max(departed_ordinal) FROM hotkeys WHERE departed_ordinal IS NOT NULL), 0))"
-)
-_EVENTS = "SELECT id, at_ms, action, hotkey, pid, uid, program, note, old, new, commit_number FROM events"
-_ADD_EVENT = (
-    "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new, commit_number)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 # The columns are the fields of a Debt; the alphabetic order of the kinds is the one in which they are settled.
 _DEBTS = (
@@ -84,7 +72,7 @@ class DebtFigures(NamedTuple):
     in_doubt: list[str]
 
 
-class Store(Database):
+class Store(History):
     """The state of record in SQLite; made by :meth:`open`, :meth:`read_only` or :meth:`in_memory`.
 
     For one thread at a time. Every method raises :class:`~shmelim.errors.StoreError` when the database cannot be
@@ -315,36 +303,6 @@ class Store(Database):
         self._write(rows, old)
         return changed
 
-    # ------------------------------------------------------------------ history
-
-    def add_events(
-        self, changes: Iterable[Change], origin: Origin | None = None, at_ms: int | None = None
-    ) -> None:
-        """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
-        pid, uid, program = this_process() if origin is None else origin
-        now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
-        rows = [
-            (now, action, hotkey, pid, uid, program, note, old, new, self.next_commit)
-            for action, hotkey, old, new, note in changes
-        ]
-        self._change(_ADD_EVENT, rows, each=True)
-
-    def events(
-        self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
-    ) -> list[Event]:
-        """Return at most `limit` events, newest first: of one hotkey, or older than the one with that id."""
-        if limit is not None and limit < 0:
-            raise ValueError(f"limit must be at least 0, not {limit}")
-        arguments: list[Any] = [_LARGEST_ID if before_id is None else before_id]
-        where = "id < ?"
-        if hotkey is not None:
-            where += " AND hotkey = ?"
-            arguments.append(hotkey)
-        arguments.append(-1 if limit is None else limit)
-        return [
-            Event._make(row) for row in self._ask(f"{_EVENTS} WHERE {where} ORDER BY id DESC LIMIT ?", arguments)
-        ]
-
     # ------------------------------------------------------------------ debts and slashes
 
     def debts(self, hotkey: str | None = None) -> list[Debt]:
@@ -387,13 +345,6 @@ class Store(Database):
         self._change("INSERT OR REPLACE INTO slashes VALUES (?, ?, ?, ?)", slash)
 
     # ------------------------------------------------------------------ questions
-
-    def _ask_of(self, select: str, hotkeys: Iterable[str]) -> list[tuple[Any, ...]]:
-        """Ask of many hotkeys."""
-        remaining, found = iter(hotkeys), []
-        while chunk := list(islice(remaining, _CHUNK)):
-            found += self._ask(f"{select} WHERE hotkey IN ({','.join('?' * len(chunk))})", chunk)
-        return found
 
     def _ask_whose(self, select: str, hotkey: str | None, order: str) -> list[tuple[Any, ...]]:
         """Ask of one hotkey or of all."""
