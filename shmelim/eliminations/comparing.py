@@ -23,6 +23,8 @@ _TURN: Final = 256
 
 _REMEMBERED: Final = 10_000  # hotkeys that changed
 
+_NAN: Final = b"\xf8\0\0\0\0\0\0"  # the end of one, of either sign
+
 _encode_into = msgspec.msgpack.Encoder().encode_into
 _decode_records = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -181,7 +183,13 @@ def _is_encoded(record: dict[str, Any], stored: msgspec.Raw, buffer: bytearray) 
 
 def means_the_same(one: bytes | msgspec.Raw, other: bytes | msgspec.Raw) -> bool:
     """Tell whether two encoded records are the same record."""
-    return memoryview(one) == memoryview(other) or _are_same(decode(memoryview(one)), decode(memoryview(other)))
+    left, right = bytes(one), bytes(other)
+    if left == right:
+        return True
+    one_record, other_record = decode(left), decode(right)
+    # Equal for Python is what may be the same, but where there are NaNs; it is quick to say that it is not.
+    may_be = one_record == other_record or _NAN in left or _NAN in right
+    return may_be and _are_same(one_record, other_record)
 
 
 def _are_same(one: Any, other: Any) -> bool:

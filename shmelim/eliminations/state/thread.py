@@ -45,6 +45,7 @@ _REPORT_EVERY: Final = 10_000
 
 _COMMIT_FAILED: Final = "commit_failed"
 _MEMORY_FULL: Final = "shared_memory_full"
+_LOG_LARGE: Final = "wal_large"
 
 
 def _held() -> threading.Lock:
@@ -226,6 +227,7 @@ class State:
             if changes:
                 self._make(changes)
                 self._table.settle()
+                self._look_at_log()
             self._torn = False
         except BaseException:
             self._rebuild()
@@ -331,6 +333,18 @@ class State:
             text = f"the last change could not be committed: {error.message} (the last good commit: {last})"
             self._raised.add(_COMMIT_FAILED)
             self._problems.report(_COMMIT_FAILED, text, remedy=error.hint)
+
+    def _look_at_log(self) -> None:
+        """Name a log that grows since somebody keeps reading what is long gone."""
+        held = 0
+        with suppress(StoreError, OSError):
+            held = self._store.held_log()
+        if held:
+            text = f"the log of {self._store.path} has {held:,} bytes: somebody holds a read transaction open"
+            remedy = f"`fuser {self._store.path}` names the processes that have it open: end the one that reads"
+            self._problems.report(_LOG_LARGE, text, remedy=remedy)
+        elif self._problems.stands(_LOG_LARGE):
+            self._problems.clear(_LOG_LARGE)
 
     # ------------------------------------------------------------------ the table
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,10 @@ from zlib import crc32
 from shmelim.eliminations.debts.states import IN_DOUBT, Debt, Slash
 from shmelim.eliminations.rows import Row
 from shmelim.eliminations.store.history import History
+from shmelim.eliminations.store.opening import log_of
 from shmelim.eliminations.store.schema import damaged
+
+_LARGE_LOG = 256 << 20  # bytes; what no single change should leave
 
 _ROWS = (
     "SELECT hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum FROM hotkeys"
@@ -128,6 +131,18 @@ class Store(History):
             self._forget(before)
             self._changes_before = self._db.total_changes - changed
             raise
+
+    def held_log(self) -> int:
+        """Return the bytes of a large log that cannot be folded in, since somebody reads what is older; else 0.
+
+        One ``stat`` where the log is not large.
+        """
+        with suppress(FileNotFoundError):
+            size = 0 if self._file is None else log_of(self._file).stat().st_size
+            if size >= _LARGE_LOG:
+                _, pages, folded = self._ask("PRAGMA wal_checkpoint(PASSIVE)")[0]
+                return size if folded < pages else 0
+        return 0
 
     def _forget(self, before: dict[str, Row | None]) -> None:
         """Know no more of what was written than was written before."""
