@@ -46,8 +46,9 @@ _REPLACE = (
     f" checksum = ? {_WHERE}"
 )
 _DELETE = f"DELETE FROM hotkeys {_WHERE}"  # noqa: S608
-_NEXT_ORDINAL = (
-    "SELECT 1 + max("
+_LAST_NUMBER = "SELECT coalesce(max(rowid), 0) FROM hotkeys"
+_LAST_ORDINAL = (
+    "SELECT max("
     "coalesce((SELECT max(eliminated_ordinal) FROM hotkeys WHERE eliminated_ordinal IS NOT NULL), 0),"
     " coalesce((SELECT max(departed_ordinal) FROM hotkeys WHERE departed_ordinal IS NOT NULL), 0))"
 )
@@ -95,7 +96,8 @@ class Store(History):
         self.written = {}
         self.look_up = self._stored_rows
         self._numbers: dict[str, int] = {}  # the rowids of hotkeys, as far as they were asked for
-        self._ordinal: int | None = None  # the next one that is free; None: to be asked for
+        self._last: dict[str, int] = {}  # the last ordinal and row number that are taken; none: to be asked for
+        self._others = 0  # what tells that another connection has committed
 
     # ------------------------------------------------------------------ transactions
 
@@ -106,8 +108,10 @@ class Store(History):
 
     def begin(self) -> None:  # noqa: D102  # as the base has it
         super().begin()
-        self._ordinal = None
         self.written = {}
+        others = self._ask("PRAGMA data_version")[0][0]
+        if others != self._others:
+            self._numbers, self._last, self._others = {}, {}, others
 
     def commit(self) -> None:  # noqa: D102
         super().commit()
@@ -148,7 +152,7 @@ class Store(History):
         """Know no more of what was written than was written before."""
         for hotkey in self.written:
             self._numbers.pop(hotkey, None)
-        self._ordinal = None
+        self._last = {}
         self.written = before
 
     # ------------------------------------------------------------------ hotkeys
@@ -192,9 +196,10 @@ class Store(History):
         if insertions:
             # In the order of the index, which then grows at its end.
             insertions.sort(key=itemgetter(0))
-            first = 1 + int(self._ask("SELECT coalesce(max(rowid), 0) FROM hotkeys")[0][0])
-            numbers.update((row[0], number) for number, row in enumerate(insertions, first))
-            self._change_all(_INSERT, [(*row, number) for number, row in enumerate(insertions, first)])
+            taken = self._take(_LAST_NUMBER, len(insertions))
+            rows_of = [(*row, number) for row, number in zip(insertions, taken, strict=True)]
+            numbers.update((row[0], row[-1]) for row in rows_of)
+            self._change_all(_INSERT, rows_of)
         self.written.update(rows)
 
     def _change_all(self, sql: str, arguments: list[tuple[Any, ...]]) -> None:
@@ -208,12 +213,13 @@ class Store(History):
         self._numbers.update(self._ask_of("SELECT hotkey, rowid FROM hotkeys", missing))
         return self._numbers
 
-    def _next_ordinals(self, count: int) -> Iterator[int]:
-        """Take so many ordinals that are free."""
-        if self._ordinal is None:
-            self._ordinal = int(self._ask(_NEXT_ORDINAL)[0][0])
-        first, self._ordinal = self._ordinal, self._ordinal + count
-        return iter(range(first, self._ordinal))
+    def _take(self, last: str, count: int) -> Iterator[int]:
+        """Take so many numbers that are free, above the last one that is taken, for which `last` asks."""
+        if last not in self._last:
+            self._last[last] = int(self._ask(last)[0][0])
+        first = self._last[last] + 1
+        self._last[last] += count
+        return iter(range(first, first + count))
 
     def rows(self) -> Iterator[Row]:
         """Stream every row, in the order in which the rows came to be; about 2.5 s for a million of 0.5 kB."""
@@ -258,7 +264,7 @@ class Store(History):
         given = dict(records)
         old = self.get_many(given)
         replaced = {hotkey: row.record for hotkey, row in old.items() if row.record is not None}
-        ordinals = self._next_ordinals(len(given) - len(replaced))
+        ordinals = self._take(_LAST_ORDINAL, len(given) - len(replaced))
         nothing = Row("", None, None, None, None, registered=False)
         rows: dict[str, Row | None] = {}
         for hotkey, record in given.items():
@@ -291,7 +297,7 @@ class Store(History):
         row = old.get(hotkey) or Row(hotkey, None, None, None, None, registered=False)
         if row.departed_ordinal is not None:
             return False
-        (ordinal,) = self._next_ordinals(1)
+        (ordinal,) = self._take(_LAST_ORDINAL, 1)
         self._write({hotkey: row._replace(departed_ordinal=ordinal, detected_ms=detected_ms)}, old)
         return True
 
