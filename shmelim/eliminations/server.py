@@ -314,15 +314,17 @@ class EliminationManagerServer(DebtMethods):
 
     def _renew(self, table: TableWriter) -> None:
         with self._renewing:
-            text = "names were removed from /dev/shm under this server"
-            self.problems.report(_MEMORY_LOST, f"{text}: readers may be on an old state", remedy=_KEEP_NAMES)
+            self._tell_lost("names were removed from /dev/shm under this server: readers may be on an old state")
             try:
                 self._state.read(lambda _store: table.renew())
             except (ShmelimError, OSError) as error:
-                remedy = getattr(error, "hint", None) or _KEEP_NAMES
-                self.problems.report(_MEMORY_LOST, f"{text}, and are not made again: {error}", remedy=remedy)
+                hint = error.hint if isinstance(error, ShmelimError) else None
+                self._tell_lost(f"names were removed from /dev/shm, and are not made again: {error}", hint)
             else:
                 self.problems.clear(_MEMORY_LOST)
+
+    def _tell_lost(self, text: str, hint: str | None = None) -> None:
+        self.problems.report(_MEMORY_LOST, text, severity="failing", remedy=hint or _KEEP_NAMES)
 
     def _look_at_lock(self, lease: Lease) -> None:
         if lease.keep():

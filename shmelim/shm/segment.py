@@ -27,8 +27,8 @@ class Segment:
     """One mapped segment, read-only for readers; it is unmapped with the last reference to its memory.
 
     Slicing ``memory`` copies bytes out and never leaves the mapping; ``window`` is the same as a read-only view.
-    ``words`` is the same as aligned 8-byte words; one item read or written is one load or store. ``identity`` (device
-    and inode) tells it from another of its name.
+    ``words`` is the same as aligned 8-byte words; one item read or written is one load or store. ``identity``
+    (device and inode) tells it from another of its name.
     """
 
     __slots__ = ("identity", "label", "memory", "window", "words")

@@ -39,11 +39,11 @@ class SharedNamespace(Namespace):
     ``name`` is 1 to 16 of ``a-z 0-9 _ -``; ``mode`` the permissions of segments made here, 0o600, or 0o640 to let
     a group read; ``owner`` the uid whose segments a reader trusts, by default this user's and root's.
 
-    ValueError for a bad name or mode; UnsupportedPlatformError where there is no ``/dev/shm``, or where the machine's
-    memory order is too weak for the pure-Python path, and the extension is not there.
+    ValueError for a bad name or mode; UnsupportedPlatformError where there is no ``/dev/shm``, or where the
+    machine's memory order is too weak for the pure-Python path, and the extension is not there.
 
-    The lock is an ``flock`` on ``shmelim.<name>.lock``, a file of its own that readers never open: the kernel releases
-    it however the writer dies. A forked child closes its copy.
+    The lock is an ``flock`` on ``shmelim.<name>.lock``, a file of its own that readers never open: the kernel
+    releases it however the writer dies. A forked child closes its copy.
 
     >>> SharedNamespace("docs").root_name
     '/shmelim.docs'
@@ -160,7 +160,7 @@ class SharedNamespace(Namespace):
     def _rests(self) -> list[str]:
         """Return what comes after the name in the names of everything but the root segment."""
         prefix = self.root_name[1:] + "."
-        return [name.removeprefix(prefix) for name in os.listdir(_SHM_DIR) if name.startswith(prefix)]
+        return [name.removeprefix(prefix) for name in os.listdir(_SHM_DIR) if name.startswith(prefix)]  # noqa: PTH208
 
     def _remove(self, chosen: Any) -> None:
         for rest in self._rests():
