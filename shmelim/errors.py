@@ -72,6 +72,13 @@ class StoreError(ShmelimError):
     """The state of record could not be read or written; the refused change was not applied."""
 
 
+class StateConflictError(StoreError):
+    """What is published or remembered under the name is not the state of this store; nothing was touched.
+
+    The message names both sides with place, count and age, the hint the ways out.
+    """
+
+
 class DamagedStoreError(StoreError):
     """The state of record is damaged."""
 

@@ -17,8 +17,19 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, Final, ParamSpec, TypeVar
 
+from shmelim.eliminations.comparing import difference
+from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.record import check_hotkeys, check_listed, generate_row
-from shmelim.errors import ChannelError, MessageTooLargeError, ShmelimError, StateUnavailableError, StoreError
+from shmelim.errors import (
+    ChannelError,
+    MessageTooLargeError,
+    NotServingError,
+    SegmentError,
+    ShmelimError,
+    StateUnavailableError,
+    StoreError,
+    UnknownMethodError,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -126,6 +137,10 @@ class Calls:
         """Call the server's method; ``options`` are ``idempotent`` and ``timeout`` (seconds; None: the usual)."""
         return self._client.call(method, args, kwargs, **options)
 
+    def _published(self) -> Reading | None:
+        """Return what the server has published, where this process has that mapped and the server is another."""
+        return None
+
     def _size(self) -> int:
         """Return how many hotkeys are eliminated."""
         raise NotImplementedError
@@ -156,7 +171,7 @@ class Calls:
         price_info: Mapping[str, Any] | None = None,
         return_info: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Build a record as :meth:`generate_elimination_row`, add it, and have the JSON files written.
+        """Build a record as :meth:`generate_elimination_row`, and add it.
 
         Returns and errors are those of :meth:`add_elimination`.
         """
@@ -171,7 +186,7 @@ class Calls:
 
     @remote(grows=True, keywords={"deleted_hotkeys": "hotkeys"}, check=check_hotkeys)
     def delete_eliminations(self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None) -> list[str]:
-        """Remove many records in one transaction, have the JSON files written, and return whose were removed.
+        """Remove many records in one transaction, and return whose were removed.
 
         With ``times_ms`` only those that were initiated at the time which stands there for their hotkey: another
         elimination may have come since.
@@ -193,14 +208,18 @@ class Calls:
         ``ValueError`` or ``TypeError``, which names the place in the list, if a record cannot be stored;
         ``UploadLostError`` if the server was restarted in the middle of a long list. Nothing is applied then.
         """
-        rows = iter(check_listed(eliminations))
+        given = check_listed(eliminations)
         tell = on_progress or (lambda _: None)
+        if (removed := self._sync_difference(given)) is not None:
+            tell(len(given))  # type: ignore[arg-type]  # a list, or there would be no answer
+            return removed
+        rows = iter(given)
         part = list(islice(rows, _PART))
         if len(part) < _PART:
             with contextlib.suppress(MessageTooLargeError):
-                removed = self._call("sync_eliminations_rpc", (part,), timeout=self._long())
+                removed = list(self._call("sync_eliminations_rpc", (part,), timeout=self._long()))
                 tell(len(part))
-                return list(removed)
+                return removed
         token = self._call("begin_upload_rpc")
         sent = 0
         try:
@@ -216,6 +235,22 @@ class Calls:
         limit = _LONG_TIMEOUT + sent * _TIMEOUT_PER_ROW
         return list(self._call("sync_uploaded_rpc", (token,), timeout=limit))
 
+    def _sync_difference(self, given: Iterable[Mapping[str, Any]]) -> list[str] | None:
+        """Sync by sending only what differs from what is published; None where the whole list must be sent."""
+        published = self._published()
+        if published is None or not isinstance(given, (list, tuple)):
+            return None
+        found = None
+        with contextlib.suppress(SegmentError, NotServingError):
+            found = difference(published, given)
+        if found is None or len(found.changed) >= _PART:
+            return None
+        # Whatever is wrong with a record is told of the whole list, with its place in it.
+        with contextlib.suppress(ValueError, TypeError, UnknownMethodError):
+            removed: list[str] | None = self._call("sync_difference_rpc", tuple(found), timeout=self._long())
+            return removed
+        return None
+
     def _upload(self, token: str, part: list[Mapping[str, Any]]) -> None:
         """Send records in one message, or in two where that is too large."""
         try:
@@ -229,8 +264,12 @@ class Calls:
 
     @accepts(dat="eliminations", eliminations_list="eliminations")
     def write_eliminations_to_disk(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
-        """Make exactly these records the eliminations, on disk and everywhere else: a sync without an answer."""
+        """Make exactly these records the eliminations, and return when ``eliminations.json`` has them.
+
+        StoreError if that cannot be written; the eliminations are changed all the same.
+        """
         self.sync_eliminations(eliminations)
+        self.save_eliminations()
 
     @remote(grows=True)
     def clear_eliminations(self) -> None:
@@ -244,7 +283,10 @@ class Calls:
 
     @remote(idempotent=True, grows=True)
     def get_eliminations_from_disk(self) -> list[dict[str, Any]]:
-        """Return the rows of ``eliminations.json``, or of the store where there is no such file."""
+        """Write what ``eliminations.json`` lacks, and return its rows.
+
+        Those of the store where there is no such file, or it cannot be written.
+        """
 
     @remote(grows=True)
     def load_eliminations_from_disk(self) -> None:
@@ -292,8 +334,8 @@ class Calls:
         ``hotkey``: only this one's. ``limit``: at most so many, up to 10,000 (None); ``ValueError`` beyond.
         ``before_id``: only events older than the one with this ``id``, for the next page.
 
-        Each has ``id``, ``at_ms``, ``action``, ``hotkey``, ``pid``, ``uid``, ``program``, ``note``, ``old`` and
-        ``new``.
+        Each has ``id``, ``at_ms``, ``action``, ``hotkey``, ``pid``, ``uid``, ``program``, ``note``, ``old``,
+        ``new`` and ``commit_number``, which is None where a release before schema 3 wrote it.
         """
 
     @remote(idempotent=True)
@@ -317,6 +359,13 @@ class Calls:
         """Say by hand that a slash that was begun was made, or was not: then it is owed again, if still due.
 
         False where there is no such slash, or where a running process may still be making it.
+        """
+
+    @remote(idempotent=True)
+    def release_money(self) -> bool:
+        """Let slashes go on that are held since the state was restored, or is not known to be the latest one.
+
+        False where they are not held. Until then the health has the problem ``money_held``, and no slash is begun.
         """
 
     @remote(idempotent=True)
@@ -383,7 +432,7 @@ class ProcessingCalls(Calls):
 
     @remote(idempotent=True)
     def get_replacements(self) -> int:
-        """Return how often all eliminations were replaced: by a sync, a write, a clear, or a file at a start."""
+        """Return how often a sync, a write, a clear, or a file at a start changed what the eliminations are."""
 
     @remote()
     def settle_debt(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:
@@ -402,7 +451,7 @@ class ProcessingCalls(Calls):
     def begin_slash(self, hotkey: str, attempt: str) -> bool:
         """Let an attempt have an owed slash, durable before this returns; may be repeated with the same token.
 
-        False: the slash is not owed, or another attempt has it; it must not be made.
+        False: the slash is not owed, another attempt has it, or money is held; it must not be made.
         """
 
     @remote()

@@ -87,7 +87,7 @@ from shmelim.shm.layout import (
 )
 from shmelim.shm.native import READ_PATH, release_word
 from shmelim.shm.reader import HEARTBEAT_LIMIT, WriterState, this_clock
-from shmelim.shm.segment import Namespace, Segment
+from shmelim.shm.segment import Lock, Namespace, Segment
 
 if TYPE_CHECKING or READ_PATH == "pure":
     from shmelim.shm.adoption import check_copy
@@ -123,7 +123,8 @@ class TableWriter:
     ``capacity`` is the smallest number of slots per copy, rounded up to a power of two, of which half can be in
     use; ``arena_size`` the smallest number of bytes for records, per copy. ``store_id``, 16 bytes, is that of the
     store that the table is made from; a root segment of another store is replaced. A new root segment's versions
-    begin above ``first_sequence``, the ms since 1970, and those of the root that it replaces.
+    begin above ``first_sequence``, the ms since 1970, and those of the root that it replaces. ``lock`` is that
+    of the namespace where the caller has it already; this writer releases it in the end.
 
     AlreadyServingError if another process writes this table; SegmentFullError if no shared memory is left;
     UntrustedSegmentError if the name is taken by another user.
@@ -149,6 +150,7 @@ class TableWriter:
         arena_size: int = 1 << 18,
         store_id: bytes = bytes(STORE_ID_SIZE),
         first_sequence: int = 0,
+        lock: Lock | None = None,
     ) -> None:
         if len(store_id) != STORE_ID_SIZE:
             raise ValueError(f"store_id of {len(store_id)} bytes must be {STORE_ID_SIZE} bytes long")
@@ -169,7 +171,7 @@ class TableWriter:
         # The segment that was published before, as long as its name is there.
         self._left: Segment | None = None
         # The lock ends with whoever refers to it: an interrupt on any line leaves none behind.
-        self._lock = namespace.acquire()
+        self._lock = namespace.acquire() if lock is None else lock
         # The root segment to publish in, and the one that is withdrawn as soon as that has its name.
         self._former: Segment | None = None
         self._root = self._take_root(first_sequence)
@@ -250,6 +252,12 @@ class TableWriter:
     def commit(self) -> int:
         """The number of the store's commit that this writer has published, 0 before it has published anything."""
         return 0 if self._images is None else self._images[self.version & 1].commit
+
+    @commit.setter
+    def commit(self, number: int) -> None:
+        # One store, for a commit that changed nothing in the table: no reader has to look again.
+        if self._images is not None:
+            self._images[self.version & 1].commit = number
 
     @property
     def loaded(self) -> bool:

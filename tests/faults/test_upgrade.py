@@ -1,48 +1,34 @@
 """A store of an older schema: brought up to date whole or not at all, and readable as it is."""
 
+import errno
 import os
 import shutil
 import sqlite3
+import stat
 import threading
 
+import old_stores
 import pytest
 from crashing import Child, Counter, at_line, kill_self
 from serving import Served, listing, row, state_in_table
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations.store import opening, schema
+from shmelim.eliminations.store import copying, opening, schema
 from shmelim.eliminations.store.history import Change
 from shmelim.eliminations.store.schema import FILE_NAME
-from shmelim.eliminations.store.store import DebtFigures, Store
+from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
 
 
-def as_before(patch):
-    """Make this a version that knows the first schema only."""
-    patch.setattr(schema, "SCHEMA_NUMBER", 1)
-    patch.setattr(schema, "_SCHEMAS", (schema._FIRST,))
-    patch.setattr(Store, "debtors", lambda _store: set())
+@pytest.fixture(params=old_stores.SCHEMAS)
+def number(request):
+    return request.param
 
 
 @pytest.fixture
-def old(tmp_path, monkeypatch):
-    """A state directory of schema 1, whose last changes stand in the log only."""
-    directory = tmp_path / "old"
-
-    def fill():
-        with monkeypatch.context() as patch:
-            as_before(patch)
-            server = EliminationManagerServer(None, directory, durability="process")
-            server.sync_eliminations_rpc([row(f"h{n}", n) for n in range(20)])
-            server.update_metagraph_rpc(["h1", "m1"])
-            server.update_metagraph_rpc(["h1"])
-            server.save_eliminations_rpc()
-            kill_self()
-
-    with Child(fill) as child:
-        assert child.wait() == -9
-    assert (directory / f"{FILE_NAME}-wal").stat().st_size
-    return directory
+def old(tmp_path, number):
+    """A state directory of an older schema, whose last changes stand in the log only."""
+    return old_stores.make(tmp_path / "old", number)
 
 
 def schema_of(directory):
@@ -54,63 +40,111 @@ def schema_of(directory):
         db.close()
 
 
-def content(directory):
+def content(directory, file=FILE_NAME):
     """All that an older version knew of; read without changing anything."""
-    db = sqlite3.connect(f"file:{directory / FILE_NAME}?mode=ro", uri=True)
+    db = sqlite3.connect(f"file:{directory / file}?mode=ro", uri=True)
     try:
-        return [
-            db.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in ("hotkeys", "events", "meta")
-        ]
+        tables = [table for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        events = "id, at_ms, action, hotkey, pid, uid, program, note, old, new"
+        return {
+            table: db.execute(f"SELECT {events if table == 'events' else '*'} FROM {table} ORDER BY 1").fetchall()
+            for table in ("hotkeys", "events", "meta", "debts", "slashes")
+            if table in tables
+        }
     finally:
         db.close()
 
 
-def test_it_is_of_schema_1(old):
-    assert schema_of(old)[0] == 1
-    hotkeys, events, meta = content(old)
-    assert (len(hotkeys), len(events)) == (21, 21)
-    assert meta
+def without_empty(found):
+    return {table: rows for table, rows in found.items() if rows}
 
 
-def test_opening_brings_it_up_to_date(old, tmp_path):
+def test_it_is_what_it_says(old, number):
+    assert schema_of(old)[0] == number
+    found = content(old)
+    assert (len(found["hotkeys"]), len(found["events"])) == {1: (21, 21), 2: (23, 27)}[number]
+    assert found["meta"]
+    assert len(found.get("debts", ())) == {1: 0, 2: 2}[number]
+
+
+def test_opening_brings_it_up_to_date(old, tmp_path, number):
     before = content(old)
     with Store.open(old) as store:
         store.check()
-        assert store.debts() == []
-        assert store.slashes() == []
+        assert len(store.debts()) == {1: 0, 2: 2}[number]
+        assert [slash.hotkey for slash in store.slashes()] == {1: [], 2: ["slashed"]}[number]
+        assert len(store.store_id) == 16
+        assert store.commit_number == 0
+        assert {event.commit_number for event in store.events(limit=None)} == {None}
     Store.open(tmp_path / "new").close()
     assert schema_of(old) == schema_of(tmp_path / "new")
-    assert content(old) == before
+    assert without_empty(content(old)) == without_empty(before)
+
+
+def test_a_copy_of_it_is_kept(old, number):
+    before = content(old), schema_of(old)
+    Store.open(old).close()
+    kept = old / f"{FILE_NAME}.schema-{number}"
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    # It is a store of its schema, which an older version goes on with when it is put in its place.
+    kept.rename(old / FILE_NAME)
+    assert (content(old), schema_of(old)) == before
+
+
+def test_a_second_upgrade_leaves_the_first_copy_alone(old, number):
+    kept = old / f"{FILE_NAME}.schema-{number}"
+    kept.write_text("an earlier one")
+    before = content(old)
+    Store.open(old).close()
+    assert kept.read_text() == "an earlier one"
+    assert content(old, f"{kept.name}-1") == before
+
+
+def test_without_room_for_the_copy_it_stays_as_it_was(old, monkeypatch):
+    before = content(old), schema_of(old)
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "copy", full)
+        with pytest.raises(StoreError, match="a copy of it cannot be kept") as caught:
+            Store.open(old)
+        assert "make room" in caught.value.hint
+    assert (content(old), schema_of(old)) == before
 
 
 def test_a_server_goes_on_with_it(old):
     with EliminationManagerServer(None, old, durability="process") as server:
-        assert [r["hotkey"] for r in server.get_eliminations_from_memory_rpc()] == [f"h{n}" for n in range(20)]
+        found = [r["hotkey"] for r in server.get_eliminations_from_memory_rpc()]
+        assert found[:20] == [f"h{n}" for n in range(20)]
+        owed = server.health_check_rpc()["num_debts"]
         assert server.is_hotkey_eliminated_rpc("h7")
         assert list(server.get_departed_hotkeys_rpc()) == ["m1"]
         assert server.get_replacements_rpc() == 1
         assert server.eliminate_rpc("new", row("new"), ["slash"]) == "added"
-        assert server.health_check_rpc()["num_debts"] == 1
+        assert server.health_check_rpc()["num_debts"] == owed + 1
         assert [event["action"] for event in server.get_history_rpc(limit=2)] == ["owe", "add"]
         state = state_in_table(server.reader)
     with EliminationManagerServer(None, old, durability="process") as server:
         assert state_in_table(server.reader) == state
         assert server.begin_slash_rpc("new", "token")
         assert server.settle_debt_rpc("new", "slash", "token")
-        assert [made["hotkey"] for made in server.get_slashes_rpc()] == ["new"]
+        assert server.get_slashes_rpc()[-1]["hotkey"] == "new"
 
 
-def test_readers_of_an_old_store_change_nothing(old):
-    events = content(old)[1]
+def test_readers_of_an_old_store_change_nothing(old, number):
+    found = content(old)
     # The index of the log is a reader's too.
     before = {name: data for name, data in listing(old).items() if not name.endswith("-shm")}
     with Store.read_only(old) as store:
-        assert [event.id for event in store.events(limit=None)][::-1] == [event[0] for event in events]
-        assert store.debts() == store.debts("h1") == []
-        assert store.debt_figures() == DebtFigures(0, [])
-        assert store.slashes() == store.slashes("h1") == []
+        assert [event.id for event in store.events(limit=None)][::-1] == [event[0] for event in found["events"]]
+        assert len(store.debts()) == store.debt_figures().debts == len(found.get("debts", ()))
+        assert len(store.slashes()) == len(found.get("slashes", ()))
+        assert store.debts("h1") == store.slashes("h1") == []
+        assert (store.store_id, store.commit_number) == (None, 0)
     assert {name: data for name, data in listing(old).items() if not name.endswith("-shm")} == before
-    assert schema_of(old)[0] == 1
+    assert schema_of(old)[0] == number
 
 
 def test_readers_of_a_store_that_is_brought_up_to_date_meanwhile(old):
@@ -123,7 +157,8 @@ def test_readers_of_a_store_that_is_brought_up_to_date_meanwhile(old):
         assert reading.execute("SELECT count(*) FROM events").fetchone() == before
         reading.execute("COMMIT")
         assert reading.execute("SELECT count(*) FROM events").fetchone() == (before[0] + 1,)
-        assert reading.execute("SELECT count(*) FROM main.debts").fetchone() == (0,)
+        assert reading.execute("SELECT max(commit_number) FROM events").fetchone() == (1,)
+        assert reading.execute("SELECT commit_number FROM main.identity").fetchone() == (1,)
     finally:
         reading.close()
 
@@ -131,8 +166,8 @@ def test_readers_of_a_store_that_is_brought_up_to_date_meanwhile(old):
 def test_an_older_version_refuses_the_new_one(old, monkeypatch):
     Store.open(old).close()
     before = listing(old)
-    as_before(monkeypatch)
-    with pytest.raises(StoreError, match=r"schema 2.*up to 1") as caught:
+    monkeypatch.setattr(schema, "SCHEMA_NUMBER", 2)
+    with pytest.raises(StoreError, match=r"schema 3.*up to 2") as caught:
         Store.open(old)
     assert "upgrade" in caught.value.hint
     assert listing(old) == before
@@ -141,23 +176,25 @@ def test_an_older_version_refuses_the_new_one(old, monkeypatch):
 def test_a_failure_leaves_it_as_it_was(old, monkeypatch):
     before = content(old), schema_of(old)
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "_SCHEMAS", (schema._FIRST, (*schema._SECOND, "CREATE TABLE slashes (x)")))
-        with pytest.raises(StoreError, match="slashes already exists"):
+        *earlier, last = schema._SCHEMAS
+        failing = last._replace(statements=(*last.statements, "CREATE TABLE identity (x)"))
+        patch.setattr(schema, "_SCHEMAS", (*earlier, failing))
+        with pytest.raises(StoreError, match="identity already exists"):
             Store.open(old)
     assert (content(old), schema_of(old)) == before
     Store.open(old).close()
-    assert schema_of(old)[0] == 2
+    assert schema_of(old)[0] == schema.SCHEMA_NUMBER
 
 
-def test_of_two_that_open_it_at_once_one_brings_it_up_to_date(old, monkeypatch):
-    # Both have seen schema 1 before either goes on.
+def test_of_two_that_open_it_at_once_one_brings_it_up_to_date(old, monkeypatch, number):
+    # Both have seen the old schema before either goes on.
     both_saw = threading.Barrier(2)
     identify = schema.identify
 
     def slow(db, path):
         found = identify(db, path)
         if not db.in_transaction:
-            assert found == 1
+            assert found == number
             both_saw.wait(30)
         return found
 
@@ -177,32 +214,34 @@ def test_of_two_that_open_it_at_once_one_brings_it_up_to_date(old, monkeypatch):
         thread.join()
     assert failures == []
     monkeypatch.undo()
-    assert schema_of(old)[0] == 2
+    assert schema_of(old)[0] == schema.SCHEMA_NUMBER
     Store.open(old).close()
 
 
-@pytest.mark.parametrize("number", [0, -1])
-def test_a_schema_that_never_was_is_damage(old, number):
-    Store.open(old).close()
-    db = sqlite3.connect(old / FILE_NAME)
-    db.execute(f"PRAGMA user_version={number}")
+@pytest.mark.parametrize("never", [0, -1])
+def test_a_schema_that_never_was_is_damage(tmp_path, never):
+    Store.open(tmp_path).close()
+    db = sqlite3.connect(tmp_path / FILE_NAME)
+    db.execute(f"PRAGMA user_version={never}")
     db.close()
-    with pytest.raises(DamagedStoreError, match=f"schema {number}"):
-        Store.open(old)
+    with pytest.raises(DamagedStoreError, match=f"schema {never}"):
+        Store.open(tmp_path)
 
 
-def test_kill_at_every_line(old, tmp_path):
-    before, upgraded = content(old), 0
+def test_kill_at_every_line(old, tmp_path, number):
+    before, upgraded = without_empty(content(old)), 0
     directory = tmp_path / "killed"
-    number = 0
+    line = 0
     while True:
-        number += 1
+        line += 1
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(old, directory)
         done = Counter()
 
-        def run(number=number, done=done):
-            at_line(number, kill_self, ("install", "identify"), (schema.__file__,))
+        def run(line=line, done=done):
+            at_line(
+                line, kill_self, ("install", "identify", "_keep_copy", "copy"), (schema.__file__, copying.__file__)
+            )
             Store.open(directory)
             done.value = 1
             os._exit(0)
@@ -210,24 +249,29 @@ def test_kill_at_every_line(old, tmp_path):
         with Child(run) as child:
             child.wait()
         found, _ = schema_of(directory)
-        assert found == 2 if done.value else found in (1, 2), f"line {number}"
-        assert content(directory) == before
-        upgraded += found == 2
+        assert found == schema.SCHEMA_NUMBER if done.value else found in (number, schema.SCHEMA_NUMBER), (
+            f"line {line}"
+        )
+        assert without_empty(content(directory)) == before
+        upgraded += found == schema.SCHEMA_NUMBER
         with Store.open(directory) as store:
             store.check()
-        assert schema_of(directory)[0] == 2
-        assert content(directory) == before
+        assert schema_of(directory)[0] == schema.SCHEMA_NUMBER
+        assert without_empty(content(directory)) == before
+        # However often it was begun, there is a copy that is whole, and nothing half-made.
+        assert without_empty(content(directory, f"{FILE_NAME}.schema-{number}")) == before
+        assert not list(directory.glob(".*"))
         if done.value:
             break
-    assert number > 15
+    assert line > 30
     assert upgraded >= 1
 
 
-def test_a_served_name_goes_on_after_an_upgrade(new_name, old):
+def test_a_served_name_goes_on_after_an_upgrade(new_name, old, number):
     name = new_name()
     with Served(name, old) as served:
         client = served.client()
-        assert client.get_debts() == []
-        assert client.get_slashes() == []
-        assert len(client) == 20
+        assert len(client.get_debts()) == {1: 0, 2: 2}[number]
+        assert len(client.get_slashes()) == {1: 0, 2: 1}[number]
+        assert len(client) == {1: 20, 2: 22}[number]
         client.close()

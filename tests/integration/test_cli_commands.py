@@ -378,7 +378,7 @@ def test_history_online(run):
     assert found["source"] == "server"
     assert [event["action"] for event in found["events"]] == ["remove", "update"]
     assert set(found["events"][0]) == {
-        *("id", "at_ms", "action", "hotkey", "pid", "uid", "program", "note", "old", "new")
+        *("id", "at_ms", "action", "hotkey", "pid", "uid", "program", "note", "old", "new", "commit_number")
     }
     assert found["events"][1]["old"]["reason"] == "ZOMBIE"
 

@@ -1,15 +1,16 @@
 """The changes that can be made to the state: functions of a step of a transaction on the store, with their events.
 
-What they are given is checked before (bad input never reaches a transaction). The committer runs them, and
-publishes every hotkey that they *touched*.
+What they are given is checked before (bad input never reaches a transaction). The state's thread runs them, and
+publishes the rows that the store then says were written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
+from shmelim.eliminations.comparing import Comparison, Settled
 from shmelim.eliminations.debts.states import OWED
 from shmelim.eliminations.record import decode
 from shmelim.eliminations.store.history import Change as EventOf
@@ -27,39 +28,27 @@ _REPLACEMENTS: Final = "replacements"
 
 @dataclass(slots=True)
 class Step:
-    """One change inside a transaction: the store, who asked for it, and what it did.
-
-    ``touched`` are the hotkeys whose row may be another now; ``wrote`` tells whether anything must be committed.
-    """
+    """One change inside a transaction: the store, who asked for it, and what is published, if anything is yet."""
 
     store: Store
     origin: Origin | None
-    touched: dict[str, None] = field(default_factory=dict)
-    wrote: bool = False
+    settled: Settled | None = None
 
     def record(self, events: Iterable[EventOf]) -> None:
-        """Write events, and touch the hotkeys that they speak of."""
-        listed = list(events)
-        if listed:
-            self.tell(listed)
-        self.touched.update((event.hotkey, None) for event in listed if event.hotkey is not None)
-
-    def tell(self, events: Iterable[EventOf]) -> None:
-        """Write events of what nobody publishes."""
-        self.store.add_events(events, self.origin)
-        self.wrote = True
+        """Write events."""
+        if listed := list(events):
+            self.store.add_events(listed, self.origin)
 
     def set_meta(self, key: str, value: Any) -> None:
         """Keep a value in the store."""
         self.store.set_meta(key, value)
-        self.wrote = True
 
 
 def add(step: Step, hotkey: str, record: bytes) -> bool:
     """Add or replace one record; returns True for a hotkey that was not eliminated before."""
     old = step.store.put_elimination(hotkey, record)
     if old != record:
-        step.record([EventOf("add" if old is None else "update", hotkey, old, record)])
+        step.record([EventOf("add" if old is None else "update", hotkey, old)])
     return old is None
 
 
@@ -92,14 +81,51 @@ def replace_all(
     A hotkey that stays keeps its place in the order. Those in ``keep`` stay whatever the records say.
     """
     kept = {*records, *keep}
-    gone = remove(step, [hotkey for hotkey, _ in step.store.eliminated() if hotkey not in kept], reason=reason)
-    merge(step, records, reason)
-    step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
-    return gone
+    gone = [hotkey for hotkey, _ in step.store.eliminated() if hotkey not in kept]
+    return _replace(step, records, gone, reason)
+
+
+def sync(step: Step, comparison: Comparison, reason: str = "sync") -> list[str]:
+    """Do the same with a list that was compared with a version of the table that the turn may have left behind."""
+    assert step.settled is not None
+    since = step.settled.changed_since(comparison.version)
+    if since is None:
+        comparison.renew(step.settled)
+    changed, gone = dict(comparison.changed), dict.fromkeys(comparison.gone)
+    for hotkey in {*(since or ()), *step.store.written}:
+        row, wanted = step.store.get(hotkey), comparison.wanted(hotkey)
+        changed.pop(hotkey, None)
+        gone.pop(hotkey, None)
+        if wanted is not None:
+            changed[hotkey] = wanted
+        elif row is not None and row.record is not None:
+            gone[hotkey] = None
+    return _replace(step, changed, gone, reason)
+
+
+def sync_difference(
+    step: Step, version: int, changed: dict[str, bytes], gone: Iterable[str], reason: str = "sync"
+) -> list[str] | None:
+    """Make what a client found to differ from a version the state's; None where that may not be all by now."""
+    assert step.settled is not None
+    if step.store.written or step.settled.changed_since(version) != set():
+        return None
+    return _replace(step, changed, gone, reason)
+
+
+def _replace(step: Step, records: Mapping[str, bytes], gone: Iterable[str], reason: str) -> list[str]:
+    removed = step.store.remove_eliminations(gone)
+    events = [EventOf("remove", hotkey, record, reason) for hotkey, record in removed.items()]
+    events += _put(step, records, reason)
+    if events:
+        step.record(events)
+        _cancel_debts(step, removed, reason)
+        step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
+    return list(removed)
 
 
 def replacements(store: Store) -> int:
-    """Return how often the whole list was replaced, whether or not that changed anything in it."""
+    """Return how often the whole list was replaced by one that differs."""
     return int(store.meta(_REPLACEMENTS, 0))
 
 
@@ -121,19 +147,24 @@ def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
             else:
                 step.store.put_debt(debt._replace(due=False))
         if cancelled:
-            step.tell([EventOf("cancel", hotkey, note=f"{', '.join(cancelled)}: {reason}")])
+            step.record([EventOf("cancel", hotkey, note=f"{', '.join(cancelled)}: {reason}")])
 
 
-def merge(step: Step, records: dict[str, bytes], reason: str) -> int:
+def merge(step: Step, records: Mapping[str, bytes], reason: str) -> int:
     """Add or replace many records and leave the others; returns how many of them changed."""
+    changed = _put(step, records, reason)
+    step.record(changed)
+    return len(changed)
+
+
+def _put(step: Step, records: Mapping[str, bytes], reason: str) -> list[EventOf]:
+    """Add or replace many records, and return the events of those that changed."""
     old = step.store.put_eliminations(records.items())
-    changed = [
-        EventOf("update" if hotkey in old else "add", hotkey, old.get(hotkey), record, reason)
+    return [
+        EventOf("update" if hotkey in old else "add", hotkey, old.get(hotkey), reason)
         for hotkey, record in records.items()
         if old.get(hotkey) != record
     ]
-    step.record(changed)
-    return len(changed)
 
 
 def lost_hotkeys(before: set[str], now: set[str], size: int | None = None) -> tuple[list[str], bool]:
@@ -155,9 +186,7 @@ def update_metagraph(step: Step, hotkeys: list[str]) -> list[str]:
     size = step.store.meta(_BELIEVED, None)
     lost, anomalous = lost_hotkeys(before, seen, size)
     # After an anomalous loss the lost ones stay registered, so that the next look compares with them too.
-    changed = step.store.set_registered(seen | before if anomalous else seen)
-    step.touched.update(dict.fromkeys(changed))
-    step.wrote = step.wrote or bool(changed)
+    step.store.set_registered(seen | before if anomalous else seen)
     listed = lost if anomalous else []
     if listed != missing(step.store):
         # One event for each anomaly, however often it is looked at.
@@ -187,7 +216,7 @@ def accept_loss(step: Step, hotkeys: Iterable[str]) -> list[str]:
     accepted = [hotkey for hotkey in listed if hotkey in named]
     if not accepted:
         return []
-    step.touched.update(dict.fromkeys(step.store.set_registered(step.store.registered() - set(accepted))))
+    step.store.set_registered(step.store.registered() - set(accepted))
     record_departures(step, dict.fromkeys(accepted, clock.now_ms()), "accepted")
     left = [hotkey for hotkey in listed if hotkey not in named]
     _set_missing(step, left, step.store.meta(_BELIEVED, None) or len(step.store.registered()))

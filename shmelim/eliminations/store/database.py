@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -13,6 +13,7 @@ from typing import Any, Self, get_args
 import msgspec
 
 from shmelim.eliminations.store import opening, schema
+from shmelim.eliminations.store.copying import copy
 from shmelim.eliminations.store.opening import closed_on_error, log_of
 from shmelim.eliminations.store.schema import Durability, damaged
 from shmelim.errors import StoreError
@@ -73,6 +74,8 @@ class Database:
         self._identity = None if file is None else _identity(file)
         self._pid = os.getpid()
         self._closed = False
+        self._next_commit = 0  # of the transaction that is open
+        self._changes_before = 0
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], durability: Durability = "power") -> Self:
@@ -106,6 +109,35 @@ class Database:
         return cls(db, _IN_MEMORY)
 
     @property
+    def store_id(self) -> bytes | None:
+        """The 16 random bytes that tell this store, its copies and backups from every other one.
+
+        None where a store of an older schema is only read: it gets them when it is first opened for writing.
+        """
+        found = self._ask("SELECT store_id FROM identity")
+        return bytes(found[0][0]) if found else None
+
+    @property
+    def commit_number(self) -> int:
+        """How many transactions that changed anything were committed, in all the life of the store."""
+        found = self._ask("SELECT commit_number FROM identity")
+        return int(found[0][0]) if found else 0
+
+    @property
+    def next_commit(self) -> int:
+        """The number that the open transaction gets if it changes anything; its events carry it."""
+        return self._next_commit
+
+    def go_on_from(self, commit: int, store_id: bytes | None = None) -> None:
+        """Give this transaction a number above that commit, and perhaps the store another's identity.
+
+        For one that takes the place of another store, or of its own later self: no number may come twice.
+        """
+        self._next_commit = max(self._next_commit, commit + 1)
+        if store_id is not None:
+            self._change("UPDATE identity SET store_id = ?", (store_id,))
+
+    @property
     def in_transaction(self) -> bool:
         """Whether a transaction is open."""
         return not self._closed and self._db.in_transaction
@@ -118,6 +150,13 @@ class Database:
                 hint="open the store anew after the fork",
             )
         self._ask("BEGIN IMMEDIATE")
+        try:
+            self._next_commit = self.commit_number + 1
+        except BaseException:
+            with suppress(StoreError):
+                self.rollback()
+            raise
+        self._changes_before = self._db.total_changes
 
     def commit(self) -> None:
         """End the transaction; when this returns, it is as durable as the store was opened for.
@@ -127,6 +166,8 @@ class Database:
         """
         try:
             self._need_place()
+            if self._db.total_changes != self._changes_before:
+                self._change("UPDATE identity SET commit_number = ?", (self._next_commit,))
             self._change("COMMIT")
         except StoreError:
             # The first error is the one to tell; SQLite has nothing to add when it is asked to undo.
@@ -193,6 +234,14 @@ class Database:
             "INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, msgspec.msgpack.encode(value))
         )
 
+    def copy_to(self, target: Path, on_progress: Callable[[int, int], Any] | None = None) -> None:
+        """Write a copy of the store as of one moment, one durable file (0600) that is there when it is complete.
+
+        Others may go on changing the store. `on_progress` is called with the pages copied, and how many there are.
+        """
+        with writing(f"{self.path} cannot be copied to {target}", hint="name another place"), _guard(self.path):
+            copy(self._db, target, on_progress)
+
     def check(self) -> None:
         """Have SQLite check the whole file, about 2 s for each GB; DamagedStoreError has what it finds first."""
         found = [str(line) for (line,) in self._ask("PRAGMA integrity_check(10)")]
@@ -231,8 +280,8 @@ class Database:
             what = "deleted" if found == _GONE else "replaced by another file"
             raise StoreError(
                 f"{self._file} was {what} while it was in use; the change was not applied",
-                hint="put it back, or restart the server with an empty file of that name in its place:"
-                " it restores the state from shared memory",
+                hint="put it back, or restart the server with --adopt-published (adopt_published=True):"
+                " the state comes from shared memory",
             )
 
     def _decode_meta(self, key: str, value: bytes) -> Any:
@@ -241,7 +290,7 @@ class Database:
         except (ValueError, TypeError) as error:
             raise damaged(self.path, f"the value of {key!r} cannot be decoded") from error
 
-    def _ask(self, sql: str, arguments: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def _ask(self, sql: str, arguments: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         """Return all rows of an answer."""
         try:
             return self._db.execute(sql, arguments).fetchall()
@@ -258,9 +307,9 @@ class Database:
             raise store_error(self.path, error) from error
         raise StoreError(f"{self.path}: a change needs an open transaction", hint="call begin() first")
 
-    def _stream(self, sql: str) -> Iterator[tuple[Any, ...]]:
+    def _stream(self, sql: str, arguments: Mapping[str, Any] | None = None) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of a query, a few hundred in memory at a time."""
-        with _guard(self.path), closing(self._db.execute(sql)) as cursor:
+        with _guard(self.path), closing(self._db.execute(sql, arguments or {})) as cursor:
             while rows := cursor.fetchmany(_FETCH):
                 yield from rows
 

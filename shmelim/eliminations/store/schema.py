@@ -6,24 +6,31 @@
     meta      named values: digests of the files, and whatever else the server must remember
     debts     what eliminations still owe, see :mod:`shmelim.eliminations.debts.states`; since schema 2
     slashes   for each hotkey the last slash that was made, whatever became of its elimination; since schema 2
+    identity  one row: what tells this store from every other, and the number of its last commit; since schema 3
 
 ``PRAGMA application_id`` says that a file is ours, ``PRAGMA user_version`` which schema it has. A database of an
-older schema is brought up to date when it is opened for writing.
+older schema is brought up to date when it is opened for writing: in one transaction, and after a copy of it was
+laid beside it (``shmelim.sqlite.schema-2``).
 
 ``sqlite3.Error`` comes out of here as it is.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from itertools import chain
+from collections.abc import Callable
+from contextlib import closing
+from itertools import chain, count
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+from urllib.parse import quote
 
+from shmelim.eliminations.store.copying import copy
 from shmelim.errors import DamagedStoreError, StoreError
+from shmelim.system.durable import writing
 
 FILE_NAME = "shmelim.sqlite"
-SCHEMA_NUMBER = 2
 
 Durability = Literal["power", "process"]
 
@@ -100,8 +107,58 @@ _SECOND = (
         said_by       TEXT NOT NULL,
         CHECK (said_by IN ('contract', 'hand'))) WITHOUT ROWID""",
 )
-# The statements that lead from each schema to the next.
-_SCHEMAS = (_FIRST, _SECOND)
+
+
+class _Schema(NamedTuple):
+    """How a store gets a schema from the one before, and what one that is only read is lent instead, in memory."""
+
+    statements: tuple[str, ...]
+    lent: tuple[str, ...] = ()
+    fill: tuple[Callable[[sqlite3.Connection], object], ...] = ()  # after the statements, in this order
+
+
+def _lent(statements: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the tables of these statements, as empty ones in memory."""
+    return tuple(statement.replace("CREATE TABLE", "CREATE TEMP TABLE", 1) for statement in statements)
+
+
+def _give_identity(db: sqlite3.Connection) -> None:
+    # Not SQLite's randomblob, whose generator a forked child shares with its parent.
+    db.execute("INSERT INTO identity VALUES (1, ?, 0)", (os.urandom(16),))
+
+
+_IDENTITY = (
+    """CREATE TABLE identity (
+        one           INTEGER PRIMARY KEY,
+        store_id      BLOB NOT NULL,
+        commit_number INTEGER NOT NULL,
+        CHECK (one = 1),
+        CHECK (typeof(store_id) = 'blob' AND length(store_id) = 16),
+        CHECK (typeof(commit_number) = 'integer' AND commit_number >= 0))""",
+)
+# NULL in an event that an older version wrote.
+_COMMIT_OF_EVENT = "ALTER TABLE events ADD COLUMN commit_number INTEGER"
+
+# NULL but in a row that stands for many events, see history.py.
+_EVENTS_OF_MANY = (
+    "ALTER TABLE events ADD COLUMN hashes BLOB",
+    "CREATE INDEX events_of_many ON events (id, hashes) WHERE hashes IS NOT NULL",
+)
+
+# Schema 1 is the first of these. A schema grows until its version of shmelim is released, and never after that.
+_SCHEMAS = (
+    _Schema(_FIRST),
+    _Schema(_SECOND, _lent(_SECOND)),
+    _Schema(
+        (*_IDENTITY, _COMMIT_OF_EVENT, *_EVENTS_OF_MANY),
+        (
+            *_lent(_IDENTITY),
+            "CREATE TEMP VIEW events AS SELECT *, NULL AS commit_number, NULL AS hashes FROM main.events",
+        ),
+        (_give_identity,),
+    ),
+)
+SCHEMA_NUMBER = len(_SCHEMAS)
 
 
 def damaged(what: object, how: str = "") -> DamagedStoreError:
@@ -112,7 +169,8 @@ def damaged(what: object, how: str = "") -> DamagedStoreError:
 def install(db: sqlite3.Connection, path: Path | None) -> None:
     """Make sure that the database is ours and has the tables, those of an older schema in one transaction.
 
-    A StoreError says that it is another program's, a newer shmelim's, or on a file system that keeps no log.
+    An older schema is copied before. A StoreError says that it is another program's, a newer shmelim's, on a file
+    system that keeps no log, or that there is no room for the copy.
     """
     found = identify(db, path)
     if path is not None:
@@ -126,19 +184,35 @@ def install(db: sqlite3.Connection, path: Path | None) -> None:
         return
     db.execute("BEGIN IMMEDIATE")
     # Looked at again: another process may have been quicker.
-    for statements in _SCHEMAS[identify(db, path) :]:
-        for statement in statements:
+    found = identify(db, path)
+    if path is not None and 0 < found < SCHEMA_NUMBER:
+        _keep_copy(path, found)
+    for schema in _SCHEMAS[found:]:
+        for statement in schema.statements:
             db.execute(statement)
+        for fill in schema.fill:
+            fill(db)
     db.execute(f"PRAGMA application_id={_APPLICATION_ID}")
     db.execute(f"PRAGMA user_version={SCHEMA_NUMBER}")
     db.execute("COMMIT")
 
 
+def _keep_copy(path: Path, number: int) -> None:
+    """Lay a copy of a database beside it, under a name that tells its schema and that none has yet."""
+    names = (path.with_name(f"{path.name}.schema-{number}{f'-{n}' if n else ''}") for n in count())
+    target = next(name for name in names if not name.exists())
+    with (
+        writing(f"{path} has schema {number}, and a copy of it cannot be kept as {target}"),
+        closing(sqlite3.connect(f"file:{quote(os.fspath(path.absolute()))}?mode=ro", uri=True)) as db,
+    ):
+        copy(db, target)
+
+
 def lend_missing(db: sqlite3.Connection, number: int) -> None:
-    """Give a connection that only reads an older schema the tables which that lacks: empty, and in memory."""
+    """Give a connection that only reads an older schema what that lacks, in memory."""
     db.execute("PRAGMA temp_store=MEMORY")
-    for statement in chain.from_iterable(_SCHEMAS[number:]):
-        db.execute(statement.replace("CREATE TABLE", "CREATE TEMP TABLE", 1))
+    for statement in chain.from_iterable(schema.lent for schema in _SCHEMAS[number:]):
+        db.execute(statement)
 
 
 def identify(db: sqlite3.Connection, path: Path | None) -> int:

@@ -4,7 +4,7 @@ A change is made in a transaction, with its events; the server publishes it afte
 
     with store.transaction():
         old = store.put_elimination(hotkey, record)
-        store.add_events([Change("add", hotkey, old, record)])
+        store.add_events([Change("add", hotkey, old)])
 
 Records are opaque msgpack bytes here (:mod:`shmelim.eliminations.record` makes them). Eliminated and departed
 hotkeys carry ordinals, which keep the order in which they first became so: a new one gets a number above all
@@ -14,51 +14,43 @@ record of the numbers in use, so that no rollback and no crash can leave that wr
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from operator import itemgetter
+from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
 from shmelim.eliminations.debts.states import IN_DOUBT, Debt, Slash
 from shmelim.eliminations.rows import Row
-from shmelim.eliminations.store.database import Database
-from shmelim.eliminations.store.history import Change, Event, Origin, this_process
+from shmelim.eliminations.store.history import History
+from shmelim.eliminations.store.opening import log_of
 from shmelim.eliminations.store.schema import damaged
 
-# Hotkeys in one question: below the 999 that an old SQLite allows, and nearly all chunks share one statement.
-_CHUNK = 500
-_LARGEST_ID = (1 << 63) - 1
+_LARGE_LOG = 256 << 20  # bytes; what no single change should leave
 
 _ROWS = (
     "SELECT hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum FROM hotkeys"
 )
-_NEXT_ORDINAL = (
-    "(SELECT 1 + max("
+# By the number of the row, so that only what changes is written: neither the index of hotkeys, nor, where a record
+# changes, that of its place. The hotkey is looked at again, which costs nothing, as the row is at hand.
+_WHERE = "WHERE rowid = ? AND hotkey = ?"
+_INSERT = (
+    "INSERT INTO hotkeys (hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum,"
+    " rowid) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
+_UPDATE = f"UPDATE hotkeys SET record = ?, checksum = ? {_WHERE}"  # noqa: S608
+_REPLACE = (
+    "UPDATE hotkeys SET eliminated_ordinal = ?, record = ?, departed_ordinal = ?, detected_ms = ?, registered = ?,"  # noqa: S608
+    f" checksum = ? {_WHERE}"
+)
+_DELETE = f"DELETE FROM hotkeys {_WHERE}"  # noqa: S608
+_LAST_NUMBER = "SELECT coalesce(max(rowid), 0) FROM hotkeys"
+_LAST_ORDINAL = (
+    "SELECT max("
     "coalesce((SELECT max(eliminated_ordinal) FROM hotkeys WHERE eliminated_ordinal IS NOT NULL), 0),"
-    " coalesce((SELECT max(departed_ordinal) FROM hotkeys WHERE departed_ordinal IS NOT NULL), 0)))"
-)
-_PUT = (
-    f"INSERT INTO hotkeys (hotkey, record, checksum, eliminated_ordinal) VALUES (?, ?, ?, {_NEXT_ORDINAL})"  # noqa: S608
-    " ON CONFLICT (hotkey) DO UPDATE"
-    " SET record = excluded.record, checksum = excluded.checksum, eliminated_ordinal = excluded.eliminated_ordinal"
-)
-_UPDATE = "UPDATE hotkeys SET record = ?, checksum = ? WHERE hotkey = ?"
-_REMOVE = "UPDATE hotkeys SET eliminated_ordinal = NULL, record = NULL, checksum = NULL WHERE hotkey = ?"
-_DELETE_EMPTY = (
-    "DELETE FROM hotkeys WHERE hotkey = ?"
-    " AND eliminated_ordinal IS NULL AND departed_ordinal IS NULL AND registered = 0"
-)
-_DEPART = (
-    f"INSERT INTO hotkeys (hotkey, detected_ms, departed_ordinal) VALUES (?, ?, {_NEXT_ORDINAL})"  # noqa: S608
-    " ON CONFLICT (hotkey) DO UPDATE"
-    " SET detected_ms = excluded.detected_ms, departed_ordinal = excluded.departed_ordinal"
-    " WHERE departed_ordinal IS NULL"
-)
-_EVENTS = "SELECT id, at_ms, action, hotkey, pid, uid, program, note, old, new FROM events"
-_ADD_EVENT = (
-    "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    " coalesce((SELECT max(departed_ordinal) FROM hotkeys WHERE departed_ordinal IS NOT NULL), 0))"
 )
 # The columns are the fields of a Debt; the alphabetic order of the kinds is the one in which they are settled.
 _DEBTS = (
@@ -84,7 +76,7 @@ class DebtFigures(NamedTuple):
     in_doubt: list[str]
 
 
-class Store(Database):
+class Store(History):
     """The state of record in SQLite; made by :meth:`open`, :meth:`read_only` or :meth:`in_memory`.
 
     For one thread at a time. Every method raises :class:`~shmelim.errors.StoreError` when the database cannot be
@@ -93,6 +85,76 @@ class Store(Database):
     savepoint, not before.
     """
 
+    written: dict[str, Row | None]
+    """The rows that the open transaction wrote, as it leaves them; None: nothing is known of it any more."""
+
+    look_up: Callable[[list[str]], dict[str, Row]]
+    """Where rows are looked up that the open transaction did not write; in the database, unless it is set."""
+
+    def __init__(self, db: sqlite3.Connection, path: Path, file: Path | None = None) -> None:
+        super().__init__(db, path, file)
+        self.written = {}
+        self.look_up = self._stored_rows
+        self._numbers: dict[str, int] = {}  # the rowids of hotkeys, as far as they were asked for
+        self._last: dict[str, int] = {}  # the last ordinal and row number that are taken; none: to be asked for
+        self._others = 0  # what tells that another connection has committed
+
+    # ------------------------------------------------------------------ transactions
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the open transaction wrote anything."""
+        return self._db.total_changes != self._changes_before
+
+    def begin(self) -> None:  # noqa: D102  # as the base has it
+        super().begin()
+        self.written = {}
+        others = self._ask("PRAGMA data_version")[0][0]
+        if others != self._others:
+            self._numbers, self._last, self._others = {}, {}, others
+
+    def commit(self) -> None:  # noqa: D102
+        super().commit()
+        self.written = {}
+
+    def rollback(self) -> None:  # noqa: D102
+        self._forget({})
+        super().rollback()
+
+    def close(self) -> None:  # noqa: D102
+        self._forget({})
+        super().close()
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:  # noqa: D102
+        before, changed = dict(self.written), self._db.total_changes - self._changes_before
+        try:
+            with super().savepoint():
+                yield
+        except BaseException:
+            self._forget(before)
+            self._changes_before = self._db.total_changes - changed
+            raise
+
+    def held_log(self) -> int:
+        """Return the bytes of a large log that cannot be folded in, since somebody reads what is older; else 0.
+
+        One ``stat`` where the log is not large.
+        """
+        with suppress(FileNotFoundError):
+            size = 0 if self._file is None else log_of(self._file).stat().st_size
+            if size >= _LARGE_LOG:
+                _, pages, folded = self._ask("PRAGMA wal_checkpoint(PASSIVE)")[0]
+                return size if folded < pages else 0
+        return 0
+
+    def _forget(self, before: dict[str, Row | None]) -> None:
+        """Know no more of what was written than was written before."""
+        for hotkey in self.written:
+            self._numbers.pop(hotkey, None)
+        self._last = {}
+        self.written = before
+
     # ------------------------------------------------------------------ hotkeys
 
     def get(self, hotkey: str) -> Row | None:
@@ -100,8 +162,64 @@ class Store(Database):
         return self.get_many([hotkey]).get(hotkey)
 
     def get_many(self, hotkeys: Iterable[str]) -> dict[str, Row]:
-        """Return what is known of each of these hotkeys; the unknown are left out."""
-        return {row[0]: _row(row) for row in self._ask_of(_ROWS, hotkeys)}
+        """Return what is known of each of these hotkeys, in their order; the unknown are left out."""
+        names, written = list(hotkeys), self.written
+        if written.keys().isdisjoint(names):
+            return self.look_up(names)
+        found = self.look_up([hotkey for hotkey in names if hotkey not in written]) | written
+        return {hotkey: row for hotkey in names if (row := found.get(hotkey)) is not None}
+
+    def _stored_rows(self, hotkeys: list[str]) -> dict[str, Row]:
+        rows = {row[0]: _row(row) for row in self._ask_of(_ROWS, hotkeys)}
+        return {hotkey: rows[hotkey] for hotkey in hotkeys if hotkey in rows}
+
+    def _write(self, rows: Mapping[str, Row | None], old: Mapping[str, Row]) -> None:
+        """Make these the rows of these hotkeys, and all that is known of them; ``old`` is what was."""
+        updates, replacements, deletions, insertions = [], [], [], []
+        numbers = self._numbers_of(old)
+        for hotkey, row in rows.items():
+            before = old.get(hotkey)
+            if row is None:
+                if before is not None:
+                    deletions.append((numbers.pop(hotkey), hotkey))
+                continue
+            checksum = None if row[2] is None else crc32(row[2])
+            if before is None:
+                insertions.append((*row, checksum))
+            elif row[1] == before[1] and row[3:] == before[3:]:
+                updates.append((row[2], checksum, numbers[hotkey], hotkey))
+            else:
+                replacements.append((*row[1:], checksum, numbers[hotkey], hotkey))
+        self._change_all(_DELETE, deletions)
+        self._change_all(_UPDATE, updates)
+        self._change_all(_REPLACE, replacements)
+        if insertions:
+            # In the order of the index, which then grows at its end.
+            insertions.sort(key=itemgetter(0))
+            taken = self._take(_LAST_NUMBER, len(insertions))
+            rows_of = [(*row, number) for row, number in zip(insertions, taken, strict=True)]
+            numbers.update((row[0], row[-1]) for row in rows_of)
+            self._change_all(_INSERT, rows_of)
+        self.written.update(rows)
+
+    def _change_all(self, sql: str, arguments: list[tuple[Any, ...]]) -> None:
+        """Run a statement that changes one row for each of these."""
+        if arguments and self._change(sql, arguments, each=True) != len(arguments):
+            raise damaged(self.path, "a row is not where it was")
+
+    def _numbers_of(self, hotkeys: Mapping[str, Any]) -> dict[str, int]:
+        """Return the numbers of rows, by hotkey: all that are known, these among them."""
+        missing = [hotkey for hotkey in hotkeys if hotkey not in self._numbers]
+        self._numbers.update(self._ask_of("SELECT hotkey, rowid FROM hotkeys", missing))
+        return self._numbers
+
+    def _take(self, last: str, count: int) -> Iterator[int]:
+        """Take so many numbers that are free, above the last one that is taken, for which `last` asks."""
+        if last not in self._last:
+            self._last[last] = int(self._ask(last)[0][0])
+        first = self._last[last] + 1
+        self._last[last] += count
+        return iter(range(first, first + count))
 
     def rows(self) -> Iterator[Row]:
         """Stream every row, in the order in which the rows came to be; about 2.5 s for a million of 0.5 kB."""
@@ -135,13 +253,7 @@ class Store(Database):
 
     def put_elimination(self, hotkey: str, record: bytes) -> bytes | None:
         """Store a hotkey's record; returns the one it replaces, or None for one newly eliminated."""
-        found = self._ask("SELECT record FROM hotkeys WHERE hotkey = ?", (hotkey,))
-        old: bytes | None = found[0][0] if found else None
-        if old is None:
-            self._change(_PUT, (hotkey, record, crc32(record)))
-        elif old != record:
-            self._change(_UPDATE, (record, crc32(record), hotkey))
-        return old
+        return self.put_eliminations([(hotkey, record)]).get(hotkey)
 
     def put_eliminations(self, records: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
         """Store many records at once; returns those that they replace, by hotkey.
@@ -150,80 +262,67 @@ class Store(Database):
         counts, at the place of the first. A record equal to the stored one costs a look and no write.
         """
         given = dict(records)
-        old = self._records_of(given)
-        changed = [hotkey for hotkey, record in old.items() if given[hotkey] != record]
-        self._change(_UPDATE, ((given[hotkey], crc32(given[hotkey]), hotkey) for hotkey in changed), each=True)
-        new = ((hotkey, record, crc32(record)) for hotkey, record in given.items() if hotkey not in old)
-        self._change(_PUT, new, each=True)
-        return old
+        old = self.get_many(given)
+        replaced = {hotkey: row.record for hotkey, row in old.items() if row.record is not None}
+        ordinals = self._take(_LAST_ORDINAL, len(given) - len(replaced))
+        nothing = Row("", None, None, None, None, registered=False)
+        rows: dict[str, Row | None] = {}
+        for hotkey, record in given.items():
+            _, ordinal, before, departed, detected, registered = old.get(hotkey, nothing)
+            if before != record:
+                ordinal = next(ordinals) if ordinal is None else ordinal
+                rows[hotkey] = Row(hotkey, ordinal, record, departed, detected, registered)
+        self._write(rows, old)
+        return replaced
 
     def remove_eliminations(self, hotkeys: Iterable[str]) -> dict[str, bytes]:
         """Remove the records of many hotkeys; returns those that were there, in the order given."""
-        old = self._records_of(dict.fromkeys(hotkeys))
-        names = [(hotkey,) for hotkey in old]
-        self._change(_REMOVE, names, each=True)
-        self._change(_DELETE_EMPTY, names, each=True)
-        return old
+        old = self.get_many(dict.fromkeys(hotkeys))
+        removed = {hotkey: row.record for hotkey, row in old.items() if row.record is not None}
+        self._write(
+            {
+                hotkey: _or_nothing(old[hotkey]._replace(eliminated_ordinal=None, record=None))
+                for hotkey in removed
+            },
+            old,
+        )
+        return removed
 
     def put_departed(self, hotkey: str, detected_ms: int) -> bool:
         """Record that a hotkey departed, once and for ever; False where that, and its time, is recorded already.
 
         `detected_ms` is when it was seen, in milliseconds since 1970, UTC; 0 where nobody knows.
         """
-        return self._change(_DEPART, (hotkey, detected_ms)) > 0
+        old = self.get_many([hotkey])
+        row = old.get(hotkey) or Row(hotkey, None, None, None, None, registered=False)
+        if row.departed_ordinal is not None:
+            return False
+        (ordinal,) = self._take(_LAST_ORDINAL, 1)
+        self._write({hotkey: row._replace(departed_ordinal=ordinal, detected_ms=detected_ms)}, old)
+        return True
 
     def clear_departed(self) -> None:
         """Forget every departure."""
-        self._change(
-            "DELETE FROM hotkeys"
-            " WHERE departed_ordinal IS NOT NULL AND eliminated_ordinal IS NULL AND registered = 0"
-        )
-        self._change(
-            "UPDATE hotkeys SET departed_ordinal = NULL, detected_ms = NULL WHERE departed_ordinal IS NOT NULL"
+        old = self.get_many(hotkey for hotkey, _ in self.departed())
+        self._write(
+            {
+                hotkey: _or_nothing(row._replace(departed_ordinal=None, detected_ms=None))
+                for hotkey, row in old.items()
+            },
+            old,
         )
 
     def set_registered(self, hotkeys: Iterable[str]) -> set[str]:
         """Make exactly these hotkeys registered; returns those that were not, and those that no longer are."""
         before, after = self.registered(), set(hotkeys)
-        gone = [(hotkey,) for hotkey in before - after]
-        self._change(
-            "INSERT INTO hotkeys (hotkey, registered) VALUES (?, 1)"
-            " ON CONFLICT (hotkey) DO UPDATE SET registered = 1",
-            [(hotkey,) for hotkey in after - before],
-            each=True,
-        )
-        self._change("UPDATE hotkeys SET registered = 0 WHERE hotkey = ?", gone, each=True)
-        self._change(_DELETE_EMPTY, gone, each=True)
-        return before ^ after
-
-    # ------------------------------------------------------------------ history
-
-    def add_events(
-        self, changes: Iterable[Change], origin: Origin | None = None, at_ms: int | None = None
-    ) -> None:
-        """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
-        pid, uid, program = this_process() if origin is None else origin
-        now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
-        rows = [
-            (now, action, hotkey, pid, uid, program, note, old, new) for action, hotkey, old, new, note in changes
-        ]
-        self._change(_ADD_EVENT, rows, each=True)
-
-    def events(
-        self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
-    ) -> list[Event]:
-        """Return at most `limit` events, newest first: of one hotkey, or older than the one with that id."""
-        if limit is not None and limit < 0:
-            raise ValueError(f"limit must be at least 0, not {limit}")
-        arguments: list[Any] = [_LARGEST_ID if before_id is None else before_id]
-        where = "id < ?"
-        if hotkey is not None:
-            where += " AND hotkey = ?"
-            arguments.append(hotkey)
-        arguments.append(-1 if limit is None else limit)
-        return [
-            Event._make(row) for row in self._ask(f"{_EVENTS} WHERE {where} ORDER BY id DESC LIMIT ?", arguments)
-        ]
+        changed = before ^ after
+        old = self.get_many(changed)
+        rows = {}
+        for hotkey in changed:
+            row = old.get(hotkey) or Row(hotkey, None, None, None, None, registered=False)
+            rows[hotkey] = _or_nothing(row._replace(registered=hotkey in after))
+        self._write(rows, old)
+        return changed
 
     # ------------------------------------------------------------------ debts and slashes
 
@@ -262,31 +361,29 @@ class Store(Database):
         """Return the last slash that was made of one hotkey, or of each, oldest first."""
         return [Slash._make(row) for row in self._ask_whose(_SLASHES, hotkey, "made_ms, hotkey")]
 
+    def knows_slashes(self) -> bool:
+        """Whether any slash was made or begun of which this store knows."""
+        begun = (
+            "SELECT 1 FROM slashes UNION ALL SELECT 1 FROM debts WHERE kind = 'slash' AND state != 'owed' LIMIT 1"
+        )
+        return bool(self._ask(begun))
+
     def put_slash(self, slash: Slash) -> None:
         """Store a slash that was made; it replaces the last one of this hotkey."""
         self._change("INSERT OR REPLACE INTO slashes VALUES (?, ?, ?, ?)", slash)
 
     # ------------------------------------------------------------------ questions
 
-    def _records_of(self, hotkeys: Iterable[str]) -> dict[str, bytes]:
-        """Return the stored records of these hotkeys, in their order."""
-        names = list(hotkeys)
-        select = "SELECT hotkey, record FROM hotkeys"
-        found = {hotkey: record for hotkey, record in self._ask_of(select, names) if record is not None}
-        return {hotkey: found[hotkey] for hotkey in names if hotkey in found}
-
-    def _ask_of(self, select: str, hotkeys: Iterable[str]) -> list[tuple[Any, ...]]:
-        """Ask of many hotkeys."""
-        remaining, found = iter(hotkeys), []
-        while chunk := list(islice(remaining, _CHUNK)):
-            found += self._ask(f"{select} WHERE hotkey IN ({','.join('?' * len(chunk))})", chunk)
-        return found
-
     def _ask_whose(self, select: str, hotkey: str | None, order: str) -> list[tuple[Any, ...]]:
         """Ask of one hotkey or of all."""
         if hotkey is None:
             return self._ask(f"{select} ORDER BY {order}")
         return self._ask(f"{select} WHERE hotkey = ? ORDER BY {order}", (hotkey,))
+
+
+def _or_nothing(row: Row) -> Row | None:
+    """Return a row if it says anything."""
+    return row if row.registered or row[1] is not None or row[3] is not None else None
 
 
 def _row(row: tuple[Any, ...]) -> Row:
