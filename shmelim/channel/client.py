@@ -20,6 +20,7 @@ from shmelim.channel.connecting import TryAgainError, cannot_connect, establish
 from shmelim.channel.dispatch import is_remote_name
 from shmelim.channel.failures import unpack_failure
 from shmelim.channel.key import check_key
+from shmelim.channel.pages import receive_reply
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE
 from shmelim.channel.wire import Wire
 from shmelim.errors import (
@@ -64,7 +65,7 @@ class ChannelClient:
     connect_wait
         Seconds of that in which a call waits for a server to appear.
     max_message
-        Longest message in bytes, both ways.
+        Longest message in bytes, both ways. A longer reply comes in several.
     codec
         Codec of requests and replies; the server's.
 
@@ -163,8 +164,8 @@ class ChannelClient:
         OutcomeUnknownError
             The request was sent and no reply came. Perhaps carried out.
         MessageTooLargeError
-            The request is larger than `max_message` (not carried out), or the result is larger than the
-            server's limit (carried out, as the message says).
+            The request is larger than `max_message` (not carried out), or the result is larger than 4 GiB
+            (carried out, as the message says).
         UnknownMethodError
             There is no such remote method.
         TypeError
@@ -295,7 +296,7 @@ class ChannelClient:
             try:
                 wire.send_bytes(request)
                 sent = True
-                reply = wire.recv_bytes(self._max_message)
+                reply = receive_reply(wire, self._max_message)
             except BaseException as error:  # after a KeyboardInterrupt, too, the reply must find nobody
                 connections.discard(wire)
                 if not isinstance(error, (EOFError, OSError)):

@@ -48,7 +48,7 @@ class _Checked(click.ParamType[str]):
         return str(value)
 
 
-class Permissions(click.ParamType[int]):
+class _Permissions(click.ParamType[int]):
     """Permissions of a file, in octal digits as for ``chmod``."""
 
     name = "mode"
@@ -58,6 +58,9 @@ class Permissions(click.ParamType[int]):
             return value if isinstance(value, int) else int(value, 8)
         except ValueError:
             self.fail(f"{value!r} is not octal digits, such as 640", param, ctx)
+
+
+PERMISSIONS: Final = _Permissions()
 
 
 @dataclass

@@ -13,7 +13,7 @@ import click
 
 from shmelim.channel.address import describe
 from shmelim.cli.failure import need_file
-from shmelim.cli.options import PATH, Permissions, Settings, command, registry_option
+from shmelim.cli.options import PATH, PERMISSIONS, Settings, command, registry_option
 from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
@@ -75,7 +75,7 @@ class _LineFormatter(logging.Formatter):
 )
 @click.option(
     "--files-mode",
-    type=Permissions(),
+    type=PERMISSIONS,
     default="600",
     show_default=True,
     help="Permissions of a JSON file that is new, such as 640; one that exists keeps its own.",
