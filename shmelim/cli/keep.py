@@ -20,7 +20,8 @@ from shmelim.eliminations.starting import keeping
 from shmelim.eliminations.starting.keeping import Finding
 from shmelim.eliminations.starting.registry import Registry, registry_base
 from shmelim.eliminations.store.schema import FILE_NAME
-from shmelim.errors import NotServingError, SegmentError, ShmelimError
+from shmelim.eliminations.store.store import Store
+from shmelim.errors import NotServingError, SegmentError, ShmelimError, StoreError
 from shmelim.shm import SharedNamespace, TableReader
 
 directory_option = click.option(
@@ -83,17 +84,33 @@ def verify(settings: Settings, *, target: Path | None, state_dir: Path | None, r
     return YES if whole else NO
 
 
+def _look_at_table(name: str, directory: Path) -> Finding:
+    """Look at what is published, and whether it is of the store in a directory."""
+    namespace, found, problem = SharedNamespace(name), "", None
+    try:
+        identity = TableReader(namespace).identity()
+        found = f"commit {identity.commit}, {EliminationReader(name).verify()} entries"
+        # After the table was looked at: a server that lives commits first.
+        with Store.read_only(directory) as store:
+            if store.store_id != identity.store_id:
+                problem = f"it is not of the store in {directory}"
+            elif store.commit_number < identity.commit:
+                problem = f"it is newer than the store in {directory}, which has commit {store.commit_number}"
+    except SegmentError as error:
+        problem = error.message
+    except StoreError:
+        pass  # which is looked at by itself
+    return Finding("table", namespace.root_name, found, problem)
+
+
 def _look(name: str, state_dir: Path | None, registry: Path | bool) -> list[Finding]:
     """Look at all that there is of a name; NotServingError where there is nothing."""
     directory, findings = state_dir or state_directory_of(name), []
     try:
-        entries = EliminationReader(name).verify()
-        findings.append(Finding("table", SharedNamespace(name).root_name, f"{entries} entries"))
+        findings.append(_look_at_table(name, directory))
     except NotServingError:
         if not (directory / FILE_NAME).exists():
             raise
-    except SegmentError as error:
-        findings.append(Finding("table", SharedNamespace(name).root_name, "", error.message))
     if not (directory / FILE_NAME).exists():
         return findings
     findings += [keeping.check_store(directory), *keeping.check_files(directory)]
@@ -171,11 +188,11 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
         return NO
     namespace = SharedNamespace(name)
     # Nobody can begin to serve it meanwhile.
-    namespace.acquire()
+    lock = namespace.acquire()
     try:
         namespace.remove()
     finally:
-        namespace.release()
+        lock.release()
     shutil.rmtree(RuntimeDirectory(name).path, ignore_errors=True)
     if (base := registry_base(registry)) is not None:
         Registry(base, name).forget()

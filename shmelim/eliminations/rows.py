@@ -62,6 +62,32 @@ class Status(IntFlag):
     REGISTERED = 4
 
 
+_ELIMINATED: Final = int(Status.ELIMINATED)
+_DEPARTED: Final = int(Status.DEPARTED)
+_REGISTERED: Final = int(Status.REGISTERED)
+
+
+def row_entry(row: Row) -> tuple[bytes, int, bytes, int]:
+    """Return key, flags, record and ordinal under which a row is published."""
+    hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered = row
+    flags = (
+        (0 if eliminated_ordinal is None else _ELIMINATED)
+        | (0 if departed_ordinal is None else _DEPARTED)
+        | (_REGISTERED if registered else 0)
+    )
+    prefix = PREFIX.pack(detected_ms or 0, departed_ordinal or 0)
+    return hotkey.encode(), flags, prefix + (record or b""), eliminated_ordinal or departed_ordinal or 0
+
+
+def entry_row(hotkey: str, flags: int, ordinal: int, record: bytes) -> Row:
+    """Return the row that is published so."""
+    detected_ms, departed_ordinal = PREFIX.unpack_from(record) if flags & _DEPARTED else (None, None)
+    if flags & _ELIMINATED:
+        body = record[PREFIX.size :]
+        return Row(hotkey, ordinal, body, departed_ordinal, detected_ms, flags & _REGISTERED != 0)
+    return Row(hotkey, None, None, departed_ordinal, detected_ms, flags & _REGISTERED != 0)
+
+
 def pack(entries: Mapping[bytes, Entry], flag: int, form: int) -> bytes:
     """Return what the compiled read path collects (as ``Lookups._collect``) of a snapshot's entries."""
     size = PREFIX.size

@@ -35,15 +35,15 @@ from shmelim.eliminations.starting.keeping import memory_of
 from shmelim.eliminations.starting.recovery import origin_record
 from shmelim.eliminations.starting.registry import Memory, Registry, Remembering, registry_base, report_behind
 from shmelim.eliminations.state import changes
-from shmelim.eliminations.state.committer import Committer
 from shmelim.eliminations.state.debt_book import DebtMethods, held_money
+from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.state.uploads import Uploads
 from shmelim.eliminations.store.history import Origin, this_process
 from shmelim.eliminations.store.opening import store_bytes
 from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
-from shmelim.errors import StoreError
+from shmelim.errors import ShmelimError, StoreError
 from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter
 from shmelim.system import clock
 from shmelim.system.durable import make_private_directory, writing
@@ -61,6 +61,8 @@ BEAT_INTERVAL: Final = 0.25
 HISTORY_LIMIT: Final = 10_000
 
 _CONTESTED: Final = "state_dir_contested"
+_MEMORY_LOST: Final = "shared_memory_lost"
+_KEEP_NAMES: Final = "keep others from removing them: `RemoveIPC=no` in logind.conf"
 
 Progress: TypeAlias = Callable[[str, int, int | None], Any]
 
@@ -172,6 +174,7 @@ class EliminationManagerServer(DebtMethods):
         self._first_refresh_ran = False
         self._uploads = Uploads()
         self._stopped = threading.Event()
+        self._renewing = threading.Lock()  # held while names that were lost are made again
         self._mirror: FileMirror | None = None
         self._waits_for_files = files == "current"
         self._lease: Lease | None = None
@@ -203,7 +206,15 @@ class EliminationManagerServer(DebtMethods):
             self._secure(store, default_departed)
             paths = [Path(path) for path in imports]
             merge_once(store, paths, lambda path: tell(f"importing {path}", 0, None))
-            self._committer = Committer(store, table, self._caller, self.problems)
+            self._state = State(
+                store,
+                table,
+                self.namespace,
+                self._caller,
+                self.problems,
+                # In direct mode, where nobody else sees the table, callers take their turns themselves.
+                threaded=not isinstance(self.namespace, PrivateNamespace),
+            )
             self._publish(store, table, tell)
             if remembered is not None:
                 self._remembering = self._remember(remembered)
@@ -220,25 +231,25 @@ class EliminationManagerServer(DebtMethods):
 
     def _begin(self, choices: Choices, registry: Registry | None) -> tuple[Store, TableWriter]:
         """Take the name, and return the store to serve from with the writer of its table."""
-        self.namespace.acquire()
+        lock = self.namespace.acquire()
         with contextlib.ExitStack() as undo:
-            undo.callback(self.namespace.release)
+            undo.callback(lock.release)
             memory = self._recall(registry)
             known = registry is not None
             store = begin(self.state_dir, self.namespace, memory, choices, self.problems, has_registry=known)
             undo.callback(store.close)
-            table = TableWriter(self.namespace, store_id=store.store_id or b"", acquired=True)
+            table = TableWriter(self.namespace, store_id=store.store_id or b"", lock=lock)
             undo.pop_all()
         return store, table
 
     def _publish(self, store: Store, table: TableWriter, tell: Progress) -> None:
         """Have readers see what the store says; they move nowhere where the published table is its own."""
         origin = origin_record(self.state_dir, imported(store))
-        if adopt(store, table, self.namespace, origin):
-            self._committer.go_on(origin)
-        else:
-            self._committer.publish_all(origin, lambda done, total: tell("publishing", done, total))
         self._tell_held(held_money(store))
+        if adopt(store, table, self.namespace, origin):
+            self._state.go_on(origin)
+        else:
+            self._state.publish_all(origin, lambda done, total: tell("publishing", done, total))
 
     def _recall(self, registry: Registry | None) -> Memory | None:
         """Return what is remembered of the name; what keeps it from being read is a named problem."""
@@ -249,14 +260,14 @@ class EliminationManagerServer(DebtMethods):
             return None
 
     def _remember(self, registry: Registry) -> Remembering:
-        committer = self._committer
-        remembering = Remembering(registry, self._memory, lambda: committer.commits, committer.sync, self.problems)
+        state = self._state
+        remembering = Remembering(registry, self._memory, lambda: state.commits, state.sync, self.problems)
         remembering.start()
         return remembering
 
     def _memory(self) -> Memory:
         """Return what the registry is to remember."""
-        store_id, commit, counts = self._committer.read(
+        store_id, commit, counts = self._state.read(
             lambda store: (store.store_id, store.commit_number, store.counts())
         )
         return memory_of(store_id or b"", commit, counts.eliminated, counts.departed, self.state_dir or Path())
@@ -281,18 +292,36 @@ class EliminationManagerServer(DebtMethods):
         if directory is None:
             return None
         table = TableReader(self.namespace)
-        mirror = FileMirror(directory, table, self._committer, self.problems, mode=mode, plain=plain)
-        self._committer.published = mirror.published.set
+        mirror = FileMirror(directory, table, self._state, self.problems, mode=mode, plain=plain)
+        self._state.published = mirror.published.set
         if not plain:
             mirror.start()
         return mirror
 
     def _beat(self, table: TableWriter) -> None:
         while not self._stopped.wait(BEAT_INTERVAL):
-            table.beat()
+            if not table.beat() or self.problems.stands(_MEMORY_LOST):
+                self._renew_names(table)
             self._uploads.expire()
             if self._lease is not None:
                 self._look_at_lock(self._lease)
+
+    def _renew_names(self, table: TableWriter) -> None:
+        """Have names made again that were removed from ``/dev/shm``, by a thread that may wait for a long change."""
+        if not self._renewing.locked() and hasattr(self, "_state"):
+            threading.Thread(target=self._renew, args=(table,), name="shmelim-renewal", daemon=True).start()
+
+    def _renew(self, table: TableWriter) -> None:
+        with self._renewing:
+            text = "names were removed from /dev/shm under this server"
+            self.problems.report(_MEMORY_LOST, f"{text}: readers may be on an old state", remedy=_KEEP_NAMES)
+            try:
+                self._state.read(lambda _store: table.renew())
+            except (ShmelimError, OSError) as error:
+                remedy = getattr(error, "hint", None) or _KEEP_NAMES
+                self.problems.report(_MEMORY_LOST, f"{text}, and are not made again: {error}", remedy=remedy)
+            else:
+                self.problems.clear(_MEMORY_LOST)
 
     def _look_at_lock(self, lease: Lease) -> None:
         if lease.keep():
@@ -311,7 +340,7 @@ class EliminationManagerServer(DebtMethods):
             self._remembering.stop()
         self._stopped.set()
         self._beating.join()
-        self._committer.close()
+        self._state.close()
         self._undo.close()
 
     def _caller(self) -> Origin:
@@ -342,8 +371,8 @@ class EliminationManagerServer(DebtMethods):
             "started_ms": self.started_ms,
             "state_dir": None if self.state_dir is None else str(self.state_dir),
             "store_bytes": 0 if self.state_dir is None else store_bytes(self.state_dir),
-            "commits": self._committer.commits,
-            "changes": self._committer.changes,
+            "commits": self._state.commits,
+            "changes": self._state.changes,
             "generation": table.generation,
             "sequence": table.version,
             "segment_bytes": table.segment_size,
@@ -455,7 +484,7 @@ class EliminationManagerServer(DebtMethods):
         return self._change(changes.update_metagraph, check_hotkeys(hotkeys))
 
     def get_missing_hotkeys_rpc(self) -> list[str]:
-        return self._committer.read(changes.missing)
+        return self._state.read(changes.missing)
 
     def accept_loss_rpc(self, hotkeys: Iterable[str]) -> list[str]:
         return self._change(changes.accept_loss, check_hotkeys(hotkeys))
@@ -470,7 +499,7 @@ class EliminationManagerServer(DebtMethods):
             self._mirror.flush(look=True)
 
     def _change(self, change: Callable[Concatenate[changes.Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        result = self._committer.commit(change, *args, **kwargs)
+        result = self._state.commit(change, *args, **kwargs)
         self._follow()
         return result
 
@@ -493,16 +522,16 @@ class EliminationManagerServer(DebtMethods):
             else:
                 if found is not None:
                     return [decode(record) for record in found.taken.values()]
-        return [decode(record) for record in self._committer.read(lambda s: [r for _, r in s.eliminated()])]
+        return [decode(record) for record in self._state.read(lambda s: [r for _, r in s.eliminated()])]
 
     def load_eliminations_from_disk_rpc(self) -> None:
         if self._mirror is None:
             return
         with self._mirror.at_rest() as directory:
             if self._files_dir is not None:
-                self._committer.commit(read_state, directory)
+                self._state.commit(read_state, directory)
             else:
-                self._committer.commit(take_files, directory, self.problems, fresh=False)
+                self._state.commit(take_files, directory, self.problems, fresh=False)
         self._follow()
 
     # ------------------------------------------------------------------ first refresh, and processing

@@ -176,11 +176,6 @@ def next_version(version: int, generation: int) -> int:
     return generation << SEQUENCE_BITS | ((version + 1) & SEQUENCE_MASK)
 
 
-def next_generation(generation: int) -> int:
-    """Return the generation after this one; 0 is never used, since it means "nothing published"."""
-    return generation % MAX_GENERATION + 1
-
-
 def pack_root_header(root_id: int, store_id: bytes, sequence: int) -> bytes:
     """Return a root segment's first bytes, up to a version word that says that nothing is published yet."""
     header = _ROOT_HEADER.pack(ROOT_MAGIC, FORMAT, BYTE_ORDER_MARK, root_id, 0, store_id)

@@ -33,6 +33,8 @@ enum {
     WORD = 8,
     PAGE = 4096,
     VERSION_AT = 64,
+    STATE_AT = 144,
+    HEARTBEAT_AT = 152,
     SEQUENCE_BITS = 48,
     COPY_HEADER_SIZE = 128,
     SLOT_SIZE = 64,

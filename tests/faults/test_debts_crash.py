@@ -13,19 +13,21 @@ from pathlib import Path
 import pytest
 from crashing import Child, Counter, at_line, kill_self
 from serving import row, state_in_table
+from waiting import until
 
 import shmelim
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.debts.states import KINDS, POSITIONS, SLASH, new_attempt
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import StoreError
+from shmelim.shm import SharedNamespace
 
 ROUNDS = 2000
 _TRACED = tuple(
     str(Path(shmelim.__file__).parent / "eliminations" / name)
     for name in (
         "state/changes.py",
-        "state/committer.py",
+        "state/thread.py",
         "store/database.py",
         "state/debt_book.py",
         "store/history.py",
@@ -223,8 +225,9 @@ def _at_once(*works):
 
 
 @pytest.fixture
-def server(tmp_path):
-    with EliminationManagerServer(None, tmp_path / "state", durability="process") as server:
+def server(tmp_path, new_name):
+    name = new_name()
+    with EliminationManagerServer(SharedNamespace(name), tmp_path / "state", durability="process") as server:
         yield server
 
 
@@ -298,7 +301,7 @@ def test_debts_share_commits_with_other_changes(server, monkeypatch):
         add_events(store, events, origin)
 
     monkeypatch.setattr(Store, "add_events", refuse_bad)
-    committer, commits = server._committer, server._committer.commits
+    state, commits = server._state, server._state.commits
     works = [
         lambda: server.begin_slash_rpc("a", "one"),
         lambda: server.begin_slash_rpc("a", "two"),
@@ -317,16 +320,18 @@ def test_debts_share_commits_with_other_changes(server, monkeypatch):
         except ValueError as error:
             results[index] = str(error)
 
-    threads = []
-    with committer._leading:
-        for index in range(len(works)):
-            threads.append(threading.Thread(target=run, args=(index,)))
-            threads[-1].start()
-            while len(committer._queue) <= index:
-                pass
+    go_on = threading.Event()
+    threads = [threading.Thread(target=state.read, args=(lambda _: go_on.wait(),))]
+    threads[0].start()
+    until(lambda: state._turns.locked() and not state._queue.qsize())
+    for index in range(len(works)):
+        threads.append(threading.Thread(target=run, args=(index,)))
+        threads[-1].start()
+        until(lambda index=index: state._queue.qsize() > index)
+    go_on.set()
     for thread in threads:
         thread.join()
-    assert committer.commits == commits + 1
+    assert state.commits == commits + 1
     assert results == [True, False, True, False, True, "added", "superseded", "on purpose"]
     assert [(d["hotkey"], d["kind"], d["state"]) for d in server.get_debts_rpc()] == [
         ("a", "limit_orders", "owed"),

@@ -59,7 +59,7 @@ def fill_up(directory):
 def nothing_of(server, hotkey):
     """A refused change is neither in the table nor in the store nor in the history."""
     assert not server.is_hotkey_eliminated_rpc(hotkey)
-    assert server._committer.read(lambda store: store.get(hotkey)) is None
+    assert server._state.read(lambda store: store.get(hotkey)) is None
     assert server.get_history_rpc(hotkey) == []
     return True
 
@@ -114,7 +114,7 @@ class TestDiskOfTheStore:
                         break
                 assert refused
                 nothing_of(server, refused)
-                server._committer.read(lambda store: store.check())
+                server._state.read(lambda store: store.check())
                 # A small one may still fit or not; it is whole either way.
                 before = state_in_table(server.reader)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -235,7 +235,7 @@ class TestSharedMemory:
         assert with_small_tmpfs("/dev/shm", 2_000_000, work)
 
     @own_mounts
-    def test_full_at_the_start_is_a_clear_error_and_leaves_the_old_table(self, table_name, tmp_path):
+    def test_full_at_a_first_start_is_a_clear_error_and_at_a_later_one_costs_nothing(self, table_name, tmp_path):
         def work():
             namespace = SharedNamespace(table_name)
             with EliminationManagerServer(namespace, tmp_path, files="off") as server:
@@ -244,7 +244,9 @@ class TestSharedMemory:
             filler = fill_up(Path("/dev/shm"))
             reader = EliminationReader(table_name)
             with pytest.raises(SegmentFullError):
-                EliminationManagerServer(namespace, tmp_path, files="off")
+                EliminationManagerServer(SharedNamespace(f"{table_name}x"), tmp_path / "other", files="off")
+            # One that adopts its table needs no room.
+            EliminationManagerServer(namespace, tmp_path, files="off").close()
             assert state_in_table(reader) == before
             filler.unlink()
             with EliminationManagerServer(namespace, tmp_path, files="off"):

@@ -243,7 +243,7 @@ def test_a_table_behind_by_some_commits_is_brought_up_to_date_where_it_lies(tabl
 
 
 def test_a_damaged_table_is_made_anew(table_name, start, served):
-    (segment,) = Path("/dev/shm").glob(f"shmelim.{table_name}.*")
+    (segment,) = Path("/dev/shm").glob(f"shmelim.{table_name}.[0-9]*")
     with segment.open("r+b") as file:
         content = file.read()
         for key in (b"return_info", b"price_info"):
@@ -252,6 +252,28 @@ def test_a_damaged_table_is_made_anew(table_name, start, served):
             file.seek(content.rindex(key))
             file.write(b"x" * len(key))
     assert state_in_table(start().reader) == served
+
+
+class TestATableOfAnOlderFormat:
+    """As a version before the last one left it, which may still have readers."""
+
+    @pytest.fixture(autouse=True)
+    def _older(self, table_name, served):
+        with Path(f"/dev/shm/shmelim.{table_name}").open("r+b") as root:
+            root.seek(8)
+            root.write((1).to_bytes(4, "little"))
+
+    def test_is_replaced_by_what_the_store_says(self, table_name, start, served):
+        server = start()
+        assert state_in_table(server.reader) == state_in_table(EliminationReader(table_name)) == served
+        assert held(server) == []
+
+    def test_is_nothing_that_an_empty_directory_replaces_by_itself(self, tmp_path, start):
+        for _ in range(2):
+            with pytest.raises(StateConflictError, match="cannot be read") as caught:
+                start(tmp_path / "other", registry=None)
+            assert "--adopt" not in caught.value.hint
+        assert start(tmp_path / "other", registry=None, replace_published=True)
 
 
 def test_a_name_in_which_nothing_was_is_anybodys(tmp_path, start):

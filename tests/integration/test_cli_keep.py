@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from serving import listing, row, state_in_store
 
+from shmelim import EliminationManagerServer
 from shmelim.cli import output
 from shmelim.cli.main import cli
 from shmelim.eliminations.starting.registry import Memory, Registry
@@ -147,7 +148,7 @@ def test_verify_looks_at_all_that_there_is(run, server):
     assert run("verify").exit_code == 0
 
 
-@pytest.mark.parametrize("harm", ["store", "file", "table", "registry", "older"])
+@pytest.mark.parametrize("harm", ["store", "file", "table", "registry", "older", "another table"])
 def test_verify_says_what_is_wrong(run, server, place, harm):
     with server.client() as client:
         client.save_eliminations()
@@ -159,10 +160,15 @@ def test_verify_says_what_is_wrong(run, server, place, harm):
     elif harm == "file":
         (server.state_dir / "eliminations.json").write_text('{"eliminations": [17]}')
     elif harm == "table":
-        segment = next(Path("/dev/shm").glob(f"shmelim.{server.name}.*"))
+        segment = next(Path("/dev/shm").glob(f"shmelim.{server.name}.[0-9]*"))
         content = segment.read_bytes()
         spoil(segment, content.index(b"elimination_initiated_time_ms"))
         spoil(segment, content.rindex(b"elimination_initiated_time_ms"))
+    elif harm == "another table":
+        SharedNamespace(server.name).remove()
+        options = {"registry": None, "replace_published": True}
+        EliminationManagerServer(SharedNamespace(server.name), place / "other", **options).close()
+        harm = "table"
     elif harm == "registry":
         name_registry(place, server).remember(Memory("ab" * 16, "/elsewhere", 1, 1, 1, 1))
     else:

@@ -46,7 +46,7 @@ def test_a_commit_that_failed_is_named_logged_once_and_over_with_the_next_that_w
     server, monkeypatch, caplog, error
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(server._committer._store, "commit", raising(error))
+        patch.setattr(server._state._store, "commit", raising(error))
         for number in range(50):
             with pytest.raises(type(error)):
                 server.add_elimination_rpc(f"h{number}", row(f"h{number}"))
@@ -71,7 +71,7 @@ def test_a_commit_that_failed_is_named_logged_once_and_over_with_the_next_that_w
 def test_a_change_that_changes_nothing_does_not_end_a_problem(server, monkeypatch):
     server.add_elimination_rpc("a", row("a"))
     with monkeypatch.context() as patch:
-        patch.setattr(server._committer._store, "commit", raising(StoreError("no space left")))
+        patch.setattr(server._state._store, "commit", raising(StoreError("no space left")))
         with pytest.raises(StoreError):
             server.add_elimination_rpc("b", row("b"))
     assert server.remove_elimination_rpc("unknown") is False
@@ -87,7 +87,7 @@ def test_a_change_that_is_refused_for_itself_is_nobody_elses_problem(server):
 def test_full_shared_memory_is_named(server, monkeypatch):
     with monkeypatch.context() as patch:
         error = SegmentFullError("no room for 5 bytes", hint="enlarge /dev/shm")
-        patch.setattr(server._committer, "_stage", raising(error))
+        patch.setattr(server._state, "_stage", raising(error))
         with pytest.raises(SegmentFullError):
             server.add_elimination_rpc("a", row("a"))
         (problem,) = server.health_check_rpc()["problems"]

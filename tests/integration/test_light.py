@@ -14,8 +14,7 @@ from crashing import WATCHDOG
 from serving import row
 
 from shmelim.eliminations.record import encode
-from shmelim.eliminations.rows import Row
-from shmelim.eliminations.state.committer import row_entry
+from shmelim.eliminations.rows import Row, row_entry
 from shmelim.shm import SharedNamespace, TableWriter
 
 if TYPE_CHECKING:

@@ -1,5 +1,7 @@
 """The changes one by one, on a store in memory: what they return, touch, and write into the history."""
 
+from typing import NamedTuple
+
 import pytest
 from serving import row
 
@@ -18,15 +20,22 @@ def store():
         yield store
 
 
+class Left(NamedTuple):
+    """What a change leaves for the commit: rows, and whether there is anything to commit."""
+
+    written: dict
+    dirty: bool
+
+
 def apply(store, change, *args, **kwargs):
-    """Make a change; returns its result, the step, and the events it wrote, oldest first."""
+    """Make a change; returns its result, what it wrote, and the events of that, oldest first."""
     before = store.counts().events
-    step = Step(store, ORIGIN)
     with store.transaction():
-        result = change(step, *args, **kwargs)
+        result = change(Step(store, ORIGIN), *args, **kwargs)
+        left = Left(store.written, store.dirty)
     events = store.events(limit=store.counts().events - before)[::-1]
     assert all((event.pid, event.uid, event.program) == ORIGIN for event in events)
-    return result, step, [(event.action, event.hotkey, event.note) for event in events]
+    return result, left, [(event.action, event.hotkey, event.note) for event in events]
 
 
 def add(store, *hotkeys):
@@ -36,41 +45,41 @@ def add(store, *hotkeys):
 
 def test_add(store):
     hotkey, record = prepare(row("a"))
-    result, step, events = apply(store, changes.add, hotkey, record)
-    assert (result, list(step.touched), step.wrote) == (True, ["a"], True)
+    result, left, events = apply(store, changes.add, hotkey, record)
+    assert (result, list(left.written), left.dirty) == (True, ["a"], True)
     assert events == [("add", "a", None)]
     _, record = prepare(row("a", 1))
-    result, step, events = apply(store, changes.add, hotkey, record)
-    assert (result, list(step.touched), events) == (False, ["a"], [("update", "a", None)])
-    result, step, events = apply(store, changes.add, hotkey, record)
-    assert (result, step.touched, step.wrote, events) == (False, {}, False, [])
+    result, left, events = apply(store, changes.add, hotkey, record)
+    assert (result, list(left.written), events) == (False, ["a"], [("update", "a", None)])
+    result, left, events = apply(store, changes.add, hotkey, record)
+    assert (result, left.written, left.dirty, events) == (False, {}, False, [])
 
 
 def test_remove(store):
     add(store, "a", "b", "c")
-    result, step, events = apply(store, changes.remove, ["c", "x", "a"])
-    assert (result, list(step.touched)) == (["c", "a"], ["c", "a"])
+    result, left, events = apply(store, changes.remove, ["c", "x", "a"])
+    assert (result, list(left.written)) == (["c", "a"], ["c", "a"])
     assert events == [("remove", "c", None), ("remove", "a", None)]
-    result, step, events = apply(store, changes.remove, ["c", "x", "a"])
-    assert (result, step.touched, step.wrote, events) == ([], {}, False, [])
+    result, left, events = apply(store, changes.remove, ["c", "x", "a"])
+    assert (result, left.written, left.dirty, events) == ([], {}, False, [])
 
 
 def test_replace_all_by_nothing(store):
     add(store, "a", "b")
-    result, step, events = apply(store, changes.replace_all, {}, "because")
-    assert (result, list(step.touched)) == (["a", "b"], ["a", "b"])
+    result, left, events = apply(store, changes.replace_all, {}, "because")
+    assert (result, list(left.written)) == (["a", "b"], ["a", "b"])
     assert events == [("remove", "a", "because"), ("remove", "b", "because")]
-    result, step, events = apply(store, changes.replace_all, {})
+    result, left, events = apply(store, changes.replace_all, {})
     # That the list was replaced is written, though nothing in it changed.
-    assert (result, step.touched, step.wrote, events) == ([], {}, True, [])
+    assert (result, left.written, left.dirty, events) == ([], {}, True, [])
 
 
 def test_replace_all(store):
     add(store, "a", "b", "c", "d")
     records = dict([prepare(row("e")), prepare(row("b", 1)), prepare(row("d"))])
-    result, step, events = apply(store, changes.replace_all, records, "why", keep=["c", "unknown"])
+    result, left, events = apply(store, changes.replace_all, records, "why", keep=["c", "unknown"])
     assert result == ["a"]
-    assert set(step.touched) == {"a", "b", "e"}
+    assert set(left.written) == {"a", "b", "e"}
     assert events == [("remove", "a", "why"), ("add", "e", "why"), ("update", "b", "why")]
     assert [hotkey for hotkey, _ in store.eliminated()] == ["b", "c", "d", "e"]
 
@@ -78,37 +87,37 @@ def test_replace_all(store):
 def test_merge(store):
     add(store, "a", "b")
     records = dict([prepare(row("b", 1)), prepare(row("c")), prepare(row("a"))])
-    result, step, events = apply(store, changes.merge, records, "why")
-    assert (result, set(step.touched)) == (2, {"b", "c"})
+    result, left, events = apply(store, changes.merge, records, "why")
+    assert (result, set(left.written)) == (2, {"b", "c"})
     assert events == [("update", "b", "why"), ("add", "c", "why")]
 
 
 def test_record_departures(store):
-    result, step, events = apply(store, changes.record_departures, {"a": 5, "b": 6}, "why")
-    assert (result, list(step.touched)) == (["a", "b"], ["a", "b"])
+    result, left, events = apply(store, changes.record_departures, {"a": 5, "b": 6}, "why")
+    assert (result, list(left.written)) == (["a", "b"], ["a", "b"])
     assert events == [("depart", "a", "why"), ("depart", "b", "why")]
-    result, step, events = apply(store, changes.record_departures, {"b": 7, "c": 8}, "why")
-    assert (result, list(step.touched)) == (["c"], ["c"])
+    result, left, events = apply(store, changes.record_departures, {"b": 7, "c": 8}, "why")
+    assert (result, list(left.written)) == (["c"], ["c"])
     assert list(store.departed()) == [("a", 5), ("b", 6), ("c", 8)]
 
 
 def test_update_metagraph(store, monkeypatch):
     monkeypatch.setattr(changes.clock, "now_ms", lambda: 6)
-    result, step, events = apply(store, changes.update_metagraph, ["a", "b"])
-    assert (result, set(step.touched), step.wrote, events) == ([], {"a", "b"}, True, [])
-    result, step, events = apply(store, changes.update_metagraph, ["b", "c"])
-    assert (result, set(step.touched)) == (["a"], {"a", "c"})
+    result, left, events = apply(store, changes.update_metagraph, ["a", "b"])
+    assert (result, set(left.written), left.dirty, events) == ([], {"a", "b"}, True, [])
+    result, left, events = apply(store, changes.update_metagraph, ["b", "c"])
+    assert (result, set(left.written)) == (["a"], {"a", "c"})
     assert events == [("depart", "a", "metagraph")]
-    result, step, events = apply(store, changes.update_metagraph, ["c", "b"])
-    assert (result, step.touched, step.wrote, events) == ([], {}, False, [])
+    result, left, events = apply(store, changes.update_metagraph, ["c", "b"])
+    assert (result, left.written, left.dirty, events) == ([], {}, False, [])
     assert list(store.departed()) == [("a", 6)]
 
 
 def test_an_anomaly_keeps_the_lost_for_the_next_look(store):
     hotkeys = [f"h{n:02}" for n in range(44)]
     apply(store, changes.update_metagraph, hotkeys)
-    result, step, events = apply(store, changes.update_metagraph, [*hotkeys[11:], "new"])
-    assert (result, list(step.touched)) == ([], ["new"])
+    result, left, events = apply(store, changes.update_metagraph, [*hotkeys[11:], "new"])
+    assert (result, list(left.written)) == ([], ["new"])
     assert [(action, hotkey) for action, hotkey, _ in events] == [("anomaly", None)]
     assert store.registered() == {*hotkeys, "new"}
     result, _, _ = apply(store, changes.update_metagraph, [*hotkeys[10:], "new"])
@@ -135,16 +144,16 @@ def test_loss_that_is_true_can_be_accepted(store, monkeypatch):
     apply(store, changes.update_metagraph, hotkeys)
     apply(store, changes.update_metagraph, hotkeys[20:])
     assert changes.missing(store) == hotkeys[:20]
-    result, step, events = apply(store, changes.accept_loss, [*hotkeys[:5], hotkeys[30], "unknown"])
-    assert (result, set(step.touched)) == (hotkeys[:5], set(hotkeys[:5]))
+    result, left, events = apply(store, changes.accept_loss, [*hotkeys[:5], hotkeys[30], "unknown"])
+    assert (result, set(left.written)) == (hotkeys[:5], set(hotkeys[:5]))
     assert events == [("depart", hotkey, "accepted") for hotkey in hotkeys[:5]]
     assert store.registered() == set(hotkeys[5:])
     assert list(store.departed()) == [(hotkey, 9) for hotkey in hotkeys[:5]]
     assert apply(store, changes.update_metagraph, hotkeys[20:])[0] == [], "15 of 44 are still missing"
     assert apply(store, changes.accept_loss, hotkeys[5:20])[0] == hotkeys[5:20]
     assert changes.missing(store) == []
-    result, step, _ = apply(store, changes.accept_loss, hotkeys)
-    assert (result, step.wrote) == ([], False)
+    result, left, _ = apply(store, changes.accept_loss, hotkeys)
+    assert (result, left.dirty) == ([], False)
     assert apply(store, changes.update_metagraph, hotkeys[21:])[0] == [hotkeys[20]]
 
 
@@ -152,17 +161,17 @@ def test_departures_can_be_cleared(store):
     add(store, "a")
     apply(store, changes.record_departures, {"a": 5, "b": 6, "c": 7}, "test")
     apply(store, changes.update_metagraph, ["c"])
-    result, step, events = apply(store, changes.clear_departed)
-    assert (result, list(step.touched), step.wrote) == (None, ["a", "b", "c"], True)
+    result, left, events = apply(store, changes.clear_departed)
+    assert (result, list(left.written), left.dirty) == (None, ["a", "b", "c"], True)
     assert events == [("forget", hotkey, "departures cleared") for hotkey in "abc"]
     assert list(store.departed()) == []
     assert [hotkey for hotkey, _ in store.eliminated()] == ["a"]
     assert store.registered() == {"c"}
     assert store.get("b") is None
-    _, step, events = apply(store, changes.clear_departed)
-    assert (step.wrote, events) == (False, [])
+    _, left, events = apply(store, changes.clear_departed)
+    assert (left.dirty, events) == (False, [])
 
 
 def test_meta(store):
-    _, step, events = apply(store, Step.set_meta, "k", [1])
-    assert (step.wrote, step.touched, events, store.meta("k")) == (True, {}, [], [1])
+    _, left, events = apply(store, Step.set_meta, "k", [1])
+    assert (left.dirty, left.written, events, store.meta("k")) == (True, {}, [], [1])

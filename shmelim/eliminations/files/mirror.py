@@ -26,7 +26,7 @@ from shmelim.eliminations.files.sidecar import Written, announce, read_sidecars,
 from shmelim.eliminations.files.taking import KNOWN, meaning_of, set_aside
 from shmelim.eliminations.rows import PREFIX, Status, departed_in
 from shmelim.eliminations.state.changes import Step
-from shmelim.eliminations.state.committer import Committer
+from shmelim.eliminations.state.thread import State
 from shmelim.errors import DamagedFileError, StoreError
 from shmelim.shm import Entry, TableReader
 from shmelim.system.durable import identity_of
@@ -72,7 +72,7 @@ class FileMirror:
         self,
         directory: Path,
         table: TableReader,
-        committer: Committer,
+        state: State,
         problems: Problems,
         *,
         mode: int = 0o600,
@@ -80,7 +80,7 @@ class FileMirror:
     ) -> None:
         self.directory = directory
         self._table = table
-        self._committer = committer
+        self._state = state
         self._problems = problems
         self._mode = mode
         self._plain = plain
@@ -181,7 +181,7 @@ class FileMirror:
 
     def _write_both(self, *, look: bool) -> None:
         # Asked before the table is: what stands there then is of this commit, or of a later one.
-        store_id, commit = self._committer.read(lambda store: (store.store_id, store.commit_number))
+        store_id, commit = self._state.read(lambda store: (store.store_id, store.commit_number))
         entries = self._table.snapshot().entries
 
         def confirm(name: str, summary: Summary) -> None:
@@ -225,10 +225,10 @@ class FileMirror:
             file = None
         if file is not None:
             digest, sidecars = file.digest, read_sidecars(path)
-            if self._committer.read(lambda store: meaning_of(store, name, digest, sidecars)) in KNOWN:
+            if self._state.read(lambda store: meaning_of(store, name, digest, sidecars)) in KNOWN:
                 return
         text = f"{name} was changed while the server ran, which does not read it"
-        self._committer.commit(Step.record, [set_aside(path, text, self._problems)])
+        self._state.commit(Step.record, [set_aside(path, text, self._problems)])
 
 
 def _records(entries: dict[bytes, Entry]) -> Iterator[bytes]:

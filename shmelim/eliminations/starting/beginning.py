@@ -15,14 +15,13 @@ from typing import Final, NamedTuple
 
 from shmelim.eliminations.files.format import ELIMINATIONS_FILE
 from shmelim.eliminations.files.taking import take_files
-from shmelim.eliminations.rows import ORIGIN_KEY
+from shmelim.eliminations.rows import ORIGIN_KEY, row_entry
 from shmelim.eliminations.starting import recovery, replacement
 from shmelim.eliminations.starting.deciding import Action, Facts, Plan, Relation, StoreIs, decide
 from shmelim.eliminations.starting.imports import import_departed
 from shmelim.eliminations.starting.recovery import Published
 from shmelim.eliminations.starting.registry import Memory
 from shmelim.eliminations.state.changes import Step
-from shmelim.eliminations.state.committer import row_entry
 from shmelim.eliminations.state.debt_book import hold_money
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.opening import LOG_SUFFIXES
@@ -276,10 +275,12 @@ def _own_side(found: _Found) -> str:
 def _table_side(published: Published) -> str:
     if published.identity is None:
         return f"what is published cannot be read: {published.problem}"
+    age = published.identity.heartbeat_age
+    served = "nobody knows when" if age is None else _ago(int(age * 1000))
     return (
         f"the published table has {published.eliminated} eliminated, {published.departed} departed,"
         f" commit {published.identity.commit}, from {published.state_dir or 'memory'},"
-        f" last served {_ago(int(published.identity.heartbeat_age * 1000))}"
+        f" last served {served}"
     )
 
 
@@ -343,7 +344,7 @@ def _rebuild(found: _Found, facts: Facts, plan: Plan, choices: Choices) -> Store
 def _mark(step: Step, found: _Found, facts: Facts, plan: Plan) -> None:
     """Have history and money know of a start that is not from the store's own latest state."""
     if plan.action not in _ORDINARY or plan.hold:
-        step.tell([EventOf("start", note=f"began with {plan.action.value} ({facts})")])
+        step.record([EventOf("start", note=f"began with {plan.action.value} ({facts})")])
     if plan.hold:
         step.store.go_on_from(found.acknowledged)
         hold_money(step, f"the server began with {plan.action.value} ({facts})")

@@ -1,13 +1,13 @@
 """The changes that can be made to the state: functions of a step of a transaction on the store, with their events.
 
-What they are given is checked before (bad input never reaches a transaction). The committer runs them, and
-publishes every hotkey that they *touched*.
+What they are given is checked before (bad input never reaches a transaction). The state's thread runs them, and
+publishes the rows that the store then says were written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from shmelim.eliminations.debts.states import OWED
@@ -27,32 +27,19 @@ _REPLACEMENTS: Final = "replacements"
 
 @dataclass(slots=True)
 class Step:
-    """One change inside a transaction: the store, who asked for it, and what it did.
-
-    ``touched`` are the hotkeys whose row may be another now; ``wrote`` tells whether anything must be committed.
-    """
+    """One change inside a transaction: the store, and who asked for it."""
 
     store: Store
     origin: Origin | None
-    touched: dict[str, None] = field(default_factory=dict)
-    wrote: bool = False
 
     def record(self, events: Iterable[EventOf]) -> None:
-        """Write events, and touch the hotkeys that they speak of."""
-        listed = list(events)
-        if listed:
-            self.tell(listed)
-        self.touched.update((event.hotkey, None) for event in listed if event.hotkey is not None)
-
-    def tell(self, events: Iterable[EventOf]) -> None:
-        """Write events of what nobody publishes."""
-        self.store.add_events(events, self.origin)
-        self.wrote = True
+        """Write events."""
+        if listed := list(events):
+            self.store.add_events(listed, self.origin)
 
     def set_meta(self, key: str, value: Any) -> None:
         """Keep a value in the store."""
         self.store.set_meta(key, value)
-        self.wrote = True
 
 
 def add(step: Step, hotkey: str, record: bytes) -> bool:
@@ -121,7 +108,7 @@ def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
             else:
                 step.store.put_debt(debt._replace(due=False))
         if cancelled:
-            step.tell([EventOf("cancel", hotkey, note=f"{', '.join(cancelled)}: {reason}")])
+            step.record([EventOf("cancel", hotkey, note=f"{', '.join(cancelled)}: {reason}")])
 
 
 def merge(step: Step, records: dict[str, bytes], reason: str) -> int:
@@ -155,9 +142,7 @@ def update_metagraph(step: Step, hotkeys: list[str]) -> list[str]:
     size = step.store.meta(_BELIEVED, None)
     lost, anomalous = lost_hotkeys(before, seen, size)
     # After an anomalous loss the lost ones stay registered, so that the next look compares with them too.
-    changed = step.store.set_registered(seen | before if anomalous else seen)
-    step.touched.update(dict.fromkeys(changed))
-    step.wrote = step.wrote or bool(changed)
+    step.store.set_registered(seen | before if anomalous else seen)
     listed = lost if anomalous else []
     if listed != missing(step.store):
         # One event for each anomaly, however often it is looked at.
@@ -187,7 +172,7 @@ def accept_loss(step: Step, hotkeys: Iterable[str]) -> list[str]:
     accepted = [hotkey for hotkey in listed if hotkey in named]
     if not accepted:
         return []
-    step.touched.update(dict.fromkeys(step.store.set_registered(step.store.registered() - set(accepted))))
+    step.store.set_registered(step.store.registered() - set(accepted))
     record_departures(step, dict.fromkeys(accepted, clock.now_ms()), "accepted")
     left = [hotkey for hotkey in listed if hotkey not in named]
     _set_missing(step, left, step.store.meta(_BELIEVED, None) or len(step.store.registered()))

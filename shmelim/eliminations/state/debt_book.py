@@ -30,7 +30,7 @@ from shmelim.eliminations.debts.states import (
 )
 from shmelim.eliminations.record import check_hotkey, encode, normalise
 from shmelim.eliminations.state.changes import Step, replacements
-from shmelim.eliminations.state.committer import Committer
+from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import StoreError
@@ -55,14 +55,14 @@ class DebtMethods:
     """A server's remote methods about debts."""
 
     # Of the server.
-    _committer: Committer
+    _state: State
     state_dir: Path | None
     problems: Problems
 
     def _ask(self, question: Callable[[Store], T]) -> T:
         """Ask the store beside who commits, who may be busy with a long sync; in memory, between commits."""
         if self.state_dir is None:
-            return self._committer.read(question)
+            return self._state.read(question)
         with Store.read_only(self.state_dir) as store:
             return question(store)
 
@@ -84,12 +84,12 @@ class DebtMethods:
         plain = normalise(record, hotkey)
         eliminated_ms = plain["elimination_initiated_time_ms"]
         kinds = _check_kinds(owed)
-        return self._committer.commit(
+        return self._state.commit(
             eliminate, hotkey, encode(plain), eliminated_ms, kinds, replacements, slash_once_within_ms
         )
 
     def get_replacements_rpc(self) -> int:
-        return self._committer.read(replacements)
+        return self._state.read(replacements)
 
     def get_debts_rpc(self, hotkey: str | None = None) -> list[dict[str, Any]]:
         if hotkey is not None:
@@ -103,7 +103,7 @@ class DebtMethods:
 
     def settle_debt_rpc(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:
         _check(hotkey, kind, attempt)
-        return self._committer.commit(settle, hotkey, kind, attempt)
+        return self._state.commit(settle, hotkey, kind, attempt)
 
     def fail_debt_rpc(
         self, hotkey: str, kind: str, error: str, attempt: str | None = None, in_doubt: bool = False
@@ -115,15 +115,15 @@ class DebtMethods:
         _check_type("error", error, str, "text")
         short = error if len(error) <= _MAX_ERROR else f"{error[:_MAX_ERROR]} …"
         storable = short.encode("utf-8", "backslashreplace").decode()
-        return self._committer.commit(fail, hotkey, kind, storable, attempt, in_doubt=in_doubt)
+        return self._state.commit(fail, hotkey, kind, storable, attempt, in_doubt=in_doubt)
 
     def begin_slash_rpc(self, hotkey: str, attempt: str) -> bool:
         check_hotkey(hotkey)
         _check_attempt(attempt)
-        if not self._committer.commit(begin_slash, hotkey, attempt):
+        if not self._state.commit(begin_slash, hotkey, attempt):
             return False
         # After a power cut that took this with it, the slash would be owed, and made again.
-        self._committer.sync()
+        self._state.sync()
         return True
 
     def doubt_slash_rpc(self, hotkey: str, attempt: str, error: str) -> bool:
@@ -133,11 +133,11 @@ class DebtMethods:
     def resolve_slash_rpc(self, hotkey: str, made: bool) -> bool:
         check_hotkey(hotkey)
         _check_type("made", made, bool, "True or False")
-        return self._committer.commit(resolve_slash, hotkey, made=made)
+        return self._state.commit(resolve_slash, hotkey, made=made)
 
     def release_money_rpc(self) -> bool:
-        released = self._committer.commit(release_money)
-        self._tell_held(self._committer.read(held_money))
+        released = self._state.commit(release_money)
+        self._tell_held(self._state.read(held_money))
         return released
 
     def _tell_held(self, held: Mapping[str, Any] | None) -> None:
@@ -246,7 +246,7 @@ def settle(step: Step, hotkey: str, kind: str, attempt: str | None = None) -> bo
     if kind == SLASH:
         step.store.put_slash(Slash(hotkey, clock.now_ms(), debt.eliminated_ms, BY_CONTRACT))
     failures = f", after {debt.attempts} failures" if debt.attempts else ""
-    step.tell([EventOf("settle", hotkey, note=f"{_named(debt)}{failures}")])
+    step.record([EventOf("settle", hotkey, note=f"{_named(debt)}{failures}")])
     return True
 
 
@@ -263,10 +263,10 @@ def fail(
     debt = debt._replace(attempts=debt.attempts + 1, error=error)
     if in_doubt:
         step.store.put_debt(debt._replace(state=IN_DOUBT, in_doubt_since_ms=clock.now_ms()))
-        step.tell([EventOf("doubt", hotkey, note=f"{_named(debt)}: {error}")])
+        step.record([EventOf("doubt", hotkey, note=f"{_named(debt)}: {error}")])
         return True
     if _is_told(debt.attempts):
-        step.tell([EventOf("fail", hotkey, note=f"{_named(debt)}: {error} (failure {debt.attempts})")])
+        step.record([EventOf("fail", hotkey, note=f"{_named(debt)}: {error} (failure {debt.attempts})")])
     _owe_again(step, debt)
     return True
 
@@ -286,9 +286,8 @@ def begin_slash(step: Step, hotkey: str, attempt: str) -> bool:
         return False
     debt = debt._replace(state=ATTEMPTING, attempt=attempt)
     step.store.put_debt(debt)
-    step.wrote = True
     if _is_told(debt.attempts + 1):
-        step.tell([EventOf("begin", hotkey, note=_named(debt))])
+        step.record([EventOf("begin", hotkey, note=_named(debt))])
     return True
 
 
@@ -302,7 +301,7 @@ def hold_money(step: Step, why: str) -> None:
     """Let no slash be begun until a person releases them; what held them first stays the reason."""
     if held_money(step.store) is None:
         step.set_meta(HELD, {"since_ms": clock.now_ms(), "why": why})
-        step.tell([EventOf("hold", note=f"no slash is begun until a person says so: {why}")])
+        step.record([EventOf("hold", note=f"no slash is begun until a person says so: {why}")])
 
 
 def release_money(step: Step) -> bool:
@@ -310,7 +309,7 @@ def release_money(step: Step) -> bool:
     if held_money(step.store) is None:
         return False
     step.set_meta(HELD, None)
-    step.tell([EventOf("release", note="slashes go on")])
+    step.record([EventOf("release", note="slashes go on")])
     return True
 
 
@@ -324,7 +323,7 @@ def resolve_slash(step: Step, hotkey: str, *, made: bool) -> bool:
         return False
     if not made and debt.state == ATTEMPTING and attempt_is_alive(debt.attempt):
         return False
-    step.tell([EventOf("resolve", hotkey, note=f"{_named(debt)}: {'made' if made else 'not made'}")])
+    step.record([EventOf("resolve", hotkey, note=f"{_named(debt)}: {'made' if made else 'not made'}")])
     if made:
         step.store.remove_debt(debt)
         step.store.put_slash(Slash(hotkey, clock.now_ms(), debt.eliminated_ms, BY_HAND))
@@ -351,7 +350,7 @@ def _owe(step: Step, hotkey: str, kinds: Sequence[str], eliminated_ms: int, once
             step.store.put_debt(standing._replace(ordinal=ordinal, due=True, eliminated_ms=eliminated_ms))
             said.append(f"{kind} (begun before, {standing.state})")
     if said:
-        step.tell([EventOf("owe", hotkey, note=", ".join(said))])
+        step.record([EventOf("owe", hotkey, note=", ".join(said))])
 
 
 def _was_made(step: Step, hotkey: str, eliminated_ms: int, within_ms: float | None) -> bool:
@@ -362,12 +361,11 @@ def _was_made(step: Step, hotkey: str, eliminated_ms: int, within_ms: float | No
 
 def _owe_again(step: Step, debt: Debt) -> None:
     """Make a debt owed, unless its elimination was taken back since."""
-    step.wrote = True
     if debt.due:
         step.store.put_debt(debt._replace(state=OWED, in_doubt_since_ms=None))
     else:
         step.store.remove_debt(debt)
-        step.tell([EventOf("cancel", debt.hotkey, note=f"{debt.kind}: its elimination was taken back")])
+        step.record([EventOf("cancel", debt.hotkey, note=f"{debt.kind}: its elimination was taken back")])
 
 
 def _find(step: Step, hotkey: str, kind: str, attempt: str | None) -> Debt | None:

@@ -280,8 +280,8 @@ class Database:
             what = "deleted" if found == _GONE else "replaced by another file"
             raise StoreError(
                 f"{self._file} was {what} while it was in use; the change was not applied",
-                hint="put it back, or restart the server with an empty file of that name in its place:"
-                " it restores the state from shared memory",
+                hint="put it back, or restart the server with --adopt-published (adopt_published=True):"
+                " the state comes from shared memory",
             )
 
     def _decode_meta(self, key: str, value: bytes) -> Any:

@@ -19,7 +19,7 @@ _PACKAGE = Path(shmelim.__file__).parent
 _TRACED = frozenset(
     str(_PACKAGE / part)
     for part in (
-        "eliminations/state/committer.py",
+        "eliminations/state/thread.py",
         "eliminations/state/changes.py",
         "eliminations/files/mirror.py",
         "shm/writer.py",

@@ -1,0 +1,372 @@
+"""One thread changes the state: it stores, publishes and acknowledges, in turns.
+
+Changes and questions wait in one queue. A turn takes all that waits: it answers the questions, makes the changes
+in one transaction, stages the rows that they wrote, commits once, publishes, and lets the callers go home; while
+they do, it settles the other copy of the table. Staging does all that can fail for want of shared memory, and
+nobody sees it; so what is committed is published by one store that cannot fail, and readers never see what is not
+durable. A lone change pays for one hand-over between threads, and a hundred share one fsync.
+
+A change that cannot be made takes no other with it. A failure of the store is everybody's: it is told once to all
+that wait for it, and not tried again for each.
+
+In direct mode there is no thread. The caller runs the turn, alone under a lock, and a signal handler may interrupt
+it at any line: then the table is made anew from the store, so that the change is whole or undone.
+
+Shared variables: a request is the caller's until it is queued, and again when ``done`` is released. Store, table
+and the counts belong to the thread, in direct mode to who holds ``_turns``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from queue import SimpleQueue
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
+
+from shmelim.eliminations.rows import ORIGIN_KEY, Row, entry_row, row_entry
+from shmelim.eliminations.state.changes import Step
+from shmelim.eliminations.store.history import Origin
+from shmelim.eliminations.store.store import Store
+from shmelim.errors import SegmentFullError, ShmelimError, StoreError
+from shmelim.shm import Namespace, TableReader, TableWriter, Transaction
+from shmelim.system import clock
+from shmelim.system.problems import Problems
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_REBUILD_FROM: Final = 1000
+_REPORT_EVERY: Final = 10_000
+
+_COMMIT_FAILED: Final = "commit_failed"
+_MEMORY_FULL: Final = "shared_memory_full"
+
+
+def _held() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """What a caller wants: a change, of which somebody is the origin, or a question."""
+
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    origin: Origin | None
+    is_question: bool
+    seen: int  # how often the store had failed when it was made
+    done: threading.Lock = field(default_factory=_held)
+    wanted: bool = True
+    result: Any = None
+    error: BaseException | None = None
+
+
+class State:
+    """Store and table, which are from now on used through this object only; thread-safe.
+
+    Belongs to the process that made it. With ``threaded`` it has a thread of its own, until it is closed.
+    ``origin`` tells who asks for the change that a thread makes. ``published`` is called after each publish, still
+    before the callers go on. ``commits`` and ``changes`` count.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        table: TableWriter,
+        namespace: Namespace,
+        origin: Callable[[], Origin | None],
+        problems: Problems | None = None,
+        *,
+        threaded: bool = False,
+    ) -> None:
+        self._store = store
+        self._table = table
+        self._namespace = namespace
+        self._origin = origin
+        self._problems = problems or Problems()
+        self.published: Callable[[], None] | None = None
+        self.commits = 0
+        self.changes = 0
+        self._pid = os.getpid()
+        self._closed = False
+        # The store's failures so far, the last one, and the last commit that was none (ms since 1970).
+        self._failures = 0
+        self._failure = StoreError("the store never failed")
+        self._committed_ms: int | None = None
+        self._raised: set[str] = set()  # the problems that the next commit clears
+        # Whether a turn has begun and not ended, after which the table may lack what the store has.
+        self._torn = False
+        self._turns = threading.Lock()
+        self._in_turn = 0  # the thread whose turn it is; 0: nobody's
+        self._queue: SimpleQueue[_Request | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="shmelim-state", daemon=True) if threaded else None
+        self._ended = False  # whether the thread has come and gone
+
+    def commit(self, change: Callable[Concatenate[Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Carry out a change with these arguments, perhaps together with others, and return what it returns.
+
+        Then it is durable, and every later read anywhere sees it. What the change raises undoes it alone. After
+        StoreError (not committed) and SegmentFullError (no room in shared memory) nothing of it was applied; after
+        an interrupt (``KeyboardInterrupt``) all of it or nothing.
+        """
+        return cast("T", self._have(change, args, kwargs, self._origin(), is_question=False))
+
+    def read(self, question: Callable[[Store], T]) -> T:
+        """Ask the store something between two commits."""
+        return cast("T", self._have(question, (), {}, None, is_question=True))
+
+    def publish_all(self, origin_record: bytes, on_progress: Callable[[int, int], Any] | None = None) -> None:
+        """Publish the whole store, with a record that tells where it came from, and take changes from now on."""
+        self._origin_record = origin_record
+        with self._table.transaction(replace=True) as transaction:
+            self._put_all(transaction, on_progress)
+        self.go_on(origin_record)
+
+    def go_on(self, origin_record: bytes) -> None:
+        """Take changes from now on: the table shows the whole store already, and this record."""
+        self._origin_record = origin_record
+        self._reader = TableReader(self._namespace)
+        self._store.look_up = self._published_rows
+        if self._thread is not None:
+            self._thread.start()
+
+    def sync(self) -> None:
+        """Make all that was committed survive a power cut, whatever the store was opened for."""
+        self._store.sync()
+
+    def close(self) -> None:
+        """Close store and table; changes that come later are refused. Idempotent; nothing happens in a child."""
+        if self._pid != os.getpid():
+            return
+        self._closed = True
+        if self._thread is not None and self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        self._ended = True
+        self._refuse_waiting()
+        with self._turns:
+            self._store.close()
+            self._table.close()
+
+    # ------------------------------------------------------------------ callers
+
+    def _have(self, call: Callable[..., Any], args: Any, kwargs: Any, origin: Any, *, is_question: bool) -> Any:
+        if self._pid != os.getpid():
+            raise StoreError(
+                f"the state belongs to process {self._pid}; this is its child {os.getpid()}, with a copy of it",
+                hint="which reads as of the fork; to change the state, ask the process that has it",
+            )
+        if self._in_turn == threading.get_ident() and self._turns.locked():
+            raise ShmelimError(
+                "the state was asked for a change while this thread is in the middle of another one",
+                hint="let the signal handler or finalizer that asked set a flag, and change the state later",
+            )
+        request = _Request(call, args, kwargs, origin, is_question, self._failures)
+        if self._thread is None:
+            with self._turns:
+                self._take([request])
+        else:
+            self._queue.put(request)
+            if self._ended:
+                self._refuse_waiting()
+            try:
+                request.done.acquire()
+            except BaseException:
+                request.wanted = False
+                raise
+        if request.error is not None:
+            raise request.error
+        return request.result
+
+    def _refuse_waiting(self) -> None:
+        for _ in range(self._queue.qsize()):
+            if (request := self._queue.get()) is not None:
+                self._refuse(request)
+
+    def _refuse(self, request: _Request) -> None:
+        request.error = StoreError("the state is closed: the server has been shut down")
+        request.done.release()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        while True:
+            waiting = [self._queue.get()]
+            waiting += [self._queue.get() for _ in range(self._queue.qsize())]
+            requests = [request for request in waiting if request is not None]
+            try:
+                with self._turns:
+                    self._take(requests)
+            except BaseException as error:
+                # Whatever it was, the next turn begins with the store.
+                for request in requests:
+                    if request.done.locked():
+                        request.error = error
+                        request.done.release()
+            if len(requests) < len(waiting):
+                return
+
+    def _take(self, requests: list[_Request]) -> None:
+        """Take a turn: have these requests done; what interrupts it is raised once the table is whole again."""
+        if self._closed and self._thread is None:
+            self._refuse(requests[0])
+            return
+        self._in_turn = threading.get_ident()
+        try:
+            if self._torn:
+                self._rebuild()
+            self._torn = True
+            for request in requests:
+                if request.is_question:
+                    self._answer(request)
+            changes = [request for request in requests if not request.is_question and self._is_due(request)]
+            if changes:
+                self._make(changes)
+                self._table.settle()
+            self._torn = False
+        except BaseException:
+            self._rebuild()
+            raise
+        finally:
+            self._in_turn = 0
+
+    def _answer(self, request: _Request) -> None:
+        try:
+            request.result = request.call(self._store)
+        except Exception as error:
+            request.error = error
+        request.done.release()
+
+    def _is_due(self, request: _Request) -> bool:
+        """Tell whether a change is to be made; one that waited while the store failed is told so."""
+        if request.seen != self._failures:
+            request.error = self._failure
+            request.done.release()
+        return request.wanted and request.error is None
+
+    def _make(self, group: list[_Request]) -> None:
+        """Make changes, all of them or as many as can be made, and let their callers go."""
+        try:
+            self._commit(group)
+        except Exception as error:
+            self._undo()
+            self._report(error)
+            if isinstance(error, StoreError):
+                self._failures += 1
+                self._failure = error
+            elif len(group) > 1:
+                # One change that cannot be published must not take the others with it.
+                for request in group:
+                    request.error = None
+                    if self._is_due(request):
+                        self._make([request])
+                return
+            for request in group:
+                request.error = error
+        for request in group:
+            request.done.release()
+
+    def _commit(self, group: list[_Request]) -> None:
+        """Make changes in one transaction and publish them; on an ``Exception`` nothing is applied."""
+        store = self._store
+        store.begin()
+        for request in group:
+            request.error = None
+            try:
+                # A change that is alone needs no savepoint: if it raises, nothing is committed.
+                with store.savepoint() if len(group) > 1 else nullcontext():
+                    request.result = request.call(Step(store, request.origin), *request.args, **request.kwargs)
+            except Exception as error:
+                if not store.in_transaction:
+                    raise  # a full disk may undo the whole transaction by itself
+                self._report(error)
+                request.error = error
+        if not store.dirty or (len(group) == 1 and group[0].error is not None):
+            store.rollback()
+        else:
+            written = store.written
+            transaction = self._stage(written) if written else None
+            store.commit()
+            if transaction is None:
+                # Readers have nothing new to look at; a start does.
+                self._table.commit = store.next_commit
+            else:
+                transaction.publish()
+                if self.published is not None:
+                    self.published()
+            self.commits += 1
+            self._committed_ms = clock.now_ms()
+            while self._raised:
+                self._problems.clear(self._raised.pop())
+        self.changes += len(group)
+
+    def _undo(self) -> None:
+        """End what a failure, or an interrupt, left open."""
+        self._table.abort()
+        with suppress(StoreError):
+            self._store.rollback()
+
+    def _rebuild(self) -> None:
+        """Publish what the store has, which an interrupted turn may have left ahead of the table."""
+        self._undo()
+        with self._table.transaction(replace=True) as transaction:
+            self._put_all(transaction)
+        self._torn = False
+        if self.published is not None:
+            self.published()
+
+    def _report(self, error: Exception) -> None:
+        """Name what keeps changes from being made, where that is not the change itself."""
+        if isinstance(error, SegmentFullError):
+            self._raised.add(_MEMORY_FULL)
+            self._problems.report(_MEMORY_FULL, f"a change was refused: {error.message}", remedy=error.hint)
+        elif isinstance(error, StoreError):
+            # Not "failing", which a service answers with a restart: that makes no room on a disk, and the start
+            # with a damaged store makes a new one without its debts and slashes, which is a person's decision.
+            last = "there was none since the start"
+            if self._committed_ms is not None:
+                last = f"it was at {datetime.fromtimestamp(self._committed_ms / 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"
+            text = f"the last change could not be committed: {error.message} (the last good commit: {last})"
+            self._raised.add(_COMMIT_FAILED)
+            self._problems.report(_COMMIT_FAILED, text, remedy=error.hint)
+
+    # ------------------------------------------------------------------ the table
+
+    def _stage(self, written: dict[str, Row | None]) -> Transaction:
+        """Stage the rows that were written, in a new table where that is less work."""
+        rebuild = len(written) >= _REBUILD_FROM and 2 * len(written) >= self._table.entries
+        transaction = self._table.transaction(replace=rebuild)
+        if rebuild:
+            for key, (flags, record, ordinal) in self._reader.snapshot().entries.items():
+                if key == ORIGIN_KEY or key.decode() not in written:
+                    transaction.put(key, flags, record, ordinal)
+        for hotkey, row in written.items():
+            if row is not None:
+                transaction.put(*row_entry(row))
+            elif not rebuild:
+                transaction.remove(hotkey.encode())
+        transaction.commit = self._store.next_commit
+        transaction.stage()
+        return transaction
+
+    def _put_all(self, transaction: Transaction, on_progress: Callable[[int, int], Any] | None = None) -> None:
+        transaction.commit = self._store.commit_number
+        transaction.put(ORIGIN_KEY, 0, self._origin_record, 0)
+        total = sum(self._store.counts()[:3]) if on_progress else 0
+        for done, row in enumerate(self._store.rows()):
+            transaction.put(*row_entry(row))
+            if on_progress is not None and done % _REPORT_EVERY == 0:
+                on_progress(done, total)
+
+    def _published_rows(self, hotkeys: list[str]) -> dict[str, Row]:
+        """Return the rows of these hotkeys as they were before this turn; the unknown are left out."""
+        entry = self._reader.get
+        found = ((hotkey, entry(hotkey.encode())) for hotkey in hotkeys)
+        return {hotkey: entry_row(hotkey, *record) for hotkey, record in found if record is not None}
