@@ -52,10 +52,8 @@ def normalize(address: Address) -> Location:
     path = os.path.abspath(path)  # noqa: PTH100  # links stay: they may be what keeps the path short
     size = len(os.fsencode(path))
     if size > _PATH_LIMIT:
-        raise AddressError(
-            f"the socket path {path!r} has {size} bytes, and the system allows {_PATH_LIMIT}",
-            hint="choose a shorter directory, or a TCP port",
-        )
+        text = f"the socket path {path!r} has {size} bytes, and the system allows {_PATH_LIMIT}"
+        raise AddressError(text, hint="choose a shorter directory, or a TCP port")
     return path
 
 
@@ -67,13 +65,8 @@ def describe(location: Location) -> str:
 def check_free(address: Address) -> Location:
     """Return an address in its one form if a server could listen there now; nothing is made.
 
-    Raises
-    ------
-    TypeError, ValueError
-        It is not an address.
-    ChannelError
-        It is taken, or cannot be used; the message names it. Takes a second at most.
-
+    ``TypeError`` or ``ValueError`` if it is not an address; ``ChannelError``, which names it, if it is taken or
+    cannot be used. Takes a second at most.
     """
     location = normalize(address)
     with _explained(location):
@@ -104,10 +97,7 @@ class SocketFile:
         return False
 
     def remove(self) -> None:
-        """Remove the file once its socket is closed, unless another server has put its own in its place.
-
-        An ``OSError`` does no harm: the next server at this address replaces the file.
-        """
+        """Remove the file once its socket is closed, unless another server has put its own in its place."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), _directory_lock(self.path, LOCK_WAIT):
             # An identity may be given out again, so that only the question whether somebody answers tells.
             if _identity(self.path) == self._identity and not _answers(self.path):
@@ -128,8 +118,7 @@ def listen(sock: socket.socket, location: Location, patience: float) -> tuple[Lo
             sock.listen(_BACKLOG)
             host, port = sock.getsockname()[:2]
             return (host, port), None
-        # From the question "does anybody answer?" to our own listen(), no other server may act in this directory:
-        # between two that start at once, the second must find the first one listening.
+        # Between two servers that start at once, the second must find the first one listening.
         with _directory_lock(location, patience):
             if _is_stale(location):
                 Path(location).unlink(missing_ok=True)
@@ -146,9 +135,9 @@ def _explained(location: Location) -> Iterator[None]:
     """Turn what the system says into a ``ChannelError`` that names the address."""
     try:
         yield
-    except ChannelError:
-        raise
     except OSError as error:
+        if isinstance(error, ChannelError):
+            raise
         hint = _TAKEN + _about_port(location) if error.errno == errno.EADDRINUSE else None
         text = f"cannot serve at {describe(location)}: {error.strerror or error}"
         raise ChannelError(text, hint=hint) from error
@@ -160,14 +149,15 @@ def _about_port(location: Location) -> str:
     if isinstance(location, str) or not low <= location[1] <= high:
         return ""
     return (
-        f". It may also be an outgoing connection, which the system gives ports from {low} to {high}: "
-        f"take a port outside, or reserve this one with the sysctl net.ipv4.ip_local_reserved_ports"
+        f". It may also be an outgoing connection, which the system gives ports from {low} to {high}: take a port "
+        f"outside, or reserve this one with the sysctl net.ipv4.ip_local_reserved_ports"
     )
 
 
 def _bind_tcp(sock: socket.socket, location: tuple[str, int]) -> None:
     # A server's own closed connections linger in TIME_WAIT and must not keep its successor from the port.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # which accepted connections inherit
     sock.bind(location)
 
 
@@ -198,10 +188,9 @@ def _answers(path: str) -> bool:
 
 @contextlib.contextmanager
 def _directory_lock(path: str, patience: float) -> Iterator[None]:
-    """Keep other servers from changing socket files in the directory of `path`.
+    """Keep other servers from changing socket files in the directory of `path`, by ``flock`` on itself.
 
-    The lock is ``flock`` on the directory itself: no file is left behind, and the kernel releases it when its
-    holder dies.
+    So no file is left behind, and the kernel releases the lock when its holder dies.
     """
     directory, deadline = Path(path).parent, monotonic() + patience
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -211,8 +200,7 @@ def _directory_lock(path: str, patience: float) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             if monotonic() > deadline:
-                text = f"the directory {directory} has been locked by another process for {patience:g} s"
-                raise ChannelError(text)
+                raise ChannelError(f"{directory} has been locked by another process for {patience:g} s")
             time.sleep(0.005)
         try:
             yield
@@ -234,8 +222,7 @@ def connect(sock: socket.socket, location: Location, deadline: float) -> None:
     """Connect a socket, which blocks nobody from then on.
 
     ``NotServingError`` if nobody listens there; ``TimeoutError`` or ``BlockingIOError`` if somebody does, but took
-    no new connection in time, ``ConnectionResetError`` if he ended it at once: both are worth another try.
-    ``OSError`` for anything else, such as missing rights.
+    no new connection in time, ``ConnectionResetError`` if it was ended at once; ``OSError`` for anything else.
     """
     sock.setblocking(False)  # noqa: FBT003
     code = sock.connect_ex(location)
@@ -268,8 +255,7 @@ def new_socket(location: Location) -> socket.socket:
 def peer_credentials(sock: socket.socket) -> tuple[int | None, int | None]:
     """Return process id and user id of the process at the other end, as the kernel knows them.
 
-    Each is None where the kernel does not say: on TCP, and (the process id) when that process lives in a process
-    namespace that is not visible from here.
+    Each is None where it does not: on TCP, and the process id across process namespaces.
     """
     if sock.family != socket.AF_UNIX:
         return None, None

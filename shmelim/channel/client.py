@@ -59,15 +59,12 @@ class ChannelClient:
         The key, or a function that returns it, which is asked after each connect (so that the key of a restarted
         server is found). Whatever these functions raise ends the call, but a ``NotServingError`` is tried again
         within `connect_wait`.
-    timeout
-        Seconds for a whole call, connecting included, unless the call says otherwise. No signal, patched socket or
-        stopped clock stretches it.
-    connect_wait
-        Seconds of that in which a call waits for a server to appear.
-    max_message
-        Longest message in bytes, both ways. A longer reply comes in several.
-    codec
-        Codec of requests and replies; the server's.
+    timeout, connect_wait
+        Seconds for a whole call, connecting included, unless the call says otherwise (no signal, patched socket or
+        stopped clock stretches them); and seconds of that in which it waits for a server to appear.
+    max_message, codec
+        Longest message in bytes, both ways (a longer reply comes in several); codec of requests and replies: the
+        server's.
 
     Raises
     ------
@@ -138,20 +135,13 @@ class ChannelClient:
 
         Parameters
         ----------
-        method
-            Its name.
-        args, kwargs
-            Its arguments; see the codec for what they may be.
+        method, args, kwargs
+            Its name and arguments; see the codec for what they may be. Tuples in the result have become lists.
         timeout
             Seconds for the whole call; None: the client's.
         idempotent
             Whether the call may be carried out twice. If so, it is repeated within its deadline when a
             connection is lost after the request was sent.
-
-        Returns
-        -------
-        Any
-            What the method returned; tuples have become lists.
 
         Raises
         ------
@@ -164,16 +154,11 @@ class ChannelClient:
         OutcomeUnknownError
             The request was sent and no reply came. Perhaps carried out.
         MessageTooLargeError
-            The request is larger than `max_message` (not carried out), or the result is larger than 4 GiB
-            (carried out, as the message says).
-        UnknownMethodError
-            There is no such remote method.
-        TypeError
-            An argument cannot be carried; or the method raised it.
-        RemoteError
-            The method raised something of a type that is neither built in nor of this package.
-        Exception
-            Whatever else the method raised, if its type is built in or of this package.
+            The request is larger than `max_message` (not carried out), or the result is larger than
+            4 GiB (carried out, as the message says).
+        UnknownMethodError, TypeError, RemoteError, Exception
+            There is no such remote method; an argument cannot be carried; the method raised something of a type
+            that is neither built in nor of this package; or whatever else the method raised.
 
         """
         deadline = monotonic() + (self._timeout if timeout is None else _checked_seconds("timeout", timeout))
@@ -201,11 +186,7 @@ class ChannelClient:
     def connect(self, *, timeout: float | None = None) -> None:
         """Make sure within `timeout` seconds (None: the client's) that there is a connection, calling nothing.
 
-        Raises
-        ------
-        NotServingError, CallTimeoutError, AuthenticationFailedError, CallerFaultError, ProtocolError, ChannelError
-            As :meth:`call`.
-
+        Raises what :meth:`call` raises where a call is not carried out.
         """
         deadline = monotonic() + (self._timeout if timeout is None else _checked_seconds("timeout", timeout))
         self._connections.give_back(self._connections.take() or self._dial(deadline))
@@ -213,18 +194,9 @@ class ChannelClient:
     def proxy(self, *, idempotent: Collection[str] = (), methods: Collection[str] = ()) -> Proxy:
         """Return an object whose remote methods can be called like its own.
 
-        Parameters
-        ----------
-        idempotent
-            Names of the methods that may be carried out twice.
-        methods
-            Names of methods that can be called though they do not end in ``_rpc``; the server must list them, too.
-
-        Returns
-        -------
-        Proxy
-            ``proxy.some_rpc(1, x=2)`` is ``call("some_rpc", (1,), {"x": 2})``.
-
+        ``proxy.some_rpc(1, x=2)`` is ``call("some_rpc", (1,), {"x": 2})``. `idempotent` names the methods that may
+        be carried out twice; `methods` those that can be called though they do not end in ``_rpc`` (the server
+        must list them, too).
         """
         return Proxy(self, frozenset(idempotent), frozenset(methods))
 
@@ -288,7 +260,7 @@ class ChannelClient:
                 if perhaps_done:
                     raise self._unknown_outcome(method, f"the connection was lost, and then: {error}") from error
                 raise
-            if wire.longest is not None and len(request) > wire.longest:
+            if len(request) > wire.longest:
                 connections.give_back(wire)
                 raise _too_large(method, request, wire.longest)
             wire.deadline = deadline
@@ -312,12 +284,8 @@ class ChannelClient:
                 connections.discard(wire)
                 failure = EOFError("the server is closing")
             # Another attempt would run late, or be misunderstood, too.
-            over = (
-                isinstance(failure, (TimeoutError, ProtocolError))
-                or tries >= _TRIES
-                or connections.refusal is not None
-            )
-            if over or (perhaps_done and not idempotent):
+            hopeless = isinstance(failure, (TimeoutError, ProtocolError)) or connections.refusal is not None
+            if hopeless or tries >= _TRIES or (perhaps_done and not idempotent):
                 raise self._unanswered(method, failure, perhaps_done=perhaps_done) from failure
 
     def _unanswered(self, method: str, failure: Exception, *, perhaps_done: bool) -> ChannelError:
@@ -329,10 +297,8 @@ class ChannelClient:
         return kind(f"{method} could not be sent to {describe(self._location)}: {why}")
 
     def _unknown_outcome(self, method: str, what: str) -> OutcomeUnknownError:
-        return OutcomeUnknownError(
-            f"{method} was sent to {describe(self._location)}, but {what}",
-            hint="it may or may not have been carried out",
-        )
+        text = f"{method} was sent to {describe(self._location)}, but {what}"
+        return OutcomeUnknownError(text, hint="it may or may not have been carried out")
 
 
 class Connections:

@@ -77,9 +77,8 @@ class MsgpackCodec:
     def dumps(self, value: Any) -> bytes:
         """Return a value as msgpack: about 0.3 µs for each container, and nothing for each plain value in it.
 
-        `value` is not changed, and must not change meanwhile. ``UncarriedValueError``, a ``TypeError`` and
-        ``ValueError``, says what cannot be carried and where it is: an unknown type, an integer beyond 64 bits,
-        text that is not UTF-8, or more than 100 levels of nesting (or a cycle).
+        `value` must not change meanwhile. ``UncarriedValueError`` says what cannot be carried and where it is: an
+        unknown type, an integer beyond 64 bits, text that is not UTF-8, more than 100 levels of nesting (a cycle).
         """
         try:
             return self._encode(value if _is_plain(value) else self._plain(value, 0))

@@ -19,7 +19,7 @@ _OWN_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS
 
 
 class TryAgainError(Exception):
-    """An attempt failed where another one may not.
+    """An attempt to connect failed where another one may not.
 
     `failure` is for who has no time left for one; `server` is what it showed of a server, if it did.
     """
@@ -31,14 +31,13 @@ class TryAgainError(Exception):
 
 
 def establish(wire: Wire, location: Location, authkey: bytes | Callable[[], bytes], deadline: float) -> None:
-    """Connect a wire to the server at an address, and shake hands."""
+    """Connect a wire to the server at an address, and shake hands; ``TryAgainError`` where that may help."""
     where = describe(location)
     try:
         connect(wire.sock, location, deadline)
         wire.deadline = deadline
-        # After connecting, so that the key is that of the server that listens now.
-        key = _key(authkey, where) if callable(authkey) else authkey
-        wire.longest = greet(wire, key, where)
+        # The key is asked for after connecting, so that it is that of the server that listens now.
+        wire.longest = greet(wire, _ask(authkey, where) if callable(authkey) else authkey, where)
     except NotServingError as error:
         raise TryAgainError(error) from None
     except ChannelError:
@@ -56,6 +55,15 @@ def establish(wire: Wire, location: Location, authkey: bytes | Callable[[], byte
         raise cannot_connect(location, error) from error
 
 
+def _ask(authkey: Callable[[], bytes], where: str) -> bytes:
+    try:
+        return check_key(authkey())
+    except NotServingError as error:
+        hint = "a living server puts it back within a second; else this process looks in the wrong place"
+        missing = KeyFileError(f"a server listens at {where}, but {error.message}", hint=hint)
+        raise TryAgainError(missing) from error
+
+
 def cannot_connect(location: Location, error: OSError) -> ChannelError:
     """Return the package's error for the system's, which may be the fault of this process."""
     text = f"cannot connect to {describe(location)}: {error.strerror or error}"
@@ -65,12 +73,3 @@ def cannot_connect(location: Location, error: OSError) -> ChannelError:
         hint = f"process {os.getpid()}, which asked, is at a limit of its own: close what it has open, or raise it"
         return CallerFaultError(text, hint=hint)
     return ChannelError(text)
-
-
-def _key(ask: Callable[[], bytes], where: str) -> bytes:
-    try:
-        return check_key(ask())
-    except NotServingError as error:
-        hint = "a living server puts it back within a second; else this process looks in the wrong place"
-        missing = KeyFileError(f"a server listens at {where}, but {error.message}", hint=hint)
-        raise TryAgainError(missing) from error

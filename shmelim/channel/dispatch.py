@@ -61,19 +61,13 @@ class Dispatcher:
     """
 
     def __init__(
-        self,
-        target: object,
-        methods: Collection[str],
-        codec: Codec,
-        largest: int,
-        service_name: str,
-        log: LimitedLog,
+        self, target: object, methods: Collection[str], codec: Codec, largest: int, name: str, log: LimitedLog
     ) -> None:
+        self._methods = _remote_methods(target, methods)
         self._codec = codec
         self._largest = largest
-        self._service_name = service_name
+        self._service_name = name
         self._log = log
-        self._methods = _remote_methods(target, methods)
 
     def answer(self, data: bytes) -> bytes:
         """Carry out a request and return its reply: the result, or whatever the method raised, an exit included.

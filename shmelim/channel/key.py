@@ -26,27 +26,13 @@ _ANEW = "stop the server, delete the file, and start the server again"
 
 
 def load_or_create_key(path: KeyPath) -> bytes:
-    """Return the key of a server, making the file if there is none yet.
+    """Return a server's key of 32 bytes, making the file if there is none yet, in a directory of this user's own.
 
     A new file appears whole and with mode 0600: it is written under another name first. Of several processes
     that do this at once, all return the same key.
 
-    Parameters
-    ----------
-    path
-        The key file, in a directory that only this user may write to.
-
-    Returns
-    -------
-    bytes
-        32 bytes.
-
-    Raises
-    ------
-    KeyFileError
-        The file is a symbolic link or not a regular file, belongs to another user, may be written by group or
-        others, may be read by others, or does not have 32 bytes; or it can be neither read nor made.
-
+    ``KeyFileError``: the file is a symbolic link or not a regular file, belongs to another user, may be written by
+    group or others, may be read by others, or does not have 32 bytes; or it can be neither read nor made.
     """
     with contextlib.suppress(FileNotFoundError):
         return _read(path, server=True)
@@ -55,27 +41,12 @@ def load_or_create_key(path: KeyPath) -> bytes:
 
 
 def load_key(path: KeyPath) -> bytes:
-    """Return the key that a server left for its clients.
+    """Return the key of 32 bytes that a server left for its clients, also for members of a group that may read it.
 
-    Parameters
-    ----------
-    path
-        The key file. One that its group may read is accepted from a member of that group.
-
-    Returns
-    -------
-    bytes
-        32 bytes.
-
-    Raises
-    ------
-    NotServingError
-        There is no such file: no server has been started there. (A client that has reached a server raises
-        ``KeyFileError`` instead.)
-    KeyFileError
-        This process may not read the file, as the message explains; or the file is not to be trusted, for the
-        reasons that :func:`load_or_create_key` names. It says nothing of the server.
-
+    ``NotServingError``: there is no such file, as no server has been started there. (A client that has reached a
+    server raises ``KeyFileError`` instead.) ``KeyFileError``: this process may not read the file, as the message
+    explains; or it is not to be trusted, for the reasons that :func:`load_or_create_key` names. It says nothing of
+    the server.
     """
     try:
         return _read(path, server=False)
@@ -86,11 +57,7 @@ def load_key(path: KeyPath) -> bytes:
 def restore_key(path: KeyPath, key: bytes) -> bool:
     """Put a server's key file back if it was removed, replaced or opened to others; return whether it was.
 
-    Raises
-    ------
-    KeyFileError
-        That cannot be done. The directory must exist.
-
+    ``KeyFileError`` where that cannot be done. The directory must exist.
     """
     with contextlib.suppress(FileNotFoundError, KeyFileError):
         if _read(path, server=True) == key:
@@ -114,14 +81,13 @@ def _put(path: KeyPath, key: bytes, install: Callable[[str, KeyPath], object]) -
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            with open(descriptor, "wb") as file:  # noqa: PTH123  # it opens a descriptor
-                os.fchmod(descriptor, 0o600)  # whatever the umask took away
-                file.write(key)
-                file.flush()
-                os.fsync(descriptor)
+            os.fchmod(descriptor, 0o600)  # whatever the umask took away
+            os.write(descriptor, key)
+            os.fsync(descriptor)
             with contextlib.suppress(FileExistsError):
                 install(temporary, path)
         finally:
+            os.close(descriptor)
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         raise KeyFileError(f"cannot make the key file {path}: {error.strerror or error}") from error
@@ -155,17 +121,13 @@ def _check(path: KeyPath, status: os.stat_result, *, server: bool) -> None:
     if not stat.S_ISREG(mode):
         raise KeyFileError(f"the key file {path} is not a regular file", hint="move it away")
     if mode & (stat.S_IWGRP | stat.S_IWOTH | stat.S_IROTH):
-        raise KeyFileError(
-            f"the key file {path} has mode {stat.S_IMODE(mode):04o}: others may read or change it",
-            hint=f"others may know the key, so {_ANEW}",
-        )
+        text = f"the key file {path} has mode {stat.S_IMODE(mode):04o}: others may read or change it"
+        raise KeyFileError(text, hint=f"others may know the key, so {_ANEW}")
     user = os.geteuid()
     shared = mode & stat.S_IRGRP and status.st_gid in {os.getegid(), *os.getgroups()}
     if status.st_uid != user and (server or not (status.st_uid == 0 or shared)):
-        raise KeyFileError(
-            f"the key file {path} belongs to user {status.st_uid}, not to {user}",
-            hint="run as its owner, or choose another directory",
-        )
+        text = f"the key file {path} belongs to user {status.st_uid}, not to {user}"
+        raise KeyFileError(text, hint="run as its owner, or choose another directory")
 
 
 def whose(path: KeyPath) -> str:

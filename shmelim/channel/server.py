@@ -52,41 +52,33 @@ class ChannelServer:
 
     Remote methods are those of the object's type whose name ends in ``_rpc`` or is listed, and does not start with
     an underscore. They run in several threads at a time, one for each connection. A socket or key file that
-    somebody cleans away is put back within a second, its directory (0700) included; connections are not touched by
-    that.
+    somebody cleans away is put back within a second, its directory (0700) included; connections go on.
 
     Thread-safe. In a forked child the copy is inert: its descriptors are closed, and it touches neither the socket
     file nor the connections; the parent's goes on.
 
     Parameters
     ----------
-    target
-        The object to serve.
-    address
-        Path of a Unix socket, or ``(host, port)``; port 0 lets the system choose, and `address` then says which.
-    authkey
-        The key, 16 bytes or more.
-    service_name
-        Name for clients, messages, and threads.
+    target, service_name
+        The object to serve; and its name for clients, messages, and threads.
+    address, authkey
+        Path of a Unix socket, or ``(host, port)``, where port 0 lets the system choose, and the attribute then
+        says which; and the key, 16 bytes or more.
     methods
         Names of methods that are served though they do not end in ``_rpc``.
-    max_message
-        Longest message in bytes, both ways; 16 KiB or more. A longer reply goes in several.
+    max_message, codec
+        Longest message in bytes, both ways, 16 KiB or more (a longer reply goes in several); codec of requests and
+        replies.
     max_connections
         Bound of connections that hold the key. One more takes the place of the one that was idle longest, whose
         client connects again by itself; where all are busy, it is told that the server is at its limit.
     max_pending
         Bound of connections that have not proven to hold the key; one more makes the oldest be dropped.
-    handshake_timeout
-        Seconds from accepting a connection to the end of its handshake.
-    message_timeout
-        Seconds from the first byte of a request to its last, and for the peer to take a reply. An idle connection
-        may stay for ever.
-    codec
-        Codec of requests and replies.
+    handshake_timeout, message_timeout
+        Seconds from accepting a connection to the end of its handshake; seconds from the first byte of a request
+        to its last, and for the peer to take a reply. An idle connection may stay for ever.
     key_path
-        The file from which clients load the key, to be put back if it vanishes; None: that is somebody else's
-        care.
+        The file from which clients load the key, to be put back if it vanishes; None: somebody else sees to it.
     problems
         Where ``connections_crowded`` (idle ones have to make room) and ``channel_unreachable`` (what was cleaned
         away cannot be put back) are reported; None: in the log only.
@@ -148,8 +140,8 @@ class ChannelServer:
         self._dispatcher = Dispatcher(target, methods, codec, LARGEST, service_name, self._log)
         self._peers = Peers(max_pending=max_pending, max_proven=max_connections)
         self._closed = threading.Event()
-        # Written by start(), then by the accepting thread, then by the one close() that comes first; a forked
-        # child, which is alone, clears them. The last of the listening sockets is the one at the address.
+        # Written by start(), then by the accepting thread, then by the close() that comes first; and by a forked
+        # child, which is alone. The last of the listening sockets is the one at the address.
         self._listeners: list[socket.socket] = []
         self._socket_file: SocketFile | None = None
         self._acceptor: threading.Thread | None = None
@@ -165,13 +157,7 @@ class ChannelServer:
     def start(self) -> Self:
         """Listen and serve; return this object. Clients can connect when this returns.
 
-        Raises
-        ------
-        ChannelError
-            The address is taken or cannot be used.
-        RuntimeError
-            It was started or closed before.
-
+        ``ChannelError`` if the address is taken or cannot be used; ``RuntimeError`` if it was started before.
         """
         if self._acceptor is not None or self._peers.closing:
             raise RuntimeError(f"{self!r} was started or closed before; make a new one")
@@ -207,7 +193,18 @@ class ChannelServer:
             if not self._peers.has_thread(threading.current_thread()):
                 self._closed.wait(drain + 2 * _JOIN)
             return
-        self._stop_accepting()
+        for sock in self._listeners[:]:
+            with contextlib.suppress(OSError):  # it does not listen yet
+                sock.shutdown(socket.SHUT_RDWR)  # which wakes the accepting thread
+        if self._acceptor is not None and self._acceptor.is_alive():
+            self._acceptor.join()
+        for sock in self._listeners:
+            sock.close()
+        if self._socket_file is not None:
+            try:
+                self._socket_file.remove()
+            except OSError as error:  # which does no harm: the next server at this address replaces the file
+                _logger.warning("%s: cannot remove the socket file: %s", self._service_name, error)
         running = self._peers.drain(drain, _JOIN)
         if running:
             _logger.warning("%s: closed while %d calls still ran", self._service_name, running)
@@ -257,36 +254,29 @@ class ChannelServer:
                 old.close()
 
     def _accept_one(self, listener: socket.socket) -> bool:
-        """Accept a connection if there is one; return whether there was."""
+        """Begin a conversation with whoever waits at a listener; return whether anybody did."""
+        peers, peer = self._peers, None
         try:
-            self._begin_conversation(listener)
+            peer = peers.accept(listener, self._message_timeout)
+            peer.wire.deadline = monotonic() + self._handshake_timeout
+            name = f"{self._service_name}-peer"
+            peer.thread = threading.Thread(target=self._converse, args=(peer,), name=name, daemon=True)
+            most = peers.max_pending
+            if oldest := peers.drop_oldest(most):
+                self._warn("dropped", f"dropped {oldest.label}: more than {most} handshakes at a time")
+            peer.thread.start()
         except (BlockingIOError, ConnectionAbortedError):
             return False  # it went away before we came
         except Exception as error:  # no descriptor, memory or thread left: make room, and go on
-            if not self._peers.closing:
+            if peer is not None:
+                peers.forget(peer)
+            if not peers.closing:
                 self._warn("accept", f"cannot accept a connection: {error}")
-                if not self._peers.drop_oldest():
-                    self._peers.send_away_idlest()
+                if not peers.drop_oldest():
+                    peers.send_away_idlest()
                 time.sleep(_EXHAUSTED)
             return False
         return True
-
-    def _begin_conversation(self, listener: socket.socket) -> None:
-        peer = self._peers.accept(listener, self._message_timeout)
-        try:
-            if listener.family != socket.AF_UNIX:
-                peer.wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            peer.wire.deadline = monotonic() + self._handshake_timeout
-            peer.thread = threading.Thread(
-                target=self._converse, args=(peer,), name=f"{self._service_name}-peer", daemon=True
-            )
-            most = self._peers.max_pending
-            if oldest := self._peers.drop_oldest(most):
-                self._warn("dropped", f"dropped {oldest.label}: more than {most} handshakes at a time")
-            peer.thread.start()
-        except BaseException:
-            self._peers.forget(peer)
-            raise
 
     def _keep_address(self) -> None:
         """Put back what clients find the server by, where somebody removed it."""
@@ -310,21 +300,6 @@ class ChannelServer:
             if put_back:
                 self._warn("put back", f"somebody removed {' and '.join(put_back)}: put back")
 
-    def _stop_accepting(self) -> None:
-        """End the accepting thread, then free the address; by the one thread that closes."""
-        for sock in self._listeners[:]:
-            with contextlib.suppress(OSError):  # it does not listen yet
-                sock.shutdown(socket.SHUT_RDWR)  # which wakes the accepting thread
-        if self._acceptor is not None and self._acceptor.is_alive():
-            self._acceptor.join()
-        for sock in self._listeners:
-            sock.close()
-        if self._socket_file is not None:
-            try:
-                self._socket_file.remove()
-            except OSError as error:
-                _logger.warning("%s: cannot remove the socket file: %s", self._service_name, error)
-
     # Conversing: in each connection's own thread.
 
     def _converse(self, peer: Peer) -> None:
@@ -340,7 +315,7 @@ class ChannelServer:
         except AssertionError:  # the handshake functions assert what the peer sends
             self._blame(peer, "malformed", "sent no challenge where one was due")
         except (EOFError, OSError):
-            pass  # the peer went away, or was sent away: nothing to report
+            pass  # the peer went away, or was sent away
         except BaseException:
             self._log(logging.ERROR, "conversation", "%s: a connection failed", self._service_name, exc_info=True)
         finally:
@@ -349,21 +324,20 @@ class ChannelServer:
 
     def _shake_hands(self, peer: Peer) -> bool:
         """Prove the key both ways, then exchange hello and welcome; return whether the peer may go on."""
-        wire = peer.wire
-        hello = receive_hello(wire, self._authkey, f"{self._service_name} at {describe(self._location)}")
+        wire, name, bound = peer.wire, self._service_name, self._peers.max_proven
+        hello = receive_hello(wire, self._authkey, f"{name} at {describe(self._location)}")
         admission = self._peers.prove(peer)
         if admission == "dropped":
             return False
-        bound, refusal = self._peers.max_proven, None
+        refusal = None
         if admission == "crowded":
-            refusal = f"{self._service_name} is at its limit of {bound} connections, and all are busy"
+            refusal = f"{name} is at its limit of {bound} connections, and all are busy"
         if admission != "welcome":
-            what = refusal or "an idle one goes"
-            self._warn("crowded", f"{peer.label} finds {bound} connections, the limit: {what}")
+            self._warn("crowded", f"{peer.label} finds {bound} connections: {refusal or 'an idle one goes'}")
             remedy = "see which processes keep so many clients, or raise max_connections"
             text = f"{bound} connections are the limit, and idle ones make room for new ones"
-            self._problems.report(CROWDED, text, subject=self._service_name, severity="notice", remedy=remedy)
-        wire.send_bytes(encode_welcome(self._service_name, refusal, self._max_message))
+            self._problems.report(CROWDED, text, subject=name, severity="notice", remedy=remedy)
+        wire.send_bytes(encode_welcome(name, refusal, self._max_message))
         if refusal is not None:
             return False
         if hello.protocol != PROTOCOL:

@@ -66,87 +66,69 @@ class Wire:
         # of a message, and `patience` seconds for everything else. Set by the thread that uses the wire.
         self.deadline: float | None = None
         self.patience = patience
-        self.longest: int | None = None  # message in bytes that the peer takes, if it has said so
+        self.longest: int = 0  # message in bytes that the peer takes, once it has said so
         self.begun = False  # a part of a message has come in; any thread may look
         self.sock = sock
         self._readable = poller_of(sock, select.POLLIN)
         self._surplus = b""  # received beyond the last message; only the thread that uses the wire touches it
-        # Orders shutdown() before close(), so that it never hits a descriptor number that was given away again.
-        # Re-entrant, since a signal handler may shut a wire that its thread is about to close.
+        # Keeps shutdown() from a descriptor number that was given away again. Re-entrant, since a signal handler
+        # may shut a wire that its thread is about to close.
         self._closing = threading.RLock()
         forks.register(self)
 
     def send_bytes(self, data: bytes) -> None:
         """Send one message of up to 2 GiB; after an error (``OSError``) the peer cannot have got all of it."""
-        deadline = self.deadline
         now = monotonic()
-        if deadline is None:
-            deadline = now + self.patience
-        elif deadline <= now:
+        deadline = now + self.patience if self.deadline is None else self.deadline
+        if deadline <= now:
             raise TimeoutError("the deadline has passed")
-        size = len(data)
-        header = _HEADER.pack(size)
-        if size <= _JOINED:
-            message = header + data
+        header = _HEADER.pack(len(data))
+        rest = [memoryview(header + data)] if len(data) <= _JOINED else [memoryview(header), memoryview(data)]
+        while rest:
             try:
-                sent = self.sock.send(message)
-            except BlockingIOError:
-                sent = 0
-            if sent == len(message):  # the usual case, kept short
-                return
-            parts = [memoryview(message)[sent:]]
-        else:
-            parts = [memoryview(header), memoryview(data)]
-        while parts:
-            try:
-                sent = self.sock.sendmsg(parts)
+                sent = self.sock.sendmsg(rest)
             except BlockingIOError:
                 wait(poller_of(self.sock, select.POLLOUT), deadline)
                 continue
-            while parts and sent >= len(parts[0]):
-                sent -= len(parts.pop(0))
-            if parts:
-                parts[0] = parts[0][sent:]
+            while rest and sent >= len(rest[0]):
+                sent -= len(rest.pop(0))
+            if rest:
+                rest[0] = rest[0][sent:]
 
     def recv_bytes(self, maxlength: int) -> bytes:
         """Receive one message; nothing is allocated for a length that is only announced.
 
-        ``EOFError`` if the connection was closed or shut down, ``TimeoutError`` if the message did not come or end
-        in time, ``ProtocolError`` if a longer one was announced, or ``OSError``.
+        ``EOFError``: the connection was closed or shut down; ``TimeoutError``: the message did not come or end in
+        time; ``ProtocolError``: a longer one was announced; or another ``OSError``.
         """
         deadline = self.deadline
         data, self._surplus = self._surplus, b""
         if not data:
             data = self._receive(_FIRST_READ, deadline)
-        if len(data) >= _HEADER.size:  # the usual case, kept short: one whole message
-            (size,) = _HEADER.unpack_from(data)
-            if 0 <= size <= maxlength and len(data) == _HEADER.size + size:
-                return data[_HEADER.size :]
         if deadline is None:  # it has begun, so that it must end
             deadline = monotonic() + self.patience
         self.begun = True
         try:
-            return self._receive_rest(data, maxlength, deadline)
+            begin = _HEADER.size
+            if len(data) < begin:
+                data = self._fill(data, begin, deadline)
+            (size,) = _HEADER.unpack_from(data)
+            if size == -1:
+                begin = _LONG_HEADER.size
+                data = self._fill(data, begin, deadline)
+                _, size = _LONG_HEADER.unpack_from(data)
+            if not 0 <= size <= maxlength:
+                raise ProtocolError(_too_long(data, size, maxlength))
+            end = begin + size
+            if len(data) < end:
+                data = self._fill(data, end, deadline)
         finally:
             self.begun = False
+        self._surplus = data[end:]
+        return data[begin:end]
 
-    def _receive_rest(self, data: bytes, maxlength: int, deadline: float) -> bytes:
-        """Finish a message of which `data` (at least a byte, perhaps more than the message) is here."""
-        header = _HEADER.size
-        data = self._complete(data, header, deadline)
-        (size,) = _HEADER.unpack_from(data)
-        if size == -1:
-            header = _LONG_HEADER.size
-            data = self._complete(data, header, deadline)
-            _, size = _LONG_HEADER.unpack_from(data)
-        if not 0 <= size <= maxlength:
-            raise ProtocolError(_too_long(data, size, maxlength))
-        data = self._complete(data, header + size, deadline)
-        self._surplus = data[header + size :]
-        return data[header : header + size]
-
-    def _complete(self, data: bytes, size: int, deadline: float) -> bytes:
-        """Return `data` with what comes after it, up to so many bytes."""
+    def _fill(self, data: bytes, size: int, deadline: float) -> bytes:
+        """Return `data` with what comes after it, `size` bytes or more in all."""
         parts, missing = [data], size - len(data)
         while missing > 0:
             parts.append(self._receive(min(missing, _NEXT_READ), deadline))

@@ -117,10 +117,9 @@ def _change(event: Mapping[str, Any]) -> str:
     """Return old → new, as short as it can be said, and the note."""
     old, new = event["old"], event["new"]
     if old and new:
-        fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
-        said = ", ".join(
-            f"{field}: {output.value(old.get(field))} → {output.value(new.get(field))}" for field in fields
-        )
+        pairs = {field: (old.get(field), new.get(field)) for field in {**old, **new}}
+        differing = {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
+        said = ", ".join(f"{field}: {' → '.join(map(output.value, pair))}" for field, pair in differing.items())
     else:
         said = f"{_brief(old)} → {_brief(new)}".strip() if old or new else ""
     return f"{said} ({event['note']})".strip() if event["note"] else said

@@ -47,7 +47,7 @@ def backup(settings: Settings, *, target: Path, state_dir: Path | None) -> None:
     """
     directory = state_dir or state_directory_of(settings.name)
     with DelayedProgress() as progress:
-        made = keeping.back_up(directory, target.absolute(), progress.tell)
+        made = keeping.back_up(directory, target.absolute(), progress.update)
     about = {**msgspec.structs.asdict(made), "state_dir": made.directory, "backup": str(target)}
     del about["directory"]
     said = f"backed up: commit {made.commit}, {made.eliminated} eliminated, {made.departed} departed, in {target}"

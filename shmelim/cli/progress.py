@@ -15,7 +15,7 @@ _DELAY: Final = 1.0
 class DelayedProgress:
     """A progress bar that appears after a second; nothing is shown where stderr is not a terminal.
 
-    :meth:`tell` may be called from any thread; outside of the ``with`` block it does nothing. With a `file` the
+    :meth:`update` may be called from any thread; outside of the ``with`` block it does nothing. With a `file` the
     bar, and what is written above it, goes there instead of to ``sys.stderr``.
     """
 
@@ -57,7 +57,7 @@ class DelayedProgress:
                 self._bar.stop()
             self._bar = None
 
-    def tell(self, what: str, done: int, total: int | None) -> None:
+    def update(self, what: str, done: int, total: int | None) -> None:
         """Say what is being done and how far it is; a total of None: it is not known how far it will go."""
         with self._lock:
             if self._bar is None:

@@ -129,12 +129,18 @@ def serve(settings: Settings, *, ready_fd: int | None, verbose: bool, **options:
         stderr.write(_ready_line(service) + "\n")
         stderr.drain(_DRAIN)
         if ready_fd is not None:
-            _tell_ready(ready_fd)
+            with contextlib.suppress(OSError):  # whoever wanted to know may be gone: no reason to stop serving
+                os.write(ready_fd, b"ready\n")
+            if ready_fd > _STANDARD_ERROR:
+                os.close(ready_fd)
 
-    _log_to(progress, verbose=verbose)
+    log, handler = logging.getLogger("shmelim"), logging.StreamHandler(progress)
+    handler.setFormatter(_LineFormatter())
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if verbose else logging.WARNING)
     with progress:
         try:
-            run(ServeOptions(settings.name, **options), announce, progress.tell)
+            run(ServeOptions(settings.name, **options), announce, progress.update)
         except AlreadyServingError as error:
             raise _naming_the_other(error, settings.name) from error
         finally:
@@ -158,14 +164,6 @@ def _stderr() -> int | None:
         return None
 
 
-def _tell_ready(descriptor: int) -> None:
-    # Whoever wanted to know may be gone; that is no reason to stop serving.
-    with contextlib.suppress(OSError):
-        os.write(descriptor, b"ready\n")
-    if descriptor > _STANDARD_ERROR:
-        os.close(descriptor)
-
-
 def _naming_the_other(error: AlreadyServingError, name: str) -> ShmelimError:
     """Return the error with the process that serves the name, if that can be seen."""
     with contextlib.suppress(ShmelimError):
@@ -176,10 +174,3 @@ def _naming_the_other(error: AlreadyServingError, name: str) -> ShmelimError:
                 hint=f"see `shmelim status --name {name}`, stop that process, or serve under another --name",
             )
     return error
-
-
-def _log_to(progress: DelayedProgress, *, verbose: bool) -> None:
-    log, handler = logging.getLogger("shmelim"), logging.StreamHandler(progress)
-    handler.setFormatter(_LineFormatter())
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG if verbose else logging.WARNING)

@@ -38,19 +38,19 @@ def sync(settings: Settings, *, file: Path) -> None:
       ssh other shmelim export - | shmelim sync -
     """
     with DelayedProgress() as progress:
-        progress.tell("reading", 0, None)
+        progress.update("reading", 0, None)
         records = _read(file)
 
-        def tell(sent: int) -> None:
-            sending = sent < len(records)
-            progress.tell(
-                "sending" if sending else "committing", sent * sending, len(records) if sending else None
-            )
+        def show_sent(sent: int) -> None:
+            if sent < len(records):
+                progress.update("sending", sent, len(records))
+            else:
+                progress.update("committing", 0, None)
 
         with EliminationClient(settings.name) as client:
-            progress.tell("sending", 0, len(records))
+            show_sent(0)
             try:
-                removed = client.sync_eliminations(map(decode, records), on_progress=tell)
+                removed = client.sync_eliminations(map(decode, records), on_progress=show_sent)
             except (ValueError, TypeError) as error:
                 raise RefusedError(str(error), hint="nothing was changed") from error
             eliminated = len(client)

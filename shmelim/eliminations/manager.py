@@ -20,7 +20,6 @@ from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.rows import Status
 from shmelim.eliminations.rules import Context, EliminationProcessor, processed
 from shmelim.eliminations.rules.loop import run_loop
-from shmelim.eliminations.rules.membership import listed_by, valid_hotkeys
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, living_writer, open_server
 from shmelim.eliminations.server import EliminationManagerServer
@@ -288,6 +287,9 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             self._table = self._reader._table  # noqa: SLF001  # what the reads of both look into
             self._processor = self._make_processor()
             self._look_at_metagraph()
+            collaborators = self._processor.context.collaborators
+            for gap in self.environment.gaps(collaborators, is_backtesting=is_backtesting):
+                _log.warning("%s", gap)
         except BaseException:
             self.shutdown()
             raise
@@ -338,17 +340,11 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         return processor
 
     def _look_at_metagraph(self) -> None:
-        """Tell the server who is registered, if that is known yet."""
-        hotkeys: Any = None if self.metagraph is None else self.metagraph.hotkeys
-        if hotkeys is None:
-            return
+        """Tell the server who is registered, if that is known yet: a look like any other."""
         try:
-            listed, _ = valid_hotkeys(listed_by(hotkeys))  # a tick tells of those that are none
+            self._processor.handle_departed()
         except TypeError as error:
             _log.warning("the metagraph has no list of hotkeys yet: %s", error)
-            return
-        if listed:
-            self.update_metagraph(listed)
 
     def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
         return self._call_server(method, args, kwargs, **options)

@@ -19,7 +19,7 @@ from shmelim.eliminations.server import EliminationManagerServer, Progress
 from shmelim.eliminations.store.schema import FILE_NAME, Durability
 from shmelim.errors import AlreadyServingError, ChannelError, NotServingError, SegmentError, StoreError
 from shmelim.service import ServerReady, report_progress
-from shmelim.service.serving import Ending, run_server
+from shmelim.service.process import Ending, run_server
 from shmelim.shm import Namespace, SharedNamespace
 
 SERVICE_NAME: Final = "EliminationManagerServer"
@@ -108,7 +108,7 @@ def start_elimination_manager_server(
     ``address``, ``authkey`` and ``server_ready`` are what ``_start_server_process`` got; ``options`` say what to
     serve, but for its `port`. ``SystemExit`` where there is no server, and the owner was told why.
     """
-    run_server(open_server, (options,), {}, address, authkey, server_ready, partial(announce, options))
+    run_server((open_server, (options,), {}, partial(announce, options)), address, authkey, server_ready)
 
 
 def living_writer(name: str) -> int | None:

@@ -25,17 +25,16 @@ class Notifier(Protocol):
 class _Unsent(NamedTuple):
     text: str
     level: str
-    is_known: bool  # whether an earlier message of the problem was taken
+    is_known: bool  # an earlier message of the problem was taken
 
 
 class ProblemMessages:
     """Sends a message when a problem is raised or gets worse, and unless `ends` is false another when it ends.
 
-    What the notifier refuses, by False or an error, is kept for :meth:`send_again` as long as it holds; of a
-    problem that ends before anybody heard of it, nothing is sent. `notifier` returns who is told, each time.
+    What the notifier (asked for each time) refuses, by False or an error, is kept for :meth:`send_again` as long
+    as it holds; of a problem that ends before anybody heard of it, nothing is sent.
 
-    Thread-safe and fork-safe: each step is one operation of a dict, so that there is no lock which a forked child
-    could inherit held.
+    Thread-safe and fork-safe without a lock: each step is one operation of a dict.
     """
 
     def __init__(self, problems: Problems, notifier: Callable[[], Notifier | None], *, ends: bool = True) -> None:
@@ -43,10 +42,10 @@ class ProblemMessages:
         self._notifier = notifier
         self._ends = ends
         self._unsent: dict[tuple[str, str], _Unsent] = {}
-        problems.subscribe(self._tell)
+        problems.subscribe(self._on_change)
 
     def send(self, text: str, level: str) -> bool:
-        """Send a message; return False if it was not taken. What the notifier raises is logged."""
+        """Send a message; False: it was not taken. What the notifier raises is logged."""
         try:
             notifier = self._notifier()
             return notifier is None or notifier.send_message(text, level=level) is not False
@@ -66,7 +65,7 @@ class ProblemMessages:
                 self._unsent[key] = unsent
                 return  # the others would wait as long, and for nothing
 
-    def _tell(self, change: Change, problem: Problem) -> None:
+    def _on_change(self, change: Change, problem: Problem) -> None:
         key = problem.name, problem.subject
         earlier = self._unsent.pop(key, None)
         is_known = change != "raised" if earlier is None else earlier.is_known
@@ -83,9 +82,9 @@ class ProblemMessages:
 
 
 def take_over(problems: Problems, reported: object) -> None:
-    """Make the problems that a server's health check lists those that stand, so that subscribers hear of changes.
+    """Let those problems stand that a server's health check lists, so that subscribers hear of changes.
 
-    `problems` should be that server's alone: what is not listed is over. Whatever is not a problem is passed over.
+    `problems` should be that server's alone: what is not listed is over. What is not a problem is passed over.
     """
     rows = [row for row in reported if isinstance(row, Mapping)] if isinstance(reported, list) else []
     listed = {(row["name"], row["subject"]): row for row in rows if row.keys() == set(Problem._fields)}

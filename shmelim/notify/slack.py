@@ -50,18 +50,13 @@ class SlackNotifier:
 
     Parameters
     ----------
-    webhook_url : str
-        The webhook's http(s) URL.
-    source : str, optional
-        What every message begins with, such as the name of the host.
-    repeat_after : float
-        Seconds in which the same message is sent once.
+    webhook_url, source : str
+        The webhook's http(s) URL; and what every message begins with, such as the name of the host.
     burst, interval : int, float
         So many messages may leave at once, and from then on one every `interval` seconds.
-    max_queued, max_tries : int
-        How many messages may wait, and how often each is tried.
-    retry_delay : float
-        Seconds before the second try, doubled for each further one; Slack's ``Retry-After`` takes precedence.
+    max_queued, max_tries, retry_delay : int, int, float
+        How many messages may wait, how often each is tried, and seconds before the second try, doubled for each
+        further one; Slack's ``Retry-After`` takes precedence.
     timeout, exit_timeout : float
         Seconds for connecting, and for each piece of an answer; seconds for what waits when the process ends.
 
@@ -111,8 +106,8 @@ class SlackNotifier:
 
     def after_fork_in_child(self) -> None:
         """Begin anew: what waits here is the parent's to send. Called by :mod:`shmelim.system.forks`."""
-        # Its lock guards everything below, and is held by nobody who waits for the network. It is re-entrant: a
-        # signal handler may send a message while its thread does.
+        # Guards everything below, and is held by nobody who waits for the network. Re-entrant: a signal handler
+        # may send a message while its thread does.
         self._changed = threading.Condition(threading.RLock())
         # (level, text) -> [when it was let through, how often it was held back since], the oldest first.
         self._seen: dict[tuple[str, str], list[float]] = {}
@@ -142,10 +137,7 @@ class SlackNotifier:
         return self._background.drain(self._arguments["exit_timeout"] if timeout is None else timeout)
 
     def close(self, timeout: float | None = None) -> bool:
-        """Take no more messages, send those that wait without further pauses, and :meth:`flush`; idempotent.
-
-        Called by itself at the end of the process.
-        """
+        """Take no more messages, send what waits without pauses, and :meth:`flush`; idempotent, called at exit."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -197,9 +189,8 @@ class SlackNotifier:
     def _lost(self, count: int) -> str:
         return self._as_sent(f"{count} messages were dropped: too many waited", "", "warning")
 
-    # ------------------------------------------------------------------ in the thread that sends
-
     def _deliver(self, text: str) -> None:
+        """Deliver a message, in the thread that sends, when it is its turn."""
         burst, interval = self._arguments["burst"], self._arguments["interval"]
         self._pause(self._full_at - (burst - 1) * interval - monotonic())
         self._full_at = max(self._full_at, monotonic()) + interval

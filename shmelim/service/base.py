@@ -1,51 +1,25 @@
-"""The base of a service: an object served by a process of its own, or living in this one, behind the same methods.
-
-A complete service::
-
-    class Positions(RPCServiceBase):
-        def __init__(self, limit, running_unit_tests=False):
-            super().__init__("PositionManagerServer", 50002, running_unit_tests)
-            self.limit = limit
-            self._initialize_service()
-
-        def _create_direct_server(self):
-            return PositionServer(self.limit)
-
-        def _start_server_process(self, address, authkey, server_ready):
-            return self._spawn_server(
-                PositionServer, self.limit, address=address, authkey=authkey, server_ready=server_ready
-            )
-
-        def open_position(self, hotkey, pair, size):
-            return self._server_proxy.open_position_rpc(hotkey, pair, size)
-"""
+"""The base of a service: an object served by a process of its own, or in this one, behind the same methods."""
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.context
 import os
+import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Self
 
 from shmelim.channel.address import Address, Location
 from shmelim.errors import ChannelError
-from shmelim.service.core import Absent, Core
-from shmelim.service.health import Notifier
+from shmelim.notify.problems import Notifier
 from shmelim.service.lease import ServiceKey
-from shmelim.service.owner import Owner
-from shmelim.service.process import FreshProcess, InCallersScriptError, ServerReady
-from shmelim.service.serving import run_server, serve_rpc
+from shmelim.service.owner import Absent, Core
+from shmelim.service.process import ServerReady, serve_rpc, start_server
 from shmelim.service.settings import ServiceSettings, check_service_name, service_location
-from shmelim.system import forks
-
-_SCRIPT_RUNS_AGAIN: Final = (
-    "multiprocessing runs the caller's script again in that process: put the server's factory into a module "
-    'and leave start_method out, or what the script does under `if __name__ == "__main__":`'
-)
 
 
 class RPCServiceBase(ABC):
@@ -85,7 +59,7 @@ class RPCServiceBase(ABC):
         Whether they do, and whether a server that died is restarted; otherwise both are only told.
     slack_notifier
         Who is told: anything with ``send_message(text, level=...)``. An outage is told once for all processes,
-        and so is its end. Of a server that died the owner tells, if it has a notifier; of one that hangs, the
+        and so is its end: of a server that died by the owner, if it has a notifier; of one that hangs by the
         process that finds it first.
     address
         Path of a Unix socket, or ``(host, port)``, instead of `port`.
@@ -99,12 +73,11 @@ class RPCServiceBase(ABC):
     Attributes
     ----------
     served_methods : collection of str
-        For the subclass to list: methods of the server that can be called although their names do not end in
-        ``_rpc``.
+        For the subclass to list: methods of the server that can be called without a name that ends in ``_rpc``.
+    port : int | None
+        As given, or as chosen by the system; None for a Unix socket.
     service_name, running_unit_tests
         As given.
-    port
-        As given, or as chosen by the system; None for a Unix socket.
     enable_health_check, health_check_interval_s, max_consecutive_failures, enable_auto_restart, slack_notifier
         As given; may be changed at any time.
 
@@ -141,9 +114,8 @@ class RPCServiceBase(ABC):
     """
 
     # Everything else that the base has stands in one object, so that no name of a subclass can collide with it.
-    # On the class for mocks that are made after it, and for objects that are forgotten before they are made.
-    __core: Core | None = None
-    _server_proxy: Any = None
+    __core: Core
+    _server_proxy: Any = None  # on the class for mocks that are made after it
     served_methods: ClassVar[Collection[str]] = ()
 
     def __init__(
@@ -179,7 +151,7 @@ class RPCServiceBase(ABC):
             ServiceSettings.checked(type(self).__name__, settings),
             self.served_methods,
         )
-        self.__core.belong_to(self)
+        self.__core.facade = weakref.ref(self)
         self._server_proxy = self.__core.proxy()
 
     # ------------------------------------------------------------------ what a subclass writes
@@ -206,7 +178,7 @@ class RPCServiceBase(ABC):
         authkey
             The key: 32 bytes that must not get into a log, an environment or an argument list.
         server_ready
-            To be handed to :meth:`_serve_rpc`. Has what a :class:`multiprocessing.Event` has for that purpose.
+            For :meth:`_serve_rpc`; can be used like a :class:`multiprocessing.Event`.
 
         """
 
@@ -223,10 +195,8 @@ class RPCServiceBase(ABC):
         ChannelError
             Another process, or another service of this one, is at the address; or what the process needs cannot be
             given to it.
-        TimeoutError
-            The server was not ready in time.
-        NotServingError
-            The server process ended before it was ready.
+        TimeoutError, NotServingError
+            The server was not ready in time; its process ended before it was.
         RuntimeError
             It was called before.
         SystemExit
@@ -236,7 +206,7 @@ class RPCServiceBase(ABC):
 
         """
         core = self.__core
-        if core is None or core.refusal is not None or not isinstance(self._server_proxy, Absent):
+        if core.refusal is not None or not isinstance(self._server_proxy, Absent):
             raise RuntimeError(f"{self.service_name} was initialized or shut down before")
         if self.running_unit_tests:
             self._server_proxy = core.direct = self._create_direct_server()
@@ -248,13 +218,8 @@ class RPCServiceBase(ABC):
                 f'process that it starts: put that part of the script under `if __name__ == "__main__":`'
             )
         try:
-            assert core.location is not None
-            core.owner = Owner(core, core.location)
-            core.page.state.owner_tells = core.is_heard()
-            core.owner.start()
-            if core.settings.restart_on_exit:
-                core.owner.watch()
-            if not isinstance(core.location, str):
+            core.begin()
+            if isinstance(core.location, tuple):
                 self.port = core.location[1]
             self._server_proxy = core.proxy()
             core.check_not_ended()  # by a signal handler, meanwhile
@@ -275,10 +240,9 @@ class RPCServiceBase(ABC):
         """Start a process that serves ``factory(*args, **kwargs)``; for :meth:`_start_server_process`.
 
         The process is a fresh interpreter, which imports what it needs and does not run the caller's script again:
-        the script needs no ``if __name__ == "__main__":``, and nothing is forked. Where `factory` or an
-        argument lives in that script itself, the process is started in the way of :mod:`multiprocessing`; a
-        setting ``start_method`` chooses one of its ways in any case. For all but ``fork`` everything given must be
-        picklable.
+        the script needs no ``if __name__ == "__main__":``, and nothing is forked. Where `factory` or an argument
+        lives in that script, :mod:`multiprocessing` starts the process in its way; the setting ``start_method``
+        chooses one of its ways in any case. For all but ``fork`` everything given must be picklable.
 
         Parameters
         ----------
@@ -294,7 +258,7 @@ class RPCServiceBase(ABC):
         Returns
         -------
         BaseProcess
-            The process, which has started and may not yet be ready.
+            The process, which may not yet be ready.
 
         Raises
         ------
@@ -302,37 +266,8 @@ class RPCServiceBase(ABC):
             It cannot be started in the way of :mod:`multiprocessing`; the message says what that needs.
 
         """
-        core = self.__core
-        assert core is not None
-        given = factory, args, kwargs, address, authkey, server_ready, on_listening
-        options: Any = {"target": run_server, "args": given, "name": self.service_name, "daemon": True}
-        if core.settings.start_method is None:
-            try:
-                process: BaseProcess = FreshProcess(**options)
-                process.start()
-            except InCallersScriptError:
-                pass
-            else:
-                if core.owner is not None:
-                    core.owner.recipe = factory, args, kwargs, on_listening
-                return process
-        context: Any = multiprocessing.get_context(core.settings.start_method)
-        if context.get_start_method() != "fork":
-            server_ready.hint = _SCRIPT_RUNS_AGAIN
-        try:
-            process = context.Process(**options)
-            with forks.logs_at_rest():
-                process.start()
-        except AssertionError as error:
-            hint = (
-                "make that process with daemon=False, or put the factory into a module and leave start_method out"
-            )
-            raise ChannelError(f"{self.service_name} cannot be served: {error}", hint=hint) from error
-        except (EOFError, RuntimeError, ConnectionError) as error:
-            raise ChannelError(
-                f"{self.service_name} cannot be served: {error!r}", hint=server_ready.hint
-            ) from error
-        return process
+        method, recipe = self.__core.settings.start_method, (factory, args, kwargs, on_listening)
+        return start_server(self.service_name, method, recipe, address, authkey, server_ready)
 
     _serve_rpc = staticmethod(serve_rpc)
 
@@ -347,27 +282,10 @@ class RPCServiceBase(ABC):
     ) -> Any:
         """Call a method of the server with a deadline of its own; else as through ``self._server_proxy``.
 
-        Parameters
-        ----------
-        method, args, kwargs
-            What to call with what.
-        timeout
-            Seconds for the whole call; None: the setting ``call_timeout``. Of no effect in direct mode.
-        idempotent
-            Whether the call may be carried out twice, and so is repeated when a connection is lost.
-
-        Returns
-        -------
-        Any
-            What the method returned.
-
-        Raises
-        ------
-        Exception
-            As :meth:`~shmelim.channel.client.ChannelClient.call`.
-
+        As :meth:`~shmelim.channel.client.ChannelClient.call` in all; with a `timeout` of None the setting
+        ``call_timeout`` holds. In direct mode it has no effect.
         """
-        client = None if self.__core is None else self.__core.client
+        client = self.__core.client
         if client is None or not self._server_proxy:
             return getattr(self._server_proxy, method)(*args, **(kwargs or {}))
         return client.call(method, args, kwargs, timeout=timeout, idempotent=idempotent)
@@ -377,18 +295,18 @@ class RPCServiceBase(ABC):
     @property
     def address(self) -> Location | None:
         """Where the server is: a path, or host and port; None in direct mode."""
-        return None if self.__core is None else self.__core.location
+        return self.__core.location
 
     @property
     def server_pid(self) -> int | None:
         """Id of the server process that serves, or was the last to; None in direct mode and in copies."""
-        owner = None if self.__core is None else self.__core.owner
-        return None if owner is None or owner.server is None else owner.server.pid
+        server = self.__core.server
+        return None if server is None else server.pid
 
     @property
     def has_ended(self) -> bool:
         """Whether it was shut down, here or by its owner, or a later object has taken its address."""
-        return self.__core is None or self.__core.has_ended
+        return self.__core.refusal is not None or bool(self.__core.page.state.ended)
 
     @property
     def health_check_interval_ms(self) -> float:
@@ -413,15 +331,14 @@ class RPCServiceBase(ABC):
 
         """
         core = self.__core
-        assert core is not None
         core.check_not_ended()
         if core.location is None:
             raise ChannelError(f"{core.name} is in direct mode: it has no server process to restart")
         if core.client is None:
             raise ChannelError(f"{core.name} has no server yet", hint="call _initialize_service() first")
-        if core.owner is None:
+        if not core.is_makers:
             raise ChannelError(f"{core.name} can only be restarted by the process that made it")
-        core.owner.restart()
+        core.restart()
         core.look()
 
     def shutdown(self, why: str | None = None) -> None:
@@ -439,7 +356,7 @@ class RPCServiceBase(ABC):
 
         """
         core = self.__core
-        if core is not None and core.refusal is None:
+        if core.refusal is None:
             why = why or f"{self.service_name} was shut down"
             core.end(why)
             self._server_proxy = Absent(why)  # whether or not the core still finds this object
@@ -453,8 +370,8 @@ class RPCServiceBase(ABC):
         self.shutdown()
 
     def __del__(self) -> None:
-        # An object whose constructor was refused early has no core; a subclass may have given it a slot.
-        if getattr(self, "_RPCServiceBase__core", None) is not None:
+        # An object whose constructor was refused early has no core.
+        if hasattr(self, "_RPCServiceBase__core"):
             self.shutdown()
 
     def __repr__(self) -> str:
@@ -471,10 +388,8 @@ class RPCServiceBase(ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-        core = self.__core
-        assert core is not None
-        core.belong_to(self)
-        self._server_proxy = core.proxy()
+        self.__core.facade = weakref.ref(self)
+        self._server_proxy = self.__core.proxy()
 
     # ------------------------------------------------------------------ health
 
@@ -495,31 +410,29 @@ class RPCServiceBase(ABC):
         Returns
         -------
         bool
-            Whether the check found the server healthy: it answered ``health_check_rpc`` with the status "ok" or
-            "degraded". False also if it was restarted since. What the last check found, if it is not time yet.
-            True while health checks are not enabled, and if the server has no ``health_check_rpc``, which is
-            told once. False, without a check, once the service :attr:`has_ended`, and before it has a server.
+            Whether the check, or the last one if it is not time yet, found the server healthy: it answered
+            ``health_check_rpc`` with the status "ok" or "degraded". False also if it was restarted since, and
+            without a check once the service :attr:`has_ended`, and before it has a server. True while health
+            checks are not enabled, and if the server has no ``health_check_rpc``, which is told once.
 
         """
         if not self.enable_health_check:
             return True
         core = self.__core
-        if core is None or core.has_ended or isinstance(self._server_proxy, Absent):
+        if core.page.state.ended or isinstance(self._server_proxy, Absent):
             return False
-        now_ms = core.settings.clock_ms() if current_time_ms is None else current_time_ms
-        return core.checks.check(now_ms, self.health_check_interval_s * 1000)
+        if current_time_ms is None:
+            clock = core.settings.clock_ms
+            current_time_ms = time.time_ns() / 1e6 if clock is None else clock()
+        return core.check(current_time_ms, self.health_check_interval_s * 1000)
 
 
 class _LastProcess:
-    """The server process that was started last; None in direct mode and outside of the owner.
-
-    An attribute of its name that a subclass sets for itself is the subclass' own.
-    """
+    """The server process that was started last; a subclass may set an attribute of that name for itself."""
 
     def __get__(self, service: RPCServiceBase | None, kind: type) -> BaseProcess | None:
-        core: Core | None = getattr(service, "_RPCServiceBase__core", None)
-        owner = None if core is None else core.owner
-        return None if owner is None or owner.server is None else owner.server.process
+        server = getattr(getattr(service, "_RPCServiceBase__core", None), "server", None)
+        return None if server is None else server.process
 
 
 RPCServiceBase._server_process = _LastProcess()  # type: ignore[attr-defined]  # noqa: SLF001

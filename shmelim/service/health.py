@@ -1,98 +1,150 @@
-"""The health of a service: how checks are counted, what people are told, and a daemon that checks by itself."""
+"""The health of a service: what its processes share, how checks are counted and told, a daemon that checks."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import logging
 import math
+import mmap
 import multiprocessing
 import multiprocessing.context
-import multiprocessing.process
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
 from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, Self
 
-from shmelim.errors import CallerFaultError, KeyFileError
-from shmelim.service.settings import server_title
-from shmelim.service.shared import SharedPage
+from shmelim.channel.address import Location, describe
+from shmelim.errors import CallerFaultError, KeyFileError, ShmelimError, UnknownMethodError
+from shmelim.notify.problems import Notifier, ProblemMessages, take_over
+from shmelim.service.process import disown
+from shmelim.service.settings import ServiceSettings, server_title
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
-from shmelim.system.problems import SEVERITIES, Change, Problem
+from shmelim.system.logs import log_problems
+from shmelim.system.problems import SEVERITIES, Change, Problem, Problems, Severity
 from shmelim.system.processes import ProcessIdentity, set_title
 
-DOWN: Final = "server_down"
-
+_DOWN: Final = "server_down"
+_DYING: Final = 0.1  # seconds in which a process that closed its connections is dead
+_STOPPED: Final = 0.2  # seconds; a process that was stopped with the lock in its hands must not stop the others
 _PATIENCE: Final = 0.8  # seconds that a check under way has to end by itself
 _FLUSH: Final = 2.0  # seconds for alerts that are still to be sent when a checking process ends
 
 _logger = logging.getLogger("shmelim.service")
 
 
-# ---------------------------------------------------------------------- who is told
+# ---------------------------------------------------------------------- what all processes of a service know
 
 
-class Notifier(Protocol):
-    """Who is told of what people should know, such as a :class:`~shmelim.notify.slack.SlackNotifier`."""
+class _State(ctypes.Structure):
+    """Words of eight bytes, each written whole: by the owner, by who ends the server, and under the lock."""
 
-    def send_message(self, text: str, level: str = "info") -> object:
-        """Pass a message on; `level` is info, success, warning or error."""
+    _fields_: ClassVar = [
+        ("ended", ctypes.c_int64),  # the owner has shut the service down
+        ("owner_tells", ctypes.c_int64),  # it has a notifier
+        ("pid", ctypes.c_int64),
+        ("started", ctypes.c_double),
+        ("ended_by", ctypes.c_int64),  # the process whose health check ends the server; 0: none does
+        ("level", ctypes.c_int64),  # how bad an outage was told to be that is not over; 0: there is none
+        ("number", ctypes.c_int64),  # of the outage that is on, or was the last
+        ("restarts", ctypes.c_int64),  # in it
+        ("since", ctypes.c_double),
+    ]
 
 
-def tell(notifier: Notifier | None, text: str, level: str) -> None:
-    """Pass a message to a notifier, if there is one; whatever that raises is logged."""
-    if notifier is None:
-        return
-    try:
-        notifier.send_message(text, level=level)
-    except Exception:
-        _logger.exception("the notifier failed; it should have said: %s", text)
+# Number of the last outage of each service of this process, over all objects of a name: a notifier that holds
+# repetitions back must be able to tell those of one object from those of the next. Each step is one.
+_numbers: dict[str, int] = {}
 
 
-class Alerts:
-    """A subscriber of problems that passes them on to a notifier; an outage once for all processes of the service.
+class SharedPage:
+    """The state of one service: whether it has ended, who its server is, and what was told of its outage.
 
-    An outage's messages carry its number, so that no two look like a repetition.
+    Inherited over a fork, and pickled to a process that is being started only. In direct mode it is this process'
+    own. Thread-safe, and usable from a signal handler.
     """
 
-    def __init__(self, service_name: str, page: SharedPage, notifier: Callable[[], Notifier | None]) -> None:
+    def __init__(self, service_name: str, *, shared: bool = True, descriptor: int = -1) -> None:
         self._name = service_name
-        self._page = page
-        self._notifier = notifier
+        self._descriptor = descriptor
+        if shared and descriptor < 0:
+            with forks.creating_descriptors:
+                self._descriptor = os.memfd_create("shmelim-service")
+            os.ftruncate(self._descriptor, mmap.PAGESIZE)
+        if shared:
+            weakref.finalize(self, os.close, self._descriptor).atexit = False
+        self.state = _State.from_buffer(mmap.mmap(self._descriptor, mmap.PAGESIZE))
+        self.begin_here()
 
-    def __call__(self, change: Change, problem: Problem) -> None:
-        """Hear of a change."""
-        if problem.name != DOWN:
-            if change == "raised":
-                self.say(problem.text, "warning")
-        elif change == "cleared":
-            self.recovered()
-        elif self._notifier() is not None:
-            number = self._page.rise(SEVERITIES.index(problem.severity))
-            if number:
-                self.say(f"outage {number}: {problem.text}", "error")
+    def begin_here(self) -> None:
+        """Make what each process has of its own."""
+        self._lock = threading.RLock()
 
-    def recovered(self) -> None:
-        """Say that the outage is over, if one was told of that is not over yet, by whatever process."""
-        over = self._page.fall() if self._page.state.level and self._notifier() is not None else None
-        if over is not None:
-            number, seconds, restarts = over
-            count = "1 restart" if restarts == 1 else f"{restarts} restarts"
-            self.say(f"outage {number}: recovered after {seconds:.1f} s and {count}", "success")
+    def __reduce__(self) -> tuple[Any, ...]:
+        multiprocessing.context.assert_spawning(self)
+        return _again, (self._name, DupFd(self._descriptor))
 
-    def restarted(self, text: str) -> None:
-        """Say that a health check has had the server restarted."""
-        self.say(f"outage {self._page.state.number}: {text}", "warning")
+    @property
+    def server(self) -> ProcessIdentity:
+        """The server process that serves, or was the last to."""
+        return ProcessIdentity(self.state.pid, self.state.started)
 
-    def say(self, text: str, level: str) -> None:
-        """Pass a message on."""
-        tell(self._notifier(), f"{self._name}: {text}", level)
+    @server.setter
+    def server(self, process: ProcessIdentity) -> None:
+        # Whoever reads in between sees a process that never was, which does not run.
+        self.state.pid, self.state.started = process.pid, process.started
+
+    def rise(self, level: int) -> int:
+        """Enter that an outage is as bad as `level`; return its number if nobody has entered that yet, else 0."""
+        with self._alone():
+            state = self.state
+            if level <= state.level:
+                return 0
+            if not state.level:
+                state.number = _numbers[self._name] = max(state.number, _numbers.get(self._name, 0)) + 1
+                state.since, state.restarts = monotonic(), 0
+            state.level = level
+            return int(state.number)
+
+    def fall(self) -> tuple[int, float, int] | None:
+        """Enter that the outage is over; return its number, seconds and restarts, or None if none is on."""
+        with self._alone():
+            state = self.state
+            if not state.level:
+                return None
+            state.level = 0
+            return state.number, monotonic() - state.since, state.restarts
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep others from rising and falling, unless one that does has been stopped."""
+        with self._lock:
+            deadline = monotonic() + _STOPPED
+            while self._descriptor >= 0 and monotonic() < deadline:
+                with contextlib.suppress(OSError):
+                    fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.001)
+            try:
+                yield
+            finally:
+                if self._descriptor >= 0:
+                    fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
 
-# ---------------------------------------------------------------------- what a check finds
+def _again(name: str, descriptor: Any) -> SharedPage:
+    return SharedPage(name, descriptor=descriptor.detach())
+
+
+# ---------------------------------------------------------------------- checks
 
 
 class Finding(NamedTuple):
@@ -100,26 +152,63 @@ class Finding(NamedTuple):
 
     text: str
     error: Exception | None = None  # that the call raised
-    own: bool = False  # whether that is this process' own fault
 
 
-class HealthChecks:
-    """Checks a server at most so often, and counts how often it failed in a row.
+class Health(ABC):
+    """A service's health as one process sees it: checks, at most so often, failures in a row, and who is told.
 
-    Thread-safe. A call that comes while another one checks returns what is known, and does not wait. `ask` returns
-    what the server says of itself. `found` gets what a check finds and the number of failures in a row, and
-    returns whether the count begins anew.
+    An outage is told once for all processes of the service; its messages carry its number, so that no two look
+    like a repetition. Thread-safe. A check that comes while another one is under way returns what is known, and
+    does not wait.
     """
 
-    def __init__(self, ask: Callable[[], object], found: Callable[[Finding | None, int], bool]) -> None:
-        self._ask = ask
-        self._found = found
-        # Whoever holds the turn, which nobody waits for, reads and writes everything below; the others only read
-        # `_healthy`, which is one reference.
-        self._turn = threading.Lock()
+    refusal: str | None = None  # why the service serves no more; never goes back
+
+    def __init__(
+        self,
+        name: str,
+        location: Location | None,
+        settings: ServiceSettings,
+        page: SharedPage | None,
+        maker: ProcessIdentity | None,
+    ) -> None:
+        self.name = name
+        self.location = location  # None in direct mode; with port 0 until a server is ready
+        self.settings = settings
+        self.page = page or SharedPage(name, shared=location is not None)
+        self.is_makers = maker is None  # whether this process made the service
+        self.maker = maker or ProcessIdentity.this_process()
+        self.facade: Callable[[], Any] = lambda: None  # by a weak reference: dropping that object ends the service
+        # Whoever holds the turn, which nobody waits for, reads and writes these; the others only read `_healthy`.
         self._healthy = True
         self._last_ms: float | None = None
-        self.failures = 0
+        self._asked = self._failing = ProcessIdentity(0, 0.0)  # the server asked last, and that which failed last
+        self._failures = 0  # of that, in a row
+        self._last_reported: object = None
+        self.begin_here()
+
+    def begin_here(self) -> None:
+        """Make what each process has of its own."""
+        self._turn = threading.Lock()
+        self.page.begin_here()
+        self.problems = Problems()
+        log_problems(self.problems, _logger)
+        self.problems.subscribe(self._hear)
+        self._reported = Problems()  # what the server says is wrong with it
+        self._messages = ProblemMessages(self._reported, self.notifier)
+
+    @abstractmethod
+    def ask(self) -> object:
+        """Return what the server says of itself; ``UnknownMethodError`` if it says nothing."""
+
+    @abstractmethod
+    def replace(self, asked: ProcessIdentity) -> bool | str:
+        """Have a server that failed too often replaced; return whether that was done, or why it may not be."""
+
+    def notifier(self) -> Notifier | None:
+        """Return who is told, in this process."""
+        found: Notifier | None = getattr(self.facade(), "slack_notifier", None)
+        return found
 
     def check(self, now_ms: float, interval_ms: float) -> bool:
         """Check if it is time to (also when time has gone back); return whether the server was found healthy."""
@@ -128,31 +217,148 @@ class HealthChecks:
         try:
             if self._last_ms is None or not 0 <= now_ms - self._last_ms < interval_ms:
                 self._last_ms = now_ms
-                finding = self.find()
+                self._asked = self.page.server
+                # The owner knows of a dead server; for a copy, another owner's may be at the address.
+                if self.is_makers and self.location is not None and not self._asked.is_running():
+                    what = f"nobody serves at {describe(self.location)}: process {self._asked.pid} has ended"
+                    finding: Finding | None = Finding(f"RPC error: {what}")
+                else:
+                    finding = self._find()
                 self._healthy = finding is None
-                self.failures = 0 if finding is None else self.failures + (not finding.own)
-                if self._found(finding, self.failures):
-                    self.failures = 0
+                if finding is None:
+                    self._failures = 0
+                    self._be_well(settled=False)
+                elif self.refusal is None and not self.page.state.ended:
+                    self._count(finding)
             return self._healthy
         finally:
             self._turn.release()
 
-    def find(self) -> Finding | None:
+    def look(self) -> None:
+        """Find out, in the owner, whether a restart has ended the outage: where nobody checks, it has."""
+        if not getattr(self.facade(), "enable_health_check", False) or self._find() is None:
+            self._be_well(settled=True)
+
+    def _find(self) -> Finding | None:
         """Ask the server now; return what is wrong."""
         try:
-            answer = self._ask()
+            answer = self.ask()
+        except UnknownMethodError as error:
+            text = f"health cannot be checked, and counts as good: {error}"
+            self.problems.report("unchecked", text, subject=self.name, severity="notice")
+            return None
         except Exception as error:
-            own = isinstance(error, KeyFileError | CallerFaultError | MemoryError)
-            return Finding(f"RPC error: {type(error).__name__}: {error}", error, own)
+            return Finding(f"RPC error: {type(error).__name__}: {error}", error)
         if not isinstance(answer, Mapping):
             return Finding(f"status error: the answer is {_short(answer)}, not a dict with a status")
+        reported = answer.get("problems")
+        if self.is_makers and reported != self._last_reported:  # copies would tell of the same once more
+            self._last_reported = reported
+            take_over(self._reported, reported)
         status = answer.get("status")
         return None if status in ("ok", "degraded") else Finding(f"status error: the status is {_short(status)}")
 
+    def _count(self, finding: Finding) -> None:
+        """Count and tell what a check found, and at the threshold have the server replaced."""
+        text, error = finding
+        if isinstance(error, KeyFileError | CallerFaultError | MemoryError):
+            text = f"this process ({os.getpid()}) cannot check the server, which may be well: {text}"
+            self.problems.report("cannot_check", text, subject=self.name, severity="notice")
+            return
+        if self._asked != self._failing:  # what its predecessor did counts no more
+            self._failing, self._failures = self._asked, 0
+        if self._asked != self.page.server:
+            return  # there is another one by now
+        self._failures += 1
+        limit = getattr(self.facade(), "max_consecutive_failures", self._failures)
+        # The traceback of the first only: the next are mostly the same. And an error of ours says it all.
+        trace = None if self._failures > 1 or isinstance(error, ShmelimError) else error
+        line = "%s: health check failed (%d in a row, the limit is %d): %s"
+        _logger.warning(line, self.name, self._failures, limit, text, exc_info=trace)
+        if not self._owner_tells():
+            self.report_down(f"health check failed: {text}")
+        if self._failures >= limit:
+            self._act(text)
 
-def checks(number: int) -> str:
-    """Return so many failed checks in words."""
-    return "1 failed health check" if number == 1 else f"{number} failed health checks"
+    def _act(self, text: str) -> None:
+        """Have a server replaced that failed so often, or say why it is not."""
+        checks = "1 failed health check" if self._failures == 1 else f"{self._failures} failed health checks"
+        try:
+            done = self.replace(self._asked)
+            if done is True:
+                self._failures = 0
+                if self.is_makers:
+                    self.say_restarted(f"server restarted after {checks}")
+            if not isinstance(done, str):
+                return
+            why_not = done
+        except Exception as error:
+            if self.refusal is not None:
+                return
+            trace = None if isinstance(error, ShmelimError) else error
+            _logger.error("%s: restart failed: %s", self.name, error, exc_info=trace)  # noqa: TRY400
+            why_not = f"restart failed, will be tried again: {type(error).__name__}: {error}"
+        self.report_down(f"{checks} in a row, {why_not}: {text}", "failing")
+
+    def _owner_tells(self) -> bool:
+        """Whether the owner tells of this failure: it does of a server that has died."""
+        return (
+            self.location is not None
+            and self.settings.restart_on_exit
+            and bool(self.page.state.owner_tells)
+            and self._is_owned()
+            and self._asked.wait(_DYING)
+        )
+
+    def _is_owned(self) -> bool:
+        return self.is_makers or self.maker.is_running()
+
+    # ------------------------------------------------------------------ what people are told
+
+    def report_down(self, text: str, severity: Severity = "degraded") -> None:
+        """Raise the problem that the server is down."""
+        if self.notifier() is not None and not self.page.state.level:
+            self.problems.clear(_DOWN, self.name)  # an earlier one, whose end another process has told
+        self.problems.report(_DOWN, text, subject=self.name, severity=severity)
+
+    def say_restarted(self, text: str) -> None:
+        """Say that a health check has had the server restarted, and find out whether all is well."""
+        self._messages.send(f"{self.name}: outage {self.page.state.number}: {text}", "warning")
+        self.page.state.ended_by = 0  # from here on, also copies may tell that all is well
+        self.look()
+
+    def _be_well(self, *, settled: bool) -> None:
+        """End whatever a good check ends; also an outage of which another process told that has ended since.
+
+        Unless all is `settled`, the owner may be about to tell of another server, which answers and is not yet in
+        the books.
+        """
+        self.problems.clear("cannot_check", self.name)
+        state = self.page.state
+        if not (state.level or self.problems.stands(_DOWN, self.name)):
+            return
+        settled = settled or self.location is None or (not state.ended_by and self.page.server.is_running())
+        if (settled or not self._is_owned()) and self.problems.clear(_DOWN, self.name) is None:
+            self._say_recovered()
+
+    def _hear(self, change: Change, problem: Problem) -> None:
+        """Pass a change of this process' problems on."""
+        if problem.name != _DOWN:
+            if change == "raised":
+                self._messages.send(f"{self.name}: {problem.text}", "warning")
+        elif change == "cleared":
+            self._say_recovered()
+        elif self.notifier() is not None and (number := self.page.rise(SEVERITIES.index(problem.severity))):
+            self._messages.send(f"{self.name}: outage {number}: {problem.text}", "error")
+
+    def _say_recovered(self) -> None:
+        """Say that the outage is over, if one was told of that is not over yet, by whatever process."""
+        over = self.page.fall() if self.page.state.level and self.notifier() is not None else None
+        if over is not None:
+            number, seconds, restarts = over
+            count = "1 restart" if restarts == 1 else f"{restarts} restarts"
+            text = f"{self.name}: outage {number}: recovered after {seconds:.1f} s and {count}"
+            self._messages.send(text, "success")
 
 
 def _short(value: Any) -> str:
@@ -166,9 +372,7 @@ def _short(value: Any) -> str:
 class Checked(Protocol):
     """What can be checked: an :class:`~shmelim.service.base.RPCServiceBase`."""
 
-    @property
-    def service_name(self) -> str:
-        """Its name."""
+    service_name: str
 
     def health_check(self, current_time_ms: float | None = None) -> bool:
         """Check it."""
@@ -197,10 +401,8 @@ class HealthCheckDaemon:
 
     Raises
     ------
-    TypeError
-        `interval_s` is not a number.
-    ValueError
-        It is not positive; or the service's health checks are not enabled, so that they would find nothing.
+    TypeError, ValueError
+        `interval_s` is not a number, or not positive; the service's health checks are not enabled.
 
     Examples
     --------
@@ -242,10 +444,9 @@ class HealthCheckDaemon:
             self._waking, self._stopping = multiprocessing.Pipe(duplex=False)
         self._stopped = False
         self._runner: threading.Thread | BaseProcess | None = None
-        forks.register(self)
 
     def start(self, kind: Literal["thread", "process"] = "thread") -> Self:
-        """Begin to check.
+        """Begin to check, once.
 
         Parameters
         ----------
@@ -261,23 +462,22 @@ class HealthCheckDaemon:
 
         Raises
         ------
-        RuntimeError
-            It was started before.
-        ValueError
-            There is no such kind.
+        RuntimeError, ValueError
+            It was started before; there is no such kind.
 
         """
         if self._runner is not None or self._stopped:
             raise RuntimeError("a HealthCheckDaemon can be started once; make a new one")
-        name = f"{self.service.service_name}-health"
+        options: Any = {"target": self.run, "name": f"{self.service.service_name}-health", "daemon": True}
         if kind == "thread":
-            self._runner = threading.Thread(target=self._run, name=name, daemon=True)
+            self._runner = threading.Thread(**options)
             self._runner.start()
         elif kind == "process":
             context: Any = multiprocessing.get_context(self._start_method)
-            process = self._runner = context.Process(target=self.run, name=name, daemon=True)
+            process = context.Process(**options)
             with forks.logs_at_rest():
                 process.start()
+            self._runner = disown(process)  # it ends with this process by itself
         else:
             raise ValueError(f"kind is 'thread' or 'process', not {kind!r}")
         return self
@@ -287,14 +487,39 @@ class HealthCheckDaemon:
 
         Returns also when the service was shut down, and when the process that made this ends.
         """
-        elsewhere = self._maker.pid != os.getpid()
+        name, elsewhere = self.service.service_name, self._maker.pid != os.getpid()
         if elsewhere:
-            set_title(f"{server_title(self.service.service_name)}_HealthChecker")
+            set_title(f"{server_title(name)}_HealthChecker")
+        # A wall clock that is set would lengthen or shorten an interval; this one does neither.
+        began_ms, began = time.time_ns() // 1_000_000, monotonic()
+        due = began
         try:
-            self._run()
+            while not self._maker.wait(max(0.0, due - monotonic()), self._waking.fileno()):
+                # A mock has all attributes.
+                if self._waking.poll() or getattr(self.service, "has_ended", False) is True:
+                    return
+                now = monotonic()
+                if now >= due:
+                    due = now + self.interval_s
+                    # Whole milliseconds, rounded up: two checks are never less than the interval apart by these.
+                    self._check(began_ms + math.ceil((now - began) * 1000))
         finally:
-            if elsewhere:
-                self._flush()
+            # Alerts have a moment to leave a process that ends without the interpreter's exit functions.
+            for notifier in (self.slack_notifier, getattr(self.service, "slack_notifier", None)):
+                if elsewhere and callable(flush := getattr(notifier, "flush", None)):
+                    with contextlib.suppress(Exception):
+                        flush(_FLUSH)
+
+    def _check(self, now_ms: float) -> None:
+        name = self.service.service_name
+        try:
+            if not self.service.health_check(now_ms):
+                _logger.debug("%s: not healthy", name)  # the service has said it, if it is news
+        except Exception as error:
+            _logger.exception("%s: the health check daemon failed, and goes on", name)
+            if self.slack_notifier is not None:
+                text = f"{name}: health check daemon error: {type(error).__name__}: {error}"
+                ProblemMessages(Problems(), lambda: self.slack_notifier).send(text, "error")
 
     def stop(self) -> None:
         """End the checking within a second; idempotent. A check that is under way in a thread ends by itself."""
@@ -304,12 +529,11 @@ class HealthCheckDaemon:
         with contextlib.suppress(OSError):
             self._stopping.send_bytes(b"stop")
         runner = self._runner
-        if runner is None or runner is threading.current_thread():
-            return
-        runner.join(_PATIENCE)
-        if not isinstance(runner, threading.Thread) and runner.is_alive():
-            runner.kill()  # it owns nothing that would need an orderly end
-            runner.join()
+        if runner is not None and runner is not threading.current_thread():
+            runner.join(_PATIENCE)
+            if isinstance(runner, BaseProcess) and runner.is_alive():
+                runner.kill()  # it owns nothing that would need an orderly end
+                runner.join()
 
     def __enter__(self) -> Self:
         return self
@@ -325,42 +549,3 @@ class HealthCheckDaemon:
     def __getstate__(self) -> dict[str, Any]:
         multiprocessing.context.assert_spawning(self)
         return self.__dict__ | {"_runner": None}
-
-    def after_fork_in_child(self) -> None:
-        """Let this forked child's exit leave the checking process alone. Called by :mod:`shmelim.system.forks`."""
-        books: set[Any] = getattr(multiprocessing.process, "_children", set())
-        books.discard(self._runner)
-        self._runner = None
-
-    def _run(self) -> None:
-        # A wall clock that is set would lengthen or shorten an interval; this one does neither.
-        began_ms, began = time.time_ns() // 1_000_000, monotonic()
-        due = began
-        while not self._maker.wait(max(0.0, due - monotonic()), self._waking.fileno()):
-            if (
-                self._waking.poll() or getattr(self.service, "has_ended", False) is True
-            ):  # a mock has all attributes
-                return
-            now = monotonic()
-            if now >= due:
-                # Whole milliseconds, rounded up: two checks are never less than the interval apart by these.
-                self._check(began_ms + math.ceil((now - began) * 1000))
-                due = now + self.interval_s
-
-    def _check(self, now_ms: float) -> None:
-        name = self.service.service_name
-        try:
-            if not self.service.health_check(now_ms):
-                _logger.debug("%s: not healthy", name)  # the service has said it, if it is news
-        except Exception as error:
-            _logger.exception("%s: the health check daemon failed, and goes on", name)
-            text = f"{name}: health check daemon error: {type(error).__name__}: {error}"
-            tell(self.slack_notifier, text, "error")
-
-    def _flush(self) -> None:
-        """Give alerts a moment to leave a process that ends without the interpreter's exit functions."""
-        for notifier in (self.slack_notifier, getattr(self.service, "slack_notifier", None)):
-            flush = getattr(notifier, "flush", None)
-            if callable(flush):
-                with contextlib.suppress(Exception):
-                    flush(_FLUSH)

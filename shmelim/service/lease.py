@@ -1,14 +1,8 @@
 """Where a service is reached, and who may be there: key, address, and servers that an earlier run left behind.
 
-A process is ended only if it holds the address, is known as a server of this service (by its title, or by a mark
-where titles cannot be set), belongs to this user, and has no living owner. All that is looked at once more right
-before each signal. Anything else at the address is an error that names it, a Python process included.
-
-Marks are names in the kernel: abstract Unix sockets, bound and never listened on. They are gone the moment their
-process is, however that dies, and leave no file. Where the system has no such names (they are Linux'), there are
-no marks, and every server counts as left behind. A name protects itself by nothing: every local user who guesses
-the id of a process can bind it. So an owner's mark can only keep a server from being ended; and a server's counts
-only if that very process holds it.
+A process is ended only if it holds the address, carries the title of this service's servers, belongs to this user,
+and has no living owner. All that is looked at once more right before each signal. Anything else at the address is
+an error that names it, a Python process included.
 """
 
 from __future__ import annotations
@@ -23,7 +17,6 @@ import socket
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,9 +34,6 @@ _DYING: Final = 0.1  # seconds in which a process that has lost its title is dea
 _WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104  # nothing is bound to them here
 
 _logger = logging.getLogger("shmelim.service")
-
-
-# ---------------------------------------------------------------------- the key
 
 
 class ServiceKey:
@@ -65,16 +55,6 @@ class ServiceKey:
         """Return the key that the server has; ``NotServingError`` or ``KeyFileError`` if it cannot be had."""
         return self._key if self.path is None else load_key(self.path)
 
-    def check_available(self) -> None:
-        """Raise ``KeyFileError`` if a server could not get the key; makes nothing."""
-        if self.path is None:
-            return
-        try:
-            load_key(self.path)
-        except NotServingError:
-            if not os.access(Path(self.path).parent, os.W_OK | os.X_OK):
-                raise KeyFileError(f"the key file {self.path} is missing and cannot be made") from None
-
     def __repr__(self) -> str:
         return f"<{type(self).__name__}>"
 
@@ -83,72 +63,26 @@ class ServiceKey:
         return self.__dict__
 
 
-# ---------------------------------------------------------------------- marks
-
-
-def server_mark(service_name: str) -> socket.socket:
-    """Mark this process as a server of the service, until the returned socket is closed."""
-    return _bound(_server_mark(os.getpid(), service_name))
-
-
-def owner_mark(pid: int) -> socket.socket:
-    """Say that a server process has its owner here, until the returned socket is closed or this process ends."""
-    return _bound(_owner_mark(pid))
-
-
-def _server_mark(pid: int, service_name: str) -> str:
-    return f"\0shmelim.server.{os.getuid()}.{pid}.{service_name}"
-
-
-def _owner_mark(pid: int) -> str:
-    return f"\0shmelim.owner.{os.getuid()}.{pid}"
-
-
-def _bound(name: str) -> socket.socket:
-    with forks.creating_descriptors:
-        mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    if sys.platform == "linux":
-        try:
-            mark.bind(name.encode())
-        except OSError as error:
-            _logger.warning("process %d cannot be marked as what it is: %s", os.getpid(), error)
-    return mark
-
-
-def has_living_owner(pid: int) -> bool:
-    """Tell whether a server process of this user has an owner that lives: this process, or another."""
-    if sys.platform != "linux":
-        return False
-    with forks.creating_descriptors, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind(_owner_mark(pid).encode())
-        except OSError as error:
-            return error.errno == errno.EADDRINUSE
-    return False
-
-
-def is_server_of(pid: int, service_name: str) -> bool:
-    """Tell whether a process carries the title of the service's servers, or holds their mark."""
-    return title_of(pid) == server_title(service_name) or _holds(pid, "@" + _server_mark(pid, service_name)[1:])
-
-
-def _holds(pid: int, shown: str) -> bool:
-    """Tell whether a process has a socket of that name, as /proc/net/unix shows it."""
+def check_available(location: Location, key: ServiceKey) -> None:
+    """Raise ``ChannelError`` if no server could have an address, once that is free, and key; makes nothing."""
+    if isinstance(location, str) and not _is_writable(Path(location).parent):
+        raise ChannelError(f"no server can be at {location}: it cannot use the directory {Path(location).parent}")
     try:
-        lines = Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()
-        wanted = {f"socket:[{line.split(maxsplit=7)[6]}]" for line in lines if line.endswith(f" {shown}")}
-        return bool(wanted) and any(
-            str(link.readlink()) in wanted for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()
-        )
-    except OSError:
-        return False
+        key.for_client()
+    except NotServingError:
+        if not _is_writable(Path(str(key.path)).parent):
+            raise KeyFileError(f"the key file {key.path} is missing and cannot be made") from None
+
+
+def _is_writable(directory: Path) -> bool:
+    return directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)
 
 
 # ---------------------------------------------------------------------- which object of this process has it
 
 
 # Read and written inside forks.creating_descriptors, so that no child is forked in between; nothing blocks there.
-_holders: dict[Location, weakref.ref[Any]] = {}
+_holders: weakref.WeakValueDictionary[Location, Any] = weakref.WeakValueDictionary()
 
 
 def claim(location: Location, claimant: Any, *, takes_over: bool) -> None:
@@ -158,29 +92,54 @@ def claim(location: Location, claimant: Any, *, takes_over: bool) -> None:
     each of them, when it restarts its server, would end the other's.
     """
     with forks.creating_descriptors:
-        reference = _holders.get(location)
-        holder = None if reference is None else reference()
-        if holder is claimant:
-            return
-        if holder is not None and holder.refusal is None:
-            if holder.identity != claimant.identity or not takes_over:
+        holder = _holders.get(location)
+        if holder is not None and (holder is claimant or holder.refusal is not None or not holder.is_makers):
+            holder = None
+        if holder is not None:
+            same = (holder.name, holder.key.path) == (claimant.name, claimant.key.path)
+            if not (same and takes_over):
                 raise ChannelError(
-                    f"{describe(location)} is in use by another {holder.identity[0]} of this process",
+                    f"{describe(location)} is in use by another {holder.name} of this process",
                     hint="shut that down first, or choose another address",
                 )
-        else:
-            holder = None
-        _holders[location] = weakref.ref(claimant)
+        _holders[location] = claimant
     if holder is not None:
-        holder.end(f"a later {claimant.identity[0]} of this process has taken {describe(location)}")
+        holder.end(f"a later {claimant.name} of this process has taken {describe(location)}")
 
 
-def give_up(location: Location, claimant: Any) -> None:
-    """Give an address back, if the claimant has it."""
+# ---------------------------------------------------------------------- whose server a process is
+
+
+def own(pid: int) -> socket.socket:
+    """Mark a server process as one whose owner lives, until the returned socket is closed or this process ends.
+
+    The mark is a name in the kernel, an abstract Unix socket that is never listened on: it goes with its process,
+    however that dies. Every local user who guesses the id can bind it, so it can only keep a server from being
+    ended. Where there are no such names (they are Linux'), every server counts as left behind.
+    """
     with forks.creating_descriptors:
-        reference = _holders.get(location)
-        if reference is not None and reference() in (claimant, None):
-            del _holders[location]
+        mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    if sys.platform == "linux":
+        try:
+            mark.bind(f"\0shmelim.owner.{os.getuid()}.{pid}")
+        except OSError as error:
+            _logger.warning("server process %d cannot be marked as having an owner: %s", pid, error)
+    return mark
+
+
+def has_living_owner(pid: int) -> bool:
+    """Tell whether a server process of this user has an owner that lives: this process, or another."""
+    with forks.creating_descriptors, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind(f"\0shmelim.owner.{os.getuid()}.{pid}")
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
+
+
+def is_server_of(pid: int, service_name: str) -> bool:
+    """Tell whether a process of this user carries the title of the service's servers."""
+    return is_of_this_user(pid) and title_of(pid) == server_title(service_name)
 
 
 # ---------------------------------------------------------------------- whether an address is free
@@ -189,14 +148,26 @@ def give_up(location: Location, claimant: Any) -> None:
 def is_free(location: Location) -> bool:
     """Whether a server could listen at an address; True where the question itself fails, which listening will."""
     if isinstance(location, str):
-        with _connected(location) as (_, taken):
-            return not taken
+        with socket.socket(socket.AF_UNIX) as probe:
+            return not _answers(probe, location)
     with new_socket(location) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         try:
             probe.bind(location)
         except OSError as error:
             return error.errno != errno.EADDRINUSE
+    return True
+
+
+def _answers(probe: socket.socket, path: str) -> bool:
+    """Connect to a socket file; tell whether anybody listens there."""
+    probe.settimeout(_PROBE)
+    try:
+        probe.connect(path)
+    except (BlockingIOError, TimeoutError):
+        return True  # its queue is full: somebody listens
+    except OSError:
+        return False  # nobody, or no socket at all, which listening will complain of
     return True
 
 
@@ -208,29 +179,6 @@ def wait_until_free(location: Location, timeout: float) -> bool:
             return False
         time.sleep(_POLL)
     return True
-
-
-def check_usable(location: Location) -> None:
-    """Raise ``ChannelError`` if no server could listen at an address, even if it is free."""
-    if isinstance(location, str):
-        directory = Path(location).parent
-        if not (directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)):
-            raise ChannelError(f"no server can be at {location}: it cannot use the directory {directory}")
-
-
-@contextlib.contextmanager
-def _connected(path: str) -> Iterator[tuple[socket.socket, bool]]:
-    """Connect to a socket file for a moment; also say whether anybody listens there."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(_PROBE)
-        taken = True
-        try:
-            probe.connect(path)
-        except (BlockingIOError, TimeoutError):
-            pass  # its queue is full: somebody listens
-        except OSError:
-            taken = False  # nobody, or no socket at all, which listening will complain of
-        yield probe, taken
 
 
 # ---------------------------------------------------------------------- stale servers
@@ -246,16 +194,14 @@ def clear_stale(location: Location, service_name: str, *, grace: float = 1.0, re
     if is_free(location):
         return []
     listening, connected = _pids_at(location)
-    if not listening:
-        if wait_until_free(location, release if connected else 0.0):  # it has gone away
-            return []
+    if not listening and not wait_until_free(location, release if connected else 0.0):
         raise _nobody_listens(location, connected)
     # All of them first: where one is not ours, nothing may be ended.
     for pid in listening:
         _check(pid, service_name, location)
     for pid in listening:
         _logger.warning("ending process %d, a stale server of %s at %s", pid, service_name, describe(location))
-        if not ProcessIdentity.of(pid).end(grace, _checking(pid, service_name, location)):
+        if not ProcessIdentity.of(pid).end(grace, lambda _signal, pid=pid: _check(pid, service_name, location)):  # type: ignore[misc]
             raise ChannelError(f"the stale server {pid} at {describe(location)} cannot be ended")
     if not wait_until_free(location, release):
         raise ChannelError(f"{describe(location)} is still in use {release:g} s after its stale server was ended")
@@ -270,8 +216,8 @@ def _pids_at(location: Location) -> tuple[list[int], list[int]]:
     connected: set[int | None] = set()
     with contextlib.suppress(psutil.AccessDenied):  # some systems show nothing to an ordinary user
         if isinstance(location, str):
-            with _connected(location) as (sock, taken):
-                pid = peer_credentials(sock)[0] if taken else None
+            with socket.socket(socket.AF_UNIX) as probe:
+                pid = peer_credentials(probe)[0] if _answers(probe, location) else None
             # Where its queue is full the kernel does not say who it is.
             found = psutil.net_connections("unix") if pid is None else []
             listening = {entry.pid for entry in found if str(entry.laddr) == location} | {pid}
@@ -290,36 +236,26 @@ def _pids_at(location: Location) -> tuple[list[int], list[int]]:
 
 def _nobody_listens(location: Location, connected: list[int]) -> ChannelError:
     """Return what to say of an address at which nobody is seen to listen; 0 is a process that is not seen."""
-    if not any(connected):
+    if isinstance(location, str) or not any(connected):
         return ChannelError(
             f"{describe(location)} is in use by a process that this user may not see",
             hint="stop it, or choose another address",
         )
-    pid = connected[-1]
-    hint = f"end that, choose another port, or use a Unix socket (address=); {_range_hint(location)}"
+    who = f"process {connected[-1]} ({_name_of(connected[-1])})"
     return ChannelError(
-        f"{describe(location)} is in use: an outgoing connection of process {pid} ({_name_of(pid)}) holds it",
-        hint=hint,
-    )
-
-
-def _range_hint(location: Location) -> str:
-    try:
-        first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split())
-    except (OSError, ValueError):
-        first, last = 0, 0
-    if isinstance(location, str) or not first <= location[1] <= last:
-        return "a program chose the port for it"
-    return (
-        f"the system gives connections any port from {first} to {last}: "
-        f"`sysctl net.ipv4.ip_local_reserved_ports={location[1]}` keeps this one for you"
+        f"{describe(location)} is in use: an outgoing connection of {who} holds it",
+        hint="end that, use a Unix socket (address=), or choose a port outside of net.ipv4.ip_local_port_range: "
+        f"connections get any of it, but for `sysctl net.ipv4.ip_local_reserved_ports={location[1]}`",
     )
 
 
 def _check(pid: int, service_name: str, location: Location) -> None:
     """Raise ``ChannelError`` unless a process is a server of this service and user that was left behind."""
+    import psutil  # noqa: PLC0415
+
     # This process and those above it cannot be left over from an earlier run.
-    if pid in _family() or not (is_of_this_user(pid) and is_server_of(pid, service_name)):
+    family = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    if pid in family or not is_server_of(pid, service_name):
         if ProcessIdentity.of(pid).wait(_DYING):
             return  # it goes by itself; one that is about to be dead has no title any more
         raise ChannelError(
@@ -332,17 +268,6 @@ def _check(pid: int, service_name: str, location: Location) -> None:
             f"{describe(location)} is in use by process {pid}, the server of a process that lives",
             hint="end that first, or choose another address",
         )
-
-
-def _checking(pid: int, service_name: str, location: Location) -> Callable[[int], None]:
-    return lambda _signal: _check(pid, service_name, location)
-
-
-def _family() -> set[int]:
-    """Return the ids of this process and of those above it."""
-    import psutil  # noqa: PLC0415
-
-    return {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
 
 
 def _name_of(pid: int) -> str:

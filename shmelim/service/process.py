@@ -1,9 +1,8 @@
-"""A server process seen from its owner: how it is started, how it says that it is ready, and how it is ended."""
+"""A server process: how it is started, says that it is ready, serves, and is ended."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import multiprocessing
 import multiprocessing.context
@@ -14,34 +13,53 @@ import pickle
 import pickletools
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import popen_spawn_posix, reduction, resource_tracker, spawn
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Final
+from multiprocessing.synchronize import Event
+from types import FrameType, SimpleNamespace, TracebackType
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 from shmelim.channel.address import Address, Location, normalize
 from shmelim.channel.codec import MSGPACK, Codec
 from shmelim.channel.failures import pack_failure, unpack_failure
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE
-from shmelim.errors import CallTimeoutError, ChannelError, NotServingError, ProtocolError
+from shmelim.channel.server import ChannelServer
+from shmelim.errors import CallTimeoutError, ChannelError, NotServingError, ProtocolError, ShmelimError
+from shmelim.service.lease import own
+from shmelim.service.settings import server_title
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
-from shmelim.system.processes import ProcessIdentity
+from shmelim.system.logs import log_without_waiting
+from shmelim.system.problems import Problems
+from shmelim.system.processes import ProcessIdentity, set_title
 
-_LOOK_AGAIN: Final = 0.1  # seconds; a dead process' pipes may be held open by a child that was forked meanwhile
+_LOOK_AGAIN: Final = 0.5  # seconds; a dead process' pipe may be held open by a child that was forked meanwhile
 _REPORT_LIMIT: Final = 64 * 1024
-_SCRIPTS: Final = {"__main__", "__mp_main__"}  # the second in a child of multiprocessing
+_PROGRESS: Final = 0.1  # seconds between two reports of progress
 _REAPED: Final = 1.0  # seconds for the parent of an ended process to say how it ended
+_SCRIPTS: Final = ("__main__", "__mp_main__")  # the second in a child of multiprocessing
+_SCRIPT_RUNS_AGAIN: Final = (
+    "multiprocessing runs the caller's script again in that process: put the server's factory into a module "
+    'and leave start_method out, or what the script does under `if __name__ == "__main__":`'
+)
+
+# What makes the object: factory, its arguments, and who is called when it listens.
+Recipe: TypeAlias = tuple[
+    Callable[..., object], tuple[Any, ...], Mapping[str, Any], Callable[[Any, Location], object] | None
+]
+_Process = TypeVar("_Process", bound=BaseProcess)
 
 _logger = logging.getLogger("shmelim.service")
 
 
-# ---------------------------------------------------------------------- a fresh interpreter
+# ---------------------------------------------------------------------- starting
 
 
-class InCallersScriptError(Exception):
+class _InCallersScriptError(Exception):
     """Something that a fresh interpreter needs lives in the caller's script, which it does not run."""
 
 
@@ -52,15 +70,16 @@ class FreshProcess(BaseProcess):
     """
 
     _start_method = None  # for the processes that it starts itself
+    recipe: Recipe
 
     def start(self) -> None:
-        """Start it; raises ``InCallersScriptError``, and whatever pickling does."""
-        # As BaseProcess does, but for the question whether this process is daemonic.
+        """Start it; raises ``_InCallersScriptError``, and whatever pickling does."""
+        # As BaseProcess does, but for the question whether this process is daemonic, and without keeping books.
         state, popen = vars(self), _FreshPopen(self)
         state |= {"_popen": popen, "_sentinel": popen.sentinel}
+        self.recipe = self._args[0]  # type: ignore[attr-defined]
         for name in ("_target", "_args", "_kwargs"):  # which need not live on
             del state[name]
-        _children().add(self)
 
 
 class _FreshPopen(popen_spawn_posix.Popen):
@@ -69,7 +88,7 @@ class _FreshPopen(popen_spawn_posix.Popen):
     _fds: list[int]
 
     def _launch(self, process: BaseProcess) -> None:
-        pickled = io.BytesIO(_pickled(_preparation(process.name), self) + _pickled(process, self))
+        pickled = _pickled(_preparation(process.name), self) + _pickled(process, self)
         ends: list[int] = []
         try:
             with forks.creating_descriptors:
@@ -89,26 +108,27 @@ class _FreshPopen(popen_spawn_posix.Popen):
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self.sentinel = sentinel
             with contextlib.suppress(BrokenPipeError), open(writing, "wb", closefd=False) as pipe:
-                pipe.write(pickled.getbuffer())  # one that has died already is found dead
+                pipe.write(pickled)  # one that has died already is found dead
         finally:
             for end in ends[1:3]:
                 os.close(end)
-            self.finalizer = multiprocessing.util.Finalize(self, _close, [*ends[:1], *ends[3:]])
-
-
-def _close(*descriptors: int) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
+            self.finalizer = multiprocessing.util.Finalize(
+                self,
+                multiprocessing.util.close_fds,  # type: ignore[attr-defined]
+                [*ends[:1], *ends[3:]],
+            )
 
 
 def _preparation(name: str) -> dict[str, Any]:
     """Return what :mod:`multiprocessing` tells a new interpreter, less the caller's script."""
     here = multiprocessing.process.ORIGINAL_DIR  # type: ignore[attr-defined]
+    sys_path = sys.path.copy()
+    with contextlib.suppress(ValueError):
+        sys_path[sys_path.index("")] = here or ""
     data = {
         "name": name,
         "authkey": multiprocessing.current_process().authkey,
-        "log_to_stderr": multiprocessing.util._log_to_stderr,  # type: ignore[attr-defined]  # noqa: SLF001
-        "sys_path": [path or here or "" for path in sys.path],
+        "sys_path": sys_path,
         "sys_argv": sys.argv,
         "orig_dir": here,
     }
@@ -118,31 +138,60 @@ def _preparation(name: str) -> dict[str, Any]:
     return data if method is None else data | {"start_method": method}
 
 
-class _NoProcess:
-    """Stands for a process that is being started, where it is only asked whether things can be given to one."""
-
-    def duplicate_for_child(self, descriptor: int) -> int:
-        return descriptor
-
-
-def check_portable(*things: object) -> None:
-    """Raise what giving things to a fresh process would raise."""
-    _pickled(things, _NoProcess())
-
-
 def _pickled(value: object, popen: object) -> bytes:
-    """Return a value for a process; ``InCallersScriptError`` if something in it lives in the caller's script."""
+    """Return a value for a process; ``_InCallersScriptError`` if something in it lives in the caller's script."""
     multiprocessing.context.set_spawning_popen(popen)  # type: ignore[arg-type]
     try:
         pickled = bytes(reduction.ForkingPickler.dumps(value, pickle.HIGHEST_PROTOCOL))
     finally:
         multiprocessing.context.set_spawning_popen(None)
     # Modules stand in it as texts of their own.
-    if any(name.encode() in pickled for name in _SCRIPTS) and any(
+    if (b"__main__" in pickled or b"__mp_main__" in pickled) and any(
         text in _SCRIPTS for _, text, _ in pickletools.genops(pickled)
     ):
-        raise InCallersScriptError
+        raise _InCallersScriptError
     return pickled
+
+
+def start_server(
+    name: str, method: str | None, recipe: Recipe, address: Location, authkey: bytes, server_ready: ServerReady
+) -> BaseProcess:
+    """Start a process that serves what the recipe makes, as ``RPCServiceBase._spawn_server`` says."""
+    options: Any = {
+        "target": run_server,
+        "args": (recipe, address, authkey, server_ready),
+        "name": name,
+        "daemon": True,
+    }
+    if method is None:
+        with contextlib.suppress(_InCallersScriptError):
+            fresh = FreshProcess(**options)
+            fresh.start()
+            return fresh
+    context: Any = multiprocessing.get_context(method)
+    if context.get_start_method() != "fork":
+        server_ready.hint = _SCRIPT_RUNS_AGAIN
+    try:
+        process: BaseProcess = context.Process(**options)
+        with forks.logs_at_rest():
+            process.start()
+    except AssertionError as error:
+        hint = "make that process with daemon=False, or put the factory into a module and leave start_method out"
+        raise ChannelError(f"{name} cannot be served: {error}", hint=hint) from error
+    except (EOFError, RuntimeError, ConnectionError) as error:
+        raise ChannelError(f"{name} cannot be served: {error!r}", hint=server_ready.hint) from error
+    return process
+
+
+def disown(process: _Process) -> _Process:
+    """Have the exit of this process, and of each forked child, leave a process alone that it started.
+
+    :mod:`multiprocessing` ends the daemonic processes in its books then, and in a child of a plain ``os.fork``
+    those are the parent's.
+    """
+    books: set[BaseProcess] = getattr(multiprocessing.process, "_children", set())
+    books.discard(process)
+    return process
 
 
 # ---------------------------------------------------------------------- readiness
@@ -222,51 +271,55 @@ class ServerReady:
 
     def is_set(self) -> bool:
         """Whether a report has come, and was not yet taken; in the owner."""
-        return self._reading is not None and self._reading.poll()
+        return self.wait(0.0)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait up to `timeout` seconds for a report; return whether there is one; in the owner."""
         return self._reading is not None and self._reading.poll(timeout)
 
-    def outcome(self, server: ServerProcess, timeout: float, refusal: Callable[[], str | None]) -> Location | None:
+    def outcome(self, server: ServerProcess, timeout: float) -> Location | None:
         """Wait until `server` is ready; return its address if it said one.
 
         Raises ``CallTimeoutError`` if that takes more than `timeout` seconds (from the last progress),
-        ``NotServingError`` if it ends before, ``ChannelError`` if `refusal` says why it is not wanted any more,
-        and whatever it says has kept it from serving.
+        ``NotServingError`` if it ends before, and whatever it says has kept it from serving.
         """
-        assert self._reading is not None
         name = self.options.service_name
-        if self._writing is not None:  # ours; once it is closed, the end of the process is the end of the pipe
-            self._writing.close()
-            self._writing = None
-        deadline = monotonic() + timeout
-        while True:
-            alive = server.identity.is_running()  # before the look at the pipe: what it reports, it reports alive
-            left = deadline - monotonic()
-            if wait([self._reading], min(_LOOK_AGAIN, max(left, 0.0)) if alive else 0.0):
-                try:
-                    report = MSGPACK.loads(self._reading.recv_bytes(_REPORT_LIMIT))
-                except (EOFError, OSError):  # it closed the pipe, and so is about to end
-                    alive = not server.identity.wait(_LOOK_AGAIN)
-                else:
-                    if report != ["progress"]:
-                        return _address_in(report, name)
-                    deadline = monotonic() + timeout
-                    continue
-            if not alive:
-                raise NotServingError(
-                    f"the server process of {name} {server.how_it_ended()} before it was ready",
-                    hint=self.hint,
-                )
-            why_not = refusal()
-            if why_not is not None:
-                raise ChannelError(why_not)
-            if left <= 0:
+        while (report := self._next(server, monotonic() + timeout)) == ["progress"]:
+            pass
+        match report:
+            case ["ready", None | str() as said]:
+                return said
+            case ["ready", [str(host), int(port)]]:
+                return normalize((host, port))
+            case ["failed", failure]:
+                raise unpack_failure(failure)
+            case None:
                 raise CallTimeoutError(
                     f"the server process of {name} (pid {server.pid}) was not ready within {timeout:g} s",
                     hint="ready_timeout= gives it longer, and report_progress() as long as it gets on",
                 )
+        raise ProtocolError(f"the server process of {name} sent an unknown report")
+
+    def _next(self, server: ServerProcess, deadline: float) -> Any:
+        """Return the next report, None if none comes in time; ``NotServingError`` if the process ends before."""
+        assert self._reading is not None
+        if self._writing is not None:  # ours; once it is closed, the end of the process is the end of the pipe
+            self._writing.close()
+            self._writing = None
+        while True:
+            pause = max(0.0, min(_LOOK_AGAIN, deadline - monotonic()))
+            # The process is looked at before its pipe: what it reports, it reports alive.
+            has_ended = not self._reading.poll(pause) and not server.identity.is_running()
+            try:
+                if self._reading.poll():
+                    return MSGPACK.loads(self._reading.recv_bytes(_REPORT_LIMIT))
+            except (EOFError, OSError):  # it closed the pipe, and so is about to end
+                has_ended = server.identity.wait(pause)
+            if has_ended:
+                name, how = self.options.service_name, server.how_it_ended()
+                raise NotServingError(f"the server process of {name} {how} before it was ready", hint=self.hint)
+            if not pause:
+                return None
 
     def close(self) -> None:
         """Give the pipe back; idempotent."""
@@ -276,25 +329,11 @@ class ServerReady:
         self._reading = self._writing = None
 
 
-def _address_in(report: Any, name: str) -> Location | None:
-    """Return the address in a final report, or raise what it says."""
-    match report:
-        case ["ready", None]:
-            return None
-        case ["ready", str(path)]:
-            return path
-        case ["ready", [str(host), int(port)]]:
-            return normalize((host, port))
-        case ["failed", failure]:
-            raise unpack_failure(failure)
-    raise ProtocolError(f"the server process of {name} sent an unknown report")
-
-
-# ---------------------------------------------------------------------- the process
+# ---------------------------------------------------------------------- the process, seen from its owner
 
 
 class ServerProcess:
-    """A started server process, whoever is its parent.
+    """A started server process, whoever is its parent, marked as one whose owner lives.
 
     Whether it lives is asked of the kernel: ``Process.is_alive()`` and ``Process.sentinel`` of a process that a
     forkserver started say that it has ended when only the forkserver has.
@@ -304,9 +343,10 @@ class ServerProcess:
         pid = getattr(process, "pid", None)
         if pid is None:
             raise TypeError(f"_start_server_process must return a started Process, not {process!r}")
-        self.process = process
+        self.process = disown(process)
         self.pid: int = pid
         self.identity = ProcessIdentity.of(pid)
+        self.mark = own(pid)
         self.ready_at = float("inf")  # monotonic()
         self._service_name = service_name
 
@@ -321,24 +361,197 @@ class ServerProcess:
 
     def stop(self, timeout: float) -> None:
         """End it: SIGTERM, and after `timeout` seconds SIGKILL. Idempotent."""
-        self.identity.end(timeout, self._say)
+
+        def say(number: int) -> None:
+            if number == signal.SIGKILL:
+                text = "%s: server process %d did not end by SIGTERM, killing it"
+                _logger.warning(text, self._service_name, self.pid)
+
+        self.identity.end(timeout, say)
         self.process.join(_REAPED)  # so that it is not a zombie
+        self.mark.close()
 
-    def _say(self, number: int) -> None:
-        if number == signal.SIGKILL:
-            text = "%s: server process %d did not end by SIGTERM, killing it"
-            _logger.warning(text, self._service_name, self.pid)
-
-    def disown(self) -> None:
-        """Let this forked child's exit leave its parent's process alone.
-
-        At its exit :mod:`multiprocessing` ends the daemonic processes in its books, and after a plain
-        ``os.fork`` those are the parent's.
-        """
-        _children().discard(self.process)
+    def check_replaceable(self) -> None:
+        """Raise what giving the same things to another process would raise."""
+        if isinstance(self.process, FreshProcess):
+            _pickled(self.process.recipe, SimpleNamespace(duplicate_for_child=int))
 
 
-def _children() -> set[BaseProcess]:
-    """Return the books in which multiprocessing keeps the children of this process."""
-    books: set[BaseProcess] = getattr(multiprocessing.process, "_children", set())
-    return books
+# ---------------------------------------------------------------------- the process, seen from inside
+
+
+def serve_rpc(server: object, address: Address, authkey: bytes, server_ready: ServerReady | Event) -> None:
+    """Serve an object in this process until SIGTERM or the end of the process' owner.
+
+    Sets the process title, handles signals, serves, says that it is ready, waits for the end, and lets running
+    calls finish. To be called from the process' main thread.
+
+    Parameters
+    ----------
+    server
+        The object; its methods whose name ends in ``_rpc`` can be called, and those that the service lists.
+        If it has :class:`~shmelim.system.problems.Problems` as its ``problems``, those of the channel join them.
+    address, authkey, server_ready
+        What ``_start_server_process`` got. A plain ``multiprocessing.Event`` will do as `server_ready`; the
+        service is then named after the object's type.
+
+    Raises
+    ------
+    ChannelError
+        The address is taken or cannot be used. The owner is told.
+
+    """
+    if isinstance(server_ready, ServerReady):
+        options = server_ready.options
+    else:
+        parent = multiprocessing.parent_process()
+        owner = None if parent is None or parent.pid is None else ProcessIdentity.of(parent.pid)
+        options = ServerOptions(type(server).__name__, owner)
+    _serve(lambda: server, address, authkey, server_ready, options)
+
+
+def run_server(recipe: Recipe, address: Address, authkey: bytes, server_ready: ServerReady) -> None:
+    """Make an object and serve it; what a process runs that ``_spawn_server`` starts.
+
+    If the object has a method ``close``, that is called in the end. Where there is no server, the owner is told
+    why, and ``SystemExit`` is raised.
+    """
+    factory, args, kwargs, on_listening = recipe
+    options = server_ready.options
+    try:
+        _serve(
+            lambda: factory(*args, **kwargs), address, authkey, server_ready, options, on_listening, closes=True
+        )
+    except Exception as error:
+        # An error of ours explains itself, and the owner raises it.
+        trace = None if isinstance(error, ShmelimError) else error
+        with log_without_waiting():
+            _logger.error("%s: the server process failed: %s", options.service_name, error, exc_info=trace)  # noqa: TRY400
+        raise SystemExit(1) from None
+
+
+def _serve(
+    make: Callable[[], object],
+    address: Address,
+    authkey: bytes,
+    server_ready: ServerReady | Event,
+    options: ServerOptions,
+    on_listening: Callable[[Any, Location], object] | None = None,
+    *,
+    closes: bool = False,
+) -> None:
+    """Serve what `make` returns, known as a server of the service; the owner is told what keeps it from that."""
+    global _starting  # noqa: PLW0603
+    ready = server_ready if isinstance(server_ready, ServerReady) else None
+    # First of all, so that no signal reaches a handler that was inherited from the owner.
+    with Ending(options.owner) as ending, log_without_waiting(), contextlib.ExitStack() as stack:
+        try:
+            title = server_title(options.service_name)
+            if not set_title(title):
+                _logger.warning("%s: the process title %r could not be set", options.service_name, title)
+            _starting = ready
+            server = make()
+            _starting = None
+            if closes and callable(close := getattr(server, "close", None)):
+                stack.callback(close)
+            stack.enter_context(log_without_waiting())  # by handlers that were added since, too
+            problems = getattr(server, "problems", None)  # what its health check lists
+            channel = ChannelServer(
+                server,
+                address,
+                authkey,
+                service_name=options.service_name,
+                max_message=options.max_message,
+                codec=options.codec or MSGPACK,
+                methods=options.methods,
+                problems=problems if isinstance(problems, Problems) else None,
+            ).start()
+            stack.callback(channel.close, options.drain)
+            if on_listening is not None:
+                on_listening(server, channel.address)
+            ending.defer()
+            if ready is None:
+                server_ready.set()
+            else:
+                ready.set(channel.address)
+            _logger.info("%s: ending because of %s", options.service_name, ending.wait())
+        except Exception as error:
+            if ready is not None:
+                ready.fail(error)
+            raise
+
+
+# Where a factory that runs in this server process can report progress; main thread only.
+_starting: ServerReady | None = None
+_reported = float("-inf")
+
+
+def report_progress(*_details: object) -> None:
+    """Say, in a server process that is being started, that the start takes long and gets on.
+
+    To be called by a factory, or by what that calls, as often as one likes: each report gives it another
+    ``ready_timeout``. Does nothing in any other process. Costs about a microsecond; 10 a second are sent.
+    """
+    global _reported  # noqa: PLW0603
+    ready, now = _starting, monotonic()
+    if ready is not None and now - _reported >= _PROGRESS:
+        _reported = now
+        ready.progress()
+
+
+class Ending:
+    """Waits for the end of this process' work, for the length of a ``with`` block.
+
+    Up to :meth:`defer` a SIGTERM raises ``SystemExit``, so that a start can be broken off; from then on it only
+    ends :meth:`wait`, so that neither serving nor closing is interrupted halfway. SIGINT does the same in a
+    foreground process; others ignore it: a terminal sends it to each of a group, and the owner decides what it
+    means. The owner's death is seen by a descriptor of its process: a pipe would also be held open by its other
+    children. Outside of the main thread, which alone may handle signals, only the owner's end counts.
+    """
+
+    def __init__(self, owner: ProcessIdentity | None, *, in_foreground: bool = False) -> None:
+        self._owner = owner
+        self._signals = {signal.SIGTERM, signal.SIGINT} if in_foreground else {signal.SIGTERM}
+        self._deferred = False  # main thread only
+        self._reading = self._writing = self._old_wakeup = -1
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> Self:
+        self._reading, self._writing = os.pipe()
+        if threading.current_thread() is threading.main_thread():
+            os.set_blocking(self._writing, False)
+            # The interpreter writes each signal to the pipe, which needs no lock that the main thread could hold.
+            # Whatever descriptor stood there before is the parent's, who must not be told of our signals.
+            self._old_wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                handler = self._handle if number in self._signals else signal.SIG_IGN
+                self._before[number] = signal.signal(number, handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a fresh process starts with it blocked
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._old_wakeup)
+        os.close(self._reading)
+        os.close(self._writing)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if not self._deferred:
+            raise SystemExit(128 + number)
+
+    def defer(self) -> None:
+        """Stop raising."""
+        self._deferred = True
+
+    def wait(self) -> str:
+        """Wait for the end; return what it was."""
+        owner = self._owner
+        while owner is None or not owner.wait(None, self._reading):
+            # Signals that others handle are written there too.
+            if self._signals.intersection(os.read(self._reading, 256)):
+                return "a signal"
+        return f"the end of its owner, process {owner.pid}"

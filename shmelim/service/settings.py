@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import multiprocessing
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Self
@@ -15,10 +14,6 @@ from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE
 
 _LOCALHOST: Final = "127.0.0.1"
 _NAME_LIMIT: Final = 60  # bytes
-
-
-def _now_ms() -> float:
-    return time.time_ns() / 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +58,8 @@ class ServiceSettings:
         Longest message in bytes, both ways.
     codec : Codec | None
         Codec of requests and replies; None: msgpack.
-    clock_ms : callable
-        Returns the time for health checks that are not given one; default: milliseconds since 1970.
+    clock_ms : callable | None
+        Returns the time for health checks that are not given one; None: milliseconds since 1970.
 
     Raises
     ------
@@ -101,7 +96,7 @@ class ServiceSettings:
     idempotent: Collection[str] = ()
     max_message: int = DEFAULT_MAX_MESSAGE
     codec: Codec | None = None
-    clock_ms: Callable[[], float] = _now_ms
+    clock_ms: Callable[[], float] | None = None
 
     def __post_init__(self) -> None:
         if self.codec is MSGPACK:  # which cannot be pickled, and so is stood for by None
@@ -111,10 +106,10 @@ class ServiceSettings:
             if type(default) is bool:
                 _check(name, isinstance(value, bool), "True or False", value)
             elif isinstance(default, int | float):
-                whole = isinstance(default, int)
-                fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-                _check(name, fits, "a whole number" if whole else "a number", value)
-                least = 1 if whole else 0
+                kind, what, least = (
+                    (int, "a whole number", 1) if type(default) is int else (int | float, "a number", 0)
+                )
+                _check(name, isinstance(value, kind) and not isinstance(value, bool), what, value)
                 if not value >= least:  # NaN, too
                     raise ValueError(f"{name} must be {least} or more, not {value}")
         # A text is a collection of its letters, which nobody means.
@@ -122,7 +117,7 @@ class ServiceSettings:
         _check("idempotent", names, "a collection of names", self.idempotent)
         codec = self.codec is None or (hasattr(self.codec, "dumps") and hasattr(self.codec, "loads"))
         _check("codec", codec, "a codec or None", self.codec)
-        _check("clock_ms", callable(self.clock_ms), "a function", self.clock_ms)
+        _check("clock_ms", self.clock_ms is None or callable(self.clock_ms), "a function or None", self.clock_ms)
         _check("start_method", isinstance(self.start_method, str | None), "a name or None", self.start_method)
         methods = multiprocessing.get_all_start_methods()
         if self.start_method not in {None, *methods}:
@@ -133,11 +128,10 @@ class ServiceSettings:
     @classmethod
     def checked(cls, owner: str, settings: Mapping[str, Any]) -> Self:
         """Return settings from keywords; an error names `owner`, whose they are, as well as the setting."""
-        for name in settings:
-            if name not in _DEFAULTS:
-                close = difflib.get_close_matches(name, _DEFAULTS, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise TypeError(f"{owner} has no setting {name!r}{hint}")
+        for name in settings.keys() - _DEFAULTS.keys():
+            close = difflib.get_close_matches(name, _DEFAULTS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{owner} has no setting {name!r}{hint}")
         try:
             return cls(**settings)
         except (TypeError, ValueError) as error:

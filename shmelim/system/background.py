@@ -88,8 +88,7 @@ class Background(Generic[T]):
 class Descriptor:
     """A text stream without a buffer and without a lock, over a file descriptor that it does not own.
 
-    A thread that hangs inside ``sys.stderr`` holds a lock that the interpreter takes when it ends; one that hangs
-    in here holds nothing.
+    A thread that hangs inside ``sys.stderr`` holds a lock that the interpreter takes at its end; in here, nothing.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -119,7 +118,7 @@ class BackgroundHandler(logging.Handler):
         self.replaced: logging.Handler = handler.replaced if isinstance(handler, BackgroundHandler) else handler
         self.filters = handler.filters
         self.pid = os.getpid()  # where its thread may live
-        # Without the handler's lock, which nobody else needs now, and which logging takes when the process ends.
+        # Without the handler's lock, which logging takes when the process ends.
         self._background = Background(_off_the_stream(self.replaced).emit, _lines_dropped)
         self.drain = self._background.drain
 

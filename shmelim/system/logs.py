@@ -6,12 +6,12 @@ import contextlib
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from shmelim.system import forks
 from shmelim.system.background import BackgroundHandler
+from shmelim.system.clock import monotonic
 from shmelim.system.problems import Change, Problem, Problems, over
 
 _LEVELS: Final = {"notice": logging.WARNING, "degraded": logging.ERROR, "failing": logging.CRITICAL}
@@ -19,10 +19,10 @@ _AT_THE_END: Final = 1.0  # seconds for lines that are not written yet
 
 
 class LimitedLog:
-    """A logger's front for lines that can repeat: of each topic a burst passes, and then one line an interval.
+    """A logger's front for lines that can repeat: of each topic a burst passes, then one an interval (seconds).
 
     The next line that passes says how many were held back. Thread-safe, usable from a signal handler, and after a
-    fork. `interval` is in seconds; a line that is held back costs about a microsecond.
+    fork. A line that is held back costs about a microsecond.
 
     Examples
     --------
@@ -36,9 +36,9 @@ class LimitedLog:
         self._logger = logger
         self._burst = burst
         self._interval = interval
-        # Topic -> [lines that may pass, when that was counted, lines held back]; under the lock. Topics are
-        # constants of this package, so that the dictionary stays small.
-        self._topics: dict[str, list[float]] = {}
+        # Topic -> (when a whole burst may pass again, lines held back); under the lock. Topics are constants of
+        # this package, so that the dictionary stays small.
+        self._topics: dict[str, tuple[float, int]] = {}
         self.after_fork_in_child()
         forks.register(self)
 
@@ -46,16 +46,13 @@ class LimitedLog:
         self, level: int, topic: str, message: str, *args: object, exc_info: BaseException | bool = False
     ) -> None:
         """Log `message`, formatted with `args`, unless too many lines of `topic` came before it."""
-        now = time.monotonic()
+        now = monotonic()
         with self._lock:
-            state = self._topics.setdefault(topic, [float(self._burst), now, 0])
-            state[0] = min(float(self._burst), state[0] + (now - state[1]) / self._interval)
-            state[1] = now
-            if state[0] < 1:
-                state[2] += 1
+            full_at, held_back = self._topics.get(topic, (now, 0))
+            if full_at - now > (self._burst - 1) * self._interval:
+                self._topics[topic] = full_at, held_back + 1
                 return
-            state[0] -= 1
-            held_back, state[2] = int(state[2]), 0
+            self._topics[topic] = max(full_at, now) + self._interval, 0
         if held_back:
             message += " (%d more of this kind were not logged)"
             args = (*args, held_back)
@@ -89,8 +86,8 @@ def log_without_waiting() -> Iterator[None]:
 
     Every handler works in a thread of its own behind a bounded queue, so that a pipe that nobody reads, or a disk
     that hangs, blocks that thread only. At the end the handlers are put back, once they have written what waits or
-    a second has passed. May be nested, to take in handlers that were added since. For processes that do nothing
-    but serve: the logging of anybody else's process, a forked child's included, is theirs.
+    a second has passed. May be nested, to take in handlers that were added since. For processes that only serve:
+    the logging of anybody else's process, a forked child's included, is theirs.
     """
     made: dict[logging.Handler, BackgroundHandler] = {}  # a handler may serve several loggers
 
@@ -108,9 +105,9 @@ def log_without_waiting() -> Iterator[None]:
     try:
         yield
     finally:
-        deadline, mine = time.monotonic() + _AT_THE_END, set(made.values())
+        deadline, mine = monotonic() + _AT_THE_END, set(made.values())
         for handler in mine:
-            handler.drain(max(0.0, deadline - time.monotonic()))
+            handler.drain(max(0.0, deadline - monotonic()))
         _replace(before)
 
 

@@ -1,8 +1,7 @@
 """Named problems: what is wrong now, since when, how bad it is, what to do about it, and who is told.
 
 A part of the program *raises* a problem when something stops working and *clears* it when it works again. Between
-the two the problem stands: the health lists it, the log and Slack were told once. So nobody who notices a fault
-keeps books of what was told already.
+the two it stands: the health lists it, log and Slack were told once. So who notices a fault keeps no books.
 """
 
 from __future__ import annotations
@@ -110,9 +109,9 @@ class Problems:
                 del self._standing[next(iter(self._standing))]
             self._standing[key] = problem
         if before is None:
-            self._tell("raised", problem)
+            self._notify("raised", problem)
         elif SEVERITIES.index(problem.severity) > SEVERITIES.index(before.severity):
-            self._tell("worse", problem)
+            self._notify("worse", problem)
         return before is None
 
     def clear(self, name: str, subject: str = "") -> Problem | None:
@@ -120,7 +119,7 @@ class Problems:
         with self._lock:
             problem = self._standing.pop((name, subject), None)
         if problem is not None:
-            self._tell("cleared", problem)
+            self._notify("cleared", problem)
         return problem
 
     def clear_others(self, name: str, subjects: Collection[str]) -> None:
@@ -140,10 +139,10 @@ class Problems:
 
     def status(self) -> Literal["ok", "degraded", "failing"]:
         """Return how the whole is: as its worst problem; a notice does not count."""
-        worst = max((SEVERITIES.index(problem.severity) for problem in self.standing()), default=0)
-        return ("ok", "degraded", "failing")[worst]
+        severities = {problem.severity for problem in self.standing()}
+        return "failing" if "failing" in severities else "degraded" if "degraded" in severities else "ok"
 
-    def _tell(self, change: Change, problem: Problem) -> None:
+    def _notify(self, change: Change, problem: Problem) -> None:
         for subscriber in self._subscribers:
             try:
                 subscriber(change, problem)

@@ -1,8 +1,13 @@
-"""What a process is known by: its id with its start, whether it lives, its title; and how one is ended."""
+"""What a process is known by: its id with its start, whether it lives, its title; and how one is ended.
+
+All of it is read from /proc, where a start is counted from the boot. psutil adds the time of the boot, which moves
+when the clock is set, and so would differ between two processes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -13,29 +18,20 @@ from typing import Final, Self
 
 from shmelim.system.clock import monotonic
 
-_HAS_PROC: Final = Path("/proc/self/stat").exists()
 _STARTED: Final = 18  # index of the start time after the state, see proc(5)
 _ARGUMENTS: Final = slice(44, 46)  # indexes of the first and the last address of the arguments
 _pidfd_open: Callable[[int], int] | None = getattr(os, "pidfd_open", None)
 _LOOK_AGAIN: Final = 0.05  # seconds between two looks, where the kernel does not report a process' end
+_LONGEST: Final = 3600.0  # seconds of one wait
 _KILLED: Final = 5.0  # seconds that a process may take to vanish after SIGKILL
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process that must not be mistaken for a later one of the same id.
-
-    Attributes
-    ----------
-    pid : int
-        Its id.
-    started : float
-        When it was started, in a form that only compares.
-
-    """
+    """A process that must not be mistaken for a later one of the same id."""
 
     pid: int
-    started: float
+    started: float  # in a form that only compares; 0: it had ended
 
     @classmethod
     def this_process(cls) -> Self:
@@ -58,14 +54,14 @@ class ProcessIdentity:
         """
         with self._opened() as descriptor:
             poller = select.poll()
-            for number in (*others, *(() if descriptor is None else (descriptor,))):
+            for number in others if descriptor is None else (*others, descriptor):
                 poller.register(number, select.POLLIN)
-            deadline = None if timeout is None else monotonic() + timeout
+            deadline = math.inf if timeout is None else monotonic() + timeout
+            longest = _LOOK_AGAIN if descriptor is None else _LONGEST
             # Looked at after the descriptor was opened, which so is certainly not of a later process of that id.
             while self.is_running():
-                left = None if deadline is None else max(0.0, deadline - monotonic())
-                pause = left if descriptor is not None else min(_LOOK_AGAIN, _LOOK_AGAIN if left is None else left)
-                ready = {number for number, _ in poller.poll(None if pause is None else pause * 1000)}
+                left = max(0.0, deadline - monotonic())
+                ready = {number for number, _ in poller.poll(min(left, longest) * 1000)}
                 if descriptor in ready:  # it may still be on its way to being a zombie
                     return True
                 if ready or left == 0.0:
@@ -108,21 +104,11 @@ class ProcessIdentity:
 
 def _start_of(pid: int) -> float | None:
     """Return when a process was started; None if it has ended, waited for or not."""
-    if _HAS_PROC:
-        # Counted from the boot. What psutil makes of it moves when the clock is set, and so would differ between
-        # two processes.
-        try:
-            state, *fields = _fields_of(pid)
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        return None if state in "ZX" else float(fields[_STARTED])
-    import psutil  # noqa: PLC0415  # needed nowhere else on Linux
-
     try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
+        state, *fields = _fields_of(pid)
+    except (FileNotFoundError, ProcessLookupError):
         return None
+    return None if state in "ZX" else float(fields[_STARTED])
 
 
 def _fields_of(pid: int) -> list[str]:
@@ -141,7 +127,7 @@ def set_title(title: str) -> bool:
     setproctitle(title)
     # It looks for the arguments from the first variable of the environment on. In a process where that one was
     # changed or removed, and in its forked children, it does nothing, without a word.
-    return title_of(os.getpid()) == title or (_HAS_PROC and _overwrite_arguments(title))
+    return title_of(os.getpid()) == title or _overwrite_arguments(title)
 
 
 def _overwrite_arguments(title: str) -> bool:
@@ -162,33 +148,18 @@ def _overwrite_arguments(title: str) -> bool:
 
 def title_of(pid: int) -> str | None:
     """Return a process' whole title, or None if it is gone or may not be looked at."""
-    if _HAS_PROC:
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            return None
-        return words.replace(b"\0", b" ").decode(errors="replace").rstrip() or None
-    import psutil  # noqa: PLC0415
-
     try:
-        return " ".join(psutil.Process(pid).cmdline()).rstrip()
-    except psutil.Error:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
         return None
+    return words.replace(b"\0", b" ").decode(errors="replace").rstrip() or None
 
 
 def is_of_this_user(pid: int) -> bool:
     """Whether a process runs as this user, by its real and its effective id."""
-    if _HAS_PROC:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text(encoding="latin-1")
-        except OSError:
-            return False
-        real, effective = map(int, status.partition("\nUid:")[2].split()[:2])
-        return (real, effective) == (os.getuid(), os.geteuid())
-    import psutil  # noqa: PLC0415
-
     try:
-        found = psutil.Process(pid).uids()
-    except psutil.Error:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="latin-1")
+    except OSError:
         return False
-    return (found.real, found.effective) == (os.getuid(), os.geteuid())
+    real, effective = map(int, status.partition("\nUid:")[2].split()[:2])
+    return (real, effective) == (os.getuid(), os.geteuid())

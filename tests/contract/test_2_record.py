@@ -150,7 +150,6 @@ def test_a_time_that_is_not_plausible_is_noted(manager, at_ms):
     assert "elimination_initiated_time_ms" in (last_event(manager)["note"] or "")
 
 
-@not_built("SPEC 2: a time that is not plausible deletes nothing", AssertionError)
 def test_a_time_that_is_not_plausible_deletes_nothing(validate):
     validator = validate("direct")
     validator.register("a", "b")
@@ -163,7 +162,6 @@ def test_a_time_that_is_not_plausible_deletes_nothing(validate):
     assert validator.positions.book["a"]
 
 
-@not_built("SPEC 2: a time that is not plausible closes nothing at that time", AssertionError)
 def test_a_time_that_is_not_plausible_closes_nothing_at_that_time(validate):
     validator = validate("direct")
     validator.register("a")
@@ -176,7 +174,6 @@ def test_a_time_that_is_not_plausible_closes_nothing_at_that_time(validate):
     assert position.orders[-1].processed_ms < later
 
 
-@not_built("SPEC 2: environment.plausible_since_ms, 2020 by default", TypeError)
 def test_what_is_plausible_is_the_environments():
     assert ValidatorEnvironment(plausible_since_ms=5).plausible_since_ms == 5
     assert ValidatorEnvironment().plausible_since_ms == 1_577_836_800_000

@@ -102,7 +102,6 @@ def test_what_cannot_be_is_refused_by_name(make, mode, options, error, named):
     ],
     ids=["scored bucket", "price fetcher", "miner directory"],
 )
-@not_built("SPEC 4: what an environment lacks or contradicts is said at construction, once", AssertionError)
 def test_what_an_environment_lacks_or_contradicts_is_said_once_by_name(make, tmp_path, figures, named, caplog):
     validator = Validator(tmp_path / "miners", **({"live_price_fetcher": object()} | figures))
     validator.challenge.buckets = {"a": "MAINCOMP"}

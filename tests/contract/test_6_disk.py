@@ -332,6 +332,5 @@ def test_every_call_is_a_tick_in_a_backtest_in_direct_mode(validate):
     assert list(ticks_of_three_calls(validate, "direct")) == ["a", "b", "c"]
 
 
-@not_built("SPEC 6: in a backtest every call of process_eliminations is a tick, in RPC mode too", AssertionError)
 def test_every_call_is_a_tick_in_a_backtest_in_rpc_mode(validate):
     assert list(ticks_of_three_calls(validate, "rpc")) == ["a", "b", "c"]

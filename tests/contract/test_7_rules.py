@@ -63,7 +63,6 @@ def test_defaults_of_the_environment():
         ("clock", lambda: 5),
     ],
 )
-@not_built("SPEC 7: figures of the environment are checked at construction", pytest.fail.Exception)
 def test_a_figure_that_cannot_be_is_a_value_error_that_names_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         ValidatorEnvironment(**{field: value})
@@ -77,7 +76,6 @@ def test_price_source_understands_prices_by_the_name_of_the_pair():
     assert ValidatorEnvironment().price_source(PAIR, {"ETH/USD": 1.5}, START) is None
 
 
-@not_built("SPEC 7: price_source understands both forms of price_info", AssertionError)
 def test_price_source_understands_pairs_of_price_and_time():
     prices = {"BTCUSD": (1.5, START), "BTCUSD_prev": (1.4, START - 1)}
     assert ValidatorEnvironment().price_source(PAIR, prices, START) == 1.5
@@ -308,7 +306,6 @@ def test_departures_are_recorded_once_for_ever_and_those_of_an_anomaly_when_it_i
     assert validator.manager.get_departed_hotkey_info("miner43") == first
 
 
-@not_built("SPEC 7: a look with an entry which is no hotkey makes no departures", AssertionError)
 def test_a_look_with_an_entry_which_is_no_hotkey_makes_no_departures(direct):
     direct.register("a", "b", "c")
     direct.tick()
@@ -327,7 +324,6 @@ def test_nor_does_a_metagraph_that_is_not_known_yet(validator):
     assert validator.reasons == {}
 
 
-@not_built("SPEC 7: a look at an empty metagraph makes no departures", AssertionError)
 def test_nor_does_an_empty_one(direct):
     direct.register("a", "b")
     direct.tick()
@@ -337,7 +333,6 @@ def test_nor_does_an_empty_one(direct):
     assert direct.reasons == {}
 
 
-@not_built("SPEC 7: believe_empty_metagraph is the environment's switch", TypeError)
 def test_an_empty_one_is_believed_if_the_environment_says_so(validate):
     validator = validate("direct", believe_empty_metagraph=True)
     validator.register("a", "b")
@@ -466,7 +461,6 @@ BAD_FIELDS = {
 
 
 @pytest.mark.parametrize("field", BAD_FIELDS)
-@not_built("SPEC 7: a perf ledger's elimination is never lost for a side field", AssertionError)
 def test_a_ledgers_row_is_never_lost_for_a_side_field(direct, field):
     direct.register("a")
     direct.open("a")
@@ -479,7 +473,6 @@ def test_a_ledgers_row_is_never_lost_for_a_side_field(direct, field):
 @pytest.mark.parametrize(
     "why", [("PLAGIARISM", "much"), ("PLAGIARISM", object()), (None, 0.1), ("PLAGIARISM",)], ids=str
 )
-@not_built("SPEC 7: a challenge reason is never lost for what stands beside it", AssertionError)
 def test_nor_a_challenge_reason(direct, why):
     direct.register("a")
     direct.challenge.reasons["a"] = why
@@ -488,7 +481,6 @@ def test_nor_a_challenge_reason(direct, why):
 
 
 @pytest.mark.parametrize("factor", [float("nan"), "low", None])
-@not_built("SPEC 7: a drawdown is never lost for a checkpoint that cannot be understood", AssertionError)
 def test_nor_a_drawdown_for_one_checkpoint(direct, factor):
     direct.register("a")
     direct.ledgers.ledgers["a"] = SimpleNamespace(cps=[SimpleNamespace(mdd=factor), SimpleNamespace(mdd=0.8)])
@@ -574,7 +566,6 @@ def test_collateral_is_slashed_by_three_rules_and_never_of_zombies(validator):
     assert len(validator.contract.slashes) == 3
 
 
-@not_built("SPEC 7: a tick first records all eliminations, then closes positions, then slashes", AssertionError)
 def test_all_is_recorded_before_anything_is_closed_and_closed_before_anything_is_slashed(direct):
     direct.register("a", "b", "c")
     for hotkey in "abc":
@@ -630,7 +621,6 @@ def test_a_zombie_is_flattened_and_never_slashed(validator):
 
 
 @pytest.mark.parametrize("name", ["backup-2026", "lost+found", "5" + "F" * 47])
-@not_built("SPEC 7: only a name that can be a hotkey of this network is a zombie", AssertionError)
 def test_a_directory_that_is_nobodys_is_no_zombie(direct, name):
     direct.register("a")
     (direct.miners / name).mkdir()
@@ -645,7 +635,6 @@ def test_a_valid_address_is_one_though_it_was_never_seen(direct):
     assert list(direct.reasons.values()) == ["ZOMBIE"]
 
 
-@not_built("SPEC 7: is_hotkey is the environment's", TypeError)
 def test_what_can_be_a_hotkey_is_the_environments(validate):
     validator = validate("direct", is_hotkey=lambda name: name == "hotkey123")
     validator.register("a")

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -219,6 +220,7 @@ def test_a_dying_forkserver_is_not_a_dying_server(start):
         assert service.health_check(clock.later(61)) is True
         assert service.pid() == service.server_pid == pid
     assert service.notes() == ["kept"]
+    multiprocessing.forkserver.ensure_running()  # which also waits for the dead one
 
 
 def test_after_shutdown_nothing_is_restarted(start, tmp_path):

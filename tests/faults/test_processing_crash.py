@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,11 @@ _DOMAIN = Path(shmelim.eliminations.__file__).parent
 _VALIDATOR = Path(reference_validator.__file__).parent
 
 
-def at_step(stop: int, act: Callable[[], None], *places: Path) -> Callable[[], int]:
-    """From now on count this thread's lines in these places; at number ``stop``, act. Returns what ends it."""
+def at_step(stop: int, act: Callable[[], None], *places: Path, threads: bool = False) -> Callable[[], int]:
+    """From now on count lines in these places; at number ``stop``, act. Returns what ends it.
+
+    Those of this thread, or of all ``threads`` that are started from now on too.
+    """
     roots = tuple(f"{place}{os.sep}" for place in places)
     count = 0
 
@@ -54,9 +58,12 @@ def at_step(stop: int, act: Callable[[], None], *places: Path) -> Callable[[], i
 
     def end() -> int:
         sys.settrace(None)
+        threading.settrace(None)  # type: ignore[arg-type]
         return count
 
     sys.settrace(outside)
+    if threads:
+        threading.settrace(outside)
     return end
 
 
@@ -150,7 +157,7 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
 
 def eliminate_there(managed: Managed, stop: int) -> int:
     """In a forked child, whose manager is a client of the parent's server."""
-    end = at_step(stop, kill_self, _DOMAIN / "processing", _VALIDATOR)
+    end = at_step(stop, kill_self, _DOMAIN / "rules", _VALIDATOR, threads=True)
     managed.manager.process_eliminations()
     return end()
 
@@ -194,9 +201,11 @@ def test_server_killed_around_every_call_of_an_elimination(
     eliminated_ms = prepare(tmp_path / "prepared")
     original = ProcessingCalls._call
     calls: list[str] = []
-    stop = 0
+    stop, ready = 0, False
 
     def with_a_death(self: ProcessingCalls, method: str, *args: Any, **options: Any) -> Any:
+        if not ready:
+            return original(self, method, *args, **options)
         calls.append(method)
         if len(calls) != stop:
             return original(self, method, *args, **options)
@@ -207,10 +216,11 @@ def test_server_killed_around_every_call_of_an_elimination(
 
     monkeypatch.setattr(ProcessingCalls, "_call", with_a_death)
     while not stop or len(calls) >= stop:
-        stop, calls = stop + 1, []
+        stop, calls, ready = stop + 1, [], False
         directory = tmp_path / f"at-{stop}"
         shutil.copytree(tmp_path / "prepared", directory)
         with Managed("rpc", new_name(), directory) as managed:
+            ready = True
             with contextlib.suppress(StateUnavailableError):
                 managed.manager.process_eliminations()
             if len(calls) < stop:

@@ -160,42 +160,6 @@ def test_without_the_kernels_help(hold, address, monkeypatch):
     assert clear_stale(second.address, NAME, grace=0.05) == [second.pid]
 
 
-UNTITLED = """
-import sys, threading
-from setproctitle import setproctitle
-from ledger import Ledger
-from waiting import PATIENCE
-import setproctitle as module
-module.setproctitle = lambda _title: None
-from shmelim.system import processes
-processes._overwrite_arguments = lambda _title: False
-service = Ledger(sys.argv[1], outlive_owner=True)
-print(service.port, service.server_pid, flush=True)
-threading.Event().wait(PATIENCE)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names that end with their process")
-def test_one_whose_title_could_not_be_set_is_known_by_its_mark(make, tmp_path):
-    owner = subprocess.Popen(
-        [sys.executable, "-c", UNTITLED, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    port, pid = map(int, owner.stdout.readline().split())
-    assert TITLE not in " ".join(psutil.Process(pid).cmdline())
-    assert not lease.is_server_of(pid, "OtherServer")
-    with pytest.raises(ChannelError, match=f"process {pid}, the server of a process that lives"):
-        make(("127.0.0.1", port))
-    owner.kill()
-    owner.wait()
-    owner.stdout.close()
-    service = make(("127.0.0.1", port))
-    assert not is_alive(pid)
-    assert service.pid() == service.server_pid
-
-
 # ------------------------------------------------------------------ not ours
 
 

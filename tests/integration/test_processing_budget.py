@@ -48,7 +48,7 @@ def test_tick_with_nothing_to_do_asks_three_things_and_commits_nothing(managed: 
     before = proxy.health_check_rpc()["commits"], managed.manager.reader.version
     for _ in range(3):
         managed.tick()
-    assert calls == ["get_replacements_rpc", "get_debts_rpc", "get_first_refresh_ran_rpc"] * 3
+    assert calls == ["get_replacements_rpc", "get_first_refresh_ran_rpc", "get_debts_rpc"] * 3
     assert (proxy.health_check_rpc()["commits"], managed.manager.reader.version) == before
 
 

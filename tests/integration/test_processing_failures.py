@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from reference_validator import InjectedError, Managed
+from reference_validator import HOUR, InjectedError, Managed
 from reference_validator.scoring import NothingMovedError
+from waiting import until
 
 from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT, OWED
+from shmelim.eliminations.rules import alerts, deadlines
 from shmelim.errors import NotServingError, StateUnavailableError
 
 if TYPE_CHECKING:
@@ -117,7 +120,7 @@ def test_failure_that_lasts_is_told_once_until_it_went_well(managed: Managed) ->
     assert len(managed.alerts) == 1
 
 
-def test_row_of_the_perf_ledger_that_is_bad_is_its_miners_failure(managed: Managed) -> None:
+def test_row_of_the_perf_ledger_is_lost_only_if_it_names_no_miner(managed: Managed) -> None:
     ledgers = managed.manager.position_manager.perf_ledger_manager
     good = {
         "reason": "LIQUIDATED",
@@ -133,14 +136,15 @@ def test_row_of_the_perf_ledger_that_is_bad_is_its_miners_failure(managed: Manag
     ledgers.get_perf_ledger_eliminations = lambda: rows
     for _ in range(2):
         managed.tick()
-    assert list(managed.reasons) == [TEN[place] for place in (0, 1, 3, 5, 7, 9)]
+    assert list(managed.reasons) == [TEN[place] for place in (0, 1, 2, 3, 4, 5, 7, 9)]
     assert managed.manager.get_elimination(TEN[0])["own"] == [1], "its own fields stay"
-    assert len(managed.alerts) == 4
-    assert "'reason'" in managed.alerts[0]
-    assert "number 6 of the list" in managed.alerts[2]
-    rows[2]["reason"] = "LIQUIDATED"
-    managed.tick()
-    assert THIRD in managed.reasons
+    assert managed.reasons[THIRD] == "UNKNOWN"
+    assert managed.manager.get_elimination(TEN[4])["dd"] is None
+    assert len(managed.alerts) == 2
+    assert "number 6 of the list" in managed.alerts[0]
+
+
+TOO_LONG = "x" * 256
 
 
 def test_reason_that_cannot_be_recorded_waits_and_makes_no_tick_due(
@@ -151,18 +155,34 @@ def test_reason_that_cannot_be_recorded_waits_and_makes_no_tick_due(
         validator.register("a", "b")
         managed.tick()
         validator.probation.fail("a", "PLAGIARISM", None)
-        validator.probation.fail("b", "PLAGIARISM", "much")
+        validator.probation.fail(TOO_LONG, "PLAGIARISM", None)
         managed.tick(0)
         assert managed.reasons == {"a": "PLAGIARISM"}
-        assert set(validator.probation.failed) == {"a", "b"}
+        assert set(validator.probation.failed) == {"a", TOO_LONG}
         asked = validator.faults.count("in stage")
         managed.tick(1000)
         assert validator.faults.count("in stage") == asked, "what failed waits for the interval"
+        del validator.probation.failed[TOO_LONG]
         validator.probation.fail("b", "PLAGIARISM", 0.1)
         managed.tick(1000)
         assert managed.reasons == {"a": "PLAGIARISM", "b": "PLAGIARISM"}
         assert validator.probation.failed == {}
         assert len(managed.alerts) == 1
+
+
+def test_a_step_that_always_fails_makes_no_tick_of_every_call(new_name: Callable[[], str], tmp_path: Path) -> None:
+    with Managed("rpc", new_name(), tmp_path) as managed:
+        lasting = managed.validator.faults.fail("liquidated", times=None)
+        managed.tick()
+        for _ in range(1200):  # 20 minutes
+            managed.tick(1000)
+        # After 10, 20, 40, 80, 160 s and from then on with the interval of 5 minutes.
+        assert 6 <= lasting.happened <= 10
+        managed.validator.faults.clear()
+        managed.tick()
+        asked = managed.validator.faults.count("liquidated")
+        managed.tick(299_000)
+        assert managed.validator.faults.count("liquidated") == asked, "it went well, and waits for the interval"
 
 
 # ---------------------------------------------------------------------- steps and collaborators
@@ -269,11 +289,126 @@ def test_hanging_position_lock_keeps_others_from_nothing_but_their_turn(directly
     try:
         while directly.validator.faults.count("lock", THIRD) < 2:
             pass
-        assert complete(directly) == TEN[:2]
+        assert list(directly.reasons) == TEN
+        assert [hotkey for hotkey in TEN if directly.validator.is_flat(hotkey)] == TEN[:2]
     finally:
         held.release()
         ticking.join()
     assert complete(directly) == TEN
+
+
+def all_but(stuck: str) -> list[str]:
+    return [hotkey for hotkey in TEN if hotkey != stuck]
+
+
+@pytest.fixture
+def hurried(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Managed]:
+    """In RPC mode, with a little time for each call."""
+    with Managed("rpc", new_name(), tmp_path, call_deadline_s=0.3, slash_deadline_s=0.3) as made:
+        yield made
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What is stuck waits for this, and at the end of the test at the latest it opens."""
+    event = threading.Event()
+    yield event
+    event.set()
+    until(lambda: deadlines.left_behind() == [])
+
+
+@pytest.mark.parametrize("point", ["holding", "store", "cancel"])
+def test_what_hangs_for_one_miner_stops_no_other(hurried: Managed, gate: threading.Event, point: str) -> None:
+    ten_to_eliminate(hurried)
+    hurried.validator.faults.at(point, gate.wait, hotkey=THIRD)
+    hurried.tick()
+    assert list(hurried.reasons) == TEN
+    assert [hotkey for hotkey in TEN if hurried.validator.is_flat(hotkey)] == all_but(THIRD)
+    assert sorted(hurried.validator.collateral.slashes()) == TEN
+    assert ["did not come back within" in alert for alert in hurried.alerts] == [True]
+    hurried.tick()
+    assert [debt["hotkey"] for debt in hurried.debts] == [THIRD], "nothing begins anew while it is under way"
+    gate.set()
+    until(lambda: deadlines.left_behind() == [])
+    hurried.tick()
+    assert complete(hurried) == TEN
+    for holding in hurried.validator.book.on_disk(THIRD):
+        assert len(holding.trades) == 2, "closed once"
+
+
+@pytest.mark.parametrize("point", ["liquidated", "all failed", "in stage", "ledgers", "registry"])
+def test_what_hangs_for_one_rule_stops_no_other(hurried: Managed, gate: threading.Event, point: str) -> None:
+    validator = hurried.validator
+    validator.register("liquid", "failed", "down")
+    hurried.tick()
+    validator.lose("liquid", 0.7)
+    validator.probation.fail("failed", "PLAGIARISM", None)
+    validator.lose("down", 0.2)
+    validator.faults.at(point, gate.wait)
+    hurried.tick()
+    left_out = {"liquidated": {"liquid"}, "all failed": {"failed"}}.get(point, {"down"})
+    left_out = set() if point == "registry" else left_out
+    assert set(hurried.reasons) >= {"liquid", "failed", "down"} - left_out
+    assert any("did not come back within" in alert for alert in hurried.alerts)
+    gate.set()
+    until(lambda: deadlines.left_behind() == [])
+    hurried.tick()
+    assert set(hurried.reasons) == {"liquid", "failed", "down"}
+
+
+def test_contract_that_hangs_stops_no_other_slash_and_its_answer_counts(
+    hurried: Managed, gate: threading.Event
+) -> None:
+    ten_to_eliminate(hurried)
+    hurried.validator.faults.at("slash", gate.wait, hotkey=THIRD)
+    for _ in range(2):
+        hurried.tick()
+    assert sorted(hurried.validator.collateral.slashes()) == all_but(THIRD)
+    assert state_of_slash(hurried) == [ATTEMPTING]
+    assert ["is under way" in alert for alert in hurried.alerts] == [True]
+    gate.set()
+    until(lambda: state_of_slash(hurried) == [])
+    assert sorted(hurried.validator.collateral.slashes()) == TEN
+    assert hurried.manager._processor.context.alerts.standing() == []
+
+
+def test_full_queue_and_a_hanging_slack_stop_nobody(
+    hurried: Managed, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alerts, "_PATIENCE", 0.1)
+    ten_to_eliminate(hurried)
+    hurried.validator.faults.at("websockets", gate.wait)
+    hurried.validator.faults.at("slack", gate.wait)
+    hurried.validator.faults.fail("store", hotkey=THIRD)
+    hurried.tick()
+    assert [hotkey for hotkey in TEN if hurried.validator.is_flat(hotkey)] == all_but(THIRD)
+    assert sorted(hurried.validator.collateral.slashes()) == TEN
+    gate.set()
+    until(lambda: deadlines.left_behind() == [])
+    hurried.tick()
+    assert any(THIRD in alert for alert in hurried.alerts), "told once Slack can be"
+
+
+def test_a_validator_without_locks_closes_a_position_once(managed: Managed) -> None:
+    ten_to_eliminate(managed)
+    managed.manager.position_locks = None
+    together = threading.Barrier(3)
+    managed.validator.pass_time(HOUR)
+
+    def tick() -> None:
+        together.wait()
+        managed.manager.process_eliminations()
+
+    ticking = [threading.Thread(target=tick) for _ in range(3)]
+    for thread in ticking:
+        thread.start()
+    for thread in ticking:
+        thread.join()
+    managed.tick()
+    assert complete(managed) == TEN
+    for hotkey in TEN:
+        assert [len(holding.trades) for holding in managed.validator.book.on_disk(hotkey)] == [2]
+    assert sorted(managed.validator.collateral.slashes()) == TEN
 
 
 # ---------------------------------------------------------------------- slashes
@@ -565,7 +700,7 @@ class Away(SystemExit):
 def test_slash_that_is_broken_off_is_in_doubt_before_anything_else_happens(managed: Managed, point: str) -> None:
     ten_to_eliminate(managed)
     managed.validator.faults.fail(point, Away(), hotkey=THIRD)
-    with pytest.raises(Away):
+    with pytest.raises(Away) if managed.mode == "direct" else contextlib.nullcontext():
         managed.tick()
     assert IN_DOUBT in state_of_slash(managed)
     managed.tick()
@@ -594,7 +729,7 @@ def test_outcome_that_could_not_be_recorded_is_recorded_later(directly: Managed,
     if method == "begin_slash_rpc":
         with pytest.raises(StateUnavailableError):
             directly.tick()
-        assert state_of_slash(directly) == [OWED], "the contract was not called"
+        assert state_of_slash(directly) == [OWED] * 8, "the contract was not called, for any from there on"
     else:
         directly.tick()
         assert state_of_slash(directly) == [ATTEMPTING]
@@ -638,7 +773,7 @@ def test_hotkey_leads_nowhere_out_of_the_miners_directory(directly: Managed, hot
     for victim in victims:
         victim.mkdir(parents=True)
     validator.register("other")
-    directly.manager.append_elimination_row(hotkey, None, "ZOMBIE", validator.now_ms)
+    directly.manager.append_elimination_row(hotkey, None, "LIQUIDATED", validator.now_ms)
     directly.tick(10**9)
     assert hotkey not in directly.reasons
     assert all(victim.exists() for victim in victims)

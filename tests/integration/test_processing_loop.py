@@ -8,14 +8,15 @@ import multiprocessing
 import os
 import signal
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from reference_validator import Managed
 from waiting import PATIENCE, until
 
-from shmelim.eliminations.debts.states import IN_DOUBT
-from shmelim.eliminations.rules import loop
+from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT
+from shmelim.eliminations.rules import deadlines, loop
 from shmelim.system.processes import title_of
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def test_end_of_the_validator_is_noticed_in_the_midst_of_the_longest_pause(make:
         managed.validator.ending["now"] = True
         thread.join(PATIENCE)
         assert not thread.is_alive()
-    assert loop._LOOK_AGAIN + loop._GRACE < 2.0, "what is promised is 2 s"
+    assert loop._LOOK_AGAIN + deadlines._LOOK_AGAIN + deadlines._GRACE < 2.0, "what is promised is 2 s"
 
 
 def test_loop_pauses_while_a_sync_is_in_progress(make: Callable[..., Managed]) -> None:
@@ -92,6 +93,17 @@ def test_loop_pauses_while_a_sync_is_in_progress(make: Callable[..., Managed]) -
         assert managed.validator.faults.count("registry") == 0
         flag.set = False
         until(lambda: managed.validator.faults.count("registry"))
+
+
+def test_a_sync_that_never_ends_is_told(make: Callable[..., Managed]) -> None:
+    managed = make("direct", longest_sync_s=0.01, tick_pause_s=0.0)
+    managed.manager.sync_in_progress = flag = SimpleNamespace(value=True)
+    with in_a_thread(managed):
+        until(lambda: managed.alerts)
+        assert "sync_in_progress has been true for more than" in managed.alerts[0]
+        flag.value = False
+        until(lambda: not managed.manager._processor.context.alerts.standing())
+    assert len(managed.alerts) == 1
 
 
 def test_loop_survives_every_exception_and_tells_of_each_once(make: Callable[..., Managed]) -> None:
@@ -261,7 +273,7 @@ def forever(waiting: Any) -> None:
 
 @pytest.mark.parametrize("point", ["liquidated", "cancel", "store", "slash", "slash!"])
 def test_sigterm_ends_a_process_whose_collaborator_hangs(make: Callable[..., Managed], point: str) -> None:
-    managed = make("rpc", **AT_ONCE)
+    managed = make("rpc", slash_deadline_s=1.0, **AT_ONCE)
     validator = managed.validator
     validator.register("a")
     validator.open_position("a")
@@ -273,7 +285,7 @@ def test_sigterm_ends_a_process_whose_collaborator_hangs(make: Callable[..., Man
         assert ends(process)
     validator.faults.clear()
     if point.startswith("slash"):
-        assert [(debt["kind"], debt["state"]) for debt in managed.debts] == [("slash", IN_DOUBT)]
+        assert [(debt["kind"], debt["state"]) for debt in managed.debts] == [("slash", ATTEMPTING)]
     # What is left is made by the next process.
     managed.restart()
     managed.tick()
@@ -294,9 +306,13 @@ def test_sigterm_lets_the_miner_at_hand_be_finished(make: Callable[..., Managed]
     with in_a_process(managed) as process:
         process.join(PATIENCE)
         assert process.exitcode == 0
-    assert managed.reasons == {"a": "MAX_TOTAL_DRAWDOWN"}
-    assert managed.debts == []
-    assert validator.collateral.slashes() == ["a"]
+    assert managed.reasons == {"a": "MAX_TOTAL_DRAWDOWN", "b": "MAX_TOTAL_DRAWDOWN"}
+    assert [validator.is_flat(hotkey) for hotkey in ("a", "b")] == [True, False]
+    assert validator.collateral.slashes() == [], "all positions come before the first slash"
+    managed.restart()
+    managed.tick()
+    assert [managed.validator.is_flat(hotkey) for hotkey in ("a", "b")] == [True, True]
+    assert managed.validator.collateral.slashes() == ["a", "b"]
 
 
 def test_loop_leaves_signal_handlers_as_it_found_them(make: Callable[..., Managed]) -> None:

@@ -69,7 +69,12 @@ def levels(alerts):
 def test_a_life_from_the_first_call_over_two_restarts_to_the_end(make, way, tmp_path):
     clock, alerts = Clock(), Alerts()
     service = make(
-        way, enable_health_check=True, health_check_interval_s=60, slack_notifier=alerts, clock_ms=clock
+        way,
+        enable_health_check=True,
+        health_check_interval_s=60,
+        slack_notifier=alerts,
+        clock_ms=clock,
+        connect_wait=PATIENCE,
     )
     assert service.enter("one") == "one"
     assert service.entries() == ["one"]
@@ -398,11 +403,11 @@ class PickledService(RPCServiceBase):
 def test_two_restarts_for_one_failure_are_one(make):
     service = make()
     failing = core_of(service).page.server
-    assert core_of(service).owner.restart(failing)
+    assert core_of(service).restart(failing)
     pid = service.server_pid
-    assert not core_of(service).owner.restart(failing)
+    assert not core_of(service).restart(failing)
     assert service.server_pid == pid
-    assert core_of(service).owner.restart(core_of(service).page.server)
+    assert core_of(service).restart(core_of(service).page.server)
     assert service.server_pid != pid
 
 
@@ -488,8 +493,8 @@ def test_what_the_next_server_needs_is_looked_at_before_this_one_is_ended(make, 
     alerts, pid = Alerts(), service.pid()
     service.slack_notifier = alerts
     if "pickled" in lacking:
-        factory, arguments, *rest = core_of(service).owner.recipe
-        core_of(service).owner.recipe = (factory, (*arguments, threading.Lock()), *rest)
+        factory, arguments, *rest = service._server_process.recipe
+        service._server_process.recipe = (factory, (*arguments, threading.Lock()), *rest)
     else:
         place.rename(tmp_path / "elsewhere")
         place.touch()

@@ -17,7 +17,7 @@ from ledger import Alerts, Clock, FileAlerts, Ledger, LedgerServer, core_of, han
 from waiting import PATIENCE, until
 
 from shmelim.errors import ChannelError
-from shmelim.service import HealthCheckDaemon, RPCServiceBase, core
+from shmelim.service import HealthCheckDaemon, RPCServiceBase, owner
 
 TESTS = str(Path(__file__).parents[1])
 fork = multiprocessing.get_context("fork")
@@ -125,13 +125,13 @@ def test_shutdown_by_a_signal_handler_in_the_middle_of_a_start(make):
 def test_shutdown_by_a_signal_handler_before_the_first_connection(tmp_path, monkeypatch):
     made = []
 
-    class Interrupted(core.ChannelClient):
+    class Interrupted(owner.ChannelClient):
         def __init__(self, *arguments, **options):
-            made.append(core_of(service).owner.server)
+            made.append(core_of(service).server)
             service.shutdown()  # as a handler would
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(core, "ChannelClient", Interrupted)
+    monkeypatch.setattr(owner, "ChannelClient", Interrupted)
     service = Ledger.__new__(Ledger)
     with pytest.raises(ChannelError, match="was shut down"):
         service.__init__(tmp_path, connect_delay=PATIENCE)
@@ -419,7 +419,7 @@ def test_a_copy_leaves_a_process_alone_that_does_not_look_like_the_server(make, 
     here, there = fork.Pipe()
 
     def check():
-        monkeypatch.setattr(core, "is_server_of", lambda _pid, _name: False)
+        monkeypatch.setattr(owner, "is_server_of", lambda _pid, _name: False)
         service.slack_notifier = alerts = Alerts()
         service.health_check()
         there.send(alerts.of("error"))

@@ -24,8 +24,7 @@ from waiting import PATIENCE, until
 
 from shmelim.errors import AuthenticationFailedError, ChannelError, NotServingError
 from shmelim.service import RPCServiceBase, ServerReady, report_progress
-from shmelim.service.process import ServerOptions
-from shmelim.service.serving import Ending
+from shmelim.service.process import Ending, ServerOptions
 from shmelim.system import processes
 
 TESTS = str(Path(__file__).parents[1])

@@ -44,9 +44,9 @@ def on_terminal(monkeypatch):
 def test_it_appears_while_the_caller_is_busy_and_tells_nothing_new(on_terminal):
     terminal = on_terminal()
     with DelayedProgress(delay=0.0) as bar:
-        bar.tell("sending", 1, 10)
-        bar.tell("sending", 10, 10)
-        bar.tell("committing [1/2]", 0, None)
+        bar.update("sending", 1, 10)
+        bar.update("sending", 10, 10)
+        bar.update("committing [1/2]", 0, None)
         assert terminal.seen.wait(PATIENCE)
     assert "[1/2]" in terminal.getvalue()
 
@@ -54,7 +54,7 @@ def test_it_appears_while_the_caller_is_busy_and_tells_nothing_new(on_terminal):
 def test_lines_are_written_above_it_and_whole(on_terminal):
     terminal = on_terminal()
     with DelayedProgress(delay=0.0, file=terminal) as bar:
-        bar.tell("committing", 0, None)
+        bar.update("committing", 0, None)
         assert terminal.seen.wait(PATIENCE)
         bar.write("warning: [bold]" + "x" * 300 + "\n")
     bar.write("late\n")
@@ -66,7 +66,7 @@ def test_lines_are_written_above_it_and_whole(on_terminal):
 def test_it_does_not_appear_before_its_time(on_terminal):
     terminal = on_terminal()
     with DelayedProgress(delay=PATIENCE) as bar:
-        bar.tell("committing", 0, None)
+        bar.update("committing", 0, None)
     assert terminal.getvalue() == ""
 
 
@@ -75,7 +75,7 @@ def test_it_does_not_come_after_its_end(on_terminal):
     with DelayedProgress(delay=PATIENCE) as bar:
         bar.stop()
         bar._show()
-        bar.tell("committing", 0, None)
+        bar.update("committing", 0, None)
     assert terminal.getvalue() == ""
 
 
@@ -83,7 +83,7 @@ def test_it_is_silent_where_nobody_looks(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with DelayedProgress(delay=0.0) as bar:
-        bar.tell("sending", 0, 10)
+        bar.update("sending", 0, 10)
         bar._show()
     assert stream.getvalue() == ""
 
@@ -91,4 +91,4 @@ def test_it_is_silent_where_nobody_looks(monkeypatch):
 def test_it_lives_without_a_stderr(monkeypatch):
     monkeypatch.setattr(progress.sys, "stderr", None)
     with DelayedProgress(delay=0.0) as bar:
-        bar.tell("sending", 0, 10)
+        bar.update("sending", 0, 10)

@@ -124,12 +124,13 @@ def test_ledger_that_cannot_say_when_it_is_gone_is_read_whole(drawdowns: Drawdow
     assert reads(drawdowns, ledger) == COUNT
 
 
-def test_nan_at_the_end_of_a_known_ledger_is_an_error(drawdowns: Drawdowns) -> None:
+def test_nan_at_the_end_of_a_known_ledger_is_left_out(drawdowns: Drawdowns) -> None:
     ledger = Ledger()
-    drawdowns.percentage(ledger)
+    assert drawdowns.percentage(ledger) == 1.0
     ledger.cps[-1]._mdd = float("nan")
-    with pytest.raises(ValueError, match="not a number"):
-        drawdowns.percentage(ledger)
+    assert drawdowns.percentage(ledger) == 1.0
+    ledger.cps[-2]._mdd = 0.6
+    assert drawdowns.percentage(ledger) == 40.0
 
 
 def test_environment_can_be_pickled_with_ledgers_that_it_knows() -> None:

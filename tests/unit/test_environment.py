@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
+import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.directories import MinerDirectories
 from shmelim.eliminations.validator.drawdown import ledger_drawdown_percentage
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
+from shmelim.system.logs import LimitedLog
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+NOW = 1_700_000_000_000
 
 
 def ledger(*factors: Any) -> SimpleNamespace:
@@ -56,21 +64,36 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize(
-    ("factors", "error", "message"),
+    "factors",
     [
-        ((NAN,), ValueError, "not a number"),
-        ((0.99, NAN, 0.98), ValueError, "not a number"),
-        ((None,), TypeError, "NoneType"),
-        ((1.0, None), TypeError, "NoneType"),
-        (("0.5",), TypeError, "str"),
-        ((90.0, 95.0), ValueError, "factor"),
-        ((float("inf"),), ValueError, "factor"),
-        ((0.99, -7.5), ValueError, "factor"),
+        (NAN,),
+        (None, "0.5"),
+        ("0.5",),
+        (90.0, 95.0),
+        (float("inf"),),
+        (-7.5, True),
     ],
 )
-def test_ledger_whose_checkpoints_make_no_sense_is_an_error(factors: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_ledger_none_of_whose_checkpoints_makes_sense_is_an_error(factors: Any) -> None:
+    with pytest.raises(ValueError, match="not a factor"):
         ledger_drawdown_percentage(ledger(*factors))
+
+
+@pytest.mark.parametrize("bad", [NAN, None, "0.5", 90.0, float("-inf"), -7.5, object(), [0.1], 10**400], ids=repr)
+@pytest.mark.parametrize("count", [1, 20])
+def test_checkpoint_that_makes_no_sense_hides_no_drawdown_beside_it(bad: Any, count: int) -> None:
+    environment = ValidatorEnvironment()
+    for place in (0, count // 2, count):
+        factors = [0.99] * count + [0.8]
+        factors.insert(place, bad)
+        for _ in range(3):
+            assert environment.drawdown(ledger(*factors)) == (True, 20.0)
+
+
+def test_what_is_left_out_is_said(caplog: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("shmelim.eliminations.validator.drawdown._limited", LimitedLog(logging.getLogger("test")))
+    ValidatorEnvironment().drawdown(ledger(0.99, "low", 0.8))
+    assert "1 checkpoints of a ledger have an mdd that is not a factor, such as 'low'" in caplog.text
 
 
 @pytest.mark.parametrize("broken", [{"portfolio": ledger(0.5)}, SimpleNamespace(), SimpleNamespace(cps=None), 5])
@@ -102,17 +125,115 @@ def test_price_is_found_under_every_name_of_the_pair(key: str) -> None:
 
 def test_what_is_passed_replaces_the_default() -> None:
     environment = ValidatorEnvironment(
-        price_source=lambda *given: given, drawdown=lambda _: (True, 1.0), clock=lambda: 7
+        price_source=lambda *given: given, drawdown=lambda _: (True, 1.0), clock=lambda: NOW
     )
     assert environment.price_source("pair", {}, 3) == ("pair", {}, 3)
     assert environment.drawdown(ledger()) == (True, 1.0)
-    assert environment.now_ms() == 7
+    assert environment.now_ms() == NOW
 
 
-@pytest.mark.parametrize("time_ms", [7, 6.6, np.float64(7.2), np.int64(7)])
+@pytest.mark.parametrize("time_ms", [NOW, NOW - 0.4, np.float64(NOW + 0.2), np.int64(NOW)])
 def test_clock_may_be_one_of_fractions(time_ms: Any) -> None:
     now = ValidatorEnvironment(clock=lambda: time_ms).now_ms()
-    assert (now, type(now)) == (7, int)
+    assert (now, type(now)) == (NOW, int)
+
+
+@pytest.mark.parametrize(
+    ("figure", "value"),
+    [
+        ("max_drawdown_percentage", -1),
+        ("max_drawdown_percentage", 101),
+        ("deletion_delay_ms", NAN),
+        ("error_pause_s", -0.5),
+        ("plausible_since_ms", -1),
+        ("slash_proportions", {"LIQUIDATED": 50}),
+        ("slash_proportions", {"LIQUIDATED": NAN}),
+        ("slash_proportions", {"LIQUIDATD": 0.5}),
+    ],
+)
+def test_figure_that_cannot_be_is_refused_when_it_is_set_too(figure: str, value: Any) -> None:
+    environment = ValidatorEnvironment()
+    before = getattr(environment, figure)
+    with pytest.raises(ValueError, match=figure):
+        setattr(environment, figure, value)
+    assert getattr(environment, figure) == before
+    with pytest.raises(ValueError, match=figure):
+        ValidatorEnvironment(**{figure: value})
+
+
+@pytest.mark.parametrize("value", ["5", None, True])
+def test_figure_that_is_not_a_number_is_a_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match="tick_pause_s must be a number"):
+        ValidatorEnvironment(tick_pause_s=value)
+
+
+@pytest.mark.parametrize("clock", [time.time, time.monotonic, lambda: 1000 * NOW, lambda: NAN])
+def test_clock_that_counts_something_else_is_refused(clock: Any) -> None:
+    with pytest.raises(ValueError, match="clock must return milliseconds since 1970"):
+        ValidatorEnvironment(clock=clock)
+
+
+class Challenge:
+    def __init__(self, buckets: Any) -> None:
+        self.buckets = buckets
+
+    def __getattribute__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was asked for")
+
+
+@pytest.mark.parametrize("buckets", [{"a": "MAINCOMP", "b": "CHALLENGE"}, ["MAINCOMP"], {"MAINCOMP"}])
+def test_a_scored_bucket_that_is_none_of_the_managers_is_said_without_asking_it(buckets: Any) -> None:
+    collaborators = Collaborators(challengeperiod_manager=Challenge(buckets))  # type: ignore[arg-type]
+    said = ValidatorEnvironment(scored_bucket="NEVER").gaps(collaborators)
+    assert sum("scored_bucket 'NEVER' is unknown" in gap for gap in said) == 1
+    assert not any("scored_bucket" in gap for gap in ValidatorEnvironment().gaps(collaborators))
+
+
+def test_what_nobody_needs_is_no_gap() -> None:
+    assert ValidatorEnvironment().gaps(Collaborators()) == []
+    collaborators = Collaborators(position_manager=SimpleNamespace())  # type: ignore[arg-type]
+    assert len(ValidatorEnvironment().gaps(collaborators)) == 2
+    assert len(ValidatorEnvironment().gaps(collaborators, is_backtesting=True)) == 1
+    whole = ValidatorEnvironment(live_price_fetcher=object(), miner_directory="miners")
+    assert whole.gaps(collaborators) == []
+
+
+ALICE = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
+
+
+@pytest.mark.parametrize("prefix", [0, 2, 42, 63, 64, 255, 16383])
+def test_addresses_of_every_network_are_hotkeys(prefix: int) -> None:
+    address = ss58(prefix, bytes(range(32)))
+    assert ValidatorEnvironment().is_hotkey(address)
+    assert not ValidatorEnvironment().is_hotkey(address[:-1] + ("2" if address[-1] != "2" else "3"))
+
+
+def ss58(prefix: int, account: bytes) -> str:
+    """Encode an address by the format's description, without any of what is tested."""
+    wide = [(prefix & 252) >> 2 | 64, prefix >> 8 | (prefix & 3) << 6]
+    head = bytes([prefix] if prefix < 64 else wide)
+    raw = head + account + hashlib.blake2b(b"SS58PRE" + head + account).digest()[:2]
+    number, text = int.from_bytes(raw, "big"), ""
+    while number:
+        number, digit = divmod(number, 58)
+        text = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"[digit] + text
+    return "1" * (len(raw) - len(raw.lstrip(b"\0"))) + text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "backup-2026", "lost+found", "hotkey123", "5" + "F" * 47, ALICE.lower(), f" {ALICE}", "1" * 48, "é" * 48],
+)
+def test_other_names_are_nobodys(name: str) -> None:
+    assert ValidatorEnvironment().is_hotkey(ALICE)
+    assert not ValidatorEnvironment().is_hotkey(name)
+
+
+@pytest.mark.parametrize("price", [5.0, (5.0, NOW), [5.0, NOW]], ids=repr)
+def test_price_may_stand_with_its_time(price: Any) -> None:
+    pair = SimpleNamespace(trade_pair="BTC/USD", trade_pair_id="BTCUSD")
+    prices = {"BTCUSD": price, "BTCUSD_prev": (4.0, NOW - 1)}
+    assert ValidatorEnvironment().price_source(pair, prices, NOW) == 5.0
 
 
 @pytest.fixture

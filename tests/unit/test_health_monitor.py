@@ -8,10 +8,9 @@ from ledger import Alerts
 from waiting import PATIENCE
 
 from shmelim.errors import CallerFaultError, KeyFileError, NotServingError, UnknownMethodError
-from shmelim.service import shared
-from shmelim.service.core import Core
-from shmelim.service.health import tell
+from shmelim.service import health
 from shmelim.service.lease import ServiceKey
+from shmelim.service.owner import Core
 from shmelim.service.settings import ServiceSettings
 from shmelim.system.processes import ProcessIdentity
 
@@ -34,10 +33,10 @@ class Subject:
         self.slack_notifier = Alerts()
         self.now = 0.0
         self.core = Core("Svc", "/nowhere", ServiceKey(), ServiceSettings(restart_on_exit=False), ())
-        self.core.belong_to(self)
-        self.core.page.server = ProcessIdentity.this_process()
-        self.core._checking = self.core.owner = self
-        self.monitor = self.core.checks
+        self.core.facade = lambda: self
+        self.core.page.server = self.identity = ProcessIdentity.this_process()
+        self.core._checking = self.core.server = self.mark = self
+        self.core.restart = lambda failing: self.restart(failing)  # noqa: PLW0108  # tests replace it
 
     def call(self, method, *, idempotent):
         self.probes += 1
@@ -48,7 +47,7 @@ class Subject:
     def retire(self, *_why):
         pass
 
-    close = disown = retire
+    close = stop = retire
 
     def restart(self, failing):
         self.restarts.append(failing)
@@ -61,7 +60,7 @@ class Subject:
     def check(self, seconds=60.0, *, limit=3, restarts=True, interval=60.0):
         self.now += seconds * 1000
         self.max_consecutive_failures, self.enable_auto_restart = limit, restarts
-        return self.monitor.check(self.now, interval * 1000)
+        return self.core.check(self.now, interval * 1000)
 
     @property
     def told(self):
@@ -73,7 +72,7 @@ class Subject:
 
 @pytest.fixture
 def subject(monkeypatch):
-    monkeypatch.setattr(shared, "_numbers", {})
+    monkeypatch.setattr(health, "_numbers", {})
     return Subject()
 
 
@@ -131,11 +130,11 @@ def test_both_kinds_count_and_restart_at_the_threshold(subject):
         subject.answer = answer
         assert not subject.check()
         assert not subject.restarts
-    assert subject.monitor.failures == 2
+    assert subject.core._failures == 2
     subject.answer = OSError("y")
     assert not subject.check()
     assert len(subject.restarts) == 1
-    assert subject.monitor.failures == 0
+    assert subject.core._failures == 0
 
 
 def test_a_good_check_ends_the_count(subject):
@@ -258,7 +257,7 @@ def test_many_threads_at_once_check_once(subject):
 
     def check():
         barrier.wait(PATIENCE)
-        subject.monitor.check(1000.0, 60_000)
+        subject.core.check(1000.0, 60_000)
 
     threads = [threading.Thread(target=check) for _ in range(8)]
     for thread in threads:
@@ -295,7 +294,7 @@ def test_what_is_the_askers_own_fault_is_not_counted_and_told_once(subject, erro
     for _ in range(5):
         assert subject.check(limit=1) is False
     assert subject.restarts == []
-    assert subject.monitor.failures == 0
+    assert subject.core._failures == 0
     ((level, text),) = subject.told
     assert level == "warning"
     assert "cannot check the server, which may be well: RPC error: " in text
@@ -312,6 +311,17 @@ def test_failures_of_an_earlier_server_do_not_count(subject):
     assert not subject.restarts
     subject.check(limit=3)
     assert len(subject.restarts) == 1
+
+
+def test_a_dead_server_is_not_asked_by_its_owner_and_may_be_by_a_copy(subject):
+    """To which another owner's may answer, at the same address and with the same key."""
+    subject.core.page.server = ProcessIdentity(1, 1.0)
+    assert not subject.check()
+    assert subject.probes == 0
+    assert "nobody serves at /nowhere: process 1 has ended" in subject.told[0][1]
+    subject.core.is_makers = False
+    assert subject.check()
+    assert subject.probes == 1
 
 
 def test_an_outage_whose_end_another_process_told_is_told_of_when_it_begins_anew(subject):
@@ -346,14 +356,17 @@ def test_the_traceback_is_logged_once_a_streak(subject, caplog):
     assert traces[1] is None
 
 
-def test_a_failing_notifier_is_logged_and_nothing_else(caplog):
+def test_a_failing_notifier_is_logged_and_nothing_else(subject, caplog):
     class Broken:
         def send_message(self, text, level="info"):
             raise RuntimeError("no channel")
 
-    tell(Broken(), "the alert", "error")
-    assert "the alert" in caplog.text
-    tell(None, "nobody listens", "error")
+    subject.slack_notifier = Broken()
+    subject.answer = OSError("the alert")
+    assert not subject.check()
+    assert "a message could not be sent: Svc: outage 1: health check failed" in caplog.text
+    subject.slack_notifier = None
+    assert not subject.check()
 
 
 def test_an_error_of_ours_is_logged_without_its_traceback(subject, caplog):

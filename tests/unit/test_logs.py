@@ -73,6 +73,15 @@ def test_a_topic_that_is_held_back_holds_back_no_other(caplog):
     assert caplog.messages == ["a", "b"]
 
 
+def test_a_clock_that_a_test_has_stopped_holds_back_no_line_for_ever(caplog, monkeypatch):
+    """freezegun stops `time.monotonic`."""
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)
+    log = LimitedLog(logging.getLogger("flood"), burst=1, interval=1e-9)
+    log(logging.WARNING, "a", "first")
+    log(logging.WARNING, "a", "second")
+    assert caplog.messages == ["first", "second"]
+
+
 # ------------------------------------------------------------------ problems
 
 

@@ -222,7 +222,7 @@ def test_a_flood_of_one_kind_is_held_back_and_counted(caplog):
 
 def test_the_next_line_says_how_many_were_held_back(caplog, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("shmelim.system.logs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("shmelim.system.logs.monotonic", lambda: now[0])
     log = LimitedLog(logging.getLogger("flood"), burst=1, interval=10)
     for _ in range(5):
         log(logging.WARNING, "a", "line")

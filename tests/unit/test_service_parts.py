@@ -16,11 +16,10 @@ from waiting import PATIENCE, until
 
 from shmelim.channel import MSGPACK, PickleCodec
 from shmelim.channel.codec import UncarriedValueError
-from shmelim.errors import CallTimeoutError, ChannelError, NotServingError, ProtocolError
-from shmelim.service import ServerReady, ServiceSettings, report_progress, serving
-from shmelim.service.process import ServerOptions, ServerProcess
-from shmelim.service.serving import Ending
-from shmelim.service.shared import SharedPage
+from shmelim.errors import CallTimeoutError, NotServingError, ProtocolError
+from shmelim.service import ServerReady, ServiceSettings, report_progress
+from shmelim.service.health import SharedPage
+from shmelim.service.process import Ending, ServerOptions, ServerProcess
 from shmelim.system import forks, processes
 from shmelim.system.processes import ProcessIdentity
 
@@ -141,8 +140,12 @@ def ready():
     return ServerReady(ServerOptions("Svc"))
 
 
-def outcome(report, process, timeout=PATIENCE, refusal=lambda: None):
-    return report.outcome(ServerProcess(process, "Svc"), timeout, refusal)
+def outcome(report, process, timeout=PATIENCE):
+    server = ServerProcess(process, "Svc")
+    try:
+        return report.outcome(server, timeout)
+    finally:
+        server.mark.close()
 
 
 def run(function, *arguments):
@@ -218,21 +221,12 @@ def test_a_process_that_closes_the_pipe_and_lives_is_waited_for():
     assert not process.is_alive()
 
 
-def test_a_process_that_is_not_wanted_any_more_is_not_waited_for():
-    report = ready()
-    process = run(time.sleep, PATIENCE)
-    with pytest.raises(ChannelError, match="Svc was shut down"):
-        outcome(report, process, PATIENCE, lambda: "Svc was shut down")
-    process.kill()
-    process.join()
-
-
 def test_one_that_reports_progress_is_given_more_time(monkeypatch):
     """Each report begins the time anew; afterwards, and in other processes, it does nothing."""
     report, patience = ready(), 0.5
 
     def get_on():
-        monkeypatch.setattr(serving, "_starting", report)
+        monkeypatch.setattr("shmelim.service.process._starting", report)
         for _ in range(8):
             time.sleep(patience / 4)  # so that the whole takes longer than the time for one step
             report_progress("recovering", 1, 2)
@@ -351,7 +345,7 @@ def test_of_many_processes_that_enter_an_outage_one_is_the_first():
 
 
 def test_a_process_that_was_stopped_with_the_lock_stops_nobody(monkeypatch):
-    monkeypatch.setattr("shmelim.service.shared._PATIENCE", 0.05)
+    monkeypatch.setattr("shmelim.service.health._STOPPED", 0.05)
     page, held = SharedPage("Held"), fork.Event()
 
     def hold():

@@ -67,7 +67,7 @@ def demo(settings: Settings, *, seconds: float, readers: int | None) -> int:
             from rich.console import Console
 
             line = stack.enter_context(Console(stderr=True).status(""))
-            scenario.tell = lambda what: line.update(f"{what} …")
+            scenario.narrate = lambda what: line.update(f"{what} …")
         found = scenario.run()
     found = {"name": name, "ok": not any(found["invariants"].values()), **found}
     settings.answer(found, lambda: show(found))

@@ -48,15 +48,11 @@ class Process(subprocess.Popen[str]):
     def __init__(self, home: Path, *arguments: str) -> None:
         self._log = home / "log"
         self.started_ns = self.killed_ns = time.monotonic_ns()
-        pipes: dict[str, Any] = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "text": True,
-            "process_group": 0,
-        }
+        about: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+        about["env"] = {**os.environ, "XDG_RUNTIME_DIR": str(home / "run")}
         with self._log.open("ab") as log:
-            environment = {**os.environ, "XDG_RUNTIME_DIR": str(home / "run")}
-            super().__init__([sys.executable, "-m", *arguments], stderr=log, env=environment, **pipes)
+            command = [sys.executable, "-m", *arguments]
+            super().__init__(command, stderr=log, text=True, process_group=0, **about)
 
     def hear(self) -> str:
         """Return the next line that it says; ShmelimError where it ends, or is silent for a minute."""
@@ -123,11 +119,11 @@ class Ledger:
 
 
 class Scenario:
-    """One run of the demo, under a name and in a directory of its own; ``tell`` hears what happens now."""
+    """One run of the demo, under a name and in a directory of its own; ``narrate`` hears what happens now."""
 
     def __init__(self, name: str, home: Path, seconds: float, readers: int) -> None:
         self._name, self._home, self._seconds, self._count = name, home, seconds, readers
-        self.tell: Callable[[str], object] = str
+        self.narrate: Callable[[str], object] = str
         self._open: list[Process | EliminationClient] = []
         self._parts = cast()
         self._singles, self._serials, self._stamp = cycle(self._parts.single), count(1), 0
@@ -138,21 +134,21 @@ class Scenario:
     def run(self) -> dict[str, Any]:
         """Play it; returns ``invariants``, ``figures`` and what each of the ``readers`` counted."""
         began, ledger = time.monotonic(), self._ledger
-        self.tell("starting a server")
+        self.narrate("starting a server")
         (self._home / "run").mkdir(mode=0o700)
         self._start_server()
         departed = self._client.num_departed_hotkeys
         self._sync()
-        self.tell(f"starting readers: {self._count}")
+        self.narrate(f"starting readers: {self._count}")
         self._readers = [self._start("shmelim.cli.demo.reader", self._name) for _ in range(self._count)]
         self._ask()
-        self.tell("adding, removing and syncing under the readers' eyes")
+        self.narrate("adding, removing and syncing under the readers' eyes")
         self._change_until(began + 0.5 * self._seconds)
-        self.tell(f"killing the server, process {self._server.pid}, in the middle of changes")
+        self.narrate(f"killing the server, process {self._server.pid}, in the middle of changes")
         self._kill_amid_adds()
         idle = sum(not tally["round"] for tally in self._ask())
         lost_while_dead = ledger.lost(self._client.eliminations)
-        self.tell("starting the next server")
+        self.narrate("starting the next server")
         killed_ns = self._server.killed_ns
         self._start_server()
         # The first change is timed, so it is made before the old ones are looked for.
@@ -164,9 +160,9 @@ class Scenario:
         lost_by_restart = ledger.lost(recovered)
         ledger.settle(recovered)
         ledger.put(first)
-        self.tell("adding, removing and syncing with the second server")
+        self.narrate("adding, removing and syncing with the second server")
         self._change_until(began + 0.9 * self._seconds)
-        self.tell("counting")
+        self.narrate("counting")
         tallies = self._ask()
         lost_by_the_end = ledger.lost(self._client.eliminations)
         self._server.close()

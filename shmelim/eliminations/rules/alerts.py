@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
+from shmelim.eliminations.rules.deadlines import LeftBehindError, StuckError
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.errors import ShmelimError, StateUnavailableError
 from shmelim.notify.problems import ProblemMessages
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Problems
+
+_PATIENCE: Final = 10.0  # seconds for a message
 
 _log = logging.getLogger("shmelim.processing")
 _limited = LimitedLog(_log)
@@ -20,19 +24,32 @@ WISHES: Final = (KeyboardInterrupt, GeneratorExit, SystemExit)
 
 
 class OvertakenError(ShmelimError):
-    """A sync replaced what this pass began with: nothing more of it may be written."""
+    """A sync replaced what this tick began with: nothing more of it may be written."""
 
 
-ENDS_A_PASS: Final = (OvertakenError, StateUnavailableError, *WISHES)
+ENDS_A_TICK: Final = (OvertakenError, LeftBehindError, StateUnavailableError, *WISHES)
 """Errors that are not one miner's."""
 
 
 class Alerts(Problems):
     """The problems of the processing: the kind of failure is their name, whom it concerns their subject."""
 
-    def __init__(self, collaborators: Collaborators) -> None:
+    def __init__(self, collaborators: Collaborators, ask: Callable[..., Any]) -> None:
         super().__init__()
-        self.messages = ProblemMessages(self, lambda: collaborators.slack_notifier, ends=False)
+        self._collaborators = collaborators
+        self._ask = ask
+        self.messages = ProblemMessages(self, lambda: self, ends=False)
+
+    def send_message(self, text: str, level: str = "info") -> object:
+        """Pass a message to Slack, or whoever stands for it; False if that does not come back in time."""
+        notifier = self._collaborators.slack_notifier
+        if notifier is None:
+            return None
+        try:
+            return self._ask("slack", lambda: notifier.send_message(text, level=level), seconds=_PATIENCE)
+        except StuckError as error:
+            _limited(logging.WARNING, "slack", "Slack is told later: %s", error)
+            return False
 
     def failed(self, kind: str, whom: str, text: str, error: BaseException | None = None) -> None:
         """Report a failure: to the log each time, to Slack the first time since it last went well."""
@@ -47,6 +64,18 @@ class Alerts(Problems):
     def tell(self, text: str, level: str) -> None:
         """Send a message to Slack; what fails there is logged, since nothing may depend on it."""
         self.messages.send(_in_one_line(text), level)
+
+    @contextmanager
+    def about(self, kind: str, whom: str, text: str) -> Iterator[None]:
+        """Report what the block raises, unless that ends the tick, and go on behind it; else clear it."""
+        try:
+            yield
+        except ENDS_A_TICK:
+            raise
+        except BaseException as error:
+            self.failed(kind, whom, text, error)
+        else:
+            self.clear(kind, whom)
 
     def each(
         self,
@@ -66,7 +95,7 @@ class Alerts(Problems):
                 return None
             try:
                 part(hotkey, what)
-            except ENDS_A_PASS:
+            except ENDS_A_TICK:
                 raise
             except BaseException as error:
                 failed.add(hotkey)

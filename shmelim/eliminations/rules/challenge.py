@@ -3,65 +3,77 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shmelim.eliminations.rules.iteration import Context, Iteration
-from shmelim.eliminations.rules.settling import Settling
+from shmelim.eliminations.record import generate_row
+from shmelim.eliminations.rules.tick import Context, Found, Tick
+from shmelim.eliminations.salvage import salvage
 
 
 @dataclass(eq=False)
 class ChallengePeriod:
-    """Eliminates those who failed, and has their reasons forgotten once they are recorded."""
+    """Finds those who failed, and has their reasons forgotten once they are recorded."""
 
     context: Context
-    settling: Settling
-    # The reasons that a pass could not record: they alone make no tick due.
+    # The reasons that a tick could not record: they alone make no tick due.
     left_over: dict[str, str] = field(default_factory=dict)
+    waiting: dict[str, Any] = field(default_factory=dict)  # at the last look
 
-    def apply(self, iteration: Iteration) -> None:
-        """Eliminate the miners who wait for it."""
+    def failed(self, tick: Tick) -> Iterator[tuple[str, Callable[[], Found | None]]]:
+        """Yield those who wait to be eliminated."""
         challenge: Any = self.context.collaborators.challengeperiod_manager
+        self.waiting = {}
         if challenge is None or not challenge.has_elimination_reasons():
             return
-        waiting = dict(challenge.get_all_elimination_reasons())
-        recorded: list[str] = []
+        self.waiting = dict(challenge.get_all_elimination_reasons())
+        now_ms = tick.context.environment.now_ms()
+        for hotkey, why in self.waiting.items():
+            row = generate_row(hotkey, _second(why), _first(why), now_ms)
+            yield hotkey, lambda row=row: Found(salvage(row, now_ms)[0])  # type: ignore[misc]
 
-        def eliminate(hotkey: str, reason: Any) -> None:
-            self.settling.eliminate_now(hotkey, reason[0], reason[1], iteration)
-            recorded.append(hotkey)
-
-        kind, stopping = "challenge-period elimination", self.context.is_stopping
-        failed = self.context.alerts.each(kind, waiting.items(), eliminate, stopping)
-        if failed is None:
+    def forget(self, failed: set[str]) -> None:
+        """Have the reasons forgotten that were recorded: all of the last look but those of these hotkeys."""
+        if not self.waiting:
             return
-        self.left_over = _in_words(waiting) if failed else {}
+        challenge: Any = self.context.collaborators.challengeperiod_manager
+        self.left_over = _in_words(self.waiting) if failed else {}
         # Not asked as an attribute: a mock has every one.
         if inspect.getattr_static(challenge, "pop_elimination_reasons", None) is not None:
-            challenge.pop_elimination_reasons(recorded)
+            challenge.pop_elimination_reasons([hotkey for hotkey in self.waiting if hotkey not in failed])
         # Those that came meanwhile are not recorded anywhere yet.
-        elif not failed and _reasons(challenge.get_all_elimination_reasons()) == _reasons(waiting):
+        elif not failed and _reasons(challenge.get_all_elimination_reasons()) == _reasons(self.waiting):
             challenge.clear_elimination_reasons()
 
     def is_waiting(self) -> bool:
         """Whether miners wait to be eliminated, other than those with whom that failed."""
-        challenge: Any = self.context.collaborators.challengeperiod_manager
-        try:
-            waiting = challenge is not None and bool(challenge.has_elimination_reasons())
-            if waiting and self.left_over:
-                waiting = _in_words(challenge.get_all_elimination_reasons()) != self.left_over
-        except Exception as error:
-            text = "eliminations: whether reasons wait cannot be asked"
-            self.context.alerts.failed("step", "reasons", text, error)
-            return False
-        self.context.alerts.clear("step", "reasons")
-        return waiting
+
+        def ask() -> bool:
+            challenge: Any = self.context.collaborators.challengeperiod_manager
+            if challenge is None or not challenge.has_elimination_reasons():
+                return False
+            return not self.left_over or _in_words(challenge.get_all_elimination_reasons()) != self.left_over
+
+        waiting = False
+        with self.context.alerts.about("step", "reasons", "eliminations: whether reasons wait cannot be asked"):
+            waiting = self.context.ask("has_elimination_reasons", ask)
+        return waiting  # noqa: RET504 - the block may have been left by an error
 
 
 def _reasons(waiting: Mapping[str, Any]) -> dict[str, str]:
     """Return who waits to be eliminated and why, as text: what else is said of them may not even equal itself."""
-    return _in_words({hotkey: reason[0] for hotkey, reason in waiting.items()})
+    return _in_words({hotkey: _first(reason) for hotkey, reason in waiting.items()})
+
+
+def _first(why: Any) -> Any:
+    """Return the reason of ``(reason, drawdown)``, or of a reason alone."""
+    return why[0] if isinstance(why, Sequence) and not isinstance(why, str) and why else why
+
+
+def _second(why: Any) -> Any:
+    """Return the drawdown of ``(reason, drawdown)``; None if it is not there."""
+    return why[1] if isinstance(why, Sequence) and not isinstance(why, str) and len(why) > 1 else None
 
 
 def _in_words(waiting: Mapping[str, Any]) -> dict[str, str]:

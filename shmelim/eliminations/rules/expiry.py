@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from shmelim.eliminations.debts.states import SLASH
-from shmelim.eliminations.rules.iteration import Context, Iteration
 from shmelim.eliminations.rules.membership import Membership
+from shmelim.eliminations.rules.tick import Context, Tick
+
+_NOBODYS: Final = "not a hotkey"
 
 _log = logging.getLogger("shmelim.processing")
 
@@ -27,30 +29,32 @@ class Expiry:
     membership: Membership
     unwritten: bool = False  # whether entries were removed from the challenge period that are still on its disk
 
-    def delete(self, iteration: Iteration) -> None:
+    def delete(self, tick: Tick) -> None:
         """Delete all that is expired."""
-        state, latest = self.context.state, self._latest()
+        state, nobodys = self.context.state, self._nobodys()
         eliminated = self.membership.roster.now().eliminated
-        old_enough = {hotkey: time_ms for hotkey, time_ms in eliminated.items() if time_ms <= latest}
-        expired = self.membership.missing(old_enough)
+        first, latest = self._expired()
+        old_enough = {
+            hotkey: time_ms
+            for hotkey, time_ms in eliminated.items()
+            if first <= time_ms <= latest and hotkey not in nobodys
+        }
+        expired = self.context.ask("metagraph", lambda: self.membership.missing(old_enough))
         if not expired:
             return
         slashes = {debt["hotkey"] for debt in state.get_debts() if debt["kind"] == SLASH}
         gone: dict[str, int] = {}
 
         def remove(hotkey: str, time_ms: int) -> None:
-            iteration.check()
-            self._remove_challenge_entry(hotkey)
-            self._remove_positions(hotkey)
-            if not self.context.is_backtesting:
-                self.context.environment.remove_miner_directory(hotkey)
+            tick.check()
+            self.context.ask("deletion", lambda: self._remove(hotkey, tick), hotkey)
             gone[hotkey] = time_ms
 
         due = ((hotkey, old_enough[hotkey]) for hotkey in expired if hotkey not in slashes)
         if self.context.alerts.each("deletion", due, remove, self.context.is_stopping) is None:
             return
-        self._write_challenge_entries()
-        iteration.check()
+        self.context.ask("challenge entries", self._write_challenge_entries)
+        tick.check()
         if gone:
             # Somebody may have been eliminated anew meanwhile: that row stays.
             deleted = state.delete_eliminations(list(gone), gone)
@@ -58,11 +62,35 @@ class Expiry:
 
     def is_due(self, record: Mapping[str, Any]) -> bool:
         """Whether an elimination would be deleted at once, if it were made."""
-        old = bool(record["elimination_initiated_time_ms"] <= self._latest())
+        first, latest = self._expired()
+        old = bool(first <= record["elimination_initiated_time_ms"] <= latest)
         return old and bool(self.membership.missing([record["hotkey"]]))
 
-    def _latest(self) -> int:
-        return self.context.environment.now_ms() - self.context.environment.deletion_delay_ms
+    def _nobodys(self) -> set[str]:
+        """Return those eliminated as zombies whose names no miner can have, and report them."""
+        zombies = self.membership.roster.now().zombies
+        names = {hotkey for hotkey in zombies if not self.context.can_be_a_miner(hotkey)}
+        self.context.alerts.clear_others(_NOBODYS, names)
+        for name in names:
+            text = (
+                f"{name!r} is eliminated as a ZOMBIE and cannot be a hotkey; nothing of it is deleted."
+                " Take the elimination away (shmelim remove), or tell the environment's is_hotkey that it is one"
+            )
+            self.context.alerts.failed(_NOBODYS, name, text)
+        return names
+
+    def _expired(self) -> tuple[int, int]:
+        """Return the first and the last time of what is expired: an odd time is no reason to delete."""
+        environment = self.context.environment
+        return environment.plausible_since_ms, environment.now_ms() - environment.deletion_delay_ms
+
+    def _remove(self, hotkey: str, tick: Tick) -> None:
+        self._remove_challenge_entry(hotkey)
+        tick.check()
+        self._remove_positions(hotkey)
+        tick.check()
+        if not self.context.is_backtesting:
+            self.context.environment.remove_miner_directory(hotkey)
 
     def _remove_challenge_entry(self, hotkey: str) -> None:
         challenge = self.context.collaborators.challengeperiod_manager

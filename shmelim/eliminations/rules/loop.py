@@ -1,9 +1,8 @@
 """The loop that ticks, in a thread or in a process of its own, until the validator ends.
 
 In the main thread of a child process a SIGTERM ends it too: at once between two ticks, and within a tick as soon
-as the miner at hand is done. Where that takes longer than a second, because a collaborator is waiting for
-something that does not come, ``SystemExit`` is raised inside the tick, and again until the loop has ended; a slash
-that is broken off this way is in doubt. Afterwards the signal handlers are as they were.
+as the miner at hand is done. What does not come back is left behind after a second; a slash that is under way has
+its deadline. Afterwards the signal handler is as it was.
 
 Nothing that a collaborator raises ends the loop, except ``KeyboardInterrupt``, and ``SystemExit`` in the main
 thread; and then the loop says that it ends.
@@ -23,14 +22,12 @@ from types import FrameType
 from typing import Final
 
 from shmelim.eliminations.rules.alerts import WISHES, named
-from shmelim.eliminations.rules.iteration import Context
 from shmelim.eliminations.rules.processor import EliminationProcessor
+from shmelim.eliminations.rules.tick import Context
 from shmelim.system.processes import set_title
 
 _TITLE: Final = "vali_EliminationProcessing"
 _LOOK_AGAIN: Final = 0.25  # seconds between two looks at whether to end
-_GRACE: Final = 1.0  # seconds from a SIGTERM until a tick is broken off
-_AGAIN: Final = 0.3  # seconds until it is broken off again
 
 _log = logging.getLogger("shmelim.processing")
 
@@ -58,7 +55,12 @@ def _step(processor: EliminationProcessor) -> float:
     context = processor.context
     syncing = context.collaborators.sync_in_progress
     try:
-        if (syncing is not None and syncing.value) or processor.tick():
+        if syncing is not None and syncing.value:
+            context.notice_sync()
+            return context.environment.tick_pause_s
+        context.sync_since = None
+        context.alerts.clear("loop", "sync")
+        if processor.tick():
             return context.environment.tick_pause_s
     except BaseException as error:
         if _ends_the_loop(context, error):
@@ -90,22 +92,14 @@ def _ended_by_sigterm(context: Context) -> Iterator[None]:
 
     def ask(_number: int, _frame: FrameType | None) -> None:
         context.end_asked = True
-        # A timer of the kernel: a handler that started a thread could wait for a lock that its own thread holds.
-        signal.setitimer(signal.ITIMER_REAL, _GRACE, _AGAIN)
-
-    def break_off(_number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread() or multiprocessing.parent_process() is None:
         yield
         return
     set_title(_TITLE)
-    handlers = {signal.SIGTERM: ask, signal.SIGALRM: break_off}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before = signal.signal(signal.SIGTERM, ask)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)
         context.end_asked = False

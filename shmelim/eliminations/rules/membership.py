@@ -8,9 +8,11 @@ from collections.abc import Set as AbstractSet
 from typing import Any, Final, NamedTuple
 
 from shmelim.eliminations.reader import EliminationReader
-from shmelim.eliminations.record import check_hotkey
-from shmelim.eliminations.rules.iteration import Context
+from shmelim.eliminations.record import EliminationReason, check_hotkey
+from shmelim.eliminations.rules.deadlines import check_turn
+from shmelim.eliminations.rules.tick import Context
 
+_ENTRIES: Final = "metagraph", "entries"
 _SHOWN: Final = 60  # characters of what is not a hotkey
 
 _log = logging.getLogger("shmelim.processing")
@@ -22,6 +24,7 @@ class _Listed(NamedTuple):
     version: int
     eliminated: Mapping[str, int]  # when each hotkey was, in milliseconds since 1970, UTC
     registered: AbstractSet[str]  # also those whose loss the server did not believe
+    zombies: AbstractSet[str] = frozenset()  # those eliminated as such
 
 
 class Roster:
@@ -37,8 +40,16 @@ class Roster:
         if listed.version != self._reader.version:
             version, eliminations, _, registered = self._reader.snapshot()
             times = {hotkey: row["elimination_initiated_time_ms"] for hotkey, row in eliminations.items()}
-            self._listed = listed = _Listed(version, times, registered)
+            zombies = {hotkey for hotkey, row in eliminations.items() if row["reason"] == EliminationReason.ZOMBIE}
+            self._listed = listed = _Listed(version, times, registered, zombies)
         return listed
+
+
+class _Seen(NamedTuple):
+    """What a look at the metagraph saw."""
+
+    hotkeys: list[str]
+    is_whole: bool  # else who is missing has not left for that: something in it is not a hotkey, or it is empty
 
 
 class Membership:
@@ -48,17 +59,21 @@ class Membership:
         self._context = context
         self.roster = Roster(context.reader)
         self._told: list[str] | None = None  # what the server was told last
-        # What the metagraph listed last, the hotkeys in it, and what else was in it.
-        self._listed: list[Any] | None = None
-        self._hotkeys_listed: list[str] | None = None
-        self._refused: list[str] = []
+        # What the metagraph listed last, and what that was taken for; replaced as one reference.
+        self._last: tuple[list[Any], _Seen] | None = None
 
     def look(self) -> list[str]:
         """Tell the server who is registered, unless it knows; returns those whose departure was recorded."""
-        hotkeys = self._hotkeys()
-        # Others may have told the server something else since.
-        if hotkeys is None or (hotkeys == self._told and self.roster.now().registered >= set(hotkeys)):
+        seen = self._look()
+        if seen is None:
             return []
+        registered = self.roster.now().registered
+        # Who is not seen in a look that is not to be believed has not left for that.
+        hotkeys = seen.hotkeys if seen.is_whole else [*seen.hotkeys, *sorted(registered - set(seen.hotkeys))]
+        # Others may have told the server something else since.
+        if hotkeys == self._told and registered == set(hotkeys):
+            return []
+        check_turn()
         departed = self._context.state.update_metagraph(hotkeys)
         self._told = hotkeys
         if departed:
@@ -68,11 +83,14 @@ class Membership:
     def missing(self, hotkeys: Iterable[str]) -> list[str]:
         """Return those of these hotkeys that are certainly not in the metagraph.
 
-        Nobody is while the metagraph has no hotkey at all, or while so many are missing that their loss is not
-        believed: then it is not believed of the others either, whom the server perhaps never saw.
+        Nobody is while the look at it is not to be believed, or while so many are missing that their loss is not:
+        then it is not believed of the others either, whom the server perhaps never saw.
         """
-        members = set(self._hotkeys() or ())
-        absent = [hotkey for hotkey in hotkeys if hotkey not in members] if members else []
+        seen = self._look()
+        if seen is None or not seen.is_whole:
+            return []
+        members = set(seen.hotkeys)
+        absent = [hotkey for hotkey in hotkeys if hotkey not in members]
         if not absent:
             return []
         self.look()
@@ -81,23 +99,31 @@ class Membership:
 
     def unbelieved(self) -> int:
         """Return of how many the server did not believe the loss, because so many are missing at once."""
-        hotkeys = self._hotkeys()
-        return 0 if hotkeys is None else len(self.roster.now().registered - set(hotkeys))
+        seen = self._look()
+        whole = seen is not None and seen.is_whole
+        return len(self.roster.now().registered - set(seen.hotkeys)) if seen is not None and whole else 0
 
-    def _hotkeys(self) -> list[str] | None:
-        metagraph = self._context.collaborators.metagraph
+    def _look(self) -> _Seen | None:
+        """Look at the metagraph; None where there is none, or nobody knows yet what it lists."""
+        metagraph, alerts = self._context.collaborators.metagraph, self._context.alerts
         shown = None if metagraph is None else metagraph.hotkeys
         if shown is None:
             return None
         listed = listed_by(shown)
-        if listed != self._listed:
-            self._hotkeys_listed, refused = valid_hotkeys(listed)
-            self._listed = listed
-            if refused and refused != self._refused:
-                text = "%d entries of the metagraph are not hotkeys and are left out: %s"
-                _log.warning(text, len(refused), ", ".join(refused[:10]))
-            self._refused = refused
-        return self._hotkeys_listed
+        last = self._last
+        if last is None or listed != last[0]:
+            hotkeys, refused = valid_hotkeys(listed)
+            believed = bool(hotkeys) or self._context.environment.believe_empty_metagraph
+            self._last = last = listed, _Seen(hotkeys, not refused and believed)
+            if refused:
+                text = (
+                    f"{len(refused)} entries of the metagraph are not hotkeys: {', '.join(refused[:10])}."
+                    " Nobody is taken for departed while they stand there"
+                )
+                alerts.failed(*_ENTRIES, text)
+            else:
+                alerts.clear(*_ENTRIES)
+        return last[1]
 
 
 def listed_by(hotkeys: Any) -> list[Any]:
@@ -107,11 +133,8 @@ def listed_by(hotkeys: Any) -> list[Any]:
     return list(hotkeys)  # a manager's list, for one, is not an Iterable by name
 
 
-def valid_hotkeys(listed: Iterable[Any]) -> tuple[list[str] | None, list[str]]:
-    """Return the hotkeys among what a metagraph lists, and the rest as text.
-
-    The hotkeys are None where something is listed and nothing of it is a hotkey: then they are not known yet.
-    """
+def valid_hotkeys(listed: Iterable[Any]) -> tuple[list[str], list[str]]:
+    """Return the hotkeys among what a metagraph lists, and the rest as text."""
     hotkeys, refused = [], []
     for one in listed:
         try:
@@ -120,4 +143,4 @@ def valid_hotkeys(listed: Iterable[Any]) -> tuple[list[str] | None, list[str]]:
             refused.append(repr(one)[:_SHOWN])
         else:
             hotkeys.append(str(one))
-    return (None if refused and not hotkeys else hotkeys), refused
+    return hotkeys, refused

@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar
 
-from shmelim.eliminations.debts.states import POSITIONS
-from shmelim.eliminations.record import EliminationReason, normalise
-from shmelim.eliminations.rules.alerts import ENDS_A_PASS, OvertakenError
+from shmelim.eliminations.debts.states import LIMIT_ORDERS, POSITIONS, SLASH
+from shmelim.eliminations.rules.alerts import ENDS_A_TICK, OvertakenError
 from shmelim.eliminations.rules.challenge import ChallengePeriod
+from shmelim.eliminations.rules.closing import Closing
+from shmelim.eliminations.rules.drawdown import fallen
 from shmelim.eliminations.rules.expiry import Expiry
-from shmelim.eliminations.rules.iteration import Context, Iteration
-from shmelim.eliminations.rules.judging import DrawdownRule
 from shmelim.eliminations.rules.membership import Membership
-from shmelim.eliminations.rules.settling import Settling
+from shmelim.eliminations.rules.perf_ledger import liquidated
+from shmelim.eliminations.rules.slashing import Slashing
+from shmelim.eliminations.rules.tick import Context, Found, Tick
+from shmelim.eliminations.rules.zombies import zombies
 from shmelim.errors import NoCollaboratorsError
 from shmelim.system.logs import LimitedLog
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Step: TypeAlias = Callable[[Tick], None]
+Candidates: TypeAlias = Iterator[tuple[str, Callable[[], Found | None]]]
+
+_AGAIN_MS: Final = 10_000  # until a tick that failed is repeated the first time
+_MOST_DOUBLED: Final = 20
 
 _log = logging.getLogger("shmelim.processing")
 _limited = LimitedLog(_log)
@@ -44,18 +51,38 @@ class EliminationProcessor:
     def __init__(self, context: Context) -> None:
         self.context = context
         self._last_update_ms = 0
-        self._membership = Membership(context)
-        self._settling = Settling(context)
-        self._expiry = Expiry(context, self._membership)
-        self._challenge = ChallengePeriod(context, self._settling)
-        self._drawdown = DrawdownRule(context, self._settling, self._membership.roster)
+        # A tick of which a step failed is repeated before the interval is over, with growing pauses.
+        self._failed_in_a_row = 0
+        self._membership = membership = Membership(context)
+        self._closing = Closing(context)
+        self._slashing = Slashing(context)
+        self._expiry = expiry = Expiry(context, membership)
+        challenge = self._challenge = ChallengePeriod(context)
+        rule = functools.partial
+        # First all eliminations are recorded, then positions closed, then slashes made.
+        self._steps: dict[str, Step] = {
+            "departed hotkeys": self._departed,
+            "first refresh": self._first_refresh,
+            "perf-ledger eliminations": rule(
+                self._apply, "perf-ledger elimination", lambda tick: liquidated(tick, membership, expiry)
+            ),
+            "challenge-period eliminations": rule(
+                self._apply, "challenge-period elimination", challenge.failed, then=challenge.forget
+            ),
+            "drawdown eliminations": rule(
+                self._apply, "drawdown elimination", lambda tick: fallen(tick, membership)
+            ),
+            "zombies": rule(self._apply, "zombie elimination", lambda tick: zombies(tick, membership)),
+            "positions": self._closing.settle_all,
+            "slashes": self._slashing.settle_all,
+            "deletion of expired eliminations": expiry.delete,
+        }
 
     def refresh_allowed(self, refresh_interval_ms: int) -> bool:
         """Whether more than so many milliseconds have passed since the last tick; in direct mode always."""
         passed_ms = self.context.environment.now_ms() - self._last_update_ms
         # A clock that was set back would otherwise stop everything until it is there again.
-        always = bool(getattr(self.context.collaborators, "running_unit_tests", False))
-        return always or passed_ms > refresh_interval_ms or passed_ms < 0
+        return self.context.is_direct or passed_ms > refresh_interval_ms or passed_ms < 0
 
     def set_last_update_time(self, skip_message: bool = False) -> None:
         """Note that a tick was made now."""
@@ -82,30 +109,23 @@ class EliminationProcessor:
         one is due at once.
         """
         context, alerts = self.context, self.context.alerts
-        if not self.refresh_allowed(context.environment.check_interval_ms) and not self._challenge.is_waiting():
+        interval_ms = context.environment.check_interval_ms
+        if self._failed_in_a_row:
+            interval_ms = min(interval_ms, _AGAIN_MS << min(self._failed_in_a_row - 1, _MOST_DOUBLED))
+        if not (context.is_backtesting or self.refresh_allowed(interval_ms) or self._challenge.is_waiting()):
             return True
         alerts.messages.send_again()
-        iteration = context.begin(position_locks, iteration_epoch)
-        steps: dict[str, Callable[[Iteration], None]] = {
-            "departed hotkeys": self._departed,
-            "debts": self._settling.settle_all,
-            "first refresh": self._first_refresh,
-            "perf-ledger eliminations": self._perf_ledger,
-            "challenge-period eliminations": self._challenge.apply,
-            "drawdown eliminations": self._drawdown.apply,
-            "zombies": self._zombies,
-            "deletion of expired eliminations": self._expiry.delete,
-        }
+        tick = context.begin(position_locks, iteration_epoch)
         well = True
-        for name, step in steps.items():
+        for name, step in self._steps.items():
             if context.is_stopping():
                 return True
             try:
-                step(iteration)
+                step(tick)
             except OvertakenError as overtaken:
                 _limited(logging.WARNING, "overtaken", "the rest of this tick is left to the next: %s", overtaken)
                 return well
-            except ENDS_A_PASS:
+            except ENDS_A_TICK:
                 raise
             except BaseException as error:
                 well = False
@@ -114,50 +134,52 @@ class EliminationProcessor:
                 alerts.clear("step", name)
         # Only here, after it ran: a tick that was not due says nothing of what fails in one that is.
         alerts.clear("loop", "tick")
-        if well:
-            self.set_last_update_time()
+        self._failed_in_a_row = 0 if well else self._failed_in_a_row + 1
+        self.set_last_update_time()
         return well
 
-    def _alone(self, step: Callable[[Iteration], None], position_locks: Any, epoch: Any) -> None:
-        """Make one step outside of a tick."""
+    def _alone(self, name: str, position_locks: Any, epoch: Any) -> None:
+        """Make one step outside of a tick, and settle what is owed then."""
+        tick = self.context.begin(position_locks, epoch)
         try:
-            step(self.context.begin(position_locks, epoch))
+            for each in dict.fromkeys((name, "positions", "slashes")):
+                self._steps[each](tick)
         except OvertakenError as overtaken:
             _limited(logging.WARNING, "overtaken", "broken off: %s", overtaken)
 
     def handle_departed(self) -> list[str]:
         """Tell the server who is registered, if that changed; returns the hotkeys whose departure was recorded."""
-        return self._membership.look()
+        return self.context.ask("metagraph", self._membership.look)
 
     def settle_debts(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
         """Settle what eliminations owe since earlier ticks."""
-        self._alone(self._settling.settle_all, position_locks, iteration_epoch)
+        self._alone("positions", position_locks, iteration_epoch)
 
     def handle_first_refresh(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
         """Close the positions that are open of miners already eliminated; once."""
-        self._alone(self._first_refresh, position_locks, iteration_epoch)
+        self._alone("first refresh", position_locks, iteration_epoch)
 
     def handle_perf_ledger_eliminations(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
         """Eliminate the miners whose ledger shows that they were liquidated."""
-        self._alone(self._perf_ledger, position_locks, iteration_epoch)
+        self._alone("perf-ledger eliminations", position_locks, iteration_epoch)
 
     def handle_challenge_period_eliminations(
         self, position_locks: Any = None, iteration_epoch: Any = None
     ) -> None:
         """Eliminate the miners who failed the challenge period."""
-        self._alone(self._challenge.apply, position_locks, iteration_epoch)
+        self._alone("challenge-period eliminations", position_locks, iteration_epoch)
 
     def handle_mdd_eliminations(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
         """Eliminate the scored miners whose drawdown is too large."""
-        self._alone(self._drawdown.apply, position_locks, iteration_epoch)
+        self._alone("drawdown eliminations", position_locks, iteration_epoch)
 
     def handle_zombies(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
         """Eliminate the miners who have a directory and are not in the metagraph."""
-        self._alone(self._zombies, position_locks, iteration_epoch)
+        self._alone("zombies", position_locks, iteration_epoch)
 
     def delete_expired(self, position_locks: Any = None, iteration_epoch: Any = None) -> None:
         """Delete what is left of miners who were eliminated long ago and have left the metagraph."""
-        self._alone(self._expiry.delete, position_locks, iteration_epoch)
+        self._alone("deletion of expired eliminations", position_locks, iteration_epoch)
 
     def handle_eliminated_miner(
         self,
@@ -170,22 +192,25 @@ class EliminationProcessor:
 
         The price sources are by trade pair; those that are missing are made from the record's ``price_info``.
         """
-        collaborators, record = self.context.collaborators, self.context.reader.get_elimination(hotkey)
+        context, record = self.context, self.context.reader.get_elimination(hotkey)
         if record is None:
             return
-        if collaborators.limit_order_manager is not None:
+        if (orders := context.collaborators.limit_order_manager) is not None:
             try:
-                collaborators.limit_order_manager.delete_all_limit_orders_for_hotkey(hotkey)
+                context.ask(LIMIT_ORDERS, lambda: orders.delete_all_limit_orders_for_hotkey(hotkey), hotkey)
             except Exception:
                 _log.exception("the limit orders of eliminated miner %s could not be deleted", hotkey)
-        if collaborators.position_manager is not None:
-            iteration = self.context.begin(position_locks, iteration_epoch)
-            iteration.price_sources = trade_pair_to_price_source_used_for_elimination_check
-            self._settling.flattening.close(hotkey, record, iteration)
+        if context.collaborators.position_manager is not None:
+            tick = context.begin(position_locks, iteration_epoch)
+            tick.price_sources = trade_pair_to_price_source_used_for_elimination_check
+            context.ask(POSITIONS, lambda: self._closing.close(hotkey, record, tick), hotkey)
 
-    def _departed(self, _iteration: Iteration) -> None:
-        self._membership.look()
-        if lost := self._membership.unbelieved():
+    def _departed(self, _tick: Tick) -> None:
+        def look() -> int:
+            self._membership.look()
+            return self._membership.unbelieved()
+
+        if lost := self.context.ask("metagraph", look):
             text = (
                 f"{lost} hotkeys are missing from the metagraph at once, and are not recorded as departed."
                 " If they are really gone: shmelim missing --accept"
@@ -194,55 +219,79 @@ class EliminationProcessor:
         else:
             self.context.alerts.clear("departures", "the metagraph")
 
-    def _first_refresh(self, iteration: Iteration) -> None:
+    def _first_refresh(self, tick: Tick) -> None:
         context, positions = self.context, self.context.collaborators.position_manager
         if context.is_backtesting or positions is None or context.state.get_first_refresh_ran():
             return
         # Those whose positions are owed are closed as debts.
         owing = {debt["hotkey"] for debt in context.state.get_debts() if debt["kind"] == POSITIONS}
         rows = {hk: row for hk, row in context.reader.get_eliminations_dict().items() if hk not in owing}
-        found = positions.get_positions_for_hotkeys(list(rows), only_open_positions=True)
+
+        def look() -> Mapping[str, Any]:
+            return positions.get_positions_for_hotkeys(list(rows), only_open_positions=True)
+
+        found = context.ask("first refresh", look)
         miners = ((hotkey, listed) for hotkey, listed in found.items() if listed and hotkey in rows)
 
         def close(hotkey: str, listed: Any) -> None:
-            self._settling.flattening.close(hotkey, rows[hotkey], iteration, listed)
+            context.ask(POSITIONS, lambda: self._closing.close(hotkey, rows[hotkey], tick, listed), hotkey)
 
         if context.alerts.each("first refresh", miners, close, context.is_stopping) == set():
             context.state.set_first_refresh_ran(True)
 
-    def _perf_ledger(self, iteration: Iteration) -> None:
-        if (ledgers := self.context.ledgers) is None:
+    def _apply(
+        self,
+        kind: str,
+        look: Callable[[Tick], Candidates],
+        tick: Tick,
+        then: Callable[[set[str]], None] | None = None,
+    ) -> None:
+        """Record all that a rule finds; what it cannot judge or record is that miner's failure."""
+
+        def judge_all() -> list[tuple[str, Found | BaseException]]:
+            found: list[tuple[str, Found | BaseException]] = []
+            for hotkey, judge in look(tick):
+                try:
+                    outcome: Found | BaseException | None = judge()
+                except ENDS_A_TICK:
+                    raise
+                except BaseException as error:
+                    outcome = error
+                if outcome is not None:
+                    found.append((hotkey, outcome))
+            return found
+
+        found, context = self.context.ask(kind, judge_all), self.context
+        failed = context.alerts.each(kind, found, functools.partial(self._record, tick), context.is_stopping)
+        if then is not None and failed is not None:
+            forget = functools.partial(then, failed)
+            context.ask(kind, forget)
+
+    def _record(self, tick: Tick, hotkey: str, found: Found | BaseException) -> None:
+        """Record an elimination with what it owes, in one transaction; the first reason stays."""
+        if isinstance(found, BaseException):
+            raise found
+        if self.context.reader.is_hotkey_eliminated(hotkey):
             return
-        eliminated = self._membership.roster.now().eliminated
-        rows = ((_whose(row, place), row) for place, row in enumerate(ledgers.get_perf_ledger_eliminations()))
-        miners = (one for one in rows if one[0] not in eliminated)
+        tick.check()
+        record, once_within_ms = found.record, self.context.environment.slash_once_within_ms
+        owed = self._owed(slash=found.slash)
+        outcome = self.context.state.eliminate(hotkey, record, owed, tick.replacements, once_within_ms)
+        if outcome == "superseded":
+            tick.superseded = True
+            tick.check()
+        if outcome == "added":
+            _log.info("eliminated miner %s: %s (%s)", hotkey, record["reason"], record.get("dd"))
 
-        def eliminate(_hotkey: str, row: Any) -> None:
-            record = normalise(row)
-            # Ledgers still name miners who, with their eliminations, are long gone.
-            if not self._expiry.is_due(record):
-                self._settling.eliminate(record, iteration)
-
-        self.context.alerts.each("perf-ledger elimination", miners, eliminate, self.context.is_stopping)
-
-    def _zombies(self, iteration: Iteration) -> None:
-        context = self.context
-        if context.is_backtesting:
-            return
-        # Those eliminated already, and the one that is not a zombie.
-        known = {*self._membership.roster.now().eliminated, context.environment.development_hotkey}
-        missing = self._membership.missing(hk for hk in context.environment.miner_hotkeys() if hk not in known)
-
-        def eliminate(hotkey: str, _: None) -> None:
-            self._settling.eliminate_now(hotkey, EliminationReason.ZOMBIE, None, iteration, slash=False)
-
-        context.alerts.each("zombie elimination", ((hk, None) for hk in missing), eliminate, context.is_stopping)
-
-
-def _whose(row: Any, place: int) -> str:
-    """Return whose a row is, for a message, also where it does not say."""
-    hotkey = row.get("hotkey") if hasattr(row, "get") else None
-    return hotkey if isinstance(hotkey, str) else f"number {place} of the list"
+    def _owed(self, *, slash: bool) -> list[str]:
+        """Return what an elimination owes: nothing that nobody could ever settle here."""
+        collaborators = self.context.collaborators
+        with_whom = {
+            LIMIT_ORDERS: collaborators.limit_order_manager,
+            POSITIONS: collaborators.position_manager,
+            SLASH: self.context.contract if slash else None,
+        }
+        return [kind for kind, collaborator in with_whom.items() if collaborator is not None]
 
 
 def processed(method: Callable[Concatenate[EliminationProcessor, P], R]) -> Callable[Concatenate[Any, P], R]:

@@ -27,21 +27,28 @@ import inspect
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from shmelim.eliminations.debts.states import SLASH, attempt_is_alive, attempt_is_mine, new_attempt
-from shmelim.eliminations.rules.alerts import ENDS_A_PASS, WISHES, named
-from shmelim.eliminations.rules.iteration import Context
+from shmelim.eliminations.debts.states import IN_DOUBT, OWED, SLASH, attempt_is_alive, attempt_is_mine, new_attempt
+from shmelim.eliminations.rules.alerts import ENDS_A_TICK, WISHES, named
+from shmelim.eliminations.rules.deadlines import (
+    NotAskedError,
+    StuckError,
+    check_turn,
+    is_left_to_a_thread,
+)
+from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.errors import SlashNotMadeError
 from shmelim.system.logs import LimitedLog
 
 # Kinds of alerts: of a slash that was not made there is one for each miner, of a doubt one for each attempt.
 _NOT_MADE: Final = "slash not made"
 _DOUBT: Final = "slash in doubt"
+_UNDER_WAY: Final = "slash under way"
 
 _SHOWN: Final = 100  # characters of an answer
 
@@ -68,14 +75,35 @@ class Slashing:
 
     context: Context
 
-    def make(self, hotkey: str, record: Mapping[str, Any]) -> None:
+    def settle_all(self, tick: Tick) -> None:
+        """Make what is owed, remind of what is in doubt, and see how attempts ended."""
+        debts = [debt for debt in tick.look_at_debts() if debt["kind"] == SLASH]
+        # What was told of debts that no longer stand can be forgotten.
+        self.context.alerts.clear_others(_NOT_MADE, {debt["hotkey"] for debt in debts})
+        self.context.alerts.clear_others(_DOUBT, {debt["attempt"] for debt in debts})
+        for debt in debts:
+            if self.context.is_stopping():
+                return
+            if debt["state"] == IN_DOUBT:
+                self._remind(debt)
+                continue
+            tick.check()
+            if debt["state"] != OWED:
+                self._review(debt)
+            elif (record := self.context.reader.get_elimination(debt["hotkey"])) is not None:
+                self._make(debt["hotkey"], record)
+
+    def _make(self, hotkey: str, record: Mapping[str, Any]) -> None:
         """Make the slash that an elimination owes, if it is still owed."""
         contract = self.context.contract
         if contract is None:
             return
         try:
             self._attempt(hotkey, self._prepare(contract, hotkey, record["reason"]))
-        except ENDS_A_PASS:
+        except StuckError as error:
+            text = f"the slash of miner {hotkey} is under way: {error}. Its answer will settle it when it comes"
+            self.context.alerts.failed(_UNDER_WAY, hotkey, text)
+        except ENDS_A_TICK:
             raise
         except BaseException as error:
             # It was before the contract was called: what the contract raises is an outcome.
@@ -85,20 +113,36 @@ class Slashing:
     def _attempt(self, hotkey: str, slash: Callable[[], Any]) -> None:
         token = new_attempt()
         _attempts[token] = None
-        begun = True  # also if the server's answer is lost, and nobody knows
-        outcome = _Outcome("not made", "broken off before the contract was called")
+        begun = False
         try:
             begun = self.context.state.begin_slash(hotkey, token)
-            if begun:
-                outcome = _Outcome("unknown", "the call to the contract was broken off")
-                outcome = _call(slash, hotkey)
+        except BaseException:
+            # The server's answer may be lost: nobody knows whether it was begun, and the contract was not called.
+            _attempts[token] = _Outcome("not made", "broken off before the contract was called")
+            self._record(hotkey, token)
+            raise
+        if not begun:
+            _attempts.pop(token, None)
+            return
+        seconds = self.context.environment.slash_deadline_s
+        carry_out = functools.partial(self._carry_out, hotkey, token, slash)
+        try:
+            self.context.ask("the contract", carry_out, hotkey, seconds, patient=True)
+        except NotAskedError as error:
+            _attempts[token] = _Outcome("not made", str(error))
+            self._record(hotkey, token)
+
+    def _carry_out(self, hotkey: str, token: str, slash: Callable[[], Any]) -> None:
+        """Call the contract and record its answer, however late it comes."""
+        outcome = _Outcome("not made", "its turn came too late")
+        try:
+            check_turn()
+            outcome = _Outcome("unknown", "the call to the contract was broken off")
+            outcome = _call(slash, hotkey)
         finally:
             # Also on the way out of the process.
-            if begun:
-                _attempts[token] = outcome
-                self._record(hotkey, token)
-            else:
-                _attempts.pop(token, None)
+            _attempts[token] = outcome
+            self._record(hotkey, token)
 
     def _prepare(self, contract: Any, hotkey: str, reason: str) -> Callable[[], Any]:
         """Return the call to the contract; raises while nothing has moved yet, where it could not be made."""
@@ -117,18 +161,12 @@ class Slashing:
             raise TypeError("slash_miner_collateral_proportion is a coroutine function, which nothing here runs")
         return functools.partial(method, hotkey, **options)
 
-    def remind(self, debt: Mapping[str, Any]) -> None:
+    def _remind(self, debt: Mapping[str, Any]) -> None:
         """Tell of a slash that is in doubt, unless this process did; who found the doubt may be gone."""
         if not self.context.alerts.stands(_DOUBT, debt["attempt"]):
             self._report_doubt(debt["hotkey"], debt["attempt"], debt["error"])
 
-    def forget_others(self, debts: Iterable[Mapping[str, Any]]) -> None:
-        """Forget what was told of slashes that are not among these debts."""
-        slashes = [debt for debt in debts if debt["kind"] == SLASH]
-        self.context.alerts.clear_others(_NOT_MADE, {debt["hotkey"] for debt in slashes})
-        self.context.alerts.clear_others(_DOUBT, {debt["attempt"] for debt in slashes})
-
-    def review(self, debt: Mapping[str, Any]) -> None:
+    def _review(self, debt: Mapping[str, Any]) -> None:
         """Look at a slash that is being attempted, and record how it ended if the attempt is over."""
         hotkey, token = debt["hotkey"], debt["attempt"] or ""
         if token in _attempts:
@@ -156,6 +194,7 @@ class Slashing:
             _limited(logging.ERROR, "unrecorded", text, hotkey, made, exc_info=True)
             return
         _attempts.pop(token, None)
+        alerts.clear(_UNDER_WAY, hotkey)
         if recorded and made == "made":
             alerts.clear(_NOT_MADE, hotkey)
             _log.info("slashed the collateral of miner %s", hotkey)
@@ -185,9 +224,9 @@ def _call(slash: Callable[[], Any], hotkey: str) -> _Outcome:
         return _outcome_of(slash())
     except SlashNotMadeError as error:
         return _Outcome("not made", str(error))
-    except WISHES:
-        raise
     except BaseException as error:
+        if isinstance(error, WISHES) and not is_left_to_a_thread():
+            raise
         _log.exception("the contract failed to slash miner %s", hotkey)
         return _Outcome("unknown", f"the contract raised {named(error)}")
 

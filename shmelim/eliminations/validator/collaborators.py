@@ -116,7 +116,8 @@ class ChallengePeriodManager(Protocol):
 
     A class may also have ``pop_elimination_reasons(hotkeys)``, which forgets the reasons of these hotkeys alone.
     It is then called instead of ``clear_elimination_reasons``, which would also clear a reason that came after the
-    last look.
+    last look. And ``buckets``, its buckets by hotkey or as a list, so that an environment whose ``scored_bucket``
+    is none of them is noticed at construction.
     """
 
     def has_elimination_reasons(self) -> bool:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import weakref
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, Final
+
+import numpy as np
+
+from shmelim.system.logs import LimitedLog
+
+_limited = LimitedLog(logging.getLogger("shmelim.processing"))
 
 LOOKS: Final = 12
 """At least one of so many looks at a ledger that seems unchanged reads all of it: once an hour, by default."""
 
 _WORTHWHILE: Final = 8  # checkpoints; fewer are read faster than compared
 
+_LEAST, _MOST = -1.0, 2.0  # what a factor can be; beyond 0 to 1 it counts as that
 _DIGITS: Final = 9  # of a percentage: what binary fractions add or lose lies far behind
 
 
@@ -50,14 +59,16 @@ class Drawdowns:
         if (last := known.get(key)) is not None and last.is_of(ledger, count, ends):
             return _percentage([last.lowest, ends[1].mdd, ends[2].mdd])
         factors = [checkpoint.mdd for checkpoint in checkpoints]
-        percentage = _percentage(factors)
+        lowest = _lowest(factors)
+        if lowest is None:  # read in full until it is sound
+            return _in_percent(_lowest_understood(factors))
         # What cannot tell when it is gone is not remembered: another may stand at its place then.
         with contextlib.suppress(TypeError):
             gone = weakref.ref(ledger, lambda _: known.pop(key, None))
             # Not all at their first place, lest one look in so many reads everything.
             looks = LOOKS - 1 - len(known) % (LOOKS // 2)
             known[key] = _Known(gone, count, ends, min(factors[:-2]), looks)
-        return percentage
+        return _in_percent(lowest)
 
 
 @dataclass(slots=True)
@@ -78,14 +89,36 @@ class _Known:
 
 
 def _percentage(factors: list[Any]) -> float:
+    lowest = _lowest(factors)
+    return _in_percent(_lowest_understood(factors) if lowest is None else lowest)
+
+
+def _lowest(factors: list[Any]) -> float | None:
+    """Return the lowest factor; None if one of them is not a factor."""
     if not factors:
-        return 0.0
-    # One sum finds a NaN anywhere, which a minimum passes over, and refuses what is not a number.
-    total = sum(factors)
-    if total != total:  # noqa: PLR0124 - only NaN differs from itself, and asking costs nothing
-        raise ValueError("the ledger has a checkpoint whose mdd is not a number")
-    lowest = float(min(factors))
-    if not -1.0 <= lowest <= 2.0:  # noqa: PLR2004 - as the documentation says
-        raise ValueError(f"the ledger's lowest mdd is {lowest}, and should be a factor: 0.9 is 10 % down")
+        return 1.0
+    try:
+        # One sum finds a NaN anywhere, which a minimum passes over, and refuses what is not a number.
+        lowest = float(min(factors)) if math.isfinite(sum(factors)) else math.nan
+    except (TypeError, OverflowError):
+        return None
+    return lowest if _LEAST <= lowest <= _MOST else None
+
+
+def _lowest_understood(factors: list[Any]) -> float:
+    """Return the lowest of those that are factors: one bad checkpoint must hide no drawdown beside it."""
+    understood: list[float] = []
+    refused: list[Any] = []
+    for factor in factors:
+        is_number = isinstance(factor, (int, float, np.number)) and not isinstance(factor, bool)
+        (understood if is_number and _LEAST <= factor <= _MOST else refused).append(factor)
+    text = f"{len(refused)} checkpoints of a ledger have an mdd that is not a factor, such as {refused[0]!r:.60}"
+    if not understood:
+        raise ValueError(f"{text}; 0.9 is 10 % down")
+    _limited(logging.WARNING, "mdd", "%s: left out", text)
+    return float(min(understood))
+
+
+def _in_percent(lowest: float) -> float:
     # Rounded, since (1 - 0.9) * 100 is a little less than the 10 % that it stands for.
     return round((1.0 - min(max(lowest, 0.0), 1.0)) * 100.0, _DIGITS)

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from shmelim.eliminations.record import EliminationReason
+from shmelim.eliminations.validator.addresses import is_ss58_address
+from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.directories import MinerDirectories
 from shmelim.eliminations.validator.drawdown import Drawdowns
 from shmelim.system import clock as system_clock
 
 DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
+DAY_MS: Final = 86_400_000
+SINCE_2020_MS: Final = 1_577_836_800_000
+_LATEST_MS: Final = 4_102_444_800_000  # 2100: a clock of microseconds is beyond it
+# What figures may be at most; each is a number of at least 0.
+_FIGURES: Final = {
+    "max_drawdown_percentage": 100.0,
+    "check_interval_ms": math.inf,
+    "deletion_delay_ms": math.inf,
+    "slash_once_within_ms": math.inf,
+    "plausible_since_ms": math.inf,
+    "call_deadline_s": math.inf,
+    "slash_deadline_s": math.inf,
+    "longest_sync_s": math.inf,
+    "tick_pause_s": math.inf,
+    "error_pause_s": math.inf,
+}
+_REASONS: Final = frozenset(EliminationReason.__members__)
 
 
 class ValidatorEnvironment:
     """The figures and rules that validators choose; pass what differs, or subclass.
 
-    Any attribute may be set at any time; the next tick uses it. Thread-safe, and can be pickled if what it was
-    given can.
+    Any attribute may be set at any time, and is checked then too; the next tick uses it. Thread-safe, and can be
+    pickled if what it was given can.
 
     Parameters
     ----------
@@ -32,21 +54,44 @@ class ValidatorEnvironment:
     deletion_delay_ms
         An elimination at least this many milliseconds old is deleted once its miner has left the metagraph.
     slash_proportions
-        ``{reason: share of the collateral}``, each 0 to 1; for any other reason the contract decides.
+        ``{reason: share of the collateral}``, each 0 to 1, by the names of
+        :class:`~shmelim.EliminationReason`; for any other reason the contract decides.
     slash_once_within_ms
         A miner who was slashed for an elimination is not slashed for another one that begins less than this many
         milliseconds later (or earlier): a sync that takes an elimination back gives no collateral back.
     development_hotkey
         The hotkey that is not a zombie, though it is in no metagraph.
     miner_directory
-        The directory that has one for each miner, and nothing else: every directory in it is a miner's, except
-        hidden ones, links, and names that cannot be hotkeys. None: there are no such directories, and no zombies.
+        The directory that has one for each miner; hidden ones, links and names that no hotkey can have are left
+        alone. None: there are no such directories, and no zombies.
+    is_hotkey
+        Whether a name may be a hotkey of this network, and its directory a miner's; by default a valid SS58
+        address. Whoever was registered here once is one whatever this says.
+    believe_empty_metagraph
+        Whether a metagraph that lists nobody means that everybody left, as tests may want it.
+    plausible_since_ms
+        An earlier time is not believed to be that of an elimination, nor is one more than a day ahead of `clock`
+        (ms since 1970, UTC).
     live_price_fetcher
         Used where the collaborators have none.
     clock
         Returns milliseconds since 1970, UTC; fractions are rounded. Default: the system's clock.
+    call_deadline_s, slash_deadline_s
+        Seconds for each call to one of the validator's own objects, and for one to the contract. What has not come
+        back by then is a failure of that miner or step; it is left behind in its thread, and whatever it still
+        returns counts only if it is the contract's. In direct mode there are no deadlines.
+    longest_sync_s
+        Seconds for which ``sync_in_progress`` may be true before people are told; the loop pauses meanwhile.
     tick_pause_s, error_pause_s
         Seconds between two ticks of the loop, and after one that failed.
+
+    Raises
+    ------
+    ValueError
+        A figure cannot be: negative, NaN, a share above 1, a reason that does not exist, a clock that counts
+        something else than milliseconds. The message names the field.
+    TypeError
+        A figure is not a number.
 
     Examples
     --------
@@ -74,8 +119,14 @@ class ValidatorEnvironment:
         slash_once_within_ms: int = 172_800_000,
         development_hotkey: str = DEVELOPMENT_HOTKEY,
         miner_directory: Path | str | None = None,
+        is_hotkey: Callable[[str], bool] = is_ss58_address,
+        believe_empty_metagraph: bool = False,
+        plausible_since_ms: int = SINCE_2020_MS,
         live_price_fetcher: Any = None,
         clock: Callable[[], float] | None = None,
+        call_deadline_s: float = 60.0,
+        slash_deadline_s: float = 180.0,
+        longest_sync_s: float = 900.0,
         tick_pause_s: float = 1.0,
         error_pause_s: float = 10.0,
     ) -> None:
@@ -86,7 +137,13 @@ class ValidatorEnvironment:
         self.slash_proportions = dict(slash_proportions or {})
         self.slash_once_within_ms = slash_once_within_ms
         self.development_hotkey = development_hotkey
+        self.is_hotkey = is_hotkey
+        self.believe_empty_metagraph = believe_empty_metagraph
+        self.plausible_since_ms = plausible_since_ms
         self.live_price_fetcher = live_price_fetcher
+        self.call_deadline_s = call_deadline_s
+        self.slash_deadline_s = slash_deadline_s
+        self.longest_sync_s = longest_sync_s
         self.tick_pause_s = tick_pause_s
         self.error_pause_s = error_pause_s
         self._price_source = price_source
@@ -94,23 +151,71 @@ class ValidatorEnvironment:
         self._drawdowns = Drawdowns()
         self._clock = clock
         self._directories = None if miner_directory is None else MinerDirectories(miner_directory)
+        if clock is not None and not SINCE_2020_MS <= (now := clock()) <= _LATEST_MS:
+            raise ValueError(f"clock must return milliseconds since 1970, UTC, not {now!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIGURES:
+            _check_figure(name, value, _FIGURES[name])
+        elif name == "slash_proportions":
+            for reason, share in value.items():
+                if reason not in _REASONS:
+                    known = ", ".join(sorted(_REASONS))
+                    raise ValueError(f"slash_proportions has {reason!r}, which is not a reason: {known}")
+                _check_figure(f"slash_proportions[{reason!r}]", share, 1.0)
+        super().__setattr__(name, value)
+
+    def gaps(self, collaborators: Collaborators, *, is_backtesting: bool = False) -> list[str]:
+        """Return what this environment lacks or contradicts for these collaborators, and what that costs; by name.
+
+        Asks none of them anything.
+        """
+        said = []
+        challenge = collaborators.challengeperiod_manager
+        if collaborators.position_manager is not None:
+            if self.live_price_fetcher is None:
+                said.append(
+                    "live_price_fetcher is missing: what no record names a price for is closed without one"
+                )
+            if self._directories is None and not is_backtesting:
+                said.append("miner_directory is missing: nobody is a zombie, and no directory is ever removed")
+        if challenge is not None:
+            known = _buckets(challenge)
+            if known and self.scored_bucket not in known:
+                names = ", ".join(sorted(map(str, known)))
+                text = (
+                    f"scored_bucket {self.scored_bucket!r} is unknown to the challenge period, which has {names}"
+                )
+                said.append(f"{text}: nobody's drawdown is judged")
+            if inspect.getattr_static(challenge, "pop_elimination_reasons", None) is None:
+                said.append(
+                    "the challenge period has no pop_elimination_reasons(hotkeys): a reason that comes between"
+                    " the last look and clear_elimination_reasons() can be lost"
+                )
+        return said
 
     def now_ms(self) -> int:
         """Return the time in milliseconds since 1970, UTC."""
         return system_clock.now_ms() if self._clock is None else round(self._clock())
 
+    def is_plausible(self, time_ms: int) -> bool:
+        """Whether an elimination may have begun at a time, in ms since 1970, UTC."""
+        return self.plausible_since_ms <= time_ms <= self.now_ms() + DAY_MS
+
     def price_source(self, trade_pair: Any, price_info: Mapping[str, Any], time_ms: int) -> Any:
         """Return the price at which a position is closed, as its ``generate_fake_flat_order`` wants it.
 
-        `price_info` has the prices that led to the elimination, ``{"BTC/USD": price}``, and `time_ms` is when it
-        was (ms since 1970, UTC). None has the price fetched. By default the price itself, where `price_info` has
-        the pair by its ``trade_pair``, its ``trade_pair_id`` or its text.
+        `price_info` has the prices that led to the elimination, ``{"BTC/USD": price}`` or
+        ``{"BTCUSD": (price, ms)}``, and `time_ms` is when it was (ms since 1970, UTC). None has the price fetched.
+        By default the price itself, where `price_info` has the pair by its ``trade_pair``, its ``trade_pair_id``
+        or its text.
         """
         if self._price_source is not None:
             return self._price_source(trade_pair, price_info, time_ms)
         names = [getattr(trade_pair, attribute, None) for attribute in ("trade_pair", "trade_pair_id")]
         names.append(str(trade_pair))
-        return next((price_info[name] for name in names if isinstance(name, str) and name in price_info), None)
+        price = next((price_info[name] for name in names if isinstance(name, str) and name in price_info), None)
+        return price[0] if isinstance(price, (list, tuple)) and price else price
 
     def drawdown(self, ledger: Any) -> tuple[bool, float]:
         """Return whether a ledger's miner is to be eliminated, and the drawdown as a percentage.
@@ -119,8 +224,8 @@ class ValidatorEnvironment:
         point it saw as a factor ``mdd`` of the peak before: 0.9 is 10 % down. Of a ledger that seems unchanged
         only the end is read, and at least once in 12 looks the whole.
 
-        AttributeError, TypeError: the ledger has no checkpoints, or one has no ``mdd`` that is a number.
-        ValueError: an ``mdd`` is NaN, or so far off that it is not a factor.
+        A checkpoint whose ``mdd`` is not such a factor is left out, with a warning in the log; ValueError if that
+        is true of all of them. AttributeError, TypeError: the ledger has no checkpoints.
         """
         if self._drawdown is not None:
             return self._drawdown(ledger)
@@ -139,3 +244,19 @@ class ValidatorEnvironment:
         """Remove a miner's directory, if there is one."""
         if self._directories is not None:
             self._directories.remove(hotkey)
+
+
+def _buckets(challenge: Any) -> list[Any]:
+    """Return the buckets that a challenge period has in its ``buckets``, by hotkey or listed, if it has them."""
+    found = inspect.getattr_static(challenge, "buckets", None)
+    if isinstance(found, Mapping):
+        found = found.values()
+    return list(found) if isinstance(found, Iterable) and not isinstance(found, (str, bytes)) else []
+
+
+def _check_figure(name: str, value: Any, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not 0 <= value <= most:  # NaN is neither
+        limit = "at least 0" if most == math.inf else f"0 to {most:g}"
+        raise ValueError(f"{name} must be {limit}, not {value!r}")

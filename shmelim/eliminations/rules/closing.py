@@ -1,0 +1,144 @@
+"""Closing an eliminated miner's positions, and deleting the limit orders.
+
+A position is closed by a flat order at the time of the elimination, so that every validator that eliminates the
+miner writes the same. Closing is idempotent: what is closed already is left alone, so it is repeated until all of
+it went well. A miner's positions are closed in one thread, which asks before each effect whether its turn is still
+its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from shmelim.eliminations.debts.states import LIMIT_ORDERS, OWED, POSITIONS
+from shmelim.eliminations.rules.alerts import ENDS_A_TICK, named
+from shmelim.eliminations.rules.tick import Context, Tick
+from shmelim.system.logs import LimitedLog
+
+_KINDS: Final = (LIMIT_ORDERS, POSITIONS)
+
+_log = logging.getLogger("shmelim.processing")
+_limited = LimitedLog(_log)
+
+
+@dataclass(eq=False)
+class Closing:
+    """Settles what eliminations owe in limit orders and positions."""
+
+    context: Context
+    # Positions that were closed in memory and could not be saved, as (hotkey, uuid) -> pair. A manager that hands
+    # out its own objects shows them as closed from then on, though nothing of it is on disk.
+    unsaved: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def settle_all(self, tick: Tick) -> None:
+        """Settle everything of the kind that is owed; a failure is recorded and reported, and it stays owed."""
+        context = self.context
+        debts = [debt for debt in tick.look_at_debts() if debt["kind"] in _KINDS]
+        for kind in _KINDS:
+            context.alerts.clear_others(kind, {debt["hotkey"] for debt in debts if debt["kind"] == kind})
+        for debt in debts:
+            if context.is_stopping():
+                return
+            tick.check()
+            record = context.reader.get_elimination(debt["hotkey"])
+            if record is not None and debt["state"] == OWED:  # else taken back meanwhile, and the debt with it
+                self._settle(debt["hotkey"], debt["kind"], record, tick)
+
+    def _settle(self, hotkey: str, kind: str, record: Mapping[str, Any], tick: Tick) -> None:
+        context, collaborators = self.context, self.context.collaborators
+        try:
+            if kind == LIMIT_ORDERS:
+                if (orders := collaborators.limit_order_manager) is None:
+                    return
+                deleted = context.ask(kind, lambda: orders.delete_all_limit_orders_for_hotkey(hotkey), hotkey)
+                _log.info("deleted the limit orders of eliminated miner %s: %s", hotkey, deleted)
+            elif collaborators.position_manager is None:
+                return
+            else:
+                context.ask(kind, lambda: self.close(hotkey, record, tick), hotkey)
+            context.state.settle_debt(hotkey, kind)
+            context.alerts.clear(kind, hotkey)
+        except ENDS_A_TICK:
+            raise
+        except BaseException as error:
+            context.alerts.failed(kind, hotkey, f"{kind} of eliminated miner {hotkey} failed", error)
+            context.state.fail_debt(hotkey, kind, named(error))
+
+    def close(
+        self, hotkey: str, record: Mapping[str, Any], tick: Tick, positions: Iterable[Any] | None = None
+    ) -> None:
+        """Close a miner's open positions, or those given, and those that could not be saved before.
+
+        Once all were tried, the first error is raised. After OvertakenError, which says that a sync came, nothing
+        more is saved.
+        """
+        if positions is None:
+            manager: Any = self.context.collaborators.position_manager
+            positions = manager.get_positions_for_one_hotkey(hotkey, only_open_positions=True)
+        first: BaseException | None = None
+        found: dict[str, str] = {}
+        for position in positions:
+            try:
+                found[position.position_uuid] = position.trade_pair.trade_pair_id
+            except Exception as error:
+                _limited(logging.WARNING, "unreadable", "a position of miner %s cannot be read: %s", hotkey, error)
+                first = first or error
+        found |= {uuid: pair for (owner, uuid), pair in list(self.unsaved.items()) if owner == hotkey}
+        for uuid, pair in found.items():
+            tick.check()
+            try:
+                self._close_one(hotkey, uuid, pair, record, tick)
+            except ENDS_A_TICK:
+                raise
+            except BaseException as error:
+                text = "position %s of miner %s could not be closed: %s"
+                _limited(logging.WARNING, "open", text, uuid, hotkey, error)
+                first = first or error
+        if first is not None:
+            raise first
+
+    def _close_one(self, hotkey: str, uuid: str, pair: str, record: Mapping[str, Any], tick: Tick) -> None:
+        collaborators: Any = self.context.collaborators
+        with tick.position_locks.get_lock(hotkey, pair):
+            manager = collaborators.position_manager
+            # Read again: orders may have come in until the lock was ours.
+            position = manager.get_miner_position_by_uuid(hotkey, uuid)
+            if position is None or (position.is_closed_position and (hotkey, uuid) not in self.unsaved):
+                self.unsaved.pop((hotkey, uuid), None)
+                return
+            own = collaborators.live_price_fetcher
+            fetcher = self.context.environment.live_price_fetcher if own is None else own
+            order = None if position.is_closed_position else self._flat_order(position, record, fetcher, tick)
+            # After the price, which may be long in coming, and before anything is changed: the position may be
+            # the manager's own object, and what a sync has taken back must not stay closed in it.
+            tick.check()
+            self.unsaved[hotkey, uuid] = pair
+            if order is not None:
+                position.add_order(order, fetcher)
+            manager.save_miner_position(position, delete_open_position_if_exists=True)
+            self.unsaved.pop((hotkey, uuid), None)
+        _log.info("closed position %s (%s) of eliminated miner %s", uuid, pair, hotkey)
+        # Outside of the lock, as the queue may be full.
+        queue = collaborators.shared_queue_websockets
+        if queue is not None:
+            with self.context.alerts.about(
+                "websockets", "the queue", f"position {uuid} of miner {hotkey} not told"
+            ):
+                message = position.to_websocket_dict()
+                self.context.ask("websockets", lambda: queue.put(message))
+
+    def _flat_order(self, position: Any, record: Mapping[str, Any], fetcher: Any, tick: Tick) -> Any:
+        environment = self.context.environment
+        eliminated_ms = record["elimination_initiated_time_ms"]
+        time_ms = eliminated_ms if environment.is_plausible(eliminated_ms) else environment.now_ms()
+        if position.orders:
+            # Two orders at one time would have no order.
+            time_ms = max(time_ms, position.orders[-1].processed_ms + 1)
+        source = tick.price_sources.get(position.trade_pair) if tick.price_sources else None
+        if source is None:
+            prices = record.get("price_info") or {}
+            source = environment.price_source(position.trade_pair, prices, time_ms)
+        return position.generate_fake_flat_order(position, time_ms, fetcher, source)

@@ -1,0 +1,177 @@
+"""What the rules share, and one tick: what it began with, and whether a sync has made that the past."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, TypeVar
+
+from shmelim.eliminations.calls import ProcessingCalls
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.record import generate_row, normalise
+from shmelim.eliminations.rows import Status
+from shmelim.eliminations.rules import deadlines
+from shmelim.eliminations.rules.alerts import Alerts, OvertakenError
+from shmelim.eliminations.validator.collaborators import Collaborators
+from shmelim.eliminations.validator.environment import ValidatorEnvironment
+from shmelim.system.clock import monotonic
+from shmelim.system.logs import LimitedLog
+
+T = TypeVar("T")
+
+_WAS_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
+
+_limited = LimitedLog(logging.getLogger("shmelim.processing"))
+
+
+@dataclass(eq=False)
+class Context:
+    """What every rule works with. Any of the collaborators may be another one at each look."""
+
+    collaborators: Collaborators
+    environment: ValidatorEnvironment
+    reader: EliminationReader
+    state: ProcessingCalls
+    is_backtesting: bool = False
+    end_asked: bool = False  # written by a signal handler too
+    sync_since: float | None = None  # since when the loop pauses for a sync, by the monotonic clock
+
+    def __post_init__(self) -> None:
+        self.alerts = Alerts(self.collaborators, self.ask)
+
+    @property
+    def contract(self) -> Any:
+        """Who slashes: nobody in a backtest."""
+        return None if self.is_backtesting else self.collaborators.contract_manager
+
+    @property
+    def ledgers(self) -> Any:
+        """The miners' ledgers, or None."""
+        positions = self.collaborators.position_manager
+        return None if positions is None else positions.perf_ledger_manager
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether everything runs in the caller's thread."""
+        return bool(getattr(self.collaborators, "running_unit_tests", False))
+
+    def is_stopping(self) -> bool:
+        """Whether the validator is ending."""
+        shutdown = self.collaborators.shutdown_dict
+        try:
+            # An event is always true.
+            is_set = getattr(shutdown, "is_set", None)
+            return self.end_asked or bool(shutdown if is_set is None else is_set())
+        except Exception:
+            # It lives in a process that is gone, and the validator with it.
+            text = "whether the validator is ending cannot be asked any more: taken as a yes"
+            _limited(logging.ERROR, "end", text, exc_info=True)
+            return True
+
+    def ask(
+        self,
+        what: str,
+        work: Callable[[], T],
+        whom: str = "",
+        seconds: float | None = None,
+        *,
+        patient: bool = False,
+    ) -> T:
+        """Have the validator's own objects do something under a deadline, in direct mode in this thread.
+
+        By default the environment's ``call_deadline_s``. A `patient` one has it whole even if the validator is
+        ending. StuckError: see :mod:`~shmelim.eliminations.rules.deadlines`.
+        """
+        if self.is_direct:
+            return work()
+        limit = self.environment.call_deadline_s if seconds is None else seconds
+        stopping = (lambda: False) if patient else self.is_stopping
+        return deadlines.call(self, what, whom, work, limit, stopping=stopping)
+
+    def can_be_a_miner(self, name: str) -> bool:
+        """Whether a name may be a hotkey: it looks like one, or was registered here once."""
+        return bool(self.environment.is_hotkey(name) or self.reader.status(name) & _WAS_REGISTERED)
+
+    def notice_sync(self) -> None:
+        """Report a sync that has been in progress for so long that it will perhaps never end."""
+        now = monotonic()
+        if self.sync_since is None:
+            self.sync_since = now
+        if now - self.sync_since > self.environment.longest_sync_s:
+            text = (
+                f"sync_in_progress has been true for more than {self.environment.longest_sync_s:.0f} s: nothing is"
+                " processed meanwhile; see whether that sync is alive"
+            )
+            self.alerts.failed("loop", "sync", text)
+
+    def epoch(self) -> Any:
+        """Return what ``sync_epoch`` is now; None if there is none."""
+        epoch = self.collaborators.sync_epoch
+        return None if epoch is None else epoch.value
+
+    def begin(self, position_locks: Any, epoch: Any) -> Tick:
+        """Begin a tick; None stands for the collaborators' locks, and for the epoch of this moment."""
+        epoch = self.epoch() if epoch is None else epoch
+        # After the epoch: a sync between the two is noticed by either.
+        return Tick(self, position_locks, epoch, self.state.get_replacements())
+
+
+@dataclass(eq=False)
+class Tick:
+    """One pass of the rules: what was true when it began."""
+
+    context: Context
+    given_locks: Any
+    epoch: Any  # what sync_epoch was; None if there is none
+    replacements: int  # how often the list of eliminations had been replaced
+    price_sources: Mapping[Any, Any] | None = None  # by trade pair, where the caller has some
+    superseded: bool = False  # whether the list of eliminations was found replaced
+    debts: list[dict[str, Any]] | None = None  # what is owed, once somebody asked
+
+    def look_at_debts(self) -> list[dict[str, Any]]:
+        """Return what is owed, as it was when it was asked first in this tick."""
+        if self.debts is None:
+            self.debts = self.context.state.get_debts()
+        return self.debts
+
+    @property
+    def position_locks(self) -> Any:
+        """The locks for this tick; where there are none, this process' own."""
+        locks = self.context.collaborators.position_locks if self.given_locks is None else self.given_locks
+        return _own_locks if locks is None else locks
+
+    def check(self) -> None:
+        """Raise OvertakenError if a sync came since the tick began, LeftBehindError if nobody waits for this."""
+        deadlines.check_turn()
+        if self.superseded:
+            raise OvertakenError("the eliminations were replaced while they were processed")
+        now = self.context.epoch()
+        if self.epoch is not None and now is not None and now != self.epoch:
+            raise OvertakenError(f"a sync came meanwhile (epoch {self.epoch} -> {now})")
+
+    def found(self, hotkey: str, reason: str, dd: float | None, *, slash: bool = True) -> Found:
+        """Return a finding of this moment."""
+        row = generate_row(hotkey, dd, reason, self.context.environment.now_ms())
+        return Found(normalise(row), slash)
+
+
+class Found(NamedTuple):
+    """What a rule found: an elimination to be recorded, and whether it is slashed for."""
+
+    record: dict[str, Any]
+    slash: bool = True
+
+
+@dataclass(eq=False)
+class _OwnLocks:
+    """Locks for a validator that has none: two ticks at once must not close a position twice."""
+
+    _locks: dict[tuple[str, str], threading.Lock] = field(default_factory=dict)
+
+    def get_lock(self, hotkey: str, trade_pair_id: str) -> threading.Lock:
+        return self._locks.setdefault((hotkey, trade_pair_id), threading.Lock())
+
+
+_own_locks = _OwnLocks()

@@ -1,0 +1,129 @@
+"""Making a record of what a rule found, whatever stands in it: no elimination is lost for a side field.
+
+What callers hand in is refused where it cannot be stored, so that they hear of it; what a ledger or a challenge
+reason carries is beyond their reach, and the miner is eliminated all the same. So each field is stored as far as
+it can be, and what was changed is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
+from typing import Any, Final
+
+import msgspec
+
+from shmelim.eliminations.record import (
+    MAX_HOTKEY_BYTES,
+    MAX_NESTING,
+    MAX_RECORD_BYTES,
+    check_hotkey,
+    encode,
+    normalise,
+)
+from shmelim.system.containers import plain_container
+
+UNKNOWN: Final = "UNKNOWN"
+_TIME: Final = "elimination_initiated_time_ms"
+_BARE: Final = {"reason": UNKNOWN, _TIME: 0}
+
+
+def salvage(data: Any, now_ms: int, reason: str = UNKNOWN) -> tuple[dict[str, Any], list[str]]:
+    """Return the record that `data` is, with what had to be changed so that it can be stored, in words.
+
+    A reason that is missing becomes `reason`, a time that is none `now_ms` (ms since 1970, UTC); other values that
+    have no stored form become None, or are left out where the record would be too large. ValueError or TypeError
+    where it is not a mapping with a valid hotkey.
+    """
+    try:
+        record = normalise(data)
+        encode(record)
+    except Exception:  # a stranger's object may raise anything where it is looked at
+        return _pieced_together(data, now_ms, reason)
+    return record, []
+
+
+def _pieced_together(data: Any, now_ms: int, reason: str) -> tuple[dict[str, Any], list[str]]:
+    fields = data if isinstance(data, Mapping) else plain_container(data)
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"an elimination record must be a dict, not {type(data).__name__}")
+    hotkey = fields.get("hotkey")
+    check_hotkey(hotkey)  # type: ignore[arg-type]  # which refuses what is not text
+    record: dict[str, Any] = {"hotkey": hotkey}
+    notes: list[str] = []
+    for key, value in fields.items():
+        name = key if isinstance(key, str) else str(key)
+        if name == "hotkey":
+            continue
+        kept, whole = _kept(name, value)
+        if not whole:
+            notes.append(f"{name}, {_named(value)}, " + ("was dropped" if kept is None else "was changed"))
+        record[name] = kept
+    if record.get("reason") is None:
+        record["reason"] = reason
+        notes.append(f"reason: {reason}")
+    if record.get(_TIME) is None:
+        record[_TIME] = now_ms
+        notes.append(f"{_TIME}: the present time")
+    _make_fit(record, notes)
+    return normalise(record), notes
+
+
+def _kept(name: str, value: Any) -> tuple[Any, bool]:
+    """Return what can be stored of a field, None where that is nothing, and whether it is all of it."""
+    for whole in (True, False):
+        try:
+            form = value if whole else round(value) if name == _TIME else _converted(value)
+            return normalise({"hotkey": "-"} | _BARE | {name: form})[name], whole
+        except Exception:  # noqa: S112 - a stranger's object may raise anything where it is looked at
+            continue
+    return None, value is None
+
+
+def _named(value: Any) -> str:
+    try:
+        return f"{type(value).__name__} {value!r:.60}"
+    except Exception:  # its own repr
+        return type(value).__name__
+
+
+def _converted(value: Any, depth: int = 0) -> Any:
+    """Return a value in which each part that has no stored form is the nearest that has one, or None."""
+    if depth > MAX_NESTING or value is None or isinstance(value, (str, bool, float)):
+        return value if depth <= MAX_NESTING else None
+    if isinstance(value, (Decimal, Fraction, int)):
+        return value if isinstance(value, int) and -(1 << 63) <= value < 1 << 64 else float(value)
+    if isinstance(value, Enum):
+        return _converted(value.value, depth + 1)
+    container = value if isinstance(value, (Mapping, list, tuple, set, frozenset)) else plain_container(value)
+    if isinstance(container, Mapping):
+        return {str(key): _stored(item, depth) for key, item in container.items()}
+    if container is not None:
+        return [_stored(item, depth) for item in container]
+    return value
+
+
+def _stored(value: Any, depth: int) -> Any:
+    """Return a converted value, or None where it still has no stored form."""
+    try:
+        converted = _converted(value, depth + 1)
+        normalise({"hotkey": "-"} | _BARE | {"value": converted})
+    except Exception:
+        return None
+    return converted
+
+
+def _make_fit(record: dict[str, Any], notes: list[str]) -> None:
+    """Leave out the largest fields until the record is not too large."""
+    sizes = {
+        name: len(msgspec.msgpack.encode(value)) for name, value in record.items() if name not in ("hotkey", _TIME)
+    }
+    total = sum(sizes.values()) + sum(5 + len(name.encode()) for name in record) + 2 * MAX_HOTKEY_BYTES
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if total <= MAX_RECORD_BYTES:
+            return
+        total -= sizes[name]
+        record[name] = UNKNOWN if name == "reason" else None
+        notes.append(f"{name}, of {sizes[name]} bytes, was too large")
