@@ -15,7 +15,6 @@ from unittest.mock import Mock, patch
 
 import psutil
 import pytest
-from contract_marks import not_built
 from contract_services import hang
 from contract_validator import START, Metagraph, Validator, row
 from waiting import PATIENCE, until

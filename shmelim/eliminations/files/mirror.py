@@ -134,8 +134,9 @@ class FileMirror:
         self.published.set()
         if self._thread is not None:
             self._thread.join()
-        with self._writing:
-            self._write()
+        if self._pid == os.getpid():
+            with self._writing:
+                self._write()
 
     def _run(self) -> None:
         since: float | None = None  # when the files were seen to be behind
