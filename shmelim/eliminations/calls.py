@@ -17,8 +17,19 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, Final, ParamSpec, TypeVar
 
+from shmelim.eliminations.comparing import difference
+from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.record import check_hotkeys, check_listed, generate_row
-from shmelim.errors import ChannelError, MessageTooLargeError, ShmelimError, StateUnavailableError, StoreError
+from shmelim.errors import (
+    ChannelError,
+    MessageTooLargeError,
+    NotServingError,
+    SegmentError,
+    ShmelimError,
+    StateUnavailableError,
+    StoreError,
+    UnknownMethodError,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -126,6 +137,10 @@ class Calls:
         """Call the server's method; ``options`` are ``idempotent`` and ``timeout`` (seconds; None: the usual)."""
         return self._client.call(method, args, kwargs, **options)
 
+    def _published(self) -> Reading | None:
+        """Return what the server has published, where this process has that mapped and the server is another."""
+        return None
+
     def _size(self) -> int:
         """Return how many hotkeys are eliminated."""
         raise NotImplementedError
@@ -193,14 +208,18 @@ class Calls:
         ``ValueError`` or ``TypeError``, which names the place in the list, if a record cannot be stored;
         ``UploadLostError`` if the server was restarted in the middle of a long list. Nothing is applied then.
         """
-        rows = iter(check_listed(eliminations))
+        given = check_listed(eliminations)
         tell = on_progress or (lambda _: None)
+        if (removed := self._sync_difference(given)) is not None:
+            tell(len(given))  # type: ignore[arg-type]  # a list, or there would be no answer
+            return removed
+        rows = iter(given)
         part = list(islice(rows, _PART))
         if len(part) < _PART:
             with contextlib.suppress(MessageTooLargeError):
-                removed = self._call("sync_eliminations_rpc", (part,), timeout=self._long())
+                removed = list(self._call("sync_eliminations_rpc", (part,), timeout=self._long()))
                 tell(len(part))
-                return list(removed)
+                return removed
         token = self._call("begin_upload_rpc")
         sent = 0
         try:
@@ -215,6 +234,22 @@ class Calls:
             raise
         limit = _LONG_TIMEOUT + sent * _TIMEOUT_PER_ROW
         return list(self._call("sync_uploaded_rpc", (token,), timeout=limit))
+
+    def _sync_difference(self, given: Iterable[Mapping[str, Any]]) -> list[str] | None:
+        """Sync by sending only what differs from what is published; None where the whole list must be sent."""
+        published = self._published()
+        if published is None or not isinstance(given, (list, tuple)):
+            return None
+        found = None
+        with contextlib.suppress(SegmentError, NotServingError):
+            found = difference(published, given)
+        if found is None or len(found.changed) >= _PART:
+            return None
+        # Whatever is wrong with a record is told of the whole list, with its place in it.
+        with contextlib.suppress(ValueError, TypeError, UnknownMethodError):
+            removed: list[str] | None = self._call("sync_difference_rpc", tuple(found), timeout=self._long())
+            return removed
+        return None
 
     def _upload(self, token: str, part: list[Mapping[str, Any]]) -> None:
         """Send records in one message, or in two where that is too large."""
@@ -300,7 +335,7 @@ class Calls:
         ``before_id``: only events older than the one with this ``id``, for the next page.
 
         Each has ``id``, ``at_ms``, ``action``, ``hotkey``, ``pid``, ``uid``, ``program``, ``note``, ``old``,
-        ``new`` and ``commit_number``.
+        ``new`` and ``commit_number``, which is None where a release before schema 3 wrote it.
         """
 
     @remote(idempotent=True)
@@ -389,7 +424,7 @@ class ProcessingCalls(Calls):
 
     @remote(idempotent=True)
     def get_replacements(self) -> int:
-        """Return how often all eliminations were replaced: by a sync, a write, a clear, or a file at a start."""
+        """Return how often a sync, a write, a clear, or a file at a start changed what the eliminations are."""
 
     @remote()
     def settle_debt(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:

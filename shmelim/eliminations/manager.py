@@ -356,6 +356,9 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
     def _size(self) -> int:
         return len(self._reader)
 
+    def _published(self) -> EliminationReader | None:
+        return None if self.running_unit_tests else self._reader
+
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         for name in ("_processor", "_table"):  # made anew there

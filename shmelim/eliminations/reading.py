@@ -157,10 +157,16 @@ class Reading(Lookups):
             self._fill_in_any_case(keys, answers, 0)
         return [_STATUSES[flags] for flags in answers.tolist()]
 
-    def _packed(self, flag: int, form: int) -> bytes:
-        """Return msgpack of all entries with a flag, in order."""
+    def packed_with_version(self, flag: int, form: int) -> tuple[int, bytes]:
+        """Return the version and msgpack of all entries with a flag, in order."""
         found = self._collect(flag, form)
-        return pack(self._table.snapshot().entries, flag, form) if found is None else found[1]
+        if found is not None:
+            return found
+        version, entries = self._table.snapshot()
+        return version, pack(entries, flag, form)
+
+    def _packed(self, flag: int, form: int) -> bytes:
+        return self.packed_with_version(flag, form)[1]
 
     def _hotkeys(self) -> list[str]:
         """Return the hotkeys that are eliminated, in order."""
@@ -183,6 +189,10 @@ class Reading(Lookups):
     def pack_eliminations(self) -> bytes:
         """Return all elimination records in their order, as a msgpack array: to be passed on undecoded."""
         return self._packed(_ELIMINATED, VALUES)
+
+    def encoded_elimination(self, hotkey: str) -> bytes | None:
+        """Return a hotkey's elimination record as msgpack, or None."""
+        return self._record(hotkey)
 
     @property
     def eliminations(self) -> dict[str, dict[str, Any]]:
@@ -215,6 +225,11 @@ class Reading(Lookups):
         )
 
     # ------------------------------------------------------------------ the table and its writer
+
+    @property
+    def root_id(self) -> int:
+        """What tells the table's root segment from every other one, of whatever name."""
+        return self._table.identity().root_id
 
     @property
     def version(self) -> int:

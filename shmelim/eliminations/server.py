@@ -21,12 +21,13 @@ import msgspec
 
 from shmelim.channel import current_caller
 from shmelim.eliminations.calls import Calls, ProcessingCalls, implements
+from shmelim.eliminations.comparing import Comparison, changed_records
 from shmelim.eliminations.files.format import ELIMINATIONS_FILE, read_eliminations
 from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode, check_files
 from shmelim.eliminations.files.taking import clear_gone, read_state, take_files
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
-from shmelim.eliminations.record import check_hotkey, check_hotkeys, decode, generate_row, prepare, prepare_all
+from shmelim.eliminations.record import check_hotkey, check_hotkeys, decode, generate_row, prepare
 from shmelim.eliminations.rules import EliminationProcessor, processed
 from shmelim.eliminations.runtime import lock_state, secure_state
 from shmelim.eliminations.starting.beginning import Choices, adopt, begin
@@ -307,21 +308,23 @@ class EliminationManagerServer(DebtMethods):
                 self._look_at_lock(self._lease)
 
     def _renew_names(self, table: TableWriter) -> None:
-        """Have names made again that were removed from ``/dev/shm``, by a thread that may wait for a long change."""
+        """Have names made again that were removed from ``/dev/shm``, in a thread that may wait for others."""
         if not self._renewing.locked() and hasattr(self, "_state"):
             threading.Thread(target=self._renew, args=(table,), name="shmelim-renewal", daemon=True).start()
 
     def _renew(self, table: TableWriter) -> None:
         with self._renewing:
-            text = "names were removed from /dev/shm under this server"
-            self.problems.report(_MEMORY_LOST, f"{text}: readers may be on an old state", remedy=_KEEP_NAMES)
+            self._tell_lost("names were removed from /dev/shm under this server: readers may be on an old state")
             try:
                 self._state.read(lambda _store: table.renew())
             except (ShmelimError, OSError) as error:
-                remedy = getattr(error, "hint", None) or _KEEP_NAMES
-                self.problems.report(_MEMORY_LOST, f"{text}, and are not made again: {error}", remedy=remedy)
+                hint = error.hint if isinstance(error, ShmelimError) else None
+                self._tell_lost(f"names were removed from /dev/shm, and are not made again: {error}", hint)
             else:
                 self.problems.clear(_MEMORY_LOST)
+
+    def _tell_lost(self, text: str, hint: str | None = None) -> None:
+        self.problems.report(_MEMORY_LOST, text, severity="failing", remedy=hint or _KEEP_NAMES)
 
     def _look_at_lock(self, lease: Lease) -> None:
         if lease.keep():
@@ -452,15 +455,15 @@ class EliminationManagerServer(DebtMethods):
         return self._change(changes.remove, check_hotkeys(hotkeys), times_ms)
 
     def sync_eliminations_rpc(self, eliminations: Iterable[Mapping[str, Any]]) -> list[str]:
-        return self._replace(prepare_all(eliminations), "sync")
+        return self._replace(eliminations, "sync")
 
     def write_eliminations_to_disk_rpc(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
-        self._replace(prepare_all(eliminations), "write")
+        self._replace(eliminations, "write")
         self.save_eliminations_rpc()
 
     def begin_upload_rpc(self) -> str:
         """Begin a list that is too large for one message; returns its token."""
-        return self._uploads.begin()
+        return self._uploads.begin(Comparison(self.reader))
 
     def upload_rpc(self, token: str, eliminations: Sequence[Mapping[str, Any]]) -> int:
         """Add records to an upload; returns how many it has."""
@@ -472,13 +475,27 @@ class EliminationManagerServer(DebtMethods):
 
     def sync_uploaded_rpc(self, token: str) -> list[str]:
         """Sync to what was uploaded; as :meth:`sync_eliminations_rpc`."""
-        return self._replace(self._uploads.finish(token), "sync")
+        return self._sync(self._uploads.finish(token), "sync")
 
-    def _replace(self, records: dict[str, bytes], reason: str) -> list[str]:
-        return self._change(changes.replace_all, records, reason)
+    def sync_difference_rpc(
+        self, root_id: int, version: int, changed: Iterable[Mapping[str, Any]], gone: Iterable[str]
+    ) -> list[str] | None:
+        """Sync to a list of which a client found this to differ from a version; None where that may not be all."""
+        if root_id != self.reader.root_id:
+            return None
+        records = changed_records(self.reader, changed)
+        return self._change(changes.sync_difference, version, records, check_hotkeys(gone))
+
+    def _replace(self, eliminations: Iterable[Mapping[str, Any]], reason: str) -> list[str]:
+        comparison = Comparison(self.reader)
+        comparison.extend(eliminations)
+        return self._sync(comparison, reason)
+
+    def _sync(self, comparison: Comparison, reason: str) -> list[str]:
+        return self._change(changes.sync, comparison, reason)
 
     def clear_eliminations_rpc(self) -> None:
-        self._replace({}, "clear")
+        self._replace((), "clear")
 
     def update_metagraph_rpc(self, hotkeys: Iterable[str]) -> list[str]:
         return self._change(changes.update_metagraph, check_hotkeys(hotkeys))

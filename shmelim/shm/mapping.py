@@ -1,10 +1,11 @@
 """Opening a file of shared memory: how it is opened, what is checked on its descriptor, and who owns that.
 
-A name in ``/dev/shm`` may be anybody's, and lead to anything. So it is opened without waiting and without following
-links, what it is and whose it is are looked at on the descriptor, and every error says what stands there.
+A name in ``/dev/shm`` may be anybody's, and lead to anything. So it is opened without waiting and without
+following links, what it is and whose it is are looked at on the descriptor, and every error says what stands
+there.
 
-A reader's mapping owns no descriptor: a program that closes all it finds, to become a daemon, must not have this one
-closed once more later, under a number that is something else's by then. (``mmap.mmap`` keeps one.)
+A reader's mapping owns no descriptor: a program that closes all it finds, to become a daemon, must not have this
+one closed once more later, under a number that is something else's by then. (``mmap.mmap`` keeps one.)
 """
 
 from __future__ import annotations
@@ -87,10 +88,15 @@ def _kind(size: int) -> Any:
     import ctypes  # noqa: PLC0415
 
     libc = _libc()
+    byte: Any = type("Byte", (ctypes.Union,), {"_fields_": [("byte", ctypes.c_ubyte)]})
 
     class Mapped(ctypes.c_char * size):  # type: ignore[misc]
         def __del__(self, unmap: Any = libc.munmap, where: Any = ctypes.addressof) -> None:
             unmap(where(self), size)
+
+        def plain(self) -> memoryview:
+            # An array of ctypes says that it is one of "<c", which cannot be cast; unions are plain bytes.
+            return memoryview((byte * size).from_buffer(self))
 
         def __setitem__(self, key: Any, value: Any) -> None:
             raise TypeError("this memory is mapped for reading")
@@ -108,7 +114,7 @@ _EVERYBODY: Final = [b"0", b"0", b"4294967295"]
 
 
 def is_anybody(uid: int) -> bool:
-    """Tell whether a uid stands for all users whom this user namespace does not know; where it knows all, none does."""
+    """Tell whether a uid stands for all users whom this user namespace does not know, if there are any."""
     try:
         return uid == int(_read("/proc/sys/fs/overflowuid")) and _read("/proc/self/uid_map").split() != _EVERYBODY
     except (OSError, ValueError):
@@ -137,7 +143,7 @@ def check_file(path: str, status: os.stat_result, trusted: set[int]) -> None:
 
 
 def open_error(path: str, error: OSError, action: str = "open") -> Exception:
-    """Return the error that says why a file cannot be opened: what stands there, whose it is, or what is used up."""
+    """Return the error that says why a file cannot be opened: what stands there, whose it is, what is used up."""
     if error.errno == errno.ENOENT:
         return NotServingError(f"there is no {path}")
     if error.errno in {errno.EMFILE, errno.ENFILE}:

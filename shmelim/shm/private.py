@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 
 from shmelim.errors import NotServingError
-from shmelim.shm.layout import ROOT_SIZE
+from shmelim.shm.layout import MAX_GENERATION, ROOT_SIZE, SEQUENCE_BITS, SEQUENCE_MASK, VERSION
 from shmelim.shm.segment import Lock, Namespace, Segment, check_name
+from shmelim.system import forks
 
 _ROOT = 0  # no data segment's generation
+_GENERATION = 2  # the word of a data segment's header
+
+_log = logging.getLogger("shmelim.shm")
 
 
 class _NoLock(Lock):
@@ -23,13 +28,27 @@ class _NoLock(Lock):
 class PrivateNamespace(Namespace):
     """The same segments in anonymous memory of this process: no name, nothing in ``/dev/shm``, no lock.
 
-    A forked child sees the table as it was at the fork.
+    A forked child sees the table as it was at the fork; the first read there logs a warning that says so.
     """
 
     def __init__(self, name: str = "private") -> None:
         self.name = check_name(name)
         # By generation. Written under transactions, read by readers attaching; dict operations are atomic.
         self._segments: dict[int, Segment] = {}
+        self._copied = False  # whether this is a child's copy, of which nobody was told yet
+        forks.register(self)
+
+    def after_fork_in_child(self) -> None:
+        """Give the child's copy another generation: its readers attach again, and come by here."""
+        root = self._segments.get(_ROOT)
+        generation = 0 if root is None else root.words[VERSION] >> SEQUENCE_BITS
+        if root is None or generation not in self._segments:
+            return
+        data, number = self._segments[generation], generation % MAX_GENERATION + 1
+        data.words[_GENERATION] = number
+        self._segments = {_ROOT: root, number: data}
+        self._copied = True
+        root.words[VERSION] = number << SEQUENCE_BITS | root.words[VERSION] & SEQUENCE_MASK
 
     def acquire(self) -> Lock:
         return _NoLock()
@@ -51,6 +70,13 @@ class PrivateNamespace(Namespace):
         return self._segments[generation]
 
     def open_data(self, generation: int, *, writable: bool = False) -> Segment:  # noqa: ARG002
+        if self._copied:
+            self._copied = False
+            _log.warning(
+                "the table %r is read in a forked child: it stands here as it was at the fork, and stays so;"
+                " serve the name, and read it with EliminationReader, for what is current in every process",
+                self.name,
+            )
         return self._segment(generation)
 
     def remove_data(self, generation: int) -> None:

@@ -44,6 +44,9 @@ enum {
     ENTRY_HEADER = 24,
 };
 
+/* States of a writer that works. */
+enum { STARTING = 1, SERVING = 2 };
+
 /* Words of a copy's header. */
 enum { USED = 1, COUNT = 2, FLAG_COUNTS = 8, FLAG_BITS = 8 };
 

@@ -70,11 +70,10 @@ HEARTBEAT_LIMIT: Final = 3.0
 """Seconds without a heartbeat after which a writer counts as dead."""
 
 _PATIENCE: Final = 4
-"""How many reads may pass without a look at the writer's heartbeat, where they come quickly; as in table.h."""
+"""How many reads may pass without a look at the clock, where they come quickly; as in table.h."""
 _SECOND: Final = 1_000_000_000
-_SLOW: Final = _SECOND // 100
 _LARGE: Final = 1 << 22
-"""Bytes of a segment that takes long enough to unmap for a thread of its own: a tenth of a millisecond and more."""
+"""Bytes of a segment that takes long enough to unmap for a thread of its own: 0.1 ms and more."""
 
 _BATCH_ATTEMPTS: Final = 16
 _POLL_FIRST: Final = 20e-6
@@ -91,6 +90,10 @@ class WriterState:
     NAMES = ("none", "starting", "serving", "stopped")
 
 
+_now = time.monotonic
+_RUNNING: Final = (WriterState.STARTING, WriterState.SERVING)
+
+
 class Record(NamedTuple):
     """One entry as a lookup returns it."""
 
@@ -102,9 +105,9 @@ class Record(NamedTuple):
 class WriterInfo(NamedTuple):
     """Who writes: ``alive`` is decided by state and heartbeat alone, which hold across pid namespaces.
 
-    ``heartbeat_age`` is in seconds, ``started_ms`` in ms since 1970 (UTC). The age is None where the writer's clock is
-    not this process' (another time namespace), or says what cannot be; ``alive`` is None then, unless the writer said
-    that it stopped.
+    ``heartbeat_age`` is in seconds, ``started_ms`` in ms since 1970 (UTC). The age is None where the writer's
+    clock is not this process' (another time namespace), or says what cannot be; ``alive`` is None then, unless the
+    writer said that it stopped.
     """
 
     pid: int
@@ -162,12 +165,13 @@ class TableReader:
 
     ``retries`` counts the reads that started over because a publish overtook them; not exact under threads.
 
-    Thread-safe, and a read may interrupt another (in a signal handler, a finalizer, a trace function): attaching takes
-    no lock, but makes a view and stores one reference to it. After a fork the child goes on with the same mappings.
-    Closing is left to the garbage collector, since a thread may be in the middle of a read.
+    Thread-safe, and a read may interrupt another (in a signal handler, a finalizer, a trace function): attaching
+    takes no lock, but makes a view and stores one reference to it. After a fork the child goes on with the same
+    mappings. Closing is left to the garbage collector, since a thread may be in the middle of a read.
 
-    Where the writer is not known to live, a reader looks whether the name leads to another root segment by now, once
-    a second at most, and follows it there. That is found out by every fourth read, or by each where they come slowly.
+    Where the writer is not known to live, a reader looks whether the name leads to another root segment by now,
+    once a second at most, and follows it there. That is found out by every fourth read, or by each where they come
+    slowly.
     """
 
     _view_type: ClassVar[type[View]] = View
@@ -175,8 +179,10 @@ class TableReader:
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
         self.retries = 0
-        # Reads until the next look at the heartbeat; when that was the last time, and when the name may be looked at.
-        self._patience = self._watched = self._next_look = 0
+        # Reads until the next look at the clock, and when that leads to the next look at the writer.
+        self._patience = 0
+        self._next_look = 0.0
+        self._looked = -1.0
         # Read and replaced as one reference: root and data segment belong together.
         self._view: View = self._view_of(self._open_root())
 
@@ -185,22 +191,30 @@ class TableReader:
     @property
     def version(self) -> int:
         """A number that grows with every publish, and never goes back: the sequence. One load."""
-        self._count_read()
+        if self._patience:
+            self._patience -= 1
+        elif _now() < self._next_look:
+            self._patience = _PATIENCE - 1
+        else:
+            self._watch()
         while True:
             view = self._view
-            version = view.root.words[VERSION]
+            version = view.root_words[VERSION]
             if version >> SEQUENCE_BITS == view.generation:
                 return version & SEQUENCE_MASK
             self._attach()
 
     def flags(self, key: bytes) -> int:
         """Return the flags of ``key``, 0 if it is absent. One probe; less than a microsecond."""
-        self._patience -= 1
-        if self._patience < 0:
+        if self._patience:
+            self._patience -= 1
+        elif _now() < self._next_look:
+            self._patience = _PATIENCE - 1
+        else:
             self._watch()
         while True:
             view = self._view
-            words = view.root.words
+            words = view.root_words
             version = words[VERSION]
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
@@ -251,10 +265,15 @@ class TableReader:
         The frame of all reads but :meth:`flags`, where it stands unrolled. An exception counts as a result does:
         only if nothing was published meanwhile. _OvertakenError once a publish came between ``attempts`` times.
         """
-        self._count_read()
+        if self._patience:
+            self._patience -= 1
+        elif _now() < self._next_look:
+            self._patience = _PATIENCE - 1
+        else:
+            self._watch()
         while attempts:
             view = self._view
-            words = view.root.words
+            words = view.root_words
             version = words[VERSION]
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
@@ -376,10 +395,12 @@ class TableReader:
         return self._consistently(lambda view, version: view.words[view.header_word[version & 1] + at])
 
     def writer(self) -> WriterInfo:
-        """Return who writes and whether it lives. Looks whether the name leads to another root segment meanwhile."""
+        """Return who writes and whether it lives; if that is not sure, look where the name leads now."""
         info = self._writer_of(self._view.root)
-        if not info.alive and self.reattach():
-            info = self._writer_of(self._view.root)
+        if not info.alive:
+            with contextlib.suppress(NotServingError, SegmentError):
+                if self.reattach():
+                    info = self._writer_of(self._view.root)
         return info
 
     def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
@@ -414,7 +435,7 @@ class TableReader:
         state = words[WRITER_STATE]
         age = (time.monotonic_ns() - words[HEARTBEAT]) / 1e9
         known = age > -1 and words[WRITER_CLOCK] == this_clock()
-        running = state in (WriterState.STARTING, WriterState.SERVING)
+        running = state in _RUNNING
         return WriterInfo(
             pid=words[WRITER_PID],
             alive=(age < HEARTBEAT_LIMIT if known else None) if running else False,
@@ -425,38 +446,31 @@ class TableReader:
 
     # ------------------------------------------------------------------ attaching
 
-    def _count_read(self) -> None:
-        """Watch the writer with every fourth read."""
-        self._patience -= 1
-        if self._patience < 0:
-            self._watch()
-
     def _watch(self) -> None:
-        """Look whether the writer lives; if that is not sure, look at the name, once a second at most.
+        """Look whether the writer lives; if that is not sure, look at the name. Once a second at most.
 
-        Where reads come slowly, each of them does this.
+        Every fourth read looks at the clock for this; where they come slowly, each of them.
         """
-        now = time.monotonic_ns()
-        self._patience = 0 if now - self._watched > _SLOW else _PATIENCE - 1
-        self._watched = now
-        words = self._view.root.words
-        age = now - words[HEARTBEAT]
-        if words[WRITER_STATE] in (1, 2) and -_SECOND < age < HEARTBEAT_LIMIT * _SECOND:
-            return
-        if now >= self._next_look:
-            self._next_look = now + _SECOND
+        self._next_look = _now() + 1
+        words = self._view.root_words
+        age = time.monotonic_ns() - words[HEARTBEAT]
+        if words[WRITER_STATE] not in _RUNNING or not -_SECOND < age < HEARTBEAT_LIMIT * _SECOND:
             self._look_at_name()
 
     def _look_at_name(self) -> None:
-        with contextlib.suppress(NotServingError, SegmentError):
-            self.reattach()
+        """Follow the name, unless that was tried within the last second."""
+        now = _now()
+        if now >= self._looked + 1:
+            self._looked = now
+            with contextlib.suppress(NotServingError, SegmentError):
+                self.reattach()
 
     def reattach(self) -> bool:
         """Follow the name to another root segment, if it leads to one now; tell whether it did.
 
         Reads do this by themselves, in a while, once the writer is dead: somebody may have removed the names, and
-        another writer made them again. A name that leads nowhere, or to a root segment in which nothing is published,
-        leaves the reader where it is. SegmentError where it leads to what cannot be read.
+        another writer made them again. A name that leads nowhere, or to a root segment in which nothing is
+        published, leaves the reader where it is. SegmentError where it leads to what cannot be read.
         """
         view = self._view
         try:
@@ -493,8 +507,8 @@ class TableReader:
     def _view_of(self, root: Segment) -> View:
         """Return a view of the data segment that a root's version word names now.
 
-        Where nothing is published in it (any more), or its segment is gone or another root's, the name decides: it may
-        lead to another root segment by now.
+        Where nothing is published in it (any more), or its segment is gone or another root's, the name decides: it
+        may lead to another root segment by now.
         """
         while True:
             version = root.words[VERSION]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import re
-from _pickle import PickleBuffer
 from typing import Any, Final, Protocol
 
 from shmelim.shm.layout import WORD
@@ -27,8 +26,8 @@ class Segment:
     """One mapped segment, read-only for readers; it is unmapped with the last reference to its memory.
 
     Slicing ``memory`` copies bytes out and never leaves the mapping; ``window`` is the same as a read-only view.
-    ``words`` is the same as aligned 8-byte words; one item read or written is one load or store. ``identity`` (device
-    and inode) tells it from another of its name.
+    ``words`` is the same as aligned 8-byte words; one item read or written is one load or store. ``identity``
+    (device and inode) tells it from another of its name.
     """
 
     __slots__ = ("identity", "label", "memory", "window", "words")
@@ -39,7 +38,7 @@ class Segment:
         self.label = label
         self.memory = memory
         self.identity = identity
-        whole = PickleBuffer(memory).raw()  # plain bytes, whatever items the memory says it has
+        whole = memory.plain() if hasattr(memory, "plain") else memoryview(memory)
         self.window = whole.toreadonly()
         writable = isinstance(memory, mmap.mmap) and not whole.readonly
         self.words = (whole if writable else self.window)[: len(memory) & -WORD].cast("Q")

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import mmap
 import os
-import secrets
 import stat
 import struct
 import sys
@@ -39,11 +38,11 @@ class SharedNamespace(Namespace):
     ``name`` is 1 to 16 of ``a-z 0-9 _ -``; ``mode`` the permissions of segments made here, 0o600, or 0o640 to let
     a group read; ``owner`` the uid whose segments a reader trusts, by default this user's and root's.
 
-    ValueError for a bad name or mode; UnsupportedPlatformError where there is no ``/dev/shm``, or where the machine's
-    memory order is too weak for the pure-Python path, and the extension is not there.
+    ValueError for a bad name or mode; UnsupportedPlatformError where there is no ``/dev/shm``, or where the
+    machine's memory order is too weak for the pure-Python path, and the extension is not there.
 
-    The lock is an ``flock`` on ``shmelim.<name>.lock``, a file of its own that readers never open: the kernel releases
-    it however the writer dies. A forked child closes its copy.
+    The lock is an ``flock`` on ``shmelim.<name>.lock``, a file of its own that readers never open: the kernel
+    releases it however the writer dies. A forked child closes its copy.
 
     >>> SharedNamespace("docs").root_name
     '/shmelim.docs'
@@ -117,7 +116,7 @@ class SharedNamespace(Namespace):
         return self._open_writable(self.root_name, root=True) if writable else self._open(self.root_name)
 
     def make_root(self) -> Segment:
-        return self._create(f"{self.root_name}.{_UNNAMED}{secrets.token_hex(4)}", ROOT_SIZE)
+        return self._create(f"{self.root_name}.{_UNNAMED}{os.urandom(4).hex()}", ROOT_SIZE)
 
     def name_root(self, root: Segment) -> None:
         path = f"{_SHM_DIR}{self.root_name}"
@@ -160,7 +159,7 @@ class SharedNamespace(Namespace):
     def _rests(self) -> list[str]:
         """Return what comes after the name in the names of everything but the root segment."""
         prefix = self.root_name[1:] + "."
-        return [name.removeprefix(prefix) for name in os.listdir(_SHM_DIR) if name.startswith(prefix)]
+        return [name.removeprefix(prefix) for name in os.listdir(_SHM_DIR) if name.startswith(prefix)]  # noqa: PTH208
 
     def _remove(self, chosen: Any) -> None:
         for rest in self._rests():

@@ -10,20 +10,18 @@
 /* How often a read that takes long is tried before it says that publishes overtook it. */
 enum { ATTEMPTS = 16 };
 
-/* How many reads may pass without a look at the writer's heartbeat, where they come quickly; as in reader.py. */
+/* How many reads may pass without a look at the clock, where they come quickly; as in reader.py. */
 enum { PATIENCE = 4 };
 
 #define SECOND INT64_C(1000000000)
-#define SLOW (SECOND / 100)
 #define HEARTBEAT_LIMIT (3 * SECOND)
 
 typedef struct {
     PyObject_HEAD
     View *view; /* the current one; replaced under the critical section of the table, NULL before the first */
     _Atomic(uint64_t) retries; /* a statistic: threads may lose counts, here and below */
-    _Atomic(int) patience; /* reads until the next look at the heartbeat */
-    _Atomic(int64_t) watched; /* when that was the last time, and when the name may be looked at again: monotonic ns */
-    _Atomic(int64_t) next_look;
+    _Atomic(int) patience; /* reads until the next look at the clock */
+    _Atomic(int64_t) second; /* what that said, in s */
 } Table;
 
 static void
@@ -74,7 +72,7 @@ attach(Table *table)
     return result == NULL ? -1 : 0;
 }
 
-/* Count a read. Return whether it is time to watch the writer: a load, a store and a branch that is hardly ever taken. */
+/* Count a read. Return whether it is time to look at the clock: a load, a store and a branch that is hardly ever taken. */
 ALWAYS_INLINE static inline bool
 impatient(Table *table)
 {
@@ -83,40 +81,49 @@ impatient(Table *table)
     return left < 0;
 }
 
-/* Look whether the writer lives; if that is not sure, have the name looked at, once a second at most. The clock is the
- * kernel's coarse one: a load, and exact to a tick. Where reads come slowly, each of them does this. */
+/* Look whether the writer lives; if that is not sure, have the name looked at. Once a second at most. */
 NEVER_INLINE static int
 watch(Table *table)
 {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &time);
-    int64_t now = time.tv_sec * SECOND + time.tv_nsec;
-    bool slow = now - atomic_load_explicit(&table->watched, memory_order_relaxed) > SLOW;
-    atomic_store_explicit(&table->watched, now, memory_order_relaxed);
-    atomic_store_explicit(&table->patience, slow ? 0 : PATIENCE - 1, memory_order_relaxed);
     View *view = borrow_view(table);
     if (view == NULL) {
         return 0;
     }
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
     const unsigned char *root = view->root.buf;
     uint64_t state = load((const Word *)(const void *)(root + STATE_AT));
-    int64_t age = now - (int64_t)load((const Word *)(const void *)(root + HEARTBEAT_AT));
+    int64_t beat = (int64_t)load((const Word *)(const void *)(root + HEARTBEAT_AT));
     release_view(view);
-    bool alive = (state == 1 || state == 2) && age < HEARTBEAT_LIMIT && age > -SECOND;
-    if (LIKELY(alive) || now < atomic_load_explicit(&table->next_look, memory_order_relaxed)) {
+    int64_t age = now.tv_sec * SECOND + now.tv_nsec - beat;
+    if ((state == STARTING || state == SERVING) && age > -SECOND && age < HEARTBEAT_LIMIT) {
         return 0;
     }
-    atomic_store_explicit(&table->next_look, now + SECOND, memory_order_relaxed);
     PyObject *result = PyObject_CallMethod((PyObject *)table, "_look_at_name", NULL);
     Py_XDECREF(result);
     return result == NULL ? -1 : 0;
+}
+
+/* Look whether another second has begun, which costs a load, and watch the writer then. Where reads come slowly, each of
+ * them does that; where they come quickly, every fourth does this much. */
+NEVER_INLINE static int
+look_at_clock(Table *table)
+{
+    int64_t second = time(NULL);
+    if (LIKELY(second == atomic_load_explicit(&table->second, memory_order_relaxed))) {
+        atomic_store_explicit(&table->patience, PATIENCE - 1, memory_order_relaxed);
+        return 0;
+    }
+    atomic_store_explicit(&table->second, second, memory_order_relaxed);
+    atomic_store_explicit(&table->patience, 0, memory_order_relaxed);
+    return watch(table);
 }
 
 /* Return the current view and a version of its generation, for release_view; NULL with an exception set. */
 static inline View *
 begin(Table *table, uint64_t *version)
 {
-    if (UNLIKELY(impatient(table)) && watch(table) < 0) {
+    if (UNLIKELY(impatient(table)) && look_at_clock(table) < 0) {
         return NULL;
     }
     for (;;) {
@@ -176,7 +183,10 @@ look_up(Table *table, const unsigned char *key, size_t size, uint64_t *packed)
 ALWAYS_INLINE static inline int
 look_up_48(Table *table, const unsigned char *key, uint64_t *packed)
 {
-    View *view = LIKELY(!impatient(table)) ? borrow_view(table) : NULL;
+    if (UNLIKELY(impatient(table)) && look_at_clock(table) < 0) {
+        return -1;
+    }
+    View *view = borrow_view(table);
     if (LIKELY(view != NULL)) {
         uint64_t version = read_begin(&view->map);
         bool done = LIKELY(version >> SEQUENCE_BITS == view->map.generation)

@@ -147,8 +147,8 @@ class TableWriter:
         self._pid = os.getpid()
         # Why this writer is none any more.
         self._failure: ShmelimError | None = None
-        # The published segment and its two copies; what the one that nobody reads lacks of the other; the generation
-        # that was tried last.
+        # The published segment and its two copies; what the one that nobody reads lacks of the other; the
+        # generation that was tried last.
         self._segment: Segment | None = None
         self._images: tuple[Image, Image] | None = None
         self._behind: list[Change] | str | None = None
@@ -210,8 +210,9 @@ class TableWriter:
             return
         while -1 < time.monotonic_ns() - beat < HEARTBEAT_LIMIT * 1e9:
             if words[HEARTBEAT] != beat:
+                name, pid = self._namespace.name, words[WRITER_PID]
                 raise AlreadyServingError(
-                    f"{self._namespace.name!r} is served by process {words[WRITER_PID]}, whose lock file was removed",
+                    f"{name!r} is served by process {pid}, whose lock file was removed",
                     hint="stop that one first, or serve under another --name",
                 )
             time.sleep(_LOOK_PAUSE)
@@ -274,9 +275,9 @@ class TableWriter:
     def renew(self) -> bool:
         """Make lost names again, so that every reader is on what is served; tell whether any was lost.
 
-        What is published is published again, under a new root segment where that one lost its name, and the old one is
-        withdrawn. AlreadyServingError, now and from every later call, if another writer has the name by now; other
-        errors as from :meth:`load`, and it can be tried again.
+        What is published is published again, under a new root segment where that one lost its name, and the old
+        one is withdrawn. AlreadyServingError, now and from every later call, if another writer has the name by
+        now; other errors as from :meth:`load`, and it can be tried again.
         """
         self._check_usable()
         if self.beat():

@@ -57,7 +57,7 @@ def filled(tmp_path_factory):
         store.put_eliminations([(f"hotkey-{n}", RECORD + b"%d" % n) for n in range(300)])
         for n in range(50):
             store.put_departed(f"hotkey-{n * 3}", n)
-            store.add_events([Change("add", f"hotkey-{n}", new=RECORD)])
+            store.add_events([Change("add", f"hotkey-{n}")])
     return directory
 
 

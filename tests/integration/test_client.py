@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import pickle
 import threading
+from types import MappingProxyType
 
 import pytest
 from crashing import Child, call
 from serving import row
 
 from shmelim import EliminationClient, EliminationReader, NotServingError, OutcomeUnknownError
+from shmelim.eliminations import calls
 from shmelim.errors import KeyFileError, UploadLostError
 
 
@@ -291,3 +293,87 @@ class TestLargeLists:
         reader = server.reader()
         assert len(reader) == 3000
         assert len({record["return_info"]["stamp"] for record in reader.values()}) == 1
+
+
+class TestDifferences:
+    """A client has the table mapped: it sends what a list changes, and the whole list where there is any doubt."""
+
+    @pytest.fixture
+    def client(self, serve):
+        return serve(durability="process", files="off").client()
+
+    @pytest.fixture
+    def sent(self, client, monkeypatch):
+        sent, call = [], client._client.call
+
+        def noting(method, args=(), *rest, **options):
+            sent.append((method, args))
+            return call(method, args, *rest, **options)
+
+        monkeypatch.setattr(client._client, "call", noting)
+        return sent
+
+    def test_only_what_differs_is_sent(self, client, sent):
+        client.sync_eliminations([row(f"h{n}") for n in range(50)])
+        sent.clear()
+        rows = [row(f"h{n}", int(n == 7)) for n in range(49)] + [row("new")]
+        assert client.sync_eliminations(rows) == ["h49"]
+        ((method, (_, _, changed, gone)),) = sent
+        assert (method, changed, gone) == ("sync_difference_rpc", [row("h7", 1), row("new")], ["h49"])
+        assert client.get_eliminations_from_memory() == rows
+        version, commits = client.version, client.health_check()["commits"]
+        assert client.sync_eliminations(rows) == []
+        assert (client.version, client.health_check()["commits"]) == (version, commits)
+
+    def test_what_means_the_same_changes_nothing_at_the_server(self, client, sent):
+        client.sync_eliminations([row("a"), row("b")])
+        version = client.version
+        turned = dict(reversed(row("a").items()))
+        assert client.sync_eliminations([turned, row("b")]) == []
+        assert sent[-1][1][2] == [turned]
+        assert client.version == version
+
+    def test_one_that_others_overtake_sends_the_whole_list(self, client, sent, monkeypatch):
+        client.sync_eliminations([row("a"), row("b")])
+        found = calls.difference
+
+        def overtaken(published, given):
+            seen = found(published, given)
+            client.add_elimination("c", row("c"))
+            return seen
+
+        monkeypatch.setattr(calls, "difference", overtaken)
+        assert client.sync_eliminations([row("a"), row("b", 1)]) == ["c"]
+        assert client.get_eliminations_dict() == {"a": row("a"), "b": row("b", 1)}
+        assert [method for method, _ in sent[-3:]] == [
+            "add_elimination_rpc",
+            "sync_difference_rpc",
+            "sync_eliminations_rpc",
+        ]
+
+    def test_a_version_of_another_root_is_not_believed(self, client, monkeypatch):
+        client.sync_eliminations([row("a")])
+        found = calls.difference
+        monkeypatch.setattr(
+            calls, "difference", lambda *args: found(*args)._replace(root_id=1, gone=[], changed=[])
+        )
+        assert client.sync_eliminations([row("b")]) == ["a"]
+        assert client.get_eliminated_hotkeys() == {"b"}
+
+    @pytest.mark.parametrize(
+        "rows",
+        [[row("a"), row("a", 1)], [row("b"), MappingProxyType(row("a"))], iter([row("a", 3)])],
+        ids=["twice", "a mapping", "an iterator"],
+    )
+    def test_odd_lists_are_the_servers_business(self, client, sent, rows):
+        client.sync_eliminations([row("a"), row("c")])
+        sent.clear()
+        assert client.sync_eliminations(rows) == ["c"]
+        assert [method for method, _ in sent] == ["sync_eliminations_rpc"]
+
+    def test_an_error_names_the_place_in_the_whole_list(self, client):
+        rows = [row(f"h{n}") for n in range(9)]
+        client.sync_eliminations(rows)
+        with pytest.raises(TypeError, match="elimination 9 of the list"):
+            client.sync_eliminations([*rows, {**row("bad"), "dd": "text"}])
+        assert len(client) == 9

@@ -1,8 +1,10 @@
 """What a server says is wrong: by name, since when, how bad, what to do; logged once, and gone when it is over."""
 
 import ast
+import sqlite3
 import tempfile
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from waiting import until
 import shmelim
 from shmelim import EliminationManager
 from shmelim.eliminations.server import EliminationManagerServer
+from shmelim.eliminations.store import store
+from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, SegmentFullError, StoreError
 
@@ -82,6 +86,29 @@ def test_a_change_that_is_refused_for_itself_is_nobody_elses_problem(server):
     with pytest.raises(ValueError, match="reason"):
         server.add_elimination_rpc("a", {"hotkey": "a"})
     assert server.health_check_rpc()["problems"] == []
+
+
+def test_a_log_that_a_forgotten_read_keeps_growing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_LARGE_LOG", 1 << 20)
+    with (
+        EliminationManagerServer(state_dir=tmp_path, durability="process", files="off") as server,
+        closing(sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)) as forgotten,
+    ):
+
+        def add(stamp):
+            for n in range(8):
+                server.add_elimination_rpc(f"h{n}", row(f"h{n}", stamp, pad=50_000))
+            return [(problem["name"], problem["remedy"]) for problem in server.health_check_rpc()["problems"]]
+
+        # A log is as large as the changes between two checkpoints: with nobody reading, that is not a problem.
+        assert add(0) == add(1) == add(2) == add(3) == []
+        forgotten.execute("BEGIN")
+        forgotten.execute("SELECT count(*) FROM hotkeys").fetchone()
+        ((name, remedy),) = [add(stamp) for stamp in range(4, 8)][-1]
+        assert name == "wal_large"
+        assert "fuser" in remedy
+        forgotten.execute("ROLLBACK")
+        assert add(9) == []
 
 
 def test_full_shared_memory_is_named(server, monkeypatch):

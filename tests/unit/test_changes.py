@@ -70,8 +70,7 @@ def test_replace_all_by_nothing(store):
     assert (result, list(left.written)) == (["a", "b"], ["a", "b"])
     assert events == [("remove", "a", "because"), ("remove", "b", "because")]
     result, left, events = apply(store, changes.replace_all, {})
-    # That the list was replaced is written, though nothing in it changed.
-    assert (result, left.written, left.dirty, events) == ([], {}, True, [])
+    assert (result, left.written, left.dirty, events) == ([], {}, False, [])
 
 
 def test_replace_all(store):

@@ -20,6 +20,7 @@ from shmelim.shm.layout import (
     SEQUENCE_BITS,
     SEQUENCE_MASK,
     VERSION,
+    WRITER_CLOCK,
     WRITER_LOCK,
     WRITER_STATE,
 )
@@ -382,7 +383,8 @@ def test_a_name_that_leads_nowhere_leaves_a_reader_where_it_is(table_name: str) 
     assert not reader.reattach()
     path(table_name).write_bytes(b"no root at all")
     path(table_name).chmod(0o600)
-    reader._look_at_name()
+    with pytest.raises(SegmentError):
+        reader.reattach()
     assert reader.flags(b"a") == 1
 
 
@@ -398,3 +400,39 @@ def test_a_copy_of_the_same_root_under_another_inode_is_the_same_root(table_name
     put(first, "a", 2)
     assert reader.flags(b"a") == 2
     first.close()
+
+
+# ---------------------------------------------------------------------- time
+
+
+def test_a_heartbeat_of_another_clock_says_nothing_of_life(table_name: str) -> None:
+    """In another time namespace the same word is any age at all."""
+    writer = serve(table_name, a=1)
+    reader = TableReader(SharedNamespace(table_name))
+    assert reader.writer()[1:4] == (True, pytest.approx(0, abs=60), "serving")
+    writer._root.words[WRITER_CLOCK] += 1
+    assert reader.writer()[1:4] == (None, None, "serving")
+    assert reader.identity().heartbeat_age is None
+    writer.close()
+    assert reader.writer()[1:4] == (False, None, "stopped")
+
+
+def test_a_heartbeat_of_the_future_is_unknown(table_name: str) -> None:
+    writer = serve(table_name, a=1)
+    reader = TableReader(SharedNamespace(table_name))
+    writer._root.words[HEARTBEAT] += 10**12
+    assert reader.writer()[1:3] == (None, None)
+    writer.beat()
+    assert reader.writer().alive
+    writer.close()
+
+
+def test_a_reader_whose_clock_is_another_follows_the_name_all_the_same(table_name: str) -> None:
+    first = serve(table_name, a=1)
+    reader = TableReader(SharedNamespace(table_name))
+    die(first)
+    first._root.words[HEARTBEAT] = (1 << 63) - 1
+    unlink_all(table_name)
+    second = serve(table_name, a=2)
+    until(lambda: reader.flags(b"a") == 2)
+    second.close()

@@ -457,10 +457,14 @@ class TestClose:
         with pytest.raises(StoreError, match="shut down"):
             rig.subject.read(Store.counts)
 
-    def test_a_forked_child_changes_nothing_and_says_whose_the_state_is(self, rig):
+    def test_a_forked_child_reads_as_of_the_fork_with_one_warning_and_changes_nothing(self, rig, caplog):
         rig.add("a")
 
         def in_child():
+            assert caplog.messages == []
+            assert [rig.reader.flags(b"a") for _ in range(3)] == [1, 1, 1]
+            (message,) = caplog.messages
+            assert "as it was at the fork" in message
             for ask in (lambda: rig.add("b"), lambda: rig.subject.read(Store.counts)):
                 with pytest.raises(StoreError, match="belongs to process"):
                     ask()
@@ -469,6 +473,8 @@ class TestClose:
 
         assert call(in_child) == ["a"]
         assert rig.add("b") is True
+        assert rig.reader.flags(b"a") == 1
+        assert caplog.messages == []
 
 
 def _at_line(number, files, act):

@@ -1,6 +1,7 @@
 """The store: rows, order, transactions, history, permissions."""
 
 import os
+import random
 import sqlite3
 import stat
 import threading
@@ -8,10 +9,12 @@ import threading
 import pytest
 from crashing import call
 
+from shmelim.eliminations.rows import Row
 from shmelim.eliminations.store import opening
+from shmelim.eliminations.store.history import Change, Origin
 from shmelim.eliminations.store.opening import store_bytes
 from shmelim.eliminations.store.schema import FILE_NAME, SCHEMA_NUMBER
-from shmelim.eliminations.store.store import Change, Counts, Origin, Row, Store
+from shmelim.eliminations.store.store import Counts, Store
 from shmelim.errors import DamagedStoreError, StoreError
 
 
@@ -51,7 +54,7 @@ class TestRows:
             store.put_departed("d", 5)
             store.set_registered(["a", "r"])
             store.set_meta("key", {"x": [1, None]})
-            store.add_events([Change("add", "a", new=b"2")])
+            store.add_events([Change("add", "a")])
         before = list(store.rows())
         with reopened(store) as again:
             assert list(again.rows()) == before
@@ -317,7 +320,7 @@ class TestEvents:
     def test_newest_first_with_everything(self, store):
         origin = Origin(123, None, "validator")
         with store.transaction():
-            store.add_events([Change("add", "a", new=b"1")], origin, 10)
+            store.add_events([Change("add", "a")], origin, 10)
             store.add_events([Change("remove", "a", old=b"1", note="by hand")], origin, 11)
         assert [tuple(event) for event in store.events()] == [
             (2, 11, "remove", "a", 123, None, "validator", "by hand", b"1", None, 1),
@@ -342,6 +345,54 @@ class TestEvents:
         assert store.events(limit=0) == []
         with pytest.raises(ValueError, match="-1"):
             store.events(limit=-1)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_old_and_new_records_in_pages_of_any_size_whatever_was_changed_at_once(self, store, seed):
+        """Neither is stored twice, and a change of many hotkeys is one row: nobody who reads sees that."""
+        chosen = random.Random(seed)
+        hotkeys = [f"h{n}" for n in range(150)]
+        records, told = {}, []
+        for turn in range(25):
+            changes = []
+            many = chosen.sample(hotkeys, chosen.choice([1, 2, 64, 65, 120]))
+            with store.transaction():
+                for n, hotkey in enumerate(many):
+                    old, new = records.get(hotkey), None if chosen.random() < 0.3 else b"%d-%d" % (turn, n)
+                    if old is None and new is None:
+                        changes.append(("depart", hotkey, None, None))
+                    else:
+                        action = "remove" if new is None else "add" if old is None else "update"
+                        changes.append((action, hotkey, old, new))
+                        records.pop(hotkey, None) if new is None else records.update({hotkey: new})
+                store.add_events([Change(action, hotkey, old, str(turn)) for action, hotkey, old, _ in changes])
+                store.put_eliminations((hotkey, new) for _, hotkey, _, new in changes if new is not None)
+                store.remove_eliminations(hotkey for action, hotkey, *_ in changes if action == "remove")
+            told += [(*change, str(turn), store.commit_number) for change in changes]
+        expected = [(n, *each) for n, each in enumerate(told, 1)][::-1]
+
+        def seen(hotkey, limit):
+            found, before = [], None
+            while page := store.events(hotkey, limit, before):
+                assert len(page) <= limit
+                found += page
+                before = page[-1].id
+            return [(e.id, e.action, e.hotkey, e.old, e.new, e.note, e.commit_number) for e in found]
+
+        for limit in (1000, 100, 7):
+            assert seen(None, limit) == expected
+        for hotkey in chosen.sample(hotkeys, 20):
+            assert seen(hotkey, 3) == [each for each in expected if each[2] == hotkey]
+        assert seen("unknown", 5) == []
+        assert store._ask("SELECT count(*) FROM events")[0][0] < len(told) / 2
+        assert store.counts().events == len(told)
+
+    def test_a_row_of_many_that_is_damaged_is_said_to_be(self, store):
+        with store.transaction():
+            store.add_events(Change("add", f"h{n}") for n in range(65))
+            store._db.execute("DROP TRIGGER events_are_not_changed")
+            store._db.execute("UPDATE events SET old = x'00'")
+        with pytest.raises(DamagedStoreError, match="event 65"):
+            store.events("h3")
 
     @pytest.mark.parametrize("sql", ["UPDATE events SET note = 'x'", "DELETE FROM events"])
     def test_append_only(self, store, sql):
@@ -383,7 +434,8 @@ class TestReadOnly:
 
     def test_without_a_writer(self, tmp_path):
         with Store.open(tmp_path / "odd ?#%name") as store, store.transaction():
-            store.add_events([Change("add", "a", new=b"1")])
+            store.put_elimination("a", b"1")
+            store.add_events([Change("add", "a")])
         assert [event.new for event in read_events(tmp_path / "odd ?#%name")] == [b"1"]
         assert read_events(tmp_path / "odd ?#%name", "b") == []
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from shmelim.eliminations.comparing import Comparison, Settled
 from shmelim.eliminations.debts.states import OWED
 from shmelim.eliminations.record import decode
 from shmelim.eliminations.store.history import Change as EventOf
@@ -27,10 +28,11 @@ _REPLACEMENTS: Final = "replacements"
 
 @dataclass(slots=True)
 class Step:
-    """One change inside a transaction: the store, and who asked for it."""
+    """One change inside a transaction: the store, who asked for it, and what is published, if anything is yet."""
 
     store: Store
     origin: Origin | None
+    settled: Settled | None = None
 
     def record(self, events: Iterable[EventOf]) -> None:
         """Write events."""
@@ -46,7 +48,7 @@ def add(step: Step, hotkey: str, record: bytes) -> bool:
     """Add or replace one record; returns True for a hotkey that was not eliminated before."""
     old = step.store.put_elimination(hotkey, record)
     if old != record:
-        step.record([EventOf("add" if old is None else "update", hotkey, old, record)])
+        step.record([EventOf("add" if old is None else "update", hotkey, old)])
     return old is None
 
 
@@ -79,14 +81,51 @@ def replace_all(
     A hotkey that stays keeps its place in the order. Those in ``keep`` stay whatever the records say.
     """
     kept = {*records, *keep}
-    gone = remove(step, [hotkey for hotkey, _ in step.store.eliminated() if hotkey not in kept], reason=reason)
-    merge(step, records, reason)
-    step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
-    return gone
+    gone = [hotkey for hotkey, _ in step.store.eliminated() if hotkey not in kept]
+    return _replace(step, records, gone, reason)
+
+
+def sync(step: Step, comparison: Comparison, reason: str = "sync") -> list[str]:
+    """Do the same with a list that was compared with a version of the table that the turn may have left behind."""
+    assert step.settled is not None
+    since = step.settled.changed_since(comparison.version)
+    if since is None:
+        comparison.renew(step.settled)
+    changed, gone = dict(comparison.changed), dict.fromkeys(comparison.gone)
+    for hotkey in {*(since or ()), *step.store.written}:
+        row, wanted = step.store.get(hotkey), comparison.wanted(hotkey)
+        changed.pop(hotkey, None)
+        gone.pop(hotkey, None)
+        if wanted is not None:
+            changed[hotkey] = wanted
+        elif row is not None and row.record is not None:
+            gone[hotkey] = None
+    return _replace(step, changed, gone, reason)
+
+
+def sync_difference(
+    step: Step, version: int, changed: dict[str, bytes], gone: Iterable[str], reason: str = "sync"
+) -> list[str] | None:
+    """Make what a client found to differ from a version the state's; None where that may not be all by now."""
+    assert step.settled is not None
+    if step.store.written or step.settled.changed_since(version) != set():
+        return None
+    return _replace(step, changed, gone, reason)
+
+
+def _replace(step: Step, records: Mapping[str, bytes], gone: Iterable[str], reason: str) -> list[str]:
+    removed = step.store.remove_eliminations(gone)
+    events = [EventOf("remove", hotkey, record, reason) for hotkey, record in removed.items()]
+    events += _put(step, records, reason)
+    if events:
+        step.record(events)
+        _cancel_debts(step, removed, reason)
+        step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
+    return list(removed)
 
 
 def replacements(store: Store) -> int:
-    """Return how often the whole list was replaced, whether or not that changed anything in it."""
+    """Return how often the whole list was replaced by one that differs."""
     return int(store.meta(_REPLACEMENTS, 0))
 
 
@@ -111,16 +150,21 @@ def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
             step.record([EventOf("cancel", hotkey, note=f"{', '.join(cancelled)}: {reason}")])
 
 
-def merge(step: Step, records: dict[str, bytes], reason: str) -> int:
+def merge(step: Step, records: Mapping[str, bytes], reason: str) -> int:
     """Add or replace many records and leave the others; returns how many of them changed."""
+    changed = _put(step, records, reason)
+    step.record(changed)
+    return len(changed)
+
+
+def _put(step: Step, records: Mapping[str, bytes], reason: str) -> list[EventOf]:
+    """Add or replace many records, and return the events of those that changed."""
     old = step.store.put_eliminations(records.items())
-    changed = [
-        EventOf("update" if hotkey in old else "add", hotkey, old.get(hotkey), record, reason)
+    return [
+        EventOf("update" if hotkey in old else "add", hotkey, old.get(hotkey), reason)
         for hotkey, record in records.items()
         if old.get(hotkey) != record
     ]
-    step.record(changed)
-    return len(changed)
 
 
 def lost_hotkeys(before: set[str], now: set[str], size: int | None = None) -> tuple[list[str], bool]:

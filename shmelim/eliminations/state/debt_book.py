@@ -229,7 +229,7 @@ def eliminate(
     if known is not None and known.record is not None:
         return "already"
     step.store.put_elimination(hotkey, record)
-    step.record([EventOf("add", hotkey, None, record)])
+    step.record([EventOf("add", hotkey)])
     _owe(step, hotkey, kinds, min(eliminated_ms, _LARGEST_MS), slash_once_within_ms)
     return "added"
 

@@ -27,12 +27,13 @@ from datetime import UTC, datetime
 from queue import SimpleQueue
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
-from shmelim.eliminations.rows import ORIGIN_KEY, Row, entry_row, row_entry
+from shmelim.eliminations.comparing import Settled
+from shmelim.eliminations.rows import ORIGIN_KEY, Row, row_entry
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.store.history import Origin
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import SegmentFullError, ShmelimError, StoreError
-from shmelim.shm import Namespace, TableReader, TableWriter, Transaction
+from shmelim.shm import Namespace, TableWriter, Transaction
 from shmelim.system import clock
 from shmelim.system.problems import Problems
 
@@ -44,6 +45,7 @@ _REPORT_EVERY: Final = 10_000
 
 _COMMIT_FAILED: Final = "commit_failed"
 _MEMORY_FULL: Final = "shared_memory_full"
+_LOG_LARGE: Final = "wal_large"
 
 
 def _held() -> threading.Lock:
@@ -132,8 +134,8 @@ class State:
     def go_on(self, origin_record: bytes) -> None:
         """Take changes from now on: the table shows the whole store already, and this record."""
         self._origin_record = origin_record
-        self._reader = TableReader(self._namespace)
-        self._store.look_up = self._published_rows
+        self._settled = Settled(self._namespace)
+        self._store.look_up = self._settled.rows_of
         if self._thread is not None:
             self._thread.start()
 
@@ -230,6 +232,7 @@ class State:
             if changes:
                 self._make(changes)
                 self._table.settle()
+                self._look_at_log()
             self._torn = False
         except BaseException:
             self._rebuild()
@@ -279,10 +282,11 @@ class State:
         store.begin()
         for request in group:
             request.error = None
+            step = Step(store, request.origin, self._settled)
             try:
                 # A change that is alone needs no savepoint: if it raises, nothing is committed.
                 with store.savepoint() if len(group) > 1 else nullcontext():
-                    request.result = request.call(Step(store, request.origin), *request.args, **request.kwargs)
+                    request.result = request.call(step, *request.args, **request.kwargs)
             except Exception as error:
                 if not store.in_transaction:
                     raise  # a full disk may undo the whole transaction by itself
@@ -298,7 +302,7 @@ class State:
                 # Readers have nothing new to look at; a start does.
                 self._table.commit = store.next_commit
             else:
-                transaction.publish()
+                self._settled.note(written, transaction.publish())
                 if self.published is not None:
                     self.published()
             self.commits += 1
@@ -318,6 +322,7 @@ class State:
         self._undo()
         with self._table.transaction(replace=True) as transaction:
             self._put_all(transaction)
+        self._settled.forget()
         self._torn = False
         if self.published is not None:
             self.published()
@@ -337,14 +342,27 @@ class State:
             self._raised.add(_COMMIT_FAILED)
             self._problems.report(_COMMIT_FAILED, text, remedy=error.hint)
 
+    def _look_at_log(self) -> None:
+        """Name a log that grows since somebody keeps reading what is long gone."""
+        held = 0
+        with suppress(StoreError, OSError):
+            held = self._store.held_log()
+        if held:
+            text = f"the log of {self._store.path} has {held:,} bytes: somebody holds a read transaction open"
+            remedy = f"`fuser {self._store.path}` names the processes that have it open: end the one that reads"
+            self._problems.report(_LOG_LARGE, text, remedy=remedy)
+        elif self._problems.stands(_LOG_LARGE):
+            self._problems.clear(_LOG_LARGE)
+
     # ------------------------------------------------------------------ the table
 
     def _stage(self, written: dict[str, Row | None]) -> Transaction:
         """Stage the rows that were written, in a new table where that is less work."""
         rebuild = len(written) >= _REBUILD_FROM and 2 * len(written) >= self._table.entries
         transaction = self._table.transaction(replace=rebuild)
+        transaction.commit = self._store.next_commit
         if rebuild:
-            for key, (flags, record, ordinal) in self._reader.snapshot().entries.items():
+            for key, (flags, record, ordinal) in self._settled.entries().items():
                 if key == ORIGIN_KEY or key.decode() not in written:
                     transaction.put(key, flags, record, ordinal)
         for hotkey, row in written.items():
@@ -364,9 +382,3 @@ class State:
             transaction.put(*row_entry(row))
             if on_progress is not None and done % _REPORT_EVERY == 0:
                 on_progress(done, total)
-
-    def _published_rows(self, hotkeys: list[str]) -> dict[str, Row]:
-        """Return the rows of these hotkeys as they were before this turn; the unknown are left out."""
-        entry = self._reader.get
-        found = ((hotkey, entry(hotkey.encode())) for hotkey in hotkeys)
-        return {hotkey: entry_row(hotkey, *record) for hotkey, record in found if record is not None}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from shmelim.eliminations.record import prepare_all
+from shmelim.eliminations.comparing import Comparison
 from shmelim.errors import UploadLostError
 
 MAX_OPEN: Final = 4
@@ -18,15 +18,15 @@ PAUSE: Final = 5.0  # seconds for which an upload keeps its place, though others
 
 
 class _Upload:
-    def __init__(self) -> None:
-        self.records: dict[str, bytes] = {}
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
         self.given = 0
-        self.size = 0
+        self.extending = threading.Lock()
         self.touched = time.monotonic()
 
 
 class Uploads:
-    """The lists that clients are sending; thread-safe.
+    """The lists that clients are sending, compared as they come; thread-safe.
 
     What nobody went on with for two minutes is forgotten; where there is no room, the one idle longest makes some.
     """
@@ -35,13 +35,13 @@ class Uploads:
         self._open: dict[str, _Upload] = {}
         self._lock = threading.Lock()
 
-    def begin(self) -> str:
+    def begin(self, comparison: Comparison) -> str:
         """Begin an upload and return its token; ValueError where too many are under way."""
         with self._lock:
             if len(self._open) >= MAX_OPEN and not self._drop_idle(PAUSE):
                 raise ValueError(f"{MAX_OPEN} uploads are under way already: try again in {PAUSE:.0f} s")
             token = secrets.token_hex(8)
-            self._open[token] = _Upload()
+            self._open[token] = _Upload(comparison)
             return token
 
     def extend(self, token: str, records: Sequence[Mapping[str, Any]]) -> int:
@@ -51,29 +51,26 @@ class Uploads:
         or too much) it is given up.
         """
         with self._lock:
-            first = self._get(token).given
+            upload = self._get(token)
         try:
-            prepared = prepare_all(records, first)
+            with upload.extending:
+                upload.given += upload.comparison.extend(records, upload.given)
         except (ValueError, TypeError):
             self.abandon(token)
             raise
         with self._lock:
-            upload = self._get(token)
-            upload.given += len(records)
-            upload.records.update(prepared)
-            upload.size += sum(map(len, prepared.values()))
-            upload.touched = time.monotonic()
-            while sum(each.size for each in self._open.values()) > MAX_BYTES:
+            self._get(token).touched = time.monotonic()
+            while sum(each.comparison.size for each in self._open.values()) > MAX_BYTES:
                 if not self._drop_idle(PAUSE):
                     del self._open[token]
                     raise ValueError(f"uploads of more than {MAX_BYTES:,} bytes together are not accepted")
-            return len(upload.records)
+            return len(upload.comparison)
 
-    def finish(self, token: str) -> dict[str, bytes]:
+    def finish(self, token: str) -> Comparison:
         """Return what was uploaded, and forget the upload."""
         with self._lock:
             self._get(token)
-            return self._open.pop(token).records
+            return self._open.pop(token).comparison
 
     def abandon(self, token: str) -> None:
         """Forget an upload; nothing happens if there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -290,7 +290,7 @@ class Database:
         except (ValueError, TypeError) as error:
             raise damaged(self.path, f"the value of {key!r} cannot be decoded") from error
 
-    def _ask(self, sql: str, arguments: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def _ask(self, sql: str, arguments: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         """Return all rows of an answer."""
         try:
             return self._db.execute(sql, arguments).fetchall()
@@ -307,9 +307,9 @@ class Database:
             raise store_error(self.path, error) from error
         raise StoreError(f"{self.path}: a change needs an open transaction", hint="call begin() first")
 
-    def _stream(self, sql: str) -> Iterator[tuple[Any, ...]]:
+    def _stream(self, sql: str, arguments: Mapping[str, Any] | None = None) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of a query, a few hundred in memory at a time."""
-        with _guard(self.path), closing(self._db.execute(sql)) as cursor:
+        with _guard(self.path), closing(self._db.execute(sql, arguments or {})) as cursor:
             while rows := cursor.fetchmany(_FETCH):
                 yield from rows
 

@@ -1,17 +1,46 @@
 """The history of the store: who changed what, when, from which process, with the old and the new record.
 
-Events are written in the transaction of the change they tell of, and never changed or deleted.
+Events are written in the transaction of the change they tell of, and never changed or deleted. They keep what was
+replaced; what replaced it stands in the next event of that hotkey, or in its row.
+
+A change of many hotkeys is one row. Its id is that of the last of its events; the others have the ids below, which
+are no other row's. It holds the events, compressed, and the sorted hashes of their hotkeys, so that the history of
+one hotkey opens few such rows.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+import zlib
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import xxhash
 
 from shmelim.eliminations.record import decode
+from shmelim.eliminations.store.database import Database
+from shmelim.eliminations.store.schema import damaged
+
+_MANY: Final = 64  # a change of more hotkeys is one row
+_LARGEST_ID: Final = (1 << 63) - 1
+_CHUNK: Final = 500  # hotkeys in one question: below the 999 that an old SQLite allows
+
+_COLUMNS: Final = "id, at_ms, action, hotkey, pid, uid, program, note, old, new, commit_number"
+_HASHES: Final = "SELECT id, hashes FROM events"
+_IDS_OF: Final = "SELECT id, NULL FROM events WHERE hotkey = :hotkey AND id < :before"
+_SELECT: Final = f"SELECT {_COLUMNS} FROM events WHERE id = ?"  # noqa: S608
+_ADD: Final = f"INSERT INTO events ({_COLUMNS}, hashes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)"  # noqa: S608
+# What tells of the record of a hotkey.
+_RECORDED: Final = frozenset({"add", "update", "remove"})
 
 
 class Origin(NamedTuple):
@@ -23,12 +52,11 @@ class Origin(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What an event tells of one change; records as msgpack."""
+    """What an event tells of one change, with the record that it replaced, as msgpack."""
 
     action: str
     hotkey: str | None = None
     old: bytes | None = None
-    new: bytes | None = None
     note: str | None = None
 
 
@@ -64,3 +92,127 @@ def this_process() -> Origin:
 @cache
 def _program() -> str:
     return Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
+
+
+class History(Database):
+    """The events of a store: how they are written, and how they are read."""
+
+    def add_events(
+        self, changes: Iterable[Change], origin: Origin | None = None, at_ms: int | None = None
+    ) -> None:
+        """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
+        listed = list(changes)
+        who = this_process() if origin is None else origin
+        now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
+        last = self._ask("SELECT coalesce(max(id), 0) FROM events")[0][0]
+        rows: Iterable[tuple[Any, ...]]
+        if len(listed) > _MANY and all(change.hotkey is not None for change in listed):
+            hashes = array("Q", sorted(_hash(str(change.hotkey)) for change in listed)).tobytes()
+            events = zlib.compress(msgspec.msgpack.encode(listed), 1)
+            rows = [(last + len(listed), now, "many", None, *who, None, events, self.next_commit, hashes)]
+        else:
+            rows = (
+                (number, now, action, hotkey, *who, note, old, self.next_commit, None)
+                for number, (action, hotkey, old, note) in enumerate(listed, last + 1)
+            )
+        self._change(_ADD, rows, each=True)
+
+    def events(
+        self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
+    ) -> list[Event]:
+        """Return at most `limit` events, newest first: of one hotkey, or older than the one with that id."""
+        if limit is not None and limit < 0:
+            raise ValueError(f"limit must be at least 0, not {limit}")
+        before = _LARGEST_ID if before_id is None else before_id
+        with self._one_moment():
+            found = list(islice(self._newest_first(hotkey, before), limit))
+            unknown = {event.hotkey for event in found if event.action in _RECORDED and event.new is None}
+            following = self._following({name for name in unknown if name is not None}, before)
+        complete = []
+        for event in found:
+            if event.action in _RECORDED and event.hotkey is not None:
+                new = following.get(event.hotkey) if event.new is None and event.action != "remove" else event.new
+                following[event.hotkey] = event.old
+                complete.append(event._replace(new=new))
+            else:
+                complete.append(event)
+        return complete
+
+    @contextmanager
+    def _one_moment(self) -> Iterator[None]:
+        """Let all questions of the block be answered as of one commit."""
+        if self.in_transaction:
+            yield
+            return
+        self._ask("BEGIN")
+        try:
+            yield
+        finally:
+            self._ask("ROLLBACK")
+
+    def _newest_first(self, hotkey: str | None, before: int) -> Iterator[Event]:
+        """Yield the events with smaller ids, of one hotkey or of all; a row of many as its events."""
+        # The row of many in whose middle an earlier page may have ended.
+        yield from self._events_of(f"{_HASHES} WHERE id >= :before ORDER BY id LIMIT 1", hotkey, before)
+        older = f"{_HASHES} WHERE id < :before ORDER BY id DESC"
+        if hotkey is not None:
+            # Each from its own index, which holds the hashes too.
+            older = f"{_IDS_OF} UNION ALL {_HASHES} WHERE hashes IS NOT NULL AND id < :before ORDER BY 1 DESC"
+        yield from self._events_of(older, hotkey, before)
+
+    def _events_of(self, select: str, hotkey: str | None, before: int) -> Iterator[Event]:
+        """Yield the events in the rows that a question for ids and hashes finds, newest first within a row."""
+        for number, hashes in self._stream(select, {"before": before, "hotkey": hotkey}):
+            if hashes is None and number < before:
+                yield Event._make(self._ask(_SELECT, (number,))[0])
+            elif hashes is not None and (hotkey is None or _is_among(_hash(hotkey), hashes)):
+                yield from self._events_in(number, hotkey, 0, before)
+
+    def _events_in(self, number: int, hotkey: str | None, first: int, before: int) -> Iterator[Event]:
+        """Yield the events of a row of many, newest first: of one hotkey, or of all, with ids from `first` on."""
+        row = Event._make(self._ask(_SELECT, (number,))[0])
+        try:
+            changes = msgspec.msgpack.decode(zlib.decompress(row.old or b""), type=list[Change])
+        except (zlib.error, msgspec.DecodeError) as error:
+            raise damaged(self.path, f"event {number} cannot be decoded") from error
+        for at, change in zip(range(number, 0, -1), reversed(changes), strict=False):
+            if first <= at < before and hotkey in {None, change.hotkey}:
+                yield row._replace(id=at, **change._asdict())
+
+    def _following(self, hotkeys: set[str], before: int) -> dict[str, bytes | None]:
+        """Return the record that each of these hotkeys had after its last event with a smaller id, or None."""
+        found: dict[str, bytes | None] = dict.fromkeys(hotkeys)
+        found |= self._ask_of("SELECT hotkey, record FROM hotkeys", hotkeys)
+        if before == _LARGEST_ID:
+            return found
+        first: dict[str, int] = {}
+        select = "SELECT hotkey, old, min(id) FROM events"
+        recorded = f"AND id >= {int(before)} AND action IN ('add', 'update', 'remove') GROUP BY hotkey"
+        for hotkey, old, number in self._ask_of(select, hotkeys, recorded):
+            found[hotkey], first[hotkey] = old, number
+        many = f"{_HASHES} WHERE hashes IS NOT NULL AND id >= :before ORDER BY id"
+        for last, hashes in self._stream(many, {"before": before}):
+            for hotkey in hotkeys:
+                if first.get(hotkey, _LARGEST_ID) > last and _is_among(_hash(hotkey), hashes):
+                    for event in self._events_in(last, hotkey, before, _LARGEST_ID):
+                        if event.action in _RECORDED:
+                            found[hotkey], first[hotkey] = event.old, event.id
+        return found
+
+    def _ask_of(self, select: str, hotkeys: Iterable[str], further: str = "") -> list[tuple[Any, ...]]:
+        """Ask of many hotkeys."""
+        remaining, found = iter(hotkeys), []
+        while chunk := list(islice(remaining, _CHUNK)):
+            found += self._ask(f"{select} WHERE hotkey IN ({','.join('?' * len(chunk))}) {further}", chunk)
+        return found
+
+
+def _hash(hotkey: str) -> int:
+    return xxhash.xxh64_intdigest(hotkey.encode())
+
+
+def _is_among(number: int, hashes: bytes) -> bool:
+    """Tell whether a hash is one of these, sorted as they are stored."""
+    numbers = memoryview(hashes).cast("Q")
+    place = bisect_left(numbers, number)
+    return place < len(numbers) and numbers[place] == number

@@ -25,7 +25,8 @@ BUSY_TIMEOUT = 5.0  # seconds to wait for another process that holds a transacti
 
 _SYNCHRONOUS = {"power": "FULL", "process": "NORMAL"}
 _SMALLEST = 512
-_CACHE_KIB = 32 * 1024
+# Enough for the state, of which only what is read or written is held: rows are then changed without reading any.
+_CACHE_KIB = 256 * 1024
 _LARGEST_IDLE_WAL = 64 << 20
 # 16 MB: four times SQLite's default, so that a stream of small changes is folded in less often.
 _CHECKPOINT_PAGES = 4000

@@ -139,13 +139,22 @@ _IDENTITY = (
 # NULL in an event that an older version wrote.
 _COMMIT_OF_EVENT = "ALTER TABLE events ADD COLUMN commit_number INTEGER"
 
+# NULL but in a row that stands for many events, see history.py.
+_EVENTS_OF_MANY = (
+    "ALTER TABLE events ADD COLUMN hashes BLOB",
+    "CREATE INDEX events_of_many ON events (id, hashes) WHERE hashes IS NOT NULL",
+)
+
 # Schema 1 is the first of these. A schema grows until its version of shmelim is released, and never after that.
 _SCHEMAS = (
     _Schema(_FIRST),
     _Schema(_SECOND, _lent(_SECOND)),
     _Schema(
-        (*_IDENTITY, _COMMIT_OF_EVENT),
-        (*_lent(_IDENTITY), "CREATE TEMP VIEW events AS SELECT *, NULL AS commit_number FROM main.events"),
+        (*_IDENTITY, _COMMIT_OF_EVENT, *_EVENTS_OF_MANY),
+        (
+            *_lent(_IDENTITY),
+            "CREATE TEMP VIEW events AS SELECT *, NULL AS commit_number, NULL AS hashes FROM main.events",
+        ),
         (_give_identity,),
     ),
 )

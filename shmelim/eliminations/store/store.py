@@ -4,7 +4,7 @@ A change is made in a transaction, with its events; the server publishes it afte
 
     with store.transaction():
         old = store.put_elimination(hotkey, record)
-        store.add_events([Change("add", hotkey, old, record)])
+        store.add_events([Change("add", hotkey, old)])
 
 Records are opaque msgpack bytes here (:mod:`shmelim.eliminations.record` makes them). Eliminated and departed
 hotkeys carry ordinals, which keep the order in which they first became so: a new one gets a number above all
@@ -15,10 +15,8 @@ record of the numbers in use, so that no rollback and no crash can leave that wr
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +24,11 @@ from zlib import crc32
 
 from shmelim.eliminations.debts.states import IN_DOUBT, Debt, Slash
 from shmelim.eliminations.rows import Row
-from shmelim.eliminations.store.database import Database
-from shmelim.eliminations.store.history import Change, Event, Origin, this_process
+from shmelim.eliminations.store.history import History
+from shmelim.eliminations.store.opening import log_of
 from shmelim.eliminations.store.schema import damaged
 
-# Hotkeys in one question: below the 999 that an old SQLite allows, and nearly all chunks share one statement.
-_CHUNK = 500
-_LARGEST_ID = (1 << 63) - 1
+_LARGE_LOG = 256 << 20  # bytes; what no single change should leave
 
 _ROWS = (
     "SELECT hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum FROM hotkeys"
@@ -50,15 +46,11 @@ _REPLACE = (
     f" checksum = ? {_WHERE}"
 )
 _DELETE = f"DELETE FROM hotkeys {_WHERE}"  # noqa: S608
-_NEXT_ORDINAL = (
-    "SELECT 1 + max("
+_LAST_NUMBER = "SELECT coalesce(max(rowid), 0) FROM hotkeys"
+_LAST_ORDINAL = (
+    "SELECT max("
     "coalesce((SELECT max(eliminated_ordinal) FROM hotkeys WHERE eliminated_ordinal IS NOT NULL), 0),"
     " coalesce((SELECT max(departed_ordinal) FROM hotkeys WHERE departed_ordinal IS NOT NULL), 0))"
-)
-_EVENTS = "SELECT id, at_ms, action, hotkey, pid, uid, program, note, old, new, commit_number FROM events"
-_ADD_EVENT = (
-    "INSERT INTO events (at_ms, action, hotkey, pid, uid, program, note, old, new, commit_number)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 # The columns are the fields of a Debt; the alphabetic order of the kinds is the one in which they are settled.
 _DEBTS = (
@@ -84,7 +76,7 @@ class DebtFigures(NamedTuple):
     in_doubt: list[str]
 
 
-class Store(Database):
+class Store(History):
     """The state of record in SQLite; made by :meth:`open`, :meth:`read_only` or :meth:`in_memory`.
 
     For one thread at a time. Every method raises :class:`~shmelim.errors.StoreError` when the database cannot be
@@ -104,7 +96,8 @@ class Store(Database):
         self.written = {}
         self.look_up = self._stored_rows
         self._numbers: dict[str, int] = {}  # the rowids of hotkeys, as far as they were asked for
-        self._ordinal: int | None = None  # the next one that is free; None: to be asked for
+        self._last: dict[str, int] = {}  # the last ordinal and row number that are taken; none: to be asked for
+        self._others = 0  # what tells that another connection has committed
 
     # ------------------------------------------------------------------ transactions
 
@@ -115,8 +108,10 @@ class Store(Database):
 
     def begin(self) -> None:  # noqa: D102  # as the base has it
         super().begin()
-        self._ordinal = None
         self.written = {}
+        others = self._ask("PRAGMA data_version")[0][0]
+        if others != self._others:
+            self._numbers, self._last, self._others = {}, {}, others
 
     def commit(self) -> None:  # noqa: D102
         super().commit()
@@ -141,11 +136,23 @@ class Store(Database):
             self._changes_before = self._db.total_changes - changed
             raise
 
+    def held_log(self) -> int:
+        """Return the bytes of a large log that cannot be folded in, since somebody reads what is older; else 0.
+
+        One ``stat`` where the log is not large.
+        """
+        with suppress(FileNotFoundError):
+            size = 0 if self._file is None else log_of(self._file).stat().st_size
+            if size >= _LARGE_LOG:
+                _, pages, folded = self._ask("PRAGMA wal_checkpoint(PASSIVE)")[0]
+                return size if folded < pages else 0
+        return 0
+
     def _forget(self, before: dict[str, Row | None]) -> None:
         """Know no more of what was written than was written before."""
         for hotkey in self.written:
             self._numbers.pop(hotkey, None)
-        self._ordinal = None
+        self._last = {}
         self.written = before
 
     # ------------------------------------------------------------------ hotkeys
@@ -189,9 +196,10 @@ class Store(Database):
         if insertions:
             # In the order of the index, which then grows at its end.
             insertions.sort(key=itemgetter(0))
-            first = 1 + int(self._ask("SELECT coalesce(max(rowid), 0) FROM hotkeys")[0][0])
-            numbers.update((row[0], number) for number, row in enumerate(insertions, first))
-            self._change_all(_INSERT, [(*row, number) for number, row in enumerate(insertions, first)])
+            taken = self._take(_LAST_NUMBER, len(insertions))
+            rows_of = [(*row, number) for row, number in zip(insertions, taken, strict=True)]
+            numbers.update((row[0], row[-1]) for row in rows_of)
+            self._change_all(_INSERT, rows_of)
         self.written.update(rows)
 
     def _change_all(self, sql: str, arguments: list[tuple[Any, ...]]) -> None:
@@ -205,12 +213,13 @@ class Store(Database):
         self._numbers.update(self._ask_of("SELECT hotkey, rowid FROM hotkeys", missing))
         return self._numbers
 
-    def _next_ordinals(self, count: int) -> Iterator[int]:
-        """Take so many ordinals that are free."""
-        if self._ordinal is None:
-            self._ordinal = int(self._ask(_NEXT_ORDINAL)[0][0])
-        first, self._ordinal = self._ordinal, self._ordinal + count
-        return iter(range(first, self._ordinal))
+    def _take(self, last: str, count: int) -> Iterator[int]:
+        """Take so many numbers that are free, above the last one that is taken, for which `last` asks."""
+        if last not in self._last:
+            self._last[last] = int(self._ask(last)[0][0])
+        first = self._last[last] + 1
+        self._last[last] += count
+        return iter(range(first, first + count))
 
     def rows(self) -> Iterator[Row]:
         """Stream every row, in the order in which the rows came to be; about 2.5 s for a million of 0.5 kB."""
@@ -255,7 +264,7 @@ class Store(Database):
         given = dict(records)
         old = self.get_many(given)
         replaced = {hotkey: row.record for hotkey, row in old.items() if row.record is not None}
-        ordinals = self._next_ordinals(len(given) - len(replaced))
+        ordinals = self._take(_LAST_ORDINAL, len(given) - len(replaced))
         nothing = Row("", None, None, None, None, registered=False)
         rows: dict[str, Row | None] = {}
         for hotkey, record in given.items():
@@ -288,7 +297,7 @@ class Store(Database):
         row = old.get(hotkey) or Row(hotkey, None, None, None, None, registered=False)
         if row.departed_ordinal is not None:
             return False
-        (ordinal,) = self._next_ordinals(1)
+        (ordinal,) = self._take(_LAST_ORDINAL, 1)
         self._write({hotkey: row._replace(departed_ordinal=ordinal, detected_ms=detected_ms)}, old)
         return True
 
@@ -314,36 +323,6 @@ class Store(Database):
             rows[hotkey] = _or_nothing(row._replace(registered=hotkey in after))
         self._write(rows, old)
         return changed
-
-    # ------------------------------------------------------------------ history
-
-    def add_events(
-        self, changes: Iterable[Change], origin: Origin | None = None, at_ms: int | None = None
-    ) -> None:
-        """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
-        pid, uid, program = this_process() if origin is None else origin
-        now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
-        rows = [
-            (now, action, hotkey, pid, uid, program, note, old, new, self.next_commit)
-            for action, hotkey, old, new, note in changes
-        ]
-        self._change(_ADD_EVENT, rows, each=True)
-
-    def events(
-        self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
-    ) -> list[Event]:
-        """Return at most `limit` events, newest first: of one hotkey, or older than the one with that id."""
-        if limit is not None and limit < 0:
-            raise ValueError(f"limit must be at least 0, not {limit}")
-        arguments: list[Any] = [_LARGEST_ID if before_id is None else before_id]
-        where = "id < ?"
-        if hotkey is not None:
-            where += " AND hotkey = ?"
-            arguments.append(hotkey)
-        arguments.append(-1 if limit is None else limit)
-        return [
-            Event._make(row) for row in self._ask(f"{_EVENTS} WHERE {where} ORDER BY id DESC LIMIT ?", arguments)
-        ]
 
     # ------------------------------------------------------------------ debts and slashes
 
@@ -394,13 +373,6 @@ class Store(Database):
         self._change("INSERT OR REPLACE INTO slashes VALUES (?, ?, ?, ?)", slash)
 
     # ------------------------------------------------------------------ questions
-
-    def _ask_of(self, select: str, hotkeys: Iterable[str]) -> list[tuple[Any, ...]]:
-        """Ask of many hotkeys."""
-        remaining, found = iter(hotkeys), []
-        while chunk := list(islice(remaining, _CHUNK)):
-            found += self._ask(f"{select} WHERE hotkey IN ({','.join('?' * len(chunk))})", chunk)
-        return found
 
     def _ask_whose(self, select: str, hotkey: str | None, order: str) -> list[tuple[Any, ...]]:
         """Ask of one hotkey or of all."""

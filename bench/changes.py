@@ -1,0 +1,110 @@
+"""What changes cost beside py-lmdb, a bare SQLite and BaseManager RPC: the table of DESIGN 7, each row in one run.
+
+    python -m bench.changes                   # 100 and 10,000 records
+    python -m bench.changes --sizes 200000    # also: the worst add meanwhile, and a start after SIGKILL
+
+Everything is as durable as it can be. Times are medians of wall-clock ms, taken in turns; a ratio is that of ours
+to the peer's put of as many records (of one insert for an add).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.peers.base import Place
+from bench.peers.base_manager import RpcHost
+from bench.peers.lmdb_ import LmdbHost
+from bench.peers.shmelim_ import ShmelimHost
+from bench.peers.sqlite import SqliteHost
+from bench.records import hotkey, record, records
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_FEW = 14
+_BULK = 100_000
+
+
+def timed(call: Callable[..., object], *args: object) -> float:
+    began = time.perf_counter()
+    call(*args)
+    return (time.perf_counter() - began) * 1e3
+
+
+def lists(size: int, stamp: int) -> dict[str, list[dict]]:
+    """The lists that follow each other in one round: all changed, a few, none."""
+    every = records(size, stamp)
+    few = records(size, stamp)
+    for number in range(0, size, max(1, size // _FEW)):
+        few[number] = record(number, stamp + 500_000)
+    return {"all": every, f"{_FEW}": few, "none": [dict(each) for each in few]}
+
+
+def rounds(size: int, directory: Path) -> Iterator[tuple[str, float]]:
+    """Yield what each thing took, in turns."""
+    place = Place(f"bench-{os.getpid()}", directory, size, durable=True)
+    hosts: dict[str, Any] = {}
+    numbers = count(10_000_000)
+    try:
+        for kind in (LmdbHost, SqliteHost, RpcHost, ShmelimHost):
+            hosts[kind.__name__] = kind(place)
+        ours = hosts["ShmelimHost"]
+        for number in range(3 if size >= _BULK else 7):
+            changed = lists(size, number + 1)
+            yield "lmdb put", timed(hosts["LmdbHost"].sync, changed["all"])
+            yield "rpc sync", timed(hosts["RpcHost"].sync, changed["all"])
+            for name, listed in changed.items():
+                yield f"sync, {name} changed", timed(ours.sync, listed)
+            for _ in range(30):
+                new = [record(next(numbers)) for _ in range(3)]
+                yield "sqlite insert", timed(hosts["SqliteHost"].put, new[0])
+                yield "add", timed(ours.put, new[1])
+                yield "append", timed(ours.client.append_elimination_row, new[2]["hotkey"], 1.0, "ZOMBIE")
+        if size >= _BULK:
+            yield "worst add during a sync, few changed", worst_add(ours, lists(size, 1)["14"], numbers)
+            os.kill(ours.process.pid, signal.SIGKILL)
+            ours.process.join()
+            ours.client.close()
+            # The place is filled again, which changes nothing.
+            yield "start after SIGKILL, and one sync", timed(lambda: hosts.update(ShmelimHost=ShmelimHost(place)))
+    finally:
+        for host in hosts.values():
+            host.close()
+
+
+def worst_add(ours: ShmelimHost, listed: list[dict], numbers: Iterator[int]) -> float:
+    """Return what the slowest add took while a sync went on."""
+    syncing = threading.Thread(target=ours.sync, args=(listed,))
+    syncing.start()
+    worst = 0.0
+    while syncing.is_alive():
+        worst = max(worst, timed(ours.put, record(next(numbers))))
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 10_000])
+    for size in parser.parse_args().sizes:
+        took: dict[str, list[float]] = {}
+        with tempfile.TemporaryDirectory() as directory:
+            for name, ms in rounds(size, Path(directory)):
+                took.setdefault(name, []).append(ms)
+        medians = {name: statistics.median(each) for name, each in took.items()}
+        print(f"{size:,} records; {hotkey(0)[:3]}…, {len(took['lmdb put'])} rounds")
+        for name, ms in medians.items():
+            peer = medians["sqlite insert" if name in {"add", "append"} else "lmdb put"]
+            print(f"  {name:40} {ms:10.2f} ms   {ms / peer:8.2f} x", flush=True)
+
+
+if __name__ == "__main__":
+    main()

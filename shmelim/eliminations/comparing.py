@@ -1,0 +1,206 @@
+"""What a list of records would change: compared with what is published, before anything else is done with it.
+
+Equal bytes are equal records. Of the others, what they mean decides: the order of keys does not matter, a tuple is
+a list, NaN is None, and True is not 1. Only what differs is checked and stored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import isnan
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from shmelim.eliminations.reading import Reading
+from shmelim.eliminations.record import check_listed, decode, prepare_all
+from shmelim.eliminations.rows import Row, Status, entry_row
+from shmelim.shm import ITEMS, Entry, Namespace, TableReader
+
+_TURN: Final = 256
+"""Records after which others may have the interpreter: 0.3 ms where nothing differs, 5 ms where all do."""
+
+_REMEMBERED: Final = 10_000  # hotkeys that changed
+
+_NAN: Final = b"\xf8\0\0\0\0\0\0"  # the end of one, of either sign
+
+_encode_into = msgspec.msgpack.Encoder().encode_into
+_decode_records = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class Settled(Reading):
+    """What is published, and which hotkeys changed since when; of the thread that publishes."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._table = TableReader(namespace)
+        self.forget()
+
+    def rows_of(self, hotkeys: list[str]) -> dict[str, Row]:
+        """Return the rows of these hotkeys; the unknown are left out."""
+        entry = self._table.get
+        found = ((hotkey, entry(hotkey.encode())) for hotkey in hotkeys)
+        return {hotkey: entry_row(hotkey, *record) for hotkey, record in found if record is not None}
+
+    def entries(self) -> Mapping[bytes, Entry]:
+        """Return every entry."""
+        return self._table.snapshot().entries
+
+    def forget(self) -> None:
+        """Know of no change before the version that is published now."""
+        self._changed: dict[str, int] = {}
+        self._from = self._table.version
+
+    def note(self, hotkeys: Collection[str], version: int) -> None:
+        """Note that a version has changed these."""
+        if len(self._changed) + len(hotkeys) > _REMEMBERED:
+            self.forget()
+        else:
+            self._changed.update(dict.fromkeys(hotkeys, version))
+
+    def changed_since(self, version: int) -> set[str] | None:
+        """Return the hotkeys that changed after a version; None where that is not known, or not any more."""
+        if not self._from <= version <= self._table.version:
+            return None
+        return {hotkey for hotkey, changed in self._changed.items() if changed > version}
+
+
+class Comparison:
+    """A list of records that are to be all there are, compared as it comes with what stood there in ``version``.
+
+    ``changed`` are the records that are new or differ, in the order of the list; ``gone`` the hotkeys that it
+    lacks. For one thread at a time.
+    """
+
+    def __init__(self, published: Reading) -> None:
+        self.changed: dict[str, bytes] = {}
+        self.size = 0  # bytes of what was ever in it
+        self._same: dict[str, msgspec.Raw] = {}  # what is listed as it stood there
+        self._look(published)
+
+    def _look(self, published: Reading) -> None:
+        self.version, packed = published.packed_with_version(Status.ELIMINATED, ITEMS)
+        self._known = _decode_records(packed)
+
+    def __len__(self) -> int:
+        return len(self._same) + len(self.changed)
+
+    @property
+    def gone(self) -> list[str]:
+        """The hotkeys that were eliminated and are not listed, in their order."""
+        same, changed = self._same, self.changed
+        return [hotkey for hotkey in self._known if hotkey not in same and hotkey not in changed]
+
+    def extend(self, records: Iterable[Mapping[str, Any]], first: int = 0) -> int:
+        """Add records, the first of which has this place in the list; returns how many were given.
+
+        Of a hotkey that is listed twice the last record counts. ValueError and TypeError name the place of one
+        that cannot be stored.
+        """
+        known, same, changed = self._known, self._same, self.changed
+        buffer, count = bytearray(), 0
+        for record in check_listed(records):
+            count += 1
+            if count % _TURN == 0:
+                time.sleep(0)
+            if type(record) is dict and type(hotkey := record.get("hotkey")) is str:
+                stored = known.get(hotkey)
+                if stored is not None and _is_encoded(record, stored, buffer):
+                    same[hotkey] = stored
+                    changed.pop(hotkey, None)
+                    continue
+            ((hotkey, encoded),) = prepare_all([record], first + count - 1).items()
+            if hotkey in known and means_the_same(encoded, known[hotkey]):
+                same[hotkey] = known[hotkey]
+                changed.pop(hotkey, None)
+            else:
+                changed[hotkey] = encoded
+                self.size += len(encoded)
+                same.pop(hotkey, None)
+        return count
+
+    def wanted(self, hotkey: str) -> bytes | None:
+        """Return the record that is listed for a hotkey; None where there is none."""
+        stored = self._same.get(hotkey)
+        return self.changed.get(hotkey) if stored is None else bytes(stored)
+
+    def renew(self, published: Reading) -> None:
+        """Compare the same list with what is published by now."""
+        listed = self._same | self.changed
+        self._look(published)
+        self.changed, self._same = {}, {}
+        for hotkey, record in listed.items():
+            stored = self._known.get(hotkey)
+            if stored is not None and means_the_same(record, stored):
+                self._same[hotkey] = stored
+            else:
+                self.changed[hotkey] = bytes(record)
+
+
+class Difference(NamedTuple):
+    """What a list changes in a version of the table of this root; records as they were given."""
+
+    root_id: int
+    version: int
+    changed: list[dict[str, Any]]
+    gone: list[str]
+
+
+def difference(published: Reading, records: Sequence[Mapping[str, Any]]) -> Difference | None:
+    """Compare a list by its bytes alone; None where that is for the server: odd records, or one listed twice."""
+    root_id = published.root_id
+    version, packed = published.packed_with_version(Status.ELIMINATED, ITEMS)
+    known, listed, changed, buffer = _decode_records(packed), set(), [], bytearray()
+    for record in records:
+        if type(record) is not dict or type(hotkey := record.get("hotkey")) is not str or hotkey in listed:
+            return None
+        listed.add(hotkey)
+        stored = known.get(hotkey)
+        if stored is None or not _is_encoded(record, stored, buffer):
+            changed.append(record)
+    return Difference(root_id, version, changed, [hotkey for hotkey in known if hotkey not in listed])
+
+
+def changed_records(published: Reading, records: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
+    """Check and encode records, and return those that do not mean what is published."""
+    prepared = prepare_all(records)
+    stored = {hotkey: published.encoded_elimination(hotkey) for hotkey in prepared}
+    return {
+        hotkey: record
+        for hotkey, record in prepared.items()
+        if (known := stored[hotkey]) is None or not means_the_same(record, known)
+    }
+
+
+def _is_encoded(record: dict[str, Any], stored: msgspec.Raw, buffer: bytearray) -> bool:
+    """Tell whether these bytes are the record's as it stands; what cannot be encoded is not."""
+    try:
+        _encode_into(record, buffer)
+    except Exception:  # an object's own code may raise anything
+        return False
+    return buffer == memoryview(stored)
+
+
+def means_the_same(one: bytes | msgspec.Raw, other: bytes | msgspec.Raw) -> bool:
+    """Tell whether two encoded records are the same record."""
+    left, right = bytes(one), bytes(other)
+    if left == right:
+        return True
+    one_record, other_record = decode(left), decode(right)
+    # Equal for Python is what may be the same, but where there are NaNs; it is quick to say that it is not.
+    may_be = one_record == other_record or _NAN in left or _NAN in right
+    return may_be and _are_same(one_record, other_record)
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return _is_nothing(one) and _is_nothing(other)
+    if type(one) is dict:
+        return one.keys() == other.keys() and all(_are_same(value, other[key]) for key, value in one.items())
+    if type(one) is list:
+        return len(one) == len(other) and all(map(_are_same, one, other))
+    return bool(one == other) or (_is_nothing(one) and _is_nothing(other))
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (type(value) is float and isnan(value))

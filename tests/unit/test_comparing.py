@@ -1,0 +1,156 @@
+"""A list is compared before anything is done with it: what is the same, and what others change meanwhile."""
+
+import random
+from math import inf, nan
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+from serving import row
+
+from shmelim import EliminationManagerServer
+from shmelim.eliminations import comparing, record
+from shmelim.eliminations.comparing import Comparison
+from shmelim.eliminations.record import decode, prepare
+from shmelim.eliminations.state import changes
+
+
+@pytest.fixture
+def server():
+    with EliminationManagerServer() as server:
+        yield server
+
+
+def compared(server, rows):
+    comparison = Comparison(server.reader)
+    assert comparison.extend(rows) == len(rows)
+    return comparison
+
+
+def with_info(value):
+    return {**row("a"), "info": value}
+
+
+SAME = {
+    "tuple and list": ((1, (2.5,)), [1, [2.5]]),
+    "NaN and None": (nan, None),
+    "None and NaN": (None, nan),
+    "NaN in a list": ([nan], [None]),
+    "another order of keys": ({"x": 1, "y": {"p": 1, "q": 2}}, {"y": {"q": 2, "p": 1}, "x": 1}),
+    "a mapping and a dict": (MappingProxyType({"x": 1}), {"x": 1}),
+    "a scalar of numpy and a number": (np.float64(1.5), 1.5),
+}
+OTHER = {
+    "1 and True": (1, True),
+    "0 and False": ([0], [False]),
+    "1 and 1.0": (1, 1.0),
+    "text and number": ("1", 1),
+    "None and a key that is missing": ({"x": None}, {}),
+    "a longer list": ([1], [1, 2]),
+    "another order of a list": ([1, 2], [2, 1]),
+    "None and False": (None, False),
+    "None and an empty list": (None, []),
+    "one infinity and the other": (inf, -inf),
+    "numbers": (1.5, 1.25),
+}
+
+
+class TestMeaning:
+    @pytest.mark.parametrize(("stored", "given"), SAME.values(), ids=SAME)
+    def test_the_same_is_unchanged(self, server, stored, given):
+        server.sync_eliminations_rpc([with_info(stored)])
+        before = server.reader.version, server.health_check_rpc()["commits"], server.get_elimination_rpc("a")
+        assert server.sync_eliminations_rpc([with_info(given)]) == []
+        after = server.reader.version, server.health_check_rpc()["commits"], server.get_elimination_rpc("a")
+        assert repr(after) == repr(before)
+
+    @pytest.mark.parametrize(("stored", "given"), OTHER.values(), ids=OTHER)
+    def test_what_differs_is_stored(self, server, stored, given):
+        server.sync_eliminations_rpc([with_info(stored)])
+        assert list(compared(server, [with_info(given)]).changed) == ["a"]
+        server.sync_eliminations_rpc([with_info(given)])
+        info = server.get_elimination_rpc("a")["info"]
+        assert (type(info), info) == (type(given), given)
+
+    def test_what_is_unchanged_is_not_normalised(self, server, monkeypatch):
+        rows = [row(f"h{n}", n) for n in range(100)]
+        server.sync_eliminations_rpc(rows)
+        normalised = []
+        monkeypatch.setattr(record, "normalise", lambda data, *_: normalised.append(data["hotkey"]) or data)
+        assert server.sync_eliminations_rpc([*rows[:40], row("h40", 1), *rows[41:]]) == []
+        assert normalised == ["h40"]
+
+
+class TestLists:
+    def test_what_changed_what_is_new_and_what_is_gone(self, server):
+        server.sync_eliminations_rpc([row(hotkey) for hotkey in "abcd"])
+        comparison = compared(server, [row("new"), row("c", 1), row("a")])
+        assert (list(comparison.changed), comparison.gone, len(comparison)) == (["new", "c"], ["b", "d"], 3)
+
+    @pytest.mark.parametrize("stamps", [(0, 1), (1, 0), (1, 2), (1, 0, 1), (0, 0)])
+    def test_of_a_hotkey_that_is_listed_twice_the_last_record_counts(self, server, stamps):
+        server.sync_eliminations_rpc([row("a")])
+        comparison = compared(server, [row("a", stamp) for stamp in stamps])
+        assert list(comparison.changed) == (["a"] if stamps[-1] else [])
+        assert len(comparison) == 1
+        assert comparison.gone == []
+        server.sync_eliminations_rpc([row("a", stamp) for stamp in stamps])
+        assert server.get_elimination_rpc("a") == row("a", stamps[-1])
+
+    def test_an_error_names_the_place_in_the_list(self, server):
+        server.sync_eliminations_rpc([row("a"), row("b")])
+        with pytest.raises(TypeError, match="elimination 2 of the list"):
+            server.sync_eliminations_rpc([row("a"), row("c"), {**row("b"), "dd": "text"}])
+        with pytest.raises(TypeError, match="elimination 7 of the list"):
+            Comparison(server.reader).extend([row("a"), 5], first=6)
+        assert server.get_eliminated_hotkeys_rpc() == {"a", "b"}
+
+    def test_an_unchanged_sync_supersedes_no_tick_and_commits_nothing(self, server):
+        rows = [row("a"), row("b")]
+        server.sync_eliminations_rpc(rows)
+        before, commits = server.get_replacements_rpc(), server.health_check_rpc()["commits"]
+        server.sync_eliminations_rpc(rows)
+        server.write_eliminations_to_disk_rpc(reversed(rows))
+        assert (server.get_replacements_rpc(), server.health_check_rpc()["commits"]) == (before, commits)
+        assert server.eliminate_rpc("c", row("c"), [], before) == "added"
+        server.sync_eliminations_rpc(rows)
+        assert server.get_replacements_rpc() == before + 1
+
+
+class TestOvertaken:
+    """Others change the state while a list is on its way: it is the list that stands in the end."""
+
+    @pytest.mark.parametrize("remembered", [0, 3, 10_000])
+    def test_by_anything(self, server, monkeypatch, remembered):
+        monkeypatch.setattr(comparing, "_REMEMBERED", remembered)
+        chosen = random.Random(5)
+        for _ in range(60):
+            hotkeys = [f"h{n}" for n in range(8)]
+            server.sync_eliminations_rpc([row(h, chosen.randrange(2)) for h in chosen.sample(hotkeys, 5)])
+            wanted = [row(h, chosen.randrange(3)) for h in chosen.sample(hotkeys, 5)]
+            comparison = compared(server, wanted)
+            for _ in range(chosen.randrange(5)):
+                hotkey = chosen.choice(hotkeys)
+                if chosen.random() < 0.5:
+                    server.add_elimination_rpc(hotkey, row(hotkey, chosen.randrange(3)))
+                else:
+                    server.remove_elimination_rpc(hotkey)
+            before = server.get_eliminated_hotkeys_rpc()
+            removed = server._state.commit(changes.sync, comparison)
+            assert set(removed) == before - {each["hotkey"] for each in wanted}
+            assert server.get_eliminations_dict_rpc() == {each["hotkey"]: each for each in wanted}
+
+    def test_by_a_change_of_the_same_turn(self, server):
+        server.sync_eliminations_rpc([row("a"), row("b")])
+        comparison = compared(server, [row("a"), row("c")])
+
+        def both(step):
+            changes.add(step, *prepare(row("d")))
+            changes.add(step, *prepare(row("a", 1)))
+            changes.remove(step, ["b"])
+            return changes.sync(step, comparison)
+
+        assert server._state.commit(both) == ["d"]
+        assert server.get_eliminations_dict_rpc() == {"a": row("a"), "c": row("c")}
+        stored = server._state.read(lambda store: dict(store.eliminated()))
+        assert {hotkey: decode(each) for hotkey, each in stored.items()} == {"a": row("a"), "c": row("c")}
