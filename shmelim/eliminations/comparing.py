@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from math import isnan
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from shmelim.eliminations.reading import Reading
-from shmelim.eliminations.record import check_listed, decode, prepare_all
+from shmelim.eliminations.record import check_listed, decode, is_plain, prepare_all
 from shmelim.eliminations.rows import Row, Status, entry_row
 from shmelim.shm import ITEMS, Entry, Namespace, TableReader
 
@@ -25,6 +26,7 @@ _REMEMBERED: Final = 10_000  # hotkeys that changed
 
 _NAN: Final = b"\xf8\0\0\0\0\0\0"  # the end of one, of either sign
 
+_encode = msgspec.msgpack.Encoder().encode
 _encode_into = msgspec.msgpack.Encoder().encode_into
 _decode_records = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -138,27 +140,34 @@ class Comparison:
 
 
 class Difference(NamedTuple):
-    """What a list changes in a version of the table of this root; records as they were given."""
+    """What a list changes in a version of the table of this root; records as :func:`packed` returns them."""
 
     root_id: int
     version: int
-    changed: list[dict[str, Any]]
+    changed: list[Any]
     gone: list[str]
 
 
 def difference(published: Reading, records: Sequence[Mapping[str, Any]]) -> Difference | None:
     """Compare a list by its bytes alone; None where that is for the server: odd records, or one listed twice."""
     root_id = published.root_id
-    version, packed = published.packed_with_version(Status.ELIMINATED, ITEMS)
-    known, listed, changed, buffer = _decode_records(packed), set(), [], bytearray()
+    version, found = published.packed_with_version(Status.ELIMINATED, ITEMS)
+    known, listed, changed, buffer = _decode_records(found), set(), [], bytearray()
     for record in records:
         if type(record) is not dict or type(hotkey := record.get("hotkey")) is not str or hotkey in listed:
             return None
         listed.add(hotkey)
         stored = known.get(hotkey)
         if stored is None or not _is_encoded(record, stored, buffer):
-            changed.append(record)
+            changed.append(packed(record))
     return Difference(root_id, version, changed, [hotkey for hotkey in known if hotkey not in listed])
+
+
+def packed(record: Any) -> Any:
+    """Return a record ready to be sent: encoded, where it is plain, or as it is."""
+    with suppress(ValueError, TypeError, OverflowError):
+        return msgspec.Raw(_encode(record)) if is_plain(record) else record
+    return record  # what is wrong with it is named where it is sent
 
 
 def changed_records(published: Reading, records: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import msgspec
 
@@ -30,6 +31,10 @@ REQUIRED_FIELDS = ("hotkey", "reason", "elimination_initiated_time_ms")
 _MIN_INT = -(1 << 63)
 _MAX_INT = (1 << 64) - 1
 _SHOWN = 64
+_MANY = 1000  # containers in containers
+
+_TEXT = frozenset({str})
+_ATOMS = frozenset({str, int, float, bool, type(None)})
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(dict[str, Any])
@@ -138,6 +143,13 @@ def decode(buffer: bytes | bytearray | memoryview) -> dict[str, Any]:
 
 def prepare(data: Mapping[str, Any], hotkey: str | None = None) -> tuple[str, bytes]:
     """Return hotkey and bytes of a record that :func:`normalise` and :func:`encode` accept."""
+    if is_plain(data) and all(type(data.get(field)) in kinds for field, kinds, _ in _FIELDS):
+        # Nearly all are as they are to be; whatever is wrong with one is found and named below.
+        with suppress(ValueError, TypeError, OverflowError):
+            own: str = data["hotkey"]
+            encoded = encode(cast("dict[str, Any]", data))
+            if hotkey in {None, own} and check_hotkey(own):
+                return own, encoded
     record = normalise(data, hotkey)
     return record["hotkey"], encode(record)
 
@@ -206,6 +218,29 @@ _FIELDS = (
     ("price_info", {dict, type(None)}, "a dict or None"),
     ("return_info", {dict, type(None)}, "a dict or None"),
 )
+
+
+def is_plain(record: object) -> bool:
+    """Tell whether a record is a dict of nothing but JSON's own types, tuples included; about 2 µs."""
+    if type(record) is not dict:
+        return False
+    level: list[Any] = [record]
+    for _ in range(MAX_NESTING):
+        deeper: list[Any] = []
+        for container in level:
+            kind, values = type(container), container
+            if kind is dict:
+                if not _TEXT.issuperset(map(type, container)):
+                    return False
+                values = container.values()
+            elif kind is not list and kind is not tuple:
+                return False
+            if not _ATOMS.issuperset(map(type, values)):
+                deeper += [value for value in values if type(value) not in _ATOMS]
+        if not deeper or len(deeper) > _MANY:
+            return not deeper
+        level = deeper
+    return False
 
 
 def _check_types(record: dict[str, Any]) -> None:

@@ -72,13 +72,13 @@ class TestMeaning:
         info = server.get_elimination_rpc("a")["info"]
         assert (type(info), info) == (type(given), given)
 
-    def test_what_is_unchanged_is_not_normalised(self, server, monkeypatch):
+    def test_what_is_unchanged_is_not_checked_again(self, server, monkeypatch):
         rows = [row(f"h{n}", n) for n in range(100)]
         server.sync_eliminations_rpc(rows)
-        normalised = []
-        monkeypatch.setattr(record, "normalise", lambda data, *_: normalised.append(data["hotkey"]) or data)
+        prepared = []
+        monkeypatch.setattr(record, "prepare", lambda data: prepared.append(data["hotkey"]) or prepare(data))
         assert server.sync_eliminations_rpc([*rows[:40], row("h40", 1), *rows[41:]]) == []
-        assert normalised == ["h40"]
+        assert prepared == ["h40"]
 
 
 class TestLists:

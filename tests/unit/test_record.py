@@ -5,6 +5,8 @@ import datetime as dt
 import enum
 import math
 import types
+from datetime import datetime
+from decimal import Decimal
 
 import msgspec
 import numpy as np
@@ -247,6 +249,65 @@ class TestSizes:
 
 
 class TestCodec:
+    @pytest.mark.parametrize(
+        "odd",
+        [
+            {"x": {"deep": [1, (2.5, None), {"y": True}]}},
+            {"x": EliminationReason.LIQUIDATED},
+            {"x": b"bytes"},
+            {"x": {1, 2}},
+            {"x": datetime(2026, 1, 1)},  # noqa: DTZ001
+            {"x": Decimal(1)},
+            {"x": 1 << 63, "y": (1 << 64) - 1, "z": -(1 << 63)},
+            {"x": 1 << 64},
+            {"x": "\ud800"},
+            {"x": {1: 2}},
+            {"x": {"\ud800": 2}},
+            {"x": [[]] * 2000},
+            {"x": "x" * (1 << 20)},
+            {"x": [0] * (1 << 20)},
+            {"dd": True},
+            {"dd": None, "price_info": None},
+            {"price_info": []},
+            {"elimination_initiated_time_ms": 5.0},
+            {"elimination_initiated_time_ms": True},
+            {"hotkey": ""},
+            {"hotkey": "x" * 256},
+            {"hotkey": None},
+            {"reason": None},
+        ],
+        ids=lambda odd: f"{odd}"[:40].encode("ascii", "backslashreplace").decode(),
+    )
+    @pytest.mark.parametrize("hotkey", [None, HOTKEY, "another"])
+    def test_prepare_takes_and_refuses_what_both_steps_do(self, odd, hotkey):
+        """However it goes about it: records that are plain take a shorter way."""
+
+        def outcome(function):
+            try:
+                return function(row() | odd, hotkey)
+            except (TypeError, ValueError) as error:
+                return type(error), str(error)
+
+        def both_steps(data, hotkey):
+            record = rec.normalise(data, hotkey)
+            return record["hotkey"], rec.encode(record)
+
+        assert outcome(rec.prepare) == outcome(both_steps)
+
+    @pytest.mark.parametrize("levels", [rec.MAX_NESTING - 2, rec.MAX_NESTING - 1, rec.MAX_NESTING, 200])
+    def test_the_limit_of_nesting_is_the_same_on_the_shorter_way(self, levels):
+        value = 1
+        for _ in range(levels):
+            value = [value]
+        try:
+            rec.normalise(row(x=value))
+        except ValueError:
+            with pytest.raises(ValueError, match="nested"):
+                rec.prepare(row(x=value))
+        else:
+            assert rec.is_plain(row(x=value))
+            assert rec.decode(rec.prepare(row(x=value))[1])["x"] == value
+
     def test_prepare_is_both_steps(self):
         hotkey, encoded = rec.prepare(row(reason=EliminationReason.LIQUIDATED), HOTKEY)
         assert type(hotkey) is str
