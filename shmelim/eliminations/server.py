@@ -48,7 +48,7 @@ from shmelim.eliminations.store.opening import store_bytes
 from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
-from shmelim.errors import DamagedFileError, StoreError
+from shmelim.errors import DamagedFileError, ShmelimError, StoreError
 from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter
 from shmelim.system import clock
 from shmelim.system.logs import LimitedLog, log_problems
@@ -59,6 +59,7 @@ _limited = LimitedLog(_log)
 
 BEAT_INTERVAL: Final = 0.25
 HISTORY_LIMIT: Final = 10_000
+_MEMORY_LOST: Final = "shared_memory_lost"
 
 Progress: TypeAlias = Callable[[str, int, int | None], Any]
 
@@ -186,8 +187,24 @@ class EliminationManagerServer(DebtMethods):
 
     def _beat(self, table: TableWriter) -> None:
         while not self._stopped.wait(BEAT_INTERVAL):
-            table.beat()
+            names_stand = table.beat()
             self._uploads.expire()
+            committer: Committer | None = getattr(self, "_committer", None)
+            if committer is not None and (not names_stand or self.problems.stands(_MEMORY_LOST)):
+                self._renew_names(table, committer)
+
+    def _renew_names(self, table: TableWriter, committer: Committer) -> None:
+        """Make names again that were removed from ``/dev/shm``; what keeps that from being done is a problem."""
+        try:
+            if committer.read(lambda _store: table.renew()):
+                _log.warning("names of %r were removed from /dev/shm, and are made again", self.namespace.name)
+        except (ShmelimError, OSError) as error:
+            hint = error.hint if isinstance(error, ShmelimError) else None
+            self.problems.report(
+                _MEMORY_LOST, f"readers may not find the table: {error}", severity="failing", remedy=hint
+            )
+        else:
+            self.problems.clear(_MEMORY_LOST)
 
     # ------------------------------------------------------------------ life
 

@@ -3,8 +3,10 @@
  *
  * What: five types, none of which knows what the table is used for.
  *
+ *     Memory       a file of shared memory, mapped for reading
  *     View         an attached data segment: two buffers and the numbers that were checked against them; immutable
  *     Table        lookups by bytes; holds the view that is current, and calls _attach() when the generation moved
+ *                  and _look_at_name() when the writer seems dead
  *     Lookups      lookups by text in a Table; the base of whoever gives flags and records a meaning
  *     Image        a copy of the table as its writer changes it; has nothing to do with the others
  *     ReleaseWord  one word that a writer stores with release semantics
@@ -29,6 +31,7 @@
 #include "collect.h"
 #include "image.h"
 #include "lookups.h"
+#include "memory.h"
 
 #include <limits.h>
 #include <structmember.h>
@@ -253,6 +256,7 @@ static PyMethodDef module_methods[] = {
     {"bind", bind, METH_VARARGS, NULL},
     {"key_hash", hash, METH_VARARGS, NULL},
     {"fence", fence, METH_NOARGS, NULL},
+    {"map_file", map_file, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -277,7 +281,8 @@ module_exec(PyObject *module)
     state->corrupt = PyObject_GetAttrString(errors, "CorruptSegmentError");
     Py_DECREF(errors);
     PyTypeObject *release_word = NULL;
-    if (state->corrupt == NULL || (state->view_type = add_type(module, &view_spec)) == NULL
+    if (state->corrupt == NULL || (state->memory_type = add_type(module, &memory_spec)) == NULL
+        || (state->view_type = add_type(module, &view_spec)) == NULL
         || (state->table_type = add_type(module, &table_spec)) == NULL
         || (state->lookups_type = add_type(module, &lookups_spec)) == NULL
         || (state->image_type = add_type(module, &image_spec)) == NULL
@@ -293,6 +298,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     State *state = PyModule_GetState(module);
     Py_VISIT(state->corrupt);
+    Py_VISIT(state->memory_type);
     Py_VISIT(state->view_type);
     Py_VISIT(state->table_type);
     Py_VISIT(state->lookups_type);
@@ -305,6 +311,7 @@ module_clear(PyObject *module)
 {
     State *state = PyModule_GetState(module);
     Py_CLEAR(state->corrupt);
+    Py_CLEAR(state->memory_type);
     Py_CLEAR(state->view_type);
     Py_CLEAR(state->table_type);
     Py_CLEAR(state->lookups_type);

@@ -26,7 +26,7 @@ class NativeView(_native.View, View):
 
     def __init__(self, segment: Segment, version: int, root: Segment) -> None:
         View.__init__(self, segment, version, root)
-        self._map(root.memory, memoryview(segment.memory).toreadonly(), segment.label, *self.header[:5])
+        self._map(root.memory, segment.window, segment.label, *self.header[:5])
 
 
 class NativeTableReader(_native.Table, TableReader):

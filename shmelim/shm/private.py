@@ -6,9 +6,18 @@ import mmap
 
 from shmelim.errors import NotServingError
 from shmelim.shm.layout import ROOT_SIZE
-from shmelim.shm.segment import Namespace, Segment, check_name
+from shmelim.shm.segment import Lock, Namespace, Segment, check_name
 
 _ROOT = 0  # no data segment's generation
+
+
+class _NoLock(Lock):
+    """Whoever holds the namespace is the only one who can write."""
+
+    number = 0
+
+    def release(self) -> None:
+        pass
 
 
 class PrivateNamespace(Namespace):
@@ -22,35 +31,47 @@ class PrivateNamespace(Namespace):
         # By generation. Written under transactions, read by readers attaching; dict operations are atomic.
         self._segments: dict[int, Segment] = {}
 
-    def acquire(self) -> None:
-        # Whoever holds this object is the only one who can.
-        if _ROOT not in self._segments:
-            self.create_root()
+    def acquire(self) -> Lock:
+        return _NoLock()
 
-    def release(self) -> None:
-        pass
-
-    def create_root(self) -> Segment:
-        return self.create_data(_ROOT, ROOT_SIZE)
+    def holds(self, lock: Lock) -> bool:  # noqa: ARG002
+        return True
 
     def open_root(self, *, writable: bool = False) -> Segment:  # noqa: ARG002
         return self._segment(_ROOT)
 
+    def make_root(self) -> Segment:
+        return self._make(_ROOT, ROOT_SIZE)
+
+    def name_root(self, root: Segment) -> None:
+        self._segments[_ROOT] = root
+
     def create_data(self, generation: int, size: int) -> Segment:
-        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._segments[generation] = Segment(f"{self.name} (private {generation or 'root'})", memory)
+        self._segments[generation] = self._make(generation, size)
         return self._segments[generation]
 
     def open_data(self, generation: int, *, writable: bool = False) -> Segment:  # noqa: ARG002
         return self._segment(generation)
 
-    def remove_data(self, *, keep: int | None) -> None:
+    def remove_data(self, generation: int) -> None:
+        self._segments.pop(generation, None)
+
+    def leads_to(self, segment: Segment) -> bool:
+        return any(known is segment for known in self._segments.values())
+
+    def unlink(self, segment: Segment) -> None:
+        for generation, known in list(self._segments.items()):
+            if known is segment:
+                del self._segments[generation]
+
+    def tidy(self, keep: int) -> None:
         for generation in list(self._segments):
             if generation not in {_ROOT, keep}:
                 del self._segments[generation]
 
-    def root_replaced(self, root: Segment) -> bool:
-        return root is not self._segments.get(_ROOT)
+    def _make(self, generation: int, size: int) -> Segment:
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return Segment(f"{self.name} (private {generation or 'root'})", memory)
 
     def _segment(self, generation: int) -> Segment:
         try:
