@@ -328,8 +328,8 @@ def test_segments_of_any_size() -> None:
 
     class Cut(PrivateNamespace):
         def open_data(self, generation: int) -> Segment:
-            memory = (ctypes.c_char * len(self.kept)).from_buffer_copy(self.kept)
-            return Segment("cut", memory)
+            memory = (ctypes.c_ubyte * len(self.kept)).from_buffer_copy(self.kept)
+            return Segment("cut", memoryview(memory).cast("B"))
 
     def run() -> tuple[int, int]:
         namespace = Cut()
