@@ -15,9 +15,9 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from shmelim.eliminations.reading import Reading
-from shmelim.eliminations.record import check_listed, decode, is_plain, prepare_all
-from shmelim.eliminations.rows import Row, Status, entry_row
-from shmelim.shm import ITEMS, Entry, Namespace, TableReader
+from shmelim.eliminations.record import check_listed, decode, is_plain, prepare, prepare_all
+from shmelim.eliminations.rows import Row, Status, decode_hotkeys, entry_row
+from shmelim.shm import ITEMS, KEYS, Namespace, TableReader
 
 _TURN: Final = 256
 """Records after which others may have the interpreter: 0.3 ms where nothing differs, 5 ms where all do."""
@@ -44,9 +44,9 @@ class Settled(Reading):
         found = ((hotkey, entry(hotkey.encode())) for hotkey in hotkeys)
         return {hotkey: entry_row(hotkey, *record) for hotkey, record in found if record is not None}
 
-    def entries(self) -> Mapping[bytes, Entry]:
-        """Return every entry."""
-        return self._table.snapshot().entries
+    def hotkeys(self) -> set[str]:
+        """Return every hotkey that anything is known of."""
+        return {hotkey for flag in Status for hotkey in decode_hotkeys(self.packed_with_version(flag, KEYS)[1])}
 
     def forget(self) -> None:
         """Know of no change before the version that is published now."""
@@ -111,7 +111,11 @@ class Comparison:
                     same[hotkey] = stored
                     changed.pop(hotkey, None)
                     continue
-            ((hotkey, encoded),) = prepare_all([record], first + count - 1).items()
+            try:
+                hotkey, encoded = prepare(record)
+            except (ValueError, TypeError):
+                prepare_all([record], first + count - 1)  # which names the place too
+                raise
             if hotkey in known and means_the_same(encoded, known[hotkey]):
                 same[hotkey] = known[hotkey]
                 changed.pop(hotkey, None)

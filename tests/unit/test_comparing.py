@@ -9,7 +9,7 @@ import pytest
 from serving import row
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations import comparing, record
+from shmelim.eliminations import comparing
 from shmelim.eliminations.comparing import Comparison
 from shmelim.eliminations.record import decode, prepare
 from shmelim.eliminations.state import changes
@@ -76,7 +76,7 @@ class TestMeaning:
         rows = [row(f"h{n}", n) for n in range(100)]
         server.sync_eliminations_rpc(rows)
         prepared = []
-        monkeypatch.setattr(record, "prepare", lambda data: prepared.append(data["hotkey"]) or prepare(data))
+        monkeypatch.setattr(comparing, "prepare", lambda data: prepared.append(data["hotkey"]) or prepare(data))
         assert server.sync_eliminations_rpc([*rows[:40], row("h40", 1), *rows[41:]]) == []
         assert prepared == ["h40"]
 
