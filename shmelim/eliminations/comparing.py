@@ -15,7 +15,15 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from shmelim.eliminations.reading import Reading
-from shmelim.eliminations.record import check_listed, decode, is_plain, prepare, prepare_all
+from shmelim.eliminations.record import (
+    SINCE_2020_MS,
+    check_listed,
+    complete,
+    decode,
+    is_plain,
+    plausible_times,
+    prepare,
+)
 from shmelim.eliminations.rows import Row, Status, decode_hotkeys, entry_row
 from shmelim.shm import ITEMS, KEYS, Namespace, TableReader
 
@@ -74,8 +82,10 @@ class Comparison:
     lacks. For one thread at a time.
     """
 
-    def __init__(self, published: Reading) -> None:
+    def __init__(self, published: Reading, since_ms: int = SINCE_2020_MS) -> None:
         self.changed: dict[str, bytes] = {}
+        self.notes: dict[str, str] = {}  # what is odd about those, or was filled in
+        self._since_ms = since_ms
         self.size = 0  # bytes of what was ever in it
         self._same: dict[str, msgspec.Raw] = {}  # what is listed as it stood there
         self._look(published)
@@ -100,7 +110,7 @@ class Comparison:
         that cannot be stored.
         """
         known, same, changed = self._known, self._same, self.changed
-        buffer, count = bytearray(), 0
+        buffer, count, plausible = bytearray(), 0, plausible_times(self._since_ms)
         for record in check_listed(records):
             count += 1
             if count % _TURN == 0:
@@ -112,10 +122,11 @@ class Comparison:
                     changed.pop(hotkey, None)
                     continue
             try:
-                hotkey, encoded = prepare(record)
-            except (ValueError, TypeError):
-                prepare_all([record], first + count - 1)  # which names the place too
-                raise
+                prepared = prepare(record, plausible=plausible)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"elimination {first + count - 1} of the list: {error}") from None
+            hotkey = prepared.hotkey
+            encoded, note = complete(prepared, known.get(hotkey))
             if hotkey in known and means_the_same(encoded, known[hotkey]):
                 same[hotkey] = known[hotkey]
                 changed.pop(hotkey, None)
@@ -123,6 +134,8 @@ class Comparison:
                 changed[hotkey] = encoded
                 self.size += len(encoded)
                 same.pop(hotkey, None)
+                if note is not None:
+                    self.notes[hotkey] = note
         return count
 
     def wanted(self, hotkey: str) -> bytes | None:
@@ -174,15 +187,27 @@ def packed(record: Any) -> Any:
     return record  # what is wrong with it is named where it is sent
 
 
-def changed_records(published: Reading, records: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
-    """Check and encode records, and return those that do not mean what is published."""
-    prepared = prepare_all(records)
-    stored = {hotkey: published.encoded_elimination(hotkey) for hotkey in prepared}
-    return {
-        hotkey: record
-        for hotkey, record in prepared.items()
-        if (known := stored[hotkey]) is None or not means_the_same(record, known)
-    }
+def changed_records(
+    published: Reading, records: Iterable[Mapping[str, Any]], since_ms: int = SINCE_2020_MS
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Check and encode records, and return those that do not mean what is published, with notes on some."""
+    changed: dict[str, bytes] = {}
+    notes: dict[str, str] = {}
+    plausible = plausible_times(since_ms)
+    for index, data in enumerate(check_listed(records)):
+        try:
+            prepared = prepare(data, plausible=plausible)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"elimination {index} of the list: {error}") from None
+        stored = published.encoded_elimination(prepared.hotkey)
+        record, note = complete(prepared, stored)
+        if stored is not None and means_the_same(record, stored):
+            changed.pop(prepared.hotkey, None)
+            continue
+        changed[prepared.hotkey] = record
+        if note is not None:
+            notes[prepared.hotkey] = note
+    return changed, notes
 
 
 def _is_encoded(record: dict[str, Any], stored: msgspec.Raw, buffer: bytearray) -> bool:

@@ -49,21 +49,52 @@ class TestCheckHotkey:
 
 
 class TestRequiredFields:
-    @pytest.mark.parametrize("field", rec.REQUIRED_FIELDS)
-    def test_each_missing_one_is_named(self, field):
+    def test_a_hotkey_is_required_and_its_lack_is_named_with_whose_record_it_should_be(self):
         data = row()
-        del data[field]
-        with pytest.raises(ValueError, match=repr(field)):
-            rec.normalise(data)
+        del data["hotkey"]
+        with pytest.raises(ValueError, match=f"{HOTKEY}.* lacks the required field 'hotkey'"):
+            rec.normalise(data, HOTKEY)
 
-    def test_all_missing_ones_are_named_with_the_hotkey(self):
-        with pytest.raises(ValueError) as caught:
-            rec.normalise({"dd": 1}, HOTKEY)
-        assert all(repr(name) in str(caught.value) for name in (*rec.REQUIRED_FIELDS, HOTKEY))
+    @pytest.mark.parametrize("lacking", [{}, {"reason": None, "elimination_initiated_time_ms": None}])
+    def test_nothing_else_is_required(self, lacking):
+        assert rec.normalise({"hotkey": "h"} | lacking) == {"hotkey": "h"}
 
-    def test_nothing_else_is_required(self):
-        least = {"hotkey": "h", "reason": "r", "elimination_initiated_time_ms": 1}
-        assert rec.normalise(least) == least
+    def test_what_is_lacking_is_filled_in_and_noted(self):
+        prepared = rec.prepare({"hotkey": "h", "dd": 0.5})
+        assert prepared.lacks == ("reason", "elimination_initiated_time_ms")
+        record, note = rec.complete(prepared, None)
+        found = rec.decode(record)
+        assert found.items() >= {"hotkey": "h", "dd": 0.5, "reason": "UNKNOWN"}.items()
+        assert found["elimination_initiated_time_ms"] > rec.SINCE_2020_MS
+        assert note == "filled in: reason, elimination_initiated_time_ms"
+
+    def test_what_is_lacking_is_kept_as_it_is_stored(self):
+        stored = rec.encode(row(reason="ZOMBIE", dd=0.1))
+        record, _ = rec.complete(rec.prepare({"hotkey": HOTKEY, "dd": 0.5}), stored)
+        kept = {"reason": "ZOMBIE", "elimination_initiated_time_ms": row()["elimination_initiated_time_ms"]}
+        assert rec.decode(record) == {"hotkey": HOTKEY, "dd": 0.5} | kept
+
+    def test_a_whole_record_is_not_touched(self):
+        prepared = rec.prepare(row())
+        assert rec.complete(prepared, rec.encode(row(reason="ZOMBIE"))) == (prepared.record, None)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("-inf")])
+    def test_what_is_not_finite_is_none_and_noted_wherever_it_stands(self, value):
+        prepared = rec.prepare(row(dd=value, return_info={"x": [value, 1.5]}))
+        found = rec.decode(prepared.record)
+        assert (found["dd"], found["return_info"]) == (None, {"x": [None, 1.5]})
+        assert prepared.note == "not finite, and None: 'dd', 'return_info'"
+
+    @pytest.mark.parametrize("value", ["\u00cb\x7f\u00f0", 1.7976931348623157e308, [-5e-324]])
+    def test_what_only_looks_like_it_is_stored_as_it_is(self, value):
+        prepared = rec.prepare(row(own=value))
+        assert (rec.decode(prepared.record)["own"], prepared.note) == (value, None)
+
+    @pytest.mark.parametrize("time_ms", [0, 1_700_000_000, rec.SINCE_2020_MS - 1, 1_700_000_000_000_000])
+    def test_a_time_that_is_not_plausible_is_kept_and_noted(self, time_ms):
+        prepared = rec.prepare(row(elimination_initiated_time_ms=time_ms))
+        assert rec.decode(prepared.record)["elimination_initiated_time_ms"] == time_ms
+        assert prepared.note == "elimination_initiated_time_ms is not plausible"
 
     def test_mismatch_with_the_argument(self):
         with pytest.raises(ValueError, match="other"):
@@ -81,8 +112,10 @@ class TestRequiredFields:
         with pytest.raises(TypeError, match="bytes"):
             rec.normalise(row(), b"abc")
 
-    @pytest.mark.parametrize("field", ["hotkey", "reason"])
-    @pytest.mark.parametrize("value", [None, 5, ["x"], {}])
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [(field, value) for field in ("hotkey", "reason") for value in (5, ["x"], {})] + [("hotkey", None)],
+    )
     def test_text_fields_are_text(self, field, value):
         with pytest.raises(TypeError, match=rf"record\['{field}'\]"):
             rec.normalise(row(**{field: value}))
