@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from math import isnan
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import msgspec
 
@@ -68,30 +68,30 @@ class Settled(Reading):
 
 
 class Comparison:
-    """A list of records that are to be all there are, compared as it comes with what stood there in ``version``.
+    """A list of records that are to be all there are, compared as it comes with what has stood since ``version``.
 
-    ``changed`` are the records that are new or differ, in the order of the list; ``gone`` the hotkeys that it
-    lacks. For one thread at a time.
+    ``changed`` are the records that are new or differ, in the order of the list; ``gone``, once it is finished,
+    the hotkeys that it lacks. Who uses them looks again at what has changed after ``version``. For one thread at a
+    time.
     """
 
     def __init__(self, published: Reading) -> None:
+        self._published = published
+        self.version = published.version
         self.changed: dict[str, bytes] = {}
+        self.gone: list[str] = []
         self.size = 0  # bytes of what was ever in it
-        self._same: dict[str, msgspec.Raw] = {}  # what is listed as it stood there
-        self._look(published)
-
-    def _look(self, published: Reading) -> None:
-        self.version, packed = published.packed_with_version(Status.ELIMINATED, ITEMS)
-        self._known = _decode_records(packed)
+        self._same: dict[str, bytes] = {}  # what is listed as it stood there
 
     def __len__(self) -> int:
         return len(self._same) + len(self.changed)
 
-    @property
-    def gone(self) -> list[str]:
-        """The hotkeys that were eliminated and are not listed, in their order."""
+    def finish(self) -> Self:
+        """Look for the hotkeys that the list lacks, in their order."""
+        _, found = self._published.packed_with_version(Status.ELIMINATED, KEYS)
         same, changed = self._same, self.changed
-        return [hotkey for hotkey in self._known if hotkey not in same and hotkey not in changed]
+        self.gone = [hotkey for hotkey in decode_hotkeys(found) if hotkey not in same and hotkey not in changed]
+        return self
 
     def extend(self, records: Iterable[Mapping[str, Any]], first: int = 0) -> int:
         """Add records, the first of which has this place in the list; returns how many were given.
@@ -99,14 +99,14 @@ class Comparison:
         Of a hotkey that is listed twice the last record counts. ValueError and TypeError name the place of one
         that cannot be stored.
         """
-        known, same, changed = self._known, self._same, self.changed
+        look_up, same, changed = self._published.encoded_elimination, self._same, self.changed
         buffer, count = bytearray(), 0
         for record in check_listed(records):
             count += 1
             if count % _TURN == 0:
                 time.sleep(0)
             if type(record) is dict and type(hotkey := record.get("hotkey")) is str:
-                stored = known.get(hotkey)
+                stored = look_up(hotkey)
                 if stored is not None and _is_encoded(record, stored, buffer):
                     same[hotkey] = stored
                     changed.pop(hotkey, None)
@@ -116,8 +116,9 @@ class Comparison:
             except (ValueError, TypeError):
                 prepare_all([record], first + count - 1)  # which names the place too
                 raise
-            if hotkey in known and means_the_same(encoded, known[hotkey]):
-                same[hotkey] = known[hotkey]
+            stored = look_up(hotkey)
+            if stored is not None and means_the_same(encoded, stored):
+                same[hotkey] = stored
                 changed.pop(hotkey, None)
             else:
                 changed[hotkey] = encoded
@@ -127,20 +128,17 @@ class Comparison:
 
     def wanted(self, hotkey: str) -> bytes | None:
         """Return the record that is listed for a hotkey; None where there is none."""
-        stored = self._same.get(hotkey)
-        return self.changed.get(hotkey) if stored is None else bytes(stored)
+        return self._same.get(hotkey) or self.changed.get(hotkey)
 
-    def renew(self, published: Reading) -> None:
+    def renew(self) -> None:
         """Compare the same list with what is published by now."""
         listed = self._same | self.changed
-        self._look(published)
-        self.changed, self._same = {}, {}
+        self.version, self.changed, self._same = self._published.version, {}, {}
         for hotkey, record in listed.items():
-            stored = self._known.get(hotkey)
-            if stored is not None and means_the_same(record, stored):
-                self._same[hotkey] = stored
-            else:
-                self.changed[hotkey] = bytes(record)
+            stored = self._published.encoded_elimination(hotkey)
+            is_same = stored is not None and means_the_same(record, stored)
+            (self._same if is_same else self.changed)[hotkey] = record
+        self.finish()
 
 
 class Difference(NamedTuple):
@@ -185,7 +183,7 @@ def changed_records(published: Reading, records: Iterable[Mapping[str, Any]]) ->
     }
 
 
-def _is_encoded(record: dict[str, Any], stored: msgspec.Raw, buffer: bytearray) -> bool:
+def _is_encoded(record: dict[str, Any], stored: bytes | msgspec.Raw, buffer: bytearray) -> bool:
     """Tell whether these bytes are the record's as it stands; what cannot be encoded is not."""
     try:
         _encode_into(record, buffer)
@@ -194,14 +192,13 @@ def _is_encoded(record: dict[str, Any], stored: msgspec.Raw, buffer: bytearray) 
     return buffer == memoryview(stored)
 
 
-def means_the_same(one: bytes | msgspec.Raw, other: bytes | msgspec.Raw) -> bool:
+def means_the_same(one: bytes, other: bytes) -> bool:
     """Tell whether two encoded records are the same record."""
-    left, right = bytes(one), bytes(other)
-    if left == right:
+    if one == other:
         return True
-    one_record, other_record = decode(left), decode(right)
+    one_record, other_record = decode(one), decode(other)
     # Equal for Python is what may be the same, but where there are NaNs; it is quick to say that it is not.
-    may_be = one_record == other_record or _NAN in left or _NAN in right
+    may_be = one_record == other_record or _NAN in one or _NAN in other
     return may_be and _are_same(one_record, other_record)
 
 

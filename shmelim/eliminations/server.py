@@ -351,7 +351,7 @@ class EliminationManagerServer(DebtMethods):
         return self._sync(comparison, reason)
 
     def _sync(self, comparison: Comparison, reason: str) -> list[str]:
-        removed = self._state.commit(changes.sync, comparison, reason)
+        removed = self._state.commit(changes.sync, comparison.finish(), reason)
         self._save()
         return removed
 

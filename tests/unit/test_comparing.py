@@ -24,7 +24,7 @@ def server():
 def compared(server, rows):
     comparison = Comparison(server.reader)
     assert comparison.extend(rows) == len(rows)
-    return comparison
+    return comparison.finish()
 
 
 def with_info(value):
