@@ -424,7 +424,9 @@ class TestFailures:
         with monkeypatch.context() as patch:
             patch.setattr(Store, "begin", busy)
             threads = [threading.Thread(target=add, args=(n,)) for n in range(6)]
-            for each in threads:
+            threads[0].start()
+            until(lambda: tries)
+            for each in threads[1:]:
                 each.start()
             for each in threads:
                 each.join()
