@@ -18,6 +18,7 @@ from shmelim.cli.output import printable
 _COMMANDS: Final = {
     "serve": ("serve:serve", "Serve a name in the foreground."),
     "status": ("status:status", "Show who serves a name, what, and how full it is."),
+    "health": ("health:health", "Say whether a name is served well; for monitors."),
     "check": ("look:check", "Tell whether hotkeys are eliminated."),
     "get": ("look:get", "Print the elimination record of hotkeys."),
     "list": ("look:list_", "List eliminations, or departed hotkeys."),
@@ -25,9 +26,13 @@ _COMMANDS: Final = {
     "remove": ("change:remove", "Take an elimination back."),
     "sync": ("transfer:sync", "Replace all eliminations by those of a file."),
     "debts": ("books:debts", "Show what eliminations still owe."),
-    "slash": ("books:slash", "Show the slashes that were made, settle one that is in doubt."),
+    "slash": ("books:slash", "Show the slashes that were made, settle one that is in doubt, release them."),
     "missing": ("change:missing", "List hotkeys whose departure was not believed, or accept it."),
     "history": ("books:history", "Show who changed what, and when."),
+    "backup": ("keep:backup", "Write a backup: the state with history, debts and slashes."),
+    "verify": ("keep:verify", "Check a backup, or all that there is of a name."),
+    "restore": ("keep:restore", "Put a backup in the place of the state."),
+    "forget": ("keep:forget", "Let a name go that is no longer served."),
     "export": ("transfer:export", "Write the state to a JSON file."),
     "demo": ("demo.command:demo", "Show and measure all of it, on real hotkeys."),
 }
@@ -91,7 +96,7 @@ class _Commands(Group):
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 the answer is no or the request was refused, 2 wrong usage, "
-    "3 nothing is served under that name, 4 any other error.",
+    "3 nothing is served under that name, 4 any other error. `status` and `health`: 0 ok, 1 degraded, 2 failing.",
 )
 @click.version_option(package_name="shmelim")
 def cli() -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from enum import Enum
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import msgspec
 
@@ -38,6 +38,9 @@ _ATOMS = frozenset({str, int, float, bool, type(None)})
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(dict[str, Any])
+
+decode_unchecked = _decoder.decode
+"""What :func:`decode` does where nothing is wrong with the bytes; msgspec.DecodeError for others."""
 
 
 class EliminationReason(str, Enum):  # noqa: UP042 - StrEnum would change str() of a member, which callers log
@@ -62,10 +65,15 @@ class _NotStorableError(TypeError):
     """A value that has no stored form."""
 
 
+def refuse_hotkey(hotkey: object, /) -> NoReturn:
+    """Raise TypeError for a hotkey that is not text, which no read may take for one that is not there."""
+    raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {_short(hotkey)}")
+
+
 def check_hotkey(hotkey: str) -> bytes:
     """Return the UTF-8 bytes of a hotkey; TypeError or ValueError for one that is not fit to be a key."""
     if not isinstance(hotkey, str):
-        raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {_short(hotkey)}")
+        refuse_hotkey(hotkey)
     try:
         key = hotkey.encode()
     except UnicodeEncodeError as error:

@@ -33,17 +33,23 @@ enum {
     WORD = 8,
     PAGE = 4096,
     VERSION_AT = 64,
+    STATE_AT = 144,
+    HEARTBEAT_AT = 152,
     SEQUENCE_BITS = 48,
     COPY_HEADER_SIZE = 128,
     SLOT_SIZE = 64,
     SLOT_WORDS = SLOT_SIZE / WORD,
     PACKED = SLOT_WORDS - 1,
     INLINE_KEY = 48,
+    MAX_KEY = 255,
     ENTRY_HEADER = 24,
 };
 
+/* States of a writer that works. */
+enum { STARTING = 1, SERVING = 2 };
+
 /* Words of a copy's header. */
-enum { USED = 1, COUNT = 2, FLAG_COUNTS = 8, FLAG_BITS = 8 };
+enum { EPOCH = 0, USED = 1, COUNT = 2, FLAG_COUNTS = 8, FLAG_BITS = 8 };
 
 #define MAX_CAPACITY (UINT64_C(1) << 32)
 #define SEQUENCE_MASK ((UINT64_C(1) << SEQUENCE_BITS) - 1)

@@ -5,13 +5,24 @@
 
 #include "view.h"
 
-/* How often a read that takes long is tried before it says that publishes overtook it. */
-enum { ATTEMPTS = 16 };
+#include <time.h>
+
+/* How often a read that takes long is tried before it says that publishes overtook it; and how often a record is used
+ * where it stands before it is copied first. */
+enum { ATTEMPTS = 16, IN_PLACE = 3 };
+
+/* How many reads may pass without a look at the clock, where they come quickly; as in reader.py. */
+enum { PATIENCE = 4 };
+
+#define SECOND INT64_C(1000000000)
+#define HEARTBEAT_LIMIT (3 * SECOND)
 
 typedef struct {
     PyObject_HEAD
     View *view; /* the current one; replaced under the critical section of the table, NULL before the first */
-    _Atomic(uint64_t) retries; /* a statistic: threads may lose counts */
+    _Atomic(uint64_t) retries; /* a statistic: threads may lose counts, here and below */
+    _Atomic(int) patience; /* reads until the next look at the clock */
+    _Atomic(int64_t) second; /* what that said, in s */
 } Table;
 
 static void
@@ -62,10 +73,60 @@ attach(Table *table)
     return result == NULL ? -1 : 0;
 }
 
+/* Count a read. Return whether it is time to look at the clock: a load, a store and a branch that is hardly ever taken. */
+ALWAYS_INLINE static inline bool
+impatient(Table *table)
+{
+    int left = atomic_load_explicit(&table->patience, memory_order_relaxed) - 1;
+    atomic_store_explicit(&table->patience, left, memory_order_relaxed);
+    return left < 0;
+}
+
+/* Look whether the writer lives; if that is not sure, have the name looked at. Once a second at most. */
+NEVER_INLINE static int
+watch(Table *table)
+{
+    View *view = borrow_view(table);
+    if (view == NULL) {
+        return 0;
+    }
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    const unsigned char *root = view->root.buf;
+    uint64_t state = load((const Word *)(const void *)(root + STATE_AT));
+    int64_t beat = (int64_t)load((const Word *)(const void *)(root + HEARTBEAT_AT));
+    release_view(view);
+    int64_t age = now.tv_sec * SECOND + now.tv_nsec - beat;
+    if ((state == STARTING || state == SERVING) && age > -SECOND && age < HEARTBEAT_LIMIT) {
+        return 0;
+    }
+    PyObject *result = PyObject_CallMethod((PyObject *)table, "_look_at_name", NULL);
+    Py_XDECREF(result);
+    return result == NULL ? -1 : 0;
+}
+
+/* Look whether another second has begun, which costs a load, and watch the writer then. Where reads come slowly, each of
+ * them does that; where they come quickly, every fourth does this much. */
+NEVER_INLINE static int
+look_at_clock(Table *table)
+{
+    int64_t second = time(NULL);
+    if (LIKELY(second == atomic_load_explicit(&table->second, memory_order_relaxed))) {
+        atomic_store_explicit(&table->patience, PATIENCE - 1, memory_order_relaxed);
+        return 0;
+    }
+    atomic_store_explicit(&table->second, second, memory_order_relaxed);
+    atomic_store_explicit(&table->patience, 0, memory_order_relaxed);
+    return watch(table);
+}
+
 /* Return the current view and a version of its generation, for release_view; NULL with an exception set. */
 static inline View *
 begin(Table *table, uint64_t *version)
 {
+    if (UNLIKELY(impatient(table)) && look_at_clock(table) < 0) {
+        return NULL;
+    }
     for (;;) {
         View *view = borrow_view(table);
         if (LIKELY(view != NULL)) {
@@ -123,6 +184,9 @@ look_up(Table *table, const unsigned char *key, size_t size, uint64_t *packed)
 ALWAYS_INLINE static inline int
 look_up_48(Table *table, const unsigned char *key, uint64_t *packed)
 {
+    if (UNLIKELY(impatient(table)) && look_at_clock(table) < 0) {
+        return -1;
+    }
     View *view = borrow_view(table);
     if (LIKELY(view != NULL)) {
         uint64_t version = read_begin(&view->map);
@@ -144,6 +208,38 @@ typedef struct {
     uint32_t skip; /* of the record's first bytes; one that has no others is None */
 } Use;
 
+/* Call decode with a window that is taken over, and released behind it. */
+static PyObject *
+decode_window(PyObject *decode, PyObject *window)
+{
+    if (window == NULL) {
+        return NULL;
+    }
+    PyObject *result = PyObject_CallOneArg(decode, window);
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *released = PyObject_CallMethod(window, "release", NULL);
+    if (released == NULL) {
+        Py_CLEAR(result);
+    }
+    if (type != NULL) {
+        /* What decode raised tells more. */
+        PyErr_Restore(type, value, trace);
+    }
+    Py_XDECREF(released);
+    Py_DECREF(window);
+    return result;
+}
+
+/* Call decode with a window over a copy, which is taken over. */
+static PyObject *
+decode_copy(PyObject *decode, PyObject *copy)
+{
+    PyObject *window = PyMemoryView_FromObject(copy);
+    Py_DECREF(copy);
+    return decode_window(decode, window);
+}
+
 static PyObject *
 use_record(const View *view, unsigned which, const Span *span, const Use *use)
 {
@@ -160,54 +256,55 @@ use_record(const View *view, unsigned which, const Span *span, const Use *use)
     PyObject *whole = PyMemoryView_FromObject(view->data.obj);
     PyObject *window = whole == NULL ? NULL : PySequence_GetSlice(whole, at, at + size);
     Py_XDECREF(whole);
-    if (window == NULL) {
-        return NULL;
-    }
-    PyObject *result = PyObject_CallOneArg(use->decode, window);
-    PyObject *type, *value, *trace;
-    PyErr_Fetch(&type, &value, &trace);
-    PyObject *released = PyObject_CallMethod(window, "release", NULL);
-    if (released == NULL) {
-        Py_CLEAR(result);
-    }
-    if (type != NULL) {
-        /* What decode raised tells more. */
-        PyErr_Restore(type, value, trace);
-    }
-    Py_XDECREF(released);
-    Py_DECREF(window);
-    return result;
+    return decode_window(use->decode, window);
 }
 
 /* Find the record of a key and use it; None if the key is absent. An exception of decode counts as its result does:
- * only if nothing was published meanwhile. */
+ * only if nothing was published meanwhile.
+ *
+ * A decode that is overtaken every time, perhaps by what it publishes itself, is given a copy in the end. What a version
+ * says of a record is not written over before the epoch of its copy moves (see memory-format.md), so that the record
+ * can be copied after the version moved on; and the decode of a copy counts, whatever happens meanwhile. */
 static PyObject *
 with_record(Table *table, const unsigned char *key, size_t size, const Use *use, Span *span, uint64_t *packed)
 {
-    for (;;) {
+    for (int attempt = 0; ; attempt += attempt < IN_PLACE) {
         uint64_t version;
         View *view = hold(table, &version);
         if (view == NULL) {
             return NULL;
         }
-        unsigned which = version & 1;
+        const Map *map = &view->map;
+        const unsigned which = version & 1;
+        const bool in_place = use->decode == NULL || attempt < IN_PLACE;
         PyObject *result = NULL;
-        Found found = probe(&view->map, which, key, size, hash_key(&view->map, key, size), packed);
-        Found placed = found == FOUND ? find_record(&view->map, which, *packed, span) : found;
-        if (placed != CONTRADICTION) {
-            result = placed == FOUND ? use_record(view, which, span, use) : Py_NewRef(Py_None);
+        uint64_t epoch = load(map->copies[which].header + EPOCH);
+        Found found = probe(map, which, key, size, hash_key(map, key, size), packed);
+        Found placed = found == FOUND ? find_record(map, which, *packed, span) : found;
+        bool whole = in_place || read_ends(map, version);
+        if (whole && placed != CONTRADICTION) {
+            const Use copy = {NULL, use->skip};
+            result = placed == FOUND ? use_record(view, which, span, in_place ? use : &copy) : Py_NewRef(Py_None);
         }
-        if (read_ends(&view->map, version)) {
+        if (in_place) {
+            whole = read_ends(map, version);
+        }
+        else if (whole && placed == FOUND) {
+            atomic_thread_fence(memory_order_acquire);
+            whole = load(map->copies[which].header + EPOCH) == epoch;
+        }
+        if (whole) {
             if (found == CONTRADICTION) {
                 raise_corrupt((PyObject *)table, view, NO_END);
             }
             else if (placed == CONTRADICTION) {
                 raise_misplaced((PyObject *)table, view, *packed);
             }
-            Py_DECREF(view);
-            return result;
         }
         Py_DECREF(view);
+        if (whole) {
+            return in_place || result == NULL || result == Py_None ? result : decode_copy(use->decode, result);
+        }
         if (result == NULL && PyErr_Occurred() != NULL) {
             if (!PyErr_ExceptionMatches(PyExc_Exception)) {
                 return NULL;
@@ -267,8 +364,8 @@ PyDoc_STRVAR(table_read_doc,
 "read($self, key, decode, /)\n--\n\n"
 "Run ``decode`` on the record's bytes in shared memory and return its result, or None if absent.\n\n"
 "``decode`` may run several times and may see bytes that are being overwritten: its result (or its\n"
-"error) counts only if no publish overtook it. It must copy what it keeps; the view is released\n"
-"afterwards.");
+"error) counts only if no publish overtook it. After three times it is given a copy, and that call\n"
+"counts. It must copy what it keeps; the view, which is read-only, is released afterwards.");
 
 static PyObject *
 table_read(PyObject *op, PyObject *args)

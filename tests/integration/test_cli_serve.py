@@ -6,6 +6,7 @@ import pty
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from waiting import PATIENCE, until
 from shmelim import EliminationReader
 from shmelim.cli.main import cli
 from shmelim.errors import NotServingError
+from shmelim.shm import SharedNamespace
 
 
 @pytest.fixture
@@ -95,6 +97,40 @@ def test_two_names_cannot_share_a_state_directory(new_name, home, tmp_path):
         refused(attempt(new_name(), home, "--state-dir", str(tmp_path)), "in use by another server")
 
 
+def test_another_directory_is_refused_with_the_ways_out(name, home, tmp_path):
+    with serving(name, home) as server:
+        server.client().add_elimination(A, row(A))
+        assert server.end() == 0
+        other, ways = str(tmp_path / "other"), ("--adopt-published", "--replace-published")
+        refused(attempt(name, home, "--state-dir", other), "1 eliminated", *ways)
+        with serving(name, home, "--state-dir", other, "--adopt-published") as adopting:
+            assert "1 eliminated" in adopting.said()
+            assert "money_held" in adopting.said()
+            assert adopting.end() == 0
+    both = attempt(name, home, "--adopt-published", "--replace-published")
+    refused(both, "contradict", code=2)
+
+
+def test_where_names_are_remembered(name, home, tmp_path):
+    with serving(name, home, "--registry", str(tmp_path / "registry")) as server:
+        server.client().add_elimination(A, row(A))
+        assert server.end() == 0
+    assert json.loads((tmp_path / "registry" / f"{name}.json").read_text())["eliminated"] == 1
+    SharedNamespace(name).remove()
+    shutil.rmtree(home / "state")
+    refused(attempt(name, home, "--registry", str(tmp_path / "registry")), "registry remembers 1 eliminated")
+    with serving(name, home, "--registry", "off") as server:
+        assert ": 0 eliminated" in server.said()
+
+
+def test_a_new_store_is_refused_where_one_must_exist(name, home):
+    refused(attempt(name, home, "--must-exist"), "must_exist")
+    with serving(name, home) as server:
+        assert server.end() == 0
+    with serving(name, home, "--must-exist") as server:
+        assert server.end() == 0
+
+
 def test_a_port_in_use(name, home):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -123,6 +159,28 @@ def test_what_is_not_such_a_file_is_refused(name, home, option, content, problem
     refused(attempt(name, home, option, str(file)), str(file), problem)
     with pytest.raises(NotServingError):
         EliminationReader(name)
+
+
+def test_a_pipe_that_the_command_line_names_is_read_as_a_file(name, home):
+    """As a shell makes of ``--import <(…)``: it can be opened only once."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as pipe:
+        pipe.write(json.dumps({"eliminations": [row(A)]}))
+    try:
+        with serving(name, home, "--import", f"/proc/{os.getpid()}/fd/{reading}"):
+            assert EliminationReader(name).get_eliminated_hotkeys() == {A}
+    finally:
+        os.close(reading)
+
+
+def test_permissions_of_the_files_are_an_option(name, home):
+    with serving(name, home, "--files-mode", "640") as server:
+        with server.client() as client:
+            client.save_eliminations()
+            (place,) = home.glob("state/**/eliminations.json")
+        assert stat.S_IMODE(place.stat().st_mode) == 0o640
+    for wrong in ("rw", "400", "1640"):
+        refused(attempt(name, home, "--files-mode", wrong), "640", code=2 if wrong == "rw" else 4)
 
 
 def test_a_bad_row_is_set_aside_with_a_warning(name, home):
