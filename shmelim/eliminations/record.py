@@ -3,7 +3,7 @@
 A record is a dict of JSON-like values. :func:`normalise` turns whatever a caller hands in (numpy scalars,
 tuples, enum members) into plain Python values or refuses it with an error that names the place;
 :func:`encode` and :func:`decode` are the msgpack codec of the store, the shared table and the channel;
-:func:`prepare` is the first two in one step.
+:func:`check_record` is the first two in one step, and :func:`prepare` fills in what a record lacks, too.
 
 Everything here is a pure function: safe from any thread, and nothing of the argument is kept or changed.
 """
@@ -149,7 +149,7 @@ def decode(buffer: bytes | bytearray | memoryview) -> dict[str, Any]:
         raise ValueError(f"{len(buffer)} bytes are not an elimination record: {error}") from error
 
 
-class Prepared(NamedTuple):
+class Checked(NamedTuple):
     """A record that can be stored, but for what it lacks."""
 
     hotkey: str
@@ -158,9 +158,9 @@ class Prepared(NamedTuple):
     note: str | None = None  # what is odd about it
 
 
-def prepare(
+def check_record(
     data: Mapping[str, Any], hotkey: str | None = None, plausible: tuple[int, int] | None = None
-) -> Prepared:
+) -> Checked:
     """Return hotkey and bytes of a record that :func:`normalise` and :func:`encode` accept, and what it lacks.
 
     `plausible` are the first and the last time that an elimination may have begun, in ms since 1970, UTC.
@@ -173,7 +173,7 @@ def prepare(
             encoded = encode(cast("dict[str, Any]", data))
             usual = since <= data[_TIME] <= until and not _MAY_BE_INFINITE(encoded)
             if usual and hotkey in {None, own} and check_hotkey(own):
-                return Prepared(own, encoded)
+                return Checked(own, encoded)
     record = normalise(data, hotkey)
     lacks = tuple(field for field in _FILLED_IN if field not in record)
     notes = []
@@ -181,7 +181,7 @@ def prepare(
         notes.append(f"{_TIME} is not plausible")
     if infinite := [_short(key) for key, value in data.items() if _has_infinite(value)]:
         notes.append(f"not finite, and None: {', '.join(infinite)}")
-    return Prepared(record["hotkey"], encode(record), lacks, "; ".join(notes) or None)
+    return Checked(record["hotkey"], encode(record), lacks, "; ".join(notes) or None)
 
 
 def plausible_times(since_ms: int = SINCE_2020_MS) -> tuple[int, int]:
@@ -189,22 +189,22 @@ def plausible_times(since_ms: int = SINCE_2020_MS) -> tuple[int, int]:
     return since_ms, time.time_ns() // 1_000_000 + DAY_MS
 
 
-def complete(prepared: Prepared, stored: bytes | msgspec.Raw | None) -> tuple[bytes, str | None]:
+def complete(checked: Checked, stored: bytes | msgspec.Raw | None) -> tuple[bytes, str | None]:
     """Fill in what a record lacks, from the `stored` one of its hotkey where there is one; with a note."""
-    if not prepared.lacks:
-        return prepared.record, prepared.note
+    if not checked.lacks:
+        return checked.record, checked.note
     known = {_REASON: UNKNOWN, _TIME: time.time_ns() // 1_000_000}
     if stored is not None:
         known |= decode(bytes(stored))
-    record = decode(prepared.record) | {field: known[field] for field in prepared.lacks}
-    note = f"filled in: {', '.join(prepared.lacks)}"
-    return encode(record), note if prepared.note is None else f"{note}; {prepared.note}"
+    record = decode(checked.record) | {field: known[field] for field in checked.lacks}
+    note = f"filled in: {', '.join(checked.lacks)}"
+    return encode(record), note if checked.note is None else f"{note}; {checked.note}"
 
 
-def storable(data: Mapping[str, Any], hotkey: str | None = None) -> tuple[str, bytes]:
-    """Return hotkey and bytes of a record, complete; errors as of :func:`prepare`."""
-    prepared = prepare(data, hotkey)
-    return prepared.hotkey, complete(prepared, None)[0]
+def prepare(data: Mapping[str, Any], hotkey: str | None = None) -> tuple[str, bytes]:
+    """Return hotkey and bytes of a record, complete; errors as of :func:`check_record`."""
+    checked = check_record(data, hotkey)
+    return checked.hotkey, complete(checked, None)[0]
 
 
 def check_listed(records: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:

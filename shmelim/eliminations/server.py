@@ -31,11 +31,11 @@ from shmelim.eliminations.record import (
     SINCE_2020_MS,
     check_hotkey,
     check_hotkeys,
+    check_record,
     complete,
     decode,
     generate_row,
     plausible_times,
-    prepare,
     refuse_hotkey,
 )
 from shmelim.eliminations.rules import EliminationProcessor, processed
@@ -452,9 +452,9 @@ class EliminationManagerServer(DebtMethods):
     # ------------------------------------------------------------------ changing
 
     def add_elimination_rpc(self, hotkey: str, data: Mapping[str, Any]) -> bool:
-        check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
-        prepared = prepare(data, hotkey, plausible_times(self._since_ms()))
-        record, note = complete(prepared, self.reader.encoded_elimination(hotkey) if prepared.lacks else None)
+        check_hotkey(hotkey)  # which also refuses None: check_record would take the record's word for it
+        checked = check_record(data, hotkey, plausible_times(self._since_ms()))
+        record, note = complete(checked, self.reader.encoded_elimination(hotkey) if checked.lacks else None)
         if note is not None:
             self._warn({hotkey: note})
         return self._change(changes.add, hotkey, record, note)
@@ -520,7 +520,7 @@ class EliminationManagerServer(DebtMethods):
 
     def _sync(self, comparison: Comparison, reason: str) -> list[str]:
         self._warn(comparison.notes)
-        return self._change(changes.sync, comparison, reason)
+        return self._change(changes.sync, comparison.finish(), reason)
 
     def _since_ms(self) -> int:
         """Return from when on the time of an elimination is plausible."""

@@ -22,7 +22,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, ELIMINATIONS_KEY, check_hotkey, decode, storable
+from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, ELIMINATIONS_KEY, check_hotkey, decode, prepare
 from shmelim.errors import DamagedFileError, StoreError
 from shmelim.system.containers import finite
 from shmelim.system.durable import read_once, write_aside, write_whole, writing
@@ -209,7 +209,7 @@ def eliminations_in(file: File) -> Content[bytes]:
     hotkey the last counts, at the place of the first. DamagedFileError if the file is empty, not UTF-8, not JSON,
     not of that shape, or has rows of which none can be taken: that is no list that somebody emptied.
     """
-    return _parse(file, ELIMINATIONS_KEY, lambda name, row: storable(row, name))
+    return _parse(file, ELIMINATIONS_KEY, lambda name, row: prepare(row, name))
 
 
 def departures_in(file: File) -> Content[int]:

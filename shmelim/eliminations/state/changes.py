@@ -91,7 +91,7 @@ def sync(step: Step, comparison: Comparison, reason: str = "sync") -> list[str]:
     assert step.settled is not None
     since = step.settled.changed_since(comparison.version)
     if since is None:
-        comparison.renew(step.settled)
+        comparison.renew()
     changed, gone = dict(comparison.changed), dict.fromkeys(comparison.gone)
     for hotkey in {*(since or ()), *step.store.written}:
         row, wanted = step.store.get(hotkey), comparison.wanted(hotkey)
