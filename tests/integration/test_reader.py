@@ -184,6 +184,8 @@ class TestWaiting:
         since = reader.version
         server.kill()
         server.start()
+        assert reader.version == since, "the table is adopted where it lies"
+        server.client().remove_elimination("h0")
         assert reader.wait_for_change(60, since) is True
 
 
