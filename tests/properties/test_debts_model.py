@@ -38,7 +38,7 @@ class Model(Sequences):
     """
 
     def __init__(self):
-        self.eliminated = set()
+        self.eliminated = {}  # with the stamp of each record
         self.debts = {}
         self.slashes = {}
         self.replacements = 0
@@ -48,7 +48,7 @@ class Model(Sequences):
             return "superseded"
         if hotkey in self.eliminated:
             return "already"
-        self.eliminated.add(hotkey)
+        self.eliminated[hotkey] = stamp
         for kind in KINDS:
             if kind in kinds and not (kind == SLASH and self._was_made(hotkey, stamp, within)):
                 debt = self.debts.pop((hotkey, kind), ["owed", None, True, 0, stamp])
@@ -61,7 +61,8 @@ class Model(Sequences):
         return within is not None and abs(made - stamp) < within
 
     def _take_back(self, hotkeys):
-        self.eliminated -= set(hotkeys)
+        for hotkey in hotkeys:
+            self.eliminated.pop(hotkey, None)
         for key, debt in list(self.debts.items()):
             if key[0] in hotkeys:
                 debt[2] = False
@@ -74,9 +75,10 @@ class Model(Sequences):
         return was
 
     def sync(self, hotkeys):
-        self._take_back(self.eliminated - set(hotkeys))
-        self.eliminated = set(hotkeys)
-        self.replacements += 1
+        listed = dict.fromkeys(hotkeys, 0)
+        self.replacements += listed != self.eliminated  # the same list again changes nothing
+        self._take_back(self.eliminated.keys() - listed.keys())
+        self.eliminated = listed
 
     def _fitting(self, hotkey, kind, token):
         debt = self.debts.get((hotkey, kind))
@@ -204,7 +206,7 @@ step = st.one_of(
 
 def check(server, model):
     assert server.get_replacements_rpc() == model.replacements
-    assert server.get_eliminated_hotkeys_rpc() == model.eliminated
+    assert server.get_eliminated_hotkeys_rpc() == model.eliminated.keys()
     found = server.get_debts_rpc()
     assert [
         (
