@@ -18,6 +18,7 @@ from shmelim.cli.output import printable
 _COMMANDS: Final = {
     "serve": ("serve:serve", "Serve a name in the foreground."),
     "status": ("status:status", "Show who serves a name, what, and how full it is."),
+    "health": ("health:health", "Say whether a name is served well; for monitors."),
     "check": ("look:check", "Tell whether hotkeys are eliminated."),
     "get": ("look:get", "Print the elimination record of hotkeys."),
     "list": ("look:list_", "List eliminations, or departed hotkeys."),
@@ -91,7 +92,7 @@ class _Commands(Group):
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 the answer is no or the request was refused, 2 wrong usage, "
-    "3 nothing is served under that name, 4 any other error.",
+    "3 nothing is served under that name, 4 any other error. `status` and `health`: 0 ok, 1 degraded, 2 failing.",
 )
 @click.version_option(package_name="shmelim")
 def cli() -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -134,3 +134,10 @@ def size(count: float) -> str:
         if count < _KIB:
             return f"{count:,.1f} {unit}"
     return f"{count / _KIB:,.1f} GiB"
+
+
+def problem(found: Mapping[str, Any]) -> str:
+    """Return a named problem, as a health check lists it, in one line."""
+    remedy = f" ({found['remedy']})" if found["remedy"] else ""
+    since = "" if found["since_ms"] is None else f" since {moment(found['since_ms'])}"
+    return f"{found['name']}, {found['severity']}{since}: {found['text']}{remedy}"

@@ -10,13 +10,15 @@ import click
 
 from shmelim.channel.address import describe
 from shmelim.cli import output
+from shmelim.cli.failure import NOT_SERVING
+from shmelim.cli.health import CODES
 from shmelim.cli.options import Settings, command, owner_option
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.state.debt_book import MOST_SHOWN
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import ShmelimError, StoreError
+from shmelim.errors import KeyFileError, ShmelimError, StoreError
 from shmelim.shm import READ_PATH
 
 _ASKING: Final = 2.0
@@ -25,17 +27,19 @@ _ASKING: Final = 2.0
 @command
 @click.option("--verify", is_flag=True, help="Check every record's checksum and that each entry can be found.")
 @owner_option
-def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
+def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     """Show who serves a name, what is published, how full it is, and what needs a person.
 
     Needs no key and no living server: the last published state stays readable. What only the server knows (its
     store, trouble with its files) is asked of it where this user may; what is still owed is read from the store
     where no server answers.
 
-    With --json: name, version, generation, eliminated, departed, registered, entries,
+    Exit code: as that of `shmelim health`; 0 where the server lives and this user may not ask it.
+
+    With --json: name, version, generation, sequence, eliminated, departed, registered, entries,
     read_path ("native" or "pure"), writer {pid, alive, state, heartbeat_age_s, started_ms},
     table {capacity, usable, arena_size, arena_used, arena_live, segment_bytes},
-    channel {address, answers, problem}, state_dir,
+    channel {address, answers, silent, problem}, state_dir,
     server {commits, changes, store_bytes, problems [{name, subject, severity, text, remedy, since_ms}]} or null,
     debts (how many, or null),
     slashes_in_doubt [hotkey] (the first 20, or null), verified (entries, or null).
@@ -71,6 +75,9 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> None:
         "verified": verified,
     }
     settings.answer(found, lambda: output.facts(_lines({"name": settings.name, **found})))
+    if not writer.alive:
+        return NOT_SERVING
+    return CODES[server["status"]] if server is not None else CODES["failing" if channel["silent"] else "ok"]
 
 
 def _of(thing: object, *names: str) -> dict[str, Any]:
@@ -80,14 +87,16 @@ def _of(thing: object, *names: str) -> dict[str, Any]:
 def _ask(name: str) -> tuple[dict[str, Any], str | None, dict[str, Any] | None]:
     """Return where the server that started last is and whether it answers, its directory, and what it says."""
     address = state_dir = server = problem = None
+    silent = False  # it should answer, and does not
     try:
         info = RuntimeDirectory(name).server()
         address, state_dir = describe(info.address), info.state_dir
         with EliminationClient(name, timeout=_ASKING) as client:
             server = client.health_check()
     except ShmelimError as error:
-        problem = error.message
-    return {"address": address, "answers": server is not None, "problem": problem}, state_dir, server
+        problem, silent = error.message, address is not None and not isinstance(error, KeyFileError)
+    answers = server is not None
+    return {"address": address, "answers": answers, "silent": silent, "problem": problem}, state_dir, server
 
 
 def _owed(server: dict[str, Any] | None, state_dir: str | None) -> tuple[int | None, list[str] | None]:
@@ -125,16 +134,10 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
         lines.append(("slashes in doubt", f"{', '.join(in_doubt)}{settle}" if in_doubt else "none"))
     if server is not None:
         lines.append(("store", f"{output.size(server['store_bytes'])}, {server['commits']} commits"))
-        lines.append(("problems", "; ".join(map(_problem, server["problems"])) or "none"))
+        lines.append(("problems", "; ".join(map(output.problem, server["problems"])) or "none"))
     if status["verified"] is not None:
         lines.append(("verified", f"{status['verified']} entries, all whole"))
     return lines
-
-
-def _problem(problem: dict[str, Any]) -> str:
-    remedy = f" ({problem['remedy']})" if problem["remedy"] else ""
-    since = output.moment(problem["since_ms"])
-    return f"{problem['name']}, {problem['severity']} since {since}: {problem['text']}{remedy}"
 
 
 def _writer_line(writer: dict[str, Any]) -> str:

@@ -409,6 +409,14 @@ class ProcessingCalls(Calls):
         """
 
     @remote(idempotent=True)
+    def report_processing(self, whole_ms: int | None, interval_ms: float, problems: list[dict[str, Any]]) -> None:
+        """Tell the server's health of the processing: of its last whole tick, and of all problems that stand.
+
+        ``whole_ms`` is when that was made, in ms since 1970; None: there was none yet. Another is expected within
+        a few times ``interval_ms``. Problems are as :meth:`~shmelim.system.problems.Problem.as_dict` has them.
+        """
+
+    @remote(idempotent=True)
     def get_replacements(self) -> int:
         """Return how often a sync, a write, a clear, or a file at a start changed what the eliminations are."""
 

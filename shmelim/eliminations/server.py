@@ -39,12 +39,13 @@ from shmelim.eliminations.store.history import Origin, this_process
 from shmelim.eliminations.store.opening import store_bytes
 from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
+from shmelim.eliminations.ticks import Ticks
 from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
 from shmelim.errors import DamagedFileError, StoreError
 from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter
 from shmelim.system import clock
 from shmelim.system.logs import LimitedLog, log_problems
-from shmelim.system.problems import Problems
+from shmelim.system.problems import Problems, worst
 
 _log = logging.getLogger("shmelim.server")
 _limited = LimitedLog(_log)
@@ -128,6 +129,7 @@ class EliminationManagerServer(DebtMethods):
         self.live_price_fetcher: Any = None
         self.problems = Problems()
         log_problems(self.problems, _log)
+        self._ticks = Ticks(self.problems)
         # In direct mode the manager sets it; a server process has no collaborators.
         self._processor: EliminationProcessor | None = None
         self._origin = this_process()
@@ -217,8 +219,10 @@ class EliminationManagerServer(DebtMethods):
         """Return what the server says of itself, as ``EliminationClient.health_check`` describes."""
         table = self.reader.table
         debts = self._debt_health(self.problems)
+        processing = self._ticks.health()
+        problems = [problem.as_dict() for problem in self.problems.standing()] + processing.pop("problems")
         return {
-            "status": self.problems.status(),
+            "status": worst(problem["severity"] for problem in problems),
             "timestamp_ms": clock.now_ms(),
             "num_eliminations": len(self.reader),
             "num_departed_hotkeys": self.reader.num_departed_hotkeys,
@@ -233,8 +237,14 @@ class EliminationManagerServer(DebtMethods):
             "sequence": table.version,
             "segment_bytes": table.segment_size,
             **debts,
-            "problems": [problem.as_dict() for problem in self.problems.standing()],
+            **processing,
+            "problems": problems,
         }
+
+    def report_processing_rpc(
+        self, whole_ms: int | None, interval_ms: float, problems: list[dict[str, Any]]
+    ) -> None:
+        self._ticks.report(whole_ms, interval_ms, problems)
 
     # ------------------------------------------------------------------ reading
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from shmelim.system import forks
@@ -22,6 +22,12 @@ SEVERITIES: Final[tuple[Severity, ...]] = ("notice", "degraded", "failing")
 _MOST: Final = 10_000  # problems that stand at a time; beyond it the oldest is forgotten
 
 _logger = logging.getLogger("shmelim.problems")
+
+
+def worst(severities: Iterable[Severity]) -> Literal["ok", "degraded", "failing"]:
+    """Return how the whole is in which problems of these severities stand."""
+    found = set(severities)
+    return "failing" if "failing" in found else "degraded" if "degraded" in found else "ok"
 
 
 class Problem(NamedTuple):
@@ -139,8 +145,7 @@ class Problems:
 
     def status(self) -> Literal["ok", "degraded", "failing"]:
         """Return how the whole is: as its worst problem; a notice does not count."""
-        severities = {problem.severity for problem in self.standing()}
-        return "failing" if "failing" in severities else "degraded" if "degraded" in severities else "ok"
+        return worst(problem.severity for problem in self.standing())
 
     def _notify(self, change: Change, problem: Problem) -> None:
         for subscriber in self._subscribers:

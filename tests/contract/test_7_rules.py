@@ -598,7 +598,6 @@ def test_one_miners_failure_never_stops_the_others(validator):
     assert validator.is_flat("a")
 
 
-@not_built("SPEC 7: the age of the last whole tick is part of health", AssertionError)
 def test_health_tells_of_the_last_tick(direct):
     direct.register("a")
     direct.tick()
@@ -644,7 +643,6 @@ def test_what_can_be_a_hotkey_is_the_environments(validate):
     assert validator.reasons == {"hotkey123": "ZOMBIE"}
 
 
-@not_built("SPEC 7: rows of names that are nobody's are a problem, and their directories stay", AssertionError)
 def test_the_directory_of_what_was_wrongly_a_zombie_is_never_removed(direct):
     direct.register("a")
     (direct.miners / "backup-2026").mkdir()

@@ -121,7 +121,10 @@ def test_what_an_error_says_reaches_no_terminal_as_a_command(run, server):
 def test_status_tells_of_debts_and_doubts(run, server, alive):
     if not alive:
         server.kill()
-    found = document(run("status", "--json"))
+    result = run("status", "--json")
+    # Degraded; or the server does not answer, or nobody serves any more, which a heartbeat shows after a while.
+    assert result.exit_code in ({1} if alive else {2, 3})
+    found = json.loads(result.stdout)
     assert (found["debts"], found["slashes_in_doubt"]) == (6, [A])
     assert (found["server"] is not None) is alive
     lines = dict(line.split("\t", 1) for line in run("status").stdout.splitlines())
@@ -142,7 +145,7 @@ def test_status_when_nothing_is_in_doubt(run, server):
 def test_status_when_nobody_knows(run, server):
     server.kill()
     (server.state_dir / "shmelim.sqlite").unlink()
-    found = document(run("status", "--json"))
+    found = json.loads(run("status", "--json").stdout)
     assert (found["debts"], found["slashes_in_doubt"]) == (None, None)
     lines = dict(line.split("\t", 1) for line in run("status").stdout.splitlines())
     assert lines["debts"] == "-"

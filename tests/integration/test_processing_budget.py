@@ -43,12 +43,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def test_tick_with_nothing_to_do_asks_three_things_and_commits_nothing(managed: Managed, calls: list[str]) -> None:
+def test_tick_with_nothing_to_do_asks_three_things_reports_and_commits_nothing(
+    managed: Managed, calls: list[str]
+) -> None:
     proxy = managed.manager._server_proxy
     before = proxy.health_check_rpc()["commits"], managed.manager.reader.version
     for _ in range(3):
         managed.tick()
-    assert calls == ["get_replacements_rpc", "get_first_refresh_ran_rpc", "get_debts_rpc"] * 3
+    assert (
+        calls
+        == ["get_replacements_rpc", "get_first_refresh_ran_rpc", "get_debts_rpc", "report_processing_rpc"] * 3
+    )
     assert (proxy.health_check_rpc()["commits"], managed.manager.reader.version) == before
 
 

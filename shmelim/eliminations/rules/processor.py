@@ -51,6 +51,7 @@ class EliminationProcessor:
     def __init__(self, context: Context) -> None:
         self.context = context
         self._last_update_ms = 0
+        self._whole_ms: int | None = None  # when the last tick was made that failed in no step
         # A tick of which a step failed is repeated before the interval is over, with growing pauses.
         self._failed_in_a_row = 0
         self._membership = membership = Membership(context)
@@ -136,6 +137,10 @@ class EliminationProcessor:
         alerts.clear("loop", "tick")
         self._failed_in_a_row = 0 if well else self._failed_in_a_row + 1
         self.set_last_update_time()
+        if well:
+            self._whole_ms = self._last_update_ms
+        standing = [problem.as_dict() for problem in alerts.standing()]
+        context.state.report_processing(self._whole_ms, context.environment.check_interval_ms, standing)
         return well
 
     def _alone(self, name: str, position_locks: Any, epoch: Any) -> None:

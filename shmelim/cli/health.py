@@ -1,0 +1,71 @@
+"""``shmelim health``: one word for a monitor, what is wrong and what to do, and an exit code."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from shmelim.cli import output
+from shmelim.cli.failure import NOT_SERVING
+from shmelim.cli.options import Settings, command, owner_option
+from shmelim.eliminations.client import EliminationClient
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.runtime import RuntimeDirectory
+from shmelim.errors import ChannelError, NotServingError
+
+CODES: Final = {"ok": 0, "degraded": 1, "failing": 2}
+"""Exit codes of what a server says of itself."""
+
+_ASKING: Final = 5.0
+
+
+@command
+@owner_option
+def health(settings: Settings, *, owner: int | None) -> int:
+    """Say whether a name is served well, and if not, what is wrong and what to do.
+
+    Exit code 0: ok; 1: degraded (something does not work); 2: failing (the purpose is not served, or the server
+    does not answer); 3: nobody serves the name. A notice, which is worth knowing, leaves the code as it is.
+
+    With --json: name, status ("ok", "degraded", "failing" or "not served"), pid, heartbeat_age_s,
+    problems [{name, subject, severity, text, remedy, since_ms}].
+
+    For example:
+      shmelim health
+      shmelim health --name mainnet --json
+    """
+    writer = EliminationReader(settings.name, owner=owner).writer
+    answer: dict[str, Any] = {"status": "not served", "problems": []}
+    if writer.alive:
+        answer = _ask(settings.name)
+    found = {
+        "status": answer["status"],
+        "pid": writer.pid,
+        "heartbeat_age_s": round(writer.heartbeat_age, 3),
+        "problems": answer["problems"],
+    }
+    settings.answer(found, lambda: output.facts(_lines(found)))
+    return CODES.get(answer["status"], NOT_SERVING)
+
+
+def _ask(name: str) -> dict[str, Any]:
+    """Return what the server says of itself, or that it says nothing; an error if this user cannot ask it."""
+    try:
+        RuntimeDirectory(name).server()
+    except NotServingError as error:
+        raise ChannelError(f"the writer of {name!r} lives and cannot be asked: {error}") from None
+    try:
+        with EliminationClient(name, timeout=_ASKING) as client:
+            answer = client.health_check()
+    except (ChannelError, NotServingError, TimeoutError) as error:
+        text = f"the server does not answer: {error}"
+        problem = {"name": "no_answer", "subject": "", "severity": "failing", "text": text, "remedy": None}
+        return {"status": "failing", "problems": [problem | {"since_ms": None}]}
+    return answer
+
+
+def _lines(found: dict[str, Any]) -> list[tuple[str, object]]:
+    lines: list[tuple[str, object]] = [
+        ("status", found["status"]),
+        ("writer", f"process {found['pid']}, last heartbeat {output.span(found['heartbeat_age_s'])} ago"),
+    ]
+    return lines + [(problem["severity"], output.problem(problem)) for problem in found["problems"]]

@@ -1,0 +1,97 @@
+"""``shmelim health``: what a monitor is told of a server that is well, is not, hangs, or is gone."""
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from serving import row
+from waiting import until
+
+from shmelim.cli import health
+from shmelim.cli.main import cli
+
+PROBLEM = {"subject": "a", "text": "evil\x1b[2J", "remedy": "look", "since_ms": 1_700_000_000_000}
+
+
+@pytest.fixture
+def server(serve):
+    runtime = Path(tempfile.mkdtemp(prefix="shmelim-"))  # of its own, since a socket's path must be short
+    served = serve(runtime_base=runtime / "shmelim", durability="process")
+    yield served
+    shutil.rmtree(runtime)
+
+
+@pytest.fixture
+def run(server):
+    def run(*arguments):
+        env = {"XDG_RUNTIME_DIR": str(server.runtime.parent), "SHMELIM_NAME": server.name}
+        return CliRunner().invoke(cli, arguments, env=env)
+
+    return run
+
+
+def report(server, severity):
+    client = server.client()
+    problems = [PROBLEM | {"name": "positions", "severity": severity}]
+    client._call("report_processing_rpc", (1_700_000_000_000, 300_000, problems))
+    client.close()
+
+
+def both(run):
+    """What health and status say, of which the exit codes are one."""
+    result = run("health", "--json")
+    assert run("status").exit_code == result.exit_code
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_a_server_that_is_well(run, server):
+    code, found = both(run)
+    assert (code, found["status"], found["problems"]) == (0, "ok", [])
+    assert found["pid"] == server.pid
+    assert run("health").stdout.startswith("status\tok\n")
+
+
+@pytest.mark.parametrize(
+    ("severity", "code", "status"), [("notice", 0, "ok"), ("degraded", 1, "degraded"), ("failing", 2, "failing")]
+)
+def test_what_is_wrong_is_named_and_escaped(run, server, severity, code, status):
+    report(server, severity)
+    found = both(run)
+    assert (found[0], found[1]["status"]) == (code, status)
+    assert found[1]["problems"][0]["part"] == "processing"
+    shown = run("health").stdout
+    assert "positions" in shown
+    assert "evil\\x1b[2J" in shown
+    assert "\x1b" not in shown
+
+
+def test_a_server_that_hangs_is_failing(run, server, monkeypatch):
+    monkeypatch.setattr(health, "_ASKING", 0.2)
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        result = run("health", "--json")
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    # With a machine that is slow enough, the heartbeat may be missed before the question is.
+    assert (result.exit_code, json.loads(result.stdout)["status"]) in [(2, "failing"), (3, "not served")]
+
+
+def test_a_server_that_is_gone(run, server):
+    client = server.client()
+    client.add_elimination("a", row("a"))
+    client.close()
+    server.kill()
+    until(lambda: run("health").exit_code == 3)
+    code, found = both(run)
+    assert (code, found["status"]) == (3, "not served")
+
+
+def test_a_name_that_was_never_served(new_name):
+    result = CliRunner().invoke(cli, ["health", "--name", new_name()])
+    assert result.exit_code == 3
+    assert "shmelim serve --name" in result.stderr
