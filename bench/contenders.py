@@ -95,7 +95,13 @@ class Shmelim:
         base = Path(self._closing.enter_context(tempfile.TemporaryDirectory()))
         context = multiprocessing.get_context("spawn")
         ready = context.Event()
-        options = ServeOptions(f"bench-{os.getpid()}", state_dir=base / "state", runtime_base=base)
+        options = ServeOptions(
+            f"bench-{os.getpid()}",
+            state_dir=base / "state",
+            runtime_base=base,
+            registry=None,
+            replace_published=True,
+        )
         self.process = context.Process(target=serve, args=(options, ready))
         self.process.start()
         if not ready.wait(30):

@@ -268,7 +268,7 @@ class Arena:
         name = f"{self.place.name}m"
         base = self.place.directory / "manager"
         base.mkdir()
-        options = {"name": name, "port": 0, "state_dir": base / "state", "runtime_base": base}
+        options = {"name": name, "port": 0, "state_dir": base / "state", "runtime_base": base, "registry": None}
         manager = EliminationManager(
             None, None, None, durability="process", enable_health_check=False, start_method="spawn", **options
         )

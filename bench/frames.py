@@ -71,7 +71,7 @@ def add_by_a_client(place: Path) -> Iterator[Callable[[], Any]]:
     """Client and server in one process, so that both are counted."""
     try:
         with (
-            Service(ServeOptions(NAME, place / "state", runtime_base=place)),
+            Service(ServeOptions(NAME, place / "state", runtime_base=place, registry=None)),
             EliminationClient(NAME, runtime_base=place) as client,
         ):
             yield adding(client.add_elimination)
@@ -92,6 +92,7 @@ def managed(place: Path, **options: Any) -> Iterator[EliminationManager]:
         runtime_base=place / "run",
         health_check_interval_s=0,
         max_consecutive_failures=1,
+        registry=None,
         **options,
     ) as manager:
         manager.health_check()

@@ -52,6 +52,8 @@ def manager(request, tmp_path):
         running_unit_tests=request.param == "direct",
         environment=ValidatorEnvironment(miner_directory=tmp_path / "miners", check_interval_ms=-1),
         name=f"bench-{os.getpid()}",
+        registry=None,
+        replace_published=True,
         port=0,
         state_dir=tmp_path / "state",
         runtime_base=tmp_path,

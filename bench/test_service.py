@@ -39,6 +39,8 @@ class Manager:
             state_dir=base / "state",
             runtime_base=base,
             durability=self.durability,
+            registry=None,
+            replace_published=True,
             start_method="spawn",
         )
         self.check = self.manager.is_hotkey_eliminated

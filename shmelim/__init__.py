@@ -19,6 +19,7 @@ from shmelim.errors import (
     OutcomeUnknownError,
     ShmelimError,
     SlashNotMadeError,
+    StateConflictError,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ __all__ = [
     "SlackNotifier",
     "SlashNotMadeError",
     "Snapshot",
+    "StateConflictError",
     "Status",
     "ValidatorEnvironment",
     "__version__",

@@ -52,6 +52,14 @@ def pytest_report_header() -> str:
     return f"shmelim: {READ_PATH} read path"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have names remembered where nobody else looks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHMELIM_REGISTRY", str(tmp_path_factory.mktemp("registry")))
+        yield
+
+
 @pytest.fixture
 def new_name() -> Iterator[Callable[[], str]]:
     """Make unused table names; afterwards each may have its root and the current data segment, and no more."""

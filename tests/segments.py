@@ -8,5 +8,6 @@ SHM = Path("/dev/shm")
 
 
 def segments_of(name: str) -> list[str]:
-    """Return the names of the segments of a table, root first."""
-    return sorted(path.name for path in SHM.glob(f"shmelim.{name}*") if path.name.split(".")[1] == name)
+    """Return the names of the segments of a table, root first; its lock file is none."""
+    found = sorted(path.name for path in SHM.glob(f"shmelim.{name}*") if path.name.split(".")[1] == name)
+    return [name for name in found if not name.endswith(".lock")]

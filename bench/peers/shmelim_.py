@@ -39,6 +39,8 @@ class ShmelimHost(Host):
             # A million records on disk take minutes to load, and reads do not touch the store.
             in_memory=place.large,
             durability="power" if place.durable else "process",
+            registry=None,
+            replace_published=True,
         )
         self.process = context.Process(target=serve, args=(options, ready))
         self.process.start()

@@ -22,7 +22,8 @@ from shmelim.cli.options import (
 )
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.debts.states import ATTEMPTING, OWED, SLASH, attempt_is_alive
-from shmelim.eliminations.runtime import RuntimeDirectory, default_state_directory
+from shmelim.eliminations.runtime import state_directory_of
+from shmelim.eliminations.state.debt_book import HELD
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError, StoreError
@@ -44,11 +45,7 @@ def _ask(
         with EliminationClient(name) as client:
             return server(client), "server"
     except (NotServingError, KeyFileError) as error:
-        try:
-            announced = RuntimeDirectory(name).server().state_dir
-        except (NotServingError, KeyFileError):
-            announced = None
-        directory = default_state_directory(name) if announced is None else Path(announced)
+        directory = state_directory_of(name)
         try:
             with Store.read_only(directory) as opened:
                 return store(opened), "store"
@@ -70,7 +67,7 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
     Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
 
     With --json: name, source ("server" or "store"), events [{id, at_ms, action, hotkey, pid, uid,
-    program, note, old, new}], where old and new are records or null.
+    program, note, old, new, commit_number}], where old and new are records or null.
 
     For example:
       shmelim history 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
@@ -164,7 +161,7 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
 
 @click.group(cls=Group)
 def slash() -> None:
-    """Show the slashes that were made, or settle one that is in doubt.
+    """Show the slashes that were made, settle one that is in doubt, or let those go on that are held.
 
     For example:
       shmelim slash list
@@ -241,6 +238,35 @@ def resolve(settings: Settings, *, hotkey: str, made: bool | None, yes: bool) ->
     said = f"resolved: {shown}: the slash was {again}" if resolved else "nothing was changed"
     settings.answer({"hotkey": hotkey, "made": made, "resolved": resolved}, said)
     return YES if resolved else NO
+
+
+@slash.command(cls=Command, short_help="Let slashes go on that are held since the state was restored.")
+@yes_option
+@click.pass_obj
+def release(settings: Settings, *, yes: bool) -> int:
+    """Let slashes go on that are held.
+
+    After a restore, or a start from something else than the store's own latest state, slashes may have been made
+    of which the store knows nothing. So none is begun until a person has looked: compare "shmelim debts" and
+    "shmelim slash list" with the contract's own records, and settle what was made.
+
+    Exit code 1: nothing was held, or the question was answered with no; nothing was changed.
+
+    With --json: name, released.
+
+    For example:
+      shmelim slash release
+    """
+    with EliminationClient(settings.name) as client:
+        held = [problem for problem in client.health_check()["problems"] if problem["name"] == HELD]
+        if not held:
+            raise RefusedError("no slash is held", hint="`shmelim status` shows what is wrong")
+        released = (
+            yes or output.agreed("All that the store says is still owed may be slashed?", held[0]["text"])
+        ) and client.release_money()
+    said = "slashes go on" if released else "nothing was changed"
+    settings.answer({"released": released}, said)
+    return YES if released else NO
 
 
 def _in_doubt(client: EliminationClient, hotkey: str) -> dict[str, Any]:

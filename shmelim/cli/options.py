@@ -15,6 +15,7 @@ from typing import Any, Final
 import click
 
 from shmelim.cli import output
+from shmelim.system.containers import finite
 
 NAME_VARIABLE: Final = "SHMELIM_NAME"
 DEBUG_VARIABLE: Final = "SHMELIM_DEBUG"
@@ -66,7 +67,7 @@ class Settings:
     def answer(self, content: dict[str, Any], say: str | Callable[[], object]) -> None:
         """Print what was found or done: as JSON with the name, or else a text, or whatever `say` prints."""
         if self.as_json:
-            click.echo(json.dumps({"name": self.name, **content}, default=str))
+            click.echo(json.dumps(finite({"name": self.name, **content}), default=str))
         elif isinstance(say, str):
             click.echo(say)
         else:
@@ -139,6 +140,19 @@ any_hotkey_argument = click.argument("hotkey", type=_Checked("hotkey"), required
 hotkeys_argument = click.argument("hotkeys", metavar="HOTKEY…", type=_Checked("hotkey"), nargs=-1, required=True)
 file_argument = click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+def _registry(_context: click.Context, _parameter: click.Parameter, given: str | None) -> Path | bool:
+    return True if given is None else given != "off" and Path(given)
+
+
+registry_option = click.option(
+    "--registry",
+    metavar="DIR",
+    callback=_registry,
+    help='Where is remembered what is served under each name; "off": nowhere'
+    " [default: SHMELIM_REGISTRY, else a directory of the user's state].",
+)
 owner_option = click.option(
     "--owner",
     type=click.IntRange(min=0),

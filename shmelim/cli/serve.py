@@ -13,7 +13,7 @@ import click
 
 from shmelim.channel.address import describe
 from shmelim.cli.failure import need_file
-from shmelim.cli.options import PATH, Settings, command
+from shmelim.cli.options import PATH, Settings, command, registry_option
 from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
@@ -73,6 +73,16 @@ class _LineFormatter(logging.Formatter):
     show_default=True,
     help="Whether the JSON files are current when a saving call returns, follow within a second, or are not kept.",
 )
+@click.option(
+    "--adopt-published", is_flag=True, help="Where the state conflicts with what is published: that is the truth."
+)
+@click.option(
+    "--replace-published",
+    is_flag=True,
+    help="Where the state conflicts with what is known: the state is the truth.",
+)
+@click.option("--must-exist", is_flag=True, help="Refuse to make a new store.")
+@registry_option
 @click.option("--group-readable", is_flag=True, help="Let the group of this process read the state.")
 @click.option(
     "--ready-fd",
@@ -93,6 +103,8 @@ def serve(settings: Settings, *, ready_fd: int | None, verbose: bool, **options:
       shmelim serve --name mainnet --state-dir /var/lib/shmelim --default-departed departed_hotkeys.json
       shmelim serve --import old/eliminations.json --import old/departed_hotkeys.json
     """
+    if options["adopt_published"] and options["replace_published"]:
+        raise click.UsageError("--adopt-published and --replace-published contradict each other")
     if ready_fd is not None:
         try:
             os.fstat(ready_fd)

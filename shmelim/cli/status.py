@@ -60,7 +60,7 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
         "read_path": READ_PATH,
         "writer": {
             **_of(writer, "pid", "alive", "state", "started_ms"),
-            "heartbeat_age_s": round(writer.heartbeat_age, 3),
+            "heartbeat_age_s": None if writer.heartbeat_age is None else round(writer.heartbeat_age, 3),
         },
         "table": {
             **_of(table, "capacity", "arena_size", "arena_used", "arena_live"),
@@ -141,7 +141,12 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
 
 
 def _writer_line(writer: dict[str, Any]) -> str:
-    heartbeat = f"heartbeat {output.span(writer['heartbeat_age_s'])} ago"
+    age = writer["heartbeat_age_s"]
+    if age is None:
+        return (
+            f"process {writer['pid']}, {writer['state']}; its clock is another, so nobody knows whether it lives"
+        )
+    heartbeat = f"heartbeat {output.span(age)} ago"
     if writer["alive"]:
         return f"process {writer['pid']}, alive, {writer['state']}, {heartbeat}"
     end = "stopped" if writer["state"] == "stopped" else f"dead (it was {writer['state']})"

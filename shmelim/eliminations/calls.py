@@ -171,7 +171,7 @@ class Calls:
         price_info: Mapping[str, Any] | None = None,
         return_info: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Build a record as :meth:`generate_elimination_row`, add it, and have the JSON files written.
+        """Build a record as :meth:`generate_elimination_row`, and add it.
 
         Returns and errors are those of :meth:`add_elimination`.
         """
@@ -186,7 +186,7 @@ class Calls:
 
     @remote(grows=True, keywords={"deleted_hotkeys": "hotkeys"}, check=check_hotkeys)
     def delete_eliminations(self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None) -> list[str]:
-        """Remove many records in one transaction, have the JSON files written, and return whose were removed.
+        """Remove many records in one transaction, and return whose were removed.
 
         With ``times_ms`` only those that were initiated at the time which stands there for their hotkey: another
         elimination may have come since.
@@ -264,8 +264,12 @@ class Calls:
 
     @accepts(dat="eliminations", eliminations_list="eliminations")
     def write_eliminations_to_disk(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
-        """Make exactly these records the eliminations, on disk and everywhere else: a sync without an answer."""
+        """Make exactly these records the eliminations, and return when ``eliminations.json`` has them.
+
+        StoreError if that cannot be written; the eliminations are changed all the same.
+        """
         self.sync_eliminations(eliminations)
+        self.save_eliminations()
 
     @remote(grows=True)
     def clear_eliminations(self) -> None:
@@ -279,7 +283,10 @@ class Calls:
 
     @remote(idempotent=True, grows=True)
     def get_eliminations_from_disk(self) -> list[dict[str, Any]]:
-        """Return the rows of ``eliminations.json``, or of the store where there is no such file."""
+        """Write what ``eliminations.json`` lacks, and return its rows.
+
+        Those of the store where there is no such file, or it cannot be written.
+        """
 
     @remote(grows=True)
     def load_eliminations_from_disk(self) -> None:
@@ -352,6 +359,13 @@ class Calls:
         """Say by hand that a slash that was begun was made, or was not: then it is owed again, if still due.
 
         False where there is no such slash, or where a running process may still be making it.
+        """
+
+    @remote(idempotent=True)
+    def release_money(self) -> bool:
+        """Let slashes go on that are held since the state was restored, or is not known to be the latest one.
+
+        False where they are not held. Until then the health has the problem ``money_held``, and no slash is begun.
         """
 
     @remote(idempotent=True)
@@ -437,7 +451,7 @@ class ProcessingCalls(Calls):
     def begin_slash(self, hotkey: str, attempt: str) -> bool:
         """Let an attempt have an owed slash, durable before this returns; may be repeated with the same token.
 
-        False: the slash is not owed, or another attempt has it; it must not be made.
+        False: the slash is not owed, another attempt has it, or money is held; it must not be made.
         """
 
     @remote()

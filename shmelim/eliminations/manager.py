@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn, cast
 from shmelim.channel import Address
 from shmelim.channel.address import Location
 from shmelim.eliminations.calls import Calls, ProcessingCalls
-from shmelim.eliminations.files.mirror import FilesMode
+from shmelim.eliminations.files.mirror import FILES_MODE, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.rows import Status
@@ -105,8 +105,12 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         Where the state is kept; None: the user's state directory of that name (in direct mode: in memory).
     runtime_base
         Where runtime directories are; None: the user's.
-    durability, files, default_departed, imports
+    durability, files_mode, default_departed, imports, adopt_published, replace_published, must_exist, registry
         As for :class:`~shmelim.eliminations.server.EliminationManagerServer`.
+    files
+        The same; None: ``"current"`` in direct mode, ``"lagged"`` in RPC mode.
+    files_dir
+        In direct mode only: a directory whose JSON files are the state, as for that server.
     group_readable
         Let the group of this process read the shared memory.
     enable_health_check, health_check_interval_s, max_consecutive_failures, enable_auto_restart, settings
@@ -120,6 +124,8 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         Another process is at the address.
     TimeoutError
         The server was not ready in time: within `ready_timeout`, here 60 s, since a large state takes a while.
+    StateConflictError
+        The name is known for another state than that of the state directory, or for a later one.
     StoreError, SegmentError
         State or shared memory cannot be had.
 
@@ -195,9 +201,15 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         state_dir: Path | str | None = None,
         runtime_base: Path | str | None = None,
         durability: Durability = "power",
-        files: FilesMode = "current",
+        files: FilesMode | None = None,
+        files_mode: int = FILES_MODE,
+        files_dir: Path | str | None = None,
         default_departed: Path | str | None = None,
         imports: Sequence[Path | str] = (),
+        adopt_published: bool = False,
+        replace_published: bool = False,
+        must_exist: bool = False,
+        registry: Path | str | bool | None = True,
         group_readable: bool = False,
         enable_health_check: bool = True,
         health_check_interval_s: float = 60,
@@ -212,6 +224,8 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
                 stacklevel=2,
             )
         check_name(name)
+        if files_dir is not None and not running_unit_tests:
+            raise ValueError("files_dir is for direct mode (running_unit_tests=True); name a state_dir instead")
         runtime = None if running_unit_tests else RuntimeDirectory(name, runtime_base)
         if runtime is None:
             address = None
@@ -253,8 +267,14 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             in_memory=is_backtesting or (running_unit_tests and state_dir is None),
             durability=durability,
             files=files,
+            files_mode=files_mode,
+            files_dir=None if is_backtesting else _absolute(files_dir),
             default_departed=_absolute(default_departed),
             imports=tuple(Path(path).absolute() for path in imports),
+            adopt_published=adopt_published,
+            replace_published=replace_published,
+            must_exist=must_exist,
+            registry=registry if registry is None or isinstance(registry, bool) else _absolute(registry),
         )
         self._timeout = settings.get("call_timeout", ServiceSettings.call_timeout)
         self._live_price_fetcher = self.environment.live_price_fetcher
@@ -328,6 +348,10 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
 
     def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
         return self._call_server(method, args, kwargs, **options)
+
+    def _follow(self) -> None:
+        if self.running_unit_tests:
+            self._server_proxy._follow()  # noqa: SLF001
 
     def _size(self) -> int:
         return len(self._reader)

@@ -15,6 +15,7 @@ import os
 import stat
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -26,7 +27,7 @@ from shmelim.channel.address import normalize
 from shmelim.channel.key import whose
 from shmelim.errors import AddressError, AlreadyServingError, KeyFileError, NotServingError, StoreError
 from shmelim.shm import check_name
-from shmelim.system.durable import make_private_directory, write_whole
+from shmelim.system.durable import make_private_directory, write_whole, writing
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog
 from shmelim.system.processes import ProcessIdentity
@@ -178,25 +179,44 @@ class Announcement:
 def lock_state(directory: Path) -> Lease:
     """Take the lease on a state directory: no two servers, of whatever names, use one.
 
-    ``AlreadyServingError`` if another server has it, ``StoreError`` if it cannot be written.
+    ``AlreadyServingError`` if another server has it, ``StoreError`` if it cannot be written, or is another user's:
+    then nothing is made in it.
     """
+    with suppress(OSError):
+        if (owner := directory.stat().st_uid) != os.geteuid():
+            raise StoreError(
+                f"the state directory {directory} belongs to uid {owner}, and this process runs as uid"
+                f" {os.geteuid()}",
+                hint="run as its owner, give it to this user (chown -R), or name another (state_dir, --state-dir)",
+            )
     lease = Lease(directory / "lock")
-    try:
-        directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-        lease.acquire()
-    except BlockingIOError:
-        holder = lease.holder()
-        raise AlreadyServingError(
-            f"the state directory {directory} is in use by another server"
-            + (f", process {holder}" if holder else ""),
-            hint="name another (state_dir, --state-dir), or stop that server",
-        ) from None
-    except OSError as error:
-        raise StoreError(
-            f"the state directory {directory} cannot be used: {error.strerror}",
-            hint="make it writable for this user, or name another (state_dir, --state-dir)",
-        ) from error
+    with writing(f"the state directory {directory} cannot be used", "name another (state_dir, --state-dir)"):
+        try:
+            directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+            lease.acquire()
+        except BlockingIOError:
+            raise _in_use(lease) from None
     return lease
+
+
+def secure_state(lease: Lease) -> None:
+    """Make the lease proof against the removal of its file, once the store is there.
+
+    ``AlreadyServingError`` if another server has come in meanwhile.
+    """
+    try:
+        lease.secure()
+    except BlockingIOError:
+        raise _in_use(lease) from None
+
+
+def _in_use(lease: Lease) -> AlreadyServingError:
+    holder = lease.holder()
+    return AlreadyServingError(
+        f"the state directory {lease.path.parent} is in use by another server"
+        + (f", process {holder}" if holder else ""),
+        hint="name another (state_dir, --state-dir), or stop that server",
+    )
 
 
 def _default_base() -> Path:
@@ -213,3 +233,11 @@ def _default_base() -> Path:
 def default_state_directory(name: str) -> Path:
     """Return the state directory that a name has by default."""
     return Path(platformdirs.user_state_dir("shmelim")) / check_name(name)
+
+
+def state_directory_of(name: str) -> Path:
+    """Return the state directory of the server of a name that started last, or else the name's default one."""
+    announced = None
+    with suppress(NotServingError, KeyFileError):
+        announced = RuntimeDirectory(name).server().state_dir
+    return default_state_directory(name) if announced is None else Path(announced)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Self, get_args
 
 from shmelim.channel import Address, ChannelServer, check_free, load_or_create_key
-from shmelim.eliminations.files.mirror import FILES_MODES, FilesMode
+from shmelim.eliminations.files.mirror import FILES_MODE, FILES_MODES, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import Announcement, RuntimeDirectory, ServerInfo, default_state_directory
 from shmelim.eliminations.server import EliminationManagerServer, Progress
@@ -38,17 +38,23 @@ class ServeOptions:
     runtime_base: Path | None = None  # where runtime directories are; None: the user's
     in_memory: bool = False  # keep no state on disk at all: it ends with the server
     durability: Durability = "power"
-    files: FilesMode = "current"
+    files: FilesMode | None = None  # None: "lagged" where clients call, "current" in direct mode
+    files_mode: int = FILES_MODE
+    files_dir: Path | None = None  # in direct mode
     default_departed: Path | None = None
     imports: tuple[Path, ...] = ()
+    adopt_published: bool = False
+    replace_published: bool = False
+    must_exist: bool = False
+    registry: Path | bool | None = True
 
     def __post_init__(self) -> None:
         for what, value, known in (
             ("durability", self.durability, get_args(Durability)),
-            ("files", self.files, FILES_MODES),
+            ("files", self.files, (None, *FILES_MODES)),
         ):
             if value not in known:
-                raise ValueError(f"{what} must be one of {', '.join(known)}, not {value!r}")
+                raise ValueError(f"{what} must be one of {', '.join(filter(None, known))}, not {value!r}")
 
 
 def open_server(
@@ -71,9 +77,15 @@ def open_server(
         namespace or SharedNamespace(options.name, mode=0o640 if options.group_readable else 0o600),
         state_dir,
         durability=options.durability,
-        files=options.files,
+        files=options.files or ("lagged" if namespace is None else "current"),
+        files_mode=options.files_mode,
+        files_dir=options.files_dir,
         default_departed=options.default_departed,
         imports=options.imports,
+        adopt_published=options.adopt_published,
+        replace_published=options.replace_published,
+        must_exist=options.must_exist,
+        registry=options.registry,
         on_progress=on_progress or report_progress,  # to who waits for this process, if anybody does
     )
 

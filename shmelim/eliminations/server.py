@@ -15,24 +15,28 @@ import os
 import threading
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Self, TypeAlias, cast
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeAlias, TypeVar, cast
 
 import msgspec
 
 from shmelim.channel import current_caller
 from shmelim.eliminations.calls import Calls, ProcessingCalls, implements
 from shmelim.eliminations.comparing import Comparison, changed_records
-from shmelim.eliminations.files import format as files
-from shmelim.eliminations.files.mirror import ELIMINATIONS_FILE, FILES_MODES, FileMirror, FilesMode
+from shmelim.eliminations.files.format import ELIMINATIONS_FILE, read_eliminations
+from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode, check_files
+from shmelim.eliminations.files.taking import clear_gone, read_state, take_files
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.record import check_hotkey, check_hotkeys, decode, generate_row, prepare
 from shmelim.eliminations.rules import EliminationProcessor, processed
-from shmelim.eliminations.runtime import lock_state
+from shmelim.eliminations.runtime import lock_state, secure_state
+from shmelim.eliminations.starting.beginning import Choices, adopt, begin
 from shmelim.eliminations.starting.imports import import_departed, imported, merge_once
-from shmelim.eliminations.starting.recovery import origin_record, recover, take_files
+from shmelim.eliminations.starting.keeping import memory_of
+from shmelim.eliminations.starting.recovery import origin_record
+from shmelim.eliminations.starting.registry import Memory, Registry, Remembering, registry_base, report_behind
 from shmelim.eliminations.state import changes
-from shmelim.eliminations.state.debt_book import DebtMethods
+from shmelim.eliminations.state.debt_book import DebtMethods, held_money
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.state.uploads import Uploads
 from shmelim.eliminations.store.history import Origin, this_process
@@ -41,17 +45,26 @@ from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.ticks import Ticks
 from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
-from shmelim.errors import DamagedFileError, StoreError
+from shmelim.errors import ShmelimError, StoreError
 from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter
 from shmelim.system import clock
+from shmelim.system.durable import make_private_directory, writing
+from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog, log_problems
 from shmelim.system.problems import Problems, worst
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _log = logging.getLogger("shmelim.server")
 _limited = LimitedLog(_log)
 
 BEAT_INTERVAL: Final = 0.25
 HISTORY_LIMIT: Final = 10_000
+
+_CONTESTED: Final = "state_dir_contested"
+_MEMORY_LOST: Final = "shared_memory_lost"
+_KEEP_NAMES: Final = "keep others from removing them: `RemoveIPC=no` in logind.conf"
 
 Progress: TypeAlias = Callable[[str, int, int | None], Any]
 
@@ -74,12 +87,27 @@ class EliminationManagerServer(DebtMethods):
         ``"power"``: an acknowledged change survives a power cut. ``"process"``: it survives the death of this
         process, at a third of the price or less.
     files
-        ``"current"``: the JSON files are current when a saving call returns, and at most a second behind
-        otherwise. ``"lagged"``: always the latter. ``"off"``: there are none.
+        ``"current"``: the JSON files are current when a call that changes something returns. ``"lagged"``: no
+        change waits for them, and they are at most a second behind, with a very large state ten times as long as
+        the last write took. ``"off"``: there are none.
+    files_mode
+        The permissions of a file that is new, with at least 0600; one that exists keeps its own.
+    files_dir
+        A directory whose JSON files are the state: read now, written by every change. There is no store and no
+        lock; others may write there too, and :meth:`load_eliminations_from_disk_rpc` reads what they wrote.
     default_departed
         A departed file to start from when nothing is known of departures yet.
     imports
         Files of eliminations or departed hotkeys, merged into the state once each.
+    adopt_published, replace_published
+        What is the truth where the name is known for another state than this directory's, or a later one: the
+        published table, or this directory. With neither, such a start is refused.
+    must_exist
+        Refuse to make a new store.
+    registry
+        A directory in which what is served under a name is remembered, so that an empty directory or an older
+        store is noticed also after a reboot; True: what ``SHMELIM_REGISTRY`` says, else one of the user's; None:
+        nowhere. Nothing is remembered of a state that is in memory, or of a table in private memory.
     on_progress
         Called while the state is being loaded with what is done, how far it is, and how far it will go (None
         where nobody knows).
@@ -88,6 +116,8 @@ class EliminationManagerServer(DebtMethods):
     ------
     AlreadyServingError
         Another server writes this table, or uses that state directory.
+    StateConflictError
+        The name is known for another state than this directory's, or a later one; nothing was touched.
     StoreError, DamagedFileError
         The state directory cannot be used.
     SegmentFullError
@@ -116,15 +146,26 @@ class EliminationManagerServer(DebtMethods):
         *,
         durability: Durability = "power",
         files: FilesMode = "current",
+        files_mode: int = FILES_MODE,
+        files_dir: Path | str | None = None,
         default_departed: Path | str | None = None,
         imports: Sequence[Path | str] = (),
+        adopt_published: bool = False,
+        replace_published: bool = False,
+        must_exist: bool = False,
+        registry: Path | str | bool | None = True,
         on_progress: Progress | None = None,
     ) -> None:
         tell = on_progress or (lambda _what, _done, _total: None)
-        if files not in FILES_MODES:
-            raise ValueError(f"files must be one of {', '.join(FILES_MODES)}, not {files!r}")
+        if adopt_published and replace_published:
+            raise ValueError("adopt_published and replace_published contradict each other: give one of them")
+        check_files(files, files_mode)
+        if files_dir is not None and (state_dir is not None or imports or files != "current"):
+            raise ValueError("with files_dir the files are the state: leave state_dir, imports and files out")
         self.namespace = PrivateNamespace() if namespace is None else namespace
-        self.state_dir = None if state_dir is None else Path(state_dir)
+        # Wherever this process goes, and whatever a link leads to later.
+        self.state_dir = None if state_dir is None else Path(state_dir).resolve()
+        self._files_dir = None if files_dir is None else Path(files_dir).resolve()
         self.started_ms = clock.now_ms()
         self.live_price_fetcher: Any = None
         self.problems = Problems()
@@ -136,23 +177,36 @@ class EliminationManagerServer(DebtMethods):
         self._first_refresh_ran = False
         self._uploads = Uploads()
         self._stopped = threading.Event()
+        self._renewing = threading.Lock()  # held while names that were lost are made again
         self._mirror: FileMirror | None = None
+        self._waits_for_files = files == "current"
+        self._lease: Lease | None = None
+        self._remembering: Remembering | None = None
         with contextlib.ExitStack() as undo:
             if self.state_dir is not None:
-                undo.callback(lock_state(self.state_dir).release)
-            table = TableWriter(self.namespace)
+                self._lease = lock_state(self.state_dir)
+                undo.callback(self._lease.release)
+            tell("opening the state", 0, None)
+            choices = Choices(
+                durability,
+                use_files=files != "off",
+                default_departed=None if default_departed is None or files_dir else Path(default_departed),
+                adopt_published=adopt_published,
+                replace_published=replace_published,
+                must_exist=must_exist,
+            )
+            remembered = self._registry(registry)
+            store, table = self._begin(choices, remembered)
+            undo.callback(store.close)
             undo.callback(table.close)
-            # From here on the heartbeat tells readers that a writer is at work, however long recovery takes.
+            # From here on the heartbeat tells readers that a writer is at work.
             self._beating = threading.Thread(
                 target=self._beat, args=(table,), name="shmelim-heartbeat", daemon=True
             )
             self._beating.start()
             undo.callback(self._beating.join)
             undo.callback(self._stopped.set)
-            tell("opening the state", 0, None)
-            default = None if default_departed is None else Path(default_departed)
-            store = self._open_store(durability, default, use_files=files != "off")
-            undo.callback(store.close)
+            self._secure(store, default_departed)
             paths = [Path(path) for path in imports]
             merge_once(store, paths, lambda path: tell(f"importing {path}", 0, None))
             self._state = State(
@@ -164,32 +218,122 @@ class EliminationManagerServer(DebtMethods):
                 # In direct mode, where nobody else sees the table, callers take their turns themselves.
                 threaded=not isinstance(self.namespace, PrivateNamespace),
             )
-            self._state.publish_all(
-                origin_record(self.state_dir, imported(store)),
-                lambda done, total: tell("publishing", done, total),
-            )
+            self._publish(store, table, tell)
+            if remembered is not None:
+                self._remembering = self._remember(remembered)
+                undo.callback(self._remembering.stop)
             self.reader = EliminationReader.over(self.namespace)
-            if self.state_dir is not None and files != "off":
-                self._mirror = FileMirror(
-                    self.state_dir, TableReader(self.namespace), self._state, files, self.problems
-                )
-                self._state.published = self._mirror.published.set
-                self._mirror.start()
+            self._mirror = None if files == "off" else self._start_mirror(files_mode)
             self._undo = undo.pop_all()
 
-    def _open_store(self, durability: Durability, default: Path | None, *, use_files: bool) -> Store:
-        if self.state_dir is not None:
-            return recover(self.state_dir, self.namespace, durability, default, use_files=use_files)
-        store = Store.in_memory()
-        if default is not None:
-            with store.transaction():
-                import_departed(changes.Step(store, None), default)
-        return store
+    def _registry(self, given: Path | str | bool | None) -> Registry | None:
+        base = registry_base(given)
+        if base is None or self.state_dir is None or not isinstance(self.namespace, SharedNamespace):
+            return None
+        return Registry(base, self.namespace.name)
+
+    def _begin(self, choices: Choices, registry: Registry | None) -> tuple[Store, TableWriter]:
+        """Take the name, and return the store to serve from with the writer of its table."""
+        lock = self.namespace.acquire()
+        with contextlib.ExitStack() as undo:
+            undo.callback(lock.release)
+            memory = self._recall(registry)
+            known = registry is not None
+            store = begin(self.state_dir, self.namespace, memory, choices, self.problems, has_registry=known)
+            undo.callback(store.close)
+            table = TableWriter(self.namespace, store_id=store.store_id or b"", lock=lock)
+            undo.pop_all()
+        return store, table
+
+    def _publish(self, store: Store, table: TableWriter, tell: Progress) -> None:
+        """Have readers see what the store says; they move nowhere where the published table is its own."""
+        origin = origin_record(self.state_dir, imported(store))
+        self._tell_held(held_money(store))
+        if adopt(store, table, self.namespace, origin):
+            self._state.go_on(origin)
+        else:
+            self._state.publish_all(origin, lambda done, total: tell("publishing", done, total))
+
+    def _recall(self, registry: Registry | None) -> Memory | None:
+        """Return what is remembered of the name; what keeps it from being read is a named problem."""
+        try:
+            return None if registry is None else registry.recall()
+        except StoreError as error:
+            report_behind(self.problems, error)
+            return None
+
+    def _remember(self, registry: Registry) -> Remembering:
+        state = self._state
+        remembering = Remembering(registry, self._memory, lambda: state.commits, state.sync, self.problems)
+        remembering.start()
+        return remembering
+
+    def _memory(self) -> Memory:
+        """Return what the registry is to remember."""
+        store_id, commit, counts = self._state.read(
+            lambda store: (store.store_id, store.commit_number, store.counts())
+        )
+        return memory_of(store_id or b"", commit, counts.eliminated, counts.departed, self.state_dir or Path())
+
+    def _secure(self, store: Store, default: Path | str | None) -> None:
+        """Make the lock proof against its removal; or have a store in memory say what the files say."""
+        directory = self._files_dir
+        if self._lease is not None:
+            secure_state(self._lease)
+        if directory is None:
+            return
+        with writing(f"{directory} cannot be used"):
+            make_private_directory(directory)
+        with store.transaction():
+            step = changes.Step(store, None)
+            read_state(step, directory)
+            if default is not None and not store.counts().departed:
+                import_departed(step, Path(default))
+
+    def _start_mirror(self, mode: int) -> FileMirror | None:
+        directory, plain = self._files_dir or self.state_dir, self._files_dir is not None
+        if directory is None:
+            return None
+        table = TableReader(self.namespace)
+        mirror = FileMirror(directory, table, self._state, self.problems, mode=mode, plain=plain)
+        self._state.published = mirror.published.set
+        if not plain:
+            mirror.start()
+        return mirror
 
     def _beat(self, table: TableWriter) -> None:
         while not self._stopped.wait(BEAT_INTERVAL):
-            table.beat()
+            if not table.beat() or self.problems.stands(_MEMORY_LOST):
+                self._renew_names(table)
             self._uploads.expire()
+            if self._lease is not None:
+                self._look_at_lock(self._lease)
+
+    def _renew_names(self, table: TableWriter) -> None:
+        """Have names made again that were removed from ``/dev/shm``, in a thread that may wait for others."""
+        if not self._renewing.locked() and hasattr(self, "_state"):
+            threading.Thread(target=self._renew, args=(table,), name="shmelim-renewal", daemon=True).start()
+
+    def _renew(self, table: TableWriter) -> None:
+        with self._renewing:
+            self._tell_lost("names were removed from /dev/shm under this server: readers may be on an old state")
+            try:
+                self._state.read(lambda _store: table.renew())
+            except (ShmelimError, OSError) as error:
+                hint = error.hint if isinstance(error, ShmelimError) else None
+                self._tell_lost(f"names were removed from /dev/shm, and are not made again: {error}", hint)
+            else:
+                self.problems.clear(_MEMORY_LOST)
+
+    def _tell_lost(self, text: str, hint: str | None = None) -> None:
+        self.problems.report(_MEMORY_LOST, text, severity="failing", remedy=hint or _KEEP_NAMES)
+
+    def _look_at_lock(self, lease: Lease) -> None:
+        if lease.keep():
+            self.problems.clear(_CONTESTED)
+            return
+        text = f"another process has taken the lock of the state directory {self.state_dir}"
+        self.problems.report(_CONTESTED, text, remedy="stop one of the two: what one stores, the other overwrites")
 
     # ------------------------------------------------------------------ life
 
@@ -197,6 +341,8 @@ class EliminationManagerServer(DebtMethods):
         """Write what the files lack, and close the state; readers keep what was published. Idempotent."""
         if self._mirror is not None:
             self._mirror.stop()
+        if self._remembering is not None:
+            self._remembering.stop()
         self._stopped.set()
         self._beating.join()
         self._state.close()
@@ -219,6 +365,7 @@ class EliminationManagerServer(DebtMethods):
         """Return what the server says of itself, as ``EliminationClient.health_check`` describes."""
         table = self.reader.table
         debts = self._debt_health(self.problems)
+        clear_gone(self.problems)
         processing = self._ticks.health()
         problems = [problem.as_dict() for problem in self.problems.standing()] + processing.pop("problems")
         return {
@@ -294,7 +441,7 @@ class EliminationManagerServer(DebtMethods):
 
     def add_elimination_rpc(self, hotkey: str, data: Mapping[str, Any]) -> bool:
         check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
-        return self._state.commit(changes.add, *prepare(data, hotkey))
+        return self._change(changes.add, *prepare(data, hotkey))
 
     def append_elimination_row_rpc(
         self,
@@ -306,26 +453,23 @@ class EliminationManagerServer(DebtMethods):
         return_info: Mapping[str, Any] | None = None,
     ) -> bool:
         row = generate_row(hotkey, current_dd, reason, t_ms, price_info, return_info)
-        added = self.add_elimination_rpc(hotkey, row)
-        self._save()
-        return added
+        return self.add_elimination_rpc(hotkey, row)
 
     def remove_elimination_rpc(self, hotkey: str) -> bool:
         check_hotkey(hotkey)
-        return bool(self._state.commit(changes.remove, [hotkey]))
+        return bool(self._change(changes.remove, [hotkey]))
 
     def delete_eliminations_rpc(
         self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None
     ) -> list[str]:
-        removed = self._state.commit(changes.remove, check_hotkeys(hotkeys), times_ms)
-        self._save()
-        return removed
+        return self._change(changes.remove, check_hotkeys(hotkeys), times_ms)
 
     def sync_eliminations_rpc(self, eliminations: Iterable[Mapping[str, Any]]) -> list[str]:
         return self._replace(eliminations, "sync")
 
     def write_eliminations_to_disk_rpc(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
         self._replace(eliminations, "write")
+        self.save_eliminations_rpc()
 
     def begin_upload_rpc(self) -> str:
         """Begin a list that is too large for one message; returns its token."""
@@ -350,10 +494,7 @@ class EliminationManagerServer(DebtMethods):
         if root_id != self.reader.root_id:
             return None
         records = changed_records(self.reader, changed)
-        removed = self._state.commit(changes.sync_difference, version, records, check_hotkeys(gone))
-        if removed is not None:
-            self._save()
-        return removed
+        return self._change(changes.sync_difference, version, records, check_hotkeys(gone))
 
     def _replace(self, eliminations: Iterable[Mapping[str, Any]], reason: str) -> list[str]:
         comparison = Comparison(self.reader)
@@ -361,43 +502,49 @@ class EliminationManagerServer(DebtMethods):
         return self._sync(comparison, reason)
 
     def _sync(self, comparison: Comparison, reason: str) -> list[str]:
-        removed = self._state.commit(changes.sync, comparison, reason)
-        self._save()
-        return removed
+        return self._change(changes.sync, comparison, reason)
 
     def clear_eliminations_rpc(self) -> None:
         self._replace((), "clear")
 
     def update_metagraph_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._state.commit(changes.update_metagraph, check_hotkeys(hotkeys))
+        return self._change(changes.update_metagraph, check_hotkeys(hotkeys))
 
     def get_missing_hotkeys_rpc(self) -> list[str]:
         return self._state.read(changes.missing)
 
     def accept_loss_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._state.commit(changes.accept_loss, check_hotkeys(hotkeys))
+        return self._change(changes.accept_loss, check_hotkeys(hotkeys))
 
     def clear_departed_hotkeys_rpc(self) -> None:
-        self._state.commit(changes.clear_departed)
-        self._save()
+        self._change(changes.clear_departed)
 
     # ------------------------------------------------------------------ files
 
     def save_eliminations_rpc(self) -> None:
         if self._mirror is not None:
-            self._mirror.flush(insist=True)
+            self._mirror.flush(look=True)
 
-    def _save(self) -> None:
-        """Bring the files up to date; what fails there is a named problem, since the change itself is safe."""
-        if self._mirror is not None:
-            with contextlib.suppress(StoreError):
+    def _change(self, change: Callable[Concatenate[changes.Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        result = self._state.commit(change, *args, **kwargs)
+        self._follow()
+        return result
+
+    def _follow(self) -> None:
+        """Have the files follow, where callers wait for them.
+
+        What fails there is a named problem, since the change is stored; StoreError where the files are the state.
+        """
+        if self._mirror is not None and self._waits_for_files:
+            with contextlib.nullcontext() if self._files_dir is not None else contextlib.suppress(StoreError):
                 self._mirror.flush()
 
     def get_eliminations_from_disk_rpc(self) -> list[dict[str, Any]]:
-        if self._mirror is not None and self.state_dir is not None:
+        if self._mirror is not None:
             try:
-                found = files.read_eliminations(self.state_dir / ELIMINATIONS_FILE)
-            except DamagedFileError as error:
+                self._mirror.flush(look=True)
+                found = read_eliminations(self._mirror.directory / ELIMINATIONS_FILE)
+            except StoreError as error:
                 _limited(logging.WARNING, "file", "%s; answering from the store", error)
             else:
                 if found is not None:
@@ -405,8 +552,14 @@ class EliminationManagerServer(DebtMethods):
         return [decode(record) for record in self._state.read(lambda s: [r for _, r in s.eliminated()])]
 
     def load_eliminations_from_disk_rpc(self) -> None:
-        if self._mirror is not None and self.state_dir is not None:
-            self._state.commit(take_files, self.state_dir, fresh=False)
+        if self._mirror is None:
+            return
+        with self._mirror.at_rest() as directory:
+            if self._files_dir is not None:
+                self._state.commit(read_state, directory)
+            else:
+                self._state.commit(take_files, directory, self.problems, fresh=False)
+        self._follow()
 
     # ------------------------------------------------------------------ first refresh, and processing
 

@@ -1,9 +1,11 @@
 /* The compiled read path: lookups in the shared table, straight from the caller's call to shared memory.
  *
- * What: four types, none of which knows what the table is used for.
+ * What: five types, none of which knows what the table is used for.
  *
+ *     Memory       a file of shared memory, mapped for reading
  *     View         an attached data segment: two buffers and the numbers that were checked against them; immutable
  *     Table        lookups by bytes; holds the view that is current, and calls _attach() when the generation moved
+ *                  and _look_at_name() when the writer seems dead
  *     Lookups      lookups by text in a Table; the base of whoever gives flags and records a meaning
  *     ReleaseWord  one word that a writer stores with release semantics
  *
@@ -26,11 +28,12 @@
 #include "batch.h"
 #include "collect.h"
 #include "lookups.h"
+#include "memory.h"
 
 #include <limits.h>
 #include <structmember.h>
 
-#define INTERFACE 3
+#define INTERFACE 4
 
 /* ------------------------------------------------------------------ Table */
 
@@ -250,6 +253,7 @@ static PyMethodDef module_methods[] = {
     {"bind", bind, METH_VARARGS, NULL},
     {"key_hash", hash, METH_VARARGS, NULL},
     {"fence", fence, METH_NOARGS, NULL},
+    {"map_file", map_file, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -274,7 +278,8 @@ module_exec(PyObject *module)
     state->corrupt = PyObject_GetAttrString(errors, "CorruptSegmentError");
     Py_DECREF(errors);
     PyTypeObject *release_word = NULL;
-    if (state->corrupt == NULL || (state->view_type = add_type(module, &view_spec)) == NULL
+    if (state->corrupt == NULL || (state->memory_type = add_type(module, &memory_spec)) == NULL
+        || (state->view_type = add_type(module, &view_spec)) == NULL
         || (state->table_type = add_type(module, &table_spec)) == NULL
         || (state->lookups_type = add_type(module, &lookups_spec)) == NULL
         || (release_word = add_type(module, &release_word_spec)) == NULL) {
@@ -289,6 +294,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     State *state = PyModule_GetState(module);
     Py_VISIT(state->corrupt);
+    Py_VISIT(state->memory_type);
     Py_VISIT(state->view_type);
     Py_VISIT(state->table_type);
     Py_VISIT(state->lookups_type);
@@ -300,6 +306,7 @@ module_clear(PyObject *module)
 {
     State *state = PyModule_GetState(module);
     Py_CLEAR(state->corrupt);
+    Py_CLEAR(state->memory_type);
     Py_CLEAR(state->view_type);
     Py_CLEAR(state->table_type);
     Py_CLEAR(state->lookups_type);

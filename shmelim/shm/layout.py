@@ -36,7 +36,7 @@ from __future__ import annotations
 import struct
 from typing import Final, NamedTuple
 
-import xxhash
+from xxhash import xxh3_64_intdigest, xxh64_intdigest
 
 from shmelim.errors import CorruptSegmentError, SegmentFormatError, ShmelimError
 
@@ -159,8 +159,8 @@ def key_hash(key: bytes, seed: int) -> int:
     Outside of 17 to 128 bytes it is another algorithm for every few lengths, and so XXH64 stands in for it there.
     """
     if _XXH3_FROM <= len(key) <= _XXH3_TO:
-        return xxhash.xxh3_64_intdigest(key, seed)
-    return xxhash.xxh64_intdigest(key, seed)
+        return xxh3_64_intdigest(key, seed)
+    return xxh64_intdigest(key, seed)
 
 
 def next_version(version: int, generation: int) -> int:
@@ -174,11 +174,6 @@ def next_version(version: int, generation: int) -> int:
             hint="stop the server, remove the table's segments from /dev/shm, and set the machine's clock right",
         )
     return generation << SEQUENCE_BITS | ((version + 1) & SEQUENCE_MASK)
-
-
-def next_generation(generation: int) -> int:
-    """Return the generation after this one; 0 is never used, since it means "nothing published"."""
-    return generation % MAX_GENERATION + 1
 
 
 def pack_root_header(root_id: int, store_id: bytes, sequence: int) -> bytes:
@@ -255,7 +250,7 @@ def pack_entry(seed: int, kind: int, key: bytes, flags: int, ordinal: int, recor
 
 def entry_checksum(seed: int, ordinal: int, tail: bytes) -> int:
     """Return an entry's checksum: XXH64 of all that follows it, seeded with the table's seed and the ordinal."""
-    return xxhash.xxh64_intdigest(tail, seed ^ ordinal)
+    return xxh64_intdigest(tail, seed ^ ordinal)
 
 
 def entry_size(key_length: int, record_length: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from shmelim.shm.segment import Segment
 
-_INTERFACE: Final = 3
+_INTERFACE: Final = 4
 """That of ``_native.c``: to be raised there and here by whatever only a matching pair of them can do."""
 
 
@@ -35,9 +35,9 @@ def _load() -> ModuleType | None:
     return _native
 
 
-_extension: Final = _load()
+extension: Final = _load()
 
-READ_PATH: Final = "pure" if _extension is None else "native"
+READ_PATH: Final = "pure" if extension is None else "native"
 """``"native"`` or ``"pure"``."""
 
 
@@ -46,8 +46,8 @@ def fence() -> None:
 
     Without the extension nothing is to be done: such machines are refused unless they keep that order themselves.
     """
-    if _extension is not None:
-        _extension.fence()
+    if extension is not None:
+        extension.fence()
 
 
 def release_word(segment: Segment, index: int) -> Any:
@@ -56,6 +56,6 @@ def release_word(segment: Segment, index: int) -> Any:
     Everything stored before is seen before it, everything stored behind is seen after it. The assignment is a
     statement in which no signal handler runs, as a call could be.
     """
-    if _extension is None:
+    if extension is None:
         return segment.words[index : index + 1]
-    return _extension.ReleaseWord(segment.memory, index)
+    return extension.ReleaseWord(segment.memory, index)

@@ -6,14 +6,23 @@ import logging
 import mmap
 
 from shmelim.errors import NotServingError
-from shmelim.shm.layout import ROOT_SIZE, SEQUENCE_BITS, SEQUENCE_MASK, VERSION, next_generation
-from shmelim.shm.segment import Namespace, Segment, check_name
+from shmelim.shm.layout import MAX_GENERATION, ROOT_SIZE, SEQUENCE_BITS, SEQUENCE_MASK, VERSION
+from shmelim.shm.segment import Lock, Namespace, Segment, check_name
 from shmelim.system import forks
 
 _ROOT = 0  # no data segment's generation
 _GENERATION = 2  # the word of a data segment's header
 
 _log = logging.getLogger("shmelim.shm")
+
+
+class _NoLock(Lock):
+    """Whoever holds the namespace is the only one who can write."""
+
+    number = 0
+
+    def release(self) -> None:
+        pass
 
 
 class PrivateNamespace(Namespace):
@@ -35,29 +44,29 @@ class PrivateNamespace(Namespace):
         generation = 0 if root is None else root.words[VERSION] >> SEQUENCE_BITS
         if root is None or generation not in self._segments:
             return
-        data, number = self._segments[generation], next_generation(generation)
+        data, number = self._segments[generation], generation % MAX_GENERATION + 1
         data.words[_GENERATION] = number
         self._segments = {_ROOT: root, number: data}
         self._copied = True
         root.words[VERSION] = number << SEQUENCE_BITS | root.words[VERSION] & SEQUENCE_MASK
 
-    def acquire(self) -> None:
-        # Whoever holds this object is the only one who can.
-        if _ROOT not in self._segments:
-            self.create_root()
+    def acquire(self) -> Lock:
+        return _NoLock()
 
-    def release(self) -> None:
-        pass
-
-    def create_root(self) -> Segment:
-        return self.create_data(_ROOT, ROOT_SIZE)
+    def holds(self, lock: Lock) -> bool:  # noqa: ARG002
+        return True
 
     def open_root(self, *, writable: bool = False) -> Segment:  # noqa: ARG002
         return self._segment(_ROOT)
 
+    def make_root(self) -> Segment:
+        return self._make(_ROOT, ROOT_SIZE)
+
+    def name_root(self, root: Segment) -> None:
+        self._segments[_ROOT] = root
+
     def create_data(self, generation: int, size: int) -> Segment:
-        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._segments[generation] = Segment(f"{self.name} (private {generation or 'root'})", memory)
+        self._segments[generation] = self._make(generation, size)
         return self._segments[generation]
 
     def open_data(self, generation: int, *, writable: bool = False) -> Segment:  # noqa: ARG002
@@ -70,13 +79,25 @@ class PrivateNamespace(Namespace):
             )
         return self._segment(generation)
 
-    def remove_data(self, *, keep: int | None) -> None:
+    def remove_data(self, generation: int) -> None:
+        self._segments.pop(generation, None)
+
+    def leads_to(self, segment: Segment) -> bool:
+        return any(known is segment for known in self._segments.values())
+
+    def unlink(self, segment: Segment) -> None:
+        for generation, known in list(self._segments.items()):
+            if known is segment:
+                del self._segments[generation]
+
+    def tidy(self, keep: int) -> None:
         for generation in list(self._segments):
             if generation not in {_ROOT, keep}:
                 del self._segments[generation]
 
-    def root_replaced(self, root: Segment) -> bool:
-        return root is not self._segments.get(_ROOT)
+    def _make(self, generation: int, size: int) -> Segment:
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return Segment(f"{self.name} (private {generation or 'root'})", memory)
 
     def _segment(self, generation: int) -> Segment:
         try:

@@ -33,6 +33,8 @@ enum {
     WORD = 8,
     PAGE = 4096,
     VERSION_AT = 64,
+    STATE_AT = 144,
+    HEARTBEAT_AT = 152,
     SEQUENCE_BITS = 48,
     COPY_HEADER_SIZE = 128,
     SLOT_SIZE = 64,
@@ -41,6 +43,9 @@ enum {
     INLINE_KEY = 48,
     ENTRY_HEADER = 24,
 };
+
+/* States of a writer that works. */
+enum { STARTING = 1, SERVING = 2 };
 
 /* Words of a copy's header. */
 enum { USED = 1, COUNT = 2, FLAG_COUNTS = 8, FLAG_BITS = 8 };

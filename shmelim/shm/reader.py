@@ -19,6 +19,7 @@ publishes. Long reads take another way: the arena is an append-only log between 
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import threading
@@ -44,6 +45,7 @@ from shmelim.shm.layout import (
     STORE_ID_SIZE,
     USED,
     VERSION,
+    WRITER_CLOCK,
     WRITER_PID,
     WRITER_STARTED,
     WRITER_STATE,
@@ -67,6 +69,12 @@ nobody would unlock a module that another thread was just importing. Re-entrant 
 HEARTBEAT_LIMIT: Final = 3.0
 """Seconds without a heartbeat after which a writer counts as dead."""
 
+_PATIENCE: Final = 4
+"""How many reads may pass without a look at the clock, where they come quickly; as in table.h."""
+_SECOND: Final = 1_000_000_000
+_LARGE: Final = 1 << 22
+"""Bytes of a segment that takes long enough to unmap for a thread of its own: 0.1 ms and more."""
+
 _BATCH_ATTEMPTS: Final = 16
 _POLL_FIRST: Final = 20e-6
 _POLL_LONGEST: Final = 2e-3
@@ -82,6 +90,10 @@ class WriterState:
     NAMES = ("none", "starting", "serving", "stopped")
 
 
+_now = time.monotonic
+_RUNNING: Final = (WriterState.STARTING, WriterState.SERVING)
+
+
 class Record(NamedTuple):
     """One entry as a lookup returns it."""
 
@@ -93,12 +105,14 @@ class Record(NamedTuple):
 class WriterInfo(NamedTuple):
     """Who writes: ``alive`` is decided by state and heartbeat alone, which hold across pid namespaces.
 
-    ``heartbeat_age`` is in seconds, ``started_ms`` in ms since 1970 (UTC).
+    ``heartbeat_age`` is in seconds, ``started_ms`` in ms since 1970 (UTC). The age is None where the writer's
+    clock is not this process' (another time namespace), or says what cannot be; ``alive`` is None then, unless the
+    writer said that it stopped.
     """
 
     pid: int
-    alive: bool
-    heartbeat_age: float
+    alive: bool | None
+    heartbeat_age: float | None
     state: str
     started_ms: int
 
@@ -115,7 +129,7 @@ class TableIdentity(NamedTuple):
     sequence: int
     commit: int
     entries: int
-    heartbeat_age: float
+    heartbeat_age: float | None
 
 
 class TableInfo(NamedTuple):
@@ -151,18 +165,25 @@ class TableReader:
 
     ``retries`` counts the reads that started over because a publish overtook them; not exact under threads.
 
-    Thread-safe: the attached view is replaced by a single reference store; attaching is serialised by a lock.
-    After a fork the child goes on with the same mappings. Closing is left to the garbage collector, since a
-    thread may be in the middle of a read.
+    Thread-safe, and a read may interrupt another (in a signal handler, a finalizer, a trace function): attaching
+    takes no lock, but makes a view and stores one reference to it. After a fork the child goes on with the same
+    mappings. Closing is left to the garbage collector, since a thread may be in the middle of a read.
+
+    Where the writer is not known to live, a reader looks whether the name leads to another root segment by now,
+    once a second at most, and follows it there. That is found out by every fourth read, or by each where they come
+    slowly.
     """
 
     _view_type: ClassVar[type[View]] = View
-    _attaching: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
         self.retries = 0
-        # Replaced under `_attaching` and read without it, as one reference: root and data segment belong together.
+        # Reads until the next look at the clock, and when that leads to the next look at the writer.
+        self._patience = 0
+        self._next_look = 0.0
+        self._looked = -1.0
+        # Read and replaced as one reference: root and data segment belong together.
         self._view: View = self._view_of(self._open_root())
 
     # ------------------------------------------------------------------ single lookups
@@ -170,18 +191,30 @@ class TableReader:
     @property
     def version(self) -> int:
         """A number that grows with every publish, and never goes back: the sequence. One load."""
+        if self._patience:
+            self._patience -= 1
+        elif _now() < self._next_look:
+            self._patience = _PATIENCE - 1
+        else:
+            self._watch()
         while True:
             view = self._view
-            version = view.root.words[VERSION]
+            version = view.root_words[VERSION]
             if version >> SEQUENCE_BITS == view.generation:
                 return version & SEQUENCE_MASK
             self._attach()
 
     def flags(self, key: bytes) -> int:
         """Return the flags of ``key``, 0 if it is absent. One probe; less than a microsecond."""
+        if self._patience:
+            self._patience -= 1
+        elif _now() < self._next_look:
+            self._patience = _PATIENCE - 1
+        else:
+            self._watch()
         while True:
             view = self._view
-            words = view.root.words
+            words = view.root_words
             version = words[VERSION]
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
@@ -221,7 +254,7 @@ class TableReader:
             start, end, ordinal = view.record_span(version & 1, packed)
             if decode is None:
                 return packed & 0xFF, ordinal, view.memory[start:end]
-            with memoryview(view.memory)[start:end] as window:
+            with view.segment.window[start:end] as window:
                 return packed & 0xFF, ordinal, decode(window)
 
         return self._consistently(look)
@@ -232,9 +265,15 @@ class TableReader:
         The frame of all reads but :meth:`flags`, where it stands unrolled. An exception counts as a result does:
         only if nothing was published meanwhile. _OvertakenError once a publish came between ``attempts`` times.
         """
+        if self._patience:
+            self._patience -= 1
+        elif _now() < self._next_look:
+            self._patience = _PATIENCE - 1
+        else:
+            self._watch()
         while attempts:
             view = self._view
-            words = view.root.words
+            words = view.root_words
             version = words[VERSION]
             if version >> SEQUENCE_BITS != view.generation:
                 self._attach()
@@ -356,26 +395,13 @@ class TableReader:
         return self._consistently(lambda view, version: view.words[view.header_word[version & 1] + at])
 
     def writer(self) -> WriterInfo:
-        """Return who writes and whether it lives. Looks whether the root segment was replaced meanwhile."""
+        """Return who writes and whether it lives; if that is not sure, look where the name leads now."""
         info = self._writer_of(self._view.root)
-        if not info.alive and self.reattach():
-            info = self._writer_of(self._view.root)
+        if not info.alive:
+            with contextlib.suppress(NotServingError, SegmentError):
+                if self.reattach():
+                    info = self._writer_of(self._view.root)
         return info
-
-    def reattach(self) -> bool:
-        """Follow the name to another root segment, if it leads to one now; tell whether it did.
-
-        Needed only after somebody removed the root segment behind a dead writer's back: a living writer
-        tells its readers by itself. As long as nothing is published in the other root, the old state stays.
-        """
-        with self._attaching:
-            if not self._namespace.root_replaced(self._view.root):
-                return False
-            root = self._open_root()
-            if root.words[VERSION] >> SEQUENCE_BITS == 0:
-                return False
-            self._view = self._view_of(root)
-        return True
 
     def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
         """Wait until the version is another than ``since`` (default: than now); False after ``timeout`` s.
@@ -397,26 +423,78 @@ class TableReader:
         return True
 
     def _followed_version(self) -> int:
-        """Return the version word, of the root segment that the name leads to if the old one was withdrawn."""
-        if self._view.root.words[VERSION] >> SEQUENCE_BITS == 0:
-            with contextlib.suppress(NotServingError, SegmentError):
-                self._attach()
-        return self._view.root.words[VERSION] & SEQUENCE_MASK
+        """Return the version, or that of a withdrawn root segment while there is not another."""
+        try:
+            return self.version
+        except (NotServingError, SegmentError):
+            return self._view.root.words[VERSION] & SEQUENCE_MASK
 
     @staticmethod
     def _writer_of(root: Segment) -> WriterInfo:
         words = root.words
         state = words[WRITER_STATE]
-        age = max(0, time.monotonic_ns() - words[HEARTBEAT]) / 1e9
+        age = (time.monotonic_ns() - words[HEARTBEAT]) / 1e9
+        known = age > -1 and words[WRITER_CLOCK] == this_clock()
+        running = state in _RUNNING
         return WriterInfo(
             pid=words[WRITER_PID],
-            alive=state in (WriterState.STARTING, WriterState.SERVING) and age < HEARTBEAT_LIMIT,
-            heartbeat_age=age,
+            alive=(age < HEARTBEAT_LIMIT if known else None) if running else False,
+            heartbeat_age=max(0.0, age) if known else None,
             state=WriterState.NAMES[state] if state < len(WriterState.NAMES) else f"unknown ({state})",
             started_ms=words[WRITER_STARTED],
         )
 
     # ------------------------------------------------------------------ attaching
+
+    def _watch(self) -> None:
+        """Look whether the writer lives; if that is not sure, look at the name. Once a second at most.
+
+        Every fourth read looks at the clock for this; where they come slowly, each of them.
+        """
+        self._next_look = _now() + 1
+        words = self._view.root_words
+        age = time.monotonic_ns() - words[HEARTBEAT]
+        if words[WRITER_STATE] not in _RUNNING or not -_SECOND < age < HEARTBEAT_LIMIT * _SECOND:
+            self._look_at_name()
+
+    def _look_at_name(self) -> None:
+        """Follow the name, unless that was tried within the last second."""
+        now = _now()
+        if now >= self._looked + 1:
+            self._looked = now
+            with contextlib.suppress(NotServingError, SegmentError):
+                self.reattach()
+
+    def reattach(self) -> bool:
+        """Follow the name to another root segment, if it leads to one now; tell whether it did.
+
+        Reads do this by themselves, in a while, once the writer is dead: somebody may have removed the names, and
+        another writer made them again. A name that leads nowhere, or to a root segment in which nothing is
+        published, leaves the reader where it is. SegmentError where it leads to what cannot be read.
+        """
+        view = self._view
+        try:
+            root = self._open_root()
+        except NotServingError:
+            return False
+        if root.words[ROOT_ID] == view.header.root_id or not root.words[VERSION] >> SEQUENCE_BITS:
+            return False
+        return self._move(view, self._view_of(root))
+
+    def _attach(self) -> None:
+        """Attach the data segment that the version word names now."""
+        view = self._view
+        if view.root.words[VERSION] >> SEQUENCE_BITS != view.generation:
+            self._move(view, self._view_of(view.root))
+
+    def _move(self, old: View, new: View) -> bool:
+        """Go over to another view, unless a nested read or another thread has moved meanwhile; tell whether."""
+        # Nothing runs between the comparison and the store: no call, no jump back.
+        if self._view is old:
+            self._view = new
+            _unmap_elsewhere(old.segment)
+            return True
+        return False
 
     def _open_root(self) -> Segment:
         root = self._namespace.open_root()
@@ -426,52 +504,61 @@ class TableReader:
             check_root(root.memory[:PAGE], root.label)
         return root
 
-    def _attach(self) -> None:
-        """Attach the data segment that the version word names now."""
-        with self._attaching:
-            view = self._view
-            if view.root.words[VERSION] >> SEQUENCE_BITS != view.generation:
-                self._view = self._view_of(view.root)
-
     def _view_of(self, root: Segment) -> View:
         """Return a view of the data segment that a root's version word names now.
 
-        A segment that is gone although the version word still names it was removed by somebody else.
+        Where nothing is published in it (any more), or its segment is gone or another root's, the name decides: it
+        may lead to another root segment by now.
         """
         while True:
             version = root.words[VERSION]
-            generation = version >> SEQUENCE_BITS
-            if generation == 0:
-                root = self._follow_name(root)
-                continue
+            failure: NotServingError | SegmentError
             try:
-                return self._view_type(self._namespace.open_data(generation), version, root)
-            except (NotServingError, SegmentError):
-                if root.words[VERSION] == version:
-                    raise
+                if version >> SEQUENCE_BITS:
+                    data = self._namespace.open_data(version >> SEQUENCE_BITS)
+                    return self._view_type(data, version, root)
+                failure = self._unpublished(root)
+            except (NotServingError, SegmentError) as error:
+                failure = error
+            if root.words[VERSION] == version:
+                other = self._open_root()
+                if other.words[ROOT_ID] == root.words[ROOT_ID]:
+                    raise failure
+                root = other
 
-    def _follow_name(self, root: Segment) -> Segment:
-        """Open the root anew for generation 0: nothing was published, or the writer withdrew the old root."""
-        if not self._namespace.root_replaced(root):
-            name, writer = self._namespace.name, self._writer_of(root)
-            if writer.alive:
-                raise NotServingError(
-                    f"{name!r} is not served yet: its writer, process {writer.pid}, is still starting",
-                    hint="try again in a moment, or attach with wait=seconds",
-                )
-            raise NotServingError(
-                f"nothing is served under the name {name!r}: its writer ended before it published anything",
-                hint=f"start it with `shmelim serve --name {name}`",
+    def _unpublished(self, root: Segment) -> NotServingError:
+        name, writer = self._namespace.name, self._writer_of(root)
+        if writer.alive:
+            return NotServingError(
+                f"{name!r} is not served yet: its writer, process {writer.pid}, is still starting",
+                hint="try again in a moment, or attach with wait=seconds",
             )
-        return self._open_root()
+        return NotServingError(
+            f"nothing is served under the name {name!r}: its writer ended before it published anything",
+            hint=f"start it with `shmelim serve --name {name}`",
+        )
 
 
-def _renew_lock_in_child() -> None:
-    # A thread that was attaching during the fork does not exist in the child: nobody would release its lock.
-    TableReader._attaching = threading.Lock()  # noqa: SLF001
+def this_clock() -> int:
+    """Return which CLOCK_MONOTONIC this process has: the inode of its time namespace, 0 where there are none."""
+    try:
+        return os.stat("/proc/self/ns/time").st_ino  # noqa: PTH116  # pathlib is for writers
+    except OSError:
+        return 0
 
 
-os.register_at_fork(after_in_child=_renew_lock_in_child)
+def _unmap_elsewhere(segment: Segment) -> None:
+    """Give a large segment's pages back in a thread of its own: it takes a millisecond for a few megabytes.
+
+    Not ``threading``, whose locks a read in a signal handler may find taken.
+    """
+    discard = getattr(segment.memory, "discard", None)
+    if segment.size >= _LARGE and discard is not None:
+        # No thread can be started while the interpreter ends, or at a limit: then whoever is last unmaps.
+        with contextlib.suppress(RuntimeError):
+            _thread.start_new_thread(discard, ())
+
+
 os.register_at_fork(
     before=LOADING_NUMPY.acquire,
     after_in_parent=LOADING_NUMPY.release,

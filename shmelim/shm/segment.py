@@ -6,10 +6,10 @@ the same face over anonymous memory, so that a table without a name in ``/dev/sh
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import re
-from typing import Final, Protocol
+from _pickle import PickleBuffer
+from typing import Any, Final, Protocol
 
 from shmelim.shm.layout import WORD
 
@@ -24,31 +24,40 @@ def check_name(name: str) -> str:
 
 
 class Segment:
-    """One mapped segment, read-only for readers.
+    """One mapped segment, read-only for readers; it is unmapped with the last reference to its memory.
 
-    Slicing ``memory`` copies bytes out and never leaves the mapping. ``words`` is the same as aligned 8-byte
-    words; one item read or written is one load or store. ``identity`` (device and inode) tells it from another of
-    its name.
+    Slicing ``memory`` copies bytes out and never leaves the mapping; ``window`` is the same as a read-only view.
+    ``words`` is the same as aligned 8-byte words; one item read or written is one load or store. ``identity``
+    (device and inode) tells it from another of its name.
     """
 
-    __slots__ = ("identity", "label", "memory", "words")
+    __slots__ = ("identity", "label", "memory", "window", "words")
 
-    def __init__(self, label: str, memory: mmap.mmap, identity: tuple[int, int] = (0, 0)) -> None:
+    memory: mmap.mmap  # or what slices like one: a reader's mapping
+
+    def __init__(self, label: str, memory: Any, identity: tuple[int, int] = (0, 0)) -> None:
         self.label = label
         self.memory = memory
         self.identity = identity
-        self.words = memoryview(memory)[: len(memory) & -WORD].cast("Q")
+        whole = PickleBuffer(memory).raw()  # plain bytes, whatever items the memory says it has
+        self.window = whole.toreadonly()
+        writable = isinstance(memory, mmap.mmap) and not whole.readonly
+        self.words = (whole if writable else self.window)[: len(memory) & -WORD].cast("Q")
 
     @property
     def size(self) -> int:
         """Bytes of the mapping."""
         return len(self.memory)
 
-    def close(self) -> None:
-        """Unmap, or leave that to the last user of a view into it."""
-        self.words.release()
-        with contextlib.suppress(BufferError):
-            self.memory.close()
+
+class Lock(Protocol):
+    """What makes a writer the only one; held until it is released, or nobody refers to it any more."""
+
+    number: int
+    """Tells it from other locks of the name; 0 where there are none."""
+
+    def release(self) -> None:
+        """Give it back; idempotent."""
 
 
 class Namespace(Protocol):
@@ -56,38 +65,50 @@ class Namespace(Protocol):
 
     name: str
 
-    def acquire(self) -> None:
-        """Become the writer, and make the root segment (one page of zeros) if there is none.
+    def acquire(self) -> Lock:
+        """Become the writer.
 
-        AlreadyServingError at once if a live process is the writer; SegmentFullError if shared memory is full;
-        UntrustedSegmentError if another user owns the root segment or may write to it.
+        AlreadyServingError at once if a live process is the writer; UntrustedSegmentError if another user has the
+        lock's name.
         """
 
-    def release(self) -> None:
-        """Stop being the writer; nothing happens to who is not."""
-
-    def create_root(self) -> Segment:
-        """Make an empty, writable root segment, replacing any of that name; errors as in :meth:`acquire`."""
+    def holds(self, lock: Lock) -> bool:
+        """Tell whether the lock's name still leads to it, so that it keeps other writers out."""
 
     def open_root(self, *, writable: bool = False) -> Segment:
-        """Map the root segment.
+        """Map the root segment; a writable one is at least a page, and zeroed if it was not.
 
-        NotServingError if there is none; UntrustedSegmentError if another user owns it or may write to it.
+        NotServingError if there is none; UntrustedSegmentError if another user owns it or may write to it;
+        AlreadyServingError if it is to be writable, and a writer of format 1 has it.
         """
 
-    def create_data(self, generation: int, size: int) -> Segment:
-        """Make a data segment of ``size`` bytes, zeroed and all reserved, replacing any of that name.
+    def make_root(self) -> Segment:
+        """Make an empty root segment, a page of zeros that :meth:`name_root` gives its name.
 
-        SegmentFullError if shared memory is full, and nothing is left behind; UntrustedSegmentError if another
-        user made it; SegmentError if the root segment was removed behind the writer's back, so that the name may
-        be another writer's by now.
+        SegmentFullError if shared memory is full.
+        """
+
+    def name_root(self, root: Segment) -> None:
+        """Let the name lead to this root segment, in one step."""
+
+    def create_data(self, generation: int, size: int) -> Segment:
+        """Make a data segment of ``size`` bytes, zeroed and all reserved, replacing one of that name.
+
+        SegmentFullError if shared memory is full, and nothing is left behind; UntrustedSegmentError if the name is
+        another user's, or not that of a segment.
         """
 
     def open_data(self, generation: int, *, writable: bool = False) -> Segment:
         """Map a data segment; errors as in :meth:`open_root`."""
 
-    def remove_data(self, *, keep: int | None) -> None:
-        """Remove the names of all data segments but generation ``keep``; whoever has them mapped keeps them."""
+    def remove_data(self, generation: int) -> None:
+        """Remove the name of a data segment, unless it is another user's."""
 
-    def root_replaced(self, root: Segment) -> bool:
-        """Tell whether the name no longer leads to ``root``: it was removed, or another made."""
+    def leads_to(self, segment: Segment) -> bool:
+        """Tell whether the segment's name leads to it."""
+
+    def unlink(self, segment: Segment) -> None:
+        """Remove the segment's name, if it leads to it; whoever has it mapped keeps it."""
+
+    def tidy(self, keep: int) -> None:
+        """Remove what dead writers left: the names of all data segments but generation ``keep``."""

@@ -7,11 +7,12 @@ import errno
 import fcntl
 import mmap
 import os
+import secrets
 import stat
+import struct
 import sys
-from typing import Final
-
-import posix_ipc
+import weakref
+from typing import Any, Final
 
 from shmelim.errors import (
     AlreadyServingError,
@@ -19,14 +20,17 @@ from shmelim.errors import (
     SegmentError,
     SegmentFullError,
     UnsupportedPlatformError,
-    UntrustedSegmentError,
 )
-from shmelim.shm.layout import ROOT_SIZE
+from shmelim.shm.layout import ROOT_MAGIC, ROOT_SIZE
+from shmelim.shm.mapping import WRITE, check_file, map_file, open_error, open_file, untrusted
 from shmelim.shm.native import READ_PATH
-from shmelim.shm.segment import Namespace, Segment, check_name
+from shmelim.shm.segment import Lock, Namespace, Segment, check_name
 
 _SHM_DIR: Final = "/dev/shm"  # noqa: S108  # where Linux keeps POSIX shared memory
 _ZEROS: Final = bytes(1 << 20)
+_UNNAMED: Final = "root-"
+"""How the names of root segments go on that are not done yet."""
+_FORMAT_1: Final = ROOT_MAGIC + (1).to_bytes(4, "little")
 
 
 class SharedNamespace(Namespace):
@@ -35,11 +39,11 @@ class SharedNamespace(Namespace):
     ``name`` is 1 to 16 of ``a-z 0-9 _ -``; ``mode`` the permissions of segments made here, 0o600, or 0o640 to let
     a group read; ``owner`` the uid whose segments a reader trusts, by default this user's and root's.
 
-    ValueError for a bad name or mode; UnsupportedPlatformError where the machine's memory order is too weak for
-    the pure-Python path, and the extension is not there.
+    ValueError for a bad name or mode; UnsupportedPlatformError where there is no ``/dev/shm``, or where the
+    machine's memory order is too weak for the pure-Python path, and the extension is not there.
 
-    The lock is an ``flock`` on the root segment itself, through a descriptor of its own: it has exactly the
-    scope of the name, and the kernel releases it however the writer dies. A forked child closes its copy.
+    The lock is an ``flock`` on ``shmelim.<name>.lock``, a file of its own that readers never open: the kernel
+    releases it however the writer dies. A forked child closes its copy.
 
     >>> SharedNamespace("docs").root_name
     '/shmelim.docs'
@@ -52,11 +56,6 @@ class SharedNamespace(Namespace):
         require_store_order()
         self._mode = mode
         self._trusted = {os.geteuid(), 0} if owner is None else {owner}
-        # Written by the writer's thread only, and by the fork hook in a child.
-        self._lock: int | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"_lock": None}
 
     @property
     def root_name(self) -> str:
@@ -67,192 +66,167 @@ class SharedNamespace(Namespace):
         """Return the name of a data segment, as ``shm_open`` takes it."""
         return f"{self.root_name}.{generation}"
 
-    def acquire(self) -> None:
+    # ------------------------------------------------------------------ the lock
+
+    def acquire(self) -> Lock:
+        path = f"{_SHM_DIR}{self.root_name}.lock"
         while True:
-            descriptor = self._open_lock()
+            file = self._open_lock(path)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._already_serving() from None
             except OSError as error:
-                os.close(descriptor)
-                if error.errno in (errno.EAGAIN, errno.EACCES):
-                    raise AlreadyServingError(
-                        f"{self.name!r} is already served by another process",
-                        hint=f"see `shmelim status --name {self.name}`, or serve under another --name",
-                    ) from None
-                raise SegmentError(f"cannot lock segment {self.root_name}: {error}") from error
-            # The lock of a root that was removed or replaced between open and flock does not hold the name.
-            if self._names(descriptor):
-                break
-            os.close(descriptor)
-        self._lock = descriptor
-        _locked.add(self)
-        if sys.platform == "linux":
+                raise open_error(path, error, "lock") from error
+            lock = _FileLock(file, path)
+            # The lock of a file that was removed or replaced between open and flock keeps nobody out.
+            if self.holds(lock):
+                return lock
+
+    def _open_lock(self, path: str) -> Any:
+        # Without O_CREAT first: in a sticky directory, the kernel may refuse that for a file of another user's.
+        for flags in (WRITE, WRITE | os.O_CREAT | os.O_EXCL):
             try:
-                os.fchmod(descriptor, self._mode)
-                if os.fstat(descriptor).st_size == 0:
-                    reserve(descriptor, ROOT_SIZE)
+                file = open_file(path, flags)
+                status = os.fstat(file.fileno())
+                check_file(path, status, {os.geteuid()})
+                if flags & os.O_CREAT:
+                    os.fchmod(file.fileno(), 0o600)
             except OSError as error:
-                self.release()
-                raise _no_room(self.root_name, ROOT_SIZE, error) from error
+                if isinstance(error, SegmentError):
+                    raise
+                if error.errno not in {errno.ENOENT, errno.EEXIST}:
+                    raise (_no_room(path, 0, error) if flags & os.O_CREAT else open_error(path, error)) from error
+            else:
+                return file
+        raise self._already_serving()  # it was made just now, by who serves
 
-    def release(self) -> None:
-        descriptor, self._lock = self._lock, None
-        _locked.discard(self)
-        if descriptor is not None:
-            os.close(descriptor)
+    def _already_serving(self) -> AlreadyServingError:
+        return AlreadyServingError(
+            f"{self.name!r} is already served by another process",
+            hint=f"see `shmelim status --name {self.name}`, or serve under another --name",
+        )
 
-    def create_root(self) -> Segment:
-        previous = self._lock
-        self._unlink(self.root_name)
-        # Whoever comes first makes it and locks it, in the same way as when there never was one.
-        self.acquire()
-        if previous is not None:
-            os.close(previous)
-        return self.open_root(writable=True)
+    def holds(self, lock: Lock) -> bool:
+        assert isinstance(lock, _FileLock)
+        return _identity_at(lock.path) == lock.identity
+
+    # ------------------------------------------------------------------ segments
 
     def open_root(self, *, writable: bool = False) -> Segment:
-        return self._open(self.root_name, writable=writable)
+        return self._open_writable(self.root_name, root=True) if writable else self._open(self.root_name)
+
+    def make_root(self) -> Segment:
+        return self._create(f"{self.root_name}.{_UNNAMED}{secrets.token_hex(4)}", ROOT_SIZE)
+
+    def name_root(self, root: Segment) -> None:
+        path = f"{_SHM_DIR}{self.root_name}"
+        try:
+            os.rename(f"{_SHM_DIR}{root.label}", path)  # noqa: PTH104  # pathlib is for writers that wait
+        except OSError as error:
+            raise open_error(path, error, "replace") from error
+        root.label = self.root_name
 
     def create_data(self, generation: int, size: int) -> Segment:
-        label = self.data_name(generation)
-        if self._lost_name():
-            raise SegmentError(
-                f"the root segment {self.root_name} was removed, and another writer has the name by now",
-                hint="restart the server; readers that it had will follow",
-            )
-        self._unlink(label)
-        return self._create(label, size)
+        return self._create(self.data_name(generation), size)
 
     def open_data(self, generation: int, *, writable: bool = False) -> Segment:
-        return self._open(self.data_name(generation), writable=writable)
+        label = self.data_name(generation)
+        return self._open_writable(label, root=False) if writable else self._open(label)
 
-    def remove_data(self, *, keep: int | None) -> None:
-        for generation in [] if self._lost_name() else self.generations():
-            if generation != keep:
-                # What another user put there is not ours, and nothing reads it.
-                with contextlib.suppress(UntrustedSegmentError):
-                    self._unlink(self.data_name(generation))
+    def remove_data(self, generation: int) -> None:
+        with contextlib.suppress(OSError):
+            _remove_own(f"{_SHM_DIR}{self.data_name(generation)}")
 
-    def generations(self) -> list[int]:
-        """Return the generations that have a data segment; Linux only, elsewhere the list is empty."""
-        from pathlib import Path  # noqa: PLC0415  # for writers alone
+    def leads_to(self, segment: Segment) -> bool:
+        return _identity_at(f"{_SHM_DIR}{segment.label}") == segment.identity
 
-        prefix = self.root_name[1:] + "."
-        found = [path.name.removeprefix(prefix) for path in Path(_SHM_DIR).glob(f"{prefix}*")]
-        return sorted(int(suffix) for suffix in found if suffix.isdecimal())
+    def unlink(self, segment: Segment) -> None:
+        if self.leads_to(segment):
+            _unlink(segment.label)
+
+    def tidy(self, keep: int) -> None:
+        self._remove(lambda rest: (rest.isdecimal() and rest != str(keep)) or rest.startswith(_UNNAMED))
 
     def remove(self) -> None:
         """Unlink everything of this name; for temporary tables that are done with."""
-        self.remove_data(keep=None)
-        self._unlink(self.root_name)
+        self._remove(lambda rest: rest.isdecimal() or rest == "lock" or rest.startswith(_UNNAMED))
+        _unlink(self.root_name)
 
-    def root_replaced(self, root: Segment) -> bool:
-        try:
-            other = self._open(self.root_name, writable=False)
-        except SegmentError:
-            return True
-        except NotServingError:
-            return False
-        other.close()
-        return other.identity != root.identity
+    def generations(self) -> list[int]:
+        """Return the generations that have a data segment."""
+        return sorted(int(rest) for rest in self._rests() if rest.isdecimal())
 
-    def _open_lock(self) -> int:
-        if sys.platform != "linux":
-            # flock on shared memory is refused elsewhere: a file with the scope of the user stands in.
-            from tempfile import gettempdir  # noqa: PLC0415  # it brings a dozen modules, for this alone
+    def _rests(self) -> list[str]:
+        """Return what comes after the name in the names of everything but the root segment."""
+        prefix = self.root_name[1:] + "."
+        return [name.removeprefix(prefix) for name in os.listdir(_SHM_DIR) if name.startswith(prefix)]  # noqa: PTH208
 
-            path = f"{gettempdir()}/shmelim.{os.geteuid()}.{self.name}.lock"
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            shared = posix_ipc.SharedMemory(self.root_name, posix_ipc.O_CREAT, mode=self._mode)
-        except posix_ipc.PermissionsError:
-            raise self._untrusted(self.root_name, "it belongs to another user") from None
-        except OSError as error:
-            raise _no_room(self.root_name, ROOT_SIZE, error) from error
-        try:
-            self._check_owner(shared.fd, self.root_name, writable=True)
-        except BaseException:
-            shared.close_fd()
-            raise
-        return int(shared.fd)
-
-    def _names(self, descriptor: int) -> bool | None:
-        """Tell whether the name leads to the root segment that is open here; None if it leads nowhere."""
-        if sys.platform != "linux":
-            return True
-        try:
-            shared = posix_ipc.SharedMemory(self.root_name, read_only=True)
-        except posix_ipc.ExistentialError:
-            return None
-        except posix_ipc.PermissionsError:
-            return False
-        try:
-            return os.path.sameopenfile(shared.fd, descriptor)
-        finally:
-            shared.close_fd()
-
-    def _lost_name(self) -> bool:
-        """Tell whether the name leads to a root segment other than the one whose lock is held."""
-        return self._lock is not None and self._names(self._lock) is False
-
-    def _unlink(self, label: str) -> None:
-        try:
-            posix_ipc.unlink_shared_memory(label)
-        except posix_ipc.ExistentialError:
-            pass
-        except posix_ipc.PermissionsError:
-            raise self._untrusted(label, "it belongs to another user") from None
+    def _remove(self, chosen: Any) -> None:
+        for rest in self._rests():
+            # What another user put there is not ours, and nothing reads it.
+            if chosen(rest):
+                with contextlib.suppress(SegmentError):
+                    _unlink(f"{self.root_name}.{rest}")
 
     def _create(self, label: str, size: int) -> Segment:
+        path = f"{_SHM_DIR}{label}"
         try:
-            shared = posix_ipc.SharedMemory(label, posix_ipc.O_CREX, mode=self._mode)
-        except (posix_ipc.ExistentialError, posix_ipc.PermissionsError):
-            raise self._untrusted(label, "another process made it just now") from None
+            try:
+                file = open_file(path, WRITE | os.O_CREAT | os.O_EXCL)
+            except FileExistsError:
+                _remove_own(path)
+                file = open_file(path, WRITE | os.O_CREAT | os.O_EXCL)
         except OSError as error:
-            raise _no_room(label, size, error) from error
-        try:
-            os.fchmod(shared.fd, self._mode)
-            reserve(shared.fd, size)
-            return self._map(shared.fd, label, size, mmap.PROT_READ | mmap.PROT_WRITE)
-        except (OSError, ValueError) as error:
-            posix_ipc.unlink_shared_memory(label)
-            raise _no_room(label, size, error) from error
-        finally:
-            shared.close_fd()
+            raise error if isinstance(error, SegmentError) else _no_room(path, size, error) from error
+        with file:
+            try:
+                os.fchmod(file.fileno(), self._mode)
+                reserve(file.fileno(), size)
+                return _map(file.fileno(), label, size)
+            except (OSError, ValueError) as error:
+                _unlink(label)
+                raise _no_room(path, size, error) from error
 
-    @staticmethod
-    def _map(descriptor: int, label: str, size: int, protection: int) -> Segment:
-        status = os.fstat(descriptor)
-        memory = mmap.mmap(descriptor, size, mmap.MAP_SHARED, protection)
+    def _open_writable(self, label: str, *, root: bool) -> Segment:
+        path = f"{_SHM_DIR}{label}"
+        try:
+            with open_file(path, WRITE) as file:
+                status = os.fstat(file.fileno())
+                check_file(path, status, {os.geteuid()})
+                size = status.st_size
+                if root and size < ROOT_SIZE:
+                    # Who has it mapped must find a page there. An emptied root is never continued.
+                    os.ftruncate(file.fileno(), 0)
+                    reserve(file.fileno(), ROOT_SIZE)
+                    size = ROOT_SIZE
+                if root:
+                    os.fchmod(file.fileno(), self._mode)
+                if root and not _try_lock(file) and os.pread(file.fileno(), 12, 0) == _FORMAT_1:
+                    raise self._already_serving()
+                return _map(file.fileno(), label, size)
+        except (OSError, ValueError) as error:
+            raise self._error(path, error) from error
+
+    def _open(self, label: str) -> Segment:
+        path = f"{_SHM_DIR}{label}"
+        try:
+            memory, status = map_file(path)
+            check_file(path, status, self._trusted)
+        except (OSError, ValueError) as error:
+            raise self._error(path, error) from error
+        if memory is None:
+            raise self._not_serving(": no writer has published anything yet")
         return Segment(label, memory, (status.st_dev, status.st_ino))
 
-    def _open(self, label: str, *, writable: bool) -> Segment:
-        try:
-            shared = posix_ipc.SharedMemory(label, read_only=not writable)
-        except posix_ipc.ExistentialError:
-            raise self._not_serving() from None
-        except posix_ipc.PermissionsError:
-            raise self._untrusted(label, "this user may not open it") from None
-        try:
-            size = self._check_owner(shared.fd, label, writable=writable).st_size
-            if size == 0:
-                raise self._not_serving(": no writer has published anything yet")
-            return self._map(shared.fd, label, size, mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
-        except (NotServingError, SegmentError):
-            raise
-        except (OSError, ValueError) as error:
-            raise SegmentError(f"cannot map segment {label}: {error}") from error
-        finally:
-            shared.close_fd()
-
-    def _check_owner(self, descriptor: int, label: str, *, writable: bool) -> os.stat_result:
-        status = os.fstat(descriptor)
-        trusted = {os.geteuid()} if writable else self._trusted
-        if status.st_uid not in trusted:
-            raise self._untrusted(label, f"it belongs to uid {status.st_uid}")
-        if stat.S_IMODE(status.st_mode) & 0o022:
-            raise self._untrusted(label, f"its mode {stat.S_IMODE(status.st_mode):#o} lets others write")
-        return status
+    def _error(self, path: str, error: Exception) -> Exception:
+        if isinstance(error, (SegmentError, AlreadyServingError)):
+            return error
+        if isinstance(error, FileNotFoundError):
+            return self._not_serving()
+        if isinstance(error, OSError):
+            return open_error(path, error)
+        return SegmentError(f"cannot map {path}: {error}")
 
     def _not_serving(self, why: str = "") -> NotServingError:
         return NotServingError(
@@ -260,20 +234,75 @@ class SharedNamespace(Namespace):
             hint=f"start it with `shmelim serve --name {self.name}`",
         )
 
-    def _untrusted(self, label: str, why: str) -> UntrustedSegmentError:
-        return UntrustedSegmentError(
-            f"segment {label} is not to be trusted: {why}",
-            hint="another user took the name: choose another one, or name its owner's uid if that is meant",
-        )
+
+class _FileLock(Lock):
+    """An ``flock``, and the descriptor that holds it."""
+
+    def __init__(self, file: Any, path: str) -> None:
+        self._file = file
+        self.path = path
+        status = os.fstat(file.fileno())
+        self.identity = (status.st_dev, status.st_ino)
+        self.number = status.st_ino
+        _locks.add(self)
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def _identity_at(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _try_lock(file: Any) -> bool:
+    """Lock a root segment against writers of format 1, whose lock that was; it lasts as long as the mapping.
+
+    Who reads with a group's rights can have it, and keeps nobody out: from format 2 on it is not what counts.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _map(descriptor: int, label: str, size: int) -> Segment:
+    status = os.fstat(descriptor)
+    return Segment(label, mmap.mmap(descriptor, size), (status.st_dev, status.st_ino))
+
+
+def _remove_own(path: str) -> None:
+    status = os.lstat(path)
+    if status.st_uid != os.geteuid() or not stat.S_ISREG(status.st_mode):
+        raise untrusted(path, f"it is there already, and belongs to uid {status.st_uid}")
+    os.unlink(path)  # noqa: PTH108
+
+
+def _unlink(label: str) -> None:
+    path = f"{_SHM_DIR}{label}"
+    try:
+        os.unlink(path)  # noqa: PTH108
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise open_error(path, error, "remove") from None
 
 
 def require_store_order() -> None:
     """Raise UnsupportedPlatformError unless the extension or the machine keeps stores and loads in order."""
+    if sys.platform != "linux":
+        raise UnsupportedPlatformError(f"shmelim needs /dev/shm, which {sys.platform!r} does not have")
     machine = os.uname().machine
-    if READ_PATH == "native" or (machine in ("x86_64", "AMD64") and sys.byteorder == "little"):
+    words = struct.calcsize("P")
+    if READ_PATH == "native" or (machine in ("x86_64", "AMD64") and sys.byteorder == "little" and words == 8):  # noqa: PLR2004
         return
     raise UnsupportedPlatformError(
-        f"the pure-Python path of shmelim needs the store order of x86-64; this machine is {machine!r}",
+        f"the pure-Python path of shmelim needs the store order of x86-64, and a Python whose words have 64 bits; "
+        f"this machine is {machine!r}, and this Python's words have {8 * words}",
         hint="install shmelim where there is a C compiler (SHMELIM_BUILD=native says what is wrong), "
         "and do not set SHMELIM_PURE",
     )
@@ -296,23 +325,25 @@ def reserve(descriptor: int, size: int) -> None:
         offset += os.pwrite(descriptor, _ZEROS[: size - offset], offset)
 
 
-def _no_room(label: str, size: int, error: Exception) -> SegmentError:
+def _no_room(path: str, size: int, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
         return SegmentFullError(
-            f"no room for the {size:,} bytes of segment {label}: shared memory is full",
+            f"no room for the {size:,} bytes of {path}: shared memory is full",
             hint="enlarge /dev/shm (Docker: --shm-size) or remove what fills it; the published state stands",
         )
-    return SegmentError(f"cannot make segment {label} of {size:,} bytes: {error}")
+    if isinstance(error, OSError):
+        return open_error(path, error, "make")
+    return SegmentError(f"cannot make {path} of {size:,} bytes: {error}")
 
 
-# Strong references: a namespace whose lock was never released still has it to drop in a child.
-_locked: set[SharedNamespace] = set()
+# A child finds the locks of its parent here; nobody is kept from releasing one by forgetting it.
+_locks: weakref.WeakSet[_FileLock] = weakref.WeakSet()
 
 
 def _drop_locks_in_child() -> None:
     # An flock lives as long as any copy of its descriptor: a child must not keep a dead writer's lock.
-    for namespace in list(_locked):
-        namespace.release()
+    for lock in list(_locks):
+        lock.release()
 
 
 os.register_at_fork(after_in_child=_drop_locks_in_child)

@@ -5,13 +5,23 @@
 
 #include "view.h"
 
+#include <time.h>
+
 /* How often a read that takes long is tried before it says that publishes overtook it. */
 enum { ATTEMPTS = 16 };
+
+/* How many reads may pass without a look at the clock, where they come quickly; as in reader.py. */
+enum { PATIENCE = 4 };
+
+#define SECOND INT64_C(1000000000)
+#define HEARTBEAT_LIMIT (3 * SECOND)
 
 typedef struct {
     PyObject_HEAD
     View *view; /* the current one; replaced under the critical section of the table, NULL before the first */
-    _Atomic(uint64_t) retries; /* a statistic: threads may lose counts */
+    _Atomic(uint64_t) retries; /* a statistic: threads may lose counts, here and below */
+    _Atomic(int) patience; /* reads until the next look at the clock */
+    _Atomic(int64_t) second; /* what that said, in s */
 } Table;
 
 static void
@@ -62,10 +72,60 @@ attach(Table *table)
     return result == NULL ? -1 : 0;
 }
 
+/* Count a read. Return whether it is time to look at the clock: a load, a store and a branch that is hardly ever taken. */
+ALWAYS_INLINE static inline bool
+impatient(Table *table)
+{
+    int left = atomic_load_explicit(&table->patience, memory_order_relaxed) - 1;
+    atomic_store_explicit(&table->patience, left, memory_order_relaxed);
+    return left < 0;
+}
+
+/* Look whether the writer lives; if that is not sure, have the name looked at. Once a second at most. */
+NEVER_INLINE static int
+watch(Table *table)
+{
+    View *view = borrow_view(table);
+    if (view == NULL) {
+        return 0;
+    }
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    const unsigned char *root = view->root.buf;
+    uint64_t state = load((const Word *)(const void *)(root + STATE_AT));
+    int64_t beat = (int64_t)load((const Word *)(const void *)(root + HEARTBEAT_AT));
+    release_view(view);
+    int64_t age = now.tv_sec * SECOND + now.tv_nsec - beat;
+    if ((state == STARTING || state == SERVING) && age > -SECOND && age < HEARTBEAT_LIMIT) {
+        return 0;
+    }
+    PyObject *result = PyObject_CallMethod((PyObject *)table, "_look_at_name", NULL);
+    Py_XDECREF(result);
+    return result == NULL ? -1 : 0;
+}
+
+/* Look whether another second has begun, which costs a load, and watch the writer then. Where reads come slowly, each of
+ * them does that; where they come quickly, every fourth does this much. */
+NEVER_INLINE static int
+look_at_clock(Table *table)
+{
+    int64_t second = time(NULL);
+    if (LIKELY(second == atomic_load_explicit(&table->second, memory_order_relaxed))) {
+        atomic_store_explicit(&table->patience, PATIENCE - 1, memory_order_relaxed);
+        return 0;
+    }
+    atomic_store_explicit(&table->second, second, memory_order_relaxed);
+    atomic_store_explicit(&table->patience, 0, memory_order_relaxed);
+    return watch(table);
+}
+
 /* Return the current view and a version of its generation, for release_view; NULL with an exception set. */
 static inline View *
 begin(Table *table, uint64_t *version)
 {
+    if (UNLIKELY(impatient(table)) && look_at_clock(table) < 0) {
+        return NULL;
+    }
     for (;;) {
         View *view = borrow_view(table);
         if (LIKELY(view != NULL)) {
@@ -123,6 +183,9 @@ look_up(Table *table, const unsigned char *key, size_t size, uint64_t *packed)
 ALWAYS_INLINE static inline int
 look_up_48(Table *table, const unsigned char *key, uint64_t *packed)
 {
+    if (UNLIKELY(impatient(table)) && look_at_clock(table) < 0) {
+        return -1;
+    }
     View *view = borrow_view(table);
     if (LIKELY(view != NULL)) {
         uint64_t version = read_begin(&view->map);

@@ -18,6 +18,7 @@
 
 typedef struct {
     PyObject *corrupt; /* CorruptSegmentError */
+    PyTypeObject *memory_type;
     PyTypeObject *view_type;
     PyTypeObject *table_type;
     PyTypeObject *lookups_type;

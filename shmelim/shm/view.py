@@ -70,6 +70,7 @@ class View:
         self.generation, self.seed, self.capacity, self.arena_size, *_ = header
         self.segment = segment
         self.root = root
+        self.root_words = root.words
         self.memory = segment.memory
         self.words = segment.words
         self.mask = header.capacity - 1
@@ -95,7 +96,13 @@ class View:
         while True:
             if words[slot] == digest:
                 packed = words[slot + PACKED]
-                if packed >> KEY_LENGTH_SHIFT & 0xFF == len(key) and self._same_key(copy, slot, packed, key):
+                length = len(key)
+                start = (slot + 1) * WORD
+                if packed >> KEY_LENGTH_SHIFT & 0xFF == length and (
+                    self.memory[start : start + length] == key
+                    if length <= INLINE_KEY
+                    else self._same_long_key(copy, packed, key)
+                ):
                     return packed
                 if not packed:
                     return 0
@@ -107,11 +114,8 @@ class View:
             if slot == home:
                 raise self.corrupt(_NO_END)
 
-    def _same_key(self, copy: int, slot: int, packed: int, key: bytes) -> bool:
+    def _same_long_key(self, copy: int, packed: int, key: bytes) -> bool:
         length = len(key)
-        if length <= INLINE_KEY:
-            start = (slot + 1) * WORD
-            return self.memory[start : start + length] == key
         start = (packed >> OFFSET_SHIFT) + ENTRY_HEADER
         if start + length > self.arena_size:
             return False

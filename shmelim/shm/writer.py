@@ -42,28 +42,32 @@ from typing import Final, Self
 import psutil
 
 from shmelim.errors import (
+    AlreadyServingError,
     CorruptSegmentError,
     NotServingError,
     SegmentError,
     SegmentFormatError,
     ShmelimError,
+    UntrustedSegmentError,
 )
 from shmelim.shm.adoption import check_copy
 from shmelim.shm.image import Change, Image
 from shmelim.shm.layout import (
     HEARTBEAT,
+    MAX_GENERATION,
     MAX_KEY,
     MAX_ORDINAL,
     MAX_RECORD,
     PAGE,
     ROOT_ID,
-    ROOT_SIZE,
     SEQUENCE_BITS,
     SEQUENCE_MASK,
     SLOT_SIZE,
     STORE_ID,
     STORE_ID_SIZE,
     VERSION,
+    WRITER_CLOCK,
+    WRITER_LOCK,
     WRITER_PID,
     WRITER_STARTED,
     WRITER_STATE,
@@ -72,20 +76,22 @@ from shmelim.shm.layout import (
     check_root,
     copy_stride,
     entry_size,
-    next_generation,
     next_version,
     pack_data_header,
     pack_root_header,
     unpack_data_header,
 )
 from shmelim.shm.native import release_word
-from shmelim.shm.reader import WriterState
-from shmelim.shm.segment import Namespace, Segment
+from shmelim.shm.reader import HEARTBEAT_LIMIT, WriterState, this_clock
+from shmelim.shm.segment import Lock, Namespace, Segment
 
 MIN_CAPACITY: Final = 8
 MIN_ARENA: Final = PAGE
 _BYTES_PER_APPLY: Final = 32_768
 """Bytes that are mirrored in about the time in which one change is applied."""
+
+_RUNNING: Final = (WriterState.STARTING, WriterState.SERVING)
+_LOOK_PAUSE: Final = 0.05  # seconds between two looks at a heartbeat that may be a dead writer's last
 
 _SHRINK_FROM: Final = 8
 """A segment this many times too large is replaced by one that fits, when everything is replaced."""
@@ -103,7 +109,8 @@ class TableWriter:
     ``capacity`` is the smallest number of slots per copy, rounded up to a power of two, of which half can be in
     use; ``arena_size`` the smallest number of bytes for records, per copy. ``store_id``, 16 bytes, is that of the
     store that the table is made from; a root segment of another store is replaced. A new root segment's versions
-    begin above ``first_sequence``, the ms since 1970, and those of the root that it replaces.
+    begin above ``first_sequence``, the ms since 1970, and those of the root that it replaces. ``lock`` is that
+    of the namespace where the caller has it already; this writer releases it in the end.
 
     AlreadyServingError if another process writes this table; SegmentFullError if no shared memory is left;
     UntrustedSegmentError if the name is taken by another user.
@@ -129,6 +136,7 @@ class TableWriter:
         arena_size: int = 1 << 18,
         store_id: bytes = bytes(STORE_ID_SIZE),
         first_sequence: int = 0,
+        lock: Lock | None = None,
     ) -> None:
         if len(store_id) != STORE_ID_SIZE:
             raise ValueError(f"store_id of {len(store_id)} bytes must be {STORE_ID_SIZE} bytes long")
@@ -137,47 +145,87 @@ class TableWriter:
         self._min_capacity = max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
         self._min_arena = align(max(MIN_ARENA, arena_size), PAGE)
         self._pid = os.getpid()
-        namespace.acquire()
-        try:
-            self._root = self._take_root(first_sequence)
-            self._published = release_word(self._root, VERSION)
-            started = int(psutil.Process().create_time() * 1000)
-        except BaseException:
-            namespace.release()
-            raise
-        # The published segment and its two copies; what the one that nobody reads lacks of the other.
+        # Why this writer is none any more.
+        self._failure: ShmelimError | None = None
+        # The published segment and its two copies; what the one that nobody reads lacks of the other; the
+        # generation that was tried last.
         self._segment: Segment | None = None
         self._images: tuple[Image, Image] | None = None
         self._behind: list[Change] | str | None = None
+        self._generation = 0
         self._open: Transaction | None = None
-        words = self._root.words
-        words[WRITER_STATE] = WriterState.STARTING
-        words[WRITER_PID] = self._pid
-        words[WRITER_STARTED] = started
-        self.beat()
+        # The segment that was published before, as long as its name is there.
+        self._left: Segment | None = None
+        # The lock ends with whoever refers to it: an interrupt on any line leaves none behind.
+        self._lock = namespace.acquire() if lock is None else lock
+        # The root segment to publish in, and the one that is withdrawn as soon as that has its name.
+        self._former: Segment | None = None
+        self._root = self._take_root(first_sequence)
+        self._published = release_word(self._root, VERSION)
+        self._describe(self._root)
 
     def _take_root(self, sequence: int) -> Segment:
-        """Open the root segment for writing; one that is not ours to continue is withdrawn and replaced.
+        """Open the root segment for writing, or make one in the place of one that is not ours to continue.
 
-        A new one begins behind ``sequence``, the clock, and where the old one ended.
+        A new one gets its name with what is published in it first; where there was none, at once.
         """
-        root = self._namespace.open_root(writable=True)
-        empty = root.size < ROOT_SIZE or not root.memory[:ROOT_SIZE].strip(b"\0")
-        if not empty:
-            with contextlib.suppress(CorruptSegmentError, SegmentFormatError):
-                check_root(root.memory[:PAGE], root.label)
-                if root.memory[STORE_ID : STORE_ID + STORE_ID_SIZE] == self.store_id:
-                    return root
-                sequence = max(sequence, root.words[VERSION] & SEQUENCE_MASK)
-            # Generation 0 sends whoever has this root mapped back to the name.
-            root.words[VERSION] = 0
-        if not empty or root.size < ROOT_SIZE:
-            root.close()
-            root = self._namespace.create_root()
-        sequence = max(sequence, time.time_ns() // 1_000_000)
+        try:
+            root = self._namespace.open_root(writable=True)
+        except NotServingError:
+            root = self._new_root(sequence)
+            self._namespace.name_root(root)
+            return root
+        self._generation = root.words[VERSION] >> SEQUENCE_BITS
+        used_up = self._generation >= MAX_GENERATION
+        if used_up:
+            self._generation = 0
+        last = root.words[VERSION] & SEQUENCE_MASK
+        if last < SEQUENCE_MASK >> 1:  # what is larger is damage
+            sequence = max(sequence, last)
+        with contextlib.suppress(CorruptSegmentError, SegmentFormatError):
+            check_root(root.memory[:PAGE], root.label)
+            self._refuse_another(root)
+            if root.memory[STORE_ID : STORE_ID + STORE_ID_SIZE] == self.store_id and not used_up:
+                return root
+        self._former = root
+        return self._new_root(sequence)
+
+    def _new_root(self, sequence: int) -> Segment:
+        root = self._namespace.make_root()
+        clock = min(time.time_ns() // 1_000_000, SEQUENCE_MASK >> 1)
+        # Which copy is current is as before.
+        sequence = max(sequence, clock + ((clock ^ sequence) & 1))
         header = pack_root_header(secrets.randbits(64) or 1, self.store_id, sequence)
         root.memory[: len(header)] = header
         return root
+
+    def _refuse_another(self, root: Segment) -> None:
+        """Raise AlreadyServingError if a writer lives that holds another lock, since its lock file was removed.
+
+        Whether a heartbeat is the last one of a dead writer shows within its limit.
+        """
+        words = root.words
+        beat = words[HEARTBEAT]
+        if words[WRITER_LOCK] in {0, self._lock.number} or words[WRITER_STATE] not in _RUNNING:
+            return
+        while -1 < time.monotonic_ns() - beat < HEARTBEAT_LIMIT * 1e9:
+            if words[HEARTBEAT] != beat:
+                name, pid = self._namespace.name, words[WRITER_PID]
+                raise AlreadyServingError(
+                    f"{name!r} is served by process {pid}, whose lock file was removed",
+                    hint="stop that one first, or serve under another --name",
+                )
+            time.sleep(_LOOK_PAUSE)
+
+    def _describe(self, root: Segment) -> None:
+        """Say in a root segment who writes."""
+        words = root.words
+        words[WRITER_STATE] = WriterState.STARTING if self._images is None else WriterState.SERVING
+        words[WRITER_PID] = self._pid
+        words[WRITER_STARTED] = int(psutil.Process().create_time() * 1000)
+        words[WRITER_CLOCK] = this_clock()
+        words[WRITER_LOCK] = self._lock.number
+        words[HEARTBEAT] = time.monotonic_ns()
 
     # ------------------------------------------------------------------ state
 
@@ -191,9 +239,11 @@ class TableWriter:
         """The number of the store's commit that this writer has published, 0 before it has published anything."""
         return 0 if self._images is None else self._images[self.version & 1].commit
 
-    @property
-    def _generation(self) -> int:
-        return self._root.words[VERSION] >> SEQUENCE_BITS
+    @commit.setter
+    def commit(self, number: int) -> None:
+        # One store, for a commit that changed nothing in the table: no reader has to look again.
+        if self._images is not None:
+            self._images[self.version & 1].commit = number
 
     @property
     def loaded(self) -> bool:
@@ -205,18 +255,105 @@ class TableWriter:
         """How many entries this writer has published."""
         return 0 if self._images is None else self._images[self.version & 1].count
 
-    def beat(self) -> None:
-        """Renew the heartbeat that tells readers that the writer lives. One clock reading and one store."""
+    def beat(self) -> bool:
+        """Renew the heartbeat that tells readers that the writer lives, and look at the names; any thread may.
+
+        False: a name was removed or replaced, and the thread that owns the writer must call :meth:`renew`. A clock
+        reading, a store, and three ``stat``; well within 10 µs.
+        """
         self._root.words[HEARTBEAT] = time.monotonic_ns()
+        if self._failure is not None:
+            self._give_way()
+            return False
+        segment = self._segment
+        return (
+            self._namespace.holds(self._lock)
+            and (self._images is None if self._former is not None else self._namespace.leads_to(self._root))
+            and (segment is None or self._namespace.leads_to(segment) or segment is not self._segment)
+        )
+
+    def renew(self) -> bool:
+        """Make lost names again, so that every reader is on what is served; tell whether any was lost.
+
+        What is published is published again, under a new root segment where that one lost its name, and the old
+        one is withdrawn. AlreadyServingError, now and from every later call, if another writer has the name by
+        now; other errors as from :meth:`load`, and it can be tried again.
+        """
+        self._check_usable()
+        if self.beat():
+            return False
+        self._keep_lock()
+        self._leave()
+        if self._former is None and not self._namespace.leads_to(self._root):
+            self._replace_root()
+        elif self._segment is not None and not self._namespace.leads_to(self._segment):
+            self._publish_again(self._root)
+        return True
+
+    def _keep_lock(self) -> None:
+        """Lock the name again if the lock file was removed; AlreadyServingError if another writer was faster."""
+        if self._namespace.holds(self._lock):
+            return
+        try:
+            self._lock = self._namespace.acquire()
+        except (AlreadyServingError, UntrustedSegmentError) as error:
+            self._superseded(error)
+            raise
+        self._root.words[WRITER_LOCK] = self._lock.number
+
+    def _replace_root(self) -> None:
+        """Move to a root segment with another id, and with it what is published."""
+        root = self._new_root(self.version)
+        self._describe(root)
+        if self._images is None:
+            self._namespace.name_root(root)
+            self._root, self._published = root, release_word(root, VERSION)
+        else:
+            self._publish_again(root)
+
+    def _publish_again(self, root: Segment) -> None:
+        """Publish the same state in a new segment of this root segment."""
+        assert self._images is not None
+        self.abort()
+        current = self._images[self.version & 1]
+        header = current.header
+        staged = self._new_segment(header.capacity, header.arena_size, header.seed, root)
+        current.compact_into(staged.target(self.version))
+        staged.target(self.version).commit = current.commit
+        self._publish(staged)
+
+    def _superseded(self, error: ShmelimError) -> None:
+        """End this writer, which another has taken the name of: its calls fail, and its readers go there."""
+        self._failure, self._open = error, None
+        self._root.words[WRITER_STATE] = WriterState.STOPPED
+        self._give_way()
+
+    def _give_way(self) -> None:
+        """Withdraw the root segment once the other writer has published something."""
+        with contextlib.suppress(NotServingError, SegmentError):
+            other = self._namespace.open_root().words
+            if other[VERSION] >> SEQUENCE_BITS and other[ROOT_ID] != self._root.words[ROOT_ID]:
+                self._root.words[VERSION] = 0
+
+    def _check_usable(self) -> None:
+        if self._pid != os.getpid():
+            raise ShmelimError("this table writer is closed, or belongs to the process that forked this one")
+        if self._failure is not None:
+            raise AlreadyServingError(
+                f"another writer has taken the name {self._namespace.name!r}: {self._failure}",
+                hint="names were removed from /dev/shm under this server; restart it once the other one has ended",
+            )
 
     def close(self) -> None:
         """Say that the writer stopped, and release the lock. What is published stays readable. Idempotent."""
-        if self._pid != os.getpid() or self._root.size == 0:
+        if self._pid != os.getpid():
             return
         self.abort()
         self._root.words[WRITER_STATE] = WriterState.STOPPED
-        self.beat()
-        self._namespace.release()
+        self._root.words[HEARTBEAT] = time.monotonic_ns()
+        if self._former is not None:
+            self._namespace.unlink(self._root)  # which never got its name
+        self._lock.release()
         self._pid = -1
 
     def __enter__(self) -> Self:
@@ -251,7 +388,7 @@ class TableWriter:
             return False
         self._segment, self._images, self._behind = segment, images, _ALL
         self._root.words[WRITER_STATE] = WriterState.SERVING
-        self._namespace.remove_data(keep=header.generation)
+        self._namespace.tidy(header.generation)
         return True
 
     def load(self, entries: Iterable[tuple[bytes, int, bytes, int | None]], commit: int = 0) -> None:
@@ -267,8 +404,7 @@ class TableWriter:
 
     def transaction(self, *, replace: bool = False) -> Transaction:
         """Begin a transaction, of which one can be open at a time; ``replace`` starts it from an empty table."""
-        if self._pid != os.getpid():
-            raise ShmelimError("this table writer is closed, or belongs to the process that forked this one")
+        self._check_usable()
         if self._open is not None:
             raise ShmelimError("a transaction is already open on this table writer")
         self._open = Transaction(self, replace=replace or self._images is None)
@@ -301,6 +437,11 @@ class TableWriter:
 
     def _stage(self, changes: list[Change], need: int, commit: int, *, replace: bool) -> _Staged:
         """Make the next state in memory that nobody reads."""
+        if self._generation >= MAX_GENERATION and self._images is not None:
+            self._generation = 0
+            transaction, self._open = self._open, None
+            self._replace_root()
+            self._open = transaction
         self.settle()
         fresh = replace or self._images is None
         staged = self._stage_afresh(changes, need) if fresh else self._stage_changes(changes, need)
@@ -366,36 +507,76 @@ class TableWriter:
             capacity *= 2
         return capacity, align(max(self._min_arena, live + live // 2), PAGE)
 
-    def _new_segment(self, capacity: int, arena: int, seed: int) -> _Staged:
+    def _new_segment(self, capacity: int, arena: int, seed: int, root: Segment | None = None) -> _Staged:
         """Make an empty segment. Hashes and checksums that move there as they are need the seed they have."""
-        generation = next_generation(self._generation)
-        stride = copy_stride(capacity, arena)
-        header = DataHeader(generation, seed, capacity, arena, stride, self._root.words[ROOT_ID], self.version + 1)
-        segment = self._namespace.create_data(generation, header.size)
+        self._keep_lock()
+        root = root or self._root
+        birth = (root.words[VERSION] & SEQUENCE_MASK) + 1
+        header = DataHeader(0, seed, capacity, arena, copy_stride(capacity, arena), root.words[ROOT_ID], birth)
+        segment = self._create_data(header.size)
+        header = header._replace(generation=self._generation)
         packed = pack_data_header(header)
         segment.memory[: len(packed)] = packed
-        return _Staged(segment, (Image(segment, header, 0), Image(segment, header, 1)), _ALL)
+        return _Staged(segment, (Image(segment, header, 0), Image(segment, header, 1)), _ALL, root)
+
+    def _create_data(self, size: int) -> Segment:
+        """Make a segment of the next generation whose name is not somebody else's; in longer and longer steps."""
+        step = 1
+        while True:
+            self._generation += step
+            step *= 2
+            try:
+                return self._namespace.create_data(self._generation, size)
+            except UntrustedSegmentError:
+                if self._generation + step > MAX_GENERATION:
+                    raise
 
     def _publish(self, staged: _Staged) -> int:
         generation = staged.images[0].header.generation
-        grown = staged.segment is not self._segment
-        version = next_version(self._root.words[VERSION], generation)
+        left, root, word, former = self._left, self._root, self._published, self._former
+        first = self._segment is None
+        if staged.segment is not self._segment:
+            left = self._segment
+        if staged.root not in {None, root}:
+            root, word, former = staged.root, release_word(staged.root, VERSION), root
+        version = next_version(root.words[VERSION], generation)
         # Whether or not an interrupt lets the store happen, mirroring puts the other copy right. One statement,
-        # since no signal handler runs inside it: segment and version word must not disagree.
+        # since no signal handler runs inside it: segments and version word must not disagree.
         self._behind = _ALL
-        self._segment, self._images, self._published[0] = staged.segment, staged.images, version
+        self._segment, self._images, self._left, self._root, self._published, self._former, word[0] = (
+            staged.segment, staged.images, left, root, word, former, version
+        )  # fmt: skip
         # Everything above is visible to whoever sees the new version; nothing below may be before that.
         self._behind = staged.behind
         self._open = None
-        if grown:
+        self._leave()
+        if first:
             self._root.words[WRITER_STATE] = WriterState.SERVING
-            self._namespace.remove_data(keep=generation)
+            self._namespace.tidy(generation)
         return version & SEQUENCE_MASK
+
+    def _leave(self) -> None:
+        """Let the name lead to the root segment that has something now, and withdraw the old one; unlink old data.
+
+        What an interrupt kept from being done here is done the next time.
+        """
+        if self._former is not None and self._images is not None:
+            self._namespace.name_root(self._root)
+            self._former.words[VERSION] = 0
+            self._former = None
+        if self._left is not None:
+            self._namespace.unlink(self._left)
+            self._left = None
 
     def _abort(self) -> None:
         self._open = None
-        # A segment made for the next state may be there even if staging failed; the version word knows.
-        self._namespace.remove_data(keep=self._generation or None)
+        self._leave()
+        # A segment made for the next state may be there even if staging failed.
+        published = self._root.words[VERSION] >> SEQUENCE_BITS
+        if self._generation > published and self._failure is None and self._namespace.holds(self._lock):
+            self._namespace.remove_data(self._generation)
+            if self._former is None:
+                self._generation = published
 
 
 @dataclass(slots=True)
@@ -405,6 +586,7 @@ class _Staged:
     segment: Segment | None
     images: tuple[Image, Image]
     behind: list[Change] | str
+    root: Segment | None = None
 
     def target(self, version: int) -> Image:
         """Return the copy that the version after this one will name."""
@@ -497,8 +679,9 @@ class Transaction:
             self._writer._abort()  # noqa: SLF001
 
     def _check_open(self) -> None:
-        if self._writer._open is not self or self._writer._pid != os.getpid():  # noqa: SLF001
-            raise ShmelimError("this transaction has ended, or belongs to the process that forked this one")
+        self._writer._check_usable()  # noqa: SLF001
+        if self._writer._open is not self:  # noqa: SLF001
+            raise ShmelimError("this transaction has ended")
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,3 +20,14 @@ def plain_container(value: object) -> dict[Any, Any] | list[Any] | None:
     if isinstance(value, Sequence) and not isinstance(value, _ATOMS):
         return list(value)
     return None
+
+
+def finite(value: Any) -> Any:
+    """Return a copy of a JSON-like value in which NaN and infinities are None, as strict JSON has it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

@@ -1,4 +1,4 @@
-"""Files that survive a crash: written whole or not at all, made durable, and set aside under names of their own.
+"""Files that survive a crash: read by one open, written whole or not at all, set aside under names of their own.
 
 Everything here follows symbolic links: a file behind a link is written and renamed where it is, and the link
 stays. Functions that write raise ``OSError``; :func:`writing` makes a :class:`~shmelim.errors.StoreError` of it.
@@ -16,11 +16,13 @@ from datetime import UTC, datetime
 from glob import escape
 from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from shmelim.errors import StoreError
+from shmelim.errors import DamagedFileError, StoreError
 
 _PERMISSIONS: Final = "make it and its directory writable for this user"
+_MOUNTED: Final = "it is mounted by itself, so that nothing can take its place: mount its directory instead"
+_UNLOCKABLE: Final = "that file system cannot lock files: use a directory on a local one"
 _HINTS: Final = {
     errno.ENOSPC: "make room on that file system",
     errno.EDQUOT: "make room: this user's quota on that file system is used up",
@@ -34,7 +36,12 @@ _HINTS: Final = {
     errno.EISDIR: "a directory stands where the file should be: move it away",
     errno.ELOOP: "its symbolic links lead in a circle: mend them",
     errno.EIO: "check the disk",
+    errno.EBUSY: _MOUNTED,
+    errno.EXDEV: _MOUNTED,
+    errno.ENOLCK: _UNLOCKABLE,
+    errno.EOPNOTSUPP: _UNLOCKABLE,
 }
+_KINDS: Final = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device"}
 
 
 def make_private_directory(path: Path) -> None:
@@ -56,13 +63,65 @@ def writing(what: str, hint: str | None = None) -> Iterator[None]:
         raise StoreError(f"{what}: {error.strerror or error}", hint=_HINTS.get(error.errno or 0, hint)) from error
 
 
+class Found(NamedTuple):
+    """What stood in a file, and what tells it from every other, and from itself after it was written to.
+
+    The latter is empty for a pipe.
+    """
+
+    data: bytes
+    identity: tuple[int, ...]
+
+
+def read_once(path: Path, *, stream: bool = False) -> Found | None:
+    """Read a file whole, by one open that waits for nobody; None where there is none.
+
+    DamagedFileError for what is not a file. With `stream` a pipe or a terminal is read to its end too, which may
+    be a wait: somebody named it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | (0 if stream else os.O_NONBLOCK))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise _not_a_file(path, "a socket") from None
+        raise
+    try:
+        status = os.fstat(descriptor)
+        kind = stat.S_IFMT(status.st_mode)
+        if kind != stat.S_IFREG and (kind == stat.S_IFDIR or not stream):
+            raise _not_a_file(path, _KINDS.get(kind, "something else"))
+        with open(descriptor, "rb", closefd=False) as file:
+            return Found(file.read(), _identity(status) if kind == stat.S_IFREG else ())
+    finally:
+        os.close(descriptor)
+
+
+def identity_of(path: Path) -> tuple[int, ...] | None:
+    """Return a file's :attr:`Found.identity`; None where there is no file."""
+    try:
+        return _identity(path.stat())
+    except FileNotFoundError:
+        return None
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _not_a_file(path: Path, what: str) -> DamagedFileError:
+    return DamagedFileError(f"{path} is {what}, not a file", hint="move it away")
+
+
 def write_whole(
     path: Path, parts: Iterable[bytes], *, mode: int = 0o600, before_rename: Callable[[], object] | None = None
 ) -> None:
     """Replace a file in one step; it is durable when this returns.
 
-    One that exists keeps its permissions and group; a new one gets `mode`. `before_rename` is called when the new
-    file is complete and about to take its place. What it or `parts` raises leaves the old file as it was.
+    One that exists keeps its permissions, owner and group, as far as this user may give them away; a new one gets
+    `mode`. `before_rename` is called when the new file is complete and about to take its place. What it or `parts`
+    raises leaves the old file as it was.
     """
     target = _behind_links(path)
     _remove_leftovers(target)
@@ -95,6 +154,8 @@ def _copy_permissions(path: Path, descriptor: int, mode: int) -> None:
     with suppress(FileNotFoundError):
         old = path.stat()
         mode = stat.S_IMODE(old.st_mode)
+        with suppress(PermissionError):
+            os.fchown(descriptor, old.st_uid, -1)
         try:
             os.fchown(descriptor, -1, old.st_gid)
         except PermissionError:
@@ -133,9 +194,13 @@ def move_aside(path: Path, what: str = "damaged", companions: Iterable[str] = ()
     """
     with writing(f"{path} cannot be moved aside", hint="move it by hand"):
         old = _behind_links(path)
-        old.stat()  # that there is one, before a name is taken for it
-        aside = _unused_name(old, what)
-        old.replace(aside)
+        status = old.stat()  # that there is one, before a name is taken for it
+        aside = _unused_name(old, what, directory=stat.S_ISDIR(status.st_mode))
+        try:
+            old.replace(aside)
+        except BaseException:
+            aside.rmdir() if aside.is_dir() else aside.unlink()
+            raise
         for suffix in companions:
             with suppress(FileNotFoundError):
                 old.with_name(old.name + suffix).replace(aside.with_name(aside.name + suffix))
@@ -143,13 +208,16 @@ def move_aside(path: Path, what: str = "damaged", companions: Iterable[str] = ()
     return aside
 
 
-def _unused_name(path: Path, what: str, suffix: str = "") -> Path:
-    """Take a name beside a file by creating it, empty and private."""
+def _unused_name(path: Path, what: str, suffix: str = "", *, directory: bool = False) -> Path:
+    """Take a name beside a file by creating it, empty and private; as a directory if it is for one."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     names = (f"{path.name}.{what}-{stamp}{f'-{n}' if n else ''}{suffix}" for n in count())
     while True:
         taken = path.with_name(next(names))
         with suppress(FileExistsError):
+            if directory:
+                taken.mkdir(mode=0o700)
+                return taken
             os.close(os.open(taken, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             return taken
 

@@ -3,36 +3,106 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import time
 from pathlib import Path
+from typing import Final
 
 from shmelim.system import forks
 
-_PID_SIZE = 20  # bytes
+_PID_SIZE: Final = 20  # bytes
+_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+# Seconds for somebody who has the directory's lock for a moment, as one has who makes a database in it.
+_PATIENCE: Final = 1.0
+_PAUSE: Final = 0.01
 
 
 class Lease:
     """A lock that the kernel releases however its holder dies.
 
-    A forked child closes its copy, so that it does not keep a dead parent's lock. Two leases of one file exclude
+    A file can be removed by somebody who takes it for a stale one. So the directory is locked as well once
+    :meth:`secure` was called, where its file system can do that, and :meth:`keep` puts the file back.
+
+    A forked child closes its copies, so that it does not keep a dead parent's lock. Two leases of one file exclude
     each other within a process, too.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._descriptor: int | None = None
+        self._directory: int | None = None
 
     def acquire(self) -> None:
         """Take it; ``BlockingIOError`` if somebody has it, another ``OSError`` if the file cannot be used."""
+        self._take_file()
+        deadline = time.monotonic() + _PATIENCE
+        try:
+            while (descriptor := self._lock_directory()) is None and time.monotonic() < deadline:
+                time.sleep(_PAUSE)
+        except BaseException:
+            self.release()
+            raise
+        if descriptor is None:
+            self.release()
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        os.close(descriptor)
+
+    def secure(self) -> None:
+        """Lock the directory too: from now on nobody else in it does so; ``BlockingIOError`` if somebody has.
+
+        Not in :meth:`acquire`, because whoever makes the database in there has that lock meanwhile.
+        """
         with forks.creating_descriptors:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(self._path, flags, 0o600)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BaseException:
+            self._directory = self._lock_directory()
+        if self._directory is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def keep(self) -> bool:
+        """Put the file back if it was removed; False where another process has the one that stands there."""
+        if self._descriptor is None or self._is_named(self._descriptor):
+            return True
+        before = self._descriptor
+        try:
+            self._take_file()
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
+        os.close(before)
+        return True
+
+    def holder(self) -> int | None:
+        """Return the id of the process that took the lock last; None if the file does not say."""
+        try:
+            with self.path.open("rb") as file:
+                return int(file.read(_PID_SIZE))
+        except (OSError, ValueError):
+            return None
+
+    def release(self) -> None:
+        """Give the lock back; idempotent."""
+        descriptors = self._descriptor, self._directory
+        self._descriptor = self._directory = None
+        _held.discard(self)
+        for descriptor in descriptors:
+            if descriptor is not None:
                 os.close(descriptor)
-                raise
+
+    after_fork_in_child = release
+
+    def _take_file(self) -> None:
+        with forks.creating_descriptors:
+            while True:
+                descriptor = os.open(self.path, _FLAGS, 0o600)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # The lock of a file that was removed between the two calls keeps nobody out.
+                    if self._is_named(descriptor):
+                        break
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+                os.close(descriptor)
             self._descriptor = descriptor
             forks.register(self)
             _held.add(self)
@@ -40,22 +110,25 @@ class Lease:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
 
-    def holder(self) -> int | None:
-        """Return the id of the process that took the lock last; None if the file does not say."""
+    def _is_named(self, descriptor: int) -> bool:
+        """Whether the lock's name leads to this very file."""
         try:
-            with self._path.open("rb") as file:
-                return int(file.read(_PID_SIZE))
-        except (OSError, ValueError):
-            return None
+            return os.path.samestat(self.path.lstat(), os.fstat(descriptor))
+        except FileNotFoundError:
+            return False
 
-    def release(self) -> None:
-        """Give the lock back; idempotent."""
-        descriptor, self._descriptor = self._descriptor, None
-        _held.discard(self)
-        if descriptor is not None:
-            os.close(descriptor)
-
-    after_fork_in_child = release
+    def _lock_directory(self) -> int | None:
+        """Return the directory's descriptor, with the lock where that is possible; None if somebody has that."""
+        with forks.creating_descriptors:
+            descriptor = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except OSError:
+                pass  # a file system that locks files alone, such as NFS
+            return descriptor
 
 
 # Strong references: a lease that its holder forgot is held all the same.

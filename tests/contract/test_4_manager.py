@@ -15,7 +15,6 @@ from unittest.mock import Mock, patch
 
 import psutil
 import pytest
-from contract_marks import not_built
 from contract_services import hang
 from contract_validator import START, Metagraph, Validator, row
 from waiting import PATIENCE, until
@@ -169,10 +168,6 @@ def of_files(make, tmp_path):
     return lambda **options: make("direct", files_dir=tmp_path / "files", **options)
 
 
-FILES_DIR = not_built("SPEC 4: files_dir=, the JSON files are the state", TypeError)
-
-
-@FILES_DIR
 def test_files_dir_is_read_at_construction(of_files, tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "eliminations.json").write_text(json.dumps({"eliminations": [row("b"), row("a")]}))
@@ -182,7 +177,6 @@ def test_files_dir_is_read_at_construction(of_files, tmp_path):
     assert manager.get_departed_hotkeys() == {"m": {"detected_ms": 0}}
 
 
-@FILES_DIR
 def test_files_dir_is_current_when_a_changing_call_returns(of_files, tmp_path):
     manager = of_files()
     for change in (
@@ -198,7 +192,6 @@ def test_files_dir_is_current_when_a_changing_call_returns(of_files, tmp_path):
         assert written == {"eliminations": manager.get_eliminations_from_memory()}
 
 
-@FILES_DIR
 def test_files_dir_has_no_lock_and_no_store_and_a_second_one_reads_what_the_first_wrote(of_files, tmp_path):
     first = of_files()
     first.sync_eliminations([row("a")])
@@ -212,7 +205,6 @@ def test_files_dir_has_no_lock_and_no_store_and_a_second_one_reads_what_the_firs
     assert {path.name for path in (tmp_path / "files").iterdir()} == {"eliminations.json", "departed_hotkeys.json"}
 
 
-@not_built("SPEC 4: files_dir= is for direct mode only", AssertionError)
 def test_files_dir_is_for_direct_mode_only(make, tmp_path):
     with pytest.raises((TypeError, ValueError)) as caught:
         make("rpc", files_dir=tmp_path)
@@ -229,7 +221,6 @@ def test_files_are_private_by_default_and_a_directory_keeps_its_mode(make, mode,
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o751
 
 
-@not_built("SPEC 4: file modes are a parameter (files_mode)", TypeError)
 def test_file_modes_are_a_parameter(make, mode, tmp_path):
     manager = make(mode, state_dir=tmp_path / "state", files_mode=0o640)
     manager.sync_eliminations([row("a")])

@@ -187,7 +187,6 @@ def test_saving_calls_return_when_the_files_are_written(again, state):
         manager.remove_elimination("b")
 
 
-@not_built("SPEC 6: get_eliminations_from_disk writes what is missing first")
 def test_what_is_read_from_disk_is_written_first(again, state):
     manager = again()
     for n in range(20):
@@ -196,7 +195,6 @@ def test_what_is_read_from_disk_is_written_first(again, state):
         assert in_file(state) == {"eliminations": [row("a", n)]}
 
 
-@not_built("SPEC 6: in direct mode the files are current when any changing call returns")
 def test_in_direct_mode_files_are_current_when_any_change_returns(make, state):
     manager = make("direct", state_dir=state)
     for n in range(20):
@@ -209,7 +207,6 @@ def test_in_direct_mode_files_are_current_when_any_change_returns(make, state):
     assert departed_in_file(state) == {"departed_hotkeys": manager.get_departed_hotkeys()}
 
 
-@not_built("SPEC 6: in direct mode the files are current when a tick returns")
 def test_in_direct_mode_files_are_current_when_a_tick_returns(validate, tmp_path):
     validator = validate("direct")
     validator.register("a", "b")

@@ -13,11 +13,11 @@ from serving import State, listing, row, state_in_files, state_in_store, state_i
 
 import shmelim
 from shmelim import EliminationManagerServer, EliminationReader
-from shmelim.eliminations.files import format as files
-from shmelim.eliminations.files import mirror
+from shmelim.eliminations.files import mirror, taking
+from shmelim.eliminations.files.taking import NAMES
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import DamagedFileError, DamagedStoreError, StoreError
+from shmelim.errors import DamagedFileError, DamagedStoreError, StateConflictError, StoreError
 from shmelim.shm import SharedNamespace
 
 HOTKEYS = [f"hotkey-{n}" for n in range(40)]
@@ -39,6 +39,7 @@ def die_after(table_name, state_dir, work, **options):
 
     def run():
         mirror._COALESCE = 1000.0
+        options.setdefault("files", "lagged")
         server = EliminationManagerServer(SharedNamespace(table_name), state_dir, durability="process", **options)
         work(server)
         kill_self()
@@ -129,10 +130,13 @@ class TestDamagedStore:
     def test_is_not_restored_from_the_table_of_another_directory(self, table_name, tmp_path, state_dir, start):
         with start() as server:
             before = fill(server)
-        with EliminationManagerServer(SharedNamespace(table_name), tmp_path / "other") as other:
+        namespace = SharedNamespace(table_name)
+        with EliminationManagerServer(namespace, tmp_path / "other", replace_published=True) as other:
             other.add_elimination_rpc("stranger", row("stranger"))
         overwrite_header(state_dir / FILE_NAME)
-        assert state_in_table(start().reader) == before.without_registered()
+        with pytest.raises(StateConflictError, match="1 eliminated"):
+            start()
+        assert state_in_table(start(replace_published=True).reader) == before.without_registered()
 
     @pytest.mark.parametrize("use_files", ["current", "off"])
     def test_with_nothing_to_restore_it_from_is_refused_and_left_as_it_is(
@@ -227,7 +231,7 @@ class TestDamagedFiles:
         (state_dir / "eliminations.json").write_text(json.dumps({"eliminations": [row("a")]}))
 
         def die_while_reading():
-            files.read_eliminations = lambda _path: kill_self()
+            taking.read_file = lambda _path: kill_self()
             EliminationManagerServer(SharedNamespace(table_name), state_dir)
 
         with Child(die_while_reading) as child:
@@ -276,7 +280,7 @@ class TestBadRows:
     def test_of_a_departed_file_are_set_aside_and_the_rest_loads(self, state_dir, start):
         state_dir.mkdir()
         content = {
-            "departed_hotkeys": {"a": {"detected_ms": 5}, "b": {"detected_ms": "x"}, "": {"detected_ms": 1}}
+            "departed_hotkeys": {"a": {"detected_ms": 5}, "x" * 256: {"detected_ms": 1}, "": {"detected_ms": 1}}
         }
         (state_dir / "departed_hotkeys.json").write_text(json.dumps(content))
         assert start().get_departed_hotkeys_rpc() == {"a": {"detected_ms": 5}}
@@ -352,21 +356,22 @@ class TestEditedFiles:
 
 
 class TestCrashWhileAFileIsWritten:
-    """Between the commit of a file's digest and its rename, the file on disk is the one before."""
+    """Between what is written down of a file and its rename, the file on disk is the one before."""
 
     @staticmethod
     def dies_before_renaming(change):
         def work(server):
-            replace = os.replace
+            replace = Path.replace
 
-            def die(*_args, **_kwargs):
-                kill_self()
+            def die(path, target):
+                if target.name in NAMES:
+                    kill_self()
+                return replace(path, target)
 
-            for kind in (files.Path, type(files.Path())):
+            for kind in (Path, type(Path())):
                 kind.replace = die
             change(server)
             server.save_eliminations_rpc()
-            replace("never", "reached")
 
         return work
 
@@ -386,12 +391,19 @@ class TestCrashWhileAFileIsWritten:
         assert not [event for event in server.get_history_rpc(limit=None) if event["action"] == "import"]
         same_in_all(server, state_dir)
 
-    def test_is_no_reason_to_overlook_an_edit(self, table_name, state_dir, start):
+    def test_an_edit_after_that_is_set_aside_as_nobody_knows_what_it_was_made_from(
+        self, table_name, state_dir, start
+    ):
         with start() as server:
             fill(server)
         die_after(table_name, state_dir, self.dies_before_renaming(lambda server: server.clear_eliminations_rpc()))
-        (state_dir / "eliminations.json").write_text(json.dumps({"eliminations": [row("edited")]}))
-        assert start().get_eliminated_hotkeys_rpc() == {"edited"}
+        edit = json.dumps({"eliminations": [row("edited")]})
+        (state_dir / "eliminations.json").write_text(edit)
+        server = start()
+        assert server.get_eliminated_hotkeys_rpc() == set()
+        (aside,) = state_dir.glob("eliminations.json.edited-*")
+        assert aside.read_text() == edit
+        assert [problem["name"] for problem in server.health_check_rpc()["problems"]] == ["file_not_applied"]
 
     def test_a_rename_that_fails_again_and_again_never_brings_the_file_before_back(
         self, table_name, state_dir, start
@@ -400,10 +412,14 @@ class TestCrashWhileAFileIsWritten:
             fill(server)
 
         def rename_fails(server):
-            def fail(*_args):
-                raise OSError(1, "not permitted")
+            replace = Path.replace
 
-            for kind in (files.Path, type(files.Path())):
+            def fail(path, target):
+                if target.name in NAMES:
+                    raise OSError(1, "not permitted")
+                return replace(path, target)
+
+            for kind in (Path, type(Path())):
                 kind.replace = fail
             for n in range(5):
                 server.add_elimination_rpc(f"new-{n}", row(f"new-{n}", n))

@@ -98,5 +98,7 @@ class TestAfterARecoveryFromTheFiles:
 def test_a_state_that_moved_is_told_by_its_directory(tmp_path, table_name, state_dir, start, undone):
     shutil.move(state_dir, tmp_path / "elsewhere")
     damage(tmp_path / "elsewhere")
-    with EliminationManagerServer(SharedNamespace(table_name), tmp_path / "elsewhere") as server:
+    with EliminationManagerServer(
+        SharedNamespace(table_name), tmp_path / "elsewhere", replace_published=True
+    ) as server:
         assert [event["action"] for event in server.get_history_rpc(limit=None)][-1] == "recover"

@@ -211,7 +211,7 @@ class TestSharedMemory:
         assert with_small_tmpfs("/dev/shm", 2_000_000, work)
 
     @own_mounts
-    def test_full_at_the_start_is_a_clear_error_and_leaves_the_old_table(self, table_name, tmp_path):
+    def test_full_at_a_first_start_is_a_clear_error_and_at_a_later_one_costs_nothing(self, table_name, tmp_path):
         def work():
             namespace = SharedNamespace(table_name)
             with EliminationManagerServer(namespace, tmp_path, files="off") as server:
@@ -220,7 +220,9 @@ class TestSharedMemory:
             filler = fill_up(Path("/dev/shm"))
             reader = EliminationReader(table_name)
             with pytest.raises(SegmentFullError):
-                EliminationManagerServer(namespace, tmp_path, files="off")
+                EliminationManagerServer(SharedNamespace(f"{table_name}x"), tmp_path / "other", files="off")
+            # One that adopts its table needs no room.
+            EliminationManagerServer(namespace, tmp_path, files="off").close()
             assert state_in_table(reader) == before
             filler.unlink()
             with EliminationManagerServer(namespace, tmp_path, files="off"):

@@ -60,11 +60,9 @@ def test_the_hint_restores_everything_that_was_acknowledged(state_dir, start):
     _delete_directory(state_dir)
     with pytest.raises(StoreError) as caught:
         server.add_elimination_rpc("b", row("b"))
-    assert "an empty file of that name in its place" in caught.value.hint
+    assert "--adopt-published" in caught.value.hint
     server.close()
-    state_dir.mkdir()
-    (state_dir / FILE_NAME).touch()
-    with start() as again:
+    with start(adopt_published=True) as again:
         assert state_in_table(again.reader) == before
         again.add_elimination_rpc("b", row("b"))
     assert [name for name, _ in state_in_store(state_dir).eliminations] == ["a", "b"]

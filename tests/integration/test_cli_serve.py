@@ -19,6 +19,7 @@ from waiting import PATIENCE, until
 from shmelim import EliminationReader
 from shmelim.cli.main import cli
 from shmelim.errors import NotServingError
+from shmelim.shm import SharedNamespace
 
 
 @pytest.fixture
@@ -93,6 +94,40 @@ def test_a_second_one_fails_at_once_and_names_the_first(name, home, tmp_path):
 def test_two_names_cannot_share_a_state_directory(new_name, home, tmp_path):
     with serving(new_name(), home, "--state-dir", str(tmp_path)):
         refused(attempt(new_name(), home, "--state-dir", str(tmp_path)), "in use by another server")
+
+
+def test_another_directory_is_refused_with_the_ways_out(name, home, tmp_path):
+    with serving(name, home) as server:
+        server.client().add_elimination(A, row(A))
+        assert server.end() == 0
+        other, ways = str(tmp_path / "other"), ("--adopt-published", "--replace-published")
+        refused(attempt(name, home, "--state-dir", other), "1 eliminated", *ways)
+        with serving(name, home, "--state-dir", other, "--adopt-published") as adopting:
+            assert "1 eliminated" in adopting.said()
+            assert "money_held" in adopting.said()
+            assert adopting.end() == 0
+    both = attempt(name, home, "--adopt-published", "--replace-published")
+    refused(both, "contradict", code=2)
+
+
+def test_where_names_are_remembered(name, home, tmp_path):
+    with serving(name, home, "--registry", str(tmp_path / "registry")) as server:
+        server.client().add_elimination(A, row(A))
+        assert server.end() == 0
+    assert json.loads((tmp_path / "registry" / f"{name}.json").read_text())["eliminated"] == 1
+    SharedNamespace(name).remove()
+    shutil.rmtree(home / "state")
+    refused(attempt(name, home, "--registry", str(tmp_path / "registry")), "registry remembers 1 eliminated")
+    with serving(name, home, "--registry", "off") as server:
+        assert ": 0 eliminated" in server.said()
+
+
+def test_a_new_store_is_refused_where_one_must_exist(name, home):
+    refused(attempt(name, home, "--must-exist"), "must_exist")
+    with serving(name, home) as server:
+        assert server.end() == 0
+    with serving(name, home, "--must-exist") as server:
+        assert server.end() == 0
 
 
 def test_a_port_in_use(name, home):

@@ -105,7 +105,7 @@ def test_cell(facts):
     assert decide(facts._replace(**ADOPT)) == (refusal if adopted is None else Plan(adopted, hold=True))
     replaced = decide(facts._replace(**REPLACE))
     assert replaced.action is entry(REPLACED, facts)
-    assert replaced.hold is not replaced.refused
+    assert replaced.hold is (replaced.action is not Action.REFUSE_DAMAGED)
 
 
 @pytest.mark.parametrize("facts", CELLS, ids=str)

@@ -7,11 +7,12 @@ import os
 import re
 import stat
 import tempfile
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shmelim.errors import StoreError
+from shmelim.errors import DamagedFileError, StoreError
 from shmelim.system import durable
 
 if TYPE_CHECKING:
@@ -46,12 +47,12 @@ class TestWriteWhole:
         assert path.read_bytes() == b"new"
         assert stat.S_IMODE(path.stat().st_mode) == mode
 
-    @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file to any group")
-    def test_file_that_exists_keeps_its_group(self, path: Path) -> None:
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file away")
+    def test_file_that_exists_keeps_its_owner_and_group(self, path: Path) -> None:
         path.write_bytes(b"old")
-        os.chown(path, -1, 12345)
+        os.chown(path, 1234, 12345)
         durable.write_whole(path, [b"new"])
-        assert path.stat().st_gid == 12345
+        assert (path.stat().st_uid, path.stat().st_gid) == (1234, 12345)
 
     def test_no_other_group_gets_the_rights_of_one_that_cannot_be_kept(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
@@ -143,6 +144,9 @@ class TestWriteWhole:
         (errno.EROFS, "mount"),
         (errno.ENAMETOOLONG, "shorter"),
         (errno.EIO, "disk"),
+        (errno.EBUSY, "mount its directory instead"),
+        (errno.EXDEV, "mount its directory instead"),
+        (errno.ENOLCK, "cannot lock files"),
         (errno.ENOENT, "what the caller says"),
     ],
 )
@@ -160,7 +164,52 @@ def test_error_says_why_and_what_to_do(path: Path, monkeypatch: pytest.MonkeyPat
     assert hint in str(caught.value.hint)
 
 
+class TestReadOnce:
+    def test_returns_what_stands_there_and_what_tells_it_from_every_other(self, path: Path) -> None:
+        assert durable.read_once(path) is None
+        assert durable.identity_of(path) is None
+        path.write_bytes(b"one")
+        found = durable.read_once(path)
+        assert found == (b"one", durable.identity_of(path))
+        path.write_bytes(b"another")
+        assert durable.identity_of(path) != found.identity
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_directory_is_not_read(self, tmp_path: Path, stream: bool) -> None:
+        with pytest.raises(DamagedFileError, match="is a directory, not a file"):
+            durable.read_once(tmp_path, stream=stream)
+
+    def test_a_pipe_is_read_where_somebody_named_it_and_else_not_waited_for(self, path: Path) -> None:
+        os.mkfifo(path)
+        with pytest.raises(DamagedFileError, match="is a pipe, not a file"):
+            durable.read_once(path)
+        writer = threading.Thread(target=path.write_bytes, args=(b"content",))
+        writer.start()
+        assert durable.read_once(path, stream=True) == (b"content", ())
+        writer.join()
+
+
 class TestAside:
+    def test_a_directory_can_be_moved_too(self, path: Path) -> None:
+        path.mkdir()
+        (path / "inside").touch()
+        first = durable.move_aside(path)
+        path.mkdir()
+        assert durable.move_aside(path) != first
+        assert names(first) == ["inside"]
+        assert len(names(path.parent)) == 2
+
+    def test_one_that_cannot_be_moved_leaves_no_name(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def busy(*_: object) -> None:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+        path.write_bytes(b"old")
+        monkeypatch.setattr(type(path), "replace", busy)
+        with pytest.raises(StoreError, match="resource busy") as caught:
+            durable.move_aside(path)
+        assert "mount its directory" in str(caught.value.hint)
+        assert names(path.parent) == [path.name]
+
     def test_moving_overwrites_nothing_and_takes_the_companions_along(self, path: Path) -> None:
         moved = []
         for n in range(3):

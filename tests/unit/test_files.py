@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import socket
 import stat
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 import shmelim
 from shmelim.eliminations.files import format as files
-from shmelim.eliminations.record import encode, generate_row, normalise
+from shmelim.eliminations.record import decode, encode, generate_row, normalise
 from shmelim.errors import DamagedFileError, StoreError
 
 DEPARTED_DEFAULT = Path(shmelim.__file__).parent / "data" / "default_departed_hotkeys.json"
@@ -32,9 +34,10 @@ class TestWriteEliminations:
     @pytest.mark.parametrize("count", [0, 1, 2, 999, 1000, 1001, 2500])
     def test_content_is_what_json_reads(self, path, count):
         rows = [record(f"h{n}", n=n) for n in range(count)]
-        digest = files.write_eliminations(path, map(encode, rows))
+        summary = files.write_eliminations(path, map(encode, rows))
         assert json.loads(path.read_text()) == {"eliminations": rows}
-        assert digest == files.digest_of(path)
+        assert summary.digest == files.read_file(path).digest
+        assert list(files.hashes_in(summary.rows)) == [files.hash_of(f"h{n}") for n in range(count)]
         assert names(path) == [path.name]
 
     def test_one_row_a_line(self, path):
@@ -43,14 +46,12 @@ class TestWriteEliminations:
         assert len(lines) == 2502
         assert all(json.loads(line.rstrip(","))["hotkey"] for line in lines[1:-1])
 
-    def test_nan_and_infinities_as_python_writes_them(self, path):
+    def test_nan_and_infinities_are_null_as_strict_json_has_it(self, path):
         rows = [record("a", dd=math.inf, x=[-math.inf, None, "é"]), record("b", dd=math.nan), record("c", dd=None)]
         files.write_eliminations(path, map(encode, rows))
-        text = path.read_text(encoding="utf-8")
-        assert '"dd":Infinity' in text
-        assert "[-Infinity,null" in text
-        read = list(files.read_eliminations(path).taken.values())
-        assert read == list(map(encode, rows))
+        json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+        read = [decode(row) for row in files.read_eliminations(path).taken.values()]
+        assert read == [record("a", dd=None, x=[None, None, "é"]), record("b", dd=None), record("c", dd=None)]
 
     def test_a_new_one_is_its_owners_alone(self, path):
         files.write_eliminations(path, [])
@@ -58,15 +59,15 @@ class TestWriteEliminations:
 
     def test_digest_is_told_before_the_rename(self, path):
         files.write_eliminations(path, [encode(record("old"))])
-        old = files.digest_of(path)
+        old = files.read_file(path).digest
         told = []
 
-        def before_rename(digest):
-            told.append(digest)
-            assert files.digest_of(path) == old
+        def before_rename(summary):
+            told.append(summary)
+            assert files.read_file(path).digest == old
 
         assert [files.write_eliminations(path, [encode(record("new"))], before_rename=before_rename)] == told
-        assert files.digest_of(path) == told[0] != old
+        assert files.read_file(path).digest == told[0].digest != old
 
     def test_what_before_rename_raises_cancels(self, path):
         files.write_eliminations(path, [encode(record("old"))])
@@ -92,7 +93,6 @@ class TestWriteEliminations:
 class TestReadEliminations:
     def test_no_file(self, path):
         assert files.read_eliminations(path) is None
-        assert files.digest_of(path) is None
 
     @pytest.mark.parametrize(
         "shape",
@@ -184,10 +184,18 @@ def test_damaged_files_say_so(path, read, content):
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("read", [files.read_eliminations, files.read_departed, files.digest_of])
-def test_a_directory_is_no_file(tmp_path, read):
-    with pytest.raises(StoreError, match="cannot be read"):
-        read(tmp_path)
+@pytest.mark.parametrize("read", [files.read_eliminations, files.read_departed])
+def test_what_is_not_a_file_is_damage_and_is_not_waited_for(path, read, monkeypatch):
+    for make, what in ((path.mkdir, "a directory"), (lambda: os.mkfifo(path), "a pipe")):
+        make()
+        with pytest.raises(DamagedFileError, match=f"is {what}, not a file"):
+            read(path)
+        path.rmdir() if path.is_dir() else path.unlink()
+    monkeypatch.chdir(path.parent)  # a socket's path must be short
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path.name)
+        with pytest.raises(DamagedFileError, match="is a socket, not a file"):
+            read(path)
 
 
 class TestDeparted:
@@ -212,17 +220,20 @@ class TestDeparted:
         files.write_departed(path, [])
         assert json.loads(path.read_text()) == {"departed_hotkeys": {}}
 
+    @pytest.mark.parametrize("info", [None, {}, {"detected_ms": None}, {"x": 1}])
+    def test_a_time_that_is_missing_reads_as_zero(self, path, info, caplog):
+        path.write_text(json.dumps({"departed_hotkeys": {"a": {"detected_ms": 5.0, "x": 1}, "b": info}}))
+        assert files.read_departed(path) == ({"a": 5, "b": 0}, [])
+        assert caplog.text == ""
+
     @pytest.mark.parametrize(
-        "info", [None, 5, [], {}, {"detected_ms": None}, {"detected_ms": "5"}, {"detected_ms": 1.5}]
+        "info", [5, [], {"detected_ms": "5"}, {"detected_ms": 1.5}]
         + [{"detected_ms": ms} for ms in (True, -1, 2**63, math.nan, math.inf)],
     )  # fmt: skip
-    def test_bad_times_are_set_aside(self, path, info):
+    def test_so_does_one_that_is_no_time_with_a_warning(self, path, info, caplog):
         path.write_text(json.dumps({"departed_hotkeys": {"a": {"detected_ms": 5.0, "x": 1}, "b": info}}))
-        read = files.read_departed(path)
-        assert read.taken == {"a": 5}
-        (bad,) = read.bad
-        assert bad.index == 1
-        assert "'b'" in bad.problem
+        assert files.read_departed(path) == ({"a": 5, "b": 0}, [])
+        assert "no valid 'detected_ms', which reads as 0: b" in caplog.text
 
     @pytest.mark.parametrize("hotkey", ["", "x" * 256, "\ud800", None, 5, ["a"], {}])
     def test_bad_hotkeys_are_set_aside(self, path, hotkey):
@@ -230,6 +241,59 @@ class TestDeparted:
         read = files.read_departed(path)
         assert read.taken == {"a": 0}
         assert [(bad.index, bad.row) for bad in read.bad] == [(0, hotkey)]
+
+
+NOT_ONE_ROW = [
+    (files.read_eliminations, '{"eliminations": ["a", "b"]}'),
+    (files.read_eliminations, "[null]"),
+    (files.read_eliminations, '{"eliminations": {"a": 5, "b": "name"}}'),
+    (files.read_departed, '{"departed_hotkeys": [null, 5]}'),
+    (files.read_departed, '{"departed_hotkeys": {"": {"detected_ms": 5}}}'),
+]
+
+
+@pytest.mark.parametrize(("read", "content"), NOT_ONE_ROW)
+def test_a_file_of_which_not_one_row_can_be_taken_is_damaged(path, read, content):
+    path.write_text(content)
+    with pytest.raises(DamagedFileError, match=r"none of its \d rows can be taken; row 0:"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("read", "content"),
+    [
+        (files.read_eliminations, '{"eliminations": []}'),
+        (files.read_eliminations, '{"eliminations": {}}'),
+        (files.read_departed, "[]"),
+    ],
+)
+def test_a_list_that_somebody_emptied_is_empty(path, read, content):
+    path.write_text(content)
+    assert read(path) == ({}, [])
+
+
+def test_a_number_of_more_digits_than_python_reads_is_its_rows_fault_alone(path):
+    digits = "9" * 5000
+    rows = [json.dumps(record("a")), json.dumps(record("b")).replace("0.5", digits)]
+    path.write_text('{"eliminations": [' + ", ".join(rows) + "]}")
+    read = files.read_eliminations(path)
+    assert list(read.taken) == ["a"]
+    (bad,) = read.bad
+    assert bad.index == 1
+    assert "has no JSON form" in bad.problem
+    assert digits in files.quarantine(path, read.bad).read_text()
+
+
+def test_a_pipe_that_somebody_named_is_read_to_its_end_by_one_open(path):
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as pipe:
+        pipe.write(json.dumps([record("a")]))
+    try:
+        file = files.read_file(Path(f"/dev/fd/{reading}"), stream=True)
+    finally:
+        os.close(reading)
+    assert list(files.eliminations_in(file).taken) == ["a"]
+    assert len(file.digest) == 64
 
 
 class TestQuarantine:
@@ -248,6 +312,7 @@ class TestQuarantine:
         assert stat.S_IMODE(first.stat().st_mode) == 0o600
         content = json.loads(first.read_text())
         assert [row["problem"] for row in content["rows"]] == ["unfit", "none"]
+        assert content["rows"][0]["row"]["dd"] is None
         assert content["rows"][0]["row"]["hotkey"] == "\ud800"
         assert [row["index"] for row in json.loads(second.read_text())["rows"]] == [5]
 

@@ -10,7 +10,7 @@ from waiting import PATIENCE, until
 
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.files import format as files
-from shmelim.eliminations.files import mirror
+from shmelim.eliminations.files import mirror, taking
 from shmelim.errors import StoreError
 
 
@@ -22,6 +22,13 @@ def state_dir(tmp_path):
 @pytest.fixture
 def server(state_dir):
     with EliminationManagerServer(state_dir=state_dir, durability="process") as server:
+        server.save_eliminations_rpc()
+        yield server
+
+
+@pytest.fixture
+def lagged(state_dir):
+    with EliminationManagerServer(state_dir=state_dir, durability="process", files="lagged") as server:
         server.save_eliminations_rpc()
         yield server
 
@@ -50,9 +57,10 @@ SAVING = {
     "clear": lambda server: server.clear_eliminations_rpc(),
     "write": lambda server: server.write_eliminations_to_disk_rpc([row("c"), row("a")]),
     "save": lambda server: server.save_eliminations_rpc(),
+    "read": lambda server: server.get_eliminations_from_disk_rpc(),
 }
 
-LAGGING = {
+CHANGING = {
     "add": lambda server: server.add_elimination_rpc("new", row("new")),
     "update": lambda server: server.add_elimination_rpc("a", row("a", 7)),
     "remove": lambda server: server.remove_elimination_rpc("a"),
@@ -73,22 +81,28 @@ def fill(server):
 
 
 class TestCurrent:
-    @pytest.mark.parametrize("call", SAVING)
-    def test_when_a_saving_call_returns(self, never_by_itself, server, state_dir, call):
+    @pytest.mark.parametrize("call", [*SAVING, *CHANGING])
+    def test_when_any_call_returns(self, never_by_itself, server, state_dir, call):
         fill(server)
-        server.save_eliminations_rpc()
-        server.add_elimination_rpc("unsaved", row("unsaved"))
-        server.update_metagraph_rpc(["m1"])
-        assert not same(server, state_dir)
-        SAVING[call](server)
+        assert same(server, state_dir)
+        (SAVING | CHANGING)[call](server)
         assert same(server, state_dir)
 
-    @pytest.mark.parametrize("call", LAGGING)
-    def test_soon_after_any_other(self, server, state_dir, call):
-        fill(server)
-        server.save_eliminations_rpc()
-        LAGGING[call](server)
-        until(lambda: same(server, state_dir))
+    @pytest.mark.parametrize("call", ["write", "save", "read"])
+    def test_when_a_call_returns_that_says_so_though_the_others_lag(
+        self, never_by_itself, lagged, state_dir, call
+    ):
+        fill(lagged)
+        assert not same(lagged, state_dir)
+        SAVING[call](lagged)
+        assert same(lagged, state_dir)
+
+    @pytest.mark.parametrize("call", CHANGING)
+    def test_soon_after_any_other(self, lagged, state_dir, call):
+        fill(lagged)
+        lagged.save_eliminations_rpc()
+        CHANGING[call](lagged)
+        until(lambda: same(lagged, state_dir))
 
     def test_when_the_server_has_closed(self, never_by_itself, state_dir):
         with EliminationManagerServer(state_dir=state_dir) as server:
@@ -103,54 +117,31 @@ class TestCurrent:
             until((state_dir / "departed_hotkeys.json").exists)
             assert same(server, state_dir)
 
-    @pytest.mark.parametrize("call", ["sync", "delete", "clear", "append"])
-    def test_when_a_saving_call_returns_while_a_write_is_under_way(self, monkeypatch, state_dir, call):
-        """A write that has begun by itself is waited for, even by a call that itself changes nothing."""
-        calls = {
-            "sync": lambda: server.sync_eliminations_rpc([row("a")]),
-            "delete": lambda: server.delete_eliminations_rpc(["absent"]),
-            "append": lambda: server.append_elimination_row_rpc(
-                "a", 0.0, "ZOMBIE", 1_700_000_000_000, row("a")["price_info"], row("a")["return_info"]
-            ),
-            "clear": lambda: server.clear_eliminations_rpc(),  # noqa: PLW0108 - not there yet
-        }
-        writing, go_on = threading.Event(), threading.Event()
+    def test_when_a_call_returns_that_says_so_while_a_write_is_under_way(self, lagged, state_dir, monkeypatch):
+        writing, go_on, returned = threading.Event(), threading.Event(), threading.Event()
         write = files.write_eliminations
 
         def slow(*args, **kwargs):
-            if armed:
-                writing.set()
-                assert go_on.wait(PATIENCE)
+            writing.set()
+            assert go_on.wait(PATIENCE)
             return write(*args, **kwargs)
 
-        armed = False
-        monkeypatch.setattr(files, "write_eliminations", slow)
+        def caller():
+            lagged.save_eliminations_rpc()
+            seen.extend(in_file(state_dir))
+            returned.set()
+
         seen = []
-        with EliminationManagerServer(state_dir=state_dir, durability="process") as server:
-            if call == "clear":
-                server.append_elimination_row_rpc("a", 1.0, "ZOMBIE")
-            else:
-                server.save_eliminations_rpc()
-            armed = True
-            if call == "clear":
-                server.remove_elimination_rpc("a")
-            else:
-                server.add_elimination_rpc("a", row("a"))
-            assert writing.wait(PATIENCE)
-
-            def caller():
-                calls[call]()
-                seen.extend(in_file(state_dir))
-                seen.append("returned")
-
-            thread = threading.Thread(target=caller)
-            thread.start()
-            # It has either returned, wrongly, or waits for the writer.
-            until(lambda: server._mirror._asked > server._mirror._written or not thread.is_alive())
-            armed = False
-            go_on.set()
-            thread.join()
-        assert seen == (["returned"] if call == "clear" else ["a", "returned"])
+        monkeypatch.setattr(files, "write_eliminations", slow)
+        lagged.add_elimination_rpc("a", row("a"))
+        assert writing.wait(PATIENCE)
+        lagged.add_elimination_rpc("b", row("b"))
+        thread = threading.Thread(target=caller)
+        thread.start()
+        assert not returned.is_set()
+        go_on.set()
+        thread.join()
+        assert seen == ["a", "b"]
 
     def test_many_saving_calls_at_once(self, server, state_dir):
         wrong = []
@@ -194,12 +185,9 @@ class TestBehind:
     def test_lagged_calls_do_not_wait_for_the_files(self, never_by_itself, state_dir):
         with EliminationManagerServer(state_dir=state_dir, files="lagged") as server:
             fill(server)
-            for call in ("append", "delete", "sync", "clear", "write"):
+            for call in ("append", "delete", "sync", "clear"):
                 SAVING[call](server)
             assert not (state_dir / "eliminations.json").exists()
-            fill(server)
-            server.save_eliminations_rpc()
-            assert same(server, state_dir)
 
     def test_lagged_files_follow(self, state_dir):
         with EliminationManagerServer(state_dir=state_dir, files="lagged") as server:
@@ -259,11 +247,11 @@ class TestNotRewritten:
         server.append_elimination_row_rpc("new", 1.0, "ZOMBIE")
         assert written == ["write_eliminations"]
 
-    def test_many_changes_share_a_write(self, written, server, state_dir):
+    def test_many_changes_share_a_write(self, written, lagged, state_dir):
         written.clear()
         for n in range(100):
-            server.add_elimination_rpc(f"h{n}", row(f"h{n}"))
-        until(lambda: same(server, state_dir))
+            lagged.add_elimination_rpc(f"h{n}", row(f"h{n}"))
+        until(lambda: same(lagged, state_dir))
         assert len(written) < 100
 
 
@@ -367,6 +355,18 @@ class TestAFileThatIsEditedWhileTheServerRuns:
         assert f"shmelim sync {aside}" in caplog.text
         (event,) = [event for event in server.get_history_rpc(limit=None) if event["action"] == "edited"]
         assert aside.name in event["note"]
+
+    def test_is_a_named_problem_until_somebody_takes_it_away(self, edited, server, state_dir):
+        server.append_elimination_row_rpc("b", 1.0, "ZOMBIE")
+        (aside,) = self.asides(state_dir)
+        (problem,) = server.health_check_rpc()["problems"]
+        assert (problem["name"], problem["subject"], problem["severity"]) == (
+            "file_not_applied",
+            str(aside),
+            "degraded",
+        )
+        assert f"shmelim sync {aside}" in problem["remedy"]
+        aside.unlink()
         assert server.health_check_rpc()["problems"] == []
 
     def test_is_moved_aside_once(self, edited, server, state_dir):
@@ -427,7 +427,7 @@ class TestAFileThatIsEditedWhileTheServerRuns:
             raise StoreError("cannot be moved")
 
         with monkeypatch.context() as patch:
-            patch.setattr(mirror, "move_aside", refuse)
+            patch.setattr(taking, "move_aside", refuse)
             with pytest.raises(StoreError, match="cannot be moved"):
                 server.save_eliminations_rpc()
             assert (state_dir / "eliminations.json").read_text() == edited

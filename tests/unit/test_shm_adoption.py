@@ -108,7 +108,7 @@ def test_the_table_of_another_store_is_not_adopted(namespace: Namespace) -> None
 def test_a_removed_segment_is_not_adopted(table_name: str) -> None:
     namespace = SharedNamespace(table_name)
     fill(namespace)
-    namespace.remove_data(keep=None)
+    namespace.tidy(0)
     with TableWriter(namespace, store_id=STORE) as writer:
         assert not writer.adopt()
         writer.load([(b"a", 1, b"", None)])

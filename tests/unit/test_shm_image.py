@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shmelim.shm import Namespace, PrivateNamespace, TableReader, TableWriter, layout
 from shmelim.shm.image import place
-from shmelim.shm.layout import MAX_GENERATION, PACKED, SEQUENCE_BITS, VERSION
+from shmelim.shm.layout import PACKED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -221,21 +221,6 @@ def test_arena_grows_for_what_does_not_fit() -> None:
     assert info.generation == 2
     assert table.reader.get(b"b").data == bytes(1 << 20)
     assert table.reader.get(b"a").data == b"record of a"
-
-
-def test_generations_come_round_and_skip_zero() -> None:
-    table = Table()
-    table.put(b"a")
-    root = table.writer._root.words
-    table.writer.close()
-    root[VERSION] = MAX_GENERATION - 1 << SEQUENCE_BITS | 1000
-    for generation in (MAX_GENERATION, 1, 2):
-        with TableWriter(table.namespace) as writer:
-            writer.load([(b"a", generation & 0xFF, b"", None)])
-            with writer.transaction() as transaction:
-                transaction.put(b"b", 1)
-        assert table.reader.info().generation == generation
-        assert table.reader.flags_of([b"a", b"b"]).tolist() == [generation & 0xFF, 1]
 
 
 def test_removals_need_room_in_the_log(namespace: Namespace) -> None:

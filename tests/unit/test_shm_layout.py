@@ -11,14 +11,12 @@ from shmelim.shm import check_name
 from shmelim.shm.layout import (
     DATA_HEADER_SIZE,
     FORMAT,
-    MAX_GENERATION,
     PAGE,
     SEQUENCE_BITS,
     DataHeader,
     check_root,
     copy_stride,
     entry_size,
-    next_generation,
     next_version,
     pack_data_header,
     pack_entry,
@@ -174,9 +172,6 @@ def test_copies_lie_apart_and_inside(capacity: int, arena: int) -> None:
 def test_a_version_names_generation_and_sequence() -> None:
     assert next_version(3 << SEQUENCE_BITS | 5, 3) == 3 << SEQUENCE_BITS | 6
     assert next_version(3 << SEQUENCE_BITS | 5, 4) == 4 << SEQUENCE_BITS | 6
-    assert next_generation(0) == 1
-    assert next_generation(MAX_GENERATION - 1) == MAX_GENERATION
-    assert next_generation(MAX_GENERATION) == 1
 
 
 def test_a_sequence_that_is_used_up_does_not_start_over() -> None:

@@ -158,46 +158,73 @@ def test_an_ordinary_user_trusts_root_and_must_be_let_in(table_name: str) -> Non
 
 
 @as_root
-def test_a_squatter_on_the_next_generation(table_name: str) -> None:
-    """Anybody may put files into /dev/shm; the error says so, and the published state stays."""
+@pytest.mark.parametrize("squat", [lambda path: path.touch(0o600), lambda path: path.mkdir(0o700)])
+def test_squatters_on_the_next_generations_are_passed_by(
+    table_name: str, squat: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may put files into /dev/shm; they stop neither growth nor start, and the directory is not listed."""
+    others = [path(table_name, generation) for generation in (2, 3, 4, 77)]
 
-    def run() -> tuple[int, int, str]:
+    def run() -> list[tuple[int, int]]:
         writer = serve(table_name)
         reader = TableReader(SharedNamespace(table_name))
         ready.value = 1
         while ready.value != 2:
             os.sched_yield()
-        with pytest.raises(UntrustedSegmentError) as caught:
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "listdir")
             grow(writer)
-        with writer.transaction() as transaction:
-            transaction.put(b"a", 3)
-        return reader.flags(b"a"), reader.flags(b"1"), str(caught.value)
+        found = [(reader.info().generation, reader.flags(b"99"))]
+        writer.close()
+        writer = serve(table_name)
+        return [*found, (reader.info().generation, reader.flags(b"a"))]
 
     ready = crashing.Counter()
     with crashing.Child(as_user(STRANGER, run)) as child:
         child.until(lambda: ready.value)
-        path(table_name, 2).touch(0o600)
-        path(table_name, 77).touch(0o600)
+        for other in others:
+            squat(other)
         ready.value = 2
-        kept, unseen, message = child.result()
-    assert (kept, unseen) == (3, 0)
-    assert "another user" in message
-    path(table_name, 2).unlink()
-    path(table_name, 77).unlink()
+        assert child.result() == [(8, 2), (9, 1)]
+    for other in others:
+        other.rmdir() if other.is_dir() else other.unlink()
 
 
 @as_root
-def test_a_squatter_on_an_unused_generation_disturbs_nobody(table_name: str) -> None:
-    path(table_name, 77).touch(0o600)
-
-    def run() -> int:
-        writer = serve(table_name)
+def test_squatters_on_all_generations_are_an_error_that_names_one(table_name: str) -> None:
+    writer = serve(table_name)
+    squatters = [path(table_name, 1 << step) for step in range(1, 16)]
+    for squatter in squatters:
+        squatter.touch(0o600)
+        os.chown(squatter, STRANGER, STRANGER)
+    with pytest.raises(UntrustedSegmentError, match=f"{squatters[-1]} is not .* belongs to uid {STRANGER}"):
         grow(writer)
-        return TableReader(SharedNamespace(table_name)).flags(b"99")
+    assert TableReader(SharedNamespace(table_name)).flags(b"a") == 1
+    for squatter in squatters:
+        squatter.unlink()
+    grow(writer)
+    writer.close()
 
-    assert crashing.call(as_user(STRANGER, run)) == 2
-    assert path(table_name, 77).exists()
-    path(table_name, 77).unlink()
+
+@as_root
+@pytest.mark.parametrize("rest", ["", ".lock"])
+def test_a_squatter_on_the_names_of_root_and_lock_is_named(table_name: str, rest: str) -> None:
+    squatter = Path(f"{path(table_name)}{rest}")
+    for who, why in [(STRANGER + 1, "may not open it"), (0, "is not to be trusted")]:
+        squatter.touch(0o600)
+        os.chown(squatter, STRANGER, STRANGER)
+
+        def start() -> str:
+            with pytest.raises(UntrustedSegmentError) as caught:
+                serve(table_name)
+            return str(caught.value)
+
+        said = crashing.call(as_user(who, start) if who else start)
+        assert f"{squatter} " in said
+        assert f"uid {STRANGER}" in said
+        assert why in said
+        Path(f"{path(table_name)}.lock").unlink(missing_ok=not rest)
+    squatter.unlink(missing_ok=True)
 
 
 def test_readers_cannot_write(table_name: str) -> None:

@@ -215,7 +215,17 @@ class Scenario:
 
     def _start_server(self) -> None:
         # On a port: the path of a socket below a long TMPDIR may be too long.
-        given = ["--name", self._name, "--state-dir", self._home / "state", "--default-departed", REAL_HOTKEYS]
+        # Nothing is to be remembered of it.
+        given = [
+            "--registry",
+            "off",
+            "--name",
+            self._name,
+            "--state-dir",
+            self._home / "state",
+            "--default-departed",
+            REAL_HOTKEYS,
+        ]
         self._server = self._start("shmelim", "serve", "--port", "0", "--ready-fd", "1", *map(str, given))
         self._server.hear()
         self._client = EliminationClient(self._name, runtime_base=self._home / "run" / "shmelim")

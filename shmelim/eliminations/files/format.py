@@ -5,7 +5,8 @@
 is the state of record; these are copies of it, and what a person puts in their place is imported.
 
 All functions work on a path alone and share nothing: any thread may call them, for one path one at a time. What
-cannot be read or written is a :class:`~shmelim.errors.StoreError`.
+cannot be read or written is a :class:`~shmelim.errors.StoreError`, and a file that says nothing that could be
+believed a :class:`~shmelim.errors.DamagedFileError`.
 """
 
 from __future__ import annotations
@@ -14,25 +15,94 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
 
 from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, ELIMINATIONS_KEY, check_hotkey, decode, prepare
 from shmelim.errors import DamagedFileError, StoreError
-from shmelim.system.durable import write_aside, write_whole, writing
+from shmelim.system.containers import finite
+from shmelim.system.durable import read_once, write_aside, write_whole, writing
 
 T = TypeVar("T")
-R = TypeVar("R")
 
-_CHUNK = 1000  # rows in memory at once, and in one write
-_LATEST_MS = (1 << 63) - 1
-_SHOWN = 20  # bad rows in the log
+ELIMINATIONS_FILE: Final = "eliminations.json"
+DEPARTED_FILE: Final = "departed_hotkeys.json"
+
+_CHUNK: Final = 1000  # rows in memory at once, and in one write
+_LATEST_MS: Final = (1 << 63) - 1
+_SHOWN: Final = 20  # bad rows in the log
+_HASH: Final = 8  # bytes
+_UNREADABLE: Final = "make it readable for this user"
+_HINT: Final = "repair it (its end is often cut off), or use a backup"
 
 _json_encoder = msgspec.json.Encoder()
 _log = logging.getLogger("shmelim.files")
+
+
+class File:
+    """A JSON file as one open found it."""
+
+    def __init__(self, path: Path, data: bytes, identity: tuple[int, ...] = ()) -> None:
+        self.path = path
+        self.identity = identity
+        self.data = data
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of what stands in it, in hexadecimal."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    @cached_property
+    def content(self) -> Any:
+        """What it says; DamagedFileError if that is not JSON."""
+        if not self.data:
+            raise DamagedFileError(f"{self.path} is damaged: it has 0 bytes", hint=_HINT)
+        try:
+            # An editor may have put a byte-order mark in front.
+            text = self.data.decode("utf-8-sig")
+            try:
+                return json.loads(text)
+            except json.JSONDecodeError:
+                raise
+            except ValueError:  # a number of more digits than Python reads is its row's fault alone
+                return json.loads(text, parse_int=_number)
+        except (ValueError, RecursionError) as error:
+            raise DamagedFileError(f"{self.path} is damaged: it is not JSON ({error})", hint=_HINT) from error
+
+    def names_departed(self) -> bool:
+        """Whether it is a file of departed hotkeys, by its shape."""
+        content = self.content
+        if isinstance(content, dict):
+            return DEPARTED_HOTKEYS_KEY in content and ELIMINATIONS_KEY not in content
+        return isinstance(content, list) and bool(content) and all(isinstance(row, str) for row in content)
+
+
+class _LongNumber:
+    """A number of more digits than Python reads; nothing can be stored that holds one."""
+
+    def __init__(self, digits: str) -> None:
+        self._digits = digits
+
+    def __repr__(self) -> str:
+        return self._digits
+
+
+def _number(digits: str) -> int | _LongNumber:
+    try:
+        return int(digits)
+    except ValueError:
+        return _LongNumber(digits)
+
+
+class Summary(NamedTuple):
+    """What tells what was written: the digest of the file, and a hash of each row's hotkey and of the row."""
+
+    digest: str
+    rows: bytes
 
 
 class BadRow(msgspec.Struct, frozen=True):
@@ -50,66 +120,123 @@ class Content(NamedTuple, Generic[T]):
     bad: list[BadRow]
 
 
-def write_eliminations(
-    path: Path, records: Iterable[bytes], *, before_rename: Callable[[str], object] = lambda _: None
-) -> str:
-    """Replace the eliminations file by one of these msgpack records, in order; returns its digest.
-
-    `before_rename` is called with the digest when the new file is complete and about to take its place; what it
-    raises cancels that. About 4 s for a million records of 0.5 kB, of which a thousand are in memory at a time.
-    """
-    return _write(path, ELIMINATIONS_KEY, "[]", map(_row_as_json, records), before_rename)
-
-
-def write_departed(
-    path: Path, times: Iterable[tuple[str, int]], *, before_rename: Callable[[str], object] = lambda _: None
-) -> str:
-    """Write the departed file from (hotkey, ``detected_ms``); otherwise as :func:`write_eliminations`."""
-    encode = _json_encoder.encode
-    rows = (encode(hotkey) + b":" + encode({"detected_ms": ms}) for hotkey, ms in times)
-    return _write(path, DEPARTED_HOTKEYS_KEY, "{}", rows, before_rename)
-
-
-def read_eliminations(path: Path) -> Content[bytes] | None:
-    """Read an eliminations file, also a bare list of rows or a dict of rows by hotkey; None where there is none.
-
-    A row that breaks a rule of :func:`~shmelim.eliminations.record.normalise` is in ``bad``. Of two rows of one
-    hotkey the last counts, at the place of the first. DamagedFileError if the file is empty, not UTF-8, not JSON,
-    or not of that shape.
-    """
-    return _read(path, ELIMINATIONS_KEY, lambda name, row: prepare(row, name))
-
-
-def read_departed(path: Path) -> Content[int] | None:
-    """Read a departed file, also the older list of hotkeys, whose ``detected_ms`` reads as 0.
-
-    Otherwise as :func:`read_eliminations`.
-    """
-    return _read(path, DEPARTED_HOTKEYS_KEY, _departure)
+def read_file(path: Path, *, stream: bool = False) -> File | None:
+    """Read a file, which is opened once; None where there is none. With `stream` also a pipe, to its end."""
+    try:
+        found = read_once(path, stream=stream)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}", hint=_UNREADABLE) from error
+    return None if found is None else File(path, *found)
 
 
 def digest_of(path: Path) -> str | None:
-    """Return the SHA-256 of a file in hexadecimal, or None where there is no file."""
-    return _if_there(path, _sha256)
+    """Return the SHA-256 of a file in hexadecimal, or None where there is none; any file, and a large one."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}", hint=_UNREADABLE) from error
 
 
-def identity_of(path: Path) -> tuple[int, ...] | None:
-    """Return what tells a file from every other, and from itself after it was written to; None where it is not."""
-    status = _if_there(path, Path.stat)
-    return None if status is None else (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+def write_eliminations(
+    path: Path,
+    records: Iterable[bytes],
+    *,
+    mode: int = 0o600,
+    before_rename: Callable[[Summary], object] = lambda _: None,
+) -> Summary:
+    """Replace the eliminations file by one of these msgpack records, in order.
+
+    A file that is new gets `mode`. `before_rename` is called with the summary when the new file is complete and
+    about to take its place; what it raises cancels that. About 6 s for a million records of 0.5 kB, of which a
+    thousand are in memory at a time.
+    """
+    return _write(path, ELIMINATIONS_KEY, "[]", map(elimination_row, records), mode, before_rename)
 
 
-def quarantine(path: Path, bad_rows: list[BadRow]) -> Path | None:
+def write_departed(
+    path: Path,
+    times: Iterable[tuple[str, int]],
+    *,
+    mode: int = 0o600,
+    before_rename: Callable[[Summary], object] = lambda _: None,
+) -> Summary:
+    """Write the departed file from (hotkey, ``detected_ms``); otherwise as :func:`write_eliminations`."""
+    rows = ((hotkey, departed_row(ms)) for hotkey, ms in times)
+    return _write(path, DEPARTED_HOTKEYS_KEY, "{}", rows, mode, before_rename)
+
+
+def elimination_row(record: bytes) -> tuple[str, bytes]:
+    """Return the hotkey of a record, and how it stands in the file: NaN and infinities as null."""
+    row = decode(record)
+    return row["hotkey"], _json_encoder.encode(row)
+
+
+def departed_row(ms: int) -> bytes:
+    """Return how a departure stands in the file."""
+    return _json_encoder.encode({"detected_ms": ms})
+
+
+def hash_of(text: str | bytes) -> bytes:
+    """Return the hash under which a summary has a hotkey or a row."""
+    return hashlib.blake2b(text.encode() if isinstance(text, str) else text, digest_size=_HASH).digest()
+
+
+def hashes_in(rows: bytes) -> dict[bytes, bytes]:
+    """Return the hashes of rows by those of their hotkeys, from a summary."""
+    parts = [rows[at : at + _HASH] for at in range(0, len(rows), _HASH)]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def read_eliminations(path: Path, *, stream: bool = False) -> Content[bytes] | None:
+    """Read a file as :func:`read_file` does, and parse it as eliminations."""
+    file = read_file(path, stream=stream)
+    return None if file is None else eliminations_in(file)
+
+
+def read_departed(path: Path) -> Content[int] | None:
+    """Read a file as :func:`read_file` does, and parse it as departures."""
+    file = read_file(path)
+    return None if file is None else departures_in(file)
+
+
+def eliminations_in(file: File) -> Content[bytes]:
+    """Return what a file of eliminations holds; also a bare list of rows, or a dict of rows by hotkey.
+
+    A row that breaks a rule of :func:`~shmelim.eliminations.record.normalise` is in ``bad``. Of two rows of one
+    hotkey the last counts, at the place of the first. DamagedFileError if the file is empty, not UTF-8, not JSON,
+    not of that shape, or has rows of which none can be taken: that is no list that somebody emptied.
+    """
+    return _parse(file, ELIMINATIONS_KEY, lambda name, row: prepare(row, name))
+
+
+def departures_in(file: File) -> Content[int]:
+    """Return what a file of departed hotkeys holds; a time that is missing, as in the older list, is 0.
+
+    So is one that is no time, with a warning. Otherwise as :func:`eliminations_in`.
+    """
+    unusable: list[str] = []
+    found = _parse(file, DEPARTED_HOTKEYS_KEY, lambda name, row: _departure(name, row, unusable))
+    if unusable:
+        text = "%d departed hotkeys of %s have no valid 'detected_ms', which reads as 0: %s"
+        _log.warning(text, len(unusable), file.path, ", ".join(unusable[:_SHOWN]))
+    return found
+
+
+def quarantine(path: Path, bad_rows: list[BadRow], beside: Path | None = None) -> Path | None:
     """Keep the rows that could not be taken from a file, with what is wrong with each, and log that.
 
-    They go to ``<name>.quarantine-<UTC time>.json`` beside it (0600), whose path is returned; None if there are
-    no such rows.
+    They go to ``<name>.quarantine-<UTC time>.json`` beside it (0600), or `beside` another one where it is a pipe.
+    Returns the path; None if there are no such rows.
     """
     if not bad_rows:
         return None
-    text = json.dumps({"file": str(path), "rows": msgspec.to_builtins(bad_rows)}, indent=1, default=repr)
+    rows = [finite({"index": bad.index, "row": bad.row, "problem": bad.problem}) for bad in bad_rows]
+    text = json.dumps({"file": str(path), "rows": rows}, indent=1, default=repr)
     with writing(f"the bad rows of {path} could not be set aside", hint=f"check that {path.parent} exists"):
-        target = write_aside(path, "quarantine", text.encode("ascii"), ".json")
+        target = write_aside(beside or path, "quarantine", text.encode("ascii"), ".json")
     _log.warning("%d rows of %s cannot be taken and are set aside in %s:", len(bad_rows), path, target)
     for bad in bad_rows[:_SHOWN]:
         _log.warning("  row %d: %s", bad.index, bad.problem)
@@ -117,15 +244,27 @@ def quarantine(path: Path, bad_rows: list[BadRow]) -> Path | None:
 
 
 def _write(
-    path: Path, key: str, brackets: str, rows: Iterator[bytes], before_rename: Callable[[str], object]
-) -> str:
+    path: Path,
+    key: str,
+    brackets: str,
+    rows: Iterator[tuple[str, bytes]],
+    mode: int,
+    before_rename: Callable[[Summary], object],
+) -> Summary:
     digest = hashlib.sha256()
+    hashes = bytearray()
+    encode = _json_encoder.encode
+    named = brackets == "{}"
+
+    def line(hotkey: str, row: bytes) -> bytes:
+        hashes.extend(hash_of(hotkey) + hash_of(row))
+        return encode(hotkey) + b":" + row if named else row
 
     def parts() -> Iterator[bytes]:
         yield f'{{"{key}": {brackets[0]}'.encode()
         separator = b"\n"
         while chunk := list(islice(rows, _CHUNK)):
-            yield separator + b",\n".join(chunk)
+            yield separator + b",\n".join(line(*row) for row in chunk)
             separator = b",\n"
         yield f"\n{brackets[1]}}}\n".encode()
 
@@ -134,38 +273,21 @@ def _write(
             digest.update(part)
             yield part
 
+    def summary() -> Summary:
+        return Summary(digest.hexdigest(), bytes(hashes))
+
     with writing(f"{path} could not be written", hint=f"check that {path.parent} exists and has room"):
-        write_whole(path, digested(), before_rename=lambda: before_rename(digest.hexdigest()))
-    return digest.hexdigest()
+        write_whole(path, digested(), mode=mode, before_rename=lambda: before_rename(summary()))
+    return summary()
 
 
-def _row_as_json(record: bytes) -> bytes:
-    row = decode(record)
-    encoded = _json_encoder.encode(row)
-    # msgspec writes NaN and infinities as null. A row without any null has none of them.
-    if b"null" in encoded:
-        return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode()
-    return encoded
-
-
-def _read(path: Path, key: str, take: Callable[[str | None, Any], tuple[str, T]]) -> Content[T] | None:
-    """Read a file, each row of which ``take(name, row)`` takes; the name is None where the rows are a list."""
-    data = _if_there(path, Path.read_bytes)
-    if data is None:
-        return None
-    hint = "repair it (its end is often cut off), or use a backup"
-    if not data:
-        raise DamagedFileError(f"{path} is damaged: it has 0 bytes", hint=hint)
-    try:
-        # An editor may have put a byte-order mark in front.
-        content = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is damaged: it is not JSON ({error})", hint=hint) from error
+def _parse(file: File, key: str, take: Callable[[str | None, Any], tuple[str, T]]) -> Content[T]:
+    """Parse a file, each row of which ``take(name, row)`` takes; the name is None where the rows are a list."""
+    content = file.content
     rows = content.get(key) if isinstance(content, dict) else content
     if not isinstance(rows, (dict, list)):
-        raise DamagedFileError(
-            f"{path} is damaged: it holds neither {{{key!r}: …}} nor a list, but {str(content)[:60]!r}", hint=hint
-        )
+        text = f"{file.path} is damaged: it holds neither {{{key!r}: …}} nor a list, but {str(content)[:60]!r}"
+        raise DamagedFileError(text, hint=_HINT)
     found = Content[T]({}, [])
     named = rows.items() if isinstance(rows, dict) else ((None, row) for row in rows)
     for index, (name, row) in enumerate(named):
@@ -175,32 +297,22 @@ def _read(path: Path, key: str, take: Callable[[str | None, Any], tuple[str, T]]
             found.bad.append(BadRow(index, row, str(error)))
         else:
             found.taken[hotkey] = taken
+    if found.bad and not found.taken:
+        first = found.bad[0]
+        text = f"{file.path} is damaged: none of its {len(found.bad)} rows can be taken; row {first.index}:"
+        raise DamagedFileError(f"{text} {first.problem}", hint=_HINT)
     return found
 
 
-def _departure(name: str | None, row: Any) -> tuple[str, int]:
-    hotkey, info = (row, {"detected_ms": 0}) if name is None else (name, row)
+def _departure(name: str | None, row: Any, unusable: list[str]) -> tuple[str, int]:
+    """Return hotkey and time; a hotkey whose time is not one is named among the unusable."""
+    hotkey, info = (row, {}) if name is None else (name, row)
     check_hotkey(hotkey)
     ms = info.get("detected_ms") if isinstance(info, dict) else None
     if isinstance(ms, float) and ms.is_integer():
         ms = int(ms)
-    if type(ms) is not int or not 0 <= ms <= _LATEST_MS:
-        raise ValueError(f"departed hotkey {hotkey!r} has no valid 'detected_ms': {str(info)[:60]}")
-    return hotkey, ms
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _if_there(path: Path, look: Callable[[Path], R]) -> R | None:
-    """Return what `look` sees of a file, or None where there is none."""
-    try:
-        return look(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be read: {error.strerror}", hint="make it readable for this user"
-        ) from error
+    if type(ms) is int and 0 <= ms <= _LATEST_MS:
+        return hotkey, ms
+    if ms is not None or not isinstance(info, (dict, type(None))):
+        unusable.append(hotkey)
+    return hotkey, 0

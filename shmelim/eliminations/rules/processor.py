@@ -300,7 +300,10 @@ class EliminationProcessor:
 
 
 def processed(method: Callable[Concatenate[EliminationProcessor, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Return the processor's method, for an object that has a ``_processor``, or None."""
+    """Return the processor's method, for an object that has a ``_processor``, or None.
+
+    Then the object's ``_follow()`` has the files show what was changed, where somebody waits for that.
+    """
 
     @functools.wraps(method)
     def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -309,6 +312,9 @@ def processed(method: Callable[Concatenate[EliminationProcessor, P], R]) -> Call
                 f"{method.__name__} cannot run in the server's process, which has no metagraph and no positions",
                 hint=f"call EliminationManager.{method.__name__} in the process that holds them",
             )
-        return method(self._processor, *args, **kwargs)
+        try:
+            return method(self._processor, *args, **kwargs)
+        finally:
+            self._follow()
 
     return call

@@ -86,13 +86,7 @@ class Plan(NamedTuple):
     hold: bool = False
     can_adopt: bool = False
 
-    @property
-    def refused(self) -> bool:
-        """Whether nothing may be touched."""
-        return self.action in _REFUSALS
 
-
-_REFUSALS = frozenset({Action.REFUSE_MISSING, Action.REFUSE_DAMAGED, Action.REFUSE_CONFLICT})
 _STRANGE = frozenset({Relation.AHEAD, Relation.OTHER})
 _READABLE = frozenset({Relation.LATEST, Relation.BEHIND, Relation.HERE, *_STRANGE})
 

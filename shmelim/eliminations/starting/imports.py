@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from shmelim.eliminations.files import format as files
+from shmelim.eliminations.files.format import BadRow, File, departures_in, eliminations_in, quarantine, read_file
 from shmelim.eliminations.state.changes import Step, merge, record_departures
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import DamagedFileError, StoreError
+from shmelim.errors import StoreError
 
 _log = logging.getLogger("shmelim.recovery")
 
@@ -34,21 +34,21 @@ def merge_once(store: Store, paths: Sequence[Path], before_each: Callable[[Path]
     unknown = store.meta(_UNKNOWN, default=False)
     for path in paths:
         before_each(path)
-        digest = files.digest_of(path)
-        if store.meta(f"{_DONE}{digest}"):
+        file = _read(path)
+        if store.meta(f"{_DONE}{file.digest}"):
             _log.info("%s was imported before", path)
             continue
         with store.transaction():
-            if unknown and digest is not None:
+            if unknown:
                 _log.warning(
                     "%s is not imported: the state was restored from the JSON files, which do not tell whether it"
                     " was imported before. If it was not, add a blank line to it and start again.",
                     path,
                 )
             else:
-                taken, bad = import_file(Step(store, None), path)
+                taken, bad = _import(Step(store, None), file)
                 _log.info("imported %d rows of %s, set %d aside", taken, path, bad)
-            store.set_meta(f"{_DONE}{digest}", value=True)
+            store.set_meta(f"{_DONE}{file.digest}", value=True)
     if unknown and paths:
         with store.transaction():
             store.set_meta(_UNKNOWN, value=False)
@@ -70,27 +70,36 @@ def restore_imported(step: Step, digests: Iterable[str] | None) -> None:
         step.store.set_meta(f"{_DONE}{digest}", value=True)
 
 
-def import_file(step: Step, path: Path) -> tuple[int, int]:
-    """Merge a file of eliminations or departed hotkeys; returns how many rows were taken and set aside."""
-    try:
-        found = files.read_eliminations(path)
-    except DamagedFileError:
-        return import_departed(step, path)
-    if found is None:
+def import_departed(step: Step, path: Path, reason: str | None = None) -> None:
+    """Merge a file of departed hotkeys."""
+    _import_departed(step, _read(path), reason or f"import of {path}")
+
+
+def _read(path: Path) -> File:
+    """Read a file that somebody named, and so perhaps a pipe, which can be opened only once."""
+    file = read_file(path, stream=True)
+    if file is None:
         raise StoreError(f"{path} does not exist", hint="name a JSON file of eliminations or departed hotkeys")
-    if found.bad and not found.taken and all(isinstance(bad.row, str) for bad in found.bad):
-        # A bare list of hotkeys, the legacy form of a departed file.
-        return import_departed(step, path)
-    merge(step, found.taken, f"import of {path}")
-    files.quarantine(path, found.bad)
+    return file
+
+
+def _import(step: Step, file: File) -> tuple[int, int]:
+    """Merge a file of eliminations or departed hotkeys; returns how many rows were taken and set aside."""
+    if file.names_departed():
+        return _import_departed(step, file, f"import of {file.path}")
+    found = eliminations_in(file)
+    merge(step, found.taken, f"import of {file.path}")
+    _set_aside(step, file, found.bad)
     return len(found.taken), len(found.bad)
 
 
-def import_departed(step: Step, path: Path, reason: str | None = None) -> tuple[int, int]:
-    """Merge a departed file; otherwise as :func:`import_file`."""
-    found = files.read_departed(path)
-    if found is None:
-        raise StoreError(f"{path} does not exist", hint="name a JSON file of departed hotkeys")
-    record_departures(step, found.taken, reason or f"import of {path}")
-    files.quarantine(path, found.bad)
+def _import_departed(step: Step, file: File, reason: str) -> tuple[int, int]:
+    found = departures_in(file)
+    record_departures(step, found.taken, reason)
+    _set_aside(step, file, found.bad)
     return len(found.taken), len(found.bad)
+
+
+def _set_aside(step: Step, file: File, bad: list[BadRow]) -> None:
+    """Keep rows that could not be taken: beside the file, or beside the store where that is a pipe."""
+    quarantine(file.path, bad, None if file.identity else step.store.path.with_name("import"))

@@ -1,11 +1,14 @@
 """Making a new store in the place of a damaged one, so that death at any moment leaves enough to start from.
 
-The new store is made whole in a directory of its own. Only then does the damaged one leave its place, and the
-new one take it; between those two renames there is no store, but a finished replacement::
+The new store is made whole in a directory of its own, which takes its name only then. Only then does the damaged
+one leave its place, and the new one take it; between those two renames there is no store, but a replacement::
 
     shmelim.sqlite               damaged          damaged       -             whole
-    .rebuilding/shmelim.sqlite   half or none     finished      finished      -
+    .rebuilding.part/            half             -             -             -
+    .rebuilding/                 -                whole         whole         -
     shmelim.sqlite.damaged-*     -                -             damaged       damaged
+
+A backup takes the place of a store in the same way (``shmelim.sqlite.replaced-*``).
 
 All functions need the lock on the state directory.
 """
@@ -17,19 +20,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shmelim.eliminations.state.changes import Step
-from shmelim.eliminations.store.opening import LOG_SUFFIXES, remove_log
+from shmelim.eliminations.store.opening import LOG_SUFFIXES, log_of, remove_log
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
 from shmelim.system.durable import move_aside, sync_directory, writing
 
 _PLACE = ".rebuilding"
+_MAKING = ".rebuilding.part"
 
 
 def need_finished_recovery(directory: Path) -> None:
-    """Raise DamagedStoreError where a damaged store was moved aside and none put in its place."""
+    """Raise DamagedStoreError where a store was moved aside and none put in its place."""
     path = directory / FILE_NAME
-    aside = sorted(directory.glob(f"{path.name}.damaged-*"))
+    aside = sorted(found for what in ("replaced", "damaged") for found in directory.glob(f"{path.name}.{what}-*"))
     if not path.exists() and (aside or is_finished(directory)):
         raise DamagedStoreError(
             f"{path} is missing beside {aside[-1] if aside else _PLACE}: a recovery did not end"
@@ -37,41 +41,48 @@ def need_finished_recovery(directory: Path) -> None:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether a replacement stands there that was committed whole."""
-    place = directory / _PLACE
-    if not (place / FILE_NAME).exists():
-        return False
-    try:
-        with Store.open(place) as store:
-            # Filled in one transaction, which tells of itself in the history.
-            return store.counts().events > 0
-    except DamagedStoreError:
-        return False
+    """Whether a replacement stands there that was made whole."""
+    return (directory / _PLACE / FILE_NAME).exists()
 
 
-def build(directory: Path, fill: Callable[[Step], None]) -> None:
-    """Make a replacement; `fill` fills it, and must write an event. The damaged store stays in its place."""
+def build(directory: Path, fill: Callable[[Step], None], *, begin_with: Path | None = None) -> None:
+    """Make a replacement, which `fill` fills; the store stays in its place.
+
+    `begin_with` is a directory with a store, of which a copy is what `fill` begins with.
+    """
     discard(directory)
+    making = directory / _MAKING
     try:
+        with writing(f"{making} cannot be made"):
+            making.mkdir(mode=0o700)
+        if begin_with is not None:
+            with Store.read_only(begin_with) as backup:
+                backup.copy_to(making / FILE_NAME)
         # Always as durable as can be: it takes the place of a file that is then no longer looked at.
-        with Store.open(directory / _PLACE, "power") as store, store.transaction():
+        with Store.open(making, "power") as store, store.transaction():
             fill(Step(store, None))
+        _need_folded(log_of(making / FILE_NAME))
+        with writing(f"{making} cannot be renamed"):
+            making.replace(directory / _PLACE)
+            sync_directory(directory)
     except BaseException:
         discard(directory)
         raise
 
 
-def put_in_place(directory: Path) -> Path | None:
-    """Put the finished replacement in its place; the damaged store that may stand there is moved aside.
+def _need_folded(log: Path) -> None:
+    if log.exists() and log.stat().st_size:
+        raise StoreError(f"{log} could not be folded into its database", hint="make room on that file system")
+
+
+def put_in_place(directory: Path, what: str = "damaged") -> Path | None:
+    """Put the finished replacement in its place; the store that may stand there is moved aside, named as `what`.
 
     Returns where that is now, if this call moved it. After a StoreError the next start goes on from there.
     """
     path, place = directory / FILE_NAME, directory / _PLACE
-    log = place / f"{FILE_NAME}-wal"
-    if log.exists() and log.stat().st_size:
-        raise StoreError(f"{log} could not be folded into its database", hint="make room on that file system")
     # Its log after it: in its place without the log, the file might pass for a whole one, and would be an old one.
-    aside = move_aside(path, "damaged", LOG_SUFFIXES) if path.exists() else None
+    aside = move_aside(path, what, LOG_SUFFIXES) if path.exists() else None
     with writing(f"the restored store cannot be put in place as {path}", hint="start again"):
         # A kill may have come after the damaged file was moved and before its log was.
         remove_log(path)
@@ -83,4 +94,5 @@ def put_in_place(directory: Path) -> Path | None:
 
 def discard(directory: Path) -> None:
     """Remove a replacement, finished or not, that is not needed."""
-    shutil.rmtree(directory / _PLACE, ignore_errors=True)
+    for place in (_PLACE, _MAKING):
+        shutil.rmtree(directory / place, ignore_errors=True)

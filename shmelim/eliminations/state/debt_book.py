@@ -42,6 +42,9 @@ T = TypeVar("T")
 MOST_SHOWN: Final = 20
 """Hotkeys in doubt that a health check names."""
 
+HELD: Final = "money_held"
+"""Name of the problem that no slash is begun, and of the value in the store that says since when, and why."""
+
 _MAX_ATTEMPT: Final = 255
 _MAX_ERROR: Final = 500
 # A record's time may be any whole number of 64 bits; SQLite's are signed.
@@ -54,6 +57,7 @@ class DebtMethods:
     # Of the server.
     _state: State
     state_dir: Path | None
+    problems: Problems
 
     def _ask(self, question: Callable[[Store], T]) -> T:
         """Ask the store beside who commits, who may be busy with a long sync; in memory, between commits."""
@@ -131,14 +135,32 @@ class DebtMethods:
         _check_type("made", made, bool, "True or False")
         return self._state.commit(resolve_slash, hotkey, made=made)
 
+    def release_money_rpc(self) -> bool:
+        released = self._state.commit(release_money)
+        self._tell_held(self._state.read(held_money))
+        return released
+
+    def _tell_held(self, held: Mapping[str, Any] | None) -> None:
+        """Raise or clear the problem that money is held."""
+        if held is None:
+            self.problems.clear(HELD)
+            return
+        remedy = (
+            "compare `shmelim debts` and `shmelim slash list` with what you know was slashed; then"
+            " `shmelim slash release` lets slashes go on"
+        )
+        text = f"no slash is begun until a person says so: {held['why']}"
+        self.problems.report(HELD, text, remedy=remedy, since_ms=held["since_ms"])
+
     def _debt_health(self, problems: Problems) -> dict[str, Any]:
         """Return what a health check says of debts; raise and clear what is wrong with them."""
         try:
-            figures = self._ask(Store.debt_figures)
+            figures, held = self._ask(lambda store: (store.debt_figures(), held_money(store)))
         except StoreError as error:
             problems.report("debts_unreadable", f"what is owed cannot be read: {error}")
             return {"num_debts": None, "slashes_in_doubt": None}
         problems.clear("debts_unreadable")
+        self._tell_held(held)
         shown = figures.in_doubt[:MOST_SHOWN]
         if shown:
             more = f" and {len(figures.in_doubt) - len(shown)} more" if len(figures.in_doubt) > len(shown) else ""
@@ -250,7 +272,7 @@ def fail(
 
 
 def begin_slash(step: Step, hotkey: str, attempt: str) -> bool:
-    """Make an owed slash the one that this attempt makes; False where it is not owed, or another's.
+    """Make an owed slash the one that this attempt makes; False where it is not owed, or another's, or is held.
 
     May be repeated while the attempt stands. An attempt that failed never comes back, so that a request which is
     overtaken by its repetition begins nothing.
@@ -260,10 +282,34 @@ def begin_slash(step: Step, hotkey: str, attempt: str) -> bool:
         return False
     if debt.state == ATTEMPTING or debt.attempt == attempt:
         return debt.state == ATTEMPTING and debt.attempt == attempt
+    if held_money(step.store) is not None:
+        return False
     debt = debt._replace(state=ATTEMPTING, attempt=attempt)
     step.store.put_debt(debt)
     if _is_told(debt.attempts + 1):
         step.record([EventOf("begin", hotkey, note=_named(debt))])
+    return True
+
+
+def held_money(store: Store) -> dict[str, Any] | None:
+    """Return since when no slash is begun, and why; None where slashes go on."""
+    held: dict[str, Any] | None = store.meta(HELD)
+    return held
+
+
+def hold_money(step: Step, why: str) -> None:
+    """Let no slash be begun until a person releases them; what held them first stays the reason."""
+    if held_money(step.store) is None:
+        step.set_meta(HELD, {"since_ms": clock.now_ms(), "why": why})
+        step.record([EventOf("hold", note=f"no slash is begun until a person says so: {why}")])
+
+
+def release_money(step: Step) -> bool:
+    """Let slashes go on; False where they were not held."""
+    if held_money(step.store) is None:
+        return False
+    step.set_meta(HELD, None)
+    step.record([EventOf("release", note="slashes go on")])
     return True
 
 

@@ -129,6 +129,11 @@ class State:
         self._origin_record = origin_record
         with self._table.transaction(replace=True) as transaction:
             self._put_all(transaction, on_progress)
+        self.go_on(origin_record)
+
+    def go_on(self, origin_record: bytes) -> None:
+        """Take changes from now on: the table shows the whole store already, and this record."""
+        self._origin_record = origin_record
         self._settled = Settled(self._namespace)
         self._store.look_up = self._settled.rows_of
         if self._thread is not None:
@@ -293,7 +298,10 @@ class State:
             written = store.written
             transaction = self._stage(written) if written else None
             store.commit()
-            if transaction is not None:
+            if transaction is None:
+                # Readers have nothing new to look at; a start does.
+                self._table.commit = store.next_commit
+            else:
                 self._settled.note(written, transaction.publish())
                 if self.published is not None:
                     self.published()
@@ -362,6 +370,7 @@ class State:
                 transaction.put(*row_entry(row))
             elif not rebuild:
                 transaction.remove(hotkey.encode())
+        transaction.commit = self._store.next_commit
         transaction.stage()
         return transaction
 

@@ -128,6 +128,15 @@ class Database:
         """The number that the open transaction gets if it changes anything; its events carry it."""
         return self._next_commit
 
+    def go_on_from(self, commit: int, store_id: bytes | None = None) -> None:
+        """Give this transaction a number above that commit, and perhaps the store another's identity.
+
+        For one that takes the place of another store, or of its own later self: no number may come twice.
+        """
+        self._next_commit = max(self._next_commit, commit + 1)
+        if store_id is not None:
+            self._change("UPDATE identity SET store_id = ?", (store_id,))
+
     @property
     def in_transaction(self) -> bool:
         """Whether a transaction is open."""
@@ -271,8 +280,8 @@ class Database:
             what = "deleted" if found == _GONE else "replaced by another file"
             raise StoreError(
                 f"{self._file} was {what} while it was in use; the change was not applied",
-                hint="put it back, or restart the server with an empty file of that name in its place:"
-                " it restores the state from shared memory",
+                hint="put it back, or restart the server with --adopt-published (adopt_published=True):"
+                " the state comes from shared memory",
             )
 
     def _decode_meta(self, key: str, value: bytes) -> Any:

@@ -361,6 +361,13 @@ class Store(History):
         """Return the last slash that was made of one hotkey, or of each, oldest first."""
         return [Slash._make(row) for row in self._ask_whose(_SLASHES, hotkey, "made_ms, hotkey")]
 
+    def knows_slashes(self) -> bool:
+        """Whether any slash was made or begun of which this store knows."""
+        begun = (
+            "SELECT 1 FROM slashes UNION ALL SELECT 1 FROM debts WHERE kind = 'slash' AND state != 'owed' LIMIT 1"
+        )
+        return bool(self._ask(begun))
+
     def put_slash(self, slash: Slash) -> None:
         """Store a slash that was made; it replaces the last one of this hotkey."""
         self._change("INSERT OR REPLACE INTO slashes VALUES (?, ?, ?, ?)", slash)

@@ -1,0 +1,211 @@
+"""``shmelim backup``, ``verify``, ``restore`` and ``forget``: keeping a state, and letting a name go."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from shmelim.cli import output
+from shmelim.cli.failure import NO, YES, RefusedError
+from shmelim.cli.options import PATH, Settings, command, registry_option, yes_option
+from shmelim.cli.progress import DelayedProgress
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.runtime import RuntimeDirectory, state_directory_of
+from shmelim.eliminations.starting import keeping
+from shmelim.eliminations.starting.keeping import Finding
+from shmelim.eliminations.starting.registry import Registry, registry_base
+from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.eliminations.store.store import Store
+from shmelim.errors import NotServingError, SegmentError, ShmelimError, StoreError
+from shmelim.shm import SharedNamespace, TableReader
+
+directory_option = click.option(
+    "--state-dir",
+    type=PATH,
+    metavar="DIR",
+    help="The state directory [default: that of the name's last server, else the name's own].",
+)
+
+
+@command
+@click.argument("target", metavar="DIR", type=PATH)
+@directory_option
+def backup(settings: Settings, *, target: Path, state_dir: Path | None) -> None:
+    """Write a backup to DIR, a new directory: the state with its history, debts and slashes, as of one moment.
+
+    The server, if there is one, goes on serving and changing. DIR is there when it is complete, or not at all.
+
+    With --json: name, backup, state_dir, store_id, commit, eliminated, departed, events, at_ms, sha256.
+
+    For example:
+      shmelim backup /backup/shmelim-$(date +%F)
+    """
+    directory = state_dir or state_directory_of(settings.name)
+    with DelayedProgress() as progress:
+        made = keeping.back_up(directory, target.absolute(), progress.update)
+    about = {**msgspec.structs.asdict(made), "state_dir": made.directory, "backup": str(target)}
+    del about["directory"]
+    said = f"backed up: commit {made.commit}, {made.eliminated} eliminated, {made.departed} departed, in {target}"
+    settings.answer(about, output.printable(said))
+
+
+@command
+@click.argument("target", metavar="[DIR]", type=PATH, required=False)
+@directory_option
+@registry_option
+def verify(settings: Settings, *, target: Path | None, state_dir: Path | None, registry: Path | bool) -> int:
+    """Check the backup in DIR; or without DIR all that there is of the name.
+
+    That is: the published table (checksums, and that lookups find every entry), the store (structure, checksums,
+    debts, slashes, history), the JSON files, and whether the registry remembers this very store. Changes nothing,
+    and may be done while the name is served.
+
+    Exit code 1: something is wrong, and the output says what.
+
+    With --json: name, whole, findings [{what ("backup", "store", "file", "table", "registry"), place, said,
+    problem}], where problem is null where nothing is wrong.
+
+    For example:
+      shmelim verify
+      shmelim verify /backup/shmelim-2026-01-31
+    """
+    findings = _look(settings.name, state_dir, registry) if target is None else keeping.check_backup(target)
+    whole = all(finding.problem is None for finding in findings)
+    settings.table(
+        {"whole": whole, "findings": [finding._asdict() for finding in findings]},
+        ("what", "place", "whole", "about"),
+        ((it.what, it.place, it.problem is None, it.problem or it.said) for it in findings),
+    )
+    return YES if whole else NO
+
+
+def _look_at_table(name: str, directory: Path) -> Finding:
+    """Look at what is published, and whether it is of the store in a directory."""
+    namespace, found, problem = SharedNamespace(name), "", None
+    try:
+        identity = TableReader(namespace).identity()
+        found = f"commit {identity.commit}, {EliminationReader(name).verify()} entries"
+        # After the table was looked at: a server that lives commits first.
+        with Store.read_only(directory) as store:
+            if store.store_id != identity.store_id:
+                problem = f"it is not of the store in {directory}"
+            elif store.commit_number < identity.commit:
+                problem = f"it is newer than the store in {directory}, which has commit {store.commit_number}"
+    except SegmentError as error:
+        problem = error.message
+    except StoreError:
+        pass  # which is looked at by itself
+    return Finding("table", namespace.root_name, found, problem)
+
+
+def _look(name: str, state_dir: Path | None, registry: Path | bool) -> list[Finding]:
+    """Look at all that there is of a name; NotServingError where there is nothing."""
+    directory, findings = state_dir or state_directory_of(name), []
+    try:
+        findings.append(_look_at_table(name, directory))
+    except NotServingError:
+        if not (directory / FILE_NAME).exists():
+            raise
+    if not (directory / FILE_NAME).exists():
+        return findings
+    findings += [keeping.check_store(directory), *keeping.check_files(directory)]
+    base = registry_base(registry)
+    return findings if base is None else [*findings, keeping.check_registry(Registry(base, name), directory)]
+
+
+@command
+@click.argument("source", metavar="DIR", type=PATH)
+@directory_option
+@registry_option
+@yes_option
+def restore(settings: Settings, *, source: Path, state_dir: Path | None, registry: Path | bool, yes: bool) -> int:
+    """Put the backup in DIR in the place of the state; the server must be stopped.
+
+    The store that was there is kept beside it (shmelim.sqlite.replaced-<time>). The next start publishes the
+    restored state, and begins no slash until you have said "shmelim slash release": the backup does not know of
+    those that were made since.
+
+    Exit code 1: the question was answered with no; nothing was changed.
+
+    With --json: name, restored, state_dir, commit, eliminated, departed, kept (a path or null).
+
+    For example:
+      shmelim restore /backup/shmelim-2026-01-31
+    """
+    directory = state_dir or state_directory_of(settings.name)
+    made = keeping.read_manifest(source)
+    if not yes and not output.agreed(
+        "Replace that state by the backup?",
+        output.printable(f"state   {directory}"),
+        output.printable(f"backup  {source}: commit {made.commit}, {made.eliminated} eliminated"),
+    ):
+        settings.answer({"restored": False}, "nothing was changed")
+        return NO
+    base = registry_base(registry)
+    remembered = None if base is None else Registry(base, settings.name)
+    done = keeping.restore(source, directory.absolute(), remembered, _published_commit(settings.name))
+    kept = None if done.kept is None else str(done.kept)
+    about = {**done._asdict(), "kept": kept, "restored": True, "state_dir": str(directory)}
+    before = "" if kept is None else f"; what was there is {kept}"
+    said = f"restored: commit {done.commit}, {done.eliminated} eliminated, {done.departed} departed{before}"
+    settings.answer(about, output.printable(said))
+    return YES
+
+
+def _published_commit(name: str) -> int:
+    """Return the commit that is published under a name; 0 where nothing is."""
+    with contextlib.suppress(NotServingError, SegmentError):
+        return TableReader(SharedNamespace(name)).identity().commit
+    return 0
+
+
+@command
+@registry_option
+@yes_option
+def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
+    """Let a name go that is no longer served: its table, its runtime directory, and what the registry remembers.
+
+    Its state directory stays: remove it yourself if nobody needs it any more. Readers that are attached keep the
+    last state until they end.
+
+    Exit code 1: it is served, or the question was answered with no; nothing was changed.
+
+    With --json: name, forgotten, state_dir.
+
+    For example:
+      shmelim forget --name old
+    """
+    name, directory = settings.name, state_directory_of(settings.name)
+    about: dict[str, Any] = {"state_dir": str(directory)}
+    _need_unserved(name)
+    if not yes and not output.agreed(f"Forget {name!r}?", output.printable(f"its state stays in {directory}")):
+        settings.answer({"forgotten": False, **about}, "nothing was changed")
+        return NO
+    namespace = SharedNamespace(name)
+    # Nobody can begin to serve it meanwhile.
+    lock = namespace.acquire()
+    try:
+        namespace.remove()
+    finally:
+        lock.release()
+    shutil.rmtree(RuntimeDirectory(name).path, ignore_errors=True)
+    if (base := registry_base(registry)) is not None:
+        Registry(base, name).forget()
+    settings.answer(
+        {"forgotten": True, **about}, output.printable(f"forgot {name!r}; its state is in {directory}")
+    )
+    return YES
+
+
+def _need_unserved(name: str) -> None:
+    try:
+        writer = EliminationReader(name).writer
+    except ShmelimError:
+        return
+    if writer.alive:
+        raise RefusedError(f"{name!r} is served by process {writer.pid}", hint="stop it first")

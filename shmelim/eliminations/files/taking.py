@@ -1,0 +1,220 @@
+"""Taking over the JSON files that a person put there: what they say, against what the store knows by now.
+
+An edit changes only what it changed against the version that it was made from, by the hashes that we kept of that.
+Where the store has another row by now, the store's stands: it was acknowledged. What is not applied, or cannot be
+read, is moved aside and is a named problem until somebody takes it away.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from shmelim.eliminations.files.format import (
+    DEPARTED_FILE,
+    ELIMINATIONS_FILE,
+    BadRow,
+    File,
+    departures_in,
+    elimination_row,
+    eliminations_in,
+    hash_of,
+    hashes_in,
+    quarantine,
+    read_file,
+)
+from shmelim.eliminations.files.meaning import Meaning, Owner, Taken, decide
+from shmelim.eliminations.files.sidecar import Sidecars, read_sidecars
+from shmelim.eliminations.state.changes import Step, record_departures, replace_all
+from shmelim.eliminations.store.history import Change as EventOf
+from shmelim.eliminations.store.store import Store
+from shmelim.errors import DamagedFileError
+from shmelim.system.durable import move_aside, write_aside
+from shmelim.system.problems import Problems
+
+NAMES: Final = (ELIMINATIONS_FILE, DEPARTED_FILE)
+
+# A file that says nothing which the store does not know.
+KNOWN: Final = (Meaning.TAKEN, Meaning.CURRENT, Meaning.OLDER)
+
+_DAMAGED: Final = "file_damaged"
+_NOT_APPLIED: Final = "file_not_applied"
+_TAKEN: Final = "taken:"
+_EARLIER: Final = "digests:"  # what earlier versions wrote and took over, where there is no sidecar
+
+_log = logging.getLogger("shmelim.files")
+
+
+def take_files(step: Step, directory: Path, problems: Problems, *, fresh: bool) -> None:
+    """Take over what somebody put into a state directory; into a `fresh` store whatever stands there.
+
+    A file that cannot be read or believed is moved aside. Where it is all there is, DamagedFileError: nothing is
+    touched.
+    """
+    for name in NAMES:
+        path = directory / name
+        sidecars = read_sidecars(path)
+        try:
+            file = read_file(path)
+            meaning = meaning_of(step.store, name, None if file is None else file.digest, sidecars, fresh=fresh)
+            if file is None or meaning in KNOWN:
+                continue
+            if meaning in (Meaning.STATE, Meaning.EDIT):
+                _take(step, file, sidecars, problems, fresh=fresh)
+                continue
+            _parse(file)  # a damaged one is damaged, whoever put it there
+        except DamagedFileError as error:
+            if fresh:
+                raise DamagedFileError(
+                    f"{error.message}, and there is no other record of the state",
+                    hint="repair the file, or move it away to start empty",
+                ) from None
+            step.record([_set_damaged_aside(path, error, problems)])
+        else:
+            step.record([set_aside(path, f"{name} is not applied: {meaning.value}", problems)])
+
+
+def meaning_of(store: Store, name: str, digest: str | None, sidecars: Sidecars, *, fresh: bool = False) -> Meaning:
+    """Say what a file means beside a store."""
+    latest = store.meta(_TAKEN + name)
+    taken = [Taken(digest, None) for digest in store.meta(_EARLIER + name, [])]
+    if latest is not None:
+        taken = [Taken(*latest)]
+    return decide(digest, sidecars, Owner(store.store_id or b"", store.commit_number, fresh), taken)
+
+
+def take_for_known(step: Step, directory: Path) -> None:
+    """Have what stands in the files known as no newer than the store: not as a person's work."""
+    for path in (directory / name for name in NAMES):
+        with suppress(DamagedFileError):
+            if (file := read_file(path)) is not None:
+                _mark_taken(step, file, read_sidecars(path))
+
+
+def _mark_taken(step: Step, file: File, sidecars: Sidecars) -> None:
+    before = None if sidecars.written is None else sidecars.written.commit_number
+    step.set_meta(_TAKEN + file.path.name, Taken(file.digest, before))
+
+
+def set_aside(path: Path, text: str, problems: Problems) -> EventOf:
+    """Move a file aside that is not applied, name that as a problem, and return the event that says so."""
+    return _kept(path, move_aside(path, "edited"), text, problems)
+
+
+def _kept(path: Path, aside: Path, text: str, problems: Problems) -> EventOf:
+    apply = (
+        f"`shmelim sync {aside}` applies it"
+        if path.name == ELIMINATIONS_FILE
+        else f"the next start with `--import {aside}` applies it"
+    )
+    problems.report(
+        _NOT_APPLIED,
+        f"{text}; it is now {aside}",
+        subject=str(aside),
+        remedy=f"{apply}; then, or if nobody needs it, take it away. To edit the files, stop the server first",
+    )
+    return EventOf("edited", note=f"{text}; kept as {aside.name}")
+
+
+def clear_gone(problems: Problems) -> None:
+    """Clear the problems of files that were set aside and that somebody took away."""
+    for problem in problems.standing():
+        if problem.name in (_DAMAGED, _NOT_APPLIED) and not Path(problem.subject).exists():
+            problems.clear(problem.name, problem.subject)
+
+
+def read_state(step: Step, directory: Path) -> None:
+    """Make what stands in the files the eliminations, and record the departures in them."""
+    file = read_file(directory / ELIMINATIONS_FILE)
+    if file is not None:
+        listed = eliminations_in(file)
+        replace_all(step, listed.taken, f"file {file.path.name}", _named_in(listed.bad))
+        quarantine(file.path, listed.bad)
+    file = read_file(directory / DEPARTED_FILE)
+    if file is not None:
+        departed = departures_in(file)
+        record_departures(step, departed.taken, f"file {file.path.name}")
+        quarantine(file.path, departed.bad)
+
+
+def _set_damaged_aside(path: Path, error: DamagedFileError, problems: Problems) -> EventOf:
+    aside = move_aside(path)
+    problems.report(
+        _DAMAGED,
+        f"{error.message}; it is now {aside}, and the state comes from the store",
+        subject=str(aside),
+        remedy="look at it, and take it away",
+    )
+    return EventOf("damaged", note=f"{path.name} was damaged: moved aside to {aside.name}")
+
+
+def _parse(file: File) -> Any:
+    return eliminations_in(file) if file.path.name == ELIMINATIONS_FILE else departures_in(file)
+
+
+def _take(step: Step, file: File, sidecars: Sidecars, problems: Problems, *, fresh: bool) -> None:
+    """Apply a file; what contradicts the store is not, and the file is kept for whoever made it."""
+    name = file.path.name
+    base = {} if fresh or sidecars.base is None else hashes_in(sidecars.base.rows)
+    found = _parse(file)
+    apply = _apply_eliminations if name == ELIMINATIONS_FILE else _apply_departures
+    overtaken = apply(step, name, _Edit(found.taken, _named_in(found.bad), base))
+    quarantine(file.path, found.bad)
+    _log.info("%s was not written by this server: taken over", file.path)
+    step.record([EventOf("import", note=f"{name} was put there by somebody else: taken over")])
+    _mark_taken(step, file, sidecars)
+    if overtaken:
+        text = f"the edit of {name} is applied, but for {len(overtaken)} hotkeys that were changed since"
+        # A copy: a death before the commit must leave the edit where it is.
+        aside = write_aside(file.path, "edited", file.data, ".json")
+        step.record([_kept(file.path, aside, f"{text} ({', '.join(overtaken[:3])}, …)", problems)])
+
+
+class _Edit(NamedTuple):
+    """What a file says: what could be taken, whose rows could not, and the hashes of what it was made from."""
+
+    taken: dict[str, Any]
+    unsure: list[str]
+    base: dict[bytes, bytes]
+
+
+def _apply_eliminations(step: Step, name: str, edit: _Edit) -> list[str]:
+    """Apply what was changed by hand; returns the hotkeys of which the store's row is a later one."""
+    stored = dict(step.store.eliminated())
+    put: dict[str, bytes] = {}
+    overtaken = []
+    for hotkey, record in edit.taken.items():
+        before = edit.base.get(hash_of(hotkey))
+        if _row_hash(record) == before or record == stored.get(hotkey):
+            continue
+        if _row_hash(stored.get(hotkey)) == before:
+            put[hotkey] = record
+        else:
+            overtaken.append(hotkey)
+    missing = edit.base.keys() - {hash_of(hotkey) for hotkey in (*edit.taken, *edit.unsure)}
+    gone = {hotkey for hotkey in stored if hash_of(hotkey) in missing}
+    changed_since = [hotkey for hotkey in gone if _row_hash(stored[hotkey]) != edit.base[hash_of(hotkey)]]
+    gone.difference_update(changed_since)
+    if put or gone:
+        replace_all(step, put, f"file {name}", [hotkey for hotkey in stored if hotkey not in gone])
+    return overtaken + changed_since
+
+
+def _apply_departures(step: Step, name: str, edit: _Edit) -> list[str]:
+    """Record the departures that were added by hand: they are for ever, so there is nothing to take back."""
+    new = {hotkey: ms for hotkey, ms in edit.taken.items() if hash_of(hotkey) not in edit.base}
+    record_departures(step, new, f"file {name}")
+    return []
+
+
+def _row_hash(record: bytes | None) -> bytes | None:
+    return None if record is None else hash_of(elimination_row(record)[1])
+
+
+def _named_in(bad: Iterable[BadRow]) -> list[str]:
+    """Return the hotkeys of rows that cannot be taken: such a row says nothing against what is known of them."""
+    named = [row.row.get("hotkey") for row in bad if isinstance(row.row, dict)]
+    return [hotkey for hotkey in named if isinstance(hotkey, str)]

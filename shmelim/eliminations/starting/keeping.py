@@ -1,0 +1,245 @@
+"""Keeping a state: backing it up while it is served, checking it, putting a backup in its place.
+
+A backup is a directory with the store as of one moment (``shmelim.sqlite``: current state, history, debts,
+slashes) and ``backup.json``, which says of what and when, with the SHA-256 of the store. It takes its name when it
+is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from shmelim.eliminations.files import format as files
+from shmelim.eliminations.files.format import DEPARTED_FILE, ELIMINATIONS_FILE
+from shmelim.eliminations.files.taking import take_for_known
+from shmelim.eliminations.runtime import lock_state
+from shmelim.eliminations.starting import replacement
+from shmelim.eliminations.starting.registry import Memory, Registry
+from shmelim.eliminations.state.changes import Step
+from shmelim.eliminations.state.debt_book import hold_money
+from shmelim.eliminations.store.history import Change as EventOf
+from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.eliminations.store.store import Store
+from shmelim.errors import ShmelimError, StoreError
+from shmelim.system import clock
+from shmelim.system.durable import make_private_directory, sync_directory, write_whole, writing
+
+MANIFEST: Final = "backup.json"
+
+Progress = Callable[[str, int, int | None], Any]
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a backup says of itself."""
+
+    store_id: str | None  # in hexadecimal digits; None of a store of a schema that had none
+    commit: int
+    eliminated: int
+    departed: int
+    events: int
+    at_ms: int  # when it was made: ms since 1970, UTC
+    directory: str  # what it is a backup of
+    sha256: str
+
+
+class Finding(NamedTuple):
+    """What came of looking at one thing: ``problem`` says what is wrong with it, None that nothing is."""
+
+    what: str  # "backup", "store", "file", "table" or "registry"
+    place: str
+    said: str
+    problem: str | None = None
+
+
+class Restored(NamedTuple):
+    """What a restore did: what is there now, and where what was there before is."""
+
+    commit: int
+    eliminated: int
+    departed: int
+    kept: Path | None
+
+
+def back_up(directory: Path, target: Path, on_progress: Progress = lambda *_: None) -> Manifest:
+    """Write a backup of the store of a state directory to a new directory, as of one moment.
+
+    Others may change the store meanwhile. StoreError if there is none, `target` is there already and not empty, or
+    it cannot be written; then nothing of it is there.
+    """
+    with Store.read_only(directory) as store:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise StoreError(f"{target} exists already", hint="name a directory that is not there, or is empty")
+        making = target.with_name(f".{target.name}.part")
+        with writing(f"the backup {target} cannot be written", hint="name another place"):
+            shutil.rmtree(making, ignore_errors=True)
+            make_private_directory(making)
+        try:
+            copy = making / FILE_NAME
+            store.copy_to(copy, lambda done, total: on_progress("copying", done, total))
+            # What the copy says, which may be older than what the store says by now.
+            with Store.read_only(making) as copied:
+                manifest = _describe(copied, directory, files.digest_of(copy) or "")
+            with writing(f"the backup {target} cannot be written", hint="name another place"):
+                write_whole(making / MANIFEST, [msgspec.json.encode(manifest)])
+                making.replace(target)
+                sync_directory(target.parent)
+        except BaseException:
+            shutil.rmtree(making, ignore_errors=True)
+            raise
+    return manifest
+
+
+def _describe(store: Store, directory: Path, sha256: str) -> Manifest:
+    counts = store.counts()
+    store_id = store.store_id
+    return Manifest(
+        None if store_id is None else store_id.hex(),
+        store.commit_number,
+        counts.eliminated,
+        counts.departed,
+        counts.events,
+        clock.now_ms(),
+        str(directory.resolve()),
+        sha256,
+    )
+
+
+def read_manifest(backup: Path) -> Manifest:
+    """Return what a backup says of itself; StoreError if it is none, or does not."""
+    try:
+        return msgspec.json.decode((backup / MANIFEST).read_bytes(), type=Manifest)
+    except OSError as error:
+        raise StoreError(
+            f"{backup} is not a backup: {MANIFEST}: {error.strerror}",
+            hint="name a directory that `shmelim backup` made",
+        ) from error
+    except msgspec.DecodeError as error:
+        raise StoreError(f"{backup / MANIFEST} is damaged: {error}", hint="use another backup") from error
+
+
+def check_backup(backup: Path) -> list[Finding]:
+    """Look at a backup: whether it is as it was made, and its store is whole."""
+
+    def manifest() -> str:
+        said = read_manifest(backup)
+        if files.digest_of(backup / FILE_NAME) != said.sha256:
+            raise StoreError(f"{backup / FILE_NAME} is not the file that was backed up")
+        return f"commit {said.commit}, {said.eliminated} eliminated, {said.departed} departed"
+
+    return [_finding("backup", backup, manifest), check_store(backup)]
+
+
+def check_store(directory: Path) -> Finding:
+    """Read the store of a directory through: structure, checksums, debts, slashes and history."""
+
+    def whole() -> str:
+        with Store.read_only(directory) as store:
+            store.check()
+            rows = sum(1 for _ in store.rows())
+            store.meta_items()
+            store.debts(), store.slashes()
+            return f"commit {store.commit_number}, {rows} rows, {store.counts().events} events"
+
+    return _finding("store", directory / FILE_NAME, whole)
+
+
+def check_files(directory: Path) -> list[Finding]:
+    """Read the JSON files of a state directory; those that are not there are left out."""
+
+    def read(path: Path, reading: Callable[[Path], Any]) -> Callable[[], str]:
+        def whole() -> str:
+            found = reading(path)
+            if found.bad:
+                raise StoreError(f"{len(found.bad)} of its rows cannot be taken: {found.bad[0].problem}")
+            return f"{len(found.taken)} rows"
+
+        return whole
+
+    readings: dict[str, Callable[[Path], Any]] = {
+        ELIMINATIONS_FILE: files.read_eliminations,
+        DEPARTED_FILE: files.read_departed,
+    }
+    there = [(directory / name, reading) for name, reading in readings.items() if (directory / name).exists()]
+    return [_finding("file", path, read(path, reading)) for path, reading in there]
+
+
+def check_registry(registry: Registry, directory: Path) -> Finding:
+    """Compare what is remembered of a name with the store in its directory."""
+
+    def same() -> str:
+        memory = registry.recall()
+        if memory is None:
+            raise StoreError("nothing is remembered of this name")
+        with Store.read_only(directory) as store:
+            store_id, commit = store.store_id, store.commit_number
+        if store_id is None or store_id.hex() != memory.store_id:
+            raise StoreError(f"another store is remembered, of {memory.directory}")
+        if commit < memory.commit:
+            raise StoreError(f"the store is an older copy: commit {memory.commit} is remembered, it has {commit}")
+        return f"commit {memory.commit}, {memory.eliminated} eliminated"
+
+    return _finding("registry", registry.path, same)
+
+
+def _finding(what: str, place: Path | str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, str(place), look())
+    except ShmelimError as error:
+        return Finding(what, str(place), "", error.message)
+
+
+def restore(backup: Path, directory: Path, registry: Registry | None, acknowledged: int = 0) -> Restored:
+    """Put a backup in the place of the store of a state directory, which no server may be using.
+
+    The store that was there is kept beside it (``shmelim.sqlite.replaced-<time>``), the JSON files are written
+    anew by the next start. Commits go on above every one that is known of (`acknowledged`: of others than the
+    store and the registry), and no slash is begun until a person releases them. StoreError if the backup is not
+    whole, and AlreadyServingError if a server has the directory; nothing is changed then. Dying at any line leaves
+    the one store or the other.
+    """
+    bad = [finding for finding in check_backup(backup) if finding.problem]
+    if bad:
+        raise StoreError(f"the backup {backup} is not whole: {bad[0].problem}", hint="use another backup")
+    lease = lock_state(directory)
+    try:
+        known = _known_commit(directory)
+        memory = None if registry is None else registry.recall()
+        above = max(known, acknowledged, 0 if memory is None else memory.commit)
+        replacement.build(
+            directory, lambda step: _mark_restored(step, backup, directory, above), begin_with=backup
+        )
+        kept = replacement.put_in_place(directory, "replaced")
+        with Store.read_only(directory) as store:
+            counts, commit, store_id = store.counts(), store.commit_number, store.store_id or b""
+        if registry is not None:
+            registry.remember(memory_of(store_id, commit, counts.eliminated, counts.departed, directory))
+        return Restored(commit, counts.eliminated, counts.departed, kept)
+    finally:
+        lease.release()
+
+
+def memory_of(store_id: bytes, commit: int, eliminated: int, departed: int, directory: Path) -> Memory:
+    """Return what a registry is to remember of a store, now."""
+    return Memory(store_id.hex(), str(directory.resolve()), commit, eliminated, departed, clock.now_ms())
+
+
+def _known_commit(directory: Path) -> int:
+    """Return the last commit of the store that is there; 0 where there is none, or none that can be read."""
+    try:
+        with Store.read_only(directory) as store:
+            return store.commit_number
+    except StoreError:
+        return 0
+
+
+def _mark_restored(step: Step, backup: Path, directory: Path, above: int) -> None:
+    step.store.go_on_from(above)
+    step.record([EventOf("restore", note=f"restored from the backup {backup}")])
+    hold_money(step, f"the state was restored from the backup {backup}")
+    # What stands in the files is not of this store, and no start must take it for a person's work.
+    take_for_known(step, directory)

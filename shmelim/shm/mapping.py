@@ -1,0 +1,178 @@
+"""Opening a file of shared memory: how it is opened, what is checked on its descriptor, and who owns that.
+
+A name in ``/dev/shm`` may be anybody's, and lead to anything. So it is opened without waiting and without
+following links, what it is and whose it is are looked at on the descriptor, and every error says what stands
+there.
+
+A reader's mapping owns no descriptor: a program that closes all it finds, to become a daemon, must not have this
+one closed once more later, under a number that is something else's by then. (``mmap.mmap`` keeps one.)
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+from functools import cache
+from typing import Any, Final
+
+from shmelim.errors import NotServingError, SegmentError, UntrustedSegmentError
+from shmelim.shm.native import extension
+
+READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+WRITE: Final = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_KINDS: Final = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_file(path: str, flags: int, mode: int = 0o600) -> Any:
+    """Open a file; the result has ``fileno()`` and ``close()``, and closes it once nobody refers to it.
+
+    Opening and owning are one call: a signal handler that raises finds the descriptor owned, or not there yet. An
+    epoll object is the standard library's plainest owner of a descriptor; nothing is polled.
+    """
+    from select import epoll  # noqa: PLC0415  # for writers, and where there is no extension
+
+    return next(map(epoll.fromfd, map(os.open, (path,), (flags,), (mode,))))
+
+
+def map_file(path: str) -> tuple[Any, os.stat_result]:
+    """Map a file for reading, through a descriptor that is closed again; return the memory and the file's status.
+
+    The memory is None where the file is none, or is empty. ``OSError`` as it comes.
+    """
+    if extension is not None:
+        memory, *status = extension.map_file(path)
+        return memory, os.stat_result((*status, 0, 0, 0))
+    with open_file(path, READ) as file:
+        found = os.fstat(file.fileno())
+        is_file = stat.S_ISREG(found.st_mode) and found.st_size > 0
+        return (_map_read_only(file.fileno(), found.st_size) if is_file else None), found
+
+
+def _map_read_only(descriptor: int, size: int) -> Any:
+    libc = _libc()
+    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    if address == _FAILED:
+        import ctypes  # noqa: PLC0415
+
+        raise OSError(ctypes.get_errno(), "mmap failed")
+    return _kind(size).from_address(address)
+
+
+_FAILED: Final = (1 << 64) - 1
+
+
+@cache
+def _libc() -> Any:
+    import ctypes  # noqa: PLC0415  # where there is no extension
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.mmap.restype = address
+    libc.mmap.argtypes = (address, size, number, number, number, ctypes.c_long)
+    libc.munmap.argtypes = (address, size)
+    libc.madvise.argtypes = (address, size, number)
+    return libc
+
+
+def _kind(size: int) -> Any:
+    """Return the type of a read-only mapping of this size, in the place of the extension's ``Memory``."""
+    import ctypes  # noqa: PLC0415
+
+    libc = _libc()
+
+    class Mapped(ctypes.c_char * size):  # type: ignore[misc]
+        def __del__(self, unmap: Any = libc.munmap, where: Any = ctypes.addressof) -> None:
+            unmap(where(self), size)
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            raise TypeError("this memory is mapped for reading")
+
+        def discard(self) -> None:
+            libc.madvise(ctypes.addressof(self), size, mmap.MADV_DONTNEED)
+
+    return Mapped
+
+
+# ---------------------------------------------------------------------- what stands there
+
+
+_EVERYBODY: Final = [b"0", b"0", b"4294967295"]
+
+
+def is_anybody(uid: int) -> bool:
+    """Tell whether a uid stands for all users whom this user namespace does not know, if there are any."""
+    try:
+        return uid == int(_read("/proc/sys/fs/overflowuid")) and _read("/proc/self/uid_map").split() != _EVERYBODY
+    except (OSError, ValueError):
+        return False
+
+
+@cache
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123  # pathlib is for writers
+        return file.read(4096)
+
+
+def check_file(path: str, status: os.stat_result, trusted: set[int]) -> None:
+    """Raise unless this is a file that one of ``trusted`` owns, and nobody else can write to.
+
+    Whom this user namespace does not know is trusted by nobody: that may be anybody.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        raise _not_a_file(path, status)
+    if status.st_uid not in trusted:
+        raise untrusted(path, f"it belongs to uid {status.st_uid}")
+    if is_anybody(status.st_uid):
+        raise untrusted(path, f"uid {status.st_uid} is any user whom this user namespace does not know")
+    if stat.S_IMODE(status.st_mode) & 0o022:
+        raise untrusted(path, f"its mode {stat.S_IMODE(status.st_mode):#o} lets others write")
+
+
+def open_error(path: str, error: OSError, action: str = "open") -> Exception:
+    """Return the error that says why a file cannot be opened: what stands there, whose it is, what is used up."""
+    if error.errno == errno.ENOENT:
+        return NotServingError(f"there is no {path}")
+    if error.errno in {errno.EMFILE, errno.ENFILE}:
+        whose = "this process" if error.errno == errno.EMFILE else "this machine"
+        return SegmentError(
+            f"cannot {action} {path}: {whose} has as many files open as it may have",
+            hint="close some, or raise the limit (ulimit -n)",
+        )
+    try:
+        status = os.lstat(path)
+    except OSError:
+        status = None
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        return _not_a_file(path, status)
+    if status is not None and error.errno in {errno.EACCES, errno.EPERM}:
+        return untrusted(
+            path,
+            f"this user (uid {os.geteuid()}) may not {action} it, which belongs to uid {status.st_uid} "
+            f"and has mode {stat.S_IMODE(status.st_mode):#o}",
+        )
+    return SegmentError(f"cannot {action} {path}: {error.strerror or error}")
+
+
+def _not_a_file(path: str, status: os.stat_result) -> SegmentError:
+    what = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+    return UntrustedSegmentError(
+        f"{path} is {what} of uid {status.st_uid}, not a file",
+        hint="remove it, or choose another name",
+    )
+
+
+def untrusted(path: str, why: str) -> UntrustedSegmentError:
+    """Return the error for a file of somebody else."""
+    return UntrustedSegmentError(
+        f"{path} is not to be trusted: {why}",
+        hint="another user took the name: choose another one, or name its owner's uid if that is meant",
+    )

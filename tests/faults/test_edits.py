@@ -1,0 +1,268 @@
+"""JSON files that a person put there: what is applied, what is set aside; nothing acknowledged is lost."""
+
+import json
+import os
+
+import pytest
+from crashing import Child, kill_self
+from serving import row
+
+from shmelim import EliminationManagerServer
+from shmelim.eliminations.files import mirror
+from shmelim.eliminations.files.sidecar import read_sidecars
+from shmelim.errors import DamagedFileError
+from shmelim.shm import SharedNamespace
+
+
+@pytest.fixture
+def path(state_dir):
+    return state_dir / "eliminations.json"
+
+
+def killed(table_name, state_dir, work, **options):
+    """Run a server in a child until `work` ends, which SIGKILL follows; its files are written on demand alone."""
+
+    def run():
+        mirror._COALESCE = 1e6
+        options.setdefault("files", "lagged")
+        server = EliminationManagerServer(SharedNamespace(table_name), state_dir, durability="process", **options)
+        work(server)
+        kill_self()
+
+    with Child(run) as child:
+        assert child.wait() == -9
+
+
+def edit(path, *, remove=(), add=()):
+    """Change a file as a person does: what stands there, less some rows, and more."""
+    rows = json.loads(path.read_text())["eliminations"]
+    changed = {one["hotkey"]: one for one in [*rows, *add] if one["hotkey"] not in remove}
+    path.write_text(json.dumps({"eliminations": list(changed.values())}, indent=2))
+
+
+def problems(server):
+    return [problem["name"] for problem in server.health_check_rpc()["problems"]]
+
+
+class TestAnEditOlderThanTheLastCommit:
+    def test_loses_neither_what_it_changed_nor_what_was_acknowledged_since(
+        self, table_name, state_dir, path, start
+    ):
+        def work(server):
+            server.sync_eliminations_rpc([row("a"), row("b"), row("c")])
+            server.save_eliminations_rpc()
+            edit(path, remove=["b"], add=[row("c", 7), row("of-a-person")])
+            server.add_elimination_rpc("acknowledged", row("acknowledged"))
+
+        killed(table_name, state_dir, work)
+        server = start()
+        assert server.get_eliminations_dict_rpc() == {
+            "a": row("a"),
+            "c": row("c", 7),
+            "acknowledged": row("acknowledged"),
+            "of-a-person": row("of-a-person"),
+        }
+        assert problems(server) == []
+        assert [event["action"] for event in server.get_history_rpc(limit=None)].count("import") == 1
+
+    def test_does_not_bring_back_what_was_removed_since_nor_an_earlier_record(
+        self, table_name, state_dir, path, start
+    ):
+        def work(server):
+            server.sync_eliminations_rpc([row("removed"), row("updated"), row("edited-and-removed"), row("gone")])
+            server.save_eliminations_rpc()
+            edit(path, remove=["gone"], add=[row("edited-and-removed", 7), row("of-a-person")])
+            server.remove_elimination_rpc("removed")
+            server.remove_elimination_rpc("edited-and-removed")
+            server.add_elimination_rpc("updated", row("updated", 5))
+
+        killed(table_name, state_dir, work)
+        server = start()
+        assert server.get_eliminations_dict_rpc() == {
+            "updated": row("updated", 5),
+            "of-a-person": row("of-a-person"),
+        }
+        # Both changed one of them, so the edit is kept, and whoever made it is told.
+        (aside,) = state_dir.glob("eliminations.json.edited-*")
+        (problem,) = server.health_check_rpc()["problems"]
+        assert (problem["name"], problem["subject"]) == ("file_not_applied", str(aside))
+        assert "edited-and-removed" in problem["text"]
+        assert row("edited-and-removed", 7) in json.loads(aside.read_text())["eliminations"]
+
+    def test_of_a_row_that_was_updated_since_leaves_the_update(self, table_name, state_dir, path, start):
+        def work(server):
+            server.sync_eliminations_rpc([row("a"), row("b")])
+            server.save_eliminations_rpc()
+            edit(path, remove=["a"])
+            server.add_elimination_rpc("a", row("a", 9))
+
+        killed(table_name, state_dir, work)
+        server = start()
+        assert server.get_eliminations_dict_rpc() == {"a": row("a", 9), "b": row("b")}
+        assert problems(server) == ["file_not_applied"]
+
+    def test_is_merged_once_though_the_server_dies_before_it_writes_the_file(
+        self, table_name, state_dir, path, start
+    ):
+        with start() as server:
+            server.sync_eliminations_rpc([row("a"), row("b")])
+        edit(path, remove=["b"], add=[row("of-a-person")])
+        killed(
+            table_name,
+            state_dir,
+            lambda server: (
+                server.add_elimination_rpc("b", row("b")),
+                server.remove_elimination_rpc("of-a-person"),
+            ),
+        )
+        assert start().get_eliminated_hotkeys_rpc() == {"a", "b"}
+
+    def test_of_departed_hotkeys_adds_those_that_it_added(self, table_name, state_dir, start):
+        departed = state_dir / "departed_hotkeys.json"
+
+        def work(server):
+            server.update_metagraph_rpc(["m1", "m2"])
+            server.update_metagraph_rpc(["m1"])
+            server.save_eliminations_rpc()
+            content = json.loads(departed.read_text())
+            content["departed_hotkeys"]["of-a-person"] = {"detected_ms": 5}
+            departed.write_text(json.dumps(content))
+            server.clear_departed_hotkeys_rpc()
+
+        killed(table_name, state_dir, work)
+        assert start().get_departed_hotkeys_rpc() == {"of-a-person": {"detected_ms": 5}}
+
+    def test_our_own_older_file_is_none(self, table_name, state_dir, path, start):
+        def work(server):
+            server.sync_eliminations_rpc([row("a"), row("b")])
+            server.save_eliminations_rpc()
+            server.clear_eliminations_rpc()
+
+        killed(table_name, state_dir, work)
+        assert "hotkey" in path.read_text()
+        server = start()
+        assert server.get_eliminated_hotkeys_rpc() == set()
+        assert problems(server) == []
+
+
+class TestAFileThatIsNoEdit:
+    @pytest.mark.parametrize(
+        "content", [{"eliminations": ["a", "b"]}, [None], {"eliminations": {"a": "b"}}, ["a", "b"]], ids=str
+    )
+    def test_but_has_not_one_usable_row_is_damaged_and_empties_nothing(self, state_dir, path, start, content):
+        with start() as server:
+            server.sync_eliminations_rpc([row("a"), row("b")])
+        path.write_text(json.dumps(content))
+        server = start()
+        assert server.get_eliminated_hotkeys_rpc() == {"a", "b"}
+        (aside,) = state_dir.glob("eliminations.json.damaged-*")
+        assert json.loads(aside.read_text()) == content
+        health = server.health_check_rpc()
+        assert health["status"] == "degraded"
+        assert [(one["name"], one["subject"]) for one in health["problems"]] == [("file_damaged", str(aside))]
+        aside.unlink()
+        assert server.health_check_rpc()["status"] == "ok"
+
+    def test_but_is_the_only_one_and_has_not_one_usable_row_is_refused(self, state_dir, path, start):
+        state_dir.mkdir()
+        path.write_text(json.dumps({"eliminations": ["a", "b"]}))
+        for _ in range(2):
+            with pytest.raises(DamagedFileError, match="none of its 2 rows can be taken"):
+                start()
+        assert path.exists()
+
+    def test_that_somebody_emptied_empties_the_state(self, state_dir, path, start):
+        with start() as server:
+            server.sync_eliminations_rpc([row("a"), row("b")])
+        path.write_text(json.dumps({"eliminations": []}))
+        server = start()
+        assert server.get_eliminated_hotkeys_rpc() == set()
+        assert problems(server) == []
+
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "directory"])
+    def test_but_something_else_is_neither_waited_for_nor_read(self, state_dir, path, start, make):
+        with start() as server:
+            server.sync_eliminations_rpc([row("a")])
+        path.unlink()
+        make(path)
+        server = start()
+        assert server.get_eliminated_hotkeys_rpc() == {"a"}
+        assert problems(server) == ["file_damaged"]
+        server.save_eliminations_rpc()
+        assert [one["hotkey"] for one in json.loads(path.read_text())["eliminations"]] == ["a"]
+
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "directory"])
+    def test_but_something_else_and_the_only_one_is_refused(self, state_dir, path, start, make):
+        state_dir.mkdir()
+        make(path)
+        with pytest.raises(DamagedFileError, match="not a file"):
+            start()
+        assert path.exists()
+
+
+class TestWithoutFilesAndWithThemAgain:
+    def test_the_first_start_takes_what_stands_there_and_no_later_one_goes_back_to_it(
+        self, state_dir, path, start
+    ):
+        state_dir.mkdir()
+        path.write_text(json.dumps({"eliminations": [row("legacy"), row("later-removed")]}))
+        with start(files="off") as server:
+            assert server.get_eliminated_hotkeys_rpc() == {"legacy", "later-removed"}
+            server.add_elimination_rpc("new", row("new"))
+            server.remove_elimination_rpc("later-removed")
+        for files in ("current", "off", "lagged"):
+            with start(files=files) as server:
+                assert server.get_eliminated_hotkeys_rpc() == {"legacy", "new"}
+                assert problems(server) == []
+
+    def test_a_file_that_comes_to_a_store_which_keeps_none_is_set_aside(self, state_dir, path, start):
+        with start(files="off") as server:
+            server.sync_eliminations_rpc([row(f"h{n}") for n in range(50)])
+        path.write_text(json.dumps({"eliminations": [row("old")]}))
+        server = start()
+        assert len(server.get_eliminated_hotkeys_rpc()) == 50
+        assert problems(server) == ["file_not_applied"]
+        assert list(state_dir.glob("eliminations.json.edited-*"))
+
+    def test_our_own_file_of_before_is_no_edit(self, state_dir, start):
+        with start() as server:
+            server.sync_eliminations_rpc([row("a")])
+        with start(files="off") as server:
+            server.add_elimination_rpc("b", row("b"))
+        with start() as server:
+            assert server.get_eliminated_hotkeys_rpc() == {"a", "b"}
+            assert problems(server) == []
+
+
+def test_files_cost_no_commit(state_dir, start):
+    with start() as server:
+        server.sync_eliminations_rpc([row("a")])
+        before = server.health_check_rpc()["commits"]
+        for n in range(5):
+            server.add_elimination_rpc("a", row("a", n + 1))
+            server.save_eliminations_rpc()
+        assert server.health_check_rpc()["commits"] == before + 5
+
+
+def test_what_was_written_is_known_by_its_rows(state_dir, path, start):
+    with start() as server:
+        server.sync_eliminations_rpc([row("a"), row("b")])
+        known = read_sidecars(path)
+    assert known.next is None
+    assert len(known.written.rows) == 2 * 16
+    assert len(known.written.store_id) == 16
+
+
+def test_a_directory_that_a_link_led_to_is_written_wherever_the_link_and_the_process_go(tmp_path, monkeypatch):
+    real, other, link = tmp_path / "real", tmp_path / "other", tmp_path / "link"
+    real.mkdir()
+    other.mkdir()
+    link.symlink_to(real)
+    monkeypatch.chdir(tmp_path)
+    with EliminationManagerServer(None, "link", durability="process") as server:
+        monkeypatch.chdir(other)
+        link.unlink()
+        link.symlink_to(other)
+        server.add_elimination_rpc("a", row("a"))
+    assert (real / "eliminations.json").exists()
+    assert list(other.iterdir()) == []

@@ -1,0 +1,273 @@
+"""``shmelim backup``, ``verify``, ``restore``, ``forget`` and ``slash release``, with and without a server."""
+
+import json
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from serving import listing, row, state_in_store
+
+from shmelim import EliminationManagerServer
+from shmelim.cli import output
+from shmelim.cli.main import cli
+from shmelim.eliminations.starting.registry import Memory, Registry
+from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.eliminations.store.store import Store
+from shmelim.shm import SharedNamespace
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """Where runtime and state directories are, and the registry; a socket's path must be short."""
+    base = Path(tempfile.mkdtemp(prefix="shmelim-"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+    monkeypatch.setenv("XDG_STATE_HOME", str(base / "state"))
+    monkeypatch.setenv("SHMELIM_REGISTRY", str(base / "registry"))
+    yield base
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def server(serve, place):
+    """A server with eliminations, a departure, a debt and a slash."""
+    served = serve(runtime_base=place / "shmelim", durability="process")
+    with served.client() as client:
+        client.sync_eliminations([row("a"), row("b")])
+        client.update_metagraph(["a", "gone"])
+        client.update_metagraph(["a"])
+        for hotkey in ("slashed", "owing"):
+            client._call("eliminate_rpc", (hotkey, row(hotkey), ["slash"]))
+        client._call("begin_slash_rpc", ("slashed", "token"))
+        client._call("settle_debt_rpc", ("slashed", "slash", "token"))
+    return served
+
+
+@pytest.fixture
+def run(server):
+    def run(*arguments, stdin=None):
+        env = {"SHMELIM_NAME": server.name, "COLUMNS": "200"}
+        return CliRunner().invoke(cli, arguments, prog_name="shmelim", input=stdin, env=env)
+
+    return run
+
+
+def document(result, code=0):
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+def spoil(path, offset):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 0xFF]))
+
+
+def what_is_in(directory):
+    with Store.read_only(directory) as store:
+        return store.counts(), store.debts(), store.slashes(), store.events(limit=None)
+
+
+def name_registry(place, server):
+    return Registry(place / "registry", server.name)
+
+
+# ------------------------------------------------------------------ backup and verify
+
+
+def test_a_backup_while_serving_has_everything(run, server, place):
+    target = place / "backups" / "one"
+    found = document(run("backup", str(target), "--json"))
+    assert (found["eliminated"], found["departed"], found["backup"]) == (4, 1, str(target))
+    assert what_is_in(target) == what_is_in(server.state_dir)
+    with Store.read_only(target) as copied, Store.read_only(server.state_dir) as store:
+        assert (copied.store_id, copied.commit_number) == (store.store_id, store.commit_number)
+        assert (found["store_id"], found["commit"]) == (store.store_id.hex(), store.commit_number)
+    assert sorted(path.name for path in target.iterdir()) == ["backup.json", FILE_NAME]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o700
+    assert not list(target.parent.glob(".*"))
+    with server.client() as client:
+        assert client.add_elimination("later", row("later"))
+    assert document(run("verify", str(target), "--json"))["whole"] is True
+
+
+def test_a_backup_without_a_server(run, server, place):
+    server.stop()
+    assert run("backup", str(place / "one")).stdout.startswith("backed up: commit")
+    assert what_is_in(place / "one") == what_is_in(server.state_dir)
+
+
+def test_a_backup_never_takes_the_place_of_anything(run, server, place):
+    (place / "one").mkdir()
+    assert run("backup", str(place / "one")).exit_code == 0
+    before = listing(place / "one")
+    result = run("backup", str(place / "one"))
+    assert result.exit_code == 4
+    assert "exists already" in result.stderr
+    assert listing(place / "one") == before
+    result = run("backup", str(place / "two"), "--state-dir", str(place))
+    assert result.exit_code == 4
+    assert not (place / "two").exists()
+    with server.client() as client:
+        assert len(client) == 4
+
+
+@pytest.mark.parametrize("harm", ["store", "manifest", "no manifest", "another store"])
+def test_a_backup_that_is_not_whole_is_found_out_and_not_restored(run, server, place, harm):
+    target = place / "one"
+    run("backup", str(target))
+    if harm == "store":
+        spoil(target / FILE_NAME, 5000)
+    elif harm == "manifest":
+        (target / "backup.json").write_text("{")
+    elif harm == "no manifest":
+        (target / "backup.json").unlink()
+    else:
+        with Store.open(target) as store, store.transaction():
+            store.set_meta("by", "hand")
+    found = document(run("verify", str(target), "--json"), 1)
+    assert found["whole"] is False
+    assert [finding for finding in found["findings"] if finding["problem"]]
+    server.stop()
+    before = listing(server.state_dir)
+    assert run("restore", str(target), "--yes").exit_code == 4
+    assert listing(server.state_dir) == before
+
+
+def test_verify_looks_at_all_that_there_is(run, server):
+    with server.client() as client:
+        client.save_eliminations()
+    found = document(run("verify", "--json"))
+    assert [finding["what"] for finding in found["findings"]] == ["table", "store", "file", "file", "registry"]
+    assert found["whole"] is True
+    server.stop()
+    assert run("verify").exit_code == 0
+
+
+@pytest.mark.parametrize("harm", ["store", "file", "table", "registry", "older", "another table"])
+def test_verify_says_what_is_wrong(run, server, place, harm):
+    with server.client() as client:
+        client.save_eliminations()
+    server.stop()
+    if harm == "store":
+        with (server.state_dir / FILE_NAME).open("r+b") as file:
+            file.seek(4096)
+            file.write(b"\xff" * 4096)
+    elif harm == "file":
+        (server.state_dir / "eliminations.json").write_text('{"eliminations": [17]}')
+    elif harm == "table":
+        segment = next(Path("/dev/shm").glob(f"shmelim.{server.name}.[0-9]*"))
+        content = segment.read_bytes()
+        spoil(segment, content.index(b"elimination_initiated_time_ms"))
+        spoil(segment, content.rindex(b"elimination_initiated_time_ms"))
+    elif harm == "another table":
+        SharedNamespace(server.name).remove()
+        options = {"registry": None, "replace_published": True}
+        EliminationManagerServer(SharedNamespace(server.name), place / "other", **options).close()
+        harm = "table"
+    elif harm == "registry":
+        name_registry(place, server).remember(Memory("ab" * 16, "/elsewhere", 1, 1, 1, 1))
+    else:
+        memory = name_registry(place, server).recall()
+        name_registry(place, server).remember(
+            Memory(memory.store_id, memory.directory, memory.commit + 1, 1, 1, 1)
+        )
+        harm = "registry"
+    found = document(run("verify", "--json"), 1)
+    wrong = {finding["what"] for finding in found["findings"] if finding["problem"]}
+    assert wrong == ({"store", "registry"} if harm == "store" and "registry" in wrong else {harm})
+
+
+def test_verify_where_there_is_nothing(run):
+    assert run("verify", "--name", "nobody").exit_code == 3
+
+
+# ------------------------------------------------------------------ restore
+
+
+def test_a_restored_state_is_served_and_holds_money(run, server, place):
+    target = place / "one"
+    run("backup", str(target))
+    backed_up = state_in_store(target)
+    shutil.rmtree(target)
+    run("backup", str(target))
+    with server.client() as client:
+        client.remove_elimination("a")
+        client.add_elimination("later", row("later"))
+        client.save_eliminations()
+    server.stop()
+    with Store.read_only(server.state_dir) as store:
+        store_id, last = store.store_id, store.commit_number
+    found = document(run("restore", str(target), "--yes", "--json"))
+    assert found["restored"] is True
+    assert found["commit"] > last
+    assert Path(found["kept"]).name.startswith(f"{FILE_NAME}.replaced-")
+    assert state_in_store(server.state_dir) == backed_up
+    with server.start().client() as client:
+        # The newer files are not taken for a person's work.
+        assert client.get_eliminated_hotkeys() == {"a", "b", "slashed", "owing"}
+        with Store.read_only(server.state_dir) as store:
+            assert store.store_id == store_id
+        (held,) = [problem for problem in client.health_check()["problems"] if problem["name"] == "money_held"]
+        assert "restored" in held["text"]
+        assert "slash release" in held["remedy"]
+        assert client._call("begin_slash_rpc", ("owing", "another")) is False
+        assert document(run("slash", "release", "--yes", "--json"))["released"] is True
+        assert client._call("begin_slash_rpc", ("owing", "another")) is True
+        assert not [problem for problem in client.health_check()["problems"] if problem["name"] == "money_held"]
+        assert run("slash", "release", "--yes").exit_code == 1
+        actions = [event["action"] for event in client.get_history()]
+        assert "restore" in actions
+        assert "hold" in actions
+        assert "release" in actions
+
+
+def test_restore_asks_and_is_refused_while_it_is_served(run, server, place, monkeypatch):
+    run("backup", str(place / "one"))
+    result = run("restore", str(place / "one"), "--yes")
+    assert result.exit_code == 4
+    assert "in use by another server" in result.stderr
+    server.stop()
+    before = listing(server.state_dir)
+    assert run("restore", str(place / "one")).exit_code == 2
+    monkeypatch.setattr(output, "can_ask", lambda: True)
+    assert run("restore", str(place / "one"), stdin="n\n").exit_code == 1
+    assert listing(server.state_dir) == before
+    assert run("restore", str(place / "one"), stdin="y\n").exit_code == 0
+
+
+def test_restore_where_nothing_is_left(run, server, place):
+    run("backup", str(place / "one"))
+    server.stop()
+    with Store.read_only(server.state_dir) as store:
+        last = store.commit_number
+    shutil.rmtree(server.state_dir)
+    SharedNamespace(server.name).remove()
+    found = document(run("restore", str(place / "one"), "--yes", "--json"))
+    assert found["kept"] is None
+    # The registry has outlived it.
+    assert found["commit"] > last
+    with server.start().client() as client:
+        assert len(client) == 4
+
+
+# ------------------------------------------------------------------ forget
+
+
+def test_a_forgotten_name_leaves_its_state_and_nothing_else(run, server, place):
+    result = run("forget", "--yes")
+    assert result.exit_code == 1
+    assert "stop it first" in result.stderr
+    server.stop()
+    before = listing(server.state_dir)
+    assert run("forget").exit_code == 2
+    found = document(run("forget", "--yes", "--json"))
+    assert (found["forgotten"], found["state_dir"]) == (True, str(server.state_dir))
+    assert listing(server.state_dir) == before
+    assert not list(Path("/dev/shm").glob(f"shmelim.{server.name}*"))
+    assert name_registry(place, server).recall() is None
+    assert not (place / "shmelim" / server.name).exists()
