@@ -16,7 +16,7 @@ from bench.measure import timer_cost
 __all__ = ["describe", "load"]
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("shmelim", "numpy", "msgspec", "posix_ipc", "xxhash", "matplotlib")
+_PACKAGES = ("shmelim", "numpy", "msgspec", "xxhash", "matplotlib")
 
 
 def describe() -> dict:

@@ -36,6 +36,14 @@ breaks  | latch    | READERS=1 NO_SETTLE ONLY=IS_EXACT                      | a 
 breaks  | latch    | READERS=1 PUBLISH_FIRST ONLY=IS_DURABLE                | published before committed
 breaks  | latch    | READERS=1 PUBLISH_FIRST ONLY=IS_CURRENT                | published before committed: time runs backwards
 breaks  | latch    | READERS=1 ACKNOWLEDGE_FIRST ONLY=IS_CURRENT            | acknowledged before published
+holds   | latch    | READERS=1 TX=2 CRASHES=1 GENS=2 NO_GIVE_UP ADOPT       | a successor adopts the table where it lies
+holds   | latch    | READERS=1 TX=1 CRASHES=2 GENS=3 NO_GIVE_UP ADOPT       | and dies in the middle of that
+breaks  | latch    | READERS=1 ADOPT NO_REBUILD ONLY=IS_EXACT               | adopted without making the other copy anew
+breaks  | latch    | READERS=1 ADOPT NO_COMPARE ONLY=IS_EXACT               | adopted, though the store is ahead of it
+covers  | identity | PATIENCE=4                                             | names that are removed and taken by another writer
+reaches | identity | REACH_OTHER                                            | a reader gets to that writer's root
+breaks  | identity | NO_ID ONLY=IS_WHOLE                                    | another root's segment under the right name
+breaks  | identity | NO_LOOK ONLY=IS_FINISHED                               | a dead writer's reader that never looks at the name
 holds   | snapshot | TX=3                                                   | a log read while it is appended to and compacted
 covers  | snapshot | TX=3 LENGTH=2 GIVE_UPS=1                               | and with transactions that are given up
 holds   | snapshot | TX=4 X86                                               | x86-64 order without any fence

@@ -93,6 +93,27 @@ proctype Writer()
 
 life:	{
 end:	do
+#ifdef ADOPT
+	/* A successor may go on where the table lies, if that is its store's latest state. What the other copy holds, it
+	 * makes anew before anything else: the dead writer may have got half-way with it. */
+	:: atomic {
+#ifdef NO_COMPARE
+		AWAKE && kind == LOAD ->
+#else
+		AWAKE && kind == LOAD && state_of[SEQ(mem[VERSION])] == committed ->
+#endif
+		now = mem[VERSION];
+		kind = IN_PLACE;
+		holds[COPY(now)] = mem[DATA(GEN(now), COPY(now), 0)];
+#ifdef NO_REBUILD
+		holds[1 - COPY(now)] = mem[DATA(GEN(now), 1 - COPY(now), 0)]
+	   }
+#else
+		holds[1 - COPY(now)] = holds[COPY(now)]
+	   };
+	   write_copy(GEN(now), 1 - COPY(now), holds[1 - COPY(now)])
+#endif
+#endif
 	:: atomic {
 		/* A successor begins with load(): it looks at nothing of what it finds but the version word. */
 		AWAKE && (kind == LOAD || committed < TX) ->

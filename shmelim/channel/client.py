@@ -20,6 +20,7 @@ from shmelim.channel.connecting import TryAgainError, cannot_connect, establish
 from shmelim.channel.dispatch import is_remote_name
 from shmelim.channel.failures import unpack_failure
 from shmelim.channel.key import check_key
+from shmelim.channel.pages import receive_reply
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE
 from shmelim.channel.wire import Wire
 from shmelim.errors import (
@@ -62,7 +63,8 @@ class ChannelClient:
         Seconds for a whole call, connecting included, unless the call says otherwise (no signal, patched socket or
         stopped clock stretches them); and seconds of that in which it waits for a server to appear.
     max_message, codec
-        Longest message in bytes, both ways; codec of requests and replies: the server's.
+        Longest message in bytes, both ways (a longer reply comes in several); codec of requests and replies: the
+        server's.
 
     Raises
     ------
@@ -152,8 +154,8 @@ class ChannelClient:
         OutcomeUnknownError
             The request was sent and no reply came. Perhaps carried out.
         MessageTooLargeError
-            The request is larger than `max_message` (not carried out), or the result is larger than the
-            server's limit (carried out, as the message says).
+            The request is larger than `max_message` (not carried out), or the result is larger than
+            4 GiB (carried out, as the message says).
         UnknownMethodError, TypeError, RemoteError, Exception
             There is no such remote method; an argument cannot be carried; the method raised something of a type
             that is neither built in nor of this package; or whatever else the method raised.
@@ -266,7 +268,7 @@ class ChannelClient:
             try:
                 wire.send_bytes(request)
                 sent = True
-                reply = wire.recv_bytes(self._max_message)
+                reply = receive_reply(wire, self._max_message)
             except BaseException as error:  # after a KeyboardInterrupt, too, the reply must find nobody
                 connections.discard(wire)
                 if not isinstance(error, (EOFError, OSError)):

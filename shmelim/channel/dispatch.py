@@ -61,11 +61,11 @@ class Dispatcher:
     """
 
     def __init__(
-        self, target: object, methods: Collection[str], codec: Codec, max_message: int, name: str, log: LimitedLog
+        self, target: object, methods: Collection[str], codec: Codec, largest: int, name: str, log: LimitedLog
     ) -> None:
         self._methods = _remote_methods(target, methods)
         self._codec = codec
-        self._max_message = max_message
+        self._largest = largest
         self._service_name = name
         self._log = log
 
@@ -92,8 +92,8 @@ class Dispatcher:
             text = f"{name}: {error.naming('result', error.path[1:])}"
             self._log(logging.ERROR, "result not carried", "%s: %s", self._service_name, text)
             return self._failure(number, TypeError(text))
-        if len(reply) > self._max_message:
-            text = f"{name}: the result has {len(reply)} bytes, the limit is {self._max_message}"
+        if len(reply) > self._largest:
+            text = f"{name}: the result has {len(reply)} bytes, the limit is {self._largest}"
             hint = "the call was carried out; ask for less at a time"
             return self._failure(number, MessageTooLargeError(text, hint=hint))
         return reply

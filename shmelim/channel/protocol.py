@@ -8,6 +8,8 @@ then the client says hello and the server answers; from there on it is one reque
                                             ←   welcome [protocol, service name, refusal or None, longest request]
       request [id, method, args, kwargs]    →
                                             ←   reply   [id, True, result] or [id, False, failure]
+                                            ←   or where that is too long for one message: 0xC1, its length in
+                                                8 bytes; then as many messages as it takes
                                             ←   goodbye, an empty message
 
 With its goodbye a server says: no request that came after my last reply on this connection was carried out, or

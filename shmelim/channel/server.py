@@ -26,6 +26,7 @@ from shmelim.channel.codec import MSGPACK, Codec
 from shmelim.channel.dispatch import Caller, Dispatcher, this_caller
 from shmelim.channel.failures import FAILURE_LIMIT
 from shmelim.channel.key import check_key, restore_key
+from shmelim.channel.pages import LARGEST, send_reply
 from shmelim.channel.peers import Peer, Peers
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE, PROTOCOL, encode_welcome, receive_hello
 from shmelim.channel.wire import poller_of
@@ -66,7 +67,8 @@ class ChannelServer:
     methods
         Names of methods that are served though they do not end in ``_rpc``.
     max_message, codec
-        Longest message in bytes, both ways, 16 KiB or more; codec of requests and replies.
+        Longest message in bytes, both ways, 16 KiB or more (a longer reply goes in several); codec of requests and
+        replies.
     max_connections
         Bound of connections that hold the key. One more takes the place of the one that was idle longest, whose
         client connects again by itself; where all are busy, it is told that the server is at its limit.
@@ -135,7 +137,7 @@ class ChannelServer:
         self._key_path = None if key_path is None else Path(key_path)
         self._problems = Problems() if problems is None else problems
         self._log = LimitedLog(_logger)
-        self._dispatcher = Dispatcher(target, methods, codec, max_message, service_name, self._log)
+        self._dispatcher = Dispatcher(target, methods, codec, LARGEST, service_name, self._log)
         self._peers = Peers(max_pending=max_pending, max_proven=max_connections)
         self._closed = threading.Event()
         # Written by start(), then by the accepting thread, then by the close() that comes first; and by a forked
@@ -357,7 +359,7 @@ class ChannelServer:
                 peers.counts["calls"] += 1
             try:
                 reply = answer(request)
-                wire.send_bytes(reply)
+                send_reply(wire, reply, self._max_message)
             finally:
                 peer.idle_since = monotonic()
                 peer.state = "idle"

@@ -48,6 +48,21 @@ class _Checked(click.ParamType[str]):
         return str(value)
 
 
+class _Permissions(click.ParamType[int]):
+    """Permissions of a file, in octal digits as for ``chmod``."""
+
+    name = "mode"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else int(value, 8)
+        except ValueError:
+            self.fail(f"{value!r} is not octal digits, such as 640", param, ctx)
+
+
+PERMISSIONS: Final = _Permissions()
+
+
 @dataclass
 class Settings:
     """What the shared options say; a command finds it as its context's object."""

@@ -13,7 +13,7 @@ import click
 
 from shmelim.channel.address import describe
 from shmelim.cli.failure import need_file
-from shmelim.cli.options import PATH, Settings, command, registry_option
+from shmelim.cli.options import PATH, PERMISSIONS, Settings, command, registry_option
 from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
@@ -69,9 +69,16 @@ class _LineFormatter(logging.Formatter):
 @click.option(
     "--files",
     type=click.Choice(["current", "lagged", "off"]),
-    default="current",
+    default="lagged",
     show_default=True,
-    help="Whether the JSON files are current when a saving call returns, follow within a second, or are not kept.",
+    help="Whether the JSON files are current when a change returns, follow within a second, or are not kept.",
+)
+@click.option(
+    "--files-mode",
+    type=PERMISSIONS,
+    default="600",
+    show_default=True,
+    help="Permissions of a JSON file that is new, such as 640; one that exists keeps its own.",
 )
 @click.option(
     "--adopt-published", is_flag=True, help="Where the state conflicts with what is published: that is the truth."

@@ -63,7 +63,7 @@ def _read(file: Path) -> list[bytes]:
     shown, path = ("stdin", Path("/dev/stdin")) if str(file) == "-" else (str(file), file)
     need_file(path)
     try:
-        found = files.read_eliminations(path)
+        found = files.read_eliminations(path, stream=True)
     except DamagedFileError as error:
         raise FileProblemError(error.message.replace(str(path), shown, 1), hint="nothing was changed") from error
     if found is None:

@@ -88,10 +88,15 @@ def _kind(size: int) -> Any:
     import ctypes  # noqa: PLC0415
 
     libc = _libc()
+    byte: Any = type("Byte", (ctypes.Union,), {"_fields_": [("byte", ctypes.c_ubyte)]})
 
     class Mapped(ctypes.c_char * size):  # type: ignore[misc]
         def __del__(self, unmap: Any = libc.munmap, where: Any = ctypes.addressof) -> None:
             unmap(where(self), size)
+
+        def plain(self) -> memoryview:
+            # An array of ctypes says that it is one of "<c", which cannot be cast; unions are plain bytes.
+            return memoryview((byte * size).from_buffer(self))
 
         def __setitem__(self, key: Any, value: Any) -> None:
             raise TypeError("this memory is mapped for reading")

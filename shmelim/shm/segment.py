@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import re
-from _pickle import PickleBuffer
 from typing import Any, Final, Protocol
 
 from shmelim.shm.layout import WORD
@@ -39,7 +38,7 @@ class Segment:
         self.label = label
         self.memory = memory
         self.identity = identity
-        whole = PickleBuffer(memory).raw()  # plain bytes, whatever items the memory says it has
+        whole = memory.plain() if hasattr(memory, "plain") else memoryview(memory)
         self.window = whole.toreadonly()
         writable = isinstance(memory, mmap.mmap) and not whole.readonly
         self.words = (whole if writable else self.window)[: len(memory) & -WORD].cast("Q")

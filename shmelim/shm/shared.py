@@ -7,7 +7,6 @@ import errno
 import fcntl
 import mmap
 import os
-import secrets
 import stat
 import struct
 import sys
@@ -117,7 +116,7 @@ class SharedNamespace(Namespace):
         return self._open_writable(self.root_name, root=True) if writable else self._open(self.root_name)
 
     def make_root(self) -> Segment:
-        return self._create(f"{self.root_name}.{_UNNAMED}{secrets.token_hex(4)}", ROOT_SIZE)
+        return self._create(f"{self.root_name}.{_UNNAMED}{os.urandom(4).hex()}", ROOT_SIZE)
 
     def name_root(self, root: Segment) -> None:
         path = f"{_SHM_DIR}{self.root_name}"

@@ -234,6 +234,18 @@ class TestWithoutFilesAndWithThemAgain:
             assert problems(server) == []
 
 
+def test_rows_of_a_pipe_that_cannot_be_taken_are_set_aside_beside_the_store(state_dir, start):
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as pipe:
+        pipe.write(json.dumps({"eliminations": [row("a"), {"reason": "ZOMBIE"}]}))
+    try:
+        assert start(f"/dev/fd/{reading}").get_eliminated_hotkeys_rpc() == {"a"}
+    finally:
+        os.close(reading)
+    (quarantine,) = state_dir.glob("import.quarantine-*.json")
+    assert json.loads(quarantine.read_text())["rows"][0]["row"] == {"reason": "ZOMBIE"}
+
+
 def test_files_cost_no_commit(state_dir, start):
     with start() as server:
         server.sync_eliminations_rpc([row("a")])

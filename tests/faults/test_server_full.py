@@ -136,6 +136,30 @@ class TestDiskOfTheStore:
         assert str(tmp_path) in with_small_tmpfs(tmp_path, 100_000, work)
 
 
+class TestAFileThatIsMountedByItself:
+    @own_mounts
+    def test_cannot_be_replaced_and_the_problem_says_what_to_do(self, tmp_path):
+        def work():
+            state, outside = tmp_path / "state", tmp_path / "outside.json"
+            state.mkdir()
+            (state / "eliminations.json").touch()
+            outside.write_text('{"eliminations": []}')
+            mounted = str(state / "eliminations.json")
+            subprocess.run(["mount", "--bind", str(outside), mounted], check=True)
+            with EliminationManagerServer(state_dir=state, durability="process") as server:
+                server.add_elimination_rpc("a", row("a"))
+                (problem,) = server.health_check_rpc()["problems"]
+                assert problem["name"] == "files_behind"
+                assert "mount its directory instead" in problem["remedy"]
+                assert [one["hotkey"] for one in server.get_eliminations_from_disk_rpc()] == ["a"]
+                with pytest.raises(StoreError, match="mount its directory instead"):
+                    server.save_eliminations_rpc()
+            subprocess.run(["umount", mounted], check=True)
+            return outside.read_text()
+
+        assert with_small_tmpfs(tmp_path, 20_000_000, work) == '{"eliminations": []}'
+
+
 class TestDiskOfTheFiles:
     @own_mounts
     def test_full_the_change_stands_and_the_files_come_when_there_is_room(self, tmp_path):
@@ -201,7 +225,7 @@ class TestSharedMemory:
                     assert server.add_elimination_rpc("h3", row("h3", 7)) is False
                     assert server.remove_elimination_rpc("h3") is True
                     assert server.add_elimination_rpc("h3", row("h3")) is True
-                assert len(list(Path("/dev/shm").iterdir())) == 2
+                assert len(list(Path("/dev/shm").iterdir())) == 3  # root, lock and data
                 before = state_in_table(reader)
             with EliminationManagerServer(namespace, tmp_path, durability="process", files="off") as server:
                 assert state_in_table(server.reader) == before

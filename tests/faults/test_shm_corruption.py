@@ -225,7 +225,7 @@ def test_record_that_ends_outside_the_arena(table_name: str, length: int) -> Non
         for copy in (0, 1):
             arena = damaged.header.arena_base(copy)
             head = damaged.attached._view.memory
-            at = head.find(b"changed", arena) - 24 - len(KEYS[1])
+            at = head[:].find(b"changed", arena) - 24 - len(KEYS[1])
             damaged.data.memory[at + 16 : at + 20] = length.to_bytes(4, "little")
         with pytest.raises(CorruptSegmentError, match="does not fit"):
             damaged.attached.get(KEYS[1])
@@ -241,7 +241,11 @@ def test_key_lengths_that_differ(table_name: str) -> None:
     def run() -> None:
         damaged = Damaged(table_name)
         for copy in (0, 1):
-            at = damaged.attached._view.memory.find(b"changed", damaged.header.arena_base(copy)) - len(KEYS[1]) - 4
+            at = (
+                damaged.attached._view.memory[:].find(b"changed", damaged.header.arena_base(copy))
+                - len(KEYS[1])
+                - 4
+            )
             assert damaged.data.memory[at] == len(KEYS[1])
             damaged.data.memory[at : at + 1] = b"\1"
         assert damaged.attached.flags(KEYS[1]) == 255

@@ -56,7 +56,9 @@ def make_room() -> None:
 
 
 def segments() -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in SHM.iterdir() if path.name != "filler"}
+    found = {path.name: path.stat().st_size for path in SHM.iterdir() if path.name != "filler"}
+    found.pop(f"shmelim.{NAME}.lock", None)
+    return found
 
 
 def serve() -> TableWriter:

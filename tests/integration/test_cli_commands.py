@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -323,6 +325,23 @@ def test_export_and_sync_are_each_others_reverse(run, tmp_path):
     assert document(run("list", "--json"))["eliminations"] == before
     found = document(run("export", str(file), "--json"))
     assert (found["count"], found["file"]) == (2, str(file))
+
+
+def test_export_keeps_the_mode_of_what_it_replaces(run, tmp_path):
+    file = tmp_path / "export.json"
+    file.write_text("old")
+    file.chmod(0o644)
+    run("export", str(file))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+def test_nan_and_infinities_are_null_in_json(run, served):
+    with served.client() as client:
+        client.add_elimination(A, row(A, dd=math.nan, further=[math.inf]))
+    for arguments in (("get", A, "--json"), ("list", "--json"), ("history", A, "--json")):
+        found = run(*arguments)
+        assert found.exit_code == 0
+        json.loads(found.stdout, parse_constant=pytest.fail)
 
 
 def test_export_to_stdout(run):

@@ -6,6 +6,7 @@ import pty
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -158,6 +159,28 @@ def test_what_is_not_such_a_file_is_refused(name, home, option, content, problem
     refused(attempt(name, home, option, str(file)), str(file), problem)
     with pytest.raises(NotServingError):
         EliminationReader(name)
+
+
+def test_a_pipe_that_the_command_line_names_is_read_as_a_file(name, home):
+    """As a shell makes of ``--import <(…)``: it can be opened only once."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as pipe:
+        pipe.write(json.dumps({"eliminations": [row(A)]}))
+    try:
+        with serving(name, home, "--import", f"/proc/{os.getpid()}/fd/{reading}"):
+            assert EliminationReader(name).get_eliminated_hotkeys() == {A}
+    finally:
+        os.close(reading)
+
+
+def test_permissions_of_the_files_are_an_option(name, home):
+    with serving(name, home, "--files-mode", "640") as server:
+        with server.client() as client:
+            client.save_eliminations()
+            (place,) = home.glob("state/**/eliminations.json")
+        assert stat.S_IMODE(place.stat().st_mode) == 0o640
+    for wrong in ("rw", "400", "1640"):
+        refused(attempt(name, home, "--files-mode", wrong), "640", code=2 if wrong == "rw" else 4)
 
 
 def test_a_bad_row_is_set_aside_with_a_warning(name, home):

@@ -143,12 +143,18 @@ def test_files_that_are_not_written_in_time_are_behind(tmp_path, monkeypatch):
     go_on = threading.Event()
     with EliminationManagerServer(state_dir=tmp_path, durability="process") as server:
         server.save_eliminations_rpc()
-        write = server._mirror._write
+        write, writing = server._mirror._write, threading.Event()
         monkeypatch.setattr("shmelim.eliminations.files.mirror._FLUSH_LIMIT", 0.01)
-        monkeypatch.setattr(server._mirror, "_write", lambda stale: (go_on.wait(60), write(stale))[1])
+        monkeypatch.setattr(
+            server._mirror, "_write", lambda **how: (writing.set(), go_on.wait(60), write(**how))[2]
+        )
+        other = threading.Thread(target=server.save_eliminations_rpc)
+        other.start()
+        assert writing.wait(60)
         assert server.append_elimination_row_rpc("a", 1.0, "ZOMBIE") is True
         assert [problem["name"] for problem in server.health_check_rpc()["problems"]] == ["files_behind"]
         go_on.set()
+        other.join()
         monkeypatch.setattr("shmelim.eliminations.files.mirror._FLUSH_LIMIT", 60)
         server.save_eliminations_rpc()
         assert server.health_check_rpc()["problems"] == []
@@ -157,8 +163,7 @@ def test_files_that_are_not_written_in_time_are_behind(tmp_path, monkeypatch):
 def test_saving_calls_say_once_that_the_files_are_behind(tmp_path, caplog):
     with EliminationManagerServer(state_dir=tmp_path, durability="process") as server:
         server.save_eliminations_rpc()  # nothing is written behind our back
-        (tmp_path / "eliminations.json").unlink()
-        (tmp_path / "eliminations.json" / "in the way").mkdir(parents=True)
+        (tmp_path / ".eliminations.json.next" / "in the way").mkdir(parents=True)
         for number in range(30):
             assert server.append_elimination_row_rpc(f"h{number}", 1.0, "ZOMBIE") is True
         assert server.health_check_rpc()["status"] == "degraded"

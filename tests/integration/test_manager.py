@@ -734,3 +734,15 @@ def test_a_name_that_nobody_serves_is_not_served_after_removal(managers):
     SharedNamespace(manager.name).remove()
     with pytest.raises(NotServingError, match=manager.name):
         EliminationReader(manager.name)
+
+
+def test_answers_that_are_larger_than_a_message_come_whole(managers):
+    manager = managers(max_message=20_000)
+    rows = [row(f"h{n}", pad=500) for n in range(200)]
+    hotkeys = [one["hotkey"] for one in rows]
+    manager.sync_eliminations(rows)
+    assert manager.get_eliminations_from_disk() == rows
+    proxy = manager._server_proxy
+    assert proxy.get_eliminations_from_memory_rpc() == rows
+    assert list(proxy.get_eliminations_dict_rpc()) == hotkeys
+    assert {event["hotkey"] for event in manager.get_history(limit=None)} >= set(hotkeys)

@@ -57,9 +57,8 @@ def fill(pipe):
 
 
 def spoil(directory):
-    """Make the JSON file unwritable for everybody, root included: a directory stands in its place."""
-    (directory / "eliminations.json").unlink()
-    (directory / "eliminations.json" / "in the way").mkdir(parents=True)
+    """Make the JSON file unwritable for everybody, root included: what is to be written beside it cannot be."""
+    (directory / ".eliminations.json.next" / "in the way").mkdir(parents=True)
 
 
 def in_time(work):
@@ -79,7 +78,8 @@ def test_saving_calls_go_on_while_the_files_cannot_be_written_and_nobody_reads_s
     home = tmp_path_factory.mktemp("s")
     reading, writing = os.pipe()
     state = home / "state"
-    with served_into(writing, table_name, home, "--state-dir", str(state), "--durability", "process") as process:
+    options = ("--state-dir", str(state), "--durability", "process", "--files", "current")
+    with served_into(writing, table_name, home, *options) as process:
         client = EliminationClient(table_name, runtime_base=home / "run" / "shmelim")
         client.save_eliminations()  # so that nothing is written behind our back
         spoil(state)

@@ -204,6 +204,7 @@ def interrupted(stop: int, act: Callable[[], T]) -> T | None:
 def test_an_interrupted_start_leaves_neither_lock_nor_descriptor(table_name: str, *, first: bool) -> None:
     if not first:
         serve(table_name).close()
+    gc.collect()
     before = descriptors()
     stop = 0
     while True:
@@ -224,6 +225,7 @@ def test_an_interrupted_start_leaves_neither_lock_nor_descriptor(table_name: str
 def test_interrupted_attaches_leave_no_descriptor(table_name: str) -> None:
     writer = serve(table_name)
     reader = TableReader(SharedNamespace(table_name))
+    gc.collect()
     before = descriptors()
     stop = 0
     while True:
@@ -256,6 +258,7 @@ def test_a_reader_owns_no_descriptor(table_name: str) -> None:
 def main(name: str) -> None:
     """Attach, close all descriptors, open others, forget the reader: say what was owned, read, and lost."""
     TableReader(SharedNamespace(name))  # whatever is loaded for the first one
+    gc.collect()
     before = descriptors()
     reader = TableReader(SharedNamespace(name))
     owned = len(descriptors() - before)

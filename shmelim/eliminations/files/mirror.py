@@ -134,8 +134,9 @@ class FileMirror:
         self.published.set()
         if self._thread is not None:
             self._thread.join()
-        with self._writing:
-            self._write()
+        if self._pid == os.getpid():
+            with self._writing:
+                self._write()
 
     def _run(self) -> None:
         since: float | None = None  # when the files were seen to be behind
@@ -160,8 +161,8 @@ class FileMirror:
         problem = None
         try:
             version = self._table.version
-            gone = look and any(identity_of(self.directory / name) != mine for name, mine in self._ours.items())
-            if gone or version != self._shown:
+            changed = look and any(map(self._is_changed, self._ours))
+            if changed or version != self._shown:
                 self._write_both(look=look)
                 self._shown = version
         except StoreError as error:
@@ -195,12 +196,17 @@ class FileMirror:
         self._know(path)
         departed = departed_in(entries)
         path = self.directory / DEPARTED_FILE
-        if departed == self._departed and not (look and identity_of(path) != self._ours.get(path.name)):
+        if departed == self._departed and not (look and self._is_changed(path.name)):
             return
         times = ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())
         files.write_departed(path, times, mode=self._mode, before_rename=partial(confirm, path.name))
         self._know(path)
         self._departed = departed
+
+    def _is_changed(self, name: str) -> bool:
+        """Whether a file is not as it was left; one that others may write only if it is gone."""
+        found = identity_of(self.directory / name)
+        return found is None if self._plain else found != self._ours.get(name)
 
     def _know(self, path: Path) -> None:
         self._ours[path.name] = identity_of(path)

@@ -1,0 +1,112 @@
+"""Managers whose state is the JSON files of a directory, one beside the other; and when files wait in RPC mode."""
+
+import json
+
+import pytest
+from serving import row
+
+from shmelim import EliminationManager
+from shmelim.eliminations.files import mirror
+from shmelim.errors import DamagedFileError, StoreError
+
+
+@pytest.fixture
+def files(tmp_path):
+    return tmp_path / "files"
+
+
+@pytest.fixture
+def of_files(managers, files):
+    return lambda **options: managers(running_unit_tests=True, files_dir=files, **options)
+
+
+@pytest.mark.parametrize("reload", ["reload_from_disk", "load_eliminations_from_disk"])
+def test_a_manager_reads_what_another_one_wrote(of_files, files, reload):
+    first, second = of_files(), of_files()
+    first.sync_eliminations([row("a"), row("b")])
+    first.update_metagraph(["m", "n"])
+    first.update_metagraph(["n"])
+    assert second.eliminations == {}
+    getattr(second, reload)()
+    assert second.eliminations == {"a": row("a"), "b": row("b")}
+    assert second.get_departed_hotkeys() == first.get_departed_hotkeys()
+    second.remove_elimination("a")
+    assert list(first.eliminations) == ["a", "b"]
+    assert first.get_eliminations_from_disk() == [row("b")]
+    getattr(first, reload)()
+    assert list(first.eliminations) == ["b"]
+
+
+def test_a_damaged_file_is_refused_and_changes_nothing(of_files, files):
+    manager = of_files()
+    manager.sync_eliminations([row("a")])
+    (files / "eliminations.json").write_text("{")
+    with pytest.raises(DamagedFileError):
+        manager.reload_from_disk()
+    assert list(manager.eliminations) == ["a"]
+    with pytest.raises(DamagedFileError):
+        of_files()
+    assert sorted(path.name for path in files.iterdir()) == ["departed_hotkeys.json", "eliminations.json"]
+
+
+def test_a_change_that_the_files_do_not_have_is_an_error(of_files, files, monkeypatch):
+    manager = of_files()
+    monkeypatch.setattr(
+        mirror.files, "write_eliminations", lambda *_a, **_k: (_ for _ in ()).throw(StoreError("full"))
+    )
+    with pytest.raises(StoreError, match="full"):
+        manager.add_elimination("a", row("a"))
+
+
+def test_nobody_elses_file_is_set_aside(of_files, files):
+    manager = of_files()
+    manager.sync_eliminations([row("a")])
+    (files / "eliminations.json").write_text(json.dumps({"eliminations": [row("of-a-person")]}))
+    manager.add_elimination("b", row("b"))
+    assert sorted(path.name for path in files.iterdir()) == ["departed_hotkeys.json", "eliminations.json"]
+    assert manager.health_check()
+
+
+@pytest.mark.parametrize("other", [{"imports": [__file__]}, {"files": "off"}, {"state_dir": "x"}])
+def test_it_goes_with_nothing_that_has_another_state(of_files, other):
+    with pytest.raises(ValueError, match="files are the state"):
+        of_files(**other)
+
+
+def test_a_default_departed_file_is_used_while_the_files_have_none(of_files, files, tmp_path):
+    default = tmp_path / "default.json"
+    default.write_text(json.dumps(["m"]))
+    assert list(of_files(default_departed=default).get_departed_hotkeys()) == ["m"]
+    (files / "departed_hotkeys.json").write_text(json.dumps(["own"]))
+    assert list(of_files(default_departed=default).get_departed_hotkeys()) == ["own"]
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o1600, "640", True])
+def test_permissions_that_are_none_are_refused(of_files, mode):
+    with pytest.raises(ValueError, match="files_mode must be permissions"):
+        of_files(files_mode=mode)
+
+
+def test_in_rpc_mode_no_change_waits_for_a_file(managers, tmp_path):
+    """Where what is to be written cannot be, whoever waits for it hears of it; a change does not."""
+    state = tmp_path / "state"
+    (state / ".eliminations.json.next" / "in the way").mkdir(parents=True)
+    manager = managers(state_dir=state)
+    manager.append_elimination_row("a", 0.1, "ZOMBIE")
+    manager.delete_eliminations(["a"])
+    manager.sync_eliminations([row("b")])
+    for call in (manager.save_eliminations, lambda: manager.write_eliminations_to_disk([row("c")])):
+        with pytest.raises(StoreError, match=r"eliminations\.json"):
+            call()
+    assert list(manager.eliminations) == ["c"]
+    assert manager.get_eliminations_from_disk() == [row("c")]
+
+
+def test_the_process_may_go_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with EliminationManager(None, None, None, running_unit_tests=True, files_dir="files") as manager:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        manager.add_elimination("a", row("a"))
+    assert (tmp_path / "files" / "eliminations.json").exists()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
