@@ -40,7 +40,7 @@ def health(settings: Settings, *, owner: int | None) -> int:
     found = {
         "status": answer["status"],
         "pid": writer.pid,
-        "heartbeat_age_s": round(writer.heartbeat_age, 3),
+        "heartbeat_age_s": None if writer.heartbeat_age is None else round(writer.heartbeat_age, 3),
         "problems": answer["problems"],
     }
     settings.answer(found, lambda: output.facts(_lines(found)))

@@ -301,7 +301,7 @@ def test_an_elimination_and_a_sync_at_once(server):
         before = server.get_replacements_rpc()
         works = [
             partial(server.eliminate_rpc, "a", row("a"), list(KINDS), before),
-            partial(server.sync_eliminations_rpc, [row("b")]),
+            partial(server.sync_eliminations_rpc, [row("b", number)]),
         ]
         outcome, _ = _at_once(*works) if number % 2 else reversed(_at_once(*reversed(works)))
         assert server.get_eliminated_hotkeys_rpc() == {"b"}

@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
+from shmelim.eliminations.debts.journal import REARMED, Entry, Journal, begun, entry_of, unmade
 from shmelim.eliminations.debts.states import (
     ANY_RULE,
     ATTEMPTING,
@@ -60,6 +61,13 @@ _RELEASED: Final = "slashes_released"  # the highest ordinal of the debts that a
 _LARGEST_MS: Final = (1 << 63) - 1
 
 
+Noted: TypeAlias = tuple[bool, list[Entry]]
+"""Whether a change was made, and what the journal is to say of it."""
+
+_NOTHING: Final[Noted] = (False, [])
+_JOURNAL: Final = "slash_journal"
+
+
 class Cause(NamedTuple):
     """Which slash of a hotkey is meant, as far as it is said."""
 
@@ -78,6 +86,7 @@ class DebtMethods:
     _state: State
     state_dir: Path | None
     problems: Problems
+    _journal: Journal | None
 
     def _ask(self, question: Callable[[Store], T]) -> T:
         """Ask the store beside who commits, who may be busy with a long sync; in memory, between commits."""
@@ -137,8 +146,8 @@ class DebtMethods:
         _check_type("declined", declined, bool, "True or False")
         if declined and attempt is None:
             raise ValueError("declined is said of an attempt: attempt must not be None")
-        said = None if answer is None else _storable("answer", answer)
-        return self._state.commit(settle, hotkey, kind, attempt, said, declined=declined)
+        text = None if answer is None else _storable("answer", answer)
+        return self._commit_noted(settle, hotkey, kind, attempt, text, declined=declined)
 
     def fail_debt_rpc(
         self,
@@ -156,7 +165,7 @@ class DebtMethods:
             raise ValueError("in_doubt is said of an attempt: attempt must not be None")
         text = _storable("error", error)
         cause = _check_cause(rule, registration)
-        return self._state.commit(fail, hotkey, kind, text, attempt, cause, in_doubt=in_doubt)
+        return self._commit_noted(fail, hotkey, kind, text, attempt, cause, in_doubt=in_doubt)
 
     def begin_slash_rpc(
         self,
@@ -176,12 +185,14 @@ class DebtMethods:
             _check_type("most_per_hour", most_per_hour, (int, float), "a number or None")
         now = clock.now_ms() if at_ms is None else at_ms
         most = math.inf if most_per_hour is None else most_per_hour
-        begun = self._state.commit(begin_slash, hotkey, attempt, cause, now, most)
-        if not begun:
+        granted, entries = self._state.commit(begin_slash, hotkey, attempt, cause, now, most)
+        if not granted:
             self._tell_held(self._state.read(held_money))
             return False
         # After a power cut that took this with it, the slash would be owed, and made again.
         self._state.sync()
+        if self._journal is not None:
+            self._journal.append(entries)
         return True
 
     def doubt_slash_rpc(self, hotkey: str, attempt: str, error: str) -> bool:
@@ -193,11 +204,16 @@ class DebtMethods:
     ) -> bool:
         check_hotkey(hotkey)
         _check_type("made", made, bool, "True or False")
-        return self._state.commit(resolve_slash, hotkey, _check_cause(rule, registration), made=made)
+        return self._commit_noted(resolve_slash, hotkey, _check_cause(rule, registration), made=made)
 
     def rearm_slash_rpc(self, hotkey: str, rule: str | None = None, registration: int | None = None) -> bool:
         check_hotkey(hotkey)
-        return self._state.commit(rearm_slash, hotkey, _check_cause(rule, registration))
+        cause = _check_cause(rule, registration)
+        found = [slash for slash in self._ask(lambda store: store.slashes(hotkey)) if cause.fits(slash)]
+        if found and self._journal is not None:
+            # First: a start that finds it on record in the journal alone would put it back.
+            self._journal.append(entry_of(REARMED, slash, clock.now_ms()) for slash in found)
+        return self._state.commit(rearm_slash, hotkey, cause)
 
     def get_money_held_rpc(self) -> dict[str, Any] | None:
         return self._ask(held_money)
@@ -206,6 +222,20 @@ class DebtMethods:
         released = self._state.commit(release_money)
         self._tell_held(self._state.read(held_money))
         return released
+
+    def _commit_noted(self, change: Callable[..., Noted], *arguments: Any, **options: Any) -> bool:
+        """Commit a change of a slash, and then have the journal say what became of it."""
+        done, entries = self._state.commit(change, *arguments, **options)
+        if entries and self._journal is not None:
+            try:
+                self._journal.append(entries)
+            except StoreError as error:
+                # It is in the store; the journal gets it with its next line, or at the next start.
+                text = f"{error.message}: without it a damaged store may forget slashes"
+                self.problems.report(_JOURNAL, text, remedy=error.hint)
+            else:
+                self.problems.clear(_JOURNAL)
+        return done
 
     def _tell_held(self, held: Mapping[str, Any] | None) -> None:
         """Raise or clear the problem that money is held."""
@@ -325,23 +355,23 @@ def settle(
     answer: str | None = None,
     *,
     declined: bool = False,
-) -> bool:
+) -> Noted:
     """Remove a debt whose effect is made, a slash only by its own attempt; False where there is none.
 
     That a slash was made, or declined, is recorded with it. An answer that comes late settles a doubt.
     """
     debt = _find(step, hotkey, kind, attempt, Cause())
     if debt is None or (kind == SLASH and attempt is None):
-        return False
+        return _NOTHING
     step.store.remove_debt(debt)
-    outcome = ""
+    outcome, entries = "", []
     if kind == SLASH:
         outcome = ", declined" if declined else ""
-        _put_on_record(step, debt, BY_CONTRACT, DECLINED if declined else MADE, answer)
+        entries = [_put_on_record(step, debt, BY_CONTRACT, DECLINED if declined else MADE, answer)]
     failures = f", after {debt.attempts} failures" if debt.attempts else ""
-    said = "" if answer is None else f"; the contract answered {answer}"
-    step.record([EventOf("settle", hotkey, note=f"{_named(debt)}{outcome}{failures}{said}")])
-    return True
+    answered = "" if answer is None else f"; the contract answered {answer}"
+    step.record([EventOf("settle", hotkey, note=f"{_named(debt)}{outcome}{failures}{answered}")])
+    return True, entries
 
 
 def fail(
@@ -353,25 +383,25 @@ def fail(
     cause: Cause = Cause(),  # noqa: B008 - it cannot be changed
     *,
     in_doubt: bool = False,
-) -> bool:
+) -> Noted:
     """Note that a debt could not be settled; False where there is none, or another attempt stands.
 
     A slash that was attempted is owed again, or is ``in_doubt`` where nobody knows whether it was made.
     """
     debt = _find(step, hotkey, kind, attempt, cause)
     if debt is None or (in_doubt and debt.state == IN_DOUBT):
-        return False
+        return _NOTHING
     debt = debt._replace(attempts=debt.attempts + 1, error=error)
     if in_doubt:
         step.store.put_debt(debt._replace(state=IN_DOUBT, in_doubt_since_ms=clock.now_ms()))
         step.record([EventOf("doubt", hotkey, note=f"{_named(debt)}: {error}")])
-        return True
+        return True, []
     if attempt is not None:
         _forget_begun(step, attempt)
     if _is_told(debt.attempts):
         step.record([EventOf("fail", hotkey, note=f"{_named(debt)}: {error} (failure {debt.attempts})")])
     _owe_again(step, debt)
-    return True
+    return True, [] if attempt is None else [unmade(debt)]
 
 
 def begin_slash(
@@ -381,31 +411,31 @@ def begin_slash(
     cause: Cause,
     now_ms: int,
     most_per_hour: float,
-) -> bool:
+) -> Noted:
     """Make an owed slash the one that this attempt makes; False where it is not owed, or another's, or is held.
 
     May be repeated while the attempt stands. An attempt that failed never comes back, so that a request which is
     overtaken by its repetition begins nothing. One too many within an hour holds all that are not released.
     """
     slashes = _slashes_of(step, hotkey, cause)
-    if any(debt.attempt == attempt for debt in slashes):
-        return any(debt.attempt == attempt and debt.state == ATTEMPTING for debt in slashes)
+    if mine := [debt for debt in slashes if debt.attempt == attempt]:
+        return mine[0].state == ATTEMPTING, [begun(mine[0])]
     debt = next((debt for debt in slashes if debt.state == OWED and debt.due), None)
     if debt is None or held_money(step.store) is not None:
-        return False
-    begun: dict[str, int] = step.store.meta(_BEGUN) or {}
-    recent = {token: ms for token, ms in begun.items() if abs(now_ms - ms) < _HOUR_MS}
+        return _NOTHING
+    counted: dict[str, int] = step.store.meta(_BEGUN) or {}
+    recent = {token: ms for token, ms in counted.items() if abs(now_ms - ms) < _HOUR_MS}
     if debt.ordinal > step.store.meta(_RELEASED, 0) and len(recent) >= most_per_hour:
         hold_money(
             step, f"{len(recent)} slashes within an hour, and more are owed: at most {most_per_hour:g} may be"
         )
-        return False
+        return _NOTHING
     step.set_meta(_BEGUN, recent | {attempt: now_ms})
     debt = debt._replace(state=ATTEMPTING, attempt=attempt)
     step.store.put_debt(debt)
     if _is_told(debt.attempts + 1):
         step.record([EventOf("begin", hotkey, note=_named(debt))])
-    return True
+    return True, [begun(debt)]
 
 
 def held_money(store: Store) -> dict[str, Any] | None:
@@ -431,28 +461,31 @@ def release_money(step: Step) -> bool:
     return True
 
 
-def resolve_slash(step: Step, hotkey: str, cause: Cause, *, made: bool) -> bool:
+def resolve_slash(step: Step, hotkey: str, cause: Cause, *, made: bool) -> Noted:
     """Settle by hand a slash that was begun, or make it owed again; False where there is none.
 
     One that a running process may be making at this moment is never owed again. ValueError: more than one was.
     """
-    begun = [debt for debt in _slashes_of(step, hotkey, cause) if debt.state != OWED and debt.attempt is not None]
-    if len(begun) > 1:
-        listed = "; ".join(f"rule {debt.rule!r}, registration {debt.registration}" for debt in begun)
-        raise ValueError(f"{hotkey} has {len(begun)} slashes that were begun: say which, by its rule ({listed})")
-    if not begun:
-        return False
-    (debt,) = begun
+    standing = [
+        debt for debt in _slashes_of(step, hotkey, cause) if debt.state != OWED and debt.attempt is not None
+    ]
+    if len(standing) > 1:
+        listed = "; ".join(f"rule {debt.rule!r}, registration {debt.registration}" for debt in standing)
+        raise ValueError(
+            f"{hotkey} has {len(standing)} slashes that were begun: say which, by its rule ({listed})"
+        )
+    if not standing:
+        return _NOTHING
+    (debt,) = standing
     if not made and debt.state == ATTEMPTING and attempt_is_alive(debt.attempt or ""):
-        return False
+        return _NOTHING
     step.record([EventOf("resolve", hotkey, note=f"{_named(debt)}: {'made' if made else 'not made'}")])
     if made:
         step.store.remove_debt(debt)
-        _put_on_record(step, debt, BY_HAND, MADE)
-    else:
-        _forget_begun(step, debt.attempt or "")
-        _owe_again(step, debt)
-    return True
+        return True, [_put_on_record(step, debt, BY_HAND, MADE)]
+    _forget_begun(step, debt.attempt or "")
+    _owe_again(step, debt)
+    return True, [unmade(debt)]
 
 
 def rearm_slash(step: Step, hotkey: str, cause: Cause) -> bool:
@@ -460,7 +493,7 @@ def rearm_slash(step: Step, hotkey: str, cause: Cause) -> bool:
     found = [slash for slash in step.store.slashes(hotkey) if cause.fits(slash)]
     for slash in found:
         step.store.remove_slash(slash)
-        note = f"{_named_cause(slash)}: may be slashed for it once more; {slash.outcome} by {slash.by}"
+        note = f"{named_cause(slash)}: may be slashed for it once more; {slash.outcome} by {slash.by}"
         step.record([EventOf("rearm", hotkey, note=note)])
     return bool(found)
 
@@ -468,17 +501,17 @@ def rearm_slash(step: Step, hotkey: str, cause: Cause) -> bool:
 def _owe(step: Step, kinds: Sequence[str], slash: Debt) -> None:
     hotkey, ordinal = slash.hotkey, step.store.next_debt_ordinal()
     known = step.store.debts(hotkey)
-    said = []
+    owed = []
     for kind in kinds:
         if kind == SLASH:
-            said.append(_owe_slash(step, slash._replace(ordinal=ordinal), known))
+            owed.append(_owe_slash(step, slash._replace(ordinal=ordinal), known))
             continue
         step.store.put_debt(
             slash._replace(kind=kind, rule=ANY_RULE, ordinal=ordinal, reason=None, share=None, share_asked=False)
         )  # of one that rests this is the same
-        said.append(kind)
-    if said:
-        step.record([EventOf("owe", hotkey, note=", ".join(said))])
+        owed.append(kind)
+    if owed:
+        step.record([EventOf("owe", hotkey, note=", ".join(owed))])
 
 
 def _owe_slash(step: Step, new: Debt, known: Sequence[Debt]) -> str:
@@ -504,26 +537,17 @@ def _owe_slash(step: Step, new: Debt, known: Sequence[Debt]) -> str:
 def _terms(debt: Debt) -> str:
     """Return for what, and how much, as it was when the slash became owed; as far as the server was told."""
     if not debt.share_asked:
-        return _named_cause(debt)
+        return named_cause(debt)
     share = "the contract's share" if debt.share is None else f"share {debt.share:g}"
-    return f"{_named_cause(debt)} for {debt.reason}: {share}"
+    return f"{named_cause(debt)} for {debt.reason}: {share}"
 
 
-def _put_on_record(step: Step, debt: Debt, by: str, outcome: str, answer: str | None = None) -> None:
-    step.store.put_slash(
-        Slash(
-            debt.hotkey,
-            debt.rule,
-            debt.registration,
-            clock.now_ms(),
-            debt.eliminated_ms,
-            by,
-            outcome,
-            debt.reason,
-            debt.share,
-            answer,
-        )
-    )
+def _put_on_record(step: Step, debt: Debt, by: str, outcome: str, answer: str | None = None) -> Entry:
+    terms = debt.reason, debt.share, answer
+    cause = debt.hotkey, debt.rule, debt.registration
+    slash = Slash(*cause, clock.now_ms(), debt.eliminated_ms, by, outcome, *terms)
+    step.store.put_slash(slash)
+    return entry_of(outcome, slash, slash.made_ms, attempt=debt.attempt, by=by, answer=answer)
 
 
 def _owe_again(step: Step, debt: Debt) -> None:
@@ -532,9 +556,9 @@ def _owe_again(step: Step, debt: Debt) -> None:
 
 def _forget_begun(step: Step, attempt: str) -> None:
     """Count an attempt no more that certainly took nothing."""
-    begun: dict[str, int] = step.store.meta(_BEGUN) or {}
-    if attempt in begun:
-        step.set_meta(_BEGUN, {token: ms for token, ms in begun.items() if token != attempt})
+    counted: dict[str, int] = step.store.meta(_BEGUN) or {}
+    if attempt in counted:
+        step.set_meta(_BEGUN, {token: ms for token, ms in counted.items() if token != attempt})
 
 
 def _find(step: Step, hotkey: str, kind: str, attempt: str | None, cause: Cause) -> Debt | None:
@@ -555,10 +579,11 @@ def _slashes_of(step: Step, hotkey: str, cause: Cause) -> list[Debt]:
 def _named(debt: Debt) -> str:
     if debt.kind != SLASH:
         return debt.kind
-    return f"{_named_cause(debt)}{'' if debt.state == OWED else f', attempt {debt.attempt}'}"
+    return f"{named_cause(debt)}{'' if debt.state == OWED else f', attempt {debt.attempt}'}"
 
 
-def _named_cause(debt: Debt | Slash) -> str:
+def named_cause(debt: Debt | Slash) -> str:
+    """Return a slash and its cause in words, for the history."""
     again = f"registration {debt.registration}" if debt.registration else ""
     cause = ", ".join(filter(None, (debt.rule, again)))
     return f"{SLASH} ({cause})" if cause else SLASH
