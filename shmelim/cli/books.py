@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,6 @@ from shmelim.cli.options import (
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.debts.states import ATTEMPTING, OWED, SLASH, attempt_is_alive
 from shmelim.eliminations.runtime import state_directory_of
-from shmelim.eliminations.state.debt_book import HELD
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError, StoreError
@@ -31,6 +30,7 @@ from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError, 
 Rows = list[dict[str, Any]]
 
 _PAGE: Final = 200
+_UNCHANGED: Final = "nothing was changed"
 
 
 def _ask(
@@ -143,8 +143,11 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
 
     Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
 
-    With --json: name, source ("server" or "store"), count, debts [{hotkey, kind, state, due, since_ms,
-    eliminated_ms, attempts, error, attempt, in_doubt_since_ms}].
+    A slash is owed for a rule and a registration of the miner. What is not due rests: its elimination was taken
+    back.
+
+    With --json: name, source ("server" or "store"), count, debts [{hotkey, kind, rule, registration, state, due,
+    since_ms, eliminated_ms, attempts, error, attempt, in_doubt_since_ms, reason, share, share_asked}].
 
     For example:
       shmelim debts
@@ -155,13 +158,35 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
         lambda client: client.get_debts(hotkey),
         lambda store: [debt.as_dict() for debt in store.debts(hotkey)],
     )
-    columns = {"hotkey": "hotkey", "kind": "owes", "state": "state", "since_ms": "since (UTC)"}
+    columns = {"hotkey": "hotkey", "kind": "owes", "rule": "rule", "state": "state", "due": "due"}
+    columns |= {"share": "share", "since_ms": "since (UTC)"}
     settings.rows({"source": source}, "debts", found, columns | {"attempts": "failures", "error": "last error"})
+
+
+_rule_option = click.option(
+    "--rule",
+    metavar="RULE",
+    help="The rule of the slash, as `shmelim debts` names it; needed where there are several.",
+)
+_registration_option = click.option(
+    "--registration", type=int, metavar="N", help="Which registration of the hotkey, likewise."
+)
+_dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+
+
+def _cause(found: Mapping[str, Any]) -> str:
+    """Return a cause in words."""
+    again = f", registration {found['registration']}" if found["registration"] else ""
+    return f"{output.printable(found['rule']) or 'any rule'}{again}"
+
+
+def _share(found: Mapping[str, Any]) -> str:
+    return "the contract's own" if found["share"] is None else f"{found['share']:g}"
 
 
 @click.group(cls=Group)
 def slash() -> None:
-    """Show the slashes that were made, settle one that is in doubt, or let those go on that are held.
+    """Show slashes, settle one in doubt, release those that are held, or let a miner be slashed once more.
 
     For example:
       shmelim slash list
@@ -169,19 +194,19 @@ def slash() -> None:
     """
 
 
-@slash.command("list", cls=Command, short_help="Show the last slash of each miner that was made.")
+@slash.command("list", cls=Command, short_help="Show the slashes that were made or declined.")
 @any_hotkey_argument
 @click.pass_obj
 def list_(settings: Settings, *, hotkey: str | None) -> None:
-    """Show the last slash of HOTKEY that was made, or that of each miner, oldest first.
+    """Show the slashes of HOTKEY that were made or declined, or those of all miners, oldest first.
 
-    A miner who is eliminated again for the same cause (say, a sync took the elimination back) is not slashed
-    again.
+    A miner is slashed once for a rule, until he has departed and registered again ("registration" counts that), or
+    "shmelim slash re-arm". A rule that is empty stands for every rule: an older version recorded it.
 
     Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
 
-    With --json: name, source ("server" or "store"), count, slashes [{hotkey, made_ms, eliminated_ms, by
-    ("contract" or "hand")}].
+    With --json: name, source ("server" or "store"), count, slashes [{hotkey, rule, registration, made_ms,
+    eliminated_ms, by ("contract" or "hand"), outcome ("made" or "declined"), reason, share, answer}].
 
     For example:
       shmelim slash list
@@ -192,16 +217,29 @@ def list_(settings: Settings, *, hotkey: str | None) -> None:
         lambda client: client.get_slashes(hotkey),
         lambda store: [slash._asdict() for slash in store.slashes(hotkey)],
     )
-    columns = {"hotkey": "hotkey", "made_ms": "made (UTC)", "eliminated_ms": "eliminated (UTC)", "by": "by"}
+    columns = {"hotkey": "hotkey", "rule": "rule", "registration": "registration", "outcome": "outcome"}
+    columns |= {"made_ms": "made (UTC)", "eliminated_ms": "eliminated (UTC)", "by": "by", "share": "share"}
     settings.rows({"source": source}, "slashes", found, columns)
 
 
 @slash.command(cls=Command, short_help="Say whether a slash that is in doubt was made.")
 @hotkey_argument
 @click.option("--made/--not-made", "made", default=None, help="Whether the collateral was taken.")
+@_rule_option
+@_registration_option
+@_dry_run_option
 @yes_option
 @click.pass_obj
-def resolve(settings: Settings, *, hotkey: str, made: bool | None, yes: bool) -> int:
+def resolve(
+    settings: Settings,
+    *,
+    hotkey: str,
+    made: bool | None,
+    rule: str | None,
+    registration: int | None,
+    dry_run: bool,
+    yes: bool,
+) -> int:
     """Say whether the slash of HOTKEY, which is in doubt, was made.
 
     First look at the collateral itself, on the chain. --made: it is settled. --not-made: it is owed again, and the
@@ -219,67 +257,134 @@ def resolve(settings: Settings, *, hotkey: str, made: bool | None, yes: bool) ->
         raise click.UsageError("say --made or --not-made")
     shown = output.printable(hotkey)
     with EliminationClient(settings.name) as client:
-        debt = _in_doubt(client, hotkey)
+        debt = _in_doubt(client, hotkey, rule, registration)
         since = output.moment(debt["in_doubt_since_ms"])
         question = "It was made, and is settled?" if made else "It was NOT made, and may be made once more?"
-        resolved = (
-            yes
-            or output.agreed(
-                question,
-                f"hotkey      {shown}",
-                f"in doubt    {'not noticed yet' if since is None else f'since {since} UTC'}",
-                f"last error  {output.value(debt['error'])}",
-            )
-        ) and client.resolve_slash(hotkey, made)
-        if not resolved:
+        about = (
+            f"hotkey      {shown}",
+            f"cause       {_cause(debt)}",
+            f"share       {_share(debt)}",
+            f"in doubt    {'not noticed yet' if since is None else f'since {since} UTC'}",
+            f"last error  {output.value(debt['error'])}",
+        )
+        resolved = _agreed(question, about, dry_run=dry_run, yes=yes) and client.resolve_slash(
+            hotkey, made, debt["rule"], debt["registration"]
+        )
+        if not resolved and not dry_run:
             # Perhaps somebody was quicker, which this names; else the question was answered with no.
-            _in_doubt(client, hotkey)
-    again = "made" if made else f"not made; it is {'owed again' if debt['due'] else 'no longer due'}"
-    said = f"resolved: {shown}: the slash was {again}" if resolved else "nothing was changed"
-    settings.answer({"hotkey": hotkey, "made": made, "resolved": resolved}, said)
-    return YES if resolved else NO
+            _in_doubt(client, hotkey, rule, registration)
+    then = "is owed again" if debt["due"] else "rests, as he is not eliminated"
+    said = f"resolved: {shown}: the slash was {'made' if made else f'not made; it {then}'}"
+    settings.answer({"hotkey": hotkey, "made": made, "resolved": resolved}, said if resolved else _UNCHANGED)
+    return YES if resolved or dry_run else NO
 
 
-@slash.command(cls=Command, short_help="Let slashes go on that are held since the state was restored.")
+@slash.command(cls=Command, short_help="Let slashes go on that are held.")
+@_dry_run_option
 @yes_option
 @click.pass_obj
-def release(settings: Settings, *, yes: bool) -> int:
+def release(settings: Settings, *, dry_run: bool, yes: bool) -> int:
     """Let slashes go on that are held.
 
-    After a restore, or a start from something else than the store's own latest state, slashes may have been made
-    of which the store knows nothing. So none is begun until a person has looked: compare "shmelim debts" and
-    "shmelim slash list" with the contract's own records, and settle what was made.
+    They are held when too many are owed within an hour, and after a restore, or a start from something else than
+    the store's own latest state: slashes may have been made then of which the store knows nothing. So none is
+    begun until a person has looked: compare "shmelim debts" and "shmelim slash list" with the contract's own
+    records. All that are owed when you release them may be made, however many they are.
 
     Exit code 1: nothing was held, or the question was answered with no; nothing was changed.
 
     With --json: name, released.
 
     For example:
-      shmelim slash release
+      shmelim slash release --dry-run
     """
     with EliminationClient(settings.name) as client:
-        held = [problem for problem in client.health_check()["problems"] if problem["name"] == HELD]
-        if not held:
+        held = client.get_money_held()
+        if held is None:
             raise RefusedError("no slash is held", hint="`shmelim status` shows what is wrong")
-        released = (
-            yes or output.agreed("All that the store says is still owed may be slashed?", held[0]["text"])
-        ) and client.release_money()
-    said = "slashes go on" if released else "nothing was changed"
-    settings.answer({"released": released}, said)
-    return YES if released else NO
+        owed = [
+            debt for debt in client.get_debts() if debt["kind"] == SLASH and debt["state"] == OWED and debt["due"]
+        ]
+        about = [f"held since {output.moment(held['since_ms'])} UTC: {output.printable(held['why'])}"]
+        about += [f"would be made: {output.printable(d['hotkey'])} ({_cause(d)}), share {_share(d)}" for d in owed]
+        question = f"All {len(owed)} slashes that are owed may be made?"
+        released = _agreed(question, about, dry_run=dry_run, yes=yes) and client.release_money()
+    settings.answer({"released": released}, "slashes go on" if released else _UNCHANGED)
+    return YES if released or dry_run else NO
 
 
-def _in_doubt(client: EliminationClient, hotkey: str) -> dict[str, Any]:
-    """Return the slash of a hotkey that a person may settle; RefusedError where there is none."""
-    debt = next((debt for debt in client.get_debts(hotkey) if debt["kind"] == SLASH), None)
+@slash.command("re-arm", cls=Command, short_help="Let a miner be slashed once more for the same rule.")
+@hotkey_argument
+@_rule_option
+@_registration_option
+@_dry_run_option
+@yes_option
+@click.pass_obj
+def re_arm(
+    settings: Settings, *, hotkey: str, rule: str | None, registration: int | None, dry_run: bool, yes: bool
+) -> int:
+    """Let HOTKEY be slashed once more for what he was slashed for: the next elimination for it owes a slash again.
+
+    Without --rule and --registration this is so for every slash of his on record. The history keeps who said so.
+
+    Exit code 1: he was not slashed for that, or the question was answered with no; nothing was changed.
+
+    With --json: name, hotkey, rearmed.
+
+    For example:
+      shmelim slash re-arm 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --rule drawdown
+    """
     shown = output.printable(hotkey)
-    if debt is None:
+    with EliminationClient(settings.name) as client:
+        found = [made for made in client.get_slashes(hotkey) if _is_meant(made, rule, registration)]
+        if not found:
+            raise RefusedError(
+                f"no such slash of {shown} is on record", hint="`shmelim slash list` shows those that are"
+            )
+        about = [f"{made['outcome']} {output.moment(made['made_ms'])} UTC for {_cause(made)}" for made in found]
+        question = f"{shown} may be slashed once more for {'each of these' if len(found) > 1 else 'this'}?"
+        rearmed = _agreed(question, about, dry_run=dry_run, yes=yes) and client.rearm_slash(
+            hotkey, rule, registration
+        )
+    said = f"re-armed: {shown} can be slashed once more" if rearmed else _UNCHANGED
+    settings.answer({"hotkey": hotkey, "rearmed": rearmed}, said)
+    return YES if rearmed or dry_run else NO
+
+
+def _agreed(question: str, about: Sequence[str], *, dry_run: bool, yes: bool) -> bool:
+    """Say what would be done, and return whether it shall be."""
+    if not dry_run and not yes:
+        return output.agreed(question, *about)
+    for line in about:
+        click.echo(line, err=True)
+    return not dry_run
+
+
+def _is_meant(found: Mapping[str, Any], rule: str | None, registration: int | None) -> bool:
+    return rule in (None, found["rule"]) and registration in (None, found["registration"])
+
+
+def _in_doubt(
+    client: EliminationClient, hotkey: str, rule: str | None, registration: int | None
+) -> dict[str, Any]:
+    """Return the slash of a hotkey that a person may settle; RefusedError where that is not one."""
+    slashes = [d for d in client.get_debts(hotkey) if d["kind"] == SLASH and _is_meant(d, rule, registration)]
+    begun = [debt for debt in slashes if debt["state"] != OWED]
+    shown = output.printable(hotkey)
+    if len(begun) > 1:
+        causes = "; ".join(map(_cause, begun))
+        raise RefusedError(
+            f"{len(begun)} slashes of {shown} are in doubt: {causes}",
+            hint="say which with --rule and --registration",
+        )
+    if not slashes:
         raise RefusedError(f"no slash of {shown} is in doubt", hint="`shmelim debts` shows what is owed")
-    if debt["state"] == OWED:
+    if not begun:
         raise RefusedError(
             f"the slash of {shown} is owed, not in doubt: it has certainly not been made yet",
             hint="there is nothing to settle; the next tick makes it",
         )
+    (debt,) = begun
     if debt["state"] == ATTEMPTING and attempt_is_alive(debt["attempt"]):
         pid = debt["attempt"].partition("-")[0]
         raise RefusedError(

@@ -343,29 +343,48 @@ class Calls:
         """Return what one hotkey or all still owe, in the order of eliminations: limit orders, positions, slash.
 
         Each has ``hotkey``, ``kind``, ``state`` (``"owed"``, ``"attempting"``, ``"in_doubt"``), ``due``,
-        ``since_ms``, ``eliminated_ms``, ``attempts``, ``error``, ``attempt`` and ``in_doubt_since_ms``.
+        ``since_ms``, ``eliminated_ms``, ``attempts``, ``error``, ``attempt`` and ``in_doubt_since_ms``; a slash
+        also its cause, ``rule`` and ``registration`` (how often the miner had come back after a departure), and
+        ``reason``, ``share`` and ``share_asked`` of the moment when it became owed. What is not ``due`` rests: its
+        elimination was taken back, and it is due again with the next one.
         """
 
     @remote(idempotent=True)
     def get_slashes(self, hotkey: str | None = None) -> list[dict[str, Any]]:
-        """Return the last slash that was made of one hotkey or of each, oldest first.
+        """Return the slashes of one hotkey or of all that were made or declined, one for each cause, oldest first.
 
-        Each has ``hotkey``, ``made_ms``, ``eliminated_ms`` and ``by``: ``"contract"``, or ``"hand"`` where a
-        person said that it was made.
+        Each has ``hotkey``, ``rule``, ``registration``, ``made_ms``, ``eliminated_ms``, ``by`` (``"contract"``, or
+        ``"hand"`` where a person said that it was made), ``outcome`` (``"made"`` or ``"declined"``), ``reason``,
+        ``share`` and ``answer``. A rule of ``""``: an older version recorded it, and it counts for every rule.
         """
 
     @remote()
-    def resolve_slash(self, hotkey: str, made: bool) -> bool:
-        """Say by hand that a slash that was begun was made, or was not: then it is owed again, if still due.
+    def resolve_slash(
+        self, hotkey: str, made: bool, rule: str | None = None, registration: int | None = None
+    ) -> bool:
+        """Say by hand that a slash that was begun was made, or was not: then it is owed again.
 
-        False where there is no such slash, or where a running process may still be making it.
+        ``rule`` and ``registration`` say which, where several were begun: ValueError without them. False where
+        there is no such slash, or where a running process may still be making it.
         """
 
     @remote(idempotent=True)
-    def release_money(self) -> bool:
-        """Let slashes go on that are held since the state was restored, or is not known to be the latest one.
+    def rearm_slash(self, hotkey: str, rule: str | None = None, registration: int | None = None) -> bool:
+        """Let a hotkey be slashed once more for what he was slashed for; None: for every rule, every registration.
 
-        False where they are not held. Until then the health has the problem ``money_held``, and no slash is begun.
+        The next elimination for it owes a slash again. False where nothing was made or declined.
+        """
+
+    @remote(idempotent=True)
+    def get_money_held(self) -> dict[str, Any] | None:
+        """Return ``{"since_ms", "why"}`` while no slash is begun until a person releases them, else None."""
+
+    @remote(idempotent=True)
+    def release_money(self) -> bool:
+        """Let slashes go on that are held: too many in an hour, or a state that may have forgotten some.
+
+        All that are owed now may be made, however many they are. False where they are not held.
+        Until then the health has the problem ``money_held``, and no slash is begun.
         """
 
     @remote(idempotent=True)
@@ -409,14 +428,19 @@ class ProcessingCalls(Calls):
         record: Mapping[str, Any],
         owed: Iterable[str],
         replacements: int | None = None,
-        slash_once_within_ms: float | None = None,
+        rule: str | None = None,
+        share: float | None = None,
+        share_asked: bool = False,
     ) -> str:
         """Eliminate a hotkey that is not eliminated yet, and record in the same transaction what that owes.
 
-        ``owed`` are kinds of debts; a slash that was begun for an earlier elimination and is not settled stands
-        for this one too. ``replacements`` is what :meth:`get_replacements` returned when the decision was made;
-        None: whatever it is. No slash is owed if one was made for an elimination of this hotkey whose time is less
-        than ``slash_once_within_ms`` away; None: it is owed all the same.
+        ``owed`` are kinds of debts. ``replacements`` is what :meth:`get_replacements` returned when the decision
+        was made; None: whatever it is. ``rule`` is what a slash is owed for, in up to 64 characters; None: the
+        rule that has the record's reason. A hotkey is slashed once for a rule, until it has departed and
+        registered again: one that was made or declined owes no second, and one that rests or was begun stands for
+        this elimination too. ``share`` of the collateral, 0 to 1 (None: the contract's own), is kept with the
+        reason until the slash is made, unless ``share_asked`` is False and ``share`` None: whoever makes the slash
+        asks for it then.
 
         Returns ``"added"``; ``"already"`` where it was eliminated, whose reason and debts stay; ``"superseded"``
         where the list was replaced since. Only ``"added"`` changes anything.
@@ -435,12 +459,25 @@ class ProcessingCalls(Calls):
         """Return how often a sync, a write, a clear, or a file at a start changed what the eliminations are."""
 
     @remote()
-    def settle_debt(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:
-        """Say that an effect is made; a slash only by the attempt that stands. False where nothing fits."""
+    def settle_debt(
+        self, hotkey: str, kind: str, attempt: str | None = None, declined: bool = False, answer: str | None = None
+    ) -> bool:
+        """Say that an effect is made; a slash only by its own attempt. False where nothing fits.
+
+        ``declined``: the contract took nothing and never will; ``answer`` is what it said. An attempt may settle
+        the doubt that there is about it.
+        """
 
     @remote()
     def fail_debt(
-        self, hotkey: str, kind: str, error: str, attempt: str | None = None, in_doubt: bool = False
+        self,
+        hotkey: str,
+        kind: str,
+        error: str,
+        attempt: str | None = None,
+        in_doubt: bool = False,
+        rule: str | None = None,
+        registration: int | None = None,
     ) -> bool:
         """Say that an effect could not be made; False where nothing fits.
 
@@ -448,9 +485,19 @@ class ProcessingCalls(Calls):
         """
 
     @remote(idempotent=True)
-    def begin_slash(self, hotkey: str, attempt: str) -> bool:
+    def begin_slash(
+        self,
+        hotkey: str,
+        attempt: str,
+        rule: str | None = None,
+        registration: int | None = None,
+        at_ms: int | None = None,
+        most_per_hour: float | None = None,
+    ) -> bool:
         """Let an attempt have an owed slash, durable before this returns; may be repeated with the same token.
 
+        ``rule`` and ``registration`` say which. ``most_per_hour``: where so many were begun in the hour before
+        ``at_ms`` (ms since 1970, UTC; None: now) and may have been made, this one and all others are held.
         False: the slash is not owed, another attempt has it, or money is held; it must not be made.
         """
 

@@ -48,6 +48,7 @@ from shmelim.eliminations.starting.recovery import origin_record
 from shmelim.eliminations.starting.registry import Memory, Registry, Remembering, registry_base, report_behind
 from shmelim.eliminations.state import changes
 from shmelim.eliminations.state.debt_book import DebtMethods, held_money
+from shmelim.eliminations.state.slash_journal import open_journal
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.state.uploads import Uploads
 from shmelim.eliminations.store.history import Origin, this_process
@@ -218,6 +219,7 @@ class EliminationManagerServer(DebtMethods):
             undo.callback(self._beating.join)
             undo.callback(self._stopped.set)
             self._secure(store, default_departed)
+            self._journal = None if self.state_dir is None else open_journal(self.state_dir, store)
             paths = [Path(path) for path in imports]
             merge_once(store, paths, lambda path: tell(f"importing {path}", 0, None))
             self._state = State(

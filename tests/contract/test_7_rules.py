@@ -81,7 +81,6 @@ def test_price_source_understands_pairs_of_price_and_time():
     assert ValidatorEnvironment().price_source(PAIR, prices, START) == 1.5
 
 
-@not_built("SPEC 7: max_slashes_per_hour is the environment's, 10 by default", AttributeError)
 def test_the_limit_of_slashes_is_the_environments():
     assert ValidatorEnvironment().max_slashes_per_hour == 10
 
@@ -746,7 +745,6 @@ def test_a_slash_that_was_certainly_not_made_is_tried_again(validator):
     assert validator.contract.slashed("a") == tried + 1
 
 
-@not_built("SPEC 7: False is declined, settled and noted", AssertionError)
 def test_a_slash_that_is_declined_is_settled(direct):
     direct.register("a", "other")
     direct.contract.answers["a"] = False
@@ -758,7 +756,6 @@ def test_a_slash_that_is_declined_is_settled(direct):
     assert direct.slack.of("error") == []
 
 
-@not_built("SPEC 7: reason and share are those of the moment when the slash became owed", AssertionError)
 def test_the_share_is_that_of_the_moment(validate):
     validator = validate("direct", slash_proportions={"FAILED_CHALLENGE_PERIOD_TIME": 0.5})
     validator.register("a")
@@ -771,7 +768,6 @@ def test_the_share_is_that_of_the_moment(validate):
     assert {share for _, share in validator.contract.slashes} == {0.5}
 
 
-@not_built("SPEC 7: a miner is slashed once for a rule", AssertionError)
 def test_an_elimination_that_a_sync_takes_back_again_and_again_is_one_slash(direct):
     direct.register("a", "b")
     for _ in range(4):
@@ -793,9 +789,6 @@ def test_another_rule_or_another_registration_is_another_slash(validator):
     assert validator.contract.slashed("a") == 2
 
 
-@not_built(
-    "SPEC 7: a debt rests while a sync has taken its elimination back, and is due again with it", AssertionError
-)
 def test_a_debt_rests_and_is_due_again_with_its_elimination(direct):
     direct.register("a", "b")
     direct.contract.answers["a"] = SlashNotMadeError("the chain is away")
@@ -813,7 +806,6 @@ def test_a_debt_rests_and_is_due_again_with_its_elimination(direct):
     assert direct.contract.slashed("a") == tried + 1
 
 
-@not_built("SPEC 7: a slash is owed also while no contract manager is there, a named problem", AssertionError)
 def test_a_slash_is_owed_while_there_is_no_contract_manager(direct):
     direct.register("a")
     direct.manager.contract_manager = None
@@ -826,7 +818,6 @@ def test_a_slash_is_owed_while_there_is_no_contract_manager(direct):
     assert any("contract" in str(problem) for problem in problems)
 
 
-@not_built("SPEC 7: more than ten slashes in an hour are held, and Slack says so", AssertionError)
 def test_more_than_ten_slashes_in_an_hour_are_held(direct):
     direct.register(*miners(14))
     eliminated(direct, *miners(14))

@@ -13,6 +13,7 @@ from crashing import Child, Counter, at_line, kill_self
 from serving import Served, listing, row, state_in_table
 
 from shmelim import EliminationManagerServer
+from shmelim.eliminations.record import encode
 from shmelim.eliminations.store import copying, opening, schema
 from shmelim.eliminations.store.history import Change
 from shmelim.eliminations.store.schema import FILE_NAME
@@ -46,11 +47,19 @@ def content(directory, file=FILE_NAME):
     try:
         tables = [table for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         events = "id, at_ms, action, hotkey, pid, uid, program, note, old, new"
-        return {
-            table: db.execute(f"SELECT {events if table == 'events' else '*'} FROM {table} ORDER BY 1").fetchall()
+        columns = {
+            "events": events,
+            "debts": "hotkey, kind, state, ordinal, due, since_ms, eliminated_ms, attempts, error, attempt,"
+            " in_doubt_since_ms",
+            "slashes": "hotkey, made_ms, eliminated_ms, said_by",
+        }
+        found = {
+            table: db.execute(f"SELECT {columns.get(table, '*')} FROM {table} ORDER BY 1").fetchall()
             for table in ("hotkeys", "events", "meta", "debts", "slashes")
             if table in tables
         }
+        found["meta"] = [(key, value) for key, value in found["meta"] if key != "money_held"]
+        return found
     finally:
         db.close()
 
@@ -79,6 +88,79 @@ def test_opening_brings_it_up_to_date(old, tmp_path, number):
     Store.open(tmp_path / "new").close()
     assert schema_of(old) == schema_of(tmp_path / "new")
     assert without_empty(content(old)) == without_empty(before)
+
+
+@pytest.fixture
+def second(tmp_path):
+    """A store of schema 2 in which one miner owes a slash, and one was slashed; and what changes it."""
+    directory = old_stores.make(tmp_path / "second", 2)
+
+    def change(statement, *arguments):
+        db = sqlite3.connect(directory / FILE_NAME)
+        db.execute(statement, arguments)
+        db.commit()
+        db.close()
+
+    return directory, change
+
+
+def owes_again(directory, rule):
+    """The registration for which who was slashed before the upgrade owes a slash by a rule; None if for none."""
+    with EliminationManagerServer(None, directory, durability="process") as server:
+        server.remove_elimination_rpc("slashed")
+        server.eliminate_rpc("slashed", row("slashed"), ["slash"], None, rule)
+        owed = [debt["registration"] for debt in server.get_debts_rpc("slashed") if debt["kind"] == "slash"]
+        return owed[0] if owed else None
+
+
+def test_an_old_slash_counts_for_every_rule(second):
+    for rule in ("drawdown", "challenge_period", "perf_ledger"):
+        assert owes_again(second[0], rule) is None
+
+
+def test_until_he_departs_and_returns(second):
+    directory, _ = second
+    with EliminationManagerServer(None, directory, durability="process") as server:
+        for hotkeys in (["m2", "slashed"], ["m2"], ["m2", "slashed"]):
+            server.update_metagraph_rpc(hotkeys)
+    assert owes_again(directory, "drawdown") == 1
+
+
+@pytest.mark.parametrize(
+    ("detected_ms", "registered", "again"), [(1 << 50, 1, 1), (1 << 50, 0, None), (5, 1, None)]
+)
+def test_or_had_done_so_before_the_upgrade(second, detected_ms, registered, again):
+    directory, change = second
+    change(
+        "UPDATE hotkeys SET departed_ordinal = 1000, detected_ms = ?, registered = ? WHERE hotkey = 'slashed'",
+        detected_ms,
+        registered,
+    )
+    assert owes_again(directory, "drawdown") == again
+
+
+@pytest.mark.parametrize(
+    ("reason", "rule"),
+    [
+        ("MAX_TOTAL_DRAWDOWN", "drawdown"),
+        ("FAILED_CHALLENGE_PERIOD_TIME", "challenge_period"),
+        ("LIQUIDATED", "perf_ledger"),
+        ("of somebody's own", ""),
+    ],
+)
+def test_an_old_debt_takes_the_rule_of_its_eliminations_event_else_money_is_held(second, reason, rule):
+    directory, change = second
+    record = encode(row("owing", reason=reason))
+    change("UPDATE debts SET eliminated_ms = ?", row("owing")["elimination_initiated_time_ms"])
+    change(
+        "INSERT INTO events (at_ms, action, hotkey, pid, program, new) VALUES (1, 'add', 'owing', 1, 'x', ?)",
+        record,
+    )
+    with EliminationManagerServer(None, directory, durability="process") as server:
+        (debt,) = [debt for debt in server.get_debts_rpc("owing") if debt["kind"] == "slash"]
+        assert (debt["rule"], debt["reason"], debt["share_asked"]) == (rule, reason, False)
+        assert (server.get_money_held_rpc() is None) is bool(rule)
+        assert server.begin_slash_rpc("owing", "t") is bool(rule)
 
 
 def test_a_copy_of_it_is_kept(old, number):
@@ -128,6 +210,8 @@ def test_a_server_goes_on_with_it(old):
         state = state_in_table(server.reader)
     with EliminationManagerServer(None, old, durability="process") as server:
         assert state_in_table(server.reader) == state
+        # The rule of a slash that was owed is not known.
+        assert server.release_money_rpc() is bool(owed)
         assert server.begin_slash_rpc("new", "token")
         assert server.settle_debt_rpc("new", "slash", "token")
         assert server.get_slashes_rpc()[-1]["hotkey"] == "new"
@@ -240,7 +324,10 @@ def test_kill_at_every_line(old, tmp_path, number):
 
         def run(line=line, done=done):
             at_line(
-                line, kill_self, ("install", "identify", "_keep_copy", "copy"), (schema.__file__, copying.__file__)
+                line,
+                kill_self,
+                ("install", "identify", "_keep_copy", "copy", "_give_causes", "_reason_of"),
+                (schema.__file__, copying.__file__),
             )
             Store.open(directory)
             done.value = 1

@@ -85,7 +85,7 @@ def slash_of(run, hotkey):
 
 def test_debts_are_listed(run):
     lines = [line.split("\t") for line in run("debts").stdout.splitlines()]
-    assert [(line[0], line[1], line[2], *line[4:]) for line in lines] == [
+    assert [(*line[:2], line[3], *line[7:]) for line in lines] == [
         (A, "limit_orders", "owed", "0", "-"),
         (A, "positions", "owed", "0", "-"),
         (A, "slash", "in_doubt", "1", "the chain did not answer"),
@@ -176,8 +176,8 @@ def test_resolve_as_not_made(run):
 def test_resolve_of_an_elimination_that_was_taken_back(run):
     assert run("remove", A).exit_code == 0
     result = run("slash", "resolve", A, "--not-made", "--yes")
-    assert result.stdout == f"resolved: {A}: the slash was not made; it is no longer due\n"
-    assert slash_of(run, A) is None
+    assert result.stdout == f"resolved: {A}: the slash was not made; it rests, as he is not eliminated\n"
+    assert slash_of(run, A) == "owed"
 
 
 def test_resolve_as_json(run):
@@ -241,7 +241,7 @@ def test_where_the_process_that_was_at_it_is_gone(run, server):
 
 
 def test_where_somebody_was_quicker(run, server, monkeypatch):
-    def resolve(client, hotkey, made):
+    def resolve(client, hotkey, made, *_cause):
         client._call("resolve_slash_rpc", (hotkey, made))
         return client._call("resolve_slash_rpc", (hotkey, made))
 
@@ -267,9 +267,9 @@ def test_slashes_that_were_made_are_listed(run, server):
     assert change(server, "settle_debt_rpc", B, "slash", "t")
     listed = run("slash", "list").stdout
     lines = [line.split("\t") for line in listed.splitlines()]
-    assert [(hotkey, eliminated, by) for hotkey, _, eliminated, by in lines] == [
-        (A, "2023-11-14 22:13:20", "hand"),
-        (B, "2023-11-14 22:13:20", "contract"),
+    assert [(line[0], line[3], *line[5:7]) for line in lines] == [
+        (A, "made", "2023-11-14 22:13:20", "hand"),
+        (B, "made", "2023-11-14 22:13:20", "contract"),
     ]
     assert run("slash", "list", B).stdout == listed.splitlines(keepends=True)[1]
     found = document(run("slash", "list", "--json"))
@@ -279,6 +279,56 @@ def test_slashes_that_were_made_are_listed(run, server):
     assert run("slash", "list").stdout == listed
     assert document(run("slash", "list", "--json")) == found | {"source": "store"}
     assert run("slash", "list", "--name", "nobody").exit_code == 3
+
+
+# ------------------------------------------------------------------ slash re-arm, release, and causes
+
+
+def test_rearm_says_what_it_will_do_and_does_it(run):
+    assert run("slash", "re-arm", A, "--yes").exit_code == 1
+    run("slash", "resolve", A, "--made", "--yes")
+    looked = run("slash", "re-arm", A, "--dry-run")
+    assert (looked.exit_code, looked.stdout) == (0, "nothing was changed\n")
+    assert "made " in looked.stderr
+    assert "for any rule" in looked.stderr
+    assert run("slash", "list").stdout != ""
+    assert run("slash", "re-arm", A, "--rule", "drawdown", "--yes").exit_code == 1
+    found = document(run("slash", "re-arm", A, "--yes", "--json"))
+    assert found == {"name": found["name"], "hotkey": A, "rearmed": True}
+    assert run("slash", "list").stdout == ""
+
+
+def test_release_says_what_would_be_made_and_releases_all(run, server):
+    assert run("slash", "release", "--yes").exit_code == 1
+    client = server.client()
+    assert client._call("begin_slash_rpc", (B, "t"), {"most_per_hour": 0}) is False
+    looked = run("slash", "release", "--dry-run")
+    assert (looked.exit_code, looked.stdout) == (0, "nothing was changed\n")
+    assert "slashes within an hour" in looked.stderr
+    assert f"would be made: {B} (any rule), share the contract's own" in looked.stderr
+    assert client.get_money_held() is not None
+    found = document(run("slash", "release", "--yes", "--json"))
+    assert found["released"] is True
+    assert client._call("begin_slash_rpc", (B, "t"), {"most_per_hour": 0}) is True
+    client.close()
+
+
+def test_of_several_in_doubt_one_must_be_named(run, server):
+    hotkey = "twice"
+    for rule in ("drawdown", "perf_ledger"):
+        change(server, "eliminate_rpc", hotkey, row(hotkey), ["slash"], None, rule, 0.25)
+        doubt(server, hotkey)
+        change(server, "remove_elimination_rpc", hotkey)
+    refused = run("slash", "resolve", hotkey, "--made", "--yes")
+    assert refused.exit_code == 1
+    assert "2 slashes of twice are in doubt: drawdown; perf_ledger" in refused.stderr
+    looked = run("slash", "resolve", hotkey, "--made", "--rule", "drawdown", "--dry-run")
+    assert (looked.exit_code, looked.stdout) == (0, "nothing was changed\n")
+    assert "share       0.25" in looked.stderr
+    assert run("slash", "resolve", hotkey, "--made", "--rule", "drawdown", "--yes").exit_code == 0
+    (made,) = document(run("slash", "list", hotkey, "--json"))["slashes"]
+    assert made["rule"] == "drawdown"
+    assert slash_of(run, hotkey) == "in_doubt"
 
 
 # ------------------------------------------------------------------ the client

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from waiting import until
 
 from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT, OWED
 from shmelim.eliminations.rules import alerts, deadlines
-from shmelim.errors import NotServingError, StateUnavailableError
+from shmelim.errors import NotServingError, SlashNotMadeError, StateUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -443,9 +444,11 @@ class Pending:
 
 
 @pytest.mark.parametrize(
-    "answer", [False, np.False_, 0, 1, "done", (True, "tx"), (), InjectedError("no"), np.array([True]), Pending()]
+    "answer", [0, 1, "done", (True, "tx"), (), InjectedError("no"), np.array([True]), Pending()]
 )
-def test_contract_that_answers_anything_but_yes_leaves_the_slash_in_doubt(directly: Managed, answer: Any) -> None:
+def test_contract_that_answers_neither_yes_nor_no_leaves_the_slash_in_doubt(
+    directly: Managed, answer: Any
+) -> None:
     directly.validator.register("a")
     directly.validator.lose("a", 0.2)
     directly.validator.collateral.answer = answer
@@ -462,6 +465,66 @@ def test_contract_that_answers_yes_or_nothing_has_slashed(directly: Managed, ans
     directly.validator.collateral.answer = answer
     directly.tick()
     assert (directly.debts, directly.alerts) == ([], [])
+
+
+@pytest.mark.parametrize("answer", [False, np.False_])
+def test_contract_that_declines_has_settled_it(directly: Managed, answer: Any) -> None:
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    directly.validator.collateral.answer = answer
+    directly.tick()
+    assert (directly.debts, directly.alerts) == ([], [])
+    [slash] = directly.manager._server_proxy.get_slashes_rpc()
+    assert (slash["outcome"], slash["rule"]) == ("declined", "drawdown")
+    assert "answered bool False" in slash["answer"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "states"),
+    [
+        (lambda _: "made", []),
+        (lambda answer: "not made" if isinstance(answer, dict) else "made", [OWED]),
+        (lambda answer: "declined" if isinstance(answer, InjectedError) else "in doubt", [IN_DOUBT]),
+        (lambda _: "perhaps", [IN_DOUBT]),
+        (lambda answer: answer["missing"], [IN_DOUBT]),
+    ],
+    ids=["made", "not made", "in doubt", "unknown word", "fails"],
+)
+def test_environment_says_what_an_answer_means(directly: Managed, outcome: Any, states: list[str]) -> None:
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    directly.validator.collateral.answer = {"tx": "0x1"}
+    directly.environment.slash_outcome = outcome
+    directly.tick()
+    assert state_of_slash(directly) == states
+
+
+def test_environment_says_what_an_error_of_the_contract_means(directly: Managed) -> None:
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    directly.validator.faults.fail("slash", InjectedError("nothing there"), hotkey="a")
+    directly.environment.slash_outcome = lambda answer: "declined" if isinstance(answer, InjectedError) else "made"
+    directly.tick()
+    assert (directly.debts, directly.alerts) == ([], [])
+
+
+def test_slash_that_is_not_made_is_tried_again_after_pauses_that_grow(directly: Managed) -> None:
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    tried = []
+
+    def refuse(hotkey: str, slash_proportion: float | None = None) -> None:
+        tried.append(directly.environment.now_ms())
+        raise SlashNotMadeError("not now")
+
+    directly.manager.contract_manager = SimpleNamespace(slash_miner_collateral_proportion=refuse)
+    for _ in range(150):
+        directly.tick()
+    pauses = [(later - earlier) // 60_000 for earlier, later in itertools.pairwise(tried)]
+    assert pauses[0] < 6
+    assert pauses == sorted(pauses)
+    assert 120 < pauses[-1] <= 365
+    assert len(tried) < 20
 
 
 async def slash_later(_hotkey: str, slash_proportion: float | None = None) -> None:
@@ -542,10 +605,10 @@ def test_attempt_that_cannot_begin_stops_nobody_elses_debts(directly: Managed, e
     server = directly.manager._server_proxy
     begin = server.begin_slash_rpc
 
-    def refuse_the_third(hotkey: str, attempt: str) -> bool:
+    def refuse_the_third(hotkey: str, attempt: str, *more: Any) -> bool:
         if hotkey == THIRD:
             raise error
-        return begin(hotkey, attempt)
+        return begin(hotkey, attempt, *more)
 
     server.begin_slash_rpc = refuse_the_third
     for _ in range(2):

@@ -926,13 +926,43 @@ def test_slash_is_remembered_however_much_happened_to_its_miner_since(managed: M
     assert [(slash["hotkey"], slash["by"]) for slash in manager.get_slashes("a")] == [("a", "contract")]
 
 
-def test_miner_who_is_eliminated_anew_after_days_is_slashed_anew(managed: Managed) -> None:
+def test_miner_who_is_eliminated_anew_for_the_same_rule_is_slashed_once_however_much_later(
+    managed: Managed,
+) -> None:
+    validator = managed.validator
+    validator.register("a")
+    validator.lose("a", 0.2)
+    for _ in range(4):
+        managed.tick(2 * DAY)
+        managed.manager.remove_elimination("a")
+    managed.tick(2 * DAY)
+    assert validator.collateral.slashes() == ["a"]
+
+
+def test_miner_who_departed_and_registered_again_is_slashed_anew_within_the_hour(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a", "b")
+    validator.lose("a", 0.7)
+    managed.tick()
+    validator.deregister("a")
+    managed.tick()
+    validator.register("a")
+    managed.tick()
+    managed.manager.remove_elimination("a")
+    managed.tick()
+    assert validator.collateral.slashes() == ["a", "a"]
+
+
+def test_another_rule_is_another_slash(managed: Managed) -> None:
     validator = managed.validator
     validator.register("a")
     validator.lose("a", 0.2)
     managed.tick()
     managed.manager.remove_elimination("a")
-    managed.tick(2 * DAY)
+    validator.probation.fail("a", "FAILED_CHALLENGE_PERIOD_TIME", 0.1)
+    managed.tick()
+    found = {slash["rule"] for slash in managed.manager.get_slashes("a")}
+    assert found == {"drawdown", "challenge_period"}
     assert validator.collateral.slashes() == ["a", "a"]
 
 
@@ -1053,7 +1083,8 @@ def test_tick_without_a_collaborator_leaves_out_what_needs_it(directly: Managed,
     if missing == "challengeperiod_manager":
         del expected["b"]
     assert directly.reasons == expected
-    assert directly.debts == [], "nobody owes what nobody can settle"
+    # Nobody owes what nobody could ever settle; a slash waits for somebody who can.
+    assert [debt["kind"] for debt in directly.debts] == (["slash"] * 2 if missing == "contract_manager" else [])
     slashed = [] if missing == "contract_manager" else sorted(expected)
     assert sorted(validator.collateral.slashes()) == slashed
     assert validator.is_flat("a") == (missing != "position_manager")

@@ -32,8 +32,8 @@ def server(request, tmp_path):
         yield server
 
 
-def eliminate(server, hotkey="a", kinds=KINDS, replacements=None, *, stamp=0, within=None):
-    return server.eliminate_rpc(hotkey, row(hotkey, stamp), list(kinds), replacements, within)
+def eliminate(server, hotkey="a", kinds=KINDS, replacements=None, *, stamp=0, rule=None, **more):
+    return server.eliminate_rpc(hotkey, row(hotkey, stamp), list(kinds), replacements, rule, **more)
 
 
 def slashes(server, hotkey=None):
@@ -49,6 +49,10 @@ def told(server, *actions):
     """The events of these actions, oldest first."""
     events = server.get_history_rpc(limit=None)[::-1]
     return [(event["action"], event["note"]) for event in events if not actions or event["action"] in actions]
+
+
+def due(server, hotkey):
+    return [debt["due"] for debt in server.get_debts_rpc(hotkey)]
 
 
 def slash(server, hotkey="a"):
@@ -94,6 +98,8 @@ def test_eliminate_records_what_is_owed(server):
     assert debt == {
         "hotkey": "a",
         "kind": SLASH,
+        "rule": "",
+        "registration": 0,
         "state": "owed",
         "due": True,
         "eliminated_ms": ELIMINATED_MS,
@@ -101,6 +107,9 @@ def test_eliminate_records_what_is_owed(server):
         "error": None,
         "attempt": None,
         "in_doubt_since_ms": None,
+        "reason": "ZOMBIE",
+        "share": None,
+        "share_asked": False,
     }
     assert told(server) == [("add", None), ("owe", "limit_orders, positions, slash")]
 
@@ -270,9 +279,9 @@ def test_a_slash_in_doubt_is_nobodys(server, how):
     assert debt["in_doubt_since_ms"] >= debt["since_ms"]
     for attempt in ("one", "two"):
         assert server.begin_slash_rpc("a", attempt) is False
-        assert server.settle_debt_rpc("a", SLASH, attempt) is False
-        assert server.fail_debt_rpc("a", SLASH, "again", attempt) is False
         assert server.doubt_slash_rpc("a", attempt, "again") is False
+    assert server.settle_debt_rpc("a", SLASH, "two") is False
+    assert server.fail_debt_rpc("a", SLASH, "again", "two") is False
     assert server.fail_debt_rpc("a", SLASH, "again") is False
     assert slash(server) == debt
     assert told(server, "doubt") == [("doubt", "slash, attempt one: timeout")]
@@ -340,16 +349,61 @@ REMOVALS = {
 
 
 @pytest.mark.parametrize("removal", REMOVALS)
-def test_removal_cancels_what_is_owed(server, removal):
+def test_what_is_owed_rests_while_its_elimination_is_taken_back(server, removal):
     eliminate(server, "a")
     eliminate(server, "other", [POSITIONS])
     REMOVALS[removal](server)
-    assert owed(server, "a") == []
-    if removal == "remove":
-        assert owed(server) == [("other", POSITIONS, "owed")]
+    assert owed(server, "a") == [("a", kind, "owed") for kind in KINDS]
+    assert due(server, "a") == [False] * 3
+    assert due(server, "other") == [removal == "remove"]
     reason = "remove" if removal == "delete" else removal
-    assert ("cancel", f"limit_orders, positions, slash: {reason}") in told(server, "cancel")
+    assert ("rest", f"limit_orders, positions, slash: {reason}") in told(server, "rest")
+    for kind in KINDS:
+        assert server.settle_debt_rpc("a", kind) is False
+        assert server.fail_debt_rpc("a", kind, "x") is False
     assert server.begin_slash_rpc("a", "t") is False
+
+
+RETURNS = {
+    "add": lambda server: server.add_elimination_rpc("a", row("a")),
+    "append": lambda server: server.append_elimination_row_rpc("a", 1.0, "ZOMBIE", 5),
+    "sync": lambda server: server.sync_eliminations_rpc([row("b"), row("a")]),
+    "write": lambda server: server.write_eliminations_to_disk_rpc([row("a")]),
+    "rule": eliminate,
+}
+
+
+@pytest.mark.parametrize("how", RETURNS)
+def test_and_is_due_again_with_it(server, how):
+    eliminate(server, "a")
+    server.fail_debt_rpc("a", SLASH, "no contract")
+    server.sync_eliminations_rpc([row("b")])
+    RETURNS[how](server)
+    assert owed(server, "a") == [("a", kind, "owed") for kind in KINDS]
+    assert due(server, "a") == [True] * 3
+    assert slash(server)["attempts"] == 1
+    if how != "rule":
+        assert told(server, "wake") == [("wake", "limit_orders, positions, slash: eliminated again")]
+    assert server.begin_slash_rpc("a", "t") is True
+
+
+def test_of_slashes_that_rest_the_one_with_that_reason_is_due_again(server):
+    for rule, reason in (("drawdown", "MAX_TOTAL_DRAWDOWN"), ("perf_ledger", "LIQUIDATED")):
+        server.eliminate_rpc("a", row("a", reason=reason), [SLASH], None, rule)
+        server.sync_eliminations_rpc([])
+    server.sync_eliminations_rpc([row("a", reason="MAX_TOTAL_DRAWDOWN")])
+    assert [debt["rule"] for debt in server.get_debts_rpc("a") if debt["due"]] == ["drawdown"]
+    server.sync_eliminations_rpc([])
+    server.sync_eliminations_rpc([row("a", reason="in other words")])
+    assert [debt["rule"] for debt in server.get_debts_rpc("a") if debt["due"]] == ["perf_ledger"]
+
+
+def test_with_the_row_that_expires_goes_all_but_the_slash(server):
+    eliminate(server, "a")
+    assert server.delete_eliminations_rpc(["a"], {"a": ELIMINATED_MS}) == ["a"]
+    assert owed(server) == [("a", SLASH, "owed")]
+    assert due(server, "a") == [True]
+    assert told(server, "cancel") == [("cancel", "limit_orders, positions: deleted")]
 
 
 def test_debts_of_those_that_stay_stay(server):
@@ -368,12 +422,11 @@ def test_a_slash_that_was_begun_outlives_its_elimination(server, removal, state)
     if state == "in_doubt":
         server.doubt_slash_rpc("a", "one", "timeout")
     REMOVALS[removal](server)
-    assert owed(server, "a") == [("a", SLASH, state)]
-    assert slash(server)["due"] is False
+    assert (slash(server)["state"], slash(server)["due"]) == (state, False)
 
 
 @pytest.mark.parametrize("how", ["fail", "resolve"])
-def test_what_was_not_made_is_not_owed_again_by_who_is_not_eliminated(server, how):
+def test_what_was_not_made_rests_with_its_elimination(server, how):
     eliminate(server, "a", [SLASH])
     server.begin_slash_rpc("a", "one")
     server.remove_elimination_rpc("a")
@@ -382,8 +435,8 @@ def test_what_was_not_made_is_not_owed_again_by_who_is_not_eliminated(server, ho
     else:
         server.doubt_slash_rpc("a", "one", "timeout")
         assert server.resolve_slash_rpc("a", made=False) is True
-    assert server.get_debts_rpc() == []
-    assert told(server, "cancel") == [("cancel", "slash: its elimination was taken back")]
+    assert (owed(server), due(server, "a")) == ([("a", SLASH, "owed")], [False])
+    assert server.begin_slash_rpc("a", "two") is False
 
 
 @pytest.mark.parametrize("state", ["attempting", "in_doubt"])
@@ -410,13 +463,14 @@ def test_eliminated_again_while_a_slash_stands_there_is_no_second_one(server, st
     assert slash(server)["state"] == "owed"
 
 
-def test_eliminated_again_without_a_slash_none_is_made_for_the_old_one(server):
+def test_eliminated_again_by_a_rule_without_a_slash_none_is_made_for_the_old_one(server):
     eliminate(server, "a")
     server.begin_slash_rpc("a", "one")
     server.remove_elimination_rpc("a")
     eliminate(server, "a", [POSITIONS])
     assert server.fail_debt_rpc("a", SLASH, "refused", "one") is True
-    assert owed(server) == [("a", POSITIONS, "owed")]
+    assert slash(server)["due"] is False
+    assert server.begin_slash_rpc("a", "two") is False
 
 
 def test_debts_change_nothing_that_is_published(server):
@@ -450,7 +504,17 @@ def test_a_slash_that_was_made_stays_on_record(server, how):
     make_slash(server, how=how)
     (made,) = server.get_slashes_rpc()
     assert before <= made.pop("made_ms") <= time.time_ns() // 1_000_000
-    assert made == {"hotkey": "a", "eliminated_ms": ELIMINATED_MS + 7, "by": how}
+    assert made == {
+        "hotkey": "a",
+        "rule": "",
+        "registration": 0,
+        "eliminated_ms": ELIMINATED_MS + 7,
+        "by": how,
+        "outcome": "made",
+        "reason": "ZOMBIE",
+        "share": None,
+        "answer": None,
+    }
     server.remove_elimination_rpc("a")
     assert slashes(server, "a") == [("a", 7, how)]
     assert slashes(server, "b") == []
@@ -470,72 +534,188 @@ def test_what_is_not_a_slash_that_was_made_is_not_on_record(server):
     assert server.get_slashes_rpc() == []
 
 
-def test_of_each_hotkey_the_last_slash_counts_and_the_oldest_comes_first(server, monkeypatch):
+def test_the_oldest_comes_first(server, monkeypatch):
     clock = itertools.count(1_700_000_000_000_000_000, 1_000_000)
     monkeypatch.setattr(time, "time_ns", lambda: next(clock))
-    for number, hotkey in enumerate(("c", "b", "a", "c")):
-        eliminate(server, hotkey, [SLASH], stamp=number)
+    for number, (hotkey, rule) in enumerate([("c", "r"), ("b", "r"), ("a", "r"), ("c", "s")]):
+        eliminate(server, hotkey, [SLASH], stamp=number, rule=rule)
         make_slash(server, hotkey, "hand" if number == 3 else "contract")
         server.remove_elimination_rpc(hotkey)
-    assert slashes(server) == [("b", 1, "contract"), ("a", 2, "contract"), ("c", 3, "hand")]
+    assert slashes(server) == [("c", 0, "contract"), ("b", 1, "contract"), ("a", 2, "contract"), ("c", 3, "hand")]
+
+
+def leave_and_return(server, *hotkeys):
+    server.update_metagraph_rpc(["other", *hotkeys])
+    server.update_metagraph_rpc(["other"])
+    server.update_metagraph_rpc(["other", *hotkeys])
 
 
 @pytest.mark.parametrize("how", ["contract", "hand"])
-@pytest.mark.parametrize(
-    ("stamp", "within", "again"),
-    [
-        (0, 100, False),
-        (99, 100, False),
-        (-99, 100, False),
-        (100, 100, True),
-        (-100, 100, True),
-        (0, 0, True),
-        (0, 0.5, False),
-        (0, None, True),
-        (10**12, math.inf, False),
-    ],
-)
-def test_a_slash_is_not_owed_again_for_nearly_the_same_elimination(server, how, stamp, within, again):
-    eliminate(server, within=within)
+@pytest.mark.parametrize("stamp", [0, 10**12])
+def test_for_one_rule_a_miner_is_slashed_once(server, how, stamp):
+    eliminate(server, rule="drawdown")
     make_slash(server, how=how)
     server.sync_eliminations_rpc([row("b")])
-    assert eliminate(server, stamp=stamp, within=within) == "added"
-    kinds = KINDS if again else KINDS[:2]
-    assert owed(server) == [("a", kind, "owed") for kind in kinds]
-    said = "limit_orders, positions, slash" + ("" if again else " (made before)")
-    assert told(server, "owe")[-1] == ("owe", said)
-    assert server.begin_slash_rpc("a", "two") is again
+    assert eliminate(server, stamp=stamp, rule="drawdown") == "added"
+    assert owed(server) == [("a", kind, "owed") for kind in KINDS[:2]]
+    assert told(server, "owe")[-1] == ("owe", "limit_orders, positions, slash (made before)")
+    assert server.begin_slash_rpc("a", "two") is False
+
+
+def test_for_another_rule_he_is_slashed_again(server):
+    for rule in ("drawdown", "challenge_period", "perf_ledger"):
+        eliminate(server, kinds=[SLASH], rule=rule)
+        assert [debt["rule"] for debt in server.get_debts_rpc("a")] == [rule]
+        make_slash(server)
+        server.sync_eliminations_rpc([])
+    assert {made["rule"] for made in server.get_slashes_rpc("a")} == {
+        "drawdown",
+        "challenge_period",
+        "perf_ledger",
+    }
+
+
+def test_and_after_he_has_departed_and_registered_again(server):
+    """However short a time lies between."""
+    eliminate(server, kinds=[SLASH], rule="drawdown")
+    make_slash(server)
+    server.remove_elimination_rpc("a")
+    for registration in (1, 2):
+        leave_and_return(server, "a")
+        eliminate(server, kinds=[SLASH], rule="drawdown")
+        assert slash(server)["registration"] == registration
+        make_slash(server)
+        server.remove_elimination_rpc("a")
+        eliminate(server, kinds=[SLASH], rule="drawdown")
+        assert server.get_debts_rpc() == []
+        server.remove_elimination_rpc("a")
+    assert sorted(made["registration"] for made in server.get_slashes_rpc("a")) == [0, 1, 2]
+
+
+def test_to_depart_alone_or_to_be_seen_again_is_not_enough(server):
+    eliminate(server, kinds=[SLASH], rule="drawdown")
+    make_slash(server)
+    server.update_metagraph_rpc(["other", "a"])
+    server.update_metagraph_rpc(["other"])
+    for hotkeys in (["other"], ["other", "b"]):
+        server.remove_elimination_rpc("a")
+        server.update_metagraph_rpc(hotkeys)
+        eliminate(server, kinds=[SLASH], rule="drawdown")
+        assert server.get_debts_rpc() == []
+
+
+def test_who_is_registered_at_the_first_look_has_not_come_back(server, tmp_path):
+    """A list of old departures does not make returns of those who are there."""
+    (tmp_path / "default.json").write_text('{"departed_hotkeys": {"a": {"detected_ms": 0}}}')
+    with EliminationManagerServer(default_departed=tmp_path / "default.json") as fresh:
+        fresh.update_metagraph_rpc(["a", "other"])
+        eliminate(fresh, kinds=[SLASH], rule="drawdown")
+        assert slash(fresh)["registration"] == 0
+
+
+def test_what_rested_for_an_earlier_registration_is_not_due_in_the_next(server):
+    eliminate(server, rule="drawdown")
+    server.sync_eliminations_rpc([])
+    leave_and_return(server, "a")
+    assert owed(server) == [("a", kind, "owed") for kind in KINDS[:2]]
+    assert ("cancel", "slash: taken back, and registered anew since") in told(server)
+    server.sync_eliminations_rpc([row("a")])
+    assert owed(server) == [("a", kind, "owed") for kind in KINDS[:2]]
+
+
+def test_an_old_doubt_swallows_no_slash_of_another_rule(server):
+    eliminate(server, kinds=[SLASH], rule="drawdown")
+    server.begin_slash_rpc("a", "one")
+    server.doubt_slash_rpc("a", "one", "timeout")
+    server.remove_elimination_rpc("a")
+    eliminate(server, kinds=[SLASH], rule="challenge_period")
+    found = [(debt["rule"], debt["state"], debt["due"]) for debt in server.get_debts_rpc()]
+    assert found == [("drawdown", "in_doubt", False), ("challenge_period", "owed", True)]
+    assert server.begin_slash_rpc("a", "two") is True
+    # Each is settled alone.
+    with pytest.raises(ValueError, match=r"a has 2 slashes .*rule 'drawdown', registration 0; rule 'chall"):
+        server.resolve_slash_rpc("a", made=True)
+    assert server.resolve_slash_rpc("a", made=True, rule="drawdown") is True
+    assert [debt["rule"] for debt in server.get_debts_rpc()] == ["challenge_period"]
+    assert server.settle_debt_rpc("a", SLASH, "two") is True
+    assert {made["rule"] for made in server.get_slashes_rpc()} == {"drawdown", "challenge_period"}
+
+
+def test_reason_and_share_are_those_of_the_first_moment(server):
+    eliminate(server, kinds=[SLASH], rule="drawdown", share=0.5)
+    server.remove_elimination_rpc("a")
+    other = row("a", reason="LIQUIDATED")
+    server.eliminate_rpc("a", other, [SLASH], None, "drawdown", 1.0)
+    assert (slash(server)["reason"], slash(server)["share"], slash(server)["share_asked"]) == ("ZOMBIE", 0.5, True)
+    make_slash(server)
+    (made,) = server.get_slashes_rpc()
+    assert (made["reason"], made["share"]) == ("ZOMBIE", 0.5)
+    assert told(server, "owe")[0] == ("owe", "slash (drawdown) for ZOMBIE: share 0.5")
+
+
+def test_a_slash_that_was_declined_is_settled_and_on_record(server):
+    eliminate(server, kinds=[SLASH], rule="drawdown")
+    server.begin_slash_rpc("a", "one")
+    assert server.settle_debt_rpc("a", SLASH, "one", declined=True, answer="bool False") is True
+    assert server.get_debts_rpc() == []
+    (declined,) = server.get_slashes_rpc()
+    assert (declined["outcome"], declined["answer"]) == ("declined", "bool False")
+    note = "slash (drawdown), attempt one, declined; the contract answered bool False"
+    assert told(server, "settle") == [("settle", note)]
+    server.remove_elimination_rpc("a")
+    eliminate(server, kinds=[SLASH], rule="drawdown")
+    assert told(server, "owe")[-1] == ("owe", "slash (declined before)")
+
+
+@pytest.mark.parametrize("late", ["made", "declined", "not made"])
+def test_a_late_answer_settles_the_doubt(server, late):
+    eliminate(server, kinds=[SLASH])
+    server.begin_slash_rpc("a", "one")
+    server.doubt_slash_rpc("a", "one", "its process is gone")
+    if late == "not made":
+        assert server.fail_debt_rpc("a", SLASH, "refused", "one") is True
+        assert (slash(server)["state"], slash(server)["in_doubt_since_ms"]) == ("owed", None)
+        assert server.begin_slash_rpc("a", "two") is True
+    else:
+        assert server.settle_debt_rpc("a", SLASH, "one", declined=late == "declined") is True
+        assert server.get_debts_rpc() == []
+        assert [made["outcome"] for made in server.get_slashes_rpc()] == [late]
+
+
+def test_rearmed_he_can_be_slashed_once_more(server):
+    for rule in ("drawdown", "perf_ledger"):
+        eliminate(server, kinds=[SLASH], rule=rule)
+        make_slash(server)
+        server.remove_elimination_rpc("a")
+    assert server.rearm_slash_rpc("a", "drawdown") is True
+    assert server.rearm_slash_rpc("a", "drawdown") is False
+    assert server.rearm_slash_rpc("unknown") is False
+    assert [made["rule"] for made in server.get_slashes_rpc()] == ["perf_ledger"]
+    assert told(server, "rearm") == [
+        ("rearm", "slash (drawdown): may be slashed for it once more; made by contract")
+    ]
+    eliminate(server, kinds=[SLASH], rule="drawdown")
+    make_slash(server)
+    assert server.rearm_slash_rpc("a") is True
+    assert server.get_slashes_rpc() == []
 
 
 def test_a_slash_of_one_miner_is_not_anothers(server):
     eliminate(server)
     make_slash(server)
-    eliminate(server, "b", within=100)
+    eliminate(server, "b")
     assert slash(server, "b")["state"] == "owed"
-
-
-def test_a_slash_that_was_made_is_known_however_much_came_after_it(server):
-    eliminate(server, within=100)
-    make_slash(server)
-    for number in range(60):
-        server.add_elimination_rpc("a", row("a", number + 1))
-        server.remove_elimination_rpc("a")
-    last = server.get_history_rpc("a")
-    assert len(last) == 100
-    assert not [event for event in last if event["action"] == "settle"]
-    assert eliminate(server, within=100) == "added"
-    assert owed(server) == [("a", kind, "owed") for kind in KINDS[:2]]
 
 
 def test_a_slash_that_was_made_is_known_after_a_restart(tmp_path):
     with EliminationManagerServer(None, tmp_path, durability="process") as server:
-        eliminate(server)
+        eliminate(server, kinds=[SLASH])
         make_slash(server)
         server.remove_elimination_rpc("a")
         before = server.get_slashes_rpc()
     with EliminationManagerServer(None, tmp_path, durability="process") as server:
         assert server.get_slashes_rpc() == before
-        eliminate(server, kinds=[SLASH], within=100)
+        eliminate(server, kinds=[SLASH])
         assert server.get_debts_rpc() == []
         assert told(server)[-1] == ("owe", "slash (made before)")
 
@@ -544,42 +724,82 @@ def test_a_slash_that_stood_for_two_eliminations_is_on_record_with_the_later(ser
     eliminate(server)
     server.begin_slash_rpc("a", "one")
     server.remove_elimination_rpc("a")
-    eliminate(server, stamp=1000, within=100)
+    eliminate(server, stamp=1000)
     assert slash(server)["eliminated_ms"] == ELIMINATED_MS + 1000
     assert server.settle_debt_rpc("a", SLASH, "one")
     assert slashes(server) == [("a", 1000, "contract")]
 
 
-def test_a_slash_that_was_begun_for_another_is_left_alone_where_one_was_made(server):
-    eliminate(server)
-    make_slash(server)
-    server.remove_elimination_rpc("a")
-    eliminate(server, stamp=1000, within=100)
-    assert server.begin_slash_rpc("a", "two")
-    server.remove_elimination_rpc("a")
-    eliminate(server, within=100)
-    debt = slash(server)
-    assert (debt["state"], debt["due"], debt["eliminated_ms"]) == ("attempting", False, ELIMINATED_MS + 1000)
-    assert server.fail_debt_rpc("a", SLASH, "refused", "two")
-    assert owed(server) == [("a", kind, "owed") for kind in KINDS[:2]]
+# ------------------------------------------------------------------ held
+
+
+HOUR = 3_600_000
+
+
+def begin(server, number, at_ms, most=3):
+    return server.begin_slash_rpc(f"h{number}", f"t{number}", at_ms=at_ms, most_per_hour=most)
+
+
+@pytest.fixture
+def many(server):
+    """A server with ten miners who owe a slash."""
+    for number in range(10):
+        eliminate(server, f"h{number}", [SLASH])
+    return server
+
+
+def test_one_too_many_within_an_hour_holds_all(many):
+    assert [begin(many, number, number) for number in range(5)] == [True, True, True, False, False]
+    held = many.get_money_held_rpc()
+    assert held["why"].startswith("3 slashes within an hour")
+    assert "money_held" in {problem["name"] for problem in many.health_check_rpc()["problems"]}
+    assert begin(many, 3, 5 * HOUR) is False, "time alone releases nothing"
+    assert many.settle_debt_rpc("h0", SLASH, "t0") is True, "those under way end as ever"
+
+
+def test_released_all_that_were_owed_may_be_made_and_later_ones_count_anew(many):
+    for number in range(4):
+        begin(many, number, 0)
+    assert many.release_money_rpc() is True
+    assert many.get_money_held_rpc() is None
+    assert all(begin(many, number, 0) for number in range(3, 10))
+    eliminate(many, "h10", [SLASH])
+    assert begin(many, 10, 0) is False
+    assert many.get_money_held_rpc() is not None
+
+
+def test_an_hour_later_slashes_go_on_unheld(many):
+    assert all(begin(many, number, number * HOUR // 2) for number in range(10))
+    assert many.get_money_held_rpc() is None
+
+
+def test_what_was_certainly_not_made_does_not_count(many):
+    for number in range(10):
+        assert begin(many, number, 0)
+        assert many.fail_debt_rpc(f"h{number}", SLASH, "refused", f"t{number}")
+    assert many.get_money_held_rpc() is None
+
+
+def test_without_a_limit_nothing_is_held(many):
+    assert all(begin(many, number, 0, None) for number in range(10))
 
 
 @pytest.mark.parametrize("time_ms", [-(1 << 63), (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
 def test_any_time_that_a_record_may_have(server, time_ms):
     record = row("a") | {"elimination_initiated_time_ms": time_ms}
-    assert server.eliminate_rpc("a", record, [SLASH], None, 100) == "added"
+    assert server.eliminate_rpc("a", record, [SLASH]) == "added"
     make_slash(server)
     server.remove_elimination_rpc("a")
-    assert server.eliminate_rpc("a", record, [SLASH], None, 100) == "added"
+    assert server.eliminate_rpc("a", record, [SLASH]) == "added"
     assert server.get_debts_rpc() == []
 
 
 def test_the_store_takes_no_other_teller():
     db = sqlite3.connect(":memory:")
-    for statement in schema._SECOND:
+    for statement in schema._CAUSES:
         db.execute(statement)
     with pytest.raises(sqlite3.IntegrityError, match="said_by"):
-        db.execute("INSERT INTO slashes VALUES ('a', 1, 1, 'hearsay')")
+        db.execute("INSERT INTO slashes VALUES ('a', '', 0, 1, 1, 'hearsay', 'made', NULL, NULL, NULL)")
     db.close()
 
 
@@ -594,10 +814,22 @@ BAD = [
     (ValueError, "kind .*'fine'", lambda s: s.eliminate_rpc("b", row("b"), [SLASH, "fine"])),
     (TypeError, "replacements", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], "0")),
     (TypeError, "replacements", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], replacements=False)),
-    (TypeError, "slash_once_within_ms", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], None, "100")),
-    (TypeError, "slash_once_within_ms", lambda s: s.eliminate_rpc("b", row("b"), [], slash_once_within_ms=True)),
-    (ValueError, "slash_once_within_ms", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], None, -1)),
-    (ValueError, "slash_once_within_ms", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], None, math.nan)),
+    (TypeError, "rule", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], None, 7)),
+    (ValueError, "rule", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], None, "x" * 65)),
+    (ValueError, "rule", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], None, "line\nbreak")),
+    (TypeError, "share", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], share="0.5")),
+    (TypeError, "share", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], share=True)),
+    (ValueError, "share", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], share=50)),
+    (ValueError, "share", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], share=-1)),
+    (ValueError, "share", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], share=math.nan)),
+    (TypeError, "share_asked", lambda s: s.eliminate_rpc("b", row("b"), [SLASH], share_asked=1)),
+    (TypeError, "declined", lambda s: s.settle_debt_rpc("a", SLASH, "t", declined="no")),
+    (ValueError, "declined", lambda s: s.settle_debt_rpc("a", POSITIONS, declined=True)),
+    (TypeError, "answer", lambda s: s.settle_debt_rpc("a", SLASH, "t", answer=False)),
+    (TypeError, "registration", lambda s: s.begin_slash_rpc("a", "t", "drawdown", "0")),
+    (TypeError, "at_ms", lambda s: s.begin_slash_rpc("a", "t", at_ms=1.5)),
+    (TypeError, "most_per_hour", lambda s: s.begin_slash_rpc("a", "t", most_per_hour="10")),
+    (TypeError, "rule", lambda s: s.rearm_slash_rpc("a", 7)),
     (ValueError, "hotkey", lambda s: s.get_debts_rpc("")),
     (ValueError, "hotkey", lambda s: s.get_slashes_rpc("")),
     (TypeError, "hotkey", lambda s: s.get_slashes_rpc(7)),

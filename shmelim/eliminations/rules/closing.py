@@ -18,7 +18,8 @@ from shmelim.eliminations.rules.alerts import ENDS_A_TICK, named
 from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.system.logs import LimitedLog
 
-_KINDS: Final = (LIMIT_ORDERS, POSITIONS)
+_WHO: Final = {LIMIT_ORDERS: "limit_order_manager", POSITIONS: "position_manager"}
+_KINDS: Final = tuple(_WHO)
 
 _log = logging.getLogger("shmelim.processing")
 _limited = LimitedLog(_log)
@@ -36,7 +37,7 @@ class Closing:
     def settle_all(self, tick: Tick) -> None:
         """Settle everything of the kind that is owed; a failure is recorded and reported, and it stays owed."""
         context = self.context
-        debts = [debt for debt in tick.look_at_debts() if debt["kind"] in _KINDS]
+        debts = [debt for debt in tick.look_at_debts() if debt["kind"] in _KINDS and debt["due"]]
         for kind in _KINDS:
             context.alerts.clear_others(kind, {debt["hotkey"] for debt in debts if debt["kind"] == kind})
         for debt in debts:
@@ -52,10 +53,14 @@ class Closing:
         try:
             if kind == LIMIT_ORDERS:
                 if (orders := collaborators.limit_order_manager) is None:
+                    context.alerts.failed(
+                        kind, hotkey, f"limit orders of {hotkey} are owed: there is no {_WHO[kind]}"
+                    )
                     return
                 deleted = context.ask(kind, lambda: orders.delete_all_limit_orders_for_hotkey(hotkey), hotkey)
                 _log.info("deleted the limit orders of eliminated miner %s: %s", hotkey, deleted)
             elif collaborators.position_manager is None:
+                context.alerts.failed(kind, hotkey, f"positions of {hotkey} are owed: there is no {_WHO[kind]}")
                 return
             else:
                 context.ask(kind, lambda: self.close(hotkey, record, tick), hotkey)

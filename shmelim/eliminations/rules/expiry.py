@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shmelim.eliminations.debts.states import SLASH
+from shmelim.eliminations.debts.states import OWED, SLASH
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.tick import Context, Tick
 
@@ -22,7 +22,8 @@ class Expiry:
 
     What is left of a miner goes in this order, so that a crash between two steps leaves the row and all is
     repeated: the entry in the challenge period, the positions, the directory, the row. A row stays while its slash
-    is owed or in doubt; limit orders and positions that are still owed go with the rest.
+    is owed or in doubt, unless there is no contract manager; limit orders and positions that are still owed go
+    with the rest.
     """
 
     context: Context
@@ -42,7 +43,7 @@ class Expiry:
         expired = self.context.ask("metagraph", lambda: self.membership.missing(old_enough))
         if not expired:
             return
-        slashes = {debt["hotkey"] for debt in state.get_debts() if debt["kind"] == SLASH}
+        slashes = {debt["hotkey"] for debt in state.get_debts() if self._keeps_row(debt)}
         gone: dict[str, int] = {}
 
         def remove(hotkey: str, time_ms: int) -> None:
@@ -59,6 +60,12 @@ class Expiry:
             # Somebody may have been eliminated anew meanwhile: that row stays.
             deleted = state.delete_eliminations(list(gone), gone)
             _log.info("deleted %d expired eliminations: %s", len(deleted), ", ".join(deleted[:10]))
+
+    def _keeps_row(self, debt: Mapping[str, Any]) -> bool:
+        """Whether a slash is to be made, or may have been; one that nobody can make outlives its row."""
+        if debt["kind"] != SLASH or debt["state"] != OWED:
+            return bool(debt["kind"] == SLASH)
+        return debt["due"] and self.context.contract is not None
 
     def is_due(self, record: Mapping[str, Any]) -> bool:
         """Whether an elimination would be deleted at once, if it were made."""

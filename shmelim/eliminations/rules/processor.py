@@ -11,7 +11,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar
 
-from shmelim.eliminations.debts.states import LIMIT_ORDERS, POSITIONS, SLASH
+from shmelim.eliminations.debts.states import (
+    CHALLENGE_PERIOD,
+    DRAWDOWN,
+    LIMIT_ORDERS,
+    PERF_LEDGER,
+    POSITIONS,
+    SLASH,
+)
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, OvertakenError
 from shmelim.eliminations.rules.challenge import ChallengePeriod
 from shmelim.eliminations.rules.closing import Closing
@@ -19,7 +26,7 @@ from shmelim.eliminations.rules.drawdown import fallen
 from shmelim.eliminations.rules.expiry import Expiry
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.perf_ledger import liquidated
-from shmelim.eliminations.rules.slashing import Slashing
+from shmelim.eliminations.rules.slashing import Slashing, checked_share
 from shmelim.eliminations.rules.tick import Context, Found, Tick
 from shmelim.eliminations.rules.zombies import zombies
 from shmelim.errors import NoCollaboratorsError
@@ -30,6 +37,11 @@ R = TypeVar("R")
 Step: TypeAlias = Callable[[Tick], None]
 Candidates: TypeAlias = Iterator[tuple[str, Callable[[], Found | None]]]
 
+_RULES: Final = {
+    "perf-ledger elimination": PERF_LEDGER,
+    "challenge-period elimination": CHALLENGE_PERIOD,
+    "drawdown elimination": DRAWDOWN,
+}
 _AGAIN_MS: Final = 10_000  # until a tick that failed is repeated the first time
 _MOST_DOUBLED: Final = 20
 
@@ -57,6 +69,7 @@ class EliminationProcessor:
         self._membership = membership = Membership(context)
         self._closing = Closing(context)
         self._slashing = Slashing(context)
+        self._had: set[str] = set()  # the kinds of debts for which there ever was a collaborator
         self._expiry = expiry = Expiry(context, membership)
         challenge = self._challenge = ChallengePeriod(context)
         rule = functools.partial
@@ -267,36 +280,55 @@ class EliminationProcessor:
             return found
 
         found, context = self.context.ask(kind, judge_all), self.context
-        failed = context.alerts.each(kind, found, functools.partial(self._record, tick), context.is_stopping)
+        failed = context.alerts.each(kind, found, functools.partial(self._record, kind, tick), context.is_stopping)
         if then is not None and failed is not None:
             forget = functools.partial(then, failed)
             context.ask(kind, forget)
 
-    def _record(self, tick: Tick, hotkey: str, found: Found | BaseException) -> None:
+    def _record(self, kind: str, tick: Tick, hotkey: str, found: Found | BaseException) -> None:
         """Record an elimination with what it owes, in one transaction; the first reason stays."""
         if isinstance(found, BaseException):
             raise found
         if self.context.reader.is_hotkey_eliminated(hotkey):
             return
         tick.check()
-        record, once_within_ms = found.record, self.context.environment.slash_once_within_ms
+        record = found.record
         owed = self._owed(slash=found.slash)
-        outcome = self.context.state.eliminate(hotkey, record, owed, tick.replacements, once_within_ms)
+        share, asked = self._share_of(record["reason"]) if SLASH in owed else (None, False)
+        rule = _RULES.get(kind)
+        outcome = self.context.state.eliminate(hotkey, record, owed, tick.replacements, rule, share, asked)
         if outcome == "superseded":
             tick.superseded = True
             tick.check()
         if outcome == "added":
             _log.info("eliminated miner %s: %s (%s)", hotkey, record["reason"], record.get("dd"))
 
+    def _share_of(self, reason: str) -> tuple[float | None, bool]:
+        """Return the share that is taken for a reason, and whether the environment could say it.
+
+        An elimination does not wait for that: else it is asked again when the slash is made.
+        """
+        try:
+            return checked_share(self.context.environment.slash_proportion(reason)), True
+        except ENDS_A_TICK:
+            raise
+        except BaseException as error:
+            _limited(logging.ERROR, "share", "the share for %s is not known yet: %s", reason, error)
+            return None, False
+
     def _owed(self, *, slash: bool) -> list[str]:
-        """Return what an elimination owes: nothing that nobody could ever settle here."""
+        """Return what an elimination owes.
+
+        A slash also while there is no contract manager. Limit orders and positions where there is, or was,
+        somebody who has them: else there are none.
+        """
         collaborators = self.context.collaborators
-        with_whom = {
-            LIMIT_ORDERS: collaborators.limit_order_manager,
-            POSITIONS: collaborators.position_manager,
-            SLASH: self.context.contract if slash else None,
-        }
-        return [kind for kind, collaborator in with_whom.items() if collaborator is not None]
+        if collaborators.limit_order_manager is not None:
+            self._had.add(LIMIT_ORDERS)
+        if collaborators.position_manager is not None:
+            self._had.add(POSITIONS)
+        owed: list[str] = [kind for kind in (LIMIT_ORDERS, POSITIONS) if kind in self._had]
+        return [*owed, SLASH] if slash and not self.context.is_backtesting else owed
 
 
 def processed(method: Callable[Concatenate[EliminationProcessor, P], R]) -> Callable[Concatenate[Any, P], R]:

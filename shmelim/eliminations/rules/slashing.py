@@ -1,23 +1,23 @@
-"""Slashing collateral: at most once for an elimination, whatever happens meanwhile.
+"""Slashing collateral: at most once for a cause, whatever happens meanwhile.
 
 Money moves in the contract's call, and no store can be changed in the same instant. So an attempt is recorded,
 durably and with a token, before the contract is called, and its outcome afterwards:
 
 1. ``begin``: the debt is *attempting*, with the token of this attempt. Nothing moved yet.
 2. The contract is called.
-3. It returned None or True: *settled*. It raised ``SlashNotMadeError``, or returned a coroutine, which does
-   nothing until somebody runs it: *owed* again. Anything else: *in doubt*.
+3. The environment's rule says what its answer means: *made* or *declined* settles it, *not made* has it owed
+   again, to be tried after a pause that grows, and *in doubt* leaves it to a person. A coroutine is not made: it
+   does nothing until somebody runs it.
 
 If it fails before 1 (the share cannot be found out, the contract's method does not take it), nothing was made: it
 stays *owed*.
 
 A process that dies between 1 and 3 leaves an attempt whose process is gone. Nobody knows whether money moved: it
 is put *in doubt*, told to people, and never made again by itself. If a living process could not record an outcome,
-because the server was away, it remembers it and records it in a later pass.
+because the server was away, it remembers it and records it in a later pass; that settles a doubt, too.
 
-A sync can take back an elimination that was only just made, and the next tick makes it again; the money does not
-come back that way. So the server keeps the last slash made of each miner, and another elimination that is close in
-time to the one that owed it owes no slash.
+Which slashes are owed is the server's business: one for a rule and a registration of a miner, with the reason and
+the share of that moment. It is also the one that holds them when they are too many.
 """
 
 from __future__ import annotations
@@ -27,13 +27,25 @@ import inspect
 import logging
 import os
 import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from shmelim.eliminations.debts.states import IN_DOUBT, OWED, SLASH, attempt_is_alive, attempt_is_mine, new_attempt
+from shmelim.eliminations.debts.states import (
+    DECLINED,
+    DOUBTFUL,
+    IN_DOUBT,
+    MADE,
+    NOT_MADE,
+    OUTCOMES,
+    OWED,
+    SLASH,
+    attempt_is_alive,
+    attempt_is_mine,
+    new_attempt,
+)
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, WISHES, named
 from shmelim.eliminations.rules.deadlines import (
     NotAskedError,
@@ -50,6 +62,12 @@ _NOT_MADE: Final = "slash not made"
 _DOUBT: Final = "slash in doubt"
 _UNDER_WAY: Final = "slash under way"
 
+_NO_CONTRACT: Final = "no contract manager", "the contract manager"
+
+_PAUSE_MS: Final = 60_000  # after the second failure; three times that after the third, and so on
+_MOST_DOUBLED: Final = 20
+_LONGEST_PAUSE_MS: Final = 6 * 3_600_000
+
 _SHOWN: Final = 100  # characters of an answer
 
 _log = logging.getLogger("shmelim.processing")
@@ -57,10 +75,10 @@ _limited = LimitedLog(_log)
 
 
 class _Outcome(NamedTuple):
-    """What became of an attempt: ``made``, ``not made`` or ``unknown``, and why."""
+    """What became of an attempt, one of OUTCOMES, and why."""
 
-    made: str
-    error: str = ""
+    what: str
+    said: str
 
 
 # The attempts of this process: None while they are under way, and how they ended until that is recorded. Each step
@@ -74,6 +92,9 @@ class Slashing:
     """Makes slashes, and finds out about those that were broken off."""
 
     context: Context
+    # When a slash failed that this process tried, by the environment's clock; after a restart it is tried at once.
+    _failed_ms: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    _told_held: Mapping[str, Any] | None = None
 
     def settle_all(self, tick: Tick) -> None:
         """Make what is owed, remind of what is in doubt, and see how attempts ended."""
@@ -81,25 +102,60 @@ class Slashing:
         # What was told of debts that no longer stand can be forgotten.
         self.context.alerts.clear_others(_NOT_MADE, {debt["hotkey"] for debt in debts})
         self.context.alerts.clear_others(_DOUBT, {debt["attempt"] for debt in debts})
+        owed = [debt for debt in debts if debt["state"] == OWED and debt["due"]]
+        can_begin = self._can_begin(owed)
         for debt in debts:
             if self.context.is_stopping():
                 return
             if debt["state"] == IN_DOUBT:
-                self._remind(debt)
+                if debt["attempt"] in _attempts:
+                    self._record(debt["hotkey"], debt["attempt"])  # its answer came late
+                else:
+                    self._remind(debt)
                 continue
             tick.check()
             if debt["state"] != OWED:
                 self._review(debt)
-            elif (record := self.context.reader.get_elimination(debt["hotkey"])) is not None:
-                self._make(debt["hotkey"], record)
+            elif can_begin and debt["due"] and self._is_time(debt):
+                can_begin = self._make(debt) or self._can_begin(owed)
 
-    def _make(self, hotkey: str, record: Mapping[str, Any]) -> None:
-        """Make the slash that an elimination owes, if it is still owed."""
-        contract = self.context.contract
-        if contract is None:
-            return
+    def _can_begin(self, owed: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether slashes may be begun now; where some are owed that may not, people are told."""
+        context, alerts = self.context, self.context.alerts
+        if not owed or context.is_backtesting:
+            alerts.clear(*_NO_CONTRACT)
+            return False
+        if context.contract is None:
+            text = f"{len(owed)} slashes are owed, and there is no contract_manager to make them; assign one"
+            alerts.failed(*_NO_CONTRACT, text)
+            return False
+        alerts.clear(*_NO_CONTRACT)
+        held = context.state.get_money_held()
+        if held is not None and held != self._told_held:
+            text = (
+                f"{len(owed)} slashes are held, and none is begun until a person says so: {held['why']}."
+                " See `shmelim debts` and `shmelim slash list`, then say: shmelim slash release"
+            )
+            alerts.tell(text, "error")
+            _log.error("%s", text)
+        self._told_held = held
+        return held is None
+
+    def _is_time(self, debt: Mapping[str, Any]) -> bool:
+        """Whether a slash that failed may be tried again: at once the first time, then after growing pauses."""
+        failed_ms = self._failed_ms.get(_cause(debt))
+        if failed_ms is None or not debt["attempts"]:
+            return True
+        pause_ms = min(_PAUSE_MS * ((1 << min(debt["attempts"] - 1, _MOST_DOUBLED)) - 1), _LONGEST_PAUSE_MS)
+        # Also where the clock was set back.
+        return not 0 <= self.context.environment.now_ms() - failed_ms < pause_ms
+
+    def _make(self, debt: Mapping[str, Any]) -> bool:
+        """Make a slash, if it is still owed; False where the server let it not be begun."""
+        hotkey = debt["hotkey"]
+        self._failed_ms.pop(_cause(debt), None)
         try:
-            self._attempt(hotkey, self._prepare(contract, hotkey, record["reason"]))
+            return self._attempt(debt, self._prepare(self.context.contract, debt))
         except StuckError as error:
             text = f"the slash of miner {hotkey} is under way: {error}. Its answer will settle it when it comes"
             self.context.alerts.failed(_UNDER_WAY, hotkey, text)
@@ -107,50 +163,65 @@ class Slashing:
             raise
         except BaseException as error:
             # It was before the contract was called: what the contract raises is an outcome.
+            self._failed_ms[_cause(debt)] = self.context.environment.now_ms()
             self.context.alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made", error)
-            self.context.state.fail_debt(hotkey, SLASH, named(error))
+            self.context.state.fail_debt(hotkey, SLASH, named(error), None, False, *_cause(debt)[1:])  # noqa: FBT003
+        return True
 
-    def _attempt(self, hotkey: str, slash: Callable[[], Any]) -> None:
+    def _attempt(self, debt: Mapping[str, Any], slash: Callable[[], Any]) -> bool:
+        hotkey, environment = debt["hotkey"], self.context.environment
         token = new_attempt()
         _attempts[token] = None
         begun = False
         try:
-            begun = self.context.state.begin_slash(hotkey, token)
+            begun = self.context.state.begin_slash(
+                hotkey,
+                token,
+                debt["rule"],
+                debt["registration"],
+                environment.now_ms(),
+                environment.max_slashes_per_hour,
+            )
         except BaseException:
             # The server's answer may be lost: nobody knows whether it was begun, and the contract was not called.
-            _attempts[token] = _Outcome("not made", "broken off before the contract was called")
+            _attempts[token] = _Outcome(NOT_MADE, "broken off before the contract was called")
             self._record(hotkey, token)
             raise
         if not begun:
             _attempts.pop(token, None)
-            return
-        seconds = self.context.environment.slash_deadline_s
-        carry_out = functools.partial(self._carry_out, hotkey, token, slash)
+            return False
+        carry_out = functools.partial(self._carry_out, debt, token, slash)
         try:
-            self.context.ask("the contract", carry_out, hotkey, seconds, patient=True)
+            self.context.ask("the contract", carry_out, hotkey, environment.slash_deadline_s, patient=True)
         except NotAskedError as error:
-            _attempts[token] = _Outcome("not made", str(error))
+            _attempts[token] = _Outcome(NOT_MADE, str(error))
             self._record(hotkey, token)
+        return True
 
-    def _carry_out(self, hotkey: str, token: str, slash: Callable[[], Any]) -> None:
+    def _carry_out(self, debt: Mapping[str, Any], token: str, slash: Callable[[], Any]) -> None:
         """Call the contract and record its answer, however late it comes."""
-        outcome = _Outcome("not made", "its turn came too late")
+        outcome = _Outcome(NOT_MADE, "its turn came too late")
         try:
             check_turn()
-            outcome = _Outcome("unknown", "the call to the contract was broken off")
-            outcome = _call(slash, hotkey)
+            outcome = _Outcome(DOUBTFUL, "the call to the contract was broken off")
+            outcome = _call(slash, debt["hotkey"], self.context.environment.slash_outcome)
         finally:
             # Also on the way out of the process.
             _attempts[token] = outcome
-            self._record(hotkey, token)
+            if outcome.what == NOT_MADE:
+                self._failed_ms[_cause(debt)] = self.context.environment.now_ms()
+            self._record(debt["hotkey"], token)
 
-    def _prepare(self, contract: Any, hotkey: str, reason: str) -> Callable[[], Any]:
+    def _prepare(self, contract: Any, debt: Mapping[str, Any]) -> Callable[[], Any]:
         """Return the call to the contract; raises while nothing has moved yet, where it could not be made."""
         method = contract.slash_miner_collateral_proportion
         if not callable(method):
             raise TypeError(f"slash_miner_collateral_proportion is not callable, but {type(method).__name__}")
-        proportion = self.context.environment.slash_proportion(reason)
-        options = {} if proportion is None else {"slash_proportion": proportion}
+        hotkey, share = debt["hotkey"], debt["share"]
+        if not debt["share_asked"]:
+            # It could not be asked when the slash became owed, or an older version recorded it.
+            share = checked_share(self.context.environment.slash_proportion(self._reason_of(debt)))
+        options = {} if share is None else {"slash_proportion": share}
         try:
             signature = inspect.signature(method)
         except (TypeError, ValueError):
@@ -160,6 +231,15 @@ class Slashing:
         if inspect.iscoroutinefunction(method):
             raise TypeError("slash_miner_collateral_proportion is a coroutine function, which nothing here runs")
         return functools.partial(method, hotkey, **options)
+
+    def _reason_of(self, debt: Mapping[str, Any]) -> str:
+        reason = debt["reason"]
+        if reason is None:
+            record = self.context.reader.get_elimination(debt["hotkey"])
+            if record is None:
+                raise LookupError("neither the debt nor an elimination says for which reason it is")
+            reason = record["reason"]
+        return str(reason)
 
     def _remind(self, debt: Mapping[str, Any]) -> None:
         """Tell of a slash that is in doubt, unless this process did; who found the doubt may be gone."""
@@ -181,30 +261,32 @@ class Slashing:
         outcome, state, alerts = _attempts.get(token), self.context.state, self.context.alerts
         if outcome is None:
             return  # it is under way
-        made, error = outcome
+        what, said = outcome
         try:
-            if made == "made":
-                recorded = state.settle_debt(hotkey, SLASH, token)
+            if what in (MADE, DECLINED):
+                recorded = state.settle_debt(hotkey, SLASH, token, what == DECLINED, said)
             else:
-                recorded = state.fail_debt(hotkey, SLASH, error, token, in_doubt=made == "unknown")
+                recorded = state.fail_debt(hotkey, SLASH, said or what, token, in_doubt=what == DOUBTFUL)
         except WISHES:
             raise
         except BaseException:
             text = "slash of miner %s: %s, which could not be recorded yet"
-            _limited(logging.ERROR, "unrecorded", text, hotkey, made, exc_info=True)
+            _limited(logging.ERROR, "unrecorded", text, hotkey, what, exc_info=True)
             return
         _attempts.pop(token, None)
         alerts.clear(_UNDER_WAY, hotkey)
-        if recorded and made == "made":
+        if recorded and what in (MADE, DECLINED):
             alerts.clear(_NOT_MADE, hotkey)
-            _log.info("slashed the collateral of miner %s", hotkey)
-        elif recorded and made == "unknown":
-            self._report_doubt(hotkey, token, error)
+            alerts.clear(_DOUBT, token)
+            _log.info("slash of the collateral of miner %s: %s (%s)", hotkey, what, said)
+        elif recorded and what == DOUBTFUL:
+            self._report_doubt(hotkey, token, said)
         elif recorded:
-            alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made: {error}")
-        elif made != "not made":
+            alerts.clear(_DOUBT, token)
+            alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made: {said}")
+        elif what != NOT_MADE:
             # A person settled it meanwhile, perhaps, and should know how it really ended.
-            text = f"slash of miner {hotkey}: {made}, but another outcome is on record"
+            text = f"slash of miner {hotkey}: {what}, but another outcome is on record"
             alerts.tell(text, "warning")
             _log.warning("%s", text)
 
@@ -218,25 +300,46 @@ class Slashing:
         self.context.alerts.failed(_DOUBT, token, text)
 
 
-def _call(slash: Callable[[], Any], hotkey: str) -> _Outcome:
-    """Call the contract and say what became of it."""
+def _cause(debt: Mapping[str, Any]) -> tuple[str, str, int]:
+    return debt["hotkey"], debt["rule"], debt["registration"]
+
+
+def checked_share(share: Any) -> float | None:
+    """Return a share of the collateral, 0 to 1, or None; ValueError, TypeError: it is neither."""
+    if share is None:
+        return None
+    number = float(share)
+    if isinstance(share, (bool, str)) or not 0 <= number <= 1:  # NaN is neither
+        raise ValueError(f"the share to slash must be 0 to 1 or None, not {share!r}")
+    return number
+
+
+def _call(slash: Callable[[], Any], hotkey: str, outcome_of: Callable[[Any], str]) -> _Outcome:
+    """Call the contract and say what became of it, by the environment's rule."""
+    verb = "answered"
     try:
-        return _outcome_of(slash())
-    except SlashNotMadeError as error:
-        return _Outcome("not made", str(error))
+        answer = slash()
+        if inspect.iscoroutine(answer) and inspect.getcoroutinestate(answer) == inspect.CORO_CREATED:
+            answer.close()
+            return _Outcome(
+                NOT_MADE, "the contract answered with a coroutine, which nobody runs; it must wait itself"
+            )
+        if isinstance(answer, np.bool_):
+            answer = bool(answer)
+        shown = f"{type(answer).__name__} {repr(answer)[:_SHOWN]}"
     except BaseException as error:
         if isinstance(error, WISHES) and not is_left_to_a_thread():
             raise
-        _log.exception("the contract failed to slash miner %s", hotkey)
-        return _Outcome("unknown", f"the contract raised {named(error)}")
-
-
-def _outcome_of(answer: Any) -> _Outcome:
-    """Say what a contract's answer means: only True, or None, says that it was made."""
-    if answer is None or answer is True or (isinstance(answer, np.bool_) and answer):
-        return _Outcome("made")
-    if inspect.iscoroutine(answer) and inspect.getcoroutinestate(answer) == inspect.CORO_CREATED:
-        answer.close()
-        text = "the contract answered with a coroutine, which nobody runs; it must wait itself"
-        return _Outcome("not made", text)
-    return _Outcome("unknown", f"the contract answered {type(answer).__name__} {repr(answer)[:_SHOWN]}")
+        answer, verb, shown = error, "raised", named(error)
+        if not isinstance(error, SlashNotMadeError):
+            _log.exception("the contract failed to slash miner %s", hotkey)
+    said = f"the contract {verb} {shown}"
+    try:
+        what = outcome_of(answer)
+    except BaseException as error:
+        if isinstance(error, WISHES) and not is_left_to_a_thread():
+            raise
+        return _Outcome(DOUBTFUL, f"{said}, of which slash_outcome says nothing: {named(error)}")
+    if what not in OUTCOMES:
+        return _Outcome(DOUBTFUL, f"{said}, which slash_outcome calls {what!r}")
+    return _Outcome(what, said)

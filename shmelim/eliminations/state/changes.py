@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shmelim.eliminations.comparing import Comparison, Settled
-from shmelim.eliminations.debts.states import OWED
+from shmelim.eliminations.debts.states import OWED, SLASH, Debt
 from shmelim.eliminations.record import decode
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.history import Origin
@@ -25,6 +25,7 @@ _ANOMALY: Final = "anomaly"
 _BELIEVED: Final = "believed"  # how many hotkeys there were before the loss that is not believed
 _REPLACEMENTS: Final = "replacements"
 _NO_NOTES: Final[Mapping[str, str]] = {}
+_LOOKED: Final = "looked"  # whether a metagraph was ever seen
 
 
 @dataclass(slots=True)
@@ -50,6 +51,8 @@ def add(step: Step, hotkey: str, record: bytes, note: str | None = None) -> bool
     old = step.store.put_elimination(hotkey, record)
     if old != record:
         step.record([EventOf("add" if old is None else "update", hotkey, old, note)])
+    if old is None:
+        _wake_debts(step, {hotkey: record})
     return old is None
 
 
@@ -70,7 +73,10 @@ def remove(
         hotkeys = [hotkey for hotkey in hotkeys if hotkey in times and times[hotkey] == times_ms.get(hotkey)]
     old = step.store.remove_eliminations(hotkeys)
     step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in old.items())
-    _cancel_debts(step, old, reason or "remove")
+    if times_ms is None:
+        _rest_debts(step, old, reason or "remove")
+    else:
+        _cancel_debts(step, old, reason or "deleted")
     return list(old)
 
 
@@ -131,7 +137,8 @@ def _replace(
     events += _put(step, records, reason, notes)
     if events:
         step.record(events)
-        _cancel_debts(step, removed, reason)
+        _rest_debts(step, removed, reason)
+        _wake_debts(step, _added(events, records))
         step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
     return list(removed)
 
@@ -141,31 +148,66 @@ def replacements(store: Store) -> int:
     return int(store.meta(_REPLACEMENTS, 0))
 
 
-def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
-    """Cancel what these hotkeys owe, which are no longer eliminated.
-
-    A slash that was begun stays, as money may have moved; it only ceases to be due.
-    """
+def _rest_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
+    """Have what these hotkeys owe rest, who are no longer eliminated: it is due again when they are."""
     # Few owe anything, even where a million are removed.
     owing = step.store.debtors()
     for hotkey in hotkeys:
         if hotkey not in owing:
             continue
-        cancelled = []
-        for debt in step.store.debts(hotkey):
-            if debt.state == OWED:
-                step.store.remove_debt(debt)
-                cancelled.append(debt.kind)
-            else:
-                step.store.put_debt(debt._replace(due=False))
+        resting = [debt for debt in step.store.debts(hotkey) if debt.due]
+        for debt in resting:
+            step.store.put_debt(debt._replace(due=False))
+        if resting:
+            step.record([EventOf("rest", hotkey, note=f"{_kinds(resting)}: {reason}")])
+
+
+def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
+    """Cancel what hotkeys owe whose positions are deleted; a slash does not belong to the row, and stays."""
+    owing = step.store.debtors()
+    for hotkey in hotkeys:
+        if hotkey not in owing:
+            continue
+        cancelled = [debt for debt in step.store.debts(hotkey) if debt.kind != SLASH]
+        for debt in cancelled:
+            step.store.remove_debt(debt)
         if cancelled:
-            step.record([EventOf("cancel", hotkey, note=f"{', '.join(cancelled)}: {reason}")])
+            step.record([EventOf("cancel", hotkey, note=f"{_kinds(cancelled)}: {reason}")])
+
+
+def _wake_debts(step: Step, records: Mapping[str, bytes]) -> None:
+    """Make due again what rested of hotkeys who are eliminated again.
+
+    Of slashes that of the same reason; where none has it, the last one: others name reasons in words of their own.
+    """
+    owing = step.store.debtors() if len(records) > 1 else records.keys()
+    for hotkey in owing & records.keys():
+        resting = [debt for debt in step.store.debts(hotkey) if not debt.due]
+        if not resting:
+            continue
+        registration, reason = step.store.registration(hotkey), decode(records[hotkey])["reason"]
+        slashes = [debt for debt in resting if debt.kind == SLASH and debt.registration == registration]
+        slashes = [debt for debt in slashes if debt.reason == reason] or slashes[-1:]
+        woken = [debt for debt in resting if debt.kind != SLASH or debt in slashes]
+        for debt in woken:
+            step.store.put_debt(debt._replace(due=True))
+        if woken:
+            step.record([EventOf("wake", hotkey, note=f"{_kinds(woken)}: eliminated again")])
+
+
+def _added(events: Iterable[EventOf], records: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {event.hotkey: records[event.hotkey] for event in events if event.action == "add" and event.hotkey}
+
+
+def _kinds(debts: Iterable[Debt]) -> str:
+    return ", ".join(debt.kind for debt in debts)
 
 
 def merge(step: Step, records: Mapping[str, bytes], reason: str, notes: Mapping[str, str] = _NO_NOTES) -> int:
     """Add or replace many records and leave the others; returns how many of them changed."""
     changed = _put(step, records, reason, notes)
     step.record(changed)
+    _wake_debts(step, _added(changed, records))
     return len(changed)
 
 
@@ -199,7 +241,12 @@ def update_metagraph(step: Step, hotkeys: list[str]) -> list[str]:
     size = step.store.meta(_BELIEVED, None)
     lost, anomalous = lost_hotkeys(before, seen, size)
     # After an anomalous loss the lost ones stay registered, so that the next look compares with them too.
-    step.store.set_registered(seen | before if anomalous else seen)
+    changed = step.store.set_registered(seen | before if anomalous else seen)
+    if before or step.store.meta(_LOOKED, default=False):
+        _count_returns(step, changed & seen)
+    else:
+        # Whoever departed may be registered since before the first look: that is not seen to be a return.
+        step.set_meta(_LOOKED, value=True)
     listed = lost if anomalous else []
     if listed != missing(step.store):
         # One event for each anomaly, however often it is looked at.
@@ -210,6 +257,23 @@ def update_metagraph(step: Step, hotkeys: list[str]) -> list[str]:
     if anomalous:
         return []
     return record_departures(step, dict.fromkeys(lost, clock.now_ms()), "metagraph")
+
+
+def _count_returns(step: Step, registered: Iterable[str]) -> None:
+    """Count another registration of those who departed, and forget what rests for an earlier one."""
+    rows = step.store.get_many(registered)
+    for hotkey in (hotkey for hotkey, row in rows.items() if row.departed_ordinal is not None):
+        number = step.store.registration(hotkey) + 1
+        step.store.put_registration(hotkey, number)
+        over = [
+            debt
+            for debt in step.store.debts(hotkey)
+            if debt.kind == SLASH and debt.state == OWED and not debt.due and debt.registration < number
+        ]
+        for debt in over:
+            step.store.remove_debt(debt)
+        if over:
+            step.record([EventOf("cancel", hotkey, note=f"{_kinds(over)}: taken back, and registered anew since")])
 
 
 def missing(store: Store) -> list[str]:

@@ -12,21 +12,27 @@ settles or resolves it is always told.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
+from shmelim.eliminations.debts.journal import REARMED, Entry, Journal, begun, entry_of, unmade
 from shmelim.eliminations.debts.states import (
+    ANY_RULE,
     ATTEMPTING,
     BY_CONTRACT,
     BY_HAND,
+    DECLINED,
     IN_DOUBT,
     KINDS,
+    MADE,
     OWED,
     SLASH,
     Debt,
     Slash,
     attempt_is_alive,
+    rule_of,
 )
 from shmelim.eliminations.record import check_hotkey, decode, prepare
 from shmelim.eliminations.state.changes import Step, replacements
@@ -47,8 +53,30 @@ HELD: Final = "money_held"
 
 _MAX_ATTEMPT: Final = 255
 _MAX_ERROR: Final = 500
+_MAX_RULE: Final = 64
+_HOUR_MS: Final = 3_600_000
+_BEGUN: Final = "slashes_begun"  # when those of the last hour were begun that may have been made, by attempt
+_RELEASED: Final = "slashes_released"  # the highest ordinal of the debts that a person released
 # A record's time may be any whole number of 64 bits; SQLite's are signed.
 _LARGEST_MS: Final = (1 << 63) - 1
+
+
+Noted: TypeAlias = tuple[bool, list[Entry]]
+"""Whether a change was made, and what the journal is to say of it."""
+
+_NOTHING: Final[Noted] = (False, [])
+_JOURNAL: Final = "slash_journal"
+
+
+class Cause(NamedTuple):
+    """Which slash of a hotkey is meant, as far as it is said."""
+
+    rule: str | None = None
+    registration: int | None = None
+
+    def fits(self, debt: Debt | Slash) -> bool:
+        """Whether this may mean that debt, or that slash."""
+        return self.rule in (None, debt.rule) and self.registration in (None, debt.registration)
 
 
 class DebtMethods:
@@ -58,6 +86,7 @@ class DebtMethods:
     _state: State
     state_dir: Path | None
     problems: Problems
+    _journal: Journal | None
 
     def _ask(self, question: Callable[[Store], T]) -> T:
         """Ask the store beside who commits, who may be busy with a long sync; in memory, between commits."""
@@ -72,21 +101,31 @@ class DebtMethods:
         record: Mapping[str, Any],
         owed: Iterable[str],
         replacements: int | None = None,
-        slash_once_within_ms: float | None = None,
+        rule: str | None = None,
+        share: float | None = None,
+        share_asked: bool = False,
     ) -> str:
         check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
         if replacements is not None:
             _check_type("replacements", replacements, int, "a whole number or None")
-        if slash_once_within_ms is not None:
-            _check_type("slash_once_within_ms", slash_once_within_ms, (int, float), "a number of ms or None")
-            if not slash_once_within_ms >= 0:  # infinity is fine, NaN is not
-                raise ValueError(f"slash_once_within_ms must be at least 0, not {slash_once_within_ms!r}")
+        if rule is not None:
+            _check_rule(rule)
+        if share is not None:
+            _check_type("share", share, (int, float), "a number or None")
+            if not 0 <= share <= 1:  # NaN is neither
+                raise ValueError(f"share must be 0 to 1, not {share!r}")
+        _check_type("share_asked", share_asked, bool, "True or False")
         _, encoded = prepare(record, hotkey)
-        eliminated_ms = decode(encoded)["elimination_initiated_time_ms"]
+        plain = decode(encoded)
+        eliminated_ms = min(plain["elimination_initiated_time_ms"], _LARGEST_MS)
+        reason = plain["reason"]
+        cause = rule_of(reason) if rule is None else rule
+        slash = Debt(
+            hotkey, SLASH, cause, 0, OWED, 0, due=True, since_ms=clock.now_ms(), eliminated_ms=eliminated_ms,
+            reason=reason, share=share, share_asked=share_asked or share is not None,
+        )  # fmt: skip
         kinds = _check_kinds(owed)
-        return self._state.commit(
-            eliminate, hotkey, encoded, eliminated_ms, kinds, replacements, slash_once_within_ms
-        )
+        return self._state.commit(eliminate, hotkey, encoded, kinds, slash, replacements)
 
     def get_replacements_rpc(self) -> int:
         return self._state.read(replacements)
@@ -101,44 +140,103 @@ class DebtMethods:
             check_hotkey(hotkey)
         return [slash._asdict() for slash in self._ask(lambda store: store.slashes(hotkey))]
 
-    def settle_debt_rpc(self, hotkey: str, kind: str, attempt: str | None = None) -> bool:
+    def settle_debt_rpc(
+        self, hotkey: str, kind: str, attempt: str | None = None, declined: bool = False, answer: str | None = None
+    ) -> bool:
         _check(hotkey, kind, attempt)
-        return self._state.commit(settle, hotkey, kind, attempt)
+        _check_type("declined", declined, bool, "True or False")
+        if declined and attempt is None:
+            raise ValueError("declined is said of an attempt: attempt must not be None")
+        text = None if answer is None else _storable("answer", answer)
+        return self._commit_noted(settle, hotkey, kind, attempt, text, declined=declined)
 
     def fail_debt_rpc(
-        self, hotkey: str, kind: str, error: str, attempt: str | None = None, in_doubt: bool = False
+        self,
+        hotkey: str,
+        kind: str,
+        error: str,
+        attempt: str | None = None,
+        in_doubt: bool = False,
+        rule: str | None = None,
+        registration: int | None = None,
     ) -> bool:
         _check(hotkey, kind, attempt)
         _check_type("in_doubt", in_doubt, bool, "True or False")
         if in_doubt and attempt is None:
             raise ValueError("in_doubt is said of an attempt: attempt must not be None")
-        _check_type("error", error, str, "text")
-        short = error if len(error) <= _MAX_ERROR else f"{error[:_MAX_ERROR]} …"
-        storable = short.encode("utf-8", "backslashreplace").decode()
-        return self._state.commit(fail, hotkey, kind, storable, attempt, in_doubt=in_doubt)
+        text = _storable("error", error)
+        cause = _check_cause(rule, registration)
+        return self._commit_noted(fail, hotkey, kind, text, attempt, cause, in_doubt=in_doubt)
 
-    def begin_slash_rpc(self, hotkey: str, attempt: str) -> bool:
+    def begin_slash_rpc(
+        self,
+        hotkey: str,
+        attempt: str,
+        rule: str | None = None,
+        registration: int | None = None,
+        at_ms: int | None = None,
+        most_per_hour: float | None = None,
+    ) -> bool:
         check_hotkey(hotkey)
         _check_attempt(attempt)
-        if not self._state.commit(begin_slash, hotkey, attempt):
+        cause = _check_cause(rule, registration)
+        if at_ms is not None:
+            _check_type("at_ms", at_ms, int, "a whole number or None")
+        if most_per_hour is not None:
+            _check_type("most_per_hour", most_per_hour, (int, float), "a number or None")
+        now = clock.now_ms() if at_ms is None else at_ms
+        most = math.inf if most_per_hour is None else most_per_hour
+        granted, entries = self._state.commit(begin_slash, hotkey, attempt, cause, now, most)
+        if not granted:
+            self._tell_held(self._state.read(held_money))
             return False
         # After a power cut that took this with it, the slash would be owed, and made again.
         self._state.sync()
+        if self._journal is not None:
+            self._journal.append(entries)
         return True
 
     def doubt_slash_rpc(self, hotkey: str, attempt: str, error: str) -> bool:
         _check_attempt(attempt)
         return self.fail_debt_rpc(hotkey, SLASH, error, attempt, in_doubt=True)
 
-    def resolve_slash_rpc(self, hotkey: str, made: bool) -> bool:
+    def resolve_slash_rpc(
+        self, hotkey: str, made: bool, rule: str | None = None, registration: int | None = None
+    ) -> bool:
         check_hotkey(hotkey)
         _check_type("made", made, bool, "True or False")
-        return self._state.commit(resolve_slash, hotkey, made=made)
+        return self._commit_noted(resolve_slash, hotkey, _check_cause(rule, registration), made=made)
+
+    def rearm_slash_rpc(self, hotkey: str, rule: str | None = None, registration: int | None = None) -> bool:
+        check_hotkey(hotkey)
+        cause = _check_cause(rule, registration)
+        found = [slash for slash in self._ask(lambda store: store.slashes(hotkey)) if cause.fits(slash)]
+        if found and self._journal is not None:
+            # First: a start that finds it on record in the journal alone would put it back.
+            self._journal.append(entry_of(REARMED, slash, clock.now_ms()) for slash in found)
+        return self._state.commit(rearm_slash, hotkey, cause)
+
+    def get_money_held_rpc(self) -> dict[str, Any] | None:
+        return self._ask(held_money)
 
     def release_money_rpc(self) -> bool:
         released = self._state.commit(release_money)
         self._tell_held(self._state.read(held_money))
         return released
+
+    def _commit_noted(self, change: Callable[..., Noted], *arguments: Any, **options: Any) -> bool:
+        """Commit a change of a slash, and then have the journal say what became of it."""
+        done, entries = self._state.commit(change, *arguments, **options)
+        if entries and self._journal is not None:
+            try:
+                self._journal.append(entries)
+            except StoreError as error:
+                # It is in the store; the journal gets it with its next line, or at the next start.
+                text = f"{error.message}: without it a damaged store may forget slashes"
+                self.problems.report(_JOURNAL, text, remedy=error.hint)
+            else:
+                self.problems.clear(_JOURNAL)
+        return done
 
     def _tell_held(self, held: Mapping[str, Any] | None) -> None:
         """Raise or clear the problem that money is held."""
@@ -183,6 +281,27 @@ def _check(hotkey: str, kind: str, attempt: str | None) -> None:
             raise ValueError(f"attempt goes with kind {SLASH!r}, not with {kind!r}")
 
 
+def _check_rule(rule: str) -> None:
+    _check_type("rule", rule, str, "text")
+    if len(rule) > _MAX_RULE or not (rule.isascii() and rule.isprintable()):
+        raise ValueError(f"rule must be at most {_MAX_RULE} printable ASCII characters, not {rule!r:.100}")
+
+
+def _check_cause(rule: str | None, registration: int | None) -> Cause:
+    if rule is not None:
+        _check_rule(rule)
+    if registration is not None:
+        _check_type("registration", registration, int, "a whole number or None")
+    return Cause(rule, registration)
+
+
+def _storable(name: str, text: str) -> str:
+    """Return a text as it can be stored, and not too long."""
+    _check_type(name, text, str, "text")
+    short = text if len(text) <= _MAX_ERROR else f"{text[:_MAX_ERROR]} …"
+    return short.encode("utf-8", "backslashreplace").decode()
+
+
 def _check_kinds(owed: Iterable[str]) -> list[str]:
     """Return kinds of debts in their order, each once."""
     if isinstance(owed, (str, bytes, bytearray, memoryview)):
@@ -211,17 +330,12 @@ def _check_type(name: str, value: object, wanted: type | tuple[type, ...], words
 
 
 def eliminate(
-    step: Step,
-    hotkey: str,
-    record: bytes,
-    eliminated_ms: int,
-    kinds: Sequence[str],
-    expected: int | None = None,
-    slash_once_within_ms: float | None = None,
+    step: Step, hotkey: str, record: bytes, kinds: Sequence[str], slash: Debt, expected: int | None = None
 ) -> str:
     """Eliminate a hotkey that is not eliminated yet, and record what that owes; as ``ProcessingCalls.eliminate``.
 
-    ``expected`` is the number of replacements on which the decision rests.
+    ``slash`` is the one that it owes if it owes one, and ``expected`` the number of replacements on which the
+    decision rests.
     """
     if expected is not None and expected != replacements(step.store):
         return "superseded"
@@ -230,65 +344,99 @@ def eliminate(
         return "already"
     step.store.put_elimination(hotkey, record)
     step.record([EventOf("add", hotkey)])
-    _owe(step, hotkey, kinds, min(eliminated_ms, _LARGEST_MS), slash_once_within_ms)
+    _owe(step, kinds, slash)
     return "added"
 
 
-def settle(step: Step, hotkey: str, kind: str, attempt: str | None = None) -> bool:
-    """Remove a debt whose effect is made, a slash only by the attempt that stands; False where there is none.
+def settle(
+    step: Step,
+    hotkey: str,
+    kind: str,
+    attempt: str | None = None,
+    answer: str | None = None,
+    *,
+    declined: bool = False,
+) -> Noted:
+    """Remove a debt whose effect is made, a slash only by its own attempt; False where there is none.
 
-    That a slash was made is recorded with it.
+    That a slash was made, or declined, is recorded with it. An answer that comes late settles a doubt.
     """
-    debt = _find(step, hotkey, kind, attempt)
+    debt = _find(step, hotkey, kind, attempt, Cause())
     if debt is None or (kind == SLASH and attempt is None):
-        return False
+        return _NOTHING
     step.store.remove_debt(debt)
+    outcome, entries = "", []
     if kind == SLASH:
-        step.store.put_slash(Slash(hotkey, clock.now_ms(), debt.eliminated_ms, BY_CONTRACT))
+        outcome = ", declined" if declined else ""
+        entries = [_put_on_record(step, debt, BY_CONTRACT, DECLINED if declined else MADE, answer)]
     failures = f", after {debt.attempts} failures" if debt.attempts else ""
-    step.record([EventOf("settle", hotkey, note=f"{_named(debt)}{failures}")])
-    return True
+    answered = "" if answer is None else f"; the contract answered {answer}"
+    step.record([EventOf("settle", hotkey, note=f"{_named(debt)}{outcome}{failures}{answered}")])
+    return True, entries
 
 
 def fail(
-    step: Step, hotkey: str, kind: str, error: str, attempt: str | None = None, *, in_doubt: bool = False
-) -> bool:
+    step: Step,
+    hotkey: str,
+    kind: str,
+    error: str,
+    attempt: str | None = None,
+    cause: Cause = Cause(),  # noqa: B008 - it cannot be changed
+    *,
+    in_doubt: bool = False,
+) -> Noted:
     """Note that a debt could not be settled; False where there is none, or another attempt stands.
 
     A slash that was attempted is owed again, or is ``in_doubt`` where nobody knows whether it was made.
     """
-    debt = _find(step, hotkey, kind, attempt)
-    if debt is None:
-        return False
+    debt = _find(step, hotkey, kind, attempt, cause)
+    if debt is None or (in_doubt and debt.state == IN_DOUBT):
+        return _NOTHING
     debt = debt._replace(attempts=debt.attempts + 1, error=error)
     if in_doubt:
         step.store.put_debt(debt._replace(state=IN_DOUBT, in_doubt_since_ms=clock.now_ms()))
         step.record([EventOf("doubt", hotkey, note=f"{_named(debt)}: {error}")])
-        return True
+        return True, []
+    if attempt is not None:
+        _forget_begun(step, attempt)
     if _is_told(debt.attempts):
         step.record([EventOf("fail", hotkey, note=f"{_named(debt)}: {error} (failure {debt.attempts})")])
     _owe_again(step, debt)
-    return True
+    return True, [] if attempt is None else [unmade(debt)]
 
 
-def begin_slash(step: Step, hotkey: str, attempt: str) -> bool:
+def begin_slash(
+    step: Step,
+    hotkey: str,
+    attempt: str,
+    cause: Cause,
+    now_ms: int,
+    most_per_hour: float,
+) -> Noted:
     """Make an owed slash the one that this attempt makes; False where it is not owed, or another's, or is held.
 
     May be repeated while the attempt stands. An attempt that failed never comes back, so that a request which is
-    overtaken by its repetition begins nothing.
+    overtaken by its repetition begins nothing. One too many within an hour holds all that are not released.
     """
-    debt = step.store.debt(hotkey, SLASH)
-    if debt is None or debt.state == IN_DOUBT:
-        return False
-    if debt.state == ATTEMPTING or debt.attempt == attempt:
-        return debt.state == ATTEMPTING and debt.attempt == attempt
-    if held_money(step.store) is not None:
-        return False
+    slashes = _slashes_of(step, hotkey, cause)
+    if mine := [debt for debt in slashes if debt.attempt == attempt]:
+        return mine[0].state == ATTEMPTING, [begun(mine[0])]
+    debt = next((debt for debt in slashes if debt.state == OWED and debt.due), None)
+    if debt is None or held_money(step.store) is not None:
+        return _NOTHING
+    counted: dict[str, int] = step.store.meta(_BEGUN) or {}
+    recent = {token: ms for token, ms in counted.items() if abs(now_ms - ms) < _HOUR_MS}
+    if debt.ordinal > step.store.meta(_RELEASED, 0) and len(recent) >= most_per_hour:
+        hold_money(
+            step, f"{len(recent)} slashes within an hour, and more are owed: at most {most_per_hour:g} may be"
+        )
+        return _NOTHING
+    step.set_meta(_BEGUN, recent | {attempt: now_ms})
     debt = debt._replace(state=ATTEMPTING, attempt=attempt)
     step.store.put_debt(debt)
     if _is_told(debt.attempts + 1):
         step.record([EventOf("begin", hotkey, note=_named(debt))])
-    return True
+    return True, [begun(debt)]
 
 
 def held_money(store: Store) -> dict[str, Any] | None:
@@ -305,80 +453,141 @@ def hold_money(step: Step, why: str) -> None:
 
 
 def release_money(step: Step) -> bool:
-    """Let slashes go on; False where they were not held."""
+    """Let slashes go on, those that are owed now however many they are; False where they were not held."""
     if held_money(step.store) is None:
         return False
     step.set_meta(HELD, None)
+    step.set_meta(_RELEASED, step.store.next_debt_ordinal() - 1)
     step.record([EventOf("release", note="slashes go on")])
     return True
 
 
-def resolve_slash(step: Step, hotkey: str, *, made: bool) -> bool:
+def resolve_slash(step: Step, hotkey: str, cause: Cause, *, made: bool) -> Noted:
     """Settle by hand a slash that was begun, or make it owed again; False where there is none.
 
-    One that a running process may be making at this moment is never owed again.
+    One that a running process may be making at this moment is never owed again. ValueError: more than one was.
     """
-    debt = step.store.debt(hotkey, SLASH)
-    if debt is None or debt.state == OWED or debt.attempt is None:
-        return False
-    if not made and debt.state == ATTEMPTING and attempt_is_alive(debt.attempt):
-        return False
+    standing = [
+        debt for debt in _slashes_of(step, hotkey, cause) if debt.state != OWED and debt.attempt is not None
+    ]
+    if len(standing) > 1:
+        listed = "; ".join(f"rule {debt.rule!r}, registration {debt.registration}" for debt in standing)
+        raise ValueError(
+            f"{hotkey} has {len(standing)} slashes that were begun: say which, by its rule ({listed})"
+        )
+    if not standing:
+        return _NOTHING
+    (debt,) = standing
+    if not made and debt.state == ATTEMPTING and attempt_is_alive(debt.attempt or ""):
+        return _NOTHING
     step.record([EventOf("resolve", hotkey, note=f"{_named(debt)}: {'made' if made else 'not made'}")])
     if made:
         step.store.remove_debt(debt)
-        step.store.put_slash(Slash(hotkey, clock.now_ms(), debt.eliminated_ms, BY_HAND))
-    else:
-        _owe_again(step, debt)
-    return True
+        return True, [_put_on_record(step, debt, BY_HAND, MADE)]
+    _forget_begun(step, debt.attempt or "")
+    _owe_again(step, debt)
+    return True, [unmade(debt)]
 
 
-def _owe(step: Step, hotkey: str, kinds: Sequence[str], eliminated_ms: int, once_within_ms: float | None) -> None:
-    ordinal, now = step.store.next_debt_ordinal(), clock.now_ms()
-    said = []
+def rearm_slash(step: Step, hotkey: str, cause: Cause) -> bool:
+    """Forget what was made or declined for a cause, so that the next elimination for it owes a slash again."""
+    found = [slash for slash in step.store.slashes(hotkey) if cause.fits(slash)]
+    for slash in found:
+        step.store.remove_slash(slash)
+        note = f"{named_cause(slash)}: may be slashed for it once more; {slash.outcome} by {slash.by}"
+        step.record([EventOf("rearm", hotkey, note=note)])
+    return bool(found)
+
+
+def _owe(step: Step, kinds: Sequence[str], slash: Debt) -> None:
+    hotkey, ordinal = slash.hotkey, step.store.next_debt_ordinal()
+    known = step.store.debts(hotkey)
+    owed = []
     for kind in kinds:
-        if kind == SLASH and _was_made(step, hotkey, eliminated_ms, once_within_ms):
-            # The elimination that owed it was taken back; the money was not.
-            said.append(f"{kind} (made before)")
+        if kind == SLASH:
+            owed.append(_owe_slash(step, slash._replace(ordinal=ordinal), known))
             continue
-        standing = step.store.debt(hotkey, kind)
-        if standing is None:
-            debt = Debt(hotkey, kind, OWED, ordinal, due=True, since_ms=now, eliminated_ms=eliminated_ms)
-            step.store.put_debt(debt)
-            said.append(kind)
-        else:
-            # A slash that was begun for an earlier elimination: never a second one.
-            step.store.put_debt(standing._replace(ordinal=ordinal, due=True, eliminated_ms=eliminated_ms))
-            said.append(f"{kind} (begun before, {standing.state})")
-    if said:
-        step.record([EventOf("owe", hotkey, note=", ".join(said))])
+        step.store.put_debt(
+            slash._replace(kind=kind, rule=ANY_RULE, ordinal=ordinal, reason=None, share=None, share_asked=False)
+        )  # of one that rests this is the same
+        owed.append(kind)
+    if owed:
+        step.record([EventOf("owe", hotkey, note=", ".join(owed))])
 
 
-def _was_made(step: Step, hotkey: str, eliminated_ms: int, within_ms: float | None) -> bool:
-    """Tell whether a slash was made for an elimination less than so far away."""
-    made = step.store.slashes(hotkey)
-    return within_ms is not None and any(abs(eliminated_ms - slash.eliminated_ms) < within_ms for slash in made)
+def _owe_slash(step: Step, new: Debt, known: Sequence[Debt]) -> str:
+    """Have a slash owed, if its cause owes none yet and none was made for it; return what became of it."""
+    new = new._replace(registration=step.store.registration(new.hotkey))
+
+    def is_same(other: Debt | Slash) -> bool:
+        return other.rule in (new.rule, ANY_RULE) and other.registration == new.registration
+
+    on_record = next(filter(is_same, step.store.slashes(new.hotkey)), None)
+    standing = next((debt for debt in known if debt.kind == SLASH and is_same(debt)), None)
+    if standing is not None:
+        # It rested, or was begun: never a second one. Its reason and share are those of the first moment.
+        step.store.put_debt(standing._replace(ordinal=new.ordinal, due=True, eliminated_ms=new.eliminated_ms))
+        return SLASH if standing.state == OWED else f"{SLASH} (begun before, {standing.state})"
+    if on_record is not None:
+        # The elimination that owed it was taken back; the money was not.
+        return f"{SLASH} ({on_record.outcome} before)"
+    step.store.put_debt(new)
+    return _terms(new)
+
+
+def _terms(debt: Debt) -> str:
+    """Return for what, and how much, as it was when the slash became owed; as far as the server was told."""
+    if not debt.share_asked:
+        return named_cause(debt)
+    share = "the contract's share" if debt.share is None else f"share {debt.share:g}"
+    return f"{named_cause(debt)} for {debt.reason}: {share}"
+
+
+def _put_on_record(step: Step, debt: Debt, by: str, outcome: str, answer: str | None = None) -> Entry:
+    terms = debt.reason, debt.share, answer
+    cause = debt.hotkey, debt.rule, debt.registration
+    slash = Slash(*cause, clock.now_ms(), debt.eliminated_ms, by, outcome, *terms)
+    step.store.put_slash(slash)
+    return entry_of(outcome, slash, slash.made_ms, attempt=debt.attempt, by=by, answer=answer)
 
 
 def _owe_again(step: Step, debt: Debt) -> None:
-    """Make a debt owed, unless its elimination was taken back since."""
-    if debt.due:
-        step.store.put_debt(debt._replace(state=OWED, in_doubt_since_ms=None))
-    else:
-        step.store.remove_debt(debt)
-        step.record([EventOf("cancel", debt.hotkey, note=f"{debt.kind}: its elimination was taken back")])
+    step.store.put_debt(debt._replace(state=OWED, in_doubt_since_ms=None))
 
 
-def _find(step: Step, hotkey: str, kind: str, attempt: str | None) -> Debt | None:
+def _forget_begun(step: Step, attempt: str) -> None:
+    """Count an attempt no more that certainly took nothing."""
+    counted: dict[str, int] = step.store.meta(_BEGUN) or {}
+    if attempt in counted:
+        step.set_meta(_BEGUN, {token: ms for token, ms in counted.items() if token != attempt})
+
+
+def _find(step: Step, hotkey: str, kind: str, attempt: str | None, cause: Cause) -> Debt | None:
     """Return a debt that is owed, or the one that this attempt is about."""
-    debt = step.store.debt(hotkey, kind)
-    if debt is None:
-        return None
-    wanted = (OWED, debt.attempt) if attempt is None else (ATTEMPTING, attempt)
-    return debt if (debt.state, debt.attempt) == wanted else None
+    for debt in step.store.debts(hotkey):
+        if debt.kind == kind and cause.fits(debt):
+            if attempt is None and debt.state == OWED and debt.due:
+                return debt
+            if attempt is not None and debt.state != OWED and debt.attempt == attempt:
+                return debt
+    return None
+
+
+def _slashes_of(step: Step, hotkey: str, cause: Cause) -> list[Debt]:
+    return [debt for debt in step.store.debts(hotkey) if debt.kind == SLASH and cause.fits(debt)]
 
 
 def _named(debt: Debt) -> str:
-    return debt.kind if debt.state == OWED else f"{debt.kind}, attempt {debt.attempt}"
+    if debt.kind != SLASH:
+        return debt.kind
+    return f"{named_cause(debt)}{'' if debt.state == OWED else f', attempt {debt.attempt}'}"
+
+
+def named_cause(debt: Debt | Slash) -> str:
+    """Return a slash and its cause in words, for the history."""
+    again = f"registration {debt.registration}" if debt.registration else ""
+    cause = ", ".join(filter(None, (debt.rule, again)))
+    return f"{SLASH} ({cause})" if cause else SLASH
 
 
 def _is_told(number: int) -> bool:

@@ -4,8 +4,10 @@
               of its record (SQLite checks its own structure, not the bytes of a value)
     events    who changed what, when; append-only, which two triggers enforce
     meta      named values: digests of the files, and whatever else the server must remember
-    debts     what eliminations still owe, see :mod:`shmelim.eliminations.debts.states`; since schema 2
-    slashes   for each hotkey the last slash that was made, whatever became of its elimination; since schema 2
+    debts     what eliminations still owe, see :mod:`shmelim.eliminations.debts.states`; since schema 2, by cause
+              since schema 3
+    slashes   for each cause the slash that was made or declined, whatever became of its elimination; likewise
+    registrations  how often each hotkey came back after a departure, of those that did; since schema 3
     identity  one row: what tells this store from every other, and the number of its last commit; since schema 3
 
 ``PRAGMA application_id`` says that a file is ours, ``PRAGMA user_version`` which schema it has. A database of an
@@ -26,8 +28,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import quote
 
+import msgspec
+
+from shmelim.eliminations.debts.states import ANY_RULE, rule_of
 from shmelim.eliminations.store.copying import copy
 from shmelim.errors import DamagedStoreError, StoreError
+from shmelim.system import clock
 from shmelim.system.durable import writing
 
 FILE_NAME = "shmelim.sqlite"
@@ -109,6 +115,54 @@ _SECOND = (
 )
 
 
+# Where a cause is known: a slash is owed, and made, for a rule and a registration.
+_CAUSES = (
+    """CREATE TABLE debts (
+        hotkey            TEXT NOT NULL,
+        kind              TEXT NOT NULL,
+        rule              TEXT NOT NULL,
+        registration      INTEGER NOT NULL,
+        state             TEXT NOT NULL,
+        ordinal           INTEGER NOT NULL,
+        due               INTEGER NOT NULL,
+        since_ms          INTEGER NOT NULL,
+        eliminated_ms     INTEGER NOT NULL,
+        attempts          INTEGER NOT NULL,
+        error             TEXT,
+        attempt           TEXT,
+        in_doubt_since_ms INTEGER,
+        reason            TEXT,
+        share             REAL,
+        share_asked       INTEGER NOT NULL,
+        PRIMARY KEY (hotkey, kind, rule, registration),
+        CHECK (kind IN ('limit_orders', 'positions', 'slash')),
+        CHECK (kind = 'slash' OR (rule = '' AND registration = 0)),
+        CHECK (state IN ('owed', 'attempting', 'in_doubt')),
+        CHECK (state = 'owed' OR (kind = 'slash' AND attempt IS NOT NULL)),
+        CHECK (due IN (0, 1)),
+        CHECK (share IS NULL OR share BETWEEN 0 AND 1),
+        CHECK (share_asked IN (0, 1)),
+        CHECK ((state = 'in_doubt') = (in_doubt_since_ms IS NOT NULL))) WITHOUT ROWID""",
+    """CREATE TABLE slashes (
+        hotkey        TEXT NOT NULL,
+        rule          TEXT NOT NULL,
+        registration  INTEGER NOT NULL,
+        made_ms       INTEGER NOT NULL,
+        eliminated_ms INTEGER NOT NULL,
+        said_by       TEXT NOT NULL,
+        outcome       TEXT NOT NULL,
+        reason        TEXT,
+        share         REAL,
+        answer        TEXT,
+        PRIMARY KEY (hotkey, rule, registration),
+        CHECK (said_by IN ('contract', 'hand')),
+        CHECK (outcome IN ('made', 'declined'))) WITHOUT ROWID""",
+    """CREATE TABLE registrations (
+        hotkey TEXT PRIMARY KEY NOT NULL,
+        number INTEGER NOT NULL) WITHOUT ROWID""",
+)
+
+
 class _Schema(NamedTuple):
     """How a store gets a schema from the one before, and what one that is only read is lent instead, in memory."""
 
@@ -136,6 +190,66 @@ _IDENTITY = (
         CHECK (typeof(store_id) = 'blob' AND length(store_id) = 16),
         CHECK (typeof(commit_number) = 'integer' AND commit_number >= 0))""",
 )
+_OLD_DEBT = (
+    "hotkey, kind, '' AS rule, 0 AS registration, state, ordinal, due, since_ms, eliminated_ms, attempts, error,"
+    " attempt, in_doubt_since_ms, NULL AS reason, NULL AS share, 0 AS share_asked"
+)
+_OLD_SLASH = (
+    "hotkey, '' AS rule, 0 AS registration, made_ms, eliminated_ms, said_by, 'made' AS outcome, NULL AS reason,"
+    " NULL AS share, NULL AS answer"
+)
+
+
+def _give_causes(db: sqlite3.Connection) -> None:
+    """Fill the tables of causes from the old ones.
+
+    A slash counts for every rule until a departure after it was followed by a return, as one was already of a
+    hotkey that departed after it and is registered now. A debt takes the rule of its elimination's event; where
+    that does not tell, money is held.
+    """
+    db.execute(f"INSERT INTO debts SELECT {_OLD_DEBT} FROM old_debts")  # noqa: S608
+    db.execute(f"INSERT INTO slashes SELECT {_OLD_SLASH} FROM old_slashes")  # noqa: S608
+    db.execute(
+        "INSERT INTO registrations SELECT hotkey, 1 FROM hotkeys JOIN old_slashes USING (hotkey)"
+        " WHERE registered = 1 AND detected_ms > made_ms"
+    )
+    owed = db.execute("SELECT hotkey, eliminated_ms FROM old_debts WHERE kind = 'slash'").fetchall()
+    unknown = []
+    for hotkey, eliminated_ms in owed:
+        reason = _reason_of(db, hotkey, eliminated_ms)
+        db.execute(
+            "UPDATE debts SET rule = ?, reason = ?, registration ="
+            " coalesce((SELECT number FROM registrations WHERE registrations.hotkey = debts.hotkey), 0)"
+            " WHERE hotkey = ? AND kind = 'slash'",
+            (rule_of(reason), reason, hotkey),
+        )
+        if rule_of(reason) == ANY_RULE:
+            unknown.append(hotkey)
+    if unknown:
+        why = f"an older version left slashes of which the rule is not known: {', '.join(unknown[:20])}"
+        value = msgspec.msgpack.encode({"since_ms": clock.now_ms(), "why": why})
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('money_held', ?)", (value,))
+    db.execute("DROP TABLE old_debts")
+    db.execute("DROP TABLE old_slashes")
+
+
+def _reason_of(db: sqlite3.Connection, hotkey: str, eliminated_ms: int) -> str | None:
+    """Return the reason of the elimination of that time, as its event has it."""
+    events = db.execute(
+        "SELECT new FROM events WHERE hotkey = ? AND action = 'add' AND new IS NOT NULL ORDER BY id DESC",
+        (hotkey,),
+    )
+    for (record,) in events:
+        try:
+            row = msgspec.msgpack.decode(record)
+            if row["elimination_initiated_time_ms"] == eliminated_ms:
+                return str(row["reason"])
+        except (ValueError, KeyError, TypeError):
+            continue  # it is not for an upgrade to refuse what was readable before
+    return None
+
+
+_GIVE_CAUSES = ("ALTER TABLE debts RENAME TO old_debts", "ALTER TABLE slashes RENAME TO old_slashes", *_CAUSES)
 # NULL in an event that an older version wrote.
 _COMMIT_OF_EVENT = "ALTER TABLE events ADD COLUMN commit_number INTEGER"
 
@@ -148,14 +262,18 @@ _EVENTS_OF_MANY = (
 # Schema 1 is the first of these. A schema grows until its version of shmelim is released, and never after that.
 _SCHEMAS = (
     _Schema(_FIRST),
-    _Schema(_SECOND, _lent(_SECOND)),
+    _Schema(_SECOND, _lent(_CAUSES[:2])),
     _Schema(
-        (*_IDENTITY, _COMMIT_OF_EVENT, *_EVENTS_OF_MANY),
+        (*_IDENTITY, _COMMIT_OF_EVENT, *_EVENTS_OF_MANY, *_GIVE_CAUSES),
         (
             *_lent(_IDENTITY),
+            *_lent(_CAUSES[2:]),
+            # Of the first schema, which has neither, they are lent already.
+            f"CREATE TEMP VIEW IF NOT EXISTS debts AS SELECT {_OLD_DEBT} FROM main.debts",  # noqa: S608
+            f"CREATE TEMP VIEW IF NOT EXISTS slashes AS SELECT {_OLD_SLASH} FROM main.slashes",  # noqa: S608
             "CREATE TEMP VIEW events AS SELECT *, NULL AS commit_number, NULL AS hashes FROM main.events",
         ),
-        (_give_identity,),
+        (_give_identity, _give_causes),
     ),
 )
 SCHEMA_NUMBER = len(_SCHEMAS)

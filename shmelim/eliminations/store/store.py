@@ -55,10 +55,16 @@ _LAST_ORDINAL = (
 )
 # The columns are the fields of a Debt; the alphabetic order of the kinds is the one in which they are settled.
 _DEBTS = (
-    "SELECT hotkey, kind, state, ordinal, due, since_ms, eliminated_ms, attempts, error, attempt,"
-    " in_doubt_since_ms FROM debts"
+    "SELECT hotkey, kind, rule, registration, state, ordinal, due, since_ms, eliminated_ms, attempts, error,"
+    " attempt, in_doubt_since_ms, reason, share, share_asked FROM debts"
 )
-_SLASHES = "SELECT hotkey, made_ms, eliminated_ms, said_by FROM slashes"
+_SLASHES = (
+    "SELECT hotkey, rule, registration, made_ms, eliminated_ms, said_by, outcome, reason, share, answer"
+    " FROM slashes"
+)
+
+_PUT_DEBT = "INSERT OR REPLACE INTO debts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_PUT_SLASH = "INSERT OR REPLACE INTO slashes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class Counts(NamedTuple):
@@ -322,11 +328,10 @@ class Store(History):
     def debts(self, hotkey: str | None = None) -> list[Debt]:
         """Return what is owed, by one hotkey or by all, in the order of the eliminations that owe it."""
         found = self._ask_whose(_DEBTS, hotkey, "ordinal, kind")
-        return [debt._replace(due=bool(debt.due)) for debt in map(Debt._make, found)]
-
-    def debt(self, hotkey: str, kind: str) -> Debt | None:
-        """Return one debt, or None."""
-        return next((debt for debt in self.debts(hotkey) if debt.kind == kind), None)
+        return [
+            debt._replace(due=bool(debt.due), share_asked=bool(debt.share_asked))
+            for debt in map(Debt._make, found)
+        ]
 
     def debtors(self) -> set[str]:
         """Return the hotkeys that owe anything."""
@@ -343,15 +348,15 @@ class Store(History):
         return int(self._ask("SELECT 1 + coalesce(max(ordinal), 0) FROM debts")[0][0])
 
     def put_debt(self, debt: Debt) -> None:
-        """Store a debt; it replaces the one of this hotkey and kind."""
-        self._change("INSERT OR REPLACE INTO debts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", debt)
+        """Store a debt; it replaces the one of this hotkey, kind and cause."""
+        self._change(_PUT_DEBT, debt)
 
     def remove_debt(self, debt: Debt) -> None:
         """Remove a debt."""
-        self._change("DELETE FROM debts WHERE hotkey = ? AND kind = ?", (debt.hotkey, debt.kind))
+        self._change("DELETE FROM debts WHERE hotkey = ? AND kind = ? AND rule = ? AND registration = ?", debt[:4])
 
     def slashes(self, hotkey: str | None = None) -> list[Slash]:
-        """Return the last slash that was made of one hotkey, or of each, oldest first."""
+        """Return the slashes of one hotkey, or of all, that were made or declined, oldest first."""
         return [Slash._make(row) for row in self._ask_whose(_SLASHES, hotkey, "made_ms, hotkey")]
 
     def knows_slashes(self) -> bool:
@@ -362,8 +367,21 @@ class Store(History):
         return bool(self._ask(begun))
 
     def put_slash(self, slash: Slash) -> None:
-        """Store a slash that was made; it replaces the last one of this hotkey."""
-        self._change("INSERT OR REPLACE INTO slashes VALUES (?, ?, ?, ?)", slash)
+        """Store a slash that was made or declined; it replaces the one of its cause."""
+        self._change(_PUT_SLASH, slash)
+
+    def remove_slash(self, slash: Slash) -> None:
+        """Forget a slash, so that its cause may owe another."""
+        self._change("DELETE FROM slashes WHERE hotkey = ? AND rule = ? AND registration = ?", slash[:3])
+
+    def registration(self, hotkey: str) -> int:
+        """Return how often a hotkey came back after a departure."""
+        found = self._ask("SELECT number FROM registrations WHERE hotkey = ?", (hotkey,))
+        return int(found[0][0]) if found else 0
+
+    def put_registration(self, hotkey: str, number: int) -> None:
+        """Say how often a hotkey came back after a departure."""
+        self._change("INSERT OR REPLACE INTO registrations VALUES (?, ?)", (hotkey, number))
 
     # ------------------------------------------------------------------ questions
 

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from shmelim.eliminations.debts.states import DECLINED, DOUBTFUL, MADE, NOT_MADE
 from shmelim.eliminations.record import DAY_MS, SINCE_2020_MS, EliminationReason
 from shmelim.eliminations.validator.addresses import is_ss58_address
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.directories import MinerDirectories
 from shmelim.eliminations.validator.drawdown import Drawdowns
+from shmelim.errors import SlashNotMadeError
 from shmelim.system import clock as system_clock
 
 DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
@@ -22,7 +24,7 @@ _FIGURES: Final = {
     "max_drawdown_percentage": 100.0,
     "check_interval_ms": math.inf,
     "deletion_delay_ms": math.inf,
-    "slash_once_within_ms": math.inf,
+    "max_slashes_per_hour": math.inf,
     "plausible_since_ms": math.inf,
     "call_deadline_s": math.inf,
     "slash_deadline_s": math.inf,
@@ -54,9 +56,10 @@ class ValidatorEnvironment:
     slash_proportions
         ``{reason: share of the collateral}``, each 0 to 1, by the names of
         :class:`~shmelim.EliminationReason`; for any other reason the contract decides.
-    slash_once_within_ms
-        A miner who was slashed for an elimination is not slashed for another one that begins less than this many
-        milliseconds later (or earlier): a sync that takes an elimination back gives no collateral back.
+    slash_outcome
+        Stands in for the method :meth:`slash_outcome`.
+    max_slashes_per_hour
+        When so many were begun in an hour and more are owed, all are held until a person releases them.
     development_hotkey
         The hotkey that is not a zombie, though it is in no metagraph.
     miner_directory
@@ -114,7 +117,8 @@ class ValidatorEnvironment:
         check_interval_ms: int = 300_000,
         deletion_delay_ms: int = 172_800_000,
         slash_proportions: Mapping[str, float] | None = None,
-        slash_once_within_ms: int = 172_800_000,
+        slash_outcome: Callable[[Any], str] | None = None,
+        max_slashes_per_hour: float = 10,
         development_hotkey: str = DEVELOPMENT_HOTKEY,
         miner_directory: Path | str | None = None,
         is_hotkey: Callable[[str], bool] = is_ss58_address,
@@ -133,7 +137,7 @@ class ValidatorEnvironment:
         self.check_interval_ms = check_interval_ms
         self.deletion_delay_ms = deletion_delay_ms
         self.slash_proportions = dict(slash_proportions or {})
-        self.slash_once_within_ms = slash_once_within_ms
+        self.max_slashes_per_hour = max_slashes_per_hour
         self.development_hotkey = development_hotkey
         self.is_hotkey = is_hotkey
         self.believe_empty_metagraph = believe_empty_metagraph
@@ -144,6 +148,7 @@ class ValidatorEnvironment:
         self.longest_sync_s = longest_sync_s
         self.tick_pause_s = tick_pause_s
         self.error_pause_s = error_pause_s
+        self._slash_outcome = slash_outcome
         self._price_source = price_source
         self._drawdown = drawdown
         self._drawdowns = Drawdowns()
@@ -233,6 +238,21 @@ class ValidatorEnvironment:
     def slash_proportion(self, reason: str) -> float | None:
         """Return the share of the collateral that is taken for a reason, 0 to 1; None lets the contract decide."""
         return self.slash_proportions.get(reason)
+
+    def slash_outcome(self, answer: Any) -> str:
+        """Return what became of a slash: ``"made"``, ``"declined"``, ``"not made"`` or ``"in doubt"``.
+
+        `answer` is what the contract returned, or the exception that it raised. *Declined*: it took nothing and
+        never will. *Not made*: it is tried again. By default None and True are made, False is declined,
+        :class:`~shmelim.SlashNotMadeError` is not made, and all else is in doubt: a person decides.
+        """
+        if self._slash_outcome is not None:
+            return self._slash_outcome(answer)
+        if answer is None or answer is True:
+            return MADE
+        if answer is False:
+            return DECLINED
+        return NOT_MADE if isinstance(answer, SlashNotMadeError) else DOUBTFUL
 
     def miner_hotkeys(self) -> list[str]:
         """Return the hotkeys that have a directory."""

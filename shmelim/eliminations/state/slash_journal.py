@@ -1,0 +1,109 @@
+"""Having the store and the journal say the same of slashes, when a server starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from shmelim.eliminations.debts.journal import Entry, Journal, Said, begun, entry_of, said, unmade
+from shmelim.eliminations.debts.states import BY_CONTRACT, BY_HAND, IN_DOUBT, OWED, SLASH, Debt, Slash
+from shmelim.eliminations.state.changes import Step
+from shmelim.eliminations.state.debt_book import hold_money, named_cause
+from shmelim.eliminations.store.history import Change as EventOf
+from shmelim.eliminations.store.store import Store
+from shmelim.system import clock
+
+_UNREADABLE: Final = "slash_journal_unreadable"  # how many lines of it were known to be
+
+
+def open_journal(directory: Path, store: Store) -> Journal:
+    """Return the journal of a directory, once it and the store know of each other's slashes.
+
+    StoreError if it cannot be read or written. Lines that cannot be read hold money.
+    """
+    journal = Journal(directory)
+    entries, unreadable = journal.read()
+    with store.transaction():
+        step = Step(store, None)
+        if unreadable > store.meta(_UNREADABLE, 0):
+            step.set_meta(_UNREADABLE, unreadable)
+            hold_money(step, f"{unreadable} lines of {journal.path} cannot be read")
+        missing = catch_up(step, entries)
+    journal.append(missing)
+    return journal
+
+
+def catch_up(step: Step, entries: Iterable[Entry]) -> list[Entry]:
+    """Have the store know what the journal says of slashes; return the lines that the journal lacks.
+
+    What the journal says was made or declined is on record then; what it says was begun, and nobody knows how it
+    ended, is in doubt. Where both know of an attempt the store knows more.
+    """
+    known, store = said(entries), step.store
+    missing = []
+    for (hotkey, rule, registration), found in known.items():
+        if store.registration(hotkey) < registration:
+            store.put_registration(hotkey, registration)
+        cause = hotkey, rule, registration
+        debts = [debt for debt in store.debts(hotkey) if debt.kind == SLASH]
+        debt = next((debt for debt in debts if (hotkey, debt.rule, debt.registration) == cause), None)
+        if any(slash[:3] == cause for slash in store.slashes(hotkey)):
+            continue
+        if found.outcome is not None:
+            _put_on_record(step, found.outcome, debt)
+        else:
+            missing += _doubt_what_was_begun(step, found, debt)
+    for slash in store.slashes():
+        there = known.get(slash[:3])
+        if there is None or there.outcome is None:
+            missing.append(entry_of(slash.outcome, slash, slash.made_ms, by=slash.by, answer=slash.answer))
+    for debt in store.debts():
+        there = known.get((debt.hotkey, debt.rule, debt.registration))
+        if debt.kind == SLASH and debt.state != OWED and (there is None or debt.attempt not in there.begun):
+            missing.append(begun(debt))
+    return missing
+
+
+def _put_on_record(step: Step, entry: Entry, debt: Debt | None) -> None:
+    by = BY_HAND if entry.by == BY_HAND else BY_CONTRACT
+    terms = entry.reason, entry.share, entry.answer
+    slash = Slash(*entry.cause, entry.at_ms, entry.eliminated_ms, by, entry.what, *terms)
+    step.store.put_slash(slash)
+    if debt is not None and (debt.state == OWED or debt.attempt == entry.attempt):
+        step.store.remove_debt(debt)
+    step.record([EventOf("recover", entry.hotkey, note=f"{named_cause(slash)}: {entry.what}, says the journal")])
+
+
+def _doubt_what_was_begun(step: Step, found: Said, debt: Debt | None) -> list[Entry]:
+    """Put in doubt what was begun of which the store knows nothing; return the ends that the journal lacks."""
+    missing = []
+    for attempt, entry in found.begun.items():
+        if debt is not None and debt.attempt == attempt:
+            missing += [unmade(debt)] if debt.state == OWED else []
+        elif debt is None or debt.state == OWED:
+            debt = _doubtful(step, attempt, entry)
+            step.store.put_debt(debt)
+            step.record([EventOf("doubt", entry.hotkey, note=f"{named_cause(debt)}: {debt.error}")])
+    return missing
+
+
+def _doubtful(step: Step, attempt: str, entry: Entry) -> Debt:
+    row = step.store.get(entry.hotkey)
+    return Debt(
+        entry.hotkey,
+        SLASH,
+        entry.rule,
+        entry.registration,
+        IN_DOUBT,
+        step.store.next_debt_ordinal(),
+        due=row is not None and row.record is not None,
+        since_ms=entry.at_ms,
+        eliminated_ms=entry.eliminated_ms,
+        error="the journal says that it was begun, and the store knows nothing of it",
+        attempt=attempt,
+        in_doubt_since_ms=clock.now_ms(),
+        reason=entry.reason,
+        share=entry.share,
+        share_asked=entry.share is not None,
+    )
