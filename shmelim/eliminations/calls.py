@@ -301,11 +301,15 @@ class Calls:
     # ------------------------------------------------------------------ registered and departed
 
     @remote(idempotent=True, grows=True, check=check_hotkeys)
-    def update_metagraph(self, hotkeys: Iterable[str]) -> list[str]:
+    def update_metagraph(
+        self, hotkeys: Iterable[str], now_ms: int | None = None, believe_empty: bool = False
+    ) -> list[str]:
         """Say which hotkeys are registered now: all in the metagraph. Return those whose departure it recorded.
 
         Those that were registered and are no longer have departed, which is recorded once and for ever, unless so
-        many are lost at once (more than 10, and at least a quarter) that it is not believed.
+        many are lost at once, or in small steps within a day (more than 10, and at least a quarter), that it is
+        not believed. `now_ms` is the time of the look (ms since 1970, UTC; None: now). That nobody is registered
+        any more is not believed unless `believe_empty` says so.
         """
 
     @remote(idempotent=True)

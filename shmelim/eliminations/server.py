@@ -540,8 +540,10 @@ class EliminationManagerServer(DebtMethods):
     def clear_eliminations_rpc(self) -> None:
         self._replace((), "clear")
 
-    def update_metagraph_rpc(self, hotkeys: Iterable[str]) -> list[str]:
-        return self._change(changes.update_metagraph, check_hotkeys(hotkeys))
+    def update_metagraph_rpc(
+        self, hotkeys: Iterable[str], now_ms: int | None = None, believe_empty: bool = False
+    ) -> list[str]:
+        return self._change(changes.update_metagraph, check_hotkeys(hotkeys), now_ms, believe_empty)
 
     def get_missing_hotkeys_rpc(self) -> list[str]:
         return self._state.read(changes.missing)

@@ -341,7 +341,6 @@ def test_an_empty_one_is_believed_if_the_environment_says_so(validate):
     assert departed(validator) == ["a", "b"]
 
 
-@not_built("SPEC 7: the anomalous share lost over the last day in small steps makes no departures", AssertionError)
 def test_nor_does_a_loss_in_small_steps_over_a_day(direct):
     direct.register(*miners(40))
     direct.tick()

@@ -52,7 +52,14 @@ def test_tick_with_nothing_to_do_asks_three_things_reports_and_commits_nothing(
         managed.tick()
     assert (
         calls
-        == ["get_replacements_rpc", "get_first_refresh_ran_rpc", "get_debts_rpc", "report_processing_rpc"] * 3
+        == [
+            "get_replacements_rpc",
+            "get_first_refresh_ran_rpc",
+            "get_debts_rpc",
+            "get_money_held_rpc",
+            "report_processing_rpc",
+        ]
+        * 3
     )
     assert (proxy.health_check_rpc()["commits"], managed.manager.reader.version) == before
 

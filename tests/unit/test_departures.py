@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shmelim import EliminationManagerServer
 from shmelim.eliminations.state.changes import lost_hotkeys
 
 
@@ -36,3 +37,39 @@ def test_the_lost_are_sorted_and_newcomers_do_not_count(before, now):
     lost, _ = lost_hotkeys(before, now)
     assert lost == sorted(hotkey for hotkey in before if hotkey not in now)
     assert lost_hotkeys(before, now | {"newcomer"} | before) == ([], False)
+
+
+HOUR = 3_600_000
+START = 1_700_000_000_000
+FORTY = [f"h{n:02}" for n in range(40)]
+
+
+@pytest.fixture
+def server():
+    with EliminationManagerServer() as made:
+        made.update_metagraph_rpc(FORTY, START)
+        yield made
+
+
+def test_what_is_lost_in_small_steps_within_a_day_is_lost_as_well(server):
+    for step in range(1, 8):
+        server.update_metagraph_rpc(FORTY[5 * step :], START + step * HOUR)
+    assert list(server.get_departed_hotkeys_rpc()) == FORTY[:10]
+    assert server.get_missing_hotkeys_rpc() == FORTY[10:35]
+    assert server.accept_loss_rpc(FORTY[10:35]) == FORTY[10:35]
+    assert len(server.get_departed_hotkeys_rpc()) == 35
+
+
+def test_a_few_each_day_are_believed(server):
+    for day in range(1, 6):
+        server.update_metagraph_rpc(FORTY[6 * day :], START + day * 24 * HOUR)
+    assert list(server.get_departed_hotkeys_rpc()) == FORTY[:30]
+
+
+def test_that_nobody_is_left_is_believed_if_the_caller_says_so(server):
+    server.update_metagraph_rpc(FORTY[:2], START, believe_empty=True)
+    server.accept_loss_rpc(FORTY)
+    assert server.update_metagraph_rpc([], START + HOUR) == []
+    assert server.get_missing_hotkeys_rpc() == FORTY[:2]
+    assert server.update_metagraph_rpc([], START + 2 * HOUR, believe_empty=True) == FORTY[:2]
+    assert server.get_departed_hotkeys_rpc()["h00"] == {"detected_ms": START + 2 * HOUR}

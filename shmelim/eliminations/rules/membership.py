@@ -74,7 +74,10 @@ class Membership:
         if hotkeys == self._told and registered == set(hotkeys):
             return []
         check_turn()
-        departed = self._context.state.update_metagraph(hotkeys)
+        environment = self._context.environment
+        departed = self._context.state.update_metagraph(
+            hotkeys, environment.now_ms(), environment.believe_empty_metagraph
+        )
         self._told = hotkeys
         if departed:
             _log.info("%d hotkeys left the metagraph: %s", len(departed), ", ".join(departed[:10]))

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from shmelim.eliminations.comparing import Comparison, Settled
 from shmelim.eliminations.debts.states import OWED, SLASH, Debt
-from shmelim.eliminations.record import decode
+from shmelim.eliminations.record import DAY_MS, decode
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.history import Origin
 from shmelim.eliminations.store.store import Store
@@ -23,6 +23,7 @@ _ANOMALY_COUNT: Final = 10
 _ANOMALY_SHARE: Final = 0.25
 _ANOMALY: Final = "anomaly"
 _BELIEVED: Final = "believed"  # how many hotkeys there were before the loss that is not believed
+_LOSSES: Final = "losses"  # of the last day: [when, how many, of how many]
 _REPLACEMENTS: Final = "replacements"
 _NO_NOTES: Final[Mapping[str, str]] = {}
 _LOOKED: Final = "looked"  # whether a metagraph was ever seen
@@ -234,12 +235,26 @@ def lost_hotkeys(before: set[str], now: set[str], size: int | None = None) -> tu
     )
 
 
-def update_metagraph(step: Step, hotkeys: list[str]) -> list[str]:
-    """Make these hotkeys the registered ones; returns those whose departure it recorded."""
-    seen = set(hotkeys)
+def update_metagraph(
+    step: Step, hotkeys: list[str], now_ms: int | None = None, believe_empty: bool = False
+) -> list[str]:
+    """Make these hotkeys the registered ones; returns those whose departure it recorded.
+
+    `now_ms` is the time of the look (ms since 1970, UTC). That nobody is registered is believed only if the caller
+    says so.
+    """
+    seen, now = set(hotkeys), clock.now_ms() if now_ms is None else now_ms
     before = step.store.registered()
     size = step.store.meta(_BELIEVED, None)
     lost, anomalous = lost_hotkeys(before, seen, size)
+    recent = [loss for loss in step.store.meta(_LOSSES, []) if 0 <= now - loss[0] < DAY_MS]
+    if lost and recent:
+        # What is lost in small steps is lost as well.
+        total = len(lost) + sum(count for _, count, _ in recent)
+        largest = max(len(before), *(number for _, _, number in recent))
+        anomalous = anomalous or (total > _ANOMALY_COUNT and total >= _ANOMALY_SHARE * largest)
+    if not seen:
+        anomalous = bool(lost) and not believe_empty
     # After an anomalous loss the lost ones stay registered, so that the next look compares with them too.
     changed = step.store.set_registered(seen | before if anomalous else seen)
     if before or step.store.meta(_LOOKED, default=False):
@@ -256,7 +271,9 @@ def update_metagraph(step: Step, hotkeys: list[str]) -> list[str]:
             step.record([EventOf("anomaly", note=text)])
     if anomalous:
         return []
-    return record_departures(step, dict.fromkeys(lost, clock.now_ms()), "metagraph")
+    if lost:
+        step.set_meta(_LOSSES, [*recent, [now, len(lost), len(before)]])
+    return record_departures(step, dict.fromkeys(lost, now), "metagraph")
 
 
 def _count_returns(step: Step, registered: Iterable[str]) -> None:
@@ -294,6 +311,7 @@ def accept_loss(step: Step, hotkeys: Iterable[str]) -> list[str]:
     if not accepted:
         return []
     step.store.set_registered(step.store.registered() - set(accepted))
+    step.set_meta(_LOSSES, [])  # somebody has looked
     record_departures(step, dict.fromkeys(accepted, clock.now_ms()), "accepted")
     left = [hotkey for hotkey in listed if hotkey not in named]
     _set_missing(step, left, step.store.meta(_BELIEVED, None) or len(step.store.registered()))
