@@ -394,9 +394,12 @@ class Reader(Mapping[K, V]):
 
         listed = self._listed(keys)
         values = self.many(listed, math.nan)
-        for key, value in zip(listed, values, strict=True):
-            if type(value) is not float and not isinstance(value, Real):
-                raise TypeError(f"the value of {key!r} in the table {self.name!r} is not a number: {value!r:.60}")
+        if not set(map(type, values)) <= {float, int}:
+            for key, value in zip(listed, values, strict=True):
+                if not isinstance(value, Real):
+                    raise TypeError(
+                        f"the value of {key!r} in the table {self.name!r} is not a number: {value!r:.60}"
+                    )
         return np.array(values, np.float64)
 
     def contains_many(self, keys: Iterable[K]) -> NDArray[np.bool_]:

@@ -40,9 +40,10 @@ class Writer(Generic[K, V]):
     without any reader reopening anything. Nothing is on disk: a reboot empties the table.
 
     A put costs some 4 µs, a key in a transaction some 0.3 µs, and what encoding takes. The table grows as it must,
-    and never asks for a size: it takes two copies, each of 128 bytes a key and up to twice the bytes of keys and
-    values. Threads may share a writer: each call, and each transaction, is published whole. A forked child cannot
-    use it. Not for signal handlers: one that interrupts a publish gets an error.
+    and never asks for a size: it takes two copies, each of 128 to 256 bytes a key and one and a half times what
+    keys and values take, and 0.7 MB at least. Threads may share a writer: each call, and each transaction, is
+    published whole. A forked child cannot use it. Not for signal handlers: one that interrupts a publish gets an
+    error.
 
     A thread renews the heartbeat each second, by which readers know that the writer lives, and makes names again
     that were lost from ``/dev/shm``.

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import threading
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from shmelim.errors import (
 )
 from shmelim.shm import SharedNamespace, TableWriter
 from shmelim.table import Reader, Snapshot, Writer
+
+ROOT = Path(__file__).parents[2]
 
 
 class Price(msgspec.Struct):
@@ -543,3 +546,17 @@ def test_the_face_has_its_names_and_no_others():
     assert set(shmelim.table.__all__) <= set(dir(shmelim.table))
     with pytest.raises(AttributeError, match=r"'shmelim\.table' has no attribute 'Raeder'"):
         shmelim.table.Raeder  # noqa: B018
+
+
+def test_python_in_the_document_runs(new_name):
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "table.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert len(blocks) == 4
+    names, prices, quotes = {}, new_name(), new_name()
+    for block in blocks:
+        code = block.replace('"prices"', repr(prices)).replace('"quotes"', repr(quotes)).replace("=1.0", "=0")
+        exec(code, names)
+        names.setdefault("writer", names["prices"])
+    assert dict(names["prices"]) == {"BTC/USD": 97_250.5, "ETH/USD": 3_400.0}
+    names["writer"].close()
