@@ -28,11 +28,14 @@ from shmelim.eliminations.files.taking import clear_gone, read_state, take_files
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.record import (
+    SINCE_2020_MS,
     check_hotkey,
     check_hotkeys,
+    check_record,
+    complete,
     decode,
     generate_row,
-    prepare,
+    plausible_times,
     refuse_hotkey,
 )
 from shmelim.eliminations.rules import EliminationProcessor, processed
@@ -449,8 +452,12 @@ class EliminationManagerServer(DebtMethods):
     # ------------------------------------------------------------------ changing
 
     def add_elimination_rpc(self, hotkey: str, data: Mapping[str, Any]) -> bool:
-        check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
-        return self._change(changes.add, *prepare(data, hotkey))
+        check_hotkey(hotkey)  # which also refuses None: check_record would take the record's word for it
+        checked = check_record(data, hotkey, plausible_times(self._since_ms()))
+        record, note = complete(checked, self.reader.encoded_elimination(hotkey) if checked.lacks else None)
+        if note is not None:
+            self._warn({hotkey: note})
+        return self._change(changes.add, hotkey, record, note)
 
     def append_elimination_row_rpc(
         self,
@@ -482,7 +489,7 @@ class EliminationManagerServer(DebtMethods):
 
     def begin_upload_rpc(self) -> str:
         """Begin a list that is too large for one message; returns its token."""
-        return self._uploads.begin(Comparison(self.reader))
+        return self._uploads.begin(Comparison(self.reader, self._since_ms()))
 
     def upload_rpc(self, token: str, eliminations: Sequence[Mapping[str, Any]]) -> int:
         """Add records to an upload; returns how many it has."""
@@ -502,16 +509,31 @@ class EliminationManagerServer(DebtMethods):
         """Sync to a list of which a client found this to differ from a version; None where that may not be all."""
         if root_id != self.reader.root_id:
             return None
-        records = changed_records(self.reader, changed)
-        return self._change(changes.sync_difference, version, records, check_hotkeys(gone))
+        records, notes = changed_records(self.reader, changed, self._since_ms())
+        self._warn(notes)
+        return self._change(changes.sync_difference, version, records, check_hotkeys(gone), notes=notes)
 
     def _replace(self, eliminations: Iterable[Mapping[str, Any]], reason: str) -> list[str]:
-        comparison = Comparison(self.reader)
+        comparison = Comparison(self.reader, self._since_ms())
         comparison.extend(eliminations)
         return self._sync(comparison, reason)
 
     def _sync(self, comparison: Comparison, reason: str) -> list[str]:
-        return self._change(changes.sync, comparison, reason)
+        self._warn(comparison.notes)
+        return self._change(changes.sync, comparison.finish(), reason)
+
+    def _since_ms(self) -> int:
+        """Return from when on the time of an elimination is plausible."""
+        processor = self._processor
+        return SINCE_2020_MS if processor is None else processor.context.environment.plausible_since_ms
+
+    @staticmethod
+    def _warn(notes: Mapping[str, str]) -> None:
+        """Say once a call that records were not as they should be."""
+        if notes:
+            hotkey, note = next(iter(notes.items()))
+            text = "%d eliminations are not as they should be, and were taken; the first, of %r: %s"
+            _limited(logging.WARNING, "odd", text, len(notes), hotkey, note)
 
     def clear_eliminations_rpc(self) -> None:
         self._replace((), "clear")

@@ -333,6 +333,7 @@ class TestStart:
     def test_a_group_may_read_the_segments_on_request(self, serve):
         server = serve(group_readable=True)
         for path in Path("/dev/shm").glob(f"shmelim.{server.name}*"):
+            # Readers never open the lock: one of them could keep the next writer out.
             assert path.stat().st_mode & 0o777 == (0o600 if path.suffix == ".lock" else 0o640)
 
     def test_another_user_can_neither_read_nor_call(self, serve):

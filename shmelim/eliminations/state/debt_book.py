@@ -28,7 +28,7 @@ from shmelim.eliminations.debts.states import (
     Slash,
     attempt_is_alive,
 )
-from shmelim.eliminations.record import check_hotkey, encode, normalise
+from shmelim.eliminations.record import check_hotkey, decode, prepare
 from shmelim.eliminations.state.changes import Step, replacements
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.store.history import Change as EventOf
@@ -74,18 +74,18 @@ class DebtMethods:
         replacements: int | None = None,
         slash_once_within_ms: float | None = None,
     ) -> str:
-        check_hotkey(hotkey)  # which also refuses None: normalise would take the record's word for it
+        check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
         if replacements is not None:
             _check_type("replacements", replacements, int, "a whole number or None")
         if slash_once_within_ms is not None:
             _check_type("slash_once_within_ms", slash_once_within_ms, (int, float), "a number of ms or None")
             if not slash_once_within_ms >= 0:  # infinity is fine, NaN is not
                 raise ValueError(f"slash_once_within_ms must be at least 0, not {slash_once_within_ms!r}")
-        plain = normalise(record, hotkey)
-        eliminated_ms = plain["elimination_initiated_time_ms"]
+        _, encoded = prepare(record, hotkey)
+        eliminated_ms = decode(encoded)["elimination_initiated_time_ms"]
         kinds = _check_kinds(owed)
         return self._state.commit(
-            eliminate, hotkey, encode(plain), eliminated_ms, kinds, replacements, slash_once_within_ms
+            eliminate, hotkey, encoded, eliminated_ms, kinds, replacements, slash_once_within_ms
         )
 
     def get_replacements_rpc(self) -> int:
