@@ -161,6 +161,7 @@ class RPCServiceBase(ABC):
             self.served_methods,
         )
         self.__core.facade = weakref.ref(self)
+        self.__published = None
         self._server_proxy = self.__core.proxy()
 
     # ------------------------------------------------------------------ what a subclass writes
@@ -445,7 +446,12 @@ class RPCServiceBase(ABC):
     def __getstate__(self) -> dict[str, Any]:
         multiprocessing.context.assert_spawning(self)
         slots = {name for kind in type(self).__mro__ for name in getattr(kind, "__slots__", ())}
-        names = {*self.__dict__, *slots} - {"_server_proxy", "__dict__", "__weakref__"}
+        names = {*self.__dict__, *slots} - {
+            "_server_proxy",
+            "_RPCServiceBase__published",
+            "__dict__",
+            "__weakref__",
+        }
         return {name: getattr(self, name) for name in names if name in self.__dict__ or hasattr(self, name)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -305,19 +305,17 @@ class Writer(Generic[K, V]):
         """The version that was published last. One load."""
         return self._table.version
 
-    @overload
-    def reader(self) -> Reader[K, V]: ...
-    @overload
-    def reader(self, decode: Callable[[bytes], V]) -> Reader[K, V]: ...
     def reader(self, decode: Callable[[bytes], V] | None = None) -> Reader[K, V]:
         """Return a reader of this table in this process, which may be of private memory.
 
         Parameters
         ----------
         decode
-            As :class:`Reader`'s; needed where ``encode`` is not msgpack.
+            As :class:`Reader`'s; needed where there is an ``encode`` other than ``bytes``.
 
         """
+        if decode is None and self._encode is _as_it_is:
+            decode = cast("Callable[[bytes], V]", bytes)
         return cast("Reader[K, V]", Reader.over(self._namespace, keys=self._keys, decode=decode))
 
     def close(self, *, unlink: bool = False) -> None:

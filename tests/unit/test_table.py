@@ -97,7 +97,7 @@ def test_raw_bytes_and_keys_of_either_type(table_name, keys):
         with pytest.raises(TypeError, match="must be encoded as bytes, not int"):
             writer.put(key("a"), 5)
         reader = Reader(table_name, keys=keys, decode=bytes)
-        assert dict(reader) == dict(reader.snapshot()) == {key("a"): b"", key("b"): b"B"}
+        assert dict(reader) == dict(writer.reader()) == dict(reader.snapshot()) == {key("a"): b"", key("b"): b"B"}
         assert reader[key("a")] == b""
         assert key("c") not in reader
         assert reader.many([key("b"), key("c")]) == [b"B", None]
