@@ -161,7 +161,6 @@ class RPCServiceBase(ABC):
             self.served_methods,
         )
         self.__core.facade = weakref.ref(self)
-        self.__published = None
         self._server_proxy = self.__core.proxy()
 
     # ------------------------------------------------------------------ what a subclass writes
@@ -458,6 +457,7 @@ class RPCServiceBase(ABC):
         for name, value in state.items():
             setattr(self, name, value)
         self.__core.facade = weakref.ref(self)
+        self.__published = None
         self._server_proxy = self.__core.proxy()
 
     # ------------------------------------------------------------------ health

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import multiprocessing
 import os
 import signal
 import socket
@@ -150,6 +151,23 @@ def test_what_is_published_is_what_the_server_would_answer(four):
     assert [bool(read) for read, _ in answers] == [True, False, True, False, False, True, False, False]
     if four.prices.server_pid:
         assert crashing.call(compare) == answers
+
+
+def read_and_call(prices, answers):
+    answers.put((prices.get_price("BTC/USD"), prices._server_proxy.get_price_rpc("BTC/USD")))
+
+
+def test_a_spawned_process_reads_what_is_published(new_name):
+    spawn = multiprocessing.get_context("spawn")
+    answers = spawn.Queue()
+    with load("price_fetcher").PriceFetcher(port=0, published_table=new_name(), start_method="fork") as prices:
+        prices.put_price("BTC/USD", 97_000)
+        assert prices.get_price("BTC/USD") == 97_000
+        copy = spawn.Process(target=read_and_call, args=(prices, answers))
+        copy.start()
+        copy.join(PATIENCE)
+        assert copy.exitcode == 0
+        assert answers.get(timeout=PATIENCE) == (97_000, 97_000)
 
 
 def test_what_was_published_is_read_while_the_server_is_dead_and_kept_by_its_successor(tmp_path, new_name):
