@@ -11,12 +11,14 @@ import time
 from typing import Any
 
 from shmelim.service import RPCServiceBase
+from shmelim.table import Writer
 
 
 class LimitOrderServer:
-    """The state: order number -> order, in the order in which they came."""
+    """The state: order number -> order, in the order in which they came. A killed server's orders are gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: str | None = None) -> None:
+        self.table = Writer(table)
         self.orders: dict[int, dict[str, Any]] = {}
         self.numbers = itertools.count(1)
         self.lock = threading.Lock()
@@ -34,7 +36,12 @@ class LimitOrderServer:
         with self.lock:
             number = next(self.numbers)
             self.orders[number] = {"hotkey": hotkey, "pair": pair, "side": side, "limit": limit}
+            self.table.put(str(number), self.orders[number])
             return number
+
+    def get_limit_order_rpc(self, number: int) -> dict[str, Any] | None:
+        """Return an order; None if it is not open any more."""
+        return self.orders.get(number)
 
     def price_moved_rpc(self, pair: str, price: float) -> list[int]:
         """Fill what a new price crosses; return the numbers of the filled orders."""
@@ -45,23 +52,28 @@ class LimitOrderServer:
                 if order["pair"] == pair
                 and (price <= order["limit"] if order["side"] == "buy" else price >= order["limit"])
             ]
-            for number in filled:
-                del self.orders[number]
+            self._delete(filled)
             return filled
 
     def delete_all_limit_orders_for_hotkey_rpc(self, hotkey: str) -> int:
         """Delete a miner's orders; return how many there were."""
         with self.lock:
             doomed = [number for number, order in self.orders.items() if order["hotkey"] == hotkey]
-            for number in doomed:
-                del self.orders[number]
+            self._delete(doomed)
             return len(doomed)
+
+    def _delete(self, numbers: list[int]) -> None:
+        with self.table.transaction() as transaction:
+            for number in numbers:
+                del self.orders[number]
+                transaction.remove(str(number))
 
 
 class LimitOrderManager(RPCServiceBase):
     """What the validator holds: the complete service."""
 
     def __init__(self, port: int = 50003, running_unit_tests: bool = False, **options: Any) -> None:
+        options.setdefault("published_table", "limit-orders")
         super().__init__("LimitOrderManagerServer", port, running_unit_tests, **options)
         self._initialize_service()
 
@@ -69,11 +81,17 @@ class LimitOrderManager(RPCServiceBase):
         return LimitOrderServer()
 
     def _start_server_process(self, address: Any, authkey: Any, server_ready: Any) -> Any:
-        return self._spawn_server(LimitOrderServer, address=address, authkey=authkey, server_ready=server_ready)
+        return self._spawn_server(
+            LimitOrderServer, self.published_table, address=address, authkey=authkey, server_ready=server_ready
+        )
 
     def add_limit_order(self, hotkey: str, pair: str, side: str, limit: float) -> int:
         """Accept an order; return its number."""
         return int(self._server_proxy.add_limit_order_rpc(hotkey, pair, side, limit))
+
+    def get_limit_order(self, number: int) -> dict[str, Any] | None:
+        """Return an order, from shared memory; None if it is not open any more."""
+        return self._server_table.get(str(number))
 
     def price_moved(self, pair: str, price: float) -> list[int]:
         """Fill what a new price crosses; return the numbers of the filled orders."""

@@ -1,5 +1,7 @@
 """Live prices in a process of their own: the latest one of each pair; stale ones are not given out.
 
+They are published in shared memory: who wants one reads it there, and asks nobody.
+
 Run it: ``python examples/price_fetcher.py``
 """
 
@@ -11,14 +13,19 @@ import time
 from typing import Any
 
 from shmelim.service import RPCServiceBase
+from shmelim.table import Writer
 
 
 class PriceServer:
-    """The state: pair -> (price, when it came in). Lives in the server process, or in direct mode in this one."""
+    """The state: pair -> (price, when it came in). Lives in the server process, or in direct mode in this one.
 
-    def __init__(self, stale_after_s: float) -> None:
+    A killed server's successor begins with what that published.
+    """
+
+    def __init__(self, stale_after_s: float, table: str | None = None) -> None:
         self.stale_after_s = stale_after_s
-        self.prices: dict[str, tuple[float, float]] = {}
+        self.table = Writer(table, keep=True)
+        self.prices: dict[str, tuple[float, float]] = dict(self.table.reader())
         self.lock = threading.Lock()  # each connection has a thread of its own
 
     def health_check_rpc(self) -> dict[str, Any]:
@@ -33,6 +40,7 @@ class PriceServer:
             raise ValueError(f"the price of {pair} must be more than 0, not {price!r}")
         with self.lock:
             self.prices[pair] = float(price), time.monotonic()
+            self.table.put(pair, self.prices[pair])
 
     def get_price_rpc(self, pair: str) -> float | None:
         """Return the latest price of a pair; None if there is none, or it is stale."""
@@ -47,6 +55,7 @@ class PriceFetcher(RPCServiceBase):
     def __init__(
         self, port: int = 50001, running_unit_tests: bool = False, *, stale_after_s: float = 60, **options: Any
     ) -> None:
+        options.setdefault("published_table", "prices")
         super().__init__("LivePriceFetcher", port, running_unit_tests, **options)
         self.stale_after_s = stale_after_s
         self._initialize_service()
@@ -55,8 +64,9 @@ class PriceFetcher(RPCServiceBase):
         return PriceServer(self.stale_after_s)
 
     def _start_server_process(self, address: Any, authkey: Any, server_ready: Any) -> Any:
+        arguments = self.stale_after_s, self.published_table
         return self._spawn_server(
-            PriceServer, self.stale_after_s, address=address, authkey=authkey, server_ready=server_ready
+            PriceServer, *arguments, address=address, authkey=authkey, server_ready=server_ready
         )
 
     def put_price(self, pair: str, price: float) -> None:
@@ -64,9 +74,9 @@ class PriceFetcher(RPCServiceBase):
         self._server_proxy.put_price_rpc(pair, price)
 
     def get_price(self, pair: str) -> float | None:
-        """Return the latest price of a pair; None if there is none, or it is stale."""
-        price: float | None = self._server_proxy.get_price_rpc(pair)
-        return price
+        """Return what ``get_price_rpc`` would, from shared memory."""
+        price, since = self._server_table.get(pair, (None, 0.0))
+        return price if time.monotonic() - since <= self.stale_after_s else None
 
 
 if __name__ == "__main__":

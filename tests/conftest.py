@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-from segments import segments_of
+from segments import published_segments_of, segments_of
 from serving import Served
 
 from shmelim import EliminationManager
 from shmelim.shm import READ_PATH, Namespace, PrivateNamespace, SharedNamespace, adoption, writer
 from shmelim.shm.image import Image
+from shmelim.table.naming import TableNamespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,11 +72,12 @@ def new_name() -> Iterator[Callable[[], str]]:
         return names[-1]
 
     yield make
-    left = {name: segments_of(name) for name in names}
+    left = {(kind, name): kind(name) for kind in (segments_of, published_segments_of) for name in names}
     for name in names:
         SharedNamespace(name).remove()
-        assert segments_of(name) == []
-    leaked = {name: segments for name, segments in left.items() if len(segments) > 2}
+        TableNamespace(name).remove()
+        assert segments_of(name) == published_segments_of(name) == []
+    leaked = {name: segments for (_, name), segments in left.items() if len(segments) > 2}
     assert not leaked, f"more than a root and one data segment: {leaked}"
 
 
@@ -139,4 +141,4 @@ def image(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ty
 @pytest.fixture(scope="session", autouse=True)
 def _no_segment_outlives_the_run() -> Iterator[None]:
     yield
-    assert not list(_SHM.glob(f"shmelim.{_PREFIX}*"))
+    assert not list(_SHM.glob(f"shmelim*.{_PREFIX}*"))

@@ -90,8 +90,14 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         while True:
             try:
                 self._table = TableReader(namespace)
-            except NotServingError:
+            except NotServingError as error:
                 if time.monotonic() >= deadline:
+                    from shmelim.table.naming import is_a_table  # noqa: PLC0415  # nothing that a reader pays for
+
+                    if isinstance(namespace, SharedNamespace) and is_a_table(namespace.name):
+                        error.hint = (
+                            f"there is a table of that name: shmelim.table.Reader({namespace.name!r}) reads it"
+                        )
                     raise
                 time.sleep(_WAIT_PAUSE)
             else:

@@ -14,12 +14,13 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from shmelim.channel.address import Address, Location
-from shmelim.errors import ChannelError
+from shmelim.errors import ChannelError, NotServingError
 from shmelim.notify.problems import Notifier
 from shmelim.service.lease import ServiceKey
 from shmelim.service.owner import Absent, Core
 from shmelim.service.process import ServerReady, serve_rpc, start_server
 from shmelim.service.settings import ServiceSettings, check_service_name, service_location
+from shmelim.table import Reader
 
 
 class RPCServiceBase(ABC):
@@ -67,6 +68,9 @@ class RPCServiceBase(ABC):
         File for the key, for clients that are no copies of this object; None: the key is in memory only.
     health_check_interval_ms
         Instead of `health_check_interval_s`.
+    published_table
+        Name of the table in shared memory in which the server publishes what its callers ask most, for
+        :attr:`_server_table`; None if there is none. Kept for subclasses, which give it to their server.
     settings
         The fields of :class:`~shmelim.service.settings.ServiceSettings`: every figure, each with a default.
 
@@ -78,6 +82,8 @@ class RPCServiceBase(ABC):
         As given, or as chosen by the system; None for a Unix socket.
     service_name, running_unit_tests
         As given.
+    published_table
+        As given; None in direct mode, where the table is in private memory.
     enable_health_check, health_check_interval_s, max_consecutive_failures, enable_auto_restart, slack_notifier
         As given; may be changed at any time.
 
@@ -132,6 +138,7 @@ class RPCServiceBase(ABC):
         address: Address | None = None,
         key_path: str | os.PathLike[str] | None = None,
         health_check_interval_ms: float | None = None,
+        published_table: str | None = None,
         **settings: Any,
     ) -> None:
         self.service_name = check_service_name(service_name)
@@ -144,6 +151,8 @@ class RPCServiceBase(ABC):
         self.max_consecutive_failures = max_consecutive_failures
         self.enable_auto_restart = enable_auto_restart
         self.slack_notifier = slack_notifier
+        self.published_table = None if running_unit_tests else published_table
+        self.__published: Reader[str, Any] | None = None
         self.__core = Core(
             service_name,
             None if running_unit_tests else service_location(port, address),
@@ -290,6 +299,60 @@ class RPCServiceBase(ABC):
             return getattr(self._server_proxy, method)(*args, **(kwargs or {}))
         return client.call(method, args, kwargs, timeout=timeout, idempotent=idempotent)
 
+    @property
+    def _server_table(self) -> Reader[str, Any]:
+        """What the server publishes, read without asking it, and also while it is not there.
+
+        The server object makes a :class:`~shmelim.table.Writer` of the name :attr:`published_table` (None, in
+        direct mode, is private memory), keeps it as its attribute ``table``, and puts into it before its methods
+        return. Attached when it is first asked for, and kept.
+
+        Raises
+        ------
+        NotServingError
+            The service names no table, or the server has not made it.
+        SegmentError
+            What stands in shared memory cannot be read, or not so: other keys or another encoding.
+
+        Examples
+        --------
+        >>> from shmelim.table import Writer
+        >>> class PriceServer:
+        ...     def __init__(self, table=None):
+        ...         self.table = Writer(table)
+        ...     def put_price_rpc(self, pair, price):
+        ...         self.table.put(pair, price)
+        >>> class Prices(RPCServiceBase):
+        ...     def __init__(self, **options):
+        ...         super().__init__("PriceServer", 50001, published_table="prices", **options)
+        ...         self._initialize_service()
+        ...     def _create_direct_server(self):
+        ...         return PriceServer()
+        ...     def _start_server_process(self, address, authkey, server_ready):
+        ...         return self._spawn_server(
+        ...             PriceServer, self.published_table,
+        ...             address=address, authkey=authkey, server_ready=server_ready)
+        ...     def put_price(self, pair, price):
+        ...         self._server_proxy.put_price_rpc(pair, price)
+        ...     def get_price(self, pair):
+        ...         return self._server_table.get(pair)
+        >>> with Prices(running_unit_tests=True) as prices:
+        ...     prices.put_price("BTC/USD", 97_250.5)
+        ...     prices.get_price("BTC/USD"), prices.get_price("ETH/USD")
+        (97250.5, None)
+
+        """
+        if self.__published is None:
+            if self.running_unit_tests:
+                self.__published = self._server_proxy.table.reader()
+            elif self.published_table is None:
+                raise NotServingError(
+                    f"{self.service_name} names no table", hint="give its constructor published_table=name"
+                )
+            else:
+                self.__published = Reader(self.published_table)
+        return self.__published
+
     # ------------------------------------------------------------------ life
 
     @property
@@ -382,13 +445,19 @@ class RPCServiceBase(ABC):
     def __getstate__(self) -> dict[str, Any]:
         multiprocessing.context.assert_spawning(self)
         slots = {name for kind in type(self).__mro__ for name in getattr(kind, "__slots__", ())}
-        names = {*self.__dict__, *slots} - {"_server_proxy", "__dict__", "__weakref__"}
+        names = {*self.__dict__, *slots} - {
+            "_server_proxy",
+            "_RPCServiceBase__published",
+            "__dict__",
+            "__weakref__",
+        }
         return {name: getattr(self, name) for name in names if name in self.__dict__ or hasattr(self, name)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
         self.__core.facade = weakref.ref(self)
+        self.__published = None
         self._server_proxy = self.__core.proxy()
 
     # ------------------------------------------------------------------ health

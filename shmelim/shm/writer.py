@@ -424,6 +424,26 @@ class TableWriter:
         self._open = Transaction(self, replace=replace or self._images is None)
         return self._open
 
+    def apply(self, changes: list[Change], *, replace: bool = False) -> int:
+        """Publish changes as one transaction, settle, and return the new version: quicker than one by one.
+
+        For who has checked them already, as :meth:`Transaction.put` does. Fails as a transaction's end does, and
+        nothing has happened then.
+        """
+        self._check_usable()
+        if self._open is not None:
+            raise ShmelimError("a transaction is already open on this table writer")
+        need = 0
+        for key, _, record, _ in changes:
+            need += len(key) + len(record) + _ENTRY_MORE & -WORD
+        try:
+            version = self._publish(self._stage(changes, need, None, replace=replace or self._images is None))
+        except BaseException:
+            self._abort()
+            raise
+        self.settle()
+        return version
+
     def abort(self) -> None:
         """Forget the open transaction, if there is one: for who was interrupted before it had hold of it."""
         if self._open is not None:

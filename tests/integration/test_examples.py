@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,13 +11,15 @@ import sys
 import threading
 from pathlib import Path
 
+import crashing
 import pytest
 from ledger import Alerts
 from waiting import PATIENCE, until
 
 from shmelim import EliminationReader
-from shmelim.errors import OutcomeUnknownError
+from shmelim.errors import NotServingError, OutcomeUnknownError
 from shmelim.service import HealthCheckDaemon
+from shmelim.table.naming import TableNamespace, is_a_table
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ["price_fetcher", "positions", "limit_orders", "eliminations"]
@@ -36,7 +39,7 @@ def _importable(monkeypatch):
 class Four:
     """All four services on free ports, or all in direct mode."""
 
-    def __init__(self, directory, name, stack, **options):
+    def __init__(self, directory, new_name, stack, **options):
         options |= {
             "enable_health_check": True,
             "health_check_interval_s": 0,
@@ -47,16 +50,25 @@ class Four:
             "port": 0,
         }
         self.alerts = {which: Alerts() for which in NAMES}
-        self.prices = load("price_fetcher").PriceFetcher(slack_notifier=self.alerts["price_fetcher"], **options)
+        self.prices = load("price_fetcher").PriceFetcher(
+            slack_notifier=self.alerts["price_fetcher"], published_table=new_name(), **options
+        )
         stack.callback(self.prices.shutdown)
         self.positions = load("positions").PositionManager(
-            str(directory / "positions.json"), slack_notifier=self.alerts["positions"], limit=2, **options
+            str(directory / "positions.json"),
+            slack_notifier=self.alerts["positions"],
+            published_table=new_name(),
+            limit=2,
+            **options,
         )
         stack.callback(self.positions.shutdown)
-        self.orders = load("limit_orders").LimitOrderManager(slack_notifier=self.alerts["limit_orders"], **options)
+        self.orders = load("limit_orders").LimitOrderManager(
+            slack_notifier=self.alerts["limit_orders"], published_table=new_name(), **options
+        )
         stack.callback(self.orders.shutdown)
+        self.name = new_name()
         self.eliminations = load("eliminations").Eliminations(
-            name, str(directory / "state"), slack_notifier=self.alerts["eliminations"], **options
+            self.name, str(directory / "state"), slack_notifier=self.alerts["eliminations"], **options
         )
         stack.callback(self.eliminations.shutdown)
         self.services = dict(
@@ -65,10 +77,10 @@ class Four:
 
 
 @pytest.fixture(params=["direct", "fork"])
-def four(request, tmp_path, table_name):
+def four(request, tmp_path, new_name):
     mode = {"running_unit_tests": True} if request.param == "direct" else {"start_method": "fork"}
     with contextlib.ExitStack() as stack:
-        yield Four(tmp_path, table_name, stack, **mode)
+        yield Four(tmp_path, new_name, stack, **mode)
 
 
 def test_each_one_does_its_work(four):
@@ -96,6 +108,8 @@ def test_each_one_does_its_work(four):
         with pytest.raises(ValueError, match=r"a side is|a limit is"):
             four.orders.add_limit_order("5A", "BTC/USD", side, limit)
     assert four.orders.price_moved("BTC/USD", 96_000) == []
+    assert four.orders.get_limit_order(sell)["side"] == "sell"
+    assert four.orders.get_limit_order(0) is None
     assert four.orders.price_moved("BTC/USD", 95_000) == [buy]
     assert four.orders.price_moved("ETH/USD", 100_000) == []
     assert four.orders.price_moved("BTC/USD", 100_000) == [sell]
@@ -108,6 +122,77 @@ def test_each_one_does_its_work(four):
     assert four.eliminations.is_hotkey_eliminated("5A")
     assert not four.eliminations.is_hotkey_eliminated("5B")
     assert all(service.health_check() for service in four.services.values())
+
+
+def test_what_is_published_is_what_the_server_would_answer(four):
+    """Also to a copy of the service in another process, and of a pair that nobody has a price of."""
+    four.prices.put_price("BTC/USD", 97_000)
+    four.positions.open_position("5A", "BTC/USD", 1.0)
+    closed = four.positions.open_position("5B", "BTC/USD", 1.0)
+    four.positions.close_position(closed)
+    kept = four.orders.add_limit_order("5A", "BTC/USD", "buy", 1)
+    filled = four.orders.add_limit_order("5A", "BTC/USD", "buy", 99_000)
+    four.orders.price_moved("BTC/USD", 97_000)
+
+    def compare():
+        asked = [
+            (four.prices.get_price, four.prices._server_proxy.get_price_rpc, ["BTC/USD", "ETH/USD"]),
+            (
+                four.positions.get_positions_for_one_hotkey,
+                four.positions._server_proxy.get_positions_for_one_hotkey_rpc,
+                ["5A", "5B", "5C"],
+            ),
+            (four.orders.get_limit_order, four.orders._server_proxy.get_limit_order_rpc, [kept, filled, 99]),
+        ]
+        return [(read(key), call(key)) for read, call, keys in asked for key in keys]
+
+    answers = compare()
+    assert [read for read, _ in answers] == [call for _, call in answers]
+    assert [bool(read) for read, _ in answers] == [True, False, True, False, False, True, False, False]
+    if four.prices.server_pid:
+        assert crashing.call(compare) == answers
+
+
+def read_and_call(prices, answers):
+    answers.put((prices.get_price("BTC/USD"), prices._server_proxy.get_price_rpc("BTC/USD")))
+
+
+def test_a_spawned_process_reads_what_is_published(new_name):
+    spawn = multiprocessing.get_context("spawn")
+    answers = spawn.Queue()
+    with load("price_fetcher").PriceFetcher(port=0, published_table=new_name(), start_method="fork") as prices:
+        prices.put_price("BTC/USD", 97_000)
+        assert prices.get_price("BTC/USD") == 97_000
+        copy = spawn.Process(target=read_and_call, args=(prices, answers))
+        copy.start()
+        copy.join(PATIENCE)
+        assert copy.exitcode == 0
+        assert answers.get(timeout=PATIENCE) == (97_000, 97_000)
+
+
+def test_what_was_published_is_read_while_the_server_is_dead_and_kept_by_its_successor(tmp_path, new_name):
+    with contextlib.ExitStack() as stack:
+        four = Four(tmp_path, new_name, stack, start_method="fork", restart_on_exit=False)
+        four.prices.put_price("BTC/USD", 97_000)
+        four.positions.open_position("5A", "BTC/USD", 1.0)
+        number = four.orders.add_limit_order("5A", "BTC/USD", "buy", 1)
+        for service in (four.prices, four.positions, four.orders):
+            os.kill(service.server_pid, signal.SIGKILL)
+            service._server_process.join(PATIENCE)
+        assert four.prices.get_price("BTC/USD") == 97_000
+        assert len(four.positions.get_positions_for_one_hotkey("5A")) == 1
+        assert four.orders.get_limit_order(number) is not None
+        for service in (four.prices, four.positions, four.orders):
+            service.restart_server()
+        assert four.prices.get_price("BTC/USD") == four.prices._server_proxy.get_price_rpc("BTC/USD") == 97_000
+        assert len(four.positions.get_positions_for_one_hotkey("5A")) == 1
+        assert four.orders.get_limit_order(number) is four.orders._server_proxy.get_limit_order_rpc(number) is None
+
+
+def test_a_service_without_a_table_says_so():
+    prices = load("price_fetcher").PriceFetcher(port=0, published_table=None)
+    with prices, pytest.raises(NotServingError, match="LivePriceFetcher names no table"):
+        prices.get_price("BTC/USD")
 
 
 def test_stale_prices_are_not_given_out():
@@ -145,11 +230,11 @@ class Caller(threading.Thread):
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
-def test_all_four_at_once_and_each_killed_in_turn(tmp_path, table_name, method):
+def test_all_four_at_once_and_each_killed_in_turn(tmp_path, new_name, method):
     numbers = iter(range(10**9))
     with contextlib.ExitStack() as stack:
-        four = Four(tmp_path, table_name, stack, start_method=method)
-        reader = EliminationReader(table_name)
+        four = Four(tmp_path, new_name, stack, start_method=method)
+        reader = EliminationReader(four.name)
         four.eliminations.append_elimination_row("5Eliminated", 0.1, "ZOMBIE")
         reader_errors = []
         callers = {
@@ -217,7 +302,19 @@ def _free_ports():
                 pytest.skip(f"port {port} is in use")
 
 
-@pytest.mark.usefixtures("free_ports")
+@pytest.fixture
+def _published_tables():
+    """The programs' tables are left behind, as their values outlive them; one that is somebody's is left alone."""
+    tables = [TableNamespace(name) for name in ("prices", "positions", "limit-orders")]
+    for table in tables:
+        if is_a_table(table.name):
+            pytest.skip(f"there is a table {table.name!r} already")
+    yield
+    for table in tables:
+        table.remove()
+
+
+@pytest.mark.usefixtures("free_ports", "_published_tables")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_program_runs(name, tmp_path):
     done = subprocess.run(

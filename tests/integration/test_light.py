@@ -16,6 +16,7 @@ from serving import row
 from shmelim.eliminations.record import encode
 from shmelim.eliminations.rows import Row, row_entry
 from shmelim.shm import SharedNamespace, TableWriter
+from shmelim.table import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,12 +49,20 @@ def kilobytes(what):
         return next(int(line.split()[1]) for line in status if line.startswith(what))
 
 bare = kilobytes("VmHWM")
-from shmelim import EliminationReader
+if sys.argv[2] == "eliminations":
+    from shmelim import EliminationReader
 
-reader = EliminationReader(sys.argv[1])
-answers = [*map(reader.is_hotkey_eliminated, "ab"), reader.get_elimination("a")["hotkey"]]
+    reader = EliminationReader(sys.argv[1])
+    answers = [*map(reader.is_hotkey_eliminated, "ab"), reader.get_elimination("a")["hotkey"]]
+    many = reader.are_eliminated
+else:
+    from shmelim.table import Reader
+
+    reader = Reader(sys.argv[1])
+    answers = ["a" in reader, "b" in reader, *reader.snapshot()]
+    many = reader.contains_many
 modules, peak = sorted(sys.modules), kilobytes("VmHWM")
-batch = reader.are_eliminated(["a", "b"]).tolist()
+batch = many(["a", "b"]).tolist()
 print(dict(answers=answers, modules=modules, kilobytes=peak - bare, batch=batch, later="numpy" in sys.modules))
 """
 
@@ -66,13 +75,25 @@ def served(table_name: str) -> Iterator[str]:
         yield table_name
 
 
+@pytest.fixture(params=["eliminations", "table"])
+def reads(request: pytest.FixtureRequest) -> str:
+    """What is read."""
+    return str(request.param)
+
+
 @pytest.fixture(params=["0", "1"], ids=["as built", "pure"])
-def measured(request: pytest.FixtureRequest, served: str) -> dict[str, Any]:
-    """What a new process says of itself that attached, checked two hotkeys and read a record."""
+def measured(request: pytest.FixtureRequest, served: str, reads: str) -> dict[str, Any]:
+    """What a new process says of itself that attached, checked two keys and read a record."""
     environment = os.environ | {"SHMELIM_PURE": request.param}
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, served], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
+    with Writer(served) as table:
+        table.put("a", 1)
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, served, reads],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
     return dict(ast.literal_eval(done.stdout))
 
 
@@ -93,7 +114,7 @@ def test_numpy_is_loaded_by_the_first_batch(measured: dict[str, Any]) -> None:
     assert "numpy" not in measured["modules"]
 
 
-@pytest.mark.parametrize("module", ["shmelim", "shmelim.eliminations", "shmelim.shm"])
+@pytest.mark.parametrize("module", ["shmelim", "shmelim.eliminations", "shmelim.shm", "shmelim.table"])
 def test_a_package_alone_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -34,8 +34,30 @@ reader.is_hotkey_eliminated(7)  # not a hotkey
 reader.is_eliminated("a")  # no such method
 number: int = reader.status("a").name  # not a number
 manager = EliminationManager(wrong=1)  # no such parameter
+
+from shmelim.table import Reader, Writer
+
+text = Reader("a")
+anything: list[int] = text["a"]
+text[b"a"]  # not a text
+raw = Reader("a", keys=bytes, decode=bytes)
+record: bytes | None = raw.get(b"a")
+number = raw[b"a"]  # not a number
+put: Writer[str, float] = Writer("a")
+put.put("a", "b")  # not a float
+put.snapshot()  # not a reader
 """
-EXPECTED = {(2, "attr-defined"), (10, "arg-type"), (11, "attr-defined"), (12, "assignment"), (13, "call-arg")}
+EXPECTED = {
+    (19, "index"),
+    (22, "assignment"),
+    (24, "arg-type"),
+    (25, "attr-defined"),
+    (2, "attr-defined"),
+    (10, "arg-type"),
+    (11, "attr-defined"),
+    (12, "assignment"),
+    (13, "call-arg"),
+}
 
 
 def imported_for_type_checkers(file: Path) -> dict[str, str]:
