@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from shmelim.shm.layout import key_hash
-from shmelim.shm.lookups import Lookups, flag_choice, flag_test
+from shmelim.shm.lookups import Lookups, decoded, flag_choice, flag_test
 from shmelim.shm.reader import TableReader
 
 if TYPE_CHECKING:
@@ -50,6 +51,15 @@ class Reference(Lookups):
         """Return the name of the flags."""
         return NAMES[self._flags(hotkey)]
 
+    @decoded(msgspec.msgpack.decode)
+    def value(self, hotkey: str) -> object:
+        """Return what is in the record."""
+        body = self._record(hotkey)
+        try:
+            return None if body is None else msgspec.msgpack.decode(body)
+        except msgspec.DecodeError as error:
+            raise LookupError(f"{len(body)} bytes: {error}") from error
+
 
 class Native(NativeLookups):
     """The same, compiled."""
@@ -63,6 +73,7 @@ class Native(NativeLookups):
     first = Reference.first
     both = Reference.both
     named = Reference.named
+    value = Reference.value
 
 
 def _rotate(word: int, count: int) -> int:

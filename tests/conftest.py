@@ -15,7 +15,8 @@ from segments import segments_of
 from serving import Served
 
 from shmelim import EliminationManager
-from shmelim.shm import READ_PATH, Namespace, PrivateNamespace, SharedNamespace
+from shmelim.shm import READ_PATH, Namespace, PrivateNamespace, SharedNamespace, adoption, writer
+from shmelim.shm.image import Image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,6 +122,18 @@ def managers(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Callable[.
 def namespace(request: pytest.FixtureRequest, new_name: Callable[[], str]) -> Namespace:
     """A namespace of each kind: what a table does must not depend on where its memory is."""
     return SharedNamespace(new_name()) if request.param == "shared" else PrivateNamespace()
+
+
+@pytest.fixture(params=["native", "pure"])
+def image(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Image]:
+    """Have each kind of image written by the writers of a test: the compiled one, and its reference."""
+    kind, check = Image, adoption.check_copy
+    if request.param == "native":
+        fast = pytest.importorskip("shmelim.shm.fast_image", reason="the extension is not built")
+        kind, check = fast.NativeImage, fast.check_copy
+    monkeypatch.setattr(writer, "Image", kind)
+    monkeypatch.setattr(writer, "check_copy", check)
+    return kind
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -63,9 +63,13 @@ def _ask(name: str) -> dict[str, Any]:
     return answer
 
 
+def _ago(seconds: float | None) -> str:
+    return "unknown: its clock is another" if seconds is None else f"{output.span(seconds)} ago"
+
+
 def _lines(found: dict[str, Any]) -> list[tuple[str, object]]:
     lines: list[tuple[str, object]] = [
         ("status", found["status"]),
-        ("writer", f"process {found['pid']}, last heartbeat {output.span(found['heartbeat_age_s'])} ago"),
+        ("writer", f"process {found['pid']}, last heartbeat {_ago(found['heartbeat_age_s'])}"),
     ]
     return lines + [(problem["severity"], output.problem(problem)) for problem in found["problems"]]

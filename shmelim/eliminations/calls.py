@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, Final, ParamSpec, TypeVar
 
-from shmelim.eliminations.comparing import difference
+from shmelim.eliminations.comparing import difference, packed
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.record import check_hotkeys, check_listed, generate_row
 from shmelim.errors import (
@@ -213,7 +213,7 @@ class Calls:
         if (removed := self._sync_difference(given)) is not None:
             tell(len(given))  # type: ignore[arg-type]  # a list, or there would be no answer
             return removed
-        rows = iter(given)
+        rows = iter(given) if self._published() is None else map(packed, given)
         part = list(islice(rows, _PART))
         if len(part) < _PART:
             with contextlib.suppress(MessageTooLargeError):

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from math import isnan
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import msgspec
 
 from shmelim.eliminations.reading import Reading
-from shmelim.eliminations.record import check_listed, decode, prepare_all
-from shmelim.eliminations.rows import Row, Status, entry_row
-from shmelim.shm import ITEMS, Entry, Namespace, TableReader
+from shmelim.eliminations.record import (
+    SINCE_2020_MS,
+    check_listed,
+    check_record,
+    complete,
+    decode,
+    is_plain,
+    plausible_times,
+)
+from shmelim.eliminations.rows import Row, Status, decode_hotkeys, entry_row
+from shmelim.shm import ITEMS, KEYS, Namespace, TableReader
 
 _TURN: Final = 256
 """Records after which others may have the interpreter: 0.3 ms where nothing differs, 5 ms where all do."""
@@ -25,6 +34,7 @@ _REMEMBERED: Final = 10_000  # hotkeys that changed
 
 _NAN: Final = b"\xf8\0\0\0\0\0\0"  # the end of one, of either sign
 
+_encode = msgspec.msgpack.Encoder().encode
 _encode_into = msgspec.msgpack.Encoder().encode_into
 _decode_records = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -42,9 +52,9 @@ class Settled(Reading):
         found = ((hotkey, entry(hotkey.encode())) for hotkey in hotkeys)
         return {hotkey: entry_row(hotkey, *record) for hotkey, record in found if record is not None}
 
-    def entries(self) -> Mapping[bytes, Entry]:
-        """Return every entry."""
-        return self._table.snapshot().entries
+    def hotkeys(self) -> set[str]:
+        """Return every hotkey that anything is known of."""
+        return {hotkey for flag in Status for hotkey in decode_hotkeys(self.packed_with_version(flag, KEYS)[1])}
 
     def forget(self) -> None:
         """Know of no change before the version that is published now."""
@@ -66,30 +76,32 @@ class Settled(Reading):
 
 
 class Comparison:
-    """A list of records that are to be all there are, compared as it comes with what stood there in ``version``.
+    """A list of records that are to be all there are, compared as it comes with what has stood since ``version``.
 
-    ``changed`` are the records that are new or differ, in the order of the list; ``gone`` the hotkeys that it
-    lacks. For one thread at a time.
+    ``changed`` are the records that are new or differ, in the order of the list; ``gone``, once it is finished,
+    the hotkeys that it lacks. Who uses them looks again at what has changed after ``version``. For one thread at a
+    time.
     """
 
-    def __init__(self, published: Reading) -> None:
+    def __init__(self, published: Reading, since_ms: int = SINCE_2020_MS) -> None:
+        self._published = published
+        self._since_ms = since_ms
+        self.version = published.version
         self.changed: dict[str, bytes] = {}
+        self.notes: dict[str, str] = {}  # what is odd about those, or was filled in
+        self.gone: list[str] = []
         self.size = 0  # bytes of what was ever in it
-        self._same: dict[str, msgspec.Raw] = {}  # what is listed as it stood there
-        self._look(published)
-
-    def _look(self, published: Reading) -> None:
-        self.version, packed = published.packed_with_version(Status.ELIMINATED, ITEMS)
-        self._known = _decode_records(packed)
+        self._same: dict[str, bytes] = {}  # what is listed as it stood there
 
     def __len__(self) -> int:
         return len(self._same) + len(self.changed)
 
-    @property
-    def gone(self) -> list[str]:
-        """The hotkeys that were eliminated and are not listed, in their order."""
+    def finish(self) -> Self:
+        """Look for the hotkeys that the list lacks, in their order."""
+        _, found = self._published.packed_with_version(Status.ELIMINATED, KEYS)
         same, changed = self._same, self.changed
-        return [hotkey for hotkey in self._known if hotkey not in same and hotkey not in changed]
+        self.gone = [hotkey for hotkey in decode_hotkeys(found) if hotkey not in same and hotkey not in changed]
+        return self
 
     def extend(self, records: Iterable[Mapping[str, Any]], first: int = 0) -> int:
         """Add records, the first of which has this place in the list; returns how many were given.
@@ -97,82 +109,106 @@ class Comparison:
         Of a hotkey that is listed twice the last record counts. ValueError and TypeError name the place of one
         that cannot be stored.
         """
-        known, same, changed = self._known, self._same, self.changed
-        buffer, count = bytearray(), 0
+        look_up, same, changed = self._published.encoded_elimination, self._same, self.changed
+        buffer, count, plausible = bytearray(), 0, plausible_times(self._since_ms)
         for record in check_listed(records):
             count += 1
             if count % _TURN == 0:
                 time.sleep(0)
             if type(record) is dict and type(hotkey := record.get("hotkey")) is str:
-                stored = known.get(hotkey)
+                stored = look_up(hotkey)
                 if stored is not None and _is_encoded(record, stored, buffer):
                     same[hotkey] = stored
                     changed.pop(hotkey, None)
                     continue
-            ((hotkey, encoded),) = prepare_all([record], first + count - 1).items()
-            if hotkey in known and means_the_same(encoded, known[hotkey]):
-                same[hotkey] = known[hotkey]
+            try:
+                checked = check_record(record, plausible=plausible)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"elimination {first + count - 1} of the list: {error}") from None
+            hotkey = checked.hotkey
+            stored = look_up(hotkey)
+            encoded, note = complete(checked, stored)
+            if stored is not None and means_the_same(encoded, stored):
+                same[hotkey] = stored
                 changed.pop(hotkey, None)
             else:
                 changed[hotkey] = encoded
                 self.size += len(encoded)
                 same.pop(hotkey, None)
+                if note is not None:
+                    self.notes[hotkey] = note
         return count
 
     def wanted(self, hotkey: str) -> bytes | None:
         """Return the record that is listed for a hotkey; None where there is none."""
-        stored = self._same.get(hotkey)
-        return self.changed.get(hotkey) if stored is None else bytes(stored)
+        return self._same.get(hotkey) or self.changed.get(hotkey)
 
-    def renew(self, published: Reading) -> None:
+    def renew(self) -> None:
         """Compare the same list with what is published by now."""
         listed = self._same | self.changed
-        self._look(published)
-        self.changed, self._same = {}, {}
+        self.version, self.changed, self._same = self._published.version, {}, {}
         for hotkey, record in listed.items():
-            stored = self._known.get(hotkey)
-            if stored is not None and means_the_same(record, stored):
-                self._same[hotkey] = stored
-            else:
-                self.changed[hotkey] = bytes(record)
+            stored = self._published.encoded_elimination(hotkey)
+            is_same = stored is not None and means_the_same(record, stored)
+            (self._same if is_same else self.changed)[hotkey] = record
+        self.finish()
 
 
 class Difference(NamedTuple):
-    """What a list changes in a version of the table of this root; records as they were given."""
+    """What a list changes in a version of the table of this root; records as :func:`packed` returns them."""
 
     root_id: int
     version: int
-    changed: list[dict[str, Any]]
+    changed: list[Any]
     gone: list[str]
 
 
 def difference(published: Reading, records: Sequence[Mapping[str, Any]]) -> Difference | None:
     """Compare a list by its bytes alone; None where that is for the server: odd records, or one listed twice."""
     root_id = published.root_id
-    version, packed = published.packed_with_version(Status.ELIMINATED, ITEMS)
-    known, listed, changed, buffer = _decode_records(packed), set(), [], bytearray()
+    version, found = published.packed_with_version(Status.ELIMINATED, ITEMS)
+    known, listed, changed, buffer = _decode_records(found), set(), [], bytearray()
     for record in records:
         if type(record) is not dict or type(hotkey := record.get("hotkey")) is not str or hotkey in listed:
             return None
         listed.add(hotkey)
         stored = known.get(hotkey)
         if stored is None or not _is_encoded(record, stored, buffer):
-            changed.append(record)
+            changed.append(packed(record))
     return Difference(root_id, version, changed, [hotkey for hotkey in known if hotkey not in listed])
 
 
-def changed_records(published: Reading, records: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
-    """Check and encode records, and return those that do not mean what is published."""
-    prepared = prepare_all(records)
-    stored = {hotkey: published.encoded_elimination(hotkey) for hotkey in prepared}
-    return {
-        hotkey: record
-        for hotkey, record in prepared.items()
-        if (known := stored[hotkey]) is None or not means_the_same(record, known)
-    }
+def packed(record: Any) -> Any:
+    """Return a record ready to be sent: encoded, where it is plain, or as it is."""
+    with suppress(ValueError, TypeError, OverflowError):
+        return msgspec.Raw(_encode(record)) if is_plain(record) else record
+    return record  # what is wrong with it is named where it is sent
 
 
-def _is_encoded(record: dict[str, Any], stored: msgspec.Raw, buffer: bytearray) -> bool:
+def changed_records(
+    published: Reading, records: Iterable[Mapping[str, Any]], since_ms: int = SINCE_2020_MS
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Check and encode records, and return those that do not mean what is published, with notes on some."""
+    changed: dict[str, bytes] = {}
+    notes: dict[str, str] = {}
+    plausible = plausible_times(since_ms)
+    for index, data in enumerate(check_listed(records)):
+        try:
+            checked = check_record(data, plausible=plausible)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"elimination {index} of the list: {error}") from None
+        stored = published.encoded_elimination(checked.hotkey)
+        record, note = complete(checked, stored)
+        if stored is not None and means_the_same(record, stored):
+            changed.pop(checked.hotkey, None)
+            continue
+        changed[checked.hotkey] = record
+        if note is not None:
+            notes[checked.hotkey] = note
+    return changed, notes
+
+
+def _is_encoded(record: dict[str, Any], stored: bytes | msgspec.Raw, buffer: bytearray) -> bool:
     """Tell whether these bytes are the record's as it stands; what cannot be encoded is not."""
     try:
         _encode_into(record, buffer)
@@ -181,14 +217,13 @@ def _is_encoded(record: dict[str, Any], stored: msgspec.Raw, buffer: bytearray) 
     return buffer == memoryview(stored)
 
 
-def means_the_same(one: bytes | msgspec.Raw, other: bytes | msgspec.Raw) -> bool:
+def means_the_same(one: bytes, other: bytes) -> bool:
     """Tell whether two encoded records are the same record."""
-    left, right = bytes(one), bytes(other)
-    if left == right:
+    if one == other:
         return True
-    one_record, other_record = decode(left), decode(right)
+    one_record, other_record = decode(one), decode(other)
     # Equal for Python is what may be the same, but where there are NaNs; it is quick to say that it is not.
-    may_be = one_record == other_record or _NAN in left or _NAN in right
+    may_be = one_record == other_record or _NAN in one or _NAN in other
     return may_be and _are_same(one_record, other_record)
 
 

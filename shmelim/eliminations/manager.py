@@ -20,6 +20,7 @@ from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.rows import Status
 from shmelim.eliminations.rules import Context, EliminationProcessor, processed
 from shmelim.eliminations.rules.loop import run_loop
+from shmelim.eliminations.rules.membership import is_zombie
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, living_writer, open_server
 from shmelim.eliminations.server import EliminationManagerServer
@@ -449,9 +450,9 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             _limited(logging.WARNING, "metagraph", text, hotkey, error)
         return flags & _REGISTERED != 0
 
-    def is_zombie_hotkey(self, hotkey: str, all_hotkeys_set: Container[str]) -> bool:
+    def is_zombie_hotkey(self, hotkey: str | None, all_hotkeys_set: Container[str]) -> bool:
         """Tell whether a hotkey is missing among all hotkeys of the metagraph, the development one excepted."""
-        return hotkey != self.environment.development_hotkey and hotkey not in all_hotkeys_set
+        return is_zombie(hotkey, all_hotkeys_set, self.environment.development_hotkey)
 
 
 def _absolute(path: Path | str | None) -> Path | None:

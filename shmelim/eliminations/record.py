@@ -3,18 +3,22 @@
 A record is a dict of JSON-like values. :func:`normalise` turns whatever a caller hands in (numpy scalars,
 tuples, enum members) into plain Python values or refuses it with an error that names the place;
 :func:`encode` and :func:`decode` are the msgpack codec of the store, the shared table and the channel;
-:func:`prepare` is the first two in one step.
+:func:`check_record` is the first two in one step, and :func:`prepare` fills in what a record lacks, too.
 
 Everything here is a pure function: safe from any thread, and nothing of the argument is kept or changed.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from enum import Enum
-from typing import Any
+from math import isfinite
+from types import NoneType
+from typing import Any, NamedTuple, NoReturn, cast
 
 import msgspec
 
@@ -25,14 +29,24 @@ ELIMINATIONS_KEY = "eliminations"
 MAX_RECORD_BYTES = 1 << 20
 MAX_HOTKEY_BYTES = 255
 MAX_NESTING = 64
-REQUIRED_FIELDS = ("hotkey", "reason", "elimination_initiated_time_ms")
+UNKNOWN = "UNKNOWN"
+SINCE_2020_MS = 1_577_836_800_000
+DAY_MS = 86_400_000
 
+_TIME = "elimination_initiated_time_ms"
 _MIN_INT = -(1 << 63)
 _MAX_INT = (1 << 64) - 1
 _SHOWN = 64
+_MANY = 1000  # containers in containers
+
+_TEXT = frozenset({str})
+_ATOMS = frozenset({str, int, float, bool, type(None)})
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(dict[str, Any])
+
+decode_unchecked = _decoder.decode
+"""What :func:`decode` does where nothing is wrong with the bytes; msgspec.DecodeError for others."""
 
 
 class EliminationReason(str, Enum):  # noqa: UP042 - StrEnum would change str() of a member, which callers log
@@ -57,10 +71,15 @@ class _NotStorableError(TypeError):
     """A value that has no stored form."""
 
 
+def refuse_hotkey(hotkey: object, /) -> NoReturn:
+    """Raise TypeError for a hotkey that is not text, which no read may take for one that is not there."""
+    raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {_short(hotkey)}")
+
+
 def check_hotkey(hotkey: str) -> bytes:
     """Return the UTF-8 bytes of a hotkey; TypeError or ValueError for one that is not fit to be a key."""
     if not isinstance(hotkey, str):
-        raise TypeError(f"a hotkey must be text, not {type(hotkey).__name__}: {_short(hotkey)}")
+        refuse_hotkey(hotkey)
     try:
         key = hotkey.encode()
     except UnicodeEncodeError as error:
@@ -76,11 +95,12 @@ def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, A
     """Check a record and return it as a new dict of plain Python values, its keys in the same order.
 
     Enum members and other ``str`` subclasses become ``str``, numpy scalars the Python number they are, tuples
-    lists, mappings dicts. ``elimination_initiated_time_ms`` may be a float that is a whole number, as old
-    files have it. NaN and infinities are legal. ``hotkey`` is whom the record must be of; None takes its word.
+    lists, mappings dicts, NaN and infinities None. ``elimination_initiated_time_ms`` may be a float that is a
+    whole number, as old files have it. Reason and time may be missing, or None, and are left out then. ``hotkey``
+    is whom the record must be of; None takes its word.
 
-    ValueError names the fields that are missing, the hotkey that is another one or not a valid one, or the limit
-    of nesting or size that is exceeded; TypeError the path of a value that has the wrong type or no stored form,
+    ValueError says that there is no hotkey, that it is another one or not a valid one, or which limit of nesting
+    or size is exceeded; TypeError the path of a value that has the wrong type or no stored form,
     as in ``record['price_info']['BTC/USD']``. About 7 µs for a record of 0.5 kB.
     """
     if not isinstance(data, Mapping):
@@ -98,11 +118,12 @@ def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, A
     except _NotStorableError as error:
         steps = "".join(f"[{_short(step)}]" for step in _path_to_culprit(data))
         raise TypeError(f"record{steps} cannot be stored: {error}") from None
-    if missing := [repr(field) for field in REQUIRED_FIELDS if field not in record]:
-        known = record.get("hotkey", hotkey)
-        whose = "" if known is None else f" of hotkey {_short(known)}"
-        plural = "s" if len(missing) > 1 else ""
-        raise ValueError(f"the elimination record{whose} lacks the required field{plural} {', '.join(missing)}")
+    if "hotkey" not in record:
+        whose = "" if hotkey is None else f" of hotkey {_short(hotkey)}"
+        raise ValueError(f"the elimination record{whose} lacks the required field 'hotkey'")
+    for field in _FILLED_IN:
+        if record.get(field) is None:
+            record.pop(field, None)
     _check_types(record)
     if hotkey is not None and record["hotkey"] != hotkey:
         raise ValueError(f"the record is of hotkey {_short(record['hotkey'])}, not of {_short(hotkey)}")
@@ -128,25 +149,62 @@ def decode(buffer: bytes | bytearray | memoryview) -> dict[str, Any]:
         raise ValueError(f"{len(buffer)} bytes are not an elimination record: {error}") from error
 
 
-def prepare(data: Mapping[str, Any], hotkey: str | None = None) -> tuple[str, bytes]:
-    """Return hotkey and bytes of a record that :func:`normalise` and :func:`encode` accept."""
-    record = normalise(data, hotkey)
-    return record["hotkey"], encode(record)
+class Checked(NamedTuple):
+    """A record that can be stored, but for what it lacks."""
+
+    hotkey: str
+    record: bytes
+    lacks: tuple[str, ...] = ()  # fields that are to be filled in
+    note: str | None = None  # what is odd about it
 
 
-def prepare_all(records: Iterable[Mapping[str, Any]], first: int = 0) -> dict[str, bytes]:
-    """Check and encode a list of records; of a hotkey that is listed twice the last record counts.
+def check_record(
+    data: Mapping[str, Any], hotkey: str | None = None, plausible: tuple[int, int] | None = None
+) -> Checked:
+    """Return hotkey and bytes of a record that :func:`normalise` and :func:`encode` accept, and what it lacks.
 
-    ValueError and TypeError name the place of one that cannot be stored; ``first`` is that of the first.
+    `plausible` are the first and the last time that an elimination may have begun, in ms since 1970, UTC.
     """
-    prepared: dict[str, bytes] = {}
-    for index, record in enumerate(check_listed(records), first):
-        try:
-            hotkey, encoded = prepare(record)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"elimination {index} of the list: {error}") from None
-        prepared[hotkey] = encoded
-    return prepared
+    since, until = plausible_times() if plausible is None else plausible
+    if is_plain(data) and all(type(data.get(field)) in kinds for field, kinds, _ in _FIELDS):
+        # Nearly all are as they are to be; whatever is wrong with one is found and named below.
+        with suppress(ValueError, TypeError, OverflowError):
+            own: str = data["hotkey"]
+            encoded = encode(cast("dict[str, Any]", data))
+            usual = since <= data[_TIME] <= until and not _MAY_BE_INFINITE(encoded)
+            if usual and hotkey in {None, own} and check_hotkey(own):
+                return Checked(own, encoded)
+    record = normalise(data, hotkey)
+    lacks = tuple(field for field in _FILLED_IN if field not in record)
+    notes = []
+    if _TIME in record and not since <= record[_TIME] <= until:
+        notes.append(f"{_TIME} is not plausible")
+    if infinite := [_short(key) for key, value in data.items() if _has_infinite(value)]:
+        notes.append(f"not finite, and None: {', '.join(infinite)}")
+    return Checked(record["hotkey"], encode(record), lacks, "; ".join(notes) or None)
+
+
+def plausible_times(since_ms: int = SINCE_2020_MS) -> tuple[int, int]:
+    """Return the first and the last time that an elimination may have begun, in ms since 1970, UTC."""
+    return since_ms, time.time_ns() // 1_000_000 + DAY_MS
+
+
+def complete(checked: Checked, stored: bytes | msgspec.Raw | None) -> tuple[bytes, str | None]:
+    """Fill in what a record lacks, from the `stored` one of its hotkey where there is one; with a note."""
+    if not checked.lacks:
+        return checked.record, checked.note
+    known = {_REASON: UNKNOWN, _TIME: time.time_ns() // 1_000_000}
+    if stored is not None:
+        known |= decode(bytes(stored))
+    record = decode(checked.record) | {field: known[field] for field in checked.lacks}
+    note = f"filled in: {', '.join(checked.lacks)}"
+    return encode(record), note if checked.note is None else f"{note}; {checked.note}"
+
+
+def prepare(data: Mapping[str, Any], hotkey: str | None = None) -> tuple[str, bytes]:
+    """Return hotkey and bytes of a record, complete; errors as of :func:`check_record`."""
+    checked = check_record(data, hotkey)
+    return checked.hotkey, complete(checked, None)[0]
 
 
 def check_listed(records: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
@@ -190,6 +248,11 @@ def generate_row(
     }
 
 
+_REASON = "reason"
+_FILLED_IN = (_REASON, _TIME)  # where they are missing
+# Floats of which all bits of the exponent are set; other bytes may look like one.
+_MAY_BE_INFINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
+
 _FIELDS = (
     ("hotkey", {str}, "text"),
     ("reason", {str}, "text"),
@@ -200,14 +263,37 @@ _FIELDS = (
 )
 
 
+def is_plain(record: object) -> bool:
+    """Tell whether a record is a dict of nothing but JSON's own types, tuples included; about 2 µs."""
+    if type(record) is not dict:
+        return False
+    level: list[Any] = [record]
+    for _ in range(MAX_NESTING):
+        deeper: list[Any] = []
+        for container in level:
+            kind, values = type(container), container
+            if kind is dict:
+                if not _TEXT.issuperset(map(type, container)):
+                    return False
+                values = container.values()
+            elif kind is not list and kind is not tuple:
+                return False
+            if not _ATOMS.issuperset(map(type, values)):
+                deeper += [value for value in values if type(value) not in _ATOMS]
+        if not deeper or len(deeper) > _MANY:
+            return not deeper
+        level = deeper
+    return False
+
+
 def _check_types(record: dict[str, Any]) -> None:
     """Hold the named fields of a plain record to their types; a float time becomes the int it is."""
-    time_ms = record["elimination_initiated_time_ms"]
+    time_ms = record.get(_TIME)
     if type(time_ms) is float and time_ms.is_integer() and _MIN_INT <= time_ms <= _MAX_INT:
-        record["elimination_initiated_time_ms"] = int(time_ms)
+        record[_TIME] = int(time_ms)
     for field, kinds, wanted in _FIELDS:
         value = record.get(field)
-        if type(value) not in kinds:
+        if type(value) not in kinds and (field in record or field not in _FILLED_IN):
             whose = "" if field == "hotkey" else f" (hotkey {_short(record['hotkey'])})"
             given = f"{type(value).__name__} {_short(value)}"
             raise TypeError(f"record[{field!r}] must be {wanted}, not {given}{whose}")
@@ -231,7 +317,7 @@ def _plain_dict(data: Mapping[Any, Any], depth: int, room: list[int]) -> dict[st
         kind = type(value)
         # The plain types first: they are nearly all there is.
         if (
-            kind is float
+            (kind is float and isfinite(value))
             or (kind is str and len(value) <= _SHOWN and value.isascii())
             or (kind is int and _MIN_INT <= value <= _MAX_INT)
             or value is None
@@ -245,7 +331,7 @@ def _plain_dict(data: Mapping[Any, Any], depth: int, room: list[int]) -> dict[st
 
 def _plain_list(values: list[Any] | tuple[Any, ...], depth: int, room: list[int]) -> list[Any]:
     _enter(len(values), depth, room)
-    return [value if type(value) is float else _plain(value, depth, room) for value in values]
+    return [_plain(value, depth, room) for value in values]
 
 
 def _enter(count: int, depth: int, room: list[int]) -> None:
@@ -268,7 +354,9 @@ def _path_to_culprit(value: Any) -> list[Any]:
 def _plain(value: Any, depth: int, room: list[int]) -> Any:  # noqa: PLR0911 - one flat dispatch
     """Return the plain form of any one value, or raise for one that has none."""
     kind = type(value)
-    if kind is float or value is None or kind is bool:
+    if kind is float:
+        return value if isfinite(value) else None
+    if value is None or kind is bool:
         return value
     if isinstance(value, str):
         _take(room, len(value))
@@ -279,7 +367,7 @@ def _plain(value: Any, depth: int, room: list[int]) -> Any:  # noqa: PLR0911 - o
         return _plain_list(value, depth + 1, room)
     number = _plain_number(value)
     if number is not None:
-        return number
+        return number if isfinite(number) else None
     if isinstance(value, Enum) and isinstance(value.value, str):
         return _plain_text(value.value)
     container = plain_container(value)
@@ -323,6 +411,17 @@ def _take(room: list[int], count: int) -> None:
     room[0] -= count
     if room[0] < 0:
         raise ValueError(f"the record takes more than {MAX_RECORD_BYTES} bytes, the most that is allowed")
+
+
+def _has_infinite(value: Any) -> bool:
+    """Tell whether a value is, or holds, a number that is not finite; of what cannot be looked at it does not."""
+    with suppress(Exception):
+        if isinstance(value, Mapping):
+            return any(map(_has_infinite, value.values()))
+        if isinstance(value, (list, tuple)):
+            return any(map(_has_infinite, value))
+        return not isinstance(value, (str, int, bool, NoneType)) and not isfinite(value)
+    return False
 
 
 def _short(value: object) -> str:

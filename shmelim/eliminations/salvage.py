@@ -19,13 +19,13 @@ from shmelim.eliminations.record import (
     MAX_HOTKEY_BYTES,
     MAX_NESTING,
     MAX_RECORD_BYTES,
+    UNKNOWN,
     check_hotkey,
     encode,
     normalise,
 )
 from shmelim.system.containers import plain_container
 
-UNKNOWN: Final = "UNKNOWN"
 _TIME: Final = "elimination_initiated_time_ms"
 _BARE: Final = {"reason": UNKNOWN, _TIME: 0}
 
@@ -42,7 +42,7 @@ def salvage(data: Any, now_ms: int, reason: str = UNKNOWN) -> tuple[dict[str, An
         encode(record)
     except Exception:  # a stranger's object may raise anything where it is looked at
         return _pieced_together(data, now_ms, reason)
-    return record, []
+    return (record, []) if record.keys() >= _BARE.keys() else _pieced_together(data, now_ms, reason)
 
 
 def _pieced_together(data: Any, now_ms: int, reason: str) -> tuple[dict[str, Any], list[str]]:

@@ -27,8 +27,19 @@ from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode,
 from shmelim.eliminations.files.taking import clear_gone, read_state, take_files
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
-from shmelim.eliminations.record import check_hotkey, check_hotkeys, decode, generate_row, prepare
+from shmelim.eliminations.record import (
+    SINCE_2020_MS,
+    check_hotkey,
+    check_hotkeys,
+    check_record,
+    complete,
+    decode,
+    generate_row,
+    plausible_times,
+    refuse_hotkey,
+)
 from shmelim.eliminations.rules import EliminationProcessor, processed
+from shmelim.eliminations.rules.membership import is_zombie
 from shmelim.eliminations.runtime import lock_state, secure_state
 from shmelim.eliminations.starting.beginning import Choices, adopt, begin
 from shmelim.eliminations.starting.imports import import_departed, imported, merge_once
@@ -397,10 +408,10 @@ class EliminationManagerServer(DebtMethods):
 
     # ------------------------------------------------------------------ reading
 
-    def is_hotkey_eliminated_rpc(self, hotkey: str) -> bool:
+    def is_hotkey_eliminated_rpc(self, hotkey: str | None) -> bool:
         return self.reader.is_hotkey_eliminated(hotkey)
 
-    def get_elimination_rpc(self, hotkey: str) -> dict[str, Any] | None:
+    def get_elimination_rpc(self, hotkey: str | None) -> dict[str, Any] | None:
         return self.reader.get_elimination(hotkey)
 
     def get_eliminated_hotkeys_rpc(self) -> set[str]:
@@ -415,25 +426,26 @@ class EliminationManagerServer(DebtMethods):
     def get_eliminations_dict_rpc(self) -> dict[str, dict[str, Any]]:
         return self.reader.get_eliminations_dict()
 
-    def is_hotkey_re_registered_rpc(self, hotkey: str) -> bool:
+    def is_hotkey_re_registered_rpc(self, hotkey: str | None) -> bool:
         return self.reader.is_hotkey_re_registered(hotkey)
 
     def get_departed_hotkeys_rpc(self) -> dict[str, dict[str, int]]:
         return self.reader.get_departed_hotkeys()
 
-    def get_departed_hotkey_info_rpc(self, hotkey: str) -> dict[str, int] | None:
+    def get_departed_hotkey_info_rpc(self, hotkey: str | None) -> dict[str, int] | None:
         return self.reader.get_departed_hotkey_info(hotkey)
 
-    def is_zombie_hotkey_rpc(self, hotkey: str, all_hotkeys_set: Container[str]) -> bool:
+    def is_zombie_hotkey_rpc(self, hotkey: str | None, all_hotkeys_set: Container[str]) -> bool:
         """Tell whether a hotkey is missing among all hotkeys of the metagraph, the development one excepted."""
-        check_hotkey(hotkey)
         processor = self._processor
         own = DEVELOPMENT_HOTKEY if processor is None else processor.context.environment.development_hotkey
-        return hotkey != own and hotkey not in all_hotkeys_set
+        return is_zombie(hotkey, all_hotkeys_set, own)
 
     def get_history_rpc(
         self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
     ) -> list[dict[str, Any]]:
+        if hotkey is not None and not isinstance(hotkey, str):
+            refuse_hotkey(hotkey)
         limit = HISTORY_LIMIT if limit is None else limit
         if not 0 <= limit <= HISTORY_LIMIT:
             raise ValueError(f"limit must be 0 to {HISTORY_LIMIT:,}, not {limit!r}; go on with before_id")
@@ -442,8 +454,12 @@ class EliminationManagerServer(DebtMethods):
     # ------------------------------------------------------------------ changing
 
     def add_elimination_rpc(self, hotkey: str, data: Mapping[str, Any]) -> bool:
-        check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
-        return self._change(changes.add, *prepare(data, hotkey))
+        check_hotkey(hotkey)  # which also refuses None: check_record would take the record's word for it
+        checked = check_record(data, hotkey, plausible_times(self._since_ms()))
+        record, note = complete(checked, self.reader.encoded_elimination(hotkey) if checked.lacks else None)
+        if note is not None:
+            self._warn({hotkey: note})
+        return self._change(changes.add, hotkey, record, note)
 
     def append_elimination_row_rpc(
         self,
@@ -475,7 +491,7 @@ class EliminationManagerServer(DebtMethods):
 
     def begin_upload_rpc(self) -> str:
         """Begin a list that is too large for one message; returns its token."""
-        return self._uploads.begin(Comparison(self.reader))
+        return self._uploads.begin(Comparison(self.reader, self._since_ms()))
 
     def upload_rpc(self, token: str, eliminations: Sequence[Mapping[str, Any]]) -> int:
         """Add records to an upload; returns how many it has."""
@@ -495,16 +511,31 @@ class EliminationManagerServer(DebtMethods):
         """Sync to a list of which a client found this to differ from a version; None where that may not be all."""
         if root_id != self.reader.root_id:
             return None
-        records = changed_records(self.reader, changed)
-        return self._change(changes.sync_difference, version, records, check_hotkeys(gone))
+        records, notes = changed_records(self.reader, changed, self._since_ms())
+        self._warn(notes)
+        return self._change(changes.sync_difference, version, records, check_hotkeys(gone), notes=notes)
 
     def _replace(self, eliminations: Iterable[Mapping[str, Any]], reason: str) -> list[str]:
-        comparison = Comparison(self.reader)
+        comparison = Comparison(self.reader, self._since_ms())
         comparison.extend(eliminations)
         return self._sync(comparison, reason)
 
     def _sync(self, comparison: Comparison, reason: str) -> list[str]:
-        return self._change(changes.sync, comparison, reason)
+        self._warn(comparison.notes)
+        return self._change(changes.sync, comparison.finish(), reason)
+
+    def _since_ms(self) -> int:
+        """Return from when on the time of an elimination is plausible."""
+        processor = self._processor
+        return SINCE_2020_MS if processor is None else processor.context.environment.plausible_since_ms
+
+    @staticmethod
+    def _warn(notes: Mapping[str, str]) -> None:
+        """Say once a call that records were not as they should be."""
+        if notes:
+            hotkey, note = next(iter(notes.items()))
+            text = "%d eliminations are not as they should be, and were taken; the first, of %r: %s"
+            _limited(logging.WARNING, "odd", text, len(notes), hotkey, note)
 
     def clear_eliminations_rpc(self) -> None:
         self._replace((), "clear")

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from shmelim.shm.lookups import HEADS, ITEMS, KEYS, VALUES, flag_choice, flag_test
+from shmelim.shm.lookups import HEADS, ITEMS, KEYS, VALUES, decoded, flag_choice, flag_test
 from shmelim.shm.native import READ_PATH
 from shmelim.shm.reader import (
     LOADING_NUMPY,
@@ -51,6 +51,7 @@ __all__ = [
     "WriterInfo",
     "WriterState",
     "check_name",
+    "decoded",
     "flag_choice",
     "flag_test",
 ]

@@ -1,4 +1,5 @@
-/* The compiled read path: lookups in the shared table, straight from the caller's call to shared memory.
+/* The compiled paths: lookups in the shared table, straight from the caller's call to shared memory, and the loops over
+ * entries of its writer.
  *
  * What: five types, none of which knows what the table is used for.
  *
@@ -7,6 +8,7 @@
  *     Table        lookups by bytes; holds the view that is current, and calls _attach() when the generation moved
  *                  and _look_at_name() when the writer seems dead
  *     Lookups      lookups by text in a Table; the base of whoever gives flags and records a meaning
+ *     Image        a copy of the table as its writer changes it; has nothing to do with the others
  *     ReleaseWord  one word that a writer stores with release semantics
  *
  * How: every lookup is the loop of memory-format.md: load the version (acquire), look into the copy that it names,
@@ -27,6 +29,7 @@
 
 #include "batch.h"
 #include "collect.h"
+#include "image.h"
 #include "lookups.h"
 #include "memory.h"
 
@@ -186,11 +189,11 @@ static PyType_Spec release_word_spec = {
 /* ------------------------------------------------------------------ the module */
 
 /* Put a method of one text argument into a subclass of Lookups: (cls, name, doc, which). Which 0 to 3: whether its flags
- * have all of the mask of that number; 4: the choice that its flags select. */
+ * have all of the mask of that number; 4: the choice that its flags select; 5: what its record is decoded to. */
 static PyObject *
 bind(PyObject *module, PyObject *args)
 {
-    static const _PyCFunctionFastWithKeywords functions[] = {test_0, test_1, test_2, test_3, choose};
+    static const _PyCFunctionFastWithKeywords functions[] = {test_0, test_1, test_2, test_3, choose, decoded};
     PyTypeObject *type;
     const char *name, *doc;
     Py_ssize_t name_size, doc_size;
@@ -199,8 +202,8 @@ bind(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "O!s#s#b:bind", &PyType_Type, &type, &name, &name_size, &doc, &doc_size, &which)) {
         return NULL;
     }
-    if (!PyType_IsSubtype(type, state->lookups_type) || which > TESTS) {
-        PyErr_SetString(PyExc_TypeError, "bind needs a subclass of Lookups, and a number from 0 to 4");
+    if (!PyType_IsSubtype(type, state->lookups_type) || which > TESTS + 1) {
+        PyErr_SetString(PyExc_TypeError, "bind needs a subclass of Lookups, and a number from 0 to 5");
         return NULL;
     }
     /* A definition must outlive every descriptor and every bound method made from it, and nothing tells when the last of
@@ -282,6 +285,7 @@ module_exec(PyObject *module)
         || (state->view_type = add_type(module, &view_spec)) == NULL
         || (state->table_type = add_type(module, &table_spec)) == NULL
         || (state->lookups_type = add_type(module, &lookups_spec)) == NULL
+        || (state->image_type = add_type(module, &image_spec)) == NULL
         || (release_word = add_type(module, &release_word_spec)) == NULL) {
         return -1;
     }
@@ -298,6 +302,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->view_type);
     Py_VISIT(state->table_type);
     Py_VISIT(state->lookups_type);
+    Py_VISIT(state->image_type);
     return 0;
 }
 
@@ -310,6 +315,7 @@ module_clear(PyObject *module)
     Py_CLEAR(state->view_type);
     Py_CLEAR(state->table_type);
     Py_CLEAR(state->lookups_type);
+    Py_CLEAR(state->image_type);
     return 0;
 }
 

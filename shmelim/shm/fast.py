@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partialmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from shmelim.shm import _native
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _TESTS: Final = 4
 _CHOICE: Final = _TESTS
+_DECODED: Final = _TESTS + 1
 
 
 class NativeView(_native.View, View):
@@ -24,7 +26,7 @@ class NativeView(_native.View, View):
 
     def __init__(self, segment: Segment, version: int, root: Segment) -> None:
         View.__init__(self, segment, version, root)
-        self._map(root.memory, segment.memory, segment.label, *self.header[:5])
+        self._map(root.memory, segment.window, segment.label, *self.header[:5])
 
 
 class NativeTableReader(_native.Table, TableReader):
@@ -45,29 +47,37 @@ class NativeTableReader(_native.Table, TableReader):
 class NativeLookups(_native.Lookups, Lookups):
     """:class:`Lookups` that reach the extension without a Python frame.
 
-    Methods marked by :func:`flag_test` and :func:`flag_choice` are replaced by C functions that do the same, in
-    every subclass anew, since the interpreter is quickest with a method of the very type of its object.
+    Methods marked by :func:`flag_test`, :func:`flag_choice` and :func:`decoded` are replaced by C functions that
+    do the same, in every subclass anew, since the interpreter is quickest with a method of the very type of its
+    object.
     """
 
     __slots__ = ()
 
     _methods: ClassVar[dict[str, Any]]
     _settings: ClassVar[tuple[Any, ...]]
+    _decoding: ClassVar[
+        Any
+    ]  # the decoded method as it was, to be asked where decode raises; does not bear its mark
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls._methods = _marked_methods(cls)
         masks = [cls._member]
-        choices, argument = None, "key"
+        choices, decode, argument = None, None, "key"
         for method in cls._methods.values():
-            argument = method.__code__.co_varnames[1]
-            if method.__mark__.choices is not None:
-                choices = method.__mark__.choices
-            elif method.__mark__.mask not in masks:
-                masks.append(method.__mark__.mask)
-        cls._settings = ((*masks, *[0] * (_TESTS - len(masks))), choices, argument, cls._head)
+            mark, argument = method.__mark__, method.__code__.co_varnames[1]
+            if mark.decode is not None:
+                decode, cls._decoding = mark.decode, partialmethod(method)
+            elif mark.choices is not None:
+                choices = mark.choices
+            elif mark.mask not in masks:
+                masks.append(mark.mask)
+        padded = (*masks, *[0] * (_TESTS - len(masks)))
+        cls._settings = (padded, choices, argument, cls._head, decode)
         for name, method in cls._methods.items():
-            which = _CHOICE if method.__mark__.choices is not None else masks.index(method.__mark__.mask)
+            mark = method.__mark__
+            which = masks.index(mark.mask) if mark.mask else _DECODED if mark.decode is not None else _CHOICE
             _native.bind(cls, name, f"{name}($self, {argument})\n--\n\n{method.__doc__ or ''}", which)
 
     def _collect(self, mask: int, form: int) -> tuple[int, bytes] | None:

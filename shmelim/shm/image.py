@@ -4,12 +4,14 @@ An :class:`Image` works on a copy that no reader looks at; publishing is somebod
 (``writer.py``). Open addressing with linear probing; removal shifts the rest of the cluster back instead of
 leaving tombstones (Knuth, *The Art of Computer Programming* 3, section 6.4, algorithm R), so that probes stay
 as short as the load says.
+
+This is the reference, in pure Python. ``fast_image.py`` has the same over the extension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,17 +48,14 @@ from shmelim.shm.segment import Segment
 _FILL_CHUNK = 1 << 20
 
 
-class Change(NamedTuple):
-    """What a transaction does to one key; ``flags`` None removes it, ``ordinal`` None keeps or gives one."""
+Change: TypeAlias = tuple[bytes, int | None, bytes, int | None]
+"""What a transaction does to one key: (key, flags, record, ordinal), all of them checked.
 
-    key: bytes
-    flags: int | None
-    record: bytes
-    ordinal: int | None
+Flags None remove it; ordinal None keeps the one that it has, or gives it the next."""
 
 
 class Image:
-    """One of the two copies in a writable segment.
+    """One of the two copies in a writable segment; ``head`` are the words of its header.
 
     Single-threaded: only the writer's thread may use it, and only while the version word names the other copy.
     """
@@ -65,8 +64,8 @@ class Image:
         self.header = header
         self._memory = segment.memory
         self._words = segment.words
-        self._head = header.copy_base(copy) // WORD
-        self._base = header.copy_base(copy)
+        at = header.copy_base(copy) // WORD
+        self.head = segment.words[at : at + COPY_HEADER_SIZE // WORD]
         self._slots = header.slots_base(copy) // WORD
         self._arena = header.arena_base(copy)
         self._mask = header.capacity - 1
@@ -81,78 +80,101 @@ class Image:
     @property
     def used(self) -> int:
         """Bytes of the arena that are written."""
-        return self._words[self._head + USED]
+        return self.head[USED]
 
     @property
     def count(self) -> int:
         """Entries."""
-        return self._words[self._head + COUNT]
+        return self.head[COUNT]
 
     @property
     def live(self) -> int:
         """Bytes of the arena that current entries take."""
-        return self._words[self._head + LIVE]
+        return self.head[LIVE]
 
     @property
     def next_ordinal(self) -> int:
         """The ordinal of the next new key."""
-        return self._words[self._head + NEXT_ORDINAL]
+        return self.head[NEXT_ORDINAL]
 
     @property
     def flag_counts(self) -> list[int]:
         """How many entries have each of the flags."""
-        at = self._head + FLAG_COUNTS
-        return self._words[at : at + FLAG_BITS].tolist()
+        return self.head[FLAG_COUNTS : FLAG_COUNTS + FLAG_BITS].tolist()
 
     @property
     def commit(self) -> int:
         """The number of the store's commit that made this state."""
-        return self._words[self._head + COMMIT]
+        return self.head[COMMIT]
 
     @commit.setter
     def commit(self, number: int) -> None:
-        self._words[self._head + COMMIT] = number
+        self.head[COMMIT] = number
 
     def begin_overwrite(self) -> None:
         """Move the epoch: what readers took for an append-only log is about to be written over.
 
         Must be seen before the first such store.
         """
-        epoch = self._head + EPOCH
-        self._words[epoch] = self._words[epoch] + 1 & MAX_WORD  # it may be what a stranger left
+        self.head[EPOCH] = self.head[EPOCH] + 1 & MAX_WORD  # it may be what a stranger left
         fence()
 
     # ------------------------------------------------------------------ changes
 
     def apply(self, changes: Sequence[Change]) -> None:
         """Carry out changes in order. The caller has made sure that slots and arena have room for all."""
-        for change in changes:
-            if change.flags is None:
-                self._remove(change.key)
+        for key, flags, record, ordinal in changes:
+            if flags is None:
+                self._remove(key)
             else:
-                self._put(change.key, change.flags, change.record, change.ordinal)
+                self._put(key, flags, record, ordinal)
+
+    def follow(self, source: Image) -> None:
+        """Bring this copy, whose log ``source`` has continued, up to that one."""
+        at, end = self.used, source.used
+        self._memory[self._arena + at : self._arena + end] = source._memory[
+            source._arena + at : source._arena + end
+        ]
+        while at < end:
+            start = self._arena + at
+            ordinal, _, length, key_length, flags, kind = ARENA_ENTRY.unpack_from(self._memory, start)
+            key = self._memory[start + ENTRY_HEADER : start + ENTRY_HEADER + key_length]
+            size = entry_size(key_length, length)
+            digest, index, packed = self._find(key)
+            if packed:
+                self._forget(packed)
+            if kind == KIND_PUT:
+                self._point(index, digest, key, flags, ordinal, at, size)
+            else:
+                self._empty(index)
+            at += size
+            self.head[USED] = at
 
     def count_new(self, changes: Sequence[Change]) -> int:
         """Return how many keys that changes put are not in this copy."""
-        put = {change.key for change in changes if change.flags is not None}
-        return sum(not self._find(key, layout.key_hash(key, self.header.seed))[1] for key in put)
+        return self._missing({key for key, flags, _, _ in changes if flags is not None})
 
-    def _find(self, key: bytes, digest: int) -> tuple[int, int]:
-        """Return slot index and packed word of ``key``, or those of the empty slot where it would go."""
+    def _missing(self, keys: Collection[bytes]) -> int:
+        """Return how many of these keys are absent."""
+        return sum(not self._find(key)[2] for key in keys)
+
+    def _find(self, key: bytes) -> tuple[int, int, int]:
+        """Return hash, slot index and packed word of ``key``; its slot is the empty one where it would go."""
         words, mask = self._words, self._mask
+        digest = layout.key_hash(key, self.header.seed)
         length, inline = len(key), key[:INLINE_KEY]
         index = digest & mask
         while True:
             slot = self._slots + index * SLOT_WORDS
             packed = words[slot + PACKED]
             if not packed:
-                return index, 0
+                return digest, index, 0
             if words[slot] == digest and packed >> KEY_LENGTH_SHIFT & 0xFF == length:
                 start = (slot + 1) * WORD
                 if self._memory[start : start + len(inline)] == inline and (
                     length <= INLINE_KEY or self._key_at(packed) == key
                 ):
-                    return index, packed
+                    return digest, index, packed
             index = (index + 1) & mask
 
     def _key_at(self, packed: int) -> bytes:
@@ -160,26 +182,29 @@ class Image:
         return self._memory[start : start + (packed >> KEY_LENGTH_SHIFT & 0xFF)]
 
     def _append(self, entry: bytes) -> int:
-        words, used = self._words, self._head + USED
-        offset = words[used]
+        offset = self.head[USED]
         start = self._arena + offset
         self._memory[start : start + len(entry)] = entry
-        words[used] = offset + len(entry)
+        self.head[USED] = offset + len(entry)
         return offset
 
     def _put(self, key: bytes, flags: int, record: bytes, ordinal: int | None) -> None:
-        words = self._words
-        digest = layout.key_hash(key, self.header.seed)
-        index, packed = self._find(key, digest)
+        digest, index, packed = self._find(key)
         if packed:
             old_ordinal = self._forget(packed)
             ordinal = old_ordinal if ordinal is None else ordinal
         elif ordinal is None:
-            ordinal = words[self._head + NEXT_ORDINAL]
-        words[self._head + NEXT_ORDINAL] = max(words[self._head + NEXT_ORDINAL], ordinal + 1)
+            ordinal = self.next_ordinal
         entry = pack_entry(self.header.seed, KIND_PUT, key, flags, ordinal, record)
-        offset = self._append(entry)
-        self._count(flags, len(entry), 1)
+        self._point(index, digest, key, flags, ordinal, self._append(entry), len(entry))
+
+    def _point(
+        self, index: int, digest: int, key: bytes, flags: int, ordinal: int, offset: int, size: int
+    ) -> None:
+        """Let a slot lead to an entry of the log."""
+        words = self._words
+        self.head[NEXT_ORDINAL] = max(self.head[NEXT_ORDINAL], ordinal + 1)
+        self._count(flags, size, 1)
         slot = self._slots + index * SLOT_WORDS
         words[slot] = digest
         start = (slot + 1) * WORD
@@ -194,19 +219,23 @@ class Image:
         return int(ordinal)
 
     def _count(self, flags: int, size: int, sign: int) -> None:
-        words, head = self._words, self._head
-        words[head + COUNT] += sign
-        words[head + LIVE] += sign * size
+        head = self.head
+        head[COUNT] += sign
+        head[LIVE] += sign * size
         for bit in range(FLAG_BITS):
             if flags >> bit & 1:
-                words[head + FLAG_COUNTS + bit] += sign
+                head[FLAG_COUNTS + bit] += sign
 
     def _remove(self, key: bytes) -> None:
-        hole, packed = self._find(key, layout.key_hash(key, self.header.seed))
+        _, index, packed = self._find(key)
         if not packed:
             return
         ordinal = self._forget(packed)
         self._append(pack_entry(self.header.seed, KIND_REMOVE, key, 0, ordinal, b""))
+        self._empty(index)
+
+    def _empty(self, hole: int) -> None:
+        """Empty a slot, and shift back what follows."""
         rows, mask = self.rows, self._mask
         index = hole
         while True:
@@ -231,7 +260,7 @@ class Image:
     def fill(self, changes: Sequence[Change]) -> None:
         """Put entries with distinct keys into this copy, which must be empty; quicker than :meth:`apply`."""
         seed = self.header.seed
-        next_ordinal = self._words[self._head + NEXT_ORDINAL]
+        next_ordinal = self.next_ordinal
         offset = self.used
         packed: list[int] = []
         parts: list[bytes] = []
@@ -250,7 +279,7 @@ class Image:
                 offset, pending, parts = offset + pending, 0, []
         self._append(b"".join(parts))
         used = offset + pending
-        keys = [change.key for change in changes]
+        keys = [change[0] for change in changes]
         digest = layout.key_hash
         rows = np.zeros((len(keys), SLOT_WORDS), np.uint64)
         rows[:, 0] = np.fromiter((digest(key, seed) for key in keys), np.uint64, len(keys))
@@ -296,18 +325,17 @@ class Image:
             target.begin_overwrite()
         target.arena[arena_from : self.used] = self.arena[arena_from : self.used]
         target.rows[:] = self.rows
-        head = self._memory[self._base : self._base + COPY_HEADER_SIZE]
-        target._memory[target._base + WORD : target._base + COPY_HEADER_SIZE] = head[WORD:]
+        target.head[EPOCH + 1 :] = self.head[EPOCH + 1 :]
 
     def _set_header(self, used: int, count: int, next_ordinal: int, counts: Sequence[int]) -> None:
         """Describe a copy without garbage."""
-        words, head = self._words, self._head
-        words[head + USED] = used
-        words[head + COUNT] = count
-        words[head + NEXT_ORDINAL] = next_ordinal
-        words[head + LIVE] = used
+        head = self.head
+        head[USED] = used
+        head[COUNT] = count
+        head[NEXT_ORDINAL] = next_ordinal
+        head[LIVE] = used
         for bit in range(FLAG_BITS):
-            words[head + FLAG_COUNTS + bit] = counts[bit]
+            head[FLAG_COUNTS + bit] = counts[bit]
 
 
 def inline_keys(keys: Sequence[bytes]) -> NDArray[np.uint64]:

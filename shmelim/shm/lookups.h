@@ -14,6 +14,7 @@ typedef struct {
     uint8_t skip;
     PyObject *choices; /* a tuple, by flags */
     PyObject *argument; /* the name that callers give a key */
+    PyObject *decode;   /* what makes a result of a record; or NULL */
 } Lookups;
 
 static int
@@ -23,33 +24,67 @@ no_table(void)
     return -1;
 }
 
-/* Have the subclass say in its own words what is wrong with a key that is not a text. */
+/* Call a method with one argument, whatever that is: of a tuple, PyObject_CallMethod makes several. */
+static PyObject *
+call_with(PyObject *op, const char *method, PyObject *argument)
+{
+    PyObject *name = PyUnicode_FromString(method);
+    PyObject *result = name == NULL ? NULL : PyObject_CallMethodOneArg(op, name, argument);
+    Py_XDECREF(name);
+    return result;
+}
+
+/* Have the subclass say in its own words what is wrong with a key that is not a text. Runs Python code, in which a list
+ * that the key was taken from may be emptied: the key is held. */
 static int
 refuse(PyObject *op, PyObject *key)
 {
-    PyObject *result = PyObject_CallMethod(op, "_refuse", "O", key);
+    Py_INCREF(key);
+    PyObject *result = call_with(op, "_refuse", key);
     if (result != NULL) {
         Py_DECREF(result);
         PyErr_Format(PyExc_TypeError, "key must be text, not %.200s", Py_TYPE(key)->tp_name);
     }
+    Py_DECREF(key);
     return -1;
 }
 
-/* Any text that is not plain ASCII; and None, which is in no table, as it is in no dict of texts. */
+/* Tell whether a text has lone surrogates, and so no UTF-8. Looked for rather than tried: an exception is an object that
+ * the garbage collector counts, and what that runs may free the very text. */
+static bool
+has_surrogates(PyObject *text)
+{
+    const int kind = PyUnicode_KIND(text);
+    const void *characters = PyUnicode_DATA(text);
+    for (Py_ssize_t n = 0; kind != PyUnicode_1BYTE_KIND && n < PyUnicode_GET_LENGTH(text); n++) {
+        if (Py_UNICODE_IS_SURROGATE(PyUnicode_READ(kind, characters, n))) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Any text that is not plain ASCII; and None, which is in no table, as it is in no dict of texts. Nothing here but what
+ * ends in an error runs Python code. */
 static int
 text_key_slow(PyObject *op, PyObject *key, const unsigned char **data, size_t *size)
 {
     if (!PyUnicode_Check(key)) {
         return key == Py_None ? 0 : refuse(op, key);
     }
+#if PY_VERSION_HEX < 0x030C0000
+    if (PyUnicode_READY(key) < 0) {
+        return -1;
+    }
+#endif
+    /* A character takes a byte at least. */
+    if (PyUnicode_GET_LENGTH(key) > MAX_KEY || has_surrogates(key)) {
+        return 0;
+    }
     Py_ssize_t length;
     *data = (const unsigned char *)PyUnicode_AsUTF8AndSize(key, &length);
     if (*data == NULL) {
-        if (!PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) {
-            return -1;
-        }
-        PyErr_Clear();
-        return 0;
+        return -1;
     }
     *size = (size_t)length;
     return 1;
@@ -186,6 +221,26 @@ use_body(PyObject *op, PyObject *key, PyObject *decode)
 }
 
 static PyObject *
+decoded(PyObject *op, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    Lookups *self = (Lookups *)op;
+    PyObject *key = LIKELY(count == 1 && names == NULL) ? args[0] : only_argument(op, args, count, names);
+    PyObject *record = key == NULL ? NULL : use_body(op, key, NULL);
+    if (record == NULL || record == Py_None || self->decode == NULL) {
+        return record;
+    }
+    /* With room before it, as bound methods like it. */
+    PyObject *arguments[2] = {NULL, record};
+    PyObject *result = PyObject_Vectorcall(self->decode, arguments + 1, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    Py_DECREF(record);
+    if (UNLIKELY(result == NULL) && PyErr_ExceptionMatches(PyExc_Exception)) {
+        PyErr_Clear();
+        result = call_with(op, "_decoding", key);
+    }
+    return result;
+}
+
+static PyObject *
 lookups_record(PyObject *op, PyObject *key)
 {
     return use_body(op, key, NULL);
@@ -220,31 +275,37 @@ lookups_get_table(PyObject *op, void *Py_UNUSED(closure))
     return table;
 }
 
-/* Takes from the class, too, what its methods test for: (masks, choices or None, name of the argument, skip). */
+/* Takes from the class, too, what its methods are made of: (masks, choices or None, name of the argument, skip, decode or
+ * None). */
 static int
 lookups_set_table(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
 {
     Lookups *self = (Lookups *)op;
-    PyObject *masks, *choices, *argument;
+    PyObject *masks, *choices, *argument, *decode;
     if (value == NULL || self->table != NULL || !PyObject_TypeCheck(value, state_of(op)->table_type)) {
         PyErr_SetString(PyExc_TypeError, "_table is a Table, and set once");
         return -1;
     }
+    /* Reading the settings may run Python code, and so may set the table. */
     PyObject *settings = PyObject_GetAttrString((PyObject *)Py_TYPE(op), "_settings");
     if (settings != NULL
-        && PyArg_ParseTuple(settings, "O!OUb", &PyTuple_Type, &masks, &choices, &argument, &self->skip)
+        && PyArg_ParseTuple(settings, "O!OUbO", &PyTuple_Type, &masks, &choices, &argument, &self->skip, &decode)
         && PyArg_ParseTuple(masks, "bbbb", &self->masks[0], &self->masks[1], &self->masks[2], &self->masks[3])) {
         if (choices != Py_None && !(PyTuple_Check(choices) && PyTuple_GET_SIZE(choices) == FLAGS)) {
             PyErr_Format(PyExc_TypeError, "choices must be a tuple of %d", FLAGS);
         }
+        else if (self->table != NULL) {
+            PyErr_SetString(PyExc_TypeError, "_table is a Table, and set once");
+        }
         else {
             self->choices = choices == Py_None ? NULL : Py_NewRef(choices);
             self->argument = Py_NewRef(argument);
+            self->decode = decode == Py_None ? NULL : Py_NewRef(decode);
             self->table = (Table *)Py_NewRef(value);
         }
     }
     Py_XDECREF(settings);
-    return self->table == NULL ? -1 : 0;
+    return PyErr_Occurred() == NULL ? 0 : -1;
 }
 
 static void
@@ -254,6 +315,7 @@ lookups_dealloc(PyObject *op)
     Py_XDECREF(self->table);
     Py_XDECREF(self->choices);
     Py_XDECREF(self->argument);
+    Py_XDECREF(self->decode);
     free_object(op);
 }
 

@@ -1,8 +1,8 @@
 """Lookups by text: the base of a class that gives the table's keys, flags and records a meaning.
 
 This is the reference, in pure Python. ``fast.py`` has the same over the compiled read path, which also takes the
-place of the methods that are marked with :func:`flag_test` and :func:`flag_choice`: their bodies are what they do
-here, and say what they do there.
+place of the methods that are marked with :func:`flag_test`, :func:`flag_choice` and :func:`decoded`: their bodies
+are what they do here, and say what they do there.
 """
 
 from __future__ import annotations
@@ -29,20 +29,33 @@ HEADS: Final = 3
 
 
 class Mark(NamedTuple):
-    """What a marked method does: a test for all flags of ``mask``, or the one of ``choices`` that they select."""
+    """What a marked method does.
+
+    It tests for all flags of ``mask``, or returns the one of ``choices`` that they select, or what ``decode``
+    makes of the record's body.
+    """
 
     mask: int
-    choices: tuple[Any, ...] | None
+    choices: tuple[Any, ...] | None = None
+    decode: Callable[[bytes], Any] | None = None
 
 
 def flag_test(mask: int) -> Callable[[Method], Method]:
     """Mark a method of one text that tells whether its flags have all of ``mask``."""
-    return partial(_marked, Mark(mask, None))
+    return partial(_marked, Mark(mask))
 
 
 def flag_choice(choices: tuple[Any, ...]) -> Callable[[Method], Method]:
     """Mark a method of one text that returns what its flags select from ``choices``, of which there are 256."""
     return partial(_marked, Mark(0, choices))
+
+
+def decoded(decode: Callable[[bytes], Any]) -> Callable[[Method], Method]:
+    """Mark a method of one text that returns what ``decode`` makes of its record's body, or None without one.
+
+    Where ``decode`` raises, the method's own body is asked, which says what is wrong. A class has one ``decode``.
+    """
+    return partial(_marked, Mark(0, decode=decode))
 
 
 def _marked(mark: Mark, method: Method) -> Method:
@@ -63,7 +76,8 @@ class Lookups:
     _head: ClassVar[int] = 0
     _member: ClassVar[int] = 1
 
-    def _refuse(self, key: object) -> NoReturn:
+    @staticmethod
+    def _refuse(key: object, /) -> NoReturn:
         """Raise the error for a key that is not a text."""
         raise TypeError(f"a key must be text, not {type(key).__name__}: {key!r:.60}")
 
@@ -73,19 +87,17 @@ class Lookups:
             return b""
         if not isinstance(key, str):
             self._refuse(key)
-        return key.encode("utf-8", "surrogatepass")
+        try:
+            return str.encode(key)
+        except UnicodeEncodeError:
+            return b""
 
     def __contains__(self, key: Any) -> bool:
         return self._flags(key) & self._member == self._member
 
     def _flags(self, key: Any) -> int:
         """Return the flags of a text, 0 if it is absent."""
-        try:
-            return self._table.flags(key.encode())
-        except AttributeError:
-            return 0 if key is None else self._refuse(key)
-        except UnicodeEncodeError:
-            return 0
+        return self._table.flags(self._key(key))
 
     def _record(self, key: str | None) -> bytes | None:
         """Return a copy of the body of a text's record; None if there is none."""
@@ -119,6 +131,8 @@ class Lookups:
             import numpy as np  # noqa: PLC0415
 
         listed = keys.tolist() if isinstance(keys, np.ndarray) else [self._key(key) for key in keys]
+        if len(listed) != len(answers):
+            raise RuntimeError("the list of keys changed its size")
         flags = self._table.flags_of(listed)
         answers[:] = flags if mask == 0 else flags & mask == mask
 

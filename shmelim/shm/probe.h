@@ -41,6 +41,7 @@ enum {
     SLOT_WORDS = SLOT_SIZE / WORD,
     PACKED = SLOT_WORDS - 1,
     INLINE_KEY = 48,
+    MAX_KEY = 255,
     ENTRY_HEADER = 24,
 };
 
@@ -48,7 +49,7 @@ enum {
 enum { STARTING = 1, SERVING = 2 };
 
 /* Words of a copy's header. */
-enum { USED = 1, COUNT = 2, FLAG_COUNTS = 8, FLAG_BITS = 8 };
+enum { EPOCH = 0, USED = 1, COUNT = 2, FLAG_COUNTS = 8, FLAG_BITS = 8 };
 
 #define MAX_CAPACITY (UINT64_C(1) << 32)
 #define SEQUENCE_MASK ((UINT64_C(1) << SEQUENCE_BITS) - 1)

@@ -25,7 +25,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, TypeVar
 
 from shmelim.errors import CorruptSegmentError, NotServingError, SegmentError
 from shmelim.shm.layout import (
@@ -76,6 +76,10 @@ _LARGE: Final = 1 << 22
 """Bytes of a segment that takes long enough to unmap for a thread of its own: 0.1 ms and more."""
 
 _BATCH_ATTEMPTS: Final = 16
+_IN_PLACE: Final = 3
+"""How often a record is decoded where it stands before it is copied first."""
+
+_SNAPSHOT_ATTEMPTS: Final = 1000
 _POLL_FIRST: Final = 20e-6
 _POLL_LONGEST: Final = 2e-3
 
@@ -205,7 +209,8 @@ class TableReader:
             self._attach()
 
     def flags(self, key: bytes) -> int:
-        """Return the flags of ``key``, 0 if it is absent. One probe; less than a microsecond."""
+        """Return the flags of ``key``, 0 if it is absent. One probe; about a microsecond."""
+        _check_keys([key])
         if self._patience:
             self._patience -= 1
         elif _now() < self._next_look:
@@ -238,26 +243,66 @@ class TableReader:
         """Run ``decode`` on the record's bytes in shared memory and return its result, or None if absent.
 
         ``decode`` may run several times and may see bytes that are being overwritten: its result (or its
-        error) counts only if no publish overtook it. It must copy what it keeps; the view is released
-        afterwards.
+        error) counts only if no publish overtook it. After three times it is given a copy, and that call
+        counts. It must copy what it keeps; the view, which is read-only, is released afterwards.
         """
-        found = self._entry(key, decode)
-        return None if found is None else found[2]
 
-    def _entry(self, key: bytes, decode: Callable[[memoryview], T] | None = None) -> tuple[int, int, Any] | None:
-        """Return flags, ordinal, and the record or what ``decode`` makes of it; None if ``key`` is absent."""
-
-        def look(view: View, version: int) -> tuple[int, int, Any] | None:
-            packed = view.probe(version & 1, key)
-            if not packed:
+        def look(view: View, version: int) -> tuple[T] | None:
+            span = self._span(view, version, key)
+            if span is None:
                 return None
-            start, end, ordinal = view.record_span(version & 1, packed)
-            if decode is None:
-                return packed & 0xFF, ordinal, view.memory[start:end]
+            start, end, _, _ = span
             with view.segment.window[start:end] as window:
-                return packed & 0xFF, ordinal, decode(window)
+                return (decode(window),)
+
+        try:
+            found = self._consistently(look, _IN_PLACE)
+        except _OvertakenError:
+            copied = self._copied(key)
+            if copied is None:
+                return None
+            with memoryview(copied) as window:
+                return decode(window)
+        return None if found is None else found[0]
+
+    def _entry(self, key: bytes) -> tuple[int, int, bytes] | None:
+        """Return flags, ordinal and a copy of the record of ``key``; None if it is absent."""
+
+        def look(view: View, version: int) -> tuple[int, int, bytes] | None:
+            span = self._span(view, version, key)
+            if span is None:
+                return None
+            start, end, ordinal, flags = span
+            return flags, ordinal, view.memory[start:end]
 
         return self._consistently(look)
+
+    def _copied(self, key: bytes) -> bytes | None:
+        """Return a copy of a record, however fast publishes come; None if ``key`` is absent.
+
+        What a version says of it is not written over before the epoch of its copy moves, as in :meth:`snapshot`.
+        """
+
+        def look(view: View, version: int) -> tuple[View, int, int, tuple[int, int, int, int] | None]:
+            at = view.header_word[version & 1] + EPOCH
+            return view, at, view.words[at], self._span(view, version, key)
+
+        while True:
+            view, at, epoch, span = self._consistently(look)
+            if span is None:
+                return None
+            record = view.memory[span[0] : span[1]]
+            fence()
+            if view.words[at] == epoch:
+                return record
+            self.retries += 1
+
+    @staticmethod
+    def _span(view: View, version: int, key: bytes) -> tuple[int, int, int, int] | None:
+        """Return first byte, end, ordinal and flags of the record of ``key``; None if it is absent."""
+        _check_keys([key])
+        packed = view.probe(version & 1, key)
+        return (*view.record_span(version & 1, packed), packed & 0xFF) if packed else None
 
     def _consistently(self, look: Callable[[View, int], T], attempts: int = -1) -> T:
         """Return what ``look`` makes of a view at a version; start over if a publish came between.
@@ -304,6 +349,7 @@ class TableReader:
         with LOADING_NUMPY:
             import numpy as np  # noqa: PLC0415
 
+        _check_keys(keys)
         batch = Batch(keys, self._view.seed)
 
         def look(view: View, version: int) -> NDArray[np.uint64]:
@@ -332,9 +378,10 @@ class TableReader:
         meanwhile; replaying it gives the entries. That makes the whole table readable under any rate of
         mutations, at the price of reading the garbage too (never more than the arena).
 
-        ``verify`` checks every entry's checksum, too. CorruptSegmentError where the log contradicts itself.
+        ``verify`` checks every entry's checksum, too. CorruptSegmentError where the log contradicts itself;
+        SegmentError where the copy was compacted during every one of a thousand attempts.
         """
-        while True:
+        for _ in range(_SNAPSHOT_ATTEMPTS):
             view, version, head = self._consistently(lambda view, version: (view, version, view.head(version & 1)))
             used, count = head[USED], head[COUNT]
             if used > view.arena_size:
@@ -349,6 +396,11 @@ class TableReader:
             if len(entries) != count:
                 raise view.corrupt(f"says {count} entries, its log gives {len(entries)}")
             return TableSnapshot(version & SEQUENCE_MASK, entries)
+        raise SegmentError(
+            f"segment {self._view.segment.label} was written anew {_SNAPSHOT_ATTEMPTS:,} times "
+            "while it was copied",
+            hint="read again; something replaces the whole state without a pause",
+        )
 
     # ------------------------------------------------------------------ looking at the table itself
 
@@ -557,6 +609,13 @@ def _unmap_elsewhere(segment: Segment) -> None:
         # No thread can be started while the interpreter ends, or at a limit: then whoever is last unmaps.
         with contextlib.suppress(RuntimeError):
             _thread.start_new_thread(discard, ())
+
+
+def _check_keys(keys: Sequence[object]) -> None:
+    """Raise TypeError for what is not bytes: a text must not read as absent."""
+    for key in keys:
+        if not isinstance(key, bytes):
+            raise TypeError(f"key must be bytes, not {type(key).__name__}")
 
 
 os.register_at_fork(

@@ -7,8 +7,9 @@
 
 #include <time.h>
 
-/* How often a read that takes long is tried before it says that publishes overtook it. */
-enum { ATTEMPTS = 16 };
+/* How often a read that takes long is tried before it says that publishes overtook it; and how often a record is used
+ * where it stands before it is copied first. */
+enum { ATTEMPTS = 16, IN_PLACE = 3 };
 
 /* How many reads may pass without a look at the clock, where they come quickly; as in reader.py. */
 enum { PATIENCE = 4 };
@@ -207,6 +208,38 @@ typedef struct {
     uint32_t skip; /* of the record's first bytes; one that has no others is None */
 } Use;
 
+/* Call decode with a window that is taken over, and released behind it. */
+static PyObject *
+decode_window(PyObject *decode, PyObject *window)
+{
+    if (window == NULL) {
+        return NULL;
+    }
+    PyObject *result = PyObject_CallOneArg(decode, window);
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *released = PyObject_CallMethod(window, "release", NULL);
+    if (released == NULL) {
+        Py_CLEAR(result);
+    }
+    if (type != NULL) {
+        /* What decode raised tells more. */
+        PyErr_Restore(type, value, trace);
+    }
+    Py_XDECREF(released);
+    Py_DECREF(window);
+    return result;
+}
+
+/* Call decode with a window over a copy, which is taken over. */
+static PyObject *
+decode_copy(PyObject *decode, PyObject *copy)
+{
+    PyObject *window = PyMemoryView_FromObject(copy);
+    Py_DECREF(copy);
+    return decode_window(decode, window);
+}
+
 static PyObject *
 use_record(const View *view, unsigned which, const Span *span, const Use *use)
 {
@@ -223,54 +256,55 @@ use_record(const View *view, unsigned which, const Span *span, const Use *use)
     PyObject *whole = PyMemoryView_FromObject(view->data.obj);
     PyObject *window = whole == NULL ? NULL : PySequence_GetSlice(whole, at, at + size);
     Py_XDECREF(whole);
-    if (window == NULL) {
-        return NULL;
-    }
-    PyObject *result = PyObject_CallOneArg(use->decode, window);
-    PyObject *type, *value, *trace;
-    PyErr_Fetch(&type, &value, &trace);
-    PyObject *released = PyObject_CallMethod(window, "release", NULL);
-    if (released == NULL) {
-        Py_CLEAR(result);
-    }
-    if (type != NULL) {
-        /* What decode raised tells more. */
-        PyErr_Restore(type, value, trace);
-    }
-    Py_XDECREF(released);
-    Py_DECREF(window);
-    return result;
+    return decode_window(use->decode, window);
 }
 
 /* Find the record of a key and use it; None if the key is absent. An exception of decode counts as its result does:
- * only if nothing was published meanwhile. */
+ * only if nothing was published meanwhile.
+ *
+ * A decode that is overtaken every time, perhaps by what it publishes itself, is given a copy in the end. What a version
+ * says of a record is not written over before the epoch of its copy moves (see memory-format.md), so that the record
+ * can be copied after the version moved on; and the decode of a copy counts, whatever happens meanwhile. */
 static PyObject *
 with_record(Table *table, const unsigned char *key, size_t size, const Use *use, Span *span, uint64_t *packed)
 {
-    for (;;) {
+    for (int attempt = 0; ; attempt += attempt < IN_PLACE) {
         uint64_t version;
         View *view = hold(table, &version);
         if (view == NULL) {
             return NULL;
         }
-        unsigned which = version & 1;
+        const Map *map = &view->map;
+        const unsigned which = version & 1;
+        const bool in_place = use->decode == NULL || attempt < IN_PLACE;
         PyObject *result = NULL;
-        Found found = probe(&view->map, which, key, size, hash_key(&view->map, key, size), packed);
-        Found placed = found == FOUND ? find_record(&view->map, which, *packed, span) : found;
-        if (placed != CONTRADICTION) {
-            result = placed == FOUND ? use_record(view, which, span, use) : Py_NewRef(Py_None);
+        uint64_t epoch = load(map->copies[which].header + EPOCH);
+        Found found = probe(map, which, key, size, hash_key(map, key, size), packed);
+        Found placed = found == FOUND ? find_record(map, which, *packed, span) : found;
+        bool whole = in_place || read_ends(map, version);
+        if (whole && placed != CONTRADICTION) {
+            const Use copy = {NULL, use->skip};
+            result = placed == FOUND ? use_record(view, which, span, in_place ? use : &copy) : Py_NewRef(Py_None);
         }
-        if (read_ends(&view->map, version)) {
+        if (in_place) {
+            whole = read_ends(map, version);
+        }
+        else if (whole && placed == FOUND) {
+            atomic_thread_fence(memory_order_acquire);
+            whole = load(map->copies[which].header + EPOCH) == epoch;
+        }
+        if (whole) {
             if (found == CONTRADICTION) {
                 raise_corrupt((PyObject *)table, view, NO_END);
             }
             else if (placed == CONTRADICTION) {
                 raise_misplaced((PyObject *)table, view, *packed);
             }
-            Py_DECREF(view);
-            return result;
         }
         Py_DECREF(view);
+        if (whole) {
+            return in_place || result == NULL || result == Py_None ? result : decode_copy(use->decode, result);
+        }
         if (result == NULL && PyErr_Occurred() != NULL) {
             if (!PyErr_ExceptionMatches(PyExc_Exception)) {
                 return NULL;
@@ -330,8 +364,8 @@ PyDoc_STRVAR(table_read_doc,
 "read($self, key, decode, /)\n--\n\n"
 "Run ``decode`` on the record's bytes in shared memory and return its result, or None if absent.\n\n"
 "``decode`` may run several times and may see bytes that are being overwritten: its result (or its\n"
-"error) counts only if no publish overtook it. It must copy what it keeps; the view is released\n"
-"afterwards.");
+"error) counts only if no publish overtook it. After three times it is given a copy, and that call\n"
+"counts. It must copy what it keeps; the view, which is read-only, is released afterwards.");
 
 static PyObject *
 table_read(PyObject *op, PyObject *args)

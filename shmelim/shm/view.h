@@ -22,6 +22,7 @@ typedef struct {
     PyTypeObject *view_type;
     PyTypeObject *table_type;
     PyTypeObject *lookups_type;
+    PyTypeObject *image_type;
 } State;
 
 static struct PyModuleDef native_module;
@@ -41,19 +42,25 @@ typedef struct {
     PyObject *label; /* NULL until all of it is mapped */
 } View;
 
+/* Tell whether two copies with these numbers lie in a segment of this size. */
+static bool
+copies_fit(uint64_t size, uint64_t capacity, uint64_t arena_size, uint64_t stride)
+{
+    return capacity != 0 && capacity <= MAX_CAPACITY && (capacity & (capacity - 1)) == 0 && size >= PAGE
+           && arena_size <= size && stride <= (size - PAGE) / 2 && stride % WORD == 0
+           && COPY_HEADER_SIZE + capacity * SLOT_SIZE + arena_size <= stride;
+}
+
 /* Check the numbers of a data header against the buffer, and compute from them where everything is. */
 static int
 view_place(View *self, uint64_t capacity, uint64_t arena_size, uint64_t stride)
 {
-    uint64_t size = (uint64_t)self->data.len;
     const unsigned char *root = self->root.buf, *data = self->data.buf;
     if (self->root.len < PAGE || ((uintptr_t)root | (uintptr_t)data) % WORD != 0) {
         PyErr_SetString(PyExc_ValueError, "a segment is too short, or not aligned");
         return -1;
     }
-    if (capacity == 0 || capacity > MAX_CAPACITY || (capacity & (capacity - 1)) != 0 || size < PAGE
-        || arena_size > size || stride > (size - PAGE) / 2 || stride % WORD != 0
-        || COPY_HEADER_SIZE + capacity * SLOT_SIZE + arena_size > stride) {
+    if (!copies_fit((uint64_t)self->data.len, capacity, arena_size, stride)) {
         PyErr_SetString(PyExc_ValueError, "the copies of the table do not fit into the segment");
         return -1;
     }
@@ -134,16 +141,19 @@ static PyType_Spec view_spec = {
     .slots = view_slots,
 };
 
+/* Making the error runs Python code, which may let go of a view that is borrowed. */
 static void
-raise_corrupt(PyObject *op, const View *view, const char *what)
+raise_corrupt(PyObject *op, View *view, const char *what)
 {
+    Py_INCREF(view);
     PyErr_Format(state_of(op)->corrupt, "segment %U %s", view->label, what);
+    Py_DECREF(view);
 }
 
 #define NO_END "has no empty slot: a lookup cannot end"
 
 static void
-raise_misplaced(PyObject *op, const View *view, uint64_t packed)
+raise_misplaced(PyObject *op, View *view, uint64_t packed)
 {
     char what[80];
     PyOS_snprintf(what, sizeof what, "has a record at %llu that does not fit into its arena",

@@ -36,8 +36,9 @@ import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import index
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 import psutil
 
@@ -50,10 +51,11 @@ from shmelim.errors import (
     ShmelimError,
     UntrustedSegmentError,
 )
-from shmelim.shm.adoption import check_copy
-from shmelim.shm.image import Change, Image
+from shmelim.shm.image import Change
 from shmelim.shm.layout import (
+    COUNT,
     HEARTBEAT,
+    LIVE,
     MAX_GENERATION,
     MAX_KEY,
     MAX_ORDINAL,
@@ -65,7 +67,9 @@ from shmelim.shm.layout import (
     SLOT_SIZE,
     STORE_ID,
     STORE_ID_SIZE,
+    USED,
     VERSION,
+    WORD,
     WRITER_CLOCK,
     WRITER_LOCK,
     WRITER_PID,
@@ -81,23 +85,33 @@ from shmelim.shm.layout import (
     pack_root_header,
     unpack_data_header,
 )
-from shmelim.shm.native import release_word
+from shmelim.shm.native import READ_PATH, release_word
 from shmelim.shm.reader import HEARTBEAT_LIMIT, WriterState, this_clock
 from shmelim.shm.segment import Lock, Namespace, Segment
 
+if TYPE_CHECKING or READ_PATH == "pure":
+    from shmelim.shm.adoption import check_copy
+    from shmelim.shm.image import Image
+else:
+    from shmelim.shm.fast_image import NativeImage as Image
+    from shmelim.shm.fast_image import check_copy
+
 MIN_CAPACITY: Final = 8
 MIN_ARENA: Final = PAGE
-_BYTES_PER_APPLY: Final = 32_768
-"""Bytes that are mirrored in about the time in which one change is applied."""
+MAX_FLAGS: Final = 0xFF
+_BYTES_PER_CHANGE: Final = 32_768 if READ_PATH == "pure" else 512
+"""Bytes that are mirrored in about the time in which one change is followed."""
 
+_ENTRY_MORE: Final = entry_size(0, 0) + WORD - 1
 _RUNNING: Final = (WriterState.STARTING, WriterState.SERVING)
 _LOOK_PAUSE: Final = 0.05  # seconds between two looks at a heartbeat that may be a dead writer's last
 
 _SHRINK_FROM: Final = 8
 """A segment this many times too large is replaced by one that fits, when everything is replaced."""
 
-# What the copy that nobody reads lacks, other than a list of changes: its slots; slots and the end of the arena;
-# everything. Only the last writes over what a reader of an older version may be taking for an append-only log.
+# What the copy that nobody reads lacks: what the end of the other's log says; its slots; slots and the end of the
+# log; everything. Only the last writes over what a reader of an older version may take for an append-only log.
+_LOG: Final = "log"
 _ROWS: Final = "rows"
 _TAIL: Final = "tail"
 _ALL: Final = "all"
@@ -151,7 +165,7 @@ class TableWriter:
         # generation that was tried last.
         self._segment: Segment | None = None
         self._images: tuple[Image, Image] | None = None
-        self._behind: list[Change] | str | None = None
+        self._behind: str | None = None
         self._generation = 0
         self._open: Transaction | None = None
         # The segment that was published before, as long as its name is there.
@@ -425,8 +439,8 @@ class TableWriter:
         now = self._root.words[VERSION] & 1
         current, spare = self._images[now], self._images[1 - now]
         behind, self._behind = self._behind, _ALL
-        if isinstance(behind, list):
-            spare.apply(behind)
+        if behind == _LOG:
+            spare.follow(current)
             spare.commit = current.commit
         else:
             start = {_ROWS: current.used, _TAIL: spare.used, _ALL: 0}[behind]
@@ -435,53 +449,52 @@ class TableWriter:
 
     # ------------------------------------------------------------------ what a transaction is made of
 
-    def _stage(self, changes: list[Change], need: int, commit: int, *, replace: bool) -> _Staged:
-        """Make the next state in memory that nobody reads."""
+    def _stage(self, changes: list[Change], need: int, commit: int | None, *, replace: bool) -> _Staged:
+        """Make the next state in memory that nobody reads; ``commit`` None leaves the number that it has."""
         if self._generation >= MAX_GENERATION and self._images is not None:
             self._generation = 0
             transaction, self._open = self._open, None
             self._replace_root()
             self._open = transaction
-        self.settle()
+        if self._behind is not None:
+            self.settle()
         fresh = replace or self._images is None
         staged = self._stage_afresh(changes, need) if fresh else self._stage_changes(changes, need)
-        staged.target(self.version).commit = commit
+        if commit is None and staged.segment is not self._segment:
+            commit = self.commit
+        if commit is not None:
+            staged.target(self.version).commit = commit
         return staged
 
     def _stage_changes(self, changes: list[Change], need: int) -> _Staged:
         assert self._images is not None
         version = self._root.words[VERSION]
         current, spare = self._images[version & 1], self._images[~version & 1]
-        header = current.header
-        count = current.count + len(changes)  # at most
-        if 2 * count > header.capacity:
-            count = current.count + current.count_new(changes)
-        fits = 2 * count <= header.capacity
-        if fits and current.used + need <= header.arena_size:
-            staged = _Staged(self._segment, self._images, changes)
+        header, head = current.header, current.head
+        capacity, room = header.capacity, header.arena_size
+        count = head[COUNT] + len(changes)  # at most
+        if 2 * count > capacity:
+            count = head[COUNT] + current.count_new(changes)
+        fits = 2 * count <= capacity
+        if fits and head[USED] + need <= room:
+            staged = _Staged(self._segment, self._images, _LOG)
             self._behind = _ROWS
-        elif fits and current.live + need <= header.arena_size // 4 * 3:
+        elif fits and head[LIVE] + need <= room // 4 * 3:
             staged = _Staged(self._segment, self._images, _ALL)
             self._behind = _ALL
             current.compact_into(spare)
         else:
-            capacity, arena = self._room_for(count, current.live + need, header.capacity)
-            staged = self._new_segment(capacity, arena, header.seed)
+            staged = self._new_segment(*self._room_for(count, head[LIVE] + need, capacity), header.seed)
             current.compact_into(staged.target(version))
         staged.target(version).apply(changes)
-        if staged.behind is changes and len(changes) * _BYTES_PER_APPLY > SLOT_SIZE * header.capacity + need:
+        if staged.behind == _LOG and len(changes) * _BYTES_PER_CHANGE > SLOT_SIZE * capacity + need:
             staged.behind = _TAIL
         return staged
 
     def _stage_afresh(self, changes: list[Change], live: int) -> _Staged:
-        puts: dict[bytes, Change] = {}
-        for change in changes:
-            if change.flags is None:
-                puts.pop(change.key, None)
-            elif change.key in puts and change.ordinal is None:
-                puts[change.key] = change._replace(ordinal=puts[change.key].ordinal)
-            else:
-                puts[change.key] = change
+        puts = {change[0]: change for change in changes}
+        if len(puts) < len(changes) or any(flags is None for _, flags, _, _ in changes):
+            puts = _left_of(changes)
         capacity, arena = self._room_for(len(puts), live, self._min_capacity)
         if self._images is not None and self._fits(capacity, live):
             staged = _Staged(self._segment, self._images, _ALL)
@@ -585,7 +598,7 @@ class _Staged:
 
     segment: Segment | None
     images: tuple[Image, Image]
-    behind: list[Change] | str
+    behind: str
     root: Segment | None = None
 
     def target(self, version: int) -> Image:
@@ -603,44 +616,50 @@ class Transaction:
 
     def __init__(self, writer: TableWriter, *, replace: bool) -> None:
         self._writer = writer
-        self.commit = writer.commit
+        self.commit: int | None = None
         self._replace = replace
         self._changes: list[Change] = []
         self._need = 0
         self._staged: _Staged | None = None
 
     def put(self, key: bytes, flags: int, record: bytes = b"", ordinal: int | None = None) -> None:
-        """Set flags (0 to 255) and record (any bytes) of a key (1 to 255 bytes).
+        """Set flags (0 to 255) and record (any bytes, copied if they can change) of a key (1 to 255 bytes).
 
         ``ordinal``, 0 to 2**63 - 1, is its place in the order of a snapshot; None: a new key goes last, a known
-        one keeps its place. ValueError if something is out of bounds, and the transaction is as before.
+        one keeps its place. ValueError or TypeError for what cannot be put, and the transaction is as before.
         """
-        check_key(key)
-        if not 0 <= flags <= 0xFF:  # noqa: PLR2004
-            raise ValueError(f"flags {flags} must be 0 to 255")
-        if ordinal is not None and not 0 <= ordinal <= MAX_ORDINAL:
-            raise ValueError(f"ordinal {ordinal} must be 0 to {MAX_ORDINAL}")
-        if len(record) > MAX_RECORD:
-            raise ValueError(f"record of {len(record):,} bytes is longer than {MAX_RECORD:,}")
-        self._set(Change(key, flags, record, ordinal))
+        if (
+            type(key) is not bytes
+            or type(record) is not bytes
+            or type(flags) is not int
+            or ordinal is not None
+            or not 0 < len(key) <= MAX_KEY
+            or not 0 <= flags <= MAX_FLAGS
+            or len(record) > MAX_RECORD
+        ):
+            key, flags, record, ordinal = _checked(key, flags, record, ordinal)
+        if self._writer._open is not self or self._staged is not None:  # noqa: SLF001
+            self._refuse()
+        self._changes.append((key, flags, record, ordinal))
+        self._need += len(key) + len(record) + _ENTRY_MORE & -WORD  # entry_size, without a call
 
     def remove(self, key: bytes) -> None:
         """Remove a key; nothing happens if it is absent."""
-        check_key(key)
-        self._set(Change(key, None, b"", None))
+        key, _, _, _ = _checked(key, 0, b"", None)
+        if self._writer._open is not self or self._staged is not None:  # noqa: SLF001
+            self._refuse()
+        self._changes.append((key, None, b"", None))
+        self._need += entry_size(len(key), 0)
 
     @property
     def staged(self) -> bool:
         """Whether the changes are made and wait for :meth:`publish`."""
         return self._staged is not None and self._writer._open is self  # noqa: SLF001
 
-    def _set(self, change: Change) -> None:
+    def _refuse(self) -> NoReturn:
         if self._writer._open is not self:  # noqa: SLF001
             raise ShmelimError("this transaction has ended")
-        if self._staged is not None:
-            raise ShmelimError("this transaction is staged: it takes no more changes")
-        self._changes.append(change)
-        self._need += entry_size(len(change.key), len(change.record))
+        raise ShmelimError("this transaction is staged: it takes no more changes")
 
     def stage(self) -> None:
         """Do everything that can fail, out of sight of readers.
@@ -703,9 +722,32 @@ class Transaction:
         self._writer.settle()
 
 
-def check_key(key: bytes) -> None:
-    """Raise TypeError or ValueError unless ``key`` is 1 to 255 bytes."""
+def _checked(key: bytes, flags: int, record: bytes, ordinal: int | None) -> tuple[bytes, int, bytes, int | None]:
+    """Return what is put, in plain types, and copied where its caller may change it; errors as of ``put``."""
     if not isinstance(key, bytes):
         raise TypeError(f"key must be bytes, not {type(key).__name__}")
     if not 1 <= len(key) <= MAX_KEY:
         raise ValueError(f"key of {len(key)} bytes must be 1 to {MAX_KEY} bytes long")
+    if not isinstance(record, (bytes, bytearray, memoryview)):
+        raise TypeError(f"record must be bytes, not {type(record).__name__}")
+    flags = index(flags)
+    if not 0 <= flags <= MAX_FLAGS:
+        raise ValueError(f"flags {flags} must be 0 to {MAX_FLAGS}")
+    if ordinal is not None and not 0 <= (ordinal := index(ordinal)) <= MAX_ORDINAL:
+        raise ValueError(f"ordinal {ordinal} must be 0 to {MAX_ORDINAL}")
+    own = memoryview(record).tobytes()
+    if len(own) > MAX_RECORD:
+        raise ValueError(f"record of {len(own):,} bytes is longer than {MAX_RECORD:,}")
+    return memoryview(key).tobytes(), flags, own, ordinal
+
+
+def _left_of(changes: Iterable[Change]) -> dict[bytes, Change]:
+    """Return the puts that changes leave of an empty table, in order."""
+    puts: dict[bytes, Change] = {}
+    for key, flags, record, ordinal in changes:
+        if flags is None:
+            puts.pop(key, None)
+        else:
+            place = puts[key][3] if key in puts and ordinal is None else ordinal
+            puts[key] = (key, flags, record, place)
+    return puts

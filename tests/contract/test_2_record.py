@@ -8,7 +8,6 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
-from contract_marks import not_built
 from contract_validator import DAY, START, row
 
 from shmelim import DEPARTED_HOTKEYS_KEY, EliminationReason, ValidatorEnvironment
@@ -89,26 +88,22 @@ def test_a_reason_may_be_the_enum_and_is_stored_as_its_value(manager, reason):
 # ---------------------------------------------------------------------- only the hotkey is required
 
 
-@not_built("SPEC 2: a missing reason is UNKNOWN", ValueError)
 def test_a_missing_reason_is_stored_as_unknown(manager):
     manager.add_elimination("a", without("a", "reason"))
     assert manager.get_elimination("a")["reason"] == "UNKNOWN"
 
 
-@not_built("SPEC 2: a missing time is the time of receipt", ValueError)
 def test_a_missing_time_is_the_time_of_receipt(manager):
     manager.add_elimination("a", without("a", "elimination_initiated_time_ms"))
     at_ms = manager.get_elimination("a")["elimination_initiated_time_ms"]
     assert abs(at_ms - manager._server_proxy.health_check_rpc()["timestamp_ms"]) < DAY
 
 
-@not_built("SPEC 2: only the hotkey is required", ValueError)
 def test_a_sync_of_bare_hotkeys_loses_none(manager):
     manager.sync_eliminations([{"hotkey": "a"}, {"hotkey": "b"}])
     assert list(manager.eliminations) == ["a", "b"]
 
 
-@not_built("SPEC 2: a filled-in field keeps its stored value", ValueError)
 def test_a_filled_in_field_keeps_its_value_while_rows_lack_it(manager):
     rows = [without("a", "reason", "elimination_initiated_time_ms")]
     manager.sync_eliminations(rows)
@@ -118,20 +113,17 @@ def test_a_filled_in_field_keeps_its_value_while_rows_lack_it(manager):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@not_built("SPEC 2: a non-finite float is None", AssertionError)
 def test_a_float_that_is_not_finite_is_stored_as_none(manager, value):
     manager.add_elimination("a", row("a", dd=value, return_info={"x": [value]}))
     found = manager.get_elimination("a")
     assert (found["dd"], found["return_info"]) == (None, {"x": [None]})
 
 
-@not_built("SPEC 2: the event notes what was filled in", ValueError)
 def test_the_event_notes_what_was_filled_in(manager):
     manager.add_elimination("a", without("a", "reason"))
     assert "reason" in last_event(manager)["note"]
 
 
-@not_built("SPEC 2: one warning a call says what was filled in", ValueError)
 def test_one_warning_a_call_says_so(make, caplog):
     make("direct").sync_eliminations([without(hotkey, "reason") for hotkey in "abc"])
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
@@ -144,7 +136,6 @@ def test_a_time_that_is_not_plausible_is_kept(manager, at_ms):
 
 
 @pytest.mark.parametrize("at_ms", [5, START + 10_000 * DAY])
-@not_built("SPEC 2: a time that is not plausible is noted", AssertionError)
 def test_a_time_that_is_not_plausible_is_noted(manager, at_ms):
     manager.add_elimination("a", row("a", elimination_initiated_time_ms=at_ms))
     assert "elimination_initiated_time_ms" in (last_event(manager)["note"] or "")

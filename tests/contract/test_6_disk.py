@@ -6,7 +6,6 @@ import stat
 from pathlib import Path
 
 import pytest
-from contract_marks import not_built
 from contract_services import kill
 from contract_validator import Metagraph, row
 from waiting import until
@@ -298,7 +297,6 @@ def test_a_row_without_a_hotkey_is_set_aside_and_the_rest_loads(make, state, bad
     assert in_file(state) == {"eliminations": [row("a"), row("b")]}
 
 
-@not_built("SPEC 2: an elimination is never lost for the sake of another field, in a file", AssertionError)
 def test_a_row_with_a_hotkey_and_nothing_else_loads(make, state):
     state.mkdir()
     (state / "eliminations.json").write_text(json.dumps({"eliminations": [row("a"), {"hotkey": "b"}]}))

@@ -298,6 +298,7 @@ def test_an_elimination_and_a_sync_at_once(server):
     """Whichever came first: what was decided before the sync is not there after it."""
 
     def race(number):
+        server.sync_eliminations_rpc([row("c")])  # from which the other one differs, or it would supersede nothing
         before = server.get_replacements_rpc()
         works = [
             partial(server.eliminate_rpc, "a", row("a"), list(KINDS), before),

@@ -53,8 +53,15 @@ def stamp_for_ever(name: str, stop: crashing.Counter, ready: crashing.Counter) -
 def look_at_everything(name: str, until: float) -> dict[str, int]:
     """Read in every way; return how many reads of each kind a publish overtook."""
     reader = TableReader(SharedNamespace(name))
-    retries = dict.fromkeys(("flags", "get", "read", "flags_of", "snapshot", "info"), 0)
+    retries = dict.fromkeys(("flags", "get", "read", "late read", "flags_of", "snapshot", "info"), 0)
     rounds = 0
+
+    def late(window: memoryview) -> bytes:
+        """Decode once another version is published; in the end, of a copy."""
+        seen = reader.version
+        while reader.version == seen and time.monotonic() < until:
+            pass
+        return bytes(window)
 
     def counted(kind: str, before: int) -> None:
         retries[kind] += reader.retries - before
@@ -72,6 +79,9 @@ def look_at_everything(name: str, until: float) -> dict[str, int]:
             before = reader.retries
             assert len(set(reader.read(key, bytes))) == 1
             counted("read", before)
+        before = reader.retries
+        assert len(set(reader.read(KEYS[rounds % len(KEYS)], late))) == 1
+        counted("late read", before)
         before = reader.retries
         flags = reader.flags_of(KEYS + COMES_AND_GOES).tolist()
         assert len(set(flags[: len(KEYS)])) == 1, flags

@@ -13,8 +13,6 @@ from serving import row
 from shmelim import EliminationClient, EliminationManagerServer, EliminationReason, Status
 from shmelim.errors import UnknownMethodError
 
-FIELDS = ("hotkey", "reason", "elimination_initiated_time_ms")
-
 
 class Api:
     """What a reader is, and `rpc` to call any remote method."""
@@ -155,7 +153,7 @@ class TestAddingOne:
         assert api.get_elimination("a") == record
         assert list(api.get_elimination("a")) == list(record)
 
-    @pytest.mark.parametrize("value", [float("inf"), float("-inf"), 1e-300, -0.0, 2**63, -(2**63), 2**64 - 1, 0])
+    @pytest.mark.parametrize("value", [1.7976931348623157e308, 1e-300, -0.0, 2**63, -(2**63), 2**64 - 1, 0])
     def test_keeps_numbers(self, api, value):
         api.add_elimination("a", row("a") | {"n": value})
         found = api.get_elimination("a")["n"]
@@ -184,12 +182,11 @@ class TestAddingOne:
         }
         assert found["pair"] == [1, 2]
 
-    @pytest.mark.parametrize("field", FIELDS)
-    def test_names_a_missing_field(self, api, field):
+    def test_names_a_missing_hotkey(self, api):
         before = api.snapshot()
         record = row("a")
-        del record[field]
-        with pytest.raises(ValueError, match=field):
+        del record["hotkey"]
+        with pytest.raises(ValueError, match="'a' lacks the required field 'hotkey'"):
             api.add_elimination("a", record)
         nothing_applied(api, before)
 
@@ -471,11 +468,11 @@ class TestSync:
         before = api.snapshot()
         rows = [row("a"), row("b")]
         bad = row("c")
-        del bad["reason"]
+        del bad["hotkey"]
         rows.insert(place, bad)
-        with pytest.raises(ValueError, match=f"elimination {place} .*'reason'"):
+        with pytest.raises(ValueError, match=f"elimination {place} .*'hotkey'"):
             api.sync_eliminations(rows)
-        with pytest.raises(ValueError, match="'reason'"):
+        with pytest.raises(ValueError, match="'hotkey'"):
             api.write_eliminations_to_disk(rows)
         nothing_applied(api, before)
 
@@ -530,8 +527,8 @@ class TestUploads:
         before = api.snapshot()
         token = api.rpc("begin_upload")
         api.rpc("upload", token, [row("a")])
-        with pytest.raises(ValueError, match=r"elimination 2 .*'b'"):
-            api.rpc("upload", token, [row("c"), {"hotkey": "b"}])
+        with pytest.raises(TypeError, match=r"elimination 2 .*'b'"):
+            api.rpc("upload", token, [row("c"), {"hotkey": "b", "reason": 5}])
         for method, args in (("upload", [[row("d")]]), ("sync_uploaded", [])):
             with pytest.raises(ValueError, match="no upload"):
                 api.rpc(method, token, *args)
@@ -540,8 +537,8 @@ class TestUploads:
     def test_a_bad_record_in_a_long_list_leaves_nothing_of_it(self, api):
         api.sync_eliminations([row("x")])
         before = api.snapshot()
-        with pytest.raises(ValueError, match=r"elimination 4100 of the list: .*'bad'"):
-            api.sync_eliminations([*(row(f"h{n % 4000}") for n in range(4100)), {"hotkey": "bad"}])
+        with pytest.raises(TypeError, match=r"elimination 4100 of the list: .*'bad'"):
+            api.sync_eliminations([*(row(f"h{n % 4000}") for n in range(4100)), {"hotkey": "bad", "reason": 5}])
         nothing_applied(api, before)
 
     def test_can_be_finished_once(self, api):
@@ -701,8 +698,8 @@ class TestHistory:
             api.get_history(limit=-1)
 
     def test_has_nothing_of_what_was_refused(self, api):
-        with pytest.raises(ValueError, match="reason"):
-            api.add_elimination("a", {"hotkey": "a", "elimination_initiated_time_ms": 1})
+        with pytest.raises(TypeError, match="reason"):
+            api.add_elimination("a", {"hotkey": "a", "reason": 5})
         api.remove_elimination("a")
         api.add_elimination("b", row("b"))
         api.add_elimination("b", row("b"))

@@ -12,6 +12,7 @@ from serving import row
 
 from shmelim import EliminationClient, EliminationReader, NotServingError, OutcomeUnknownError
 from shmelim.eliminations import calls
+from shmelim.eliminations.record import decode
 from shmelim.errors import KeyFileError, UploadLostError
 
 
@@ -319,7 +320,8 @@ class TestDifferences:
         rows = [row(f"h{n}", int(n == 7)) for n in range(49)] + [row("new")]
         assert client.sync_eliminations(rows) == ["h49"]
         ((method, (_, _, changed, gone)),) = sent
-        assert (method, changed, gone) == ("sync_difference_rpc", [row("h7", 1), row("new")], ["h49"])
+        assert [decode(each) for each in changed] == [row("h7", 1), row("new")]
+        assert (method, gone) == ("sync_difference_rpc", ["h49"])
         assert client.get_eliminations_from_memory() == rows
         version, commits = client.version, client.health_check()["commits"]
         assert client.sync_eliminations(rows) == []
@@ -330,7 +332,7 @@ class TestDifferences:
         version = client.version
         turned = dict(reversed(row("a").items()))
         assert client.sync_eliminations([turned, row("b")]) == []
-        assert sent[-1][1][2] == [turned]
+        assert [decode(each) for each in sent[-1][1][2]] == [turned]
         assert client.version == version
 
     def test_one_that_others_overtake_sends_the_whole_list(self, client, sent, monkeypatch):

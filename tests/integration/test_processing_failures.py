@@ -304,8 +304,8 @@ def all_but(stuck: str) -> list[str]:
 
 @pytest.fixture
 def hurried(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Managed]:
-    """In RPC mode, with a little time for each call."""
-    with Managed("rpc", new_name(), tmp_path, call_deadline_s=0.3, slash_deadline_s=0.3) as made:
+    """In RPC mode, with so little time for each call that a busy machine still has enough."""
+    with Managed("rpc", new_name(), tmp_path, call_deadline_s=2.0, slash_deadline_s=2.0) as made:
         yield made
 
 

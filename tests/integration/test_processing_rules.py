@@ -1048,6 +1048,7 @@ def test_nothing_more_is_settled_once_the_epoch_moved(managed: Managed, debt: st
 
 def test_sync_without_an_epoch_is_noticed_by_the_server(managed: Managed) -> None:
     managed.manager.sync_epoch = None
+    managed.manager.append_elimination_row("x", 0.1, "PLAGIARISM")  # so that the sync changes something
     validator = managed.validator
     validator.register("a")
     validator.lose("a", 0.7)

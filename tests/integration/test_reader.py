@@ -184,6 +184,8 @@ class TestWaiting:
         since = reader.version
         server.kill()
         server.start()
+        assert reader.version == since, "the table is adopted where it lies"
+        server.client().remove_elimination("h0")
         assert reader.wait_for_change(60, since) is True
 
 
@@ -361,8 +363,9 @@ class TestWhatIsNotAHotkey:
         "get_elimination": None,
         "get_departed_hotkey_info": None,
         "hotkey_in_eliminations": None,
+        "is_zombie_hotkey": False,
     }
-    OTHERS = (b"a", 5, ("a",), bytearray(b"a"), object())
+    OTHERS = (b"a", 5, (), ("a",), ("a", "b"), bytearray(b"a"), object())
 
     @pytest.fixture(params=["reader", "server", "manager"])
     def methods(self, request, server, reader, managers):
@@ -371,17 +374,28 @@ class TestWhatIsNotAHotkey:
         holder = managers(running_unit_tests=True) if request.param == "manager" else locals()[request.param]
         suffix = "_rpc" if request.param == "server" else ""
         found = {name: getattr(holder, name + suffix, None) for name in self.ANSWERS}
+        zombie = getattr(holder, f"is_zombie_hotkey{suffix}", None)
+        if zombie is not None:
+            found["is_zombie_hotkey"] = lambda hotkey: zombie(hotkey, set())
         return {name: method for name, method in found.items() if method is not None}
 
     def test_none_is_answered_as_a_dict_would(self, methods):
-        assert len(methods) >= len(self.ANSWERS) - 1
+        assert len(methods) >= len(self.ANSWERS) - 2
         for name, method in methods.items():
             assert method(None) is self.ANSWERS[name], name
 
     def test_anything_else_is_a_type_error(self, methods):
         for method in methods.values():
             for other in self.OTHERS:
-                with pytest.raises(TypeError, match="hotkey must be text"):
+                with pytest.raises(TypeError, match=f"hotkey must be text, not {type(other).__name__}"):
+                    method(other)
+
+    def test_no_history_is_that_of_what_is_not_text(self, server):
+        server.add_elimination_rpc("a", row("a"))
+        assert server.get_history_rpc(None) == server.get_history_rpc("a")
+        for other in self.OTHERS:
+            for method in (server.get_history_rpc, server.get_debts_rpc, server.get_slashes_rpc):
+                with pytest.raises(TypeError, match=f"hotkey must be text, not {type(other).__name__}"):
                     method(other)
 
     def test_in_the_reads_that_a_reader_has_alone(self, server, reader):
@@ -400,7 +414,7 @@ class TestWhatIsNotAHotkey:
             with pytest.raises(TypeError, match="hotkey must be text"):
                 reader.read(other, bytes)
         for use in (reader.are_eliminated, reader.statuses):
-            with pytest.raises(TypeError, match="not one hotkey"):
+            with pytest.raises(TypeError, match="not one str"):
                 use("a")
 
 

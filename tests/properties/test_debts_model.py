@@ -104,10 +104,10 @@ class Model(Sequences):
         return was
 
     def sync(self, hotkeys, reason):
+        self.replacements += bool(hotkeys or self.eliminated)  # nothing for nothing changes nothing
         self._take_back(self.eliminated - set(hotkeys))
         for hotkey in hotkeys:
             self._bring(hotkey, reason)
-        self.replacements += 1
 
     def look(self, hotkeys):
         seen = set(hotkeys)

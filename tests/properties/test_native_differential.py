@@ -28,6 +28,9 @@ from hypothesis import strategies as st
 
 from shmelim.shm import HEADS, ITEMS, KEYS, VALUES, PrivateNamespace, SharedNamespace, TableWriter
 from shmelim.shm import writer as writer_module
+from shmelim.shm.adoption import check_copy
+from shmelim.shm.fast_image import NativeImage
+from shmelim.shm.image import Image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,6 +123,35 @@ def carry_out(writer: TableWriter, commit: Commit) -> Iterator[None]:
             transaction.remove(change.key)
     yield
     yield from end(writer, transaction, commit.end)
+
+
+@settings(max_examples=60)
+@given(sequence=sequences, removed=st.lists(st.sampled_from(POOL), max_size=10))
+def test_both_images_are_written_alike(sequence: list[Commit], removed: list[bytes]) -> None:
+    """Header, log and lookups, after every transaction; which of two neighbours comes first is left open."""
+    writers = []
+    for kind in (NativeImage, Image):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writer_module, "Image", kind)
+            writer = TableWriter(PrivateNamespace(), capacity=16, arena_size=8192, first_sequence=1 << 44)
+            writers.append(writer)
+            writer.load((key, number, record_of(key, number), None) for number, key in enumerate(POOL[:6]))
+            for number, commit in enumerate(
+                [*sequence, Commit(list(map(Remove, removed)), replace=False, end="block")]
+            ):
+                for _ in carry_out(writer, commit._replace(replace=commit.replace and number % 2 == 0)):
+                    pass
+            writer.settle()
+            assert all(type(image) is kind for image in writer._images)
+    native_copy, copy = (writer._images[writer.version & 1] for writer in writers)
+    for image in writers[0]._images:
+        check_copy(image, "native")
+    assert writers[0].version == writers[1].version
+    assert native_copy.header[:5] == copy.header[:5]
+    heads = [image.head[1:].tolist() for image in (native_copy, copy)]
+    assert heads[0] == heads[1]
+    assert native_copy.arena[: copy.used].tobytes() == copy.arena[: copy.used].tobytes()
+    assert sorted(map(tuple, native_copy.rows.tolist())) == sorted(map(tuple, copy.rows.tolist()))
 
 
 def end(writer: TableWriter, transaction: Transaction, how: str) -> Iterator[None]:

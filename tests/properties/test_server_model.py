@@ -110,7 +110,7 @@ class Subject:
 
     def refuse(self, hotkey, stamp):
         try:
-            self.server.sync_eliminations_rpc([row(hotkey, stamp), {"hotkey": hotkey}])
+            self.server.sync_eliminations_rpc([row(hotkey, stamp), {"dd": 0.5}])
         except ValueError:
             return
         raise AssertionError

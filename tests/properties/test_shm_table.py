@@ -19,7 +19,9 @@ from shmelim.shm import (
     TableWriter,
     layout,
 )
-from shmelim.shm.layout import COPY_HEADER_SIZE, WORD
+from shmelim.shm import writer as writer_module
+from shmelim.shm.image import Image
+from shmelim.shm.layout import EPOCH
 from shmelim.shm.reader import TableReader as Reference
 
 POOL = [
@@ -180,8 +182,7 @@ def check_copies(writer: TableWriter) -> None:
     """Check that both copies are the same once settled, but for the epoch and what lies beyond the log."""
     writer.settle()
     first, second = writer._images
-    heads = [image._memory[image._base + WORD : image._base + COPY_HEADER_SIZE] for image in (first, second)]
-    assert heads[0] == heads[1]
+    assert first.head[EPOCH + 1 :] == second.head[EPOCH + 1 :]
     assert (first.rows == second.rows).all()
     assert np.array_equal(first.arena[: first.used], second.arena[: second.used])
 
@@ -217,6 +218,8 @@ def run(namespace: Namespace, sequence: list[Commit | Successor], kind: type[Tab
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[TableReader]:
     """Weaken the hash, and return who reads: the compiled path has a hash of its own, which stays as it is."""
     strong = layout.key_hash
+    if request.param != "strong":
+        monkeypatch.setattr(writer_module, "Image", Image)
     if request.param == "colliding":
         monkeypatch.setattr(layout, "key_hash", lambda key, seed: strong(key, seed) & 3 | 1 << 63)
     elif request.param == "one":
@@ -243,12 +246,20 @@ def test_like_a_dict_for_long(kind: type[TableReader], sequence: list[Commit | S
 
 @examples(40)
 @given(sequence=steps)
+@pytest.mark.usefixtures("image")
+def test_like_a_dict_whoever_writes(sequence: list[Commit | Successor]) -> None:
+    run(PrivateNamespace(), sequence)
+
+
+@examples(40)
+@given(sequence=steps)
 def test_like_a_dict_in_shared_memory(table_name: str, sequence: list[Commit | Successor]) -> None:
     namespace = SharedNamespace(table_name)
     run(namespace, sequence)
     assert len(namespace.generations()) == 1
 
 
+@pytest.mark.usefixtures("image")
 @examples(30)
 @given(
     entries=st.dictionaries(keys, st.tuples(flags, records), max_size=200),

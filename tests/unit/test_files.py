@@ -123,7 +123,7 @@ class TestReadEliminations:
     @pytest.mark.parametrize(
         ("bad", "problem"),
         [
-            ({"hotkey": "x", "reason": "r"}, "'elimination_initiated_time_ms'"),
+            ({"hotkey": "x", "reason": 5}, r"record\['reason'\]"),
             ({"reason": "r", "elimination_initiated_time_ms": 1}, "'hotkey'"),
             (dict(generate_row("", 1, "r", 1)), "empty"),
             (dict(generate_row("\ud800", 1, "r", 1)), "Unicode"),

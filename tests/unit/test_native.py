@@ -16,6 +16,7 @@ import tracemalloc
 from pathlib import Path
 
 import crashing
+import msgspec
 import numpy as np
 import pytest
 from both_paths import Native, NativeTableReader, Reference, TableReader, native
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 
 from shmelim import EliminationReader, NotServingError
 from shmelim.errors import CorruptSegmentError
-from shmelim.shm import READ_PATH, VALUES, PrivateNamespace, SharedNamespace, TableWriter, flag_test
+from shmelim.shm import READ_PATH, VALUES, PrivateNamespace, SharedNamespace, TableWriter, decoded, flag_test
 from shmelim.shm import native as read_path
 from shmelim.shm.fast import NativeView
 from shmelim.shm.layout import key_hash
@@ -65,7 +66,7 @@ class TestMethods:
             pass
 
         for kind in (Native, Sub):
-            for name in ("first", "both", "named"):
+            for name in ("first", "both", "named", "value"):
                 method = vars(kind)[name]
                 assert inspect.ismethoddescriptor(method)
                 assert method.__objclass__ is kind
@@ -73,11 +74,11 @@ class TestMethods:
 
     @pytest.mark.skipif(READ_PATH == "pure", reason="SHMELIM_PURE is set")
     def test_of_the_reader_have_its_names_docstrings_and_signatures(self):
-        for name in ("is_hotkey_eliminated", "is_hotkey_re_registered", "status"):
+        for name in ("is_hotkey_eliminated", "is_hotkey_re_registered", "status", "get_elimination"):
             method = getattr(EliminationReader, name)
             assert method.__qualname__ == f"EliminationReader.{name}"
             assert method.__doc__.startswith(
-                ("Tell whether a hotkey", "Return all that the table says of a hotkey")
+                ("Tell whether a hotkey", "Return all that the table says of", "Return a hotkey's elimination")
             )
             assert list(inspect.signature(method).parameters) == ["self", "hotkey"]
 
@@ -116,7 +117,7 @@ class TestMethods:
 
     def test_without_a_table(self):
         empty = Native.__new__(Native)
-        for use in (empty.first, empty.named, empty._flags, empty._record, empty.__contains__):
+        for use in (empty.first, empty.named, empty.value, empty._flags, empty._record, empty.__contains__):
             with pytest.raises(RuntimeError, match="no table"):
                 use("a")
         with pytest.raises(RuntimeError, match="no table"):
@@ -131,8 +132,8 @@ class TestMethods:
             Native.first(object(), "a")
         with pytest.raises(TypeError, match="subclass"):
             native.bind(int, "first", "", 0)
-        with pytest.raises(TypeError, match="0 to 4"):
-            native.bind(Native, "first", "", 5)
+        with pytest.raises(TypeError, match="0 to 5"):
+            native.bind(Native, "first", "", 6)
 
     def test_of_texts_of_every_kind(self):
         texts = ["a", "\0", "a\0b", "é", "ß" * 100, "😀", HOTKEY, HOTKEY + "x"]
@@ -167,6 +168,48 @@ class TestMethods:
     def test_with_flags_above_those_that_have_a_name(self):
         reader = Native(table(a=255))
         assert reader.named("a") == "flags 255"
+
+
+class TestDecoded:
+    def body(self, body):
+        namespace = PrivateNamespace()
+        TableWriter(namespace).load([(b"a", 7, b"head" + body, None)])
+        return namespace
+
+    @pytest.mark.parametrize("kind", [Native, Reference])
+    def test_is_what_the_record_says(self, kind):
+        reader = kind(self.body(msgspec.msgpack.encode({"a": [1, None]})))
+        assert reader.value("a") == reader.value(hotkey="a") == {"a": [1, None]}
+        assert reader.value("b") is reader.value(None) is reader.value("\ud800") is None
+        assert kind(self.body(b"")).value("a") is None
+
+    @pytest.mark.parametrize("kind", [Native, Reference])
+    def test_that_cannot_be_is_what_the_method_says(self, kind):
+        with pytest.raises(LookupError, match="1 bytes: MessagePack data is malformed"):
+            kind(self.body(b"\xc1")).value("a")
+
+    def test_is_asked_again_of_the_method_where_the_bytes_are_bad(self):
+        class Forgiving(Native):
+            @decoded(msgspec.msgpack.decode)
+            def value(self, hotkey):
+                """Return what is in the record, or what cannot be."""
+                return self._record(hotkey)
+
+        assert Forgiving(self.body(b"\xc1")).value("a") == b"\xc1"
+        assert Forgiving(self.body(b"\x01")).value("a") == 1
+
+    def test_an_interrupt_is_not_asked_again(self):
+        def interrupted(_body):
+            raise KeyboardInterrupt
+
+        class Interrupted(Native):
+            @decoded(interrupted)
+            def value(self, hotkey):
+                """Never get here."""
+                raise AssertionError
+
+        with pytest.raises(KeyboardInterrupt):
+            Interrupted(self.body(b"\x01")).value("a")
 
 
 class TestMisuse:
@@ -341,9 +384,11 @@ class TestLeaks:
         for key in keys:
             yield lambda key=key: (reader.first(key), reader.named(hotkey=key), key in reader, reader._flags(key))
             yield lambda key=key: reader._record(key)
+            yield lambda key=key: reader.value(key)
             yield lambda key=key: reader._read(key, bytes)
         for wrong in (None, 1, b"x"):
             yield lambda wrong=wrong: reader.first(wrong)
+            yield lambda wrong=wrong: reader.value(hotkey=wrong)
             yield lambda wrong=wrong: reader._fill([HOTKEY, wrong], answers[:2], 0)
             yield lambda wrong=wrong: reader._read(wrong, bytes)
         yield lambda: reader._fill(keys, answers, 1)
@@ -365,7 +410,9 @@ class TestLeaks:
         def run(times):
             for _ in range(times):
                 for operation in operations:
-                    with contextlib.suppress(TypeError, ValueError, ZeroDivisionError, CorruptSegmentError):
+                    with contextlib.suppress(
+                        TypeError, ValueError, ZeroDivisionError, CorruptSegmentError, LookupError
+                    ):
                         operation()
 
         run(20)

@@ -9,7 +9,7 @@ import pytest
 
 from shmelim.errors import CorruptSegmentError
 from shmelim.shm import Namespace, SharedNamespace, TableReader, TableWriter
-from shmelim.shm.adoption import check_copy
+from shmelim.shm import writer as writer_module
 from shmelim.shm.image import Image
 from shmelim.shm.layout import (
     COMMIT,
@@ -123,32 +123,32 @@ def opened(namespace: Namespace) -> tuple[Segment, object]:
     return segment, header
 
 
-def test_no_bit_of_a_current_copy_can_be_wrong_unnoticed(namespace: Namespace) -> None:
+def test_no_bit_of_a_current_copy_can_be_wrong_unnoticed(namespace: Namespace, image: type[Image]) -> None:
     """Header, used slots and log; but epoch, commit, and a larger next ordinal, which nothing contradicts."""
     fill(namespace)
     segment, header = opened(namespace)
     version = namespace.open_root().words[VERSION]
-    image = Image(segment, header, version & 1)
-    check_copy(image, "data")
+    copy, check = image(segment, header, version & 1), writer_module.check_copy
+    check(copy, "data")
     base = header.copy_base(version & 1)
     free = {EPOCH, NEXT_ORDINAL, COMMIT, 6, 7}
     places = [base + at for at in range(COPY_HEADER_SIZE) if at // WORD not in free]
     slots = [header.slots_base(version & 1) + 64 * slot for slot in range(header.capacity)]
     places += [at + byte for at in slots for byte in range(64) if any(segment.memory[at + 56 : at + 64])]
     places += [at + byte for at in slots for byte in range(56, 64) if not any(segment.memory[at + 56 : at + 64])]
-    padding = missed(image)
-    places += [header.arena_base(version & 1) + at for at in range(image.used) if at not in padding]
+    padding = missed(copy)
+    places += [header.arena_base(version & 1) + at for at in range(copy.used) if at not in padding]
     chosen = random.Random(2).sample(places, 400) + places[:COPY_HEADER_SIZE]
     for at in chosen:
         bit = 1 << at % 8
         segment.memory[at : at + 1] = bytes([segment.memory[at] ^ bit])
         with pytest.raises(CorruptSegmentError):
-            check_copy(image, "data")
+            check(copy, "data")
         segment.memory[at : at + 1] = bytes([segment.memory[at] ^ bit])
-    check_copy(image, "data")
+    check(copy, "data")
     segment.words[base // WORD + NEXT_ORDINAL] -= 1
     with pytest.raises(CorruptSegmentError, match="header"):
-        check_copy(image, "data")
+        check(copy, "data")
 
 
 def missed(image: Image) -> set[int]:

@@ -14,6 +14,8 @@ from shmelim.shm import Namespace, PrivateNamespace, TableReader, TableWriter, l
 from shmelim.shm.image import place
 from shmelim.shm.layout import PACKED
 
+pytestmark = pytest.mark.usefixtures("image")
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 

@@ -541,7 +541,8 @@ def test_interrupt_by_a_bad_record_leaves_no_segment(table_name: str) -> None:
         writer.load([(b"a", 1, b"A", None)])
         transaction = writer.transaction(replace=True)
         transaction.put(b"a", 1, b"x" * 10_000_000)
-        transaction.put(b"b", 1, "text")  # type: ignore[arg-type]
+        transaction.put(b"b", 1, b"")
+        transaction._changes[-1] = (b"b", 1, "not what was checked", None)
         with pytest.raises(TypeError):
             transaction.stage()
         assert namespace.generations() == [1]

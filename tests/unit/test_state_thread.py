@@ -407,6 +407,32 @@ class TestFailures:
             assert rig.subject._problems.standing() == []
             assert list(rig.state()) == ["a", "b"]
 
+    def test_those_that_come_while_it_fails_are_told_without_another_try(self, threaded, monkeypatch):
+        tries, refused = [], []
+
+        def busy(_store):
+            tries.append(1)
+            if len(tries) == 1:
+                until(lambda: threaded.subject._queue.qsize() == 5)
+            raise StoreError("database is locked")
+
+        def add(n):
+            with pytest.raises(StoreError, match="locked"):
+                threaded.add(f"h{n}")
+            refused.append(n)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "begin", busy)
+            threads = [threading.Thread(target=add, args=(n,)) for n in range(6)]
+            threads[0].start()
+            until(lambda: tries)
+            for each in threads[1:]:
+                each.start()
+            for each in threads:
+                each.join()
+        assert (len(tries), sorted(refused)) == (1, list(range(6)))
+        assert threaded.add("after") is True
+
     def test_those_that_waited_while_the_store_failed_are_told_and_the_next_is_tried(self, threaded):
         def fails(_step):
             threaded.store.rollback()  # as a full disk does by itself

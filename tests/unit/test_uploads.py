@@ -108,7 +108,7 @@ def test_a_bad_record_gives_up_the_upload_and_is_named_by_its_place_in_the_whole
     token = subject.begin(Comparison(nothing))
     subject.extend(token, [row("a"), row("a")])
     with pytest.raises(ValueError, match="elimination 3 of the list"):
-        subject.extend(token, [row("b"), {"hotkey": "c"}])
+        subject.extend(token, [row("b"), {"dd": 0.5}])
     with pytest.raises(ValueError, match="no upload"):
         subject.finish(token)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, Final, NamedTuple
 
 from shmelim.eliminations.reader import EliminationReader
-from shmelim.eliminations.record import EliminationReason, check_hotkey
+from shmelim.eliminations.record import EliminationReason, check_hotkey, refuse_hotkey
 from shmelim.eliminations.rules.deadlines import check_turn
 from shmelim.eliminations.rules.tick import Context
 
@@ -124,6 +124,15 @@ class Membership:
             else:
                 alerts.clear(*_ENTRIES)
         return last[1]
+
+
+def is_zombie(hotkey: str | None, hotkeys: Container[str], development: str) -> bool:
+    """Tell whether a hotkey is missing among all of the metagraph; None and the development one never are."""
+    if hotkey is None:
+        return False
+    if not isinstance(hotkey, str):
+        refuse_hotkey(hotkey)
+    return hotkey != development and hotkey not in hotkeys
 
 
 def listed_by(hotkeys: Any) -> list[Any]:

@@ -24,6 +24,7 @@ _ANOMALY_SHARE: Final = 0.25
 _ANOMALY: Final = "anomaly"
 _BELIEVED: Final = "believed"  # how many hotkeys there were before the loss that is not believed
 _REPLACEMENTS: Final = "replacements"
+_NO_NOTES: Final[Mapping[str, str]] = {}
 _LOOKED: Final = "looked"  # whether a metagraph was ever seen
 
 
@@ -45,11 +46,11 @@ class Step:
         self.store.set_meta(key, value)
 
 
-def add(step: Step, hotkey: str, record: bytes) -> bool:
+def add(step: Step, hotkey: str, record: bytes, note: str | None = None) -> bool:
     """Add or replace one record; returns True for a hotkey that was not eliminated before."""
     old = step.store.put_elimination(hotkey, record)
     if old != record:
-        step.record([EventOf("add" if old is None else "update", hotkey, old)])
+        step.record([EventOf("add" if old is None else "update", hotkey, old, note)])
     if old is None:
         _wake_debts(step, {hotkey: record})
     return old is None
@@ -96,7 +97,7 @@ def sync(step: Step, comparison: Comparison, reason: str = "sync") -> list[str]:
     assert step.settled is not None
     since = step.settled.changed_since(comparison.version)
     if since is None:
-        comparison.renew(step.settled)
+        comparison.renew()
     changed, gone = dict(comparison.changed), dict.fromkeys(comparison.gone)
     for hotkey in {*(since or ()), *step.store.written}:
         row, wanted = step.store.get(hotkey), comparison.wanted(hotkey)
@@ -106,23 +107,34 @@ def sync(step: Step, comparison: Comparison, reason: str = "sync") -> list[str]:
             changed[hotkey] = wanted
         elif row is not None and row.record is not None:
             gone[hotkey] = None
-    return _replace(step, changed, gone, reason)
+    return _replace(step, changed, gone, reason, comparison.notes)
 
 
 def sync_difference(
-    step: Step, version: int, changed: dict[str, bytes], gone: Iterable[str], reason: str = "sync"
+    step: Step,
+    version: int,
+    changed: dict[str, bytes],
+    gone: Iterable[str],
+    reason: str = "sync",
+    notes: Mapping[str, str] = _NO_NOTES,
 ) -> list[str] | None:
     """Make what a client found to differ from a version the state's; None where that may not be all by now."""
     assert step.settled is not None
     if step.store.written or step.settled.changed_since(version) != set():
         return None
-    return _replace(step, changed, gone, reason)
+    return _replace(step, changed, gone, reason, notes)
 
 
-def _replace(step: Step, records: Mapping[str, bytes], gone: Iterable[str], reason: str) -> list[str]:
+def _replace(
+    step: Step,
+    records: Mapping[str, bytes],
+    gone: Iterable[str],
+    reason: str,
+    notes: Mapping[str, str] = _NO_NOTES,
+) -> list[str]:
     removed = step.store.remove_eliminations(gone)
     events = [EventOf("remove", hotkey, record, reason) for hotkey, record in removed.items()]
-    events += _put(step, records, reason)
+    events += _put(step, records, reason, notes)
     if events:
         step.record(events)
         _rest_debts(step, removed, reason)
@@ -191,19 +203,20 @@ def _kinds(debts: Iterable[Debt]) -> str:
     return ", ".join(debt.kind for debt in debts)
 
 
-def merge(step: Step, records: Mapping[str, bytes], reason: str) -> int:
+def merge(step: Step, records: Mapping[str, bytes], reason: str, notes: Mapping[str, str] = _NO_NOTES) -> int:
     """Add or replace many records and leave the others; returns how many of them changed."""
-    changed = _put(step, records, reason)
+    changed = _put(step, records, reason, notes)
     step.record(changed)
     _wake_debts(step, _added(changed, records))
     return len(changed)
 
 
-def _put(step: Step, records: Mapping[str, bytes], reason: str) -> list[EventOf]:
+def _put(step: Step, records: Mapping[str, bytes], reason: str, notes: Mapping[str, str]) -> list[EventOf]:
     """Add or replace many records, and return the events of those that changed."""
     old = step.store.put_eliminations(records.items())
+    said = {hotkey: f"{reason}; {note}" for hotkey, note in notes.items()}
     return [
-        EventOf("update" if hotkey in old else "add", hotkey, old.get(hotkey), reason)
+        EventOf("update" if hotkey in old else "add", hotkey, old.get(hotkey), said.get(hotkey, reason))
         for hotkey, record in records.items()
         if old.get(hotkey) != record
     ]

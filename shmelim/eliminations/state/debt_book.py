@@ -34,7 +34,7 @@ from shmelim.eliminations.debts.states import (
     attempt_is_alive,
     rule_of,
 )
-from shmelim.eliminations.record import check_hotkey, encode, normalise
+from shmelim.eliminations.record import check_hotkey, decode, prepare
 from shmelim.eliminations.state.changes import Step, replacements
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.store.history import Change as EventOf
@@ -105,7 +105,7 @@ class DebtMethods:
         share: float | None = None,
         share_asked: bool = False,
     ) -> str:
-        check_hotkey(hotkey)  # which also refuses None: normalise would take the record's word for it
+        check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
         if replacements is not None:
             _check_type("replacements", replacements, int, "a whole number or None")
         if rule is not None:
@@ -115,7 +115,8 @@ class DebtMethods:
             if not 0 <= share <= 1:  # NaN is neither
                 raise ValueError(f"share must be 0 to 1, not {share!r}")
         _check_type("share_asked", share_asked, bool, "True or False")
-        plain = normalise(record, hotkey)
+        _, encoded = prepare(record, hotkey)
+        plain = decode(encoded)
         eliminated_ms = min(plain["elimination_initiated_time_ms"], _LARGEST_MS)
         reason = plain["reason"]
         cause = rule_of(reason) if rule is None else rule
@@ -124,7 +125,7 @@ class DebtMethods:
             reason=reason, share=share, share_asked=share_asked or share is not None,
         )  # fmt: skip
         kinds = _check_kinds(owed)
-        return self._state.commit(eliminate, hotkey, encode(plain), kinds, slash, replacements)
+        return self._state.commit(eliminate, hotkey, encoded, kinds, slash, replacements)
 
     def get_replacements_rpc(self) -> int:
         return self._state.read(replacements)

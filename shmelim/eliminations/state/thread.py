@@ -199,21 +199,24 @@ class State:
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        while True:
-            waiting = [self._queue.get()]
-            waiting += [self._queue.get() for _ in range(self._queue.qsize())]
-            requests = [request for request in waiting if request is not None]
-            try:
-                with self._turns:
-                    self._take(requests)
-            except BaseException as error:
-                # Whatever it was, the next turn begins with the store.
-                for request in requests:
-                    if request.done.locked():
-                        request.error = error
-                        request.done.release()
-            if len(requests) < len(waiting):
-                return
+        while self._run_turn():
+            pass
+
+    def _run_turn(self) -> bool:
+        """Take what waits, or wait for it; returns whether more may come. Nothing of it is kept."""
+        waiting = [self._queue.get()]
+        waiting += [self._queue.get() for _ in range(self._queue.qsize())]
+        requests = [request for request in waiting if request is not None]
+        try:
+            with self._turns:
+                self._take(requests)
+        except BaseException as error:
+            # Whatever it was, the next turn begins with the store.
+            for request in requests:
+                if request.done.locked():
+                    request.error = error
+                    request.done.release()
+        return len(requests) == len(waiting)
 
     def _take(self, requests: list[_Request]) -> None:
         """Take a turn: have these requests done; what interrupts it is raised once the table is whole again."""
@@ -362,9 +365,9 @@ class State:
         transaction = self._table.transaction(replace=rebuild)
         transaction.commit = self._store.next_commit
         if rebuild:
-            for key, (flags, record, ordinal) in self._settled.entries().items():
-                if key == ORIGIN_KEY or key.decode() not in written:
-                    transaction.put(key, flags, record, ordinal)
+            transaction.put(ORIGIN_KEY, 0, self._origin_record, 0)
+            others = self._settled.hotkeys() - written.keys()
+            written = {**self._settled.rows_of(list(others)), **written}
         for hotkey, row in written.items():
             if row is not None:
                 transaction.put(*row_entry(row))

@@ -11,6 +11,7 @@ one hotkey opens few such rows.
 from __future__ import annotations
 
 import os
+import sqlite3
 import sys
 import time
 import zlib
@@ -35,6 +36,7 @@ _LARGEST_ID: Final = (1 << 63) - 1
 _CHUNK: Final = 500  # hotkeys in one question: below the 999 that an old SQLite allows
 
 _COLUMNS: Final = "id, at_ms, action, hotkey, pid, uid, program, note, old, new, commit_number"
+_LAST_ID: Final = "SELECT coalesce(max(id), 0) FROM events"
 _HASHES: Final = "SELECT id, hashes FROM events"
 _IDS_OF: Final = "SELECT id, NULL FROM events WHERE hotkey = :hotkey AND id < :before"
 _SELECT: Final = f"SELECT {_COLUMNS} FROM events WHERE id = ?"  # noqa: S608
@@ -97,6 +99,18 @@ def _program() -> str:
 class History(Database):
     """The events of a store: how they are written, and how they are read."""
 
+    def __init__(self, db: sqlite3.Connection, path: Path, file: Path | None = None) -> None:
+        super().__init__(db, path, file)
+        self._last: dict[str, int] = {}  # numbers that are taken, by the question for the last of them
+
+    def _take(self, last: str, count: int) -> range:
+        """Take so many numbers that are free, above the last one that is taken, for which `last` asks."""
+        if last not in self._last:
+            self._last[last] = int(self._ask(last)[0][0])
+        first = self._last[last] + 1
+        self._last[last] += count
+        return range(first, first + count)
+
     def add_events(
         self, changes: Iterable[Change], origin: Origin | None = None, at_ms: int | None = None
     ) -> None:
@@ -104,16 +118,16 @@ class History(Database):
         listed = list(changes)
         who = this_process() if origin is None else origin
         now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
-        last = self._ask("SELECT coalesce(max(id), 0) FROM events")[0][0]
+        ids = self._take(_LAST_ID, len(listed))
         rows: Iterable[tuple[Any, ...]]
         if len(listed) > _MANY and all(change.hotkey is not None for change in listed):
             hashes = array("Q", sorted(_hash(str(change.hotkey)) for change in listed)).tobytes()
             events = zlib.compress(msgspec.msgpack.encode(listed), 1)
-            rows = [(last + len(listed), now, "many", None, *who, None, events, self.next_commit, hashes)]
+            rows = [(ids[-1], now, "many", None, *who, None, events, self.next_commit, hashes)]
         else:
             rows = (
                 (number, now, action, hotkey, *who, note, old, self.next_commit, None)
-                for number, (action, hotkey, old, note) in enumerate(listed, last + 1)
+                for number, (action, hotkey, old, note) in zip(ids, listed, strict=True)
             )
         self._change(_ADD, rows, each=True)
 

@@ -14,6 +14,7 @@ record of the numbers in use, so that no rollback and no crash can leave that wr
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -101,8 +102,8 @@ class Store(History):
         super().__init__(db, path, file)
         self.written = {}
         self.look_up = self._stored_rows
+        self._log = None if file is None else os.fspath(log_of(file))
         self._numbers: dict[str, int] = {}  # the rowids of hotkeys, as far as they were asked for
-        self._last: dict[str, int] = {}  # the last ordinal and row number that are taken; none: to be asked for
         self._others = 0  # what tells that another connection has committed
 
     # ------------------------------------------------------------------ transactions
@@ -148,7 +149,7 @@ class Store(History):
         One ``stat`` where the log is not large.
         """
         with suppress(FileNotFoundError):
-            size = 0 if self._file is None else log_of(self._file).stat().st_size
+            size = os.stat(self._log).st_size if self._log else 0  # noqa: PTH116  # after each change
             if size >= _LARGE_LOG:
                 _, pages, folded = self._ask("PRAGMA wal_checkpoint(PASSIVE)")[0]
                 return size if folded < pages else 0
@@ -219,14 +220,6 @@ class Store(History):
         self._numbers.update(self._ask_of("SELECT hotkey, rowid FROM hotkeys", missing))
         return self._numbers
 
-    def _take(self, last: str, count: int) -> Iterator[int]:
-        """Take so many numbers that are free, above the last one that is taken, for which `last` asks."""
-        if last not in self._last:
-            self._last[last] = int(self._ask(last)[0][0])
-        first = self._last[last] + 1
-        self._last[last] += count
-        return iter(range(first, first + count))
-
     def rows(self) -> Iterator[Row]:
         """Stream every row, in the order in which the rows came to be; about 2.5 s for a million of 0.5 kB."""
         return map(_row, self._stream(f"{_ROWS} ORDER BY rowid"))
@@ -270,7 +263,7 @@ class Store(History):
         given = dict(records)
         old = self.get_many(given)
         replaced = {hotkey: row.record for hotkey, row in old.items() if row.record is not None}
-        ordinals = self._take(_LAST_ORDINAL, len(given) - len(replaced))
+        ordinals = iter(self._take(_LAST_ORDINAL, len(given) - len(replaced)))
         nothing = Row("", None, None, None, None, registered=False)
         rows: dict[str, Row | None] = {}
         for hotkey, record in given.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shmelim.eliminations.debts.states import DECLINED, DOUBTFUL, MADE, NOT_MADE
-from shmelim.eliminations.record import EliminationReason
+from shmelim.eliminations.record import DAY_MS, SINCE_2020_MS, EliminationReason
 from shmelim.eliminations.validator.addresses import is_ss58_address
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.directories import MinerDirectories
@@ -18,8 +18,6 @@ from shmelim.errors import SlashNotMadeError
 from shmelim.system import clock as system_clock
 
 DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
-DAY_MS: Final = 86_400_000
-SINCE_2020_MS: Final = 1_577_836_800_000
 _LATEST_MS: Final = 4_102_444_800_000  # 2100: a clock of microseconds is beyond it
 # What figures may be at most; each is a number of at least 0.
 _FIGURES: Final = {
