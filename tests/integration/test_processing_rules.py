@@ -966,6 +966,25 @@ def test_another_rule_is_another_slash(managed: Managed) -> None:
     assert validator.collateral.slashes() == ["a", "a"]
 
 
+def test_position_of_a_miner_whom_a_sync_takes_back_and_brings_again_is_closed(managed: Managed) -> None:
+    validator = managed.validator
+    validator.register("a")
+    managed.tick()
+    validator.open_position("a")
+    validator.probation.fail("a", "PLAGIARISM", None)
+    validator.faults.fail("store", hotkey="a")
+    managed.tick()
+    rows = managed.manager.get_eliminations_from_memory()
+    managed.manager.sync_eliminations([])
+    managed.tick()
+    assert [(debt["kind"], debt["due"]) for debt in managed.debts] == [("positions", False)]
+    assert not validator.is_flat("a")
+    managed.manager.sync_eliminations(rows)
+    managed.tick()
+    assert validator.is_flat("a")
+    assert managed.debts == []
+
+
 def test_slash_that_was_not_made_is_owed_anew(managed: Managed) -> None:
     validator = managed.validator
     validator.register("a")
