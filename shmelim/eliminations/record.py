@@ -166,7 +166,14 @@ def check_record(
     `plausible` are the first and the last time that an elimination may have begun, in ms since 1970, UTC.
     """
     since, until = plausible_times() if plausible is None else plausible
-    if is_plain(data) and all(type(data.get(field)) in kinds for field, kinds, _ in _FIELDS):
+    if (
+        is_plain(data)
+        and type(data.get("hotkey")) is type(data.get(_REASON)) is str
+        and type(data.get(_TIME)) is int
+        and type(data.get("dd")) in _NUMBER_OR_NONE
+        and type(data.get("price_info")) in _DICT_OR_NONE
+        and type(data.get("return_info")) in _DICT_OR_NONE
+    ):
         # Nearly all are as they are to be; whatever is wrong with one is found and named below.
         with suppress(ValueError, TypeError, OverflowError):
             own: str = data["hotkey"]
@@ -253,13 +260,15 @@ _FILLED_IN = (_REASON, _TIME)  # where they are missing
 # Floats of which all bits of the exponent are set; other bytes may look like one.
 _MAY_BE_INFINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
 
+_NUMBER_OR_NONE = {float, int, NoneType}
+_DICT_OR_NONE = {dict, NoneType}
 _FIELDS = (
     ("hotkey", {str}, "text"),
-    ("reason", {str}, "text"),
-    ("elimination_initiated_time_ms", {int}, "a whole number of milliseconds"),
-    ("dd", {float, int, type(None)}, "a number or None"),
-    ("price_info", {dict, type(None)}, "a dict or None"),
-    ("return_info", {dict, type(None)}, "a dict or None"),
+    (_REASON, {str}, "text"),
+    (_TIME, {int}, "a whole number of milliseconds"),
+    ("dd", _NUMBER_OR_NONE, "a number or None"),
+    ("price_info", _DICT_OR_NONE, "a dict or None"),
+    ("return_info", _DICT_OR_NONE, "a dict or None"),
 )
 
 
