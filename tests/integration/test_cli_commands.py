@@ -273,7 +273,7 @@ def test_sync_of_a_list_larger_than_a_message_part(run, tmp_path):
 
 def test_sync_refuses_a_file_with_a_bad_row_whole(run, tmp_path):
     run("add", A, "--reason", "ZOMBIE")
-    bad = {"hotkey": "c", "elimination_initiated_time_ms": T}
+    bad = {"hotkey": "c", "reason": 5, "elimination_initiated_time_ms": T}
     result = run("sync", write(tmp_path / "eliminations.json", [row(B), bad, row("d", dd="much")]))
     assert result.exit_code == 1
     assert "row 1:" in result.stderr

@@ -184,7 +184,7 @@ def test_permissions_of_the_files_are_an_option(name, home):
 
 
 def test_a_bad_row_is_set_aside_with_a_warning(name, home):
-    file = write(home / "eliminations.json", [row(A), {"hotkey": B}])
+    file = write(home / "eliminations.json", [row(A), {"hotkey": B, "reason": 5}])
     with serving(name, home, "--import", file) as server:
         assert "warning: " in server.said()
         assert "'reason'" in server.said()

@@ -73,3 +73,10 @@ def test_that_nobody_is_left_is_believed_if_the_caller_says_so(server):
     assert server.get_missing_hotkeys_rpc() == FORTY[:2]
     assert server.update_metagraph_rpc([], START + 2 * HOUR, believe_empty=True) == FORTY[:2]
     assert server.get_departed_hotkeys_rpc()["h00"] == {"detected_ms": START + 2 * HOUR}
+
+
+def test_who_comes_and_goes_is_lost_once(server):
+    for step in range(30):
+        server.update_metagraph_rpc(FORTY[1:], START + step)
+        server.update_metagraph_rpc(FORTY, START + step)
+    assert server.get_missing_hotkeys_rpc() == []

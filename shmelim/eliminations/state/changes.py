@@ -23,7 +23,7 @@ _ANOMALY_COUNT: Final = 10
 _ANOMALY_SHARE: Final = 0.25
 _ANOMALY: Final = "anomaly"
 _BELIEVED: Final = "believed"  # how many hotkeys there were before the loss that is not believed
-_LOSSES: Final = "losses"  # of the last day: [when, how many, of how many]
+_LOSSES: Final = "losses"  # of the last day: [when, who, of how many]
 _REPLACEMENTS: Final = "replacements"
 _NO_NOTES: Final[Mapping[str, str]] = {}
 _LOOKED: Final = "looked"  # whether a metagraph was ever seen
@@ -249,8 +249,8 @@ def update_metagraph(
     lost, anomalous = lost_hotkeys(before, seen, size)
     recent = [loss for loss in step.store.meta(_LOSSES, []) if 0 <= now - loss[0] < DAY_MS]
     if lost and recent:
-        # What is lost in small steps is lost as well.
-        total = len(lost) + sum(count for _, count, _ in recent)
+        # What is lost in small steps, and has not come back, is lost as well.
+        total = len(set(lost).union(*(hotkeys for _, hotkeys, _ in recent)) - seen)
         largest = max(len(before), *(number for _, _, number in recent))
         anomalous = anomalous or (total > _ANOMALY_COUNT and total >= _ANOMALY_SHARE * largest)
     if not seen:
@@ -272,7 +272,7 @@ def update_metagraph(
     if anomalous:
         return []
     if lost:
-        step.set_meta(_LOSSES, [*recent, [now, len(lost), len(before)]])
+        step.set_meta(_LOSSES, [*recent, [now, lost, len(before)]])
     return record_departures(step, dict.fromkeys(lost, now), "metagraph")
 
 
