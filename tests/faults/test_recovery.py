@@ -255,14 +255,14 @@ class TestDamagedFiles:
 class TestBadRows:
     def test_are_set_aside_by_name_and_the_rest_loads(self, state_dir, start, caplog):
         state_dir.mkdir()
-        bad = [{"hotkey": "no-reason", "elimination_initiated_time_ms": 1}, 17, {"reason": "ZOMBIE"}]
+        bad = [{"hotkey": "odd-reason", "reason": 5}, 17, {"reason": "ZOMBIE"}]
         content = {"eliminations": [row("a"), *bad, row("b")]}
         (state_dir / "eliminations.json").write_text(json.dumps(content))
         server = start()
         assert server.get_eliminations_from_memory_rpc() == [row("a"), row("b")]
         (quarantine,) = state_dir.glob("eliminations.json.quarantine-*")
         assert [entry["row"] for entry in json.loads(quarantine.read_text())["rows"]] == bad
-        assert "no-reason" in caplog.text
+        assert "odd-reason" in caplog.text
         assert quarantine.name in caplog.text
 
     def test_do_not_remove_what_the_store_knows_of_their_hotkeys(self, state_dir, start):

@@ -83,8 +83,8 @@ def test_a_change_that_changes_nothing_does_not_end_a_problem(server, monkeypatc
 
 
 def test_a_change_that_is_refused_for_itself_is_nobody_elses_problem(server):
-    with pytest.raises(ValueError, match="reason"):
-        server.add_elimination_rpc("a", {"hotkey": "a"})
+    with pytest.raises(TypeError, match="reason"):
+        server.add_elimination_rpc("a", {"hotkey": "a", "reason": 5})
     assert server.health_check_rpc()["problems"] == []
 
 
