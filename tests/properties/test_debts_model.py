@@ -73,7 +73,6 @@ class Model(Sequences):
             if standing is None or kind != SLASH:
                 standing = Debt(stamp, rule if kind == SLASH else None)
             standing.due, standing.stamp = True, stamp
-            self.released.discard(key)
             self.debts[key] = standing
         return "added"
 
@@ -135,6 +134,7 @@ class Model(Sequences):
         if key is None or (kind == SLASH and token is None):
             return False
         debt = self.debts.pop(key)
+        self.released.discard(key)
         if kind == SLASH:
             self.slashes[hotkey, *key[2:]] = debt.stamp, "contract", "declined" if declined else "made"
         return True
@@ -181,6 +181,7 @@ class Model(Sequences):
         debt.state = "owed"
         if made:
             del self.debts[found[0]]
+            self.released.discard(found[0])
             self.slashes[hotkey, *found[0][2:]] = debt.stamp, "hand", "made"
         else:
             self.begun.discard(debt.token)

@@ -768,6 +768,18 @@ def test_released_all_that_were_owed_may_be_made_and_later_ones_count_anew(many)
     assert many.get_money_held_rpc() is not None
 
 
+def test_what_becomes_owed_once_the_released_are_settled_counts_anew(many):
+    for number in range(4):
+        begin(many, number, 0)
+    assert many.release_money_rpc()
+    for number in range(3, 10):
+        assert begin(many, number, 0)
+    for number in range(10):
+        assert many.settle_debt_rpc(f"h{number}", SLASH, f"t{number}")
+    eliminate(many, "h10", [SLASH])
+    assert begin(many, 10, 0) is False
+
+
 def test_an_hour_later_slashes_go_on_unheld(many):
     assert all(begin(many, number, number * HOUR // 2) for number in range(10))
     assert many.get_money_held_rpc() is None

@@ -56,7 +56,7 @@ _MAX_ERROR: Final = 500
 _MAX_RULE: Final = 64
 _HOUR_MS: Final = 3_600_000
 _BEGUN: Final = "slashes_begun"  # when those of the last hour were begun that may have been made, by attempt
-_RELEASED: Final = "slashes_released"  # the highest ordinal of the debts that a person released
+_RELEASED: Final = "slashes_released"  # the causes of the debts that a person released, until they are settled
 # A record's time may be any whole number of 64 bits; SQLite's are signed.
 _LARGEST_MS: Final = (1 << 63) - 1
 
@@ -426,7 +426,7 @@ def begin_slash(
         return _NOTHING
     counted: dict[str, int] = step.store.meta(_BEGUN) or {}
     recent = {token: ms for token, ms in counted.items() if abs(now_ms - ms) < _HOUR_MS}
-    if debt.ordinal > step.store.meta(_RELEASED, 0) and len(recent) >= most_per_hour:
+    if _key(debt) not in step.store.meta(_RELEASED, []) and len(recent) >= most_per_hour:
         hold_money(
             step, f"{len(recent)} slashes within an hour, and more are owed: at most {most_per_hour:g} may be"
         )
@@ -457,7 +457,7 @@ def release_money(step: Step) -> bool:
     if held_money(step.store) is None:
         return False
     step.set_meta(HELD, None)
-    step.set_meta(_RELEASED, step.store.next_debt_ordinal() - 1)
+    step.set_meta(_RELEASED, [_key(debt) for debt in step.store.debts() if debt.kind == SLASH])
     step.record([EventOf("release", note="slashes go on")])
     return True
 
@@ -548,11 +548,18 @@ def _put_on_record(step: Step, debt: Debt, by: str, outcome: str, answer: str | 
     cause = debt.hotkey, debt.rule, debt.registration
     slash = Slash(*cause, clock.now_ms(), debt.eliminated_ms, by, outcome, *terms)
     step.store.put_slash(slash)
+    released = step.store.meta(_RELEASED, [])
+    if _key(debt) in released:
+        step.set_meta(_RELEASED, [key for key in released if key != _key(debt)])
     return entry_of(outcome, slash, slash.made_ms, attempt=debt.attempt, by=by, answer=answer)
 
 
 def _owe_again(step: Step, debt: Debt) -> None:
     step.store.put_debt(debt._replace(state=OWED, in_doubt_since_ms=None))
+
+
+def _key(debt: Debt) -> list[Any]:
+    return [debt.hotkey, debt.rule, debt.registration]
 
 
 def _forget_begun(step: Step, attempt: str) -> None:
