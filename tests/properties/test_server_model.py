@@ -23,6 +23,7 @@ class Model:
         self.eliminated = {}
         self.departed = {}
         self.registered = set()
+        self.losses = []  # who was lost in one look, and of how many
 
     def add(self, hotkey, stamp):
         new = hotkey not in self.eliminated
@@ -48,9 +49,14 @@ class Model:
     def metagraph(self, hotkeys):
         seen = set(hotkeys)
         lost = sorted(self.registered - seen)
-        if len(lost) > 10 and 4 * len(lost) >= len(self.registered):
+        sizes = [len(self.registered), *(size for _, size in self.losses)]
+        gone = set(lost).union(*(earlier for earlier, _ in self.losses)) - seen if lost else ()
+        # All of it is within one day.
+        if lost and (not seen or (len(gone) > 10 and 4 * len(gone) >= max(sizes))):
             self.registered |= seen
             return []
+        if lost:
+            self.losses.append((set(lost), len(self.registered)))
         self.registered = seen
         new = [hotkey for hotkey in lost if hotkey not in self.departed]
         self.departed |= dict.fromkeys(new)

@@ -169,7 +169,8 @@ def test_without_a_command_it_shows_the_help(run):
 
 
 @pytest.mark.parametrize(
-    ("words", "offered"), [("shmelim de", ["debts", "demo"]), ("shmelim slash r", ["release", "resolve"])]
+    ("words", "offered"),
+    [("shmelim de", ["debts", "demo"]), ("shmelim slash r", ["re-arm", "release", "resolve"])],
 )
 def test_a_shell_can_complete_commands(run, words, offered):
     env = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_SHMELIM_COMPLETE": "bash_complete"}

@@ -259,7 +259,7 @@ def update_metagraph(
     changed = step.store.set_registered(seen | before if anomalous else seen)
     if before or step.store.meta(_LOOKED, default=False):
         _count_returns(step, changed & seen)
-    else:
+    elif seen:
         # Whoever departed may be registered since before the first look: that is not seen to be a return.
         step.set_meta(_LOOKED, value=True)
     listed = lost if anomalous else []
