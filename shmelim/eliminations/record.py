@@ -186,7 +186,8 @@ def check_record(
     notes = []
     if _TIME in record and not since <= record[_TIME] <= until:
         notes.append(f"{_TIME} is not plausible")
-    if infinite := [_short(key) for key, value in data.items() if _has_infinite(value)]:
+    fields = data if isinstance(data, Mapping) else plain_container(data)
+    if infinite := [_short(key) for key, value in dict(fields or ()).items() if _has_infinite(value)]:
         notes.append(f"not finite, and None: {', '.join(infinite)}")
     return Checked(record["hotkey"], encode(record), lacks, "; ".join(notes) or None)
 

@@ -85,6 +85,17 @@ class TestRequiredFields:
         assert (found["dd"], found["return_info"]) == (None, {"x": [None, 1.5]})
         assert checked.note == "not finite, and None: 'dd', 'return_info'"
 
+    def test_what_stands_for_a_record_is_looked_at_in_its_place(self):
+        class Proxy:
+            """Hands over what it stands for, and has no other method."""
+
+            def _getvalue(self):
+                return row(dd=float("nan"))
+
+        checked = rec.check_record(Proxy())
+        assert rec.decode(checked.record) == row(dd=None)
+        assert checked.note == "not finite, and None: 'dd'"
+
     @pytest.mark.parametrize("value", ["\u00cb\x7f\u00f0", 1.7976931348623157e308, [-5e-324]])
     def test_what_only_looks_like_it_is_stored_as_it_is(self, value):
         checked = rec.check_record(row(own=value))
