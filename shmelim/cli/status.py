@@ -36,7 +36,7 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
 
     Exit code: as that of `shmelim health`; 0 where the server lives and this user may not ask it.
 
-    With --json: name, version, generation, sequence, eliminated, departed, registered, entries,
+    With --json: name, version, generation, eliminated, departed, registered, entries,
     read_path ("native" or "pure"), writer {pid, alive, state, heartbeat_age_s, started_ms},
     table {capacity, usable, arena_size, arena_used, arena_live, segment_bytes},
     channel {address, answers, silent, problem}, state_dir,

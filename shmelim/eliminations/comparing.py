@@ -115,6 +115,8 @@ class Comparison:
             count += 1
             if count % _TURN == 0:
                 time.sleep(0)
+            hotkey: Any = None
+            stored = None
             if type(record) is dict and type(hotkey := record.get("hotkey")) is str:
                 stored = look_up(hotkey)
                 if stored is not None and _is_encoded(record, stored, buffer):
@@ -125,8 +127,9 @@ class Comparison:
                 checked = check_record(record, plausible=plausible)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"elimination {first + count - 1} of the list: {error}") from None
-            hotkey = checked.hotkey
-            stored = look_up(hotkey)
+            if type(hotkey) is not str:
+                hotkey = checked.hotkey
+                stored = look_up(hotkey)
             encoded, note = complete(checked, stored)
             if stored is not None and means_the_same(encoded, stored):
                 same[hotkey] = stored
@@ -183,29 +186,6 @@ def packed(record: Any) -> Any:
     with suppress(ValueError, TypeError, OverflowError):
         return msgspec.Raw(_encode(record)) if is_plain(record) else record
     return record  # what is wrong with it is named where it is sent
-
-
-def changed_records(
-    published: Reading, records: Iterable[Mapping[str, Any]], since_ms: int = SINCE_2020_MS
-) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Check and encode records, and return those that do not mean what is published, with notes on some."""
-    changed: dict[str, bytes] = {}
-    notes: dict[str, str] = {}
-    plausible = plausible_times(since_ms)
-    for index, data in enumerate(check_listed(records)):
-        try:
-            checked = check_record(data, plausible=plausible)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"elimination {index} of the list: {error}") from None
-        stored = published.encoded_elimination(checked.hotkey)
-        record, note = complete(checked, stored)
-        if stored is not None and means_the_same(record, stored):
-            changed.pop(checked.hotkey, None)
-            continue
-        changed[checked.hotkey] = record
-        if note is not None:
-            notes[checked.hotkey] = note
-    return changed, notes
 
 
 def _is_encoded(record: dict[str, Any], stored: bytes | msgspec.Raw, buffer: bytearray) -> bool:

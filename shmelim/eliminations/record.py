@@ -33,7 +33,9 @@ UNKNOWN = "UNKNOWN"
 SINCE_2020_MS = 1_577_836_800_000
 DAY_MS = 86_400_000
 
+_REASON = "reason"
 _TIME = "elimination_initiated_time_ms"
+FILLED_IN = (_REASON, _TIME)  # the fields that are, where they are missing
 _MIN_INT = -(1 << 63)
 _MAX_INT = (1 << 64) - 1
 _SHOWN = 64
@@ -121,7 +123,7 @@ def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, A
     if "hotkey" not in record:
         whose = "" if hotkey is None else f" of hotkey {_short(hotkey)}"
         raise ValueError(f"the elimination record{whose} lacks the required field 'hotkey'")
-    for field in _FILLED_IN:
+    for field in FILLED_IN:
         if record.get(field) is None:
             record.pop(field, None)
     _check_types(record)
@@ -182,7 +184,7 @@ def check_record(
             if usual and hotkey in {None, own} and check_hotkey(own):
                 return Checked(own, encoded)
     record = normalise(data, hotkey)
-    lacks = tuple(field for field in _FILLED_IN if field not in record)
+    lacks = tuple(field for field in FILLED_IN if field not in record)
     notes = []
     if _TIME in record and not since <= record[_TIME] <= until:
         notes.append(f"{_TIME} is not plausible")
@@ -256,8 +258,6 @@ def generate_row(
     }
 
 
-_REASON = "reason"
-_FILLED_IN = (_REASON, _TIME)  # where they are missing
 # Floats of which all bits of the exponent are set; other bytes may look like one.
 _MAY_BE_INFINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
 
@@ -303,7 +303,7 @@ def _check_types(record: dict[str, Any]) -> None:
         record[_TIME] = int(time_ms)
     for field, kinds, wanted in _FIELDS:
         value = record.get(field)
-        if type(value) not in kinds and (field in record or field not in _FILLED_IN):
+        if type(value) not in kinds and (field in record or field not in FILLED_IN):
             whose = "" if field == "hotkey" else f" (hotkey {_short(record['hotkey'])})"
             given = f"{type(value).__name__} {_short(value)}"
             raise TypeError(f"record[{field!r}] must be {wanted}, not {given}{whose}")

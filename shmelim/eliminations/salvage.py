@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
 from shmelim.eliminations.record import (
+    FILLED_IN,
     MAX_HOTKEY_BYTES,
     MAX_NESTING,
     MAX_RECORD_BYTES,
@@ -26,26 +27,25 @@ from shmelim.eliminations.record import (
 )
 from shmelim.system.containers import plain_container
 
-_TIME: Final = "elimination_initiated_time_ms"
-_BARE: Final = {"reason": UNKNOWN, _TIME: 0}
+_REASON, _TIME = FILLED_IN
 
 
-def salvage(data: Any, now_ms: int, reason: str = UNKNOWN) -> tuple[dict[str, Any], list[str]]:
+def salvage(data: Any, now_ms: int) -> tuple[dict[str, Any], list[str]]:
     """Return the record that `data` is, with what had to be changed so that it can be stored, in words.
 
-    A reason that is missing becomes `reason`, a time that is none `now_ms` (ms since 1970, UTC); other values that
-    have no stored form become None, or are left out where the record would be too large. ValueError or TypeError
-    where it is not a mapping with a valid hotkey.
+    A reason that is missing becomes ``UNKNOWN``, a time that is none `now_ms` (ms since 1970, UTC); other values
+    that have no stored form become None, or are left out where the record would be too large. ValueError or
+    TypeError where it is not a mapping with a valid hotkey.
     """
     try:
         record = normalise(data)
         encode(record)
     except Exception:  # a stranger's object may raise anything where it is looked at
-        return _pieced_together(data, now_ms, reason)
-    return (record, []) if record.keys() >= _BARE.keys() else _pieced_together(data, now_ms, reason)
+        return _pieced_together(data, now_ms)
+    return (record, []) if record.keys() >= set(FILLED_IN) else _pieced_together(data, now_ms)
 
 
-def _pieced_together(data: Any, now_ms: int, reason: str) -> tuple[dict[str, Any], list[str]]:
+def _pieced_together(data: Any, now_ms: int) -> tuple[dict[str, Any], list[str]]:
     fields = data if isinstance(data, Mapping) else plain_container(data)
     if not isinstance(fields, Mapping):
         raise TypeError(f"an elimination record must be a dict, not {type(data).__name__}")
@@ -61,9 +61,9 @@ def _pieced_together(data: Any, now_ms: int, reason: str) -> tuple[dict[str, Any
         if not whole:
             notes.append(f"{name}, {_named(value)}, " + ("was dropped" if kept is None else "was changed"))
         record[name] = kept
-    if record.get("reason") is None:
-        record["reason"] = reason
-        notes.append(f"reason: {reason}")
+    if record.get(_REASON) is None:
+        record[_REASON] = UNKNOWN
+        notes.append(f"{_REASON}: {UNKNOWN}")
     if record.get(_TIME) is None:
         record[_TIME] = now_ms
         notes.append(f"{_TIME}: the present time")
@@ -76,7 +76,7 @@ def _kept(name: str, value: Any) -> tuple[Any, bool]:
     for whole in (True, False):
         try:
             form = value if whole else round(value) if name == _TIME else _converted(value)
-            return normalise({"hotkey": "-"} | _BARE | {name: form})[name], whole
+            return normalise({"hotkey": "-", name: form})[name], whole
         except Exception:  # noqa: S112 - a stranger's object may raise anything where it is looked at
             continue
     return None, value is None
@@ -91,8 +91,10 @@ def _named(value: Any) -> str:
 
 def _converted(value: Any, depth: int = 0) -> Any:
     """Return a value in which each part that has no stored form is the nearest that has one, or None."""
-    if depth > MAX_NESTING or value is None or isinstance(value, (str, bool, float)):
-        return value if depth <= MAX_NESTING else None
+    if depth > MAX_NESTING:
+        return None
+    if value is None or isinstance(value, (str, bool, float)):
+        return value
     if isinstance(value, (Decimal, Fraction, int)):
         return value if isinstance(value, int) and -(1 << 63) <= value < 1 << 64 else float(value)
     if isinstance(value, Enum):
@@ -100,16 +102,14 @@ def _converted(value: Any, depth: int = 0) -> Any:
     container = value if isinstance(value, (Mapping, list, tuple, set, frozenset)) else plain_container(value)
     if isinstance(container, Mapping):
         return {str(key): _stored(item, depth) for key, item in container.items()}
-    if container is not None:
-        return [_stored(item, depth) for item in container]
-    return value
+    return value if container is None else [_stored(item, depth) for item in container]
 
 
 def _stored(value: Any, depth: int) -> Any:
     """Return a converted value, or None where it still has no stored form."""
     try:
         converted = _converted(value, depth + 1)
-        normalise({"hotkey": "-"} | _BARE | {"value": converted})
+        normalise({"hotkey": "-", "value": converted})
     except Exception:
         return None
     return converted
@@ -125,5 +125,5 @@ def _make_fit(record: dict[str, Any], notes: list[str]) -> None:
         if total <= MAX_RECORD_BYTES:
             return
         total -= sizes[name]
-        record[name] = UNKNOWN if name == "reason" else None
+        record[name] = UNKNOWN if name == _REASON else None
         notes.append(f"{name}, of {sizes[name]} bytes, was too large")

@@ -21,7 +21,7 @@ import msgspec
 
 from shmelim.channel import current_caller
 from shmelim.eliminations.calls import Calls, ProcessingCalls, implements
-from shmelim.eliminations.comparing import Comparison, changed_records
+from shmelim.eliminations.comparing import Comparison
 from shmelim.eliminations.files.format import ELIMINATIONS_FILE, read_eliminations
 from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode, check_files
 from shmelim.eliminations.files.taking import clear_gone, read_state, take_files
@@ -511,9 +511,12 @@ class EliminationManagerServer(DebtMethods):
         """Sync to a list of which a client found this to differ from a version; None where that may not be all."""
         if root_id != self.reader.root_id:
             return None
-        records, notes = changed_records(self.reader, changed, self._since_ms())
-        self._warn(notes)
-        return self._change(changes.sync_difference, version, records, check_hotkeys(gone), notes=notes)
+        comparison = Comparison(self.reader, self._since_ms())
+        comparison.extend(changed)
+        self._warn(comparison.notes)
+        return self._change(
+            changes.sync_difference, version, comparison.changed, check_hotkeys(gone), notes=comparison.notes
+        )
 
     def _replace(self, eliminations: Iterable[Mapping[str, Any]], reason: str) -> list[str]:
         comparison = Comparison(self.reader, self._since_ms())

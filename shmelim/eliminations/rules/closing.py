@@ -49,19 +49,16 @@ class Closing:
                 self._settle(debt["hotkey"], debt["kind"], record, tick)
 
     def _settle(self, hotkey: str, kind: str, record: Mapping[str, Any], tick: Tick) -> None:
-        context, collaborators = self.context, self.context.collaborators
+        context = self.context
         try:
-            if kind == LIMIT_ORDERS:
-                if (orders := collaborators.limit_order_manager) is None:
-                    context.alerts.failed(
-                        kind, hotkey, f"limit orders of {hotkey} are owed: there is no {_WHO[kind]}"
-                    )
-                    return
-                deleted = context.ask(kind, lambda: orders.delete_all_limit_orders_for_hotkey(hotkey), hotkey)
-                _log.info("deleted the limit orders of eliminated miner %s: %s", hotkey, deleted)
-            elif collaborators.position_manager is None:
-                context.alerts.failed(kind, hotkey, f"positions of {hotkey} are owed: there is no {_WHO[kind]}")
+            manager = getattr(context.collaborators, _WHO[kind])
+            if manager is None:
+                text = f"{kind.replace('_', ' ')} of {hotkey} are owed: there is no {_WHO[kind]}"
+                context.alerts.failed(kind, hotkey, text)
                 return
+            if kind == LIMIT_ORDERS:
+                deleted = context.ask(kind, lambda: manager.delete_all_limit_orders_for_hotkey(hotkey), hotkey)
+                _log.info("deleted the limit orders of eliminated miner %s: %s", hotkey, deleted)
             else:
                 context.ask(kind, lambda: self.close(hotkey, record, tick), hotkey)
             context.state.settle_debt(hotkey, kind)

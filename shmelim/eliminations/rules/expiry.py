@@ -63,9 +63,9 @@ class Expiry:
 
     def _keeps_row(self, debt: Mapping[str, Any]) -> bool:
         """Whether a slash is to be made, or may have been; one that nobody can make outlives its row."""
-        if debt["kind"] != SLASH or debt["state"] != OWED:
-            return bool(debt["kind"] == SLASH)
-        return debt["due"] and self.context.contract is not None
+        if debt["kind"] != SLASH:
+            return False
+        return debt["state"] != OWED or (debt["due"] and self.context.contract is not None)
 
     def is_due(self, record: Mapping[str, Any]) -> bool:
         """Whether an elimination would be deleted at once, if it were made."""

@@ -103,8 +103,9 @@ class Membership:
     def unbelieved(self) -> int:
         """Return of how many the server did not believe the loss, because so many are missing at once."""
         seen = self._look()
-        whole = seen is not None and seen.is_whole
-        return len(self.roster.now().registered - set(seen.hotkeys)) if seen is not None and whole else 0
+        if seen is None or not seen.is_whole:
+            return 0
+        return len(self.roster.now().registered - set(seen.hotkeys))
 
     def _look(self) -> _Seen | None:
         """Look at the metagraph; None where there is none, or nobody knows yet what it lists."""

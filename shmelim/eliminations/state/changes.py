@@ -230,9 +230,12 @@ def lost_hotkeys(before: set[str], now: set[str], size: int | None = None) -> tu
     a loss no smaller.
     """
     lost = sorted(before - now)
-    return lost, len(lost) > _ANOMALY_COUNT and len(lost) >= _ANOMALY_SHARE * (
-        len(before) if size is None else size
-    )
+    return lost, _are_too_many(len(lost), len(before) if size is None else size)
+
+
+def _are_too_many(lost: int, size: int) -> bool:
+    """Tell whether a loss of so many, of so many, is not believed."""
+    return lost > _ANOMALY_COUNT and lost >= _ANOMALY_SHARE * size
 
 
 def update_metagraph(
@@ -251,8 +254,7 @@ def update_metagraph(
     if lost and recent:
         # What is lost in small steps, and has not come back, is lost as well.
         total = len(set(lost).union(*(hotkeys for _, hotkeys, _ in recent)) - seen)
-        largest = max(len(before), *(number for _, _, number in recent))
-        anomalous = anomalous or (total > _ANOMALY_COUNT and total >= _ANOMALY_SHARE * largest)
+        anomalous = anomalous or _are_too_many(total, max(len(before), *(number for _, _, number in recent)))
     if not seen:
         anomalous = bool(lost) and not believe_empty
     # After an anomalous loss the lost ones stay registered, so that the next look compares with them too.

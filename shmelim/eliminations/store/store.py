@@ -264,7 +264,7 @@ class Store(History):
         old = self.get_many(given)
         replaced = {hotkey: row.record for hotkey, row in old.items() if row.record is not None}
         ordinals = iter(self._take(_LAST_ORDINAL, len(given) - len(replaced)))
-        nothing = Row("", None, None, None, None, registered=False)
+        nothing = _nothing_of("")
         rows: dict[str, Row | None] = {}
         for hotkey, record in given.items():
             _, ordinal, before, departed, detected, registered = old.get(hotkey, nothing)
@@ -293,7 +293,7 @@ class Store(History):
         `detected_ms` is when it was seen, in milliseconds since 1970, UTC; 0 where nobody knows.
         """
         old = self.get_many([hotkey])
-        row = old.get(hotkey) or Row(hotkey, None, None, None, None, registered=False)
+        row = old.get(hotkey) or _nothing_of(hotkey)
         if row.departed_ordinal is not None:
             return False
         (ordinal,) = self._take(_LAST_ORDINAL, 1)
@@ -318,7 +318,7 @@ class Store(History):
         old = self.get_many(changed)
         rows = {}
         for hotkey in changed:
-            row = old.get(hotkey) or Row(hotkey, None, None, None, None, registered=False)
+            row = old.get(hotkey) or _nothing_of(hotkey)
             rows[hotkey] = _or_nothing(row._replace(registered=hotkey in after))
         self._write(rows, old)
         return changed
@@ -390,6 +390,11 @@ class Store(History):
         if hotkey is None:
             return self._ask(f"{select} ORDER BY {order}")
         return self._ask(f"{select} WHERE hotkey = ? ORDER BY {order}", (hotkey,))
+
+
+def _nothing_of(hotkey: str) -> Row:
+    """Return the row of a hotkey of which nothing is known."""
+    return Row(hotkey, None, None, None, None, registered=False)
 
 
 def _or_nothing(row: Row) -> Row | None:
