@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import secrets
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,10 @@ import hypothesis
 import pytest
 from segments import published_segments_of, segments_of
 from serving import Served
+from waiting import until
 
 from shmelim import EliminationManager
+from shmelim.eliminations.rules import deadlines
 from shmelim.shm import READ_PATH, Namespace, PrivateNamespace, SharedNamespace, adoption, writer
 from shmelim.shm.image import Image
 from shmelim.table.naming import TableNamespace
@@ -118,6 +121,15 @@ def managers(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Callable[.
             return stack.enter_context(EliminationManager(*(args or (None, None, None)), **options))
 
         yield make
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What is stuck waits for this; at the end of the test at the latest it opens, and all threads come back."""
+    event = threading.Event()
+    yield event
+    event.set()
+    until(lambda: deadlines.left_behind() == [])
 
 
 @pytest.fixture(params=["shared", "private"])

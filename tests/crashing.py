@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 WATCHDOG = 60
 """Seconds after which a child that still runs shows where it is and exits; no test waits for it to pass."""
 
-_CODE = str(Path(shmelim.shm.__file__).parent) + os.sep
+_PACKAGE = Path(shmelim.__file__).parent
+_CODE = str(_PACKAGE / "shm") + os.sep
 
 
 class Child:
@@ -149,6 +150,13 @@ def at_line(
         return inside if wanted else None
 
     sys.settrace(outside)
+
+
+def package_files(*names: str) -> tuple[str, ...]:
+    """Return the paths of files of the package, each of which is there."""
+    paths = tuple(str(_PACKAGE / name) for name in names)
+    assert all(Path(path).is_file() for path in paths)
+    return paths
 
 
 def kill_self() -> None:

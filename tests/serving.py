@@ -19,15 +19,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from crashing import WATCHDOG
+from crashing import WATCHDOG, Child, kill_self
 
-from shmelim import EliminationClient, EliminationReader
+from shmelim import EliminationClient, EliminationManagerServer, EliminationReader
+from shmelim.eliminations.files import mirror
 from shmelim.eliminations.record import decode, generate_row
 from shmelim.eliminations.serve import ServeOptions, run
 from shmelim.eliminations.store.store import Store
+from shmelim.shm import SharedNamespace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 _TESTS = str(Path(__file__).parent)
 _SPAWNED = """
@@ -230,3 +232,19 @@ def serve_and_exit(options: ServeOptions, writing: int) -> NoReturn:
             traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def die_after(
+    name: str, state_dir: Path, work: Callable[[EliminationManagerServer], object], **options: Any
+) -> None:
+    """In a child: run a server until `work` ends, which SIGKILL follows; its files are written on demand alone."""
+
+    def run() -> None:
+        mirror._COALESCE = 1e6
+        options.setdefault("files", "lagged")
+        server = EliminationManagerServer(SharedNamespace(name), state_dir, durability="process", **options)
+        work(server)
+        kill_self()
+
+    with Child(run) as child:
+        assert child.wait() == -signal.SIGKILL

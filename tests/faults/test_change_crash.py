@@ -4,28 +4,23 @@ import random
 import shutil
 import sys
 import threading
-from pathlib import Path
 
 import pytest
-from crashing import Child, Counter, kill_self
+from crashing import Child, Counter, kill_self, package_files
 from serving import row, state_in_files, state_in_table
 
-import shmelim
 from shmelim import EliminationManagerServer, EliminationReader
 from shmelim.eliminations.files import mirror
 from shmelim.shm import SharedNamespace
 
-_PACKAGE = Path(shmelim.__file__).parent
 _TRACED = frozenset(
-    str(_PACKAGE / part)
-    for part in (
+    package_files(
         "eliminations/state/thread.py",
         "eliminations/state/changes.py",
         "eliminations/files/mirror.py",
         "shm/writer.py",
     )
 )
-assert all(Path(name).is_file() for name in _TRACED)
 
 BASE = [row(f"h{n}", n) for n in range(6)]
 

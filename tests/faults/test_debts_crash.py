@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from crashing import Child, Counter, at_line, kill_self
+from crashing import Child, Counter, at_line, kill_self, package_files
 from serving import row, state_in_table
 from waiting import until
 
-import shmelim
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.debts.states import KINDS, POSITIONS, SLASH, new_attempt
 from shmelim.eliminations.store.store import Store
@@ -23,18 +22,14 @@ from shmelim.errors import StoreError
 from shmelim.shm import SharedNamespace
 
 ROUNDS = 2000
-_TRACED = tuple(
-    str(Path(shmelim.__file__).parent / "eliminations" / name)
-    for name in (
-        "state/changes.py",
-        "state/thread.py",
-        "store/database.py",
-        "state/debt_book.py",
-        "store/history.py",
-        "store/store.py",
-    )
+_TRACED = package_files(
+    "eliminations/state/changes.py",
+    "eliminations/state/thread.py",
+    "eliminations/store/database.py",
+    "eliminations/state/debt_book.py",
+    "eliminations/store/history.py",
+    "eliminations/store/store.py",
 )
-assert all(Path(name).is_file() for name in _TRACED)
 
 
 def _fill(server):

@@ -4,33 +4,16 @@ import json
 import os
 
 import pytest
-from crashing import Child, kill_self
-from serving import row
+from serving import die_after, row
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations.files import mirror
 from shmelim.eliminations.files.sidecar import read_sidecars
 from shmelim.errors import DamagedFileError
-from shmelim.shm import SharedNamespace
 
 
 @pytest.fixture
 def path(state_dir):
     return state_dir / "eliminations.json"
-
-
-def killed(table_name, state_dir, work, **options):
-    """Run a server in a child until `work` ends, which SIGKILL follows; its files are written on demand alone."""
-
-    def run():
-        mirror._COALESCE = 1e6
-        options.setdefault("files", "lagged")
-        server = EliminationManagerServer(SharedNamespace(table_name), state_dir, durability="process", **options)
-        work(server)
-        kill_self()
-
-    with Child(run) as child:
-        assert child.wait() == -9
 
 
 def edit(path, *, remove=(), add=()):
@@ -54,7 +37,7 @@ class TestAnEditOlderThanTheLastCommit:
             edit(path, remove=["b"], add=[row("c", 7), row("of-a-person")])
             server.add_elimination_rpc("acknowledged", row("acknowledged"))
 
-        killed(table_name, state_dir, work)
+        die_after(table_name, state_dir, work)
         server = start()
         assert server.get_eliminations_dict_rpc() == {
             "a": row("a"),
@@ -76,7 +59,7 @@ class TestAnEditOlderThanTheLastCommit:
             server.remove_elimination_rpc("edited-and-removed")
             server.add_elimination_rpc("updated", row("updated", 5))
 
-        killed(table_name, state_dir, work)
+        die_after(table_name, state_dir, work)
         server = start()
         assert server.get_eliminations_dict_rpc() == {
             "updated": row("updated", 5),
@@ -96,7 +79,7 @@ class TestAnEditOlderThanTheLastCommit:
             edit(path, remove=["a"])
             server.add_elimination_rpc("a", row("a", 9))
 
-        killed(table_name, state_dir, work)
+        die_after(table_name, state_dir, work)
         server = start()
         assert server.get_eliminations_dict_rpc() == {"a": row("a", 9), "b": row("b")}
         assert problems(server) == ["file_not_applied"]
@@ -107,7 +90,7 @@ class TestAnEditOlderThanTheLastCommit:
         with start() as server:
             server.sync_eliminations_rpc([row("a"), row("b")])
         edit(path, remove=["b"], add=[row("of-a-person")])
-        killed(
+        die_after(
             table_name,
             state_dir,
             lambda server: (
@@ -129,7 +112,7 @@ class TestAnEditOlderThanTheLastCommit:
             departed.write_text(json.dumps(content))
             server.clear_departed_hotkeys_rpc()
 
-        killed(table_name, state_dir, work)
+        die_after(table_name, state_dir, work)
         assert start().get_departed_hotkeys_rpc() == {"of-a-person": {"detected_ms": 5}}
 
     def test_our_own_older_file_is_none(self, table_name, state_dir, path, start):
@@ -138,7 +121,7 @@ class TestAnEditOlderThanTheLastCommit:
             server.save_eliminations_rpc()
             server.clear_eliminations_rpc()
 
-        killed(table_name, state_dir, work)
+        die_after(table_name, state_dir, work)
         assert "hotkey" in path.read_text()
         server = start()
         assert server.get_eliminated_hotkeys_rpc() == set()

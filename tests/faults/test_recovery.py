@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from crashing import Child, Counter, call, kill_self
-from serving import State, listing, row, state_in_files, state_in_store, state_in_table
+from crashing import Child, Counter, call, kill_self, package_files
+from serving import State, die_after, listing, row, state_in_files, state_in_store, state_in_table
 
-import shmelim
 from shmelim import EliminationManagerServer, EliminationReader
-from shmelim.eliminations.files import mirror, taking
+from shmelim.eliminations.files import taking
 from shmelim.eliminations.files.taking import NAMES
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
@@ -32,20 +31,6 @@ def fill(server):
     server.update_metagraph_rpc([*HOTKEYS[4:], "always"])
     server.save_eliminations_rpc()
     return state_in_table(server.reader)
-
-
-def die_after(table_name, state_dir, work, **options):
-    """In a child: start a server, let `work` change things, and die before the files are written."""
-
-    def run():
-        mirror._COALESCE = 1000.0
-        options.setdefault("files", "lagged")
-        server = EliminationManagerServer(SharedNamespace(table_name), state_dir, durability="process", **options)
-        work(server)
-        kill_self()
-
-    with Child(run) as child:
-        assert child.wait() == -9
 
 
 def overwrite_header(path):
@@ -596,14 +581,11 @@ class TestDeathDuringRecovery:
         return lines
 
 
-_PACKAGE = Path(shmelim.__file__).parent
 _TRACED = frozenset(
-    str(_PACKAGE / name)
-    for name in (
+    package_files(
         "eliminations/starting/recovery.py",
         "eliminations/starting/replacement.py",
         "eliminations/store/database.py",
         "system/durable.py",
     )
 )
-assert all(Path(name).is_file() for name in _TRACED)

@@ -4,13 +4,11 @@ import os
 import random
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
-from crashing import Child, Counter, kill_self
+from crashing import Child, Counter, kill_self, package_files
 from serving import listing, row, state_in_store, state_in_table
 
-import shmelim
 from shmelim import EliminationManagerServer, EliminationReader
 from shmelim.eliminations.files import mirror
 from shmelim.eliminations.starting import replacement
@@ -20,10 +18,8 @@ from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
 from shmelim.shm import SharedNamespace
 
-_PACKAGE = Path(shmelim.__file__).parent
 _TRACED = frozenset(
-    str(_PACKAGE / name)
-    for name in (
+    package_files(
         "eliminations/starting/recovery.py",
         "eliminations/starting/replacement.py",
         "eliminations/store/database.py",
@@ -33,7 +29,6 @@ _TRACED = frozenset(
         "system/durable.py",
     )
 )
-assert all(Path(name).is_file() for name in _TRACED)
 _STRIDE = 13
 
 

@@ -3,13 +3,11 @@
 import random
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
-from crashing import Child, Counter, at_line, kill_self
+from crashing import Child, Counter, at_line, kill_self, package_files
 from serving import row, state_in_store, state_in_table
 
-import shmelim
 from shmelim import EliminationManagerServer, EliminationReader
 from shmelim.eliminations.record import prepare
 from shmelim.eliminations.starting import keeping
@@ -19,24 +17,19 @@ from shmelim.eliminations.store.store import Store
 from shmelim.errors import StateConflictError
 from shmelim.shm import SharedNamespace
 
-_PACKAGE = Path(shmelim.__file__).parent
-_TRACED = tuple(
-    str(_PACKAGE / name)
-    for name in (
-        "eliminations/starting/beginning.py",
-        "eliminations/starting/keeping.py",
-        "eliminations/starting/recovery.py",
-        "eliminations/starting/registry.py",
-        "eliminations/starting/replacement.py",
-        "eliminations/store/copying.py",
-        "eliminations/store/database.py",
-        "eliminations/server.py",
-        "shm/adoption.py",
-        "shm/writer.py",
-        "system/durable.py",
-    )
+_TRACED = package_files(
+    "eliminations/starting/beginning.py",
+    "eliminations/starting/keeping.py",
+    "eliminations/starting/recovery.py",
+    "eliminations/starting/registry.py",
+    "eliminations/starting/replacement.py",
+    "eliminations/store/copying.py",
+    "eliminations/store/database.py",
+    "eliminations/server.py",
+    "shm/adoption.py",
+    "shm/writer.py",
+    "system/durable.py",
 )
-assert all(Path(name).is_file() for name in _TRACED)
 
 
 class Place:

@@ -309,15 +309,6 @@ def hurried(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Managed]:
         yield made
 
 
-@pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    """What is stuck waits for this, and at the end of the test at the latest it opens."""
-    event = threading.Event()
-    yield event
-    event.set()
-    until(lambda: deadlines.left_behind() == [])
-
-
 @pytest.mark.parametrize("point", ["holding", "store", "cancel"])
 def test_what_hangs_for_one_miner_stops_no_other(hurried: Managed, gate: threading.Event, point: str) -> None:
     ten_to_eliminate(hurried)

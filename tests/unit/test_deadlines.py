@@ -13,7 +13,7 @@ from shmelim.eliminations.rules import deadlines
 from shmelim.eliminations.rules.deadlines import LeftBehindError, NotAskedError, StuckError, call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 
 SCOPE = object()
@@ -21,14 +21,6 @@ SCOPE = object()
 
 def ask(whom: str, work: Callable[[], Any], seconds: float, **options: Any) -> Any:
     return call(SCOPE, "asked", whom, work, seconds, **options)
-
-
-@pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    event = threading.Event()
-    yield event
-    event.set()
-    until(lambda: deadlines.left_behind() == [])
 
 
 def test_a_call_returns_and_raises_as_its_work_does() -> None:
