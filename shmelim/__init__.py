@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from shmelim.errors import (
     AlreadyServingError,
+    EpochError,
     NotServingError,
     OutcomeUnknownError,
     ShmelimError,
@@ -44,6 +45,7 @@ __all__ = [
     "EliminationManagerServer",
     "EliminationReader",
     "EliminationReason",
+    "EpochError",
     "HealthCheckDaemon",
     "NotServingError",
     "OutcomeUnknownError",

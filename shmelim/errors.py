@@ -98,6 +98,13 @@ class StateUnavailableError(ShmelimError):
     """The processing of eliminations cannot reach the server, or the server cannot store anything."""
 
 
+class EpochError(ShmelimError):
+    """The call was made for a manager that another one has followed, or is the manager's alone to make.
+
+    The message names both. Nothing was applied.
+    """
+
+
 class UploadLostError(ShmelimError, ValueError):
     """The server does not know the upload (any more); nothing of the list was applied."""
 

@@ -65,6 +65,8 @@ class ChannelClient:
     max_message, codec
         Longest message in bytes, both ways (a longer reply comes in several); codec of requests and replies: the
         server's.
+    epoch
+        Under what it speaks, for the server to decide what that may do: at most 60 characters; "": under nothing.
 
     Raises
     ------
@@ -97,6 +99,7 @@ class ChannelClient:
         connect_wait: float = 0.0,
         max_message: int = DEFAULT_MAX_MESSAGE,
         codec: Codec = MSGPACK,
+        epoch: str = "",
     ) -> None:
         self._find = address if callable(address) else None
         self._location = normalize(address() if callable(address) else address)
@@ -106,6 +109,7 @@ class ChannelClient:
         self._connections = Connections()
         self._max_message = max_message
         self._codec = codec
+        self._epoch = epoch
         self._numbers = itertools.count(1)  # next() of it is atomic
 
     def __repr__(self) -> str:
@@ -242,7 +246,7 @@ class ChannelClient:
                 raise TryAgainError(error) from None
         wire = self._connections.open(self._location)
         try:
-            establish(wire, self._location, self._authkey, deadline)
+            establish(wire, self._location, self._authkey, deadline, self._epoch)
         except BaseException:
             self._connections.discard(wire)
             raise

@@ -30,14 +30,17 @@ class TryAgainError(Exception):
         self.server = server
 
 
-def establish(wire: Wire, location: Location, authkey: bytes | Callable[[], bytes], deadline: float) -> None:
+def establish(
+    wire: Wire, location: Location, authkey: bytes | Callable[[], bytes], deadline: float, epoch: str = ""
+) -> None:
     """Connect a wire to the server at an address, and shake hands; ``TryAgainError`` where that may help."""
     where = describe(location)
     try:
         connect(wire.sock, location, deadline)
         wire.deadline = deadline
         # The key is asked for after connecting, so that it is that of the server that listens now.
-        wire.longest = greet(wire, _ask(authkey, where) if callable(authkey) else authkey, where)
+        key = _ask(authkey, where) if callable(authkey) else authkey
+        wire.longest = greet(wire, key, where, epoch)
     except NotServingError as error:
         raise TryAgainError(error) from None
     except ChannelError:

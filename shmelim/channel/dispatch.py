@@ -24,12 +24,14 @@ class Caller:
     """The process that made a call.
 
     `pid` is its id, on a Unix socket as the kernel knows it, on TCP as the client says; `uid` its user's id as the
-    kernel knows it, None on TCP; `program` the program's name, as the client says.
+    kernel knows it, None on TCP; `program` the program's name, and `epoch` that under which it speaks ("": under
+    none), as the client says.
     """
 
     pid: int
     uid: int | None
     program: str
+    epoch: str = ""
 
 
 # Set once in each connection's thread, which serves one client only.

@@ -4,7 +4,7 @@ A connection starts with the mutual HMAC handshake of ``multiprocessing.connecti
 then the client says hello and the server answers; from there on it is one request, one reply::
 
     client                                server
-      hello   [protocol, pid, program]      →
+      hello   [protocol, pid, program, epoch] →
                                             ←   welcome [protocol, service name, refusal or None, longest request]
       request [id, method, args, kwargs]    →
                                             ←   reply   [id, True, result] or [id, False, failure]
@@ -43,7 +43,7 @@ HELLO_LIMIT = 512  # bytes; hello and welcome
 WELCOME_LIMIT = 64 * 1024  # bytes; what may come in its place, such as a manager's traceback
 
 _LAST_WORDS = 0.5  # seconds for what a server may say after it has refused the key
-_NAME_LIMIT = 60  # characters of a program or service name; four bytes each still fit into HELLO_LIMIT
+_NAME_LIMIT = 60  # characters of a program, service or epoch; four bytes each still fit into HELLO_LIMIT
 
 
 class Hello(NamedTuple):
@@ -52,17 +52,20 @@ class Hello(NamedTuple):
     protocol: int
     pid: int
     program: str
+    epoch: str = ""
 
 
-def encode_hello() -> bytes:
-    """Return this process' hello."""
+def encode_hello(epoch: str) -> bytes:
+    """Return this process' hello; the epoch is that under which it speaks, "" if under none."""
     program = Path((sys.argv and sys.argv[0]) or sys.executable).name
-    return MSGPACK.dumps([PROTOCOL, os.getpid(), _short(program)])
+    return MSGPACK.dumps([PROTOCOL, os.getpid(), _short(program), _short(epoch)])
 
 
 def decode_hello(data: bytes) -> Hello:
     """Return the hello in `data`. A later protocol may add items, and is told so; else ``ProtocolError``."""
     match MSGPACK.loads(data):
+        case [int(protocol), int(pid), str(program), str(epoch), *_]:
+            return Hello(protocol, pid, program[:_NAME_LIMIT], epoch[:_NAME_LIMIT])
         case [int(protocol), int(pid), str(program), *_]:
             return Hello(protocol, pid, program[:_NAME_LIMIT])
     raise ProtocolError("the client's hello has an unknown form")
@@ -73,8 +76,8 @@ def encode_welcome(service_name: str, refusal: str | None, max_message: int) -> 
     return MSGPACK.dumps([PROTOCOL, _short(service_name), refusal, max_message])
 
 
-def greet(wire: Wire, key: bytes, where: str) -> int:
-    """Shake hands as a client; return the longest request in bytes that the server takes.
+def greet(wire: Wire, key: bytes, where: str, epoch: str = "") -> int:
+    """Shake hands as a client, under an epoch; return the longest request in bytes that the server takes.
 
     ``AuthenticationFailedError``, ``ProtocolError`` or ``ChannelError`` if another attempt would end so, too;
     ``OSError`` or ``EOFError`` if the connection broke off or the deadline passed.
@@ -82,7 +85,7 @@ def greet(wire: Wire, key: bytes, where: str) -> int:
     try:
         answer_challenge(wire, key)  # type: ignore[arg-type]  # needs no more than a Wire has
         deliver_challenge(wire, key)  # type: ignore[arg-type]
-        wire.send_bytes(encode_hello())
+        wire.send_bytes(encode_hello(epoch))
         answer = wire.recv_bytes(WELCOME_LIMIT)
     except AuthenticationError:
         raise _other_key(wire, where) from None

@@ -344,7 +344,7 @@ class ChannelServer:
             raise ProtocolError(f"it speaks protocol {hello.protocol}, this server {PROTOCOL}")
         pid = hello.pid if peer.pid is None else peer.pid
         peer.label = f"process {pid} ({hello.program!r})"
-        this_caller.set(Caller(pid, peer.uid, hello.program))
+        this_caller.set(Caller(pid, peer.uid, hello.program, hello.epoch))
         wire.deadline = None
         return True
 

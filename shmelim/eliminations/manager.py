@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn, cast
 from shmelim.channel import Address
 from shmelim.channel.address import Location
 from shmelim.eliminations.calls import Calls, ProcessingCalls
+from shmelim.eliminations.epochs import new_epoch
 from shmelim.eliminations.files.mirror import FILES_MODE, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
@@ -235,6 +236,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         elif port is None:
             address = runtime.address()
         defaults: dict[str, Any] = {"ready_timeout": _READY_TIMEOUT}
+        epoch = "" if runtime is None else new_epoch()
         super().__init__(
             SERVICE_NAME,
             port,
@@ -246,7 +248,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             slack_notifier,
             address=address,
             key_path=None if runtime is None else runtime.key,
-            **defaults | settings,
+            **defaults | settings | {"epoch": epoch},
         )
         self.metagraph = metagraph
         self.position_manager = position_manager
@@ -275,6 +277,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             adopt_published=adopt_published,
             replace_published=replace_published,
             must_exist=must_exist,
+            epoch=epoch,
             registry=registry if registry is None or isinstance(registry, bool) else _absolute(registry),
         )
         self._timeout = settings.get("call_timeout", ServiceSettings.call_timeout)

@@ -47,6 +47,7 @@ class ServeOptions:
     replace_published: bool = False
     must_exist: bool = False
     registry: Path | bool | None = True
+    epoch: str = ""  # of the manager that starts the server
 
     def __post_init__(self) -> None:
         for what, value, known in (
@@ -86,6 +87,7 @@ def open_server(
         replace_published=options.replace_published,
         must_exist=options.must_exist,
         registry=options.registry,
+        epoch=options.epoch,
         on_progress=on_progress or report_progress,  # to who waits for this process, if anybody does
     )
 

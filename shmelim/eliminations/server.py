@@ -22,6 +22,7 @@ import msgspec
 from shmelim.channel import current_caller
 from shmelim.eliminations.calls import Calls, ProcessingCalls, implements
 from shmelim.eliminations.comparing import Comparison
+from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.files.format import ELIMINATIONS_FILE, read_eliminations
 from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode, check_files
 from shmelim.eliminations.files.taking import clear_gone, read_state, take_files
@@ -120,6 +121,8 @@ class EliminationManagerServer(DebtMethods):
         A directory in which what is served under a name is remembered, so that an empty directory or an older
         store is noticed also after a reboot; True: what ``SHMELIM_REGISTRY`` says, else one of the user's; None:
         nowhere. Nothing is remembered of a state that is in memory, or of a table in private memory.
+    epoch
+        That of the manager which starts it: nobody else tells it of the metagraph, or begins slashes.
     on_progress
         Called while the state is being loaded with what is done, how far it is, and how far it will go (None
         where nobody knows).
@@ -166,6 +169,7 @@ class EliminationManagerServer(DebtMethods):
         replace_published: bool = False,
         must_exist: bool = False,
         registry: Path | str | bool | None = True,
+        epoch: str = "",
         on_progress: Progress | None = None,
     ) -> None:
         tell = on_progress or (lambda _what, _done, _total: None)
@@ -186,6 +190,7 @@ class EliminationManagerServer(DebtMethods):
         # In direct mode the manager sets it; a server process has no collaborators.
         self._processor: EliminationProcessor | None = None
         self._origin = this_process()
+        self._teller = Teller(epoch)
         self._first_refresh_ran = False
         self._uploads = Uploads()
         self._stopped = threading.Event()
@@ -220,8 +225,7 @@ class EliminationManagerServer(DebtMethods):
             undo.callback(self._stopped.set)
             self._secure(store, default_departed)
             self._journal = None if self.state_dir is None else open_journal(self.state_dir, store)
-            paths = [Path(path) for path in imports]
-            merge_once(store, paths, lambda path: tell(f"importing {path}", 0, None))
+            merge_once(store, [Path(path) for path in imports], lambda path: tell(f"importing {path}", 0, None))
             self._state = State(
                 store,
                 table,
@@ -266,6 +270,7 @@ class EliminationManagerServer(DebtMethods):
             self._state.go_on(origin)
         else:
             self._state.publish_all(origin, lambda done, total: tell("publishing", done, total))
+        self._epoch_number = self._state.commit(changes.take_epoch, self._teller.epoch)
 
     def _recall(self, registry: Registry | None) -> Memory | None:
         """Return what is remembered of the name; what keeps it from being read is a named problem."""
@@ -362,7 +367,8 @@ class EliminationManagerServer(DebtMethods):
         self._undo.close()
 
     def _caller(self) -> Origin:
-        """Return who asks for the change that this thread makes."""
+        """Return who asks for the change that this thread makes; EpochError if it is not his to make."""
+        self._teller.check()
         caller = current_caller()
         return self._origin if caller is None else Origin(caller.pid, caller.uid, caller.program)
 
@@ -389,6 +395,8 @@ class EliminationManagerServer(DebtMethods):
             "name": self.namespace.name if isinstance(self.namespace, SharedNamespace) else None,
             "pid": os.getpid(),
             "started_ms": self.started_ms,
+            "epoch": self._epoch_number,
+            "teller": self._teller.epoch or None,
             "state_dir": None if self.state_dir is None else str(self.state_dir),
             "store_bytes": 0 if self.state_dir is None else store_bytes(self.state_dir),
             "commits": self._state.commits,
@@ -404,6 +412,7 @@ class EliminationManagerServer(DebtMethods):
     def report_processing_rpc(
         self, whole_ms: int | None, interval_ms: float, problems: list[dict[str, Any]]
     ) -> None:
+        self._teller.check()
         self._ticks.report(whole_ms, interval_ms, problems)
 
     # ------------------------------------------------------------------ reading
@@ -546,6 +555,7 @@ class EliminationManagerServer(DebtMethods):
     def update_metagraph_rpc(
         self, hotkeys: Iterable[str], now_ms: int | None = None, believe_empty: bool = False
     ) -> list[str]:
+        self._teller.check_tells("say who is registered")
         return self._change(changes.update_metagraph, check_hotkeys(hotkeys), now_ms, believe_empty)
 
     def get_missing_hotkeys_rpc(self) -> list[str]:
@@ -605,6 +615,7 @@ class EliminationManagerServer(DebtMethods):
         return self._first_refresh_ran
 
     def set_first_refresh_ran_rpc(self, value: bool) -> None:
+        self._teller.check()
         self._first_refresh_ran = bool(value)
 
     process_eliminations_rpc = processed(EliminationProcessor.process_eliminations)

@@ -372,6 +372,11 @@ class RPCServiceBase(ABC):
         return self.__core.refusal is not None or bool(self.__core.page.state.ended)
 
     @property
+    def owner_lives(self) -> bool:
+        """Whether the process that made the service runs; costs a look at ``/proc``, but in that process."""
+        return self.__core.is_owned()
+
+    @property
     def health_check_interval_ms(self) -> float:
         """Milliseconds between two checks: :attr:`health_check_interval_s` in another unit."""
         return self.health_check_interval_s * 1000

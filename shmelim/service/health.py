@@ -306,11 +306,12 @@ class Health(ABC):
             self.location is not None
             and self.settings.restart_on_exit
             and bool(self.page.state.owner_tells)
-            and self._is_owned()
+            and self.is_owned()
             and self._asked.wait(_DYING)
         )
 
-    def _is_owned(self) -> bool:
+    def is_owned(self) -> bool:
+        """Whether the process that made the service runs."""
         return self.is_makers or self.maker.is_running()
 
     # ------------------------------------------------------------------ what people are told
@@ -338,7 +339,7 @@ class Health(ABC):
         if not (state.level or self.problems.stands(_DOWN, self.name)):
             return
         settled = settled or self.location is None or (not state.ended_by and self.page.server.is_running())
-        if (settled or not self._is_owned()) and self.problems.clear(_DOWN, self.name) is None:
+        if (settled or not self.is_owned()) and self.problems.clear(_DOWN, self.name) is None:
             self._say_recovered()
 
     def _hear(self, change: Change, problem: Problem) -> None:

@@ -136,6 +136,7 @@ class Core(Health):
             connect_wait=settings.connect_wait,
             max_message=settings.max_message,
             codec=codec,
+            epoch=settings.epoch,
         )
         # Its calls are short, and tell of a missing server at once.
         self._checking = ChannelClient(

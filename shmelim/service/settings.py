@@ -58,6 +58,9 @@ class ServiceSettings:
         Longest message in bytes, both ways.
     codec : Codec | None
         Codec of requests and replies; None: msgpack.
+    epoch : str
+        Under what the service and its copies speak to the server, see
+        :class:`~shmelim.channel.dispatch.Caller`; at most 60 characters.
     clock_ms : callable | None
         Returns the time for health checks that are not given one; None: milliseconds since 1970.
 
@@ -96,6 +99,7 @@ class ServiceSettings:
     idempotent: Collection[str] = ()
     max_message: int = DEFAULT_MAX_MESSAGE
     codec: Codec | None = None
+    epoch: str = ""
     clock_ms: Callable[[], float] | None = None
 
     def __post_init__(self) -> None:
@@ -118,6 +122,7 @@ class ServiceSettings:
         codec = self.codec is None or (hasattr(self.codec, "dumps") and hasattr(self.codec, "loads"))
         _check("codec", codec, "a codec or None", self.codec)
         _check("clock_ms", self.clock_ms is None or callable(self.clock_ms), "a function or None", self.clock_ms)
+        _check("epoch", isinstance(self.epoch, str), "text", self.epoch)
         _check("start_method", isinstance(self.start_method, str | None), "a name or None", self.start_method)
         methods = multiprocessing.get_all_start_methods()
         if self.start_method not in {None, *methods}:

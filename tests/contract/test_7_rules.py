@@ -211,7 +211,6 @@ if __name__ == "__main__":
 """
 
 
-@not_built("SPEC 7: a loop ends with the process that made its manager, also after SIGKILL", AssertionError)
 def test_a_loop_ends_with_the_process_that_made_its_manager(unused_name, tmp_path):
     command = [sys.executable, "-c", LOOP, unused_name(), str(tmp_path / "state")]
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -230,7 +229,6 @@ def test_a_loop_ends_with_the_process_that_made_its_manager(unused_name, tmp_pat
 # ---------------------------------------------------------------------- one teller
 
 
-@not_built("SPEC 7: copies of an earlier manager are refused", AssertionError)
 def test_copies_of_an_earlier_manager_are_refused(make, unused_name, tmp_path):
     name, options = unused_name(), {"state_dir": tmp_path / "state"}
     first = make("rpc", name=name, **options)
@@ -257,9 +255,6 @@ def test_copies_of_an_earlier_manager_are_refused(make, unused_name, tmp_path):
     assert second.eliminations == {}
 
 
-@not_built(
-    "SPEC 7: a client without an epoch does not tell the metagraph while a manager does", pytest.fail.Exception
-)
 def test_a_client_may_change_eliminations_and_not_tell_the_metagraph(make):
     manager = make("rpc")
     manager.update_metagraph(["a", "b"])
@@ -469,7 +464,7 @@ def test_a_ledgers_row_is_never_lost_for_a_side_field(direct, field):
 
 
 @pytest.mark.parametrize(
-    "why", [("PLAGIARISM", "much"), ("PLAGIARISM", object()), (None, 0.1), ("PLAGIARISM",)], ids=str
+    "why", [("PLAGIARISM", "much"), ("PLAGIARISM", object), (None, 0.1), ("PLAGIARISM",)], ids=str
 )
 def test_nor_a_challenge_reason(direct, why):
     direct.register("a")

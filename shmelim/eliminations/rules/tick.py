@@ -58,7 +58,9 @@ class Context:
         return bool(getattr(self.collaborators, "running_unit_tests", False))
 
     def is_stopping(self) -> bool:
-        """Whether the validator is ending."""
+        """Whether the validator is ending, or has ended and left this process behind."""
+        if self._is_orphaned():
+            return True
         shutdown = self.collaborators.shutdown_dict
         try:
             # An event is always true.
@@ -69,6 +71,14 @@ class Context:
             text = "whether the validator is ending cannot be asked any more: taken as a yes"
             _limited(logging.ERROR, "end", text, exc_info=True)
             return True
+
+    def _is_orphaned(self) -> bool:
+        """Whether the process that made the manager is gone, also by SIGKILL, or has shut it down."""
+        manager: Any = self.collaborators
+        if getattr(manager, "has_ended", False) is not True and getattr(manager, "owner_lives", True) is not False:
+            return False
+        _limited(logging.WARNING, "orphan", "the manager has ended, or the process that made it: so does this")
+        return True
 
     def ask(
         self,

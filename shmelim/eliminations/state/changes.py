@@ -47,6 +47,15 @@ class Step:
         self.store.set_meta(key, value)
 
 
+def take_epoch(step: Step, epoch: str) -> int:
+    """Note that a manager's epoch has begun, unless it had; returns the number of the last one ("" is none)."""
+    number, known = step.store.meta("epoch", (0, ""))
+    if epoch in ("", known):
+        return int(number)
+    step.set_meta("epoch", (number + 1, epoch))
+    return int(number) + 1
+
+
 def add(step: Step, hotkey: str, record: bytes, note: str | None = None) -> bool:
     """Add or replace one record; returns True for a hotkey that was not eliminated before."""
     old = step.store.put_elimination(hotkey, record)

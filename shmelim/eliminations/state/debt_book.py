@@ -34,6 +34,7 @@ from shmelim.eliminations.debts.states import (
     attempt_is_alive,
     rule_of,
 )
+from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.record import check_hotkey, decode, prepare
 from shmelim.eliminations.state.changes import Step, replacements
 from shmelim.eliminations.state.thread import State
@@ -87,6 +88,7 @@ class DebtMethods:
     state_dir: Path | None
     problems: Problems
     _journal: Journal | None
+    _teller: Teller
 
     def _ask(self, question: Callable[[Store], T]) -> T:
         """Ask the store beside who commits, who may be busy with a long sync; in memory, between commits."""
@@ -177,6 +179,7 @@ class DebtMethods:
         at_ms: int | None = None,
         most_per_hour: float | None = None,
     ) -> bool:
+        self._teller.check_tells("begin slashes")
         check_hotkey(hotkey)
         _check_attempt(attempt)
         cause = _check_cause(rule, registration)
