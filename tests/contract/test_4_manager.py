@@ -63,7 +63,7 @@ def test_it_calls_no_collaborator_but_the_metagraph(make, mode):
     assert manager.metagraph is metagraph
 
 
-@pytest.mark.parametrize("metagraph", [None, Metagraph(), Mock(), SimpleNamespace(hotkeys=None)], ids=repr)
+@pytest.mark.parametrize("metagraph", [None, Metagraph(), Mock(), SimpleNamespace(hotkeys=None)], ids=type)
 def test_it_can_do_without_a_metagraph_that_is_ready(make, mode, metagraph):
     manager = make(mode, metagraph, None, None)
     assert manager.get_eliminated_hotkeys() == set()

@@ -320,7 +320,7 @@ class TestHotkeys:
             api.rpc("update_metagraph", "a")
         assert "a" in api
 
-    @pytest.mark.parametrize("not_a_list", ["", "a", b"", b"a", {}, {"a": row("a")}, memoryview(b"")], ids=repr)
+    @pytest.mark.parametrize("not_a_list", ["", "a", b"", b"a", {}, {"a": row("a")}, memoryview(b"")], ids=type)
     def test_what_can_be_iterated_over_is_not_yet_a_list(self, api, not_a_list):
         api.add_elimination("a", row("a"))
         api.update_metagraph(["a", "m1", "m2"])
