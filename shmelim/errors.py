@@ -98,6 +98,10 @@ class StateUnavailableError(ShmelimError):
     """The processing of eliminations cannot reach the server, or the server cannot store anything."""
 
 
+class GuardedChangeError(ShmelimError):
+    """The change takes back or doubles so many eliminations that the server was told to refuse it."""
+
+
 class EpochError(ShmelimError):
     """The call was made for a manager that another one has followed, or is the manager's alone to make.
 

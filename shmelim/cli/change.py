@@ -1,4 +1,4 @@
-"""``shmelim add``, ``remove`` and ``missing``: changes by hand, durable when the command returns."""
+"""``shmelim add``, ``remove``, ``ack`` and ``missing``: changes by hand, durable when the command returns."""
 
 from __future__ import annotations
 
@@ -63,6 +63,29 @@ def remove(settings: Settings, *, hotkey: str) -> int:
     what = "removed" if removed else "not eliminated"
     settings.answer({"hotkey": hotkey, "removed": removed}, f"{what}: {output.printable(hotkey)}")
     return YES if removed else NO
+
+
+@command
+def ack(settings: Settings) -> int:
+    """Say that somebody has looked at the changes that the guard noticed; exit code 1 if there were none.
+
+    They are notices in `shmelim health`: a change that took back at least 10 and a quarter of the eliminations, or
+    doubled them. Without this they stand there for a day.
+
+    With --json: name, acknowledged [text].
+
+    For example:
+      shmelim health
+      shmelim ack
+    """
+    with EliminationClient(settings.name) as client:
+        found = client.acknowledge()
+    text = (
+        "\n".join(f"acknowledged: {output.printable(each)}" for each in found)
+        or "there was nothing to acknowledge"
+    )
+    settings.answer({"acknowledged": found}, text)
+    return YES if found else NO
 
 
 @command

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 import click
 
 from shmelim.cli.output import printable
-from shmelim.errors import NotServingError, ShmelimError
+from shmelim.errors import GuardedChangeError, NotServingError, ShmelimError
 
 YES: Final = 0
 NO: Final = 1
@@ -58,7 +58,9 @@ def describe(error: BaseException, name: str) -> Failure:
             hint = error.hint or f"start it with `shmelim serve --name {name}`"
             return Failure(error.message, hint, NOT_SERVING)
         case ShmelimError():
-            return Failure(error.message, error.hint, NO if isinstance(error, RefusedError) else ERROR)
+            return Failure(
+                error.message, error.hint, NO if isinstance(error, (RefusedError, GuardedChangeError)) else ERROR
+            )
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
             return Failure(f"{where}{error.strerror or error}", None, ERROR)

@@ -27,6 +27,7 @@ _COMMANDS: Final = {
     "sync": ("transfer:sync", "Replace all eliminations by those of a file."),
     "debts": ("books:debts", "Show what eliminations still owe."),
     "slash": ("books:slash", "Show the slashes that were made, settle one that is in doubt, release them."),
+    "ack": ("change:ack", "Say that a change which the guard noticed was meant."),
     "missing": ("change:missing", "List hotkeys whose departure was not believed, or accept it."),
     "history": ("books:history", "Show who changed what, and when."),
     "backup": ("keep:backup", "Write a backup: the state with history, debts and slashes."),

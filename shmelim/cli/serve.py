@@ -89,6 +89,13 @@ class _LineFormatter(logging.Formatter):
     help="Where the state conflicts with what is known: the state is the truth.",
 )
 @click.option("--must-exist", is_flag=True, help="Refuse to make a new store.")
+@click.option(
+    "--sync-guard",
+    type=click.Choice(["tell", "refuse", "off"]),
+    default="tell",
+    show_default=True,
+    help="What becomes of a change that takes back many eliminations at once, or doubles them.",
+)
 @registry_option
 @click.option("--group-readable", is_flag=True, help="Let the group of this process read the state.")
 @click.option(

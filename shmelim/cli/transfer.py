@@ -25,7 +25,8 @@ _SHOWN: Final = 3
 
 @command
 @file_argument
-def sync(settings: Settings, *, file: Path) -> None:
+@click.option("--force", is_flag=True, help="It is meant, however many eliminations it takes back or adds.")
+def sync(settings: Settings, *, file: Path, force: bool) -> None:
     """Make exactly the eliminations in FILE the current ones, in one step; "-" is stdin.
 
     FILE is {"eliminations": [record, …]}. A hotkey that is not in it is no longer eliminated. If a single record
@@ -50,7 +51,7 @@ def sync(settings: Settings, *, file: Path) -> None:
         with EliminationClient(settings.name) as client:
             show_sent(0)
             try:
-                removed = client.sync_eliminations(map(decode, records), on_progress=show_sent)
+                removed = client.sync_eliminations(map(decode, records), force=force, on_progress=show_sent)
             except (ValueError, TypeError) as error:
                 raise RefusedError(str(error), hint="nothing was changed") from error
             eliminated = len(client)

@@ -185,11 +185,13 @@ class Calls:
     # ------------------------------------------------------------------ many
 
     @remote(grows=True, keywords={"deleted_hotkeys": "hotkeys"}, check=check_hotkeys)
-    def delete_eliminations(self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None) -> list[str]:
+    def delete_eliminations(
+        self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None, force: bool = False
+    ) -> list[str]:
         """Remove many records in one transaction, and return whose were removed.
 
         With ``times_ms`` only those that were initiated at the time which stands there for their hotkey: another
-        elimination may have come since.
+        elimination may have come since. GuardedChangeError, ``force``: as for :meth:`sync_eliminations`.
         """
 
     @accepts(dat="eliminations", eliminations_list="eliminations")
@@ -197,6 +199,7 @@ class Calls:
         self,
         eliminations: Iterable[Mapping[str, Any]],
         *,
+        force: bool = False,
         on_progress: Callable[[int], Any] | None = None,
     ) -> list[str]:
         """Make exactly these records the eliminations, in one step; return the hotkeys that are none any more.
@@ -205,19 +208,24 @@ class Calls:
         A long list is sent in parts and applied as a whole, at about 30 µs a record. ``on_progress`` is called
         with the number of records sent so far; once all are sent, the commit is still to come.
 
+        A sync that takes back at least 10 and at least a quarter of the eliminations, or doubles them, is told as
+        a notice in the health. ``GuardedChangeError`` where the server was told to refuse it
+        (``sync_guard="refuse"``), and ``force`` does not say that it is meant.
+
         ``ValueError`` or ``TypeError``, which names the place in the list, if a record cannot be stored;
         ``UploadLostError`` if the server was restarted in the middle of a long list. Nothing is applied then.
         """
         given = check_listed(eliminations)
         tell = on_progress or (lambda _: None)
-        if (removed := self._sync_difference(given)) is not None:
+        meant = {"force": True} if force else {}
+        if (removed := self._sync_difference(given, meant)) is not None:
             tell(len(given))  # type: ignore[arg-type]  # a list, or there would be no answer
             return removed
         rows = iter(given) if self._published() is None else map(packed, given)
         part = list(islice(rows, _PART))
         if len(part) < _PART:
             with contextlib.suppress(MessageTooLargeError):
-                removed = list(self._call("sync_eliminations_rpc", (part,), timeout=self._long()))
+                removed = list(self._call("sync_eliminations_rpc", (part,), meant, timeout=self._long()))
                 tell(len(part))
                 return removed
         token = self._call("begin_upload_rpc")
@@ -233,9 +241,9 @@ class Calls:
                 self._call("abandon_upload_rpc", (token,), timeout=_ABANDON_TIMEOUT)
             raise
         limit = _LONG_TIMEOUT + sent * _TIMEOUT_PER_ROW
-        return list(self._call("sync_uploaded_rpc", (token,), timeout=limit))
+        return list(self._call("sync_uploaded_rpc", (token,), meant, timeout=limit))
 
-    def _sync_difference(self, given: Iterable[Mapping[str, Any]]) -> list[str] | None:
+    def _sync_difference(self, given: Iterable[Mapping[str, Any]], meant: dict[str, Any]) -> list[str] | None:
         """Sync by sending only what differs from what is published; None where the whole list must be sent."""
         published = self._published()
         if published is None or not isinstance(given, (list, tuple)):
@@ -247,7 +255,8 @@ class Calls:
             return None
         # Whatever is wrong with a record is told of the whole list, with its place in it.
         with contextlib.suppress(ValueError, TypeError, UnknownMethodError):
-            removed: list[str] | None = self._call("sync_difference_rpc", tuple(found), timeout=self._long())
+            method = "sync_difference_rpc"
+            removed: list[str] | None = self._call(method, tuple(found), meant, timeout=self._long())
             return removed
         return None
 
@@ -263,17 +272,27 @@ class Calls:
             self._upload(token, part[middle:])
 
     @accepts(dat="eliminations", eliminations_list="eliminations")
-    def write_eliminations_to_disk(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
+    def write_eliminations_to_disk(
+        self, eliminations: Iterable[Mapping[str, Any]], *, force: bool = False
+    ) -> None:
         """Make exactly these records the eliminations, and return when ``eliminations.json`` has them.
 
-        StoreError if that cannot be written; the eliminations are changed all the same.
+        StoreError if that cannot be written; the eliminations are changed all the same. GuardedChangeError,
+        ``force``: as for :meth:`sync_eliminations`.
         """
-        self.sync_eliminations(eliminations)
+        self.sync_eliminations(eliminations, force=force)
         self.save_eliminations()
 
     @remote(grows=True)
-    def clear_eliminations(self) -> None:
-        """Remove all elimination records. Departures stay."""
+    def clear_eliminations(self, *, force: bool = False) -> None:
+        """Remove all elimination records. Departures stay.
+
+        GuardedChangeError, ``force``: as for :meth:`sync_eliminations`.
+        """
+
+    @remote()
+    def acknowledge(self) -> list[str]:
+        """Say that somebody has looked at the changes which the guard noticed; returns what they were."""
 
     # ------------------------------------------------------------------ files
 

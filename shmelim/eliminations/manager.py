@@ -25,6 +25,7 @@ from shmelim.eliminations.rules.membership import is_zombie
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, living_writer, open_server
 from shmelim.eliminations.server import EliminationManagerServer
+from shmelim.eliminations.state.guard import Guard, GuardMode
 from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.validator.collaborators import (
     ChallengePeriodManager,
@@ -51,6 +52,14 @@ DEFAULT_PORT: Final = 50004
 
 # Long enough for the recovery of a large state: its server is not ready before.
 _READY_TIMEOUT: Final = 60.0
+# Of these the guard may have something to say.
+_GUARDED: Final = {
+    "sync_eliminations_rpc",
+    "sync_difference_rpc",
+    "sync_uploaded_rpc",
+    "delete_eliminations_rpc",
+    "clear_eliminations_rpc",
+}
 _DEPARTED: Final = int(Status.DEPARTED)
 _REGISTERED: Final = int(Status.REGISTERED)
 # Who has a state directory in direct mode, in this process.
@@ -109,6 +118,8 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         Where runtime directories are; None: the user's.
     durability, files_mode, default_departed, imports, adopt_published, replace_published, must_exist, registry
         As for :class:`~shmelim.eliminations.server.EliminationManagerServer`.
+    sync_guard
+        The same, in RPC mode, with the environment's ``guard_count`` and ``guard_share``.
     files
         The same; None: ``"current"`` in direct mode, ``"lagged"`` in RPC mode.
     files_dir
@@ -212,6 +223,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         replace_published: bool = False,
         must_exist: bool = False,
         registry: Path | str | bool | None = True,
+        sync_guard: GuardMode = "tell",
         group_readable: bool = False,
         enable_health_check: bool = True,
         health_check_interval_s: float = 60,
@@ -278,6 +290,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             replace_published=replace_published,
             must_exist=must_exist,
             epoch=epoch,
+            sync_guard=Guard(sync_guard, self.environment.guard_count, self.environment.guard_share),
             registry=registry if registry is None or isinstance(registry, bool) else _absolute(registry),
         )
         self._timeout = settings.get("call_timeout", ServiceSettings.call_timeout)
@@ -351,7 +364,13 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             _log.warning("the metagraph has no list of hotkeys yet: %s", error)
 
     def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
-        return self._call_server(method, args, kwargs, **options)
+        before = len(self._reader)
+        answer = self._call_server(method, args, kwargs, **options)
+        if method in _GUARDED and not self.running_unit_tests:
+            moved = max(abs(len(self._reader) - before), len(answer or ()))
+            if moved >= self.environment.guard_count:
+                self._tell_problems()  # there may be a notice, which should not wait for the next check
+        return answer
 
     def _follow(self) -> None:
         if self.running_unit_tests:

@@ -16,6 +16,7 @@ from shmelim.eliminations.files.mirror import FILES_MODE, FILES_MODES, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import Announcement, RuntimeDirectory, ServerInfo, default_state_directory
 from shmelim.eliminations.server import EliminationManagerServer, Progress
+from shmelim.eliminations.state.guard import Guard, GuardMode
 from shmelim.eliminations.store.schema import FILE_NAME, Durability
 from shmelim.errors import AlreadyServingError, ChannelError, NotServingError, SegmentError, StoreError
 from shmelim.service import ServerReady, report_progress
@@ -47,9 +48,12 @@ class ServeOptions:
     replace_published: bool = False
     must_exist: bool = False
     registry: Path | bool | None = True
+    sync_guard: GuardMode | Guard = "tell"
     epoch: str = ""  # of the manager that starts the server
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sync_guard, Guard):
+            Guard(self.sync_guard)
         for what, value, known in (
             ("durability", self.durability, get_args(Durability)),
             ("files", self.files, (None, *FILES_MODES)),
@@ -88,6 +92,7 @@ def open_server(
         must_exist=options.must_exist,
         registry=options.registry,
         epoch=options.epoch,
+        sync_guard=options.sync_guard,
         on_progress=on_progress or report_progress,  # to who waits for this process, if anybody does
     )
 

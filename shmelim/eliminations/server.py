@@ -49,6 +49,8 @@ from shmelim.eliminations.starting.recovery import origin_record
 from shmelim.eliminations.starting.registry import Memory, Registry, Remembering, registry_base, report_behind
 from shmelim.eliminations.state import changes
 from shmelim.eliminations.state.debt_book import DebtMethods, held_money
+from shmelim.eliminations.state.guard import Guard, GuardMode, acknowledge, expire, notices
+from shmelim.eliminations.state.guard import tell as tell_noticed
 from shmelim.eliminations.state.slash_journal import open_journal
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.state.uploads import Uploads
@@ -123,6 +125,11 @@ class EliminationManagerServer(DebtMethods):
         nowhere. Nothing is remembered of a state that is in memory, or of a table in private memory.
     epoch
         That of the manager which starts it: nobody else tells it of the metagraph, or begins slashes.
+    sync_guard
+        What becomes of a change that takes back at least 10 and a quarter of the eliminations, or doubles them:
+        ``"tell"``: it is carried out, and a notice in the health for a day or until :meth:`acknowledge_rpc`;
+        ``"refuse"``: GuardedChangeError, unless the call says ``force=True``; ``"off"``: nothing. A :class:`Guard`
+        has other figures. Without a namespace or a state directory there is none.
     on_progress
         Called while the state is being loaded with what is done, how far it is, and how far it will go (None
         where nobody knows).
@@ -154,6 +161,10 @@ class EliminationManagerServer(DebtMethods):
 
     """
 
+    _mirror: FileMirror | None = None
+    _lease: Lease | None = None
+    _remembering: Remembering | None = None
+
     def __init__(
         self,
         namespace: Namespace | None = None,
@@ -170,6 +181,7 @@ class EliminationManagerServer(DebtMethods):
         must_exist: bool = False,
         registry: Path | str | bool | None = True,
         epoch: str = "",
+        sync_guard: GuardMode | Guard = "tell",
         on_progress: Progress | None = None,
     ) -> None:
         tell = on_progress or (lambda _what, _done, _total: None)
@@ -191,14 +203,12 @@ class EliminationManagerServer(DebtMethods):
         self._processor: EliminationProcessor | None = None
         self._origin = this_process()
         self._teller = Teller(epoch)
+        self._guard = self._make_guard(sync_guard)
         self._first_refresh_ran = False
         self._uploads = Uploads()
         self._stopped = threading.Event()
         self._renewing = threading.Lock()  # held while names that were lost are made again
-        self._mirror: FileMirror | None = None
         self._waits_for_files = files == "current"
-        self._lease: Lease | None = None
-        self._remembering: Remembering | None = None
         with contextlib.ExitStack() as undo:
             if self.state_dir is not None:
                 self._lease = lock_state(self.state_dir)
@@ -211,6 +221,7 @@ class EliminationManagerServer(DebtMethods):
                 adopt_published=adopt_published,
                 replace_published=replace_published,
                 must_exist=must_exist,
+                judge=self._guard.judge,
             )
             remembered = self._registry(registry)
             store, table = self._begin(choices, remembered)
@@ -243,6 +254,11 @@ class EliminationManagerServer(DebtMethods):
             self._mirror = None if files == "off" else self._start_mirror(files_mode)
             self._undo = undo.pop_all()
 
+    def _make_guard(self, given: GuardMode | Guard) -> Guard:
+        guard = given if isinstance(given, Guard) else Guard(given)
+        is_exempt = self.state_dir is None or isinstance(self.namespace, PrivateNamespace)
+        return Guard("off") if is_exempt else guard
+
     def _registry(self, given: Path | str | bool | None) -> Registry | None:
         base = registry_base(given)
         if base is None or self.state_dir is None or not isinstance(self.namespace, SharedNamespace):
@@ -270,6 +286,7 @@ class EliminationManagerServer(DebtMethods):
             self._state.go_on(origin)
         else:
             self._state.publish_all(origin, lambda done, total: tell("publishing", done, total))
+        tell_noticed(self.problems, notices(store))
         self._epoch_number = self._state.commit(changes.take_epoch, self._teller.epoch)
 
     def _recall(self, registry: Registry | None) -> Memory | None:
@@ -385,6 +402,7 @@ class EliminationManagerServer(DebtMethods):
         table = self.reader.table
         debts = self._debt_health(self.problems)
         clear_gone(self.problems)
+        expire(self.problems)
         processing = self._ticks.health()
         problems = [problem.as_dict() for problem in self.problems.standing()] + processing.pop("problems")
         return {
@@ -487,15 +505,21 @@ class EliminationManagerServer(DebtMethods):
         return bool(self._change(changes.remove, [hotkey]))
 
     def delete_eliminations_rpc(
-        self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None
+        self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None, force: bool = False
     ) -> list[str]:
-        return self._change(changes.remove, check_hotkeys(hotkeys), times_ms)
+        # With times the rules ask, for what has expired.
+        judge = self._judge(force=force or times_ms is not None)
+        return self._change(changes.remove, check_hotkeys(hotkeys), times_ms, judge=judge)
 
-    def sync_eliminations_rpc(self, eliminations: Iterable[Mapping[str, Any]]) -> list[str]:
-        return self._replace(eliminations, "sync")
+    def sync_eliminations_rpc(
+        self, eliminations: Iterable[Mapping[str, Any]], *, force: bool = False
+    ) -> list[str]:
+        return self._replace(eliminations, "sync", force=force)
 
-    def write_eliminations_to_disk_rpc(self, eliminations: Iterable[Mapping[str, Any]]) -> None:
-        self._replace(eliminations, "write")
+    def write_eliminations_to_disk_rpc(
+        self, eliminations: Iterable[Mapping[str, Any]], *, force: bool = False
+    ) -> None:
+        self._replace(eliminations, "write", force=force)
         self.save_eliminations_rpc()
 
     def begin_upload_rpc(self) -> str:
@@ -510,12 +534,18 @@ class EliminationManagerServer(DebtMethods):
         """Forget an upload."""
         self._uploads.abandon(token)
 
-    def sync_uploaded_rpc(self, token: str) -> list[str]:
+    def sync_uploaded_rpc(self, token: str, *, force: bool = False) -> list[str]:
         """Sync to what was uploaded; as :meth:`sync_eliminations_rpc`."""
-        return self._sync(self._uploads.finish(token), "sync")
+        return self._sync(self._uploads.finish(token), "sync", force=force)
 
     def sync_difference_rpc(
-        self, root_id: int, version: int, changed: Iterable[Mapping[str, Any]], gone: Iterable[str]
+        self,
+        root_id: int,
+        version: int,
+        changed: Iterable[Mapping[str, Any]],
+        gone: Iterable[str],
+        *,
+        force: bool = False,
     ) -> list[str] | None:
         """Sync to a list of which a client found this to differ from a version; None where that may not be all."""
         if root_id != self.reader.root_id:
@@ -524,17 +554,27 @@ class EliminationManagerServer(DebtMethods):
         comparison.extend(changed)
         self._warn(comparison.notes)
         return self._change(
-            changes.sync_difference, version, comparison.changed, check_hotkeys(gone), notes=comparison.notes
+            changes.sync_difference,
+            version,
+            comparison.changed,
+            check_hotkeys(gone),
+            notes=comparison.notes,
+            judge=self._judge(force=force),
         )
 
-    def _replace(self, eliminations: Iterable[Mapping[str, Any]], reason: str) -> list[str]:
+    def _replace(self, eliminations: Iterable[Mapping[str, Any]], reason: str, *, force: bool) -> list[str]:
         comparison = Comparison(self.reader, self._since_ms())
         comparison.extend(eliminations)
-        return self._sync(comparison, reason)
+        return self._sync(comparison, reason, force=force)
 
-    def _sync(self, comparison: Comparison, reason: str) -> list[str]:
+    def _sync(self, comparison: Comparison, reason: str, *, force: bool) -> list[str]:
         self._warn(comparison.notes)
-        return self._change(changes.sync, comparison.finish(), reason)
+        return self._change(changes.sync, comparison.finish(), reason, self._judge(force=force))
+
+    def _judge(self, *, force: bool) -> changes.Judge:
+        """Return who looks at a change; one that is meant is told of all the same."""
+        guard = self._guard
+        return guard.judge_meant if force else guard.judge
 
     def _since_ms(self) -> int:
         """Return from when on the time of an elimination is plausible."""
@@ -549,8 +589,13 @@ class EliminationManagerServer(DebtMethods):
             text = "%d eliminations are not as they should be, and were taken; the first, of %r: %s"
             _limited(logging.WARNING, "odd", text, len(notes), hotkey, note)
 
-    def clear_eliminations_rpc(self) -> None:
-        self._replace((), "clear")
+    def clear_eliminations_rpc(self, *, force: bool = False) -> None:
+        self._replace((), "clear", force=force)
+
+    def acknowledge_rpc(self) -> list[str]:
+        found = self._state.commit(acknowledge)
+        tell_noticed(self.problems, ())
+        return found
 
     def update_metagraph_rpc(
         self, hotkeys: Iterable[str], now_ms: int | None = None, believe_empty: bool = False
@@ -575,8 +620,15 @@ class EliminationManagerServer(DebtMethods):
 
     def _change(self, change: Callable[Concatenate[changes.Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         result = self._state.commit(change, *args, **kwargs)
+        self._tell_noticed()
         self._follow()
         return result
+
+    def _tell_noticed(self) -> None:
+        """Have what the guard noticed stand in the health."""
+        if self._guard.has_noticed:
+            self._guard.has_noticed = False
+            tell_noticed(self.problems, self._state.read(notices))
 
     def _follow(self) -> None:
         """Have the files follow, where callers wait for them.
@@ -606,7 +658,8 @@ class EliminationManagerServer(DebtMethods):
             if self._files_dir is not None:
                 self._state.commit(read_state, directory)
             else:
-                self._state.commit(take_files, directory, self.problems, fresh=False)
+                self._state.commit(take_files, directory, self.problems, fresh=False, judge=self._guard.judge)
+        self._tell_noticed()
         self._follow()
 
     # ------------------------------------------------------------------ first refresh, and processing

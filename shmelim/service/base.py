@@ -353,6 +353,11 @@ class RPCServiceBase(ABC):
                 self.__published = Reader(self.published_table)
         return self.__published
 
+    def _tell_problems(self) -> None:
+        """Ask the server, in the process that made the service, what is wrong with it, so that Slack hears now."""
+        if self.__core.is_makers:
+            self.__core.find()
+
     # ------------------------------------------------------------------ life
 
     @property

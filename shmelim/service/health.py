@@ -223,7 +223,7 @@ class Health(ABC):
                     what = f"nobody serves at {describe(self.location)}: process {self._asked.pid} has ended"
                     finding: Finding | None = Finding(f"RPC error: {what}")
                 else:
-                    finding = self._find()
+                    finding = self.find()
                 self._healthy = finding is None
                 if finding is None:
                     self._failures = 0
@@ -236,10 +236,10 @@ class Health(ABC):
 
     def look(self) -> None:
         """Find out, in the owner, whether a restart has ended the outage: where nobody checks, it has."""
-        if not getattr(self.facade(), "enable_health_check", False) or self._find() is None:
+        if not getattr(self.facade(), "enable_health_check", False) or self.find() is None:
             self._be_well(settled=True)
 
-    def _find(self) -> Finding | None:
+    def find(self) -> Finding | None:
         """Ask the server now; return what is wrong."""
         try:
             answer = self.ask()

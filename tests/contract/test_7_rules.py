@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from contract_marks import not_built
 from contract_services import is_alive
 from contract_validator import DAY, HOUR, MINUTE, PRICE, START, Notifier, row
 from waiting import PATIENCE, until
@@ -849,7 +848,6 @@ TAKING_BACK = {
 
 
 @pytest.mark.parametrize("how", TAKING_BACK)
-@not_built("SPEC 7: the guard carries out, tells Slack, and lists a notice in the health", AssertionError)
 def test_the_guard_tells(make, tmp_path, how):
     manager, slack = guarded(make, tmp_path)
     TAKING_BACK[how](manager)
@@ -861,7 +859,6 @@ def test_the_guard_tells(make, tmp_path, how):
 
 
 @pytest.mark.parametrize("how", TAKING_BACK)
-@not_built("SPEC 7: sync_guard='refuse' raises GuardedChangeError unless force=True", TypeError)
 def test_the_guard_refuses_if_it_is_told_to(make, tmp_path, how):
     manager, _ = guarded(make, tmp_path, sync_guard="refuse")
     with pytest.raises(shmelim.errors.GuardedChangeError):
@@ -872,7 +869,6 @@ def test_the_guard_refuses_if_it_is_told_to(make, tmp_path, how):
     assert manager.eliminations == {}
 
 
-@not_built("SPEC 7: sync_guard='off'", TypeError)
 def test_the_guard_can_be_off(make, tmp_path):
     manager, slack = guarded(make, tmp_path, sync_guard="off")
     manager.clear_eliminations()

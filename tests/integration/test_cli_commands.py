@@ -479,3 +479,21 @@ def test_what_an_encoding_lacks_is_escaped(run, served):
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith(b"gr\xf6\xdfer\\u65e5\t")
+
+
+def test_a_guarded_change_needs_force_and_is_acknowledged(tmp_path):
+    name, many = f"guard-{os.getpid()}", [row(f"h{n}") for n in range(20)]
+    with serving(name, tmp_path, "--sync-guard", "refuse"):
+        run = runner(name, tmp_path)
+        full, empty = tmp_path / "full", tmp_path / "empty"
+        full.write_text(json.dumps({"eliminations": many}))
+        empty.write_text('{"eliminations": []}')
+        assert run("sync", str(full)).exit_code == 0
+        refused = run("sync", str(empty))
+        assert (refused.exit_code, "20 of 20" in refused.stderr, "--force" in refused.stderr) == (1, True, True)
+        assert run("ack").exit_code == 1
+        assert run("sync", str(empty), "--force").exit_code == 0
+        health = run("health")
+        assert (health.exit_code, "20 of 20" in health.stdout) == (0, True)
+        assert document(run("ack", "--json"))["acknowledged"] == ["sync: take back 20 of 20 eliminations"]
+        assert "20 of 20" not in run("health").stdout

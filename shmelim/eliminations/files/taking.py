@@ -28,10 +28,10 @@ from shmelim.eliminations.files.format import (
 )
 from shmelim.eliminations.files.meaning import Meaning, Owner, Taken, decide
 from shmelim.eliminations.files.sidecar import Sidecars, read_sidecars
-from shmelim.eliminations.state.changes import Step, record_departures, replace_all
+from shmelim.eliminations.state.changes import Judge, Step, no_judge, record_departures, replace_all
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import DamagedFileError
+from shmelim.errors import DamagedFileError, GuardedChangeError
 from shmelim.system.durable import move_aside, write_aside
 from shmelim.system.problems import Problems
 
@@ -48,7 +48,7 @@ _EARLIER: Final = "digests:"  # what earlier versions wrote and took over, where
 _log = logging.getLogger("shmelim.files")
 
 
-def take_files(step: Step, directory: Path, problems: Problems, *, fresh: bool) -> None:
+def take_files(step: Step, directory: Path, problems: Problems, *, fresh: bool, judge: Judge = no_judge) -> None:
     """Take over what somebody put into a state directory; into a `fresh` store whatever stands there.
 
     A file that cannot be read or believed is moved aside. Where it is all there is, DamagedFileError: nothing is
@@ -63,9 +63,12 @@ def take_files(step: Step, directory: Path, problems: Problems, *, fresh: bool) 
             if file is None or meaning in KNOWN:
                 continue
             if meaning in (Meaning.STATE, Meaning.EDIT):
-                _take(step, file, sidecars, problems, fresh=fresh)
+                with step.store.savepoint():
+                    _take(step, file, sidecars, problems, fresh=fresh, judge=judge)
                 continue
             _parse(file)  # a damaged one is damaged, whoever put it there
+        except GuardedChangeError as error:
+            step.record([set_aside(path, f"{name} is not applied: {error.message}", problems)])
         except DamagedFileError as error:
             if fresh:
                 raise DamagedFileError(
@@ -155,13 +158,16 @@ def _parse(file: File) -> Any:
     return eliminations_in(file) if file.path.name == ELIMINATIONS_FILE else departures_in(file)
 
 
-def _take(step: Step, file: File, sidecars: Sidecars, problems: Problems, *, fresh: bool) -> None:
+def _take(step: Step, file: File, sidecars: Sidecars, problems: Problems, *, fresh: bool, judge: Judge) -> None:
     """Apply a file; what contradicts the store is not, and the file is kept for whoever made it."""
     name = file.path.name
     base = {} if fresh or sidecars.base is None else hashes_in(sidecars.base.rows)
     found = _parse(file)
-    apply = _apply_eliminations if name == ELIMINATIONS_FILE else _apply_departures
-    overtaken = apply(step, name, _Edit(found.taken, _named_in(found.bad), base))
+    edit = _Edit(found.taken, _named_in(found.bad), base)
+    if name == ELIMINATIONS_FILE:
+        overtaken = _apply_eliminations(step, name, edit, judge)
+    else:
+        overtaken = _apply_departures(step, name, edit)
     quarantine(file.path, found.bad)
     _log.info("%s was not written by this server: taken over", file.path)
     step.record([EventOf("import", note=f"{name} was put there by somebody else: taken over")])
@@ -181,7 +187,7 @@ class _Edit(NamedTuple):
     base: dict[bytes, bytes]
 
 
-def _apply_eliminations(step: Step, name: str, edit: _Edit) -> list[str]:
+def _apply_eliminations(step: Step, name: str, edit: _Edit, judge: Judge) -> list[str]:
     """Apply what was changed by hand; returns the hotkeys of which the store's row is a later one."""
     stored = dict(step.store.eliminated())
     put: dict[str, bytes] = {}
@@ -199,7 +205,8 @@ def _apply_eliminations(step: Step, name: str, edit: _Edit) -> list[str]:
     changed_since = [hotkey for hotkey in gone if _row_hash(stored[hotkey]) != edit.base[hash_of(hotkey)]]
     gone.difference_update(changed_since)
     if put or gone:
-        replace_all(step, put, f"file {name}", [hotkey for hotkey in stored if hotkey not in gone])
+        kept = [hotkey for hotkey in stored if hotkey not in gone]
+        replace_all(step, put, f"file {name}", kept, judge)
     return overtaken + changed_since
 
 

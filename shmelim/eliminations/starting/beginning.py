@@ -21,7 +21,7 @@ from shmelim.eliminations.starting.deciding import Action, Facts, Plan, Relation
 from shmelim.eliminations.starting.imports import import_departed
 from shmelim.eliminations.starting.recovery import Published
 from shmelim.eliminations.starting.registry import Memory
-from shmelim.eliminations.state.changes import Step
+from shmelim.eliminations.state.changes import Judge, Step, no_judge
 from shmelim.eliminations.state.debt_book import hold_money
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.opening import LOG_SUFFIXES
@@ -47,6 +47,7 @@ class Choices(NamedTuple):
     adopt_published: bool = False
     replace_published: bool = False
     must_exist: bool = False
+    judge: Judge = no_judge  # of what an edited file changes
 
 
 def begin(
@@ -311,7 +312,7 @@ def _fill(step: Step, found: _Found, facts: Facts, plan: Plan, choices: Choices)
     # A start may have died between making a store and this.
     fresh = not any(step.store.counts()) and not step.store.meta_items()
     if found.directory is not None and (choices.use_files or fresh):
-        take_files(step, found.directory, found.problems, fresh=fresh)
+        take_files(step, found.directory, found.problems, fresh=fresh, judge=choices.judge)
     if choices.default_departed is not None and not step.store.counts().departed:
         import_departed(step, choices.default_departed, "default departed file")
 

@@ -6,9 +6,9 @@ publishes the rows that the store then says were written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from shmelim.eliminations.comparing import Comparison, Settled
 from shmelim.eliminations.debts.states import OWED, SLASH, Debt
@@ -47,6 +47,14 @@ class Step:
         self.store.set_meta(key, value)
 
 
+# Looks at a change that was made: what it is, how many it took back, how many it added. May refuse it by an error.
+Judge: TypeAlias = Callable[[Step, str, int, int], None]
+
+
+def no_judge(_step: Step, _what: str, _gone: int, _new: int) -> None:
+    """Let every change pass."""
+
+
 def take_epoch(step: Step, epoch: str) -> int:
     """Note that a manager's epoch has begun, unless it had; returns the number of the last one ("" is none)."""
     number, known = step.store.meta("epoch", (0, ""))
@@ -67,7 +75,11 @@ def add(step: Step, hotkey: str, record: bytes, note: str | None = None) -> bool
 
 
 def remove(
-    step: Step, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None, reason: str | None = None
+    step: Step,
+    hotkeys: Iterable[str],
+    times_ms: Mapping[str, int] | None = None,
+    reason: str | None = None,
+    judge: Judge = no_judge,
 ) -> list[str]:
     """Remove records; returns the hotkeys that had one.
 
@@ -83,6 +95,7 @@ def remove(
         hotkeys = [hotkey for hotkey in hotkeys if hotkey in times and times[hotkey] == times_ms.get(hotkey)]
     old = step.store.remove_eliminations(hotkeys)
     step.record(EventOf("remove", hotkey, record, note=reason) for hotkey, record in old.items())
+    judge(step, "delete_eliminations", len(old), 0)
     if times_ms is None:
         _rest_debts(step, old, reason or "remove")
     else:
@@ -91,7 +104,11 @@ def remove(
 
 
 def replace_all(
-    step: Step, records: dict[str, bytes], reason: str = "sync", keep: Iterable[str] = ()
+    step: Step,
+    records: dict[str, bytes],
+    reason: str = "sync",
+    keep: Iterable[str] = (),
+    judge: Judge = no_judge,
 ) -> list[str]:
     """Make exactly these records the eliminations; returns the hotkeys that are no longer eliminated.
 
@@ -99,10 +116,10 @@ def replace_all(
     """
     kept = {*records, *keep}
     gone = [hotkey for hotkey, _ in step.store.eliminated() if hotkey not in kept]
-    return _replace(step, records, gone, reason)
+    return _replace(step, records, gone, reason, judge=judge)
 
 
-def sync(step: Step, comparison: Comparison, reason: str = "sync") -> list[str]:
+def sync(step: Step, comparison: Comparison, reason: str = "sync", judge: Judge = no_judge) -> list[str]:
     """Do the same with a list that was compared with a version of the table that the turn may have left behind."""
     assert step.settled is not None
     since = step.settled.changed_since(comparison.version)
@@ -117,7 +134,7 @@ def sync(step: Step, comparison: Comparison, reason: str = "sync") -> list[str]:
             changed[hotkey] = wanted
         elif row is not None and row.record is not None:
             gone[hotkey] = None
-    return _replace(step, changed, gone, reason, comparison.notes)
+    return _replace(step, changed, gone, reason, comparison.notes, judge)
 
 
 def sync_difference(
@@ -127,12 +144,13 @@ def sync_difference(
     gone: Iterable[str],
     reason: str = "sync",
     notes: Mapping[str, str] = _NO_NOTES,
+    judge: Judge = no_judge,
 ) -> list[str] | None:
     """Make what a client found to differ from a version the state's; None where that may not be all by now."""
     assert step.settled is not None
     if step.store.written or step.settled.changed_since(version) != set():
         return None
-    return _replace(step, changed, gone, reason, notes)
+    return _replace(step, changed, gone, reason, notes, judge)
 
 
 def _replace(
@@ -141,6 +159,7 @@ def _replace(
     gone: Iterable[str],
     reason: str,
     notes: Mapping[str, str] = _NO_NOTES,
+    judge: Judge = no_judge,
 ) -> list[str]:
     removed = step.store.remove_eliminations(gone)
     events = [EventOf("remove", hotkey, record, reason) for hotkey, record in removed.items()]
@@ -148,7 +167,9 @@ def _replace(
     if events:
         step.record(events)
         _rest_debts(step, removed, reason)
-        _wake_debts(step, _added(events, records))
+        added = _added(events, records)
+        _wake_debts(step, added)
+        judge(step, reason, len(removed), len(added))
         step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
     return list(removed)
 

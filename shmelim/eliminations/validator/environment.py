@@ -25,6 +25,8 @@ _FIGURES: Final = {
     "check_interval_ms": math.inf,
     "deletion_delay_ms": math.inf,
     "max_slashes_per_hour": math.inf,
+    "guard_count": math.inf,
+    "guard_share": 1.0,
     "plausible_since_ms": math.inf,
     "call_deadline_s": math.inf,
     "slash_deadline_s": math.inf,
@@ -60,6 +62,8 @@ class ValidatorEnvironment:
         Stands in for the method :meth:`slash_outcome`.
     max_slashes_per_hour
         When so many were begun in an hour and more are owed, all are held until a person releases them.
+    guard_count, guard_share
+        How many eliminations, and what share of them, a change must take back for the guard to notice it.
     development_hotkey
         The hotkey that is not a zombie, though it is in no metagraph.
     miner_directory
@@ -119,6 +123,8 @@ class ValidatorEnvironment:
         slash_proportions: Mapping[str, float] | None = None,
         slash_outcome: Callable[[Any], str] | None = None,
         max_slashes_per_hour: float = 10,
+        guard_count: float = 10,
+        guard_share: float = 0.25,
         development_hotkey: str = DEVELOPMENT_HOTKEY,
         miner_directory: Path | str | None = None,
         is_hotkey: Callable[[str], bool] = is_ss58_address,
@@ -138,6 +144,8 @@ class ValidatorEnvironment:
         self.deletion_delay_ms = deletion_delay_ms
         self.slash_proportions = dict(slash_proportions or {})
         self.max_slashes_per_hour = max_slashes_per_hour
+        self.guard_count = guard_count
+        self.guard_share = guard_share
         self.development_hotkey = development_hotkey
         self.is_hotkey = is_hotkey
         self.believe_empty_metagraph = believe_empty_metagraph

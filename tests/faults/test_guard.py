@@ -1,0 +1,170 @@
+"""The guard: what takes back or doubles many eliminations at once is told and kept in mind, or refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from serving import row
+from waiting import until
+
+from shmelim import EliminationManager, EliminationManagerServer
+from shmelim.eliminations.state.guard import Guard
+from shmelim.errors import GuardedChangeError
+from shmelim.shm import SharedNamespace
+from shmelim.system import clock
+
+DAY_MS = 86_400_000
+
+
+def rows(*numbers):
+    return [row(f"h{n}") for n in numbers]
+
+
+@pytest.fixture
+def start(table_name, tmp_path):
+    """Start servers of one name and state, one after the other."""
+    running = []
+
+    def start(**options):
+        for server in running:
+            server.close()
+        running[:] = [EliminationManagerServer(SharedNamespace(table_name), tmp_path / "state", **options)]
+        return running[0]
+
+    yield start
+    for server in running:
+        server.close()
+
+
+def noticed(server):
+    health = server.health_check_rpc()
+    found = [problem for problem in health["problems"] if problem["name"] == "guarded_change"]
+    assert not found or (health["status"] == "ok" and {problem["severity"] for problem in found} == {"notice"})
+    return [problem["text"] for problem in found]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_noticed"),
+    [
+        (range(10), range(10, 10), True),
+        (range(9), range(9, 9), False),
+        (range(40), range(10, 40), True),
+        (range(41), range(10, 41), False),
+        (range(20), range(9, 20), False),
+        (range(10), range(19), False),
+        (range(10), range(20), True),
+        (range(9), range(100), False),
+        (range(40), range(10, 50), True),
+        (range(20), range(29), False),
+    ],
+)
+def test_what_it_takes(start, before, after, is_noticed):
+    server = start()
+    server.sync_eliminations_rpc(rows(*before))
+    assert noticed(server) == []
+    server.sync_eliminations_rpc(rows(*after))
+    assert bool(noticed(server)) is is_noticed
+
+
+def test_a_notice_outlives_the_server_and_a_day_ends_it(start, monkeypatch):
+    server = start()
+    server.sync_eliminations_rpc(rows(*range(30)))
+    server.clear_eliminations_rpc()
+    (text,) = noticed(server)
+    assert text.startswith("clear: take back 30 of 30 eliminations")
+    server = start()
+    assert noticed(server) == [text]
+    now = clock.now_ms()
+    monkeypatch.setattr("shmelim.system.clock.now_ms", lambda: now + DAY_MS - 60_000)
+    assert noticed(server) == [text]
+    monkeypatch.setattr("shmelim.system.clock.now_ms", lambda: now + DAY_MS)
+    assert noticed(server) == []
+    assert noticed(start()) == []
+
+
+def test_who_acknowledges_is_in_the_history(start):
+    server = start()
+    server.sync_eliminations_rpc(rows(*range(30)))
+    server.clear_eliminations_rpc()
+    assert server.acknowledge_rpc() == ["clear: take back 30 of 30 eliminations"]
+    assert noticed(server) == noticed(start()) == []
+    assert start().get_history_rpc(limit=1)[0]["action"] == "ack"
+
+
+def test_what_is_meant_is_told_all_the_same(start):
+    server = start(sync_guard="refuse")
+    server.sync_eliminations_rpc(rows(*range(30)))
+    for call in (
+        lambda **meant: server.sync_eliminations_rpc([], **meant),
+        lambda **meant: server.write_eliminations_to_disk_rpc(rows(*range(60)), **meant),
+        lambda **meant: server.delete_eliminations_rpc([f"h{n}" for n in range(10)], **meant),
+        server.clear_eliminations_rpc,
+    ):
+        before = server.get_eliminations_dict_rpc(), server.get_history_rpc(limit=1)
+        with pytest.raises(GuardedChangeError, match="force=True"):
+            call()
+        assert (server.get_eliminations_dict_rpc(), server.get_history_rpc(limit=1)) == before
+    assert noticed(server) == []
+    server.clear_eliminations_rpc(force=True)
+    assert len(noticed(server)) == 1
+
+
+def test_what_the_rules_delete_is_exempt(start):
+    server = start(sync_guard="refuse")
+    server.sync_eliminations_rpc(rows(*range(30)))
+    times = {
+        name: record["elimination_initiated_time_ms"]
+        for name, record in server.get_eliminations_dict_rpc().items()
+    }
+    assert len(server.delete_eliminations_rpc(list(times), times)) == 30
+
+
+@pytest.mark.parametrize("mode", ["tell", "refuse"])
+@pytest.mark.parametrize("while_serving", [True, False])
+def test_an_edit_of_the_file_counts(start, tmp_path, mode, while_serving):
+    server = start(sync_guard=mode)
+    server.sync_eliminations_rpc(rows(*range(30)))
+    file = tmp_path / "state" / "eliminations.json"
+    if not while_serving:
+        server.close()
+    kept = json.loads(file.read_text())["eliminations"][:5]
+    file.write_text(json.dumps({"eliminations": kept}))
+    if while_serving:
+        server.load_eliminations_from_disk_rpc()
+    else:
+        server = start(sync_guard=mode)
+    if mode == "tell":
+        assert len(server.get_eliminated_hotkeys_rpc()) == 5
+        assert len(noticed(server)) == 1
+    else:
+        assert len(server.get_eliminated_hotkeys_rpc()) == 30
+        (problem,) = server.health_check_rpc()["problems"]
+        assert problem["name"] == "file_not_applied"
+        assert "25 of 30" in problem["text"]
+
+
+def test_figures_are_checked():
+    with pytest.raises(ValueError, match="sync_guard"):
+        EliminationManager(None, None, None, running_unit_tests=True, sync_guard="perhaps")
+    for figures in ({"count": 0}, {"share": 2}, {"share": float("nan")}):
+        with pytest.raises(ValueError, match="guard"):
+            Guard(**figures)
+
+
+def test_slack_hears_at_once_of_a_change_that_was_meant(managers):
+    told = []
+
+    class Slack:
+        def send_message(self, text, level="info"):
+            told.append(text)
+
+    manager = managers(sync_guard="refuse", slack_notifier=Slack())
+    manager.sync_eliminations(rows(*range(30)))
+
+    with pytest.raises(GuardedChangeError):
+        manager.sync_eliminations(rows(*range(10)))
+    assert len(manager.eliminations) == 30
+    assert manager.sync_eliminations(rows(*range(10)), force=True)
+    until(lambda: told)
+    assert "take back 20 of 30" in told[0]
