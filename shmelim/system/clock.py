@@ -1,4 +1,4 @@
-"""The clocks that the whole package counts by: milliseconds since 1970, and seconds that only ever go forward."""
+"""The clocks that the package counts by: milliseconds since 1970, and seconds that only ever go forward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Final
 # For every deadline, in place of `time.monotonic`: libraries that stop the time for tests (freezegun) replace that
 # in each module that has it, and a deadline on a clock that stands still never comes.
 monotonic: Final[Callable[[], float]] = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+
+# As it, and it goes on while the machine sleeps: who sets the time moves neither.
+boottime: Final[Callable[[], float]] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
 
 def now_ms() -> int:

@@ -16,6 +16,7 @@ from reference_validator import Managed
 from waiting import PATIENCE, until
 
 from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT
+from shmelim.eliminations.rows import Status
 from shmelim.eliminations.rules import deadlines, loop
 from shmelim.system.processes import title_of
 
@@ -61,6 +62,18 @@ def test_loop_ticks_until_the_validator_ends(make: Callable[..., Managed], mode:
         assert not thread.is_alive()
     assert signal.getsignal(signal.SIGTERM) is before
     assert managed.reasons == {"a": "PLAGIARISM"}
+
+
+@pytest.mark.parametrize("mode", ["direct", "rpc"])
+def test_each_pass_looks_at_the_metagraph_though_no_tick_is_due(make: Callable[..., Managed], mode: str) -> None:
+    managed = make(mode, tick_pause_s=0.0)
+    managed.validator.register("a", "b")
+    with in_a_thread(managed):
+        until(lambda: Status.REGISTERED in managed.manager.reader.status("a"))
+        managed.validator.deregister("a")
+        until(lambda: "a" in managed.manager.get_departed_hotkeys())
+        managed.validator.register("a")
+        until(lambda: managed.manager.reader.is_hotkey_re_registered("a"))
 
 
 def test_end_of_the_validator_is_noticed_in_the_midst_of_the_longest_pause(make: Callable[..., Managed]) -> None:

@@ -10,8 +10,11 @@ from typing import Any, Final
 from shmelim.eliminations.debts.states import OWED, SLASH
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.tick import Context, Tick
+from shmelim.system import clock
 
 _NOBODYS: Final = "not a hotkey"
+_CLOCK: Final = "clock", "the time"
+_LEAP: Final = 60.0  # seconds
 
 _log = logging.getLogger("shmelim.processing")
 
@@ -28,10 +31,13 @@ class Expiry:
 
     context: Context
     membership: Membership
+    times: tuple[float, float] | None = None  # of the last pass: the time, and seconds that nobody sets
     unwritten: bool = False  # whether entries were removed from the challenge period that are still on its disk
 
     def delete(self, tick: Tick) -> None:
-        """Delete all that is expired."""
+        """Delete all that is expired; nothing, where the time has leapt since the last pass."""
+        if self._has_leapt():
+            return
         state, nobodys = self.context.state, self._nobodys()
         eliminated = self.membership.roster.now().eliminated
         first, latest = self._expired()
@@ -60,6 +66,24 @@ class Expiry:
             # Somebody may have been eliminated anew meanwhile: that row stays.
             deleted = state.delete_eliminations(list(gone), gone)
             _log.info("deleted %d expired eliminations: %s", len(deleted), ", ".join(deleted[:10]))
+
+    def _has_leapt(self) -> bool:
+        """Tell whether the default clock went otherwise than the machine's since the last pass, and report it."""
+        context = self.context
+        now, before = (context.environment.now_ms() / 1000, clock.boottime()), self.times
+        self.times = now
+        if before is None or context.environment.has_own_clock:
+            return False
+        leap = now[0] - before[0] - (now[1] - before[1])
+        if abs(leap) <= _LEAP:
+            context.alerts.clear(*_CLOCK)
+            return False
+        text = (
+            f"the time has leapt by {leap:+.0f} s since the last tick: nothing is deleted in this one."
+            " If the clock is wrong now, set it right before the next"
+        )
+        context.alerts.failed(*_CLOCK, text)
+        return True
 
     def _keeps_row(self, debt: Mapping[str, Any]) -> bool:
         """Whether a slash is to be made, or may have been; one that nobody can make outlives its row."""

@@ -42,6 +42,7 @@ _RULES: Final = {
     "challenge-period elimination": CHALLENGE_PERIOD,
     "drawdown elimination": DRAWDOWN,
 }
+_DEPARTED: Final = "departed hotkeys"
 _AGAIN_MS: Final = 10_000  # until a tick that failed is repeated the first time
 _MOST_DOUBLED: Final = 20
 
@@ -75,7 +76,7 @@ class EliminationProcessor:
         rule = functools.partial
         # First all eliminations are recorded, then positions closed, then slashes made.
         self._steps: dict[str, Step] = {
-            "departed hotkeys": self._departed,
+            _DEPARTED: lambda _tick: self._departed(),
             "first refresh": self._first_refresh,
             "perf-ledger eliminations": rule(
                 self._apply, "perf-ledger elimination", lambda tick: liquidated(tick, membership, expiry)
@@ -127,6 +128,7 @@ class EliminationProcessor:
         if self._failed_in_a_row:
             interval_ms = min(interval_ms, _AGAIN_MS << min(self._failed_in_a_row - 1, _MOST_DOUBLED))
         if not (context.is_backtesting or self.refresh_allowed(interval_ms) or self._challenge.is_waiting()):
+            self._glance()
             return True
         alerts.messages.send_again()
         tick = context.begin(position_locks, iteration_epoch)
@@ -155,6 +157,15 @@ class EliminationProcessor:
         standing = [problem.as_dict() for problem in alerts.standing()]
         context.state.report_processing(self._whole_ms, context.environment.check_interval_ms, standing)
         return well
+
+    def _glance(self) -> None:
+        """Look at the metagraph between two ticks: who has returned is registered at once."""
+        try:
+            self._departed()
+        except ENDS_A_TICK:
+            raise
+        except BaseException as error:
+            self.context.alerts.failed("step", _DEPARTED, f"eliminations: {_DEPARTED} failed", error)
 
     def _alone(self, name: str, position_locks: Any, epoch: Any) -> None:
         """Make one step outside of a tick, and settle what is owed then."""
@@ -223,7 +234,7 @@ class EliminationProcessor:
             tick.price_sources = trade_pair_to_price_source_used_for_elimination_check
             context.ask(POSITIONS, lambda: self._closing.close(hotkey, record, tick), hotkey)
 
-    def _departed(self, _tick: Tick) -> None:
+    def _departed(self) -> None:
         def look() -> int:
             self._membership.look()
             return self._membership.unbelieved()

@@ -209,6 +209,11 @@ class ValidatorEnvironment:
         """Return the time in milliseconds since 1970, UTC."""
         return system_clock.now_ms() if self._clock is None else round(self._clock())
 
+    @property
+    def has_own_clock(self) -> bool:
+        """Whether the time comes from a `clock` that was given, which may go as it likes."""
+        return self._clock is not None
+
     def is_plausible(self, time_ms: int) -> bool:
         """Whether an elimination may have begun at a time, in ms since 1970, UTC."""
         return self.plausible_since_ms <= time_ms <= self.now_ms() + DAY_MS
