@@ -1,4 +1,4 @@
-"""``shmelim add``, ``remove``, ``ack`` and ``missing``: changes by hand, durable when the command returns."""
+"""``shmelim add``, ``remove``, ``ack``, ``missing``, ``returned``: changes by hand, durable when they return."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
-from shmelim.cli.options import Settings, command, hotkey_argument, yes_option
+from shmelim.cli.options import Settings, command, hotkey_argument, hotkeys_argument, yes_option
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.record import EliminationReason, generate_row
 
@@ -86,6 +86,34 @@ def ack(settings: Settings) -> int:
     )
     settings.answer({"acknowledged": found}, text)
     return YES if found else NO
+
+
+@command
+@hotkeys_argument
+@yes_option
+def returned(settings: Settings, *, hotkeys: tuple[str, ...], yes: bool) -> int:
+    """Undo the departure of each HOTKEY that never left: the metagraph was wrong. Shows them, and asks before.
+
+    It is no longer departed, and so not re-registered either; a slash that was made counts as if it had stayed.
+    Exit code 1: none of them had departed, or the question was answered with no.
+
+    With --json: name, undone [hotkey].
+
+    For example:
+      shmelim returned 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
+    """
+    undone: list[str] = []
+    with EliminationClient(settings.name) as client:
+        known = {hotkey: client.get_departed_hotkey_info(hotkey) for hotkey in dict.fromkeys(hotkeys)}
+        departed = {hotkey: info["detected_ms"] for hotkey, info in known.items() if info is not None}
+        for hotkey, at_ms in departed.items():
+            since = output.moment(at_ms) or "an unknown time"
+            click.echo(f"departed since {since}: {output.printable(hotkey)}", err=True)
+        if departed and (yes or output.agreed(f"forget the departure of {len(departed)} hotkeys?")):
+            undone = client.undo_departures(list(departed))
+    text = f"no longer departed: {len(undone)} hotkeys" if undone else "nothing was changed"
+    settings.answer({"undone": undone}, text)
+    return YES if undone else NO
 
 
 @command

@@ -29,6 +29,7 @@ _COMMANDS: Final = {
     "slash": ("books:slash", "Show the slashes that were made, settle one that is in doubt, release them."),
     "ack": ("change:ack", "Say that a change which the guard noticed was meant."),
     "missing": ("change:missing", "List hotkeys whose departure was not believed, or accept it."),
+    "returned": ("change:returned", "Undo a departure that was none."),
     "history": ("books:history", "Show who changed what, and when."),
     "backup": ("keep:backup", "Write a backup: the state with history, debts and slashes."),
     "verify": ("keep:verify", "Check a backup, or all that there is of a name."),

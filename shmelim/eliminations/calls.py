@@ -346,6 +346,14 @@ class Calls:
     def clear_departed_hotkeys(self) -> None:
         """Forget all departures; eliminations, and who is registered now, stay."""
 
+    @remote(grows=True, check=check_hotkeys)
+    def undo_departures(self, hotkeys: Iterable[str]) -> list[str]:
+        """Forget departures that were none, of a metagraph that was wrong; return whose there were.
+
+        A hotkey that is registered now is not re-registered any more, and for slashes his registration is the one
+        that he had before, unless he was slashed since.
+        """
+
     # ------------------------------------------------------------------ history, debts, first refresh
 
     @remote(idempotent=True)

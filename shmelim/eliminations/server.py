@@ -612,6 +612,9 @@ class EliminationManagerServer(DebtMethods):
     def clear_departed_hotkeys_rpc(self) -> None:
         self._change(changes.clear_departed)
 
+    def undo_departures_rpc(self, hotkeys: Iterable[str]) -> list[str]:
+        return self._change(changes.undo_departures, check_hotkeys(hotkeys))
+
     # ------------------------------------------------------------------ files
 
     def save_eliminations_rpc(self) -> None:

@@ -497,3 +497,17 @@ def test_a_guarded_change_needs_force_and_is_acknowledged(tmp_path):
         assert (health.exit_code, "20 of 20" in health.stdout) == (0, True)
         assert document(run("ack", "--json"))["acknowledged"] == ["sync: take back 20 of 20 eliminations"]
         assert "20 of 20" not in run("health").stdout
+
+
+def test_a_departure_that_was_none_is_undone(run, served):
+    with contextlib.closing(served.client()) as client:
+        client.update_metagraph([A, B])
+        client.update_metagraph([B])
+        assert client.get_departed_hotkey_info(A)
+        assert run("returned", A).exit_code == 2, "nobody to ask"
+        assert client.get_departed_hotkey_info(A)
+        done = run("returned", A, "--yes", "--json")
+        assert document(done)["undone"] == [A]
+        assert A in done.stderr
+        assert client.get_departed_hotkey_info(A) is None
+        assert run("returned", A, "--yes").exit_code == 1

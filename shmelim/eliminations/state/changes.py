@@ -360,5 +360,23 @@ def record_departures(step: Step, detected: Mapping[str, int], reason: str) -> l
 def clear_departed(step: Step) -> None:
     """Forget all departures."""
     departed = [hotkey for hotkey, _ in step.store.departed()]
-    step.store.clear_departed()
+    step.store.clear_departed(departed)
     step.record(EventOf("forget", hotkey, note="departures cleared") for hotkey in departed)
+
+
+def undo_departures(step: Step, hotkeys: Iterable[str]) -> list[str]:
+    """Forget departures that were none, and the returns that were counted after them; returns whose there were.
+
+    A return stays counted where something was slashed, or is owed, since: its cause would be another's.
+    """
+    rows = step.store.get_many(hotkeys)
+    undone = {hotkey: row for hotkey, row in rows.items() if row.departed_ordinal is not None}
+    step.store.clear_departed(undone)
+    for hotkey, row in undone.items():
+        number = step.store.registration(hotkey)
+        causes = {slash.registration for slash in step.store.slashes(hotkey)}
+        causes |= {debt.registration for debt in step.store.debts(hotkey)}
+        if row.registered and number > 0 and number not in causes:
+            step.store.put_registration(hotkey, number - 1)
+    step.record(EventOf("forget", hotkey, note="the departure was none") for hotkey in undone)
+    return list(undone)

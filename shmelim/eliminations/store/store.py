@@ -300,9 +300,9 @@ class Store(History):
         self._write({hotkey: row._replace(departed_ordinal=ordinal, detected_ms=detected_ms)}, old)
         return True
 
-    def clear_departed(self) -> None:
-        """Forget every departure."""
-        old = self.get_many(hotkey for hotkey, _ in self.departed())
+    def clear_departed(self, hotkeys: Iterable[str]) -> None:
+        """Forget that these hotkeys departed."""
+        old = self.get_many(hotkeys)
         self._write(
             {
                 hotkey: _or_nothing(row._replace(departed_ordinal=None, detected_ms=None))

@@ -1,0 +1,70 @@
+"""A departure that was none is undone, and money does not take it for a new registration."""
+
+from __future__ import annotations
+
+import pytest
+from serving import row
+
+from shmelim import EliminationManagerServer
+
+
+@pytest.fixture
+def server():
+    with EliminationManagerServer() as server:
+        server.update_metagraph_rpc(["a", "b"])
+        server.update_metagraph_rpc(["b"])
+        yield server
+
+
+def eliminate(server, hotkey="a"):
+    record = row(hotkey, reason="MAX_TOTAL_DRAWDOWN")
+    return server.eliminate_rpc(hotkey, record, ["slash"], rule="drawdown", share=0.5)
+
+
+def slash(server, hotkey="a"):
+    assert server.begin_slash_rpc(hotkey, "token", "drawdown")
+    assert server.settle_debt_rpc(hotkey, "slash", "token")
+
+
+def owed(server, hotkey="a"):
+    return [debt["rule"] for debt in server.get_debts_rpc(hotkey)]
+
+
+def test_it_is_forgotten_and_the_history_says_so(server):
+    assert server.undo_departures_rpc(["a", "b", "nobody"]) == ["a"]
+    assert server.get_departed_hotkeys_rpc() == {}
+    event = server.get_history_rpc(limit=1)[0]
+    assert (event["action"], event["hotkey"], event["note"]) == ("forget", "a", "the departure was none")
+    assert server.undo_departures_rpc(["a"]) == []
+
+
+def test_who_came_back_is_not_re_registered(server):
+    server.update_metagraph_rpc(["a", "b"])
+    assert server.is_hotkey_re_registered_rpc("a")
+    server.undo_departures_rpc(["a"])
+    assert not server.is_hotkey_re_registered_rpc("a")
+
+
+@pytest.mark.parametrize("is_undone", [True, False])
+def test_he_is_slashed_again_only_for_a_departure_that_was_one(is_undone):
+    with EliminationManagerServer() as server:
+        server.update_metagraph_rpc(["a", "b"])
+        eliminate(server)
+        slash(server)
+        server.update_metagraph_rpc(["b"])
+        server.update_metagraph_rpc(["a", "b"])
+        if is_undone:
+            server.undo_departures_rpc(["a"])
+        server.sync_eliminations_rpc([])
+        eliminate(server)
+        assert owed(server) == ([] if is_undone else ["drawdown"])
+
+
+def test_what_was_slashed_since_his_return_stays_of_that_registration(server):
+    server.update_metagraph_rpc(["a", "b"])
+    eliminate(server)
+    slash(server)
+    server.undo_departures_rpc(["a"])
+    server.sync_eliminations_rpc([])
+    eliminate(server)
+    assert owed(server) == []
