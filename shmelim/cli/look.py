@@ -11,6 +11,7 @@ from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Settings, command, hotkeys_argument, hotkeys_from, owner_option
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.rows import Status
+from shmelim.eliminations.validator.addresses import is_ss58_address
 
 _STATES: Final = {
     "eliminated": Status.ELIMINATED,
@@ -27,7 +28,8 @@ def check(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) ->
     """Tell of each HOTKEY whether it is eliminated, re-registered, departed, or clear.
 
     "-" stands for the hotkeys on stdin, one a line. Exit code 0: none is eliminated; 1: at least one is;
-    3: nothing is served, so the answer is not known.
+    3: nothing is served, so the answer is not known. What makes an answer doubtful stands on stderr: a hotkey that
+    is no valid SS58 address, or a writer that is not alive.
 
     With --json: name, eliminated (how many), hotkeys [{hotkey, eliminated, departed,
     registered, re_registered}].
@@ -37,7 +39,15 @@ def check(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) ->
       shmelim check - < hotkeys.txt
     """
     asked = hotkeys_from(hotkeys)
-    statuses = EliminationReader(settings.name, owner=owner).statuses(asked)
+    reader = EliminationReader(settings.name, owner=owner)
+    statuses = reader.statuses(asked)
+    if not (writer := reader.writer).alive:
+        click.echo(
+            f"note: the writer, process {writer.pid}, is not alive: this is the last that it published", err=True
+        )
+    for hotkey in asked:
+        if not is_ss58_address(hotkey):
+            click.echo(f"note: {output.printable(repr(hotkey))} is not a valid SS58 address", err=True)
     rows: list[dict[str, Any]] = [
         {"hotkey": hotkey, **{name: state in status for name, state in _STATES.items()}}
         for hotkey, status in zip(asked, statuses, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -98,7 +97,8 @@ def export(settings: Settings, *, file: Path, departed: bool, owner: int | None)
         with tempfile.TemporaryDirectory() as directory:
             whole = Path(directory) / "export.json"
             _write(whole, snapshot, departed=departed)
-            click.echo(whole.read_text("utf-8"), nl=False, file=sys.stdout)
+            # Bytes: JSON is UTF-8, whatever the locale says.
+            click.echo(whole.read_bytes(), nl=False)
         return
     # Through a link, which stays one.
     file = file.resolve()

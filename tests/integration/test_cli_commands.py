@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from waiting import PATIENCE
+from waiting import PATIENCE, until
 
 import shmelim.shm
 from shmelim import EliminationClient, EliminationReader
@@ -511,3 +511,38 @@ def test_a_departure_that_was_none_is_undone(run, served):
         assert A in done.stderr
         assert client.get_departed_hotkey_info(A) is None
         assert run("returned", A, "--yes").exit_code == 1
+
+
+@pytest.mark.parametrize("odd", [A[:-1], f"{A} ", f"{A[:-1]}t", "hotkey123"])
+def test_check_says_what_is_no_address(run, odd):
+    assert run("check", A).stderr == ""
+    said = run("check", A, odd)
+    assert (said.exit_code, said.stderr) == (0, f"note: {odd!r} is not a valid SS58 address\n")
+
+
+def test_check_of_a_dead_writer_says_so(tmp_path):
+    name = f"dead-{os.getpid()}"
+    with serving(name, tmp_path) as server:
+        run = runner(name, tmp_path)
+        assert run("check", A).stderr == ""
+        server.end(signal.SIGKILL)
+        until(lambda: not EliminationReader(name).writer.alive)
+        said = run("check", A)
+        assert (said.exit_code, said.stdout) == (0, f"{A}\tclear\n")
+        assert said.stderr.startswith(f"note: the writer, process {server.process.pid}, is not alive")
+
+
+def test_an_export_is_json_whatever_the_locale(served, run):
+    with contextlib.closing(served.client()) as client:
+        client.append_elimination_row("ключ", 0.1, "é")
+    environ = {
+        **os.environ,
+        **environment(served.home),
+        "LC_ALL": "C",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+    }
+    command = [sys.executable, "-m", "shmelim", "export", "-", "--name", served.name]
+    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, check=True, timeout=PATIENCE)
+    (found,) = json.loads(done.stdout)["eliminations"]
+    assert (found["hotkey"], found["reason"]) == ("ключ", "é")
