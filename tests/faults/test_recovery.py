@@ -388,7 +388,10 @@ class TestCrashWhileAFileIsWritten:
         assert server.get_eliminated_hotkeys_rpc() == set()
         (aside,) = state_dir.glob("eliminations.json.edited-*")
         assert aside.read_text() == edit
-        assert [problem["name"] for problem in server.health_check_rpc()["problems"]] == ["file_not_applied"]
+        assert [problem["name"] for problem in server.health_check_rpc()["problems"]] == [
+            "file_not_applied",
+            "guarded_change",  # all were cleared
+        ]
 
     def test_a_rename_that_fails_again_and_again_never_brings_the_file_before_back(
         self, table_name, state_dir, start

@@ -194,13 +194,14 @@ def test_keyword_names_that_are_no_text_are_a_type_error(dispatcher):
 
 def test_hello_and_welcome(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/bin/" + "é" * 300])
-    data = encode_hello()
+    data = encode_hello("ü" * 300)
     assert len(data) <= 512
-    assert decode_hello(data).program == "é" * 60
+    assert decode_hello(data)[2:] == ("é" * 60, "ü" * 60)
+    assert decode_hello(MSGPACK.dumps([1, 2, "from an earlier version"])).epoch == ""
     monkeypatch.setattr("sys.argv", ["/x/\udcff"])
-    assert decode_hello(encode_hello()).program == "?"
+    assert decode_hello(encode_hello("")).program == "?"
     monkeypatch.setattr("sys.argv", [])
-    assert decode_hello(encode_hello()).program.startswith("python")
+    assert decode_hello(encode_hello("")).program.startswith("python")
     assert len(encode_welcome("é" * 1000, "why not", 2**31)) <= 512
     assert decode_hello(MSGPACK.dumps([9, 1, "later", "more"])).protocol == 9
     for bad in (b"", MSGPACK.dumps([]), MSGPACK.dumps(["1", 2, "p"]), MSGPACK.dumps(5)):
