@@ -6,6 +6,8 @@ other processes replay what was written first. Nothing here is durable: py-lmdb 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -96,6 +98,50 @@ class Ultra:
         self.shared.close(unlink=True)
 
 
+class Blackboard:
+    label = "iceoryx2 blackboard, keys fixed, 256 not atomic"
+
+    def __init__(self):
+        iox2 = pytest.importorskip("iceoryx2")
+        iox2.set_log_level(iox2.LogLevel.Error)
+        self.directory = tempfile.TemporaryDirectory()
+        config = iox2.config.default()
+        config.global_cfg.root_path = iox2.Path.new(self.directory.name)
+        config.global_cfg.prefix = iox2.FileName.new(f"{NAME}-")
+        self.node = iox2.NodeBuilder.new().config(config).create(iox2.ServiceType.Ipc)
+        builder = self.node.service_builder(iox2.ServiceName.new("prices")).blackboard_creator(ctypes.c_uint64)
+        for number in range(len(PAIRS)):
+            builder = builder.add(ctypes.c_uint64(number), ctypes.c_double(0.0))
+        self.service = builder.create()
+        self.ports = self.service.writer_builder().create(), self.service.reader_builder().create()
+        self.entries, self.handles = (
+            {pair: port.entry(ctypes.c_uint64(number), ctypes.c_double) for number, pair in enumerate(PAIRS)}
+            for port in self.ports
+        )
+
+    def put(self, pair, price):
+        self.entries[pair].update_with_copy(ctypes.c_double(price))
+
+    def put_all(self, prices):
+        for pair, price in prices:
+            self.put(pair, price)
+
+    def get(self, pair):
+        return ctypes.c_double.from_buffer_copy(self.handles[pair].get().data).value
+
+    def get_all(self, pairs):
+        return [self.get(pair) for pair in pairs]
+
+    def close(self):
+        for entry in self.entries.values():
+            entry.delete()
+        for port in self.ports:
+            port.delete()
+        del self.entries, self.handles, self.ports, self.service, self.node
+        gc.collect()
+        self.directory.cleanup()
+
+
 class ManagerDict:
     label = "Manager dict"
 
@@ -143,7 +189,9 @@ class Pickled:
 
 
 @pytest.fixture(
-    scope="module", params=[Table, Lmdb, Ultra, ManagerDict, Pickled], ids=lambda contender: contender.label
+    scope="module",
+    params=[Table, Lmdb, Ultra, Blackboard, ManagerDict, Pickled],
+    ids=lambda contender: contender.label,
 )
 def table(request):
     contender = request.param()
