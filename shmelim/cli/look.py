@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
-from shmelim.cli.options import Settings, command, hotkeys_argument, hotkeys_from, owner_option
+from shmelim.cli.options import Settings, as_of_option, command, hotkeys_argument, hotkeys_from, owner_option
+from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.rows import Status
 from shmelim.eliminations.validator.addresses import is_ss58_address
@@ -58,6 +60,12 @@ def check(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) ->
     return NO if eliminated else YES
 
 
+def _as_of(name: str, when: str) -> Mapping[str, dict[str, Any]]:
+    """Ask the server what was eliminated at an earlier moment."""
+    with EliminationClient(name) as client:
+        return client.as_of(when)
+
+
 def _in_words(row: dict[str, Any]) -> str:
     left = "re-registered" if row["re_registered"] else "departed" if row["departed"] else ""
     return ", ".join(filter(None, ("eliminated" if row["eliminated"] else "", left))) or "clear"
@@ -65,8 +73,9 @@ def _in_words(row: dict[str, Any]) -> str:
 
 @command
 @hotkeys_argument
+@as_of_option
 @owner_option
-def get(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> int:
+def get(settings: Settings, *, hotkeys: tuple[str, ...], as_of: str | None, owner: int | None) -> int:
     """Print the elimination record of each HOTKEY; "-" stands for those on stdin.
 
     Exit code 1: at least one of them is not eliminated.
@@ -77,7 +86,9 @@ def get(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> i
       shmelim get 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --json
     """
     reader = EliminationReader(settings.name, owner=owner)
-    found = {hotkey: reader.get_elimination(hotkey) for hotkey in hotkeys_from(hotkeys)}
+    then = None if as_of is None else _as_of(settings.name, as_of)
+    one: Callable[[str], dict[str, Any] | None] = reader.get_elimination if then is None else then.get
+    found = {hotkey: one(hotkey) for hotkey in hotkeys_from(hotkeys)}
     eliminations = [record for record in found.values() if record is not None]
     missing = [hotkey for hotkey, record in found.items() if record is None]
 
@@ -96,8 +107,9 @@ def get(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> i
 @command
 @click.option("--departed", is_flag=True, help="List the hotkeys that left the metagraph instead.")
 @click.option("--reason", metavar="REASON", help="Only eliminations for this reason.")
+@as_of_option
 @owner_option
-def list_(settings: Settings, *, departed: bool, reason: str | None, owner: int | None) -> None:
+def list_(settings: Settings, *, departed: bool, reason: str | None, as_of: str | None, owner: int | None) -> None:
     """List the eliminations in the order in which they came: hotkey, reason, drawdown, time (UTC).
 
     On a terminal a table, otherwise one line each with tabs between; never shortened.
@@ -112,12 +124,15 @@ def list_(settings: Settings, *, departed: bool, reason: str | None, owner: int 
     """
     if departed and reason is not None:
         raise click.UsageError("--reason is about eliminations and does not go with --departed")
+    if departed and as_of is not None:
+        raise click.UsageError("--as-of is about eliminations and does not go with --departed")
     snapshot = EliminationReader(settings.name, owner=owner).snapshot()
     version = {"version": snapshot.version}
     if departed:
         gone = [{"hotkey": hotkey, **info} for hotkey, info in snapshot.departed.items()]
         settings.rows(version, "departed", gone, {"hotkey": "hotkey", "detected_ms": "seen to leave"})
         return
-    rows = [row for row in snapshot.eliminations.values() if reason is None or row["reason"] == reason]
+    eliminations = snapshot.eliminations if as_of is None else _as_of(settings.name, as_of)
+    rows = [row for row in eliminations.values() if reason is None or row["reason"] == reason]
     columns = {"hotkey": "hotkey", "reason": "reason", "dd": "dd", "elimination_initiated_time_ms": "eliminated"}
     settings.rows(version, "eliminations", rows, columns)

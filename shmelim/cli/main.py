@@ -31,6 +31,8 @@ _COMMANDS: Final = {
     "missing": ("change:missing", "List hotkeys whose departure was not believed, or accept it."),
     "returned": ("change:returned", "Undo a departure that was none."),
     "history": ("books:history", "Show who changed what, and when."),
+    "diff": ("travel:diff", "Show what changed between two moments."),
+    "rollback": ("travel:rollback", "Make the eliminations what they were at an earlier moment."),
     "backup": ("keep:backup", "Write a backup: the state with history, debts and slashes."),
     "verify": ("keep:verify", "Check a backup, or all that there is of a name."),
     "restore": ("keep:restore", "Put a backup in the place of the state."),

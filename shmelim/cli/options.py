@@ -154,6 +154,11 @@ hotkey_argument = click.argument("hotkey", type=_Checked("hotkey"))
 any_hotkey_argument = click.argument("hotkey", type=_Checked("hotkey"), required=False)
 hotkeys_argument = click.argument("hotkeys", metavar="HOTKEY…", type=_Checked("hotkey"), nargs=-1, required=True)
 file_argument = click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
+as_of_option = click.option(
+    "--as-of",
+    metavar="WHEN",
+    help="As it was at an event's number, ms since 1970 or ISO 8601; asks the server.",
+)
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 

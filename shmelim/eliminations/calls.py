@@ -14,10 +14,12 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from itertools import islice
 from typing import Any, Final, ParamSpec, TypeVar
 
 from shmelim.eliminations.comparing import difference, packed
+from shmelim.eliminations.moments import carried
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.record import check_hotkeys, check_listed, generate_row
 from shmelim.errors import (
@@ -293,6 +295,25 @@ class Calls:
     @remote()
     def acknowledge(self) -> list[str]:
         """Say that somebody has looked at the changes which the guard noticed; returns what they were."""
+
+    # ------------------------------------------------------------------ the past
+
+    @remote(idempotent=True, grows=True, check=carried)
+    def as_of(self, when: int | str | datetime) -> dict[str, dict[str, Any]]:
+        """Return the eliminations as they were at an earlier moment, by hotkey.
+
+        `when` is the number of an event (see :meth:`get_history`), ms since 1970, or a time in ISO 8601 or as a
+        ``datetime``, UTC where it has no zone. Those that are still eliminated come first, in their order.
+        ``ValueError``: it is no moment, or lies before the history begins. Costs some µs for each event since.
+        """
+
+    @remote(grows=True, check=carried)
+    def rollback(self, when: int | str | datetime) -> int:
+        """Make the eliminations what :meth:`as_of` returns for a moment; return how many that changes.
+
+        One transaction, whose events say so. Departures and registrations stay; no debt is made or unmade: what
+        those owe that are eliminated no more rests, as after a sync. The guard takes it for meant.
+        """
 
     # ------------------------------------------------------------------ files
 

@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeAlias, TypeVar, cast
 
@@ -26,6 +27,7 @@ from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.files.format import ELIMINATIONS_FILE, read_eliminations
 from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode, check_files
 from shmelim.eliminations.files.taking import clear_gone, read_state, take_files
+from shmelim.eliminations.moments import Moment
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.record import (
@@ -614,6 +616,16 @@ class EliminationManagerServer(DebtMethods):
 
     def undo_departures_rpc(self, hotkeys: Iterable[str]) -> list[str]:
         return self._change(changes.undo_departures, check_hotkeys(hotkeys))
+
+    # ------------------------------------------------------------------ the past
+
+    def as_of_rpc(self, when: int | str | datetime) -> dict[str, dict[str, Any]]:
+        moment = Moment.of(when)
+        found = self._ask(lambda store: changes.state_at(store, *moment))
+        return {hotkey: decode(record) for hotkey, record in found.items()}
+
+    def rollback_rpc(self, when: int | str | datetime) -> int:
+        return self._change(changes.rollback, *Moment.of(when))
 
     # ------------------------------------------------------------------ files
 

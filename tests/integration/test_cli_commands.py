@@ -546,3 +546,27 @@ def test_an_export_is_json_whatever_the_locale(served, run):
     done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, check=True, timeout=PATIENCE)
     (found,) = json.loads(done.stdout)["eliminations"]
     assert (found["hotkey"], found["reason"]) == ("ключ", "é")
+
+
+def test_going_back_in_time(run, served):
+    with contextlib.closing(served.client()) as client:
+        client.add_elimination(A, row(A, reason="PLAGIARISM"))
+        event = client.get_history(limit=1)[0]["id"]
+        client.add_elimination(A, row(A, reason="ZOMBIE"))
+        client.add_elimination(B, row(B))
+        assert client.as_of(event)[A]["reason"] == "PLAGIARISM"
+        then = "--as-of", str(event), "--json"
+        for asked in (("get", A), ("list",)):
+            assert document(run(*asked, *then))["eliminations"] == [row(A, reason="PLAGIARISM")]
+        found = document(run("diff", str(event), "--json"), 1)
+        assert [each["hotkey"] for each in found["added"]] == [B]
+        assert found["changed"] == [{"hotkey": A, "fields": {"reason": ["PLAGIARISM", "ZOMBIE"]}}]
+        assert run("diff", str(event), str(event)).exit_code == 0
+        assert document(run("rollback", "--to", str(event), "--dry-run", "--json"))["done"] is False
+        assert run("rollback", "--to", str(event)).exit_code == 2, "nobody to ask"
+        assert len(client) == 2
+        assert run("rollback", "--to", str(event), "--yes").stdout == "rolled back: 2 eliminations\n"
+        assert client.get_eliminations_dict() == client.as_of(event)
+        assert run("rollback", "--to", str(event), "--yes").exit_code == 1
+        assert "the history begins" in run("list", "--as-of", "1999-01-01").stderr
+        assert "is not a moment" in run("list", "--as-of", "yesterday").stderr

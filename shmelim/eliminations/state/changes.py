@@ -36,11 +36,13 @@ class Step:
     store: Store
     origin: Origin | None
     settled: Settled | None = None
+    recorded: int = 0  # events so far
 
     def record(self, events: Iterable[EventOf]) -> None:
         """Write events."""
         if listed := list(events):
             self.store.add_events(listed, self.origin)
+            self.recorded += len(listed)
 
     def set_meta(self, key: str, value: Any) -> None:
         """Keep a value in the store."""
@@ -172,6 +174,33 @@ def _replace(
         judge(step, reason, len(removed), len(added))
         step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
     return list(removed)
+
+
+def state_at(store: Store, event: int | None, at_ms: int | None) -> dict[str, bytes]:
+    """Return the eliminations after an event, or where that is None at a time (ms since 1970, UTC).
+
+    Those that are still eliminated come first, in their order; then the others. ValueError: there is no such event
+    yet, or the history begins later.
+    """
+    last = store.counts().events
+    number = event if event is not None else store.event_at(at_ms or 0)
+    if number is None:
+        first = store.events(before_id=2, limit=1)
+        begins = f"at {first[0].at_ms} ms since 1970" if first else "with the first change"
+        raise ValueError(f"nothing is known of {at_ms} ms since 1970: the history begins {begins}")
+    if number > last:
+        raise ValueError(f"there is no event {number} yet: the last one is {last}")
+    state: dict[str, bytes | None] = dict(store.eliminated())
+    state.update(store.replaced_after(number))
+    return {hotkey: record for hotkey, record in state.items() if record is not None}
+
+
+def rollback(step: Step, event: int | None, at_ms: int | None) -> int:
+    """Make the eliminations what they were at a moment; returns how many that changes."""
+    before, records = dict(step.store.eliminated()), state_at(step.store, event, at_ms)
+    when = f"event {event}" if event is not None else f"{at_ms} ms since 1970"
+    replace_all(step, records, f"rolled back to {when}")
+    return sum(before.get(hotkey) != records.get(hotkey) for hotkey in {**before, **records})
 
 
 def replacements(store: Store) -> int:

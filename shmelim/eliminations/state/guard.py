@@ -21,15 +21,14 @@ GuardMode: TypeAlias = Literal["tell", "refuse", "off"]
 
 GUARDED: Final = "guarded_change"
 _NOTICES: Final = "guarded_changes"
-_REMEDY: Final = (
-    "if it was meant, `shmelim ack`; if not, `shmelim history` has what it took back, to be synced in again"
-)
+_REMEDY: Final = "if it was meant, `shmelim ack`; if not, `shmelim rollback --to {}` undoes it and what came after"
 
 
 class Notice(NamedTuple):
     """A change that was carried out and that somebody should know of."""
 
-    event: int  # the number of its last event
+    before: int  # the number of the last event before it
+    event: int  # and of its own last one
     at_ms: int
     text: str
 
@@ -73,7 +72,7 @@ class Guard:
                 f"{what} would {text}; nothing was changed", hint="if it is meant, say force=True, or --force"
             )
         now = clock.now_ms()
-        notice = Notice(counts.events, now, f"{what}: {text}")
+        notice = Notice(counts.events - step.recorded, counts.events, now, f"{what}: {text}")
         step.set_meta(_NOTICES, [*(each for each in notices(step.store) if now - each.at_ms < DAY_MS), notice])
         self.has_noticed = True
 
@@ -103,9 +102,14 @@ def acknowledge(step: Step) -> list[str]:
 def tell(problems: Problems, found: Collection[Notice]) -> None:
     """Have these notices, and no others, stand in the health."""
     for notice in found:
-        text = f"{notice.text} (up to event {notice.event})"
-        subject = f"event {notice.event}"
-        problems.report(GUARDED, text, subject=subject, severity="notice", remedy=_REMEDY, since_ms=notice.at_ms)
+        problems.report(
+            GUARDED,
+            f"{notice.text} (up to event {notice.event})",
+            subject=f"event {notice.event}",
+            severity="notice",
+            remedy=_REMEDY.format(notice.before),
+            since_ms=notice.at_ms,
+        )
     problems.clear_others(GUARDED, [f"event {notice.event}" for notice in found])
 
 

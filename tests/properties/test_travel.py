@@ -1,0 +1,120 @@
+"""Going back in time: every published state is known after the event that made it, and can be had again."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving import row
+
+from shmelim import EliminationManagerServer
+from shmelim.eliminations.moments import Moment
+from shmelim.eliminations.store import history
+
+NAMES = [f"h{n}" for n in range(9)]
+some = st.lists(st.sampled_from(NAMES), max_size=9, unique=True)
+change = st.one_of(
+    st.tuples(st.just("add"), st.sampled_from(NAMES), st.integers(0, 3)),
+    st.tuples(st.just("remove"), st.sampled_from(NAMES)),
+    st.tuples(st.just("delete"), some),
+    st.tuples(st.just("sync"), some, st.integers(0, 3)),
+    st.tuples(st.just("look"), some),
+    st.tuples(st.just("back"), st.integers(0, 30)),
+    st.just(("clear",)),
+)
+
+
+def last_event(server):
+    events = server.get_history_rpc(limit=1)
+    return events[0]["id"] if events else 0
+
+
+def make(server, what, *how):
+    match what:
+        case "add":
+            server.add_elimination_rpc(how[0], row(how[0], how[1]))
+        case "remove":
+            server.remove_elimination_rpc(*how)
+        case "delete":
+            server.delete_eliminations_rpc(*how)
+        case "sync":
+            server.sync_eliminations_rpc([row(name, how[1]) for name in how[0]])
+        case "look":
+            server.update_metagraph_rpc(*how)
+        case "back":
+            server.rollback_rpc(how[0] % (last_event(server) + 1))
+        case "clear":
+            server.clear_eliminations_rpc()
+
+
+def at(server, event):
+    return server.as_of_rpc(event)
+
+
+@pytest.mark.parametrize("many", [64, 2], ids=["events one by one", "most in rows of many"])
+@settings(max_examples=60)
+@given(st.lists(change, max_size=15))
+def test_every_state_is_known_after_its_event_and_can_be_had_again(many, listed):
+    with pytest.MonkeyPatch.context() as patch, EliminationManagerServer() as server:
+        patch.setattr(history, "_MANY", many)
+        states = {0: {}}
+        for each in listed:
+            make(server, *each)
+            states[last_event(server)] = server.get_eliminations_dict_rpc()
+        for event, state in states.items():
+            assert at(server, event) == state
+        departed, registered = server.get_departed_hotkeys_rpc(), server.reader.snapshot().registered
+        for event, state in states.items():
+            server.rollback_rpc(event)
+            assert server.get_eliminations_dict_rpc() == state
+        assert (server.get_departed_hotkeys_rpc(), server.reader.snapshot().registered) == (departed, registered)
+
+
+def test_a_time_is_answered_by_the_last_event_before_it(monkeypatch):
+    now = [1_700_000_000_000]
+    monkeypatch.setattr("shmelim.eliminations.store.history.time.time_ns", lambda: now[0] * 1_000_000)
+    with EliminationManagerServer() as server:
+        server.add_elimination_rpc("a", row("a"))
+        now[0] += 1000
+        server.add_elimination_rpc("b", row("b"))
+        ask = lambda ms: list(server.as_of_rpc(ms))  # noqa: E731
+        assert ask(now[0] - 1) == ["a"]
+        assert ask(now[0] + 10**9) == ["a", "b"]
+        with pytest.raises(ValueError, match="the history begins at 1700000000000"):
+            ask(now[0] - 1001)
+        with pytest.raises(ValueError, match="there is no event 99 yet"):
+            server.rollback_rpc(99)
+
+
+def test_debts_are_neither_made_nor_unmade():
+    with EliminationManagerServer() as server:
+        server.eliminate_rpc("a", row("a", reason="MAX_TOTAL_DRAWDOWN"), ["slash", "positions"], rule="drawdown")
+        owed, event = server.get_debts_rpc(), last_event(server)
+        server.rollback_rpc(0)
+        assert [debt["due"] for debt in server.get_debts_rpc()] == [False, False]
+        server.rollback_rpc(event)
+        assert server.get_debts_rpc() == owed
+
+
+@pytest.mark.parametrize(
+    ("when", "moment"),
+    [
+        (1200, (1200, None)),
+        ("1200", (1200, None)),
+        (1_700_000_000_000, (None, 1_700_000_000_000)),
+        ("2026-01-31T12:00:00Z", (None, 1_769_860_800_000)),
+        ("2026-01-31 12:00:00", (None, 1_769_860_800_000)),
+        ("2026-01-31T13:00:00+01:00", (None, 1_769_860_800_000)),
+        (dt.datetime(2026, 1, 31, 12), (None, 1_769_860_800_000)),  # noqa: DTZ001
+    ],
+)
+def test_moments(when, moment):
+    assert Moment.of(when) == moment
+
+
+@pytest.mark.parametrize("when", ["yesterday", "", -1, "-5", True, None, 1.5, "٣"])
+def test_what_is_not_a_moment_is_refused(when):
+    with pytest.raises((ValueError, TypeError), match="moment"):
+        Moment.of(when)
