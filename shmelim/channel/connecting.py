@@ -31,7 +31,7 @@ class TryAgainError(Exception):
 
 
 def establish(
-    wire: Wire, location: Location, authkey: bytes | Callable[[], bytes], deadline: float, epoch: str = ""
+    wire: Wire, location: Location, authkey: bytes | Callable[[], bytes], deadline: float, epoch: str
 ) -> None:
     """Connect a wire to the server at an address, and shake hands; ``TryAgainError`` where that may help."""
     where = describe(location)

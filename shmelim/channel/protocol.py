@@ -76,7 +76,7 @@ def encode_welcome(service_name: str, refusal: str | None, max_message: int) -> 
     return MSGPACK.dumps([PROTOCOL, _short(service_name), refusal, max_message])
 
 
-def greet(wire: Wire, key: bytes, where: str, epoch: str = "") -> int:
+def greet(wire: Wire, key: bytes, where: str, epoch: str) -> int:
     """Shake hands as a client, under an epoch; return the longest request in bytes that the server takes.
 
     ``AuthenticationFailedError``, ``ProtocolError`` or ``ChannelError`` if another attempt would end so, too;

@@ -58,9 +58,8 @@ def describe(error: BaseException, name: str) -> Failure:
             hint = error.hint or f"start it with `shmelim serve --name {name}`"
             return Failure(error.message, hint, NOT_SERVING)
         case ShmelimError():
-            return Failure(
-                error.message, error.hint, NO if isinstance(error, (RefusedError, GuardedChangeError)) else ERROR
-            )
+            is_refused = isinstance(error, (RefusedError, GuardedChangeError))
+            return Failure(error.message, error.hint, NO if is_refused else ERROR)
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
             return Failure(f"{where}{error.strerror or error}", None, ERROR)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final
 
 import click
@@ -10,7 +10,6 @@ import click
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Settings, as_of_option, command, hotkeys_argument, hotkeys_from, owner_option
-from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.rows import Status
 from shmelim.eliminations.validator.addresses import is_ss58_address
@@ -60,8 +59,10 @@ def check(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) ->
     return NO if eliminated else YES
 
 
-def _as_of(name: str, when: str) -> Mapping[str, dict[str, Any]]:
+def _as_of(name: str, when: str) -> dict[str, dict[str, Any]]:
     """Ask the server what was eliminated at an earlier moment."""
+    from shmelim.eliminations.client import EliminationClient
+
     with EliminationClient(name) as client:
         return client.as_of(when)
 
@@ -126,13 +127,15 @@ def list_(settings: Settings, *, departed: bool, reason: str | None, as_of: str 
         raise click.UsageError("--reason is about eliminations and does not go with --departed")
     if departed and as_of is not None:
         raise click.UsageError("--as-of is about eliminations and does not go with --departed")
-    snapshot = EliminationReader(settings.name, owner=owner).snapshot()
-    version = {"version": snapshot.version}
+    reader = EliminationReader(settings.name, owner=owner)
+    if as_of is None:
+        version, eliminations, left, _ = reader.snapshot()
+    else:
+        version, eliminations, left = reader.version, _as_of(settings.name, as_of), {}
     if departed:
-        gone = [{"hotkey": hotkey, **info} for hotkey, info in snapshot.departed.items()]
-        settings.rows(version, "departed", gone, {"hotkey": "hotkey", "detected_ms": "seen to leave"})
+        gone = [{"hotkey": hotkey, **info} for hotkey, info in left.items()]
+        settings.rows({"version": version}, "departed", gone, {"hotkey": "hotkey", "detected_ms": "seen to leave"})
         return
-    eliminations = snapshot.eliminations if as_of is None else _as_of(settings.name, as_of)
     rows = [row for row in eliminations.values() if reason is None or row["reason"] == reason]
     columns = {"hotkey": "hotkey", "reason": "reason", "dd": "dd", "elimination_initiated_time_ms": "eliminated"}
-    settings.rows(version, "eliminations", rows, columns)
+    settings.rows({"version": version}, "eliminations", rows, columns)

@@ -364,12 +364,13 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             _log.warning("the metagraph has no list of hotkeys yet: %s", error)
 
     def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
+        if method not in _GUARDED or self.running_unit_tests:
+            return self._call_server(method, args, kwargs, **options)
         before = len(self._reader)
         answer = self._call_server(method, args, kwargs, **options)
-        if method in _GUARDED and not self.running_unit_tests:
-            moved = max(abs(len(self._reader) - before), len(answer or ()))
-            if moved >= self.environment.guard_count:
-                self._tell_problems()  # there may be a notice, which should not wait for the next check
+        moved = max(abs(len(self._reader) - before), len(answer or ()))
+        if moved >= self.environment.guard_count:
+            self._tell_problems()  # there may be a notice, which should not wait for the next check
         return answer
 
     def _follow(self) -> None:

@@ -14,6 +14,9 @@ class Moment(NamedTuple):
     event: int | None
     at_ms: int | None = None
 
+    def __str__(self) -> str:
+        return f"{self.at_ms} ms since 1970" if self.event is None else f"event {self.event}"
+
     @classmethod
     def of(cls, when: int | str | dt.datetime) -> Moment:
         """Return the moment that is meant by an event's number, ms since 1970, or a time as ISO 8601 has it.

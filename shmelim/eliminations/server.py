@@ -51,8 +51,7 @@ from shmelim.eliminations.starting.recovery import origin_record
 from shmelim.eliminations.starting.registry import Memory, Registry, Remembering, registry_base, report_behind
 from shmelim.eliminations.state import changes
 from shmelim.eliminations.state.debt_book import DebtMethods, held_money
-from shmelim.eliminations.state.guard import Guard, GuardMode, acknowledge, expire, notices
-from shmelim.eliminations.state.guard import tell as tell_noticed
+from shmelim.eliminations.state.guard import Guard, GuardMode, acknowledge, expire, notices, tell_noticed
 from shmelim.eliminations.state.slash_journal import open_journal
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.state.uploads import Uploads
@@ -621,11 +620,11 @@ class EliminationManagerServer(DebtMethods):
 
     def as_of_rpc(self, when: int | str | datetime) -> dict[str, dict[str, Any]]:
         moment = Moment.of(when)
-        found = self._ask(lambda store: changes.state_at(store, *moment))
+        found = self._ask(lambda store: changes.state_at(store, moment))
         return {hotkey: decode(record) for hotkey, record in found.items()}
 
     def rollback_rpc(self, when: int | str | datetime) -> int:
-        return self._change(changes.rollback, *Moment.of(when))
+        return self._change(changes.rollback, Moment.of(when))
 
     # ------------------------------------------------------------------ files
 

@@ -49,10 +49,6 @@ def make(server, what, *how):
             server.clear_eliminations_rpc()
 
 
-def at(server, event):
-    return server.as_of_rpc(event)
-
-
 @pytest.mark.parametrize("many", [64, 2], ids=["events one by one", "most in rows of many"])
 @settings(max_examples=60)
 @given(st.lists(change, max_size=15))
@@ -64,7 +60,7 @@ def test_every_state_is_known_after_its_event_and_can_be_had_again(many, listed)
             make(server, *each)
             states[last_event(server)] = server.get_eliminations_dict_rpc()
         for event, state in states.items():
-            assert at(server, event) == state
+            assert server.as_of_rpc(event) == state
         departed, registered = server.get_departed_hotkeys_rpc(), server.reader.snapshot().registered
         for event, state in states.items():
             server.rollback_rpc(event)

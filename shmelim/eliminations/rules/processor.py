@@ -160,12 +160,8 @@ class EliminationProcessor:
 
     def _glance(self) -> None:
         """Look at the metagraph between two ticks: who has returned is registered at once."""
-        try:
+        with self.context.alerts.about("step", _DEPARTED, f"eliminations: {_DEPARTED} failed"):
             self._departed()
-        except ENDS_A_TICK:
-            raise
-        except BaseException as error:
-            self.context.alerts.failed("step", _DEPARTED, f"eliminations: {_DEPARTED} failed", error)
 
     def _alone(self, name: str, position_locks: Any, epoch: Any) -> None:
         """Make one step outside of a tick, and settle what is owed then."""

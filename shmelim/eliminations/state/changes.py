@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 
 from shmelim.eliminations.comparing import Comparison, Settled
 from shmelim.eliminations.debts.states import OWED, SLASH, Debt
+from shmelim.eliminations.moments import Moment
 from shmelim.eliminations.record import DAY_MS, decode
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.history import Origin
@@ -176,31 +177,42 @@ def _replace(
     return list(removed)
 
 
-def state_at(store: Store, event: int | None, at_ms: int | None) -> dict[str, bytes]:
-    """Return the eliminations after an event, or where that is None at a time (ms since 1970, UTC).
+def state_at(store: Store, moment: Moment) -> dict[str, bytes]:
+    """Return the eliminations at a moment; errors as of :func:`_event_of`.
 
-    Those that are still eliminated come first, in their order; then the others. ValueError: there is no such event
-    yet, or the history begins later.
+    Those that are still eliminated come first, in their order; then the others.
     """
-    last = store.counts().events
-    number = event if event is not None else store.event_at(at_ms or 0)
-    if number is None:
-        first = store.events(before_id=2, limit=1)
-        begins = f"at {first[0].at_ms} ms since 1970" if first else "with the first change"
-        raise ValueError(f"nothing is known of {at_ms} ms since 1970: the history begins {begins}")
-    if number > last:
-        raise ValueError(f"there is no event {number} yet: the last one is {last}")
+    event = _event_of(store, moment)
+    # In this order: a change that comes between the two questions is undone by the second.
     state: dict[str, bytes | None] = dict(store.eliminated())
-    state.update(store.replaced_after(number))
+    state.update(store.replaced_after(event))
     return {hotkey: record for hotkey, record in state.items() if record is not None}
 
 
-def rollback(step: Step, event: int | None, at_ms: int | None) -> int:
-    """Make the eliminations what they were at a moment; returns how many that changes."""
-    before, records = dict(step.store.eliminated()), state_at(step.store, event, at_ms)
-    when = f"event {event}" if event is not None else f"{at_ms} ms since 1970"
-    replace_all(step, records, f"rolled back to {when}")
-    return sum(before.get(hotkey) != records.get(hotkey) for hotkey in {**before, **records})
+def rollback(step: Step, moment: Moment) -> int:
+    """Make the eliminations what they were at a moment; returns how many that changes. Errors as there."""
+    then = step.store.replaced_after(_event_of(step.store, moment))
+    rows = step.store.get_many(then)
+    now = {hotkey: row.record for hotkey, row in rows.items()}
+    changed = {hotkey: record for hotkey, record in then.items() if record != now.get(hotkey)}
+    records = {hotkey: record for hotkey, record in changed.items() if record is not None}
+    gone = [hotkey for hotkey in changed if hotkey not in records]
+    _replace(step, records, gone, f"rolled back to {moment}")
+    return len(changed)
+
+
+def _event_of(store: Store, moment: Moment) -> int:
+    """Return the last event up to a moment; ValueError: it is not there yet, or the history begins later."""
+    number, last = moment.event, store.counts().events
+    if moment.at_ms is not None:
+        number = store.event_at(moment.at_ms)
+    if number is None:
+        first = store.events(before_id=2, limit=1)
+        begins = f"at {first[0].at_ms} ms since 1970" if first else "with the first change"
+        raise ValueError(f"nothing is known of {moment}: the history begins {begins}")
+    if number > last:
+        raise ValueError(f"there is no {moment} yet: the last one is {last}")
+    return number
 
 
 def replacements(store: Store) -> int:

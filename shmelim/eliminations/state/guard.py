@@ -71,9 +71,8 @@ class Guard:
             raise GuardedChangeError(
                 f"{what} would {text}; nothing was changed", hint="if it is meant, say force=True, or --force"
             )
-        now = clock.now_ms()
-        notice = Notice(counts.events - step.recorded, counts.events, now, f"{what}: {text}")
-        step.set_meta(_NOTICES, [*(each for each in notices(step.store) if now - each.at_ms < DAY_MS), notice])
+        notice = Notice(counts.events - step.recorded, counts.events, clock.now_ms(), f"{what}: {text}")
+        step.set_meta(_NOTICES, [*notices(step.store), notice])
         self.has_noticed = True
 
     def _excess(self, before: int, gone: int, new: int) -> str | None:
@@ -86,8 +85,9 @@ class Guard:
 
 
 def notices(store: Store) -> list[Notice]:
-    """Return what was noticed and not acknowledged, the oldest first."""
-    return [Notice(*each) for each in store.meta(_NOTICES, [])]
+    """Return what was noticed within a day and not acknowledged, the oldest first."""
+    found = [Notice(*each) for each in store.meta(_NOTICES, [])]
+    return [notice for notice in found if not _is_over(notice.at_ms)]
 
 
 def acknowledge(step: Step) -> list[str]:
@@ -99,7 +99,7 @@ def acknowledge(step: Step) -> list[str]:
     return found
 
 
-def tell(problems: Problems, found: Collection[Notice]) -> None:
+def tell_noticed(problems: Problems, found: Collection[Notice]) -> None:
     """Have these notices, and no others, stand in the health."""
     for notice in found:
         problems.report(
@@ -115,7 +115,10 @@ def tell(problems: Problems, found: Collection[Notice]) -> None:
 
 def expire(problems: Problems) -> None:
     """Clear the notices that are more than a day old."""
-    since = clock.now_ms() - DAY_MS
     for problem in problems.standing():
-        if problem.name == GUARDED and problem.since_ms <= since:
+        if problem.name == GUARDED and _is_over(problem.since_ms):
             problems.clear(GUARDED, problem.subject)
+
+
+def _is_over(at_ms: int) -> bool:
+    return clock.now_ms() - at_ms >= DAY_MS

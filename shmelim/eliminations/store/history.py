@@ -20,7 +20,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -158,14 +158,9 @@ class History(Database):
         In the order of their last changes, the newest first. Costs a few µs for each event since.
         """
         found: dict[str, bytes | None] = {}
-        select = "SELECT id, action, hotkey, old, hashes FROM events WHERE id > :event ORDER BY id DESC"
-        for number, action, hotkey, old, hashes in self._stream(select, {"event": event}):
-            if hashes is not None:
-                for each in self._events_in(number, None, event + 1, _LARGEST_ID):
-                    if each.action in _RECORDED and each.hotkey is not None:
-                        found[each.hotkey] = each.old
-            elif action in _RECORDED:
-                found[hotkey] = old
+        for each in takewhile(lambda each: each.id > event, self._newest_first(None, _LARGEST_ID)):
+            if each.action in _RECORDED and each.hotkey is not None:
+                found[each.hotkey] = each.old
         return found
 
     def event_at(self, at_ms: int) -> int | None:
