@@ -21,7 +21,7 @@ from shmelim.cli.options import (
     yes_option,
 )
 from shmelim.eliminations.client import EliminationClient
-from shmelim.eliminations.debts.states import ATTEMPTING, OWED, SLASH, attempt_is_alive
+from shmelim.eliminations.debts.states import OWED, SLASH
 from shmelim.eliminations.runtime import state_directory_of
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
@@ -385,10 +385,10 @@ def _in_doubt(
             hint="there is nothing to settle; the next tick makes it",
         )
     (debt,) = begun
-    if debt["state"] == ATTEMPTING and attempt_is_alive(debt["attempt"]):
+    if debt["under_way"]:
         pid = debt["attempt"].partition("-")[0]
         raise RefusedError(
             f"process {pid} has begun the slash of {shown} and may be making it right now",
-            hint="wait until it is settled or in doubt; if that process hangs, end it first",
+            hint="wait until it is settled, or in doubt; if that process hangs, end it, and wait half a minute",
         )
     return debt

@@ -553,6 +553,10 @@ class ProcessingCalls(Calls):
         False: the slash is not owed, another attempt has it, or money is held; it must not be made.
         """
 
+    @remote(idempotent=True)
+    def renew_slash(self, hotkey: str, attempt: str) -> bool:
+        """Renew the lease of an attempt, which lives that much longer; False where it does not stand any more."""
+
     @remote()
     def doubt_slash(self, hotkey: str, attempt: str, error: str) -> bool:
-        """Put the slash that this very attempt has in doubt; False where it has none."""
+        """Put the slash that an attempt has in doubt; False: it lives, by its lease, or there is none."""

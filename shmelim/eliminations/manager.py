@@ -291,6 +291,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             must_exist=must_exist,
             epoch=epoch,
             sync_guard=Guard(sync_guard, self.environment.guard_count, self.environment.guard_share),
+            slash_lease_s=self.environment.slash_lease_s,
             registry=registry if registry is None or isinstance(registry, bool) else _absolute(registry),
         )
         self._timeout = settings.get("call_timeout", ServiceSettings.call_timeout)

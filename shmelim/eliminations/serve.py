@@ -17,6 +17,7 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import Announcement, RuntimeDirectory, ServerInfo, default_state_directory
 from shmelim.eliminations.server import EliminationManagerServer, Progress
 from shmelim.eliminations.state.guard import Guard, GuardMode
+from shmelim.eliminations.state.leases import LEASE_S
 from shmelim.eliminations.store.schema import FILE_NAME, Durability
 from shmelim.errors import AlreadyServingError, ChannelError, NotServingError, SegmentError, StoreError
 from shmelim.service import ServerReady, report_progress
@@ -50,6 +51,7 @@ class ServeOptions:
     registry: Path | bool | None = True
     sync_guard: GuardMode | Guard = "tell"
     epoch: str = ""  # of the manager that starts the server
+    slash_lease_s: float = LEASE_S
 
     def __post_init__(self) -> None:
         if not isinstance(self.sync_guard, Guard):
@@ -93,6 +95,7 @@ def open_server(
         registry=options.registry,
         epoch=options.epoch,
         sync_guard=options.sync_guard,
+        slash_lease_s=options.slash_lease_s,
         on_progress=on_progress or report_progress,  # to who waits for this process, if anybody does
     )
 

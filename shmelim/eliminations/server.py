@@ -52,6 +52,7 @@ from shmelim.eliminations.starting.registry import Memory, Registry, Remembering
 from shmelim.eliminations.state import changes
 from shmelim.eliminations.state.debt_book import DebtMethods, held_money
 from shmelim.eliminations.state.guard import Guard, GuardMode, acknowledge, expire, notices, tell_noticed
+from shmelim.eliminations.state.leases import LEASE_S, Leases
 from shmelim.eliminations.state.slash_journal import open_journal
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.state.uploads import Uploads
@@ -131,6 +132,8 @@ class EliminationManagerServer(DebtMethods):
         ``"tell"``: it is carried out, and a notice in the health for a day or until :meth:`acknowledge_rpc`;
         ``"refuse"``: GuardedChangeError, unless the call says ``force=True``; ``"off"``: nothing. A :class:`Guard`
         has other figures. Without a namespace or a state directory there is none.
+    slash_lease_s
+        Seconds after which a slash may be put in doubt whose process did not renew its lease.
     on_progress
         Called while the state is being loaded with what is done, how far it is, and how far it will go (None
         where nobody knows).
@@ -183,6 +186,7 @@ class EliminationManagerServer(DebtMethods):
         registry: Path | str | bool | None = True,
         epoch: str = "",
         sync_guard: GuardMode | Guard = "tell",
+        slash_lease_s: float = LEASE_S,
         on_progress: Progress | None = None,
     ) -> None:
         tell = on_progress or (lambda _what, _done, _total: None)
@@ -205,6 +209,9 @@ class EliminationManagerServer(DebtMethods):
         self._origin = this_process()
         self._teller = Teller(epoch)
         self._guard = self._make_guard(sync_guard)
+        # In private memory there is no other process that an attempt found here could live in.
+        is_alone = isinstance(self.namespace, PrivateNamespace)
+        self._leases = Leases(slash_lease_s, grace_s=0 if is_alone else slash_lease_s)
         self._first_refresh_ran = False
         self._uploads = Uploads()
         self._stopped = threading.Event()

@@ -115,7 +115,7 @@ def _is_made(event):
 
 
 def _open(directory):
-    return EliminationManagerServer(None, directory, durability="process", files="off")
+    return EliminationManagerServer(None, directory, durability="process", files="off", slash_lease_s=0)
 
 
 class Crash:
@@ -245,7 +245,8 @@ def _at_once(*works):
 @pytest.fixture
 def server(tmp_path, new_name):
     name = new_name()
-    with EliminationManagerServer(SharedNamespace(name), tmp_path / "state", durability="process") as server:
+    options = {"durability": "process", "slash_lease_s": 0}
+    with EliminationManagerServer(SharedNamespace(name), tmp_path / "state", **options) as server:
         yield server
 
 

@@ -165,13 +165,13 @@ def eliminate_there(managed: Managed, stop: int) -> int:
 def crashes_there(name: Callable[[], str], tmp_path: Path, choose: Callable[[int], range]) -> None:
     eliminated_ms = prepare(tmp_path / "prepared")
     shutil.copytree(tmp_path / "prepared", tmp_path / "whole")
-    with Managed("rpc", name(), tmp_path / "whole") as managed:
+    with Managed("rpc", name(), tmp_path / "whole", slash_lease_s=0) as managed:
         total = steps(functools.partial(eliminate_there, managed))
     assert total > 200
     for stop in choose(total):
         directory = tmp_path / f"at-{stop}"
         shutil.copytree(tmp_path / "prepared", directory)
-        with Managed("rpc", name(), directory) as managed:
+        with Managed("rpc", name(), directory, slash_lease_s=0) as managed:
             with Child(functools.partial(eliminate_there, managed, stop)) as child:
                 assert child.wait() == -signal.SIGKILL or child.result() < stop
             managed.restart()

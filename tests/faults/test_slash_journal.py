@@ -21,7 +21,7 @@ def directory(tmp_path):
 
 
 def opened(directory):
-    return EliminationManagerServer(None, directory, durability="process", files="off")
+    return EliminationManagerServer(None, directory, durability="process", files="off", slash_lease_s=0)
 
 
 def lines(directory):

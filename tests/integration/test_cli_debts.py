@@ -33,10 +33,10 @@ def server(serve):
     shutil.rmtree(runtime)
 
 
-def change(served, method, *arguments):
+def change(served, method, *arguments, **options):
     client = served.client()
     try:
-        return client._call(method, arguments)
+        return client._call(method, arguments, options)
     finally:
         client.close()
 
@@ -46,9 +46,9 @@ def owe(served, hotkey):
 
 
 def doubt(served, hotkey, token=None):
-    token = token or call(new_attempt)
+    token = token or new_attempt()
     assert change(served, "begin_slash_rpc", hotkey, token)
-    assert change(served, "doubt_slash_rpc", hotkey, token, "the chain did not answer")
+    assert change(served, "fail_debt_rpc", hotkey, "slash", "the chain did not answer", token, in_doubt=True)
 
 
 @pytest.fixture
@@ -232,12 +232,6 @@ def test_where_a_process_is_at_it(run, server):
         assert result.exit_code == 1
         assert f"process {token.partition('-')[0]} has begun the slash" in result.stderr
     assert slash_of(run, B) == "attempting"
-
-
-def test_where_the_process_that_was_at_it_is_gone(run, server):
-    change(server, "begin_slash_rpc", B, call(new_attempt))
-    assert run("slash", "resolve", B, "--not-made", "--yes").exit_code == 0
-    assert slash_of(run, B) == "owed"
 
 
 def test_where_somebody_was_quicker(run, server, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import threading
 from types import SimpleNamespace
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from crashing import call
 from reference_validator import HOUR, InjectedError, Managed
 from reference_validator.scoring import NothingMovedError
 from waiting import until
 
+from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT, OWED
 from shmelim.eliminations.rules import alerts, deadlines
 from shmelim.errors import NotServingError, SlashNotMadeError, StateUnavailableError
@@ -363,6 +366,51 @@ def test_contract_that_hangs_stops_no_other_slash_and_its_answer_counts(
     assert sorted(hurried.validator.collateral.slashes()) == TEN
     # The thread that brought the answer clears the problem after it has recorded the answer.
     until(lambda: hurried.manager._processor.context.alerts.standing() == [])
+
+
+def test_contract_under_way_is_renewed_and_doubted_by_nobody(
+    new_name: Callable[[], str], tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease is shorter than the call: only its renewals keep it."""
+    renewed: list[bool] = []
+    renew = ProcessingCalls.renew_slash
+    monkeypatch.setattr(ProcessingCalls, "renew_slash", lambda *of: renewed.append(answer := renew(*of)) or answer)
+    with Managed("rpc", new_name(), tmp_path, slash_deadline_s=0.5, slash_lease_s=3.0) as made:
+        made.validator.register("a")
+        made.validator.lose("a", 0.2)
+        made.validator.faults.at("slash", gate.wait)
+        made.tick()
+        [debt] = made.debts
+        until(lambda: len(renewed) >= 5)
+        assert all(renewed)
+        state = made.manager._processor.context.state
+        doubt = functools.partial(state.doubt_slash, "a", debt["attempt"], "not heard of")
+        assert call(doubt) is False, "asked by another process"
+        assert state_of_slash(made) == [ATTEMPTING]
+        gate.set()
+        until(lambda: state_of_slash(made) == [])
+        assert made.validator.collateral.slashes() == ["a"]
+
+
+def test_slash_that_waits_for_another_that_hangs_is_certainly_not_made(
+    hurried: Managed, gate: threading.Event
+) -> None:
+    """Of the same miner, for another cause: its attempt never called the contract."""
+    validator, server = hurried.validator, hurried.manager._server_proxy
+    validator.register("a")
+    validator.lose("a", 0.2)
+    validator.faults.at("slash", gate.wait)
+    hurried.tick()
+    record = hurried.manager.get_elimination("a")
+    hurried.manager.remove_elimination("a")
+    server.eliminate_rpc("a", record, ["slash"], None, "perf_ledger")
+    hurried.tick()
+    assert sorted(state_of_slash(hurried)) == [ATTEMPTING, OWED]
+    gate.set()
+    until(lambda: state_of_slash(hurried) == [OWED])
+    hurried.tick()
+    assert state_of_slash(hurried) == []
+    assert validator.collateral.slashes() == ["a", "a"]
 
 
 def test_full_queue_and_a_hanging_slack_stop_nobody(

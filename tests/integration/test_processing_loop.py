@@ -286,7 +286,7 @@ def forever(waiting: Any) -> None:
 
 @pytest.mark.parametrize("point", ["liquidated", "cancel", "store", "slash", "slash!"])
 def test_sigterm_ends_a_process_whose_collaborator_hangs(make: Callable[..., Managed], point: str) -> None:
-    managed = make("rpc", slash_deadline_s=1.0, **AT_ONCE)
+    managed = make("rpc", slash_deadline_s=1.0, slash_lease_s=0, **AT_ONCE)
     validator = managed.validator
     validator.register("a")
     validator.open_position("a")

@@ -213,7 +213,8 @@ class Subject(Sequences):
         self.start()
 
     def start(self):
-        self.server = EliminationManagerServer(self.namespace, self.directory, durability="process", files="off")
+        options = {"durability": "process", "files": "off", "slash_lease_s": 0}
+        self.server = EliminationManagerServer(self.namespace, self.directory, **options)
 
     def restart(self):
         self.server.close()

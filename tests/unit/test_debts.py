@@ -1,5 +1,6 @@
 """What eliminations owe, on a server without processes: every step that a debt can take, and every refusal."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -7,7 +8,6 @@ import sqlite3
 import time
 
 import pytest
-from crashing import call
 from serving import row
 
 from shmelim import EliminationManagerServer
@@ -16,11 +16,11 @@ from shmelim.eliminations.debts.states import (
     LIMIT_ORDERS,
     POSITIONS,
     SLASH,
-    attempt_is_alive,
-    attempt_is_mine,
     new_attempt,
 )
+from shmelim.eliminations.state import leases
 from shmelim.eliminations.store import schema
+from shmelim.shm import SharedNamespace
 
 ELIMINATED_MS = row("a")["elimination_initiated_time_ms"]
 
@@ -28,7 +28,7 @@ ELIMINATED_MS = row("a")["elimination_initiated_time_ms"]
 @pytest.fixture(params=["memory", "disk"])
 def server(request, tmp_path):
     directory = None if request.param == "memory" else tmp_path / "state"
-    with EliminationManagerServer(None, directory, durability="process") as server:
+    with EliminationManagerServer(None, directory, durability="process", slash_lease_s=0) as server:
         yield server
 
 
@@ -63,27 +63,98 @@ def slash(server, hotkey="a"):
 # ------------------------------------------------------------------ attempts
 
 
-def test_an_attempt_is_known_by_its_process():
-    mine = new_attempt()
-    assert (attempt_is_alive(mine), attempt_is_mine(mine)) == (True, True)
-    assert mine != new_attempt()
-    theirs = call(new_attempt)
-    assert (attempt_is_alive(theirs), attempt_is_mine(theirs)) == (False, False)
-    assert call(lambda: (attempt_is_alive(mine), attempt_is_mine(mine))) == (True, False)
+class Clock:
+    """The monotonic clock of leases."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
 
 
-def test_a_process_that_got_the_id_of_another_has_not_its_attempts():
-    pid, started, boot = new_attempt().rpartition(".")[0].split("-")
-    assert pid == str(os.getpid())
-    assert attempt_is_alive(f"{pid}-{started}-{boot}.7")
-    assert not attempt_is_alive(f"{pid}-{int(started) - 1}-{boot}.7")
-    assert not attempt_is_alive(f"{pid}-{started}-{boot[::-1]}.7"), "of another boot"
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(leases, "monotonic", clock)
+    return clock
 
 
-@pytest.mark.parametrize("token", ["", "x", "1", ".", "-.-", "²-1-x.1", "-1-0-x.1", "99999999999-1-x.1"])
-def test_what_is_not_a_token_is_not_an_attempt(token):
-    assert not attempt_is_alive(token)
-    assert not attempt_is_mine(token)
+@pytest.fixture
+def leasing(clock, new_name, tmp_path):
+    """Starts servers of one state, whose leases last 30 s; nothing else keeps time by that clock."""
+
+    @contextlib.contextmanager
+    def start():
+        namespace = SharedNamespace(new_name())
+        with EliminationManagerServer(namespace, tmp_path / "state", durability="process") as server:
+            yield server
+
+    return start
+
+
+def test_each_attempt_has_a_token_of_its_own():
+    assert len({new_attempt() for _ in range(100)}) == 100
+
+
+def test_an_attempt_lives_as_long_as_it_is_renewed(leasing, clock):
+    with leasing() as server:
+        eliminate(server, kinds=[SLASH])
+        assert server.begin_slash_rpc("a", "one")
+        for _ in range(3):
+            clock.now += 29
+            assert server.doubt_slash_rpc("a", "one", "not heard of") is False
+            assert server.resolve_slash_rpc("a", made=False) is False, "it may be making it right now"
+            assert slash(server)["under_way"] is True
+            assert server.renew_slash_rpc("a", "one") is True
+        clock.now += 30
+        assert slash(server)["under_way"] is False
+        assert server.doubt_slash_rpc("a", "one", "not heard of") is True
+        assert slash(server)["state"] == "in_doubt"
+
+
+def test_whether_an_attempt_lives_is_not_read_from_process_ids(leasing, clock):
+    """One of a process that is not there, as far as can be seen from here, in another pid namespace perhaps."""
+    with leasing() as server:
+        eliminate(server, kinds=[SLASH])
+        assert server.begin_slash_rpc("a", f"{2**22}-1-x.1")
+        assert server.resolve_slash_rpc("a", made=False) is False
+        clock.now += 30
+        assert server.resolve_slash_rpc("a", made=False) is True
+        assert slash(server)["state"] == "owed"
+
+
+def test_after_a_restart_each_attempt_has_one_lease_to_be_heard_of_again(leasing, clock):
+    with leasing() as server:
+        for hotkey in ("a", "b"):
+            eliminate(server, hotkey, kinds=[SLASH])
+            assert server.begin_slash_rpc(hotkey, f"of {hotkey}")
+    clock.now += 1000
+    with leasing() as server:
+        clock.now += 29
+        assert server.renew_slash_rpc("b", "of b") is True
+        clock.now += 1
+        assert server.doubt_slash_rpc("a", "of a", "not heard of") is True
+        assert server.doubt_slash_rpc("b", "of b", "not heard of") is False
+
+
+def test_one_that_was_not_heard_of_for_a_while_is_not_declared_unmade_once_it_is(leasing, clock):
+    with leasing() as server:
+        eliminate(server, kinds=[SLASH])
+        assert server.begin_slash_rpc("a", "one")
+        clock.now += 30
+        assert server.doubt_slash_rpc("a", "one", "not heard of") is True
+        assert server.renew_slash_rpc("a", "one") is True
+        assert server.resolve_slash_rpc("a", made=False) is False
+        assert server.settle_debt_rpc("a", SLASH, "one") is True
+        assert server.renew_slash_rpc("a", "one") is False, "it is over"
+
+
+def test_a_doubt_that_the_contract_left_can_be_resolved_at_once(leasing):
+    with leasing() as server:
+        eliminate(server, kinds=[SLASH])
+        assert server.begin_slash_rpc("a", "one")
+        assert server.fail_debt_rpc("a", SLASH, "timeout", "one", in_doubt=True)
+        assert server.resolve_slash_rpc("a", made=False) is True
 
 
 # ------------------------------------------------------------------ eliminating
@@ -101,6 +172,7 @@ def test_eliminate_records_what_is_owed(server):
         "rule": "",
         "registration": 0,
         "state": "owed",
+        "under_way": False,
         "due": True,
         "eliminated_ms": ELIMINATED_MS,
         "attempts": 0,
@@ -310,21 +382,6 @@ def test_resolved_as_not_made(server):
     assert server.begin_slash_rpc("a", "one") is False
     assert server.begin_slash_rpc("a", "two") is True
     assert told(server, "resolve") == [("resolve", "slash, attempt one: not made")]
-
-
-def test_an_attempt_that_may_still_run_is_not_declared_unmade(server):
-    eliminate(server, kinds=[SLASH])
-    server.begin_slash_rpc("a", new_attempt())
-    assert server.resolve_slash_rpc("a", made=False) is False
-    assert slash(server)["state"] == "attempting"
-    assert server.resolve_slash_rpc("a", made=True) is True
-
-
-def test_an_attempt_whose_process_is_gone_can_be_resolved(server):
-    eliminate(server, kinds=[SLASH])
-    server.begin_slash_rpc("a", call(new_attempt))
-    assert server.resolve_slash_rpc("a", made=False) is True
-    assert slash(server)["state"] == "owed"
 
 
 def test_attempts_that_are_refused_each_time_do_not_flood_the_history(server):

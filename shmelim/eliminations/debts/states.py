@@ -8,25 +8,23 @@ done. Deleting limit orders and closing positions may be repeated; a slash moves
      └──certainly─────┘    └──nobody knows──▶ in doubt ──by hand, or by a late answer──▶ (gone), or owed
         not made
 
-*attempting* is durable before the contract is called. A slash that is found in this state after a crash may have
-been made: it is put in doubt, is never repeated, and waits for a person.
+*attempting* is durable before the contract is called, and a lease: the process that attempts it renews it through
+the server. A slash whose lease has run out may have been made: it is put in doubt, is never repeated, and waits
+for a person, or for its answer that comes late.
 
 A slash is owed for a cause: the rule that eliminated the miner, and which of his registrations that was. When his
 elimination is taken back it *rests* (it is not due), and is due again when he is eliminated again. Of each cause
 the slash that was made, or declined, stays on record: no second one is owed for it. What an older version recorded
 without a rule counts for every rule.
 
-An attempt has a token, which tells its process from every other one, past and future.
+An attempt has a token, unlike that of any other attempt, past and future.
 """
 
 from __future__ import annotations
 
-import itertools
-from functools import cache
-from pathlib import Path
+import os
+import secrets
 from typing import Any, Final, NamedTuple
-
-from shmelim.system.processes import ProcessIdentity
 
 LIMIT_ORDERS: Final = "limit_orders"
 POSITIONS: Final = "positions"
@@ -59,11 +57,6 @@ _RULES_OF: Final = {
     "FAILED_CHALLENGE_PERIOD_DRAWDOWN": CHALLENGE_PERIOD,
     "LIQUIDATED": PERF_LEDGER,
 }
-
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-
-# Any thread may take the next one.
-_numbers = itertools.count(1)
 
 
 class Debt(NamedTuple):
@@ -114,33 +107,5 @@ def rule_of(reason: str | None) -> str:
 
 
 def new_attempt() -> str:
-    """Return a token for an attempt of this process, unlike that of any other attempt."""
-    return f"{_token_of(ProcessIdentity.this_process())}.{next(_numbers)}"
-
-
-def attempt_is_mine(token: str) -> bool:
-    """Whether an attempt was made by this process, not by one before a fork or a restart."""
-    return token.rpartition(".")[0] == _token_of(ProcessIdentity.this_process())
-
-
-def attempt_is_alive(token: str) -> bool:
-    """Whether the process that made an attempt still runs; False for what is not a token."""
-    process = token.rpartition(".")[0]
-    pid = process.partition("-")[0]
-    if not (pid.isascii() and pid.isdigit()):
-        return False
-    owner = ProcessIdentity.of(int(pid))
-    return owner.is_running() and process == _token_of(owner)
-
-
-def _token_of(process: ProcessIdentity) -> str:
-    # A start counts from the boot, and after the next boot another process may have the same one.
-    return f"{process.pid}-{process.started:.17g}-{_boot()}"
-
-
-@cache
-def _boot() -> str:
-    try:
-        return _BOOT_ID.read_text().strip().replace("-", "")
-    except OSError:  # not Linux: there, starts are dates
-        return ""
+    """Return a token for an attempt, with the id of this process for people to read."""
+    return f"{os.getpid()}-{secrets.token_hex(8)}"

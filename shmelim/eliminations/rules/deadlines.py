@@ -32,7 +32,7 @@ class StuckError(ShmelimError):
 
 
 class NotAskedError(StuckError):
-    """Too many others do not come back for this to begin."""
+    """Nothing was begun, as what comes before it does not come back."""
 
 
 class LeftBehindError(ShmelimError):
@@ -111,8 +111,9 @@ def call(
 ) -> T:
     """Return what ``work()`` does, or raise as it does; StuckError if it is not done within so many seconds.
 
-    `what` is asked for `whom`, in the name of `scope`. While the same is under way it waits for its turn; it is
-    StuckError at once if that was left behind. Once the validator is `stopping`, a second more is waited.
+    `what` is asked for `whom`, in the name of `scope`. While the same is under way it waits for its turn;
+    NotAskedError if that does not come, at once if it was left behind. Once the validator is `stopping`, a second
+    more is waited.
     """
     job = _Job((id(scope), what, whom), work)
     deadline = job.began + seconds
@@ -120,9 +121,9 @@ def call(
         earlier = _under_way.get(job.key)
         if earlier is not None:
             if earlier.is_left_behind:
-                raise StuckError(f"{what} has not come back for {monotonic() - earlier.began:.0f} s")
+                raise NotAskedError(f"{what} has not come back for {monotonic() - earlier.began:.0f} s")
             if monotonic() > deadline:
-                raise StuckError(f"{what} is under way in another thread, for too long")
+                raise NotAskedError(f"{what} is under way in another thread, for too long")
             earlier.done.wait(_LOOK_AGAIN)
     try:
         worker.inbox.put(job)

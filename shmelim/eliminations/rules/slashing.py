@@ -12,9 +12,10 @@ durably and with a token, before the contract is called, and its outcome afterwa
 If it fails before 1 (the share cannot be found out, the contract's method does not take it), nothing was made: it
 stays *owed*.
 
-A process that dies between 1 and 3 leaves an attempt whose process is gone. Nobody knows whether money moved: it
-is put *in doubt*, told to people, and never made again by itself. If a living process could not record an outcome,
-because the server was away, it remembers it and records it in a later pass; that settles a doubt, too.
+From 1 to 3 a thread renews the attempt's lease at the server. A process that dies in between renews it no more.
+Nobody knows whether money moved: once the lease has run out the slash is put *in doubt*, told to people, and never
+made again by itself. If a living process could not record an outcome, because the server was away, it remembers it
+and records it in a later pass; that settles a doubt, too.
 
 Which slashes are owed is the server's business: one for a rule and a registration of a miner, with the reason and
 the share of that moment. It is also the one that holds them when they are too many.
@@ -27,6 +28,7 @@ import inspect
 import logging
 import os
 import shlex
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -42,8 +44,6 @@ from shmelim.eliminations.debts.states import (
     OUTCOMES,
     OWED,
     SLASH,
-    attempt_is_alive,
-    attempt_is_mine,
     new_attempt,
 )
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, WISHES, named
@@ -85,6 +85,8 @@ class _Outcome(NamedTuple):
 # is one operation of the dict, so that any thread may look.
 _attempts: dict[str, _Outcome | None] = {}
 os.register_at_fork(after_in_child=_attempts.clear)
+
+_RENEWALS: Final = 4  # within one lease
 
 
 @dataclass(eq=False)
@@ -201,16 +203,32 @@ class Slashing:
     def _carry_out(self, debt: Mapping[str, Any], token: str, slash: Callable[[], Any]) -> None:
         """Call the contract and record its answer, however late it comes."""
         outcome = _Outcome(NOT_MADE, "its turn came too late")
+        over = threading.Event()
+        renewing = threading.Thread(
+            target=self._renew, args=(debt["hotkey"], token, over), name="shmelim-lease", daemon=True
+        )
         try:
             check_turn()
+            renewing.start()
             outcome = _Outcome(DOUBTFUL, "the call to the contract was broken off")
             outcome = _call(slash, debt["hotkey"], self.context.environment.slash_outcome)
         finally:
             # Also on the way out of the process.
+            over.set()
             _attempts[token] = outcome
             if outcome.what == NOT_MADE:
                 self._failed_ms[_cause(debt)] = self.context.environment.now_ms()
             self._record(debt["hotkey"], token)
+
+    def _renew(self, hotkey: str, token: str, over: threading.Event) -> None:
+        """Renew an attempt's lease until it is over."""
+        while not over.wait(self.context.environment.slash_lease_s / _RENEWALS):
+            try:
+                self.context.state.renew_slash(hotkey, token)
+            except Exception:
+                # A server that is away gives each attempt one lease when it is back.
+                text = "the lease of the slash of miner %s could not be renewed"
+                _limited(logging.WARNING, "lease", text, hotkey, exc_info=True)
 
     def _prepare(self, contract: Any, debt: Mapping[str, Any]) -> Callable[[], Any]:
         """Return the call to the contract; raises while nothing has moved yet, where it could not be made."""
@@ -251,8 +269,8 @@ class Slashing:
         hotkey, token = debt["hotkey"], debt["attempt"] or ""
         if token in _attempts:
             self._record(hotkey, token)
-        elif attempt_is_mine(token) or not attempt_is_alive(token):
-            error = "the process that attempted it is gone"
+        else:
+            error = "the process that attempted it was not heard of any more"
             if self.context.state.doubt_slash(hotkey, token, error):
                 self._report_doubt(hotkey, token, error)
 

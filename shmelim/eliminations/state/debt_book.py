@@ -31,12 +31,12 @@ from shmelim.eliminations.debts.states import (
     SLASH,
     Debt,
     Slash,
-    attempt_is_alive,
     rule_of,
 )
 from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.record import check_hotkey, decode, prepare
 from shmelim.eliminations.state.changes import Step, replacements
+from shmelim.eliminations.state.leases import Leases
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.store import Store
@@ -89,6 +89,7 @@ class DebtMethods:
     problems: Problems
     _journal: Journal | None
     _teller: Teller
+    _leases: Leases
 
     def _ask(self, question: Callable[[Store], T]) -> T:
         """Ask the store beside who commits, who may be busy with a long sync; in memory, between commits."""
@@ -135,7 +136,8 @@ class DebtMethods:
     def get_debts_rpc(self, hotkey: str | None = None) -> list[dict[str, Any]]:
         if hotkey is not None:
             check_hotkey(hotkey)
-        return [debt.as_dict() for debt in self._ask(lambda store: store.debts(hotkey))]
+        debts = self._ask(lambda store: store.debts(hotkey))
+        return [debt.as_dict() | {"under_way": self._leases.is_live(debt)} for debt in debts]
 
     def get_slashes_rpc(self, hotkey: str | None = None) -> list[dict[str, Any]]:
         if hotkey is not None:
@@ -150,7 +152,9 @@ class DebtMethods:
         if declined and attempt is None:
             raise ValueError("declined is said of an attempt: attempt must not be None")
         text = None if answer is None else _storable("answer", answer)
-        return self._commit_noted(settle, hotkey, kind, attempt, text, declined=declined)
+        done = self._commit_noted(settle, hotkey, kind, attempt, text, declined=declined)
+        self._end(attempt)
+        return done
 
     def fail_debt_rpc(
         self,
@@ -168,7 +172,9 @@ class DebtMethods:
             raise ValueError("in_doubt is said of an attempt: attempt must not be None")
         text = _storable("error", error)
         cause = _check_cause(rule, registration)
-        return self._commit_noted(fail, hotkey, kind, text, attempt, cause, in_doubt=in_doubt)
+        done = self._commit_noted(fail, hotkey, kind, text, attempt, cause, in_doubt=in_doubt)
+        self._end(attempt)
+        return done
 
     def begin_slash_rpc(
         self,
@@ -189,8 +195,10 @@ class DebtMethods:
             _check_type("most_per_hour", most_per_hour, (int, float), "a number or None")
         now = clock.now_ms() if at_ms is None else at_ms
         most = math.inf if most_per_hour is None else most_per_hour
+        self._leases.renew(attempt)
         granted, entries = self._state.commit(begin_slash, hotkey, attempt, cause, now, most)
         if not granted:
+            self._end(attempt)
             self._tell_held(self._state.read(held_money))
             return False
         # After a power cut that took this with it, the slash would be owed, and made again.
@@ -199,16 +207,26 @@ class DebtMethods:
             self._journal.append(entries)
         return True
 
-    def doubt_slash_rpc(self, hotkey: str, attempt: str, error: str) -> bool:
+    def renew_slash_rpc(self, hotkey: str, attempt: str) -> bool:
+        check_hotkey(hotkey)
         _check_attempt(attempt)
-        return self.fail_debt_rpc(hotkey, SLASH, error, attempt, in_doubt=True)
+        stands = any(debt.attempt == attempt for debt in self._ask(lambda store: store.debts(hotkey)))
+        if stands:
+            self._leases.renew(attempt)
+        return stands
+
+    def doubt_slash_rpc(self, hotkey: str, attempt: str, error: str) -> bool:
+        check_hotkey(hotkey)
+        _check_attempt(attempt)
+        return self._commit_noted(doubt, hotkey, attempt, _storable("error", error), self._leases)
 
     def resolve_slash_rpc(
         self, hotkey: str, made: bool, rule: str | None = None, registration: int | None = None
     ) -> bool:
         check_hotkey(hotkey)
         _check_type("made", made, bool, "True or False")
-        return self._commit_noted(resolve_slash, hotkey, _check_cause(rule, registration), made=made)
+        cause = _check_cause(rule, registration)
+        return self._commit_noted(resolve_slash, hotkey, cause, self._leases, made=made)
 
     def rearm_slash_rpc(self, hotkey: str, rule: str | None = None, registration: int | None = None) -> bool:
         check_hotkey(hotkey)
@@ -240,6 +258,10 @@ class DebtMethods:
             else:
                 self.problems.clear(_JOURNAL)
         return done
+
+    def _end(self, attempt: str | None) -> None:
+        if attempt is not None:
+            self._leases.end(attempt)
 
     def _tell_held(self, held: Mapping[str, Any] | None) -> None:
         """Raise or clear the problem that money is held."""
@@ -408,6 +430,14 @@ def fail(
     return True, [] if attempt is None else [unmade(debt)]
 
 
+def doubt(step: Step, hotkey: str, attempt: str, error: str, leases: Leases) -> Noted:
+    """Put a slash in doubt whose attempt was not heard of for a lease; False where it lives, or is not there."""
+    debt = _find(step, hotkey, SLASH, attempt, Cause())
+    if debt is None or leases.is_live(debt):
+        return _NOTHING
+    return fail(step, hotkey, SLASH, error, attempt, Cause(), in_doubt=True)
+
+
 def begin_slash(
     step: Step,
     hotkey: str,
@@ -465,10 +495,10 @@ def release_money(step: Step) -> bool:
     return True
 
 
-def resolve_slash(step: Step, hotkey: str, cause: Cause, *, made: bool) -> Noted:
+def resolve_slash(step: Step, hotkey: str, cause: Cause, leases: Leases, *, made: bool) -> Noted:
     """Settle by hand a slash that was begun, or make it owed again; False where there is none.
 
-    One that a running process may be making at this moment is never owed again. ValueError: more than one was.
+    One whose attempt lives, and may be making it now, is never owed again. ValueError: more than one was begun.
     """
     standing = [
         debt for debt in _slashes_of(step, hotkey, cause) if debt.state != OWED and debt.attempt is not None
@@ -481,7 +511,7 @@ def resolve_slash(step: Step, hotkey: str, cause: Cause, *, made: bool) -> Noted
     if not standing:
         return _NOTHING
     (debt,) = standing
-    if not made and debt.state == ATTEMPTING and attempt_is_alive(debt.attempt or ""):
+    if not made and leases.is_live(debt):
         return _NOTHING
     step.record([EventOf("resolve", hotkey, note=f"{_named(debt)}: {'made' if made else 'not made'}")])
     if made:

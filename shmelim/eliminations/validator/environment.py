@@ -30,6 +30,7 @@ _FIGURES: Final = {
     "plausible_since_ms": math.inf,
     "call_deadline_s": math.inf,
     "slash_deadline_s": math.inf,
+    "slash_lease_s": 3600.0,
     "longest_sync_s": math.inf,
     "tick_pause_s": math.inf,
     "error_pause_s": math.inf,
@@ -85,6 +86,9 @@ class ValidatorEnvironment:
         Seconds for each call to one of the validator's own objects, and for one to the contract. What has not come
         back by then is a failure of that miner or step; it is left behind in its thread, and whatever it still
         returns counts only if it is the contract's. In direct mode there are no deadlines.
+    slash_lease_s
+        Seconds after which a slash is in doubt whose process was not heard of, at most 3600. Less than a few and a
+        busy machine has them doubted; a late answer settles that. The manager's server takes it at its start.
     longest_sync_s
         Seconds for which ``sync_in_progress`` may be true before people are told; the loop pauses meanwhile.
     tick_pause_s, error_pause_s
@@ -134,6 +138,7 @@ class ValidatorEnvironment:
         clock: Callable[[], float] | None = None,
         call_deadline_s: float = 60.0,
         slash_deadline_s: float = 180.0,
+        slash_lease_s: float = 30.0,
         longest_sync_s: float = 900.0,
         tick_pause_s: float = 1.0,
         error_pause_s: float = 10.0,
@@ -153,6 +158,7 @@ class ValidatorEnvironment:
         self.live_price_fetcher = live_price_fetcher
         self.call_deadline_s = call_deadline_s
         self.slash_deadline_s = slash_deadline_s
+        self.slash_lease_s = slash_lease_s
         self.longest_sync_s = longest_sync_s
         self.tick_pause_s = tick_pause_s
         self.error_pause_s = error_pause_s
