@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from shmelim.errors import (
     AlreadyServingError,
+    ChangesUnknownError,
     EpochError,
     NotServingError,
     OutcomeUnknownError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEPARTED_HOTKEYS_KEY",
     "AlreadyServingError",
+    "ChangesUnknownError",
     "EliminationClient",
     "EliminationManager",
     "EliminationManagerServer",

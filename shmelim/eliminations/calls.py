@@ -391,6 +391,15 @@ class Calls:
         """
 
     @remote(idempotent=True)
+    def changes(self, since: int) -> dict[str, Any]:
+        """Return what changed after version ``since``: the ``version`` of now, and the ``events``, oldest first.
+
+        The events are as :meth:`get_history` has them; the version is the next ``since``, so that nothing is left
+        out and nothing comes twice. ``ChangesUnknownError``: the server was started after that version, or it is
+        too long ago; take a snapshot, and go on from its version.
+        """
+
+    @remote(idempotent=True)
     def get_debts(self, hotkey: str | None = None) -> list[dict[str, Any]]:
         """Return what one hotkey or all still owe, in the order of eliminations: limit orders, positions, slash.
 

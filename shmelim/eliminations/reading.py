@@ -262,7 +262,7 @@ class Reading(Lookups):
         return self._table.count_flag(1)
 
     def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
-        """Wait for a publish, by looking at the version word every 2 ms at the latest; False if none came in time.
+        """Wait for a publish, asleep in the kernel until it comes; False if none came in time.
 
         ``timeout`` is in seconds; None waits for ever. ``since`` is the :attr:`version` that counts as known; None
         means the one at the call.

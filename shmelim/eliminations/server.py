@@ -625,6 +625,12 @@ class EliminationManagerServer(DebtMethods):
 
     # ------------------------------------------------------------------ the past
 
+    def changes_rpc(self, since: int) -> dict[str, Any]:
+        if type(since) is not int:
+            raise TypeError(f"since must be a version, which is a whole number, not {since!r:.100}")
+        version, events = self._state.changes_since(since)
+        return {"version": version, "events": [event.as_dict() for event in events]}
+
     def as_of_rpc(self, when: int | str | datetime) -> dict[str, dict[str, Any]]:
         moment = Moment.of(when)
         found = self._ask(lambda store: changes.state_at(store, moment))

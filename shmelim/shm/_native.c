@@ -9,7 +9,7 @@
  *                  and _look_at_name() when the writer seems dead
  *     Lookups      lookups by text in a Table; the base of whoever gives flags and records a meaning
  *     Image        a copy of the table as its writer changes it; has nothing to do with the others
- *     ReleaseWord  one word that a writer stores with release semantics
+ *     ReleaseWord  one word that a writer stores with release semantics, and for which others wait
  *
  * How: every lookup is the loop of memory-format.md: load the version (acquire), look into the copy that it names,
  * fence, load it again; if it moved, start over. probe.h has that and the layout, xxh3.h and xxh64.h the hash. Attaching, which
@@ -32,11 +32,12 @@
 #include "image.h"
 #include "lookups.h"
 #include "memory.h"
+#include "waiting.h"
 
 #include <limits.h>
 #include <structmember.h>
 
-#define INTERFACE 4
+#define INTERFACE 5
 
 /* ------------------------------------------------------------------ Table */
 
@@ -160,6 +161,7 @@ release_word_store(PyObject *op, PyObject *Py_UNUSED(index), PyObject *value)
      * written later from being seen before it, which a release store alone does not. */
     atomic_store_explicit(((ReleaseWord *)op)->word, word, memory_order_release);
     atomic_thread_fence(memory_order_release);
+    wake(((ReleaseWord *)op)->word);
     return 0;
 }
 
@@ -172,7 +174,8 @@ release_word_dealloc(PyObject *op)
 
 static PyType_Slot release_word_slots[] = {
     {Py_tp_doc, "ReleaseWord(memory, index)\n--\n\n"
-                "A word of memory; assigning to its item 0 is a release store with a release fence behind it."},
+                "A word of memory; assigning to its item 0 is a release store with a release fence behind it, and "
+                "wakes who waits for it."},
     {Py_tp_new, release_word_new},
     {Py_tp_dealloc, release_word_dealloc},
     {Py_mp_ass_subscript, release_word_store},
@@ -257,6 +260,7 @@ static PyMethodDef module_methods[] = {
     {"key_hash", hash, METH_VARARGS, NULL},
     {"fence", fence, METH_NOARGS, NULL},
     {"map_file", map_file, METH_O, NULL},
+    {"wait_word", wait_word, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -290,6 +294,9 @@ module_exec(PyObject *module)
         return -1;
     }
     Py_DECREF(release_word);
+    if (PyModule_AddIntConstant(module, "WAKES", WAKES) < 0) {
+        return -1;
+    }
     return PyModule_AddIntConstant(module, "INTERFACE", INTERFACE);
 }
 

@@ -14,6 +14,7 @@ touches is a single aligned load or store. ``docs/memory-format.md`` is the same
             144  writer state      152  heartbeat, CLOCK_MONOTONIC ns
             160  its clock: the inode of its time namespace; 0 where it has none
             168  its lock: the inode of its lock file; 0 where it has none
+            176  1 where its publishes wake who waits for the version
             256  reserved: the fleet's position, beat and source, 256 bytes
             512  reserved: the channel's address, 512 bytes
            1024  reserved: counters, 1024 bytes
@@ -60,6 +61,7 @@ WRITER_STATE: Final = 144 // WORD
 HEARTBEAT: Final = 152 // WORD
 WRITER_CLOCK: Final = 160 // WORD
 WRITER_LOCK: Final = 168 // WORD
+WRITER_WAKES: Final = 176 // WORD
 FLEET: Final = 256  # bytes; these three are written by later releases, and zero
 CHANNEL: Final = 512
 COUNTERS: Final = 1024

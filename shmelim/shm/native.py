@@ -7,13 +7,14 @@ reference. ``SHMELIM_PURE=1`` in the environment forces the latter.
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from types import ModuleType
 from typing import Any, Final
 
 from shmelim.shm.segment import Segment
 
-_INTERFACE: Final = 4
+_INTERFACE: Final = 5
 """That of ``_native.c``: to be raised there and here by whatever only a matching pair of them can do."""
 
 
@@ -59,3 +60,19 @@ def release_word(segment: Segment, index: int) -> Any:
     if extension is None:
         return segment.words[index : index + 1]
     return extension.ReleaseWord(segment.memory, index)
+
+
+WAKES: Final = 0 if extension is None else extension.WAKES
+"""1 where such an assignment wakes who waits for the word by :func:`wait_word`, else 0."""
+
+
+def wait_word(segment: Segment, index: int, value: int, seconds: float) -> bool:
+    """Wait in the kernel until a word is stored to, at once if it is not this value; ends after so many seconds.
+
+    False, at once, where this cannot be done, and the caller has to look again and again: without the extension,
+    or where sleeping is not the kernel's business either, but a library's that has other tasks run meanwhile.
+    """
+    if not WAKES or time.sleep.__module__ != "time":
+        return False
+    waited: bool = extension.wait_word(segment.memory, index, value, seconds)  # type: ignore[union-attr]
+    return waited

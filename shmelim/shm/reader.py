@@ -49,12 +49,14 @@ from shmelim.shm.layout import (
     WRITER_PID,
     WRITER_STARTED,
     WRITER_STATE,
+    WRITER_WAKES,
     check_root,
 )
-from shmelim.shm.native import fence
+from shmelim.shm.native import fence, wait_word
 from shmelim.shm.replay import Entry, replay
 from shmelim.shm.segment import Namespace, Segment
 from shmelim.shm.view import Batch, View
+from shmelim.system.clock import monotonic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,6 +84,7 @@ _IN_PLACE: Final = 3
 _SNAPSHOT_ATTEMPTS: Final = 1000
 _POLL_FIRST: Final = 20e-6
 _POLL_LONGEST: Final = 2e-3
+_LOOK_AT_NAME: Final = 0.5
 
 
 class WriterState:
@@ -458,21 +461,25 @@ class TableReader:
     def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
         """Wait until the version is another than ``since`` (default: than now); False after ``timeout`` s.
 
-        Polls the version word, every 20 µs at first and every 2 ms later: readers own no memory that a
-        writer could use to wake them. Costs about 0.5 % of a core while waiting long.
+        Sleeps in the kernel, which the publish ends, and looks at the name every half second. Where writer and
+        reader are not both compiled it polls, every 20 µs at first and every 2 ms later: 0.5 % of a core.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else monotonic() + timeout
         seen = self._followed_version() if since is None else since
         pause = _POLL_FIRST
-        while self._followed_version() == seen:
-            if deadline is not None:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                pause = min(pause, left)
-            time.sleep(pause)
-            pause = min(pause * 1.5, _POLL_LONGEST)
-        return True
+        while True:
+            root = self._view.root
+            word = root.words[VERSION]  # first: a publish from here on is not slept through
+            if self._followed_version() != seen:
+                return True
+            if self._view.root is not root:
+                continue
+            left = _LOOK_AT_NAME if deadline is None else min(deadline - monotonic(), _LOOK_AT_NAME)
+            if left <= 0:
+                return False
+            if not (root.words[WRITER_WAKES] and wait_word(root, VERSION, word, left)):
+                time.sleep(min(pause, left))
+                pause = min(pause * 1.5, _POLL_LONGEST)
 
     def _followed_version(self) -> int:
         """Return the version, or that of a withdrawn root segment while there is not another."""

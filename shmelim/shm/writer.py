@@ -75,6 +75,7 @@ from shmelim.shm.layout import (
     WRITER_PID,
     WRITER_STARTED,
     WRITER_STATE,
+    WRITER_WAKES,
     DataHeader,
     align,
     check_root,
@@ -85,7 +86,7 @@ from shmelim.shm.layout import (
     pack_root_header,
     unpack_data_header,
 )
-from shmelim.shm.native import READ_PATH, release_word
+from shmelim.shm.native import READ_PATH, WAKES, release_word
 from shmelim.shm.reader import HEARTBEAT_LIMIT, WriterState, this_clock
 from shmelim.shm.segment import Lock, Namespace, Segment
 
@@ -239,6 +240,7 @@ class TableWriter:
         words[WRITER_STARTED] = int(psutil.Process().create_time() * 1000)
         words[WRITER_CLOCK] = this_clock()
         words[WRITER_LOCK] = self._lock.number
+        words[WRITER_WAKES] = WAKES
         words[HEARTBEAT] = time.monotonic_ns()
 
     # ------------------------------------------------------------------ state
@@ -595,7 +597,7 @@ class TableWriter:
         """
         if self._former is not None and self._images is not None:
             self._namespace.name_root(self._root)
-            self._former.words[VERSION] = 0
+            release_word(self._former, VERSION)[0] = 0  # whoever waits there looks at the name
             self._former = None
         if self._left is not None:
             self._namespace.unlink(self._left)

@@ -19,7 +19,7 @@ from contract_services import hang, kill
 from contract_validator import row
 from waiting import PATIENCE, until
 
-from shmelim import EliminationClient, EliminationReader, NotServingError, Status
+from shmelim import ChangesUnknownError, EliminationClient, EliminationReader, NotServingError, Status
 from shmelim.errors import KeyFileError
 
 
@@ -322,3 +322,32 @@ def test_when_a_change_returns_every_later_read_sees_it(served, reader):
         assert reader.get_elimination("c") == row("c", n)
         assert time.monotonic() < deadline
     client.close()
+
+
+# ---------------------------------------------------------------------- what changed since a version
+
+
+def test_changes_since_a_version_leave_nothing_out_and_repeat_nothing(reader, served):
+    told, since = [], reader.version
+    for number in range(5):
+        served.add_elimination("c", row("c", number))
+        if number % 2:
+            found = served.changes(since)
+            told += found["events"]
+            since = found["version"]
+    found = served.changes(since)
+    told += found["events"]
+    assert found["version"] == reader.version
+    assert [(event["action"], event["hotkey"]) for event in told] == [("add", "c")] + [("update", "c")] * 4
+    assert [event["new"]["elimination_initiated_time_ms"] for event in told] == [
+        row("c", number)["elimination_initiated_time_ms"] for number in range(5)
+    ]
+    assert served.changes(reader.version) == {"version": reader.version, "events": []}
+
+
+def test_changes_since_a_version_of_which_nobody_knows(reader, served):
+    for since in (reader.version + 1, -1):
+        with pytest.raises(ChangesUnknownError, match=f"since version {since} is not known"):
+            served.changes(since)
+    with pytest.raises(TypeError, match="since"):
+        served.changes("1")

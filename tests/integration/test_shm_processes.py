@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import crashing
 import pytest
+from waiting import until
 
 from shmelim.errors import AlreadyServingError
-from shmelim.shm import Namespace, SharedNamespace, TableReader, TableWriter
+from shmelim.shm import Namespace, SharedNamespace, TableReader, TableWriter, native
+from shmelim.shm import reader as shm_reader
+from shmelim.shm import writer as shm_writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -240,6 +243,82 @@ def test_wait_for_change_sees_another_threads_publish(namespace: Namespace) -> N
         transaction.put(b"a", 1)
     thread.join()
     assert answers == [True]
+    writer.close()
+
+
+def publish_while_one_waits(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[bool], list[bool]]:
+    """Return what each sleep in the kernel was answered with, and what the waiter was."""
+    monkeypatch.setattr(shm_reader, "_LOOK_AT_NAME", 1000.0)
+    slept: list[bool] = []
+    going = threading.Event()
+
+    def sleep(*what: Any) -> bool:
+        going.set()
+        slept.append(answer := native.wait_word(*what))
+        return answer
+
+    monkeypatch.setattr(shm_reader, "wait_word", sleep)
+    writer = TableWriter(namespace)
+    writer.load([])
+    reader = TableReader(namespace)
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(reader.wait_for_change()))
+    thread.start()
+    waits = native.WAKES and shm_writer.WAKES
+    until(lambda: going.is_set() or not waits)
+    with writer.transaction() as transaction:
+        transaction.put(b"a", 1)
+    thread.join()
+    writer.close()
+    return slept, answers
+
+
+@pytest.mark.skipif(not native.WAKES, reason="without the extension waiters look again and again")
+def test_a_publish_wakes_who_sleeps_in_the_kernel(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert publish_while_one_waits(namespace, monkeypatch) == ([True], [True])
+
+
+def test_a_writer_that_wakes_nobody_is_not_slept_for(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shm_writer, "WAKES", 0)
+    assert publish_while_one_waits(namespace, monkeypatch) == ([], [True])
+
+
+def test_where_sleeping_is_a_librarys_business_nobody_sleeps_in_the_kernel(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with gevent, whose other tasks go on while one sleeps."""
+    writer = TableWriter(namespace)
+    writer.load([])
+    reader = TableReader(namespace)
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    assert not reader.wait_for_change(0.01)
+    assert pauses
+    writer.close()
+
+
+def test_a_signal_ends_the_sleep(namespace: Namespace) -> None:
+    class InterruptError(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise InterruptError
+
+    writer = TableWriter(namespace)
+    writer.load([])
+    reader = TableReader(namespace)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(InterruptError):
+            reader.wait_for_change()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     writer.close()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import inspect
 import itertools
+import math
 import os
 import pickle
 import random
@@ -328,6 +329,15 @@ class TestMisuse:
                 native.ReleaseWord(memory, index)
         with pytest.raises(BufferError):
             native.ReleaseWord(b"12345678", 0)
+
+    def test_a_word_that_is_waited_for(self):
+        memory = bytearray(32)
+        native.ReleaseWord(memory, 2)[0] = 7
+        assert native.wait_word(memory, 2, 6, 1000.0) is True, "it is another already"
+        assert native.wait_word(memory, 2, 7, 0.001) is True, "nobody came"
+        for index, seconds in ((-1, 1.0), (4, 1.0), (2, -1.0), (2, math.nan), (2, math.inf)):
+            with pytest.raises(ValueError, match="not in the memory"):
+                native.wait_word(memory, index, 7, seconds)
 
 
 class TestReading:

@@ -24,15 +24,16 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 from shmelim.eliminations.comparing import Settled
 from shmelim.eliminations.rows import ORIGIN_KEY, Row, row_entry
 from shmelim.eliminations.state.changes import Step
-from shmelim.eliminations.store.history import Origin
+from shmelim.eliminations.store.history import Event, Origin
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import SegmentFullError, ShmelimError, StoreError
+from shmelim.errors import ChangesUnknownError, SegmentFullError, ShmelimError, StoreError
 from shmelim.shm import Namespace, TableWriter, Transaction
 from shmelim.system import clock
 from shmelim.system.problems import Problems
@@ -42,6 +43,7 @@ T = TypeVar("T")
 
 _REBUILD_FROM: Final = 1000
 _REPORT_EVERY: Final = 10_000
+_VERSIONS: Final = 50_000  # of which it is known what they showed: a few minutes under any load, days otherwise
 
 _COMMIT_FAILED: Final = "commit_failed"
 _MEMORY_FULL: Final = "shared_memory_full"
@@ -102,6 +104,7 @@ class State:
         self._failures = 0
         self._failure = StoreError("the store never failed")
         self._committed_ms: int | None = None
+        self._shown: dict[int, int] = {}  # the commit that each version showed, the oldest first
         self._raised: set[str] = set()  # the problems that the next commit clears
         # Whether a turn has begun and not ended, after which the table may lack what the store has.
         self._torn = False
@@ -136,8 +139,27 @@ class State:
         self._origin_record = origin_record
         self._settled = Settled(self._namespace)
         self._store.look_up = self._settled.rows_of
+        self._note_shown()
         if self._thread is not None:
             self._thread.start()
+
+    def changes_since(self, since: int) -> tuple[int, list[Event]]:
+        """Return the version that is published, and the events between it and an earlier one, oldest first.
+
+        ChangesUnknownError: nobody knows any more what that version showed.
+        """
+        return self.read(partial(self._changes_since, since))
+
+    def _changes_since(self, since: int, store: Store) -> tuple[int, list[Event]]:
+        version = self._table.version
+        if since not in self._shown:
+            oldest = next(iter(self._shown))
+            known = f"those of {oldest} to {version} are"
+            raise ChangesUnknownError(
+                f"what changed since version {since} is not known, {known}",
+                hint="take a snapshot, and go on from its version",
+            )
+        return version, store.events_between(self._shown[since], self._shown[version])
 
     def sync(self) -> None:
         """Make all that was committed survive a power cut, whatever the store was opened for."""
@@ -306,13 +328,20 @@ class State:
                 self._table.commit = store.next_commit
             else:
                 self._settled.note(written, transaction.publish())
-                if self.published is not None:
-                    self.published()
+                self._note_shown()
             self.commits += 1
             self._committed_ms = clock.now_ms()
             while self._raised:
                 self._problems.clear(self._raised.pop())
         self.changes += len(group)
+
+    def _note_shown(self) -> None:
+        """Note what is published now, and tell who wants to know."""
+        self._shown[self._table.version] = self._table.commit
+        if len(self._shown) > _VERSIONS:
+            del self._shown[next(iter(self._shown))]
+        if self.published is not None:
+            self.published()
 
     def _undo(self) -> None:
         """End what a failure, or an interrupt, left open."""
@@ -327,8 +356,7 @@ class State:
             self._put_all(transaction)
         self._settled.forget()
         self._torn = False
-        if self.published is not None:
-            self.published()
+        self._note_shown()
 
     def _report(self, error: Exception) -> None:
         """Name what keeps changes from being made, where that is not the change itself."""

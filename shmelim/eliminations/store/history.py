@@ -152,6 +152,16 @@ class History(Database):
                 complete.append(event)
         return complete
 
+    def events_between(self, commit: int, last: int) -> list[Event]:
+        """Return the events of the commits after one and up to another, oldest first."""
+
+        def number(event: Event) -> int:
+            return event.commit_number or 0
+
+        later = takewhile(lambda event: number(event) > commit, self._newest_first(None, _LARGEST_ID))
+        found = self.events(limit=sum(1 for _ in later))
+        return [event for event in reversed(found) if number(event) <= last]
+
     def replaced_after(self, event: int) -> dict[str, bytes | None]:
         """Return the record (or None) that each hotkey had after an event, of those whose changed since.
 
