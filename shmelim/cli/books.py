@@ -85,7 +85,7 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
     settings.table(
         {"source": source, "events": events},
         ("when (UTC)", "action", "hotkey", "by", "change"),
-        ((output.moment(it["at_ms"]), it["action"], it["hotkey"], _who(it), _change(it)) for it in events),
+        ((output.moment(it["at_ms"]), it["action"], it["hotkey"], who(it), change(it)) for it in events),
     )
 
 
@@ -108,12 +108,13 @@ def _pages(client: EliminationClient, hotkey: str | None, limit: int) -> Rows:
     return events
 
 
-def _who(event: Mapping[str, Any]) -> str:
+def who(event: Mapping[str, Any]) -> str:
+    """Return which process made a change, and whose it is."""
     uid = "" if event["uid"] is None else f" uid {event['uid']}"
     return f"{event['program']}[{event['pid']}]{uid}"
 
 
-def _change(event: Mapping[str, Any]) -> str:
+def change(event: Mapping[str, Any]) -> str:
     """Return old → new, as short as it can be said, and the note."""
     old, new = event["old"], event["new"]
     if old and new:

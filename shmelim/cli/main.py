@@ -31,6 +31,8 @@ _COMMANDS: Final = {
     "missing": ("change:missing", "List hotkeys whose departure was not believed, or accept it."),
     "returned": ("change:returned", "Undo a departure that was none."),
     "history": ("books:history", "Show who changed what, and when."),
+    "watch": ("live:watch", "Show changes as they come."),
+    "names": ("live:names", "List what is served on this machine."),
     "diff": ("travel:diff", "Show what changed between two moments."),
     "rollback": ("travel:rollback", "Make the eliminations what they were at an earlier moment."),
     "backup": ("keep:backup", "Write a backup: the state with history, debts and slashes."),

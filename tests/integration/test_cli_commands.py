@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -570,3 +571,52 @@ def test_going_back_in_time(run, served):
         assert run("rollback", "--to", str(event), "--yes").exit_code == 1
         assert "the history begins" in run("list", "--as-of", "1999-01-01").stderr
         assert "is not a moment" in run("list", "--as-of", "yesterday").stderr
+
+
+# ------------------------------------------------------------------ as it comes
+
+
+def test_watch_shows_changes_in_order_from_a_version_on(run, served):
+    with contextlib.closing(served.client()) as client:
+        since = client.version
+        client.add_elimination(A, row(A))
+        client.add_elimination("two\nlines", row("two\nlines"))
+        client.remove_elimination(A)
+        lines = run("watch", "--since", str(since), "--count", "3").stdout.splitlines()
+        assert [line.split("\t")[1:3] for line in lines] == [["add", A], ["add", r"two\nlines"], ["remove", A]]
+        found = run("watch", "--since", str(since), "--count", "3", "--json").stdout.splitlines()
+        assert [json.loads(line)["hotkey"] for line in found] == [A, "two\nlines", A]
+        assert json.loads(found[2])["version"] == client.version
+
+
+def test_watch_says_what_it_cannot_tell_and_goes_on(run, served):
+    with contextlib.closing(served.client()) as client:
+        command = [sys.executable, "-m", "shmelim", "watch", "--name", served.name, "--since", "1", "--json"]
+        environ = {**os.environ, **environment(served.home)}
+        with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watching:
+            assert b"what changed since version 1 is not known" in watching.stderr.readline()
+            # It goes on from the version that it saw then, whichever that was.
+            reading = threading.Thread(target=lambda: lines.append(watching.stdout.readline()))
+            lines = []
+            reading.start()
+            numbers = iter(range(10**6))
+            until(lambda: (client.add_elimination(A, row(A, dd=next(numbers) / 2)), *lines)[1:])
+            assert json.loads(lines[0])["hotkey"] == A
+            reading.join()
+            watching.send_signal(signal.SIGINT)
+            watching.communicate(timeout=PATIENCE)
+        assert watching.returncode == 130
+
+
+def test_names_lists_what_is_served_here(run, served):
+    damaged = Path("/dev/shm", f"shmelim.bad-{os.getpid()}")
+    damaged.write_bytes(b"x" * 4096)
+    try:
+        found = {each["name"]: each for each in document(run("names", "--json"))["names"]}
+    finally:
+        damaged.unlink()
+    assert found[served.name]["status"] == "alive"
+    assert found[served.name]["pid"] == served.process.pid
+    assert found[served.name]["departed"] >= 1
+    assert found[f"bad-{os.getpid()}"]["status"] == "unreadable"
+    assert found[f"bad-{os.getpid()}"]["problem"]

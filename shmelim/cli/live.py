@@ -1,0 +1,112 @@
+"""``shmelim watch`` and ``names``: what changes as it comes, and what there is on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+from time import sleep
+from typing import Any, Final
+
+import click
+
+from shmelim.cli import output
+from shmelim.cli.books import change, who
+from shmelim.cli.failure import YES
+from shmelim.cli.options import Settings, command
+from shmelim.eliminations.client import EliminationClient
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.errors import ChangesUnknownError, ChannelError, NotServingError, SegmentError
+from shmelim.system.containers import finite
+
+_SEGMENTS: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps POSIX shared memory
+_ROOT: Final = re.compile(r"shmelim\.([a-z0-9_-]{1,16})")
+_PATIENCE: Final = 1.0  # seconds between two tries to reach a server that is away
+
+
+@command
+@click.option("--since", type=int, metavar="VERSION", help="Begin after this version, not with the next change.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N changes.")
+def watch(settings: Settings, *, since: int | None, count: int | None) -> int:
+    """Show changes as they come, oldest first, until Ctrl-C: when, what, to whom, by which process, old → new.
+
+    Sleeps until something changes, and waits while the server is away. What cannot be told because it happened
+    while nobody could be asked is said on stderr.
+
+    With --json: a line for each change, {version, id, at_ms, action, hotkey, pid, uid, program, note, old, new,
+    commit_number}.
+
+    For example:
+      shmelim watch
+      shmelim watch --json | jq .hotkey
+    """
+    with EliminationClient(settings.name) as client:
+        seen = client.version if since is None else since
+        shown = 0
+        while True:
+            try:
+                found = client.changes(seen)
+            except ChangesUnknownError as error:
+                click.echo(f"warning: {error.message}; `shmelim history` has it", err=True)
+                seen = client.version
+                continue
+            except (ChannelError, NotServingError):
+                sleep(_PATIENCE)
+                continue
+            seen = found["version"]
+            for event in found["events"]:
+                _show({"version": seen, **event}, as_json=settings.as_json)
+                shown += 1
+                if shown == count:
+                    return YES
+            client.wait_for_change(None, seen)
+
+
+def _show(event: dict[str, Any], *, as_json: bool) -> None:
+    """Print one change, at once."""
+    if as_json:
+        click.echo(json.dumps(finite(event), default=str))
+    else:
+        columns = (output.moment(event["at_ms"]), event["action"], event["hotkey"], who(event), change(event))
+        click.echo("\t".join(map(output.value, columns)))
+
+
+@command
+def names(settings: Settings) -> int:
+    """List the names that are served on this machine, or were, and that this user may look at or not.
+
+    With --json: name (the one that other commands take), names [{name, uid, status ("alive", "dead", "unknown" or
+    "unreadable"), pid, version, eliminated, departed, problem}].
+
+    For example:
+      shmelim names
+    """
+    found = [
+        _look(match[1], path) for path in sorted(_SEGMENTS.iterdir()) if (match := _ROOT.fullmatch(path.name))
+    ]
+    columns = ("name", "uid", "status", "pid", "version", "eliminated", "departed", "problem")
+    settings.table({"names": found}, columns, ([each[column] for column in columns] for each in found))
+    return YES
+
+
+def _look(name: str, path: Path) -> dict[str, Any]:
+    """Return what can be seen of a name from here."""
+    uid = None
+    with contextlib.suppress(OSError):
+        uid = os.lstat(path).st_uid
+    about: dict[str, Any] = {"name": name, "uid": uid, "status": "unreadable", "pid": None, "version": None}
+    about |= {"eliminated": None, "departed": None, "problem": None}
+    try:
+        reader = EliminationReader(name, owner=uid)
+        writer = reader.writer
+    except (NotServingError, SegmentError) as error:
+        return about | {"problem": error.message}
+    return about | {
+        "status": {True: "alive", False: "dead", None: "unknown"}[writer.alive],
+        "pid": writer.pid,
+        "version": reader.version,
+        "eliminated": len(reader),
+        "departed": reader.num_departed_hotkeys,
+    }

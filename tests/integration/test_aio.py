@@ -1,0 +1,101 @@
+"""Eliminations from an asyncio loop: every call, waiting, and watching, while the loop goes on."""
+
+import asyncio
+import inspect
+import threading
+
+import pytest
+from serving import row
+
+from shmelim import ChangesUnknownError
+from shmelim.aio import AsyncEliminationClient
+from shmelim.eliminations.calls import Calls
+
+
+@pytest.fixture
+def run(serve):
+    """Run a coroutine function with an asynchronous client of a new server."""
+    served = serve()
+
+    def run(work):
+        async def main():
+            async with AsyncEliminationClient(served.client()) as client:
+                return await work(client)
+
+        return asyncio.run(main())
+
+    return run
+
+
+def test_every_call_of_a_client_can_be_awaited():
+    calls = {name for name, member in vars(Calls).items() if inspect.isfunction(member) and name[0] != "_"}
+    awaited = {
+        name for name, member in vars(AsyncEliminationClient).items() if inspect.iscoroutinefunction(member)
+    }
+    assert calls - awaited == set()
+    assert inspect.signature(AsyncEliminationClient.add_elimination) == inspect.signature(Calls.add_elimination)
+
+
+def test_changes_and_errors_are_the_clients(run):
+    async def work(client):
+        assert await client.add_elimination("a", row("a")) is True
+        assert "a" in client.client
+        with pytest.raises(ValueError, match="not of 'b'"):
+            await client.add_elimination("b", row("a"))
+        assert await client.sync_eliminations([row("b"), row("c")]) == ["a"]
+        assert set(client.client) == {"b", "c"}
+        return (await client.health_check())["status"]
+
+    assert run(work) == "ok"
+
+
+def test_the_loop_goes_on_while_tasks_wait(run):
+    async def work(client):
+        threads = threading.active_count()
+        since = client.client.version
+        waiting = [asyncio.ensure_future(client.wait_for_change(60, since)) for _ in range(50)]
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in waiting)
+        assert threading.active_count() <= threads + 1, "one waits for all"
+        await client.add_elimination("a", row("a"))
+        assert await asyncio.gather(*waiting) == [True] * 50
+        assert await client.wait_for_change(0.01) is False
+        assert await client.wait_for_change(None, since) is True
+
+    run(work)
+
+
+def test_a_wait_that_is_cancelled_ends_at_once_and_disturbs_no_other(run):
+    async def work(client):
+        since = client.client.version
+        first, second = (asyncio.ensure_future(client.wait_for_change(None, since)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        await client.add_elimination("a", row("a"))
+        assert await second is True
+
+    run(work)
+
+
+def test_watching_yields_every_event_in_order(run):
+    async def work(client):
+        seen = []
+
+        async def watch():
+            async for event in client.watch(since):
+                seen.append(event["new"] and event["new"]["elimination_initiated_time_ms"])
+                if len(seen) == 20:
+                    return
+
+        since = client.client.version
+        watching = asyncio.ensure_future(watch())
+        for number in range(20):
+            await client.add_elimination("a", row("a", number))
+        await watching
+        assert seen == [row("a", number)["elimination_initiated_time_ms"] for number in range(20)]
+        with pytest.raises(ChangesUnknownError):
+            await anext(client.watch(since - 1000))
+
+    run(work)
