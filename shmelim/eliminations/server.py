@@ -53,6 +53,7 @@ from shmelim.eliminations.state import changes
 from shmelim.eliminations.state.debt_book import DebtMethods, held_money
 from shmelim.eliminations.state.guard import Guard, GuardMode, acknowledge, expire, notices, tell_noticed
 from shmelim.eliminations.state.leases import LEASE_S, Leases
+from shmelim.eliminations.state.room import look_at_room
 from shmelim.eliminations.state.slash_journal import open_journal
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.state.uploads import Uploads
@@ -408,6 +409,9 @@ class EliminationManagerServer(DebtMethods):
     def health_check_rpc(self) -> dict[str, Any]:
         """Return what the server says of itself, as ``EliminationClient.health_check`` describes."""
         table = self.reader.table
+        size = 0 if self.state_dir is None else store_bytes(self.state_dir)
+        is_shared = isinstance(self.namespace, SharedNamespace)
+        look_at_room(self.problems, self.state_dir, size, table.segment_size if is_shared else None)
         debts = self._debt_health(self.problems)
         clear_gone(self.problems)
         expire(self.problems)
@@ -418,13 +422,13 @@ class EliminationManagerServer(DebtMethods):
             "timestamp_ms": clock.now_ms(),
             "num_eliminations": len(self.reader),
             "num_departed_hotkeys": self.reader.num_departed_hotkeys,
-            "name": self.namespace.name if isinstance(self.namespace, SharedNamespace) else None,
+            "name": self.namespace.name if is_shared else None,
             "pid": os.getpid(),
             "started_ms": self.started_ms,
             "epoch": self._epoch_number,
             "teller": self._teller.epoch or None,
             "state_dir": None if self.state_dir is None else str(self.state_dir),
-            "store_bytes": 0 if self.state_dir is None else store_bytes(self.state_dir),
+            "store_bytes": size,
             "commits": self._state.commits,
             "changes": self._state.changes,
             "generation": table.generation,

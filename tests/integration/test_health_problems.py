@@ -1,6 +1,7 @@
 """What a server says is wrong: by name, since when, how bad, what to do; logged once, and gone when it is over."""
 
 import ast
+import os
 import sqlite3
 import tempfile
 import threading
@@ -19,6 +20,8 @@ from shmelim.eliminations.store import store
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, SegmentFullError, StoreError
+from shmelim.shm import SharedNamespace
+from shmelim.system import clock
 
 FIELDS = {"name", "subject", "text", "severity", "remedy", "since_ms"}
 
@@ -203,6 +206,49 @@ def test_what_is_wrong_with_its_channel_is_in_its_health(new_name, tmp_path):
         assert (problem["name"], problem["severity"]) == ("channel_unreachable", "degraded")
         socket.unlink()
         until(lambda: proxy.health_check_rpc()["problems"] == [], "the end of the problem")
+
+
+class Statvfs:
+    """What a file system says of itself that has so many bytes left."""
+
+    f_frsize = 1
+
+    def __init__(self, free):
+        self.f_bavail = free
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "least"),
+    [("state", "disk_nearly_full", 32 << 20), ("/dev/shm", "shared_memory_nearly_full", None)],
+)
+def test_room_that_runs_out_is_named_before_a_change_is_refused(
+    new_name, tmp_path, monkeypatch, where, name, least
+):
+    free = {}
+    monkeypatch.setattr(os, "statvfs", lambda path: Statvfs(free.get(Path(path).name, 1 << 40)))
+    with EliminationManagerServer(SharedNamespace(new_name()), tmp_path / "state", durability="process") as server:
+        enough = least or 2 * server.reader.table.segment_size
+        free[Path(where).name] = enough - 1
+        (problem,) = server.health_check_rpc()["problems"]
+        assert (problem["name"], problem["severity"]) == (name, "degraded")
+        assert "MiB left" in problem["text"]
+        assert "room" in problem["remedy"] or "enlarge" in problem["remedy"]
+        free[Path(where).name] = enough
+        assert server.health_check_rpc()["problems"] == []
+
+
+def test_what_is_owed_for_long_is_named(server, monkeypatch):
+    before = server.health_check_rpc()["timestamp_ms"]
+    for hours, rests in ((2, True), (2, False), (0.9, False)):
+        monkeypatch.setattr(clock, "now_ms", lambda hours=hours: before - int(hours * 3_600_000))
+        server.eliminate_rpc("a", row("a"), ["positions"])
+        if rests:
+            server.remove_elimination_rpc("a")
+        monkeypatch.undo()
+        names = [problem["name"] for problem in server.health_check_rpc()["problems"]]
+        assert names == (["debts_old"] if hours > 1 and not rests else [])
+        server.settle_debt_rpc("a", "positions")
+        server.remove_elimination_rpc("a")
 
 
 def test_each_problem_has_a_line_in_the_documentation():

@@ -284,6 +284,15 @@ class DebtMethods:
             return {"num_debts": None, "slashes_in_doubt": None}
         problems.clear("debts_unreadable")
         self._tell_held(held)
+        if figures.oldest_ms is not None and clock.now_ms() - figures.oldest_ms > _HOUR_MS:
+            problems.report(
+                "debts_old",
+                "what an elimination owes has not been settled for more than an hour",
+                remedy="`shmelim debts` shows what is owed, and the last error of each",
+                since_ms=figures.oldest_ms,
+            )
+        else:
+            problems.clear("debts_old")
         shown = figures.in_doubt[:MOST_SHOWN]
         if shown:
             more = f" and {len(figures.in_doubt) - len(shown)} more" if len(figures.in_doubt) > len(shown) else ""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from shmelim.eliminations.debts.states import IN_DOUBT, Debt, Slash
+from shmelim.eliminations.debts.states import IN_DOUBT, OWED, Debt, Slash
 from shmelim.eliminations.rows import Row
 from shmelim.eliminations.store.history import History
 from shmelim.eliminations.store.opening import log_of
@@ -77,10 +77,11 @@ class Counts(NamedTuple):
 
 
 class DebtFigures(NamedTuple):
-    """How much is owed, and the hotkeys whose slash is in doubt."""
+    """How much is owed, the hotkeys whose slash is in doubt, and since when (ms since 1970) the oldest is due."""
 
     debts: int
     in_doubt: list[str]
+    oldest_ms: int | None
 
 
 class Store(History):
@@ -341,7 +342,8 @@ class Store(History):
         """Count the debts."""
         ((count,),) = self._ask("SELECT count(*) FROM debts")
         in_doubt = self._ask("SELECT hotkey FROM debts WHERE state = ? ORDER BY ordinal", (IN_DOUBT,))
-        return DebtFigures(count, [hotkey for (hotkey,) in in_doubt])
+        ((oldest,),) = self._ask("SELECT min(since_ms) FROM debts WHERE state = ? AND due = 1", (OWED,))
+        return DebtFigures(count, [hotkey for (hotkey,) in in_doubt], oldest)
 
     def next_debt_ordinal(self) -> int:
         """Return the ordinal for the debts of the next elimination."""
