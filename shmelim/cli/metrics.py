@@ -1,0 +1,47 @@
+"""``shmelim metrics``: what is seen of a name, for Prometheus."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from shmelim.cli.failure import YES
+from shmelim.cli.options import PATH, Settings, command, owner_option
+from shmelim.errors import ShmelimError
+from shmelim.system.durable import write_whole, writing
+
+
+@command
+@click.option("--to", type=PATH, metavar="FILE", help="Write this file in one step, for the node exporter.")
+@owner_option
+def metrics(settings: Settings, *, to: Path | None, owner: int | None) -> int:
+    """Print metrics for Prometheus: whether the name is served, its problems, counts, sizes, ages.
+
+    Works also where nobody serves the name: shmelim_up is 0 then. Needs the extra: pip install 'shmelim[metrics]'.
+
+    With --json: name, metrics (the same text).
+
+    For example:
+      shmelim metrics
+      shmelim metrics --to /var/lib/node_exporter/shmelim.prom
+    """
+    try:
+        from shmelim.watch.metrics import text_of
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "prometheus_client":
+            raise
+        raise ShmelimError("prometheus_client is missing", hint="pip install 'shmelim[metrics]'") from None
+    text = text_of(settings.name, owner)
+    if to is not None:
+        with writing(f"{to} could not be written"):
+            write_whole(to, [text], mode=0o644)  # the node exporter is another user
+        settings.answer({"metrics": text.decode()}, f"written: {to}")
+        return YES
+
+    def say() -> None:
+        sys.stdout.write(text.decode())
+
+    settings.answer({"metrics": text.decode()}, say)
+    return YES

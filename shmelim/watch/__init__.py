@@ -1,0 +1,1 @@
+"""Looking in from outside: what is seen of a name, as figures and as a page."""

@@ -1,0 +1,115 @@
+"""What is seen of a name as metrics for Prometheus; needs the extra ``metrics``.
+
+Names, units and types follow Prometheus' conventions: base units, ``_total`` for what only grows, and a gauge of 1
+for what is text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, TypeAlias
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.registry import Collector
+
+from shmelim.shm import READ_PATH
+from shmelim.system import clock
+from shmelim.watch.seeing import Seen, see
+
+_STATUSES: Final = ("ok", "degraded", "failing", "not served")
+
+Metric: TypeAlias = CounterMetricFamily | GaugeMetricFamily | InfoMetricFamily
+
+
+class ShmelimCollector(Collector):
+    """Looks at a name each time it is collected; for a registry of ``prometheus_client``.
+
+    Parameters
+    ----------
+    name
+        The name that is served; nothing is raised where nobody serves it.
+    owner
+        The uid whose segments are trusted; None: this user's and root's.
+
+    Examples
+    --------
+    >>> from prometheus_client import CollectorRegistry
+    >>> registry = CollectorRegistry()
+    >>> registry.register(ShmelimCollector("doc-nobody"))
+    >>> registry.get_sample_value("shmelim_up", {"name": "doc-nobody"})
+    0.0
+
+    """
+
+    def __init__(self, name: str, owner: int | None = None) -> None:
+        self._name = name
+        self._owner = owner
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what is seen now; one call to the server, at most 2 s."""
+        seen = see(self._name, self._owner)
+        yield self._gauge("up", "Whether a writer lives.", seen.is_served)
+        status = GaugeMetricFamily("shmelim_status", "1 for the status of the health.", labels=["name", "status"])
+        for each in _STATUSES:
+            status.add_metric([self._name, each], float(each == seen.status))
+        yield status
+        labels = ["name", "problem", "subject", "severity"]
+        problems = GaugeMetricFamily("shmelim_problem", "1 for each problem that stands.", labels=labels)
+        # One sample for each set of labels, whatever the texts are.
+        for key in dict.fromkeys((each["name"], each["subject"], each["severity"]) for each in seen.problems):
+            problems.add_metric([self._name, *key], 1)
+        yield problems
+        yield from self._of_table(seen)
+        yield from self._of_server(seen)
+
+    def _of_table(self, seen: Seen) -> Iterator[Metric]:
+        writer, table = seen.writer, seen.table
+        if writer is None or table is None:
+            return
+        if writer.heartbeat_age is not None:
+            yield self._gauge("heartbeat_age_seconds", "Since the writer's last heartbeat.", writer.heartbeat_age)
+        eliminated, departed, registered, *_ = table.flag_counts
+        yield self._gauge("eliminated_hotkeys", "Hotkeys that are eliminated.", eliminated)
+        yield self._gauge("departed_hotkeys", "Hotkeys that once left the metagraph.", departed)
+        yield self._gauge("registered_hotkeys", "Hotkeys in the metagraph.", registered)
+        yield self._gauge("table_entries", "Entries in the table.", table.entries)
+        yield self._gauge("table_usable_entries", "Entries that fit before it grows.", table.capacity // 2)
+        yield self._gauge("table_records_bytes", "Bytes of the arena that are used.", table.arena_used)
+        yield self._gauge("table_segment_bytes", "Bytes of the data segment.", table.segment_size)
+        yield self._gauge("version", "The version that is published; it only grows.", table.version)
+        yield self._gauge("generation", "The number of the data segment.", table.generation)
+        about = InfoMetricFamily("shmelim_read_path", "How this process reads.", labels=["name"])
+        about.add_metric([self._name], {"path": READ_PATH})
+        yield about
+
+    def _of_server(self, seen: Seen) -> Iterator[Metric]:
+        server = seen.server
+        if server is None:
+            return
+        now_ms = clock.now_ms()
+        yield self._gauge("uptime_seconds", "Since the server's start.", (now_ms - server["started_ms"]) / 1000)
+        yield self._gauge("store_bytes", "Bytes of the store.", server["store_bytes"])
+        yield self._counter("commits", "Commits since the server's start.", server["commits"])
+        yield self._counter("changes", "Changes since the server's start.", server["changes"])
+        if server["num_debts"] is not None:
+            yield self._gauge("debts", "What eliminations still owe.", server["num_debts"])
+        if server.get("tick_age_s") is not None:
+            yield self._gauge("tick_age_seconds", "Since the last whole tick.", server["tick_age_s"])
+
+    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(f"shmelim_{name}", text, labels=["name"])
+        family.add_metric([self._name], float(value))
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(f"shmelim_{name}", text, labels=["name"])
+        family.add_metric([self._name], float(value))
+        return family
+
+
+def text_of(name: str, owner: int | None = None) -> bytes:
+    """Return what is seen of a name, in Prometheus' text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ShmelimCollector(name, owner))
+    return generate_latest(registry)

@@ -1,0 +1,59 @@
+"""What can be seen of a name from this process: the table, its writer, and what the server says of itself."""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+from shmelim.eliminations.client import EliminationClient
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.errors import ChannelError, NotServingError, SegmentError, ShmelimError
+from shmelim.shm import TableInfo, WriterInfo
+
+_ASKING: Final = 2.0  # seconds that the server has to answer
+
+
+class Seen(NamedTuple):
+    """What is seen of a name at one moment."""
+
+    status: str  # "ok", "degraded", "failing", or "not served"
+    problems: list[dict[str, Any]]  # the oldest first, as a health check has them
+    writer: WriterInfo | None  # None, and the next two: nothing is published under the name
+    table: TableInfo | None
+    server: dict[str, Any] | None  # its health check; None where it could not be asked
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a writer lives."""
+        return self.writer is not None and self.writer.alive is True
+
+
+def see(name: str, owner: int | None = None) -> Seen:
+    """Look at a name; ``owner`` is the uid whose segments are trusted (None: this user's and root's).
+
+    Raises nothing for what is wrong with the name: that is a problem in the answer. Costs one call to the server
+    where one lives, at most 2 s.
+    """
+    try:
+        reader = EliminationReader(name, owner=owner)
+        writer, table = reader.writer, reader.table
+    except (NotServingError, SegmentError) as error:
+        return Seen("not served", [_problem("not_served", error)], None, None, None)
+    if not writer.alive:
+        state = f"process {writer.pid}, {writer.state}, has no heartbeat any more"
+        found = NotServingError(f"nobody serves {name!r}: {state}", hint="start the server again")
+        return Seen("not served", [_problem("not_served", found)], writer, table, None)
+    try:
+        with EliminationClient(name, timeout=_ASKING) as client:
+            server = client.health_check()
+    except (ChannelError, NotServingError, TimeoutError) as error:
+        return Seen("failing", [_problem("no_answer", error)], writer, table, None)
+    except ShmelimError as error:  # this user may not ask
+        return Seen("ok", [_problem("cannot_check", error) | {"severity": "notice"}], writer, table, None)
+    return Seen(server["status"], server["problems"], writer, table, server)
+
+
+def _problem(name: str, error: Exception) -> dict[str, Any]:
+    text, remedy = (error.message, error.hint) if isinstance(error, ShmelimError) else (str(error), None)
+    return {
+        "name": name, "subject": "", "severity": "failing", "text": text, "remedy": remedy, "since_ms": None,
+    }  # fmt: skip

@@ -1,0 +1,122 @@
+"""Metrics for Prometheus: of a server that is well, has problems, is dead, or is not there."""
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+from serving import row
+from waiting import until
+
+from shmelim.cli.main import cli
+from shmelim.watch import seeing
+from shmelim.watch.metrics import ShmelimCollector, text_of
+
+HOSTILE = 'a"b\\c\nshmelim_up{name="x"} 7'
+
+
+def samples(text):
+    """Each sample by its name and its labels but for the name that is served."""
+    return {
+        (sample.name, *(value for label, value in sorted(sample.labels.items()) if label != "name")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.fixture
+def served(serve, monkeypatch):
+    """A server that the processes of this user find where they look by default."""
+    found = serve()
+    client = seeing.EliminationClient
+    monkeypatch.setattr(
+        seeing, "EliminationClient", lambda name, **options: client(name, runtime_base=found.runtime, **options)
+    )
+    return found
+
+
+def test_of_a_server_that_is_well(served):
+    with served.client() as client:
+        client.sync_eliminations([row("a"), row("b")])
+        client.update_metagraph(["a", "b", "c"])
+        client.update_metagraph(["a", "b"])
+        found = samples(text_of(served.name).decode())
+        assert found["shmelim_up",] == 1
+        assert {status: found["shmelim_status", status] for status in ("ok", "degraded", "failing")} == {
+            "ok": 1,
+            "degraded": 0,
+            "failing": 0,
+        }
+        assert [found[f"shmelim_{what}_hotkeys",] for what in ("eliminated", "departed", "registered")] == [
+            2,
+            1,
+            2,
+        ]
+        assert found["shmelim_version",] == client.version
+        assert found["shmelim_changes_total",] == client.health_check()["changes"]
+        assert 0 < found["shmelim_table_entries",] <= found["shmelim_table_usable_entries",]
+        assert 0 <= found["shmelim_uptime_seconds",] < 3600
+
+
+def test_names_units_and_types_are_as_prometheus_wants_them(served):
+    text = text_of(served.name).decode()
+    families = list(text_string_to_metric_families(text))
+    assert len(families) > 15
+    for family in families:
+        assert family.documentation.endswith(".")
+        assert family.name.startswith("shmelim_")
+        assert (family.type == "counter") == any(sample.name.endswith("_total") for sample in family.samples)
+        assert not any(unit in family.name for unit in ("_ms", "_kb", "_mib", "percent"))
+
+
+def test_of_a_server_that_is_dead_and_of_one_that_is_not_there(served, new_name):
+    served.kill()
+    until(lambda: samples(text_of(served.name).decode())["shmelim_up",] == 0)
+    found = samples(text_of(served.name).decode())
+    assert found["shmelim_problem", "not_served", "failing", ""] == 1
+    assert found["shmelim_eliminated_hotkeys",] == 0, "the last state can be read"
+    found = samples(text_of(new_name()).decode())
+    assert found["shmelim_up",] == 0
+    assert found["shmelim_status", "not served"] == 1
+
+
+def test_what_strangers_chose_makes_no_line_of_its_own(monkeypatch, new_name):
+    problem = {"name": HOSTILE, "subject": HOSTILE, "severity": "degraded"}
+    monkeypatch.setattr(
+        "shmelim.watch.metrics.see", lambda *_: seeing.Seen("degraded", [problem, problem], None, None, None)
+    )
+    found = samples(text_of(new_name()).decode())
+    assert found["shmelim_problem", HOSTILE, "degraded", HOSTILE] == 1
+    assert found["shmelim_up",] == 0
+
+
+def test_a_registry_of_ones_own(served):
+    registry = CollectorRegistry()
+    registry.register(ShmelimCollector(served.name))
+    assert registry.get_sample_value("shmelim_up", {"name": served.name}) == 1
+
+
+def test_the_command_prints_or_writes_a_file_in_one_step(served, tmp_path):
+    result = CliRunner().invoke(cli, ["metrics", "--name", served.name])
+    assert result.exit_code == 0
+    assert samples(result.stdout)["shmelim_up",] == 1
+    file = tmp_path / "shmelim.prom"
+    assert CliRunner().invoke(cli, ["metrics", "--name", served.name, "--to", str(file)]).exit_code == 0
+    assert samples(file.read_text())["shmelim_up",] == 1
+    assert file.stat().st_mode & 0o777 == 0o644
+    missing = CliRunner().invoke(cli, ["metrics", "--name", served.name, "--to", str(tmp_path / "no" / "file")])
+    assert (missing.exit_code, "could not be written" in missing.stderr) == (4, True)
+
+
+def test_without_the_extra_it_says_what_to_install(new_name):
+    blocked = (
+        "import sys; sys.modules['prometheus_client'] = None\n"
+        f"sys.argv = ['shmelim', 'metrics', '--name', {new_name()!r}]\n"
+        "from shmelim.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert "pip install 'shmelim[metrics]'" in done.stderr
+    assert "Traceback" not in done.stderr
