@@ -50,7 +50,7 @@ def health(settings: Settings, *, owner: int | None) -> int:
 def _ask(name: str) -> dict[str, Any]:
     """Return what the server says of itself, or that it says nothing; an error if this user cannot ask it."""
     try:
-        RuntimeDirectory(name).server()
+        RuntimeDirectory.of_server(name).server()
     except NotServingError as error:
         raise ChannelError(f"the writer of {name!r} lives and cannot be asked: {error}") from None
     try:

@@ -193,7 +193,7 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
         namespace.remove()
     finally:
         lock.release()
-    shutil.rmtree(RuntimeDirectory(name).path, ignore_errors=True)
+    shutil.rmtree(RuntimeDirectory.of_server(name).path, ignore_errors=True)
     if (base := registry_base(registry)) is not None:
         Registry(base, name).forget()
     settings.answer(

@@ -112,9 +112,26 @@ def _shared(*names: str, **about: Any) -> click.Option:
     return click.Option(names, expose_value=False, callback=remember, **about)
 
 
+def _choose_runtime(context: click.Context, _parameter: click.Parameter, given: str | None) -> None:
+    """Set, while the command runs, what all of this process and of its children go by."""
+    from shmelim.eliminations.runtime import RUNTIME_VARIABLE
+
+    if given:
+        before = os.environ.copy()
+        os.environ[RUNTIME_VARIABLE] = os.path.abspath(given)  # noqa: PTH100  # which does not follow links
+        context.call_on_close(lambda: os.environ.pop(RUNTIME_VARIABLE) and os.environ.update(before))
+
+
 _OF_NAME = f"The name that is served [default: {NAME_VARIABLE}, else {DEFAULT_NAME!r}]."
 _SHARED: Final = [
     _shared("--name", type=_Checked("name"), metavar="NAME", help=_OF_NAME),
+    click.Option(
+        ["--runtime-dir"],
+        expose_value=False,
+        callback=_choose_runtime,
+        metavar="DIR",
+        help="Where key and socket of each name are [default: where the server says, else the user's].",
+    ),
     _shared("--json", "as_json", is_flag=True, help="Print one JSON document; errors as JSON on stderr."),
     _shared("--debug", is_flag=True, help=f"Show where an error came from (also: {DEBUG_VARIABLE}=1)."),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -33,6 +34,24 @@ class _LineFormatter(logging.Formatter):
         level = record.levelname.lower()
         text = f"{time}.{record.msecs:03.0f}Z {level}: {printable(record.getMessage())}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        about = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            about["exception"] = self.formatException(record.exc_info)
+        return json.dumps(about)
+
+
+_FORMATTERS: Final = {"text": _LineFormatter, "json": _JsonFormatter}
 
 
 @command
@@ -104,13 +123,20 @@ class _LineFormatter(logging.Formatter):
     metavar="FD",
     help='Write "ready" and a newline to this descriptor once readers and commands are served, and close it.',
 )
+@click.option(
+    "--log-format",
+    type=click.Choice([*_FORMATTERS]),
+    default="text",
+    show_default=True,
+    help="How log lines look on stderr; json: an object each, with time, level, logger, message, exception.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log more than warnings.")
-def serve(settings: Settings, *, ready_fd: int | None, verbose: bool, **options: Any) -> None:
+def serve(settings: Settings, *, ready_fd: int | None, log_format: str, verbose: bool, **options: Any) -> None:
     """Serve a name until SIGTERM or Ctrl-C.
 
     Recovers the state, publishes it in shared memory, and takes changes from whoever may read the key. When it
-    is ready it says so in one line on stderr that begins with "serving". Whatever ends it, readers keep the last
-    state, and the next server goes on from there.
+    is ready it says so in one line on stderr that begins with "serving", and to systemd (Type=notify). Whatever
+    ends it, readers keep the last state, and the next server goes on from there.
 
     For example:
       shmelim serve
@@ -133,16 +159,17 @@ def serve(settings: Settings, *, ready_fd: int | None, verbose: bool, **options:
 
     def announce(service: Service) -> None:
         progress.stop()
-        stderr.write(_ready_line(service) + "\n")
+        line = _ready_line(service)
+        if log_format == "json":
+            record = {"name": "shmelim.serve", "levelname": "INFO", "msg": "%s", "args": (line,)}
+            line = handler.format(logging.makeLogRecord(record))
+        stderr.write(f"{line}\n")
         stderr.drain(_DRAIN)
         if ready_fd is not None:
-            with contextlib.suppress(OSError):  # whoever wanted to know may be gone: no reason to stop serving
-                os.write(ready_fd, b"ready\n")
-            if ready_fd > _STANDARD_ERROR:
-                os.close(ready_fd)
+            _tell_ready(ready_fd)
 
     log, handler = logging.getLogger("shmelim"), logging.StreamHandler(progress)
-    handler.setFormatter(_LineFormatter())
+    handler.setFormatter(_FORMATTERS[log_format]())
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.WARNING)
     with progress:
@@ -152,6 +179,13 @@ def serve(settings: Settings, *, ready_fd: int | None, verbose: bool, **options:
             raise _naming_the_other(error, settings.name) from error
         finally:
             stderr.drain(_DRAIN)
+
+
+def _tell_ready(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # whoever wanted to know may be gone: no reason to stop serving
+        os.write(descriptor, b"ready\n")
+    if descriptor > _STANDARD_ERROR:
+        os.close(descriptor)
 
 
 def _ready_line(service: Service) -> str:

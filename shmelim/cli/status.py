@@ -89,7 +89,7 @@ def _ask(name: str) -> tuple[dict[str, Any], str | None, dict[str, Any] | None]:
     address = state_dir = server = problem = None
     silent = False  # it should answer, and does not
     try:
-        info = RuntimeDirectory(name).server()
+        info = RuntimeDirectory.of_server(name).server()
         address, state_dir = describe(info.address), info.state_dir
         with EliminationClient(name, timeout=_ASKING) as client:
             server = client.health_check()

@@ -34,7 +34,7 @@ class EliminationClient(Calls, EliminationReader):
     connect_wait
         Seconds within which a call tries to reach a server that is not there (one that restarts, say).
     runtime_base
-        Where runtime directories are; None: the user's.
+        Where runtime directories are; None: where the server says, in its table, or else the user's.
 
     Examples
     --------
@@ -69,13 +69,16 @@ class EliminationClient(Calls, EliminationReader):
         deadline = time.monotonic() + (wait or 0.0)
         super().__init__(name, wait=wait)
         self._arguments = {"timeout": timeout, "connect_wait": connect_wait, "runtime_base": runtime_base}
-        runtime = RuntimeDirectory(name, runtime_base)
+
+        def runtime() -> RuntimeDirectory:
+            return RuntimeDirectory.of_server(name, runtime_base)
+
         self._timeout = timeout
         while True:
             try:
                 self._client = ChannelClient(
-                    lambda: runtime.server().address,
-                    lambda: load_key(runtime.key),
+                    lambda: runtime().server().address,
+                    lambda: load_key(runtime().key),
                     timeout=timeout,
                     connect_wait=connect_wait,
                 )

@@ -13,8 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import tempfile
 import threading
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
@@ -25,14 +25,26 @@ import platformdirs
 from shmelim.channel import restore_key
 from shmelim.channel.address import normalize
 from shmelim.channel.key import whose
-from shmelim.errors import AddressError, AlreadyServingError, KeyFileError, NotServingError, StoreError
-from shmelim.shm import check_name
+from shmelim.errors import (
+    AddressError,
+    AlreadyServingError,
+    KeyFileError,
+    NotServingError,
+    SegmentError,
+    StoreError,
+    UnsupportedPlatformError,
+)
+from shmelim.shm import SharedNamespace, check_name
+from shmelim.shm.place import place_of
 from shmelim.system.durable import make_private_directory, write_whole, writing
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog
 from shmelim.system.processes import ProcessIdentity
 
 LOCALHOST: Final = "127.0.0.1"
+
+RUNTIME_VARIABLE: Final = "SHMELIM_RUNTIME_DIR"
+"""Where runtime directories are, whatever XDG_RUNTIME_DIR says."""
 
 _PRIVATE: Final = 0o700
 _LOOK: Final = 0.5  # seconds between two looks at what clients find a server by
@@ -51,7 +63,7 @@ class ServerInfo(msgspec.Struct, frozen=True):
 
 
 class RuntimeDirectory:
-    """The runtime directory of a name; `base` is where such directories are: the user's, by ``platformdirs``.
+    """The runtime directory of a name; `base` is where such directories are: by default the user's.
 
     ``ValueError`` if the name is not a legal one. Nothing is made before :meth:`create`.
     """
@@ -63,6 +75,19 @@ class RuntimeDirectory:
         self.key = self.path / "key"
         self.socket = self.path / "socket"
         self._info = self.path / "server.json"
+
+    @classmethod
+    def of_server(cls, name: str, base: Path | str | None = None) -> Self:
+        """Return the one of the server that has the name: in `base`, or else where it says in its table.
+
+        So it is found from an environment without XDG_RUNTIME_DIR, or with another one (cron, sudo, docker exec).
+        """
+        if base is None and RUNTIME_VARIABLE not in os.environ:
+            with suppress(NotServingError, SegmentError, UnsupportedPlatformError):
+                said = Path(os.fsdecode(place_of(SharedNamespace(name))))
+                if said.is_absolute() and said.name == name:
+                    base = said.parent
+        return cls(name, base)
 
     def address(self, port: int | None = None) -> str | tuple[str, int]:
         """Return where the name is served; ``AddressError`` if the directory's path is too long for a socket."""
@@ -220,14 +245,42 @@ def _in_use(lease: Lease) -> AlreadyServingError:
 
 
 def _default_base() -> Path:
-    """Return where runtime directories are; a variable that is set and cannot be used is worth a warning."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        base = Path(platformdirs.user_runtime_dir("shmelim"))
-    for warning in said:  # others may look where the variable says
-        level = logging.WARNING if os.environ.get("XDG_RUNTIME_DIR") else logging.INFO
-        _once(level, "base", "%s", warning.message)
+    """Return where runtime directories are; a variable that is set and cannot be used is worth a warning.
+
+    Decided here, since versions of libraries disagree, and what differs between two processes keeps them apart.
+    """
+    if chosen := os.environ.get(RUNTIME_VARIABLE):
+        return Path(chosen)
+    said, usual = os.environ.get("XDG_RUNTIME_DIR"), Path(f"/run/user/{os.geteuid()}")
+    if said:
+        problem = _unusable(Path(said))
+        if problem is None:
+            return Path(said, "shmelim")
+        _once(logging.WARNING, "base", "XDG_RUNTIME_DIR=%s is not used: it %s", said, problem)
+    elif usual.is_dir() and _unusable(usual) is None:
+        return usual / "shmelim"
+    base = Path(tempfile.gettempdir(), f"runtime-{os.geteuid()}", "shmelim")
+    if not said:
+        _once(logging.INFO, "base", "XDG_RUNTIME_DIR is not set, and there is no %s: using %s", usual, base)
     return base
+
+
+def _unusable(directory: Path) -> str | None:
+    """Return why a directory is not this user's alone; None where it is, or can be made so."""
+    if not directory.is_absolute():
+        return "is not absolute"
+    try:
+        status = directory.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"cannot be looked at: {error.strerror}"
+    if not stat.S_ISDIR(status.st_mode):
+        return "is not a directory"
+    if status.st_uid != os.geteuid():
+        return f"belongs to uid {status.st_uid}"
+    mode = stat.S_IMODE(status.st_mode)
+    return f"has mode {mode:#o}, so that others may enter" if mode & 0o077 else None
 
 
 def default_state_directory(name: str) -> Path:
@@ -239,5 +292,5 @@ def state_directory_of(name: str) -> Path:
     """Return the state directory of the server of a name that started last, or else the name's default one."""
     announced = None
     with suppress(NotServingError, KeyFileError):
-        announced = RuntimeDirectory(name).server().state_dir
+        announced = RuntimeDirectory.of_server(name).server().state_dir
     return default_state_directory(name) if announced is None else Path(announced)

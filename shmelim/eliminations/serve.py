@@ -23,6 +23,7 @@ from shmelim.errors import AlreadyServingError, ChannelError, NotServingError, S
 from shmelim.service import ServerReady, report_progress
 from shmelim.service.process import Ending, run_server
 from shmelim.shm import Namespace, SharedNamespace
+from shmelim.system.supervisor import notify_supervisor
 
 SERVICE_NAME: Final = "EliminationManagerServer"
 
@@ -107,6 +108,7 @@ def announce(
     runtime = RuntimeDirectory(options.name, options.runtime_base)
     state_dir = None if server.state_dir is None else str(server.state_dir.resolve())
     info = ServerInfo(address, state_dir, os.getpid())
+    server.say_where(runtime.path.absolute())
     return Announcement(runtime, info, load_or_create_key(runtime.create().key)).start()
 
 
@@ -180,12 +182,14 @@ def run(
     """Serve in the foreground until SIGTERM or SIGINT; raises what :class:`Service` raises.
 
     Must run in the main thread, which owns signals. A signal that comes during recovery ends it there; nothing is
-    lost by that. ``on_ready`` is called once readers and clients are served.
+    lost by that. ``on_ready`` is called once readers and clients are served; systemd is told, too.
     """
     with Ending(None, in_foreground=True) as ending, Service(options, on_progress) as service:
         ending.defer()
         _log.info("serving %r", options.name)
         if on_ready is not None:
             on_ready(service)
+        notify_supervisor("READY=1", f"STATUS=serving {options.name}", f"MAINPID={os.getpid()}")
         ending.wait()
+        notify_supervisor("STOPPING=1")
         _log.info("stopping %r", options.name)

@@ -379,6 +379,10 @@ class EliminationManagerServer(DebtMethods):
         text = f"another process has taken the lock of the state directory {self.state_dir}"
         self.problems.report(_CONTESTED, text, remedy="stop one of the two: what one stores, the other overwrites")
 
+    def say_where(self, directory: Path) -> None:
+        """Leave word in the table of the runtime directory, for clients that would look for it elsewhere."""
+        self._state.say_place(os.fsencode(directory))
+
     # ------------------------------------------------------------------ life
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ touches is a single aligned load or store. ``docs/memory-format.md`` is the same
             168  its lock: the inode of its lock file; 0 where it has none
             176  1 where its publishes wake who waits for the version
             256  reserved: the fleet's position, beat and source, 256 bytes
-            512  reserved: the channel's address, 512 bytes
+            512  where the writer's channel is found: length u64, and text of at most 504 bytes
            1024  reserved: counters, 1024 bytes
 
     data segment, one per generation
@@ -62,8 +62,9 @@ HEARTBEAT: Final = 152 // WORD
 WRITER_CLOCK: Final = 160 // WORD
 WRITER_LOCK: Final = 168 // WORD
 WRITER_WAKES: Final = 176 // WORD
-FLEET: Final = 256  # bytes; these three are written by later releases, and zero
-CHANNEL: Final = 512
+PLACE: Final = 512  # bytes
+PLACE_SIZE: Final = 504
+FLEET: Final = 256  # bytes; these two are written by later releases, and zero
 COUNTERS: Final = 1024
 
 SEQUENCE_BITS: Final = 48

@@ -87,6 +87,7 @@ from shmelim.shm.layout import (
     unpack_data_header,
 )
 from shmelim.shm.native import READ_PATH, WAKES, release_word
+from shmelim.shm.place import put_place
 from shmelim.shm.reader import HEARTBEAT_LIMIT, WriterState, this_clock
 from shmelim.shm.segment import Lock, Namespace, Segment
 
@@ -177,6 +178,7 @@ class TableWriter:
         self._former: Segment | None = None
         self._root = self._take_root(first_sequence)
         self._published = release_word(self._root, VERSION)
+        self._place = b""
         self._describe(self._root)
 
     def _take_root(self, sequence: int) -> Segment:
@@ -241,6 +243,7 @@ class TableWriter:
         words[WRITER_CLOCK] = this_clock()
         words[WRITER_LOCK] = self._lock.number
         words[WRITER_WAKES] = WAKES
+        put_place(root, self._place)
         words[HEARTBEAT] = time.monotonic_ns()
 
     # ------------------------------------------------------------------ state
@@ -287,6 +290,11 @@ class TableWriter:
             and (self._images is None if self._former is not None else self._namespace.leads_to(self._root))
             and (segment is None or self._namespace.leads_to(segment) or segment is not self._segment)
         )
+
+    def say_place(self, place: bytes) -> None:
+        """Leave word in the root segment, and in each that takes its place, of where the channel is found."""
+        self._place = place
+        put_place(self._root, place)
 
     def renew(self) -> bool:
         """Make lost names again, so that every reader is on what is served; tell whether any was lost.

@@ -210,11 +210,17 @@ def test_status(run, served):
     assert lines["read path"] == found["read_path"] == shmelim.shm.READ_PATH
 
 
+@pytest.mark.parametrize("said", [None, "nowhere", "relative"])
+def test_the_server_is_found_from_any_environment_of_its_user(run, served, tmp_path, said):
+    """As from cron, sudo, or `docker exec`: the table says where it is."""
+    env = {"XDG_RUNTIME_DIR": str(tmp_path / said) if said == "nowhere" else said, "SHMELIM_NAME": served.name}
+    result = CliRunner().invoke(cli, ["add", A, "--reason", "ZOMBIE"], env=env)
+    assert (result.exit_code, result.stdout) == (0, f"added: {A}\n")
+    assert CliRunner().invoke(cli, ["health"], env=env).exit_code == 0
+
+
 def test_status_without_a_key(run, served, tmp_path):
-    tmp_path.chmod(0o700)
-    result = CliRunner().invoke(
-        cli, ["status", "--name", served.name, "--json"], env={"XDG_RUNTIME_DIR": str(tmp_path)}
-    )
+    result = run("status", "--runtime-dir", str(tmp_path), "--json")
     found = document(result)
     assert found["eliminated"] == 0
     assert found["server"] is None

@@ -6,7 +6,6 @@ import shutil
 import time
 from pathlib import Path
 
-import platformdirs
 import pytest
 from crashing import call
 
@@ -229,12 +228,31 @@ class TestStateLock:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
 def test_a_default_place_below_somebody_elses_directory_is_refused(tmp_path, monkeypatch):
     above = tmp_path / "runtime"
-    monkeypatch.setattr(platformdirs, "user_runtime_dir", lambda _: str(above / "shmelim"))
+    monkeypatch.setattr("tempfile.tempdir", str(above))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "relative")
     above.mkdir(mode=0o700)
     RuntimeDirectory("ours").create()
-    os.chown(above, 12345, -1)
+    os.chown(above / "runtime-0", 12345, -1)
     with pytest.raises(StoreError, match="belongs to uid 12345"):
         RuntimeDirectory("theirs").create()
+
+
+def test_a_directory_of_somebody_elses_is_not_used_for_ours(tmp_path, monkeypatch, caplog):
+    """As with `sudo -E`; and whichever version of a library is installed."""
+    monkeypatch.setattr("shmelim.eliminations.runtime._once", LimitedLog(logging.getLogger("shmelim.runtime")))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    mine = tmp_path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+    path = RuntimeDirectory("x").path
+    assert (path.parent.parent.name, tmp_path in path.parents) == (f"runtime-{mine + 1}", False)
+    assert f"belongs to uid {mine}" in caplog.text
+
+
+def test_a_place_that_is_said_goes_before_all_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "other"))
+    monkeypatch.setenv("SHMELIM_RUNTIME_DIR", str(tmp_path / "said"))
+    assert RuntimeDirectory("x").path == tmp_path / "said" / "x"
+    assert RuntimeDirectory("x", tmp_path).path == tmp_path / "x", "but for an argument"
 
 
 @pytest.mark.parametrize(("mode", "level"), [(0o755, "WARNING"), (None, "INFO")])
@@ -245,6 +263,8 @@ def test_a_variable_that_cannot_be_used_is_worth_a_warning(tmp_path, monkeypatch
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setattr("shmelim.eliminations.runtime._once", LimitedLog(logging.getLogger("shmelim.runtime")))
     caplog.set_level(logging.INFO, "shmelim.runtime")
+    if mode is None:
+        monkeypatch.setattr(os, "geteuid", lambda: 4242)  # who has no directory in /run/user
     RuntimeDirectory("x")
     assert [(record.levelname, "XDG_RUNTIME_DIR" in record.message) for record in caplog.records] == [
         (level, True)

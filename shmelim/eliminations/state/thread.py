@@ -143,6 +143,10 @@ class State:
         if self._thread is not None:
             self._thread.start()
 
+    def say_place(self, place: bytes) -> None:
+        """Leave word in the table of where the channel is found."""
+        self.read(lambda _store: self._table.say_place(place))
+
     def changes_since(self, since: int) -> tuple[int, list[Event]]:
         """Return the version that is published, and the events between it and an earlier one, oldest first.
 
