@@ -10,6 +10,8 @@ reader's method of that name.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import logging
 import os
 import threading
@@ -73,6 +75,8 @@ from shmelim.system.problems import Problems, worst
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_version = functools.cache(functools.partial(importlib.metadata.version, "shmelim"))
 
 _log = logging.getLogger("shmelim.server")
 _limited = LimitedLog(_log)
@@ -428,6 +432,7 @@ class EliminationManagerServer(DebtMethods):
             "num_departed_hotkeys": self.reader.num_departed_hotkeys,
             "name": self.namespace.name if is_shared else None,
             "pid": os.getpid(),
+            "package_version": _version(),
             "started_ms": self.started_ms,
             "epoch": self._epoch_number,
             "teller": self._teller.epoch or None,

@@ -18,12 +18,22 @@ _INTERFACE: Final = 5
 """That of ``_native.c``: to be raised there and here by whatever only a matching pair of them can do."""
 
 
+HOW_TO_COMPILE: Final = (
+    "install a C compiler, then `SHMELIM_BUILD=native pip install --no-cache-dir --force-reinstall shmelim`;"
+    " SHMELIM_PURE=1 says that it is meant"
+)
+
+
 def _load() -> ModuleType | None:
     if os.environ.get("SHMELIM_PURE", "0") not in {"", "0"}:
         return None
     try:
         from shmelim.shm import _native  # noqa: PLC0415  # it may not be there
-    except ImportError:
+    except ImportError as error:
+        import logging  # noqa: PLC0415  # which who only reads does not load
+
+        text = "reads take the pure-Python path, ten times as slow: the extension cannot be loaded (%s); %s"
+        logging.getLogger("shmelim.shm").warning(text, error, HOW_TO_COMPILE)
         return None
     if getattr(_native, "INTERFACE", None) != _INTERFACE:
         warnings.warn(
@@ -40,6 +50,19 @@ extension: Final = _load()
 
 READ_PATH: Final = "pure" if extension is None else "native"
 """``"native"`` or ``"pure"``."""
+
+
+def why_pure() -> str:
+    """Return why the pure path is in use, for people; empty where it is not."""
+    if extension is not None:
+        return ""
+    if os.environ.get("SHMELIM_PURE", "0") not in {"", "0"}:
+        return "SHMELIM_PURE says so"
+    try:
+        from shmelim.shm import _native  # noqa: PLC0415
+    except ImportError as error:
+        return f"the extension cannot be loaded ({error})"
+    return f"{_native.__file__} is of another release"
 
 
 def fence() -> None:
