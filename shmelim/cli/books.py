@@ -26,6 +26,7 @@ from shmelim.eliminations.runtime import state_directory_of
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError, StoreError
+from shmelim.system.clock import utc_text
 
 Rows = list[dict[str, Any]]
 
@@ -85,7 +86,7 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
     settings.table(
         {"source": source, "events": events},
         ("when (UTC)", "action", "hotkey", "by", "change"),
-        ((output.moment(it["at_ms"]), it["action"], it["hotkey"], who(it), change(it)) for it in events),
+        ((utc_text(it["at_ms"]), it["action"], it["hotkey"], who(it), change(it)) for it in events),
     )
 
 
@@ -259,7 +260,7 @@ def resolve(
     shown = output.printable(hotkey)
     with EliminationClient(settings.name) as client:
         debt = _in_doubt(client, hotkey, rule, registration)
-        since = output.moment(debt["in_doubt_since_ms"])
+        since = utc_text(debt["in_doubt_since_ms"])
         question = "It was made, and is settled?" if made else "It was NOT made, and may be made once more?"
         about = (
             f"hotkey      {shown}",
@@ -306,7 +307,7 @@ def release(settings: Settings, *, dry_run: bool, yes: bool) -> int:
         owed = [
             debt for debt in client.get_debts() if debt["kind"] == SLASH and debt["state"] == OWED and debt["due"]
         ]
-        about = [f"held since {output.moment(held['since_ms'])} UTC: {output.printable(held['why'])}"]
+        about = [f"held since {utc_text(held['since_ms'])} UTC: {output.printable(held['why'])}"]
         about += [f"would be made: {output.printable(d['hotkey'])} ({_cause(d)}), share {_share(d)}" for d in owed]
         question = f"All {len(owed)} slashes that are owed may be made?"
         released = _agreed(question, about, dry_run=dry_run, yes=yes) and client.release_money()
@@ -342,7 +343,7 @@ def re_arm(
             raise RefusedError(
                 f"no such slash of {shown} is on record", hint="`shmelim slash list` shows those that are"
             )
-        about = [f"{made['outcome']} {output.moment(made['made_ms'])} UTC for {_cause(made)}" for made in found]
+        about = [f"{made['outcome']} {utc_text(made['made_ms'])} UTC for {_cause(made)}" for made in found]
         question = f"{shown} may be slashed once more for {'each of these' if len(found) > 1 else 'this'}?"
         rearmed = _agreed(question, about, dry_run=dry_run, yes=yes) and client.rearm_slash(
             hotkey, rule, registration

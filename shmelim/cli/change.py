@@ -13,6 +13,7 @@ from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Settings, command, hotkey_argument, hotkeys_argument, yes_option
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.record import EliminationReason, generate_row
+from shmelim.system.clock import utc_text
 
 _REASONS: Final = ", ".join(EliminationReason.__members__)
 
@@ -107,7 +108,7 @@ def returned(settings: Settings, *, hotkeys: tuple[str, ...], yes: bool) -> int:
         known = {hotkey: client.get_departed_hotkey_info(hotkey) for hotkey in dict.fromkeys(hotkeys)}
         departed = {hotkey: info["detected_ms"] for hotkey, info in known.items() if info is not None}
         for hotkey, at_ms in departed.items():
-            since = output.moment(at_ms) or "an unknown time"
+            since = utc_text(at_ms) or "an unknown time"
             click.echo(f"departed since {since}: {output.printable(hotkey)}", err=True)
         if departed and (yes or output.agreed(f"forget the departure of {len(departed)} hotkeys?")):
             undone = client.undo_departures(list(departed))

@@ -19,6 +19,7 @@ from shmelim.cli.options import Settings, command
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import ChangesUnknownError, ChannelError, NotServingError, SegmentError
+from shmelim.system.clock import utc_text
 from shmelim.system.containers import finite
 
 _SEGMENTS: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps POSIX shared memory
@@ -69,7 +70,7 @@ def _show(event: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(finite(event), default=str))
     else:
-        columns = (output.moment(event["at_ms"]), event["action"], event["hotkey"], who(event), change(event))
+        columns = (utc_text(event["at_ms"]), event["action"], event["hotkey"], who(event), change(event))
         click.echo("\t".join(map(output.value, columns)))
 
 

@@ -13,6 +13,7 @@ from shmelim.cli.options import Settings, as_of_option, command, hotkeys_argumen
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.rows import Status
 from shmelim.eliminations.validator.addresses import is_ss58_address
+from shmelim.system.clock import utc_text
 
 _STATES: Final = {
     "eliminated": Status.ELIMINATED,
@@ -97,7 +98,7 @@ def get(settings: Settings, *, hotkeys: tuple[str, ...], as_of: str | None, owne
         for number, record in enumerate(eliminations):
             if number:
                 click.echo()
-            output.facts([*record.items(), ("(UTC)", output.moment(record["elimination_initiated_time_ms"]))])
+            output.facts([*record.items(), ("(UTC)", utc_text(record["elimination_initiated_time_ms"]))])
         for hotkey in missing:
             click.echo(f"not eliminated: {output.printable(hotkey)}", err=True)
 

@@ -20,6 +20,7 @@ _COMMANDS: Final = {
     "status": ("status:status", "Show who serves a name, what, and how full it is."),
     "health": ("health:health", "Say whether a name is served well; for monitors."),
     "doctor": ("doctor:doctor", "Say what is wrong with this machine for a name, and what to do."),
+    "web": ("web:web", "Serve a page about a name, with /metrics and /healthz."),
     "metrics": ("metrics:metrics", "Print metrics for Prometheus."),
     "check": ("look:check", "Tell whether hotkeys are eliminated."),
     "get": ("look:get", "Print the elimination record of hotkeys."),

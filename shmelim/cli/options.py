@@ -15,6 +15,7 @@ from typing import Any, Final
 import click
 
 from shmelim.cli import output
+from shmelim.system.clock import utc_text
 from shmelim.system.containers import finite
 
 NAME_VARIABLE: Final = "SHMELIM_NAME"
@@ -98,7 +99,7 @@ class Settings:
         """Print rows that are dicts; `columns` has the heading of each key, and a key in ``_ms`` is a time."""
 
         def cell(row: dict[str, Any], key: str) -> object:
-            return output.moment(row[key]) if key.endswith("_ms") else row.get(key)
+            return utc_text(row[key]) if key.endswith("_ms") else row.get(key)
 
         cells = ([cell(row, key) for key in columns] for row in rows)
         self.table({**content, "count": len(rows), what: rows}, list(columns.values()), cells)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+
+from shmelim.system.clock import utc_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 _HOTKEY_WIDTH: Final = 48
 _OTHER_WIDTH: Final = 12
 _LINES_AT_ONCE: Final = 500
-_LATEST_MS: Final = 253_402_300_799_999
 _KIB: Final = 1024
 
 
@@ -108,15 +108,6 @@ def value(thing: object) -> str:
     return printable(json.dumps(thing, ensure_ascii=False, default=str))
 
 
-def moment(ms: object) -> str | None:
-    """Return milliseconds since 1970 as UTC text to the second; None where the time is not known."""
-    if not isinstance(ms, int) or ms == 0:
-        return None
-    if not 0 < ms <= _LATEST_MS:
-        return f"{ms} ms"
-    return datetime.fromtimestamp(ms // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
 def span(seconds: float) -> str:
     """Return a length of time as people say it."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -139,5 +130,5 @@ def size(count: float) -> str:
 def problem(found: Mapping[str, Any]) -> str:
     """Return a named problem, as a health check lists it, in one line."""
     remedy = f" ({found['remedy']})" if found["remedy"] else ""
-    since = "" if found["since_ms"] is None else f" since {moment(found['since_ms'])}"
+    since = "" if found["since_ms"] is None else f" since {utc_text(found['since_ms'])}"
     return f"{found['name']}, {found['severity']}{since}: {found['text']}{remedy}"

@@ -20,6 +20,7 @@ from shmelim.eliminations.state.debt_book import MOST_SHOWN
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import KeyFileError, ShmelimError, StoreError
 from shmelim.shm import READ_PATH
+from shmelim.system.clock import utc_text
 
 _ASKING: Final = 2.0
 
@@ -116,7 +117,7 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
     lines: list[tuple[str, object]] = [
         ("name", status["name"]),
         ("writer", _writer_line(writer)),
-        ("started", output.moment(writer["started_ms"])),
+        ("started", utc_text(writer["started_ms"])),
         ("version", f"{status['version']}, generation {status['generation']}"),
         ("eliminated", status["eliminated"]),
         ("departed", status["departed"]),

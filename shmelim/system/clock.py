@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
@@ -15,6 +16,18 @@ monotonic: Final[Callable[[], float]] = partial(time.clock_gettime, time.CLOCK_M
 boottime: Final[Callable[[], float]] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
 
+_LATEST_MS: Final = 253_402_300_799_999
+
+
 def now_ms() -> int:
     """Return the milliseconds since 1970, UTC."""
     return time.time_ns() // 1_000_000
+
+
+def utc_text(ms: object) -> str | None:
+    """Return milliseconds since 1970 as UTC text to the second; None where the time is not known."""
+    if not isinstance(ms, int) or ms == 0:
+        return None
+    if not 0 < ms <= _LATEST_MS:
+        return f"{ms} ms"
+    return datetime.fromtimestamp(ms // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -6,6 +6,7 @@ import pytest
 
 from shmelim.cli import output
 from shmelim.cli.options import Settings
+from shmelim.system.clock import utc_text
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_values(thing, shown):
     ],
 )
 def test_moments(ms, shown):
-    assert output.moment(ms) == shown
+    assert utc_text(ms) == shown
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""``shmelim web``: the page of a name."""
+
+from __future__ import annotations
+
+import socket
+import stat
+from pathlib import Path
+
+import click
+
+from shmelim.cli.failure import need_file
+from shmelim.cli.options import PATH, Settings, command, owner_option
+from shmelim.cli.output import printable
+from shmelim.errors import KeyFileError, ShmelimError
+
+_LEAST_TOKEN = 16
+
+
+@command
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="The address to listen on."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, metavar="PORT")
+@click.option(
+    "--allow-host", "hosts", multiple=True, metavar="NAME", help="A name by which browsers may ask; repeatable."
+)
+@click.option(
+    "--token-file",
+    type=PATH,
+    metavar="FILE",
+    help="Who knows the token in this file may change things [default: nobody].",
+)
+@owner_option
+def web(
+    settings: Settings, *, host: str, port: int, hosts: tuple[str, ...], token_file: Path | None, owner: int | None
+) -> None:
+    """Serve a page with counts, problems, the table, each miner's history, and changes as they come.
+
+    Also /metrics for Prometheus and /healthz, which is 503 where the name is failing or nobody serves it. Works
+    while the server is dead. Listens on this machine alone and changes nothing, unless it is told otherwise:
+    behind a proxy name its host with --allow-host. Needs the extra: pip install 'shmelim[web]'.
+
+    For example:
+      shmelim web
+      shmelim web --port 8080 --token-file /etc/shmelim/token
+    """
+    try:
+        import uvicorn
+
+        from shmelim.watch.web import make_app
+    except ImportError as error:
+        raise ShmelimError(f"{error.name} is missing", hint="pip install 'shmelim[web]'") from None
+    app = make_app(
+        settings.name, token=None if token_file is None else _token_in(token_file), hosts=hosts, owner=owner
+    )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ShmelimError(
+            f"cannot listen on {host} port {port}: {error.strerror}", hint="choose another --host or --port"
+        ) from None
+    with listening:
+        at = listening.getsockname()[1]
+        where = f"[{host}]:{at}" if family == socket.AF_INET6 else f"{host}:{at}"
+        click.echo(printable(f"the page of {settings.name!r}: http://{where}/"), err=True)
+        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run([listening])
+
+
+def _token_in(path: Path) -> str:
+    """Return the token in a file that only its owner may read."""
+    need_file(path)
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise KeyFileError(f"others may read the token in {path}", hint=f"chmod 600 {path}")
+    token = path.read_text().strip()
+    if len(token) < _LEAST_TOKEN:
+        hint = f"head -c 24 /dev/urandom | base64 > {path}"
+        raise KeyFileError(f"the token in {path} has less than {_LEAST_TOKEN} characters", hint=hint)
+    return token

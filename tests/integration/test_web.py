@@ -1,0 +1,234 @@
+"""The page of a name: what it shows, what it refuses, and that nothing a stranger chose becomes part of it."""
+
+import html
+import json
+import re
+import subprocess
+import sys
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from prometheus_client.parser import text_string_to_metric_families
+from serving import row
+from starlette.testclient import TestClient
+from waiting import PATIENCE, until
+
+from shmelim.cli.main import cli
+from shmelim.watch import web
+
+HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+TOKEN = "a token of sixteen"
+
+
+@pytest.fixture
+def served(serve):
+    """A server that the processes of this user find where they look by default."""
+    return serve()
+
+
+@pytest.fixture
+def client(served):
+    with served.client() as found:
+        yield found
+
+
+@pytest.fixture
+def page(served):
+    with TestClient(web.make_app(served.name, token=TOKEN), "http://localhost:8765") as page:
+        yield page
+
+
+def post(page, path, *, origin="http://localhost:8765", **form):
+    return page.post(path, data=form, headers={"Origin": origin} if origin else {}, follow_redirects=False)
+
+
+def test_counts_problems_and_the_table(page, client):
+    client.sync_eliminations([row(f"h{number}", number) for number in range(450)])
+    text = page.get("/").text
+    assert "<dt>eliminated</dt><dd>450</dd>" in text
+    assert '<p class="status">ok</p>' in text
+    assert text.count('<td class="hotkey">') == 200
+    assert "page 1 of 3" in text
+    assert text.index(">h449<") < text.index(">h448<"), "the latest first"
+    assert page.get("/?page=3").text.count('<td class="hotkey">') == 50
+    assert page.get("/?page=77777777777").text.count('<td class="hotkey">') == 200
+    found = page.get("/?q=H44&sort=hotkey").text
+    assert re.findall(r">(h\d+)</a>", found) == ["h44", *(f"h44{number}" for number in range(10))]
+
+
+def test_all_that_is_known_of_one_miner(page, client):
+    client.add_elimination("a", row("a"))
+    client.add_elimination("a", row("a") | {"dd": 0.5, "reason": "LIQUIDATED"})
+    text = page.get("/miner", params={"hotkey": "a"}).text
+    assert "<del>ZOMBIE</del>" in text
+    assert "<ins>LIQUIDATED</ins>" in text
+    assert page.get("/miner", params={"hotkey": "nobody"}).status_code == 200
+    assert "not eliminated" in page.get("/miner", params={"hotkey": "nobody"}).text
+
+
+def test_what_a_stranger_chose_is_text_wherever_it_stands(page, client):
+    hostile = row(HOSTILE) | {"reason": HOSTILE, "note": HOSTILE}
+    client.add_elimination(HOSTILE, hostile)
+    client.add_elimination(HOSTILE, hostile | {HOSTILE: HOSTILE})
+    for path, parameters in (("/", {}), ("/", {"q": HOSTILE}), ("/miner", {"hotkey": HOSTILE})):
+        text = page.get(path, params=parameters).text
+        assert HOSTILE not in text
+        assert "<img" not in text
+        assert html.escape("<script>alert(1)</script>") in text
+        assert set(re.findall(r"<script[^>]*>", text)) == {'<script src="/page/follow.js" defer>'}
+
+
+def test_browsers_are_told_to_run_and_load_nothing_else(page):
+    for path in ("/", "/miner?hotkey=a", "/healthz", "/page/follow.js", "/nowhere"):
+        policy = page.get(path).headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+    assert not re.search(
+        r"https?://", "".join(page.get(f"/page/{name}").text for name in ("style.css", "follow.js"))
+    )
+
+
+def test_another_name_that_leads_here_is_refused(page):
+    for host, status in (("evil.example", 400), ("127.0.0.1:1", 200), ("[::1]:8765", 200)):
+        assert page.get("/", headers={"Host": host}).status_code == status
+
+
+def test_changes_need_the_token_and_a_form_of_ours(page, client):
+    client.add_elimination("a", row("a"))
+    for refused in (
+        post(page, "/remove", hotkey="a", token="a wrong one, as long"),
+        post(page, "/remove", hotkey="a"),
+        post(page, "/remove", origin="http://evil.example", hotkey="a", token=TOKEN),
+        post(page, "/remove", origin="null", hotkey="a", token=TOKEN),
+        post(page, "/remove", origin=None, hotkey="a", token=TOKEN),
+    ):
+        assert refused.status_code == 403
+    assert post(page, "/remove", token=TOKEN).status_code == 400
+    assert post(page, "/remove", hotkey="x" * 20_000, token=TOKEN).status_code == 413
+    assert page.get("/remove").status_code == 405
+    assert "a" in client
+    assert post(page, "/remove", hotkey="a", token=TOKEN).status_code == 303
+    assert "a" not in client
+
+
+def test_without_a_token_nothing_can_be_changed(served, client):
+    client.add_elimination("a", row("a"))
+    with TestClient(web.make_app(served.name), "http://localhost:8765") as page:
+        assert post(page, "/remove", hotkey="a", token="").status_code == 403
+        assert "<form method" not in page.get("/miner?hotkey=a").text
+    assert "a" in client
+
+
+def test_a_change_that_the_guard_noticed_is_acknowledged(page, client):
+    client.sync_eliminations([row(f"h{number}") for number in range(20)])
+    client.sync_eliminations([])
+    assert "guarded_change" in page.get("/").text
+    assert post(page, "/ack", token=TOKEN).status_code == 303
+    assert "guarded_change" not in page.get("/").text
+
+
+def test_health_and_metrics(page, served):
+    assert page.get("/healthz").json() == {"name": served.name, "status": "ok", "problems": []}
+    families = {family.name for family in text_string_to_metric_families(page.get("/metrics").text)}
+    assert "shmelim_up" in families
+    served.kill()
+    until(lambda: page.get("/healthz").status_code == 503)
+    until(lambda: page.get("/healthz").json()["status"] == "not served")
+
+
+def test_a_dead_server_leaves_the_table_to_look_at(page, client, served):
+    client.add_elimination("a", row("a"))
+    served.kill()
+    until(lambda: "not_served" in page.get("/").text)
+    assert '<td class="hotkey"><a href="/miner?hotkey=a">a</a>' in page.get("/").text
+    text = page.get("/miner", params={"hotkey": "a"}).text
+    assert "ZOMBIE" in text
+    assert 'class="problem degraded"' in text
+
+
+def test_a_name_that_nobody_ever_served(new_name):
+    with TestClient(web.make_app(new_name()), "http://localhost:8765") as page:
+        assert page.get("/").status_code == 200
+        assert "start it with" in page.get("/").text
+        assert page.get("/healthz").status_code == 503
+        assert page.get("/miner", params={"hotkey": "a"}).status_code == 404
+
+
+@pytest.fixture
+def running(served, tmp_path):
+    """A real ``shmelim web``."""
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o600)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "shmelim",
+            "web",
+            "--name",
+            served.name,
+            "--port",
+            "0",
+            "--token-file",
+            tmp_path / "token",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_changes_come_as_they_are_made_until_the_page_ends(running, client):
+    address = re.search(r"http://\S+", running.stderr.readline()).group()
+    with httpx.stream("GET", f"{address}events", timeout=PATIENCE) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith(": ")
+        numbers = iter(range(10**6))
+        client.add_elimination(HOSTILE, row(HOSTILE, next(numbers)))
+        # It follows from the version that it saw when it began.
+        for line in lines:
+            if line.startswith("data: "):
+                break
+            client.add_elimination(HOSTILE, row(HOSTILE, next(numbers)))
+        assert json.loads(line.removeprefix("data: "))["hotkey"] == HOSTILE
+    running.terminate()
+    assert running.wait(PATIENCE) is not None
+
+
+def test_listeners_are_bounded(served, monkeypatch):
+    monkeypatch.setattr(web, "_MOST_LISTENING", 0)
+    with TestClient(web.make_app(served.name), "http://localhost:8765") as page:
+        assert page.get("/events").status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "said"), [(0o644, TOKEN, "others may read"), (0o600, "short", "less than 16 characters")]
+)
+def test_a_token_that_is_none(tmp_path, mode, text, said):
+    file = tmp_path / "token"
+    file.write_text(text)
+    file.chmod(mode)
+    result = CliRunner().invoke(cli, ["web", "--token-file", str(file)])
+    assert result.exit_code == 4
+    assert said in result.stderr
+    assert text not in result.stderr
+
+
+def test_a_port_that_another_has(running):
+    port = re.search(r":(\d+)/", running.stderr.readline())[1]
+    result = CliRunner().invoke(cli, ["web", "--port", port])
+    assert result.exit_code == 4
+    assert f"cannot listen on 127.0.0.1 port {port}" in result.stderr
+
+
+def test_without_the_extra_it_says_what_to_install():
+    code = (
+        "import sys; sys.modules['uvicorn'] = None; sys.argv = ['shmelim', 'web']\n"
+        "from shmelim.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert "pip install 'shmelim[web]'" in done.stderr
