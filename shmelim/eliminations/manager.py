@@ -22,7 +22,7 @@ from shmelim.eliminations.rows import Status
 from shmelim.eliminations.rules import Context, EliminationProcessor, processed
 from shmelim.eliminations.rules.loop import run_loop
 from shmelim.eliminations.rules.membership import is_zombie
-from shmelim.eliminations.runtime import RuntimeDirectory
+from shmelim.eliminations.runtime import RuntimeDirectory, default_state_directory
 from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, living_writer, open_server
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.state.guard import Guard, GuardMode
@@ -40,6 +40,7 @@ from shmelim.eliminations.validator.collaborators import (
 )
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.errors import AlreadyServingError, ChannelError
+from shmelim.notify import SlackNotifier
 from shmelim.service import RPCServiceBase, ServerReady, ServiceSettings
 from shmelim.shm import PrivateNamespace, check_name
 from shmelim.system.logs import LimitedLog
@@ -52,6 +53,7 @@ DEFAULT_PORT: Final = 50004
 
 # Long enough for the recovery of a large state: its server is not ready before.
 _READY_TIMEOUT: Final = 60.0
+_OUTBOX: Final = "alerts"  # in the state directory
 # Of these the guard may have something to say.
 _GUARDED: Final = {
     "sync_eliminations_rpc",
@@ -104,7 +106,8 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         Processing pauses while the former's ``value`` is true; the latter's moves with every sync of the
         validator's positions.
     slack_notifier
-        Who is told of failures: ``send_message(text, level=...)``.
+        Who is told of failures: ``send_message(text, level=...)``. A :class:`~shmelim.SlackNotifier` without an
+        outbox gets one in the state directory.
     environment
         What is the validator's own: intervals, rules, prices, directories; None: the defaults.
     name
@@ -305,12 +308,27 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             self._table = self._reader._table  # noqa: SLF001  # what the reads of both look into
             self._processor = self._make_processor()
             self._look_at_metagraph()
+            self._keep_alerts()
             collaborators = self._processor.context.collaborators
             for gap in self.environment.gaps(collaborators, is_backtesting=is_backtesting):
                 _log.warning("%s", gap)
         except BaseException:
             self.shutdown()
             raise
+
+    def _keep_alerts(self) -> None:
+        """Have what Slack cannot be told wait in the state directory, for the next process if need be."""
+        if (
+            self._options.in_memory
+            or self._options.files_dir
+            or not isinstance(self.slack_notifier, SlackNotifier)
+        ):
+            return
+        directory = self._options.state_dir or default_state_directory(self._options.name)
+        try:
+            self.slack_notifier.use_outbox(directory / _OUTBOX)
+        except OSError as error:
+            _log.warning("alerts that cannot be delivered are lost when this process ends: %s", error)
 
     # ------------------------------------------------------------------ the two modes
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
+from shmelim.system.clock import now_ms
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Change, Problem, Problems, over
 
 _MOST: Final = 10_000  # messages that wait to be sent again; beyond it the oldest is forgotten
+
+UNDELIVERED: Final = "alerts_undelivered"
+"""Name of the problem that people cannot be told of what is wrong."""
 
 _limited = LimitedLog(logging.getLogger("shmelim.notify"))
 
@@ -22,17 +28,27 @@ class Notifier(Protocol):
         """Pass a message on; `level` is info, success, warning or error. False: it was not taken."""
 
 
+class Undelivered(NamedTuple):
+    """Messages that a notifier has taken and cannot deliver."""
+
+    messages: int
+    since_ms: int  # since 1970, UTC
+    why: str
+
+
 class _Unsent(NamedTuple):
     text: str
     level: str
     is_known: bool  # an earlier message of the problem was taken
+    since_ms: int
 
 
 class ProblemMessages:
     """Sends a message when a problem is raised or gets worse, and unless `ends` is false another when it ends.
 
     What the notifier (asked for each time) refuses, by False or an error, is kept for :meth:`send_again` as long
-    as it holds; of a problem that ends before anybody heard of it, nothing is sent.
+    as it holds, and what comes after it waits behind it; of a problem that ends before anybody heard of it,
+    nothing is sent. A notifier may have ``undelivered()``, which says what it has taken and not delivered yet.
 
     Thread-safe and fork-safe without a lock: each step is one operation of a dict.
     """
@@ -41,11 +57,16 @@ class ProblemMessages:
         self._problems = problems
         self._notifier = notifier
         self._ends = ends
-        self._unsent: dict[tuple[str, str], _Unsent] = {}
+        self._unsent: dict[tuple[str, str], _Unsent] = {}  # the oldest first
+        self._numbers = itertools.count()
         problems.subscribe(self._on_change)
 
     def send(self, text: str, level: str) -> bool:
-        """Send a message; False: it was not taken. What the notifier raises is logged."""
+        """Send a message that is about no problem; False: it was not taken, and is kept."""
+        return self._send_or_keep(("", str(next(self._numbers))), text, level, is_known=True)
+
+    def _send(self, text: str, level: str) -> bool:
+        """Pass a message on; False: it was not taken. What the notifier raises is logged."""
         try:
             notifier = self._notifier()
             return notifier is None or notifier.send_message(text, level=level) is not False
@@ -58,14 +79,28 @@ class ProblemMessages:
     def send_again(self) -> None:
         """Send what was not taken, up to the first message that is refused again."""
         for key in list(self._unsent):
-            unsent = self._unsent.pop(key, None)
-            if unsent is None or (unsent.level != "success" and not self._problems.stands(*key)):
+            unsent = self._unsent.get(key)
+            if unsent is None:
                 continue
-            if not self.send(unsent.text, unsent.level):
-                self._unsent[key] = unsent
+            holds = not key[0] or unsent.level == "success" or self._problems.stands(*key)
+            if holds and not self._send(unsent.text, unsent.level):
                 return  # the others would wait as long, and for nothing
+            self._unsent.pop(key, None)
+
+    def undelivered(self) -> Undelivered | None:
+        """Return what the notifier has not taken, or has not delivered; None while all goes well."""
+        unsent = next(iter(list(self._unsent.values())), None)
+        if unsent is not None:
+            return Undelivered(len(self._unsent), unsent.since_ms, "the notifier refuses them")
+        found = None
+        with contextlib.suppress(Exception):  # a notifier of somebody's own may say anything, or fail
+            asked = getattr(self._notifier(), "undelivered", None)
+            found = asked() if callable(asked) else None
+        return found if isinstance(found, Undelivered) else None
 
     def _on_change(self, change: Change, problem: Problem) -> None:
+        if problem.name == UNDELIVERED:
+            return  # nobody would hear of it
         key = problem.name, problem.subject
         earlier = self._unsent.pop(key, None)
         is_known = change != "raised" if earlier is None else earlier.is_known
@@ -75,10 +110,33 @@ class ProblemMessages:
             text, level = over(problem), "success"
         else:
             return
-        if not self.send(text, level):
-            self._unsent[key] = _Unsent(text, level, is_known)
-            if len(self._unsent) > _MOST:
-                self._unsent.pop(next(iter(list(self._unsent))), None)
+        self._send_or_keep(key, text, level, is_known=is_known)
+
+    def _send_or_keep(self, key: tuple[str, str], text: str, level: str, *, is_known: bool) -> bool:
+        """Send a message once those before it are sent; else keep it behind them."""
+        if self._unsent:
+            self.send_again()
+        if not self._unsent and self._send(text, level):
+            return True
+        self._unsent[key] = _Unsent(text, level, is_known, now_ms())
+        if len(self._unsent) > _MOST:
+            self._unsent.pop(next(iter(list(self._unsent))), None)
+        return False
+
+
+def report_undelivered(problems: Problems, messages: ProblemMessages) -> None:
+    """Raise or clear the problem that people cannot be told."""
+    found = messages.undelivered()
+    if found is None:
+        problems.clear(UNDELIVERED)
+        return
+    count = "1 alert waits" if found.messages == 1 else f"{found.messages} alerts wait"
+    problems.report(
+        UNDELIVERED,
+        f"{count} to be delivered: {found.why}",
+        remedy="see whether Slack can be reached from here and the webhook is valid; they are sent once it can be",
+        since_ms=found.since_ms,
+    )
 
 
 def take_over(problems: Problems, reported: object) -> None:

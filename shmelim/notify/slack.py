@@ -16,11 +16,15 @@ import threading
 import urllib.parse
 import weakref
 from http import HTTPStatus
+from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from shmelim.notify.outbox import Outbox
+from shmelim.notify.problems import Undelivered
 from shmelim.system import forks
 from shmelim.system.background import Background
+from shmelim.system.clock import now_ms
 from shmelim.system.logs import LimitedLog
 
 if TYPE_CHECKING:
@@ -29,24 +33,45 @@ if TYPE_CHECKING:
 _SIGNS: Final = {"info": "\u2139\ufe0f", "success": "✅", "warning": "⚠️", "error": "❌"}
 _LONGEST: Final = 3500  # characters; Slack shortens from 4000 on
 _LONGEST_WAIT: Final = 300.0  # seconds that a Retry-After may ask for
+_LONGEST_DELAY: Final = 60.0  # seconds between two tries
+_TRIES_AT_END: Final = 3
+_LONG_MS: Final = 60_000
 _REMEMBERED: Final = 256  # messages by which repetitions are known
+_ITS_OWN_FAULT: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+_LOOK: Final = ""  # in the queue, where no message is empty: look into the outbox
 
 _logger = logging.getLogger("shmelim.notify")
 # The client logs the URL, so that what it says goes nowhere.
 _silent = logging.Logger("shmelim.webhook", logging.CRITICAL + 1)  # noqa: LOG001  # not in the tree on purpose
 
 
+class _Fault(NamedTuple):
+    """Why a try failed; after how many seconds Slack wants the next, and whether there is none."""
+
+    why: str
+    after: float | None = None
+    is_final: bool = False
+
+
+_NOT_OURS: Final = _Fault("another process sends", 1.0)
+
+
 class SlackNotifier:
     """Sends messages to a Slack webhook, from a thread of its own.
 
     A message (text and level) that is repeated within `repeat_after` seconds is held back; when it is let through
-    again, it says how often it was repeated. Messages leave at a bounded rate; those that find the queue full
-    are dropped, and one that leaves later says how many. What Slack refuses for now (429, 5xx, no connection) is
-    tried again, and then dropped with a line in the log.
+    again, it says how often it was repeated. Messages leave in their order and at a bounded rate; those that find
+    the queue full are dropped, and one that leaves later says how many. What Slack refuses for now (429, 5xx, no
+    connection) is tried until it can be delivered, and those behind it wait; :meth:`undelivered` says so.
 
-    Thread-safe. No method raises, and each returns at once (some 10 µs), but for :meth:`flush` and :meth:`close`,
-    which have a bound. A forked child begins with an empty queue. Can be pickled to a process that is being
-    started, and in no other way. The URL, which is a secret, appears in no log, message or ``repr``.
+    With an `outbox` a message that was taken is on disk, and waits there for Slack also when this process ends or
+    is killed: the next notifier with that outbox sends it. An :class:`~shmelim.EliminationManager` gives its
+    notifier one in its state directory.
+
+    Thread-safe. No method raises but :meth:`use_outbox`, and each returns at once (some 10 µs, with an outbox some
+    100), but for :meth:`flush` and :meth:`close`, which have a bound. A forked child begins with an empty queue.
+    Can be pickled to a process that is being started, and in no other way. The URL, which is a secret, appears in
+    no log, message or ``repr``.
 
     Parameters
     ----------
@@ -54,16 +79,22 @@ class SlackNotifier:
         The webhook's http(s) URL; and what every message begins with, such as the name of the host.
     burst, interval : int, float
         So many messages may leave at once, and from then on one every `interval` seconds.
-    max_queued, max_tries, retry_delay : int, int, float
-        How many messages may wait, how often each is tried, and seconds before the second try, doubled for each
-        further one; Slack's ``Retry-After`` takes precedence.
+    max_queued, max_tries, retry_delay : int, int or None, float
+        How many messages may wait; how often each is tried before it is dropped with a line in the log (None:
+        until it is delivered; with an outbox always so); and seconds before the second try, doubled for each
+        further one up to a minute. Slack's ``Retry-After`` takes precedence.
     timeout, exit_timeout : float
         Seconds for connecting, and for each piece of an answer; seconds for what waits when the process ends.
+    outbox : Path, str or None
+        A directory of this user's where messages wait until Slack has them; it is made where it is missing.
+        Several notifiers and processes may share one.
 
     Raises
     ------
     ValueError
         The URL is not an http(s) URL (it is not shown), or a figure is impossible.
+    OSError
+        The outbox cannot be made.
 
     Examples
     --------
@@ -88,21 +119,26 @@ class SlackNotifier:
         burst: int = 5,
         interval: float = 1.0,
         max_queued: int = 100,
-        max_tries: int = 4,
+        max_tries: int | None = None,
         retry_delay: float = 1.0,
         timeout: float = 5.0,
         exit_timeout: float = 2.0,
+        outbox: Path | str | None = None,
     ) -> None:
         # What a started process gets, and all that an instance is made of.
         self._arguments: dict[str, Any] = {name: value for name, value in locals().items() if name != "self"}
-        if min(burst, max_queued, max_tries) < 1 or min(repeat_after, interval, retry_delay, exit_timeout) < 0:
+        counts = (burst, max_queued, 1 if max_tries is None else max_tries)
+        if min(counts) < 1 or min(repeat_after, interval, retry_delay, exit_timeout) < 0:
             raise ValueError("burst, max_queued and max_tries must be 1 or more, and no time may be negative")
         self._host = _host(webhook_url)
         self._log = LimitedLog(_logger)
         self._background = Background(self._deliver, self._lost, max_queued)
         self._closed = False
+        self._outbox: Outbox | None = None
         self.after_fork_in_child()
         forks.register(self)
+        if outbox is not None:
+            self.use_outbox(outbox)
 
     def after_fork_in_child(self) -> None:
         """Begin anew: what waits here is the parent's to send. Called by :mod:`shmelim.system.forks`."""
@@ -114,6 +150,36 @@ class SlackNotifier:
         self._finalizer: multiprocessing.util.Finalize | None = None
         self._full_at = 0.0  # when a whole burst may leave again; each message moves it by an interval
         self._counts = dict.fromkeys(("sent", "held_back", "dropped", "failed"), 0)
+        self._tries_at_end = 0
+        self._fault: tuple[str, int] | None = None  # why the last try failed, and since when (ms) all do
+
+    def use_outbox(self, directory: Path | str) -> None:
+        """Have messages wait in a directory from now on, and send those that wait there.
+
+        A notifier that has an outbox keeps it. OSError as at construction.
+        """
+        with self._changed:
+            if self._outbox is not None:
+                return
+            self._arguments["outbox"] = Path(directory).absolute()
+            self._outbox = Outbox(self._arguments["outbox"], self._arguments["max_queued"])
+            if len(self._outbox):
+                self._wake()
+
+    def undelivered(self) -> Undelivered | None:
+        """Return what waits although it was tried, or has waited for a minute; None while all goes well."""
+        with self._changed:
+            waiting, fault, since_ms = self.stats()["queued"], self._fault, None
+            if self._outbox is not None and waiting:
+                with contextlib.suppress(OSError):
+                    since_ms = self._outbox.since_ms()
+        if not waiting:
+            return None
+        if fault is not None:
+            return Undelivered(waiting, fault[1] if since_ms is None else since_ms, fault[0])
+        if since_ms is not None and now_ms() - since_ms > _LONG_MS:
+            return Undelivered(waiting, since_ms, "another process has the turn to send, or nobody")
+        return None
 
     def send_message(self, text: str, level: str = "info") -> bool:
         """Have a message sent; False if it is held back as a repetition, or cannot be taken.
@@ -146,7 +212,11 @@ class SlackNotifier:
     def stats(self) -> dict[str, int]:
         """Return counts: messages `sent`, `held_back` as repetitions, `dropped`, `failed`, and `queued` now."""
         with self._changed:
-            return {**self._counts, "queued": len(self._background)}
+            queued = len(self._background)
+            if self._outbox is not None:
+                with contextlib.suppress(OSError):
+                    queued = len(self._outbox)
+            return {**self._counts, "queued": queued}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {self._host}>"
@@ -165,7 +235,7 @@ class SlackNotifier:
             return False
         self._seen.pop(message, None)
         again = f" (repeated {repeated:.0f} times meanwhile)" if repeated else ""
-        if self._closed or not self._background.put(self._as_sent(text, again, level)):
+        if self._closed or not self._take(self._as_sent(text, again, level)):
             self._counts["dropped"] += 1
             return False
         self._seen[message] = [now, 0]
@@ -179,6 +249,25 @@ class SlackNotifier:
             )
         return True
 
+    def _take(self, message: str) -> bool:
+        """Put a message into the outbox; where there is none, or it cannot be used, into the queue."""
+        if self._outbox is not None:
+            try:
+                taken = self._outbox.put(message)
+            except OSError as error:
+                self._log(
+                    logging.WARNING, "outbox", "the outbox cannot be used, a message is in memory: %s", error
+                )
+            else:
+                self._wake()
+                return taken
+        return self._background.put(message)
+
+    def _wake(self) -> None:
+        """Have the thread look into the outbox, once more where it is about to be done with it."""
+        if len(self._background) < 2:  # noqa: PLR2004  # one that is at work, and one after it
+            self._background.put(_LOOK)
+
     def _as_sent(self, text: str, again: str, level: str) -> str:
         text = f"{text[:_LONGEST]} …" if len(text) > _LONGEST else text
         source = f"[{self._arguments['source']}] " if self._arguments["source"] else ""
@@ -190,42 +279,83 @@ class SlackNotifier:
         return self._as_sent(f"{count} messages were dropped: too many waited", "", "warning")
 
     def _deliver(self, text: str) -> None:
-        """Deliver a message, in the thread that sends, when it is its turn."""
+        """Deliver a message, or all in the outbox, in the thread that sends."""
+        if text == _LOOK and self._outbox is not None:
+            self._empty(self._outbox)
+            return
+        self._await_turn()
+        tries, delay = self._arguments["max_tries"], self._arguments["retry_delay"]
+        while (fault := self._try(text)) is not None and not fault.is_final:
+            tries = None if tries is None else tries - 1
+            if tries == 0 or self._last_words_said():
+                break
+            self._pause(delay if fault.after is None else fault.after)
+            delay = min(2 * delay, _LONGEST_DELAY)
+        self._count(fault, text)
+
+    def _empty(self, outbox: Outbox) -> None:
+        """Deliver what waits in the outbox, the oldest first, until nothing does or the notifier is closed."""
+        delay = self._arguments["retry_delay"]
+        while outbox.first() is not None:
+            fault: _Fault | None = _NOT_OURS
+            with outbox.turn() as is_ours:
+                if is_ours and (kept := outbox.first()) is not None:
+                    self._await_turn()
+                    fault = self._try(kept.text)
+                    if fault is None or fault.is_final:
+                        outbox.remove(kept)
+                        self._count(fault, kept.text)
+            if fault is None or fault.is_final:
+                delay = self._arguments["retry_delay"]
+                continue
+            if self._last_words_said():
+                return
+            self._pause(delay if fault.after is None else fault.after)
+            delay = min(2 * delay, _LONGEST_DELAY)
+
+    def _await_turn(self) -> None:
+        """Wait until a message may leave."""
         burst, interval = self._arguments["burst"], self._arguments["interval"]
         self._pause(self._full_at - (burst - 1) * interval - monotonic())
         self._full_at = max(self._full_at, monotonic()) + interval
-        fault = self._try(text)
-        if fault:
-            self._log(logging.WARNING, "failed", "a message was not delivered (%s): %s", fault, text)
+
+    def _count(self, fault: _Fault | None, text: str) -> None:
+        if fault is not None:
+            self._log(logging.WARNING, "failed", "a message was not delivered (%s): %s", fault.why, text)
         with self._changed:
-            self._counts["failed" if fault else "sent"] += 1
+            self._counts["sent" if fault is None else "failed"] += 1
+
+    def _last_words_said(self) -> bool:
+        """Whether the notifier is closed and had its tries since, which are without pauses."""
+        self._tries_at_end += self._closed
+        return self._tries_at_end > _TRIES_AT_END
 
     def _pause(self, seconds: float) -> None:
         """Let time pass, unless the notifier is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed, seconds)
 
-    def _try(self, text: str) -> str | None:
-        """Try to deliver a message, as often as allowed; return what went wrong, without the URL."""
-        delay, fault = self._arguments["retry_delay"], ""
-        for left in reversed(range(self._arguments["max_tries"])):
-            after = None
-            try:
-                answer = self._post(text)
-                if answer.status_code == HTTPStatus.OK:
-                    return None
-                fault = f"HTTP status {answer.status_code}"
-                if HTTPStatus.TOO_MANY_REQUESTS != answer.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
-                    return fault
-                after = _seconds(answer.headers.get("Retry-After"))
-            except OSError as error:  # no connection, no answer in time
-                reason = getattr(error, "reason", error)
-                fault = getattr(reason, "strerror", None) or type(reason).__name__
-            except Exception as error:  # its text may have the URL in it
-                fault = type(error).__name__
-            if left:
-                self._pause(delay if after is None else after)
-            delay *= 2
+    def _try(self, text: str) -> _Fault | None:
+        """Try once to deliver a message; return what went wrong, without the URL."""
+        fault = None
+        try:
+            answer = self._post(text)
+            status = answer.status_code
+            if status != HTTPStatus.OK:
+                # The rest of 4xx, such as a webhook that was revoked, a person can mend while the outbox waits.
+                lasts = HTTPStatus.TOO_MANY_REQUESTS != status < HTTPStatus.INTERNAL_SERVER_ERROR
+                is_final = lasts and (self._outbox is None or status in _ITS_OWN_FAULT)
+                fault = _Fault(f"HTTP status {status}", _seconds(answer.headers.get("Retry-After")), is_final)
+        except OSError as error:  # no connection, no answer in time
+            reason = getattr(error, "reason", error)
+            fault = _Fault(getattr(reason, "strerror", None) or type(reason).__name__)
+        except Exception as error:  # its text may have the URL in it
+            fault = _Fault(type(error).__name__)
+        with self._changed:
+            if fault is None or fault.is_final:
+                self._fault = None
+            else:
+                self._fault = fault.why, now_ms() if self._fault is None else self._fault[1]
         return fault
 
     def _post(self, text: str) -> WebhookResponse:

@@ -23,7 +23,13 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, Self
 
 from shmelim.channel.address import Location, describe
 from shmelim.errors import CallerFaultError, KeyFileError, ShmelimError, UnknownMethodError
-from shmelim.notify.problems import Notifier, ProblemMessages, take_over
+from shmelim.notify.problems import (
+    UNDELIVERED,
+    Notifier,
+    ProblemMessages,
+    report_undelivered,
+    take_over,
+)
 from shmelim.service.process import disown
 from shmelim.service.settings import ServiceSettings, server_title
 from shmelim.system import forks
@@ -217,6 +223,8 @@ class Health(ABC):
         try:
             if self._last_ms is None or not 0 <= now_ms - self._last_ms < interval_ms:
                 self._last_ms = now_ms
+                self._messages.send_again()
+                report_undelivered(self.problems, self._messages)
                 self._asked = self.page.server
                 # The owner knows of a dead server; for a copy, another owner's may be at the address.
                 if self.is_makers and self.location is not None and not self._asked.is_running():
@@ -345,7 +353,7 @@ class Health(ABC):
     def _hear(self, change: Change, problem: Problem) -> None:
         """Pass a change of this process' problems on."""
         if problem.name != _DOWN:
-            if change == "raised":
+            if change == "raised" and problem.name != UNDELIVERED:
                 self._messages.send(f"{self.name}: {problem.text}", "warning")
         elif change == "cleared":
             self._say_recovered()

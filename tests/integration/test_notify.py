@@ -17,6 +17,7 @@ import weakref
 
 import pytest
 from ledger import Clock, Ledger, held_elsewhere, kill
+from reference_validator.managed import Managed
 from waiting import PATIENCE, until
 
 from shmelim.notify import SlackNotifier
@@ -451,3 +452,152 @@ def test_no_outage_of_a_service_is_held_back_as_a_repetition(slack, make, tmp_pa
     assert notifier.flush(PATIENCE)
     assert notifier.stats()["held_back"] == 0
     assert [text.split()[0] for text in slack.accepted] == ["❌", "✅"] * 3
+
+
+# ---------------------------------------------------------------------- the outbox
+
+
+DOWN = (503, {})
+
+KILLED = """
+import os, signal, sys
+from shmelim.notify import SlackNotifier
+notifier = SlackNotifier(sys.argv[1], outbox=sys.argv[2])
+for number in range(3):
+    assert notifier.send_message(f"alert {number}", level="error")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_had_to_say_is_delivered_by_the_next_in_order(slack, make, tmp_path):
+    nobody = f"http://127.0.0.1:{free_port()}/services/{SECRET}"
+    command = [sys.executable, "-c", KILLED, nobody, str(tmp_path / "outbox")]
+    assert subprocess.run(command, timeout=PATIENCE, check=False).returncode == -signal.SIGKILL
+    notifier = make(outbox=tmp_path / "outbox")
+    assert notifier.send_message("alert 3", level="error")
+    assert notifier.flush(PATIENCE)
+    assert slack.accepted == [f"❌ alert {number}" for number in range(4)]
+    assert list((tmp_path / "outbox").glob("*.msg")) == []
+
+
+def test_a_message_is_tried_until_it_is_delivered_and_meanwhile_that_is_said(slack, make, tmp_path):
+    slack.answers = [DOWN] * 12
+    notifier = make(outbox=tmp_path / "outbox", retry_delay=0.0)
+    began = time.time_ns() // 1_000_000
+    slack.answers.insert(6, lambda _: (slack.go_on.wait(PATIENCE), DOWN)[1])
+    notifier.send_message("first")
+    notifier.send_message("second")
+    until(lambda: len(slack.texts) == 7)
+    waiting, since_ms, why = notifier.undelivered()
+    assert (waiting, why) == (2, "HTTP status 503")
+    assert began <= since_ms <= time.time_ns() // 1_000_000
+    slack.go_on.set()
+    assert notifier.flush(PATIENCE)
+    assert slack.accepted == ["\u2139\ufe0f first", "\u2139\ufe0f second"]
+    assert notifier.undelivered() is None
+    assert notifier.stats() == {"sent": 2, "held_back": 0, "dropped": 0, "failed": 0, "queued": 0}
+
+
+def test_without_an_outbox_a_message_is_tried_until_it_is_delivered_too(slack, make):
+    slack.answers = [DOWN] * 12
+    notifier = make(retry_delay=0.0)
+    notifier.send_message("first")
+    assert notifier.flush(PATIENCE)
+    assert slack.accepted == ["\u2139\ufe0f first"]
+
+
+def test_what_waits_in_an_outbox_is_bounded_private_and_whole(slack, make, tmp_path):
+    slack.answers = [slack.hang] * 2
+    notifier = make(outbox=tmp_path / "outbox", max_queued=2)
+    assert [notifier.send_message(text) for text in ("one", "two\nlines", "three")] == [True, True, False]
+    assert notifier.stats()["dropped"] == 1
+    files = list((tmp_path / "outbox").iterdir())
+    assert (tmp_path / "outbox").stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    assert SECRET not in "".join(path.read_text() for path in files)
+
+
+def test_a_webhook_that_was_revoked_is_waited_for_and_a_message_that_slack_refuses_is_not(slack, make, tmp_path):
+    slack.answers = [(404, {}), (410, {}), (400, {})]
+    notifier = make(outbox=tmp_path / "outbox", retry_delay=0.0)
+    notifier.send_message("odd")
+    notifier.send_message("good")
+    assert notifier.flush(PATIENCE)
+    assert slack.accepted == ["\u2139\ufe0f good"]
+    assert notifier.stats()["failed"] == 1
+
+
+def test_several_processes_share_an_outbox_and_each_message_leaves_once(slack, make, tmp_path):
+    notifier = make(outbox=tmp_path / "outbox", exit_timeout=PATIENCE)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=send_many, args=(notifier, name)) for name in "abc"]
+    for process in processes:
+        process.start()
+    send_many(notifier, "d")
+    for process in processes:
+        process.join(PATIENCE)
+        assert process.exitcode == 0
+    assert notifier.flush(PATIENCE)
+    assert sorted(slack.accepted) == sorted(
+        f"\u2139\ufe0f {name}{number}" for name in "abcd" for number in range(5)
+    )
+    for name in "abcd":
+        mine = [text for text in slack.accepted if name in text]
+        assert mine == sorted(mine)
+
+
+def send_many(notifier, name):
+    for number in range(5):
+        assert notifier.send_message(f"{name}{number}")
+
+
+def test_an_outbox_that_cannot_be_used_costs_no_message(slack, make, tmp_path):
+    notifier = make(outbox=tmp_path / "outbox")
+    (tmp_path / "outbox").rmdir()
+    assert notifier.send_message("hello")
+    assert notifier.flush(PATIENCE)
+    assert slack.accepted == ["\u2139\ufe0f hello"]
+
+
+def undelivered_in(managed):
+    problems = managed.manager._server_proxy.health_check_rpc()["problems"]
+    return [problem for problem in problems if problem["name"] == "alerts_undelivered"]
+
+
+def test_a_validator_whose_slack_is_away_says_so_in_its_health_and_tells_after_its_restart(slack, make, tmp_path):
+    refused = threading.Event()
+
+    def down(_handler):
+        refused.set()
+        return DOWN
+
+    slack.answers = [down] * 1000
+    with Managed("direct", "unused", tmp_path) as managed:
+        managed.manager.slack_notifier = make(outbox=tmp_path / "outbox")
+        managed.validator.register("a")
+        managed.validator.lose("a", 0.2)
+        managed.validator.faults.fail("slash")
+        managed.tick()
+        assert refused.wait(PATIENCE)
+        until(managed.manager.slack_notifier.undelivered)
+        managed.tick()
+        [problem] = undelivered_in(managed)
+        assert problem["since_ms"] > 0
+        assert problem["remedy"]
+        assert "HTTP status 503" in problem["text"]
+        managed.manager.slack_notifier.close(PATIENCE)
+        slack.answers = []
+        managed.restart()
+        managed.manager.slack_notifier = notifier = make(outbox=tmp_path / "outbox")
+        assert notifier.flush(PATIENCE)
+        assert "nobody knows whether it was made" in slack.accepted[0]
+        managed.tick()
+        assert undelivered_in(managed) == []
+
+
+def test_a_manager_gives_its_notifier_an_outbox_in_its_state_directory(slack, make, managers, tmp_path):
+    slack.answers = [DOWN] * 1000
+    notifier = make()
+    managers(running_unit_tests=True, state_dir=tmp_path / "state", slack_notifier=notifier)
+    assert notifier.send_message("hello")
+    assert len(list((tmp_path / "state" / "alerts").glob("*.msg"))) == 1

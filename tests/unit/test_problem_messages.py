@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from shmelim.notify.problems import ProblemMessages, take_over
+from shmelim.notify.problems import ProblemMessages, report_undelivered, take_over
 from shmelim.system.problems import Problems
 
 
@@ -72,6 +72,32 @@ def test_what_was_refused_is_sent_again_while_it_stands(problems, messages, noti
     messages.send_again()
     messages.send_again()
     assert sorted(notifier.taken) == [("error", "it waits"), ("error", "no room")]
+
+
+def test_what_comes_after_a_message_that_was_refused_waits_behind_it(problems, messages, notifier):
+    notifier.refusal = False
+    problems.report("full", "no room")
+    messages.send("slashes are held", "warning")
+    notifier.refusal = None
+    problems.report("slow", "it waits")
+    assert [text for _, text in notifier.taken] == ["no room", "slashes are held", "it waits"]
+
+
+def test_that_people_cannot_be_told_is_a_problem_of_which_they_are_not_told(
+    problems, messages, notifier, monkeypatch
+):
+    monkeypatch.setattr("shmelim.notify.problems.now_ms", lambda: 1000)
+    notifier.refusal = OSError("no")
+    problems.report("full", "no room")
+    report_undelivered(problems, messages)
+    [_, problem] = problems.standing()
+    assert (problem.name, problem.since_ms) == ("alerts_undelivered", 1000)
+    assert problem.remedy
+    notifier.refusal = None
+    messages.send_again()
+    report_undelivered(problems, messages)
+    assert not problems.stands("alerts_undelivered")
+    assert [text for _, text in notifier.taken] == ["no room"]
 
 
 def test_of_a_problem_that_nobody_heard_of_the_end_is_not_told_either(problems, messages, notifier):

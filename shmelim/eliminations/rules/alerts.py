@@ -51,6 +51,11 @@ class Alerts(Problems):
             _limited(logging.WARNING, "slack", "Slack is told later: %s", error)
             return False
 
+    def undelivered(self) -> object:
+        """Return what Slack has taken and not delivered, if it can say that."""
+        asked = getattr(self._collaborators.slack_notifier, "undelivered", None)
+        return asked() if callable(asked) else None
+
     def failed(self, kind: str, whom: str, text: str, error: BaseException | None = None) -> None:
         """Report a failure: to the log each time, to Slack the first time since it last went well."""
         text = _in_one_line(text if error is None else f"{text}: {named(error)}")

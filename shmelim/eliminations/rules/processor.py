@@ -30,6 +30,7 @@ from shmelim.eliminations.rules.slashing import Slashing, checked_share
 from shmelim.eliminations.rules.tick import Context, Found, Tick
 from shmelim.eliminations.rules.zombies import zombies
 from shmelim.errors import NoCollaboratorsError
+from shmelim.notify.problems import report_undelivered
 from shmelim.system.logs import LimitedLog
 
 P = ParamSpec("P")
@@ -131,6 +132,7 @@ class EliminationProcessor:
             self._glance()
             return True
         alerts.messages.send_again()
+        report_undelivered(alerts, alerts.messages)
         tick = context.begin(position_locks, iteration_epoch)
         well = True
         for name, step in self._steps.items():
