@@ -13,6 +13,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -41,6 +42,9 @@ _ROWS: Final = 200  # in a page of the table
 _EVENTS: Final = 200  # of one miner's history
 _MOST_LISTENING: Final = 16  # each has a connection to the server
 _MOST_TOLD: Final = 100  # of the events of one publish; the page shows no more
+_PROBLEMS: Final = 100
+_FIELDS: Final = 100  # of a record
+_SHORT: Final = 500  # characters of what strangers chose; a record may have a million
 _MOST_BODY: Final = 10_000  # bytes of a form
 _RETRY: Final = 2.0  # seconds between two tries to reach a server that is away
 _SORTS: Final = {"hotkey": "hotkey", "reason": "reason", "time": "elimination_initiated_time_ms"}
@@ -133,7 +137,7 @@ class _Page:
         self._ending = asyncio.Event()
         loader = PackageLoader("shmelim.watch", "page")
         self._templates = Environment(loader=loader, autoescape=select_autoescape(default=True), trim_blocks=True)
-        self._templates.filters["moment"] = utc_text
+        self._templates.filters |= {"moment": utc_text, "short": _text}
 
     @asynccontextmanager
     async def living(self, _app: Starlette) -> AsyncIterator[None]:
@@ -162,9 +166,16 @@ class _Page:
         pages = max(1, -(-len(found) // _ROWS))
         at = min(at, pages)
         return self._render(
-            "overview.html", seen=seen, rows=found[(at - 1) * _ROWS : at * _ROWS], found=len(found), page=at,
-            pages=pages, query=query, sort=sort,
-        )  # fmt: skip
+            "overview.html",
+            seen=seen,
+            problems=seen.problems[:_PROBLEMS],
+            rows=found[(at - 1) * _ROWS : at * _ROWS],
+            found=len(found),
+            page=at,
+            pages=pages,
+            query=query,
+            sort=sort,
+        )
 
     def _rows(self) -> asking.Rows:
         """Return all records, which all viewers share until something is published: the table may be large."""
@@ -195,10 +206,16 @@ class _Page:
         except (ShmelimError, ValueError, TimeoutError) as error:
             problem = str(error)
         return self._render(
-            "miner.html", 200 if status is not None else 404, hotkey=hotkey, record=record, hotkey_status=status,
-            problem=problem, debts=debts, slashes=slashes,
+            "miner.html",
+            200 if status is not None else 404,
+            hotkey=hotkey,
+            record=record and dict(islice(record.items(), _FIELDS)),
+            hotkey_status=status,
+            problem=problem,
+            debts=debts,
+            slashes=slashes,
             history=[(event, _differences(event)) for event in history],
-        )  # fmt: skip
+        )
 
     async def health(self, _request: Request) -> Response:
         """Return status and problems; 503 where the name is failing, or nobody serves it."""
@@ -295,12 +312,13 @@ class _Page:
 def _differences(event: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return the fields that an event changed, each with its old and its new value as text."""
     old, new = event["old"] or {}, event["new"] or {}
-    fields = dict.fromkeys([*old, *new])
-    return [(field, _text(old, field), _text(new, field)) for field in fields if old.get(field) != new.get(field)]
+    fields = (field for field in dict.fromkeys([*old, *new]) if old.get(field) != new.get(field))
+    return [(_text(field), _text(old.get(field)), _text(new.get(field))) for field in islice(fields, _FIELDS)]
 
 
-def _text(record: Mapping[str, Any], field: str) -> str:
-    value = record.get(field)
+def _text(value: Any) -> str:
+    """Return any value as it is shown, with an end that says so where it is long."""
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _SHORT else f"{text[:_SHORT]}… ({len(text):,} characters)"

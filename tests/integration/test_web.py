@@ -80,6 +80,21 @@ def test_what_a_stranger_chose_is_text_wherever_it_stands(page, client):
         assert set(re.findall(r"<script[^>]*>", text)) == {'<script src="/page/follow.js" defer>'}
 
 
+def test_the_page_stays_small_however_much_strangers_wrote(page, client):
+    long = "x" * 500_000
+    for stamp in range(3):
+        record = row("a", stamp) | {"reason": long, "note": long[stamp:]} | {f"f{n}": n for n in range(5000)}
+        client.add_elimination("a", record)
+    problem = {"name": "positions", "severity": "degraded", "text": long[:5000], "remedy": None, "since_ms": 1}
+    problems = [problem | {"subject": str(number)} for number in range(200)]
+    client._call("report_processing_rpc", (1_700_000_000_000, 300_000, problems))
+    for path in ("/", "/miner?hotkey=a"):
+        text = page.get(path).text
+        assert "(500,000 characters)" in text
+        assert len(text) < 100_000
+    assert "and 100 more" in page.get("/").text
+
+
 def test_browsers_are_told_to_run_and_load_nothing_else(page):
     for path in ("/", "/miner?hotkey=a", "/healthz", "/page/follow.js", "/nowhere"):
         policy = page.get(path).headers["content-security-policy"]
