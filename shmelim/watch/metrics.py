@@ -97,14 +97,16 @@ class ShmelimCollector(Collector):
         yield self._gauge("store_bytes", "Bytes of the store.", server["store_bytes"])
         yield self._counter("commits", "Commits since the server's start.", server["commits"])
         yield self._counter("changes", "Changes since the server's start.", server["changes"])
-        published = server["published_ms"] / 1000
-        yield self._gauge("last_publish_timestamp_seconds", "When the table changed last, since 1970.", published)
+        # A server of an older release, which still runs after an upgrade, says less.
+        if (published := server.get("published_ms")) is not None:
+            about = "When the table changed last, since 1970."
+            yield self._gauge("last_publish_timestamp_seconds", about, published / 1000)
         behind = any(problem["name"] == "files_behind" for problem in seen.problems)
         yield self._gauge("files_behind", "Whether the JSON files cannot be written.", behind)
-        if server["debts_by_state"] is not None:
+        if (by_state := server.get("debts_by_state")) is not None:
             debts = GaugeMetricFamily("shmelim_debts", "What eliminations still owe.", labels=["name", "state"])
             for state in (OWED, ATTEMPTING, IN_DOUBT):
-                debts.add_metric([self._name, state], server["debts_by_state"].get(state, 0))
+                debts.add_metric([self._name, state], by_state.get(state, 0))
             yield debts
         if server.get("tick_age_s") is not None:
             yield self._gauge("tick_age_seconds", "Since the last whole tick.", server["tick_age_s"])

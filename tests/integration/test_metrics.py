@@ -108,6 +108,16 @@ def test_of_debts_by_state_and_of_the_last_publish(served):
         until(publish)
 
 
+def test_a_server_of_an_older_release_says_less_and_what_it_says_is_shown(served, monkeypatch):
+    seen = seeing.see(served.name)
+    older = {key: value for key, value in seen.server.items() if key not in {"published_ms", "debts_by_state"}}
+    monkeypatch.setattr("shmelim.watch.metrics.see", lambda *_: seen._replace(server=older))
+    found = samples(text_of(served.name).decode())
+    assert found["shmelim_commits_total",] == older["commits"]
+    assert ("shmelim_last_publish_timestamp_seconds",) not in found
+    assert ("shmelim_debts", "owed") not in found
+
+
 def test_the_package_that_looked_is_named(served):
     found = samples(text_of(served.name).decode())
     assert found["shmelim_info", READ_PATH, __version__] == 1

@@ -77,8 +77,8 @@ class State:
 
     Belongs to the process that made it. With ``threaded`` it has a thread of its own, until it is closed.
     ``origin`` tells who asks for the change that a thread makes. ``published`` is called after each publish, still
-    before the callers go on. ``commits`` and ``changes`` count; ``published_ms`` is
-    when the table changed last, or was taken over as it was, in ms since 1970 (UTC).
+    before the callers go on. ``commits`` and ``changes`` count; ``published_ms`` is when the
+    table changed last, or was taken over as it was, in ms since 1970 (UTC).
     """
 
     def __init__(
