@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,38 +22,11 @@ from shmelim.cli.options import (
 )
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.debts.states import OWED, SLASH
-from shmelim.eliminations.runtime import state_directory_of
-from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError, StoreError
 from shmelim.system.clock import utc_text
+from shmelim.watch import asking
 
-Rows = list[dict[str, Any]]
-
-_PAGE: Final = 200
 _UNCHANGED: Final = "nothing was changed"
-
-
-def _ask(
-    name: str, server: Callable[[EliminationClient], Rows], store: Callable[[Store], Rows]
-) -> tuple[Rows, str]:
-    """Return the rows that the server or the store has, and who answered: "server" or "store".
-
-    The store is that of the last server of the name, or else the one that the name has by default; nothing is
-    changed there. Where there is none either, what the server's absence raised is raised.
-    """
-    try:
-        with EliminationClient(name) as client:
-            return server(client), "server"
-    except (NotServingError, KeyFileError) as error:
-        directory = state_directory_of(name)
-        try:
-            with Store.read_only(directory) as opened:
-                return store(opened), "store"
-        except StoreError as damaged:
-            if (directory / FILE_NAME).exists():
-                raise
-            raise error from damaged
 
 
 @command
@@ -74,39 +47,16 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
       shmelim history 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
       shmelim history --limit 1000 --json
     """
-
-    def stored(store: Store) -> Rows:
-        return [event.as_dict() for event in store.events(hotkey, limit)]
-
     if state_dir is not None:
         with Store.read_only(state_dir) as store:
-            events, source = stored(store), "store"
+            found, source = [event.as_dict() for event in store.events(hotkey, limit)], "store"
     else:
-        events, source = _ask(settings.name, lambda client: _pages(client, hotkey, limit), stored)
+        found, source = asking.events(settings.name, hotkey, limit)
     settings.table(
-        {"source": source, "events": events},
+        {"source": source, "events": found},
         ("when (UTC)", "action", "hotkey", "by", "change"),
-        ((utc_text(it["at_ms"]), it["action"], it["hotkey"], who(it), change(it)) for it in events),
+        ((utc_text(it["at_ms"]), it["action"], it["hotkey"], who(it), change(it)) for it in found),
     )
-
-
-def _pages(client: EliminationClient, hotkey: str | None, limit: int) -> Rows:
-    """Ask the server in pages, each of which fits into a message."""
-    events: Rows = []
-    page = _PAGE
-    while len(events) < limit:
-        wanted = min(page, limit - len(events))
-        try:
-            found = client.get_history(hotkey, wanted, events[-1]["id"] if events else None)
-        except MessageTooLargeError:
-            if page == 1:
-                raise
-            page = max(1, page // 4)
-            continue
-        events += found
-        if len(found) < wanted:
-            break
-    return events
 
 
 def who(event: Mapping[str, Any]) -> str:
@@ -155,11 +105,7 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
       shmelim debts
       shmelim debts --json | jq '.debts[] | select(.state == "in_doubt")'
     """
-    found, source = _ask(
-        settings.name,
-        lambda client: client.get_debts(hotkey),
-        lambda store: [debt.as_dict() for debt in store.debts(hotkey)],
-    )
+    found, source = asking.debts(settings.name, hotkey)
     columns = {"hotkey": "hotkey", "kind": "owes", "rule": "rule", "state": "state", "due": "due"}
     columns |= {"share": "share", "since_ms": "since (UTC)"}
     settings.rows({"source": source}, "debts", found, columns | {"attempts": "failures", "error": "last error"})
@@ -214,11 +160,7 @@ def list_(settings: Settings, *, hotkey: str | None) -> None:
       shmelim slash list
       shmelim slash list 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --json
     """
-    found, source = _ask(
-        settings.name,
-        lambda client: client.get_slashes(hotkey),
-        lambda store: [slash._asdict() for slash in store.slashes(hotkey)],
-    )
+    found, source = asking.slashes(settings.name, hotkey)
     columns = {"hotkey": "hotkey", "rule": "rule", "registration": "registration", "outcome": "outcome"}
     columns |= {"made_ms": "made (UTC)", "eliminated_ms": "eliminated (UTC)", "by": "by", "share": "share"}
     settings.rows({"source": source}, "slashes", found, columns)

@@ -440,6 +440,7 @@ class EliminationManagerServer(DebtMethods):
             "store_bytes": size,
             "commits": self._state.commits,
             "changes": self._state.changes,
+            "published_ms": self._state.published_ms,
             "generation": table.generation,
             "sequence": table.version,
             "segment_bytes": table.segment_size,

@@ -6,6 +6,7 @@ for what is text.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Final, TypeAlias
 
@@ -13,6 +14,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
+from shmelim import __version__
+from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT, OWED
 from shmelim.shm import READ_PATH
 from shmelim.system import clock
 from shmelim.watch.seeing import Seen, see
@@ -54,12 +57,15 @@ class ShmelimCollector(Collector):
         for each in _STATUSES:
             status.add_metric([self._name, each], float(each == seen.status))
         yield status
-        labels = ["name", "problem", "subject", "severity"]
-        problems = GaugeMetricFamily("shmelim_problem", "1 for each problem that stands.", labels=labels)
-        # One sample for each set of labels, whatever the texts are.
-        for key in dict.fromkeys((each["name"], each["subject"], each["severity"]) for each in seen.problems):
-            problems.add_metric([self._name, *key], 1)
+        # Whom they concern is no label: a series for each hotkey would never end.
+        labels = ["name", "problem", "severity"]
+        problems = GaugeMetricFamily("shmelim_problems", "How many problems of a kind stand.", labels=labels)
+        for key, count in Counter((each["name"], each["severity"]) for each in seen.problems).items():
+            problems.add_metric([self._name, *key], count)
         yield problems
+        about = InfoMetricFamily("shmelim", "The package that looked, and how it reads.", labels=["name"])
+        about.add_metric([self._name], {"version": __version__, "read_path": READ_PATH})
+        yield about
         yield from self._of_table(seen)
         yield from self._of_server(seen)
 
@@ -75,13 +81,12 @@ class ShmelimCollector(Collector):
         yield self._gauge("registered_hotkeys", "Hotkeys in the metagraph.", registered)
         yield self._gauge("table_entries", "Entries in the table.", table.entries)
         yield self._gauge("table_usable_entries", "Entries that fit before it grows.", table.capacity // 2)
+        yield self._gauge("table_load_ratio", "Entries by slots; at 0.5 it grows.", table.entries / table.capacity)
         yield self._gauge("table_records_bytes", "Bytes of the arena that are used.", table.arena_used)
+        yield self._gauge("table_arena_bytes", "Bytes of the arena, in each of two copies.", table.arena_size)
         yield self._gauge("table_segment_bytes", "Bytes of the data segment.", table.segment_size)
         yield self._gauge("version", "The version that is published; it only grows.", table.version)
         yield self._gauge("generation", "The number of the data segment.", table.generation)
-        about = InfoMetricFamily("shmelim_read_path", "How this process reads.", labels=["name"])
-        about.add_metric([self._name], {"path": READ_PATH})
-        yield about
 
     def _of_server(self, seen: Seen) -> Iterator[Metric]:
         server = seen.server
@@ -92,8 +97,17 @@ class ShmelimCollector(Collector):
         yield self._gauge("store_bytes", "Bytes of the store.", server["store_bytes"])
         yield self._counter("commits", "Commits since the server's start.", server["commits"])
         yield self._counter("changes", "Changes since the server's start.", server["changes"])
-        if server["num_debts"] is not None:
-            yield self._gauge("debts", "What eliminations still owe.", server["num_debts"])
+        # A server of an older release, which still runs after an upgrade, says less.
+        if (published := server.get("published_ms")) is not None:
+            about = "When the table changed last, since 1970."
+            yield self._gauge("last_publish_timestamp_seconds", about, published / 1000)
+        behind = any(problem["name"] == "files_behind" for problem in seen.problems)
+        yield self._gauge("files_behind", "Whether the JSON files cannot be written.", behind)
+        if (by_state := server.get("debts_by_state")) is not None:
+            debts = GaugeMetricFamily("shmelim_debts", "What eliminations still owe.", labels=["name", "state"])
+            for state in (OWED, ATTEMPTING, IN_DOUBT):
+                debts.add_metric([self._name, state], by_state.get(state, 0))
+            yield debts
         if server.get("tick_age_s") is not None:
             yield self._gauge("tick_age_seconds", "Since the last whole tick.", server["tick_age_s"])
 

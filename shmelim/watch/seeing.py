@@ -36,8 +36,10 @@ def see(name: str, owner: int | None = None) -> Seen:
     try:
         reader = EliminationReader(name, owner=owner)
         writer, table = reader.writer, reader.table
-    except (NotServingError, SegmentError) as error:
+    except NotServingError as error:
         return Seen("not served", [_problem("not_served", error)], None, None, None)
+    except SegmentError as error:
+        return Seen("failing", [_problem("table_unreadable", error)], None, None, None)
     if not writer.alive:
         state = f"process {writer.pid}, {writer.state}, has no heartbeat any more"
         found = NotServingError(f"nobody serves {name!r}: {state}", hint="start the server again")

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -33,11 +35,16 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import ShmelimError
 from shmelim.system.clock import utc_text
 from shmelim.system.containers import finite
+from shmelim.watch import asking
 from shmelim.watch.seeing import see
 
 _ROWS: Final = 200  # in a page of the table
 _EVENTS: Final = 200  # of one miner's history
-_MOST_LISTENING: Final = 64
+_MOST_LISTENING: Final = 16  # each has a connection to the server
+_MOST_TOLD: Final = 100  # of the events of one publish; the page shows no more
+_PROBLEMS: Final = 100
+_FIELDS: Final = 100  # of a record
+_SHORT: Final = 500  # characters of what strangers chose; a record may have a million
 _MOST_BODY: Final = 10_000  # bytes of a form
 _RETRY: Final = 2.0  # seconds between two tries to reach a server that is away
 _SORTS: Final = {"hotkey": "hotkey", "reason": "reason", "time": "elimination_initiated_time_ms"}
@@ -103,6 +110,20 @@ class _Headers:
         await self._app(scope, receive, with_headers)
 
 
+class _Listening(StreamingResponse):
+    """A stream of events that says when its listener is gone, also if it never began."""
+
+    def __init__(self, events: AsyncIterator[str], leave: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
+
+
 class _Page:
     """The answers; each looks anew, and what waits for the server does so in a thread."""
 
@@ -111,10 +132,12 @@ class _Page:
         self._token = token
         self._owner = owner
         self._listening = 0
+        self._decoding = threading.Lock()  # one thread decodes, and guards what it made
+        self._decoded: tuple[int, asking.Rows] = (-1, [])
         self._ending = asyncio.Event()
         loader = PackageLoader("shmelim.watch", "page")
         self._templates = Environment(loader=loader, autoescape=select_autoescape(default=True), trim_blocks=True)
-        self._templates.filters["moment"] = utc_text
+        self._templates.filters |= {"moment": utc_text, "short": _text}
 
     @asynccontextmanager
     async def living(self, _app: Starlette) -> AsyncIterator[None]:
@@ -137,17 +160,31 @@ class _Page:
 
     def _overview(self, query: str, sort: str, at: int) -> Response:
         seen = see(self._name, self._owner)
-        rows: list[dict[str, Any]] = []
-        if seen.table is not None:
-            rows = list(EliminationReader(self._name, owner=self._owner).get_eliminations_from_memory())
+        rows = [] if seen.table is None else self._rows()
         found = [row for row in rows if query.lower() in f"{row['hotkey']} {row['reason']}".lower()]
         found.sort(key=lambda row: str(row[_SORTS[sort]]) if sort != "time" else -row[_SORTS[sort]])
         pages = max(1, -(-len(found) // _ROWS))
         at = min(at, pages)
         return self._render(
-            "overview.html", seen=seen, rows=found[(at - 1) * _ROWS : at * _ROWS], found=len(found), page=at,
-            pages=pages, query=query, sort=sort,
-        )  # fmt: skip
+            "overview.html",
+            seen=seen,
+            problems=seen.problems[:_PROBLEMS],
+            rows=found[(at - 1) * _ROWS : at * _ROWS],
+            found=len(found),
+            page=at,
+            pages=pages,
+            query=query,
+            sort=sort,
+        )
+
+    def _rows(self) -> asking.Rows:
+        """Return all records, which all viewers share until something is published: the table may be large."""
+        reader = EliminationReader(self._name, owner=self._owner)
+        with self._decoding:
+            # A version never comes again, whatever is replaced.
+            if (version := reader.version) != self._decoded[0]:
+                self._decoded = version, reader.get_eliminations_from_memory()
+            return self._decoded[1]
 
     async def miner(self, request: Request) -> Response:
         """Return all that is known of one hotkey."""
@@ -155,22 +192,30 @@ class _Page:
 
     def _miner(self, hotkey: str) -> Response:
         problem, record, status = None, None, None
-        history: list[dict[str, Any]] = []
-        debts: list[dict[str, Any]] = []
-        slashes: list[dict[str, Any]] = []
+        history: asking.Rows = []
+        debts: asking.Rows = []
+        slashes: asking.Rows = []
         try:
             reader = EliminationReader(self._name, owner=self._owner)
             record, status = reader.get_elimination(hotkey), reader.status(hotkey)
-            with EliminationClient(self._name) as client:
-                history = client.get_history(hotkey, _EVENTS)
-                debts, slashes = client.get_debts(hotkey), client.get_slashes(hotkey)
+            history, source = asking.events(self._name, hotkey, _EVENTS)
+            if source == "store":
+                problem = "the server cannot be asked: history, debts and slashes are those of the store"
+            debts, _ = asking.debts(self._name, hotkey)
+            slashes, _ = asking.slashes(self._name, hotkey)
         except (ShmelimError, ValueError, TimeoutError) as error:
             problem = str(error)
         return self._render(
-            "miner.html", 200 if status is not None else 404, hotkey=hotkey, record=record, hotkey_status=status,
-            problem=problem, debts=debts, slashes=slashes,
+            "miner.html",
+            200 if status is not None else 404,
+            hotkey=hotkey,
+            record=record and dict(islice(record.items(), _FIELDS)),
+            hotkey_status=status,
+            problem=problem,
+            debts=debts,
+            slashes=slashes,
             history=[(event, _differences(event)) for event in history],
-        )  # fmt: skip
+        )
 
     async def health(self, _request: Request) -> Response:
         """Return status and problems; 503 where the name is failing, or nobody serves it."""
@@ -190,24 +235,24 @@ class _Page:
         """Return changes as they come, as server-sent events, to a bounded number of listeners."""
         if self._listening >= _MOST_LISTENING:
             return PlainTextResponse("too many listen already", 503, {"Retry-After": "10"})
-        return StreamingResponse(self._stream(), media_type="text/event-stream")
+        self._listening += 1
+        return _Listening(self._stream(), self._leave)
+
+    def _leave(self) -> None:
+        self._listening -= 1
 
     async def _stream(self) -> AsyncIterator[str]:
-        self._listening += 1
-        try:
-            yield ": changes as they come\n\n"
-            while not self._ending.is_set():
-                try:
-                    client = await run_in_threadpool(EliminationClient, self._name)
-                    async with AsyncEliminationClient(client) as eliminations:
-                        async for line in self._follow(eliminations):
-                            yield line
-                except (ShmelimError, TimeoutError):
-                    # It is away, or was started anew: the page is to be looked at again.
-                    yield "event: look\ndata: {}\n\n"
-                    await asyncio.sleep(_RETRY)
-        finally:
-            self._listening -= 1
+        yield ": changes as they come\n\n"
+        while not self._ending.is_set():
+            try:
+                client = await run_in_threadpool(EliminationClient, self._name)
+                async with AsyncEliminationClient(client) as eliminations:
+                    async for line in self._follow(eliminations):
+                        yield line
+            except (ShmelimError, TimeoutError):
+                # It is away, or was started anew: the page is to be looked at again.
+                yield "event: look\ndata: {}\n\n"
+                await asyncio.sleep(_RETRY)
 
     async def _follow(self, eliminations: AsyncEliminationClient) -> AsyncIterator[str]:
         seen = eliminations.client.version
@@ -218,7 +263,7 @@ class _Page:
                 continue
             found = await eliminations.changes(seen)
             seen = found["version"]
-            for event in found["events"]:
+            for event in found["events"][-_MOST_TOLD:]:
                 shown = {key: event[key] for key in ("action", "hotkey", "program")}
                 shown["at"] = utc_text(event["at_ms"])
                 yield f"data: {json.dumps(finite(shown))}\n\n"
@@ -267,12 +312,13 @@ class _Page:
 def _differences(event: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return the fields that an event changed, each with its old and its new value as text."""
     old, new = event["old"] or {}, event["new"] or {}
-    fields = dict.fromkeys([*old, *new])
-    return [(field, _text(old, field), _text(new, field)) for field in fields if old.get(field) != new.get(field)]
+    fields = (field for field in dict.fromkeys([*old, *new]) if old.get(field) != new.get(field))
+    return [(_text(field), _text(old.get(field)), _text(new.get(field))) for field in islice(fields, _FIELDS)]
 
 
-def _text(record: Mapping[str, Any], field: str) -> str:
-    value = record.get(field)
+def _text(value: Any) -> str:
+    """Return any value as it is shown, with an end that says so where it is long."""
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _SHORT else f"{text[:_SHORT]}… ({len(text):,} characters)"

@@ -5,13 +5,27 @@ import re
 import shutil
 import subprocess
 import sys
+from urllib.parse import quote
 
+import httpx
 import pytest
 from serving import row
+from waiting import until
 
 from shmelim import EliminationReason
 
 HOSTILE = "<script>document.title='injected'</script>"
+QUOTES = "\" onmouseover=\"document.title='injected'\" x='"
+UNBROKEN = "W" * 255
+# The page may run no script but its own; a copy of it, with its style, measures itself.
+MEASURE = """<script>
+const lines = [...document.querySelectorAll("time, thead th")].map((each) => {
+  const range = document.createRange();
+  range.selectNodeContents(each);
+  return new Set([...range.getClientRects()].map((box) => box.top)).size;
+});
+document.title = `${document.documentElement.scrollWidth - innerWidth} ${Math.max(0, ...lines)}`;
+</script>"""
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 pytestmark = pytest.mark.browser
@@ -38,14 +52,15 @@ def browse(tmp_path):
 
 @pytest.fixture
 def page(serve):
-    """The address of the page of a server with 5,000 eliminations, of which one was chosen by a stranger."""
+    """The address of the page of a server with 5,000 eliminations, and three that a stranger chose."""
     served = serve()
     reasons = list(EliminationReason.__members__)
     rows = [row(f"5Miner{number:042}", number, reason=reasons[number % len(reasons)]) for number in range(5000)]
     with served.client() as client:
-        client.sync_eliminations([*rows, row(HOSTILE, 6000, reason=HOSTILE)])
-        client.sync_eliminations([*rows[:3000], row(HOSTILE, 6000, reason=HOSTILE)])
-        client.sync_eliminations([*rows, row(HOSTILE, 6000, reason=HOSTILE)])
+        strangers = [row(text, 6000, reason=text) for text in (HOSTILE, QUOTES, UNBROKEN)]
+        client.sync_eliminations([*rows, *strangers])
+        client.sync_eliminations([*rows[:3000], *strangers])
+        client.sync_eliminations([*rows, *strangers])
     command = [sys.executable, "-m", "shmelim", "web", "--name", served.name, "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         yield served, re.search(r"http://\S+", process.stderr.readline()).group()
@@ -54,11 +69,24 @@ def page(serve):
 
 def test_what_strangers_chose_runs_nowhere(browse, page):
     _, address = page
-    for path in ("", "?q=script", f"miner?hotkey={HOSTILE}"):
-        document = browse(address + path)
-        assert "<title>injected</title>" not in document
-        assert "&lt;script&gt;" in document
-    assert document.count("<script") == 1
+    for text, shown in ((HOSTILE, "&lt;script&gt;"), (QUOTES, "onmouseover=")):
+        for path in ("", f"?q={quote(text)}", f"miner?hotkey={quote(text)}"):
+            document = browse(address + path)
+            assert "<title>injected</title>" not in document
+            assert shown in document
+            assert document.count("<script") == 1
+            assert not re.search(r"<[^>]* onmouseover=", re.sub(r'"[^"]*"', '""', document))
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_strangers_long_text_is_not_wider_than_the_window_and_crushes_no_column(browse, page, tmp_path, width):
+    _, address = page
+    style = f"<style>{httpx.get(f'{address}page/style.css').text}</style>"
+    for path in ("", f"?q={UNBROKEN}", f"miner?hotkey={UNBROKEN}", f"miner?hotkey={quote(HOSTILE)}"):
+        copy = tmp_path / "copy.html"
+        copy.write_text(httpx.get(address + path, timeout=60).text + style + MEASURE)
+        beyond, lines = re.search(r"<title>(-?\d+) (\d+)</title>", browse(copy.as_uri(), width=width)).groups()
+        assert (int(beyond) <= 0, int(lines) <= 1) == (True, True), path
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -67,11 +95,13 @@ def test_the_page_fits_and_is_drawn(browse, page, tmp_path, width, dark):
     served, address = page
     if dark:
         served.kill()
+        until(lambda: httpx.get(f"{address}healthz").json()["status"] == "not served")
     picture = tmp_path / f"page-{width}-{'dark' if dark else 'light'}.png"
     browse(address, width=width, dark=dark, picture=picture)
     assert picture.stat().st_size > 10_000
     if where := os.environ.get("SHMELIM_PICTURES"):  # a directory, for people to look at them
         shutil.copy(picture, where)
     document = browse(address, width=width)
-    assert "5,001 eliminations" in document
+    assert ("problem failing" in document) is dark
+    assert "5,003 eliminations" in document
     assert document.count('class="reason"') == 200

@@ -1,16 +1,23 @@
 """Metrics for Prometheus: of a server that is well, has problems, is dead, or is not there."""
 
+import re
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from serving import row
 from waiting import until
 
+from shmelim import __version__
 from shmelim.cli.main import cli
+from shmelim.errors import CorruptSegmentError
+from shmelim.shm import READ_PATH
 from shmelim.watch import seeing
 from shmelim.watch.metrics import ShmelimCollector, text_of
 
@@ -75,20 +82,63 @@ def test_of_a_server_that_is_dead_and_of_one_that_is_not_there(served, new_name)
     served.kill()
     until(lambda: samples(text_of(served.name).decode())["shmelim_up",] == 0)
     found = samples(text_of(served.name).decode())
-    assert found["shmelim_problem", "not_served", "failing", ""] == 1
+    assert found["shmelim_problems", "not_served", "failing"] == 1
     assert found["shmelim_eliminated_hotkeys",] == 0, "the last state can be read"
     found = samples(text_of(new_name()).decode())
     assert found["shmelim_up",] == 0
     assert found["shmelim_status", "not served"] == 1
 
 
+def test_of_debts_by_state_and_of_the_last_publish(served):
+    with served.client() as client:
+        client._call("eliminate_rpc", ("a", row("a"), ["limit_orders", "slash"]))
+        client._call("eliminate_rpc", ("b", row("b"), ["positions"]))
+        client._call("begin_slash_rpc", ("a", "t"))
+        found = samples(text_of(served.name).decode())
+        assert [found["shmelim_debts", state] for state in ("owed", "attempting", "in_doubt")] == [2, 1, 0]
+        before = found["shmelim_last_publish_timestamp_seconds",]
+        assert before == client.health_check()["published_ms"] / 1000
+        assert found["shmelim_files_behind",] == 0
+        numbers = iter(range(10**9))
+
+        def publish():
+            client.add_elimination("c", row("c", next(numbers)))
+            return samples(text_of(served.name).decode())["shmelim_last_publish_timestamp_seconds",] > before
+
+        until(publish)
+
+
+def test_a_server_of_an_older_release_says_less_and_what_it_says_is_shown(served, monkeypatch):
+    seen = seeing.see(served.name)
+    older = {key: value for key, value in seen.server.items() if key not in {"published_ms", "debts_by_state"}}
+    monkeypatch.setattr("shmelim.watch.metrics.see", lambda *_: seen._replace(server=older))
+    found = samples(text_of(served.name).decode())
+    assert found["shmelim_commits_total",] == older["commits"]
+    assert ("shmelim_last_publish_timestamp_seconds",) not in found
+    assert ("shmelim_debts", "owed") not in found
+
+
+def test_the_package_that_looked_is_named(served):
+    found = samples(text_of(served.name).decode())
+    assert found["shmelim_info", READ_PATH, __version__] == 1
+
+
+def test_a_table_that_cannot_be_read_is_failing_and_never_not_served(served, monkeypatch):
+    def contradict(*_, **__):
+        raise CorruptSegmentError("bytes contradict each other")
+
+    monkeypatch.setattr(seeing, "EliminationReader", contradict)
+    found = samples(text_of(served.name).decode())
+    assert found["shmelim_status", "failing"] == found["shmelim_problems", "table_unreadable", "failing"] == 1
+
+
 def test_what_strangers_chose_makes_no_line_of_its_own(monkeypatch, new_name):
-    problem = {"name": HOSTILE, "subject": HOSTILE, "severity": "degraded"}
+    problem = {"name": HOSTILE, "severity": "degraded"}
     monkeypatch.setattr(
         "shmelim.watch.metrics.see", lambda *_: seeing.Seen("degraded", [problem, problem], None, None, None)
     )
     found = samples(text_of(new_name()).decode())
-    assert found["shmelim_problem", HOSTILE, "degraded", HOSTILE] == 1
+    assert found["shmelim_problems", HOSTILE, "degraded"] == 2
     assert found["shmelim_up",] == 0
 
 
@@ -120,3 +170,15 @@ def test_without_the_extra_it_says_what_to_install(new_name):
     assert done.returncode == 4
     assert "pip install 'shmelim[metrics]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_metrics_that_the_documents_alert_on_exist(served):
+    document = (Path(__file__).parents[2] / "docs" / "operations.md").read_text("utf-8")
+    section = document.partition("\n## Metrics\n")[2].partition("\n## ")[0]
+    rules = yaml.safe_load(textwrap.dedent(section[section.index("    groups:") :]))
+    expressions = " ".join(rule["expr"] for group in rules["groups"] for rule in group["rules"])
+    named = set(re.findall(r"shmelim_\w+", expressions))
+    assert len(named) == 5
+    with served.client() as client:
+        client._call("report_processing_rpc", (1_700_000_000_000, 300_000, []))
+    assert named - {name for name, *_ in samples(text_of(served.name).decode())} == {"shmelim_problems"}

@@ -1,5 +1,6 @@
 """The page of a name: what it shows, what it refuses, and that nothing a stranger chose becomes part of it."""
 
+import asyncio
 import html
 import json
 import re
@@ -79,6 +80,21 @@ def test_what_a_stranger_chose_is_text_wherever_it_stands(page, client):
         assert set(re.findall(r"<script[^>]*>", text)) == {'<script src="/page/follow.js" defer>'}
 
 
+def test_the_page_stays_small_however_much_strangers_wrote(page, client):
+    long = "x" * 500_000
+    for stamp in range(3):
+        record = row("a", stamp) | {"reason": long, "note": long[stamp:]} | {f"f{n}": n for n in range(5000)}
+        client.add_elimination("a", record)
+    problem = {"name": "positions", "severity": "degraded", "text": long[:5000], "remedy": None, "since_ms": 1}
+    problems = [problem | {"subject": str(number)} for number in range(200)]
+    client._call("report_processing_rpc", (1_700_000_000_000, 300_000, problems))
+    for path in ("/", "/miner?hotkey=a"):
+        text = page.get(path).text
+        assert "(500,000 characters)" in text
+        assert len(text) < 100_000
+    assert "and 100 more" in page.get("/").text
+
+
 def test_browsers_are_told_to_run_and_load_nothing_else(page):
     for path in ("/", "/miner?hotkey=a", "/healthz", "/page/follow.js", "/nowhere"):
         policy = page.get(path).headers["content-security-policy"]
@@ -138,12 +154,13 @@ def test_health_and_metrics(page, served):
 
 
 def test_a_dead_server_leaves_the_table_to_look_at(page, client, served):
-    client.add_elimination("a", row("a"))
+    client._call("eliminate_rpc", ("a", row("a"), ["positions"]))
     served.kill()
     until(lambda: "not_served" in page.get("/").text)
     assert '<td class="hotkey"><a href="/miner?hotkey=a">a</a>' in page.get("/").text
     text = page.get("/miner", params={"hotkey": "a"}).text
-    assert "ZOMBIE" in text
+    assert "<ins>ZOMBIE</ins>" in text, "the history, from the store"
+    assert "<li>owes positions" in text
     assert 'class="problem degraded"' in text
 
 
@@ -198,10 +215,50 @@ def test_changes_come_as_they_are_made_until_the_page_ends(running, client):
     assert running.wait(PATIENCE) is not None
 
 
-def test_listeners_are_bounded(served, monkeypatch):
-    monkeypatch.setattr(web, "_MOST_LISTENING", 0)
-    with TestClient(web.make_app(served.name), "http://localhost:8765") as page:
-        assert page.get("/events").status_code == 503
+async def listen(app, until_gone):
+    """Listen until told to go; return the status."""
+    statuses = []
+
+    async def send(message):
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    async def receive():
+        await until_gone.wait()
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": "GET", "path": "/events", "query_string": b"", "root_path": ""}
+    await app({**scope, "headers": [(b"host", b"localhost")]}, receive, send)
+    return statuses[0]
+
+
+def test_listeners_are_bounded_however_they_come_and_those_that_went_make_room(served, monkeypatch):
+    monkeypatch.setattr(web, "_MOST_LISTENING", 2)
+    app = web.make_app(served.name)
+
+    async def crowd():
+        go = asyncio.Event()
+        listening = [asyncio.ensure_future(listen(app, go)) for _ in range(5)]
+        refused, _ = await asyncio.wait(listening[2:], timeout=PATIENCE)
+        assert [task.result() for task in refused] == [503] * 3
+        go.set()
+        assert await asyncio.gather(*listening[:2]) == [200, 200]
+        assert await listen(app, go) == 200
+
+    asyncio.run(crowd())
+
+
+def test_viewers_share_what_was_decoded_until_something_is_published(page, client, monkeypatch):
+    decoded = []
+    decode = web.EliminationReader.get_eliminations_from_memory
+    monkeypatch.setattr(
+        web.EliminationReader, "get_eliminations_from_memory", lambda self: decoded.append(self) or decode(self)
+    )
+    for hotkey in ("a", "b"):
+        client.add_elimination(hotkey, row(hotkey))
+        for _ in range(3):
+            assert f">{hotkey}</a>" in page.get("/").text
+    assert len(decoded) == 2
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ class DebtMethods:
             figures, held = self._ask(lambda store: (store.debt_figures(), held_money(store)))
         except StoreError as error:
             problems.report("debts_unreadable", f"what is owed cannot be read: {error}")
-            return {"num_debts": None, "slashes_in_doubt": None}
+            return {"num_debts": None, "debts_by_state": None, "slashes_in_doubt": None}
         problems.clear("debts_unreadable")
         self._tell_held(held)
         if figures.oldest_ms is not None and clock.now_ms() - figures.oldest_ms > _HOUR_MS:
@@ -303,7 +303,7 @@ class DebtMethods:
             )
         else:
             problems.clear("slashes_in_doubt")
-        return {"num_debts": figures.debts, "slashes_in_doubt": shown}
+        return {"num_debts": figures.debts, "debts_by_state": figures.by_state, "slashes_in_doubt": shown}
 
 
 def _check(hotkey: str, kind: str, attempt: str | None) -> None:

@@ -77,7 +77,8 @@ class State:
 
     Belongs to the process that made it. With ``threaded`` it has a thread of its own, until it is closed.
     ``origin`` tells who asks for the change that a thread makes. ``published`` is called after each publish, still
-    before the callers go on. ``commits`` and ``changes`` count.
+    before the callers go on. ``commits`` and ``changes`` count; ``published_ms`` is when the
+    table changed last, or was taken over as it was, in ms since 1970 (UTC).
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class State:
         self.published: Callable[[], None] | None = None
         self.commits = 0
         self.changes = 0
+        self.published_ms = 0
         self._pid = os.getpid()
         self._closed = False
         # The store's failures so far, the last one, and the last commit that was none (ms since 1970).
@@ -341,6 +343,7 @@ class State:
 
     def _note_shown(self) -> None:
         """Note what is published now, and tell who wants to know."""
+        self.published_ms = clock.now_ms()
         self._shown[self._table.version] = self._table.commit
         if len(self._shown) > _VERSIONS:
             del self._shown[next(iter(self._shown))]

@@ -77,11 +77,16 @@ class Counts(NamedTuple):
 
 
 class DebtFigures(NamedTuple):
-    """How much is owed, the hotkeys whose slash is in doubt, and since when (ms since 1970) the oldest is due."""
+    """How many debts are in each state, whose slash is in doubt, and when (ms since 1970) the oldest fell due."""
 
-    debts: int
+    by_state: dict[str, int]
     in_doubt: list[str]
     oldest_ms: int | None
+
+    @property
+    def debts(self) -> int:
+        """How much is owed in all."""
+        return sum(self.by_state.values())
 
 
 class Store(History):
@@ -340,10 +345,10 @@ class Store(History):
 
     def debt_figures(self) -> DebtFigures:
         """Count the debts."""
-        ((count,),) = self._ask("SELECT count(*) FROM debts")
+        by_state = dict(self._ask("SELECT state, count(*) FROM debts GROUP BY state"))
         in_doubt = self._ask("SELECT hotkey FROM debts WHERE state = ? ORDER BY ordinal", (IN_DOUBT,))
         ((oldest,),) = self._ask("SELECT min(since_ms) FROM debts WHERE state = ? AND due = 1", (OWED,))
-        return DebtFigures(count, [hotkey for (hotkey,) in in_doubt], oldest)
+        return DebtFigures(by_state, [hotkey for (hotkey,) in in_doubt], oldest)
 
     def next_debt_ordinal(self) -> int:
         """Return the ordinal for the debts of the next elimination."""
