@@ -36,12 +36,13 @@ class Ticks:
         self._standing: list[dict[str, Any]] = []
         self._whole_ms: int | None = None  # when the last whole tick was made, by the clock of the processing
         self._interval = 0.0
-        self._heard_at = 0.0  # of a whole tick, or of the first report: by this process' monotonic clock
+        # Of a whole tick, or of the first report, by this process' monotonic clock; None before that.
+        self._heard_at: float | None = None
 
     def report(self, whole_ms: int | None, interval_ms: float, problems: list[dict[str, Any]]) -> None:
         """Take a report; TypeError or ValueError for one that cannot be."""
         taken = msgspec.convert(problems[:_MOST], list[_Reported])
-        if self._interval == 0.0 or (whole_ms is not None and whole_ms != self._whole_ms):
+        if self._heard_at is None or (whole_ms is not None and whole_ms != self._whole_ms):
             self._heard_at = monotonic()
         self._whole_ms = whole_ms
         self._interval = float(interval_ms) / 1000
@@ -53,7 +54,7 @@ class Ticks:
 
     def health(self) -> dict[str, Any]:
         """Return what a health check says of the processing; raise or clear the problem that ticks have ceased."""
-        if self._interval == 0.0:
+        if self._heard_at is None:
             return {"last_tick_ms": None, "tick_age_s": None, "problems": []}
         age = monotonic() - self._heard_at
         if age > max(_MISSED * self._interval, _SHORTEST):

@@ -1,6 +1,5 @@
 """What a server says is wrong: by name, since when, how bad, what to do; logged once, and gone when it is over."""
 
-import ast
 import os
 import sqlite3
 import tempfile
@@ -13,7 +12,6 @@ from ledger import Alerts
 from serving import row
 from waiting import until
 
-import shmelim
 from shmelim import EliminationManager
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.store import store
@@ -173,23 +171,6 @@ def test_saving_calls_say_once_that_the_files_are_behind(tmp_path, caplog):
         assert len([message for message in caplog.messages if "files_behind" in message]) == 1
 
 
-def names_in(source):
-    """The names of problems that a module reports: constants, written out or by their name."""
-    tree = ast.parse(source)
-    constants = {
-        node.target.id: node.value.value
-        for node in tree.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Constant)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("report", "failed") and node.args:
-            first = node.args[0]
-            if isinstance(first, ast.Constant):
-                yield first.value
-            elif isinstance(first, ast.Name) and first.id in constants:
-                yield constants[first.id]
-
-
 def test_what_is_wrong_with_its_channel_is_in_its_health(new_name, tmp_path):
     with (
         tempfile.TemporaryDirectory() as base,  # short enough for a socket
@@ -249,21 +230,6 @@ def test_what_is_owed_for_long_is_named(server, monkeypatch):
         assert names == (["debts_old"] if hours > 1 and not rests else [])
         server.settle_debt_rpc("a", "positions")
         server.remove_elimination_rpc("a")
-
-
-def test_each_problem_has_a_line_in_the_documentation():
-    package = Path(shmelim.__file__).parent
-    names = {name for path in package.glob("**/*.py") for name in names_in(path.read_text())}
-    assert {
-        "commit_failed",
-        "files_behind",
-        "slashes_in_doubt",
-        "loop",
-        "slash in doubt",
-        "connections_crowded",
-    } <= names
-    documentation = (package.parent / "docs" / "operations.md").read_text()
-    assert [name for name in sorted(names) if f"`{name}`" not in documentation] == []
 
 
 def test_the_process_that_made_a_manager_tells_slack_of_its_servers_problems_once_each(managers):

@@ -15,7 +15,7 @@ import pytest
 from crashing import call
 from reference_validator import HOUR, InjectedError, Managed
 from reference_validator.scoring import NothingMovedError
-from waiting import until
+from waiting import PATIENCE, until
 
 from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT, OWED
@@ -428,6 +428,119 @@ def test_full_queue_and_a_hanging_slack_stop_nobody(
     until(lambda: deadlines.left_behind() == [])
     hurried.tick()
     assert any(THIRD in alert for alert in hurried.alerts), "told once Slack can be"
+
+
+@pytest.fixture
+def impatient(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Callable[..., Managed]]:
+    """In RPC mode, with hardly any time for a call: what does not hang must be quick."""
+    with contextlib.ExitStack() as stack:
+        figures = {"call_deadline_s": 1.0, "slash_deadline_s": 1.0}
+        yield lambda **more: stack.enter_context(Managed("rpc", new_name(), tmp_path, **figures | more))
+
+
+def problems_of(managed: Managed) -> list[tuple[str, str]]:
+    """What the health lists, by name and subject."""
+    health = managed.manager._server_proxy.health_check_rpc()
+    return [(problem["name"], problem["subject"]) for problem in health["problems"]]
+
+
+def test_ledger_that_hangs_for_one_miner_keeps_no_other_from_being_judged(
+    impatient: Callable[..., Managed], gate: threading.Event
+) -> None:
+    managed = impatient()
+    ten_to_eliminate(managed)
+    managed.validator.register("later")
+    ledger = managed.validator.ledgers._ledgers[THIRD]
+    ledger.drawdown = lambda: 0.2 * gate.wait()  # type: ignore[method-assign]
+    managed.tick()
+    assert list(managed.reasons) == all_but(THIRD)
+    assert ("drawdown elimination", THIRD) in problems_of(managed)
+    managed.validator.lose("later", 0.2)
+    managed.tick()
+    assert list(managed.reasons) == [*all_but(THIRD), "later"], "the next tick leaves out nobody else either"
+    assert [whom for _, whom, _ in deadlines.left_behind()] == ["all but nobody"], "and begins it no second time"
+    gate.set()
+    until(lambda: deadlines.left_behind() == [])
+    managed.tick()
+    assert THIRD in managed.reasons
+    assert ("drawdown elimination", THIRD) not in problems_of(managed)
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()])
+def test_ledger_that_raises_what_is_no_exception_is_that_miners_failure(
+    impatient: Callable[..., Managed], error: BaseException
+) -> None:
+    def fail() -> float:
+        raise error
+
+    managed = impatient()
+    ten_to_eliminate(managed)
+    managed.validator.ledgers._ledgers[THIRD].drawdown = fail  # type: ignore[method-assign]
+    managed.tick()
+    assert list(managed.reasons) == all_but(THIRD)
+    assert problems_of(managed) == [("drawdown elimination", THIRD)]
+
+
+def test_price_source_that_hangs_for_everybody_keeps_nobody_from_being_eliminated(
+    impatient: Callable[..., Managed], gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deadlines, "MOST_LEFT_BEHIND", 3)
+    managed = impatient()
+    ten_to_eliminate(managed)
+    managed.validator.register("later")
+    managed.validator.faults.at("price", gate.wait, times=None)
+    managed.tick()
+    assert sorted(managed.validator.collateral.slashes()) == TEN
+    managed.validator.probation.fail("later", "PLAGIARISM", None)
+    managed.tick()
+    assert managed.reasons.keys() == {*TEN, "later"}
+    assert [what for what, _, _ in deadlines.left_behind()] == ["positions"] * 3
+    assert {("positions", hotkey) for hotkey in TEN} <= set(problems_of(managed))
+
+
+def test_full_queue_keeps_no_second_position_of_a_miner_open(
+    impatient: Callable[..., Managed], gate: threading.Event
+) -> None:
+    managed = impatient()
+    managed.validator.register("a")
+    for pair in ("BTC/USD", "ETH/USD", "EUR/USD"):
+        managed.validator.open_position("a", pair)
+    managed.validator.lose("a", 0.2)
+    managed.validator.faults.at("websockets", gate.wait, times=None)
+    managed.tick()
+    assert managed.validator.is_flat("a")
+    assert problems_of(managed) == [("websockets", "the queue")]
+
+
+def test_share_that_does_not_come_keeps_nobody_from_being_eliminated(
+    impatient: Callable[..., Managed], gate: threading.Event
+) -> None:
+    managed = impatient()
+    managed.environment.slash_proportion = lambda _reason: 0.5 * gate.wait()
+    ten_to_eliminate(managed)
+    managed.tick()
+    assert list(managed.reasons) == TEN
+    assert [hotkey for hotkey in TEN if managed.validator.is_flat(hotkey)] == TEN
+    assert {("slash not made", hotkey) for hotkey in TEN} <= set(problems_of(managed))
+    gate.set()
+    until(lambda: deadlines.left_behind() == [])
+    managed.tick()
+    assert complete(managed) == TEN
+
+
+def test_what_hangs_is_in_the_health_before_its_tick_is_over(
+    impatient: Callable[..., Managed], gate: threading.Event
+) -> None:
+    managed = impatient(slash_deadline_s=PATIENCE)
+    ten_to_eliminate(managed)
+    managed.validator.faults.at("cancel", gate.wait, hotkey=THIRD)
+    managed.validator.faults.at("slash", gate.wait)
+    ticking = threading.Thread(target=managed.tick)
+    ticking.start()
+    until(lambda: ("limit_orders", THIRD) in problems_of(managed), "the problem in the health")
+    assert ticking.is_alive()
+    gate.set()
+    ticking.join()
 
 
 def test_a_validator_without_locks_closes_a_position_once(managed: Managed) -> None:

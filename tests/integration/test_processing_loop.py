@@ -119,6 +119,39 @@ def test_a_sync_that_never_ends_is_told(make: Callable[..., Managed]) -> None:
     assert len(managed.alerts) == 1
 
 
+def names_in_health(managed: Managed) -> set[tuple[str, str]]:
+    health = managed.manager._server_proxy.health_check_rpc()
+    return {(problem["name"], problem["subject"]) for problem in health["problems"]}
+
+
+def test_a_sync_that_never_ends_is_in_the_health_though_nothing_is_processed(make: Callable[..., Managed]) -> None:
+    managed = make("rpc", longest_sync_s=0.01, tick_pause_s=0.0)
+    managed.manager.sync_in_progress = flag = SimpleNamespace(value=True)
+    with in_a_thread(managed):
+        until(lambda: ("loop", "sync") in names_in_health(managed), "the problem in the health")
+        flag.value = False
+        until(lambda: names_in_health(managed) == set(), "its end")
+
+
+@pytest.mark.parametrize("name", ["sync_in_progress", "sync_epoch"])
+def test_a_value_whose_lock_is_never_released_is_in_the_health(
+    make: Callable[..., Managed], gate: threading.Event, name: str
+) -> None:
+    """As that of a multiprocessing.Value is when a process was killed while it held it."""
+
+    class Locked:
+        @property
+        def value(self) -> bool:
+            return not gate.wait()
+
+    managed = make("rpc", call_deadline_s=0.2, **AT_ONCE)
+    setattr(managed.manager, name, Locked())
+    with in_a_thread(managed):
+        until(lambda: ("loop", "tick") in names_in_health(managed), "the problem in the health")
+        gate.set()
+        until(lambda: names_in_health(managed) == set(), "its end")
+
+
 def test_loop_survives_every_exception_and_tells_of_each_once(make: Callable[..., Managed]) -> None:
     managed = make("direct", **AT_ONCE)
 

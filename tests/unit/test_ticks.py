@@ -36,6 +36,12 @@ def test_without_a_processing_nothing_is_overdue(clock: list[float]) -> None:
     assert problems.standing() == []
 
 
+def test_a_processing_without_an_interval_is_heard_too(clock: list[float]) -> None:
+    reports = Ticks(Problems())
+    reports.report(5, 0, [PROBLEM])
+    assert (reports.health()["last_tick_ms"], len(reports.health()["problems"])) == (5, 1)
+
+
 def test_problems_are_marked_as_those_of_the_processing() -> None:
     reports = Ticks(Problems())
     reports.report(5, 300_000, [PROBLEM])

@@ -21,6 +21,8 @@ from shmelim.system.logs import LimitedLog
 _WHO: Final = {LIMIT_ORDERS: "limit_order_manager", POSITIONS: "position_manager"}
 _KINDS: Final = tuple(_WHO)
 
+_QUEUES_PART: Final = 4
+
 _log = logging.getLogger("shmelim.processing")
 _limited = LimitedLog(_log)
 
@@ -85,7 +87,9 @@ class Closing:
         for position in positions:
             try:
                 found[position.position_uuid] = position.trade_pair.trade_pair_id
-            except Exception as error:
+            except ENDS_A_TICK:
+                raise
+            except BaseException as error:
                 _limited(logging.WARNING, "unreadable", "a position of miner %s cannot be read: %s", hotkey, error)
                 first = first or error
         found |= {uuid: pair for (owner, uuid), pair in list(self.unsaved.items()) if owner == hotkey}
@@ -130,7 +134,9 @@ class Closing:
                 "websockets", "the queue", f"position {uuid} of miner {hotkey} not told"
             ):
                 message = position.to_websocket_dict()
-                self.context.ask("websockets", lambda: queue.put(message))
+                # A part of the time that the miner's positions have together: a full queue keeps none open.
+                seconds = self.context.environment.call_deadline_s / _QUEUES_PART
+                self.context.ask("websockets", lambda: queue.put(message), seconds=seconds)
 
     def _flat_order(self, position: Any, record: Mapping[str, Any], fetcher: Any, tick: Tick) -> Any:
         environment = self.context.environment

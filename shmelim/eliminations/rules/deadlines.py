@@ -2,7 +2,9 @@
 
 A thread cannot be ended from outside. So what does not come back in time is *left behind*: nobody waits for it any
 more, nothing of its kind begins for the same miner until it has ended, and before each effect it asks whether its
-turn is still its own (:func:`check_turn`). How many may be left behind is bounded.
+turn is still its own (:func:`check_turn`). How many of a kind may be left behind is bounded, and each halves the
+time of the next, down to an eighth: what hangs for everybody costs a tick a few deadlines and not one for
+each miner, and the other kinds keep their turns.
 
 One pool serves the whole process. ``_lock`` guards all of it; a forked child, which has none of the threads,
 begins with an empty one.
@@ -21,7 +23,8 @@ from shmelim.system.clock import monotonic
 
 T = TypeVar("T")
 
-MOST_LEFT_BEHIND: Final = 32
+MOST_LEFT_BEHIND: Final = 16  # of a kind
+_MOST_HALVED: Final = 3
 _IDLE: Final = 2  # threads that are kept for what comes next
 _LOOK_AGAIN: Final = 0.25  # seconds between two looks whether the validator is ending
 _GRACE: Final = 1.0  # seconds for what is under way then
@@ -116,7 +119,7 @@ def call(
     more is waited.
     """
     job = _Job((id(scope), what, whom), work)
-    deadline = job.began + seconds
+    deadline = job.began + seconds / 2 ** min(_count_behind(what), _MOST_HALVED)
     while (worker := _begin(job)) is None:
         earlier = _under_way.get(job.key)
         if earlier is not None:
@@ -139,12 +142,18 @@ def call(
     return job.result  # type: ignore[no-any-return]
 
 
+def _count_behind(what: str) -> int:
+    """Return how many of a kind are left behind."""
+    # A copy: another thread may begin or end something meanwhile.
+    return sum(each.is_left_behind and each.key[1] == what for each in list(_under_way.values()))
+
+
 def _begin(job: _Job) -> _Worker | None:
     """Return a thread for a job, whose turn it is from now on; None while the same is under way."""
     with _lock:
         if job.key in _under_way:
             return None
-        if sum(each.is_left_behind for each in _under_way.values()) >= MOST_LEFT_BEHIND:
+        if _count_behind(job.key[1]) >= MOST_LEFT_BEHIND:
             raise NotAskedError(f"{job.key[1]} is not asked: {MOST_LEFT_BEHIND} other calls do not come back")
         if not _idle:
             worker = _Worker()

@@ -38,7 +38,7 @@ class Expiry:
         """Delete all that is expired; nothing, where the time has leapt since the last pass."""
         if self._has_leapt():
             return
-        state, nobodys = self.context.state, self._nobodys()
+        state, nobodys = self.context.state, self.context.ask("is_hotkey", self._nobodys)
         eliminated = self.membership.roster.now().eliminated
         first, latest = self._expired()
         old_enough = {

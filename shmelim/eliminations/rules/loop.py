@@ -55,8 +55,9 @@ def _step(processor: EliminationProcessor) -> float:
     context = processor.context
     syncing = context.collaborators.sync_in_progress
     try:
-        if syncing is not None and syncing.value:
+        if syncing is not None and context.ask("sync_in_progress", lambda: bool(syncing.value)):
             context.notice_sync()
+            context.report_changes()
             return context.environment.tick_pause_s
         context.sync_since = None
         context.alerts.clear("loop", "sync")
@@ -66,6 +67,7 @@ def _step(processor: EliminationProcessor) -> float:
         if _ends_the_loop(context, error):
             raise
         context.alerts.failed("loop", "tick", "the processing of eliminations failed", error)
+        context.report_changes()
     return context.environment.error_pause_s
 
 

@@ -24,10 +24,11 @@ from shmelim.eliminations.rules.challenge import ChallengePeriod
 from shmelim.eliminations.rules.closing import Closing
 from shmelim.eliminations.rules.drawdown import fallen
 from shmelim.eliminations.rules.expiry import Expiry
+from shmelim.eliminations.rules.judging import Candidate, Judging, Outcome
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.perf_ledger import liquidated
 from shmelim.eliminations.rules.slashing import Slashing, checked_share
-from shmelim.eliminations.rules.tick import Context, Found, Tick
+from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.eliminations.rules.zombies import zombies
 from shmelim.errors import NoCollaboratorsError
 from shmelim.notify.problems import report_undelivered
@@ -36,7 +37,7 @@ from shmelim.system.logs import LimitedLog
 P = ParamSpec("P")
 R = TypeVar("R")
 Step: TypeAlias = Callable[[Tick], None]
-Candidates: TypeAlias = Iterator[tuple[str, Callable[[], Found | None]]]
+Candidates: TypeAlias = Iterator[Candidate]
 
 _RULES: Final = {
     "perf-ledger elimination": PERF_LEDGER,
@@ -65,10 +66,10 @@ class EliminationProcessor:
     def __init__(self, context: Context) -> None:
         self.context = context
         self._last_update_ms = 0
-        self._whole_ms: int | None = None  # when the last tick was made that failed in no step
         # A tick of which a step failed is repeated before the interval is over, with growing pauses.
         self._failed_in_a_row = 0
         self._membership = membership = Membership(context)
+        self._judging = Judging(context)
         self._closing = Closing(context)
         self._slashing = Slashing(context)
         self._had: set[str] = set()  # the kinds of debts for which there ever was a collaborator
@@ -155,15 +156,15 @@ class EliminationProcessor:
         self._failed_in_a_row = 0 if well else self._failed_in_a_row + 1
         self.set_last_update_time()
         if well:
-            self._whole_ms = self._last_update_ms
-        standing = [problem.as_dict() for problem in alerts.standing()]
-        context.state.report_processing(self._whole_ms, context.environment.check_interval_ms, standing)
+            context.whole_ms = self._last_update_ms
+        context.report()
         return well
 
     def _glance(self) -> None:
         """Look at the metagraph between two ticks: who has returned is registered at once."""
         with self.context.alerts.about("step", _DEPARTED, f"eliminations: {_DEPARTED} failed"):
             self._departed()
+        self.context.report_changes()
 
     def _alone(self, name: str, position_locks: Any, epoch: Any) -> None:
         """Make one step outside of a tick, and settle what is owed then."""
@@ -225,7 +226,9 @@ class EliminationProcessor:
         if (orders := context.collaborators.limit_order_manager) is not None:
             try:
                 context.ask(LIMIT_ORDERS, lambda: orders.delete_all_limit_orders_for_hotkey(hotkey), hotkey)
-            except Exception:
+            except ENDS_A_TICK:
+                raise
+            except BaseException:
                 _log.exception("the limit orders of eliminated miner %s could not be deleted", hotkey)
         if context.collaborators.position_manager is not None:
             tick = context.begin(position_locks, iteration_epoch)
@@ -255,7 +258,7 @@ class EliminationProcessor:
         rows = {hk: row for hk, row in context.reader.get_eliminations_dict().items() if hk not in owing}
 
         def look() -> Mapping[str, Any]:
-            return positions.get_positions_for_hotkeys(list(rows), only_open_positions=True)
+            return dict(positions.get_positions_for_hotkeys(list(rows), only_open_positions=True))
 
         found = context.ask("first refresh", look)
         miners = ((hotkey, listed) for hotkey, listed in found.items() if listed and hotkey in rows)
@@ -274,27 +277,14 @@ class EliminationProcessor:
         then: Callable[[set[str]], None] | None = None,
     ) -> None:
         """Record all that a rule finds; what it cannot judge or record is that miner's failure."""
-
-        def judge_all() -> list[tuple[str, Found | BaseException]]:
-            found: list[tuple[str, Found | BaseException]] = []
-            for hotkey, judge in look(tick):
-                try:
-                    outcome: Found | BaseException | None = judge()
-                except ENDS_A_TICK:
-                    raise
-                except BaseException as error:
-                    outcome = error
-                if outcome is not None:
-                    found.append((hotkey, outcome))
-            return found
-
-        found, context = self.context.ask(kind, judge_all), self.context
+        context = self.context
+        found = self._judging.outcomes(kind, context.ask(kind, lambda: list(look(tick))))
         failed = context.alerts.each(kind, found, functools.partial(self._record, kind, tick), context.is_stopping)
         if then is not None and failed is not None:
             forget = functools.partial(then, failed)
             context.ask(kind, forget)
 
-    def _record(self, kind: str, tick: Tick, hotkey: str, found: Found | BaseException) -> None:
+    def _record(self, kind: str, tick: Tick, hotkey: str, found: Outcome) -> None:
         """Record an elimination with what it owes, in one transaction; the first reason stays."""
         if isinstance(found, BaseException):
             raise found
@@ -317,8 +307,9 @@ class EliminationProcessor:
 
         An elimination does not wait for that: else it is asked again when the slash is made.
         """
+        proportion = self.context.environment.slash_proportion
         try:
-            return checked_share(self.context.environment.slash_proportion(reason)), True
+            return self.context.ask("the share to slash", lambda: checked_share(proportion(reason))), True
         except ENDS_A_TICK:
             raise
         except BaseException as error:

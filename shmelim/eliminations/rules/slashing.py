@@ -157,7 +157,7 @@ class Slashing:
         hotkey = debt["hotkey"]
         self._failed_ms.pop(_cause(debt), None)
         try:
-            return self._attempt(debt, self._prepare(self.context.contract, debt))
+            return self._attempt(debt, self._prepared(debt))
         except StuckError as error:
             text = f"the slash of miner {hotkey} is under way: {error}. Its answer will settle it when it comes"
             self.context.alerts.failed(_UNDER_WAY, hotkey, text)
@@ -229,6 +229,13 @@ class Slashing:
                 # A server that is away gives each attempt one lease when it is back.
                 text = "the lease of the slash of miner %s could not be renewed"
                 _limited(logging.WARNING, "lease", text, hotkey, exc_info=True)
+
+    def _prepared(self, debt: Mapping[str, Any]) -> Callable[[], Any]:
+        prepare = functools.partial(self._prepare, self.context.contract, debt)
+        try:
+            return self.context.ask("the share to slash", prepare, debt["hotkey"])
+        except StuckError as error:
+            raise TimeoutError(str(error)) from error  # the contract was not called, and nothing is under way
 
     def _prepare(self, contract: Any, debt: Mapping[str, Any]) -> Callable[[], Any]:
         """Return the call to the contract; raises while nothing has moved yet, where it could not be made."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ T = TypeVar("T")
 
 _WAS_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
 
+_BETWEEN_REPORTS: Final = 1.0  # seconds
+
 _limited = LimitedLog(logging.getLogger("shmelim.processing"))
 
 
@@ -37,9 +41,33 @@ class Context:
     is_backtesting: bool = False
     end_asked: bool = False  # written by a signal handler too
     sync_since: float | None = None  # since when the loop pauses for a sync, by the monotonic clock
+    whole_ms: int | None = None  # when the last tick was made that failed in no step
+    has_changed: bool = False  # whether there are problems, or ends of them, that the server was not told of
+    reported_at: float = -math.inf  # by the monotonic clock
 
     def __post_init__(self) -> None:
         self.alerts = Alerts(self.collaborators, self.ask)
+        self.alerts.subscribe(self._note_change)
+
+    def _note_change(self, *_: object) -> None:
+        self.has_changed = True
+
+    def report(self) -> None:
+        """Tell the server, whose health lists them, of the problems that stand, and of the last whole tick."""
+        self.has_changed, self.reported_at = False, monotonic()
+        standing = [problem.as_dict() for problem in self.alerts.standing()]
+        try:
+            self.state.report_processing(self.whole_ms, self.environment.check_interval_ms, standing)
+        except BaseException:
+            self.has_changed = True
+            raise
+
+    def report_changes(self) -> None:
+        """Report what has changed, at most once a second: a tick in which much hangs may take minutes."""
+        if self.has_changed and monotonic() - self.reported_at > _BETWEEN_REPORTS:
+            # A server that is away is found out by what needs it; its health is asked for once it is back.
+            with contextlib.suppress(Exception):
+                self.report()
 
     @property
     def contract(self) -> Any:
@@ -96,6 +124,8 @@ class Context:
         """
         if self.is_direct:
             return work()
+        if not deadlines.is_left_to_a_thread():
+            self.report_changes()
         limit = self.environment.call_deadline_s if seconds is None else seconds
         stopping = (lambda: False) if patient else self.is_stopping
         return deadlines.call(self, what, whom, work, limit, stopping=stopping)
@@ -119,7 +149,12 @@ class Context:
     def epoch(self) -> Any:
         """Return what ``sync_epoch`` is now; None if there is none."""
         epoch = self.collaborators.sync_epoch
-        return None if epoch is None else epoch.value
+        if epoch is None:
+            return None
+        if deadlines.is_left_to_a_thread():
+            return epoch.value  # under the deadline of what that thread does
+        # A process that was killed while it set the value holds its lock for ever.
+        return self.ask("sync_epoch", lambda: epoch.value)
 
     def begin(self, position_locks: Any, epoch: Any) -> Tick:
         """Begin a tick; None stands for the collaborators' locks, and for the epoch of this moment."""
