@@ -92,7 +92,7 @@ def test_what_was_left_behind_notices_before_its_next_effect(gate: threading.Eve
         effects.append("second")
 
     with pytest.raises(StuckError):
-        ask("a", work, 0.01)
+        ask("a", work, 0.5)
     gate.set()
     until(lambda: deadlines.left_behind() == [])
     assert effects == ["first", "left behind"]

@@ -335,6 +335,8 @@ class State:
             else:
                 self._settled.note(written, transaction.publish())
                 self._note_shown()
+                if self.published is not None:
+                    self.published()
             self.commits += 1
             self._committed_ms = clock.now_ms()
             while self._raised:
@@ -342,13 +344,11 @@ class State:
         self.changes += len(group)
 
     def _note_shown(self) -> None:
-        """Note what is published now, and tell who wants to know."""
+        """Note of which commit the version is that is published now, and since when."""
         self.published_ms = clock.now_ms()
         self._shown[self._table.version] = self._table.commit
         if len(self._shown) > _VERSIONS:
             del self._shown[next(iter(self._shown))]
-        if self.published is not None:
-            self.published()
 
     def _undo(self) -> None:
         """End what a failure, or an interrupt, left open."""
@@ -364,6 +364,8 @@ class State:
         self._settled.forget()
         self._torn = False
         self._note_shown()
+        if self.published is not None:
+            self.published()
 
     def _report(self, error: Exception) -> None:
         """Name what keeps changes from being made, where that is not the change itself."""
