@@ -43,7 +43,7 @@ from shmelim.eliminations.record import (
     plausible_times,
     refuse_hotkey,
 )
-from shmelim.eliminations.rules import EliminationProcessor, processed
+from shmelim.eliminations.rules import Context, EliminationProcessor, processed
 from shmelim.eliminations.rules.membership import is_zombie
 from shmelim.eliminations.runtime import lock_state, secure_state
 from shmelim.eliminations.starting.beginning import Choices, adopt, begin
@@ -64,7 +64,8 @@ from shmelim.eliminations.store.opening import store_bytes
 from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.ticks import Ticks
-from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY
+from shmelim.eliminations.validator.collaborators import Collaborators
+from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY, ValidatorEnvironment
 from shmelim.errors import ShmelimError, StoreError
 from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter
 from shmelim.system import clock
@@ -209,7 +210,7 @@ class EliminationManagerServer(DebtMethods):
         self.problems = Problems()
         log_problems(self.problems, _log)
         self._ticks = Ticks(self.problems)
-        # In direct mode the manager sets it; a server process has no collaborators.
+        # In direct mode the manager sets it, else `process_with`; most server processes have no collaborators.
         self._processor: EliminationProcessor | None = None
         self._origin = this_process()
         self._teller = Teller(epoch)
@@ -712,7 +713,43 @@ class EliminationManagerServer(DebtMethods):
         self._teller.check()
         self._first_refresh_ran = bool(value)
 
+    def process_with(self, collaborators: Collaborators, environment: ValidatorEnvironment | None = None) -> None:
+        """Process eliminations on request, with objects that live in this server's process.
+
+        From now on ``process_eliminations_rpc`` and its kin work, in whichever thread calls them, with the
+        deadlines of the environment. For a server that has a validator's managers beside it; where a manager's
+        process has them, that processes. What is missing or contradicts itself is logged by name, as a manager
+        does. May be called again: the next tick uses the new ones.
+
+        Parameters
+        ----------
+        collaborators
+            The validator's objects; any may be None, and may be replaced at any time.
+        environment
+            Its figures and rules; None: the defaults.
+
+        """
+        environment = environment or ValidatorEnvironment()
+        self._own_calls = _OwnCalls(self)
+        calls = ProcessingCalls(self._own_calls)
+        self._processor = EliminationProcessor(Context(collaborators, environment, self.reader, calls))
+        for gap in environment.gaps(collaborators):
+            _log.warning("%s", gap)
+
     process_eliminations_rpc = processed(EliminationProcessor.process_eliminations)
     handle_perf_ledger_eliminations_rpc = processed(EliminationProcessor.handle_perf_ledger_eliminations)
     handle_mdd_eliminations_rpc = processed(EliminationProcessor.handle_mdd_eliminations)
     handle_first_refresh_rpc = processed(EliminationProcessor.handle_first_refresh)
+
+
+class _OwnCalls(Calls):
+    """The calls of a processing that runs in the server's own process."""
+
+    def __init__(self, server: EliminationManagerServer) -> None:
+        self._server = server
+
+    def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **_options: Any) -> Any:
+        return getattr(self._server, method)(*args, **(kwargs or {}))
+
+    def _long(self) -> float:
+        return 0.0  # nothing is waited for

@@ -315,7 +315,7 @@ def _published_tables():
 
 
 @pytest.mark.usefixtures("free_ports", "_published_tables")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "processing", "in_one_process"])
 def test_the_program_runs(name, tmp_path):
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py")],
@@ -327,6 +327,8 @@ def test_the_program_runs(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     expected = {
+        "processing": "5Miner eliminated: False\nafter a tick: True LIQUIDATED\n",
+        "in_one_process": "another process says: True\nafter its end: True\n",
         "price_fetcher": "BTC/USD 97250.5 | ETH/USD None\nhealthy: True\n",
         "positions": "its server was killed, and is back",
         "limit_orders": "filled at 94,900: [1]\ndeleted with 5Other: 1\nhealthy: True\n",

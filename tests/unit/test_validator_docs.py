@@ -16,8 +16,8 @@ def test_documentation_quotes_the_adapter_as_it_is() -> None:
     assert f"```python\n{ADAPTER}```" in DOCUMENT
 
 
-def test_adapter_has_fewer_than_80_lines() -> None:
-    assert len(ADAPTER.splitlines()) < 80
+def test_adapter_has_at_most_60_lines() -> None:
+    assert len(list(filter(str.strip, ADAPTER.splitlines()))) <= 60, "but for empty ones"
 
 
 def test_documentation_names_every_figure_and_every_method() -> None:
