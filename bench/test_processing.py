@@ -6,7 +6,9 @@ rule over 180 checkpoints of each miner included. The last checkpoint of each mo
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -50,7 +52,11 @@ def manager(request, tmp_path):
         ),
         SimpleNamespace(has_elimination_reasons=lambda: False, get_hotkeys_by_bucket=lambda _bucket: everybody),
         running_unit_tests=request.param == "direct",
-        environment=ValidatorEnvironment(miner_directory=tmp_path / "miners", check_interval_ms=-1),
+        environment=ValidatorEnvironment(
+            miner_directory=tmp_path / "miners",
+            check_interval_ms=0,
+            clock=itertools.count(int(time.time() * 1000)).__next__,  # at each look later, so that a tick is due
+        ),
         name=f"bench-{os.getpid()}",
         registry=None,
         replace_published=True,

@@ -38,15 +38,19 @@ class Expiry:
         """Delete all that is expired; nothing, where the time has leapt since the last pass."""
         if self._has_leapt():
             return
-        state, nobodys = self.context.state, self.context.ask("is_hotkey", self._nobodys)
-        eliminated = self.membership.roster.now().eliminated
-        first, latest = self._expired()
-        old_enough = {
-            hotkey: time_ms
-            for hotkey, time_ms in eliminated.items()
-            if first <= time_ms <= latest and hotkey not in nobodys
-        }
-        expired = self.context.ask("metagraph", lambda: self.membership.missing(old_enough))
+        state, eliminated = self.context.state, self.membership.roster.now().eliminated
+
+        def look() -> tuple[dict[str, int], list[str]]:
+            nobodys = self._nobodys()
+            first, latest = self._expired()
+            old_enough = {
+                hotkey: time_ms
+                for hotkey, time_ms in eliminated.items()
+                if first <= time_ms <= latest and hotkey not in nobodys
+            }
+            return old_enough, self.membership.missing(old_enough)
+
+        old_enough, expired = self.context.ask("metagraph", look)
         if not expired:
             return
         slashes = {debt["hotkey"] for debt in state.get_debts() if self._keeps_row(debt)}
