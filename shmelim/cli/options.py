@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -22,6 +22,11 @@ NAME_VARIABLE: Final = "SHMELIM_NAME"
 DEBUG_VARIABLE: Final = "SHMELIM_DEBUG"
 DEFAULT_NAME: Final = "shmelim"
 PATH: Final = click.Path(path_type=Path, readable=False)
+if TYPE_CHECKING:
+    _OfText = click.ParamType[str]
+    _OfNumber = click.ParamType[int]
+else:  # before click 8.4 it took no parameter
+    _OfText = _OfNumber = click.ParamType
 _BLOCK: Final = re.compile(r"^(?=(With --json|For example):)", re.MULTILINE)
 
 
@@ -37,7 +42,7 @@ def _problem(what: str, text: str) -> str | None:
     return None
 
 
-class _Checked(click.ParamType[str]):
+class _Checked(_OfText):
     """A name or a hotkey."""
 
     def __init__(self, name: str) -> None:
@@ -49,7 +54,7 @@ class _Checked(click.ParamType[str]):
         return str(value)
 
 
-class _Permissions(click.ParamType[int]):
+class _Permissions(_OfNumber):
     """Permissions of a file, in octal digits as for ``chmod``."""
 
     name = "mode"

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from invoking import CliRunner
 from waiting import PATIENCE, until
 
 import shmelim.shm

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from crashing import call
+from invoking import CliRunner
 from serving import row
 
 from shmelim import EliminationClient
@@ -188,16 +188,22 @@ def test_resolve_as_json(run):
 @pytest.mark.usefixtures("at_a_terminal")
 def test_resolve_asks_first(run):
     result = run("slash", "resolve", A, "--not-made", stdin="n\n")
-    assert (result.exit_code, result.stdout) == (1, "nothing was changed\n")
+    assert result.exit_code == 1
+    assert result.stdout.endswith("nothing was changed\n")  # an older click's runner shows the answer before it
     assert "NOT made" in result.stderr
     assert "the chain did not answer" in result.stderr
     assert slash_of(run, A) == "in_doubt"
-    assert run("slash", "resolve", A, "--not-made", stdin="").exit_code == 130
-    found = document(run("slash", "resolve", A, "--made", "--json", stdin="no\n"), 1)
-    assert found["resolved"] is False
+    result = run("slash", "resolve", A, "--made", "--json", stdin="no\n")
+    assert (result.exit_code, json.loads(result.stdout.splitlines()[-1])["resolved"]) == (1, False)
     assert slash_of(run, A) == "in_doubt"
     assert run("slash", "resolve", A, "--made", stdin="y\n").exit_code == 0
     assert slash_of(run, A) is None
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_no_answer_is_no_yes(run):
+    assert run("slash", "resolve", A, "--not-made", stdin="").exit_code == 130
+    assert slash_of(run, A) == "in_doubt"
 
 
 def test_without_a_terminal_nobody_is_asked(run):

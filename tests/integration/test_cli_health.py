@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from invoking import CliRunner
 from serving import row
 from waiting import until
 

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from invoking import CliRunner
 from serving import listing, row, state_in_store
 
 from shmelim import EliminationManagerServer

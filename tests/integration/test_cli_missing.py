@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from invoking import CliRunner
 
 from shmelim.cli import output
 from shmelim.cli.main import cli

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from invoking import CliRunner
 from test_cli_commands import A, B, T, environment, row, runner, serving, write
 from waiting import PATIENCE, until
 

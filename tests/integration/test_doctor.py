@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from invoking import CliRunner
 from waiting import until
 
 from shmelim.cli.main import cli

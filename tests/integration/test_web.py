@@ -9,7 +9,7 @@ import sys
 
 import httpx
 import pytest
-from click.testing import CliRunner
+from invoking import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 from serving import row
 from starlette.testclient import TestClient

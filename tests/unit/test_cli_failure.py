@@ -6,7 +6,7 @@ import sys
 
 import click
 import pytest
-from click.testing import CliRunner
+from invoking import CliRunner
 
 from shmelim.cli import failure
 from shmelim.cli.main import cli
