@@ -35,6 +35,8 @@ SHOWN_BY = {
     "file_damaged": "faults/test_edits.py::test_but_has_not_one_usable_row_is_damaged_and_empties_nothing",
     "state_dir_contested": "unit/test_locks.py"
     "::test_a_lock_that_another_process_has_is_a_named_problem_until_it_is_given_back",
+    "alerts_undelivered": "integration/test_notify.py"
+    "::test_a_validator_whose_slack_is_away_says_so_in_its_health_and_tells_after_its_restart",
     "debts_old": "integration/test_health_problems.py::test_what_is_owed_for_long_is_named",
     "slashes_in_doubt": "unit/test_debts.py::test_health_tells_of_debts_and_of_slashes_in_doubt",
     "slash_journal": "faults/test_slash_journal.py::test_a_slash_that_cannot_be_written_there_is_not_begun",
