@@ -18,12 +18,13 @@ from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.system.clock import monotonic
 from shmelim.system.logs import LimitedLog
+from shmelim.system.text import get_logger
 
 T = TypeVar("T")
 
 _WAS_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
 
-_limited = LimitedLog(logging.getLogger("shmelim.processing"))
+_limited = LimitedLog(get_logger("shmelim.processing"))
 
 
 @dataclass(eq=False)
