@@ -36,6 +36,7 @@ from shmelim.system.clock import monotonic
 from shmelim.system.durable import make_private_directory
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Problems
+from shmelim.system.text import get_logger
 
 CROWDED: Final = "connections_crowded"
 UNREACHABLE: Final = "channel_unreachable"
@@ -44,7 +45,7 @@ _JOIN = 1.0  # seconds for threads whose connection was shut; a method that hang
 _EXHAUSTED = 0.05  # seconds of pause when the process has no descriptor or thread left for a connection
 _LOOK = 0.5  # seconds between two looks at the server's own address
 
-_logger = logging.getLogger("shmelim.channel")
+_logger = get_logger("shmelim.channel")
 
 
 class ChannelServer:

@@ -24,6 +24,7 @@ from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.debts.states import OWED, SLASH
 from shmelim.eliminations.store.store import Store
 from shmelim.system.clock import utc_text
+from shmelim.system.text import printable
 from shmelim.watch import asking
 
 _UNCHANGED: Final = "nothing was changed"
@@ -125,7 +126,7 @@ _dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what wo
 def _cause(found: Mapping[str, Any]) -> str:
     """Return a cause in words."""
     again = f", registration {found['registration']}" if found["registration"] else ""
-    return f"{output.printable(found['rule']) or 'any rule'}{again}"
+    return f"{printable(found['rule']) or 'any rule'}{again}"
 
 
 def _share(found: Mapping[str, Any]) -> str:
@@ -199,7 +200,7 @@ def resolve(
     """
     if made is None:
         raise click.UsageError("say --made or --not-made")
-    shown = output.printable(hotkey)
+    shown = printable(hotkey)
     with EliminationClient(settings.name) as client:
         debt = _in_doubt(client, hotkey, rule, registration)
         since = utc_text(debt["in_doubt_since_ms"])
@@ -249,8 +250,8 @@ def release(settings: Settings, *, dry_run: bool, yes: bool) -> int:
         owed = [
             debt for debt in client.get_debts() if debt["kind"] == SLASH and debt["state"] == OWED and debt["due"]
         ]
-        about = [f"held since {utc_text(held['since_ms'])} UTC: {output.printable(held['why'])}"]
-        about += [f"would be made: {output.printable(d['hotkey'])} ({_cause(d)}), share {_share(d)}" for d in owed]
+        about = [f"held since {utc_text(held['since_ms'])} UTC: {printable(held['why'])}"]
+        about += [f"would be made: {printable(d['hotkey'])} ({_cause(d)}), share {_share(d)}" for d in owed]
         question = f"All {len(owed)} slashes that are owed may be made?"
         released = _agreed(question, about, dry_run=dry_run, yes=yes) and client.release_money()
     settings.answer({"released": released}, "slashes go on" if released else _UNCHANGED)
@@ -278,7 +279,7 @@ def re_arm(
     For example:
       shmelim slash re-arm 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --rule drawdown
     """
-    shown = output.printable(hotkey)
+    shown = printable(hotkey)
     with EliminationClient(settings.name) as client:
         found = [made for made in client.get_slashes(hotkey) if _is_meant(made, rule, registration)]
         if not found:
@@ -314,7 +315,7 @@ def _in_doubt(
     """Return the slash of a hotkey that a person may settle; RefusedError where that is not one."""
     slashes = [d for d in client.get_debts(hotkey) if d["kind"] == SLASH and _is_meant(d, rule, registration)]
     begun = [debt for debt in slashes if debt["state"] != OWED]
-    shown = output.printable(hotkey)
+    shown = printable(hotkey)
     if len(begun) > 1:
         causes = "; ".join(map(_cause, begun))
         raise RefusedError(

@@ -14,6 +14,7 @@ from shmelim.cli.options import Settings, command, hotkey_argument, hotkeys_argu
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.record import EliminationReason, generate_row
 from shmelim.system.clock import utc_text
+from shmelim.system.text import printable
 
 _REASONS: Final = ", ".join(EliminationReason.__members__)
 
@@ -41,12 +42,12 @@ def add(settings: Settings, *, hotkey: str, reason: str, dd: float | None, time_
     if dd is not None and not math.isfinite(dd):
         raise click.UsageError(f"--dd must be a number, not {dd}")
     if reason not in EliminationReason.__members__:
-        click.echo(f"note: {output.printable(repr(reason))} is stored as given; usual are {_REASONS}", err=True)
+        click.echo(f"note: {printable(repr(reason))} is stored as given; usual are {_REASONS}", err=True)
     at_ms = time.time_ns() // 1_000_000 if time_ms is None else time_ms
     with EliminationClient(settings.name) as client:
         added = client.append_elimination_row(hotkey, dd, reason, at_ms)
     content = {"added": added, "elimination": generate_row(hotkey, dd, reason, at_ms)}
-    settings.answer(content, f"{'added' if added else 'replaced'}: {output.printable(hotkey)}")
+    settings.answer(content, f"{'added' if added else 'replaced'}: {printable(hotkey)}")
 
 
 @command
@@ -62,7 +63,7 @@ def remove(settings: Settings, *, hotkey: str) -> int:
     with EliminationClient(settings.name) as client:
         removed = bool(client.delete_eliminations([hotkey]))
     what = "removed" if removed else "not eliminated"
-    settings.answer({"hotkey": hotkey, "removed": removed}, f"{what}: {output.printable(hotkey)}")
+    settings.answer({"hotkey": hotkey, "removed": removed}, f"{what}: {printable(hotkey)}")
     return YES if removed else NO
 
 
@@ -81,10 +82,7 @@ def ack(settings: Settings) -> int:
     """
     with EliminationClient(settings.name) as client:
         found = client.acknowledge()
-    text = (
-        "\n".join(f"acknowledged: {output.printable(each)}" for each in found)
-        or "there was nothing to acknowledge"
-    )
+    text = "\n".join(f"acknowledged: {printable(each)}" for each in found) or "there was nothing to acknowledge"
     settings.answer({"acknowledged": found}, text)
     return YES if found else NO
 
@@ -109,7 +107,7 @@ def returned(settings: Settings, *, hotkeys: tuple[str, ...], yes: bool) -> int:
         departed = {hotkey: info["detected_ms"] for hotkey, info in known.items() if info is not None}
         for hotkey, at_ms in departed.items():
             since = utc_text(at_ms) or "an unknown time"
-            click.echo(f"departed since {since}: {output.printable(hotkey)}", err=True)
+            click.echo(f"departed since {since}: {printable(hotkey)}", err=True)
         if departed and (yes or output.agreed(f"forget the departure of {len(departed)} hotkeys?")):
             undone = client.undo_departures(list(departed))
     text = f"no longer departed: {len(undone)} hotkeys" if undone else "nothing was changed"

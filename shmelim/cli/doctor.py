@@ -8,7 +8,7 @@ import click
 
 from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import PATH, Settings, command
-from shmelim.cli.output import printable
+from shmelim.system.text import printable
 from shmelim.watch.doctor import examine
 
 

@@ -20,8 +20,8 @@ from typing import Final, NamedTuple
 
 import click
 
-from shmelim.cli.output import printable
 from shmelim.errors import GuardedChangeError, NotServingError, ShmelimError
+from shmelim.system.text import printable
 
 YES: Final = 0
 NO: Final = 1

@@ -23,6 +23,7 @@ from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import NotServingError, SegmentError, ShmelimError, StoreError
 from shmelim.shm import SharedNamespace, TableReader
+from shmelim.system.text import printable
 
 directory_option = click.option(
     "--state-dir",
@@ -51,7 +52,7 @@ def backup(settings: Settings, *, target: Path, state_dir: Path | None) -> None:
     about = {**msgspec.structs.asdict(made), "state_dir": made.directory, "backup": str(target)}
     del about["directory"]
     said = f"backed up: commit {made.commit}, {made.eliminated} eliminated, {made.departed} departed, in {target}"
-    settings.answer(about, output.printable(said))
+    settings.answer(about, printable(said))
 
 
 @command
@@ -141,8 +142,8 @@ def restore(settings: Settings, *, source: Path, state_dir: Path | None, registr
     made = keeping.read_manifest(source)
     if not yes and not output.agreed(
         "Replace that state by the backup?",
-        output.printable(f"state   {directory}"),
-        output.printable(f"backup  {source}: commit {made.commit}, {made.eliminated} eliminated"),
+        printable(f"state   {directory}"),
+        printable(f"backup  {source}: commit {made.commit}, {made.eliminated} eliminated"),
     ):
         settings.answer({"restored": False}, "nothing was changed")
         return NO
@@ -153,7 +154,7 @@ def restore(settings: Settings, *, source: Path, state_dir: Path | None, registr
     about = {**done._asdict(), "kept": kept, "restored": True, "state_dir": str(directory)}
     before = "" if kept is None else f"; what was there is {kept}"
     said = f"restored: commit {done.commit}, {done.eliminated} eliminated, {done.departed} departed{before}"
-    settings.answer(about, output.printable(said))
+    settings.answer(about, printable(said))
     return YES
 
 
@@ -183,7 +184,7 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
     name, directory = settings.name, state_directory_of(settings.name)
     about: dict[str, Any] = {"state_dir": str(directory)}
     _need_unserved(name)
-    if not yes and not output.agreed(f"Forget {name!r}?", output.printable(f"its state stays in {directory}")):
+    if not yes and not output.agreed(f"Forget {name!r}?", printable(f"its state stays in {directory}")):
         settings.answer({"forgotten": False, **about}, "nothing was changed")
         return NO
     namespace = SharedNamespace(name)
@@ -196,9 +197,7 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
     shutil.rmtree(RuntimeDirectory.of_server(name).path, ignore_errors=True)
     if (base := registry_base(registry)) is not None:
         Registry(base, name).forget()
-    settings.answer(
-        {"forgotten": True, **about}, output.printable(f"forgot {name!r}; its state is in {directory}")
-    )
+    settings.answer({"forgotten": True, **about}, printable(f"forgot {name!r}; its state is in {directory}"))
     return YES
 
 

@@ -14,6 +14,7 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.rows import Status
 from shmelim.eliminations.validator.addresses import is_ss58_address
 from shmelim.system.clock import utc_text
+from shmelim.system.text import printable
 
 _STATES: Final = {
     "eliminated": Status.ELIMINATED,
@@ -49,7 +50,7 @@ def check(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) ->
         )
     for hotkey in asked:
         if not is_ss58_address(hotkey):
-            click.echo(f"note: {output.printable(repr(hotkey))} is not a valid SS58 address", err=True)
+            click.echo(f"note: {printable(repr(hotkey))} is not a valid SS58 address", err=True)
     rows: list[dict[str, Any]] = [
         {"hotkey": hotkey, **{name: state in status for name, state in _STATES.items()}}
         for hotkey, status in zip(asked, statuses, strict=True)
@@ -100,7 +101,7 @@ def get(settings: Settings, *, hotkeys: tuple[str, ...], as_of: str | None, owne
                 click.echo()
             output.facts([*record.items(), ("(UTC)", utc_text(record["elimination_initiated_time_ms"]))])
         for hotkey in missing:
-            click.echo(f"not eliminated: {output.printable(hotkey)}", err=True)
+            click.echo(f"not eliminated: {printable(hotkey)}", err=True)
 
     settings.answer({"eliminations": eliminations, "missing": missing}, say)
     return NO if missing else YES

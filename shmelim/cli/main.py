@@ -13,7 +13,7 @@ import click
 
 from shmelim.cli import failure
 from shmelim.cli.options import Group, Settings
-from shmelim.cli.output import printable
+from shmelim.system.text import printable, trace_of
 
 _COMMANDS: Final = {
     "serve": ("serve:serve", "Serve a name in the foreground."),
@@ -93,7 +93,7 @@ class _Commands(Group):
             sys.exit(failure.PIPE_CLOSED)
         except Exception as error:
             if settings.debug or "--debug" in arguments:
-                sys.excepthook(type(error), error, error.__traceback__)
+                click.echo(trace_of(error), err=True)
             _drop_unwritten()
             described = failure.describe(error, settings.name)
             failure.show(described, as_json=settings.as_json or "--json" in arguments)

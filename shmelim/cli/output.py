@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shmelim.system.clock import utc_text
+from shmelim.system.text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,8 +40,8 @@ def agreed(question: str, *about: str) -> bool:
     if not can_ask():
         raise click.UsageError("without a terminal nobody can be asked: give --yes")
     for line in about:
-        click.echo(line, err=True)
-    return click.confirm(question, err=True)
+        click.echo(printable(line), err=True)
+    return click.confirm(printable(question), err=True)
 
 
 def records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -87,13 +88,6 @@ def _print(table: Table, rows: Iterable[Sequence[object]]) -> None:
     for row in rows:
         table.add_row(*(Text(value(cell)) for cell in row))
     Console().print(table)
-
-
-def printable(text: str) -> str:
-    """Return text with everything escaped that a terminal would obey, or that has no UTF-8."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def value(thing: object) -> str:

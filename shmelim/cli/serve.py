@@ -15,12 +15,12 @@ import click
 from shmelim.channel.address import describe
 from shmelim.cli.failure import need_file
 from shmelim.cli.options import PATH, PERMISSIONS, Settings, command, registry_option
-from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.serve import ServeOptions, Service, run
 from shmelim.errors import AlreadyServingError, ShmelimError
 from shmelim.system.background import BackgroundStream
+from shmelim.system.text import printable
 
 _STANDARD_ERROR: Final = 2
 _DRAIN: Final = 1.0  # seconds for what stderr has not taken yet, before the server says that it is ready or ends
@@ -33,7 +33,7 @@ class _LineFormatter(logging.Formatter):
         time = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S")
         level = record.levelname.lower()
         text = f"{time}.{record.msecs:03.0f}Z {level}: {printable(record.getMessage())}"
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        return f"{text}\n{record.exc_text}" if record.exc_text else text
 
 
 class _JsonFormatter(logging.Formatter):

@@ -10,7 +10,6 @@ import click
 
 from shmelim.cli.failure import FileProblemError, RefusedError, need_file
 from shmelim.cli.options import Settings, command, file_argument, owner_option
-from shmelim.cli.output import printable
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.files import format as files
@@ -18,6 +17,7 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Snapshot
 from shmelim.eliminations.record import decode, encode
 from shmelim.errors import DamagedFileError
+from shmelim.system.text import printable
 
 _SHOWN: Final = 3
 

@@ -11,6 +11,7 @@ from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Settings, command, yes_option
 from shmelim.eliminations.client import EliminationClient
+from shmelim.system.text import printable
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -64,7 +65,7 @@ def rollback(settings: Settings, *, when: str, dry_run: bool, yes: bool) -> int:
         if count and not dry_run:
             shown = ["  ".join(map(output.value, line)) for line in _lines(found)]
             more = [f"… and {len(shown) - _MOST_SHOWN} more"] if len(shown) > _MOST_SHOWN else []
-            about = [output.printable(line) for line in shown[:_MOST_SHOWN] + more]
+            about = [printable(line) for line in shown[:_MOST_SHOWN] + more]
             if yes or output.agreed(f"roll {count} eliminations back?", *about):
                 client.rollback(when)
                 done = True

@@ -10,8 +10,8 @@ import click
 
 from shmelim.cli.failure import need_file
 from shmelim.cli.options import PATH, Settings, command, owner_option
-from shmelim.cli.output import printable
 from shmelim.errors import KeyFileError, ShmelimError
+from shmelim.system.text import printable
 
 _LEAST_TOKEN = 16
 

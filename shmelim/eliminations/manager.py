@@ -44,8 +44,9 @@ from shmelim.notify import SlackNotifier
 from shmelim.service import RPCServiceBase, ServerReady, ServiceSettings
 from shmelim.shm import PrivateNamespace, check_name
 from shmelim.system.logs import LimitedLog
+from shmelim.system.text import get_logger
 
-_log = logging.getLogger("shmelim.manager")
+_log = get_logger("shmelim.manager")
 _limited = LimitedLog(_log)
 
 DEFAULT_NAME: Final = "shmelim"

@@ -40,6 +40,7 @@ from shmelim.system.durable import make_private_directory, write_whole, writing
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog
 from shmelim.system.processes import ProcessIdentity
+from shmelim.system.text import get_logger
 
 LOCALHOST: Final = "127.0.0.1"
 
@@ -50,7 +51,7 @@ _PRIVATE: Final = 0o700
 _LOOK: Final = 0.5  # seconds between two looks at what clients find a server by
 _SET_RUNTIME: Final = "set XDG_RUNTIME_DIR to a directory of your own"
 
-_log = logging.getLogger("shmelim.runtime")
+_log = get_logger("shmelim.runtime")
 _once = LimitedLog(_log, burst=1, interval=3600)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ from shmelim.service import ServerReady, report_progress
 from shmelim.service.process import Ending, run_server
 from shmelim.shm import Namespace, SharedNamespace
 from shmelim.system.supervisor import notify_supervisor
+from shmelim.system.text import get_logger
 
 SERVICE_NAME: Final = "EliminationManagerServer"
 
-_log = logging.getLogger("shmelim.serve")
+_log = get_logger("shmelim.serve")
 
 
 @dataclass(frozen=True)

@@ -73,13 +73,14 @@ from shmelim.system.durable import make_private_directory, writing
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog, log_problems
 from shmelim.system.problems import Problems, worst
+from shmelim.system.text import get_logger
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _version = functools.cache(functools.partial(importlib.metadata.version, "shmelim"))
 
-_log = logging.getLogger("shmelim.server")
+_log = get_logger("shmelim.server")
 _limited = LimitedLog(_log)
 
 BEAT_INTERVAL: Final = 0.25

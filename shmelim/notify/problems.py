@@ -11,13 +11,14 @@ from typing import Final, NamedTuple, Protocol, runtime_checkable
 from shmelim.system.clock import now_ms
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Change, Problem, Problems, over
+from shmelim.system.text import get_logger, printable
 
 _MOST: Final = 10_000  # messages that wait to be sent again; beyond it the oldest is forgotten
 
 UNDELIVERED: Final = "alerts_undelivered"
 """Name of the problem that people cannot be told of what is wrong."""
 
-_limited = LimitedLog(logging.getLogger("shmelim.notify"))
+_limited = LimitedLog(get_logger("shmelim.notify"))
 
 
 @runtime_checkable
@@ -69,7 +70,7 @@ class ProblemMessages:
         """Pass a message on; False: it was not taken. What the notifier raises is logged."""
         try:
             notifier = self._notifier()
-            return notifier is None or notifier.send_message(text, level=level) is not False
+            return notifier is None or notifier.send_message(printable(text), level=level) is not False
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # a notifier that runs coroutines can raise CancelledError

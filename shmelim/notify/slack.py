@@ -26,6 +26,7 @@ from shmelim.system import forks
 from shmelim.system.background import Background
 from shmelim.system.clock import now_ms
 from shmelim.system.logs import LimitedLog
+from shmelim.system.text import get_logger, printable
 
 if TYPE_CHECKING:
     from slack_sdk.webhook import WebhookResponse
@@ -40,7 +41,7 @@ _REMEMBERED: Final = 256  # messages by which repetitions are known
 _ITS_OWN_FAULT: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 _LOOK: Final = ""  # in the queue, where no message is empty: look into the outbox
 
-_logger = logging.getLogger("shmelim.notify")
+_logger = get_logger("shmelim.notify")
 # The client logs the URL, so that what it says goes nowhere.
 _silent = logging.Logger("shmelim.webhook", logging.CRITICAL + 1)  # noqa: LOG001  # not in the tree on purpose
 
@@ -270,10 +271,12 @@ class SlackNotifier:
 
     def _as_sent(self, text: str, again: str, level: str) -> str:
         text = f"{text[:_LONGEST]} …" if len(text) > _LONGEST else text
-        source = f"[{self._arguments['source']}] " if self._arguments["source"] else ""
-        # Escaped, so that nothing in it means something to Slack, such as <!channel>.
+        if self._arguments["source"]:
+            text = f"[{printable(self._arguments['source'])}] {text}"
+        # Escaped, so that nothing in it means something to Slack, such as <!channel>, or hides what is there.
+        text = "\n".join(map(printable, text.split("\n")))
         text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        return f"{_SIGNS.get(level, _SIGNS['info'])} {source}{text}{again}"
+        return f"{_SIGNS.get(level, _SIGNS['info'])} {text}{again}"
 
     def _lost(self, count: int) -> str:
         return self._as_sent(f"{count} messages were dropped: too many waited", "", "warning")
@@ -363,7 +366,9 @@ class SlackNotifier:
         from slack_sdk.webhook import WebhookClient  # noqa: PLC0415
 
         url, timeout = self._arguments["webhook_url"], self._arguments["timeout"]
-        return WebhookClient(url, timeout=timeout, logger=_silent, retry_handlers=[]).send(text=text)
+        return WebhookClient(url, timeout=timeout, logger=_silent, retry_handlers=[]).send(
+            text=text, unfurl_links=False, unfurl_media=False
+        )
 
 
 def _host(url: str) -> str:

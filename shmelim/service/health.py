@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import logging
 import math
 import mmap
 import multiprocessing
@@ -37,6 +36,7 @@ from shmelim.system.clock import monotonic
 from shmelim.system.logs import log_problems
 from shmelim.system.problems import SEVERITIES, Change, Problem, Problems, Severity
 from shmelim.system.processes import ProcessIdentity, set_title
+from shmelim.system.text import get_logger
 
 _DOWN: Final = "server_down"
 _DYING: Final = 0.1  # seconds in which a process that closed its connections is dead
@@ -44,7 +44,7 @@ _STOPPED: Final = 0.2  # seconds; a process that was stopped with the lock in it
 _PATIENCE: Final = 0.8  # seconds that a check under way has to end by itself
 _FLUSH: Final = 2.0  # seconds for alerts that are still to be sent when a checking process ends
 
-_logger = logging.getLogger("shmelim.service")
+_logger = get_logger("shmelim.service")
 
 
 # ---------------------------------------------------------------------- what all processes of a service know

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import multiprocessing.context
 import os
 import secrets
@@ -27,13 +26,14 @@ from shmelim.service.settings import server_title
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
 from shmelim.system.processes import ProcessIdentity, is_of_this_user, title_of
+from shmelim.system.text import get_logger
 
 _PROBE: Final = 1.0  # seconds for the question who answers at a socket file
 _POLL: Final = 0.01
 _DYING: Final = 0.1  # seconds in which a process that has lost its title is dead
 _WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104  # nothing is bound to them here
 
-_logger = logging.getLogger("shmelim.service")
+_logger = get_logger("shmelim.service")
 
 
 class ServiceKey:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing.context
 import multiprocessing.util
 import os
@@ -31,6 +30,7 @@ from shmelim.service.settings import ServiceSettings
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
 from shmelim.system.processes import ProcessIdentity
+from shmelim.system.text import get_logger
 
 _DYING: Final = 0.1  # seconds in which a process that has lost its title is dead
 _STABLE: Final = 10.0  # seconds that a server must live for its death not to count as one more
@@ -43,7 +43,7 @@ _NOT_PICKLED: Final = (
     'pickled, or where multiprocessing forks, by multiprocessing.get_context("fork").Process'
 )
 
-_logger = logging.getLogger("shmelim.service")
+_logger = get_logger("shmelim.service")
 
 
 class Absent:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.process
@@ -36,6 +35,7 @@ from shmelim.system.clock import monotonic
 from shmelim.system.logs import log_without_waiting
 from shmelim.system.problems import Problems
 from shmelim.system.processes import ProcessIdentity, set_title
+from shmelim.system.text import get_logger
 
 _LOOK_AGAIN: Final = 0.5  # seconds; a dead process' pipe may be held open by a child that was forked meanwhile
 _REPORT_LIMIT: Final = 64 * 1024
@@ -53,7 +53,7 @@ Recipe: TypeAlias = tuple[
 ]
 _Process = TypeVar("_Process", bound=BaseProcess)
 
-_logger = logging.getLogger("shmelim.service")
+_logger = get_logger("shmelim.service")
 
 
 # ---------------------------------------------------------------------- starting

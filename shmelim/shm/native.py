@@ -30,10 +30,10 @@ def _load() -> ModuleType | None:
     try:
         from shmelim.shm import _native  # noqa: PLC0415  # it may not be there
     except ImportError as error:
-        import logging  # noqa: PLC0415  # which who only reads does not load
+        from shmelim.system.text import get_logger  # noqa: PLC0415  # loads logging, which who only reads does not
 
         text = "reads take the pure-Python path, ten times as slow: the extension cannot be loaded (%s); %s"
-        logging.getLogger("shmelim.shm").warning(text, error, HOW_TO_COMPILE)
+        get_logger("shmelim.shm").warning(text, error, HOW_TO_COMPILE)
         return None
     if getattr(_native, "INTERFACE", None) != _INTERFACE:
         warnings.warn(

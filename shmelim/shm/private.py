@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import mmap
 
 from shmelim.errors import NotServingError
 from shmelim.shm.layout import MAX_GENERATION, ROOT_SIZE, SEQUENCE_BITS, SEQUENCE_MASK, VERSION
 from shmelim.shm.segment import Lock, Namespace, Segment, check_name
 from shmelim.system import forks
+from shmelim.system.text import get_logger
 
 _ROOT = 0  # no data segment's generation
 _GENERATION = 2  # the word of a data segment's header
 
-_log = logging.getLogger("shmelim.shm")
+_log = get_logger("shmelim.shm")
 
 
 class _NoLock(Lock):

@@ -15,9 +15,11 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, Final, Protocol
 
+from shmelim.system.text import get_logger
+
 _PATIENCE: Final = 0.1  # seconds for one lock of a log handler; one that hangs must not hold up the fork
 
-_logger = logging.getLogger("shmelim.forks")
+_logger = get_logger("shmelim.forks")
 
 
 class ForkAware(Protocol):

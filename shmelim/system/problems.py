@@ -6,13 +6,13 @@ the two it stands: the health lists it, log and Slack were told once. So who not
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from shmelim.system import forks
 from shmelim.system.clock import now_ms
+from shmelim.system.text import get_logger, printable
 
 # Worth knowing; something does not work; the purpose is not served.
 Severity: TypeAlias = Literal["notice", "degraded", "failing"]
@@ -21,7 +21,7 @@ Change: TypeAlias = Literal["raised", "worse", "cleared"]
 SEVERITIES: Final[tuple[Severity, ...]] = ("notice", "degraded", "failing")
 _MOST: Final = 10_000  # problems that stand at a time; beyond it the oldest is forgotten
 
-_logger = logging.getLogger("shmelim.problems")
+_logger = get_logger("shmelim.problems")
 
 
 def worst(severities: Iterable[Severity]) -> Literal["ok", "degraded", "failing"]:
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
     name: str  # what kind of problem it is, such as "server_down"; a constant of this package
     subject: str  # whom or what it concerns, such as a hotkey; empty where there is only one
-    text: str  # what is wrong, in one sentence for people
+    text: str  # what is wrong, in one sentence for people; escaped, as the remedy
     severity: Severity
     remedy: str | None  # what to do about it, in one sentence; None where it mends itself
     since_ms: int  # when it began: ms since 1970, UTC
@@ -105,6 +105,7 @@ class Problems:
 
         One that stands keeps its beginning and takes the new text; subscribers hear of it again if it is worse.
         """
+        text, remedy = printable(text), None if remedy is None else printable(remedy)
         problem = Problem(name, subject, text, severity, remedy, now_ms() if since_ms is None else since_ms)
         key = name, subject
         with self._lock:

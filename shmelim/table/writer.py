@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,7 @@ from shmelim.errors import (
 from shmelim.shm import PrivateNamespace, TableReader, TableWriter
 from shmelim.shm.layout import MAX_KEY, MAX_RECORD
 from shmelim.system import forks
+from shmelim.system.text import get_logger
 from shmelim.table.naming import MSGPACK, OTHER, RAW, TableNamespace, check_key_type, kind
 from shmelim.table.reader import Reader
 from shmelim.table.snapshot import K, V
@@ -29,7 +29,7 @@ _BEAT: Final = 1.0  # seconds between two heartbeats
 _PRESENT: Final = 1
 
 _to_msgpack: Final = msgspec.msgpack.Encoder().encode
-_log = logging.getLogger("shmelim.table")
+_log = get_logger("shmelim.table")
 
 
 class Writer(Generic[K, V]):

@@ -14,11 +14,11 @@ from typing import Any, Final
 
 import click
 
-from shmelim.cli import output
 from shmelim.cli.demo.scenario import ENDING_SIGNALS, Scenario, signals_held
 from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Settings, command
 from shmelim.shm import SharedNamespace
+from shmelim.system.text import printable
 
 _WHOLE: Final = 100
 
@@ -84,7 +84,7 @@ def show(found: dict[str, Any]) -> None:
         verdict = f"VIOLATED {violations:,} times" if violations else "held"
         click.secho(f"{verdict}: {invariant}", fg="red" if violations else "green")
     for error in [error for reader in found["readers"] for error in reader["errors"]]:
-        click.echo(f"error: {output.printable(error)}")
+        click.echo(f"error: {printable(error)}")
     held = sum(not violations for violations in found["invariants"].values())
     click.echo(f"\n{held} of {len(found['invariants'])} invariants held")
 

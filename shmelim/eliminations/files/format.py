@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import islice
@@ -26,6 +25,7 @@ from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, ELIMINATIONS_KEY, 
 from shmelim.errors import DamagedFileError, StoreError
 from shmelim.system.containers import finite
 from shmelim.system.durable import read_once, write_aside, write_whole, writing
+from shmelim.system.text import get_logger
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ _UNREADABLE: Final = "make it readable for this user"
 _HINT: Final = "repair it (its end is often cut off), or use a backup"
 
 _json_encoder = msgspec.json.Encoder()
-_log = logging.getLogger("shmelim.files")
+_log = get_logger("shmelim.files")
 
 
 class File:

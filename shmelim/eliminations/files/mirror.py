@@ -32,6 +32,7 @@ from shmelim.shm import Entry, TableReader
 from shmelim.system.durable import identity_of
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Problems
+from shmelim.system.text import get_logger
 
 FilesMode = Literal["current", "lagged", "off"]
 FILES_MODES: Final = ("current", "lagged", "off")
@@ -47,7 +48,7 @@ _REMEDY: Final = (
     "make room, or let the server's user write there; every change is stored and published all the same"
 )
 
-_log = logging.getLogger("shmelim.files")
+_log = get_logger("shmelim.files")
 _limited = LimitedLog(_log)
 
 

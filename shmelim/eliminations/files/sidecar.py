@@ -7,7 +7,6 @@ between the two leaves both, and the file's digest tells which of them it is.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +14,9 @@ import msgspec
 
 from shmelim.eliminations.files.format import read_file
 from shmelim.system.durable import write_whole, writing
+from shmelim.system.text import get_logger
 
-_log = logging.getLogger("shmelim.files")
+_log = get_logger("shmelim.files")
 
 
 class Written(msgspec.Struct, frozen=True, array_like=True):

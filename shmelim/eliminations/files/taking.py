@@ -7,7 +7,6 @@ read, is moved aside and is a named problem until somebody takes it away.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +33,7 @@ from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedFileError, GuardedChangeError
 from shmelim.system.durable import move_aside, write_aside
 from shmelim.system.problems import Problems
+from shmelim.system.text import get_logger
 
 NAMES: Final = (ELIMINATIONS_FILE, DEPARTED_FILE)
 
@@ -45,7 +45,7 @@ _NOT_APPLIED: Final = "file_not_applied"
 _TAKEN: Final = "taken:"
 _EARLIER: Final = "digests:"  # what earlier versions wrote and took over, where there is no sidecar
 
-_log = logging.getLogger("shmelim.files")
+_log = get_logger("shmelim.files")
 
 
 def take_files(step: Step, directory: Path, problems: Problems, *, fresh: bool, judge: Judge = no_judge) -> None:

@@ -13,10 +13,11 @@ from shmelim.errors import ShmelimError, StateUnavailableError
 from shmelim.notify.problems import ProblemMessages
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Problems
+from shmelim.system.text import get_logger
 
 _PATIENCE: Final = 10.0  # seconds for a message
 
-_log = logging.getLogger("shmelim.processing")
+_log = get_logger("shmelim.processing")
 _limited = LimitedLog(_log)
 
 WISHES: Final = (KeyboardInterrupt, GeneratorExit, SystemExit)
@@ -58,7 +59,7 @@ class Alerts(Problems):
 
     def failed(self, kind: str, whom: str, text: str, error: BaseException | None = None) -> None:
         """Report a failure: to the log each time, to Slack the first time since it last went well."""
-        text = _in_one_line(text if error is None else f"{text}: {named(error)}")
+        text = text if error is None else f"{text}: {named(error)}"
         if self.stands(kind, whom):
             _limited(logging.ERROR, kind, "%s", text)
         else:
@@ -68,7 +69,7 @@ class Alerts(Problems):
 
     def tell(self, text: str, level: str) -> None:
         """Send a message to Slack; what fails there is logged, since nothing may depend on it."""
-        self.messages.send(_in_one_line(text), level)
+        self.messages.send(text, level)
 
     @contextmanager
     def about(self, kind: str, whom: str, text: str) -> Iterator[None]:
@@ -112,10 +113,3 @@ class Alerts(Problems):
 def named(error: BaseException) -> str:
     """Return an error as a message tells it."""
     return f"{type(error).__name__}: {error}"
-
-
-def _in_one_line(text: str) -> str:
-    """Return text with everything escaped that a terminal would obey: hotkeys and errors are strangers' words."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -17,13 +17,14 @@ from shmelim.eliminations.debts.states import LIMIT_ORDERS, OWED, POSITIONS
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, named
 from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.system.logs import LimitedLog
+from shmelim.system.text import get_logger
 
 _WHO: Final = {LIMIT_ORDERS: "limit_order_manager", POSITIONS: "position_manager"}
 _KINDS: Final = tuple(_WHO)
 
 _QUEUES_PART: Final = 4
 
-_log = logging.getLogger("shmelim.processing")
+_log = get_logger("shmelim.processing")
 _limited = LimitedLog(_log)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,12 +10,13 @@ from shmelim.eliminations.debts.states import OWED, SLASH
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.system import clock
+from shmelim.system.text import get_logger
 
 _NOBODYS: Final = "not a hotkey"
 _CLOCK: Final = "clock", "the time"
 _LEAP: Final = 60.0  # seconds
 
-_log = logging.getLogger("shmelim.processing")
+_log = get_logger("shmelim.processing")
 
 
 @dataclass(eq=False)

@@ -11,7 +11,6 @@ thread; and then the loop says that it ends.
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
 import signal
 import sys
@@ -25,11 +24,12 @@ from shmelim.eliminations.rules.alerts import WISHES, named
 from shmelim.eliminations.rules.processor import EliminationProcessor
 from shmelim.eliminations.rules.tick import Context
 from shmelim.system.processes import set_title
+from shmelim.system.text import get_logger
 
 _TITLE: Final = "vali_EliminationProcessing"
 _LOOK_AGAIN: Final = 0.25  # seconds between two looks at whether to end
 
-_log = logging.getLogger("shmelim.processing")
+_log = get_logger("shmelim.processing")
 
 
 def run_loop(processor: EliminationProcessor) -> None:

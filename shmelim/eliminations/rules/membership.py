@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, Final, NamedTuple
@@ -11,11 +10,12 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import EliminationReason, check_hotkey, refuse_hotkey
 from shmelim.eliminations.rules.deadlines import check_turn
 from shmelim.eliminations.rules.tick import Context
+from shmelim.system.text import get_logger
 
 _ENTRIES: Final = "metagraph", "entries"
 _SHOWN: Final = 60  # characters of what is not a hotkey
 
-_log = logging.getLogger("shmelim.processing")
+_log = get_logger("shmelim.processing")
 
 
 class _Listed(NamedTuple):

@@ -11,8 +11,9 @@ from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.tick import Found, Tick
 from shmelim.eliminations.salvage import salvage
 from shmelim.system.logs import LimitedLog
+from shmelim.system.text import get_logger
 
-_limited = LimitedLog(logging.getLogger("shmelim.processing"))
+_limited = LimitedLog(get_logger("shmelim.processing"))
 
 
 def liquidated(

@@ -33,6 +33,7 @@ from shmelim.eliminations.rules.zombies import zombies
 from shmelim.errors import NoCollaboratorsError
 from shmelim.notify.problems import report_undelivered
 from shmelim.system.logs import LimitedLog
+from shmelim.system.text import get_logger
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,7 +49,7 @@ _DEPARTED: Final = "departed hotkeys"
 _AGAIN_MS: Final = 10_000  # until a tick that failed is repeated the first time
 _MOST_DOUBLED: Final = 20
 
-_log = logging.getLogger("shmelim.processing")
+_log = get_logger("shmelim.processing")
 _limited = LimitedLog(_log)
 
 

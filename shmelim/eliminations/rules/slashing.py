@@ -56,6 +56,7 @@ from shmelim.eliminations.rules.deadlines import (
 from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.errors import SlashNotMadeError
 from shmelim.system.logs import LimitedLog
+from shmelim.system.text import get_logger
 
 # Kinds of alerts: of a slash that was not made there is one for each miner, of a doubt one for each attempt.
 _NOT_MADE: Final = "slash not made"
@@ -70,7 +71,7 @@ _LONGEST_PAUSE_MS: Final = 6 * 3_600_000
 
 _SHOWN: Final = 100  # characters of an answer
 
-_log = logging.getLogger("shmelim.processing")
+_log = get_logger("shmelim.processing")
 _limited = LimitedLog(_log)
 
 

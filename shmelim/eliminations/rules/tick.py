@@ -20,6 +20,7 @@ from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.system.clock import monotonic
 from shmelim.system.logs import LimitedLog
+from shmelim.system.text import get_logger
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ _WAS_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
 
 _BETWEEN_REPORTS: Final = 1.0  # seconds
 
-_limited = LimitedLog(logging.getLogger("shmelim.processing"))
+_limited = LimitedLog(get_logger("shmelim.processing"))
 
 
 @dataclass(eq=False)

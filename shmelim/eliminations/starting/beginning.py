@@ -7,7 +7,6 @@ what the last step left, which is what there was before or what there is after i
 
 from __future__ import annotations
 
-import logging
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -31,11 +30,12 @@ from shmelim.errors import DamagedStoreError, StateConflictError, StoreError
 from shmelim.shm import Namespace, TableReader, TableWriter
 from shmelim.system import clock
 from shmelim.system.problems import Problems
+from shmelim.system.text import get_logger
 
 # What goes without saying: the log has it, the history not.
 _ORDINARY: Final = frozenset({Action.BEGIN, Action.TAKE_FILES, Action.CONTINUE, Action.ADOPT})
 
-_log = logging.getLogger("shmelim.recovery")
+_log = get_logger("shmelim.recovery")
 
 
 class Choices(NamedTuple):

@@ -9,7 +9,6 @@ What cannot be read raises StoreError or DamagedFileError, and nothing of it is 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,8 +17,9 @@ from shmelim.eliminations.files.format import BadRow, File, departures_in, elimi
 from shmelim.eliminations.state.changes import Step, merge, record_departures
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import StoreError
+from shmelim.system.text import get_logger
 
-_log = logging.getLogger("shmelim.recovery")
+_log = get_logger("shmelim.recovery")
 
 _DONE: Final = "imported:"
 _UNKNOWN: Final = "imports-unknown"

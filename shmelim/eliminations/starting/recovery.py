@@ -7,7 +7,6 @@ miners trade: so the start is refused, and everything left as it is.
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +23,9 @@ from shmelim.eliminations.store.store import Store
 from shmelim.errors import NotServingError, SegmentError
 from shmelim.shm import Namespace, TableIdentity, TableReader
 from shmelim.system.problems import Problems
+from shmelim.system.text import get_logger
 
-_log = logging.getLogger("shmelim.recovery")
+_log = get_logger("shmelim.recovery")
 _CHECK_LIMIT = 256 << 20
 
 

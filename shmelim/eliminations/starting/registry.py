@@ -7,7 +7,6 @@ its store an older copy, also where shared memory is gone.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import platformdirs
 from shmelim.errors import ShmelimError, StoreError
 from shmelim.system.durable import make_private_directory, write_whole, writing
 from shmelim.system.problems import Problems
+from shmelim.system.text import get_logger
 
 VARIABLE: Final = "SHMELIM_REGISTRY"
 OFF: Final = "off"
@@ -29,7 +29,7 @@ _INTERVAL: Final = 0.8  # seconds: at most one behind, with the write
 _BEHIND: Final = "registry_behind"
 _HINT: Final = f"make it writable for this user, or name another place (registry=, {VARIABLE})"
 
-_log = logging.getLogger("shmelim.registry")
+_log = get_logger("shmelim.registry")
 
 
 class Memory(msgspec.Struct, frozen=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +17,9 @@ from shmelim.eliminations.store.opening import closed_on_error, log_of
 from shmelim.eliminations.store.schema import Durability, damaged
 from shmelim.errors import StoreError
 from shmelim.system.durable import sync_file, writing
+from shmelim.system.text import get_logger
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 _FETCH = 500
 _IN_MEMORY = Path(":memory:")

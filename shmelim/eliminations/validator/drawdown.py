@@ -13,8 +13,9 @@ from typing import Any, Final
 import numpy as np
 
 from shmelim.system.logs import LimitedLog
+from shmelim.system.text import get_logger
 
-_limited = LimitedLog(logging.getLogger("shmelim.processing"))
+_limited = LimitedLog(get_logger("shmelim.processing"))
 
 LOOKS: Final = 12
 """At least one of so many looks at a ledger that seems unchanged reads all of it: once an hour, by default."""
