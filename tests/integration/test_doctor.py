@@ -10,7 +10,7 @@ from invoking import CliRunner
 from waiting import until
 
 from shmelim.cli.main import cli
-from shmelim.watch import doctor, seeing
+from shmelim.watch import doctor
 from shmelim.watch.doctor import Machine, examine
 
 
@@ -24,10 +24,6 @@ def machine(tmp_path):
 @pytest.fixture
 def served(serve, monkeypatch):
     found = serve()
-    client = seeing.EliminationClient
-    monkeypatch.setattr(
-        seeing, "EliminationClient", lambda name, **options: client(name, runtime_base=found.runtime, **options)
-    )
     monkeypatch.setattr(doctor, "_of_clock", list)  # a container cannot help it
     monkeypatch.setattr(doctor, "_SLOW_FSYNC", 60)
     monkeypatch.setattr(doctor, "READ_PATH", "native")

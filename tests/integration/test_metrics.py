@@ -34,14 +34,8 @@ def samples(text):
 
 
 @pytest.fixture
-def served(serve, monkeypatch):
-    """A server that the processes of this user find where they look by default."""
-    found = serve()
-    client = seeing.EliminationClient
-    monkeypatch.setattr(
-        seeing, "EliminationClient", lambda name, **options: client(name, runtime_base=found.runtime, **options)
-    )
-    return found
+def served(serve):
+    return serve()
 
 
 def test_of_a_server_that_is_well(served):
