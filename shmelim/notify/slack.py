@@ -270,11 +270,11 @@ class SlackNotifier:
             self._background.put(_LOOK)
 
     def _as_sent(self, text: str, again: str, level: str) -> str:
-        text = f"{text[:_LONGEST]} …" if len(text) > _LONGEST else text
         if self._arguments["source"]:
             text = f"[{printable(self._arguments['source'])}] {text}"
         # Escaped, so that nothing in it means something to Slack, such as <!channel>, or hides what is there.
         text = "\n".join(map(printable, text.split("\n")))
+        text = f"{text[:_LONGEST]} …" if len(text) > _LONGEST else text
         text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         return f"{_SIGNS.get(level, _SIGNS['info'])} {text}{again}"
 
