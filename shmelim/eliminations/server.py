@@ -405,6 +405,9 @@ class EliminationManagerServer(DebtMethods):
     def _caller(self) -> Origin:
         """Return who asks for the change that this thread makes; EpochError if it is not his to make."""
         self._teller.check()
+        return self._whose_call()
+
+    def _whose_call(self) -> Origin:
         caller = current_caller()
         return self._origin if caller is None else Origin(caller.pid, caller.uid, caller.program)
 

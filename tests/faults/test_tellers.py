@@ -77,6 +77,41 @@ def test_a_copy_of_an_earlier_manager_is_told_of_both(managers, new_name, tmp_pa
     assert second.get_departed_hotkeys() == {}
 
 
+def answers_late(manager, go, results):
+    """The contract's answer to a slash that this copy began while its manager lived."""
+    proxy = manager._server_proxy
+    proxy.eliminate_rpc("a", {"hotkey": "a", "reason": "PLAGIARISM"}, ["slash"])
+    assert proxy.begin_slash_rpc("a", "mine")
+    results.put("begun")
+    go.wait(PATIENCE)
+    try:
+        results.put(proxy.settle_debt_rpc("a", "slash", "mine"))
+        proxy.remove_elimination_rpc("a")
+    except EpochError:
+        results.put("refused")
+
+
+def test_the_late_answer_of_an_earlier_managers_copy_settles_its_slash(managers, new_name, tmp_path):
+    """Its validator was killed while the contract took the collateral; it may change nothing else."""
+    where = {"name": new_name(), "state_dir": tmp_path / "state", "runtime_base": tmp_path.parent.parent / "r"}
+    context = multiprocessing.get_context("fork")
+    results, go = context.Queue(), context.Event()
+    first = managers(**where, port=0)
+    child = context.Process(target=answers_late, args=(first, go, results))
+    child.start()
+    assert results.get(timeout=PATIENCE) == "begun"
+    address = first.address
+    first.shutdown()
+    second = managers(**where, address=address)
+    assert [debt["state"] for debt in second.get_debts()] == ["attempting"]
+    go.set()
+    assert [results.get(timeout=PATIENCE) for _ in range(2)] == [True, "refused"]
+    child.join(PATIENCE)
+    assert second.get_debts() == []
+    assert [slash["outcome"] for slash in second.get_slashes("a")] == ["made"]
+    assert "a" in second.eliminations
+
+
 def test_a_person_changes_eliminations_and_neither_tells_nor_pays(managers):
     manager = managers()
     manager.append_elimination_row("x", 0.1, "PLAGIARISM")

@@ -596,22 +596,32 @@ def test_watch_shows_changes_in_order_from_a_version_on(run, served):
 
 
 def test_watch_says_what_it_cannot_tell_and_goes_on(run, served):
-    with contextlib.closing(served.client()) as client:
-        command = [sys.executable, "-m", "shmelim", "watch", "--name", served.name, "--since", "1", "--json"]
-        environ = {**os.environ, **environment(served.home)}
-        with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watching:
-            assert b"what changed since version 1 is not known" in watching.stderr.readline()
-            # It goes on from the version that it saw then, whichever that was.
-            reading = threading.Thread(target=lambda: lines.append(watching.stdout.readline()))
-            lines = []
-            reading.start()
-            numbers = iter(range(10**6))
+    command = [sys.executable, "-m", "shmelim", "watch", "--name", served.name, "--since", "1", "--json"]
+    watching = subprocess.Popen(
+        command,
+        env={**os.environ, **environment(served.home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Whoever runs tests in the background may ignore it, and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    lines = []
+    reading = threading.Thread(target=lambda: lines.append(watching.stdout.readline()))
+    try:
+        assert b"what changed since version 1 is not known" in watching.stderr.readline()
+        # It goes on from the version that it saw then, whichever that was.
+        reading.start()
+        numbers = iter(range(10**6))
+        with contextlib.closing(served.client()) as client:
             until(lambda: (client.add_elimination(A, row(A, dd=next(numbers) / 2)), *lines)[1:])
-            assert json.loads(lines[0])["hotkey"] == A
-            reading.join()
-            watching.send_signal(signal.SIGINT)
-            watching.communicate(timeout=PATIENCE)
+        reading.join()
+        assert json.loads(lines[0])["hotkey"] == A
+        watching.send_signal(signal.SIGINT)
+        watching.communicate(timeout=PATIENCE)
         assert watching.returncode == 130
+    finally:
+        watching.kill()
+        watching.communicate()
 
 
 def test_names_lists_what_is_served_here(run, served):

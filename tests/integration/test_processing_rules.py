@@ -13,6 +13,7 @@ from reference_validator import HOUR, MINUTE, Managed
 from reference_validator.trading import Holding
 
 from shmelim.eliminations.debts.states import IN_DOUBT
+from shmelim.eliminations.record import generate_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -983,6 +984,38 @@ def test_position_of_a_miner_whom_a_sync_takes_back_and_brings_again_is_closed(m
     managed.tick()
     assert validator.is_flat("a")
     assert managed.debts == []
+
+
+def test_what_a_miner_opens_while_he_is_taken_back_is_closed_when_he_is_brought_again(managed: Managed) -> None:
+    """What his elimination owed was settled long before, and the slash is not made again."""
+    validator = managed.validator
+    validator.register("a")
+    managed.tick()
+    validator.open_position("a")
+    validator.lose("a", 0.2)
+    managed.tick()
+    assert managed.debts == []
+    rows = managed.manager.get_eliminations_from_memory()
+    for _ in range(2):
+        managed.manager.sync_eliminations([])
+        validator.open_position("a")
+        validator.limit_orders.place("a")
+        assert managed.debts == []
+        managed.manager.sync_eliminations(rows)
+        managed.tick()
+        assert validator.is_flat("a")
+        assert managed.debts == []
+    assert validator.collateral.slashes() == ["a"]
+
+
+def test_what_a_sync_alone_brings_owes_nothing(managed: Managed) -> None:
+    managed.validator.register("a")
+    managed.validator.open_position("a")
+    managed.tick()
+    for _ in range(2):
+        managed.manager.sync_eliminations([generate_row("a", 0.1, "ZOMBIE", managed.validator.now_ms)])
+        assert managed.debts == []
+        managed.manager.sync_eliminations([])
 
 
 def test_slash_that_was_not_made_is_owed_anew(managed: Managed) -> None:

@@ -41,7 +41,7 @@ class Debt:
 
     def __init__(self, stamp, reason):
         self.state, self.token, self.due, self.attempts = "owed", None, True, 0
-        self.stamp, self.reason = stamp, reason
+        self.stamp, self.reason = stamp, reason  # None: the record's that brought him back, whichever that is
 
 
 class Model(Sequences):
@@ -50,6 +50,7 @@ class Model(Sequences):
     def __init__(self):
         self.eliminated = set()
         self.debts = {}
+        self.owed_once = set()  # (hotkey, kind)
         self.slashes = {}  # (hotkey, rule, registration) -> (stamp, by, outcome)
         self.registrations = dict.fromkeys(HOTKEYS, 0)
         self.registered, self.departed, self.looked = set(), set(), False
@@ -74,6 +75,7 @@ class Model(Sequences):
                 standing = Debt(stamp, rule if kind == SLASH else None)
             standing.due, standing.stamp = True, stamp
             self.debts[key] = standing
+            self.owed_once.add((hotkey, kind))
         return "added"
 
     def _take_back(self, hotkeys):
@@ -95,6 +97,10 @@ class Model(Sequences):
         for key, debt in self.debts.items():
             if key[0] == hotkey and (key[1] != SLASH or debt in woken):
                 debt.due = True
+        # Meanwhile he may have traded: what may be repeated is.
+        for kind in KINDS:
+            if kind != SLASH and (hotkey, kind) in self.owed_once:
+                self.debts.setdefault((hotkey, kind, "", 0), Debt(None, None))
 
     def remove(self, hotkey):
         was = hotkey in self.eliminated
@@ -294,19 +300,21 @@ step = st.one_of(
 
 
 def check(server, model):
+    stamps = {key: debt.stamp for key, debt in model.debts.items()}
     assert server.get_replacements_rpc() == model.replacements
     assert server.get_eliminated_hotkeys_rpc() == model.eliminated
     found = server.get_debts_rpc()
+    keys = [(debt["hotkey"], debt["kind"], debt["rule"], debt["registration"]) for debt in found]
     assert {
-        (debt["hotkey"], debt["kind"], debt["rule"], debt["registration"]): [
+        key: [
             debt["state"],
             debt["attempt"],
             debt["due"],
             debt["attempts"],
-            debt["eliminated_ms"] - STAMP_0,
+            None if stamps.get(key) is None else debt["eliminated_ms"] - STAMP_0,
             debt["reason"],
         ]
-        for debt in found
+        for key, debt in zip(keys, found, strict=True)
     } == {
         key: [
             debt.state,

@@ -76,8 +76,7 @@ class Day:
     def trade(self) -> None:
         for _ in range(8):
             hotkey = self.one()
-            # What is opened between a sync that takes back and one that brings again is nobody's debt.
-            if hotkey not in self.managed.reasons and hotkey not in self.removed:
+            if hotkey not in self.managed.reasons:
                 self.validator.open_position(hotkey, self.random.choice(PAIRS))
                 if self.random.random() < 0.3:
                     self.validator.limit_orders.place(hotkey)

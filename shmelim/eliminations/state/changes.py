@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from shmelim.eliminations.comparing import Comparison, Settled
-from shmelim.eliminations.debts.states import OWED, SLASH, Debt
+from shmelim.eliminations.debts.states import ANY_RULE, LIMIT_ORDERS, OWED, POSITIONS, SLASH, Debt
 from shmelim.eliminations.moments import Moment
 from shmelim.eliminations.record import DAY_MS, decode
 from shmelim.eliminations.store.history import Change as EventOf
@@ -265,6 +265,27 @@ def _wake_debts(step: Step, records: Mapping[str, bytes]) -> None:
             step.store.put_debt(debt._replace(due=True))
         if woken:
             step.record([EventOf("wake", hotkey, note=f"{_kinds(woken)}: eliminated again")])
+    _owe_again(step, records)
+
+
+def _owe_again(step: Step, records: Mapping[str, bytes]) -> None:
+    """Have hotkeys owe once more what was settled and may be repeated, if the rules eliminated them once.
+
+    Between an elimination that was taken back and one that brings him back a miner may have traded.
+    """
+    for hotkey, notes in step.store.notes("owe", records).items():
+        known = {debt.kind for debt in step.store.debts(hotkey)}
+        kinds = [kind for kind in (LIMIT_ORDERS, POSITIONS) if kind in notes and kind not in known]
+        for kind in kinds:
+            step.store.put_debt(
+                Debt(
+                    hotkey, kind, ANY_RULE, 0, OWED, step.store.next_debt_ordinal(), due=True,
+                    since_ms=clock.now_ms(),
+                    eliminated_ms=decode(records[hotkey])["elimination_initiated_time_ms"],
+                )
+            )  # fmt: skip
+        if kinds:
+            step.record([EventOf("owe", hotkey, note=f"{', '.join(kinds)}: eliminated again")])
 
 
 def _added(events: Iterable[EventOf], records: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -39,6 +39,7 @@ from shmelim.eliminations.state.changes import Step, replacements
 from shmelim.eliminations.state.leases import Leases
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.store.history import Change as EventOf
+from shmelim.eliminations.store.history import Origin
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import StoreError
 from shmelim.system import clock
@@ -90,6 +91,7 @@ class DebtMethods:
     _journal: Journal | None
     _teller: Teller
     _leases: Leases
+    _whose_call: Callable[[], Origin]
 
     def _ask(self, question: Callable[[Store], T]) -> T:
         """Ask the store beside who commits, who may be busy with a long sync; in memory, between commits."""
@@ -152,9 +154,7 @@ class DebtMethods:
         if declined and attempt is None:
             raise ValueError("declined is said of an attempt: attempt must not be None")
         text = None if answer is None else _storable("answer", answer)
-        done = self._commit_noted(settle, hotkey, kind, attempt, text, declined=declined)
-        self._end(attempt)
-        return done
+        return self._answer(attempt, settle, hotkey, kind, attempt, text, declined=declined)
 
     def fail_debt_rpc(
         self,
@@ -172,9 +172,7 @@ class DebtMethods:
             raise ValueError("in_doubt is said of an attempt: attempt must not be None")
         text = _storable("error", error)
         cause = _check_cause(rule, registration)
-        done = self._commit_noted(fail, hotkey, kind, text, attempt, cause, in_doubt=in_doubt)
-        self._end(attempt)
-        return done
+        return self._answer(attempt, fail, hotkey, kind, text, attempt, cause, in_doubt=in_doubt)
 
     def begin_slash_rpc(
         self,
@@ -198,7 +196,7 @@ class DebtMethods:
         self._leases.renew(attempt)
         granted, entries = self._state.commit(begin_slash, hotkey, attempt, cause, now, most)
         if not granted:
-            self._end(attempt)
+            self._leases.end(attempt)
             self._tell_held(self._state.read(held_money))
             return False
         # After a power cut that took this with it, the slash would be owed, and made again.
@@ -247,7 +245,21 @@ class DebtMethods:
 
     def _commit_noted(self, change: Callable[..., Noted], *arguments: Any, **options: Any) -> bool:
         """Commit a change of a slash, and then have the journal say what became of it."""
-        done, entries = self._state.commit(change, *arguments, **options)
+        return self._noted(*self._state.commit(change, *arguments, **options))
+
+    def _answer(self, attempt: str | None, change: Callable[..., Noted], *arguments: Any, **options: Any) -> bool:
+        """Commit what became of an effect; how an attempt at a slash ended counts whoever made it.
+
+        A copy of an earlier manager may change nothing, but that the contract took the collateral is so.
+        """
+        if attempt is None:
+            return self._commit_noted(change, *arguments, **options)
+        done = self._noted(*self._state.commit_by(self._whose_call(), change, *arguments, **options))
+        self._leases.end(attempt)
+        return done
+
+    def _noted(self, done: bool, entries: Sequence[Entry]) -> bool:
+        """Have the journal say what became of a slash."""
         if entries and self._journal is not None:
             try:
                 self._journal.append(entries)
@@ -258,10 +270,6 @@ class DebtMethods:
             else:
                 self.problems.clear(_JOURNAL)
         return done
-
-    def _end(self, attempt: str | None) -> None:
-        if attempt is not None:
-            self._leases.end(attempt)
 
     def _tell_held(self, held: Mapping[str, Any] | None) -> None:
         """Raise or clear the problem that money is held."""

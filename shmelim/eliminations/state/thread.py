@@ -123,7 +123,13 @@ class State:
         StoreError (not committed) and SegmentFullError (no room in shared memory) nothing of it was applied; after
         an interrupt (``KeyboardInterrupt``) all of it or nothing.
         """
-        return cast("T", self._have(change, args, kwargs, self._origin(), is_question=False))
+        return self.commit_by(self._origin(), change, *args, **kwargs)
+
+    def commit_by(
+        self, origin: Origin | None, change: Callable[Concatenate[Step, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Do the same for somebody who is known, and may change this."""
+        return cast("T", self._have(change, args, kwargs, origin, is_question=False))
 
     def read(self, question: Callable[[Store], T]) -> T:
         """Ask the store something between two commits."""

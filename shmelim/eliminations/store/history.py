@@ -162,6 +162,14 @@ class History(Database):
         found = self.events(limit=sum(1 for _ in later))
         return [event for event in reversed(found) if number(event) <= last]
 
+    def notes(self, action: str, hotkeys: Iterable[str]) -> dict[str, str]:
+        """Return all that is noted of an action for each of these hotkeys of which something is.
+
+        Of events that stand alone, as those of the rules do; a few µs a hotkey.
+        """
+        further = f"AND action = '{action}' AND note IS NOT NULL GROUP BY hotkey"
+        return dict(self._ask_of("SELECT hotkey, group_concat(DISTINCT note) FROM events", hotkeys, further))
+
     def replaced_after(self, event: int) -> dict[str, bytes | None]:
         """Return the record (or None) that each hotkey had after an event, of those whose changed since.
 
