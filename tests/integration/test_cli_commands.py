@@ -603,7 +603,7 @@ def test_watch_says_what_it_cannot_tell_and_goes_on(run, served):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         # Whoever runs tests in the background may ignore it, and children would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     lines = []
     reading = threading.Thread(target=lambda: lines.append(watching.stdout.readline()))
