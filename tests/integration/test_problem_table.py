@@ -236,4 +236,6 @@ def test_what_goes_wrong_in_the_processing_is_in_the_health_by_its_name(tmp_path
         health = managed.manager._server_proxy.health_check_rpc()
         (problem,) = (problem for problem in health["problems"] if problem["name"] == name)
         assert problem["part"] == "processing"
+        assert problem["remedy"]
+        assert problem["since_ms"] > 0
         assert subject in ("", problem["subject"])

@@ -24,6 +24,22 @@ WISHES: Final = (KeyboardInterrupt, GeneratorExit, SystemExit)
 """Wishes to end the process. Anything else is a failure, such as ``asyncio.CancelledError``: not an Exception."""
 
 
+_REMEDIES: Final = {
+    "limit_orders": "each tick tries again; `shmelim debts` shows what is owed",
+    "positions": "each tick tries again; `shmelim debts` shows what is owed",
+    "no contract manager": "assign a contract_manager",
+    "slash not made": "it is tried again, with growing pauses; `shmelim debts` shows it",
+    "slash under way": "wait for the contract's answer; if it is known to hang, restart the validator",
+    "websockets": "see to who reads the queue",
+    "not a hotkey": "take the elimination away (`shmelim remove`), or have the environment's is_hotkey know it",
+    "metagraph": "see to what fills the metagraph",
+    "departures": "if they are really gone: shmelim missing --accept",
+    "clock": "if the time is wrong now, set it right before the next tick",
+    "loop": "look at the error; see whether the server, or the sync that it names, is alive",
+}
+_REMEDY: Final = "the next tick tries again; if it lasts, look at what the error names"
+
+
 class OvertakenError(ShmelimError):
     """A sync replaced what this tick began with: nothing more of it may be written."""
 
@@ -57,15 +73,18 @@ class Alerts(Problems):
         asked = getattr(self._collaborators.slack_notifier, "undelivered", None)
         return asked() if callable(asked) else None
 
-    def failed(self, kind: str, whom: str, text: str, error: BaseException | None = None) -> None:
+    def failed(
+        self, kind: str, whom: str, text: str, error: BaseException | None = None, remedy: str | None = None
+    ) -> None:
         """Report a failure: to the log each time, to Slack the first time since it last went well."""
         text = text if error is None else f"{text}: {named(error)}"
+        remedy = remedy or _REMEDIES.get(kind, _REMEDY)
         if self.stands(kind, whom):
-            _limited(logging.ERROR, kind, "%s", text)
+            _limited(logging.ERROR, kind, "%s; %s", text, remedy)
         else:
             # The whole trace once: the repetitions say the same.
-            _log.error("%s", text, exc_info=error)
-        self.report(kind, text, subject=whom)
+            _log.error("%s; %s", text, remedy, exc_info=error)
+        self.report(kind, text, subject=whom, remedy=remedy)
 
     def tell(self, text: str, level: str) -> None:
         """Send a message to Slack; what fails there is logged, since nothing may depend on it."""

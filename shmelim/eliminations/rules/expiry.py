@@ -82,10 +82,7 @@ class Expiry:
         if abs(leap) <= _LEAP:
             context.alerts.clear(*_CLOCK)
             return False
-        text = (
-            f"the time has leapt by {leap:+.0f} s since the last tick: nothing is deleted in this one."
-            " If the clock is wrong now, set it right before the next"
-        )
+        text = f"the time has leapt by {leap:+.0f} s since the last tick: nothing is deleted in this one"
         context.alerts.failed(*_CLOCK, text)
         return True
 
@@ -107,10 +104,7 @@ class Expiry:
         names = {hotkey for hotkey in zombies if not self.context.can_be_a_miner(hotkey)}
         self.context.alerts.clear_others(_NOBODYS, names)
         for name in names:
-            text = (
-                f"{name!r} is eliminated as a ZOMBIE and cannot be a hotkey; nothing of it is deleted."
-                " Take the elimination away (shmelim remove), or tell the environment's is_hotkey that it is one"
-            )
+            text = f"{name!r} is eliminated as a ZOMBIE and cannot be a hotkey; nothing of it is deleted"
             self.context.alerts.failed(_NOBODYS, name, text)
         return names
 

@@ -242,10 +242,7 @@ class EliminationProcessor:
             return self._membership.unbelieved()
 
         if lost := self.context.ask("metagraph", look):
-            text = (
-                f"{lost} hotkeys are missing from the metagraph at once, and are not recorded as departed."
-                " If they are really gone: shmelim missing --accept"
-            )
+            text = f"{lost} hotkeys are missing from the metagraph at once, and are not recorded as departed"
             self.context.alerts.failed("departures", "the metagraph", text)
         else:
             self.context.alerts.clear("departures", "the metagraph")

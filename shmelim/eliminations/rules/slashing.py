@@ -129,7 +129,7 @@ class Slashing:
             alerts.clear(*_NO_CONTRACT)
             return False
         if context.contract is None:
-            text = f"{len(owed)} slashes are owed, and there is no contract_manager to make them; assign one"
+            text = f"{len(owed)} slashes are owed, and there is no contract_manager to make them"
             alerts.failed(*_NO_CONTRACT, text)
             return False
         alerts.clear(*_NO_CONTRACT)
@@ -318,12 +318,10 @@ class Slashing:
 
     def _report_doubt(self, hotkey: str, token: str, error: str | None) -> None:
         argument = f"{'-- ' if hotkey.startswith('-') else ''}{shlex.quote(hotkey)}"
-        text = (
-            f"slash of miner {hotkey}: nobody knows whether it was made ({error}). It is not repeated;"
-            f" look at the contract, then say what you found: shmelim slash resolve {argument}"
-        )
+        text = f"slash of miner {hotkey}: nobody knows whether it was made ({error}). It is not repeated"
+        remedy = f"look at the contract, then say what you found: shmelim slash resolve {argument}"
         self.context.alerts.clear(_NOT_MADE, hotkey)
-        self.context.alerts.failed(_DOUBT, token, text)
+        self.context.alerts.failed(_DOUBT, token, text, remedy=remedy)
 
 
 def _cause(debt: Mapping[str, Any]) -> tuple[str, str, int]:

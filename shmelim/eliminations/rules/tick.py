@@ -141,10 +141,8 @@ class Context:
         if self.sync_since is None:
             self.sync_since = now
         if now - self.sync_since > self.environment.longest_sync_s:
-            text = (
-                f"sync_in_progress has been true for more than {self.environment.longest_sync_s:.0f} s: nothing is"
-                " processed meanwhile; see whether that sync is alive"
-            )
+            longest = self.environment.longest_sync_s
+            text = f"sync_in_progress has been true for more than {longest:.0f} s: nothing is processed meanwhile"
             self.alerts.failed("loop", "sync", text)
 
     def epoch(self) -> Any:
