@@ -44,13 +44,19 @@ def target():
     target.release.set()
 
 
+def call_and_rest(client, server):
+    """Call, and wait until the server counts the connection as idle, which it does once the reply is sent."""
+    client.call("add_rpc")
+    until(lambda: server.stats()["running"] == 0)
+
+
 class Crowd:
     """Clients that have called once each, and keep an idle connection."""
 
     def __init__(self, server, number):
         self.clients = [ChannelClient(server.address, KEY, timeout=PATIENCE) for _ in range(number)]
         for client in self.clients:
-            client.call("add_rpc")
+            call_and_rest(client, server)
 
     def __enter__(self):
         return self.clients
@@ -90,7 +96,7 @@ def test_512_idle_clients_do_not_lock_out_the_next(tmp_path, target):
 
 def test_the_one_that_was_idle_longest_goes(address, target):
     with ChannelServer(target, address, KEY, max_connections=3) as server, Crowd(server, 3) as clients:
-        clients[0].call("add_rpc")
+        call_and_rest(clients[0], server)
         with ChannelClient(server.address, KEY) as another:
             another.call("add_rpc")
             until(lambda: not clients[1]._connections._idle[0].quiet(), "the second client's goodbye")
