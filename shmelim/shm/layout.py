@@ -15,7 +15,8 @@ touches is a single aligned load or store. ``docs/memory-format.md`` is the same
             160  its clock: the inode of its time namespace; 0 where it has none
             168  its lock: the inode of its lock file; 0 where it has none
             176  1 where its publishes wake who waits for the version
-            256  reserved: the fleet's position, beat and source, 256 bytes
+            256  whom a follower follows: length u64, and text of at most 136 bytes; see following.py
+            400  how far it is: two copies of stamp, term, line, seq, confirmed, as of, checksum
             512  where the writer's channel is found: length u64, and text of at most 504 bytes
            1024  reserved: counters, 1024 bytes
 
@@ -64,8 +65,9 @@ WRITER_LOCK: Final = 168 // WORD
 WRITER_WAKES: Final = 176 // WORD
 PLACE: Final = 512  # bytes
 PLACE_SIZE: Final = 504
-FLEET: Final = 256  # bytes; these two are written by later releases, and zero
-COUNTERS: Final = 1024
+FLEET: Final = 256  # bytes
+SOURCE_SIZE: Final = 136
+COUNTERS: Final = 1024  # bytes; written by later releases, and zero
 
 SEQUENCE_BITS: Final = 48
 SEQUENCE_MASK: Final = (1 << SEQUENCE_BITS) - 1
