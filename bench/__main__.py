@@ -23,7 +23,7 @@ _EPILOG = """
 contenders: {names}
 
 examples:
-  python -m bench                                    # everything, about ten minutes on two cores
+  python -m bench                                    # everything, about 15 minutes on two cores
   python -m bench --quick --output /tmp/results      # to try it, under a minute: its figures mean little
   python -m bench --only shmelim,dict,lmdb --sizes 256,10000
   python -m bench --render                           # table and plots again, from results.json

@@ -3,8 +3,8 @@
     python -m bench.changes                   # 100 and 10,000 records
     python -m bench.changes --sizes 200000    # also: the worst add meanwhile, and a start after SIGKILL
 
-Everything is as durable as it can be. Times are medians of wall-clock ms, taken in turns; a ratio is that of ours
-to the peer's put of as many records (of one insert for an add).
+Everything is as durable as it can be. Times are medians of wall-clock time, taken in turns; a ratio is that of
+ours to py-lmdb's put of as many records (of an add to SQLite's insert, of an append to an add).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from bench.peers.base_manager import RpcHost
 from bench.peers.lmdb_ import LmdbHost
 from bench.peers.shmelim_ import ShmelimHost
 from bench.peers.sqlite import SqliteHost
-from bench.records import hotkey, record, records
+from bench.records import record, records
+from bench.stats import percentile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,6 +70,8 @@ def rounds(size: int, directory: Path) -> Iterator[tuple[str, float]]:
                 yield "sqlite insert", timed(hosts["SqliteHost"].put, new[0])
                 yield "add", timed(ours.put, new[1])
                 yield "append", timed(ours.client.append_elimination_row, new[2]["hotkey"], 1.0, "ZOMBIE")
+            # What was added is no change of the next round.
+            ours.sync(changed["none"])
         if size >= _BULK:
             yield "worst add during a sync, few changed", worst_add(ours, lists(size, 1)["14"], numbers)
             os.kill(ours.process.pid, signal.SIGKILL)
@@ -91,19 +94,29 @@ def worst_add(ours: ShmelimHost, listed: list[dict], numbers: Iterator[int]) -> 
     return worst
 
 
+def costs(size: int) -> list[dict]:
+    """Return a row for each change: its median in seconds, how far it differed, and its ratio to the peer's."""
+    took: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for name, ms in rounds(size, Path(directory)):
+            took.setdefault(name, []).append(ms / 1e3)
+    medians = {name: statistics.median(each) for name, each in took.items()}
+    rows = []
+    for name, each in took.items():
+        peer = {"add": "sqlite insert", "append": "add"}.get(name, "lmdb put")
+        spread = [percentile(sorted(each), share) for share in (0.25, 0.75)]
+        ratio = medians[name] / medians[peer]
+        rows.append({"what": name, "p50": medians[name], "spread": spread, "against": peer, "ratio": ratio})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 10_000])
     for size in parser.parse_args().sizes:
-        took: dict[str, list[float]] = {}
-        with tempfile.TemporaryDirectory() as directory:
-            for name, ms in rounds(size, Path(directory)):
-                took.setdefault(name, []).append(ms)
-        medians = {name: statistics.median(each) for name, each in took.items()}
-        print(f"{size:,} records; {hotkey(0)[:3]}…, {len(took['lmdb put'])} rounds")
-        for name, ms in medians.items():
-            peer = medians["sqlite insert" if name in {"add", "append"} else "lmdb put"]
-            print(f"  {name:40} {ms:10.2f} ms   {ms / peer:8.2f} x", flush=True)
+        print(f"{size:,} records")
+        for row in costs(size):
+            print(f"  {row['what']:40} {row['p50'] * 1e3:10.2f} ms   {row['ratio']:8.2f} x {row['against']}")
 
 
 if __name__ == "__main__":

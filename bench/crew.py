@@ -18,7 +18,10 @@ from bench.peers.base import Place
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Crew", "Process", "TooSlowError", "WorkerError", "place_for"]
+__all__ = ["CORES", "Crew", "Process", "TooSlowError", "WorkerError", "place_for"]
+
+CORES = sorted(os.sched_getaffinity(0))
+"""The processors of this run: hosts, with all that they start, run on the first, readers on the others in turn."""
 
 _SHM = Path("/dev/shm")
 _GRACE = 20.0
@@ -44,14 +47,18 @@ class Process:
         One of the functions of `bench.worker`, and what it takes besides its pipe.
     environment
         Variables that it has besides ours.
+    seat
+        Which of the processors it runs on, counted around.
 
     """
 
-    def __init__(self, label: str, target: Callable, *arguments: Any, environment: dict[str, str]) -> None:
+    def __init__(
+        self, label: str, target: Callable, *arguments: Any, environment: dict[str, str], seat: int = 0
+    ) -> None:
         self.label = label
         self._pipe, theirs = _context.Pipe()
         self._process = _context.Process(target=target, args=(theirs, *arguments), name=label)
-        with _environment(environment):
+        with _environment(environment), _pinned(CORES[seat % len(CORES)]):
             self._process.start()
         theirs.close()
 
@@ -145,9 +152,10 @@ class Crew:
                     self.place,
                     self.facts,
                     environment=environment,
+                    seat=len(self.readers) + number + 1,
                 )
             )
-            for _ in range(missing)
+            for number in range(missing)
         ]
         self.readers += new
         for process in new:
@@ -193,6 +201,17 @@ def place_for(size: int, *, durable: bool = False, short: bool = False) -> Itera
         for pattern in (f"{name}*", f"shmelim.{name}*"):
             for left in _SHM.glob(pattern):
                 left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _pinned(core: int) -> Iterator[None]:
+    """What is started meanwhile, and all that it starts, stays on one processor."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @contextlib.contextmanager

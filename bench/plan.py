@@ -30,6 +30,10 @@ class Plan:
         For a duel.
     scaling_rounds
         How often one reader alone and two together are measured in turn.
+    rounds
+        How often each operation is measured, in turn with the others; how far these differ is its spread.
+    changed
+        Numbers of records of which is measured what changes cost.
     fill_seconds
         A contender that takes longer to be filled is skipped, and so is one whose readers take longer to be ready.
 
@@ -41,6 +45,8 @@ class Plan:
     crowd_seconds: float
     duel_seconds: float
     scaling_rounds: int
+    rounds: int
+    changed: tuple[int, ...]
     fill_seconds: float = 120.0
 
     def operations(self, readers: int) -> tuple[str, ...]:
@@ -57,10 +63,12 @@ class Plan:
 full = Plan(
     sizes=(256, 10_000, 1_000_000),
     readers=(1, 2, 4),
-    main_seconds=0.3,
-    crowd_seconds=0.15,
+    main_seconds=0.2,
+    crowd_seconds=0.1,
     duel_seconds=0.6,
     scaling_rounds=9,
+    rounds=3,
+    changed=(100, 10_000, 200_000),
 )
 
 quick = Plan(
@@ -70,4 +78,6 @@ quick = Plan(
     crowd_seconds=0.03,
     duel_seconds=0.06,
     scaling_rounds=3,
+    rounds=2,
+    changed=(100,),
 )

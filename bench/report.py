@@ -5,12 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bench.operations import READS, TITLES
+from bench.stats import percentile
 from bench.units import duration, per_second, times
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["Footnotes", "Results", "document", "table", "verdict_lines", "verdict_table"]
+__all__ = [
+    "Footnotes",
+    "Results",
+    "around_a_check",
+    "document",
+    "steadiness",
+    "table",
+    "verdict_lines",
+    "verdict_table",
+]
+
+_BUSY = 10.0
+_WANDERING = 1.2
 
 
 class Footnotes:
@@ -85,7 +98,8 @@ class Results:
             return ("missing" if "missing" in self.raw["peers"][name] else "skipped") + notes.mark(reason)
         if cell[figure] is None:
             return "–" + notes.mark("too few calls in the time given to tell this percentile")
-        return per_second(cell[figure]) if figure == "rate" else duration(cell[figure])
+        shown = per_second if figure == "rate" else duration
+        return shown(cell[figure], cell["spread"][figure])
 
 
 def _key(cell: dict) -> tuple:
@@ -139,7 +153,8 @@ def document(raw: dict) -> str:
         ]
     for size in results.sizes:
         lines += [f"## {size:,} records: several readers", "", *_crowd(results, notes, size), ""]
-    lines += ["## Duels", "", *_duels(raw, results), "", "## Contenders", "", *_contenders(raw), ""]
+    lines += ["## Duels", "", *_duels(raw, results), "", "## Around a check", "", *around_a_check(raw), ""]
+    lines += ["## What changes cost", "", *_changes(raw), "", "## Contenders", "", *_contenders(raw), ""]
     return "\n".join([*lines, "## Notes", "", *notes.lines(), ""])
 
 
@@ -173,12 +188,40 @@ def _intro(raw: dict) -> list[str]:
                     "memory several times.",
                 ),
                 (
+                    "Hosts run on one processor, with the servers that they start, readers on the others in turn."
+                    if machine["pinned"]
+                    else "Nothing is pinned: there is one processor.",
+                ),
+                (
+                    "A figure has as many digits as the rounds it was measured in leave: three where they differ",
+                    "by 1 % to each side, two up to 10 %, one and a tilde beyond.",
+                ),
+                (steadiness(raw),),
+                (
                     "Trust the ratios between rows more than the figures. Rows saw the same machine, minutes",
                     "apart; the duels saw it within the same millisecond.",
                 ),
             )
         ),
     ]
+
+
+def steadiness(raw: dict) -> str:
+    """Say how far the machine's own speed wandered, and whether others used it."""
+    empty = sorted(cell["p50"] for cell in raw["cells"] if cell["operation"] == "empty" and cell["readers"] == 1)
+    if not empty:
+        return "How steady the machine was is not known."
+    low, middle, high = (percentile(empty, share) for share in (0.1, 0.5, 0.9))
+    said = (
+        f"An empty C call, measured with every row, took {duration(middle)}, and of ten rows the quickest had "
+        f"{duration(low)} and the slowest {duration(high)}."
+    )
+    busy = max(raw["machine"][key]["busy_percent"] for key in ("load_before", "load_after"))
+    if busy > _BUSY:
+        said += f" **The machine was in use** ({busy:.0f} %): rows do not compare."
+    elif high > low * _WANDERING:
+        said += " **The machine's speed wandered**: compare a row's figures with its own empty call."
+    return said
 
 
 def _averages(load: dict) -> str:
@@ -274,6 +317,42 @@ def _duels(raw: dict, results: Results) -> Iterator[str]:
             )
         )
     yield from table(head, rows)
+
+
+def around_a_check(raw: dict) -> list[str]:
+    """Return a table of what importing the reader, being woken and waiting cost."""
+    importing, waking = raw["around"]["import"], raw["around"]["waking"]
+    rows = [
+        ("`from shmelim import EliminationReader`, more than bare Python: time", duration(importing["seconds"])),
+        ("the same: memory", f"{importing['mb']:.1f} MB"),
+        ("the same: modules", f"{importing['more_modules']:.0f}"),
+        ("publish of one value to the waiter's next line, another process: median", duration(waking["p50"])),
+        ("the same: p99", duration(waking["p99"])),
+        ("a processor's share while waiting", f"{waking['cpu_while_waiting']:.2%}"),
+        ("publish of one value for which nobody waits (`shmelim.table`)", duration(waking["put"])),
+    ]
+    return table(("what", ""), rows)
+
+
+def _changes(raw: dict) -> Iterator[str]:
+    yield (
+        "In turns, each durable where it can be: shmelim with history, guard and debts, by a client over a Unix "
+        "socket; BaseManager RPC over a socket, in memory; py-lmdb and SQLite in the process that asks. A sync is "
+        "held against py-lmdb's put of all the records."
+    )
+    rows = [
+        (
+            row["what"],
+            f"{int(size):,}",
+            duration(row["p50"], row["spread"]),
+            f"{duration(row['spread'][0])} to {duration(row['spread'][1])}",
+            f"{times(row['ratio'])} {row['against']}",
+        )
+        for size, found in raw.get("changes", {}).items()
+        for row in found
+    ]
+    yield ""
+    yield from table(("what", "records", "median", "quartiles", "against"), rows)
 
 
 def _contenders(raw: dict) -> Iterator[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from bench import machine, worker
-from bench.crew import Crew, Process, WorkerError, place_for
+from bench import around, changes, machine, worker
+from bench.crew import CORES, Crew, Process, WorkerError, place_for
 from bench.peers import LABELS, NAMES, load
 from bench.plan import DUELS_WITH
 from bench.verdicts import verdicts
@@ -55,7 +56,7 @@ class Run:
     def run(self) -> dict:
         """Measure everything, and return what is written to results.json."""
         began = time.monotonic()
-        about = machine.describe()
+        about = {**machine.describe(), "pinned": len(CORES) > 1}
         before = machine.load()
         self._meet()
         for size in self.plan.sizes:
@@ -65,6 +66,14 @@ class Run:
                         self._compare(name, size)
         with self._timed("durable syncs"):
             self._durable_syncs()
+        with self._timed("around a check"):
+            self.say("around a check: import, waiting")
+            beside = {"import": around.importing(), "waking": around.waking()}
+        costs = {}
+        for size in self.plan.changed:
+            self.say(f"what changes cost, {size:,} records")
+            with self._timed(f"changes, {size}"):
+                costs[str(size)] = changes.costs(size)
         results = {
             "machine": {**about, "load_before": before, "load_after": machine.load()},
             "plan": dataclasses.asdict(self.plan),
@@ -72,6 +81,8 @@ class Run:
             "cells": self.cells,
             "duels": self.duels,
             "scaling": self.scaling,
+            "around": beside,
+            "changes": costs,
             "skipped": self.skipped,
             "seconds": {**self.seconds, "all": round(time.monotonic() - began, 1)},
         }
@@ -149,7 +160,7 @@ class Run:
 
     def _measure_with(self, crew: Crew, name: str, count: int, writing: dict | None) -> list[dict]:
         peer, size = self._classes[name], crew.place.size
-        found = []
+        operations = []
         for operation in self.plan.operations(count):
             why = peer.too_much(size, operation)
             if why is not None:
@@ -160,17 +171,17 @@ class Run:
                 why = "takes seconds a call with so many records: measured without a writer only"
                 self._skip(name, why, size=size, operation=operation, writer=True)
                 continue
-            seconds = self.plan.main_seconds if count == 1 else self.plan.crowd_seconds
-            samples = self._together(crew.readers[:count], "sample", operation, seconds)
-            cell = {
-                "peer": name,
-                "size": size,
-                "readers": count,
-                "writer": writing is not None,
-                "operation": operation,
-                **_worst(samples),
-            }
-            found.append(cell)
+            operations.append(operation)
+        seconds = self.plan.main_seconds if count == 1 else self.plan.crowd_seconds
+        rounds = [
+            [_worst(self._together(crew.readers[:count], "sample", each, seconds)) for each in operations]
+            for _ in range(self.plan.rounds)
+        ]
+        about = {"peer": name, "size": size, "readers": count, "writer": writing is not None}
+        found = [
+            {**about, "operation": operation, **_settled(of_one)}
+            for operation, of_one in zip(operations, zip(*rounds, strict=True), strict=True)
+        ]
         self.cells += found
         return found
 
@@ -230,7 +241,7 @@ class Run:
             others = {other.name: (other.place, other.facts) for other in crews}
             environment = self._classes["shmelim"].environment
             process = stack.enter_context(
-                Process("the duels", worker.duellist, place, others, environment=environment)
+                Process("the duels", worker.duellist, place, others, environment=environment, seat=1)
             )
             process.answer(self.plan.fill_seconds)
             quiet = process.ask("duels", seconds, within=40 * seconds + _SLACK)
@@ -254,7 +265,7 @@ class Run:
             ours, theirs = self._start(stack, ("shmelim", "base-manager"), _SMALL, short=True)
             others = {theirs.name: (theirs.place, theirs.facts)}
             process = stack.enter_context(
-                Process("the duel of lists", worker.duellist, ours.place, others, environment=environment)
+                Process("the duel of lists", worker.duellist, ours.place, others, environment=environment, seat=1)
             )
             process.answer(self.plan.fill_seconds)
             self._keep(process.ask("lists", 2 * self.plan.duel_seconds, within=_SLACK))
@@ -295,9 +306,10 @@ class Run:
     def _sync(self, crew: Crew) -> None:
         """Measure the replacement of the whole state by a hundred records; there is no other afterwards."""
         size = crew.place.size
-        sample = crew.host.ask("sync", max(self.plan.main_seconds * 3, 0.2))
+        seconds = max(self.plan.main_seconds * 2, 0.2)
+        samples = [crew.host.ask("sync", seconds) for _ in range(self.plan.rounds)]
         where = {"peer": crew.name, "size": size, "readers": 0, "writer": False, "operation": "sync"}
-        self.cells.append({**where, **sample})
+        self.cells.append({**where, **_settled(samples)})
 
 
 class _Noted(Exception):  # noqa: N818
@@ -316,3 +328,13 @@ def _worst(samples: Sequence[dict]) -> dict:
         "rate": sum(sample["rate"] for sample in samples),
         "batched": samples[0]["batched"],
     }
+
+
+def _settled(rounds: Sequence[dict]) -> dict:
+    """Join the rounds of one operation: of each figure the median, and how far the rounds differ."""
+    joined: dict[str, Any] = {"spread": {}}
+    for key in ("p50", "p99", "p999", "rate"):
+        values = [found[key] for found in rounds]
+        joined[key] = None if None in values else statistics.median(values)
+        joined["spread"][key] = None if None in values else (min(values), max(values))
+    return {**joined, "calls": min(found["calls"] for found in rounds), "batched": rounds[0]["batched"]}

@@ -20,6 +20,21 @@ OTHERS = {
     "base-manager": ("BaseManager RPC", 500.0),
     "redis": ("Redis", 300.0),
 }
+CHANGES = (
+    ("100", "add", 1.4),
+    ("100", "append", 1.15),
+    ("100", "sync, all changed", 3.2),
+    ("100", "sync, 14 changed", 1.8),
+    ("10000", "sync, all changed", 4.5),
+    ("10000", "sync, 14 changed", 0.9),
+    ("10000", "sync, none changed", 0.4),
+)
+"""Records, what changes, and at most how many times what the peer takes."""
+WORST_ADD = "worst add during a sync, few changed"
+SECONDS = (
+    ("200000", WORST_ADD, 0.08),
+    ("200000", "start after SIGKILL, and one sync", 1.2),
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,8 @@ def verdicts(results: dict) -> list[dict]:
     duels = results["duels"]
     kinds = (_checks(duels), _others(duels), _batches(duels), _gets(duels), _lists(duels))
     judged = [verdict for kind in kinds for verdict in kind]
-    return [asdict(verdict) for verdict in [*judged, *_scaling(results["scaling"]), *_manager(duels)]]
+    judged += [*_scaling(results["scaling"]), *_manager(duels)]
+    return [asdict(verdict) for verdict in [*judged, *_around(results["around"]), *_changes(results["changes"])]]
 
 
 def _select(duels: Iterable[dict], **wanted: object) -> list[dict]:
@@ -153,3 +169,34 @@ def _manager(duels: list[dict]) -> Iterator[Verdict]:
             continue
         value = (found[0]["ours"] - found[0]["theirs"]) * 1e9
         yield Verdict(claim, f"≤ {bound:.0f} ns", value, value <= bound, f"{value:.1f} ns")
+
+
+def _around(around: dict) -> Iterator[Verdict]:
+    importing, waking = around["import"], around["waking"]
+    mb, late, put = importing["mb"], waking["p50"], waking["put"]
+    yield Verdict("import of the reader, more than bare Python", "≤ 9 MB", mb, mb <= 9, f"{mb:.1f} MB")
+    claim = "publish to the next line of who waits, median"
+    yield Verdict(claim, "≤ 150 µs", late * 1e9, late <= 150e-6, duration(late))
+    yield Verdict("publish of one value, the table alone", "≤ 5 µs", put * 1e9, put <= 5e-6, duration(put))
+
+
+def _changes(changes: dict) -> Iterator[Verdict]:
+    for size, what, bound in CHANGES:
+        row = _row(changes, size, what)
+        claim = f"{what}, {int(size):,} records" + (f": against {row['against']}" if row else "")
+        if row is None:
+            yield Verdict(claim, f"≤ {times(bound)}", None, None, "not measured")
+        else:
+            shown = f"{times(row['ratio'])} ({duration(row['p50'], row['spread'])})"
+            yield Verdict(claim, f"≤ {times(bound)}", row["ratio"], row["ratio"] <= bound, shown)
+    for size, what, bound in SECONDS:
+        row, claim = _row(changes, size, what), f"{what}, {int(size):,} records"
+        if row is None:
+            yield Verdict(claim, f"≤ {duration(bound)}", None, None, "not measured")
+        else:
+            met = row["p50"] <= bound
+            yield Verdict(claim, f"≤ {duration(bound)}", row["p50"] * 1e9, met, duration(row["p50"]))
+
+
+def _row(changes: dict, size: str, what: str) -> dict | None:
+    return next((row for row in changes.get(size, ()) if row["what"] == what), None)

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
     from bench.peers.base import Place
 
-__all__ = ["duellist", "host", "reader"]
+__all__ = ["duellist", "host", "obey", "reader"]
 
 
 def _end(_number: int, _frame: object) -> None:
     raise SystemExit(1)
 
 
-def _obey(pipe: Connection, start: Callable[[contextlib.ExitStack], tuple[Any, dict[str, Callable]]]) -> None:
+def obey(pipe: Connection, start: Callable[[contextlib.ExitStack], tuple[Any, dict[str, Callable]]]) -> None:
     """Start, say so, then do what is asked until the pipe is closed; answer with a result or a traceback."""
     os.setpgid(0, 0)
     # Ctrl-C is for the process that started this one, which will close the pipe.
@@ -94,7 +94,7 @@ def host(pipe: Connection, name: str, place: Place) -> None:
 
         return running.facts, {"begin": switch.begin, "end": switch.end, "sync": sync}
 
-    _obey(pipe, start)
+    obey(pipe, start)
 
 
 def reader(pipe: Connection, name: str, place: Place, facts: Any) -> None:
@@ -114,7 +114,7 @@ def reader(pipe: Connection, name: str, place: Place, facts: Any) -> None:
 
         return None, {"begin": switch.begin, "end": switch.end, "sample": sample, "rate": rate}
 
-    _obey(pipe, start)
+    obey(pipe, start)
 
 
 def duellist(pipe: Connection, place: Place, others: dict[str, tuple[Place, Any]]) -> None:
@@ -129,4 +129,4 @@ def duellist(pipe: Connection, place: Place, others: dict[str, tuple[Place, Any]
             "lists": arena.fight_lists,
         }
 
-    _obey(pipe, start)
+    obey(pipe, start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import multiprocessing
 import os
 from typing import TYPE_CHECKING, ClassVar
@@ -21,6 +22,7 @@ READY_WITHIN = 60
 def serve(options: ServeOptions, ready: Event) -> None:
     from shmelim.eliminations.serve import run
 
+    logging.getLogger("shmelim").setLevel(logging.ERROR)  # what the guard says of a sync is meant here
     run(options, lambda _service: ready.set())
 
 

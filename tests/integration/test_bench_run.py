@@ -13,7 +13,16 @@ from bench.plan import Plan
 from bench.report import Results, document
 from bench.run import Run
 
-TINY = Plan((128,), (1, 2), main_seconds=0.01, crowd_seconds=0.01, duel_seconds=0.01, scaling_rounds=1)
+TINY = Plan(
+    (128,),
+    (1, 2),
+    main_seconds=0.01,
+    crowd_seconds=0.01,
+    duel_seconds=0.01,
+    scaling_rounds=1,
+    rounds=2,
+    changed=(),
+)
 
 
 def test_a_small_run(monkeypatch, tmp_path):
@@ -27,10 +36,13 @@ def test_a_small_run(monkeypatch, tmp_path):
             assert results.cell(name, 128, operation)["p50"] > 0
             assert results.cell(name, 128, operation, writer=True)["written_per_second"] > 0
         assert results.cell(name, 128, "hit", 2)["rate"] > 0
+        low, high = results.cell(name, 128, "empty")["spread"]["p50"]
+        assert 0 < low <= results.cell(name, 128, "empty")["p50"] <= high
     assert results.cell("dict", 128, "sync")
     assert results.cell("sqlite3", 128, "sync")
     assert results.cell("cache", 128, "sync") is None
-    assert {verdict["met"] for verdict in raw["verdicts"]} == {None}
+    assert results.raw["around"]["waking"]["publishes"] > 0
+    assert results.raw["around"]["import"]["more_modules"] > 0
     assert "| sqlite3 |" in document(raw)
     assert any("sqlite3, 128 records" in line for line in said)
 

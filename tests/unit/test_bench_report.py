@@ -9,12 +9,13 @@ import pytest
 from bench.operations import READS
 from bench.peers import LABELS, NAMES
 from bench.readme import BEGIN, END, figures, rewrite
-from bench.report import Footnotes, Results, document, table, verdict_lines
+from bench.report import Footnotes, Results, document, steadiness, table, verdict_lines
 from bench.verdicts import verdicts
 
 
 def a_cell(peer, size, operation, readers=1, writer=False, **figures):
     found = {"p50": 60e-9, "p99": 90e-9, "p999": None, "calls": 500, "rate": 1.5e7, "batched": True}
+    spread = {key: value and (value, value) for key, value in found.items() if key[0] in "pr"}
     return {
         "peer": peer,
         "size": size,
@@ -22,8 +23,13 @@ def a_cell(peer, size, operation, readers=1, writer=False, **figures):
         "readers": readers,
         "writer": writer,
         **found,
+        "spread": spread,
         **figures,
     }
+
+
+def a_change(what, ratio, seconds=1e-3):
+    return {"what": what, "p50": seconds, "spread": (seconds, seconds), "against": "lmdb put", "ratio": ratio}
 
 
 def a_duel(what, against, ratio, **about):
@@ -53,6 +59,7 @@ def results():
             "virtual": True,
             "packages": {"shmelim": "1", "matplotlib": None},
             "timer_cost": 50e-9,
+            "pinned": True,
             "load_before": load,
             "load_after": load,
         },
@@ -67,6 +74,11 @@ def results():
         + [a_cell("shmelim", 256, "hit", writer=True, written_per_second=998.6)],
         "duels": [a_check(0.8)],
         "scaling": [],
+        "around": {
+            "import": {"modules": 60, "more_modules": 70, "mb": 6.3, "seconds": 0.05},
+            "waking": {"p50": 30e-6, "p99": 90e-6, "publishes": 1000, "cpu_while_waiting": 0.0003, "put": 4e-6},
+        },
+        "changes": {"100": [a_change("sync, all changed", 3.0), a_change("sync, 14 changed", 1.9)]},
         "skipped": [
             {"peer": "cache", "size": 1_000_000, "why": "takes too long"},
             {"peer": "cache", "size": 256, "operation": "get", "why": "host: Traceback:\n  File\nOSError: no"},
@@ -142,9 +154,27 @@ def test_the_manager_is_judged_in_nanoseconds_more(results):
     assert verdict["met"] is False
 
 
+def test_changes_are_judged_by_their_ratio_or_their_time(results):
+    assert by_claim(results, "sync, all changed, 100")["met"] is True
+    assert by_claim(results, "sync, 14 changed, 100")["met"] is False
+    assert by_claim(results, "sync, 14 changed, 10,000")["met"] is None
+    results["changes"]["200000"] = [a_change("start after SIGKILL, and one sync", 9.0, seconds=1.3)]
+    assert by_claim(results, "start after SIGKILL")["met"] is False
+    assert by_claim(results, "worst add during a sync")["met"] is None
+
+
+def test_what_is_around_a_check_is_judged(results):
+    results["around"]["waking"] |= {"p50": 151e-6, "put": 5e-6}
+    assert by_claim(results, "import of the reader")["met"] is True
+    assert by_claim(results, "publish to the next line")["met"] is False
+    assert by_claim(results, "publish of one value")["met"] is True
+
+
 def test_nothing_measured_is_nothing_met(results):
-    results["duels"] = []
-    assert {verdict["met"] for verdict in verdicts(results)} == {None}
+    results["duels"], results["changes"] = [], {}
+    around = {"import of the reader", "publish to the next line", "publish of one value"}
+    left = [each for each in verdicts(results) if not each["claim"].startswith(tuple(around))]
+    assert {verdict["met"] for verdict in left} == {None}
 
 
 # ---------------------------------------------------------------- tables
@@ -175,6 +205,28 @@ def test_nothing_is_skipped_silently(results):
     assert found.shown(notes, "cache", 256, "miss") == "skipped<sup>5</sup>"
     reasons = [line.partition(" ")[2] for line in notes.lines()][1:]
     assert reasons == ["not installed: redis", "takes too long", "OSError: no", "not part of this run"]
+
+
+def test_a_figure_has_no_digit_of_noise(results):
+    for cell in results["cells"]:
+        cell["spread"]["p50"] = (50e-9, 75e-9)
+    assert Results(results).shown(Footnotes(), "shmelim", 256, "hit") == "~60 ns"
+    assert "| shmelim | ~60 ns |" in document(results)
+
+
+@pytest.mark.parametrize(
+    ("busy", "slowest", "said"),
+    [
+        (5.0, 60e-9, "took 60 ns, and of ten"),
+        (5.0, 90e-9, "speed wandered"),
+        (11.0, 90e-9, "**The machine was in use** (11 %)"),
+    ],
+)
+def test_how_steady_the_machine_was_is_said(results, busy, slowest, said):
+    results["machine"]["load_after"] = {"averages": [1, 1, 1], "busy_percent": busy}
+    next(cell for cell in results["cells"] if cell["operation"] == "empty")["p50"] = slowest
+    assert said in document(results)
+    assert ("**" in steadiness(results)) is (said != "took 60 ns, and of ten")
 
 
 def test_the_document_has_a_row_for_everyone_and_says_what_they_do_not_do(results):

@@ -63,6 +63,25 @@ def test_durations(seconds, text):
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (61.2e-9, 61.3e-9, "61.2 ns"),
+        (60.7e-9, 61.8e-9, "61.2 ns"),
+        (60.0e-9, 62.0e-9, "61 ns"),
+        (55.2e-9, 67.2e-9, "61 ns"),
+        (40.0e-9, 90.0e-9, "~60 ns"),
+    ],
+)
+def test_digits_end_where_the_noise_begins(low, high, text):
+    assert duration(61.24e-9, (low, high)) == text
+
+
+def test_rounding_may_need_the_next_unit():
+    assert duration(996e-9, (900e-9, 1090e-9)) == "1 µs"
+    assert per_second(9.6e5, (6e5, 12e5)) == "~1 M/s"
+
+
+@pytest.mark.parametrize(
     ("value", "text"), [(12_345_678, "12.3 M/s"), (999_960, "1 M/s"), (4_560, "4.56 k/s"), (78.4, "78.4 /s")]
 )
 def test_rates(value, text):
