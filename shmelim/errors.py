@@ -164,5 +164,17 @@ class NoCollaboratorsError(ShmelimError):
     """The object was asked to process eliminations, and does not hold the collaborators that this takes."""
 
 
+class FleetDataError(ShmelimError):
+    """What stands in the engine of a fleet is not of this package's making, or damaged; nothing of it was applied."""
+
+
+class FencedError(ShmelimError):
+    """Another publisher has taken over, and this one may send nothing more; it does not take back by itself."""
+
+
+class OtherStoreError(ShmelimError):
+    """The name in the engine belongs to another store."""
+
+
 class RemoteError(ShmelimError):
     """The server raised an exception of a type that this process does not know."""
