@@ -165,7 +165,7 @@ class NoCollaboratorsError(ShmelimError):
 
 
 class FleetDataError(ShmelimError):
-    """What stands in the engine of a fleet is not of this package's making, or damaged; nothing of it was applied."""
+    """What stands in the engine of a fleet is damaged, or not this package's; nothing of it was applied."""
 
 
 class FencedError(ShmelimError):

@@ -1,6 +1,6 @@
-"""A world in one thread: stores, publishers, an engine and followers, whose every call may fail, kill or be overtaken.
+"""A world in one thread: stores, publishers, an engine, followers; each call may fail, kill, or be overtaken.
 
-Time passes only where the world says so. Everything is drawn from one seed, so that a seed that fails can be run again.
+Time passes only where the world says so. Everything is drawn from one seed, so that what fails can be run again.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import random
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from memory_engine import MemoryEngine, State
+
 from shmelim.errors import FencedError, StoreError
 from shmelim.fleet.cuts import Cut, Facts, Whole
 from shmelim.fleet.engine import EngineError
 from shmelim.fleet.follower import Applied, Follower
-from shmelim.fleet.memory_engine import MemoryEngine, State
 from shmelim.fleet.messages import DIGEST_MASK, RUN_BITS, Row, row_digest
 from shmelim.fleet.publisher import Publisher
 
@@ -29,7 +30,7 @@ SECOND = 1000 * MS
 KEYS = [b"a", b"b", b"c", b"d", b"e", b"f"]
 
 
-class Killed(BaseException):  # noqa: N818
+class Killed(BaseException):
     """The process that runs was ended."""
 
 
@@ -119,6 +120,7 @@ class SharedTable:
         self.applied: Applied | None = None
         self.position: Position | None = None
         self.replaced = 0
+        self.term = 0
 
     @property
     def digest(self) -> int:
@@ -133,13 +135,19 @@ class SharedTable:
         for key in gone:
             self.rows.pop(key, None)
         self.applied = applied
+        self._note()
         self.world.call("applied")
 
     def replace(self, applied: Applied, rows: Iterable[Row]) -> None:
         self.world.call("replace")
         self.rows, self.applied = {row.key: row for row in rows}, applied
         self.replaced += 1
+        self._note()
         self.world.call("replaced")
+
+    def _note(self) -> None:
+        """Remember by whom the follower was told what it shows now."""
+        self.term = self.world.followers[self.world.tables.index(self)].process._term
 
     def confirm(self, position: Position) -> None:
         self.world.call("confirm")
@@ -169,7 +177,7 @@ class World:
         self._counter = 0
         self._running: list[Actor] = []
         self.engine_offset = 500_000 * SECOND
-        self.full_until = 0
+        self.full_until = self.clock_set = 0
         self.engine = engine(lambda: (self.now + self.engine_offset) // MS)
         self.engine.before = self.engine.after = self._engine_call
         self.saved_engine: list[State] = []
@@ -279,12 +287,12 @@ class World:
             (0.7, self._flush),
             (1, self._evict),
             (1, self._fill),
-            (1.5, self._set_clock),
+            (2.5, self._set_clock),
             (1, lambda: self.chance.choice(self.stores).restart()),
             (1, lambda: self.chance.choice(self.stores).forget()),
             (1.5, self._back_up),
             (1, self._restore),
-            (0.5, self._move),
+            (1, self._move),
             (2, self._hold),
         ]
         weights = [weight for weight, _ in happenings]
@@ -318,6 +326,9 @@ class World:
         self.full_until = self.now + self.chance.randrange(5 * SECOND)
 
     def _set_clock(self) -> None:
+        if self.now < self.clock_set + 6 * SECOND:
+            return
+        self.clock_set = self.now
         self.faults["clock set"] += 1
         self.engine_offset += self.chance.choice((-3600, -20, -1, 1, 20, 3600)) * SECOND
 
@@ -331,19 +342,19 @@ class World:
 
     def _move(self) -> None:
         """The store is moved to another host, and somebody forgets to stop the first one."""
-        if self.saved_store is None or len(self.stores) > 1:
+        if len(self.stores) > 1:
             return
         self.faults["moved"] += 1
         other = Store(self)
         other.history = list(self.stores[0].history)
-        other.restore(self.saved_store)
+        other.restore(self.chance.choice((self.saved_store, None)) or self.stores[0].saved())
         self.stores.append(other)
         self.publishers[1] = self._publisher(1)
 
     def _hold(self) -> None:
         self.engine.state.held = None if self.engine.state.held else b"look at this first"
 
-    def calm(self, rounds: int = 60) -> None:
+    def calm(self, rounds: int = 110) -> None:
         """Let no more faults happen, and one publisher be left; all must become equal, and stay so."""
         self.stormy = False
         self.engine.state.held = None
@@ -368,8 +379,8 @@ class World:
         wanted = self.stores[number].rows
         for table, offset, replaced in zip(self.tables, self.offsets, before, strict=True):
             assert table.rows == wanted, "a follower is not equal to the store"
-            assert self.now + offset - table.position.confirmed < 3 * SECOND, "an age does not come down"
             assert table.replaced == replaced, "a follower that nothing happens to takes snapshots"
+            assert self.now + offset - table.position.confirmed < 3 * SECOND, "an age does not come down"
 
     # ------------------------------------------------------------------ what must hold
 
@@ -381,11 +392,7 @@ class World:
             assert here >= self.seen[number], "a follower went back"
             self.seen[number] = here
             state = frozenset(table.rows.values())
-            process = self.followers[number].process
-            stores = self.stores
-            if process is not None and self.followers[number] not in self._running:
-                terms = self.stores_of_term.get(process._term, set())
-                stores = [self.stores[each] for each in terms]
+            stores = [self.stores[each] for each in self.stores_of_term[table.term]]
             assert any(store.was_current_after(state, 0) for store in stores), (
                 "a follower shows what its publisher's store never was"
             )

@@ -66,6 +66,9 @@ class Engine(Protocol):
     def fetch(self, snapshot: str, number: int) -> bytes | None:
         """Return a chunk, or None where it is not there (any more)."""
 
+    def chunks(self, snapshot: str) -> int:
+        """Return how many chunks of a snapshot are there."""
+
     def hold(self, why: bytes | None) -> None:
         """Leave word that publishers are to hold, or with None that they go on."""
 

@@ -12,7 +12,7 @@ The age is timed by the engine's clock alone. A beat says that nothing was newer
 host's CLOCK_BOOTTIME at that moment is at least ``as_of`` plus the least distance of the two clocks that was seen
 from a second before the beat was there until after it (the clock here is read before the engine's). What was there
 already when this process looked first says nothing. So an age is never too young, also where the engine's clock is
-set.
+set, if it is not set twice within seconds.
 
 Does no I/O of its own: a turn asks an :class:`~shmelim.fleet.engine.Engine` and changes a :class:`Table`, and may
 be broken off at any of their calls.
@@ -35,6 +35,7 @@ from shmelim.fleet.messages import (
     Message,
     Report,
     Row,
+    Snapshot,
     first_of,
     pack,
     row_digest,
@@ -54,6 +55,10 @@ _REPORT_TTL: Final = 15.0
 _REPORT_EVERY: Final = 1_000_000_000
 _PATIENCE: Final = 5_000_000_000
 """Nanoseconds after which what is missing is not waited for any more."""
+
+
+class _GoneError(FleetDataError):
+    """A snapshot was dropped while it was read."""
 
 
 class Applied(NamedTuple):
@@ -117,6 +122,7 @@ class Follower:
         self._beats: deque[tuple[Id, Message]] = deque(maxlen=64)  # not confirmed yet
         self._clocks: deque[tuple[int, int, Id]] = deque()  # local ns, then the engine's ms, and its newest entry
         self._lost = False
+        self._unusable = 0  # the line whose snapshot is damaged
         self._missing_since: int | None = None
         self._reports_next = 0
 
@@ -198,9 +204,11 @@ class Follower:
 
     @staticmethod
     def _is_another_history(message: Message, applied: Applied) -> bool:
-        """Tell whether what was applied cannot be what the message's store has: it branched off before that."""
-        first = first_of(message.run)
-        return message.run != applied.run and first >= first_of(applied.run) and applied.seq >= first
+        """Tell whether message and table come from stores that went different ways since a backup or a move."""
+        theirs, ours = first_of(message.run), first_of(applied.run)
+        if message.run == applied.run:
+            return False
+        return applied.seq >= theirs if theirs >= ours else message.seq >= ours
 
     def _whole(self, message: Message) -> list[Message]:
         """Collect the parts of a change; return them once all are there."""
@@ -237,41 +245,42 @@ class Follower:
         snapshot, applied = head.snapshot, self._table.applied
         if snapshot is None or snapshot.line != head.line:
             return
-        if applied is not None and applied.line == snapshot.line and applied.seq >= snapshot.seq:
+        if applied is not None and (applied.line, applied.seq) >= (snapshot.line, snapshot.seq):
             if self._missing_since is not None and now > self._missing_since + _PATIENCE and not self._lost:
                 self._lose(f"the engine has lost what came after change {applied.seq}")
             return
-        target = Applied(head.store_id, snapshot.line, snapshot.seq, snapshot.run)
-        digest = rows = 0
-
-        def every() -> Iterable[Row]:
-            nonlocal digest, rows
-            for number in range(snapshot.chunks):
-                chunk = self._engine.fetch(snapshot.id, number)
-                if chunk is None:
-                    raise FleetDataError(
-                        f"chunk {number} of snapshot {snapshot.id} is gone", hint="a newer one follows"
-                    )
-                for row in unpack_chunk(chunk):
-                    digest = (digest + row_digest(*row)) & DIGEST_MASK
-                    rows += 1
-                    yield row
-                self._loading(rows, snapshot.rows)
-            if (rows, digest) != (snapshot.rows, snapshot.digest):
-                raise FleetDataError(
-                    f"snapshot {snapshot.id} has {rows} rows with the digest {digest:x}, "
-                    f"and should have {snapshot.rows} with {snapshot.digest:x}"
-                )
-
+        self._term = head.term  # first: what is published then is this publisher's, whatever happens here
         try:
-            self._table.replace(target, every())
+            self._table.replace(
+                Applied(head.store_id, snapshot.line, snapshot.seq, snapshot.run), self._rows_of(snapshot)
+            )
         except FleetDataError as error:
             self.problems["engine_data"] = str(error)
+            if not isinstance(error, _GoneError):
+                self._unusable, self._reports_next = snapshot.line, 0
             return
         self.problems.pop("lost", None)
-        self._lost, self._missing_since, self._term, self._parts = False, None, head.term, []
+        self._lost, self._missing_since, self._unusable, self._parts = False, None, 0, []
         self._beats.clear()
         self._cursor = snapshot.after
+
+    def _rows_of(self, snapshot: Snapshot) -> Iterator[Row]:
+        """Fetch a snapshot chunk by chunk; FleetDataError if it is not whole, after the last row at the latest."""
+        digest = rows = 0
+        for number in range(snapshot.chunks):
+            chunk = self._engine.fetch(snapshot.id, number)
+            if chunk is None:
+                raise _GoneError(f"chunk {number} of snapshot {snapshot.id} is gone; a newer one follows")
+            for row in unpack_chunk(chunk):
+                digest = (digest + row_digest(*row)) & DIGEST_MASK
+                rows += 1
+                yield row
+            self._loading(rows, snapshot.rows)
+        if (rows, digest) != (snapshot.rows, snapshot.digest):
+            raise FleetDataError(
+                f"snapshot {snapshot.id} has {rows} rows with the digest {digest:x}, "
+                f"and should have {snapshot.rows} with {snapshot.digest:x}"
+            )
 
     # ------------------------------------------------------------------ age
 
@@ -281,7 +290,7 @@ class Follower:
         if self._clocks and last < self._clocks[-1][2]:
             self._clocks.clear()  # the engine went back: which of its entries are old is not known any more
         self._clocks.append((asked, look.time, last))
-        while self._clocks[0][0] < asked - _WINDOW and len(self._clocks) > 3:  # noqa: PLR2004
+        while self._clocks[0][0] < asked - _WINDOW:
             self._clocks.popleft()
 
     def _confirm(self) -> None:
@@ -300,19 +309,21 @@ class Follower:
         """Return this host's clock when the engine's stood at ``as_of``, or an earlier moment; None: not known."""
         without = max((asked for asked, _, last in self._clocks if last < number), default=0)
         before = max((asked for asked, _, _ in self._clocks if asked <= without - _MARGIN), default=None)
-        if before is None:
+        if before is None or as_of > self._clocks[-1][1]:
             return None
         # The engine's clock says whole ms, and so may be one later than it says.
         distance = min(asked - (ms + 1) * 1_000_000 for asked, ms, _ in self._clocks if asked >= before)
         return min(as_of * 1_000_000 + distance, self._clocks[-1][0])
 
     def _report(self, now: int) -> None:
-        applied = self._table.applied
-        if now < self._reports_next or applied is None:
+        if now < self._reports_next:
             return
+        applied = self._table.applied
+        line, seq, lost = (0, 0, False) if applied is None else (applied.line, applied.seq, self._lost)
+        if self._unusable:
+            line, seq, lost = self._unusable, 0, True
         age = (self._boottime() - self._confirmed) // 1_000_000 if self._confirmed else -1
         digest, rows = self._table.digest, len(self._table)
-        where = (self._term, applied.line, applied.seq, self._lost)
-        report = Report(FORMAT, self._host, os.getpid(), *where, age, rows, digest)
+        report = Report(FORMAT, self._host, os.getpid(), self._term, line, seq, lost, age, rows, digest)
         self._engine.report(self._who, pack(report), _REPORT_TTL)
         self._reports_next = now + _REPORT_EVERY

@@ -42,7 +42,7 @@ from shmelim.system.clock import now_ms
 _FAR: Final = 20_000
 """So many changes behind, all rows are sent in place of those that changed."""
 _PROMPT: Final = 0.5
-"""Seconds within which a beat follows the look at the engine's clock that it tells of; see the follower's margin."""
+"""Seconds within which a beat follows the look at the engine's clock that it tells of: followers count on that."""
 _ALL: Final = 1 << 62
 _LEAST_LOG: Final = 4 << 20
 """Bytes of log after which a new snapshot may be due."""
@@ -294,7 +294,8 @@ class Publisher:
             if (report.lost and report.line == head.line) or report.line > head.line or report.term > head.term:
                 self._begin_line()
                 return
-        if not _reaches_back(head, look) or self._logged > max(_LEAST_LOG, snapshot.size):
+        whole = _reaches_back(head, look) and self._engine.chunks(snapshot.id) == snapshot.chunks
+        if not whole or self._logged > max(_LEAST_LOG, snapshot.size):
             self._send_all(anew=False)
         elif look.first is not None and look.first < snapshot.after:
             self._engine.trim(snapshot.after)

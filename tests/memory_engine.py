@@ -1,4 +1,4 @@
-"""An engine in this process' memory, which loses, refuses and forgets when it is told to: for tests and simulations."""
+"""An engine in this process' memory, which loses, refuses and forgets when it is told to."""
 
 from __future__ import annotations
 
@@ -24,15 +24,8 @@ class State:
 class MemoryEngine(Engine):
     """Keeps to the :class:`~shmelim.fleet.engine.Engine` protocol, as far as ``before`` and ``after`` let it.
 
-    ``before`` is called with the name of each method before it does anything, ``after`` when it has been done; what
-    they raise is what the caller gets. ``clock`` is the engine's, in ms since 1970. Any number of publishers and
-    followers share one. Not thread-safe.
-
-    >>> engine = MemoryEngine()
-    >>> engine.commit(None, b"head", (Id(1, 0), b"entry")), engine.commit(None, b"other", (Id(1, 1), b"entry"))
-    (True, False)
-    >>> engine.look(Id(0, 0), 10).entries
-    [(Id(term=1, number=0), b'entry')]
+    ``before`` is called with the name of each method before it does anything, ``after`` when it is done; what they
+    raise is what the caller gets. ``clock`` is the engine's, in ms since 1970.
     """
 
     def __init__(self, clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
@@ -45,7 +38,7 @@ class MemoryEngine(Engine):
         """Return a copy of what it holds, to put back later."""
         return copy.deepcopy(self.state)
 
-    def look(self, after: Id | None = None, limit: int = 0, wait: float = 0.0) -> Look:  # noqa: ARG002
+    def look(self, after: Id | None = None, limit: int = 0, wait: float = 0.0) -> Look:
         """Waits for nothing."""
         self.before("look")
         state = self.state
@@ -86,6 +79,12 @@ class MemoryEngine(Engine):
         chunk = self.state.chunks.get(snapshot, {}).get(number)
         self.after("fetch")
         return chunk
+
+    def chunks(self, snapshot: str) -> int:
+        self.before("chunks")
+        there = len(self.state.chunks.get(snapshot, ()))
+        self.after("chunks")
+        return there
 
     def hold(self, why: bytes | None) -> None:
         self.before("hold")
