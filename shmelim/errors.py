@@ -44,6 +44,10 @@ class NotServingError(ShmelimError, ConnectionError):
     """Nothing is served under that name: no writer has published yet, or its server cannot be reached."""
 
 
+class FollowerError(NotServingError):
+    """The table of that name follows one of another host, where its server is; nothing was changed here."""
+
+
 class ChangesUnknownError(ShmelimError):
     """What changed since a version is not known any more: the server was started later, or it is too long ago."""
 

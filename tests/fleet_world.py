@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from memory_engine import MemoryEngine, State
 
+from shmelim.eliminations.store.touched import RUN_BITS
 from shmelim.errors import FencedError, StoreError
 from shmelim.fleet.cuts import Cut, Facts, Whole
 from shmelim.fleet.engine import EngineError
 from shmelim.fleet.follower import Applied, Follower
-from shmelim.fleet.messages import DIGEST_MASK, RUN_BITS, Row, row_digest
+from shmelim.fleet.messages import DIGEST_MASK, Row, row_digest
 from shmelim.fleet.publisher import Publisher
 
 if TYPE_CHECKING:

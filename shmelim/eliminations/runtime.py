@@ -28,6 +28,7 @@ from shmelim.channel.key import whose
 from shmelim.errors import (
     AddressError,
     AlreadyServingError,
+    FollowerError,
     KeyFileError,
     NotServingError,
     SegmentError,
@@ -35,6 +36,7 @@ from shmelim.errors import (
     UnsupportedPlatformError,
 )
 from shmelim.shm import SharedNamespace, check_name
+from shmelim.shm.following import followed_by
 from shmelim.shm.place import place_of
 from shmelim.system.durable import make_private_directory, write_whole, writing
 from shmelim.system.locks import Lease
@@ -130,9 +132,15 @@ class RuntimeDirectory:
     def server(self) -> ServerInfo:
         """Return how the server is reached, whether or not it runs.
 
-        ``NotServingError`` if none ever ran here, or what it left cannot be understood; ``KeyFileError`` if this
-        user may not look.
+        ``NotServingError`` if none ever ran here, or what it left cannot be understood; ``FollowerError`` if the
+        table follows one of another host; ``KeyFileError`` if this user may not look.
         """
+        with suppress(UnsupportedPlatformError):
+            if source := followed_by(SharedNamespace(self.name)):
+                raise FollowerError(
+                    f"{self.name!r} on this host follows {source!r}: nothing can be changed here",
+                    hint="make the change where its server runs; `shmelim fleet status` says where that is",
+                )
         try:
             return msgspec.json.decode(self._info.read_bytes(), type=ServerInfo)
         except PermissionError as error:

@@ -124,6 +124,7 @@ class Follower:
         self._lost = False
         self._unusable = 0  # the line whose snapshot is damaged
         self._missing_since: int | None = None
+        self._ahead_since: int | None = None
         self._reports_next = 0
 
     def turn(self, wait: float = 0.0) -> None:
@@ -147,7 +148,21 @@ class Follower:
             applied = self._table.applied
             if applied is None or head.line > applied.line or self._missing_since is not None:
                 self._load(head, asked)
+            else:
+                self._compare(head, applied, asked)
         self._report(asked)
+
+    def _compare(self, head: Head, applied: Applied, now: int) -> None:
+        """Be lost where the source stays behind this table, or level with it in another run of its server."""
+        here = applied.line == head.line and applied.seq >= head.seq
+        if not here or (applied.seq, applied.run) == (head.seq, head.run):
+            self._ahead_since = None
+        elif self._ahead_since is None:
+            self._ahead_since = now
+        elif now > self._ahead_since + _PATIENCE and not self._lost:
+            self._lose(
+                f"the source is at change {head.seq}, and this table is at {applied.seq} of another history"
+            )
 
     def stop(self) -> None:
         """Take back the report."""
@@ -174,7 +189,7 @@ class Follower:
             if self._is_another_history(message, applied):
                 self._lose(f"change {applied.seq} was made in another history of the store")
                 return
-            if message.as_of:
+            if message.as_of and (message.seq, message.run) == (applied.seq, applied.run):
                 self._beats.append((number, message))
             if message.prev > applied.seq:
                 self._missing_since = self._missing_since or now

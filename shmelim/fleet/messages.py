@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 from xxhash import xxh3_64_intdigest
 
+from shmelim.eliminations.store.touched import RUN_BITS
 from shmelim.errors import FleetDataError
 from shmelim.fleet.engine import Id
 
@@ -26,9 +27,6 @@ PART: Final = 1_000_000
 MAX_BYTES: Final = 128 << 20
 """What a message, or a chunk that was unpacked, may have."""
 DIGEST_MASK: Final = (1 << 64) - 1
-RUN_BITS: Final = 24
-"""The random bits of a run; above them stands the id of the first change that it can make."""
-
 _Format = Literal[1]
 _Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 _Identity = Annotated[bytes, Meta(min_length=16, max_length=16)]
