@@ -42,6 +42,9 @@ _COMMANDS: Final = {
     "verify": ("keep:verify", "Check a backup, or all that there is of a name."),
     "restore": ("keep:restore", "Put a backup in the place of the state."),
     "forget": ("keep:forget", "Let a name go that is no longer served."),
+    "publish": ("fleet:publish", "Send what changes to followers on other hosts."),
+    "follow": ("fleet:follow", "Keep a table equal to one on another host."),
+    "fleet": ("fleet:fleet", "Show and steer what is published and followed."),
     "export": ("transfer:export", "Write the state to a JSON file."),
     "demo": ("demo.command:demo", "Show and measure all of it, on real hotkeys."),
 }

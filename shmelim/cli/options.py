@@ -67,6 +67,7 @@ class _Permissions(_OfNumber):
 
 
 PERMISSIONS: Final = _Permissions()
+NAME: Final = _Checked("name")
 
 
 @dataclass
@@ -130,7 +131,7 @@ def _choose_runtime(context: click.Context, _parameter: click.Parameter, given: 
 
 _OF_NAME = f"The name that is served [default: {NAME_VARIABLE}, else {DEFAULT_NAME!r}]."
 _SHARED: Final = [
-    _shared("--name", type=_Checked("name"), metavar="NAME", help=_OF_NAME),
+    _shared("--name", type=NAME, metavar="NAME", help=_OF_NAME),
     click.Option(
         ["--runtime-dir"],
         expose_value=False,
