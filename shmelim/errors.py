@@ -48,6 +48,10 @@ class FollowerError(NotServingError):
     """The table of that name follows one of another host, where its server is; nothing was changed here."""
 
 
+class StaleError(ShmelimError):
+    """A table that follows another host's is older than its reader allows."""
+
+
 class ChangesUnknownError(ShmelimError):
     """What changed since a version is not known any more: the server was started later, or it is too long ago."""
 

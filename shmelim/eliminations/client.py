@@ -15,9 +15,10 @@ from shmelim.errors import CallTimeoutError, NotServingError
 _WAIT_PAUSE: Final = 0.01
 
 
-class EliminationClient(Calls, EliminationReader):
+class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_of is another here: see below
     """An :class:`EliminationReader` with the calls that change the state, for any process that may read the key.
 
+    ``as_of`` is a call here, which answers for an earlier time; a table that follows another has no clients.
     A call that changes something costs a commit and about 0.1 ms for the channel. Its errors are those of
     :class:`~shmelim.eliminations.calls.Calls`; of the constructor, those of the reader, ``NotServingError``, and
     ``KeyFileError`` if this user may not read the key. Thread-safe and fork-safe: a child opens connections of its
