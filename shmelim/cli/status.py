@@ -21,8 +21,15 @@ from shmelim.eliminations.store.store import Store
 from shmelim.errors import KeyFileError, ShmelimError, StoreError
 from shmelim.shm import READ_PATH
 from shmelim.system.clock import utc_text
+from shmelim.watch.seeing import see
 
 _ASKING: Final = 2.0
+_NO_CHANNEL: Final = {
+    "address": None,
+    "answers": False,
+    "silent": False,
+    "problem": "changes are made where its server runs",
+}
 
 
 @command
@@ -40,7 +47,7 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     With --json: name, version, generation, eliminated, departed, registered, entries,
     read_path ("native" or "pure"), writer {pid, alive, state, heartbeat_age_s, started_ms},
     table {capacity, usable, arena_size, arena_used, arena_live, segment_bytes},
-    channel {address, answers, silent, problem}, state_dir,
+    follows {source, line, seq, as_of_ms, age_s} or null, channel {address, answers, silent, problem}, state_dir,
     server {commits, changes, store_bytes, problems [{name, subject, severity, text, remedy, since_ms}]} or null,
     debts (how many, or null),
     slashes_in_doubt [hotkey] (the first 20, or null), verified (entries, or null).
@@ -52,7 +59,8 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     reader = EliminationReader(settings.name, owner=owner)
     verified = reader.verify() if verify else None
     writer, table = reader.writer, reader.table
-    channel, state_dir, server = _ask(settings.name)
+    follows = _follows(reader)
+    channel, state_dir, server = _ask(settings.name) if follows is None else (dict(_NO_CHANNEL), None, None)
     debts, in_doubt = _owed(server, state_dir)
     found = {
         **_of(table, "version", "generation"),
@@ -68,6 +76,7 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
             "usable": table.capacity // 2,
             "segment_bytes": table.segment_size,
         },
+        "follows": follows,
         "channel": channel,
         "state_dir": state_dir,
         "server": server and {key: server.get(key) for key in ("commits", "changes", "store_bytes", "problems")},
@@ -78,7 +87,23 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     settings.answer(found, lambda: output.facts(_lines({"name": settings.name, **found})))
     if not writer.alive:
         return NOT_SERVING
+    if follows is not None:
+        return CODES[see(settings.name, owner).status]
     return CODES[server["status"]] if server is not None else CODES["failing" if channel["silent"] else "ok"]
+
+
+def _follows(reader: EliminationReader) -> dict[str, Any] | None:
+    """Return whom a table follows, how far it is and how old; None where its writer is the source."""
+    if reader.source is None:
+        return None
+    position, age = reader.position, reader.staleness
+    return {
+        "source": reader.source,
+        "line": position and position.line,
+        "seq": position and position.seq,
+        "as_of_ms": reader.as_of,
+        "age_s": None if age == float("inf") else round(age, 3),
+    }
 
 
 def _of(thing: object, *names: str) -> dict[str, Any]:
@@ -114,9 +139,11 @@ def _owed(server: dict[str, Any] | None, state_dir: str | None) -> tuple[int | N
 def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
     writer, table, channel, server = status["writer"], status["table"], status["channel"], status["server"]
     answers = "" if channel["answers"] else f" ({channel['problem']})"
+    follows = status["follows"]
     lines: list[tuple[str, object]] = [
         ("name", status["name"]),
         ("writer", _writer_line(writer)),
+        *([] if follows is None else [("follows", _follower_line(follows))]),
         ("started", utc_text(writer["started_ms"])),
         ("version", f"{status['version']}, generation {status['generation']}"),
         ("eliminated", status["eliminated"]),
@@ -139,6 +166,11 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
     if status["verified"] is not None:
         lines.append(("verified", f"{status['verified']} entries, all whole"))
     return lines
+
+
+def _follower_line(follows: dict[str, Any]) -> str:
+    age = "of unknown age" if follows["age_s"] is None else f"{output.span(follows['age_s'])} old"
+    return f"{follows['source']}: change {follows['seq']} of line {follows['line']}, {age}"
 
 
 def _writer_line(writer: dict[str, Any]) -> str:

@@ -59,8 +59,8 @@ return found
 """
 
 _HINTS: Final = (
-    ("OOM", "the engine is full: give it more maxmemory, or free some; with maxmemory-policy noeviction"),
-    ("NOAUTH", "name a user in the address, and the file with its password by --password-file"),
+    ("maxmemory", "the engine is full: give it more maxmemory, or free some; with maxmemory-policy noeviction"),
+    ("Authentication required", "name a user in the address, and the file with its password by --password-file"),
     ("WRONGPASS", "the password in --password-file is not that user's"),
     ("invalid username-password", "the password in --password-file is not that user's"),
     ("NOPERM", "give this user the commands and keys that docs/fleet.md lists"),
@@ -108,7 +108,6 @@ class RedisEngine(Engine):
             # What was asked may have happened: the caller knows what that means, a blind repetition does not.
             retry=Retry(NoBackoff(), 0),
             protocol=2,
-            client_name="shmelim",
             max_connections=2,
         )
         self._commit = self._redis.register_script(_COMMIT)
