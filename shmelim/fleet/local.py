@@ -115,8 +115,6 @@ class LocalTable(Table):
     def _less(self, key: bytes, digest: int, count: int) -> tuple[int, int]:
         """Take what the table has of a key out of its digest and count."""
         assert self._reader is not None
-        if key == ORIGIN_KEY:
-            raise ValueError(f"{key!r} is no hotkey")
         old = self._reader.get(key)
         if old is None:
             return digest, count

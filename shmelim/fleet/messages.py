@@ -138,6 +138,7 @@ def unpack_message(raw: bytes) -> Message:
         raise FleetDataError(
             f"a message says part {message.part} of {message.parts}, and changes {message.prev} to {message.seq}"
         )
+    _need_text([row.key for row in message.rows] + message.gone)
     return message
 
 
@@ -162,7 +163,17 @@ def unpack_chunk(raw: bytes) -> list[Row]:
             )
     except zlib.error as error:
         raise FleetDataError(f"a chunk of {len(raw)} bytes cannot be unpacked: {error}") from None
-    return _unpack(_rows, plain, "a chunk")
+    rows = _unpack(_rows, plain, "a chunk")
+    _need_text([row.key for row in rows])
+    return rows
+
+
+def _need_text(keys: list[bytes]) -> None:
+    """Refuse keys that are no hotkey's: readers take them for texts, and one that is none is the table's own."""
+    try:
+        b"".join([key + b"\n" for key in keys]).decode()
+    except UnicodeDecodeError as error:
+        raise FleetDataError(f"a key in the engine is no text: {error}") from None
 
 
 def _unpack(decoder: msgspec.msgpack.Decoder[T], raw: bytes, what: str) -> T:
