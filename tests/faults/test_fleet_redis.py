@@ -534,3 +534,17 @@ def test_addresses_that_are_none_or_tell_a_password_are_refused(url):
     with pytest.raises(ValueError, match="address") as caught:
         place_of(url)
     assert "word" not in str(caught.value).replace("password", "")
+
+
+def test_the_demo_holds_and_leaves_nothing():
+    done = subprocess.run(
+        [sys.executable, "-m", "shmelim", "demo", "--fleet", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["faults"]) >= 6
+    assert all(len(each["equal_after_s"]) == 3 for each in found["faults"])
+    assert not [each for each in os.listdir("/dev/shm") if found["name"][:13] in each]
