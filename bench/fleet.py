@@ -3,6 +3,7 @@
     python -m bench.fleet                                  # over a Unix socket
     python -m bench.fleet --delay 20                       # with so many ms of network, there and back
     python -m bench.fleet --rows 1000000 --followers 3 30
+    python -m bench.fleet --soak 1800                      # changes without a pause, a fault every few seconds
 
 Starts its own engine, server, publisher and followers, and leaves none. Beside it, in turns: Redis' own publish
 and subscribe, which carry the hotkey alone.
@@ -12,18 +13,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import queue
+import random
 import secrets
+import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import redis
 
 from bench.records import compact, record
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
 _CHANGES = 300
 _PAUSE = 0.01
 _LATEST = 1800.0
+_FAULT_EVERY = 5.0
 
 
 class Fleet:
@@ -48,7 +56,10 @@ class Fleet:
         self.name = f"bench-{secrets.token_hex(3)}"
         self.processes: list[subprocess.Popen[bytes]] = []
         path = directory / "engine"
-        self.start("redis-server", "--port", "0", "--unixsocket", str(path), "--dir", str(directory), "--save", "")
+        self.roles: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands: dict[str, tuple[str, ...]] = {}
+        engine = ("redis-server", "--port", "0", "--unixsocket", str(path), "--dir", str(directory), "--save", "")
+        self.have("engine", *engine)
         self.until(path.exists)
         if delay:
             Delay(directory / "delayed", path, delay / 2000)
@@ -57,9 +68,10 @@ class Fleet:
         self.engine = redis.Redis.from_url(self.url)
         self.until(self.engine.ping)
         os.environ |= {"SHMELIM_RUNTIME_DIR": str(directory), "SHMELIM_REGISTRY": str(directory / "registry")}
-        self.shmelim("serve", "--state-dir", str(directory / "state"), "--files", "off", "--durability", "process")
+        serve = ("serve", "--state-dir", str(directory / "state"), "--files", "off", "--durability", "process")
+        self.start(*self.command(*serve))
         self.client = self.until(lambda: [EliminationClient(self.name, runtime_base=directory, timeout=600)])[0]
-        self.shmelim("publish", "--to", self.url, "--state-dir", str(directory / "state"))
+        self.have("publisher", *self.command("publish", "--to", self.url, "--state-dir", str(directory / "state")))
         self.tables: list[str] = []
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
@@ -68,15 +80,25 @@ class Fleet:
         self.processes.append(process)
         return process
 
-    def shmelim(self, *arguments: str) -> subprocess.Popen[bytes]:
-        return self.start(sys.executable, "-m", "shmelim", *arguments, "--name", self.name)
+    def have(self, role: str, *command: str) -> None:
+        self._commands[role] = command
+        self.roles[role] = self.start(*command)
+
+    def again(self, role: str) -> None:
+        """Kill a process, and start it again."""
+        self.roles[role].kill()
+        self.roles[role].wait()
+        self.have(role, *self._commands[role])
+
+    def command(self, *arguments: str) -> tuple[str, ...]:
+        return sys.executable, "-m", "shmelim", *arguments, "--name", self.name
 
     def follow(self) -> tuple[EliminationReader, float]:
         """Start a follower; return a reader of its table, and how long it took until that was equal."""
         name = f"{self.name[:13]}{len(self.tables):03d}"
         self.tables.append(name)
         began = time.perf_counter()
-        self.shmelim("follow", "--from", self.url, "--as", name)
+        self.have("follower", *self.command("follow", "--from", self.url, "--as", name))
         reader = self.until(lambda: [EliminationReader(name)])[0]
         self.until(lambda: len(reader) == len(self.client))
         return reader, time.perf_counter() - began
@@ -139,6 +161,48 @@ def rows_a_second(fleet: Fleet, reader: EliminationReader, rows: int) -> float:
     return rows / (time.perf_counter() - began)
 
 
+def soak(fleet: Fleet, seconds: float) -> None:
+    """Change without a pause, let something happen every five seconds, and say what memory was used meanwhile."""
+    chance, stop, numbers = random.Random(1), threading.Event(), itertools.count()
+
+    def change() -> None:
+        while not stop.is_set():
+            number = next(numbers)
+            new = compact(number % 5000, number)
+            fleet.client.add_elimination(new["hotkey"], new)
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    ends, used, faults = time.monotonic() + seconds, [], Counter()
+    while time.monotonic() < ends:
+        stop.wait(_FAULT_EVERY)
+        used.append({role: psutil.Process(process.pid).memory_info().rss for role, process in fleet.roles.items()})
+        fault = chance.choice(("publisher", "follower", "engine", "flush", "hang"))
+        faults[fault] += 1
+        if fault == "flush":
+            with contextlib.suppress(redis.RedisError):
+                fleet.engine.flushall()
+        elif fault == "hang":
+            fleet.roles["engine"].send_signal(signal.SIGSTOP)
+            stop.wait(3)
+            fleet.roles["engine"].send_signal(signal.SIGCONT)
+        else:
+            fleet.again(fault)
+    stop.set()
+    changing.join()
+    began = time.perf_counter()
+    wanted = fleet.client.get_eliminations_dict()
+    reader = EliminationReader(fleet.tables[0])
+    fleet.until(lambda: reader.get_eliminations_dict() == wanted)
+    print(f"{next(numbers):,} changes in {seconds:.0f} s, {dict(faults)}")
+    print(f"equal {time.perf_counter() - began:.2f} s after the last of them; age {reader.staleness:.2f} s")
+    quarter = len(used) // 4
+    for role in used[0]:
+        parts = (used[:quarter], used[-quarter:])
+        first, last = (statistics.median(each[role] / 2**20 for each in part) for part in parts)
+        print(f"{role}: {first:.1f} MB in the first quarter, {last:.1f} MB in the last (medians)")
+
+
 class Delay:
     """Passes on what comes to one socket to another one, both ways, each byte so many seconds later."""
 
@@ -189,12 +253,19 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.0, help="ms of network, there and back")
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--followers", type=int, nargs="+", default=[1, 3])
+    parser.add_argument(
+        "--soak", type=float, metavar="SECONDS", help="change without a pause, and let things happen"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shmelim-bench-") as place:
         fleet = Fleet(Path(place), options.delay)
         try:
             make = record if options.rows <= 100_000 else compact
             fleet.client.sync_eliminations([make(number) for number in range(options.rows)])
+            if options.soak:
+                fleet.follow()
+                soak(fleet, options.soak)
+                return
             readers: list[EliminationReader] = []
             reader, seconds = fleet.follow()
             readers.append(reader)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,7 +30,6 @@ from shmelim.fleet.redis_engine import RedisEngine, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.skipif(
     PROGRAM is None, reason="redis-server is not installed (apt-get install redis-server)"
@@ -547,4 +547,4 @@ def test_the_demo_holds_and_leaves_nothing():
     found = json.loads(done.stdout)
     assert len(found["faults"]) >= 6
     assert all(len(each["equal_after_s"]) == 3 for each in found["faults"])
-    assert not [each for each in os.listdir("/dev/shm") if found["name"][:13] in each]
+    assert not list(Path("/dev/shm").glob(f"*{found['name'][:13]}*"))
