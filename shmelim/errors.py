@@ -44,6 +44,10 @@ class NotServingError(ShmelimError, ConnectionError):
     """Nothing is served under that name: no writer has published yet, or its server cannot be reached."""
 
 
+class ReaderClosedError(ShmelimError):
+    """The reader was closed, and reads no more."""
+
+
 class ChangesUnknownError(ShmelimError):
     """What changed since a version is not known any more: the server was started later, or it is too long ago."""
 

@@ -21,7 +21,7 @@ class EliminationClient(Calls, EliminationReader):
     A call that changes something costs a commit and about 0.1 ms for the channel. Its errors are those of
     :class:`~shmelim.eliminations.calls.Calls`; of the constructor, those of the reader, ``NotServingError``, and
     ``KeyFileError`` if this user may not read the key. Thread-safe and fork-safe: a child opens connections of its
-    own. Pickles as its name. A context manager, which closes the connections.
+    own. Pickles as its name. A context manager, which closes the connections and the reader.
 
     Parameters
     ----------
@@ -95,14 +95,9 @@ class EliminationClient(Calls, EliminationReader):
         return _connect_again, (type(self), self.name, self._arguments)
 
     def close(self) -> None:
-        """Close the connections; reads go on working. Idempotent."""
+        """Close connections and reader: every later call raises, a read ``ReaderClosedError``. Idempotent."""
+        super().close()
         self._client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _size(self) -> int:
         return len(self)

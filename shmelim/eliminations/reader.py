@@ -7,7 +7,7 @@ from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from typing import Any, Self
 
 from shmelim.eliminations.reading import Reading
-from shmelim.errors import CorruptSegmentError, NotServingError
+from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError
 from shmelim.shm import Namespace, SharedNamespace, TableReader
 
 _WAIT_PAUSE = 0.01
@@ -25,7 +25,8 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
     everything that returns all records, decodes a snapshot.
 
     Thread-safe: threads may share one reader. Fork-safe: it works on in a child. Pickles as its name: it attaches
-    again where it is unpickled.
+    again where it is unpickled. A context manager, which closes it; one that is not closed keeps its memory until
+    nobody refers to it any more.
 
     Parameters
     ----------
@@ -108,6 +109,20 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
             raise TypeError("a reader over private memory cannot be pickled: no other process has that memory")
         return _attach_again, (type(self), self.name, self._owner)
 
+    def close(self) -> None:
+        """Let go of the table: every later read raises ``ReaderClosedError``. Idempotent.
+
+        Its memory is given back once no thread is in the middle of a read any more. A closed reader still pickles
+        as its name.
+        """
+        self._table.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     # ------------------------------------------------------------------ the mapping
 
     def __len__(self) -> int:
@@ -131,7 +146,11 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         return self.get_eliminations_dict().values()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r}: {len(self)} eliminated>"
+        try:
+            what = f"{len(self)} eliminated"
+        except ReaderClosedError:
+            what = "closed"
+        return f"<{type(self).__name__} {self.name!r}: {what}>"
 
     def verify(self) -> int:
         """Check every record's checksum and that lookups find each entry; return the number of entries.

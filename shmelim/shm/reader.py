@@ -26,9 +26,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, NoReturn, TypeVar, cast
 
-from shmelim.errors import CorruptSegmentError, NotServingError, SegmentError
+from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, SegmentError
 from shmelim.shm.layout import (
     COMMIT,
     COUNT,
@@ -166,6 +166,21 @@ class _OvertakenError(Exception):
     """Publishes came faster than a read of many keys."""
 
 
+class _Closed:
+    """Stands for the view that a closed reader no longer has."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, _: str) -> NoReturn:
+        raise closed(self._name)
+
+
+def closed(name: str) -> ReaderClosedError:
+    """Return the error of every read of a reader that was closed."""
+    return ReaderClosedError(f"this reader of {name!r} is closed", hint="make another one to read on")
+
+
 class TableReader:
     """Lock-free reads of a shared table, whose segments are in ``namespace``.
 
@@ -176,7 +191,7 @@ class TableReader:
 
     Thread-safe, and a read may interrupt another (in a signal handler, a finalizer, a trace function): attaching
     takes no lock, but makes a view and stores one reference to it. After a fork the child goes on with the same
-    mappings. Closing is left to the garbage collector, since a thread may be in the middle of a read.
+    mappings. Memory is unmapped by the garbage collector, since a thread may be in the middle of a read.
 
     Where the writer is not known to live, a reader looks whether the name leads to another root segment by now,
     once a second at most, and follows it there. That is found out by every fourth read, or by each where they come
@@ -556,6 +571,14 @@ class TableReader:
             _unmap_elsewhere(old.segment)
             return True
         return False
+
+    def close(self) -> None:
+        """Let go of the table: every later read raises ReaderClosedError. Idempotent.
+
+        Its memory is given back once no thread is in the middle of a read any more. A read that is just attaching
+        does not bring it back: it finds another view than it had, and leaves that.
+        """
+        self._view = cast("View", _Closed(self._namespace.name))
 
     def _open_root(self) -> Segment:
         root = self._namespace.open_root()

@@ -19,7 +19,7 @@ enum { PATIENCE = 4 };
 
 typedef struct {
     PyObject_HEAD
-    View *view; /* the current one; replaced under the critical section of the table, NULL before the first */
+    View *view; /* the current one; replaced under the critical section of the table, NULL before the first and after the last */
     _Atomic(uint64_t) retries; /* a statistic: threads may lose counts, here and below */
     _Atomic(int) patience; /* reads until the next look at the clock */
     _Atomic(int64_t) second; /* what that said, in s */
@@ -60,13 +60,24 @@ release_view(View *view)
 #endif
 }
 
+/* Say why there is no view: the table may be closed, which its class knows. Runs Python code. */
+static int
+no_view(PyObject *op)
+{
+    PyObject *result = PyObject_HasAttrString(op, "_no_view") ? PyObject_CallMethod(op, "_no_view", NULL) : NULL;
+    Py_XDECREF(result);
+    if (PyErr_Occurred() == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "this table has no view yet");
+    }
+    return -1;
+}
+
 /* Have the segment attached that the version word names now. Runs Python code. */
 static int
 attach(Table *table)
 {
     if (table->view == NULL) {
-        PyErr_SetString(PyExc_RuntimeError, "this table has no view yet");
-        return -1;
+        return no_view((PyObject *)table);
     }
     PyObject *result = PyObject_CallMethod((PyObject *)table, "_attach", NULL);
     Py_XDECREF(result);
