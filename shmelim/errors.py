@@ -48,6 +48,10 @@ class ReaderClosedError(ShmelimError):
     """The reader was closed, and reads no more."""
 
 
+class StaleError(ShmelimError):
+    """What is read is older than its reader allows, or of unknown age; the message names age, limit and source."""
+
+
 class ChangesUnknownError(ShmelimError):
     """What changed since a version is not known any more: the server was started later, or it is too long ago."""
 

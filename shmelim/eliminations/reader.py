@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import ItemsView, Iterator, Mapping, ValuesView
-from typing import Any, Self
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, SupportsFloat, TypeAlias
 
-from shmelim.eliminations.reading import Reading
-from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError
+from shmelim.eliminations.reading import Reading, listed
+from shmelim.eliminations.rows import Status
+from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, StaleError
 from shmelim.shm import Namespace, SharedNamespace, TableReader
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from shmelim.shm import Position
+
+WhenStale: TypeAlias = Literal["serve", "raise", "refuse"]
+
 _WAIT_PAUSE = 0.01
+_WHEN_STALE: Final = ("serve", "raise", "refuse")
+_ALL: Final = Status.ELIMINATED | Status.DEPARTED | Status.REGISTERED
 
 
 class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
@@ -36,13 +49,25 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         Seconds to wait for a writer's first publish; None fails at once.
     owner
         The uid whose segments are trusted; None trusts this user's and root's.
+    max_staleness
+        Seconds that the table may be old (see :attr:`staleness`); None sets no limit.
+    when_stale
+        What a read does of a table that is older, or of unknown age. ``"serve"``: it answers, and :attr:`stale`
+        tells; a check costs nothing more. ``"raise"``: every read of hotkeys and records raises ``StaleError``.
+        ``"refuse"``: the checks that decide on an order answer so that none is accepted, whatever the hotkey:
+        :meth:`is_hotkey_eliminated`, ``in``, :meth:`are_eliminated` and :meth:`is_hotkey_re_registered` say True,
+        :meth:`status` and :meth:`statuses` all three flags. What returns records, or counts them, raises
+        ``StaleError``: there is nothing safe to make up. So it is for the intake of orders, and not for what acts
+        on a hotkey because it is eliminated. The last two look at the age before each read: about 10 µs.
 
     Raises
     ------
     NotServingError
         Nothing is served under that name, nor was left there by a writer that died.
-    ValueError
-        The name is not a legal one.
+    StaleError
+        By reads, where ``when_stale`` says so; making a reader does not look at the age.
+    ValueError, TypeError
+        The name is not a legal one; ``max_staleness`` is not a number of seconds, or ``when_stale`` needs it.
     CorruptSegmentError, UntrustedSegmentError, SegmentFormatError
         What stands in shared memory cannot be read. A read, too, raises the first where bytes contradict each
         other, and another ``SegmentError`` where the table has moved to a segment that cannot be mapped.
@@ -70,11 +95,28 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
 
     """
 
-    def __init__(self, name: str, *, wait: float | None = None, owner: int | None = None) -> None:
+    max_staleness: float | None = None
+    """Seconds that the table may be old; None sets no limit."""
+    when_stale: WhenStale = "serve"
+    """What a read does where the table is older."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        wait: float | None = None,
+        owner: int | None = None,
+        max_staleness: float | None = None,
+        when_stale: WhenStale = "serve",
+    ) -> None:
         self.name = name
         self._owner = owner
         self._private = False
+        self.max_staleness, self.when_stale = _checked(max_staleness, when_stale)
         self._attach(SharedNamespace(name, owner=owner), wait)
+        if when_stale == "refuse":
+            # Rather than a branch in each check; and not in __new__, whose signature help() would show.
+            self.__class__ = _refusing(type(self))
 
     @classmethod
     def over(cls, namespace: Namespace) -> Self:
@@ -90,7 +132,8 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         deadline = time.monotonic() + (wait or 0.0)
         while True:
             try:
-                self._table = TableReader(namespace)
+                limit = None if self.when_stale == "serve" else self.max_staleness
+                self._table = TableReader(namespace, max_staleness=limit)
             except NotServingError as error:
                 if time.monotonic() >= deadline:
                     from shmelim.table.naming import is_a_table  # noqa: PLC0415  # nothing that a reader pays for
@@ -107,7 +150,12 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
     def __reduce__(self) -> tuple[Any, ...]:
         if self._private:
             raise TypeError("a reader over private memory cannot be pickled: no other process has that memory")
-        return _attach_again, (type(self), self.name, self._owner)
+        arguments = {
+            "owner": self._owner,
+            "max_staleness": self.max_staleness,
+            "when_stale": self.when_stale,
+        }
+        return _attach_again, (plain(type(self)), self.name, arguments)
 
     def close(self) -> None:
         """Let go of the table: every later read raises ``ReaderClosedError``. Idempotent.
@@ -122,6 +170,44 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    # ------------------------------------------------------------------ how old it is
+
+    @property
+    def source(self) -> str | None:
+        """Whom this host's table follows, as its follower was told; None where its writer is the source itself."""
+        return self._table.source()
+
+    @property
+    def position(self) -> Position | None:
+        """How far the follower is: ``term``, ``line``, ``seq`` and more; None where the writer is the source."""
+        return self._table.position()
+
+    @property
+    def as_of(self) -> int | None:
+        """When the source had nothing newer, in ms since 1970 by the engine's clock; None if not known."""
+        position = self._table.position()
+        return position.as_of or None if position is not None else None
+
+    @property
+    def staleness(self) -> float | None:
+        """How old the table is at most, in seconds; None where that is not known.
+
+        Of a table that follows another host's: how long ago it was confirmed that the source had nothing newer, by
+        CLOCK_BOOTTIME, which no setting of the clock moves and which goes on while the machine sleeps. Of a local
+        one: 0.0 while its writer lives, then how long ago it gave its last heartbeat, by CLOCK_MONOTONIC, which
+        leaves out what the machine slept. It is not known before a follower confirmed anything, or where the
+        writer's clock is not this process' (another time namespace). Some microseconds.
+        """
+        return self._table.staleness()
+
+    @property
+    def stale(self) -> bool:
+        """Whether the table is older than :attr:`max_staleness`, or of unknown age; False without a limit."""
+        if self.max_staleness is None:
+            return False
+        age = self.staleness
+        return age is None or age > self.max_staleness
 
     # ------------------------------------------------------------------ the mapping
 
@@ -147,7 +233,7 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
 
     def __repr__(self) -> str:
         try:
-            what = f"{len(self)} eliminated"
+            what = f"{self.table.flag_counts[0]} eliminated"
         except ReaderClosedError:
             what = "closed"
         return f"<{type(self).__name__} {self.name!r}: {what}>"
@@ -167,5 +253,74 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         return len(keys)
 
 
-def _attach_again(cls: type[EliminationReader], name: str, owner: int | None) -> EliminationReader:
-    return cls(name, owner=owner)
+def _attach_again(cls: type[EliminationReader], name: str, arguments: dict[str, Any]) -> EliminationReader:
+    return cls(name, **arguments)
+
+
+def _checked(max_staleness: object, when_stale: object) -> tuple[float | None, WhenStale]:
+    if when_stale not in _WHEN_STALE:
+        raise ValueError(f"when_stale must be one of {', '.join(map(repr, _WHEN_STALE))}, not {when_stale!r}")
+    if max_staleness is None:
+        if when_stale != "serve":
+            raise ValueError(f"when_stale={when_stale!r} needs max_staleness, in seconds")
+        return None, "serve"
+    if isinstance(max_staleness, bool) or not isinstance(max_staleness, SupportsFloat):
+        raise TypeError(f"max_staleness must be a number of seconds, not {type(max_staleness).__name__}")
+    seconds = float(max_staleness)
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"max_staleness must be seconds, 0 or more, not {max_staleness!r}")
+    return seconds, when_stale
+
+
+class _Refusing(EliminationReader):
+    """The checks of a reader that accepts no order where its table is too old."""
+
+    def is_hotkey_eliminated(self, hotkey: str | None) -> bool:
+        try:
+            return super().is_hotkey_eliminated(hotkey)
+        except StaleError:
+            return True
+
+    def is_hotkey_re_registered(self, hotkey: str | None) -> bool:
+        try:
+            return super().is_hotkey_re_registered(hotkey)
+        except StaleError:
+            return True
+
+    def status(self, hotkey: str | None) -> Status:
+        try:
+            return super().status(hotkey)
+        except StaleError:
+            return _ALL
+
+    def __contains__(self, hotkey: Any) -> bool:
+        try:
+            return super().__contains__(hotkey)
+        except StaleError:
+            return True
+
+    def are_eliminated(self, hotkeys: Iterable[str | None]) -> NDArray[np.bool_]:
+        keys, numpy = listed(hotkeys)
+        try:
+            return super().are_eliminated(keys)
+        except StaleError:
+            return numpy.ones(len(keys), bool)  # type: ignore[no-any-return]
+
+    def statuses(self, hotkeys: Iterable[str | None]) -> list[Status]:
+        keys, _ = listed(hotkeys)
+        try:
+            return super().statuses(keys)
+        except StaleError:
+            return [_ALL] * len(keys)
+
+
+@cache
+def _refusing(kind: type[EliminationReader]) -> type[EliminationReader]:
+    """Return a class of readers as the refusing one that looks like it."""
+    looks = {name: getattr(kind, name) for name in ("__doc__", "__module__", "__qualname__")}
+    return type(kind.__name__, (_Refusing, kind), looks)
+
+
+def plain(kind: type[EliminationReader]) -> type[EliminationReader]:
+    """Return the class that a refusing one was made of, or the class itself."""
+    return kind.__bases__[1] if issubclass(kind, _Refusing) else kind

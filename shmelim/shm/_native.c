@@ -98,6 +98,7 @@ static PyGetSetDef table_getset[] = {
 static PyMemberDef table_members[] = {
     {"retries", T_ULONGLONG, offsetof(Table, retries), 0,
      "How often a read started over because a publish overtook it."},
+    {"_guarded", T_BOOL, offsetof(Table, guarded), 0, "Whether _watch() is asked before each read."},
     {NULL, 0, 0, 0, NULL},
 };
 
