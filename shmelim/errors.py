@@ -48,8 +48,12 @@ class FollowerError(NotServingError):
     """The table of that name follows one of another host, where its server is; nothing was changed here."""
 
 
+class ReaderClosedError(ShmelimError):
+    """The reader was closed, and reads no more."""
+
+
 class StaleError(ShmelimError):
-    """A table that follows another host's is older than its reader allows."""
+    """What is read is older than its reader allows, or of unknown age; the message names age, limit and source."""
 
 
 class ChangesUnknownError(ShmelimError):

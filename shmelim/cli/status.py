@@ -102,7 +102,7 @@ def _follows(reader: EliminationReader) -> dict[str, Any] | None:
         "line": position and position.line,
         "seq": position and position.seq,
         "as_of_ms": reader.as_of,
-        "age_s": None if age == float("inf") else round(age, 3),
+        "age_s": age if age is None else round(age, 3),
     }
 
 

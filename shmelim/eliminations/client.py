@@ -8,21 +8,20 @@ from typing import Any, Final, Self
 
 from shmelim.channel import ChannelClient, load_key
 from shmelim.eliminations.calls import Calls, remote
-from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.reader import EliminationReader, WhenStale, plain
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import CallTimeoutError, NotServingError
 
 _WAIT_PAUSE: Final = 0.01
 
 
-class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_of is another here: see below
+class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_of, see below
     """An :class:`EliminationReader` with the calls that change the state, for any process that may read the key.
 
-    ``as_of`` is a call here, which answers for an earlier time; a table that follows another has no clients.
     A call that changes something costs a commit and about 0.1 ms for the channel. Its errors are those of
     :class:`~shmelim.eliminations.calls.Calls`; of the constructor, those of the reader, ``NotServingError``, and
     ``KeyFileError`` if this user may not read the key. Thread-safe and fork-safe: a child opens connections of its
-    own. Pickles as its name. A context manager, which closes the connections.
+    own. Pickles as its name. A context manager, which closes the connections and the reader.
 
     Parameters
     ----------
@@ -36,6 +35,10 @@ class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_o
         Seconds within which a call tries to reach a server that is not there (one that restarts, say).
     runtime_base
         Where runtime directories are; None: where the server says, in its table, or else the user's.
+    max_staleness, when_stale
+        As of the reader. They hold for its reads; a change is the server's answer whatever the age of the table.
+        (``as_of`` is a client's way back in time; what a reader's property of that name says is
+        ``client.position.as_of``.)
 
     Examples
     --------
@@ -66,10 +69,18 @@ class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_o
         timeout: float = 10.0,
         connect_wait: float = 0.0,
         runtime_base: Path | str | None = None,
+        max_staleness: float | None = None,
+        when_stale: WhenStale = "serve",
     ) -> None:
         deadline = time.monotonic() + (wait or 0.0)
-        super().__init__(name, wait=wait)
-        self._arguments = {"timeout": timeout, "connect_wait": connect_wait, "runtime_base": runtime_base}
+        super().__init__(name, wait=wait, max_staleness=max_staleness, when_stale=when_stale)
+        self._arguments = {
+            "timeout": timeout,
+            "connect_wait": connect_wait,
+            "runtime_base": runtime_base,
+            "max_staleness": max_staleness,
+            "when_stale": when_stale,
+        }
 
         def runtime() -> RuntimeDirectory:
             return RuntimeDirectory.of_server(name, runtime_base)
@@ -93,23 +104,18 @@ class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_o
                 return
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _connect_again, (type(self), self.name, self._arguments)
+        return _connect_again, (plain(type(self)), self.name, self._arguments)
 
     def close(self) -> None:
-        """Close the connections; reads go on working. Idempotent."""
+        """Close connections and reader: every later call raises, a read ``ReaderClosedError``. Idempotent."""
+        super().close()
         self._client.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _size(self) -> int:
-        return len(self)
+        return self.table.flag_counts[0]
 
-    def _published(self) -> Self:
-        return self
+    def _published(self) -> Self | None:
+        return self if self.when_stale == "serve" else None
 
     @remote(idempotent=True)
     def health_check(self) -> dict[str, Any]:  # type: ignore[empty-body]  # the server has it

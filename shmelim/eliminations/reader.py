@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import functools
+import math
 import time
-from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, SupportsFloat, TypeAlias
 
-from shmelim.eliminations.reading import Reading
+from shmelim.eliminations.reading import Reading, listed
 from shmelim.eliminations.rows import Status
-from shmelim.errors import CorruptSegmentError, NotServingError, ShmelimError, StaleError
+from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, StaleError
 from shmelim.shm import Namespace, SharedNamespace, TableReader
 
 if TYPE_CHECKING:
-    from shmelim.shm.following import Position
+    import numpy as np
+    from numpy.typing import NDArray
 
-WhenStale = Literal["serve", "raise", "refuse"]
+    from shmelim.shm import Position
+
+WhenStale: TypeAlias = Literal["serve", "raise", "refuse"]
 
 _WAIT_PAUSE = 0.01
+_WHEN_STALE: Final = ("serve", "raise", "refuse")
+_ALL: Final = Status.ELIMINATED | Status.DEPARTED | Status.REGISTERED
 
 
 class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
@@ -32,7 +38,8 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
     everything that returns all records, decodes a snapshot.
 
     Thread-safe: threads may share one reader. Fork-safe: it works on in a child. Pickles as its name: it attaches
-    again where it is unpickled.
+    again where it is unpickled. A context manager, which closes it; one that is not closed keeps its memory until
+    nobody refers to it any more.
 
     Parameters
     ----------
@@ -43,21 +50,24 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
     owner
         The uid whose segments are trusted; None trusts this user's and root's.
     max_staleness
-        Seconds that a table which follows one of another host may be old (:attr:`staleness`); None: any. A table
-        whose writer is on this host is always current.
+        Seconds that the table may be old (see :attr:`staleness`); None sets no limit.
     when_stale
-        What a read of an older one does. ``"serve"``: it answers, at no cost. ``"raise"``: StaleError.
-        ``"refuse"``: every hotkey counts as eliminated (``is_hotkey_eliminated``, ``are_eliminated``, ``status``,
-        ``in``), so that whoever asks before an order refuses it; other reads answer. The last two add about 3 µs.
+        What a read does of a table that is older, or of unknown age. ``"serve"``: it answers, and :attr:`stale`
+        tells; a check costs nothing more. ``"raise"``: every read of hotkeys and records raises ``StaleError``.
+        ``"refuse"``: the checks that decide on an order answer so that none is accepted, whatever the hotkey:
+        :meth:`is_hotkey_eliminated`, ``in``, :meth:`are_eliminated` and :meth:`is_hotkey_re_registered` say True,
+        :meth:`status` and :meth:`statuses` all three flags. What returns records, or counts them, raises
+        ``StaleError``: there is nothing safe to make up. So it is for the intake of orders, and not for what acts
+        on a hotkey because it is eliminated. The last two look at the age before each read: about 10 µs.
 
     Raises
     ------
-    StaleError
-        By reads, with ``when_stale="raise"``.
     NotServingError
         Nothing is served under that name, nor was left there by a writer that died.
-    ValueError
-        The name is not a legal one; ``max_staleness`` is negative, or ``when_stale`` none of the three.
+    StaleError
+        By reads, where ``when_stale`` says so; making a reader does not look at the age.
+    ValueError, TypeError
+        The name is not a legal one; ``max_staleness`` is not a number of seconds, or ``when_stale`` needs it.
     CorruptSegmentError, UntrustedSegmentError, SegmentFormatError
         What stands in shared memory cannot be read. A read, too, raises the first where bytes contradict each
         other, and another ``SegmentError`` where the table has moved to a segment that cannot be mapped.
@@ -85,7 +95,10 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
 
     """
 
-    _limit: tuple[float | None, WhenStale] = (None, "serve")
+    max_staleness: float | None = None
+    """Seconds that the table may be old; None sets no limit."""
+    when_stale: WhenStale = "serve"
+    """What a read does where the table is older."""
 
     def __init__(
         self,
@@ -96,18 +109,14 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         max_staleness: float | None = None,
         when_stale: WhenStale = "serve",
     ) -> None:
-        if when_stale not in get_args(WhenStale):
-            raise ValueError(f"when_stale must be one of {', '.join(get_args(WhenStale))}, not {when_stale!r}")
-        if max_staleness is not None and not max_staleness >= 0:
-            raise ValueError(f"max_staleness {max_staleness!r} must be 0 or more seconds")
         self.name = name
         self._owner = owner
         self._private = False
+        self.max_staleness, self.when_stale = _checked(max_staleness, when_stale)
         self._attach(SharedNamespace(name, owner=owner), wait)
-        if max_staleness is not None and when_stale != "serve":
-            # Another class, and not a question in each read: who has no limit pays for none.
-            self._limit = max_staleness, when_stale
-            self.__class__ = _limited(type(self))
+        if when_stale == "refuse":
+            # Rather than a branch in each check; and not in __new__, whose signature help() would show.
+            self.__class__ = _refusing(type(self))
 
     @classmethod
     def over(cls, namespace: Namespace) -> Self:
@@ -123,7 +132,8 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         deadline = time.monotonic() + (wait or 0.0)
         while True:
             try:
-                self._table = TableReader(namespace)
+                limit = None if self.when_stale == "serve" else self.max_staleness
+                self._table = TableReader(namespace, max_staleness=limit)
             except NotServingError as error:
                 if time.monotonic() >= deadline:
                     from shmelim.table.naming import is_a_table  # noqa: PLC0415  # nothing that a reader pays for
@@ -140,68 +150,64 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
     def __reduce__(self) -> tuple[Any, ...]:
         if self._private:
             raise TypeError("a reader over private memory cannot be pickled: no other process has that memory")
-        kind = type(self).__mro__[1] if self._limit[0] is not None else type(self)
-        return _attach_again, (kind, self.name, self._owner, *self._limit)
-
-    # ------------------------------------------------------------------ whose it is, and how old
-
-    @property
-    def source(self) -> str | None:
-        """Whom the table follows, as its follower names it; None where its writer is on this host."""
-        return self._table.followed()[0] or None
-
-    @property
-    def position(self) -> Position | None:
-        """How far the table follows: ``term``, ``line``, ``seq`` of what it has; None where it follows nobody."""
-        return self._table.followed()[1]
-
-    @property
-    def as_of(self) -> int | None:
-        """When the source was known last to have nothing newer, in ms since 1970 by the engine's clock.
-
-        None where the table follows nobody, or that is not known yet.
-        """
-        position = self._table.followed()[1]
-        return position.as_of or None if position is not None else None
-
-    @property
-    def staleness(self) -> float:
-        """Seconds since the source was known to have nothing newer; never less than is true.
-
-        0 where the table's writer is on this host, living or dead: nobody else can have changed anything.
-        ``math.inf`` where nothing is known yet. By CLOCK_BOOTTIME: setting the time changes nothing.
-        """
-        source, position = self._table.followed()
-        if not source:
-            return 0.0
-        if position is None or not position.confirmed:
-            return float("inf")
-        return max(0.0, (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - position.confirmed) / 1e9)
-
-    def _is_stale(self) -> bool:
-        limit, then = self._limit
-        age = self.staleness
-        if limit is None or age <= limit:
-            return False
-        if then == "raise":
-            raise StaleError(
-                f"{self.name!r} follows {self.source!r}, and is {age:.1f} s old: more than {limit:g} s",
-                hint="see `shmelim fleet status`: is the follower here running, and the publisher there?",
-            )
-        return True
+        arguments = {
+            "owner": self._owner,
+            "max_staleness": self.max_staleness,
+            "when_stale": self.when_stale,
+        }
+        return _attach_again, (plain(type(self)), self.name, arguments)
 
     def close(self) -> None:
-        """End reading: every later read raises ``ShmelimError``. Idempotent.
+        """Let go of the table: every later read raises ``ReaderClosedError``. Idempotent.
 
-        The memory is given back with the reader itself, since a thread may be in the middle of a read.
+        Its memory is given back once no thread is in the middle of a read any more. A closed reader still pickles
+        as its name.
         """
-        self.__class__ = _ClosedReader
+        self._table.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    # ------------------------------------------------------------------ how old it is
+
+    @property
+    def source(self) -> str | None:
+        """Whom this host's table follows, as its follower was told; None where its writer is the source itself."""
+        return self._table.source()
+
+    @property
+    def position(self) -> Position | None:
+        """How far the follower is: ``term``, ``line``, ``seq`` and more; None where the writer is the source."""
+        return self._table.position()
+
+    @property
+    def as_of(self) -> int | None:
+        """When the source had nothing newer, in ms since 1970 by the engine's clock; None if not known."""
+        position = self._table.position()
+        return position.as_of or None if position is not None else None
+
+    @property
+    def staleness(self) -> float | None:
+        """How old the table is at most, in seconds; None where that is not known.
+
+        Of a table that follows another host's: how long ago it was confirmed that the source had nothing newer, by
+        CLOCK_BOOTTIME, which no setting of the clock moves and which goes on while the machine sleeps. Of a local
+        one: 0.0 while its writer lives, then how long ago it gave its last heartbeat, by CLOCK_MONOTONIC, which
+        leaves out what the machine slept. It is not known before a follower confirmed anything, or where the
+        writer's clock is not this process' (another time namespace). Some microseconds.
+        """
+        return self._table.staleness()
+
+    @property
+    def stale(self) -> bool:
+        """Whether the table is older than :attr:`max_staleness`, or of unknown age; False without a limit."""
+        if self.max_staleness is None:
+            return False
+        age = self.staleness
+        return age is None or age > self.max_staleness
 
     # ------------------------------------------------------------------ the mapping
 
@@ -226,7 +232,11 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         return self.get_eliminations_dict().values()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r}: {len(self)} eliminated>"
+        try:
+            what = f"{self.table.flag_counts[0]} eliminated"
+        except ReaderClosedError:
+            what = "closed"
+        return f"<{type(self).__name__} {self.name!r}: {what}>"
 
     def verify(self) -> int:
         """Check every record's checksum and that lookups find each entry; return the number of entries.
@@ -243,65 +253,74 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         return len(keys)
 
 
-def _attach_again(
-    cls: type[EliminationReader], name: str, owner: int | None, limit: float | None, then: WhenStale
-) -> EliminationReader:
-    return cls(name, owner=owner, max_staleness=limit, when_stale=then)
+def _attach_again(cls: type[EliminationReader], name: str, arguments: dict[str, Any]) -> EliminationReader:
+    return cls(name, **arguments)
 
 
-@functools.cache
-def _limited(cls: type[EliminationReader]) -> type[EliminationReader]:
-    """Return a class whose reads look at the table's age first."""
-
-    def looking(read: Callable[..., Any], stale: Callable[..., Any] | None) -> Callable[..., Any]:
-        @functools.wraps(read)
-        def method(self: EliminationReader, *arguments: Any, **named: Any) -> Any:
-            is_stale = self._is_stale()
-            answer = read(self, *arguments, **named)
-            return stale(answer) if is_stale and stale is not None else answer
-
-        return method
-
-    members = {name: looking(getattr(cls, name), _WHEN_REFUSED.get(name)) for name in _READS}
-    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, **members})
+def _checked(max_staleness: object, when_stale: object) -> tuple[float | None, WhenStale]:
+    if when_stale not in _WHEN_STALE:
+        raise ValueError(f"when_stale must be one of {', '.join(map(repr, _WHEN_STALE))}, not {when_stale!r}")
+    if max_staleness is None:
+        if when_stale != "serve":
+            raise ValueError(f"when_stale={when_stale!r} needs max_staleness, in seconds")
+        return None, "serve"
+    if isinstance(max_staleness, bool) or not isinstance(max_staleness, SupportsFloat):
+        raise TypeError(f"max_staleness must be a number of seconds, not {type(max_staleness).__name__}")
+    seconds = float(max_staleness)
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"max_staleness must be seconds, 0 or more, not {max_staleness!r}")
+    return seconds, when_stale
 
 
-def _all_eliminated(answers: Any) -> Any:
-    answers[:] = True
-    return answers
+class _Refusing(EliminationReader):
+    """The checks of a reader that accepts no order where its table is too old."""
+
+    def is_hotkey_eliminated(self, hotkey: str | None) -> bool:
+        try:
+            return super().is_hotkey_eliminated(hotkey)
+        except StaleError:
+            return True
+
+    def is_hotkey_re_registered(self, hotkey: str | None) -> bool:
+        try:
+            return super().is_hotkey_re_registered(hotkey)
+        except StaleError:
+            return True
+
+    def status(self, hotkey: str | None) -> Status:
+        try:
+            return super().status(hotkey)
+        except StaleError:
+            return _ALL
+
+    def __contains__(self, hotkey: Any) -> bool:
+        try:
+            return super().__contains__(hotkey)
+        except StaleError:
+            return True
+
+    def are_eliminated(self, hotkeys: Iterable[str | None]) -> NDArray[np.bool_]:
+        keys, numpy = listed(hotkeys)
+        try:
+            return super().are_eliminated(keys)
+        except StaleError:
+            return numpy.ones(len(keys), bool)  # type: ignore[no-any-return]
+
+    def statuses(self, hotkeys: Iterable[str | None]) -> list[Status]:
+        keys, _ = listed(hotkeys)
+        try:
+            return super().statuses(keys)
+        except StaleError:
+            return [_ALL] * len(keys)
 
 
-_WHEN_REFUSED: Final[dict[str, Callable[[Any], Any]]] = {
-    "is_hotkey_eliminated": lambda _: True,
-    "__contains__": lambda _: True,
-    "are_eliminated": _all_eliminated,
-    "status": lambda found: found | Status.ELIMINATED,
-    "statuses": lambda found: [each | Status.ELIMINATED for each in found],
-}
-_READS: Final = (
-    *_WHEN_REFUSED,
-    *("is_hotkey_re_registered", "get_elimination", "hotkey_in_eliminations", "get_elimination_local_cache"),
-    *("read", "get_departed_hotkey_info", "get_departed_hotkey_info_local_cache", "packed_with_version"),
-    *("encoded_elimination", "snapshot", "__len__"),
-)
-"""What looks into the table; other reads are made of these."""
+@cache
+def _refusing(kind: type[EliminationReader]) -> type[EliminationReader]:
+    """Return a class of readers as the refusing one that looks like it."""
+    looks = {name: getattr(kind, name) for name in ("__doc__", "__module__", "__qualname__")}
+    return type(kind.__name__, (_Refusing, kind), looks)
 
 
-class _ClosedReader(EliminationReader):
-    """What a reader becomes when it is closed."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in {"name", "close", "__class__", "__enter__", "__exit__", "__del__"}:
-            return object.__getattribute__(self, name)
-        raise ShmelimError(f"this reader of {object.__getattribute__(self, 'name')!r} is closed")
-
-    def close(self) -> None:
-        pass
-
-    def _closed(self, *_: object) -> Any:
-        return self.anything
-
-    __contains__ = __len__ = __iter__ = __getitem__ = __reduce__ = _closed
-
-    def __repr__(self) -> str:
-        return f"<closed EliminationReader {self.name!r}>"
+def plain(kind: type[EliminationReader]) -> type[EliminationReader]:
+    """Return the class that a refusing one was made of, or the class itself."""
+    return kind.__bases__[1] if issubclass(kind, _Refusing) else kind

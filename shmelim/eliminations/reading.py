@@ -143,8 +143,7 @@ class Reading(Lookups):
         About 12 ns a hotkey. A list, a tuple, or a numpy array of byte strings is quickest; a single text raises
         ``TypeError``. The first call in a process loads numpy.
         """
-        numpy = _numpy or _load_numpy()
-        keys = hotkeys if type(hotkeys) is list else _listed(hotkeys, numpy)
+        keys, numpy = (hotkeys, _numpy) if _numpy and type(hotkeys) is list else listed(hotkeys)
         answers: NDArray[np.bool_] = numpy.empty(len(keys), bool)
         if not self._fill(keys, answers, _ELIMINATED):
             self._fill_in_any_case(keys, answers, _ELIMINATED)
@@ -152,8 +151,7 @@ class Reading(Lookups):
 
     def statuses(self, hotkeys: Iterable[str | None]) -> list[Status]:
         """Return all that the table says of many hotkeys; otherwise as :meth:`are_eliminated`."""
-        numpy = _numpy or _load_numpy()
-        keys = _listed(hotkeys, numpy)
+        keys, numpy = listed(hotkeys)
         answers = numpy.empty(len(keys), numpy.uint8)
         if not self._fill(keys, answers, 0):
             self._fill_in_any_case(keys, answers, 0)
@@ -279,8 +277,13 @@ def _load_numpy() -> Any:
     return numpy
 
 
+def listed(hotkeys: Any) -> tuple[Any, Any]:
+    """Return hotkeys as a list, a tuple, or an array of byte strings; and numpy."""
+    numpy = _numpy or _load_numpy()
+    return (hotkeys if type(hotkeys) is list else _listed(hotkeys, numpy)), numpy
+
+
 def _listed(hotkeys: Any, numpy: Any) -> Any:
-    """Return hotkeys as a list, a tuple, or an array of byte strings."""
     if isinstance(hotkeys, numpy.ndarray):
         if hotkeys.ndim != 1:
             raise TypeError(f"an array of hotkeys must have one dimension, not {hotkeys.ndim}")

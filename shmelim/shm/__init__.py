@@ -19,6 +19,7 @@ from shmelim.shm.segment import Namespace, check_name
 from shmelim.shm.shared import SharedNamespace
 
 if TYPE_CHECKING:
+    from shmelim.shm.following import Position
     from shmelim.shm.private import PrivateNamespace
     from shmelim.shm.writer import TableWriter, Transaction
 
@@ -39,6 +40,7 @@ __all__ = [
     "Entry",
     "Lookups",
     "Namespace",
+    "Position",
     "PrivateNamespace",
     "Record",
     "SharedNamespace",
@@ -57,7 +59,7 @@ __all__ = [
 ]
 
 # What no reader needs; the writer brings numpy.
-_LAZY = {"PrivateNamespace": "private", "TableWriter": "writer", "Transaction": "writer"}
+_LAZY = {"Position": "following", "PrivateNamespace": "private", "TableWriter": "writer", "Transaction": "writer"}
 
 if not TYPE_CHECKING:
 

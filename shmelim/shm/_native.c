@@ -50,23 +50,25 @@ table_get_view(PyObject *op, void *Py_UNUSED(closure))
     view = Py_XNewRef((PyObject *)self->view);
     Py_END_CRITICAL_SECTION();
     if (view == NULL) {
-        PyErr_SetString(PyExc_AttributeError, "_view");
+        no_view(op);
     }
     return view;
 }
 
+/* Deleting it closes the table. */
 static int
 table_set_view(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
 {
     Table *self = (Table *)op;
-    if (value == NULL || !PyObject_TypeCheck(value, state_of(op)->view_type) || ((View *)value)->label == NULL) {
+    if (value != NULL
+        && (!PyObject_TypeCheck(value, state_of(op)->view_type) || ((View *)value)->label == NULL)) {
         PyErr_SetString(PyExc_TypeError, "a table's view must be a mapped View");
         return -1;
     }
     View *old;
     Py_BEGIN_CRITICAL_SECTION(op);
     old = self->view;
-    self->view = (View *)Py_NewRef(value);
+    self->view = (View *)Py_XNewRef(value);
     Py_END_CRITICAL_SECTION();
     Py_XDECREF(old);
     return 0;
@@ -96,6 +98,7 @@ static PyGetSetDef table_getset[] = {
 static PyMemberDef table_members[] = {
     {"retries", T_ULONGLONG, offsetof(Table, retries), 0,
      "How often a read started over because a publish overtook it."},
+    {"_guarded", T_BOOL, offsetof(Table, guarded), 0, "Whether _watch() is asked before each read."},
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -20,6 +20,7 @@ class View:
 class Table:
     _view: Any
     retries: int
+    _guarded: bool
     def flags(self, key: bytes, /) -> int: ...
     def read(self, key: bytes, decode: Callable[[memoryview], _T], /) -> _T | None: ...
     _entry: Any  # of a key alone

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partialmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 from shmelim.shm import _native
 from shmelim.shm.lookups import Lookups
-from shmelim.shm.reader import LOADING_NUMPY, TableReader
+from shmelim.shm.reader import LOADING_NUMPY, TableReader, closed
 from shmelim.shm.segment import Segment
 from shmelim.shm.view import View
 
@@ -33,6 +33,14 @@ class NativeTableReader(_native.Table, TableReader):
     """A :class:`TableReader` whose lookups are compiled; attaching and all that is rare is inherited."""
 
     _view_type = NativeView
+
+    def close(self) -> None:
+        """Let go of the table: every later read raises ReaderClosedError. Idempotent."""
+        del self._view
+
+    def _no_view(self) -> NoReturn:
+        """Say why there is none; called in the place of a look at it."""
+        raise closed(self._namespace.name)
 
     def flags_of(self, keys: Sequence[bytes]) -> NDArray[np.uint8]:
         """Return the flags of many keys as of one version, as a ``uint8`` array of the same length."""

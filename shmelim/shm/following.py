@@ -39,12 +39,16 @@ class Position(NamedTuple):
 
 
 def put_source(root: Segment, source: str) -> None:
-    """Say in a root segment that a follower of ``source`` writes it; what exceeds 136 bytes of UTF-8 is cut off.
+    """Say in a root segment that a follower of ``source`` writes it, or with "" that none does.
+
+    What exceeds 136 bytes of UTF-8 is cut off.
 
     The one writer of the table calls it, before the first :func:`put_position`.
     """
     text = source.encode()[:SOURCE_SIZE].decode(errors="ignore").encode()
     root.words[FLEET // WORD] = 0
+    if not text:  # whoever wrote here before followed, and this writer does not
+        root.memory[_COPIES : _COPIES + 2 * _SIZE] = bytes(2 * _SIZE)
     root.memory[_TEXT : _TEXT + len(text)] = text
     root.words[FLEET // WORD] = len(text)
 

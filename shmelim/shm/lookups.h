@@ -7,6 +7,9 @@
 
 enum { FLAGS = 256, TESTS = 4 };
 
+/* The empty key, which is in no table; in the place of what cannot be a key. */
+#define NO_TABLES_KEY ((const unsigned char *)"")
+
 typedef struct {
     PyObject_HEAD
     Table *table; /* set once, so that it can be used without a reference */
@@ -105,14 +108,11 @@ text_key(PyObject *op, PyObject *key, const unsigned char **data, size_t *size)
 NEVER_INLINE static int
 any_text_flags(PyObject *op, PyObject *key, uint64_t *packed)
 {
-    const unsigned char *data;
-    size_t size;
-    int converted = text_key(op, key, &data, &size);
-    if (converted > 0) {
-        return look_up(((Lookups *)op)->table, data, size, packed);
-    }
+    const unsigned char *data = NO_TABLES_KEY;
+    size_t size = 0;
     *packed = 0;
-    return converted;
+    /* What is in no table is looked up all the same: the table may be closed. */
+    return text_key(op, key, &data, &size) < 0 ? -1 : look_up(((Lookups *)op)->table, data, size, packed);
 }
 
 /* Find the flags of a text; 0 where it is not a key of this table. */
@@ -209,13 +209,12 @@ static PyObject *
 use_body(PyObject *op, PyObject *key, PyObject *decode)
 {
     Lookups *self = (Lookups *)op;
-    const unsigned char *data;
-    size_t size;
+    const unsigned char *data = NO_TABLES_KEY;
+    size_t size = 0;
     Span span;
     uint64_t packed;
-    int converted = self->table == NULL ? no_table() : text_key(op, key, &data, &size);
-    if (converted <= 0) {
-        return converted < 0 ? NULL : Py_NewRef(Py_None);
+    if ((self->table == NULL ? no_table() : text_key(op, key, &data, &size)) < 0) {
+        return NULL;
     }
     return with_record(self->table, data, size, &(Use){decode, self->skip}, &span, &packed);
 }

@@ -22,13 +22,14 @@ from __future__ import annotations
 import _thread
 import contextlib
 import functools
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, NoReturn, TypeVar, cast
 
-from shmelim.errors import CorruptSegmentError, NotServingError, SegmentError
+from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, SegmentError, StaleError
 from shmelim.shm.layout import (
     COMMIT,
     COUNT,
@@ -168,6 +169,21 @@ class _OvertakenError(Exception):
     """Publishes came faster than a read of many keys."""
 
 
+class _Closed:
+    """Stands for the view that a closed reader no longer has."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, _: str) -> NoReturn:
+        raise closed(self._name)
+
+
+def closed(name: str) -> ReaderClosedError:
+    """Return the error of every read of a reader that was closed."""
+    return ReaderClosedError(f"this reader of {name!r} is closed", hint="make another one to read on")
+
+
 class TableReader:
     """Lock-free reads of a shared table, whose segments are in ``namespace``.
 
@@ -178,17 +194,22 @@ class TableReader:
 
     Thread-safe, and a read may interrupt another (in a signal handler, a finalizer, a trace function): attaching
     takes no lock, but makes a view and stores one reference to it. After a fork the child goes on with the same
-    mappings. Closing is left to the garbage collector, since a thread may be in the middle of a read.
+    mappings. Memory is unmapped by the garbage collector, since a thread may be in the middle of a read.
 
     Where the writer is not known to live, a reader looks whether the name leads to another root segment by now,
     once a second at most, and follows it there. That is found out by every fourth read, or by each where they come
     slowly.
+
+    With ``max_staleness``, in seconds, each read of entries first looks how old the table is, which takes some
+    microseconds, and raises StaleError where that is more, or not known.
     """
 
     _view_type: ClassVar[type[View]] = View
 
-    def __init__(self, namespace: Namespace) -> None:
+    def __init__(self, namespace: Namespace, *, max_staleness: float | None = None) -> None:
         self._namespace = namespace
+        self._max_staleness = max_staleness
+        self._guarded = max_staleness is not None
         self.retries = 0
         # Reads until the next look at the clock, and when that leads to the next look at the writer.
         self._patience = 0
@@ -207,7 +228,7 @@ class TableReader:
         elif _now() < self._next_look:
             self._patience = _PATIENCE - 1
         else:
-            self._watch()
+            self._watch(of_entries=False)
         while True:
             view = self._view
             version = view.root_words[VERSION]
@@ -311,7 +332,7 @@ class TableReader:
         packed = view.probe(version & 1, key)
         return (*view.record_span(version & 1, packed), packed & 0xFF) if packed else None
 
-    def _consistently(self, look: Callable[[View, int], T], attempts: int = -1) -> T:
+    def _consistently(self, look: Callable[[View, int], T], attempts: int = -1, *, of_entries: bool = True) -> T:
         """Return what ``look`` makes of a view at a version; start over if a publish came between.
 
         The frame of all reads but :meth:`flags`, where it stands unrolled. An exception counts as a result does:
@@ -322,7 +343,7 @@ class TableReader:
         elif _now() < self._next_look:
             self._patience = _PATIENCE - 1
         else:
-            self._watch()
+            self._watch(of_entries=of_entries)
         while attempts:
             view = self._view
             words = view.root_words
@@ -425,7 +446,7 @@ class TableReader:
                 heartbeat_age=self._writer_of(view.root).heartbeat_age,
             )
 
-        return self._consistently(look)
+        return self._consistently(look, of_entries=False)
 
     def info(self) -> TableInfo:
         """Return sizes and counts as of one version."""
@@ -444,7 +465,7 @@ class TableReader:
                 segment_size=view.segment.size,
             )
 
-        return self._consistently(look)
+        return self._consistently(look, of_entries=False)
 
     def count_flag(self, bit: int) -> int:
         """Return how many entries have the flag with the value ``1 << bit``, 0 to 7. One load."""
@@ -462,13 +483,52 @@ class TableReader:
                     info = self._writer_of(self._view.root)
         return info
 
-    def followed(self) -> tuple[str, Position | None]:
-        """Return whom the table follows, "" where its writer is the source, and how far it is; about 2 µs."""
-        from shmelim.shm.following import position_of, source_of  # noqa: PLC0415  # which few readers need
+    def source(self) -> str | None:
+        """Return whom a follower that writes this table follows; None where the writer is the source."""
+        from shmelim.shm.following import source_of  # noqa: PLC0415  # for who asks
+
+        return source_of(self._view.root) or None
+
+    def position(self) -> Position | None:
+        """Return how far a follower that writes this table is; None where the writer is the source."""
+        from shmelim.shm.following import position_of  # noqa: PLC0415  # for who asks
+
+        return position_of(self._view.root)
+
+    def staleness(self) -> float | None:
+        """Return how old the table is at most, in seconds; None where that is not known. Some microseconds.
+
+        Of a follower's table: how long ago it was known last that its source had nothing newer. Of another: 0
+        while its writer lives, and how long ago that gave its last heartbeat once it is dead.
+        """
+        from shmelim.shm.following import position_of, source_of  # noqa: PLC0415  # for who asks
 
         root = self._view.root
-        source = source_of(root)
-        return source, position_of(root) if source else None
+        position = position_of(root)
+        if position is None and not source_of(root):
+            writer = self._writer_of(root)
+            return 0.0 if writer.alive else writer.heartbeat_age
+        if position is None or not position.confirmed or root.words[WRITER_CLOCK] != this_clock():
+            return None
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - position.confirmed / _SECOND
+        return max(0.0, age) if age > -1 else None
+
+    def _check_age(self, limit: float) -> None:
+        age = self.staleness()
+        if age is not None and age <= limit:
+            return
+        from shmelim.system.text import printable  # noqa: PLC0415  # loads logging
+
+        name, source = self._namespace.name, self.source()
+        how_old = "of unknown age" if age is None else f"{age:,.1f} s old"
+        if source is None:
+            whose, remedy = "by its last writer", f"start one: `shmelim serve --name {name}`"
+        else:
+            whose = f"as a copy of {printable(source)}"
+            remedy = "see that its follower runs here, the publisher at the source, and both reach the engine"
+        raise StaleError(
+            f"{name!r} is {how_old}, and its reader allows {limit:g} s; it stands here {whose}", hint=remedy
+        )
 
     def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
         """Wait until the version is another than ``since`` (default: than now); False after ``timeout`` s.
@@ -517,16 +577,19 @@ class TableReader:
 
     # ------------------------------------------------------------------ attaching
 
-    def _watch(self) -> None:
+    def _watch(self, *, of_entries: bool = True) -> None:
         """Look whether the writer lives; if that is not sure, look at the name. Once a second at most.
 
-        Every fourth read looks at the clock for this; where they come slowly, each of them.
+        Every fourth read looks at the clock for this; where they come slowly, each of them; and each of a guarded
+        table, whose age is looked at before entries are.
         """
-        self._next_look = _now() + 1
+        self._next_look = -math.inf if self._guarded else _now() + 1
         words = self._view.root_words
         age = time.monotonic_ns() - words[HEARTBEAT]
         if words[WRITER_STATE] not in _RUNNING or not -_SECOND < age < HEARTBEAT_LIMIT * _SECOND:
             self._look_at_name()
+        if of_entries and self._max_staleness is not None:
+            self._check_age(self._max_staleness)
 
     def _look_at_name(self) -> None:
         """Follow the name, unless that was tried within the last second."""
@@ -566,6 +629,14 @@ class TableReader:
             _unmap_elsewhere(old.segment)
             return True
         return False
+
+    def close(self) -> None:
+        """Let go of the table: every later read raises ReaderClosedError. Idempotent.
+
+        Its memory is given back once no thread is in the middle of a read any more. A read that is just attaching
+        does not bring it back: it finds another view than it had, and leaves that.
+        """
+        self._view = cast("View", _Closed(self._namespace.name))
 
     def _open_root(self) -> Segment:
         root = self._namespace.open_root()

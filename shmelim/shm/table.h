@@ -19,10 +19,11 @@ enum { PATIENCE = 4 };
 
 typedef struct {
     PyObject_HEAD
-    View *view; /* the current one; replaced under the critical section of the table, NULL before the first */
+    View *view; /* the current one; replaced under the critical section of the table, NULL before the first and after the last */
     _Atomic(uint64_t) retries; /* a statistic: threads may lose counts, here and below */
     _Atomic(int) patience; /* reads until the next look at the clock */
     _Atomic(int64_t) second; /* what that said, in s */
+    char guarded; /* whether _watch() is asked before each read: set once, before the first */
 } Table;
 
 static void
@@ -60,13 +61,24 @@ release_view(View *view)
 #endif
 }
 
+/* Say why there is no view: the table may be closed, which its class knows. Runs Python code. */
+static int
+no_view(PyObject *op)
+{
+    PyObject *result = PyObject_HasAttrString(op, "_no_view") ? PyObject_CallMethod(op, "_no_view", NULL) : NULL;
+    Py_XDECREF(result);
+    if (PyErr_Occurred() == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "this table has no view yet");
+    }
+    return -1;
+}
+
 /* Have the segment attached that the version word names now. Runs Python code. */
 static int
 attach(Table *table)
 {
     if (table->view == NULL) {
-        PyErr_SetString(PyExc_RuntimeError, "this table has no view yet");
-        return -1;
+        return no_view((PyObject *)table);
     }
     PyObject *result = PyObject_CallMethod((PyObject *)table, "_attach", NULL);
     Py_XDECREF(result);
@@ -82,10 +94,18 @@ impatient(Table *table)
     return left < 0;
 }
 
-/* Look whether the writer lives; if that is not sure, have the name looked at. Once a second at most. */
+/* Look whether the writer lives; if that is not sure, have the name looked at. Once a second at most; but before each
+ * read of a guarded table, which never has patience: there the class looks, and may refuse the read. */
 NEVER_INLINE static int
-watch(Table *table)
+watch(Table *table, int64_t second)
 {
+    atomic_store_explicit(&table->patience, 0, memory_order_relaxed);
+    if (table->guarded) {
+        PyObject *allowed = PyObject_CallMethod((PyObject *)table, "_watch", NULL);
+        Py_XDECREF(allowed);
+        return allowed == NULL ? -1 : 0;
+    }
+    atomic_store_explicit(&table->second, second, memory_order_relaxed);
     View *view = borrow_view(table);
     if (view == NULL) {
         return 0;
@@ -115,9 +135,7 @@ look_at_clock(Table *table)
         atomic_store_explicit(&table->patience, PATIENCE - 1, memory_order_relaxed);
         return 0;
     }
-    atomic_store_explicit(&table->second, second, memory_order_relaxed);
-    atomic_store_explicit(&table->patience, 0, memory_order_relaxed);
-    return watch(table);
+    return watch(table, second);
 }
 
 /* Return the current view and a version of its generation, for release_view; NULL with an exception set. */

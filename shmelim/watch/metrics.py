@@ -77,7 +77,8 @@ class ShmelimCollector(Collector):
             yield self._gauge("heartbeat_age_seconds", "Since the writer's last heartbeat.", writer.heartbeat_age)
         if seen.source is not None:
             about = "Since the source of a table that follows it was known to have nothing newer."
-            yield self._gauge("follower_age_seconds", about, seen.staleness)
+            age = float("inf") if seen.staleness is None else seen.staleness
+            yield self._gauge("follower_age_seconds", about, age)
         eliminated, departed, registered, *_ = table.flag_counts
         yield self._gauge("eliminated_hotkeys", "Hotkeys that are eliminated.", eliminated)
         yield self._gauge("departed_hotkeys", "Hotkeys that once left the metagraph.", departed)

@@ -23,7 +23,7 @@ class Seen(NamedTuple):
     table: TableInfo | None
     server: dict[str, Any] | None  # its health check; None where it could not be asked, and for a follower
     source: str | None = None  # whom the table follows, on another host
-    staleness: float = 0.0  # seconds since that was known to have nothing newer
+    staleness: float | None = None  # seconds since that was known to have nothing newer; None: not known
 
     @property
     def is_served(self) -> bool:
@@ -59,8 +59,8 @@ def see(name: str, owner: int | None = None) -> Seen:
 def _unasked(reader: EliminationReader, writer: WriterInfo, table: TableInfo) -> Seen:
     """See a table whose writer is dead, or which follows another host's: nobody could say more."""
     source, age, problems = reader.source, reader.staleness, []
-    if age > _OLD:
-        known = "is not known yet" if age == float("inf") else f"is {age:.0f} s"
+    if source is not None and (age is None or age > _OLD):
+        known = "is not known yet" if age is None else f"is {age:.0f} s"
         text = f"the table follows {source!r}, and how old it is {known}"
         hint = "see `shmelim fleet status`: is it held, is the follower here running, and the publisher there?"
         problems.append(_problem("follower_old", ShmelimError(text, hint=hint)) | {"severity": "degraded"})

@@ -1,6 +1,7 @@
 """SPEC 5: `EliminationReader` for any process, and `EliminationClient`, which also changes."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -20,7 +21,7 @@ from contract_validator import row
 from waiting import PATIENCE, until
 
 from shmelim import ChangesUnknownError, EliminationClient, EliminationReader, NotServingError, Status
-from shmelim.errors import KeyFileError
+from shmelim.errors import KeyFileError, ReaderClosedError, ShmelimError
 
 
 @pytest.fixture
@@ -268,6 +269,93 @@ def test_readers_move_over_to_the_next_server_by_themselves(make, served, reader
     again = make("rpc", name=name)
     again.add_elimination("c", row("c"))
     assert list(reader) == ["b", "a", "c"]
+
+
+# ---------------------------------------------------------------------- closing
+
+
+READS = {
+    "is_hotkey_eliminated": lambda reader: reader.is_hotkey_eliminated("a"),
+    "of None": lambda reader: reader.is_hotkey_eliminated(None),
+    "of a text that is no hotkey": lambda reader: reader.get_elimination("x" * 300),
+    "is_hotkey_re_registered": lambda reader: reader.is_hotkey_re_registered("a"),
+    "status": lambda reader: reader.status("a"),
+    "in": lambda reader: "a" in reader,
+    "len": len,
+    "iteration": list,
+    "bool": bool,
+    "get_elimination": lambda reader: reader.get_elimination("a"),
+    "item": lambda reader: reader["a"],
+    "read": lambda reader: reader.read("a", bytes),
+    "get_departed_hotkey_info": lambda reader: reader.get_departed_hotkey_info("m"),
+    "are_eliminated": lambda reader: reader.are_eliminated(["a"]),
+    "are_eliminated, empty": lambda reader: reader.are_eliminated([]),
+    "statuses": lambda reader: reader.statuses(["a"]),
+    "get_eliminated_hotkeys": lambda reader: reader.get_eliminated_hotkeys(),
+    "get_eliminations_from_memory": lambda reader: reader.get_eliminations_from_memory(),
+    "eliminations": lambda reader: reader.eliminations,
+    "departed_hotkeys": lambda reader: reader.departed_hotkeys,
+    "snapshot": lambda reader: reader.snapshot(),
+    "version": lambda reader: reader.version,
+    "writer": lambda reader: reader.writer,
+    "table": lambda reader: reader.table,
+    "root_id": lambda reader: reader.root_id,
+    "verify": lambda reader: reader.verify(),
+    "wait_for_change": lambda reader: reader.wait_for_change(0.0),
+}
+
+
+def descriptors():
+    return list(Path("/proc/self/fd").iterdir())
+
+
+def mappings(name):
+    found = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    return [line for line in found if f"/shmelim.{name}" in line]
+
+
+@pytest.mark.parametrize("kind", [EliminationReader, EliminationClient])
+def test_a_closed_one_reads_no_more_and_keeps_nothing(served, kind):
+    gc.collect()  # what other tests left
+    owned = len(descriptors())
+    mapped = len(mappings(served.name))
+    with kind(served.name) as reader:
+        for read in READS.values():
+            read(reader)
+        assert len(mappings(served.name)) > mapped
+    assert len(mappings(served.name)) == mapped
+    assert len(descriptors()) <= owned
+    for what, read in READS.items():
+        with pytest.raises(ReaderClosedError, match=served.name) as caught:
+            pytest.fail(f"{what}: {read(reader)!r}")
+        assert "closed" in str(caught.value)
+    reader.close()
+    assert "closed" in repr(reader)
+    assert_reads_all(pickle.loads(pickle.dumps(reader)))
+
+
+def test_a_closed_client_changes_nothing(served):
+    client = EliminationClient(served.name)
+    client.close()
+    with pytest.raises(ShmelimError, match="closed"):
+        client.add_elimination("c", row("c"))
+    assert "c" not in served.eliminations
+
+
+def test_closing_ends_a_wait_in_another_thread(reader):
+    caught = []
+
+    def wait():
+        try:
+            reader.wait_for_change(PATIENCE)
+        except ReaderClosedError as error:
+            caught.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    reader.close()
+    waiting.join(PATIENCE)
+    assert len(caught) == 1
 
 
 # ---------------------------------------------------------------------- the client

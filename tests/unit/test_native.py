@@ -237,7 +237,7 @@ class TestMisuse:
         for value in (None, 1, native.View(), NativeView.__new__(NativeView)):
             with pytest.raises(TypeError, match="View"):
                 empty._view = value
-        with pytest.raises(AttributeError):
+        with pytest.raises(RuntimeError, match="no view"):
             empty._view  # noqa: B018
         with pytest.raises(RuntimeError, match="no view"):
             empty.flags(b"a")
