@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -87,6 +88,7 @@ def publish(
     """
     from shmelim.fleet.outbox import StoreOutbox
     from shmelim.fleet.publisher import Publisher
+    from shmelim.fleet.publishing import Note
     from shmelim.fleet.running import run_publisher
 
     engine = _engine(url, settings.name, password_file)
@@ -94,7 +96,8 @@ def publish(
     publisher = Publisher(engine, outbox, beat=beat, take_over=take_over, hold_guarded=hold_guarded)
     changes = _Changes(settings.name, beat)
     try:
-        run_publisher(publisher, changes.wait, _stopping(), _teller(settings, ready_at="leading"))
+        note = Note(settings.name, engine.place)
+        run_publisher(publisher, changes.wait, _stopping(), _teller(settings, ready_at="leading"), note)
     finally:
         outbox.close()
         engine.close()
@@ -156,6 +159,7 @@ def follow(
     For example:
       shmelim follow --from redis://follower@engine.example:6379/0 --password-file /etc/shmelim/engine
     """
+    from shmelim.fleet.engine import EngineError
     from shmelim.fleet.follower import Follower
     from shmelim.fleet.local import LocalTable
     from shmelim.fleet.running import run_follower
@@ -177,7 +181,8 @@ def follow(
         say = _teller(settings, ready_at="following", also=progress.stop)
         try:
             run_follower(follower, table, _stopping(), say)
-            follower.stop()
+            with contextlib.suppress(EngineError):  # its report expires by itself
+                follower.stop()
         finally:
             engine.close()
 

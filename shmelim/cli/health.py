@@ -11,7 +11,8 @@ from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import ChannelError, NotServingError
-from shmelim.watch.seeing import see
+from shmelim.fleet.publishing import publishing
+from shmelim.watch.seeing import see, with_publisher
 
 CODES: Final = {"ok": 0, "degraded": 1, "failing": 2}
 """Exit codes of what a server says of itself."""
@@ -44,6 +45,8 @@ def health(settings: Settings, *, owner: int | None) -> int:
         answer = {"status": seen.status, "problems": seen.problems}
     elif writer.alive:
         answer = _ask(settings.name)
+        judged = with_publisher(publishing(settings.name), answer["status"], answer["problems"])
+        answer = dict(zip(("status", "problems"), judged, strict=True))
     found = {
         "status": answer["status"],
         "pid": writer.pid,

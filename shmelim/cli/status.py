@@ -19,9 +19,10 @@ from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.state.debt_book import MOST_SHOWN
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import KeyFileError, ShmelimError, StoreError
+from shmelim.fleet.publishing import publishing
 from shmelim.shm import READ_PATH
 from shmelim.system.clock import utc_text
-from shmelim.watch.seeing import see
+from shmelim.watch.seeing import see, with_publisher
 
 _ASKING: Final = 2.0
 _NO_CHANNEL: Final = {
@@ -47,7 +48,9 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     With --json: name, version, generation, eliminated, departed, registered, entries,
     read_path ("native" or "pure"), writer {pid, alive, state, heartbeat_age_s, started_ms},
     table {capacity, usable, arena_size, arena_used, arena_live, segment_bytes},
-    follows {source, line, seq, as_of_ms, age_s} or null, channel {address, answers, silent, problem}, state_dir,
+    follows {source, line, seq, as_of_ms, age_s} or null,
+    publishing {pid, engine, line, seq, behind, held, error} or null,
+    channel {address, answers, silent, problem}, state_dir,
     server {commits, changes, store_bytes, problems [{name, subject, severity, text, remedy, since_ms}]} or null,
     debts (how many, or null),
     slashes_in_doubt [hotkey] (the first 20, or null), verified (entries, or null).
@@ -61,6 +64,10 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     writer, table = reader.writer, reader.table
     follows = _follows(reader)
     channel, state_dir, server = _ask(settings.name) if follows is None else (dict(_NO_CHANNEL), None, None)
+    published = publishing(settings.name) if follows is None else None
+    if server is not None:
+        judged = with_publisher(published, server["status"], server["problems"])
+        server = server | dict(zip(("status", "problems"), judged, strict=True))
     debts, in_doubt = _owed(server, state_dir)
     found = {
         **_of(table, "version", "generation"),
@@ -77,6 +84,8 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
             "segment_bytes": table.segment_size,
         },
         "follows": follows,
+        "publishing": published
+        and {key: getattr(published, key) for key in ("pid", "engine", "line", "seq", "behind", "held", "error")},
         "channel": channel,
         "state_dir": state_dir,
         "server": server and {key: server.get(key) for key in ("commits", "changes", "store_bytes", "problems")},
@@ -160,6 +169,9 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
     if (in_doubt := status["slashes_in_doubt"]) is not None:
         settle = ": settle with `shmelim slash resolve HOTKEY --made` or `--not-made`"
         lines.append(("slashes in doubt", f"{', '.join(in_doubt)}{settle}" if in_doubt else "none"))
+    if (published := status["publishing"]) is not None:
+        place = f"to {published['engine']}, change {published['seq']} of line {published['line']}"
+        lines.append(("published", f"{place}, {published['behind']} behind"))
     if server is not None:
         lines.append(("store", f"{output.size(server['store_bytes'])}, {server['commits']} commits"))
         lines.append(("problems", "; ".join(map(output.problem, server["problems"])) or "none"))
