@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
-    *("shmelim", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in"),
+    *("shmelim", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "mkdocs.yml"),
     *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
 ]
 
