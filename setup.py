@@ -23,6 +23,9 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Build it, or say that it could not be built."""
+        if not (self.inplace or self.editable_mode):  # who develops it wants symbols, who installs it does not
+            ext.extra_compile_args.append("-g0")
+            ext.extra_link_args.append("-Wl,-s")
         try:
             super().build_extension(ext)
         except Exception as error:

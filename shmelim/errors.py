@@ -40,6 +40,10 @@ class UnsupportedPlatformError(ShmelimError):
     """The chosen code path depends on a guarantee that this machine does not give."""
 
 
+class MissingExtraError(ShmelimError, ImportError):
+    """What was asked for needs a package that is installed with an extra of shmelim; the hint names it."""
+
+
 class NotServingError(ShmelimError, ConnectionError):
     """Nothing is served under that name: no writer has published yet, or its server cannot be reached."""
 

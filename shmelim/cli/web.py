@@ -20,7 +20,14 @@ _LEAST_TOKEN = 16
 @click.option(
     "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="The address to listen on."
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, metavar="PORT")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8765,
+    show_default=True,
+    metavar="PORT",
+    help="The port to listen on; 0: any that is free.",
+)
 @click.option(
     "--allow-host", "hosts", multiple=True, metavar="NAME", help="A name by which browsers may ask; repeatable."
 )

@@ -16,10 +16,12 @@ import threading
 import urllib.parse
 import weakref
 from http import HTTPStatus
+from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from shmelim.errors import MissingExtraError
 from shmelim.notify.outbox import Outbox
 from shmelim.notify.problems import Undelivered
 from shmelim.system import forks
@@ -96,6 +98,8 @@ class SlackNotifier:
         The URL is not an http(s) URL (it is not shown), or a figure is impossible.
     OSError
         The outbox cannot be made.
+    MissingExtraError
+        slack_sdk is not installed; it comes with the extra ``slack``.
 
     Examples
     --------
@@ -132,6 +136,9 @@ class SlackNotifier:
         if min(counts) < 1 or min(repeat_after, interval, retry_delay, exit_timeout) < 0:
             raise ValueError("burst, max_queued and max_tries must be 1 or more, and no time may be negative")
         self._host = _host(webhook_url)
+        if find_spec("slack_sdk") is None:  # looked for only: see _post
+            hint = "pip install 'shmelim[slack]'"
+            raise MissingExtraError("alerts to a Slack webhook need slack_sdk, which is missing", hint=hint)
         self._log = LimitedLog(_logger)
         self._background = Background(self._deliver, self._lost, max_queued)
         self._closed = False

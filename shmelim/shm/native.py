@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Final
 
@@ -17,36 +17,44 @@ from shmelim.shm.segment import Segment
 _INTERFACE: Final = 5
 """That of ``_native.c``: to be raised there and here by whatever only a matching pair of them can do."""
 
-
 HOW_TO_COMPILE: Final = (
-    "install a C compiler, then `SHMELIM_BUILD=native pip install --no-cache-dir --force-reinstall shmelim`;"
-    " SHMELIM_PURE=1 says that it is meant"
+    "install a C compiler, then `SHMELIM_BUILD=native pip install --force-reinstall --no-deps --no-cache-dir"
+    " --no-binary shmelim shmelim`"
 )
+"""Without the cache: pip keeps a wheel that was built without a compiler, and installs it again."""
 
 
-def _load() -> ModuleType | None:
+def _load() -> tuple[ModuleType | None, str]:
+    """Return the extension, or None and why it is not used; that is logged where nobody asked for it."""
     if os.environ.get("SHMELIM_PURE", "0") not in {"", "0"}:
-        return None
+        return None, "SHMELIM_PURE says so"
     try:
-        from shmelim.shm import _native  # noqa: PLC0415  # it may not be there
+        native = import_module("shmelim.shm._native")
+    except ModuleNotFoundError:
+        why = "the extension was not compiled" + _for_others()
     except ImportError as error:
-        from shmelim.system.text import get_logger  # noqa: PLC0415  # loads logging, which who only reads does not
+        why = f"the extension cannot be loaded ({error})"
+    else:
+        if getattr(native, "INTERFACE", None) == _INTERFACE:
+            return native, ""
+        why = f"{native.__file__} was built from another release of shmelim"
+    from shmelim.system.text import get_logger  # noqa: PLC0415  # loads logging, which who only reads does not
 
-        text = "reads take the pure-Python path, which is slower: the extension cannot be loaded (%s); %s"
-        get_logger("shmelim.shm").warning(text, error, HOW_TO_COMPILE)
-        return None
-    if getattr(_native, "INTERFACE", None) != _INTERFACE:
-        warnings.warn(
-            f"{_native.__file__} was built from another release of shmelim and is not used: reads take the slower "
-            "pure-Python path. Install shmelim again, or run `python setup.py build_ext --inplace` in its source.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return _native
+    text = "reads take the pure-Python path, which is slower: %s; %s. SHMELIM_PURE=1 says that it is meant"
+    get_logger("shmelim.shm").warning(text, why, HOW_TO_COMPILE)
+    return None, why
 
 
-extension: Final = _load()
+def _for_others() -> str:
+    """Name the Pythons that it was compiled for, where there are some, and none is this one."""
+    from pathlib import Path  # noqa: PLC0415  # as above
+
+    found = sorted(path.name for path in Path(__file__).parent.glob("_native.*.so"))
+    return f" for this Python, as {', '.join(found)} was for another" if found else ""
+
+
+_loaded: Final = _load()
+extension: Final = _loaded[0]
 
 READ_PATH: Final = "pure" if extension is None else "native"
 """``"native"`` or ``"pure"``."""
@@ -54,15 +62,7 @@ READ_PATH: Final = "pure" if extension is None else "native"
 
 def why_pure() -> str:
     """Return why the pure path is in use, for people; empty where it is not."""
-    if extension is not None:
-        return ""
-    if os.environ.get("SHMELIM_PURE", "0") not in {"", "0"}:
-        return "SHMELIM_PURE says so"
-    try:
-        from shmelim.shm import _native  # noqa: PLC0415
-    except ImportError as error:
-        return f"the extension cannot be loaded ({error})"
-    return f"{_native.__file__} is of another release"
+    return _loaded[1]
 
 
 def fence() -> None:

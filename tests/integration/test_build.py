@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
-    *("shmelim", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in"),
+    *("shmelim", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "mkdocs.yml"),
     *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
 ]
 
@@ -97,26 +98,82 @@ def test_an_unknown_switch_is_named(source: Path) -> None:
     assert "'nativ' must be one of" in built.stderr
 
 
-def test_source_distribution_and_wheel_have_what_they_need(source: Path) -> None:
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "sdist"], cwd=source, capture_output=True, check=True, text=True
-    )
-    with tarfile.open(next((source / "dist").glob("*.tar.gz"))) as archive:
-        paths = [Path(name) for name in archive.getnames()]
-    names = {path.name for path in paths if path.parent.name == "shm"}
-    wanted = {path.name for path in (ROOT / "shmelim/shm").iterdir() if path.suffix in {".c", ".h", ".py", ".pyi"}}
-    assert wanted <= names
-    assert {"LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md"} <= {path.name for path in paths}
+def test_an_unasked_pure_path_says_once_what_it_is_and_the_way_out(source: Path) -> None:
+    def told(code: str, pure: str = "") -> list[str]:
+        environment = {**os.environ, "SHMELIM_PURE": pure}
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True, check=True
+        ).stderr.splitlines()
+
+    reads = "from shmelim import EliminationReader; import shmelim.table; import shmelim.shm"
+    (line,) = told(reads)
+    assert "ten times as slow: the extension was not compiled; install a C compiler" in line
+    assert "--no-cache-dir --no-binary shmelim shmelim" in line
+    assert told("import shmelim") == told(reads, pure="1") == []
+
+    (source / "shmelim/shm/_native.cpython-39-x86_64-linux-gnu.so").touch()
+    (line,) = told(reads)
+    assert "not compiled for this Python, as _native.cpython-39-x86_64-linux-gnu.so was for another;" in line
+
+    (source / f"shmelim/shm/_native{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"no machine code")
+    (line,) = told(reads)
+    assert "the extension cannot be loaded (" in line
 
 
-@pytest.mark.long  # isolated builds fetch what they build with
-def test_a_wheel_reads_natively(source: Path, tmp_path: Path) -> None:
-    wheels = tmp_path / "wheels"
+@pytest.fixture
+def distributed(source: Path) -> Path:
+    """A copy of the whole project, since all of it is in the source distribution."""
+    for name in ("tests", "docs", "examples", "bench", ".ci"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return source
+
+
+def distribute(source: Path, kind: str, **environment: str) -> Path:
+    """Make a source distribution or a wheel, with what is installed here, and return it."""
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(wheels), str(source)], check=True
+        [sys.executable, "setup.py", "-q", kind],
+        cwd=source,
+        env={**os.environ, "SHMELIM_BUILD": "", **environment},
+        capture_output=True,
+        check=True,
+        text=True,
     )
-    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
-        names = [Path(name) for name in wheel.namelist()]
-        wheel.extractall(tmp_path / "installed")
-    assert any(name.name.startswith("_native.") and name.suffix == ".so" for name in names)
-    assert read_path(tmp_path / "installed") == "native"
+    (made,) = (source / "dist").glob({"sdist": "*.tar.gz", "bdist_wheel": "*.whl"}[kind])
+    return made
+
+
+def files_of(directory: Path) -> set[str]:
+    """Return the paths below a directory, but for those that a build or a run leaves."""
+    found = {path.relative_to(directory) for path in directory.rglob("*") if path.is_file()}
+    left = {"__pycache__", "shmelim.egg-info", "build", "dist"}
+    return {str(path) for path in found if not left.intersection(path.parts)}
+
+
+def test_a_source_distribution_is_the_whole_project(distributed: Path) -> None:
+    with tarfile.open(distribute(distributed, "sdist")) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
+    packed = {name for name in packed if "egg-info" not in name}
+    assert packed - files_of(distributed) == {"PKG-INFO"}
+    assert files_of(distributed) - packed == set()
+
+
+def test_a_wheel_has_what_runs_and_no_source_in_c(source: Path) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no compiler")
+    with zipfile.ZipFile(distribute(source, "bdist_wheel", SHMELIM_BUILD="native")) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        wheel.extractall(source / "installed")
+    native = f"shmelim/shm/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    wanted = {f"shmelim/{name}" for name in files_of(source / "shmelim") if not name.endswith((".c", ".h", ".so"))}
+    assert names == wanted | {native}
+    assert {"shmelim/py.typed", "shmelim/shm/_native.pyi", "shmelim/watch/page/style.css"} < names
+    assert read_path(source / "installed") == "native"
+    machine_code = (source / "installed" / native).read_bytes()
+    assert b".debug_info" not in machine_code, "not stripped"
+    assert b".symtab" not in machine_code, "not stripped"
+
+
+def test_a_wheel_without_a_compiler_reads_in_pure_python(source: Path) -> None:
+    with zipfile.ZipFile(distribute(source, "bdist_wheel", CC="/bin/false", LDSHARED="/bin/false")) as wheel:
+        wheel.extractall(source / "installed")
+    assert read_path(source / "installed") == "pure"

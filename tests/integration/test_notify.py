@@ -20,6 +20,7 @@ from ledger import Clock, Ledger, held_elsewhere, kill
 from reference_validator.managed import Managed
 from waiting import PATIENCE, until
 
+from shmelim.errors import MissingExtraError
 from shmelim.notify import SlackNotifier
 
 SECRET = "T0SECRET/B0SECRET/x0SECRET"
@@ -601,3 +602,11 @@ def test_a_manager_gives_its_notifier_an_outbox_in_its_state_directory(slack, ma
     managers(running_unit_tests=True, state_dir=tmp_path / "state", slack_notifier=notifier)
     assert notifier.send_message("hello")
     assert len(list((tmp_path / "state" / "alerts").glob("*.msg"))) == 1
+
+
+def test_without_slack_sdk_a_webhook_is_refused_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "slack_sdk", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'shmelim\[slack\]'"):
+        SlackNotifier(f"https://hooks.slack.invalid/services/{SECRET}")
+    with pytest.raises(ValueError, match="not an http"):  # what is wrong by itself is told first
+        SlackNotifier("hooks")

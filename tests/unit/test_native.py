@@ -480,12 +480,16 @@ def test_many_threads_share_one_reader() -> None:
     assert problems == [False] * 4
 
 
-def test_an_extension_of_another_build_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extension_of_another_build_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.delenv("SHMELIM_PURE", raising=False)
-    assert read_path._load() is native
+    assert read_path._load() == (native, "")
     monkeypatch.setattr(read_path, "_INTERFACE", native.INTERFACE + 1)
-    with pytest.warns(RuntimeWarning, match="build_ext"):
-        assert read_path._load() is None
+    assert read_path._load() == (None, f"{native.__file__} was built from another release of shmelim")
+    (line,) = caplog.messages
+    assert "another release" in line
+    assert read_path.HOW_TO_COMPILE in line
 
 
 @pytest.mark.parametrize(("pure", "expected"), [("", "native"), ("0", "native"), ("1", "pure")])
