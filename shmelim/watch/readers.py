@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import pwd
+import threading
 from typing import Any, Final
 
 from shmelim.shm import SharedNamespace, readings_of
 from shmelim.system import clock
 
 COUNTED: Final = ("checks", "hits", "batches", "records", "snapshots", "retries")
+
+_AT_ONCE: Final = 1.0  # seconds
 
 
 class Readers:
@@ -50,6 +54,23 @@ class Readers:
             readers.append(about | {f"{name}_per_s": rate for name, rate in zip(COUNTED, rates, strict=True)})
         self._before, self._at = {one.id: tuple(one.counts) for one in found.processes}, now
         return {"readers": readers, "total": found.total._asdict()}
+
+
+class SharedLook:
+    """One look at the readers for all who ask within a second, from any thread."""
+
+    def __init__(self, name: str, owner: int | None = None) -> None:
+        self._readers = Readers(name, owner)
+        self._looking = threading.Lock()  # one thread looks, and guards what it saw
+        self._seen: dict[str, Any] = {}
+        self._until = -math.inf
+
+    def look(self) -> dict[str, Any]:
+        """Return what :meth:`Readers.look` does; rates are since the look before this one, whoever took that."""
+        with self._looking:
+            if clock.monotonic() >= self._until:
+                self._seen, self._until = self._readers.look(), clock.monotonic() + _AT_ONCE
+            return self._seen
 
 
 def _user(uid: int) -> str:
