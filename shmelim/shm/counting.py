@@ -28,8 +28,8 @@ from xxhash import xxh64_intdigest
 
 from shmelim.errors import ShmelimError
 from shmelim.shm.layout import PAGE, WORD
-from shmelim.shm.mapping import READ, WRITE, is_anybody, map_counts, map_file, open_file
-from shmelim.shm.segment import Namespace, Segment
+from shmelim.shm.mapping import READ, WRITE, is_anybody, map_counts, open_file
+from shmelim.shm.segment import Namespace
 from shmelim.shm.shared import reserve
 
 MISSES, HITS, BATCHES, RECORDS, SNAPSHOTS, RETRIES = range(6)
@@ -43,6 +43,7 @@ MOST_PAGES: Final = 512
 _MAGIC: Final = int.from_bytes(b"SHMELRDR", "little")
 _FORMAT: Final = 1
 _HEADER: Final = struct.Struct("<6Q")  # magic, format, id, pid, since_ms, bytes of the title
+_COUNTS: Final = struct.Struct(f"<{COUNTS}Q")
 _TITLE: Final = 128
 _TITLE_SIZE: Final = 384
 _ENDED: Final = struct.Struct(f"<{2 + COUNTS}Q")  # stamp, id of the page that was added last, the counts
@@ -369,10 +370,9 @@ def _ended(prefix: str, trusted: set[int], group: int | None) -> Iterator[tuple[
     """Yield the counts of ended readers of each user who is believed."""
     for path in _paths(prefix):
         if "ended-" in path:
-            with contextlib.suppress(OSError):
-                memory, status = map_file(path)
-                if memory is not None and status.st_size >= PAGE and _is_believed(status, trusted, group):
-                    raw = memory[:PAGE]
+            with contextlib.suppress(OSError), open_file(path, READ) as file:
+                if _is_believed(os.fstat(file.fileno()), trusted, group):
+                    raw = os.pread(file.fileno(), PAGE, 0)
                     copies = [copy for at in _ENDED_COPIES if (copy := _ended_copy(raw, at)) is not None]
                     if copies:
                         yield path, max(copies)
@@ -381,17 +381,24 @@ def _ended(prefix: str, trusted: set[int], group: int | None) -> Iterator[tuple[
 def _page_at(
     path: str, trusted: set[int], group: int | None
 ) -> tuple[bool, ReadingProcess, tuple[int, ...]] | None:
-    """Return whether the process of a page lives, who it is, and its counts; None for what is not a page."""
-    memory, status = map_file(path)
-    if memory is None or status.st_size != PAGE or not _is_believed(status, trusted, group):
+    """Return whether the process of a page lives, who it is, and its counts; None for what is not a page.
+
+    It is read, not mapped: whoever owns it could cut it off, which a mapping does not survive.
+    """
+    with open_file(path, READ) as file:
+        status = os.fstat(file.fileno())
+        if not _is_believed(status, trusted, group):
+            return None
+        # First, as what lives now may end, and have counted more by then.
+        lives = _is_locked(file.fileno())
+        raw = os.pread(file.fileno(), PAGE, 0)
+    if len(raw) < PAGE:
         return None
-    words = Segment(path, memory).words
-    magic, format_number, number, pid, since_ms, size = words[: _HEADER.size // WORD].tolist()
+    magic, format_number, number, pid, since_ms, size = _HEADER.unpack_from(raw)
     if (magic, format_number) != (_MAGIC, _FORMAT) or not path.endswith(f".{number:016x}") or size > _TITLE_SIZE:
         return None
-    title = memory[_TITLE : _TITLE + size].decode(errors="replace")
-    lives = _is_locked(path)
-    counts = tuple(words[FIRST : FIRST + COUNTS].tolist())
+    title = raw[_TITLE : _TITLE + size].decode(errors="replace")
+    counts = _COUNTS.unpack_from(raw, FIRST * WORD)
     return lives, ReadingProcess(number, pid, status.st_uid, title, since_ms, Counts.of(counts)), counts
 
 
@@ -401,10 +408,9 @@ def _is_believed(status: os.stat_result, trusted: set[int], group: int | None) -
     return status.st_uid in trusted or (group is not None and status.st_gid == group)
 
 
-def _is_locked(path: str) -> bool:
-    with open_file(path, READ) as file:
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+def _is_locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False

@@ -316,8 +316,11 @@ def test_what_strangers_put_there_is_not_looked_at(namespace: SharedNamespace, r
     (page,) = pages(namespace)
     prefix = namespace.readers_prefix
     content = page.read_bytes()
+    fields = counting._ENDED.pack(1, 0, *[1000] * 6)
     strangers = {
         f"{1:016x}": content,  # a copy under another name
+        f"{8:016x}": content[:16] + (8).to_bytes(8, "little") + content[24:],
+        "ended-54321": (fields + counting._checksum(fields)).ljust(PAGE, b"\0"),
         f"{2:016x}": b"",
         f"{3:016x}": bytes(PAGE),
         f"{4:016x}": content[:100],
