@@ -36,6 +36,8 @@ _COMMANDS: Final = {
     "returned": ("change:returned", "Undo a departure that was none."),
     "history": ("books:history", "Show who changed what, and when."),
     "watch": ("live:watch", "Show changes as they come."),
+    "readers": ("readers:readers", "List the processes that read the name, and how much."),
+    "top": ("readers:top", "Show who reads the name as it goes."),
     "names": ("live:names", "List what is served on this machine."),
     "diff": ("travel:diff", "Show what changed between two moments."),
     "rollback": ("travel:rollback", "Make the eliminations what they were at an earlier moment."),

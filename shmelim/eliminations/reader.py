@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from functools import cache
@@ -267,7 +266,7 @@ def _checked(max_staleness: object, when_stale: object) -> tuple[float | None, W
     if isinstance(max_staleness, bool) or not isinstance(max_staleness, SupportsFloat):
         raise TypeError(f"max_staleness must be a number of seconds, not {type(max_staleness).__name__}")
     seconds = float(max_staleness)
-    if not (math.isfinite(seconds) and seconds >= 0):
+    if not 0 <= seconds < float("inf"):
         raise ValueError(f"max_staleness must be seconds, 0 or more, not {max_staleness!r}")
     return seconds, when_stale
 

@@ -17,12 +17,15 @@ import struct
 from collections.abc import Mapping
 from enum import IntFlag
 from functools import partial
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
 from shmelim.errors import CorruptSegmentError
-from shmelim.shm import HEADS, ITEMS, VALUES, Entry
+from shmelim.shm import HEADS, ITEMS, VALUES
+
+if TYPE_CHECKING:
+    from shmelim.shm import Entry
 
 T = TypeVar("T")
 

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from shmelim.shm.counting import Counts, ReadingProcess, Readings, readings_of
 from shmelim.shm.lookups import HEADS, ITEMS, KEYS, VALUES, decoded, flag_choice, flag_test
 from shmelim.shm.native import READ_PATH
 from shmelim.shm.reader import (
@@ -14,13 +15,13 @@ from shmelim.shm.reader import (
     WriterInfo,
     WriterState,
 )
-from shmelim.shm.replay import Entry
 from shmelim.shm.segment import Namespace, check_name
 from shmelim.shm.shared import SharedNamespace
 
 if TYPE_CHECKING:
     from shmelim.shm.following import Position
     from shmelim.shm.private import PrivateNamespace
+    from shmelim.shm.replay import Entry
     from shmelim.shm.writer import TableWriter, Transaction
 
 if TYPE_CHECKING or READ_PATH == "pure":
@@ -37,11 +38,14 @@ __all__ = [
     "LOADING_NUMPY",
     "READ_PATH",
     "VALUES",
+    "Counts",
     "Entry",
     "Lookups",
     "Namespace",
     "Position",
     "PrivateNamespace",
+    "ReadingProcess",
+    "Readings",
     "Record",
     "SharedNamespace",
     "TableIdentity",
@@ -56,10 +60,17 @@ __all__ = [
     "decoded",
     "flag_choice",
     "flag_test",
+    "readings_of",
 ]
 
 # What no reader needs; the writer brings numpy.
-_LAZY = {"Position": "following", "PrivateNamespace": "private", "TableWriter": "writer", "Transaction": "writer"}
+_LAZY = {
+    "Entry": "replay",
+    "Position": "following",
+    "PrivateNamespace": "private",
+    "TableWriter": "writer",
+    "Transaction": "writer",
+}
 
 if not TYPE_CHECKING:
 

@@ -37,7 +37,7 @@
 #include <limits.h>
 #include <structmember.h>
 
-#define INTERFACE 5
+#define INTERFACE 6
 
 /* ------------------------------------------------------------------ Table */
 
@@ -74,9 +74,71 @@ table_set_view(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
     return 0;
 }
 
+static PyObject *
+table_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(names))
+{
+    Table *self = (Table *)type->tp_alloc(type, 0);
+    if (self != NULL) {
+        self->counts = self->own;
+    }
+    return (PyObject *)self;
+}
+
+/* Count in a page from now on, or, with None, in memory of the table's own: (page, or None; first word). What was counted in
+ * such memory before goes to the page; what was counted in a page stays there. */
+static PyObject *
+table_count_in(PyObject *op, PyObject *args)
+{
+    Table *self = (Table *)op;
+    PyObject *page;
+    Py_ssize_t first;
+    Py_buffer buffer = {0};
+    if (!PyArg_ParseTuple(args, "On:_count_in", &page, &first)) {
+        return NULL;
+    }
+    if (page != Py_None) {
+        if (PyObject_GetBuffer(page, &buffer, PyBUF_WRITABLE) < 0) {
+            return NULL;
+        }
+        if (first < 0 || first > buffer.len / WORD - COUNTS || (uintptr_t)buffer.buf % WORD != 0) {
+            PyBuffer_Release(&buffer);
+            PyErr_SetString(PyExc_ValueError, "the counts are not in the memory, or not aligned");
+            return NULL;
+        }
+    }
+    Py_buffer former = self->page;
+    uint64_t *words = page == Py_None ? self->own : (uint64_t *)buffer.buf + first;
+    for (unsigned which = 0; which < COUNTS; which++) {
+        if (page != Py_None && self->counts == self->own) {
+            words[which] += self->own[which];
+        }
+    }
+    memset(self->own, 0, sizeof self->own);
+    self->counts = words;
+    self->page = buffer;
+    /* The next read looks whether there is a page to be had. */
+    atomic_store_explicit(&self->second, 0, memory_order_relaxed);
+    atomic_store_explicit(&self->patience, 0, memory_order_relaxed);
+    PyBuffer_Release(&former);
+    Py_RETURN_NONE;
+}
+
+/* Count what the class does itself: (number of the count). */
+static PyObject *
+table_tally(PyObject *op, PyObject *number)
+{
+    unsigned long which = PyLong_AsUnsignedLong(number);
+    if (which >= COUNTS) {
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "count %lu must be 0 to %d", which, COUNTS - 1);
+    }
+    tally((Table *)op, (unsigned)which);
+    Py_RETURN_NONE;
+}
+
 static void
 table_dealloc(PyObject *op)
 {
+    PyBuffer_Release(&((Table *)op)->page);
     Py_XDECREF(((Table *)op)->view);
     free_object(op);
 }
@@ -87,6 +149,8 @@ static PyMethodDef table_methods[] = {
     {"_entry", table_entry, METH_O, NULL},
     {"_fill", (PyCFunction)(void (*)(void))table_fill, METH_FASTCALL, NULL},
     {"_collect", table_collect, METH_VARARGS, NULL},
+    {"_count_in", table_count_in, METH_VARARGS, NULL},
+    {"_tally", table_tally, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -99,6 +163,7 @@ static PyMemberDef table_members[] = {
     {"retries", T_ULONGLONG, offsetof(Table, retries), 0,
      "How often a read started over because a publish overtook it."},
     {"_guarded", T_BOOL, offsetof(Table, guarded), 0, "Whether _watch() is asked before each read."},
+    {"_seeks_page", T_BOOL, offsetof(Table, seeks_page), 0, "Whether _find_page() is asked, at most once a second."},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -107,6 +172,7 @@ static PyType_Slot table_slots[] = {
     {Py_tp_methods, table_methods},
     {Py_tp_getset, table_getset},
     {Py_tp_members, table_members},
+    {Py_tp_new, table_new},
     {Py_tp_dealloc, table_dealloc},
     {0, NULL},
 };
@@ -263,6 +329,7 @@ static PyMethodDef module_methods[] = {
     {"key_hash", hash, METH_VARARGS, NULL},
     {"fence", fence, METH_NOARGS, NULL},
     {"map_file", map_file, METH_O, NULL},
+    {"map_counts", map_counts, METH_O, NULL},
     {"wait_word", wait_word, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -189,6 +189,9 @@ batch_fill(Table *table, PyObject *op, PyObject *const *args, Py_ssize_t count, 
     Py_XDECREF(batch.list);
     PyBuffer_Release(&batch.array);
     PyBuffer_Release(&answers);
+    if (done > 0) {
+        tally(table, BATCHES);
+    }
     return done < 0 ? NULL : PyBool_FromLong(done);
 }
 

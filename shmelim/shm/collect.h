@@ -204,6 +204,7 @@ table_collect(PyObject *op, PyObject *args)
         PyObject *result = collect_once(self, &all);
         Py_DECREF(all.view);
         if (result != Py_None) {
+            tally(self, SNAPSHOTS);
             return result == NULL ? NULL : Py_BuildValue("KN", (unsigned long long)(all.version & SEQUENCE_MASK), result);
         }
         Py_DECREF(result);

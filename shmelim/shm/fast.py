@@ -37,6 +37,7 @@ class NativeTableReader(_native.Table, TableReader):
     def close(self) -> None:
         """Let go of the table: every later read raises ReaderClosedError. Idempotent."""
         del self._view
+        self._stop_counting()
 
     def _no_view(self) -> NoReturn:
         """Say why there is none; called in the place of a look at it."""

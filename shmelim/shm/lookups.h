@@ -152,11 +152,18 @@ test_flags(PyObject *op, PyObject *const *args, Py_ssize_t count, PyObject *name
 {
     uint64_t packed;
     PyObject *key = LIKELY(count == 1 && names == NULL) ? args[0] : only_argument(op, args, count, names);
-    if (key == NULL || text_flags(op, key, &packed) < 0) {
+    if (key == NULL) {
+        return NULL;
+    }
+    Table *table = ((Lookups *)op)->table; /* in a register from here on */
+    if (text_flags(op, key, &packed) < 0) {
         return NULL;
     }
     uint8_t mask = ((Lookups *)op)->masks[which];
-    return Py_NewRef((packed & mask) == mask ? Py_True : Py_False);
+    bool fits = (packed & mask) == mask;
+    /* The first mask is the first flag: that of a member. */
+    tally_check(table, which == 0 ? fits : packed & 1);
+    return Py_NewRef(fits ? Py_True : Py_False);
 }
 
 #define TEST(which)                                                                                                \
@@ -179,6 +186,7 @@ choose(PyObject *op, PyObject *const *args, Py_ssize_t count, PyObject *names)
     if (key == NULL || text_flags(op, key, &packed) < 0) {
         return NULL;
     }
+    tally_check(((Lookups *)op)->table, packed & 1);
     if (choices == NULL) {
         return PyLong_FromLong((long)(packed & 0xFF));
     }
@@ -193,6 +201,7 @@ lookups_contains(PyObject *op, PyObject *key)
         return -1;
     }
     uint8_t mask = ((Lookups *)op)->masks[0];
+    tally_check(((Lookups *)op)->table, packed & 1);
     return (packed & mask) == mask;
 }
 
@@ -201,7 +210,11 @@ static PyObject *
 lookups_flags(PyObject *op, PyObject *key)
 {
     uint64_t packed;
-    return text_flags(op, key, &packed) < 0 ? NULL : PyLong_FromLong((long)(packed & 0xFF));
+    if (text_flags(op, key, &packed) < 0) {
+        return NULL;
+    }
+    tally_check(((Lookups *)op)->table, packed & 1);
+    return PyLong_FromLong((long)(packed & 0xFF));
 }
 
 /* Use what follows the first bytes of a text's record; None if there is nothing. */

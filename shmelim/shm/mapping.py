@@ -57,9 +57,20 @@ def map_file(path: str) -> tuple[Any, os.stat_result]:
         return (_map_read_only(file.fileno(), found.st_size) if is_file else None), found
 
 
+def map_counts(descriptor: int) -> Any:
+    """Map the first page of an open file for counting in it; the mapping keeps the file's ``flock``."""
+    if extension is not None:
+        return extension.map_counts(descriptor)
+    return _map(descriptor, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE).plain()
+
+
 def _map_read_only(descriptor: int, size: int) -> Any:
+    return _map(descriptor, size, mmap.PROT_READ)
+
+
+def _map(descriptor: int, size: int, protection: int) -> Any:
     libc = _libc()
-    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    address = libc.mmap(None, size, protection, mmap.MAP_SHARED, descriptor, 0)
     if address == _FAILED:
         import ctypes  # noqa: PLC0415
 

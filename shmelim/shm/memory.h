@@ -18,7 +18,36 @@ typedef struct {
     PyObject_HEAD
     void *start;
     Py_ssize_t size;
+    int readonly;
 } Memory;
+
+/* Hand over a mapping, which is ended where that fails. */
+static PyObject *
+memory_of(PyObject *module, void *start, size_t size, int readonly)
+{
+    PyTypeObject *type = ((State *)PyModule_GetState(module))->memory_type;
+    Memory *memory = (Memory *)type->tp_alloc(type, 0);
+    if (memory == NULL) {
+        munmap(start, size);
+        return NULL;
+    }
+    memory->start = start;
+    memory->size = (Py_ssize_t)size;
+    memory->readonly = readonly;
+    return (PyObject *)memory;
+}
+
+/* Map the first page of an open file for counting in it: (descriptor). The mapping keeps the file's flock. */
+static PyObject *
+map_counts(PyObject *module, PyObject *descriptor)
+{
+    int file = PyObject_AsFileDescriptor(descriptor);
+    if (file < 0) {
+        return NULL;
+    }
+    void *start = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    return start == MAP_FAILED ? PyErr_SetFromErrno(PyExc_OSError) : memory_of(module, start, PAGE, 0);
+}
 
 /* Map a file: (memory, or None where it is not a file or is empty; mode, inode, device, links, uid, gid, size). */
 static PyObject *
@@ -51,14 +80,10 @@ map_file(PyObject *module, PyObject *name)
     }
     PyObject *memory = Py_NewRef(Py_None);
     if (start != MAP_FAILED) {
-        PyTypeObject *type = ((State *)PyModule_GetState(module))->memory_type;
-        Py_SETREF(memory, type->tp_alloc(type, 0));
+        Py_SETREF(memory, memory_of(module, start, (size_t)status.st_size, 1));
         if (memory == NULL) {
-            munmap(start, (size_t)status.st_size);
             return NULL;
         }
-        ((Memory *)memory)->start = start;
-        ((Memory *)memory)->size = (Py_ssize_t)status.st_size;
     }
     return Py_BuildValue("NIKKKIIL", memory, (unsigned)status.st_mode, (unsigned long long)status.st_ino,
                          (unsigned long long)status.st_dev, (unsigned long long)status.st_nlink,
@@ -69,7 +94,7 @@ static int
 memory_buffer(PyObject *op, Py_buffer *view, int flags)
 {
     Memory *self = (Memory *)op;
-    return PyBuffer_FillInfo(view, op, self->start, self->size, 1, flags);
+    return PyBuffer_FillInfo(view, op, self->start, self->size, self->readonly, flags);
 }
 
 static Py_ssize_t
@@ -124,7 +149,7 @@ static PyMethodDef memory_methods[] = {
 };
 
 static PyType_Slot memory_slots[] = {
-    {Py_tp_doc, "A file, mapped for reading; map_file makes it."},
+    {Py_tp_doc, "A file, mapped for reading by map_file, or for counting by map_counts."},
     {Py_tp_methods, memory_methods},
     {Py_tp_dealloc, memory_dealloc},
     {Py_mp_length, memory_length},

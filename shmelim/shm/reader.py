@@ -22,14 +22,24 @@ from __future__ import annotations
 import _thread
 import contextlib
 import functools
-import math
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeVar, cast
 
 from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, SegmentError, StaleError
+from shmelim.shm.counting import (
+    BATCHES,
+    COUNTS,
+    HITS,
+    MISSES,
+    RECORDS,
+    RETRIES,
+    SNAPSHOTS,
+    ReadingPage,
+    find_page,
+)
 from shmelim.shm.layout import (
     COMMIT,
     COUNT,
@@ -55,7 +65,6 @@ from shmelim.shm.layout import (
     check_root,
 )
 from shmelim.shm.native import fence, wait_word
-from shmelim.shm.replay import Entry, replay
 from shmelim.shm.segment import Namespace, Segment
 from shmelim.shm.view import Batch, View
 
@@ -64,6 +73,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shmelim.shm.following import Position
+    from shmelim.shm.replay import Entry
 
 T = TypeVar("T")
 
@@ -211,6 +221,10 @@ class TableReader:
         self._max_staleness = max_staleness
         self._guarded = max_staleness is not None
         self.retries = 0
+        # Where it is counted what is read, see counting.py; found by the first read.
+        self._page: ReadingPage | None = None
+        self._seeks_page = namespace.readers_prefix is not None
+        self._count_in(None, 0)
         # Reads until the next look at the clock, and when that leads to the next look at the writer.
         self._patience = 0
         self._next_look = 0.0
@@ -259,8 +273,9 @@ class TableReader:
                     raise
             else:
                 if words[VERSION] == version:
+                    self._counts[HITS if packed & 1 else MISSES] += 1
                     return packed & 0xFF
-            self.retries += 1
+            self._retry()
 
     def get(self, key: bytes) -> Record | None:
         """Return flags, ordinal and a copy of the record of ``key``, or None."""
@@ -283,6 +298,7 @@ class TableReader:
             with view.segment.window[start:end] as window:
                 return (decode(window),)
 
+        self._tally(RECORDS)
         try:
             found = self._consistently(look, _IN_PLACE)
         except _OvertakenError:
@@ -303,7 +319,9 @@ class TableReader:
             start, end, ordinal, flags = span
             return flags, ordinal, view.memory[start:end]
 
-        return self._consistently(look)
+        found = self._consistently(look)
+        self._tally(RECORDS)
+        return found
 
     def _copied(self, key: bytes) -> bytes | None:
         """Return a copy of a record, however fast publishes come; None if ``key`` is absent.
@@ -323,7 +341,7 @@ class TableReader:
             fence()
             if view.words[at] == epoch:
                 return record
-            self.retries += 1
+            self._retry()
 
     @staticmethod
     def _span(view: View, version: int, key: bytes) -> tuple[int, int, int, int] | None:
@@ -362,7 +380,7 @@ class TableReader:
                 fence()
                 if words[VERSION] == version:
                     return result
-            self.retries += 1
+            self._retry()
             attempts -= 1
         raise _OvertakenError
 
@@ -389,6 +407,7 @@ class TableReader:
             packed = self._consistently(look, _BATCH_ATTEMPTS)
         except _OvertakenError:
             return self._flags_of_snapshot(keys)
+        self._tally(BATCHES)
         return (packed & np.uint64(0xFF)).astype(np.uint8)
 
     def _flags_of_snapshot(self, keys: Sequence[bytes]) -> NDArray[np.uint8]:
@@ -409,6 +428,8 @@ class TableReader:
         ``verify`` checks every entry's checksum, too. CorruptSegmentError where the log contradicts itself;
         SegmentError where the copy was compacted during every one of a thousand attempts.
         """
+        from shmelim.shm.replay import replay  # noqa: PLC0415  # for who asks
+
         for _ in range(_SNAPSHOT_ATTEMPTS):
             view, version, head = self._consistently(lambda view, version: (view, version, view.head(version & 1)))
             used, count = head[USED], head[COUNT]
@@ -418,11 +439,12 @@ class TableReader:
             log = view.memory[start : start + used]
             fence()
             if view.head(version & 1)[EPOCH] != head[EPOCH]:
-                self.retries += 1
+                self._retry()
                 continue
             entries = replay(log, view.segment.label, seed=view.seed if verify else None)
             if len(entries) != count:
                 raise view.corrupt(f"says {count} entries, its log gives {len(entries)}")
+            self._tally(SNAPSHOTS)
             return TableSnapshot(version & SEQUENCE_MASK, entries)
         raise SegmentError(
             f"segment {self._view.segment.label} was written anew {_SNAPSHOT_ATTEMPTS:,} times "
@@ -583,13 +605,37 @@ class TableReader:
         Every fourth read looks at the clock for this; where they come slowly, each of them; and each of a guarded
         table, whose age is looked at before entries are.
         """
-        self._next_look = -math.inf if self._guarded else _now() + 1
+        self._next_look = 0.0 if self._guarded else _now() + 1
+        if of_entries and self._seeks_page:
+            self._find_page()
         words = self._view.root_words
         age = time.monotonic_ns() - words[HEARTBEAT]
         if words[WRITER_STATE] not in _RUNNING or not -_SECOND < age < HEARTBEAT_LIMIT * _SECOND:
             self._look_at_name()
         if of_entries and self._max_staleness is not None:
             self._check_age(self._max_staleness)
+
+    def _find_page(self) -> None:
+        find_page(self, self._namespace)
+
+    def _count_in(self, page: Any, first: int) -> None:
+        """Count in the words of a page from now on, or, with None, in this process's own; as in _native.c."""
+        if page is None:
+            self._counts: Any = [0] * COUNTS
+        else:
+            words = page[first : first + COUNTS]
+            if self._page is None:
+                for which, count in enumerate(self._counts):
+                    words[which] += count
+            self._counts = words
+        self._patience, self._next_look = 0, 0.0
+
+    def _tally(self, which: int) -> None:
+        self._counts[which] += 1
+
+    def _retry(self) -> None:
+        self.retries += 1
+        self._tally(RETRIES)
 
     def _look_at_name(self) -> None:
         """Follow the name, unless that was tried within the last second."""
@@ -626,6 +672,9 @@ class TableReader:
         # Nothing runs between the comparison and the store: no call, no jump back.
         if self._view is old:
             self._view = new
+            if new.root is not old.root:
+                # Its name may have been removed together with the old root's.
+                self._seeks_page = self._namespace.readers_prefix is not None
             _unmap_elsewhere(old.segment)
             return True
         return False
@@ -637,6 +686,11 @@ class TableReader:
         does not bring it back: it finds another view than it had, and leaves that.
         """
         self._view = cast("View", _Closed(self._namespace.name))
+        self._stop_counting()
+
+    def _stop_counting(self) -> None:
+        self._count_in(None, 0)
+        self._page, self._seeks_page = None, False
 
     def _open_root(self) -> Segment:
         root = self._namespace.open_root()

@@ -63,6 +63,8 @@ class Namespace(Protocol):
     """The root and data segments of one table, and the lock that makes a writer the only one."""
 
     name: str
+    readers_prefix: str | None = None
+    """How the paths of its readers' pages begin; None where readers are not counted."""
 
     def acquire(self) -> Lock:
         """Become the writer.

@@ -60,6 +60,11 @@ class SharedNamespace(Namespace):
         self._trusted = {os.geteuid(), 0} if owner is None else {owner}
 
     @property
+    def readers_prefix(self) -> str:  # type: ignore[override]  # not to be set
+        """How the paths of its readers' pages begin, see counting.py."""
+        return f"{_SHM_DIR}{self.root_name.replace('shmelim', 'shmelim-readers', 1)}."
+
+    @property
     def root_name(self) -> str:
         """The name of the root segment, as ``shm_open`` takes it."""
         return f"/shmelim.{self.name}"
@@ -154,6 +159,11 @@ class SharedNamespace(Namespace):
         """Unlink everything of this name; for temporary tables that are done with."""
         self._remove(lambda rest: rest.isdecimal() or rest == "lock" or rest.startswith(_UNNAMED))
         _unlink(self.root_name)
+        directory, _, start = self.readers_prefix.rpartition("/")
+        for name in os.listdir(directory):  # noqa: PTH208
+            if name.startswith(start):
+                with contextlib.suppress(SegmentError):
+                    _unlink(f"/{name}")
 
     def generations(self) -> list[int]:
         """Return the generations that have a data segment."""

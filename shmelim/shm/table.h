@@ -17,18 +17,50 @@ enum { PATIENCE = 4 };
 #define SECOND INT64_C(1000000000)
 #define HEARTBEAT_LIMIT (3 * SECOND)
 
+/* What is counted, as words of a page; as in counting.py. A hit is a key that has the first flag. */
+enum { MISSES, HITS, BATCHES, RECORDS, SNAPSHOTS, RETRIES, COUNTS };
+
 typedef struct {
     PyObject_HEAD
+    uint64_t *counts; /* the page of this process, or own; never NULL */
     View *view; /* the current one; replaced under the critical section of the table, NULL before the first and after the last */
     _Atomic(uint64_t) retries; /* a statistic: threads may lose counts, here and below */
     _Atomic(int) patience; /* reads until the next look at the clock */
     _Atomic(int64_t) second; /* what that said, in s */
+    uint64_t own[COUNTS]; /* where there is no page (yet) */
+    Py_buffer page;       /* holds its memory */
+    char seeks_page; /* whether _find_page() is asked for one, once a second; that ends it */
     char guarded; /* whether _watch() is asked before each read: set once, before the first */
 } Table;
+
+/* Count in the page. Whoever counts has the GIL, and no other process writes there, so that a plain increment of an aligned
+ * word loses nothing, and is one instruction; an atomic one is that only where there is no GIL. */
+ALWAYS_INLINE static inline void
+tally(Table *table, unsigned which)
+{
+#ifdef Py_GIL_DISABLED
+    atomic_fetch_add_explicit((_Atomic(uint64_t) *)(table->counts + which), 1, memory_order_relaxed);
+#else
+    table->counts[which]++;
+#endif
+}
+
+/* Count a check; a hit is a key that has the first flag. */
+ALWAYS_INLINE static inline void
+tally_check(Table *table, bool hit)
+{
+    if (UNLIKELY(hit)) {
+        tally(table, HITS);
+    }
+    else {
+        tally(table, MISSES);
+    }
+}
 
 static void
 count_retry(Table *table)
 {
+    tally(table, RETRIES);
     uint64_t count = atomic_load_explicit(&table->retries, memory_order_relaxed);
     atomic_store_explicit(&table->retries, count + 1, memory_order_relaxed);
 }
@@ -106,6 +138,13 @@ watch(Table *table, int64_t second)
         return allowed == NULL ? -1 : 0;
     }
     atomic_store_explicit(&table->second, second, memory_order_relaxed);
+    if (table->seeks_page) {
+        PyObject *found = PyObject_CallMethod((PyObject *)table, "_find_page", NULL);
+        if (found == NULL) {
+            return -1;
+        }
+        Py_DECREF(found);
+    }
     View *view = borrow_view(table);
     if (view == NULL) {
         return 0;
@@ -321,6 +360,7 @@ with_record(Table *table, const unsigned char *key, size_t size, const Use *use,
         }
         Py_DECREF(view);
         if (whole) {
+            tally(table, RECORDS);
             return in_place || result == NULL || result == Py_None ? result : decode_copy(use->decode, result);
         }
         if (result == NULL && PyErr_Occurred() != NULL) {
@@ -357,6 +397,7 @@ table_flags(PyObject *op, PyObject *key)
     if (bytes_key(key, &data, &size) < 0 || look_up((Table *)op, data, size, &packed) < 0) {
         return NULL;
     }
+    tally_check((Table *)op, packed & 1);
     return PyLong_FromLong((long)(packed & 0xFF));
 }
 

@@ -16,10 +16,18 @@ from prometheus_client.registry import Collector
 
 from shmelim import __version__
 from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT, OWED
-from shmelim.shm import READ_PATH
+from shmelim.shm import READ_PATH, SharedNamespace, readings_of
 from shmelim.system import clock
 from shmelim.watch.seeing import Seen, see
 
+_READ: Final = {
+    "checks": "Checks of one hotkey by all processes, of those that ended, too; as is all that follows.",
+    "hits": "Checks that found the hotkey eliminated.",
+    "batches": "Checks of many hotkeys at once.",
+    "records": "Single records that were asked for.",
+    "snapshots": "Copies of all hotkeys or records.",
+    "retries": "Reads that started over because a publish overtook them.",
+}
 _STATUSES: Final = ("ok", "degraded", "failing", "not served")
 
 Metric: TypeAlias = CounterMetricFamily | GaugeMetricFamily | InfoMetricFamily
@@ -67,6 +75,7 @@ class ShmelimCollector(Collector):
         about.add_metric([self._name], {"version": __version__, "read_path": READ_PATH})
         yield about
         yield from self._of_table(seen)
+        yield from self._of_readers(seen)
         yield from self._of_server(seen)
 
     def _of_table(self, seen: Seen) -> Iterator[Metric]:
@@ -95,6 +104,15 @@ class ShmelimCollector(Collector):
         yield self._gauge("table_segment_bytes", "Bytes of the data segment.", table.segment_size)
         yield self._gauge("version", "The version that is published; it only grows.", table.version)
         yield self._gauge("generation", "The number of the data segment.", table.generation)
+
+    def _of_readers(self, seen: Seen) -> Iterator[Metric]:
+        """Yield what all processes read; a series for each process would never end."""
+        if seen.table is None:
+            return
+        found = readings_of(SharedNamespace(self._name, owner=self._owner))
+        yield self._gauge("readers", "Processes that read the table now.", len(found.processes))
+        for name, text in _READ.items():
+            yield self._counter(f"read_{name}", text, getattr(found.total, name))
 
     def _of_server(self, seen: Seen) -> Iterator[Metric]:
         server = seen.server

@@ -36,12 +36,14 @@ from shmelim.errors import ShmelimError
 from shmelim.system.clock import utc_text
 from shmelim.system.containers import finite
 from shmelim.watch import asking
+from shmelim.watch.readers import SharedLook
 from shmelim.watch.seeing import see
 
 _ROWS: Final = 200  # in a page of the table
 _EVENTS: Final = 200  # of one miner's history
 _MOST_LISTENING: Final = 16  # each has a connection to the server
 _MOST_TOLD: Final = 100  # of the events of one publish; the page shows no more
+_READERS: Final = 50  # that a page shows
 _PROBLEMS: Final = 100
 _FIELDS: Final = 100  # of a record
 _SHORT: Final = 500  # characters of what strangers chose; a record may have a million
@@ -134,6 +136,7 @@ class _Page:
         self._listening = 0
         self._decoding = threading.Lock()  # one thread decodes, and guards what it made
         self._decoded: tuple[int, asking.Rows] = (-1, [])
+        self._readers = SharedLook(name, owner)
         self._ending = asyncio.Event()
         loader = PackageLoader("shmelim.watch", "page")
         self._templates = Environment(loader=loader, autoescape=select_autoescape(default=True), trim_blocks=True)
@@ -169,6 +172,7 @@ class _Page:
             "overview.html",
             seen=seen,
             problems=seen.problems[:_PROBLEMS],
+            reading=self._reading(),
             rows=found[(at - 1) * _ROWS : at * _ROWS],
             found=len(found),
             page=at,
@@ -176,6 +180,12 @@ class _Page:
             query=query,
             sort=sort,
         )
+
+    def _reading(self) -> dict[str, Any]:
+        """Return who reads, who reads most first; the page itself is one of them once it showed a table."""
+        found = self._readers.look()
+        most = sorted(found["readers"], key=lambda reader: (-(reader["checks_per_s"] or 0), -reader["checks"]))
+        return found | {"most": most[:_READERS]}
 
     def _rows(self) -> asking.Rows:
         """Return all records, which all viewers share until something is published: the table may be large."""

@@ -21,7 +21,7 @@ from contract_validator import row
 from waiting import PATIENCE, until
 
 from shmelim import ChangesUnknownError, EliminationClient, EliminationReader, NotServingError, Status
-from shmelim.errors import KeyFileError, ReaderClosedError, ShmelimError
+from shmelim.errors import KeyFileError, ReaderClosedError, ShmelimError, StaleError
 
 
 @pytest.fixture
@@ -269,6 +269,33 @@ def test_readers_move_over_to_the_next_server_by_themselves(make, served, reader
     again = make("rpc", name=name)
     again.add_elimination("c", row("c"))
     assert list(reader) == ["b", "a", "c"]
+
+
+# ---------------------------------------------------------------------- how old it is (FLEET)
+
+
+@pytest.mark.parametrize("kind", [EliminationReader, EliminationClient])
+def test_a_reader_says_how_old_its_answers_are_and_may_refuse_to_give_them(served, kind):
+    """Nothing while a local writer lives; of a follower's table see tests/unit/test_shm_staleness.py."""
+    ways = ("serve", "raise", "refuse")
+    readers = {when: kind(served.name, max_staleness=0.0, when_stale=when) for when in ways}
+    for reader in readers.values():
+        assert_reads_all(reader)
+        assert (reader.source, reader.position, reader.staleness, reader.stale) == (None, None, 0.0, False)
+    assert EliminationReader(served.name).as_of is None
+    kill(served.server_pid)
+    until(lambda: readers["serve"].stale, "the writer's death being seen")
+    assert readers["serve"].staleness > 0
+    assert_reads_all(readers["serve"])
+    with pytest.raises(StaleError, match=served.name):
+        readers["raise"].is_hotkey_eliminated("m")
+    assert readers["refuse"].is_hotkey_eliminated("m") is True
+    assert readers["refuse"].are_eliminated(["m", "x"]).tolist() == [True, True]
+    with pytest.raises(StaleError, match=served.name):
+        readers["refuse"].get_elimination("a")
+    again = pickle.loads(pickle.dumps(readers["raise"]))
+    with pytest.raises(StaleError):
+        again.snapshot()
 
 
 # ---------------------------------------------------------------------- closing

@@ -44,6 +44,31 @@ def post(page, path, *, origin="http://localhost:8765", **form):
     return page.post(path, data=form, headers={"Origin": origin} if origin else {}, follow_redirects=False)
 
 
+def test_who_reads_and_how_much(page, served, monkeypatch):
+    code = (
+        "import sys; from shmelim import EliminationReader; reader = EliminationReader(sys.argv[1])\n"
+        "for line in sys.stdin:\n"
+        "    [reader.is_hotkey_eliminated('a') for _ in range(int(line))]; print(1, flush=True)"
+    )
+    command = [sys.executable, "-c", code, served.name, HOSTILE]
+    now = 100.0
+    monkeypatch.setattr("shmelim.watch.readers.clock.monotonic", lambda: now)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reading:
+        for checks, rate in ((1200, "–"), (300, "150")):
+            print(checks, file=reading.stdin, flush=True)
+            assert reading.stdout.readline()
+            text = page.get("/").text
+            (shown,) = re.findall(rf'<td class="title">{reading.pid} (.*?)</td>(.*?)</tr>', text, re.DOTALL)
+            assert "<script>alert" not in text
+            assert f"<td>{rate}</td>" in shown[1]
+            now += 2.0
+        assert "<td>1,500</td>" in shown[1]
+        reading.stdin.close()
+    after = page.get("/").text
+    assert f'<td class="title">{reading.pid} ' not in after
+    assert "1,500 checks in all" in after
+
+
 def test_counts_problems_and_the_table(page, client):
     client.sync_eliminations([row(f"h{number}", number) for number in range(450)])
     text = page.get("/").text

@@ -244,6 +244,30 @@ class TestMisuse:
         with pytest.raises(RuntimeError, match="no view"):
             empty._collect(0, 0, 0)
 
+    def test_counts_stay_within_their_memory(self):
+        reader = NativeTableReader(table(a=1))
+        for page, first in ((bytearray(47), 0), (bytearray(64), 3), (bytearray(64), -1), (bytearray(64), 1 << 62)):
+            with pytest.raises(ValueError, match="not in the memory"):
+                reader._count_in(page, first)
+        with pytest.raises(ValueError, match="aligned"):
+            reader._count_in(memoryview(bytearray(64))[1:57], 0)
+        with pytest.raises((TypeError, BufferError)):
+            reader._count_in(bytes(64), 0)
+        for which in (6, 1 << 40):
+            with pytest.raises(ValueError, match="count"):
+                reader._tally(which)
+        with pytest.raises(OverflowError):
+            reader._tally(-1)
+        page = bytearray(64)
+        reader.flags(b"a")
+        reader._count_in(page, 1)
+        reader.flags(b"x")
+        reader._tally(5)
+        assert memoryview(page).cast("Q").tolist() == [0, 1, 1, 0, 0, 0, 1, 0]
+        reader._count_in(None, 0)
+        reader.flags(b"a")
+        assert memoryview(page).cast("Q").tolist() == [0, 1, 1, 0, 0, 0, 1, 0]
+
     def test_lookups_have_one_table_for_good(self):
         reader = Native(table(a=1))
         for value in (None, TableReader(table(a=1)), NativeTableReader(table(a=1))):
