@@ -20,7 +20,6 @@ from shmelim.channel.connecting import TryAgainError, cannot_connect, establish
 from shmelim.channel.dispatch import is_remote_name
 from shmelim.channel.failures import unpack_failure
 from shmelim.channel.key import check_key
-from shmelim.channel.pages import receive_reply
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE
 from shmelim.channel.wire import Wire
 from shmelim.errors import (
@@ -272,7 +271,7 @@ class ChannelClient:
             try:
                 wire.send_bytes(request)
                 sent = True
-                reply = receive_reply(wire, self._max_message)
+                reply = wire.recv_reply(self._max_message)
             except BaseException as error:  # after a KeyboardInterrupt, too, the reply must find nobody
                 connections.discard(wire)
                 if not isinstance(error, (EOFError, OSError)):

@@ -26,10 +26,9 @@ from shmelim.channel.codec import MSGPACK, Codec
 from shmelim.channel.dispatch import Caller, Dispatcher, this_caller
 from shmelim.channel.failures import FAILURE_LIMIT
 from shmelim.channel.key import check_key, restore_key
-from shmelim.channel.pages import LARGEST, send_reply
 from shmelim.channel.peers import Peer, Peers
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE, PROTOCOL, encode_welcome, receive_hello
-from shmelim.channel.wire import poller_of
+from shmelim.channel.wire import LARGEST, poller_of
 from shmelim.errors import ProtocolError
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
@@ -360,7 +359,7 @@ class ChannelServer:
                 peers.counts["calls"] += 1
             try:
                 reply = answer(request)
-                send_reply(wire, reply, self._max_message)
+                wire.send_reply(reply, self._max_message)
             finally:
                 peer.idle_since = monotonic()
                 peer.state = "idle"

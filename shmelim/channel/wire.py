@@ -8,6 +8,9 @@ deadlines, and costs two reads a message and, above 16 KiB, two writes.
 The socket never blocks; whoever must wait polls for the time that is left. The kernel's own timers (SO_RCVTIMEO)
 will not do: after each signal Python makes the interrupted call again, with the whole of its timeout, and under
 gevent they have no effect at all.
+
+A reply may be longer than one message: then one says how long it is, and several follow. That one begins with a
+byte with which neither msgpack nor a pickle begins.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import select
 import socket
 import struct
 import threading
+from typing import Final
 
 from shmelim.errors import ProtocolError
 from shmelim.system import forks
@@ -24,6 +28,11 @@ from shmelim.system.clock import monotonic
 
 _HEADER = struct.Struct("!i")
 _LONG_HEADER = struct.Struct("!iQ")
+
+LARGEST: Final = 4 << 30
+"""Bytes of a reply, beyond which a result is too large."""
+_MARK = b"\xc1"
+_ANNOUNCEMENT = struct.Struct("!cQ")
 
 _FIRST_READ = 16 * 1024  # most messages whole; small enough to be cheap to allocate for every idle connection
 _NEXT_READ = 256 * 1024  # memory grows with what has come in, not with what was announced
@@ -126,6 +135,33 @@ class Wire:
             self.begun = False
         self._surplus = data[end:]
         return data[begin:end]
+
+    def send_reply(self, reply: bytes, longest: int) -> None:
+        """Send a reply in messages of at most so many bytes; raises as :meth:`send_bytes`."""
+        if len(reply) <= longest:
+            self.send_bytes(reply)
+            return
+        self.send_bytes(_ANNOUNCEMENT.pack(_MARK, len(reply)))
+        for begin in range(0, len(reply), longest):
+            self.send_bytes(reply[begin : begin + longest])
+
+    def recv_reply(self, longest: int) -> bytes:
+        """Receive a reply in messages of at most so many bytes; raises as :meth:`recv_bytes`."""
+        message = self.recv_bytes(longest)
+        if message[:1] != _MARK:
+            return message
+        if len(message) != _ANNOUNCEMENT.size:
+            raise ProtocolError("the reply has an unknown form")
+        _, missing = _ANNOUNCEMENT.unpack(message)
+        if missing > LARGEST:
+            raise ProtocolError(f"a reply of {missing} bytes was announced, the limit is {LARGEST}")
+        parts: list[bytes] = []
+        while missing > 0:
+            parts.append(self.recv_bytes(min(longest, missing)))
+            if not parts[-1]:
+                raise EOFError("the server is closing")
+            missing -= len(parts[-1])
+        return b"".join(parts)
 
     def _fill(self, data: bytes, size: int, deadline: float) -> bytes:
         """Return `data` with what comes after it, `size` bytes or more in all."""

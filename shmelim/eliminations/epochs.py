@@ -11,7 +11,7 @@ import os
 import secrets
 from dataclasses import dataclass
 
-from shmelim.channel import current_caller
+from shmelim.channel import Caller, current_caller
 from shmelim.errors import EpochError
 
 
@@ -30,11 +30,11 @@ class Teller:
 
     epoch: str
 
-    def check(self) -> None:
-        """Raise EpochError if a copy of another manager makes the call of this thread."""
+    def check(self) -> Caller | None:
+        """Return who makes the call of this thread; EpochError if that is a copy of another manager."""
         caller = current_caller()
         if caller is None or caller.epoch in {"", self.epoch}:
-            return
+            return caller
         whose = f"the manager is that of {self.epoch}" if self.epoch else "no manager started this server"
         raise EpochError(
             f"this is a copy of the manager of {caller.epoch}, and by now {whose}",
@@ -43,8 +43,7 @@ class Teller:
 
     def check_tells(self, what: str) -> None:
         """Raise EpochError if the call of this thread is not the manager's to make, while there is one."""
-        self.check()
-        caller = current_caller()
+        caller = self.check()
         if self.epoch and caller is not None and not caller.epoch:
             raise EpochError(
                 f"only the manager of {self.epoch} may {what} here",

@@ -22,7 +22,7 @@ from typing import Any, Concatenate, Final, ParamSpec, Self, TypeAlias, TypeVar,
 
 import msgspec
 
-from shmelim.channel import current_caller
+from shmelim.channel import Caller, current_caller
 from shmelim.eliminations.calls import Calls, ProcessingCalls, implements
 from shmelim.eliminations.comparing import Comparison
 from shmelim.eliminations.epochs import Teller
@@ -404,11 +404,12 @@ class EliminationManagerServer(DebtMethods):
 
     def _caller(self) -> Origin:
         """Return who asks for the change that this thread makes; EpochError if it is not his to make."""
-        self._teller.check()
-        return self._whose_call()
+        return self._origin_of(self._teller.check())
 
     def _whose_call(self) -> Origin:
-        caller = current_caller()
+        return self._origin_of(current_caller())
+
+    def _origin_of(self, caller: Caller | None) -> Origin:
         return self._origin if caller is None else Origin(caller.pid, caller.uid, caller.program)
 
     def __enter__(self) -> Self:
@@ -666,21 +667,17 @@ class EliminationManagerServer(DebtMethods):
 
     def _change(self, change: Callable[Concatenate[changes.Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         result = self._state.commit(change, *args, **kwargs)
-        self._tell_noticed()
         self._follow()
         return result
 
-    def _tell_noticed(self) -> None:
-        """Have what the guard noticed stand in the health."""
-        if self._guard.has_noticed:
-            self._guard.has_noticed = False
-            tell_noticed(self.problems, self._state.read(notices))
-
     def _follow(self) -> None:
-        """Have the files follow, where callers wait for them.
+        """Have what the guard noticed stand in the health; and the files follow, where callers wait for them.
 
         What fails there is a named problem, since the change is stored; StoreError where the files are the state.
         """
+        if self._guard.has_noticed:
+            self._guard.has_noticed = False
+            tell_noticed(self.problems, self._state.read(notices))
         if self._mirror is not None and self._waits_for_files:
             with contextlib.nullcontext() if self._files_dir is not None else contextlib.suppress(StoreError):
                 self._mirror.flush()
@@ -705,7 +702,6 @@ class EliminationManagerServer(DebtMethods):
                 self._state.commit(read_state, directory)
             else:
                 self._state.commit(take_files, directory, self.problems, fresh=False, judge=self._guard.judge)
-        self._tell_noticed()
         self._follow()
 
     # ------------------------------------------------------------------ first refresh, and processing

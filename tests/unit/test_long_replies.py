@@ -6,8 +6,7 @@ import threading
 
 import pytest
 
-from shmelim.channel.pages import LARGEST, receive_reply, send_reply
-from shmelim.channel.wire import Wire
+from shmelim.channel.wire import LARGEST, Wire
 from shmelim.errors import ProtocolError
 
 
@@ -22,9 +21,9 @@ def pair():
 @pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 200, 12_345, 1_000_000])
 def test_what_is_sent_is_received(pair, size):
     reply = bytes(range(0xC1)) * (size // 0xC1 + 1)
-    sender = threading.Thread(target=send_reply, args=(pair[0], reply[:size], 100))
+    sender = threading.Thread(target=pair[0].send_reply, args=(reply[:size], 100))
     sender.start()
-    assert receive_reply(pair[1], 100) == reply[:size]
+    assert pair[1].recv_reply(100) == reply[:size]
     sender.join()
 
 
@@ -41,4 +40,4 @@ def test_what_contradicts_itself_is_refused(pair, messages, error, says):
     for message in messages:
         pair[0].send_bytes(message)
     with pytest.raises(error, match=says):
-        receive_reply(pair[1], 100)
+        pair[1].recv_reply(100)
