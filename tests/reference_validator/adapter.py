@@ -6,7 +6,6 @@ from reference_validator.scoring import NothingMovedError
 from shmelim.eliminations.record import generate_row
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
-from shmelim.errors import SlashNotMadeError
 
 
 class Position:
@@ -50,6 +49,11 @@ class Positions:
         self.book.drop(position.holding)
 
 
+class Environment(ValidatorEnvironment):
+    def slash_outcome(self, answer):
+        return "not made" if isinstance(answer, NothingMovedError) else super().slash_outcome(answer)
+
+
 def plug_in(v, **figures):
     """Return a validator's collaborators and environment. Where only a name differs, a namespace does."""
 
@@ -57,10 +61,7 @@ def plug_in(v, **figures):
         return [generate_row(who, dd, "LIQUIDATED", at, prices) for who, dd, at, prices in v.ledgers.liquidated()]
 
     def slash(hotkey, slash_proportion=None):
-        try:
-            return v.collateral.slash(hotkey, slash_proportion)
-        except NothingMovedError as error:
-            raise SlashNotMadeError(str(error)) from error
+        return v.collateral.slash(hotkey, slash_proportion)
 
     ledgers = Namespace(
         get_perf_ledger_eliminations=liquidated, perf_ledger_hks_to_invalidate=v.ledgers.stale,
@@ -76,4 +77,4 @@ def plug_in(v, **figures):
         v.websockets, v.slack, v.ending, v.syncing, v.epoch)  # fmt: skip
     own = {"scored_bucket": "scored", "miner_directory": v.miners_directory, "clock": lambda: v.now_ms}
     own["drawdown"] = lambda ledger: (ledger.drawdown() >= 0.1, 100 * ledger.drawdown())
-    return collaborators, ValidatorEnvironment(**own | figures)
+    return collaborators, Environment(**own | figures)
