@@ -177,6 +177,14 @@ class _Shared:
         named["params"] = [*(named.get("params") or ()), *_SHARED]
         super().__init__(*arguments, **named)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take the arguments; click closes a context only once all of them are good."""
+        try:
+            return super().parse_args(ctx, args)  # type: ignore[misc, no-any-return]  # of click's command
+        except BaseException:
+            ctx.close()
+            raise
+
 
 class Command(_Shared, click.Command):
     """A command with the shared options."""
