@@ -44,6 +44,10 @@ class NotServingError(ShmelimError, ConnectionError):
     """Nothing is served under that name: no writer has published yet, or its server cannot be reached."""
 
 
+class FollowerError(NotServingError):
+    """The table of that name follows one of another host, where its server is; nothing was changed here."""
+
+
 class ReaderClosedError(ShmelimError):
     """The reader was closed, and reads no more."""
 
@@ -170,6 +174,18 @@ class UnknownMethodError(ShmelimError, AttributeError):
 
 class NoCollaboratorsError(ShmelimError):
     """The object was asked to process eliminations, and does not hold the collaborators that this takes."""
+
+
+class FleetDataError(ShmelimError):
+    """What stands in the engine of a fleet is damaged, or not this package's; nothing of it was applied."""
+
+
+class FencedError(ShmelimError):
+    """Another publisher has taken over, and this one may send nothing more; it does not take back by itself."""
+
+
+class OtherStoreError(ShmelimError):
+    """The name in the engine belongs to another store."""
 
 
 class RemoteError(ShmelimError):

@@ -6,11 +6,13 @@ from typing import Any, Final
 
 from shmelim.cli import output
 from shmelim.cli.failure import NOT_SERVING
-from shmelim.cli.options import Settings, command, owner_option
+from shmelim.cli.options import Settings, command
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import ChannelError, NotServingError
+from shmelim.fleet.publishing import publishing
+from shmelim.watch.seeing import see, with_publisher
 
 CODES: Final = {"ok": 0, "degraded": 1, "failing": 2}
 """Exit codes of what a server says of itself."""
@@ -19,9 +21,10 @@ _ASKING: Final = 5.0
 
 
 @command
-@owner_option
-def health(settings: Settings, *, owner: int | None) -> int:
+def health(settings: Settings) -> int:
     """Say whether a name is served well, and if not, what is wrong and what to do.
+
+    A table that follows another host's is degraded once it is more than 10 s old.
 
     Exit code 0: ok; 1: degraded (something does not work); 2: failing (the purpose is not served, or the server
     does not answer); 3: nobody serves the name. A notice, which is worth knowing, leaves the code as it is.
@@ -33,10 +36,16 @@ def health(settings: Settings, *, owner: int | None) -> int:
       shmelim health
       shmelim health --name mainnet --json
     """
-    writer = EliminationReader(settings.name, owner=owner).writer
+    reader = EliminationReader(settings.name)
+    writer = reader.writer
     answer: dict[str, Any] = {"status": "not served", "problems": []}
-    if writer.alive:
+    if reader.source is not None:
+        seen = see(settings.name)
+        answer = {"status": seen.status, "problems": seen.problems}
+    elif writer.alive:
         answer = _ask(settings.name)
+        judged = with_publisher(publishing(settings.name), answer["status"], answer["problems"])
+        answer = dict(zip(("status", "problems"), judged, strict=True))
     found = {
         "status": answer["status"],
         "pid": writer.pid,

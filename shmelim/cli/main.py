@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -44,6 +45,9 @@ _COMMANDS: Final = {
     "verify": ("keep:verify", "Check a backup, or all that there is of a name."),
     "restore": ("keep:restore", "Put a backup in the place of the state."),
     "forget": ("keep:forget", "Let a name go that is no longer served."),
+    "publish": ("fleet:publish", "Send what changes to followers on other hosts."),
+    "follow": ("fleet:follow", "Keep a table equal to one on another host."),
+    "fleet": ("fleet:fleet", "Show and steer what is published and followed."),
     "export": ("transfer:export", "Write the state to a JSON file."),
     "demo": ("demo.command:demo", "Show and measure all of it, on real hotkeys."),
 }
@@ -124,8 +128,10 @@ def cli() -> None:
     """
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
+def main(interrupted: Any = None) -> NoReturn:
+    """Run the command line of this process; ``interrupted`` is the handler of Ctrl-C that it is to have."""
+    if interrupted is not None:
+        signal.signal(signal.SIGINT, interrupted)
     _open_closed_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:

@@ -12,23 +12,30 @@ from shmelim.channel.address import describe
 from shmelim.cli import output
 from shmelim.cli.failure import NOT_SERVING
 from shmelim.cli.health import CODES
-from shmelim.cli.options import Settings, command, owner_option
+from shmelim.cli.options import Settings, command
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.state.debt_book import MOST_SHOWN
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import KeyFileError, ShmelimError, StoreError
+from shmelim.fleet.publishing import publishing
 from shmelim.shm import READ_PATH
 from shmelim.system.clock import utc_text
+from shmelim.watch.seeing import see, with_publisher
 
 _ASKING: Final = 2.0
+_NO_CHANNEL: Final = {
+    "address": None,
+    "answers": False,
+    "silent": False,
+    "problem": "changes are made where its server runs",
+}
 
 
 @command
 @click.option("--verify", is_flag=True, help="Check every record's checksum and that each entry can be found.")
-@owner_option
-def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
+def status(settings: Settings, *, verify: bool) -> int:
     """Show who serves a name, what is published, how full it is, and what needs a person.
 
     Needs no key and no living server: the last published state stays readable. What only the server knows (its
@@ -40,6 +47,8 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     With --json: name, version, generation, eliminated, departed, registered, entries,
     read_path ("native" or "pure"), writer {pid, alive, state, heartbeat_age_s, started_ms},
     table {capacity, usable, arena_size, arena_used, arena_live, segment_bytes},
+    follows {source, line, seq, as_of_ms, age_s} or null,
+    publishing {pid, engine, line, seq, behind, held, error} or null,
     channel {address, answers, silent, problem}, state_dir,
     server {commits, changes, store_bytes, problems [{name, subject, severity, text, remedy, since_ms}]} or null,
     debts (how many, or null),
@@ -49,10 +58,15 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
       shmelim status
       shmelim status --name mainnet --verify --json
     """
-    reader = EliminationReader(settings.name, owner=owner)
+    reader = EliminationReader(settings.name)
     verified = reader.verify() if verify else None
     writer, table = reader.writer, reader.table
-    channel, state_dir, server = _ask(settings.name)
+    follows = _follows(reader)
+    channel, state_dir, server = _ask(settings.name) if follows is None else (dict(_NO_CHANNEL), None, None)
+    published = publishing(settings.name) if follows is None else None
+    if server is not None:
+        judged = with_publisher(published, server["status"], server["problems"])
+        server = server | dict(zip(("status", "problems"), judged, strict=True))
     debts, in_doubt = _owed(server, state_dir)
     found = {
         **_of(table, "version", "generation"),
@@ -68,6 +82,9 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
             "usable": table.capacity // 2,
             "segment_bytes": table.segment_size,
         },
+        "follows": follows,
+        "publishing": published
+        and {key: getattr(published, key) for key in ("pid", "engine", "line", "seq", "behind", "held", "error")},
         "channel": channel,
         "state_dir": state_dir,
         "server": server and {key: server.get(key) for key in ("commits", "changes", "store_bytes", "problems")},
@@ -78,7 +95,23 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     settings.answer(found, lambda: output.facts(_lines({"name": settings.name, **found})))
     if not writer.alive:
         return NOT_SERVING
+    if follows is not None:
+        return CODES[see(settings.name).status]
     return CODES[server["status"]] if server is not None else CODES["failing" if channel["silent"] else "ok"]
+
+
+def _follows(reader: EliminationReader) -> dict[str, Any] | None:
+    """Return whom a table follows, how far it is and how old; None where its writer is the source."""
+    if reader.source is None:
+        return None
+    position, age = reader.position, reader.staleness
+    return {
+        "source": reader.source,
+        "line": position and position.line,
+        "seq": position and position.seq,
+        "as_of_ms": reader.as_of,
+        "age_s": age if age is None else round(age, 3),
+    }
 
 
 def _of(thing: object, *names: str) -> dict[str, Any]:
@@ -114,9 +147,11 @@ def _owed(server: dict[str, Any] | None, state_dir: str | None) -> tuple[int | N
 def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
     writer, table, channel, server = status["writer"], status["table"], status["channel"], status["server"]
     answers = "" if channel["answers"] else f" ({channel['problem']})"
+    follows = status["follows"]
     lines: list[tuple[str, object]] = [
         ("name", status["name"]),
         ("writer", _writer_line(writer)),
+        *([] if follows is None else [("follows", _follower_line(follows))]),
         ("started", utc_text(writer["started_ms"])),
         ("version", f"{status['version']}, generation {status['generation']}"),
         ("eliminated", status["eliminated"]),
@@ -133,12 +168,20 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
     if (in_doubt := status["slashes_in_doubt"]) is not None:
         settle = ": settle with `shmelim slash resolve HOTKEY --made` or `--not-made`"
         lines.append(("slashes in doubt", f"{', '.join(in_doubt)}{settle}" if in_doubt else "none"))
+    if (published := status["publishing"]) is not None:
+        place = f"to {published['engine']}, change {published['seq']} of line {published['line']}"
+        lines.append(("published", f"{place}, {published['behind']} behind"))
     if server is not None:
         lines.append(("store", f"{output.size(server['store_bytes'])}, {server['commits']} commits"))
         lines.append(("problems", "; ".join(map(output.problem, server["problems"])) or "none"))
     if status["verified"] is not None:
         lines.append(("verified", f"{status['verified']} entries, all whole"))
     return lines
+
+
+def _follower_line(follows: dict[str, Any]) -> str:
+    age = "of unknown age" if follows["age_s"] is None else f"{output.span(follows['age_s'])} old"
+    return f"{follows['source']}: change {follows['seq']} of line {follows['line']}, {age}"
 
 
 def _writer_line(writer: dict[str, Any]) -> str:

@@ -12,8 +12,9 @@ from typing import Final, NamedTuple
 
 from xxhash import xxh64_intdigest
 
-from shmelim.shm.layout import FLEET, SOURCE_SIZE, WORD
-from shmelim.shm.segment import Segment
+from shmelim.errors import NotServingError, SegmentError
+from shmelim.shm.layout import FLEET, PAGE, SOURCE_SIZE, WORD, check_root
+from shmelim.shm.segment import Namespace, Segment
 
 _TEXT: Final = FLEET + WORD
 _COPIES: Final = _TEXT + SOURCE_SIZE
@@ -38,12 +39,16 @@ class Position(NamedTuple):
 
 
 def put_source(root: Segment, source: str) -> None:
-    """Say in a root segment that a follower of ``source`` writes it; what exceeds 136 bytes of UTF-8 is cut off.
+    """Say in a root segment that a follower of ``source`` writes it, or with "" that none does.
+
+    What exceeds 136 bytes of UTF-8 is cut off.
 
     The one writer of the table calls it, before the first :func:`put_position`.
     """
     text = source.encode()[:SOURCE_SIZE].decode(errors="ignore").encode()
     root.words[FLEET // WORD] = 0
+    if not text:  # whoever wrote here before followed, and this writer does not
+        root.memory[_COPIES : _COPIES + 2 * _SIZE] = bytes(2 * _SIZE)
     root.memory[_TEXT : _TEXT + len(text)] = text
     root.words[FLEET // WORD] = len(text)
 
@@ -60,6 +65,16 @@ def source_of(root: Segment) -> str:
     """Return whom the table follows, or "" where its writer is the source; a stranger's text, to be escaped."""
     size = root.words[FLEET // WORD]
     return root.memory[_TEXT : _TEXT + size].decode(errors="replace") if size <= SOURCE_SIZE else ""
+
+
+def followed_by(namespace: Namespace) -> str:
+    """Return whom the table of a name follows; "" where it follows nobody, or cannot be read."""
+    try:
+        root = namespace.open_root()
+        check_root(root.memory[:PAGE], root.label)
+    except (NotServingError, SegmentError):
+        return ""
+    return source_of(root)
 
 
 def position_of(root: Segment) -> Position | None:

@@ -51,6 +51,7 @@ from shmelim.errors import (
     ShmelimError,
     UntrustedSegmentError,
 )
+from shmelim.shm.following import Position, put_position, put_source
 from shmelim.shm.image import Change
 from shmelim.shm.layout import (
     COUNT,
@@ -126,7 +127,8 @@ class TableWriter:
     use; ``arena_size`` the smallest number of bytes for records, per copy. ``store_id``, 16 bytes, is that of the
     store that the table is made from; a root segment of another store is replaced. A new root segment's versions
     begin above ``first_sequence``, the ms since 1970, and those of the root that it replaces. ``lock`` is that
-    of the namespace where the caller has it already; this writer releases it in the end.
+    of the namespace where the caller has it already; this writer releases it in the end. ``source`` says whom the
+    table follows.
 
     AlreadyServingError if another process writes this table; SegmentFullError if no shared memory is left;
     UntrustedSegmentError if the name is taken by another user.
@@ -153,6 +155,7 @@ class TableWriter:
         store_id: bytes = bytes(STORE_ID_SIZE),
         first_sequence: int = 0,
         lock: Lock | None = None,
+        source: str = "",
     ) -> None:
         if len(store_id) != STORE_ID_SIZE:
             raise ValueError(f"store_id of {len(store_id)} bytes must be {STORE_ID_SIZE} bytes long")
@@ -179,6 +182,8 @@ class TableWriter:
         self._root = self._take_root(first_sequence)
         self._published = release_word(self._root, VERSION)
         self._place = b""
+        self._source = source
+        self._position: Position | None = None
         self._describe(self._root)
 
     def _take_root(self, sequence: int) -> Segment:
@@ -244,6 +249,9 @@ class TableWriter:
         words[WRITER_LOCK] = self._lock.number
         words[WRITER_WAKES] = WAKES
         put_place(root, self._place)
+        put_source(root, self._source)
+        if self._position is not None:
+            put_position(root, self._position)
         words[HEARTBEAT] = time.monotonic_ns()
 
     # ------------------------------------------------------------------ state
@@ -295,6 +303,11 @@ class TableWriter:
         """Leave word in the root segment, and in each that takes its place, of where the channel is found."""
         self._place = place
         put_place(self._root, place)
+
+    def say_position(self, position: Position) -> None:
+        """Leave word, in the same places, of how far it follows."""
+        self._position = position
+        put_position(self._root, position)
 
     def renew(self) -> bool:
         """Make lost names again, so that every reader is on what is served; tell whether any was lost.
@@ -615,7 +628,7 @@ class TableWriter:
         self._open = None
         self._leave()
         # A segment made for the next state may be there even if staging failed.
-        published = self._root.words[VERSION] >> SEQUENCE_BITS
+        published = (self._former or self._root).words[VERSION] >> SEQUENCE_BITS
         if self._generation > published and self._failure is None and self._namespace.holds(self._lock):
             self._namespace.remove_data(self._generation)
             if self._former is None:

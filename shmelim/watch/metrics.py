@@ -84,6 +84,14 @@ class ShmelimCollector(Collector):
             return
         if writer.heartbeat_age is not None:
             yield self._gauge("heartbeat_age_seconds", "Since the writer's last heartbeat.", writer.heartbeat_age)
+        if seen.source is not None:
+            about = "Since the source of a table that follows it was known to have nothing newer."
+            age = float("inf") if seen.staleness is None else seen.staleness
+            yield self._gauge("follower_age_seconds", about, age)
+        if seen.publishing is not None:
+            about = "Changes that the publisher of the name has not sent."
+            yield self._gauge("publisher_behind_changes", about, seen.publishing.behind)
+            yield self._gauge("publisher_up", "Whether it says that it lives.", not seen.publishing.is_silent)
         eliminated, departed, registered, *_ = table.flag_counts
         yield self._gauge("eliminated_hotkeys", "Hotkeys that are eliminated.", eliminated)
         yield self._gauge("departed_hotkeys", "Hotkeys that once left the metagraph.", departed)

@@ -7,9 +7,12 @@ from typing import Any, Final, NamedTuple
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import ChannelError, NotServingError, SegmentError, ShmelimError
+from shmelim.fleet.publishing import Publishing, publishing
 from shmelim.shm import TableInfo, WriterInfo
 
 _ASKING: Final = 2.0  # seconds that the server has to answer
+_OLD: Final = 10.0
+"""Seconds of age from which a table that follows another host's is degraded."""
 
 
 class Seen(NamedTuple):
@@ -19,7 +22,10 @@ class Seen(NamedTuple):
     problems: list[dict[str, Any]]  # the oldest first, as a health check has them
     writer: WriterInfo | None  # None, and the next two: nothing is published under the name
     table: TableInfo | None
-    server: dict[str, Any] | None  # its health check; None where it could not be asked
+    server: dict[str, Any] | None  # its health check; None where it could not be asked, and for a follower
+    publishing: Publishing | None = None  # what the publisher of the name says, on the server's host
+    source: str | None = None  # whom the table follows, on another host
+    staleness: float | None = None  # seconds since that was known to have nothing newer; None: not known
 
     @property
     def is_served(self) -> bool:
@@ -40,10 +46,8 @@ def see(name: str, owner: int | None = None) -> Seen:
         return Seen("not served", [_problem("not_served", error)], None, None, None)
     except SegmentError as error:
         return Seen("failing", [_problem("table_unreadable", error)], None, None, None)
-    if not writer.alive:
-        state = f"process {writer.pid}, {writer.state}, has no heartbeat any more"
-        found = NotServingError(f"nobody serves {name!r}: {state}", hint="start the server again")
-        return Seen("not served", [_problem("not_served", found)], writer, table, None)
+    if reader.source is not None or not writer.alive:
+        return _unasked(reader, writer, table)
     try:
         with EliminationClient(name, timeout=_ASKING) as client:
             server = client.health_check()
@@ -51,7 +55,37 @@ def see(name: str, owner: int | None = None) -> Seen:
         return Seen("failing", [_problem("no_answer", error)], writer, table, None)
     except ShmelimError as error:  # this user may not ask
         return Seen("ok", [_problem("cannot_check", error) | {"severity": "notice"}], writer, table, None)
-    return Seen(server["status"], server["problems"], writer, table, server)
+    found = publishing(name)
+    status, problems = with_publisher(found, server["status"], server["problems"])
+    return Seen(status, problems, writer, table, server, found)
+
+
+def with_publisher(
+    found: Publishing | None, status: str, problems: list[dict[str, Any]]
+) -> tuple[str, list[dict[str, Any]]]:
+    """Return a status and problems with what is wrong with the name's publisher."""
+    if found is None or (wrong := found.problem()) is None:
+        return status, problems
+    name, severity, error = wrong
+    listed = [*problems, _problem(name, error) | {"severity": severity, "since_ms": found.at_ms}]
+    return "degraded" if status == "ok" and severity == "degraded" else status, listed
+
+
+def _unasked(reader: EliminationReader, writer: WriterInfo, table: TableInfo) -> Seen:
+    """See a table whose writer is dead, or which follows another host's: nobody could say more."""
+    source, age, problems = reader.source, reader.staleness, []
+    if source is not None and (age is None or age > _OLD):
+        known = "is not known yet" if age is None else f"is {age:.0f} s"
+        text = f"the table follows {source!r}, and how old it is {known}"
+        hint = "see `shmelim fleet status`: is it held, is the follower here running, and the publisher there?"
+        problems.append(_problem("follower_old", ShmelimError(text, hint=hint)) | {"severity": "degraded"})
+    if not writer.alive:
+        state = f"process {writer.pid}, {writer.state}, has no heartbeat any more"
+        what = "the server" if source is None else "`shmelim follow`"
+        found = NotServingError(f"nobody serves {reader.name!r}: {state}", hint=f"start {what} again")
+        problems.insert(0, _problem("not_served", found))
+    status = "ok" if not problems else "degraded" if writer.alive else "not served"
+    return Seen(status, problems, writer, table, None, source=source, staleness=age)
 
 
 def _problem(name: str, error: Exception) -> dict[str, Any]:

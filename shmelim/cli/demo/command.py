@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import click
 
+from shmelim.cli import output
 from shmelim.cli.demo.scenario import ENDING_SIGNALS, Scenario, signals_held
 from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Settings, command
@@ -38,7 +39,8 @@ _WHOLE: Final = 100
     metavar="N",
     help="How many reader processes [default: one for each core but one, which is left to the server].",
 )
-def demo(settings: Settings, *, seconds: float, readers: int | None) -> int:
+@click.option("--fleet", is_flag=True, help="Show more than one host instead: an engine, three followers, faults.")
+def demo(settings: Settings, *, seconds: float, readers: int | None, fleet: bool) -> int:
     """Show the whole job on 367 real hotkeys, and measure it.
 
     Touches none of your state: it serves a name of its own, whatever --name says, from a temporary directory.
@@ -51,10 +53,18 @@ def demo(settings: Settings, *, seconds: float, readers: int | None) -> int:
     {checks_per_second, durable_adds_per_second, sync_median_ms, kill_to_next_change_ms, …},
     readers [{pid, checks, …, errors}].
 
+    With --fleet a publisher, a Redis of the demo's own (`redis-server` must be installed) and three followers, all
+    on this machine. The engine is killed and emptied, the publisher killed and superseded; --seconds and --readers
+    do not count. With --json: name, ok, invariants, figures {acknowledged_to_visible_median_ms, …},
+    faults [{fault, equal_after_s [of each follower], took_snapshot}].
+
     For example:
       shmelim demo
+      shmelim demo --fleet
       shmelim demo --seconds 60 --readers 8 --json
     """
+    if fleet:
+        return _demo_fleet(settings)
     readers = readers or min(64, max(1, len(os.sched_getaffinity(0)) - 1))
     with contextlib.ExitStack() as stack:
         for number in ENDING_SIGNALS[1:]:  # Ctrl-C raises by itself
@@ -72,6 +82,36 @@ def demo(settings: Settings, *, seconds: float, readers: int | None) -> int:
     found = {"name": name, "ok": not any(found["invariants"].values()), **found}
     settings.answer(found, lambda: show(found))
     return YES if found["ok"] else NO
+
+
+def _demo_fleet(settings: Settings) -> int:
+    from shmelim.cli.demo.fleet import FleetScenario
+
+    name = f"demo-{secrets.token_hex(4)}"
+    with contextlib.ExitStack() as stack:
+        for number in ENDING_SIGNALS[1:]:
+            before = signal.signal(number, lambda it, _: sys.exit(128 + it))
+            stack.callback(signal.signal, number, before)
+        scenario = stack.enter_context(FleetScenario(name))
+        if sys.stderr is not None and sys.stderr.isatty():
+            from rich.console import Console
+
+            line = stack.enter_context(Console(stderr=True).status(""))
+            scenario.narrate = lambda what: line.update(f"{what} …")
+        found = scenario.run()
+    found = {"name": name, "ok": not any(found["invariants"].values()), **found}
+    settings.answer(found, lambda: _show_fleet(found))
+    return YES if found["ok"] else NO
+
+
+def _show_fleet(found: dict[str, Any]) -> None:
+    rows = (
+        (each["fault"], *(f"{seconds:.2f} s" for seconds in each["equal_after_s"]), each["took_snapshot"])
+        for each in found["faults"]
+    )
+    output.records(["what happened", "follower 1 equal after", "2", "3", "snapshots taken"], rows)
+    click.echo()
+    show({**found, "readers": []})
 
 
 def show(found: dict[str, Any]) -> None:

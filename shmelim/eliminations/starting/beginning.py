@@ -26,7 +26,7 @@ from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.opening import LOG_SUFFIXES
 from shmelim.eliminations.store.schema import FILE_NAME, RESTORE_HINT, Durability
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import DamagedStoreError, StateConflictError, StoreError
+from shmelim.errors import DamagedStoreError, FollowerError, StateConflictError, StoreError
 from shmelim.shm import Namespace, TableReader, TableWriter
 from shmelim.system import clock
 from shmelim.system.problems import Problems
@@ -69,6 +69,7 @@ def begin(
     store, damage = _open(directory, choices.durability)
     found = _Found(directory, namespace, store, damage, recovery.look(namespace), memory, has_registry, problems)
     try:
+        _need_no_follower(found, choices)
         facts = found.facts(choices)
         plan = decide(facts)
         _need_accepted(found, plan)
@@ -201,6 +202,8 @@ def _published_relation(found: _Found) -> Relation:
     if published.identity is None:
         return Relation.UNREADABLE
     identity = published.identity
+    if published.source:
+        return Relation.OTHER  # which has no debts, no history, and other numbers
     own = found.damage is not None and published.state_dir == found.here
     relation = _relation(found.store, identity.store_id, identity.commit, own=own)
     # What a server in memory leaves ended with it, and another one may take its place.
@@ -220,6 +223,17 @@ def _relation(store: Store | None, store_id: bytes, commit: int, *, own: bool) -
 
 
 # ---------------------------------------------------------------------- refusing
+
+
+def _need_no_follower(found: _Found, choices: Choices) -> None:
+    """Refuse the name of a table that follows another host's: a server in its place could slash twice."""
+    source = "" if found.published is None else found.published.source
+    if source and not choices.replace_published:
+        raise FollowerError(
+            f"the table {found.namespace.name!r} follows {source!r}, and has neither debts nor history",
+            hint="stop the server there, restore its backup here, and say --replace-published"
+            " (replace_published=True); or serve under another --name",
+        )
 
 
 def _need_accepted(found: _Found, plan: Plan) -> None:

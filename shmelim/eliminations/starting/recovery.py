@@ -22,6 +22,7 @@ from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import NotServingError, SegmentError
 from shmelim.shm import Namespace, TableIdentity, TableReader
+from shmelim.shm.following import followed_by
 from shmelim.system.problems import Problems
 from shmelim.system.text import get_logger
 
@@ -45,6 +46,7 @@ class Published(NamedTuple):
     eliminated: int = 0
     departed: int = 0
     problem: str = ""
+    source: str = ""  # whom the table follows, on another host
 
     @property
     def entries(self) -> int:
@@ -66,7 +68,8 @@ def look(namespace: Namespace) -> Published | None:
     origin = _Origin(None)
     with suppress(msgspec.DecodeError):
         origin = msgspec.msgpack.decode(b"" if record is None else record.data, type=_Origin)
-    return Published(identity, origin.state_dir, origin.imported, eliminated, departed)
+    source = followed_by(namespace)
+    return Published(identity, origin.state_dir, origin.imported, eliminated, departed, source=source)
 
 
 def open_whole(directory: Path, durability: Durability) -> Store:

@@ -11,7 +11,7 @@ from typing import Any, Self, get_args
 
 import msgspec
 
-from shmelim.eliminations.store import opening, schema
+from shmelim.eliminations.store import opening, schema, touched
 from shmelim.eliminations.store.copying import copy
 from shmelim.eliminations.store.opening import closed_on_error, log_of
 from shmelim.eliminations.store.schema import Durability, damaged
@@ -91,6 +91,7 @@ class Database:
             opening.make_private(path)
         with _guard(path), closed_on_error(db := opening.connect(path, durability)):
             schema.install(db, path)
+            touched.begin_run(db)
         # Absolute, as a daemon may change its directory.
         return cls(db, path, path.absolute())
 

@@ -1,0 +1,353 @@
+"""``shmelim publish``, ``follow`` and ``fleet``: a name on more than one host."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from shmelim.cli import output
+from shmelim.cli.failure import NOT_SERVING
+from shmelim.cli.options import NAME, PATH, Command, Group, Settings, command
+from shmelim.cli.progress import DelayedProgress
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.errors import NotServingError, ShmelimError
+from shmelim.system.clock import now_ms, utc_text
+from shmelim.system.supervisor import notify_supervisor
+from shmelim.system.text import printable
+
+if TYPE_CHECKING:
+    from shmelim.fleet.redis_engine import RedisEngine
+
+ENGINE_VARIABLE: Final = "SHMELIM_ENGINE"
+_STALE: Final = 10.0
+"""Seconds of age from which a follower is not well."""
+
+password_option = click.option(
+    "--password-file", type=PATH, metavar="FILE", help="A file whose first line is the engine's password."
+)
+
+
+def _engine_option(name: str) -> Callable[..., Any]:
+    return click.option(
+        name,
+        "url",
+        metavar="URL",
+        envvar=ENGINE_VARIABLE,
+        required=True,
+        help=f"The engine: redis://USER@HOST:PORT/0, rediss://… (TLS) or unix://PATH [also: {ENGINE_VARIABLE}].",
+    )
+
+
+@command
+@_engine_option("--to")
+@password_option
+@click.option(
+    "--state-dir", type=PATH, metavar="DIR", help="Where the state is kept [default: where the server says]."
+)
+@click.option(
+    "--beat",
+    type=click.FloatRange(0.05, 5),
+    default=0.5,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often it is said that nothing is newer.",
+)
+@click.option("--hold-guarded", is_flag=True, help="Send nothing on that the guard noticed, before `shmelim ack`.")
+@click.option("--take-over", is_flag=True, help="Take the name from another store.")
+def publish(
+    settings: Settings,
+    *,
+    url: str,
+    password_file: Path | None,
+    state_dir: Path | None,
+    beat: float,
+    hold_guarded: bool,
+    take_over: bool,
+) -> None:
+    """Send what changes to an engine, for followers on other hosts; until Ctrl-C or SIGTERM.
+
+    Runs beside the server, reads its store, and never delays it: whatever happens to the engine, changes cost the
+    same. One publisher a name sends; a second one takes over, and the first one ends. Needs the extra:
+    pip install 'shmelim[fleet]'.
+
+    With --json: one object a line {time, event, …}, for leading, held, error and their ends.
+
+    For example:
+      shmelim publish --to redis://publisher@engine.example:6379/0 --password-file /etc/shmelim/engine
+    """
+    from shmelim.fleet.outbox import StoreOutbox
+    from shmelim.fleet.publisher import Publisher
+    from shmelim.fleet.publishing import Note
+    from shmelim.fleet.running import run_publisher
+
+    engine = _engine(url, settings.name, password_file)
+    outbox = StoreOutbox(state_dir or _state_dir(settings.name))
+    publisher = Publisher(engine, outbox, beat=beat, take_over=take_over, hold_guarded=hold_guarded)
+    changes = _Changes(settings.name, beat)
+    try:
+        note = Note(settings.name, engine.place)
+        run_publisher(publisher, changes.wait, _stopping(), _teller(settings, ready_at="leading"), note)
+    finally:
+        outbox.close()
+        engine.close()
+
+
+class _Changes:
+    """Waits for the next change of a name's table, or for a while where there is none."""
+
+    def __init__(self, name: str, longest: float) -> None:
+        self._name, self._longest = name, longest
+        self._reader: EliminationReader | None = None
+        self._seen: int | None = None
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the version is another one than after the last wait."""
+        seconds = min(seconds, self._longest)
+        try:
+            if self._reader is None:
+                self._reader = EliminationReader(self._name)
+            self._reader.wait_for_change(seconds, since=self._seen)
+            self._seen = self._reader.version
+        except ShmelimError:  # nobody serves, and nothing is left; the store may be there all the same
+            self._reader = None
+            time.sleep(seconds)
+
+
+def _state_dir(name: str) -> Path:
+    from shmelim.eliminations.runtime import RuntimeDirectory
+
+    said = RuntimeDirectory.of_server(name).server().state_dir
+    if said is None:
+        raise NotServingError(
+            f"the server of {name!r} keeps its state in memory", hint="only a state in a directory is published"
+        )
+    return Path(said)
+
+
+@command
+@_engine_option("--from")
+@password_option
+@click.option(
+    "--as",
+    "local",
+    type=NAME,
+    metavar="NAME",
+    help="The name of the table on this host [default: the same].",
+)
+@click.option("--group-readable", is_flag=True, help="Let the group read the table (0640 instead of 0600).")
+def follow(
+    settings: Settings, *, url: str, password_file: Path | None, local: str | None, group_readable: bool
+) -> None:
+    """Keep a table on this host equal to one that is published on another; until Ctrl-C or SIGTERM.
+
+    Readers use the table as any other. It outlives the follower and the engine, and says how old it is. Nothing
+    can be changed here. Needs the extra: pip install 'shmelim[fleet]'.
+
+    With --json: one object a line {time, event, …}, for following, held, lost, error and their ends.
+
+    For example:
+      shmelim follow --from redis://follower@engine.example:6379/0 --password-file /etc/shmelim/engine
+    """
+    from shmelim.fleet.engine import EngineError
+    from shmelim.fleet.follower import Follower
+    from shmelim.fleet.local import LocalTable
+    from shmelim.fleet.running import run_follower
+    from shmelim.shm import SharedNamespace
+
+    name = local or settings.name
+    engine = _engine(url, settings.name, password_file)
+    namespace = SharedNamespace(name, mode=0o640 if group_readable else 0o600)
+    host = socket.gethostname()
+    with LocalTable(namespace, f"{engine.place} {settings.name}") as table, DelayedProgress() as progress:
+        follower = Follower(
+            engine,
+            table,
+            who=f"{host}/{name}",
+            host=host,
+            position=table.position,
+            loading=lambda done, rows: progress.update("taking a snapshot", done, rows),
+        )
+        say = _teller(settings, ready_at="following", also=progress.stop)
+        try:
+            run_follower(follower, table, _stopping(), say)
+            with contextlib.suppress(EngineError):  # its report expires by itself
+                follower.stop()
+        finally:
+            engine.close()
+
+
+@click.group(cls=Group)
+def fleet() -> None:
+    """Show and steer what is published and followed.
+
+    For example:
+      shmelim fleet status --at redis://engine.example:6379/0
+      shmelim fleet hold "a sync that nobody meant"
+    """
+
+
+@fleet.command(cls=Command, short_help="Show who publishes, and who follows.")
+@_engine_option("--at")
+@password_option
+@click.pass_obj
+def status(settings: Settings, *, url: str, password_file: Path | None) -> int:
+    """Show who publishes, how far, and every follower's position, age and digest.
+
+    Exit code 0: there is a head, and every follower is level with it in its line and younger than 10 s; 1: not so;
+    3: nothing is published under the name.
+
+    With --json: head {owner, store_id, term, line, seq, run, snapshot {seq, rows, size} or null} or null, held,
+    followers [{who, host, pid, term, line, seq, lost, age_ms, rows, digest}].
+
+    For example:
+      shmelim fleet status --json
+    """
+    from shmelim.fleet.messages import unpack_head, unpack_report
+
+    engine = _engine(url, settings.name, password_file)
+    look = engine.look()
+    head = None if look.head is None else unpack_head(look.head)
+    followers = []
+    for who, raw in sorted(engine.reports().items()):
+        report = unpack_report(raw)
+        about = {key: getattr(report, key) for key in ("host", "pid", "term", "line", "seq", "lost", "rows")}
+        age = None if report.age < 0 else report.age
+        followers.append({"who": who, **about, "age_ms": age, "digest": f"{report.digest:016x}"})
+    found = {
+        "head": head
+        and {
+            "owner": head.owner.hex(),
+            "store_id": head.store_id.hex(),
+            "term": head.term,
+            "line": head.line,
+            "seq": head.seq,
+            "run": head.run,
+            "snapshot": head.snapshot
+            and {"seq": head.snapshot.seq, "rows": head.snapshot.rows, "size": head.snapshot.size},
+        },
+        "held": None if look.hold is None else look.hold.decode(errors="replace"),
+        "followers": followers,
+    }
+    settings.answer(found, lambda: _show(found))
+    if head is None:
+        return NOT_SERVING
+    return 0 if all(map(partial(_is_well, head.line), followers)) else 1
+
+
+def _is_well(line: int, follower: dict[str, Any]) -> bool:
+    age = follower["age_ms"]
+    return follower["line"] == line and not follower["lost"] and age is not None and age < 1000 * _STALE
+
+
+def _show(found: dict[str, Any]) -> None:
+    head = found["head"]
+    if head is None:
+        output.facts([("published", "nothing")])
+        return
+    snapshot = head["snapshot"]
+    output.facts(
+        [
+            ("published", f"change {head['seq']} of line {head['line']}, by term {head['term']}"),
+            ("store", head["store_id"]),
+            ("snapshot", snapshot and f"of change {snapshot['seq']}, {snapshot['rows']} rows"),
+            ("held", found["held"] or "no"),
+        ]
+    )
+    rows = (
+        (
+            each["who"],
+            each["pid"],
+            "this line" if each["line"] == head["line"] else f"line {each['line']}",
+            each["seq"],
+            "lost" if each["lost"] else _age(each["age_ms"]),
+            each["rows"],
+            each["digest"],
+        )
+        for each in found["followers"]
+    )
+    output.records(["follower", "pid", "in", "change", "age", "rows", "digest"], rows)
+
+
+def _age(ms: int | None) -> str:
+    return "unknown" if ms is None else output.span(ms / 1000)
+
+
+@fleet.command(cls=Command, short_help="Have the publisher hold.")
+@click.argument("why", metavar="[WHY]", required=False, default="")
+@_engine_option("--at")
+@password_option
+@click.pass_obj
+def hold(settings: Settings, *, why: str, url: str, password_file: Path | None) -> None:
+    """Have the publisher hold: followers keep what they have, and their age says so.
+
+    It heeds that with its next beat. Without a reason, it says when and from where.
+
+    For example:
+      shmelim fleet hold "the sync of 14:00 looks wrong"
+    """
+    text = why or f"held on {socket.gethostname()} at {utc_text(now_ms())} UTC"
+    _engine(url, settings.name, password_file).hold(text.encode())
+    settings.answer({"held": text}, printable(f"held: {text}"))
+
+
+@fleet.command(cls=Command, short_help="Let the publisher go on.")
+@_engine_option("--at")
+@password_option
+@click.pass_obj
+def release(settings: Settings, *, url: str, password_file: Path | None) -> None:
+    """Let the publisher go on.
+
+    For example:
+      shmelim fleet release
+    """
+    _engine(url, settings.name, password_file).hold(None)
+    settings.answer({"held": None}, "released")
+
+
+def _engine(url: str, name: str, password_file: Path | None) -> RedisEngine:
+    try:
+        from shmelim.fleet.redis_engine import RedisEngine
+    except ImportError as error:
+        raise ShmelimError(f"{error.name} is missing", hint="pip install 'shmelim[fleet]'") from None
+    try:
+        return RedisEngine(url, name, password_file=password_file)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _stopping() -> threading.Event:
+    """Return what SIGTERM and Ctrl-C set: an orderly end."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _teller(
+    settings: Settings, *, ready_at: str, also: Callable[[], object] = lambda: None
+) -> Callable[..., object]:
+    """Return what says events: a line each, on stderr, or as JSON on stdout; the first good one is readiness."""
+
+    def say(event: str, **about: Any) -> None:
+        if event == ready_at:
+            also()
+            notify_supervisor("READY=1")
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        if settings.as_json:
+            click.echo(json.dumps({"time": time, "event": event, **about}))
+            return
+        text = ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)
+        click.echo(printable(f"{time} {event}{': ' if text else ''}{text}"), err=True)
+
+    return say

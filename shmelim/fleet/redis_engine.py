@@ -1,0 +1,239 @@
+"""Redis (or Valkey), from protocol 7 on, as an engine: a stream, a head, hashes of chunks, reports that expire.
+
+All keys of a name begin with ``shmelim:{NAME}:``, so that an ACL can name them, and a cluster keeps them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, cast
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from shmelim.fleet.engine import Engine, EngineError, Id, Look
+from shmelim.system.text import printable
+
+DEADLINE: Final = 2.5
+"""Seconds within which the engine has to answer, besides what was asked to be waited for."""
+_OLDEST: Final = (7, 0)
+_FIELD: Final = b"m"
+
+# The head is compared, the entry appended (a stream refuses an id that is not above all others), and only then
+# replaced: where appending fails, nothing has happened. KEYS head, log, snapshots; ARGV whether one is expected
+# and which, the new one, id, entry, whether snapshots are dropped, the prefix of chunks, those that are kept.
+_COMMIT: Final = """
+local head = redis.call('GET', KEYS[1])
+if ARGV[1] == '0' and head or ARGV[1] == '1' and head ~= ARGV[2] then return 0 end
+redis.call('XADD', KEYS[2], ARGV[4], 'm', ARGV[5])
+redis.call('SET', KEYS[1], ARGV[3])
+if ARGV[6] == '1' then
+  local kept = {}
+  for i = 8, #ARGV do kept[ARGV[i]] = true end
+  for _, name in ipairs(redis.call('SMEMBERS', KEYS[3])) do
+    if not kept[name] then
+      redis.call('DEL', ARGV[7] .. name)
+      redis.call('SREM', KEYS[3], name)
+    end
+  end
+end
+return 1
+"""
+# KEYS reports; ARGV the prefix of each. Names whose report has expired are dropped.
+_REPORTS: Final = """
+local found = {}
+for _, who in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+  local report = redis.call('GET', ARGV[1] .. who)
+  if report then
+    found[#found + 1] = who
+    found[#found + 1] = report
+  else
+    redis.call('SREM', KEYS[1], who)
+  end
+end
+return found
+"""
+
+_HINTS: Final = (
+    ("maxmemory", "the engine is full: give it more maxmemory, or free some; with maxmemory-policy noeviction"),
+    ("Authentication required", "name a user in the address, and the file with its password by --password-file"),
+    ("WRONGPASS", "the password in --password-file is not that user's"),
+    ("invalid username-password", "the password in --password-file is not that user's"),
+    ("NOPERM", "give this user the commands and keys that docs/fleet.md lists"),
+    ("READONLY", "this is a replica: name the primary"),
+    ("MISCONF", "the engine cannot save to its disk: see its log"),
+    ("LOADING", "the engine is starting"),
+    ("unknown command", "the engine is older than Redis 7.0"),
+)
+
+
+class RedisEngine(Engine):
+    """One name in a Redis server, over one connection at a time, which is made anew after an error.
+
+    Parameters
+    ----------
+    url
+        ``redis://``, ``rediss://`` (TLS) or ``unix://``, with a user where there is one and no password.
+    name
+        The name that is published.
+    password_file
+        A file whose first line is the password; read at each new engine, and never shown.
+    deadline
+        Seconds within which the engine has to answer.
+
+    Raises
+    ------
+    ValueError
+        The address is none, or has a password in it.
+    OSError
+        The file cannot be read.
+
+    """
+
+    def __init__(
+        self, url: str, name: str, *, password_file: Path | None = None, deadline: float = DEADLINE
+    ) -> None:
+        self.place = place_of(url)
+        password = None if password_file is None else password_file.read_text().split("\n", 1)[0].strip()
+        self._prefix = f"shmelim:{{{name}}}:"
+        self._redis = redis.Redis.from_url(
+            url,
+            password=password,
+            socket_timeout=deadline,
+            socket_connect_timeout=deadline,
+            # What was asked may have happened: the caller knows what that means, a blind repetition does not.
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            max_connections=2,
+        )
+        self._commit = self._redis.register_script(_COMMIT)
+        self._reports = self._redis.register_script(_REPORTS)
+        self._checked = False
+
+    def _key(self, what: str) -> str:
+        return self._prefix + what
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            if not self._checked:
+                self._check()
+            yield
+        except (redis.RedisError, OSError) as error:
+            text = printable(str(error)) or type(error).__name__
+            hint = next((hint for word, hint in _HINTS if word in text), f"is the engine at {self.place} running?")
+            raise EngineError(f"the engine at {self.place}: {text}", hint=hint) from None
+
+    def _check(self) -> None:
+        """Make sure that it is new enough, where it says."""
+        try:
+            about = self._redis.info("server")
+        except redis.exceptions.NoPermissionError:
+            self._checked = True
+            return
+        version = str(about.get("redis_version", ""))
+        found = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+        if found < _OLDEST:
+            raise EngineError(
+                f"the engine at {self.place} is Redis {version}", hint="Redis 7.0 or later, or Valkey, is needed"
+            )
+        self._checked = True
+
+    def look(self, after: Id | None = None, limit: int = 0, wait: float = 0.0) -> Look:  # noqa: D102
+        with self._asking(), self._redis.pipeline(transaction=False) as asked:
+            asked.time()
+            asked.get(self._key("head"))
+            asked.get(self._key("hold"))
+            asked.xrange(self._key("log"), count=1)
+            if after is not None:
+                block = max(1, int(wait * 1000)) if wait > 0 else None
+                asked.xread({self._key("log"): _text(after)}, count=limit, block=block)
+            (seconds, micros), head, hold, first, *read = asked.execute()
+            found = dict(read[0] or ()) if read else {}
+            entries = [
+                (_id(number), fields.get(_FIELD, b""))
+                for number, fields in found.get(self._key("log").encode(), ())
+            ]
+            return Look(seconds * 1000 + micros // 1000, head, hold, _id(first[0][0]) if first else None, entries)
+
+    def commit(  # noqa: D102
+        self, expected: bytes | None, head: bytes, entry: tuple[Id, bytes], keep: Collection[str] | None = None
+    ) -> bool:
+        number, message = entry
+        arguments: list[Any] = [int(expected is not None), expected or b"", head, _text(number), message]
+        arguments += [int(keep is not None), self._key("chunks:"), *(keep or ())]
+        with self._asking():
+            return bool(
+                self._commit(keys=[self._key(each) for each in ("head", "log", "snapshots")], args=arguments)
+            )
+
+    def trim(self, before: Id) -> None:  # noqa: D102
+        with self._asking():
+            self._redis.xtrim(self._key("log"), minid=_text(before), approximate=False)
+
+    def put(self, snapshot: str, number: int, chunk: bytes) -> None:  # noqa: D102
+        with self._asking(), self._redis.pipeline(transaction=True) as asked:
+            asked.sadd(self._key("snapshots"), snapshot)
+            asked.hset(self._key(f"chunks:{snapshot}"), str(number), chunk)
+            asked.execute()
+
+    def fetch(self, snapshot: str, number: int) -> bytes | None:  # noqa: D102
+        with self._asking():
+            return cast("bytes | None", self._redis.hget(self._key(f"chunks:{snapshot}"), str(number)))
+
+    def chunks(self, snapshot: str) -> int:  # noqa: D102
+        with self._asking():
+            return self._redis.hlen(self._key(f"chunks:{snapshot}"))
+
+    def hold(self, why: bytes | None) -> None:  # noqa: D102
+        with self._asking():
+            if why is None:
+                self._redis.delete(self._key("hold"))
+            else:
+                self._redis.set(self._key("hold"), why)
+
+    def report(self, who: str, report: bytes | None, ttl: float) -> None:  # noqa: D102
+        with self._asking(), self._redis.pipeline(transaction=True) as asked:
+            if report is None:
+                asked.srem(self._key("reports"), who)
+                asked.delete(self._key(f"report:{who}"))
+            else:
+                asked.sadd(self._key("reports"), who)
+                asked.set(self._key(f"report:{who}"), report, px=int(ttl * 1000))
+            asked.execute()
+
+    def reports(self) -> Mapping[str, bytes]:  # noqa: D102
+        with self._asking():
+            found = self._reports(keys=[self._key("reports")], args=[self._key("report:")])
+            names = [who.decode(errors="replace") for who in found[::2]]
+            return dict(zip(names, found[1::2], strict=True))
+
+    def close(self) -> None:  # noqa: D102
+        self._redis.close()
+
+
+def place_of(url: str) -> str:
+    """Return an address as it may be shown; ValueError where it is none, or has a password in it."""
+    parts = urlsplit(url)
+    if parts.scheme not in {"redis", "rediss", "unix"}:
+        raise ValueError(
+            f"{parts.scheme or url!r}: an engine's address begins with redis://, rediss:// or unix://"
+        )
+    if parts.password is not None:
+        raise ValueError(
+            "the address has a password in it, which others can see: name its file by --password-file"
+        )
+    return url
+
+
+def _text(number: Id) -> str:
+    return f"{number.term}-{number.number}"
+
+
+def _id(text: bytes) -> Id:
+    term, _, number = text.partition(b"-")
+    return Id(int(term), int(number))

@@ -1,0 +1,101 @@
+"""The loops of a publisher and of a follower: turn after turn, pauses after errors, and what is said of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+from shmelim.errors import FencedError, SegmentError, ShmelimError, StoreError
+from shmelim.fleet.engine import EngineError
+from shmelim.fleet.follower import Follower
+from shmelim.fleet.local import LocalTable
+from shmelim.fleet.publisher import Publisher
+from shmelim.fleet.publishing import Note
+
+Say = Callable[..., object]
+"""``say(event, **about)``: told when something has become another, never for each change."""
+
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 2.0
+_WAITING: Final = 0.5
+
+
+class _Telling:
+    """Says what is another than it was."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._last: dict[str, Any] = {}
+
+    def tell(self, event: str, about: dict[str, Any] | None) -> None:
+        """Say that something is so now; None: that it is over, if it was said."""
+        last = self._last.get(event)
+        if about == last:
+            return
+        self._last[event] = about
+        if about is not None:
+            self._say(event, **about)
+        elif last is not None:
+            self._say(f"{event}_over")
+
+
+def run_publisher(
+    publisher: Publisher, changed: Callable[[float], object], stop: threading.Event, say: Say, note: Note
+) -> None:
+    """Publish until ``stop`` is set; ``changed`` waits so many seconds at most for the next change.
+
+    ``note`` is kept up to date, and removed at an orderly end.
+    Errors that pass are said, and tried again with growing pauses: back-pressure never reaches the writer.
+    FencedError, OtherStoreError and FleetDataError come out.
+    """
+    telling, pause = _Telling(say), _FIRST_PAUSE
+    while not stop.is_set():
+        try:
+            publisher.turn()
+        except FencedError:
+            note.remove()
+            raise
+        except (EngineError, StoreError) as error:
+            telling.tell("error", _of(error))
+            note.write(**_of(error), behind=publisher.behind)
+            stop.wait(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            continue
+        pause = _FIRST_PAUSE
+        telling.tell("error", None)
+        head = publisher.head
+        telling.tell("leading", None if head is None else {"term": head.term, "line": head.line})
+        telling.tell("held", None if publisher.held is None else {"why": publisher.held})
+        where = {} if head is None else {"term": head.term, "line": head.line, "seq": head.seq}
+        note.write(**where, behind=publisher.behind, held=publisher.held)
+        changed(_WAITING)
+    note.remove()
+
+
+def run_follower(follower: Follower, table: LocalTable, stop: threading.Event, say: Say) -> None:
+    """Follow until ``stop`` is set; errors are said, and tried again: the table serves on, and its age grows."""
+    telling, pause = _Telling(say), _FIRST_PAUSE
+    while not stop.is_set():
+        try:
+            follower.turn(_WAITING)
+            table.keep()
+        except (EngineError, SegmentError) as error:
+            telling.tell("error", _of(error))
+            stop.wait(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            continue
+        pause = _FIRST_PAUSE
+        telling.tell("error", None)
+        applied = table.applied
+        telling.tell("following", None if applied is None else {"line": applied.line})
+        telling.tell("held", None if follower.held is None else {"why": follower.held})
+        for problem in ("lost", "engine_data"):
+            text = follower.problems.get(problem)
+            telling.tell(problem, None if text is None else {"error": text})
+        if applied is None:
+            stop.wait(_FIRST_PAUSE)  # the log is not empty, and nothing of it counts before there is a snapshot
+
+
+def _of(error: ShmelimError) -> dict[str, Any]:
+    return {"error": error.message, "hint": error.hint}

@@ -1,0 +1,673 @@
+"""A real engine, real processes, and what may go wrong with them: all become equal again, nothing else suffers.
+
+How long it took is printed (``pytest -s``), and judged by nobody.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from engines import PROGRAM, RealEngine
+from serving import Served, row
+from waiting import until
+
+from bench.fleet import Delay
+from shmelim import EliminationReader
+from shmelim.errors import NotServingError
+from shmelim.fleet.engine import EngineError, Id
+from shmelim.fleet.redis_engine import RedisEngine, place_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.skipif(
+    PROGRAM is None, reason="redis-server is not installed (apt-get install redis-server)"
+)
+
+
+_stamps = itertools.count(1)
+
+
+class Process:
+    """A command that runs, and what it says."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        command = [sys.executable, "-m", "shmelim", *arguments, "--json"]
+        self._process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
+        )
+        self.lines: list[dict[str, Any]] = []
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self.lines.append(json.loads(line))
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [each for each in self.lines if "event" in each]
+
+    def said(self, event: str) -> list[dict[str, Any]]:
+        return [each for each in self.events if each["event"] == event]
+
+    def has_said(self, event: str, times: int = 1) -> None:
+        def enough() -> bool:
+            assert self._process.poll() is None or len(self.said(event)) >= times, self._process.stderr.read()
+            return len(self.said(event)) >= times
+
+        until(enough, f"{event}, said {times} times")
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        return self._end(signal.SIGTERM)
+
+    def wait(self) -> tuple[int, str]:
+        code = self._process.wait(60)
+        self._thread.join()
+        return code, self._process.stderr.read()
+
+    def _end(self, number: int) -> int:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+        code = self._process.wait(60)
+        self._thread.join()
+        self._process.stdout.close()
+        self._process.stderr.close()
+        return code
+
+
+class Fleet:
+    """A server, an engine, a publisher, and followers into tables of other names."""
+
+    def __init__(self, served: Served, engine: RealEngine, stack: contextlib.ExitStack) -> None:
+        self.served, self.engine = served, engine
+        self._stack = stack
+
+    def publish(self, *options: str) -> Process:
+        directory = str(self.served.state_dir)
+        arguments = [
+            "--to",
+            self.engine.url,
+            "--name",
+            self.served.name,
+            "--state-dir",
+            directory,
+            "--beat",
+            "0.1",
+        ]
+        return self._started("publish", *arguments, *options)
+
+    def follow(self, name: str, *options: str) -> Process:
+        return self._started(
+            "follow", "--from", self.engine.url, "--name", self.served.name, "--as", name, *options
+        )
+
+    def _started(self, *arguments: str) -> Process:
+        process = Process(*arguments, SHMELIM_RUNTIME_DIR=str(self.served.runtime))
+        self._stack.callback(process.kill)
+        return process
+
+    def is_equal(self, name: str) -> bool:
+        try:
+            theirs = EliminationReader(name).snapshot()
+        except NotServingError:
+            return False
+        return theirs[1:] == self.served.reader().snapshot()[1:]
+
+    def becomes_equal(self, name: str, after: str = "") -> None:
+        began = time.perf_counter()
+        until(lambda: self.is_equal(name), f"{name} equal")
+        if after:
+            print(f"{after}: equal after {time.perf_counter() - began:.2f} s")
+
+    def line(self, name: str) -> int:
+        return until(lambda: EliminationReader(name).position, "a position").line
+
+
+@pytest.fixture
+def fleet(serve) -> Iterator[Fleet]:
+    with contextlib.ExitStack() as stack:
+        served = serve(files="off", sync_guard="off")
+        served.client().sync_eliminations([row(f"h{n}") for n in range(100)])
+        yield Fleet(served, stack.enter_context(RealEngine()), stack)
+
+
+@pytest.fixture
+def name(new_name) -> str:
+    return new_name()
+
+
+def change(fleet: Fleet) -> None:
+    hotkey = f"new{next(_stamps)}"
+    fleet.served.client().add_elimination(hotkey, row(hotkey))
+
+
+def test_what_is_acknowledged_is_visible_on_the_follower_and_nothing_else(fleet, name):
+    publisher, follower = fleet.publish(), fleet.follow(name)
+    follower.has_said("following")
+    fleet.becomes_equal(name)
+    client, reader = fleet.served.client(), EliminationReader(name)
+    late = []
+    for number in range(50):
+        hotkey = f"late{number}"
+        client.add_elimination(hotkey, row(hotkey))
+        began = time.perf_counter()
+        until(lambda hotkey=hotkey: reader.is_hotkey_eliminated(hotkey))
+        late.append(time.perf_counter() - began)
+    late.sort()
+    print(f"acknowledged to visible: p50 {late[25] * 1e3:.1f} ms, worst {late[-1] * 1e3:.1f} ms")
+    assert reader.get_elimination("late7") == row("late7")
+    until(lambda: 0 < (reader.staleness or 0) < 5)
+    assert reader.source == f"{fleet.engine.url} {fleet.served.name}"
+    assert publisher.stop() == follower.stop() == 0
+    assert publisher.said("error") == follower.said("error") == []
+
+
+class TestKilled:
+    def test_a_follower(self, fleet, name):
+        fleet.publish()
+        follower = fleet.follow(name)
+        follower.has_said("following")
+        fleet.becomes_equal(name)
+        line, root = fleet.line(name), EliminationReader(name)._table._view.root.identity
+        follower.kill()
+        change(fleet)
+        fleet.follow(name)
+        fleet.becomes_equal(name, "follower killed")
+        assert fleet.line(name) == line
+        assert EliminationReader(name)._table._view.root.identity == root
+
+    def test_a_publisher(self, fleet, name):
+        publisher = fleet.publish()
+        follower = fleet.follow(name)
+        follower.has_said("following")
+        line = fleet.line(name)
+        publisher.kill()
+        change(fleet)
+        fleet.publish()
+        fleet.becomes_equal(name, "publisher killed")
+        assert fleet.line(name) == line  # it went on from what the head says
+
+    def test_the_engine(self, fleet, name):
+        publisher, follower = fleet.publish(), fleet.follow(name)
+        follower.has_said("following")
+        fleet.engine.kill()
+        began = time.perf_counter()
+        for _ in range(20):
+            change(fleet)  # which asks nobody there
+        print(f"20 changes with a dead engine: {time.perf_counter() - began:.3f} s")
+        publisher.has_said("error")
+        follower.has_said("error")
+        assert fleet.engine.url.removeprefix("unix://") in publisher.said("error")[0]["error"]
+        assert EliminationReader(name).is_hotkey_eliminated("h1")
+        fleet.engine.start()
+        fleet.becomes_equal(name, "engine killed, and empty")
+        publisher.has_said("error_over")
+
+    def test_the_server(self, fleet, name):
+        fleet.publish()
+        follower = fleet.follow(name)
+        follower.has_said("following")
+        fleet.served.kill()
+        served = fleet.served = Served(
+            fleet.served.name, fleet.served.state_dir, runtime_base=fleet.served.runtime, files="off"
+        )
+        with served:
+            change(fleet)
+            fleet.becomes_equal(name, "server killed")
+
+
+class TestTheEngineLoses:
+    def test_everything(self, fleet, name):
+        fleet.publish()
+        fleet.follow(name).has_said("following")
+        line = fleet.line(name)
+        fleet.engine.client().flushall()
+        change(fleet)
+        fleet.becomes_equal(name, "flushed")
+        until(lambda: fleet.line(name) > line, "a higher line")
+
+    def test_the_log(self, fleet, name):
+        fleet.publish()
+        follower = fleet.follow(name)
+        follower.has_said("following")
+        fleet.becomes_equal(name)
+        follower.kill()
+        for _ in range(5):
+            change(fleet)
+        log = f"shmelim:{{{fleet.served.name}}}:log"
+        # Its snapshot is older than what is trimmed.
+        until(lambda: fleet.engine.client().xlen(log) > 5)
+        fleet.engine.client().xtrim(log, maxlen=0, approximate=False)
+        fleet.follow(name)
+        fleet.becomes_equal(name, "log trimmed away")
+
+    def test_its_tail(self, fleet, name):
+        fleet.publish()
+        fleet.follow(name).has_said("following")
+        fleet.becomes_equal(name)
+        keys = fleet.engine.client().keys("*")
+        kept = {key: fleet.engine.client().dump(key) for key in keys}
+        for _ in range(5):
+            change(fleet)
+        fleet.becomes_equal(name)
+        with fleet.engine.client().pipeline() as asked:  # back to what it was, in one step
+            asked.flushall()
+            for key, value in kept.items():
+                asked.restore(key, 0, value)
+            asked.execute()
+        change(fleet)
+        fleet.becomes_equal(name, "engine rolled back")
+
+
+def test_a_second_publisher_takes_over_and_the_first_one_ends(fleet, name):
+    first = fleet.publish()
+    first.has_said("leading")
+    fleet.follow(name).has_said("following")
+    line = fleet.line(name)
+    second = fleet.publish()
+    second.has_said("leading")
+    code, told = first.wait()
+    assert code == 4
+    assert "another publisher has taken over" in told
+    change(fleet)
+    fleet.becomes_equal(name, "second publisher")
+    assert fleet.line(name) == line
+
+
+def test_a_store_that_was_restored_begins_a_new_line(fleet, name, tmp_path):
+    fleet.publish()
+    fleet.follow(name).has_said("following")
+    shmelim = [sys.executable, "-m", "shmelim"]
+    at = ["--name", fleet.served.name]
+    environment = os.environ | {"SHMELIM_RUNTIME_DIR": str(fleet.served.runtime)}
+    subprocess.run([*shmelim, "backup", str(tmp_path / "backup"), *at], check=True, env=environment, stdout=-3)
+    for _ in range(3):
+        change(fleet)
+    fleet.becomes_equal(name)
+    line = fleet.line(name)
+    fleet.served.stop()
+    subprocess.run(
+        [*shmelim, "restore", str(tmp_path / "backup"), *at, "--state-dir", str(fleet.served.state_dir), "--yes"],
+        check=True,
+        env=environment,
+        stdout=-3,
+    )
+    served = fleet.served = Served(
+        fleet.served.name,
+        fleet.served.state_dir,
+        runtime_base=fleet.served.runtime,
+        files="off",
+        replace_published=True,
+    )
+    with served:
+        for _ in range(3):
+            change(fleet)
+        fleet.becomes_equal(name, "store restored")
+        until(lambda: fleet.line(name) > line)
+
+
+def test_a_large_sync_comes_in_parts_and_at_once(fleet, name):
+    fleet.publish()
+    fleet.follow(name).has_said("following")
+    fleet.becomes_equal(name)
+    reader, counts, stop = EliminationReader(name), set(), threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            counts.add(len(reader))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    fleet.served.client().sync_eliminations([row(f"big{n}", pad=500) for n in range(5000)])
+    fleet.becomes_equal(name, "sync of 5,000")
+    stop.set()
+    watching.join()
+    assert counts == {100, 5000}
+
+
+class TestHold:
+    def test_followers_keep_what_they_have(self, fleet, name):
+        publisher, follower = fleet.publish(), fleet.follow(name)
+        follower.has_said("following")
+        fleet.becomes_equal(name)
+        engine, reader = RedisEngine(fleet.engine.url, fleet.served.name), EliminationReader(name)
+        until(lambda: reader.as_of)
+        engine.hold(b"look first")
+        publisher.has_said("held")
+        change(fleet)
+        as_of = reader.as_of
+        # Beats come, and say that something newer is there.
+        before = engine.look().head
+        until(lambda: engine.look().head != before)
+        assert not fleet.is_equal(name)
+        engine.hold(None)
+        fleet.becomes_equal(name)
+        until(lambda: reader.as_of > as_of)
+        publisher.has_said("held_over")
+        engine.close()
+
+    def test_what_the_guard_noticed_waits_for_somebody(self, fleet, name):
+        fleet.served.stop()
+        options = {"runtime_base": fleet.served.runtime, "files": "off"}
+        served = fleet.served = Served(fleet.served.name, fleet.served.state_dir, **options)
+        with served:
+            publisher = fleet.publish("--hold-guarded")
+            fleet.follow(name).has_said("following")
+            fleet.becomes_equal(name)
+            served.client().sync_eliminations([row(f"h{n}") for n in range(10)])
+            publisher.has_said("held")
+            assert len(EliminationReader(name)) == 100
+            served.client().acknowledge()
+            fleet.becomes_equal(name)
+
+
+class TestAnEngineThatIsNotWell:
+    def test_a_full_one(self, fleet, name):
+        publisher = fleet.publish()
+        fleet.follow(name).has_said("following")
+        client = fleet.engine.client()
+        client.config_set("maxmemory", "1mb")
+        change(fleet)
+        publisher.has_said("error")
+        assert "maxmemory" in publisher.said("error")[0]["error"]
+        assert "maxmemory" in publisher.said("error")[0]["hint"]
+        client.config_set("maxmemory", "0")
+        fleet.becomes_equal(name, "engine full")
+
+    def test_a_hanging_one(self, fleet, name):
+        publisher = fleet.publish()
+        fleet.follow(name).has_said("following")
+        fleet.engine.pause()
+        began = time.perf_counter()
+        for _ in range(20):
+            change(fleet)
+        print(f"20 changes with a hanging engine: {time.perf_counter() - began:.3f} s")
+        publisher.has_said("error")
+        fleet.engine.go_on()
+        fleet.becomes_equal(name, "engine hung")
+
+    def test_a_wrong_password_and_the_right_one(self, serve, name, tmp_path):
+        served = serve(files="off")
+        with contextlib.ExitStack() as stack:
+            engine = stack.enter_context(RealEngine("--requirepass", "secret-of-ours"))
+            fleet = Fleet(served, engine, stack)
+            wrong, right = tmp_path / "wrong", tmp_path / "right"
+            wrong.write_text("not-that\n")
+            right.write_text("secret-of-ours\n")
+            publisher = fleet.publish("--password-file", str(wrong))
+            publisher.has_said("error")
+            assert "password" in publisher.said("error")[0]["hint"]
+            assert "not-that" not in json.dumps(publisher.events)
+            fleet.publish("--password-file", str(right)).has_said("leading")
+            none = fleet.follow(name)
+            none.has_said("error")
+            assert "--password-file" in none.said("error")[0]["hint"]
+            none.kill()
+            fleet.follow(name, "--password-file", str(right)).has_said("following")
+            fleet.becomes_equal(name)
+
+    def test_an_older_one(self, tmp_path):
+        with answering(tmp_path, b"redis_version:6.2.14") as url, pytest.raises(EngineError) as caught:
+            RedisEngine(url, "any").look()
+        assert "6.2.14" in str(caught.value)
+        assert "7.0" in str(caught.value)
+
+    def test_one_that_speaks_something_else(self, tmp_path):
+        with answering(tmp_path, b"220 mail.example ESMTP\r\n", raw=True) as url, pytest.raises(EngineError):
+            RedisEngine(url, "any", deadline=0.5).look()
+
+
+@contextlib.contextmanager
+def answering(directory: Path, answer: bytes, *, raw: bool = False) -> Iterator[str]:
+    """Something that answers every request in the same way."""
+    path = f"{directory}/e"[:100]
+    os.chdir(directory)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("e")
+        listening.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    threading.Thread(target=talk, args=(connection,), daemon=True).start()
+
+        def talk(connection: socket.socket) -> None:
+            with connection, contextlib.suppress(OSError):
+                while connection.recv(65536):
+                    connection.sendall(answer if raw else b"$%d\r\n%s\r\n" % (len(answer), answer))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield "unix://e" if len(path) > 90 else f"unix://{path}"
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+class TestProtocol:
+    """The real engine does what the one in memory does."""
+
+    @pytest.fixture
+    def engine(self) -> Iterator[RedisEngine]:
+        with RealEngine() as real:
+            engine = RedisEngine(real.url, "name")
+            yield engine
+            engine.close()
+
+    def test_a_head_is_replaced_only_where_it_is_what_was_expected(self, engine):
+        assert engine.commit(None, b"one", (Id(1, 0), b"a"))
+        assert not engine.commit(None, b"two", (Id(1, 1), b"b"))
+        assert not engine.commit(b"other", b"two", (Id(1, 1), b"b"))
+        assert engine.commit(b"one", b"two", (Id(1, 1), b"\0\xff\r\n"))
+        look = engine.look(Id(0, 0), 10)
+        assert (look.head, look.first, look.hold) == (b"two", Id(1, 0), None)
+        assert look.entries == [(Id(1, 0), b"a"), (Id(1, 1), b"\0\xff\r\n")]
+        assert abs(look.time - time.time() * 1000) < 60_000
+
+    def test_an_id_that_is_not_higher_is_refused_and_changes_nothing(self, engine):
+        assert engine.commit(None, b"one", (Id(2, 0), b"a"))
+        with pytest.raises(EngineError):
+            engine.commit(b"one", b"two", (Id(1, 9), b"b"))
+        assert engine.look().head == b"one"
+
+    def test_snapshots_are_dropped_with_the_head_that_names_others(self, engine):
+        for snapshot in ("a", "b", "c"):
+            engine.put(snapshot, 0, snapshot.encode())
+        assert (engine.fetch("a", 0), engine.fetch("a", 1), engine.chunks("a"), engine.chunks("z")) == (
+            b"a",
+            None,
+            1,
+            0,
+        )
+        assert engine.commit(None, b"one", (Id(1, 0), b""), ("b", "c"))
+        assert [engine.fetch(each, 0) for each in "abc"] == [None, b"b", b"c"]
+        assert not engine.commit(None, b"two", (Id(1, 1), b""), ())
+        assert engine.fetch("b", 0) == b"b"
+
+    def test_waiting_ends_with_the_first_entry_or_in_time(self, engine):
+        engine.commit(None, b"one", (Id(1, 0), b"a"))
+        assert engine.look(Id(1, 0), 10, 0.05).entries == []
+        later = threading.Timer(0.05, engine.commit, (b"one", b"two", (Id(1, 1), b"b")))
+        later.start()
+        assert engine.look(Id(1, 0), 10, 2.0).entries == [(Id(1, 1), b"b")]
+        later.join()
+
+    def test_trimming_keeps_the_entry_that_is_named(self, engine):
+        head = None
+        for number in range(5):
+            engine.commit(head, b"%d" % number, (Id(1, number), b""))
+            head = b"%d" % number
+        engine.trim(Id(1, 3))
+        assert engine.look().first == Id(1, 3)
+
+    def test_reports_are_forgotten_in_time(self, engine):
+        engine.report("a", b"1", 60)
+        engine.report("b", b"2", 0.05)
+        until(lambda: engine.reports() == {"a": b"1"})
+        engine.report("a", None, 0)
+        assert engine.reports() == {}
+        engine.hold(b"why")
+        assert engine.look().hold == b"why"
+        engine.hold(None)
+        assert engine.look().hold is None
+
+
+@pytest.mark.parametrize("url", ["http://example", "redis://user:word@example", "", "engine"])
+def test_addresses_that_are_none_or_tell_a_password_are_refused(url):
+    with pytest.raises(ValueError, match="address") as caught:
+        place_of(url)
+    assert "word" not in str(caught.value).replace("password", "")
+
+
+def shown(fleet: Fleet, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """What a command says, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-m", "shmelim", *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"SHMELIM_RUNTIME_DIR": str(fleet.served.runtime)},
+    )
+    return done.returncode, json.loads(done.stdout or done.stderr)
+
+
+def test_both_ends_are_seen_on_their_hosts(fleet, name):
+    publisher, follower = fleet.publish(), fleet.follow(name)
+    follower.has_said("following")
+    until(lambda: EliminationReader(name).staleness)
+    code, status = shown(fleet, "status", "--name", fleet.served.name)
+    assert code == 0
+    assert status["publishing"]["engine"] == fleet.engine.url
+    assert status["follows"] is None
+    code, status = shown(fleet, "status", "--name", name)
+    assert code == 0
+    assert status["follows"]["source"] == f"{fleet.engine.url} {fleet.served.name}"
+    assert status["publishing"] is None
+    assert shown(fleet, "health", "--name", name)[1]["status"] == "ok"
+    code, answer = shown(fleet, "add", "x", "--reason", "ZOMBIE", "--name", name)
+    assert code == 3
+    assert fleet.engine.url in answer["error"]
+    code, answer = shown(fleet, "fleet", "status", "--at", fleet.engine.url, "--name", fleet.served.name)
+    assert code == 0
+    assert [each["rows"] for each in answer["followers"]] == [100]
+    fleet.engine.kill()
+    publisher.has_said("error")
+    until(lambda: shown(fleet, "health", "--name", fleet.served.name)[0] == 1)
+    problems = shown(fleet, "health", "--name", fleet.served.name)[1]["problems"]
+    assert [each["name"] for each in problems] == ["publisher_error"]
+    assert follower.stop() == 0
+    assert shown(fleet, "health", "--name", name)[0] == 3
+
+
+def test_a_follower_is_watched(fleet, name):
+    fleet.publish()
+    fleet.follow(name).has_said("following")
+    fleet.becomes_equal(name)
+    watching = Process("watch", "--name", name, "--count", "2")
+    client, stop = fleet.served.client(), threading.Event()
+
+    def change_on() -> None:  # until it watches
+        while not stop.is_set():
+            client.add_elimination("watched", row("watched", next(_stamps)))
+
+    changing = threading.Thread(target=change_on)
+    changing.start()
+    code, _ = watching.wait()
+    stop.set()
+    changing.join()
+    assert code == 0
+    assert [each["hotkey"] for each in watching.lines] == ["watched", "watched"]
+    assert watching.lines[1]["action"] == "update"
+
+
+def test_no_age_is_younger_than_the_truth(fleet, name):
+    """Held against the clock that all processes of this machine share, while the engine is killed and flushed."""
+    fleet.publish()
+    fleet.follow(name).has_said("following")
+    fleet.becomes_equal(name)
+    client, reader = fleet.served.client(), EliminationReader(name)
+    acknowledged: list[float] = []
+    stop = threading.Event()
+
+    def change_on() -> None:
+        for number in itertools.count():
+            if stop.is_set():
+                return
+            hotkey = f"timed{number}"
+            client.add_elimination(hotkey, row(hotkey))
+            acknowledged.append(time.clock_gettime(time.CLOCK_BOOTTIME))
+
+    changing = threading.Thread(target=change_on)
+    changing.start()
+    looks, young = 0, 0
+    for fault in (None, fleet.engine.client().flushall, fleet.engine.kill, None):
+        if fault is not None:
+            fault()
+        if fleet.engine.process is None:
+            fleet.engine.start()
+        ends = looks + 300
+        while looks < ends:
+            age, now = reader.staleness, time.clock_gettime(time.CLOCK_BOOTTIME)
+            # What was acknowledged before the moment that it claims must be there; the claim was read first.
+            here = len(reader)
+            if age is not None:
+                due = bisect.bisect_left(acknowledged, now - age)
+                assert here >= 100 + due, f"an age of {age:.3f} s, and {100 + due - here} changes are missing"
+                young += age < 1
+            looks += 1
+            time.sleep(0.005)  # between two looks, which wait for nothing
+    stop.set()
+    changing.join()
+    assert young > 100
+    fleet.becomes_equal(name)
+
+
+def test_a_slow_engine_slows_no_change_down(fleet, name):
+    slow = fleet.engine.directory / "slow"
+    Delay(slow, fleet.engine.socket, 0.1)  # each way
+    fleet.engine.url = f"unix://{slow}"
+    publisher = fleet.publish()
+    fleet.follow(name).has_said("following")
+    began = time.perf_counter()
+    for _ in range(20):
+        change(fleet)
+    print(f"20 changes with an engine that takes 200 ms: {time.perf_counter() - began:.3f} s")
+    fleet.becomes_equal(name, "slow engine")
+    assert publisher.said("error") == []
+
+
+def test_the_demo_holds_and_leaves_nothing():
+    done = subprocess.run(
+        [sys.executable, "-m", "shmelim", "demo", "--fleet", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["faults"]) >= 6
+    assert all(len(each["equal_after_s"]) == 3 for each in found["faults"])
+    assert not list(Path("/dev/shm").glob(f"*{found['name'][:13]}*"))

@@ -1,0 +1,156 @@
+"""What stands in an engine is a stranger's: it is of the right shape and size, or nothing of it counts."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from memory_engine import MemoryEngine
+
+from shmelim.errors import FleetDataError
+from shmelim.fleet import messages
+from shmelim.fleet.cuts import Facts
+from shmelim.fleet.engine import Id
+from shmelim.fleet.follower import Follower
+from shmelim.fleet.messages import (
+    FORMAT,
+    Head,
+    Message,
+    Report,
+    Row,
+    Snapshot,
+    pack,
+    pack_chunk,
+    parts_of,
+    row_digest,
+    unpack_chunk,
+    unpack_head,
+    unpack_message,
+    unpack_report,
+)
+from shmelim.fleet.publisher import Publisher
+
+ROW = Row(b"5Gx", 1, b"record", 7)
+HEAD = Head(
+    FORMAT, b"o" * 16, b"s" * 16, 5, 9, 1, Id(2, 3), Snapshot("ab", 5, 8, 1, Id(2, 1), 1, 1, 20, 2**64 - 1)
+)
+MESSAGE = Message(FORMAT, 2, 5, 8, 9, 1, rows=[ROW], gone=[b"5Fa"], digest=2**64 - 1)
+REPORT = Report(FORMAT, "host", 1, 2, 5, 9, lost=True, age=-1, rows=3, digest=2**64 - 1)
+KINDS = [(HEAD, unpack_head), (MESSAGE, unpack_message), (REPORT, unpack_report)]
+
+
+@pytest.mark.parametrize(("thing", "unpack"), KINDS)
+def test_what_was_packed_is_unpacked(thing, unpack):
+    assert unpack(pack(thing)) == thing
+
+
+@pytest.mark.parametrize(("thing", "unpack"), KINDS)
+def test_every_byte_that_is_missing_or_another_is_an_error_or_another_value(thing, unpack):
+    whole = pack(thing)
+    for end in range(len(whole)):
+        with pytest.raises(FleetDataError):
+            unpack(whole[:end])
+    for at in range(len(whole)):
+        for flip in (1, 0x80, 0xFF):
+            damaged = whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :]
+            with contextlib.suppress(FleetDataError):
+                assert unpack(damaged) != thing
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_error_or_a_message(raw):
+    for unpack in (unpack_head, unpack_message, unpack_report, unpack_chunk):
+        try:
+            found = unpack(raw)
+        except FleetDataError:
+            continue
+        assert isinstance(found, (Head, Message, Report, list))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"format": 2},
+        {"seq": -1},
+        {"seq": 2**63},
+        {"prev": 10},
+        {"part": 1},
+        {"parts": 0},
+        {"parts": 1 << 20},
+        {"rows": [(b"", 1, b"", 0)]},
+        {"rows": [(b"k" * 256, 1, b"", 0)]},
+        {"rows": [(b"k", 256, b"", 0)]},
+        {"rows": [(b"k", 1, b"", -1)]},
+        {"rows": [(b"k", 1, b"")]},
+        {"rows": [("text", 1, b"", 0)]},
+        {"gone": [b""]},
+        {"gone": [b"\xff:origin"]},
+        {"rows": [(b"\xff:origin", 1, b"", 0)]},
+        {"rows": [(b"5G\xe2", 1, b"", 0), (b"\x82\xac", 1, b"", 0)]},
+        {"digest": "0"},
+    ],
+)
+def test_what_no_publisher_says_is_refused(fields):
+    values = {name: getattr(MESSAGE, name) for name in Message.__struct_fields__} | fields
+    with pytest.raises(FleetDataError):
+        unpack_message(msgspec.msgpack.encode(list(values.values())))
+
+
+def test_what_is_too_large_is_refused_before_it_is_unpacked(monkeypatch):
+    monkeypatch.setattr(messages, "MAX_BYTES", 1000)
+    with pytest.raises(FleetDataError, match="may have 1,000"):
+        unpack_message(b"x" * 1001)
+    with pytest.raises(FleetDataError, match="larger than 1,000"):
+        unpack_chunk(zlib.compress(bytes(10_000_000)))
+    with pytest.raises(FleetDataError, match="cut off"):
+        unpack_chunk(pack_chunk([ROW])[:-1])
+    with pytest.raises(FleetDataError):
+        unpack_chunk(pack_chunk([ROW]) + b"more")
+    assert unpack_chunk(pack_chunk([ROW])) == [ROW]
+
+
+def test_parts_hold_about_as_much_as_they_may_and_every_row(monkeypatch):
+    monkeypatch.setattr(messages, "PART", 100)
+    rows = [Row(b"%d" % n, 1, bytes(size), n) for n, size in enumerate([0, 30, 500, 40, 40, 0])]
+    parts = list(parts_of(rows))
+    assert [row for part in parts for row in part] == rows
+    assert all(len(part) == 1 or sum(len(row.key) + len(row.record) + 16 for row in part) <= 100 for part in parts)
+    assert list(parts_of([])) == []
+
+
+@given(st.permutations([Row(b"%d" % n, n % 3, b"r" * n, n) for n in range(6)]))
+def test_a_digest_knows_no_order_but_every_field(rows):
+    assert sum(row_digest(*row) for row in rows) == sum(row_digest(*row) for row in sorted(rows))
+    others = {row_digest(*ROW._replace(**{field: value})) for field, value in [
+        ("key", b"5Gy"), ("flags", 2), ("record", b"recore"), ("ordinal", 8),
+    ]}  # fmt: skip
+    assert len(others | {row_digest(*ROW)}) == 5
+    # What moves from the key to the record is another entry.
+    assert row_digest(b"ab", 1, b"c", 1) != row_digest(b"a", 1, b"bc", 1)
+
+
+class NoTable:
+    applied, digest = None, 0
+
+    def __len__(self):
+        return 0
+
+
+class NoOutbox:
+    def facts(self):
+        return Facts(b"s" * 16, (1 << 24,), 0, 1)
+
+
+def test_a_stranger_under_the_name_stops_nobody_and_is_said():
+    engine = MemoryEngine()
+    assert engine.commit(None, b"\xc1 not ours", (Id(1, 0), b"not ours either"))
+    follower = Follower(engine, NoTable(), who="one")
+    follower.turn()
+    assert "the head" in follower.problems["engine_data"]
+    with pytest.raises(FleetDataError, match="another program"):
+        Publisher(engine, NoOutbox()).turn()
+    assert engine.look().head == b"\xc1 not ours"
