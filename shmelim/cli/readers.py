@@ -14,7 +14,7 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import YES
-from shmelim.cli.options import Settings, command, owner_option
+from shmelim.cli.options import Settings, command
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.system.clock import utc_text
 from shmelim.watch.readers import COUNTED, Readers
@@ -27,10 +27,10 @@ _COLUMNS: Final = ("pid", "user", "since", *(f"{name}/s" for name in _RATES), *C
 _SORTS: Final = (*COUNTED, "since")
 
 
-def _begin(settings: Settings, owner: int | None, seconds: float) -> Readers:
+def _begin(settings: Settings, seconds: float) -> Readers:
     """Take the first of two looks, so many seconds before the next; NotServingError without such a name."""
-    EliminationReader(settings.name, owner=owner).close()
-    found = Readers(settings.name, owner)
+    EliminationReader(settings.name).close()
+    found = Readers(settings.name)
     if seconds:
         found.look()
         time.sleep(seconds)
@@ -58,8 +58,7 @@ def _cells(reader: dict[str, Any]) -> tuple[object, ...]:
     metavar="SECONDS",
     help="How long rates are taken over; 0: none are.",
 )
-@owner_option
-def readers(settings: Settings, *, interval: float, owner: int | None) -> int:
+def readers(settings: Settings, *, interval: float) -> int:
     """List the processes that read the name: pid, user, since when, reads a second and in all, command line.
 
     Each process counts for itself, in shared memory; nobody is asked, and it works while the server is dead. A pid
@@ -72,7 +71,7 @@ def readers(settings: Settings, *, interval: float, owner: int | None) -> int:
       shmelim readers
       shmelim readers --json --interval 5
     """
-    found = _begin(settings, owner, interval).look()
+    found = _begin(settings, interval).look()
     settings.table(found, _COLUMNS, map(_cells, found["readers"]))
     return YES
 
@@ -93,8 +92,7 @@ def readers(settings: Settings, *, interval: float, owner: int | None) -> int:
     show_default=True,
     help="The highest rate of this first; since: who reads longest.",
 )
-@owner_option
-def top(settings: Settings, *, interval: float, sort: str, owner: int | None) -> int:
+def top(settings: Settings, *, interval: float, sort: str) -> int:
     """Show who reads the name as it goes, who reads most first; q or Ctrl-C ends it.
 
     Into a pipe, and with --json, it prints once what `shmelim readers` does, in this order.
@@ -103,7 +101,7 @@ def top(settings: Settings, *, interval: float, sort: str, owner: int | None) ->
       shmelim top
       shmelim top --sort snapshots
     """
-    watched = _begin(settings, owner, interval)
+    watched = _begin(settings, interval)
 
     def look() -> dict[str, Any]:
         found = watched.look()

@@ -24,7 +24,6 @@ from shmelim.shm.layout import ROOT_MAGIC, ROOT_SIZE
 from shmelim.shm.mapping import WRITE, check_file, map_file, open_error, open_file, untrusted
 from shmelim.shm.native import READ_PATH
 from shmelim.shm.segment import Lock, Namespace, Segment, check_name
-from shmelim.system.owner import named_owner
 
 _SHM_DIR: Final = "/dev/shm"  # noqa: S108  # where Linux keeps POSIX shared memory
 _ZEROS: Final = bytes(1 << 20)
@@ -56,7 +55,10 @@ class SharedNamespace(Namespace):
             raise ValueError(f"mode {mode:#o} must be 0o600, or 0o640 to let a group read")
         require_store_order()
         self._mode = mode
-        owner = named_owner() if owner is None else owner
+        if owner is None and os.environ.get("SHMELIM_OWNER"):
+            from shmelim.system.owner import named_owner  # noqa: PLC0415  # for who names one
+
+            owner = named_owner()
         self._trusted = {os.geteuid(), 0} if owner is None else {owner}
 
     @property
