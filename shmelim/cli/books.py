@@ -22,6 +22,7 @@ from shmelim.cli.options import (
 )
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.debts.states import OWED, SLASH
+from shmelim.eliminations.record import differing
 from shmelim.eliminations.store.store import Store
 from shmelim.system.clock import utc_text
 from shmelim.system.text import printable
@@ -70,9 +71,8 @@ def change(event: Mapping[str, Any]) -> str:
     """Return old → new, as short as it can be said, and the note."""
     old, new = event["old"], event["new"]
     if old and new:
-        pairs = {field: (old.get(field), new.get(field)) for field in {**old, **new}}
-        differing = {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
-        said = ", ".join(f"{field}: {' → '.join(map(output.value, pair))}" for field, pair in differing.items())
+        pairs = differing(old, new)
+        said = ", ".join(f"{field}: {' → '.join(map(output.value, pair))}" for field, pair in pairs.items())
     else:
         said = f"{_brief(old)} → {_brief(new)}".strip() if old or new else ""
     return f"{said} ({event['note']})".strip() if event["note"] else said

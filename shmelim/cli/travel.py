@@ -11,6 +11,7 @@ from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Settings, command, yes_option
 from shmelim.eliminations.client import EliminationClient
+from shmelim.eliminations.record import differing
 from shmelim.system.text import printable
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -82,16 +83,12 @@ def rollback(settings: Settings, *, when: str, dry_run: bool, yes: bool) -> int:
 
 def _difference(old: Rows, new: Rows) -> dict[str, list[Any]]:
     """Return what differs between two states."""
-    changed = []
-    for hotkey in old.keys() & new.keys():
-        fields = {**old[hotkey], **new[hotkey]}
-        pairs = {field: [old[hotkey].get(field), new[hotkey].get(field)] for field in fields}
-        if differing := {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}:
-            changed.append({"hotkey": hotkey, "fields": differing})
+    both = sorted(old.keys() & new.keys())
+    changed = [{"hotkey": hotkey, "fields": differing(old[hotkey], new[hotkey])} for hotkey in both]
     return {
         "added": [row for hotkey, row in new.items() if hotkey not in old],
         "removed": [row for hotkey, row in old.items() if hotkey not in new],
-        "changed": sorted(changed, key=lambda each: each["hotkey"]),
+        "changed": [each for each in changed if each["fields"]],
     }
 
 

@@ -258,6 +258,16 @@ def generate_row(
     }
 
 
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two records differ, each with its old and its new value; None where it is absent.
+
+    >>> differing({"dd": 10.0, "reason": "ZOMBIE"}, {"dd": 11.5, "reason": "ZOMBIE", "note": "seen"})
+    {'dd': (10.0, 11.5), 'note': (None, 'seen')}
+    """
+    pairs = {field: (old.get(field), new.get(field)) for field in {**old, **new}}
+    return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
+
+
 # Floats of which all bits of the exponent are set; other bytes may look like one.
 _MAY_BE_INFINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
 

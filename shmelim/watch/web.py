@@ -32,6 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shmelim.aio import AsyncEliminationClient
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
+from shmelim.eliminations.record import differing
 from shmelim.errors import ShmelimError
 from shmelim.system.clock import utc_text
 from shmelim.system.containers import finite
@@ -321,9 +322,8 @@ class _Page:
 
 def _differences(event: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return the fields that an event changed, each with its old and its new value as text."""
-    old, new = event["old"] or {}, event["new"] or {}
-    fields = (field for field in dict.fromkeys([*old, *new]) if old.get(field) != new.get(field))
-    return [(_text(field), _text(old.get(field)), _text(new.get(field))) for field in islice(fields, _FIELDS)]
+    fields = differing(event["old"] or {}, event["new"] or {})
+    return [(_text(field), _text(old), _text(new)) for field, (old, new) in islice(fields.items(), _FIELDS)]
 
 
 def _text(value: Any) -> str:

@@ -95,3 +95,9 @@ def test_who_is_named_is_a_uid(text):
     found = run("status", "--name", "any", **{OWNER_VARIABLE: text})
     assert found.exit_code == 2
     assert OWNER_VARIABLE in found.stderr
+
+
+def test_a_command_that_is_refused_leaves_nothing_behind():
+    before = dict(os.environ)
+    assert run("history", "one", "two", "three", "--owner", "1", "--runtime-dir", "/nowhere").exit_code == 2
+    assert dict(os.environ) == before
