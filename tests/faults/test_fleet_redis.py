@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -413,7 +414,8 @@ class TestAnEngineThatIsNotWell:
             publisher.has_said("error")
             assert "password" in publisher.said("error")[0]["hint"]
             assert "not-that" not in json.dumps(publisher.events)
-            fleet.publish("--password-file", str(right)).has_said("leading")
+            wrong.write_text("secret-of-ours\n")
+            publisher.has_said("leading")
             none = fleet.follow(name)
             none.has_said("error")
             assert "--password-file" in none.said("error")[0]["hint"]
@@ -430,6 +432,73 @@ class TestAnEngineThatIsNotWell:
     def test_one_that_speaks_something_else(self, tmp_path):
         with answering(tmp_path, b"220 mail.example ESMTP\r\n", raw=True) as url, pytest.raises(EngineError):
             RedisEngine(url, "any", deadline=0.5).look()
+
+
+class TestWhoMayWhat:
+    """The users of docs/fleet.md can do what they are for, and nothing else."""
+
+    @pytest.fixture
+    def secured(self, serve, name, tmp_path) -> Iterator[tuple[Fleet, str]]:
+        served = serve(files="off")
+        password = tmp_path / "password"
+        password.write_text("ours\n")
+        lines = (Path(__file__).parents[2] / "docs" / "fleet.md").read_text().replace(" \\\n", " ").splitlines()
+        users = [line.split() for line in lines if line.startswith("    user ")]
+        with contextlib.ExitStack() as stack:
+            engine = stack.enter_context(RealEngine())
+            for _, user, *said in users:
+                rules = [each.replace("NAME", served.name).replace(">…", ">ours") for each in said]
+                engine.client().execute_command("ACL", "SETUSER", user, *rules)
+            engine.client().execute_command("ACL", "SETUSER", "default", "off")
+            yield Fleet(served, engine, stack), str(password)
+
+    @staticmethod
+    def at(fleet: Fleet, user: str, password: str) -> RedisEngine:
+        return RedisEngine(
+            fleet.engine.url.replace("//", f"//{user}@"), fleet.served.name, password_file=Path(password)
+        )
+
+    def test_they_publish_follow_and_hold(self, secured, name):
+        fleet, password = secured
+        address, options = fleet.engine.url, ("--password-file", password)
+        fleet.engine.url = address.replace("//", "//publisher@")
+        publisher = fleet.publish(*options)
+        publisher.has_said("leading")
+        fleet.engine.url = address.replace("//", "//follower@")
+        follower = fleet.follow(name, *options)
+        follower.has_said("following")
+        change(fleet)
+        fleet.becomes_equal(name)
+        until(lambda: EliminationReader(name).staleness is not None, "an age")
+        fleet.engine.url = address
+        self.at(fleet, "operator", password).hold(b"wait")
+        publisher.has_said("held")
+        follower.has_said("held")
+        self.at(fleet, "operator", password).hold(None)
+        assert set(self.at(fleet, "operator", password).reports())
+        assert follower.stop() == 0
+        assert not self.at(fleet, "follower", password).reports()
+        assert not publisher.said("error")
+        assert not follower.said("error")
+
+    def test_a_follower_cannot_change_what_others_see(self, secured):
+        fleet, password = secured
+        publishing = self.at(fleet, "publisher", password)
+        assert publishing.commit(None, b"head", (Id(1, 0), b"entry"))
+        for user in ("follower", "operator"):
+            engine = self.at(fleet, user, password)
+            for refused in (
+                lambda engine=engine: engine.commit(b"head", b"mine", (Id(2, 0), b"entry")),
+                lambda engine=engine: engine.put("snapshot", 0, b"chunk"),
+                lambda engine=engine: engine.trim(Id(9, 0)),
+            ):
+                with pytest.raises(EngineError) as caught:
+                    refused()
+                assert "docs/fleet.md" in str(caught.value.hint)
+        with pytest.raises(EngineError):
+            self.at(fleet, "follower", password).hold(b"wait")
+        look = publishing.look(Id(0, 0), 9)
+        assert (look.head, look.entries) == (b"head", [(Id(1, 0), b"entry")])
 
 
 @contextlib.contextmanager
@@ -529,11 +598,87 @@ class TestProtocol:
         assert engine.look().hold is None
 
 
-@pytest.mark.parametrize("url", ["http://example", "redis://user:word@example", "", "engine"])
-def test_addresses_that_are_none_or_tell_a_password_are_refused(url):
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example", "redis://user:word@example", "", "engine", "redis://example?password=word",
+        "rediss://example?ssl_password=word", "unix:///socket?password=word", "redis://example?socket_timeout=9",
+        "rediss://example?ssl_cert_reqs=none", "rediss://example?ssl_check_hostname=no",
+        "redis://example?ssl_ca_certs=/ca", "redis://example?password",
+    ],
+)  # fmt: skip
+def test_addresses_that_are_none_or_tell_a_password_or_undo_a_check_are_refused(url):
     with pytest.raises(ValueError, match="address") as caught:
         place_of(url)
     assert "word" not in str(caught.value).replace("password", "")
+
+
+@pytest.mark.parametrize(
+    ("answer", "hint"),
+    [
+        ("NOPERM this user has no permissions to run the 'multi' command", "docs/fleet.md"),
+        ("READONLY You can't write against a read only replica.", "primary"),
+        ("LOADING Redis is loading the dataset in memory", "starting"),
+        ("OOM command not allowed when used memory > 'maxmemory'.", "maxmemory"),
+        ("WRONGPASS invalid username-password pair or user is disabled.", "--password-file"),
+        ("NOAUTH Authentication required.", "--password-file"),
+        ("MISCONF Redis is configured to save RDB snapshots", "its log"),
+    ],
+)
+def test_what_an_engine_refuses_comes_with_what_to_do(tmp_path, answer, hint):
+    with answering(tmp_path, b"-%s\r\n" % answer.encode(), raw=True) as url, pytest.raises(EngineError) as caught:
+        RedisEngine(url, "any").hold(b"")
+    assert hint in caught.value.hint
+
+
+class TestTLS:
+    @pytest.fixture
+    def certificates(self, tmp_path) -> dict[str, Path]:
+        if (openssl := shutil.which("openssl")) is None:
+            pytest.skip("openssl is not installed, so there are no certificates")
+        made = {}
+        for host in ("localhost", "elsewhere.example"):
+            made[host] = tmp_path / host
+            command = [
+                openssl,
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+                "-nodes",
+            ]
+            command += ["-days", "1", "-subj", f"/CN={host}", "-addext", f"subjectAltName=DNS:{host}"]
+            command += ["-out", f"{made[host]}.pem", "-keyout", f"{made[host]}.key"]
+            subprocess.run(command, check=True, capture_output=True)
+        return made
+
+    @staticmethod
+    @contextlib.contextmanager
+    def engine(certificate: Path) -> Iterator[int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = ["--tls-port", str(port), "--tls-auth-clients", "no", "--bind", "127.0.0.1"]
+        options += ["--tls-cert-file", f"{certificate}.pem", "--tls-key-file", f"{certificate}.key"]
+        with RealEngine(*options):
+            yield port
+
+    def test_an_engine_is_taken_whose_certificate_is_vouched_for_and_its_own(self, certificates):
+        with self.engine(certificates["localhost"]) as port:
+            url = f"rediss://localhost:{port}?ssl_ca_certs={certificates['localhost']}.pem"
+            engine = RedisEngine(url, "any")
+            assert engine.look().head is None
+            engine.close()
+            with pytest.raises(EngineError) as caught:
+                RedisEngine(f"rediss://localhost:{port}", "any").look()
+            assert "ssl_ca_certs" in caught.value.hint
+
+    def test_another_hosts_certificate_is_refused(self, certificates):
+        other = certificates["elsewhere.example"]
+        with self.engine(other) as port, pytest.raises(EngineError, match=r"[Hh]ostname"):
+            RedisEngine(f"rediss://localhost:{port}?ssl_ca_certs={other}.pem", "any").look()
 
 
 def test_the_demo_holds_and_leaves_nothing():
