@@ -85,16 +85,22 @@ def publish(
     For example:
       shmelim publish --to redis://publisher@engine.example:6379/0 --password-file /etc/shmelim/engine
     """
+    from shmelim.eliminations.runtime import RuntimeDirectory
     from shmelim.fleet.outbox import StoreOutbox
     from shmelim.fleet.publisher import Publisher
     from shmelim.fleet.running import run_publisher
+    from shmelim.fleet.standing import StandingFile
 
     engine = _engine(url, settings.name, password_file)
     outbox = StoreOutbox(state_dir or _state_dir(settings.name))
     publisher = Publisher(engine, outbox, beat=beat, take_over=take_over, hold_guarded=hold_guarded)
     changes = _Changes(settings.name, beat)
+    standing = StandingFile(RuntimeDirectory.of_server(settings.name), publisher, engine.place)
     try:
-        run_publisher(publisher, changes.wait, _stopping(), _teller(settings, ready_at="leading"))
+        with standing:
+            run_publisher(
+                publisher, changes.wait, _stopping(), _teller(settings, ready_at="leading"), standing.note
+            )
     finally:
         outbox.close()
         engine.close()

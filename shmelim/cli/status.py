@@ -19,9 +19,10 @@ from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.state.debt_book import MOST_SHOWN
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import KeyFileError, ShmelimError, StoreError
+from shmelim.fleet.standing import standing_of
 from shmelim.shm import READ_PATH
 from shmelim.system.clock import utc_text
-from shmelim.watch.seeing import see
+from shmelim.watch.seeing import see, with_publisher
 
 _ASKING: Final = 2.0
 _NO_CHANNEL: Final = {
@@ -47,7 +48,9 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     With --json: name, version, generation, eliminated, departed, registered, entries,
     read_path ("native" or "pure"), writer {pid, alive, state, heartbeat_age_s, started_ms},
     table {capacity, usable, arena_size, arena_used, arena_live, segment_bytes},
-    follows {source, line, seq, as_of_ms, age_s} or null, channel {address, answers, silent, problem}, state_dir,
+    follows {source, line, seq, as_of_ms, age_s} or null,
+    publishes {engine, pid, alive, term, line, seq, behind, held, error} or null,
+    channel {address, answers, silent, problem}, state_dir,
     server {commits, changes, store_bytes, problems [{name, subject, severity, text, remedy, since_ms}]} or null,
     debts (how many, or null),
     slashes_in_doubt [hotkey] (the first 20, or null), verified (entries, or null).
@@ -62,6 +65,9 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     follows = _follows(reader)
     channel, state_dir, server = _ask(settings.name) if follows is None else (dict(_NO_CHANNEL), None, None)
     debts, in_doubt = _owed(server, state_dir)
+    publisher = standing_of(settings.name) if follows is None else None
+    if server is not None:
+        server["status"], server["problems"] = with_publisher(publisher, server)
     found = {
         **_of(table, "version", "generation"),
         **dict(zip(("eliminated", "departed", "registered"), table.flag_counts, strict=False)),
@@ -77,6 +83,11 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
             "segment_bytes": table.segment_size,
         },
         "follows": follows,
+        "publishes": publisher
+        and {
+            "alive": publisher.is_running,
+            **_of(publisher, "engine", "pid", "term", "line", "seq", "behind", "held", "error"),
+        },
         "channel": channel,
         "state_dir": state_dir,
         "server": server and {key: server.get(key) for key in ("commits", "changes", "store_bytes", "problems")},
@@ -139,11 +150,12 @@ def _owed(server: dict[str, Any] | None, state_dir: str | None) -> tuple[int | N
 def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
     writer, table, channel, server = status["writer"], status["table"], status["channel"], status["server"]
     answers = "" if channel["answers"] else f" ({channel['problem']})"
-    follows = status["follows"]
+    follows, publishes = status["follows"], status["publishes"]
     lines: list[tuple[str, object]] = [
         ("name", status["name"]),
         ("writer", _writer_line(writer)),
         *([] if follows is None else [("follows", _follower_line(follows))]),
+        *([] if publishes is None else [("publishes", _publisher_line(publishes))]),
         ("started", utc_text(writer["started_ms"])),
         ("version", f"{status['version']}, generation {status['generation']}"),
         ("eliminated", status["eliminated"]),
@@ -171,6 +183,17 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
 def _follower_line(follows: dict[str, Any]) -> str:
     age = "of unknown age" if follows["age_s"] is None else f"{output.span(follows['age_s'])} old"
     return f"{follows['source']}: change {follows['seq']} of line {follows['line']}, {age}"
+
+
+def _publisher_line(publishes: dict[str, Any]) -> str:
+    if not publishes["alive"]:
+        how = "is not running"
+    elif not publishes["line"]:
+        how = publishes["error"] or "does not lead"
+    else:
+        how = f"change {publishes['seq']} of line {publishes['line']}, {publishes['behind']} behind"
+        how += "".join(f", {key}: {publishes[key]}" for key in ("held", "error") if publishes[key])
+    return f"{publishes['engine']}, process {publishes['pid']}: {how}"
 
 
 def _writer_line(writer: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@
         key                       32 random bytes, 0600: who can read it may change the state
         socket                    the command channel, unless it is on a TCP port
         server.json               address and state directory of the server that started last
+        publisher.json            what the one that publishes to other hosts says of itself, if there is one
 """
 
 from __future__ import annotations

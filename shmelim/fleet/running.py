@@ -40,9 +40,15 @@ class _Telling:
 
 
 def run_publisher(
-    publisher: Publisher, changed: Callable[[float], object], stop: threading.Event, say: Say
+    publisher: Publisher,
+    changed: Callable[[float], object],
+    stop: threading.Event,
+    say: Say,
+    note: Callable[[ShmelimError | None], object],
 ) -> None:
     """Publish until ``stop`` is set; ``changed`` waits so many seconds at most for the next change.
+
+    ``note`` is called after each turn, with the error that it failed with.
 
     Errors that pass are said, and tried again with growing pauses: back-pressure never reaches the writer.
     FencedError, OtherStoreError and FleetDataError come out.
@@ -52,11 +58,13 @@ def run_publisher(
         try:
             publisher.turn()
         except (EngineError, StoreError) as error:
+            note(error)
             telling.tell("error", _of(error))
             stop.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
             continue
         pause = _FIRST_PAUSE
+        note(None)
         telling.tell("error", None)
         head = publisher.head
         telling.tell("leading", None if head is None else {"term": head.term, "line": head.line})

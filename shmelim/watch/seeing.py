@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import ChannelError, NotServingError, SegmentError, ShmelimError
+from shmelim.fleet.standing import Standing, standing_of
 from shmelim.shm import TableInfo, WriterInfo
 
 _ASKING: Final = 2.0  # seconds that the server has to answer
@@ -24,6 +25,7 @@ class Seen(NamedTuple):
     server: dict[str, Any] | None  # its health check; None where it could not be asked, and for a follower
     source: str | None = None  # whom the table follows, on another host
     staleness: float | None = None  # seconds since that was known to have nothing newer; None: not known
+    publisher: Standing | None = None  # what sends its changes to other hosts, if anything does
 
     @property
     def is_served(self) -> bool:
@@ -53,7 +55,16 @@ def see(name: str, owner: int | None = None) -> Seen:
         return Seen("failing", [_problem("no_answer", error)], writer, table, None)
     except ShmelimError as error:  # this user may not ask
         return Seen("ok", [_problem("cannot_check", error) | {"severity": "notice"}], writer, table, None)
-    return Seen(server["status"], server["problems"], writer, table, server)
+    publisher = standing_of(name)
+    status, problems = with_publisher(publisher, server)
+    return Seen(status, problems, writer, table, server, publisher=publisher)
+
+
+def with_publisher(publisher: Standing | None, server: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """Return status and problems of a server's health check, with those of its publisher."""
+    found = [] if publisher is None else publisher.problems()
+    worse = server["status"] == "ok" and any(each["severity"] == "degraded" for each in found)
+    return "degraded" if worse else server["status"], [*server["problems"], *found]
 
 
 def _unasked(reader: EliminationReader, writer: WriterInfo, table: TableInfo) -> Seen:

@@ -21,13 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from engines import PROGRAM, RealEngine
+from invoking import CliRunner
+from msgspec import structs
 from serving import Served, row
 from waiting import until
 
 from shmelim import EliminationReader
+from shmelim.cli.main import cli
 from shmelim.errors import NotServingError
+from shmelim.fleet import standing
 from shmelim.fleet.engine import EngineError, Id
+from shmelim.fleet.messages import pack, unpack_head
 from shmelim.fleet.redis_engine import RedisEngine, place_of
+from shmelim.watch import seeing
+from shmelim.watch.metrics import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -375,6 +382,62 @@ class TestHold:
             assert len(EliminationReader(name)) == 100
             served.client().acknowledge()
             fleet.becomes_equal(name)
+
+
+class TestTheSourcesHostKnowsOfThePublisher:
+    def seen(self, fleet) -> seeing.Seen:
+        return seeing.see(fleet.served.name)
+
+    def problems(self, fleet) -> list[tuple[str, str]]:
+        return [(each["name"], each["severity"]) for each in self.seen(fleet).problems]
+
+    def test_while_it_runs_and_after_an_orderly_end(self, fleet):
+        assert self.seen(fleet).publisher is None
+        publisher = fleet.publish()
+        publisher.has_said("leading")
+        change(fleet)
+        until(lambda: self.seen(fleet).publisher.seq >= 1, "the first change")
+        arguments = ("--name", fleet.served.name)
+        found = json.loads(CliRunner().invoke(cli, ["status", *arguments, "--json"]).stdout)["publishes"]
+        assert (found["engine"], found["alive"], found["error"]) == (fleet.engine.url, True, None)
+        assert f"{fleet.engine.url}, process" in CliRunner().invoke(cli, ["status", *arguments]).stdout
+        assert b'shmelim_publisher_up{name="%s"} 1.0' % fleet.served.name.encode() in text_of(fleet.served.name)
+        assert self.seen(fleet).status == "ok"
+        publisher.stop()
+        assert self.seen(fleet).publisher is None
+
+    def test_once_it_is_dead_fenced_or_refused(self, fleet, monkeypatch):
+        monkeypatch.setattr(standing, "_PATIENCE", 0.0)
+        health = ["health", "--name", fleet.served.name]
+        first = fleet.publish()
+        first.has_said("leading")
+        first.kill()
+        assert self.problems(fleet) == [("publisher_down", "degraded")]
+        assert self.seen(fleet).status == "degraded"
+        assert CliRunner().invoke(cli, health).exit_code == 1
+        assert CliRunner().invoke(cli, ["status", *health[1:]]).exit_code == 1
+        second = fleet.publish()
+        second.has_said("leading")
+        assert self.problems(fleet) == []
+        assert CliRunner().invoke(cli, health).exit_code == 0
+        fleet.engine.kill()
+        until(lambda: self.problems(fleet) == [("publisher_failing", "degraded")], "the engine missed")
+        fleet.engine.start()
+        until(lambda: self.problems(fleet) == [], "it healed")
+        elsewhere = RedisEngine(fleet.engine.url, fleet.served.name)
+
+        def taken() -> bool:
+            look = elsewhere.look()
+            if look.head is None:
+                return False
+            head = unpack_head(look.head)
+            last = Id(head.last.term + 1, 0)
+            theirs = structs.replace(head, owner=b"another publisher", last=last)
+            return elsewhere.commit(look.head, pack(theirs), (last, b"theirs"))
+
+        until(taken, "another one takes over")
+        assert second.wait()[0] == 4
+        assert self.problems(fleet) == [("publisher_ended", "degraded")]
 
 
 class TestAnEngineThatIsNotWell:
