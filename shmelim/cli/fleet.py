@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -85,22 +86,18 @@ def publish(
     For example:
       shmelim publish --to redis://publisher@engine.example:6379/0 --password-file /etc/shmelim/engine
     """
-    from shmelim.eliminations.runtime import RuntimeDirectory
     from shmelim.fleet.outbox import StoreOutbox
     from shmelim.fleet.publisher import Publisher
+    from shmelim.fleet.publishing import Note
     from shmelim.fleet.running import run_publisher
-    from shmelim.fleet.standing import StandingFile
 
     engine = _engine(url, settings.name, password_file)
     outbox = StoreOutbox(state_dir or _state_dir(settings.name))
     publisher = Publisher(engine, outbox, beat=beat, take_over=take_over, hold_guarded=hold_guarded)
     changes = _Changes(settings.name, beat)
-    standing = StandingFile(RuntimeDirectory.of_server(settings.name), publisher, engine.place)
     try:
-        with standing:
-            run_publisher(
-                publisher, changes.wait, _stopping(), _teller(settings, ready_at="leading"), standing.note
-            )
+        note = Note(settings.name, engine.place)
+        run_publisher(publisher, changes.wait, _stopping(), _teller(settings, ready_at="leading"), note)
     finally:
         outbox.close()
         engine.close()
@@ -162,6 +159,7 @@ def follow(
     For example:
       shmelim follow --from redis://follower@engine.example:6379/0 --password-file /etc/shmelim/engine
     """
+    from shmelim.fleet.engine import EngineError
     from shmelim.fleet.follower import Follower
     from shmelim.fleet.local import LocalTable
     from shmelim.fleet.running import run_follower
@@ -183,7 +181,8 @@ def follow(
         say = _teller(settings, ready_at="following", also=progress.stop)
         try:
             run_follower(follower, table, _stopping(), say)
-            follower.stop()
+            with contextlib.suppress(EngineError):  # its report expires by itself
+                follower.stop()
         finally:
             engine.close()
 

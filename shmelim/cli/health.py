@@ -11,7 +11,7 @@ from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import ChannelError, NotServingError
-from shmelim.fleet.standing import standing_of
+from shmelim.fleet.publishing import publishing
 from shmelim.watch.seeing import see, with_publisher
 
 CODES: Final = {"ok": 0, "degraded": 1, "failing": 2}
@@ -25,8 +25,7 @@ _ASKING: Final = 5.0
 def health(settings: Settings, *, owner: int | None) -> int:
     """Say whether a name is served well, and if not, what is wrong and what to do.
 
-    A table that follows another host's is degraded once it is more than 10 s old, and one that is published to
-    other hosts, once its publisher could send nothing for 10 s.
+    A table that follows another host's is degraded once it is more than 10 s old.
 
     Exit code 0: ok; 1: degraded (something does not work); 2: failing (the purpose is not served, or the server
     does not answer); 3: nobody serves the name. A notice, which is worth knowing, leaves the code as it is.
@@ -46,8 +45,8 @@ def health(settings: Settings, *, owner: int | None) -> int:
         answer = {"status": seen.status, "problems": seen.problems}
     elif writer.alive:
         answer = _ask(settings.name)
-        state, problems = with_publisher(standing_of(settings.name), answer)
-        answer = {"status": state, "problems": problems}
+        judged = with_publisher(publishing(settings.name), answer["status"], answer["problems"])
+        answer = dict(zip(("status", "problems"), judged, strict=True))
     found = {
         "status": answer["status"],
         "pid": writer.pid,

@@ -19,7 +19,7 @@ from shmelim.cli.options import Settings, command
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import ChangesUnknownError, ChannelError, NotServingError, SegmentError
-from shmelim.system.clock import utc_text
+from shmelim.system.clock import now_ms, utc_text
 from shmelim.system.containers import finite
 
 _SEGMENTS: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps POSIX shared memory
@@ -36,6 +36,8 @@ def watch(settings: Settings, *, since: int | None, count: int | None) -> int:
     Sleeps until something changes, and waits while the server is away. What cannot be told because it happened
     while nobody could be asked is said on stderr.
 
+    Of a table that follows another host's, each change as it arrives; who made it is known where its server runs.
+
     With --json: a line for each change, {version, id, at_ms, action, hotkey, pid, uid, program, note, old, new,
     commit_number}.
 
@@ -43,6 +45,8 @@ def watch(settings: Settings, *, since: int | None, count: int | None) -> int:
       shmelim watch
       shmelim watch --json | jq .hotkey
     """
+    if (reader := EliminationReader(settings.name)).source is not None:
+        return _watch_follower(settings, reader, count)
     with EliminationClient(settings.name) as client:
         seen = client.version if since is None else since
         shown = 0
@@ -63,6 +67,27 @@ def watch(settings: Settings, *, since: int | None, count: int | None) -> int:
                 if shown == count:
                     return YES
             client.wait_for_change(None, seen)
+
+
+def _watch_follower(settings: Settings, reader: EliminationReader, count: int | None) -> int:
+    """Show what becomes another in a table that follows another host's: who did it is known there."""
+    shown, known = 0, reader.snapshot()
+    while True:
+        reader.wait_for_change(None, known.version)
+        found = reader.snapshot()
+        before, after = known.eliminations, found.eliminations
+        known = found
+        for hotkey in [*before, *(each for each in after if each not in before)]:
+            old, new = before.get(hotkey), after.get(hotkey)
+            if old == new:
+                continue
+            action = "add" if old is None else "remove" if new is None else "update"
+            about = {"at_ms": now_ms(), "action": action, "hotkey": hotkey, "old": old, "new": new, "note": None}
+            follower = {"pid": reader.writer.pid, "uid": None, "program": "follower"}
+            _show({"version": found.version, **about, **follower}, as_json=settings.as_json)
+            shown += 1
+            if shown == count:
+                return YES
 
 
 def _show(event: dict[str, Any], *, as_json: bool) -> None:

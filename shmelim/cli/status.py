@@ -19,7 +19,7 @@ from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.eliminations.state.debt_book import MOST_SHOWN
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import KeyFileError, ShmelimError, StoreError
-from shmelim.fleet.standing import standing_of
+from shmelim.fleet.publishing import publishing
 from shmelim.shm import READ_PATH
 from shmelim.system.clock import utc_text
 from shmelim.watch.seeing import see, with_publisher
@@ -49,7 +49,7 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     read_path ("native" or "pure"), writer {pid, alive, state, heartbeat_age_s, started_ms},
     table {capacity, usable, arena_size, arena_used, arena_live, segment_bytes},
     follows {source, line, seq, as_of_ms, age_s} or null,
-    publishes {engine, pid, alive, term, line, seq, behind, held, error} or null,
+    publishing {pid, engine, line, seq, behind, held, error} or null,
     channel {address, answers, silent, problem}, state_dir,
     server {commits, changes, store_bytes, problems [{name, subject, severity, text, remedy, since_ms}]} or null,
     debts (how many, or null),
@@ -64,10 +64,11 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     writer, table = reader.writer, reader.table
     follows = _follows(reader)
     channel, state_dir, server = _ask(settings.name) if follows is None else (dict(_NO_CHANNEL), None, None)
-    debts, in_doubt = _owed(server, state_dir)
-    publisher = standing_of(settings.name) if follows is None else None
+    published = publishing(settings.name) if follows is None else None
     if server is not None:
-        server["status"], server["problems"] = with_publisher(publisher, server)
+        judged = with_publisher(published, server["status"], server["problems"])
+        server = server | dict(zip(("status", "problems"), judged, strict=True))
+    debts, in_doubt = _owed(server, state_dir)
     found = {
         **_of(table, "version", "generation"),
         **dict(zip(("eliminated", "departed", "registered"), table.flag_counts, strict=False)),
@@ -83,11 +84,8 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
             "segment_bytes": table.segment_size,
         },
         "follows": follows,
-        "publishes": publisher
-        and {
-            "alive": publisher.is_running,
-            **_of(publisher, "engine", "pid", "term", "line", "seq", "behind", "held", "error"),
-        },
+        "publishing": published
+        and {key: getattr(published, key) for key in ("pid", "engine", "line", "seq", "behind", "held", "error")},
         "channel": channel,
         "state_dir": state_dir,
         "server": server and {key: server.get(key) for key in ("commits", "changes", "store_bytes", "problems")},
@@ -150,12 +148,11 @@ def _owed(server: dict[str, Any] | None, state_dir: str | None) -> tuple[int | N
 def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
     writer, table, channel, server = status["writer"], status["table"], status["channel"], status["server"]
     answers = "" if channel["answers"] else f" ({channel['problem']})"
-    follows, publishes = status["follows"], status["publishes"]
+    follows = status["follows"]
     lines: list[tuple[str, object]] = [
         ("name", status["name"]),
         ("writer", _writer_line(writer)),
         *([] if follows is None else [("follows", _follower_line(follows))]),
-        *([] if publishes is None else [("publishes", _publisher_line(publishes))]),
         ("started", utc_text(writer["started_ms"])),
         ("version", f"{status['version']}, generation {status['generation']}"),
         ("eliminated", status["eliminated"]),
@@ -172,6 +169,9 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
     if (in_doubt := status["slashes_in_doubt"]) is not None:
         settle = ": settle with `shmelim slash resolve HOTKEY --made` or `--not-made`"
         lines.append(("slashes in doubt", f"{', '.join(in_doubt)}{settle}" if in_doubt else "none"))
+    if (published := status["publishing"]) is not None:
+        place = f"to {published['engine']}, change {published['seq']} of line {published['line']}"
+        lines.append(("published", f"{place}, {published['behind']} behind"))
     if server is not None:
         lines.append(("store", f"{output.size(server['store_bytes'])}, {server['commits']} commits"))
         lines.append(("problems", "; ".join(map(output.problem, server["problems"])) or "none"))
@@ -183,17 +183,6 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, object]]:
 def _follower_line(follows: dict[str, Any]) -> str:
     age = "of unknown age" if follows["age_s"] is None else f"{output.span(follows['age_s'])} old"
     return f"{follows['source']}: change {follows['seq']} of line {follows['line']}, {age}"
-
-
-def _publisher_line(publishes: dict[str, Any]) -> str:
-    if not publishes["alive"]:
-        how = "is not running"
-    elif not publishes["line"]:
-        how = publishes["error"] or "does not lead"
-    else:
-        how = f"change {publishes['seq']} of line {publishes['line']}, {publishes['behind']} behind"
-        how += "".join(f", {key}: {publishes[key]}" for key in ("held", "error") if publishes[key])
-    return f"{publishes['engine']}, process {publishes['pid']}: {how}"
 
 
 def _writer_line(writer: dict[str, Any]) -> str:

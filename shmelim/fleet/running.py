@@ -11,6 +11,7 @@ from shmelim.fleet.engine import EngineError
 from shmelim.fleet.follower import Follower
 from shmelim.fleet.local import LocalTable
 from shmelim.fleet.publisher import Publisher
+from shmelim.fleet.publishing import Note
 
 Say = Callable[..., object]
 """``say(event, **about)``: told when something has become another, never for each change."""
@@ -40,16 +41,11 @@ class _Telling:
 
 
 def run_publisher(
-    publisher: Publisher,
-    changed: Callable[[float], object],
-    stop: threading.Event,
-    say: Say,
-    note: Callable[[ShmelimError | None], object],
+    publisher: Publisher, changed: Callable[[float], object], stop: threading.Event, say: Say, note: Note
 ) -> None:
     """Publish until ``stop`` is set; ``changed`` waits so many seconds at most for the next change.
 
-    ``note`` is called after each turn, with the error that it failed with.
-
+    ``note`` is kept up to date, and removed at an orderly end; after any other one, it says why.
     Errors that pass are said, and tried again with growing pauses: back-pressure never reaches the writer.
     FencedError, OtherStoreError and FleetDataError come out.
     """
@@ -58,18 +54,23 @@ def run_publisher(
         try:
             publisher.turn()
         except (EngineError, StoreError) as error:
-            note(error)
             telling.tell("error", _of(error))
+            note.write(**_of(error), behind=publisher.behind)
             stop.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
             continue
+        except ShmelimError as error:
+            note.end(error)
+            raise
         pause = _FIRST_PAUSE
-        note(None)
         telling.tell("error", None)
         head = publisher.head
         telling.tell("leading", None if head is None else {"term": head.term, "line": head.line})
         telling.tell("held", None if publisher.held is None else {"why": publisher.held})
+        where = {} if head is None else {"term": head.term, "line": head.line, "seq": head.seq}
+        note.write(**where, behind=publisher.behind, held=publisher.held)
         changed(_WAITING)
+    note.remove()
 
 
 def run_follower(follower: Follower, table: LocalTable, stop: threading.Event, say: Say) -> None:

@@ -75,20 +75,14 @@ class ShmelimCollector(Collector):
             return
         if writer.heartbeat_age is not None:
             yield self._gauge("heartbeat_age_seconds", "Since the writer's last heartbeat.", writer.heartbeat_age)
-        if seen.publisher is not None:
-            about, running = "Whether the publisher to other hosts runs.", seen.publisher.is_running
-            yield self._gauge("publisher_up", about, running)
-            about = "Whether the publisher is told to hold, or waits for an acknowledgement."
-            yield self._gauge("publisher_held", about, seen.publisher.held is not None)
-            about = "Whether the publisher's last turn failed."
-            yield self._gauge("publisher_failing", about, seen.publisher.error is not None)
-            about = "The newest change that was published; it starts anew with another store."
-            yield self._gauge("publisher_seq", about, seen.publisher.seq)
-            yield self._gauge("publisher_behind", "Changes that were not published yet.", seen.publisher.behind)
         if seen.source is not None:
             about = "Since the source of a table that follows it was known to have nothing newer."
             age = float("inf") if seen.staleness is None else seen.staleness
             yield self._gauge("follower_age_seconds", about, age)
+        if seen.publishing is not None:
+            about = "Changes that the publisher of the name has not sent."
+            yield self._gauge("publisher_behind_changes", about, seen.publishing.behind)
+            yield self._gauge("publisher_up", "Whether it says that it lives.", seen.publishing.is_up)
         eliminated, departed, registered, *_ = table.flag_counts
         yield self._gauge("eliminated_hotkeys", "Hotkeys that are eliminated.", eliminated)
         yield self._gauge("departed_hotkeys", "Hotkeys that once left the metagraph.", departed)

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import ChannelError, NotServingError, SegmentError, ShmelimError
-from shmelim.fleet.standing import Standing, standing_of
+from shmelim.fleet.publishing import Publishing, publishing
 from shmelim.shm import TableInfo, WriterInfo
 
 _ASKING: Final = 2.0  # seconds that the server has to answer
@@ -23,9 +23,9 @@ class Seen(NamedTuple):
     writer: WriterInfo | None  # None, and the next two: nothing is published under the name
     table: TableInfo | None
     server: dict[str, Any] | None  # its health check; None where it could not be asked, and for a follower
+    publishing: Publishing | None = None  # what the publisher of the name says, on the server's host
     source: str | None = None  # whom the table follows, on another host
     staleness: float | None = None  # seconds since that was known to have nothing newer; None: not known
-    publisher: Standing | None = None  # what sends its changes to other hosts, if anything does
 
     @property
     def is_served(self) -> bool:
@@ -55,16 +55,20 @@ def see(name: str, owner: int | None = None) -> Seen:
         return Seen("failing", [_problem("no_answer", error)], writer, table, None)
     except ShmelimError as error:  # this user may not ask
         return Seen("ok", [_problem("cannot_check", error) | {"severity": "notice"}], writer, table, None)
-    publisher = standing_of(name)
-    status, problems = with_publisher(publisher, server)
-    return Seen(status, problems, writer, table, server, publisher=publisher)
+    found = publishing(name)
+    status, problems = with_publisher(found, server["status"], server["problems"])
+    return Seen(status, problems, writer, table, server, found)
 
 
-def with_publisher(publisher: Standing | None, server: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """Return status and problems of a server's health check, with those of its publisher."""
-    found = [] if publisher is None else publisher.problems()
-    worse = server["status"] == "ok" and any(each["severity"] == "degraded" for each in found)
-    return "degraded" if worse else server["status"], [*server["problems"], *found]
+def with_publisher(
+    found: Publishing | None, status: str, problems: list[dict[str, Any]]
+) -> tuple[str, list[dict[str, Any]]]:
+    """Return a status and problems with what is wrong with the name's publisher."""
+    if found is None or (wrong := found.problem()) is None:
+        return status, problems
+    name, severity, error = wrong
+    listed = [*problems, _problem(name, error) | {"severity": severity, "since_ms": found.since_ms}]
+    return "degraded" if status == "ok" and severity == "degraded" else status, listed
 
 
 def _unasked(reader: EliminationReader, writer: WriterInfo, table: TableInfo) -> Seen:
@@ -79,8 +83,9 @@ def _unasked(reader: EliminationReader, writer: WriterInfo, table: TableInfo) ->
         state = f"process {writer.pid}, {writer.state}, has no heartbeat any more"
         what = "the server" if source is None else "`shmelim follow`"
         found = NotServingError(f"nobody serves {reader.name!r}: {state}", hint=f"start {what} again")
-        return Seen("not served", [_problem("not_served", found), *problems], writer, table, None, source, age)
-    return Seen("degraded" if problems else "ok", problems, writer, table, None, source, age)
+        problems.insert(0, _problem("not_served", found))
+    status = "ok" if not problems else "degraded" if writer.alive else "not served"
+    return Seen(status, problems, writer, table, None, source=source, staleness=age)
 
 
 def _problem(name: str, error: Exception) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -20,11 +19,10 @@ from waiting import PATIENCE, until
 from shmelim.cli.main import cli
 from shmelim.eliminations.record import encode
 from shmelim.eliminations.rows import PREFIX, Status
-from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.fleet.follower import Applied
 from shmelim.fleet.local import LocalTable
 from shmelim.fleet.messages import Row
-from shmelim.fleet.standing import StandingFile
+from shmelim.fleet.publishing import Note
 from shmelim.shm import SharedNamespace
 from shmelim.shm.following import Position
 from shmelim.watch import web
@@ -182,26 +180,25 @@ def test_a_table_that_follows_another_hosts_says_whose_and_how_old(new_name):
         table.replace(Applied(b"s" * 16, 5, 10, 1), [Row(b"a", Status.ELIMINATED, record, 1)])
         with TestClient(web.make_app(name, token=TOKEN), "http://localhost:8765") as page:
             text = page.get("/").text
-            assert "of unknown age" in text
+            assert "<dt>age</dt><dd>unknown</dd>" in text
             assert "follower_old" in text
             assert HOSTILE not in text
             now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
             table.confirm(Position(1, 5, 10, now, 1_700_000_000_000))
             text = page.get("/").text
-            assert "follows redis://engine" in text
-            assert " s old" in text
+            assert "<dt>follows</dt><dd>redis://engine" in text
+            assert re.search("<dt>age</dt><dd>[0-9.]+ s</dd>", text)
             assert "follower_old" not in text
             assert ">ZOMBIE<" in page.get("/miner?hotkey=a").text
             refused = post(page, "/ack", token=TOKEN)
             assert refused.status_code == 409, refused.text
 
 
-def test_where_changes_are_published_is_shown(page, served):
-    publisher = SimpleNamespace(head=None, behind=0, held="the sync of 14:00")
-    StandingFile(RuntimeDirectory.of_server(served.name), publisher, "redis://engine").note()
+def test_what_was_not_published_yet_is_shown(page, served):
+    Note(served.name, "redis://engine").write(behind=1234, held="the sync of 14:00")
     text = page.get("/").text
-    assert "published to redis://engine" in text
-    assert "holds: the sync of 14:00" in text
+    assert "<dt>not sent yet</dt><dd>1,234</dd>" in text
+    assert "the sync of 14:00" in text
     assert '<p class="status">ok</p>' in text
 
 
