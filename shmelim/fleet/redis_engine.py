@@ -248,7 +248,7 @@ class RedisEngine(Engine):
 
 
 def place_of(url: str) -> str:
-    """Return an address as it may be shown; ValueError where it is none, or has a password in it."""
+    """Return an address as it is shown, without options; ValueError where it is none, or has a password in it."""
     parts = urlsplit(url)
     if parts.scheme not in {"redis", "rediss", "unix"}:
         raise ValueError(
@@ -264,7 +264,7 @@ def place_of(url: str) -> str:
             f"{printable(unknown[0])}: an engine's address has no such option; with rediss:// it may have "
             + ", ".join(sorted(_TLS_OPTIONS))
         )
-    return url
+    return url.partition("?")[0]
 
 
 def _text(number: Id) -> str:

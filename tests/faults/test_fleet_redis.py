@@ -725,6 +725,7 @@ class TestTLS:
             url = f"rediss://localhost:{port}?ssl_ca_certs={certificates['localhost']}.pem"
             engine = RedisEngine(url, "any")
             assert engine.look().head is None
+            assert engine.place == f"rediss://localhost:{port}"
             engine.close()
             with pytest.raises(EngineError) as caught:
                 RedisEngine(f"rediss://localhost:{port}", "any").look()
@@ -767,6 +768,7 @@ def test_both_ends_are_seen_on_their_hosts(fleet, name):
     code, answer = shown(fleet, "fleet", "status", "--at", fleet.engine.url, "--name", fleet.served.name)
     assert code == 0
     assert [each["rows"] for each in answer["followers"]] == [100]
+    assert answer["head"]["host"] == socket.gethostname()
     fleet.engine.kill()
     publisher.has_said("error")
     until(lambda: shown(fleet, "health", "--name", fleet.served.name)[0] == 1)
