@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 from engines import PROGRAM, RealEngine
@@ -52,8 +53,8 @@ _stamps = itertools.count(1)
 class Process:
     """A command that runs, and what it says."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "shmelim", *arguments, "--json"]
+    def __init__(self, *arguments: str, within: tuple[str, ...] = (), **environment: str) -> None:
+        command = [*within, sys.executable, "-m", "shmelim", *arguments, "--json"]
         self._process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -111,11 +112,11 @@ class Fleet:
         self.served, self.engine = served, engine
         self._stack = stack
 
-    def publish(self, *options: str) -> Process:
+    def publish(self, *options: str, url: str = "", within: tuple[str, ...] = ()) -> Process:
         directory = str(self.served.state_dir)
         arguments = [
             "--to",
-            self.engine.url,
+            url or self.engine.url,
             "--name",
             self.served.name,
             "--state-dir",
@@ -123,15 +124,14 @@ class Fleet:
             "--beat",
             "0.1",
         ]
-        return self._started("publish", *arguments, *options)
+        return self._started("publish", *arguments, *options, within=within)
 
-    def follow(self, name: str, *options: str) -> Process:
-        return self._started(
-            "follow", "--from", self.engine.url, "--name", self.served.name, "--as", name, *options
-        )
+    def follow(self, name: str, *options: str, url: str = "", within: tuple[str, ...] = ()) -> Process:
+        where = ["--from", url or self.engine.url, "--name", self.served.name, "--as", name]
+        return self._started("follow", *where, *options, within=within)
 
-    def _started(self, *arguments: str) -> Process:
-        process = Process(*arguments, SHMELIM_RUNTIME_DIR=str(self.served.runtime))
+    def _started(self, *arguments: str, within: tuple[str, ...]) -> Process:
+        process = Process(*arguments, within=within, SHMELIM_RUNTIME_DIR=str(self.served.runtime))
         self._stack.callback(process.kill)
         return process
 
@@ -388,6 +388,118 @@ class TestHold:
             assert len(EliminationReader(name)) == 100
             served.client().acknowledge()
             fleet.becomes_equal(name)
+
+
+class Network:
+    """Two hosts, as network namespaces with one cable: where the engine is, and ``far`` from it."""
+
+    ADDRESS, FAR = "10.0.0.1", "10.0.0.2"
+
+    def __init__(self) -> None:
+        mark = secrets.token_hex(3)
+        self._here, self._far = f"shmelim-{mark}a", f"shmelim-{mark}b"
+        self.here, self.far = (("ip", "netns", "exec", each) for each in (self._here, self._far))
+
+    def __enter__(self) -> Self:
+        for namespace in (self._here, self._far):
+            if not self._ip("netns", "add", namespace):
+                self.__exit__()
+                pytest.skip("this user may not make network namespaces")
+        cable = ["type", "veth", "peer", "name", "cable", "netns", self._far]
+        assert self._ip("-n", self._here, "link", "add", "cable", *cable)
+        for namespace, address in ((self._here, self.ADDRESS), (self._far, self.FAR)):
+            assert self._ip("-n", namespace, "address", "add", f"{address}/24", "dev", "cable")
+            assert self._ip("-n", namespace, "link", "set", "cable", "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for namespace in (self._here, self._far):
+            self._ip("netns", "delete", namespace)
+
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """What is sent arrives at the engine, and no answer comes back, nor any refusal."""
+        # A route that goes nowhere would not do: what comes from where nothing can be sent is dropped as well.
+        neighbour = ["-n", self._here, "neighbour", "replace", self.FAR, "dev", "cable"]
+        assert self._ip(*neighbour, "lladdr", "02:00:00:00:00:01", "nud", "permanent")
+        yield
+        address = self._address_of_cable()
+        assert self._ip(*neighbour, "lladdr", address, "nud", "reachable")
+
+    def _address_of_cable(self) -> str:
+        shown = subprocess.run(
+            ["ip", "-n", self._far, "-j", "link", "show", "cable"], capture_output=True, check=True
+        )
+        return json.loads(shown.stdout)[0]["address"]
+
+    @staticmethod
+    def _ip(*arguments: str) -> bool:
+        try:
+            return subprocess.run(["ip", *arguments], capture_output=True, check=False).returncode == 0
+        except FileNotFoundError:
+            return False
+
+
+class TestAHostThatIsCutOff:
+    @pytest.fixture
+    def network(self) -> Iterator[Network]:
+        with Network() as network:
+            yield network
+
+    @pytest.fixture
+    def apart(self, serve, network) -> Iterator[Fleet]:
+        options = ("--port", "6379", "--bind", network.ADDRESS, "--protected-mode", "no")
+        with contextlib.ExitStack() as stack:
+            served = serve(files="off", sync_guard="off")
+            served.client().sync_eliminations([row(f"h{n}") for n in range(100)])
+            engine = stack.enter_context(RealEngine(*options, within=network.here))
+            yield Fleet(served, engine, stack)
+
+    def test_a_follower(self, apart, network, name):
+        apart.publish()
+        follower = apart.follow(name, url=f"redis://{network.ADDRESS}", within=network.far)
+        follower.has_said("following")
+        apart.becomes_equal(name)
+        reader = EliminationReader(name)
+        until(lambda: reader.staleness is not None, "an age")
+        line = apart.line(name)
+        with network.deaf():
+            began = time.clock_gettime(time.CLOCK_BOOTTIME)
+            for _ in range(20):
+                change(apart)
+            follower.has_said("error")
+            passed = time.clock_gettime(time.CLOCK_BOOTTIME) - began
+            assert reader.is_hotkey_eliminated("h1")
+            assert len(reader) < len(apart.served.reader())
+            assert reader.staleness >= passed, "since then it cannot have heard of anything"
+        apart.becomes_equal(name, "a follower cut off")
+        change(apart)
+        apart.becomes_equal(name)
+        assert apart.line(name) == line, "it went on from its own position"
+        follower.has_said("error_over")
+
+    def test_a_publisher(self, apart, network, name):
+        # Between two beats the first thing that it asks for is to append a change.
+        publisher = apart.publish("--beat", "5", url=f"redis://{network.ADDRESS}", within=network.far)
+        apart.follow(name).has_said("following")
+        apart.becomes_equal(name)
+        line = apart.line(name)
+        engine = RedisEngine(apart.engine.url, apart.served.name)
+        until(lambda: unpack_head(engine.look().head).last.number >= 2, "its first beat")
+        before = unpack_head(engine.look().head).seq
+        with network.deaf():
+            began = time.perf_counter()
+            for _ in range(20):
+                change(apart)
+            print(f"20 changes while the publisher is cut off: {time.perf_counter() - began:.3f} s")
+            publisher.has_said("error")
+            assert unpack_head(engine.look().head).seq > before, "the engine did what it could not confirm"
+        apart.becomes_equal(name, "a publisher cut off")
+        publisher.has_said("error_over")
+        change(apart)  # which comes after whatever it did first
+        apart.becomes_equal(name)
+        assert apart.line(name) == line, "it found out what the engine had done"
+        assert len(publisher.said("leading")) == 1
 
 
 class TestTheSourcesHostKnowsOfThePublisher:
