@@ -8,7 +8,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from bench import around, changes, machine, worker
+from bench import around, machine, worker
 from bench.crew import CORES, Crew, Process, WorkerError, place_for
 from bench.peers import LABELS, NAMES, load
 from bench.plan import DUELS_WITH
@@ -71,6 +71,8 @@ class Run:
             beside = {"import": around.importing(), "waking": around.waking()}
         costs = {}
         for size in self.plan.changed:
+            from bench import changes  # whose peers a run without it does not need
+
             self.say(f"what changes cost, {size:,} records")
             with self._timed(f"changes, {size}"):
                 costs[str(size)] = changes.costs(size)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from shmelim.errors import KeyFileError, NotServingError
+from shmelim.system.owner import named_owner
 
 KeyPath: TypeAlias = str | os.PathLike[str]
 
@@ -45,8 +46,8 @@ def load_key(path: KeyPath) -> bytes:
 
     ``NotServingError``: there is no such file, as no server has been started there. (A client that has reached a
     server raises ``KeyFileError`` instead.) ``KeyFileError``: this process may not read the file, as the message
-    explains; or it is not to be trusted, for the reasons that :func:`load_or_create_key` names. It says nothing of
-    the server.
+    explains; or it is not to be trusted, for the reasons that :func:`load_or_create_key` names (that of the user
+    whom ``SHMELIM_OWNER`` names is). It says nothing of the server.
     """
     try:
         return _read(path, server=False)
@@ -125,9 +126,12 @@ def _check(path: KeyPath, status: os.stat_result, *, server: bool) -> None:
         raise KeyFileError(text, hint=f"others may know the key, so {_ANEW}")
     user = os.geteuid()
     shared = mode & stat.S_IRGRP and status.st_gid in {os.getegid(), *os.getgroups()}
-    if status.st_uid != user and (server or not (status.st_uid == 0 or shared)):
+    if status.st_uid != user and (server or not (status.st_uid in {0, named_owner()} or shared)):
         text = f"the key file {path} belongs to user {status.st_uid}, not to {user}"
-        raise KeyFileError(text, hint="run as its owner, or choose another directory")
+        hint = (
+            f"run as its owner, say that you mean that one (--owner {status.st_uid}), or choose another directory"
+        )
+        raise KeyFileError(text, hint=hint)
 
 
 def whose(path: KeyPath) -> str:

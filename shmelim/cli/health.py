@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from shmelim.cli import output
 from shmelim.cli.failure import NOT_SERVING
-from shmelim.cli.options import Settings, command, owner_option
+from shmelim.cli.options import Settings, command
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
@@ -21,8 +21,7 @@ _ASKING: Final = 5.0
 
 
 @command
-@owner_option
-def health(settings: Settings, *, owner: int | None) -> int:
+def health(settings: Settings) -> int:
     """Say whether a name is served well, and if not, what is wrong and what to do.
 
     A table that follows another host's is degraded once it is more than 10 s old.
@@ -37,11 +36,11 @@ def health(settings: Settings, *, owner: int | None) -> int:
       shmelim health
       shmelim health --name mainnet --json
     """
-    reader = EliminationReader(settings.name, owner=owner)
+    reader = EliminationReader(settings.name)
     writer = reader.writer
     answer: dict[str, Any] = {"status": "not served", "problems": []}
     if reader.source is not None:
-        seen = see(settings.name, owner)
+        seen = see(settings.name)
         answer = {"status": seen.status, "problems": seen.problems}
     elif writer.alive:
         answer = _ask(settings.name)

@@ -9,7 +9,7 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
-from shmelim.cli.options import Settings, as_of_option, command, hotkeys_argument, hotkeys_from, owner_option
+from shmelim.cli.options import Settings, as_of_option, command, hotkeys_argument, hotkeys_from
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.rows import Status
 from shmelim.eliminations.validator.addresses import is_ss58_address
@@ -26,8 +26,7 @@ _STATES: Final = {
 
 @command
 @hotkeys_argument
-@owner_option
-def check(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) -> int:
+def check(settings: Settings, *, hotkeys: tuple[str, ...]) -> int:
     """Tell of each HOTKEY whether it is eliminated, re-registered, departed, or clear.
 
     "-" stands for the hotkeys on stdin, one a line. Exit code 0: none is eliminated; 1: at least one is;
@@ -42,7 +41,7 @@ def check(settings: Settings, *, hotkeys: tuple[str, ...], owner: int | None) ->
       shmelim check - < hotkeys.txt
     """
     asked = hotkeys_from(hotkeys)
-    reader = EliminationReader(settings.name, owner=owner)
+    reader = EliminationReader(settings.name)
     statuses = reader.statuses(asked)
     if not (writer := reader.writer).alive:
         click.echo(
@@ -77,8 +76,7 @@ def _in_words(row: dict[str, Any]) -> str:
 @command
 @hotkeys_argument
 @as_of_option
-@owner_option
-def get(settings: Settings, *, hotkeys: tuple[str, ...], as_of: str | None, owner: int | None) -> int:
+def get(settings: Settings, *, hotkeys: tuple[str, ...], as_of: str | None) -> int:
     """Print the elimination record of each HOTKEY; "-" stands for those on stdin.
 
     Exit code 1: at least one of them is not eliminated.
@@ -88,7 +86,7 @@ def get(settings: Settings, *, hotkeys: tuple[str, ...], as_of: str | None, owne
     For example:
       shmelim get 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --json
     """
-    reader = EliminationReader(settings.name, owner=owner)
+    reader = EliminationReader(settings.name)
     then = None if as_of is None else _as_of(settings.name, as_of)
     one: Callable[[str], dict[str, Any] | None] = reader.get_elimination if then is None else then.get
     found = {hotkey: one(hotkey) for hotkey in hotkeys_from(hotkeys)}
@@ -111,8 +109,7 @@ def get(settings: Settings, *, hotkeys: tuple[str, ...], as_of: str | None, owne
 @click.option("--departed", is_flag=True, help="List the hotkeys that left the metagraph instead.")
 @click.option("--reason", metavar="REASON", help="Only eliminations for this reason.")
 @as_of_option
-@owner_option
-def list_(settings: Settings, *, departed: bool, reason: str | None, as_of: str | None, owner: int | None) -> None:
+def list_(settings: Settings, *, departed: bool, reason: str | None, as_of: str | None) -> None:
     """List the eliminations in the order in which they came: hotkey, reason, drawdown, time (UTC).
 
     On a terminal a table, otherwise one line each with tabs between; never shortened.
@@ -129,7 +126,7 @@ def list_(settings: Settings, *, departed: bool, reason: str | None, as_of: str 
         raise click.UsageError("--reason is about eliminations and does not go with --departed")
     if departed and as_of is not None:
         raise click.UsageError("--as-of is about eliminations and does not go with --departed")
-    reader = EliminationReader(settings.name, owner=owner)
+    reader = EliminationReader(settings.name)
     if as_of is None:
         version, eliminations, left, _ = reader.snapshot()
     else:

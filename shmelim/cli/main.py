@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -125,8 +126,10 @@ def cli() -> None:
     """
 
 
-def main() -> NoReturn:
-    """Run the command line of this process."""
+def main(interrupted: Any = None) -> NoReturn:
+    """Run the command line of this process; ``interrupted`` is the handler of Ctrl-C that it is to have."""
+    if interrupted is not None:
+        signal.signal(signal.SIGINT, interrupted)
     _open_closed_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:

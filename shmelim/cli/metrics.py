@@ -8,15 +8,14 @@ from pathlib import Path
 import click
 
 from shmelim.cli.failure import YES
-from shmelim.cli.options import PATH, Settings, command, owner_option
+from shmelim.cli.options import PATH, Settings, command
 from shmelim.errors import ShmelimError
 from shmelim.system.durable import write_whole, writing
 
 
 @command
 @click.option("--to", type=PATH, metavar="FILE", help="Write this file in one step, for the node exporter.")
-@owner_option
-def metrics(settings: Settings, *, to: Path | None, owner: int | None) -> int:
+def metrics(settings: Settings, *, to: Path | None) -> int:
     """Print metrics for Prometheus: whether the name is served, its problems, counts, sizes, ages.
 
     Works also where nobody serves the name: shmelim_up is 0 then. Needs the extra: pip install 'shmelim[metrics]'.
@@ -33,7 +32,7 @@ def metrics(settings: Settings, *, to: Path | None, owner: int | None) -> int:
         if (error.name or "").partition(".")[0] != "prometheus_client":
             raise
         raise ShmelimError("prometheus_client is missing", hint="pip install 'shmelim[metrics]'") from None
-    text = text_of(settings.name, owner)
+    text = text_of(settings.name)
     if to is not None:
         with writing(f"{to} could not be written"):
             write_whole(to, [text], mode=0o644)  # the node exporter is another user

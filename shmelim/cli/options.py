@@ -17,6 +17,7 @@ import click
 from shmelim.cli import output
 from shmelim.system.clock import utc_text
 from shmelim.system.containers import finite
+from shmelim.system.owner import OWNER_VARIABLE, named_owner
 
 NAME_VARIABLE: Final = "SHMELIM_NAME"
 DEBUG_VARIABLE: Final = "SHMELIM_DEBUG"
@@ -84,6 +85,10 @@ class Settings:
         name = os.environ.get(NAME_VARIABLE) or DEFAULT_NAME
         if problem := _problem("name", name):
             raise click.UsageError(f"{NAME_VARIABLE}: {problem}")
+        try:
+            named_owner()
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
         return cls(name, debug=os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"))
 
     def answer(self, content: dict[str, Any], say: str | Callable[[], object]) -> None:
@@ -119,14 +124,25 @@ def _shared(*names: str, **about: Any) -> click.Option:
     return click.Option(names, expose_value=False, callback=remember, **about)
 
 
+def _set_while_it_runs(context: click.Context, variable: str, value: str) -> None:
+    """Set what all of this process and of its children go by, until the command ends."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    context.call_on_close(
+        lambda: os.environ.pop(variable, None) if before is None else os.environ.update({variable: before})
+    )
+
+
 def _choose_runtime(context: click.Context, _parameter: click.Parameter, given: str | None) -> None:
-    """Set, while the command runs, what all of this process and of its children go by."""
     from shmelim.eliminations.runtime import RUNTIME_VARIABLE
 
     if given:
-        before = os.environ.copy()
-        os.environ[RUNTIME_VARIABLE] = os.path.abspath(given)  # noqa: PTH100  # which does not follow links
-        context.call_on_close(lambda: os.environ.pop(RUNTIME_VARIABLE) and os.environ.update(before))
+        _set_while_it_runs(context, RUNTIME_VARIABLE, os.path.abspath(given))  # noqa: PTH100  # follows no links
+
+
+def _choose_owner(context: click.Context, _parameter: click.Parameter, given: int | None) -> None:
+    if given is not None:
+        _set_while_it_runs(context, OWNER_VARIABLE, str(given))
 
 
 _OF_NAME = f"The name that is served [default: {NAME_VARIABLE}, else {DEFAULT_NAME!r}]."
@@ -138,6 +154,14 @@ _SHARED: Final = [
         callback=_choose_runtime,
         metavar="DIR",
         help="Where key and socket of each name are [default: where the server says, else the user's].",
+    ),
+    click.Option(
+        ["--owner"],
+        type=click.IntRange(min=0),
+        expose_value=False,
+        callback=_choose_owner,
+        metavar="UID",
+        help=f"Whose table and key are meant [default: {OWNER_VARIABLE}, else yours and root's].",
     ),
     _shared("--json", "as_json", is_flag=True, help="Print one JSON document; errors as JSON on stderr."),
     _shared("--debug", is_flag=True, help=f"Show where an error came from (also: {DEBUG_VARIABLE}=1)."),
@@ -196,12 +220,6 @@ registry_option = click.option(
     callback=_registry,
     help='Where is remembered what is served under each name; "off": nowhere'
     " [default: SHMELIM_REGISTRY, else a directory of the user's state].",
-)
-owner_option = click.option(
-    "--owner",
-    type=click.IntRange(min=0),
-    metavar="UID",
-    help="Trust the segments of this user, who serves with --group-readable [default: you and root].",
 )
 
 

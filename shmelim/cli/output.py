@@ -19,8 +19,8 @@ from shmelim.system.text import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-_HOTKEY_WIDTH: Final = 48
-_OTHER_WIDTH: Final = 12
+_FOLDED: Final = 24  # to which the last column of a table may be folded
+_BETWEEN: Final = 2  # between two columns
 _LINES_AT_ONCE: Final = 500
 _KIB: Final = 1024
 
@@ -47,22 +47,16 @@ def agreed(question: str, *about: str) -> bool:
 def records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows: a table on a terminal, else one line each, tab-separated and complete, without a heading.
 
-    A terminal too narrow for the table gets the lines too: nothing is ever shortened.
+    Where the table would not fit, a terminal gets the lines too: nothing is ever shortened. Only the last column
+    may be folded.
     """
-    if on_terminal():
-        # Only here: it takes as long to import as most commands take to run.
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        widths = [_HOTKEY_WIDTH if column == "hotkey" else _OTHER_WIDTH for column in columns]
-        if Console().width >= sum(widths):
-            table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-            for column in columns:
-                table.add_column(column, overflow="fold", min_width=_HOTKEY_WIDTH if column == "hotkey" else None)
-            _print(table, rows)
-            return
     lines = ("\t".join(map(value, row)) for row in rows)
+    if on_terminal() and columns:
+        shown = [[value(cell) for cell in row] for row in rows]
+        if _fits(columns, shown):
+            _print(columns, shown)
+            return
+        lines = ("\t".join(row) for row in shown)
     # Each echo is a system call of its own.
     while chunk := list(islice(lines, _LINES_AT_ONCE)):
         click.echo("\n".join(chunk))
@@ -74,19 +68,46 @@ def facts(pairs: Iterable[tuple[str, object]]) -> None:
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold")
+        table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
-        _print(table, pairs)
-    else:
-        records((), pairs)
+        shown = [[value(cell) for cell in pair] for pair in pairs]
+        if _fits(("", ""), shown):
+            _show(table, shown)
+            return
+        pairs = [(name, thing) for name, thing in shown]
+    records((), pairs)
 
 
-def _print(table: Table, rows: Iterable[Sequence[object]]) -> None:
+def _fits(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
+    """Tell whether a terminal is wide enough for all columns as they are, the last of which may be folded."""
+    from rich.cells import cell_len
+    from rich.console import Console
+
+    widths = [cell_len(column) for column in columns]
+    for row in rows:
+        widths = list(map(max, widths, map(cell_len, row)))
+    widths[-1] = min(widths[-1], max(_FOLDED, cell_len(columns[-1])))
+    return sum(widths) + _BETWEEN * (len(widths) - 1) <= Console().width
+
+
+def _print(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    # Only here: it takes as long to import as most commands take to run.
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns[:-1]:
+        table.add_column(column, no_wrap=True)
+    table.add_column(columns[-1], overflow="fold")
+    _show(table, rows)
+
+
+def _show(table: Table, rows: Iterable[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.text import Text
 
     for row in rows:
-        table.add_row(*(Text(value(cell)) for cell in row))
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 

@@ -12,7 +12,7 @@ from shmelim.channel.address import describe
 from shmelim.cli import output
 from shmelim.cli.failure import NOT_SERVING
 from shmelim.cli.health import CODES
-from shmelim.cli.options import Settings, command, owner_option
+from shmelim.cli.options import Settings, command
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
@@ -35,8 +35,7 @@ _NO_CHANNEL: Final = {
 
 @command
 @click.option("--verify", is_flag=True, help="Check every record's checksum and that each entry can be found.")
-@owner_option
-def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
+def status(settings: Settings, *, verify: bool) -> int:
     """Show who serves a name, what is published, how full it is, and what needs a person.
 
     Needs no key and no living server: the last published state stays readable. What only the server knows (its
@@ -59,7 +58,7 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
       shmelim status
       shmelim status --name mainnet --verify --json
     """
-    reader = EliminationReader(settings.name, owner=owner)
+    reader = EliminationReader(settings.name)
     verified = reader.verify() if verify else None
     writer, table = reader.writer, reader.table
     follows = _follows(reader)
@@ -97,7 +96,7 @@ def status(settings: Settings, *, verify: bool, owner: int | None) -> int:
     if not writer.alive:
         return NOT_SERVING
     if follows is not None:
-        return CODES[see(settings.name, owner).status]
+        return CODES[see(settings.name).status]
     return CODES[server["status"]] if server is not None else CODES["failing" if channel["silent"] else "ok"]
 
 

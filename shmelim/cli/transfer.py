@@ -9,7 +9,7 @@ from typing import Final
 import click
 
 from shmelim.cli.failure import FileProblemError, RefusedError, need_file
-from shmelim.cli.options import Settings, command, file_argument, owner_option
+from shmelim.cli.options import Settings, command, file_argument
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.files import format as files
@@ -78,8 +78,7 @@ def _read(file: Path) -> list[bytes]:
 @command
 @file_argument
 @click.option("--departed", is_flag=True, help="Write the departed hotkeys instead of the eliminations.")
-@owner_option
-def export(settings: Settings, *, file: Path, departed: bool, owner: int | None) -> None:
+def export(settings: Settings, *, file: Path, departed: bool) -> None:
     """Write the current eliminations to FILE as {"eliminations": […]}, or to stdout if it is "-".
 
     All as of one moment, and in one step: FILE is either the old one or the whole new one. Works while the server
@@ -91,7 +90,7 @@ def export(settings: Settings, *, file: Path, departed: bool, owner: int | None)
       shmelim export eliminations.json
       shmelim export - --departed | jq '.departed_hotkeys | length'
     """
-    snapshot = EliminationReader(settings.name, owner=owner).snapshot()
+    snapshot = EliminationReader(settings.name).snapshot()
     count = len(snapshot.departed if departed else snapshot.eliminations)
     if str(file) == "-":
         with tempfile.TemporaryDirectory() as directory:

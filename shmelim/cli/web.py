@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from shmelim.cli.failure import need_file
-from shmelim.cli.options import PATH, Settings, command, owner_option
+from shmelim.cli.options import PATH, Settings, command
 from shmelim.errors import KeyFileError, ShmelimError
 from shmelim.system.text import printable
 
@@ -30,10 +30,7 @@ _LEAST_TOKEN = 16
     metavar="FILE",
     help="Who knows the token in this file may change things [default: nobody].",
 )
-@owner_option
-def web(
-    settings: Settings, *, host: str, port: int, hosts: tuple[str, ...], token_file: Path | None, owner: int | None
-) -> None:
+def web(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...], token_file: Path | None) -> None:
     """Serve a page with counts, problems, the table, each miner's history, and changes as they come.
 
     Also /metrics for Prometheus and /healthz, which is 503 where the name is failing or nobody serves it. Works
@@ -50,9 +47,7 @@ def web(
         from shmelim.watch.web import make_app
     except ImportError as error:
         raise ShmelimError(f"{error.name} is missing", hint="pip install 'shmelim[web]'") from None
-    app = make_app(
-        settings.name, token=None if token_file is None else _token_in(token_file), hosts=hosts, owner=owner
-    )
+    app = make_app(settings.name, token=None if token_file is None else _token_in(token_file), hosts=hosts)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family)

@@ -36,7 +36,7 @@ from shmelim.errors import (
     StoreError,
     UnsupportedPlatformError,
 )
-from shmelim.shm import SharedNamespace, check_name
+from shmelim.shm import SharedNamespace, TableReader, check_name
 from shmelim.shm.following import followed_by
 from shmelim.shm.place import place_of
 from shmelim.system.durable import make_private_directory, write_whole, writing
@@ -52,7 +52,7 @@ RUNTIME_VARIABLE: Final = "SHMELIM_RUNTIME_DIR"
 
 _PRIVATE: Final = 0o700
 _LOOK: Final = 0.5  # seconds between two looks at what clients find a server by
-_SET_RUNTIME: Final = "set XDG_RUNTIME_DIR to a directory of your own"
+_SET_RUNTIME: Final = f"name a directory of your own, by --runtime-dir, {RUNTIME_VARIABLE} or XDG_RUNTIME_DIR"
 
 _log = get_logger("shmelim.runtime")
 _once = LimitedLog(_log, burst=1, interval=3600)
@@ -145,10 +145,22 @@ class RuntimeDirectory:
                 hint="run as the server's user",
             ) from None
         except (OSError, msgspec.DecodeError):
-            raise NotServingError(
-                f"no server of the name {self.name!r} can be found in {self.path}",
-                hint=f"start it with `shmelim serve --name {self.name}`",
-            ) from None
+            raise self._not_found() from None
+
+    def _not_found(self) -> NotServingError:
+        """Return the error for a name whose server left nothing here; it may live all the same."""
+        with suppress(NotServingError, SegmentError, UnsupportedPlatformError):
+            writer = TableReader(SharedNamespace(self.name)).writer()
+            if writer.alive:
+                return NotServingError(
+                    f"process {writer.pid} serves {self.name!r}, and nothing in {self.path} says how to reach it",
+                    hint="it may keep that elsewhere (name the place by --runtime-dir, or in XDG_RUNTIME_DIR), or"
+                    " publish from a process of its own, which alone can change it then",
+                )
+        return NotServingError(
+            f"no server of the name {self.name!r} can be found in {self.path}",
+            hint=f"start it with `shmelim serve --name {self.name}`",
+        )
 
 
 class Announcement:

@@ -179,5 +179,6 @@ def untrusted(path: str, why: str) -> UntrustedSegmentError:
     """Return the error for a file of somebody else."""
     return UntrustedSegmentError(
         f"{path} is not to be trusted: {why}",
-        hint="another user took the name: choose another one, or name its owner's uid if that is meant",
+        hint="if that user's is meant, say so (--owner UID on the command line, owner= or SHMELIM_OWNER); "
+        "else another user took the name: choose another one",
     )

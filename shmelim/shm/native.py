@@ -32,7 +32,7 @@ def _load() -> ModuleType | None:
     except ImportError as error:
         from shmelim.system.text import get_logger  # noqa: PLC0415  # loads logging, which who only reads does not
 
-        text = "reads take the pure-Python path, ten times as slow: the extension cannot be loaded (%s); %s"
+        text = "reads take the pure-Python path, which is slower: the extension cannot be loaded (%s); %s"
         get_logger("shmelim.shm").warning(text, error, HOW_TO_COMPILE)
         return None
     if getattr(_native, "INTERFACE", None) != _INTERFACE:

@@ -24,6 +24,7 @@ from shmelim.shm.layout import ROOT_MAGIC, ROOT_SIZE
 from shmelim.shm.mapping import WRITE, check_file, map_file, open_error, open_file, untrusted
 from shmelim.shm.native import READ_PATH
 from shmelim.shm.segment import Lock, Namespace, Segment, check_name
+from shmelim.system.owner import named_owner
 
 _SHM_DIR: Final = "/dev/shm"  # noqa: S108  # where Linux keeps POSIX shared memory
 _ZEROS: Final = bytes(1 << 20)
@@ -36,7 +37,8 @@ class SharedNamespace(Namespace):
     """Segments ``/shmelim.<name>`` and ``/shmelim.<name>.<generation>`` in POSIX shared memory.
 
     ``name`` is 1 to 16 of ``a-z 0-9 _ -``; ``mode`` the permissions of segments made here, 0o600, or 0o640 to let
-    a group read; ``owner`` the uid whose segments a reader trusts, by default this user's and root's.
+    a group read; ``owner`` the uid whose segments a reader trusts, by default the one in ``SHMELIM_OWNER``, or
+    else this user's and root's.
 
     ValueError for a bad name or mode; UnsupportedPlatformError where there is no ``/dev/shm``, or where the
     machine's memory order is too weak for the pure-Python path, and the extension is not there.
@@ -54,6 +56,7 @@ class SharedNamespace(Namespace):
             raise ValueError(f"mode {mode:#o} must be 0o600, or 0o640 to let a group read")
         require_store_order()
         self._mode = mode
+        owner = named_owner() if owner is None else owner
         self._trusted = {os.geteuid(), 0} if owner is None else {owner}
 
     @property

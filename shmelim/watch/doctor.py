@@ -22,7 +22,7 @@ from typing import Final, Literal, NamedTuple
 
 from shmelim.eliminations.runtime import RuntimeDirectory, state_directory_of
 from shmelim.shm import READ_PATH
-from shmelim.shm.native import why_pure
+from shmelim.shm.native import HOW_TO_COMPILE, why_pure
 from shmelim.system import clock
 from shmelim.watch.seeing import Seen, see
 
@@ -76,10 +76,7 @@ def examine(name: str, state_dir: Path | None = None, machine: Machine = Machine
 
 def _of_package(seen: Seen) -> Iterator[Finding]:
     if READ_PATH == "pure":
-        remedy = (
-            "install a C compiler, then: SHMELIM_BUILD=native pip install --no-cache-dir --force-reinstall shmelim"
-        )
-        yield Finding("read path", "notice", f"reads take the pure-Python path: {why_pure()}", remedy)
+        yield Finding("read path", "notice", f"reads take the pure-Python path: {why_pure()}", HOW_TO_COMPILE)
     served, here = (seen.server or {}).get("package_version"), version("shmelim")
     if served is not None and served != here:
         text = f"the server is shmelim {served}, this command {here}"

@@ -17,7 +17,7 @@ from invoking import CliRunner
 from test_cli_commands import A, B, T, environment, row, runner, serving, write
 from waiting import PATIENCE, until
 
-from shmelim import EliminationReader
+from shmelim import EliminationManagerServer, EliminationReader
 from shmelim.cli.main import cli
 from shmelim.errors import NotServingError
 from shmelim.shm import SharedNamespace
@@ -457,3 +457,32 @@ def test_a_demo_whose_server_does_not_start_is_one_line(monkeypatch, tmp_path):
     assert "ended or hangs: it said nothing" in result.stderr
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_before_there_is_anything_leaves_no_trace(tmp_path):
+    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "shmelim", "--help"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+        # As from a shell, whatever the tests were started with.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == done.stdout == ""
+
+
+def test_a_name_that_is_served_and_cannot_be_reached_is_not_to_be_started(name, home, monkeypatch):
+    """A process that publishes by itself, or a runtime directory that this environment does not name."""
+    monkeypatch.setenv("SHMELIM_RUNTIME_DIR", str(home / "elsewhere"))
+    server = EliminationManagerServer(SharedNamespace(name), state_dir=home / "state", registry=None)
+    try:
+        found = runner(name, home / "elsewhere")("remove", "5Gx")
+        assert found.exit_code == 3
+        assert f"process {os.getpid()} serves" in found.stderr
+        assert "--runtime-dir" in found.stderr
+        assert "shmelim serve" not in found.stderr
+    finally:
+        server.close()

@@ -127,10 +127,11 @@ def test_measuring_begins_when_it_is_told_to():
 
 
 def test_a_duel_divides_by_each_sides_calls():
-    found = duel(lambda: time.sleep(0.002), lambda: time.sleep(0.002), (20, 2), 0.02)
+    found = duel(lambda: time.sleep(0.002), lambda: time.sleep(0.002), (20_000, 2), 0.02)
     assert found.rounds >= 3
     assert found.ratio == pytest.approx(found.ours / found.theirs)
-    assert found.ratio == pytest.approx(0.1, rel=0.5)
+    assert found.theirs >= 0.001
+    assert found.ours < found.theirs  # of ten thousand times as many calls, however long each pass took
     assert found.low <= found.high
 
 

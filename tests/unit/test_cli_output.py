@@ -71,15 +71,47 @@ def test_off_a_terminal_rows_are_whole_lines(capsys):
     assert capsys.readouterr().out == f"{long}\t-\nb\tc\\td\n"
 
 
-@pytest.mark.parametrize("width", [10, 40, 59, 72, 73, 80, 200])
-def test_on_a_terminal_no_character_is_left_out(capsys, monkeypatch, width):
+HOTKEY = "5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs"
+
+
+@pytest.mark.parametrize("width", [*range(10, 130, 7), 59, 60, 72, 73, 80, 200])
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        (("hotkey", "reason", "dd", "eliminated"), (HOTKEY, "MAX_TOTAL_DRAWDOWN", 11.5, "2025-05-04 22:07:15")),
+        (("hotkey", "reason", "x"), (HOTKEY, "[bold]" + "long" * 20, None)),
+        (
+            ("when", "action", "hotkey", "who", "change"),
+            ("2025", "add", HOTKEY, "python[12] uid 0", "größer, " * 30),
+        ),
+        (("follower", "a heading that is long"), ("host", 1)),
+    ],
+)
+def test_on_a_terminal_no_character_is_left_out(capsys, monkeypatch, width, columns, row):
     monkeypatch.setattr(output, "on_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
-    hotkey = "5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs"
-    output.records(("hotkey", "reason", "x"), [(hotkey, "[bold]" + "long" * 20, None)])
+    output.records(columns, [row])
     printed = capsys.readouterr().out
-    assert hotkey in printed
-    assert "[bold]" in printed
+    if "\t" in printed:  # the table does not fit
+        assert printed == "\t".join(map(output.value, row)) + "\n"
+        return
+    assert all(len(line) <= width for line in printed.splitlines())
+    assert all(column in printed for column in columns)
+    assert all(output.value(cell) in printed for cell in row[:-1])
+    # The last column may be folded: its parts stand below each other, at the end of the lines.
+    at = printed.splitlines()[1].index(columns[-1])
+    parts = (line[at:] for line in printed.splitlines()[3:])
+    assert "".join(parts).replace(" ", "") == output.value(row[-1]).replace(" ", "")
+
+
+@pytest.mark.parametrize("width", range(8, 100, 6))
+def test_nor_of_facts(capsys, monkeypatch, width):
+    monkeypatch.setattr(output, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    output.facts([("slashes in doubt", "none"), ("problems", "x" * 90)])
+    printed = capsys.readouterr().out
+    assert "slashes in doubt" in printed
+    assert printed.count("x") == 90
 
 
 def test_a_document_is_one_line_of_ascii(capsys):
