@@ -16,18 +16,30 @@ PROGRAM = shutil.which("redis-server") or shutil.which("valkey-server")
 
 
 class RealEngine:
-    """A server on a Unix socket in a directory of its own; it saves nothing by itself."""
+    """A server on a Unix socket in a directory of its own; it saves nothing by itself.
 
-    def __init__(self, *options: str) -> None:
+    ``within`` is what it is started by, such as ``ip netns exec NAME``.
+    """
+
+    def __init__(self, *options: str, within: tuple[str, ...] = ()) -> None:
         # A socket's path must be short.
         self.directory = Path(tempfile.mkdtemp(prefix="shmelim-"))
         self.socket = self.directory / "engine"
         self.url = f"unix://{self.socket}"
-        self.options = options
+        self.options, self.within = options, within
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
-        command = [str(PROGRAM), "--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory)]
+        command = [
+            *self.within,
+            str(PROGRAM),
+            "--port",
+            "0",
+            "--unixsocket",
+            str(self.socket),
+            "--dir",
+            str(self.directory),
+        ]
         command += ["--save", "", "--appendonly", "no", *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until(self._answers, "the engine")

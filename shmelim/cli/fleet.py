@@ -93,7 +93,9 @@ def publish(
 
     engine = _engine(url, settings.name, password_file)
     outbox = StoreOutbox(state_dir or _state_dir(settings.name))
-    publisher = Publisher(engine, outbox, beat=beat, take_over=take_over, hold_guarded=hold_guarded)
+    publisher = Publisher(
+        engine, outbox, beat=beat, take_over=take_over, hold_guarded=hold_guarded, host=socket.gethostname()
+    )
     changes = _Changes(settings.name, beat)
     try:
         note = Note(settings.name, engine.place)
@@ -207,8 +209,8 @@ def status(settings: Settings, *, url: str, password_file: Path | None) -> int:
     Exit code 0: there is a head, and every follower is level with it in its line and younger than 10 s; 1: not so;
     3: nothing is published under the name.
 
-    With --json: head {owner, store_id, term, line, seq, run, snapshot {seq, rows, size} or null} or null, held,
-    followers [{who, host, pid, term, line, seq, lost, age_ms, rows, digest}].
+    With --json: head {owner, host, store_id, term, line, seq, run, snapshot {seq, rows, size} or null} or null,
+    held, followers [{who, host, pid, term, line, seq, lost, age_ms, rows, digest}].
 
     For example:
       shmelim fleet status --json
@@ -228,6 +230,7 @@ def status(settings: Settings, *, url: str, password_file: Path | None) -> int:
         "head": head
         and {
             "owner": head.owner.hex(),
+            "host": head.host,
             "store_id": head.store_id.hex(),
             "term": head.term,
             "line": head.line,
@@ -258,7 +261,10 @@ def _show(found: dict[str, Any]) -> None:
     snapshot = head["snapshot"]
     output.facts(
         [
-            ("published", f"change {head['seq']} of line {head['line']}, by term {head['term']}"),
+            (
+                "published",
+                f"on {head['host']}: change {head['seq']} of line {head['line']}, by term {head['term']}",
+            ),
             ("store", head["store_id"]),
             ("snapshot", snapshot and f"of change {snapshot['seq']}, {snapshot['rows']} rows"),
             ("held", found["held"] or "no"),

@@ -15,7 +15,7 @@ from shmelim.cli.failure import NO, YES, RefusedError
 from shmelim.cli.options import PATH, Settings, command, registry_option, yes_option
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
-from shmelim.eliminations.runtime import RuntimeDirectory, state_directory_of
+from shmelim.eliminations.runtime import RuntimeDirectory, need_own, state_directory_of
 from shmelim.eliminations.starting import keeping
 from shmelim.eliminations.starting.keeping import Finding
 from shmelim.eliminations.starting.registry import Registry, registry_base
@@ -46,6 +46,8 @@ def backup(settings: Settings, *, target: Path, state_dir: Path | None) -> None:
     For example:
       shmelim backup /backup/shmelim-$(date +%F)
     """
+    if state_dir is None:
+        need_own(settings.name)  # what is here by default is not what is published
     directory = state_dir or state_directory_of(settings.name)
     with DelayedProgress() as progress:
         made = keeping.back_up(directory, target.absolute(), progress.update)

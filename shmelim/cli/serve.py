@@ -18,7 +18,7 @@ from shmelim.cli.options import PATH, PERMISSIONS, Settings, command, registry_o
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.serve import ServeOptions, Service, run
-from shmelim.errors import AlreadyServingError, ShmelimError
+from shmelim.errors import AlreadyServingError, FollowerError, ShmelimError
 from shmelim.system.background import BackgroundStream
 from shmelim.system.text import printable
 
@@ -208,7 +208,13 @@ def _stderr() -> int | None:
 def _naming_the_other(error: AlreadyServingError, name: str) -> ShmelimError:
     """Return the error with the process that serves the name, if that can be seen."""
     with contextlib.suppress(ShmelimError):
-        writer = EliminationReader(name).writer
+        reader = EliminationReader(name)
+        writer = reader.writer
+        if writer.alive and reader.source is not None:
+            return FollowerError(
+                f"{name!r} on this host follows {reader.source!r}, by process {writer.pid}",
+                hint="serve under another --name; how a server moves to this host is in docs/fleet.md",
+            )
         if writer.alive:
             return AlreadyServingError(
                 f"{name!r} is already served by process {writer.pid}",

@@ -6,6 +6,7 @@
         key                       32 random bytes, 0600: who can read it may change the state
         socket                    the command channel, unless it is on a TCP port
         server.json               address and state directory of the server that started last
+        publisher.json            what the one that publishes to other hosts says of itself, if there is one
 """
 
 from __future__ import annotations
@@ -135,12 +136,7 @@ class RuntimeDirectory:
         ``NotServingError`` if none ever ran here, or what it left cannot be understood; ``FollowerError`` if the
         table follows one of another host; ``KeyFileError`` if this user may not look.
         """
-        with suppress(UnsupportedPlatformError):
-            if source := followed_by(SharedNamespace(self.name)):
-                raise FollowerError(
-                    f"{self.name!r} on this host follows {source!r}: nothing can be changed here",
-                    hint="make the change where its server runs; `shmelim fleet status` says where that is",
-                )
+        need_own(self.name)
         try:
             return msgspec.json.decode(self._info.read_bytes(), type=ServerInfo)
         except PermissionError as error:
@@ -307,6 +303,16 @@ def _unusable(directory: Path) -> str | None:
 def default_state_directory(name: str) -> Path:
     """Return the state directory that a name has by default."""
     return Path(platformdirs.user_state_dir("shmelim")) / check_name(name)
+
+
+def need_own(name: str) -> None:
+    """Raise ``FollowerError`` if the table of a name follows one of another host."""
+    with suppress(UnsupportedPlatformError):
+        if source := followed_by(SharedNamespace(name)):
+            raise FollowerError(
+                f"{name!r} on this host follows {source!r}: changes, debts and history are where its server is",
+                hint="do that there; `shmelim fleet status` names the host",
+            )
 
 
 def state_directory_of(name: str) -> Path:

@@ -31,6 +31,7 @@ _Format = Literal[1]
 _Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 _Identity = Annotated[bytes, Meta(min_length=16, max_length=16)]
 _Key = Annotated[bytes, Meta(min_length=1, max_length=255)]
+_Host = Annotated[str, Meta(max_length=255)]
 _HEAD = struct.Struct("<BBq")
 
 
@@ -58,10 +59,11 @@ class Snapshot(Struct, frozen=True, array_like=True):
 
 
 class Head(Struct, frozen=True, array_like=True):
-    """Who publishes, from which store, and how far: ``last`` is the newest entry of the log."""
+    """Who publishes, on which host, from which store, how far: ``last`` is the newest entry of the log."""
 
     format: _Format
     owner: _Identity
+    host: _Host
     store_id: _Identity
     line: _Number
     seq: _Number
@@ -103,7 +105,7 @@ class Report(Struct, frozen=True, array_like=True):
     """
 
     format: _Format
-    host: Annotated[str, Meta(max_length=255)]
+    host: _Host
     pid: _Number
     term: _Number
     line: _Number

@@ -54,7 +54,8 @@ class Publisher:
     ``beat`` is the seconds between two beats, which say that nothing is newer; ``digest_rows`` up to how many rows
     every message carries the digest of the whole table (a larger one's goes with a beat every ``digest_every``
     seconds). ``take_over`` takes the name from another store. With ``hold_guarded``, nothing is sent while a
-    change that the guard noticed is not acknowledged. ``owner`` is 16 random bytes.
+    change that the guard noticed is not acknowledged. ``owner`` is 16 random bytes, ``host`` where it
+    runs, for people.
 
     ``head`` is what this publisher left in the engine, None while it does not lead; ``held`` why nothing is sent;
     ``behind`` how many changes were not sent yet. Not thread-safe.
@@ -71,6 +72,7 @@ class Publisher:
         take_over: bool = False,
         hold_guarded: bool = False,
         owner: bytes | None = None,
+        host: str = "",
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], int] = now_ms,
     ) -> None:
@@ -78,7 +80,7 @@ class Publisher:
         self.held: str | None = None
         self.behind = 0
         self._engine, self._outbox = engine, outbox
-        self._owner = owner or secrets.token_bytes(16)
+        self._owner, self._host = owner or secrets.token_bytes(16), host
         self._beat, self._digest_rows, self._digest_every = beat, digest_rows, digest_every
         self._take_over, self._hold_guarded = take_over, hold_guarded
         self._monotonic, self._wall = monotonic, wall
@@ -142,7 +144,8 @@ class Publisher:
             )
         goes_on = head is not None and head.store_id == facts.store_id and facts.continues(head.run, head.seq)
         if head is not None and goes_on and _reaches_back(head, look):
-            return self._enter(look, structs.replace(head, owner=self._owner, last=Id(self._next_term(look), 0)))
+            last = Id(self._next_term(look), 0)
+            return self._enter(look, structs.replace(head, owner=self._owner, host=self._host, last=last))
         self._begin_line(look)
         return False
 
@@ -190,7 +193,8 @@ class Publisher:
         # Where nothing is left that remembers the last line, the clocks do.
         line = 1 + max(*lines, look.time, self._wall())
         last = Id(self._next_term(look), 0)
-        if self._enter(look, Head(FORMAT, self._owner, facts.store_id, line, 0, facts.runs[-1], last, None)):
+        source = self._owner, self._host, facts.store_id
+        if self._enter(look, Head(FORMAT, *source, line, 0, facts.runs[-1], last, None)):
             self._send_all(anew=True)
 
     def _enter(self, look: Look, head: Head) -> bool:

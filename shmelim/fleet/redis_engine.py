@@ -5,11 +5,12 @@ All keys of a name begin with ``shmelim:{NAME}:``, so that an ACL can name them,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -58,17 +59,35 @@ end
 return found
 """
 
+_PERMIT: Final = "give this user the commands and keys that docs/fleet.md lists"
+# Of an error's class, or of its text, from which the client takes the code that it has a class for.
 _HINTS: Final = (
     ("maxmemory", "the engine is full: give it more maxmemory, or free some; with maxmemory-policy noeviction"),
     ("Authentication required", "name a user in the address, and the file with its password by --password-file"),
+    ("without any password", "the engine knows no password: leave out --password-file"),
     ("WRONGPASS", "the password in --password-file is not that user's"),
     ("invalid username-password", "the password in --password-file is not that user's"),
-    ("NOPERM", "give this user the commands and keys that docs/fleet.md lists"),
-    ("READONLY", "this is a replica: name the primary"),
+    ("NoPermissionError", _PERMIT),
+    ("user executing the script", _PERMIT),
+    ("ReadOnlyError", "this is a replica: name the primary"),
     ("MISCONF", "the engine cannot save to its disk: see its log"),
-    ("LOADING", "the engine is starting"),
+    ("BusyLoadingError", "the engine is starting"),
     ("unknown command", "the engine is older than Redis 7.0"),
+    ("CERTIFICATE_VERIFY_FAILED", "name the authority that vouches for it: rediss://…?ssl_ca_certs=FILE"),
 )
+_TLS_OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
+"""What an address may say besides; others of the client's options would undo what this module decides."""
+
+
+class _PasswordFile(redis.CredentialProvider):
+    """Reads the password anew for each connection."""
+
+    def __init__(self, user: str | None, path: Path) -> None:
+        self._user, self._path = user, path
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        password = self._path.read_text(errors="replace").split("\n", 1)[0].strip()
+        return (password,) if self._user is None else (self._user, password)
 
 
 class RedisEngine(Engine):
@@ -77,18 +96,19 @@ class RedisEngine(Engine):
     Parameters
     ----------
     url
-        ``redis://``, ``rediss://`` (TLS) or ``unix://``, with a user where there is one and no password.
+        ``redis://``, ``rediss://`` (TLS) or ``unix://``, with a user where there is one and no password; options
+        are ``ssl_ca_certs``, ``ssl_certfile`` and ``ssl_keyfile``.
     name
         The name that is published.
     password_file
-        A file whose first line is the password; read at each new engine, and never shown.
+        A file whose first line is the password; read for each connection, and never shown.
     deadline
         Seconds within which the engine has to answer.
 
     Raises
     ------
     ValueError
-        The address is none, or has a password in it.
+        The address is none, has a password in it, or an option of another kind.
     OSError
         The file cannot be read.
 
@@ -98,11 +118,18 @@ class RedisEngine(Engine):
         self, url: str, name: str, *, password_file: Path | None = None, deadline: float = DEADLINE
     ) -> None:
         self.place = place_of(url)
-        password = None if password_file is None else password_file.read_text().split("\n", 1)[0].strip()
+        options: dict[str, Any] = {}
+        if password_file is not None:
+            user = urlsplit(url).username
+            options["credential_provider"] = password = _PasswordFile(user and unquote(user), password_file)
+            password.get_credentials()
+            url = re.sub("//[^/@]*@", "//", url, count=1)  # the client takes a user from one place only
+        if url.startswith("rediss:"):
+            options["ssl_check_hostname"] = True  # older clients do not by themselves
         self._prefix = f"shmelim:{{{name}}}:"
         self._redis = redis.Redis.from_url(
             url,
-            password=password,
+            **options,
             socket_timeout=deadline,
             socket_connect_timeout=deadline,
             # What was asked may have happened: the caller knows what that means, a blind repetition does not.
@@ -124,8 +151,12 @@ class RedisEngine(Engine):
                 self._check()
             yield
         except (redis.RedisError, OSError) as error:
-            text = printable(str(error)) or type(error).__name__
-            hint = next((hint for word, hint in _HINTS if word in text), f"is the engine at {self.place} running?")
+            kind = type(error).__name__
+            text = printable(str(error)) or kind
+            hint = next(
+                (hint for word, hint in _HINTS if word in text or word == kind),
+                f"is the engine at {self.place} running?",
+            )
             raise EngineError(f"the engine at {self.place}: {text}", hint=hint) from None
 
     def _check(self) -> None:
@@ -217,17 +248,23 @@ class RedisEngine(Engine):
 
 
 def place_of(url: str) -> str:
-    """Return an address as it may be shown; ValueError where it is none, or has a password in it."""
+    """Return an address as it is shown, without options; ValueError where it is none, or has a password in it."""
     parts = urlsplit(url)
     if parts.scheme not in {"redis", "rediss", "unix"}:
         raise ValueError(
             f"{parts.scheme or url!r}: an engine's address begins with redis://, rediss:// or unix://"
         )
-    if parts.password is not None:
+    options = parse_qs(parts.query, keep_blank_values=True).keys()
+    if parts.password is not None or options & {"password", "ssl_password"}:
         raise ValueError(
             "the address has a password in it, which others can see: name its file by --password-file"
         )
-    return url
+    if unknown := sorted(options - (_TLS_OPTIONS if parts.scheme == "rediss" else frozenset())):
+        raise ValueError(
+            f"{printable(unknown[0])}: an engine's address has no such option; with rediss:// it may have "
+            + ", ".join(sorted(_TLS_OPTIONS))
+        )
+    return url.partition("?")[0]
 
 
 def _text(number: Id) -> str:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
-from shmelim.errors import FencedError, SegmentError, ShmelimError, StoreError
+from shmelim.errors import SegmentError, ShmelimError, StoreError
 from shmelim.fleet.engine import EngineError
 from shmelim.fleet.follower import Follower
 from shmelim.fleet.local import LocalTable
@@ -45,7 +45,7 @@ def run_publisher(
 ) -> None:
     """Publish until ``stop`` is set; ``changed`` waits so many seconds at most for the next change.
 
-    ``note`` is kept up to date, and removed at an orderly end.
+    ``note`` is kept up to date, and removed at an orderly end; after any other one, it says why.
     Errors that pass are said, and tried again with growing pauses: back-pressure never reaches the writer.
     FencedError, OtherStoreError and FleetDataError come out.
     """
@@ -53,15 +53,15 @@ def run_publisher(
     while not stop.is_set():
         try:
             publisher.turn()
-        except FencedError:
-            note.remove()
-            raise
         except (EngineError, StoreError) as error:
             telling.tell("error", _of(error))
             note.write(**_of(error), behind=publisher.behind)
             stop.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
             continue
+        except ShmelimError as error:
+            note.end(error)
+            raise
         pause = _FIRST_PAUSE
         telling.tell("error", None)
         head = publisher.head

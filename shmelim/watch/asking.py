@@ -13,7 +13,7 @@ from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.runtime import state_directory_of
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import KeyFileError, MessageTooLargeError, NotServingError, StoreError
+from shmelim.errors import FollowerError, KeyFileError, MessageTooLargeError, NotServingError, StoreError
 
 Rows: TypeAlias = list[dict[str, Any]]
 
@@ -27,6 +27,8 @@ def _ask(
     try:
         with EliminationClient(name) as client:
             return server(client), "server"
+    except FollowerError:
+        raise  # a store that is here is of another time, or of another name's
     except (NotServingError, KeyFileError) as error:
         directory = state_directory_of(name)
         try:

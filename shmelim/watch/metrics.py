@@ -91,7 +91,7 @@ class ShmelimCollector(Collector):
         if seen.publishing is not None:
             about = "Changes that the publisher of the name has not sent."
             yield self._gauge("publisher_behind_changes", about, seen.publishing.behind)
-            yield self._gauge("publisher_up", "Whether it says that it lives.", not seen.publishing.is_silent)
+            yield self._gauge("publisher_up", "Whether it says that it lives.", seen.publishing.is_up)
         eliminated, departed, registered, *_ = table.flag_counts
         yield self._gauge("eliminated_hotkeys", "Hotkeys that are eliminated.", eliminated)
         yield self._gauge("departed_hotkeys", "Hotkeys that once left the metagraph.", departed)

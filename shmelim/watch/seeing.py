@@ -67,7 +67,7 @@ def with_publisher(
     if found is None or (wrong := found.problem()) is None:
         return status, problems
     name, severity, error = wrong
-    listed = [*problems, _problem(name, error) | {"severity": severity, "since_ms": found.at_ms}]
+    listed = [*problems, _problem(name, error) | {"severity": severity, "since_ms": found.since_ms}]
     return "degraded" if status == "ok" and severity == "degraded" else status, listed
 
 

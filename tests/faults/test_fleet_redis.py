@@ -10,6 +10,8 @@ import contextlib
 import itertools
 import json
 import os
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,18 +19,25 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 from engines import PROGRAM, RealEngine
+from invoking import CliRunner
+from msgspec import structs
 from serving import Served, row
 from waiting import until
 
 from bench.fleet import Delay
 from shmelim import EliminationReader
+from shmelim.cli.main import cli
 from shmelim.errors import NotServingError
+from shmelim.fleet import publishing
 from shmelim.fleet.engine import EngineError, Id
+from shmelim.fleet.messages import pack, unpack_head
 from shmelim.fleet.redis_engine import RedisEngine, place_of
+from shmelim.watch import seeing
+from shmelim.watch.metrics import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,8 +53,8 @@ _stamps = itertools.count(1)
 class Process:
     """A command that runs, and what it says."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "shmelim", *arguments, "--json"]
+    def __init__(self, *arguments: str, within: tuple[str, ...] = (), **environment: str) -> None:
+        command = [*within, sys.executable, "-m", "shmelim", *arguments, "--json"]
         self._process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -103,11 +112,11 @@ class Fleet:
         self.served, self.engine = served, engine
         self._stack = stack
 
-    def publish(self, *options: str) -> Process:
+    def publish(self, *options: str, url: str = "", within: tuple[str, ...] = ()) -> Process:
         directory = str(self.served.state_dir)
         arguments = [
             "--to",
-            self.engine.url,
+            url or self.engine.url,
             "--name",
             self.served.name,
             "--state-dir",
@@ -115,15 +124,14 @@ class Fleet:
             "--beat",
             "0.1",
         ]
-        return self._started("publish", *arguments, *options)
+        return self._started("publish", *arguments, *options, within=within)
 
-    def follow(self, name: str, *options: str) -> Process:
-        return self._started(
-            "follow", "--from", self.engine.url, "--name", self.served.name, "--as", name, *options
-        )
+    def follow(self, name: str, *options: str, url: str = "", within: tuple[str, ...] = ()) -> Process:
+        where = ["--from", url or self.engine.url, "--name", self.served.name, "--as", name]
+        return self._started("follow", *where, *options, within=within)
 
-    def _started(self, *arguments: str) -> Process:
-        process = Process(*arguments, SHMELIM_RUNTIME_DIR=str(self.served.runtime))
+    def _started(self, *arguments: str, within: tuple[str, ...]) -> Process:
+        process = Process(*arguments, within=within, SHMELIM_RUNTIME_DIR=str(self.served.runtime))
         self._stack.callback(process.kill)
         return process
 
@@ -382,6 +390,160 @@ class TestHold:
             fleet.becomes_equal(name)
 
 
+class Network:
+    """Two hosts, as network namespaces with one cable: where the engine is, and ``far`` from it."""
+
+    ADDRESS, FAR = "10.0.0.1", "10.0.0.2"
+
+    def __init__(self) -> None:
+        mark = secrets.token_hex(3)
+        self._here, self._far = f"shmelim-{mark}a", f"shmelim-{mark}b"
+        self.here, self.far = (("ip", "netns", "exec", each) for each in (self._here, self._far))
+
+    def __enter__(self) -> Self:
+        for namespace in (self._here, self._far):
+            if not self._ip("netns", "add", namespace):
+                self.__exit__()
+                pytest.skip("this user may not make network namespaces")
+        cable = ["type", "veth", "peer", "name", "cable", "netns", self._far]
+        assert self._ip("-n", self._here, "link", "add", "cable", *cable)
+        for namespace, address in ((self._here, self.ADDRESS), (self._far, self.FAR)):
+            assert self._ip("-n", namespace, "address", "add", f"{address}/24", "dev", "cable")
+            assert self._ip("-n", namespace, "link", "set", "cable", "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for namespace in (self._here, self._far):
+            self._ip("netns", "delete", namespace)
+
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """What is sent arrives at the engine, and no answer comes back, nor any refusal."""
+        # A route that goes nowhere would not do: what comes from where nothing can be sent is dropped as well.
+        neighbour = ["-n", self._here, "neighbour", "replace", self.FAR, "dev", "cable"]
+        assert self._ip(*neighbour, "lladdr", "02:00:00:00:00:01", "nud", "permanent")
+        yield
+        address = self._address_of_cable()
+        assert self._ip(*neighbour, "lladdr", address, "nud", "reachable")
+
+    def _address_of_cable(self) -> str:
+        shown = subprocess.run(
+            ["ip", "-n", self._far, "-j", "link", "show", "cable"], capture_output=True, check=True
+        )
+        return json.loads(shown.stdout)[0]["address"]
+
+    @staticmethod
+    def _ip(*arguments: str) -> bool:
+        try:
+            return subprocess.run(["ip", *arguments], capture_output=True, check=False).returncode == 0
+        except FileNotFoundError:
+            return False
+
+
+class TestAHostThatIsCutOff:
+    @pytest.fixture
+    def network(self) -> Iterator[Network]:
+        with Network() as network:
+            yield network
+
+    @pytest.fixture
+    def apart(self, serve, network) -> Iterator[Fleet]:
+        options = ("--port", "6379", "--bind", network.ADDRESS, "--protected-mode", "no")
+        with contextlib.ExitStack() as stack:
+            served = serve(files="off", sync_guard="off")
+            served.client().sync_eliminations([row(f"h{n}") for n in range(100)])
+            engine = stack.enter_context(RealEngine(*options, within=network.here))
+            yield Fleet(served, engine, stack)
+
+    def test_a_follower(self, apart, network, name):
+        apart.publish()
+        follower = apart.follow(name, url=f"redis://{network.ADDRESS}", within=network.far)
+        follower.has_said("following")
+        apart.becomes_equal(name)
+        reader = EliminationReader(name)
+        until(lambda: reader.staleness is not None, "an age")
+        line = apart.line(name)
+        with network.deaf():
+            began = time.clock_gettime(time.CLOCK_BOOTTIME)
+            for _ in range(20):
+                change(apart)
+            follower.has_said("error")
+            passed = time.clock_gettime(time.CLOCK_BOOTTIME) - began
+            assert reader.is_hotkey_eliminated("h1")
+            assert len(reader) < len(apart.served.reader())
+            assert reader.staleness >= passed, "since then it cannot have heard of anything"
+        apart.becomes_equal(name, "a follower cut off")
+        change(apart)
+        apart.becomes_equal(name)
+        assert apart.line(name) == line, "it went on from its own position"
+        follower.has_said("error_over")
+
+    def test_a_publisher(self, apart, network, name):
+        # Between two beats the first thing that it asks for is to append a change.
+        publisher = apart.publish("--beat", "5", url=f"redis://{network.ADDRESS}", within=network.far)
+        apart.follow(name).has_said("following")
+        apart.becomes_equal(name)
+        line = apart.line(name)
+        engine = RedisEngine(apart.engine.url, apart.served.name)
+        until(lambda: unpack_head(engine.look().head).last.number >= 2, "its first beat")
+        before = unpack_head(engine.look().head).seq
+        with network.deaf():
+            began = time.perf_counter()
+            for _ in range(20):
+                change(apart)
+            print(f"20 changes while the publisher is cut off: {time.perf_counter() - began:.3f} s")
+            publisher.has_said("error")
+            assert unpack_head(engine.look().head).seq > before, "the engine did what it could not confirm"
+        apart.becomes_equal(name, "a publisher cut off")
+        publisher.has_said("error_over")
+        change(apart)  # which comes after whatever it did first
+        apart.becomes_equal(name)
+        assert apart.line(name) == line, "it found out what the engine had done"
+        assert len(publisher.said("leading")) == 1
+
+
+class TestTheSourcesHostKnowsOfThePublisher:
+    def problems(self, fleet) -> list[tuple[str, str]]:
+        return [(each["name"], each["severity"]) for each in seeing.see(fleet.served.name).problems]
+
+    def test_once_it_is_dead_fails_or_was_fenced(self, fleet, monkeypatch):
+        first = fleet.publish()
+        first.has_said("leading")
+        until(lambda: seeing.see(fleet.served.name).publishing, "it says something")
+        assert self.problems(fleet) == []
+        first.kill()
+        monkeypatch.setattr(publishing, "_SILENT", 0.0)
+        assert self.problems(fleet) == [("publisher_silent", "degraded")]
+        assert b'shmelim_publisher_up{name="%s"} 0.0' % fleet.served.name.encode() in text_of(fleet.served.name)
+        assert CliRunner().invoke(cli, ["status", "--name", fleet.served.name]).exit_code == 1
+        second = fleet.publish()
+        second.has_said("leading")
+        until(lambda: self.problems(fleet) == [], "it was started again")
+        fleet.engine.kill()
+        until(lambda: self.problems(fleet) == [("publisher_error", "degraded")], "the engine missed")
+        fleet.engine.start()
+        until(lambda: self.problems(fleet) == [], "it healed")
+        elsewhere = RedisEngine(fleet.engine.url, fleet.served.name)
+
+        def taken() -> bool:
+            look = elsewhere.look()
+            if look.head is None:
+                return False
+            head = unpack_head(look.head)
+            last = Id(head.last.term + 1, 0)
+            theirs = structs.replace(head, owner=b"another publisher"[:16], last=last)
+            return elsewhere.commit(look.head, pack(theirs), (last, b"theirs"))
+
+        until(taken, "another one takes over")
+        code, said = second.wait()
+        assert (code, "taken over" in said) == (4, True)
+        assert self.problems(fleet) == [("publisher_ended", "degraded")]
+        third = fleet.publish()
+        until(lambda: self.problems(fleet) == [], "it was started again")
+        assert third.stop() == 0
+        assert seeing.see(fleet.served.name).publishing is None
+
+
 class TestAnEngineThatIsNotWell:
     def test_a_full_one(self, fleet, name):
         publisher = fleet.publish()
@@ -419,7 +581,8 @@ class TestAnEngineThatIsNotWell:
             publisher.has_said("error")
             assert "password" in publisher.said("error")[0]["hint"]
             assert "not-that" not in json.dumps(publisher.events)
-            fleet.publish("--password-file", str(right)).has_said("leading")
+            wrong.write_text("secret-of-ours\n")
+            publisher.has_said("leading")
             none = fleet.follow(name)
             none.has_said("error")
             assert "--password-file" in none.said("error")[0]["hint"]
@@ -436,6 +599,73 @@ class TestAnEngineThatIsNotWell:
     def test_one_that_speaks_something_else(self, tmp_path):
         with answering(tmp_path, b"220 mail.example ESMTP\r\n", raw=True) as url, pytest.raises(EngineError):
             RedisEngine(url, "any", deadline=0.5).look()
+
+
+class TestWhoMayWhat:
+    """The users of docs/fleet.md can do what they are for, and nothing else."""
+
+    @pytest.fixture
+    def secured(self, serve, name, tmp_path) -> Iterator[tuple[Fleet, str]]:
+        served = serve(files="off")
+        password = tmp_path / "password"
+        password.write_text("ours\n")
+        lines = (Path(__file__).parents[2] / "docs" / "fleet.md").read_text().replace(" \\\n", " ").splitlines()
+        users = [line.split() for line in lines if line.startswith("    user ")]
+        with contextlib.ExitStack() as stack:
+            engine = stack.enter_context(RealEngine())
+            for _, user, *said in users:
+                rules = [each.replace("NAME", served.name).replace(">…", ">ours") for each in said]
+                engine.client().execute_command("ACL", "SETUSER", user, *rules)
+            engine.client().execute_command("ACL", "SETUSER", "default", "off")
+            yield Fleet(served, engine, stack), str(password)
+
+    @staticmethod
+    def at(fleet: Fleet, user: str, password: str) -> RedisEngine:
+        return RedisEngine(
+            fleet.engine.url.replace("//", f"//{user}@"), fleet.served.name, password_file=Path(password)
+        )
+
+    def test_they_publish_follow_and_hold(self, secured, name):
+        fleet, password = secured
+        address, options = fleet.engine.url, ("--password-file", password)
+        fleet.engine.url = address.replace("//", "//publisher@")
+        publisher = fleet.publish(*options)
+        publisher.has_said("leading")
+        fleet.engine.url = address.replace("//", "//follower@")
+        follower = fleet.follow(name, *options)
+        follower.has_said("following")
+        change(fleet)
+        fleet.becomes_equal(name)
+        until(lambda: EliminationReader(name).staleness is not None, "an age")
+        fleet.engine.url = address
+        self.at(fleet, "operator", password).hold(b"wait")
+        publisher.has_said("held")
+        follower.has_said("held")
+        self.at(fleet, "operator", password).hold(None)
+        assert set(self.at(fleet, "operator", password).reports())
+        assert follower.stop() == 0
+        assert not self.at(fleet, "follower", password).reports()
+        assert not publisher.said("error")
+        assert not follower.said("error")
+
+    def test_a_follower_cannot_change_what_others_see(self, secured):
+        fleet, password = secured
+        publishing = self.at(fleet, "publisher", password)
+        assert publishing.commit(None, b"head", (Id(1, 0), b"entry"))
+        for user in ("follower", "operator"):
+            engine = self.at(fleet, user, password)
+            for refused in (
+                lambda engine=engine: engine.commit(b"head", b"mine", (Id(2, 0), b"entry")),
+                lambda engine=engine: engine.put("snapshot", 0, b"chunk"),
+                lambda engine=engine: engine.trim(Id(9, 0)),
+            ):
+                with pytest.raises(EngineError) as caught:
+                    refused()
+                assert "docs/fleet.md" in str(caught.value.hint)
+        with pytest.raises(EngineError):
+            self.at(fleet, "follower", password).hold(b"wait")
+        look = publishing.look(Id(0, 0), 9)
+        assert (look.head, look.entries) == (b"head", [(Id(1, 0), b"entry")])
 
 
 @contextlib.contextmanager
@@ -535,11 +765,88 @@ class TestProtocol:
         assert engine.look().hold is None
 
 
-@pytest.mark.parametrize("url", ["http://example", "redis://user:word@example", "", "engine"])
-def test_addresses_that_are_none_or_tell_a_password_are_refused(url):
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example", "redis://user:word@example", "", "engine", "redis://example?password=word",
+        "rediss://example?ssl_password=word", "unix:///socket?password=word", "redis://example?socket_timeout=9",
+        "rediss://example?ssl_cert_reqs=none", "rediss://example?ssl_check_hostname=no",
+        "redis://example?ssl_ca_certs=/ca", "redis://example?password",
+    ],
+)  # fmt: skip
+def test_addresses_that_are_none_or_tell_a_password_or_undo_a_check_are_refused(url):
     with pytest.raises(ValueError, match="address") as caught:
         place_of(url)
     assert "word" not in str(caught.value).replace("password", "")
+
+
+@pytest.mark.parametrize(
+    ("answer", "hint"),
+    [
+        ("NOPERM this user has no permissions to run the 'multi' command", "docs/fleet.md"),
+        ("READONLY You can't write against a read only replica.", "primary"),
+        ("LOADING Redis is loading the dataset in memory", "starting"),
+        ("OOM command not allowed when used memory > 'maxmemory'.", "maxmemory"),
+        ("WRONGPASS invalid username-password pair or user is disabled.", "--password-file"),
+        ("NOAUTH Authentication required.", "--password-file"),
+        ("MISCONF Redis is configured to save RDB snapshots", "its log"),
+    ],
+)
+def test_what_an_engine_refuses_comes_with_what_to_do(tmp_path, answer, hint):
+    with answering(tmp_path, b"-%s\r\n" % answer.encode(), raw=True) as url, pytest.raises(EngineError) as caught:
+        RedisEngine(url, "any").hold(b"")
+    assert hint in caught.value.hint
+
+
+class TestTLS:
+    @pytest.fixture
+    def certificates(self, tmp_path) -> dict[str, Path]:
+        if (openssl := shutil.which("openssl")) is None:
+            pytest.skip("openssl is not installed, so there are no certificates")
+        made = {}
+        for host in ("localhost", "elsewhere.example"):
+            made[host] = tmp_path / host
+            command = [
+                openssl,
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+                "-nodes",
+            ]
+            command += ["-days", "1", "-subj", f"/CN={host}", "-addext", f"subjectAltName=DNS:{host}"]
+            command += ["-out", f"{made[host]}.pem", "-keyout", f"{made[host]}.key"]
+            subprocess.run(command, check=True, capture_output=True)
+        return made
+
+    @staticmethod
+    @contextlib.contextmanager
+    def engine(certificate: Path) -> Iterator[int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = ["--tls-port", str(port), "--tls-auth-clients", "no", "--bind", "127.0.0.1"]
+        options += ["--tls-cert-file", f"{certificate}.pem", "--tls-key-file", f"{certificate}.key"]
+        with RealEngine(*options):
+            yield port
+
+    def test_an_engine_is_taken_whose_certificate_is_vouched_for_and_its_own(self, certificates):
+        with self.engine(certificates["localhost"]) as port:
+            url = f"rediss://localhost:{port}?ssl_ca_certs={certificates['localhost']}.pem"
+            engine = RedisEngine(url, "any")
+            assert engine.look().head is None
+            assert engine.place == f"rediss://localhost:{port}"
+            engine.close()
+            with pytest.raises(EngineError) as caught:
+                RedisEngine(f"rediss://localhost:{port}", "any").look()
+            assert "ssl_ca_certs" in caught.value.hint
+
+    def test_another_hosts_certificate_is_refused(self, certificates):
+        other = certificates["elsewhere.example"]
+        with self.engine(other) as port, pytest.raises(EngineError, match=r"[Hh]ostname"):
+            RedisEngine(f"rediss://localhost:{port}?ssl_ca_certs={other}.pem", "any").look()
 
 
 def shown(fleet: Fleet, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -573,6 +880,7 @@ def test_both_ends_are_seen_on_their_hosts(fleet, name):
     code, answer = shown(fleet, "fleet", "status", "--at", fleet.engine.url, "--name", fleet.served.name)
     assert code == 0
     assert [each["rows"] for each in answer["followers"]] == [100]
+    assert answer["head"]["host"] == socket.gethostname()
     fleet.engine.kill()
     publisher.has_said("error")
     until(lambda: shown(fleet, "health", "--name", fleet.served.name)[0] == 1)

@@ -6,11 +6,14 @@ import sqlite3
 from contextlib import closing
 
 import pytest
+from invoking import CliRunner
 from memory_engine import MemoryEngine
 from serving import row
 
 from shmelim import EliminationClient, EliminationManagerServer, EliminationReader
+from shmelim.cli.main import cli
 from shmelim.eliminations.rows import Status
+from shmelim.eliminations.runtime import default_state_directory
 from shmelim.eliminations.store import touched
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.errors import FollowerError, StateConflictError, StoreError
@@ -216,6 +219,33 @@ class TestLocalTable:
         assert followed(name) == {}
         assert source_of(SharedNamespace(name).open_root()) == ""
         server.close()
+
+    @pytest.mark.parametrize(
+        "command",
+        [["history"], ["debts"], ["slash", "list"], ["add", "b", "--reason", "ZOMBIE"], ["backup"], ["serve"]],
+    )
+    def test_what_a_server_left_on_this_host_long_ago_is_not_taken_for_what_is_followed(
+        self, new_name, tmp_path, monkeypatch, command
+    ):
+        name, target = new_name(), tmp_path / "backup"
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+        monkeypatch.setenv("SHMELIM_RUNTIME_DIR", str(tmp_path / "runtime"))
+        server = EliminationManagerServer(
+            SharedNamespace(name), state_dir=default_state_directory(name), registry=None
+        )
+        server.add_elimination_rpc("long ago", row("long ago"))
+        server.close()
+        SharedNamespace(name).remove()
+        if command == ["backup"]:
+            command = [*command, str(target)]
+        with LocalTable(SharedNamespace(name), SOURCE) as table:
+            table.replace(Applied(STORE_ID, 5, 10, 1), [Row(b"a", 1, b"\0" * 16 + b"\x80", 3)])
+            result = CliRunner().invoke(cli, [*command, "--name", name])
+        assert result.exit_code in {3, 4}
+        assert SOURCE in result.stderr
+        assert "hint:" in result.stderr
+        assert "long ago" not in result.stdout
+        assert not target.exists()
 
     def test_a_servers_table_is_not_followed_over(self, new_name, tmp_path):
         name = new_name()

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import httpx
 import pytest
@@ -16,6 +17,14 @@ from starlette.testclient import TestClient
 from waiting import PATIENCE, until
 
 from shmelim.cli.main import cli
+from shmelim.eliminations.record import encode
+from shmelim.eliminations.rows import PREFIX, Status
+from shmelim.fleet.follower import Applied
+from shmelim.fleet.local import LocalTable
+from shmelim.fleet.messages import Row
+from shmelim.fleet.publishing import Note
+from shmelim.shm import SharedNamespace
+from shmelim.shm.following import Position
 from shmelim.watch import web
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
@@ -187,6 +196,35 @@ def test_a_dead_server_leaves_the_table_to_look_at(page, client, served):
     assert "<ins>ZOMBIE</ins>" in text, "the history, from the store"
     assert "<li>owes positions" in text
     assert 'class="problem degraded"' in text
+
+
+def test_a_table_that_follows_another_hosts_says_whose_and_how_old(new_name):
+    name, source = new_name(), f"redis://engine {HOSTILE}"
+    record = PREFIX.pack(0, 0) + encode(row("a"))
+    with LocalTable(SharedNamespace(name), source) as table:
+        table.replace(Applied(b"s" * 16, 5, 10, 1), [Row(b"a", Status.ELIMINATED, record, 1)])
+        with TestClient(web.make_app(name, token=TOKEN), "http://localhost:8765") as page:
+            text = page.get("/").text
+            assert "<dt>age</dt><dd>unknown</dd>" in text
+            assert "follower_old" in text
+            assert HOSTILE not in text
+            now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            table.confirm(Position(1, 5, 10, now, 1_700_000_000_000))
+            text = page.get("/").text
+            assert "<dt>follows</dt><dd>redis://engine" in text
+            assert re.search("<dt>age</dt><dd>[0-9.]+ s</dd>", text)
+            assert "follower_old" not in text
+            assert ">ZOMBIE<" in page.get("/miner?hotkey=a").text
+            refused = post(page, "/ack", token=TOKEN)
+            assert refused.status_code == 409, refused.text
+
+
+def test_what_was_not_published_yet_is_shown(page, served):
+    Note(served.name, "redis://engine").write(behind=1234, held="the sync of 14:00")
+    text = page.get("/").text
+    assert "<dt>not sent yet</dt><dd>1,234</dd>" in text
+    assert "the sync of 14:00" in text
+    assert '<p class="status">ok</p>' in text
 
 
 def test_a_name_that_nobody_ever_served(new_name):

@@ -36,7 +36,7 @@ from shmelim.fleet.publisher import Publisher
 
 ROW = Row(b"5Gx", 1, b"record", 7)
 HEAD = Head(
-    FORMAT, b"o" * 16, b"s" * 16, 5, 9, 1, Id(2, 3), Snapshot("ab", 5, 8, 1, Id(2, 1), 1, 1, 20, 2**64 - 1)
+    FORMAT, b"o" * 16, "host", b"s" * 16, 5, 9, 1, Id(2, 3), Snapshot("ab", 5, 8, 1, Id(2, 1), 1, 1, 20, 2**64 - 1)
 )
 MESSAGE = Message(FORMAT, 2, 5, 8, 9, 1, rows=[ROW], gone=[b"5Fa"], digest=2**64 - 1)
 REPORT = Report(FORMAT, "host", 1, 2, 5, 9, lost=True, age=-1, rows=3, digest=2**64 - 1)

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from shmelim.errors import FencedError
 from shmelim.fleet import publishing as module
 from shmelim.fleet.publishing import Note, Publishing, publishing
+from shmelim.system.processes import ProcessIdentity
 from shmelim.watch.seeing import with_publisher
 
 NOW = 1_800_000_000_000
+ME = ProcessIdentity.this_process()
+LIVES = {"pid": ME.pid, "started": ME.started}
+DEAD = {"pid": ME.pid, "started": ME.started - 1}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = SimpleNamespace(at=1000.0)
+    monkeypatch.setattr(module, "boottime", lambda: now.at)
+    return now
 
 
 @pytest.fixture(autouse=True)
@@ -21,27 +34,56 @@ def place(tmp_path, monkeypatch):
     return tmp_path / "fleet" / "publisher.json"
 
 
-def test_what_is_written_is_read_once_a_second(place, monkeypatch):
+def test_what_is_written_is_read(place, clock):
     note = Note("fleet", "redis://engine")
     note.write(term=1, line=2, seq=3, behind=4)
-    found = publishing("fleet")
-    assert found == Publishing(os.getpid(), "redis://engine", NOW, 1, 2, 3, 4)
+    assert publishing("fleet") == Publishing(ME.pid, ME.started, "redis://engine", 1000.0, NOW, 1, 2, 3, 4)
     assert place.stat().st_mode & 0o777 == 0o600
-    note.write(behind=5)
-    assert publishing("fleet") == found
-    monkeypatch.setattr(module, "now_ms", lambda: NOW + 1000)
-    note.write(behind=5)
-    assert publishing("fleet").behind == 5
     note.remove()
     assert publishing("fleet") is None
     assert list(place.parent.iterdir()) == []
 
 
+def test_it_is_written_once_a_second_and_at_once_where_something_else_is_so(clock, monkeypatch):
+    note = Note("fleet", "redis://engine")
+    note.write(behind=4)
+    monkeypatch.setattr(module, "now_ms", lambda: NOW + 500)
+    clock.at += 0.5
+    note.write(behind=5)
+    assert publishing("fleet").behind == 4
+    note.write(behind=6, error="refused")
+    assert (publishing("fleet").behind, publishing("fleet").since_ms) == (6, NOW + 500)
+    monkeypatch.setattr(module, "now_ms", lambda: NOW + 1500)
+    clock.at += 1
+    note.write(behind=7, error="refused")
+    assert (publishing("fleet").behind, publishing("fleet").since_ms) == (7, NOW + 500), "it is the same error"
+
+
 def test_the_file_of_the_next_publisher_stays(place):
+    note = Note("fleet", "redis://engine")
+    note.write()
+    place.write_bytes(place.read_bytes().replace(str(ME.pid).encode(), b"1"))
+    note.remove()
+    note.end(FencedError("another one has taken over"))
+    assert (publishing("fleet").pid, publishing("fleet").ended) == (1, False)
+
+
+def test_an_end_by_an_error_is_known_until_it_is_started_again():
+    note = Note("fleet", "redis://engine")
+    note.write(line=1)
+    note.end(FencedError("another one has taken over", hint="stop one"))
+    name, severity, error = publishing("fleet").problem()
+    assert (name, severity, error.hint) == ("publisher_ended", "degraded", "stop one")
+    assert "another one has taken over" in error.message
+    assert not publishing("fleet").is_up
     Note("fleet", "redis://engine").write()
-    place.write_bytes(place.read_bytes().replace(str(os.getpid()).encode(), b"1"))
-    Note("fleet", "redis://engine").remove()
-    assert publishing("fleet").pid == 1
+    assert publishing("fleet").problem() is None
+    assert publishing("fleet").is_up
+
+
+def test_an_end_before_the_first_word_is_known_too():
+    Note("fleet", "redis://engine").end(FencedError("another store's"))
+    assert publishing("fleet").ended
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'{"pid": "x"}', b"x" * 100_000])
@@ -70,14 +112,18 @@ def test_where_nothing_can_be_written_publishing_goes_on(place):
     [
         ({}, None, None, "ok"),
         ({"behind": 10_000}, None, None, "ok"),
-        ({"at_ms": NOW - 10_000}, None, None, "ok"),
-        ({"at_ms": NOW - 10_001}, "publisher_silent", "degraded", "degraded"),
+        (DEAD | {"said": 990.0}, None, None, "ok"),  # in another container its process means nothing
+        (DEAD | {"said": 989.9}, "publisher_silent", "degraded", "degraded"),
+        ({"said": 945.0}, None, None, "ok"),  # a snapshot
+        ({"said": 939.0}, "publisher_silent", "degraded", "degraded"),  # it hangs
+        (DEAD | {"said": 2000.0}, "publisher_silent", "degraded", "degraded"),  # before the machine was started
         ({"error": "the engine is full"}, "publisher_error", "degraded", "degraded"),
         ({"held": "look first"}, "publisher_held", "notice", "ok"),
     ],
 )
+@pytest.mark.usefixtures("clock")
 def test_what_is_wrong_with_it_is_a_problem_of_the_name(fields, name, severity, status):
-    found = Publishing(**{"pid": 1, "engine": "redis://engine", "at_ms": NOW, **fields})
+    found = Publishing(**LIVES | {"engine": "redis://engine", "said": 1000.0, "since_ms": NOW} | fields)
     other = {"name": "disk_nearly_full"}
     judged, problems = with_publisher(found, "ok", [other])
     assert judged == status
@@ -85,6 +131,6 @@ def test_what_is_wrong_with_it_is_a_problem_of_the_name(fields, name, severity, 
     if name:
         assert problems[1]["severity"] == severity
         assert problems[1]["text"]
-        assert problems[1]["since_ms"] == found.at_ms
+        assert problems[1]["since_ms"] == found.since_ms
     assert with_publisher(found, "failing", [])[0] == "failing"
     assert with_publisher(None, "ok", []) == ("ok", [])
