@@ -143,6 +143,7 @@ class AsyncEliminationClient:
     remove_elimination = _awaited(Calls.remove_elimination)
     resolve_slash = _awaited(Calls.resolve_slash)
     rollback = _awaited(Calls.rollback)
+    prune_history = _awaited(Calls.prune_history)
     save_eliminations = _awaited(Calls.save_eliminations)
     set_first_refresh_ran = _awaited(Calls.set_first_refresh_ran)
     sync_eliminations = _awaited(Calls.sync_eliminations)

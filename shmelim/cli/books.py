@@ -29,6 +29,7 @@ from shmelim.system.text import printable
 from shmelim.watch import asking
 
 _UNCHANGED: Final = "nothing was changed"
+_dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 
 
 @command
@@ -37,10 +38,29 @@ _UNCHANGED: Final = "nothing was changed"
 @click.option(
     "--state-dir", type=PATH, metavar="DIR", help="Read the store in this directory, without asking a server."
 )
-def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Path | None) -> None:
+@click.option(
+    "--prune-before",
+    metavar="WHEN",
+    help="Forget the events up to this one's number, ms since 1970 or ISO 8601; asks the server.",
+)
+@_dry_run_option
+@yes_option
+def history(
+    settings: Settings,
+    *,
+    hotkey: str | None,
+    limit: int,
+    state_dir: Path | None,
+    prune_before: str | None,
+    dry_run: bool,
+    yes: bool,
+) -> int:
     """Show the changes of HOTKEY, or all changes, newest first: when, what, to whom, by which process, old → new.
 
     Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
+
+    With --prune-before it asks, and then forgets what came up to that moment; what is asked of later ones, by
+    --as-of, diff and rollback too, is answered as before. Exit code 1: nothing was forgotten.
 
     With --json: name, source ("server" or "store"), events [{id, at_ms, action, hotkey, pid, uid,
     program, note, old, new, commit_number}], where old and new are records or null.
@@ -48,7 +68,16 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
     For example:
       shmelim history 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
       shmelim history --limit 1000 --json
+      shmelim history --prune-before 2026-01-01 --dry-run
     """
+    if prune_before is not None:
+        if hotkey is not None or state_dir is not None:
+            raise click.UsageError(
+                "--prune-before is about all events: it goes with no HOTKEY, and no --state-dir"
+            )
+        return _prune(settings, prune_before, dry_run=dry_run, yes=yes)
+    if dry_run or yes:
+        raise click.UsageError("--dry-run and --yes go with --prune-before")
     if state_dir is not None:
         with Store.read_only(state_dir) as store:
             found, source = [event.as_dict() for event in store.events(hotkey, limit)], "store"
@@ -59,6 +88,17 @@ def history(settings: Settings, *, hotkey: str | None, limit: int, state_dir: Pa
         ("when (UTC)", "action", "hotkey", "by", "change"),
         ((utc_text(it["at_ms"]), it["action"], it["hotkey"], who(it), change(it)) for it in found),
     )
+    return YES
+
+
+def _prune(settings: Settings, before: str, *, dry_run: bool, yes: bool) -> int:
+    with EliminationClient(settings.name) as client:
+        count, pruned = client.prune_history(before, dry_run=True), 0
+        if count and not dry_run and (yes or output.agreed(f"forget {count} events, for ever?")):
+            pruned = client.prune_history(before)
+    text = f"would forget {count} events" if dry_run else f"forgot {pruned} events" if pruned else _UNCHANGED
+    settings.answer({"events": count, "pruned": pruned}, text)
+    return YES if pruned or (dry_run and count) else NO
 
 
 def who(event: Mapping[str, Any]) -> str:
@@ -120,7 +160,6 @@ _rule_option = click.option(
 _registration_option = click.option(
     "--registration", type=int, metavar="N", help="Which registration of the hotkey, likewise."
 )
-_dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 
 
 def _cause(found: Mapping[str, Any]) -> str:

@@ -315,6 +315,15 @@ class Calls:
         those owe that are eliminated no more rests, as after a sync. The guard takes it for meant.
         """
 
+    @remote(grows=True, check=carried)
+    def prune_history(self, before: int | str | datetime, *, dry_run: bool = False) -> int:
+        """Forget the events up to a moment, which is said as in :meth:`as_of`; return how many those are.
+
+        What is asked of that moment or a later one, :meth:`as_of` and :meth:`rollback` too, is answered as before;
+        earlier ones raise ``ValueError`` from then on. The newest event stays, and what debts are made of. Nothing
+        but a backup brings the rest back. ``dry_run`` only counts.
+        """
+
     # ------------------------------------------------------------------ files
 
     @remote(idempotent=True, grows=True)

@@ -659,6 +659,12 @@ class EliminationManagerServer(DebtMethods):
     def rollback_rpc(self, when: int | str | datetime) -> int:
         return self._change(changes.rollback, Moment.of(when))
 
+    def prune_history_rpc(self, before: int | str | datetime, *, dry_run: bool = False) -> int:
+        moment = Moment.of(before)
+        if dry_run:
+            return self._ask(lambda store: changes.prunable(store, moment))
+        return self._change(changes.prune, moment)
+
     # ------------------------------------------------------------------ files
 
     def save_eliminations_rpc(self) -> None:

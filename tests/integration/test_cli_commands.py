@@ -577,6 +577,15 @@ def test_going_back_in_time(run, served):
         assert run("rollback", "--to", str(event), "--yes").exit_code == 1
         assert "the history begins" in run("list", "--as-of", "1999-01-01").stderr
         assert "is not a moment" in run("list", "--as-of", "yesterday").stderr
+        prune = "history", "--prune-before", str(event)
+        assert run(*prune, "--dry-run").stdout == f"would forget {event} events\n"
+        assert run(*prune).exit_code == 2, "nobody to ask"
+        assert run(*prune, A).exit_code == run("history", "--yes").exit_code == 2
+        assert client.as_of(event - 1) is not None
+        assert document(run(*prune, "--yes", "--json")) == {"name": client.name, "events": event, "pruned": event}
+        assert run(*prune, "--yes").exit_code == 1
+        assert client.as_of(event)[A]["reason"] == "PLAGIARISM"
+        assert f"up to event {event} was pruned" in run("diff", str(event - 1)).stderr
 
 
 # ------------------------------------------------------------------ as it comes

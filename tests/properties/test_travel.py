@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import sqlite3
+from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,8 @@ from serving import row
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.moments import Moment
 from shmelim.eliminations.store import history
+from shmelim.eliminations.store.schema import FILE_NAME
+from shmelim.errors import ChangesUnknownError
 
 NAMES = [f"h{n}" for n in range(9)]
 some = st.lists(st.sampled_from(NAMES), max_size=9, unique=True)
@@ -66,6 +70,86 @@ def test_every_state_is_known_after_its_event_and_can_be_had_again(many, listed)
             server.rollback_rpc(event)
             assert server.get_eliminations_dict_rpc() == state
         assert (server.get_departed_hotkeys_rpc(), server.reader.snapshot().registered) == (departed, registered)
+
+
+@pytest.mark.parametrize("many", [64, 2], ids=["events one by one", "most in rows of many"])
+@settings(max_examples=40)
+@given(st.lists(change, min_size=1, max_size=12), st.lists(change, max_size=4), st.data())
+def test_what_came_before_is_forgotten_and_nothing_else(many, listed, later, data):
+    with pytest.MonkeyPatch.context() as patch, EliminationManagerServer() as server:
+        patch.setattr(history, "_MANY", many)
+        states = {0: {}}
+        for each in listed:
+            make(server, *each)
+            states[last_event(server)] = server.get_eliminations_dict_rpc()
+        at = data.draw(st.integers(0, last_event(server)))
+        kept = [event for event in server.get_history_rpc(limit=None) if event["id"] > at]
+        count = server.prune_history_rpc(at, dry_run=True)
+        assert server.prune_history_rpc(at) == count == at
+        assert server.prune_history_rpc(at) == 0
+        left = [event for event in server.get_history_rpc(limit=None) if event["action"] != "prune"]
+        assert [event for event in left if event["id"] > at] == kept
+        for each in later:
+            with pytest.MonkeyPatch.context() as past:
+                past.setattr("shmelim.eliminations.server.changes.rollback", lambda step, moment: 0)
+                make(server, *each)
+            states[last_event(server)] = server.get_eliminations_dict_rpc()
+        for event, state in states.items():
+            if event >= at:
+                assert server.as_of_rpc(event) == state
+            else:
+                with pytest.raises(ValueError, match=f"up to event {at} was pruned"):
+                    server.as_of_rpc(event)
+        for event, state in states.items():
+            if event >= at:
+                server.rollback_rpc(event)
+                assert server.get_eliminations_dict_rpc() == state
+
+
+def test_a_time_before_what_was_forgotten_is_an_error(monkeypatch):
+    now = [1_700_000_000_000]
+    monkeypatch.setattr("shmelim.eliminations.store.history.time.time_ns", lambda: now[0] * 1_000_000)
+    with EliminationManagerServer() as server:
+        for name in "abc":
+            server.add_elimination_rpc(name, row(name))
+            now[0] += 1000
+        assert server.prune_history_rpc(now[0] - 1500) == 2
+        assert list(server.as_of_rpc(now[0] - 1500)) == ["a", "b"]
+        with pytest.raises(ValueError, match="up to event 2 was pruned"):
+            server.as_of_rpc(now[0] - 2500)
+        with pytest.raises(ValueError, match="there is no event 99 yet"):
+            server.prune_history_rpc(99)
+
+
+def test_changes_since_a_version_that_is_forgotten_are_not_left_out_in_silence():
+    with EliminationManagerServer() as server:
+        server.add_elimination_rpc("a", row("a"))
+        version = server.reader.version
+        server.add_elimination_rpc("b", row("b"))
+        server.add_elimination_rpc("c", row("c"))
+        assert [each["hotkey"] for each in server.changes_rpc(version)["events"]] == ["b", "c"]
+        server.prune_history_rpc(2)
+        with pytest.raises(ChangesUnknownError):
+            server.changes_rpc(version)
+
+
+def test_what_debts_are_made_of_stays():
+    with EliminationManagerServer() as server:
+        server.eliminate_rpc("a", row("a", reason="MAX_TOTAL_DRAWDOWN"), ["slash", "positions"], rule="drawdown")
+        owed = {debt["kind"] for debt in server.get_debts_rpc()}
+        server.settle_debt_rpc("a", "positions")
+        server.remove_elimination_rpc("a")
+        server.prune_history_rpc(last_event(server))
+        server.add_elimination_rpc("a", row("a", reason="MAX_TOTAL_DRAWDOWN"))
+        assert {debt["kind"] for debt in server.get_debts_rpc() if debt["due"]} == owed
+
+
+def test_events_are_still_not_deleted_otherwise(tmp_path):
+    with EliminationManagerServer(state_dir=tmp_path, registry=None) as server:
+        server.add_elimination_rpc("a", row("a"))
+        server.prune_history_rpc(1)
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as db, pytest.raises(sqlite3.Error, match="append-only"):
+        db.execute("DELETE FROM events")
 
 
 def test_a_time_is_answered_by_the_last_event_before_it(monkeypatch):

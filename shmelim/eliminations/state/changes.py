@@ -201,11 +201,30 @@ def rollback(step: Step, moment: Moment) -> int:
     return len(changed)
 
 
+def prunable(store: Store, moment: Moment) -> int:
+    """Return how many events there are up to a moment; errors as of :func:`_event_of`."""
+    return _event_of(store, moment) - store.pruned.event
+
+
+def prune(step: Step, moment: Moment) -> int:
+    """Forget the events up to a moment; returns how many. Errors as there."""
+    event, count = _event_of(step.store, moment), prunable(step.store, moment)
+    if count:
+        step.store.prune(event)
+        step.record([EventOf("prune", note=f"the history up to event {event}")])
+    return count
+
+
 def _event_of(store: Store, moment: Moment) -> int:
     """Return the last event up to a moment; ValueError: it is not there yet, or the history begins later."""
     number, last = moment.event, store.counts().events
     if moment.at_ms is not None:
         number = store.event_at(moment.at_ms)
+    pruned = store.pruned
+    if moment.at_ms is not None and moment.at_ms >= pruned.at_ms > 0:
+        number = max(number or 0, pruned.event)
+    if pruned.event and (number is None or number < pruned.event):
+        raise ValueError(f"nothing is known of {moment}: the history up to event {pruned.event} was pruned")
     if number is None:
         first = store.events(before_id=2, limit=1)
         begins = f"at {first[0].at_ms} ms since 1970" if first else "with the first change"

@@ -164,7 +164,7 @@ class State:
 
     def _changes_since(self, since: int, store: Store) -> tuple[int, list[Event]]:
         version = self._table.version
-        if since not in self._shown:
+        if since not in self._shown or self._shown[since] < store.pruned.commit:
             oldest = next(iter(self._shown))
             known = f"those of {oldest} to {version} are"
             raise ChangesUnknownError(

@@ -1,7 +1,8 @@
 """The history of the store: who changed what, when, from which process, with the old and the new record.
 
-Events are written in the transaction of the change they tell of, and never changed or deleted. They keep what was
-replaced; what replaced it stands in the next event of that hotkey, or in its row.
+Events are written in the transaction of the change they tell of, and never changed, nor deleted but by
+:meth:`History.prune`. They keep what was replaced; what replaced it stands in the next event of that hotkey, or in
+its row.
 
 A change of many hotkeys is one row. Its id is that of the last of its events; the others have the ids below, which
 are no other row's. It holds the events, compressed, and the sorted hashes of their hotkeys, so that the history of
@@ -31,6 +32,7 @@ from shmelim.eliminations.record import decode
 from shmelim.eliminations.store.database import Database
 from shmelim.eliminations.store.schema import damaged
 
+_PRUNED: Final = "pruned"
 _MANY: Final = 64  # a change of more hotkeys is one row
 _LARGEST_ID: Final = (1 << 63) - 1
 _CHUNK: Final = 500  # hotkeys in one question: below the 999 that an old SQLite allows
@@ -60,6 +62,14 @@ class Change(NamedTuple):
     hotkey: str | None = None
     old: bytes | None = None
     note: str | None = None
+
+
+class Pruned(NamedTuple):
+    """An event up to which the history was forgotten: its number, its commit, and its time in ms since 1970."""
+
+    event: int
+    commit: int
+    at_ms: int
 
 
 class Event(NamedTuple):
@@ -180,6 +190,23 @@ class History(Database):
             if each.action in _RECORDED and each.hotkey is not None:
                 found[each.hotkey] = each.old
         return found
+
+    @property
+    def pruned(self) -> Pruned:
+        """The last event that was forgotten; zeros where the history is whole."""
+        return Pruned(*map(int, self.meta(_PRUNED, (0, 0, 0))))
+
+    def prune(self, event: int) -> None:
+        """Forget the events up to one, but the newest of all, whose number counts, and what debts are made of."""
+        ((trigger,),) = self._ask("SELECT sql FROM sqlite_master WHERE name = 'events_are_not_deleted'")
+        # Of the row that it is in, which may be one of many events that goes on beyond it.
+        row = "SELECT coalesce(commit_number, 0), at_ms FROM events WHERE id >= ? ORDER BY id LIMIT 1"
+        (about,) = self._ask(row, (event,))
+        self._change("DROP TRIGGER events_are_not_deleted")
+        newest = "(SELECT max(id) FROM events)"
+        self._change(f"DELETE FROM events WHERE id <= ? AND id < {newest} AND action != 'owe'", (event,))  # noqa: S608
+        self._change(trigger)
+        self.set_meta(_PRUNED, (event, *about))
 
     def event_at(self, at_ms: int) -> int | None:
         """Return the number of the last event up to a time; None where the history begins later."""
