@@ -287,6 +287,7 @@ class World:
             (2, self._lose_tail),
             (0.7, self._flush),
             (1, self._evict),
+            (0.7, self._lose_head),
             (1, self._fill),
             (2.5, self._set_clock),
             (1, lambda: self.chance.choice(self.stores).restart()),
@@ -321,6 +322,10 @@ class World:
             state.chunks.clear()
         else:
             del state.log[: self.chance.randint(0, len(state.log))]
+
+    def _lose_head(self) -> None:
+        self.faults["head lost"] += 1
+        self.engine.state.head = None
 
     def _fill(self) -> None:
         self.faults["full"] += 1

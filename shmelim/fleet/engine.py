@@ -7,9 +7,14 @@ Redis, and the faulty one that tests use, are both short.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple, Protocol
+from typing import Annotated, Final, NamedTuple, Protocol
+
+from msgspec import Meta
 
 from shmelim.errors import ShmelimError
+
+HIGHEST: Final = (1 << 63) - 1
+"""No number that is counted up may be above this one."""
 
 
 class EngineError(ShmelimError, ConnectionError):
@@ -19,8 +24,8 @@ class EngineError(ShmelimError, ConnectionError):
 class Id(NamedTuple):
     """The place of an entry in the log: ids only ever rise, as each publisher has a higher term."""
 
-    term: int
-    number: int
+    term: Annotated[int, Meta(ge=0, le=HIGHEST)]
+    number: Annotated[int, Meta(ge=0, le=HIGHEST)]
 
 
 START = Id(0, 0)

@@ -17,7 +17,7 @@ from xxhash import xxh3_64_intdigest
 
 from shmelim.eliminations.store.touched import RUN_BITS
 from shmelim.errors import FleetDataError
-from shmelim.fleet.engine import Id
+from shmelim.fleet.engine import HIGHEST, Id
 
 T = TypeVar("T")
 
@@ -28,7 +28,9 @@ MAX_BYTES: Final = 128 << 20
 """What a message, or a chunk that was unpacked, may have."""
 DIGEST_MASK: Final = (1 << 64) - 1
 _Format = Literal[1]
-_Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+_Number = Annotated[int, Meta(ge=0, le=HIGHEST)]
+# Publishers go above what is reported: where a report could say the highest number, nothing would be above it.
+_Reported = Annotated[int, Meta(ge=0, le=1 << 62)]
 _Identity = Annotated[bytes, Meta(min_length=16, max_length=16)]
 _Key = Annotated[bytes, Meta(min_length=1, max_length=255)]
 _Host = Annotated[str, Meta(max_length=255)]
@@ -107,8 +109,8 @@ class Report(Struct, frozen=True, array_like=True):
     format: _Format
     host: _Host
     pid: _Number
-    term: _Number
-    line: _Number
+    term: _Reported
+    line: _Reported
     seq: _Number
     lost: bool
     age: int

@@ -22,7 +22,7 @@ from msgspec import structs
 
 from shmelim.errors import FencedError, FleetDataError, OtherStoreError
 from shmelim.fleet.cuts import Cut, Facts, Outbox
-from shmelim.fleet.engine import Engine, Id, Look
+from shmelim.fleet.engine import HIGHEST, START, Engine, Id, Look
 from shmelim.fleet.messages import (
     DIGEST_MASK,
     FORMAT,
@@ -178,8 +178,16 @@ class Publisher:
             raise
 
     def _next_term(self, look: Look) -> int:
-        heads = [head.term for head in (self.head, self._read(look)) if head is not None]
-        return 1 + max(self._term, *heads, *[report.term for report in self._reports()], 0)
+        head = self._read(look)
+        terms = [each.term for each in (self.head, head, *self._reports()) if each is not None]
+        return _above(self._term, *terms, self._newest(look).term if head is None else 0)
+
+    def _newest(self, look: Look) -> Id:
+        """Find the newest entry of a log whose head is of no use: the engine takes only what is above it."""
+        newest = look.first or START
+        while newest != START and (entries := self._engine.look(newest, 256).entries):
+            newest = entries[-1][0]
+        return newest
 
     def _begin_line(self, look: Look | None = None) -> None:
         """Begin a line above all that were seen, with a snapshot; not while nothing may be sent."""
@@ -191,7 +199,7 @@ class Publisher:
             return
         lines = [each.line for each in (self.head, head, *self._reports()) if each is not None]
         # Where nothing is left that remembers the last line, the clocks do.
-        line = 1 + max(*lines, look.time, self._wall())
+        line = _above(*lines, look.time, self._wall())
         last = Id(self._next_term(look), 0)
         source = self._owner, self._host, facts.store_id
         if self._enter(look, Head(FORMAT, *source, line, 0, facts.runs[-1], last, None)):
@@ -310,6 +318,17 @@ class Publisher:
             with contextlib.suppress(FleetDataError):
                 found.append(unpack_report(raw))
         return found
+
+
+def _above(*numbers: int) -> int:
+    """Return the next number above all of these; FleetDataError if there is none that others would read."""
+    highest = max(numbers)
+    if highest >= HIGHEST:
+        raise FleetDataError(
+            f"a term or a line in the engine is {highest}, and none can be above it",
+            hint="delete what stands under the name in the engine, and start this publisher again",
+        )
+    return highest + 1
 
 
 def _reaches_back(head: Head, look: Look) -> bool:

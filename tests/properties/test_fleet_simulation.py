@@ -52,6 +52,7 @@ def test_what_a_fleet_promises_holds():
         "lost tail",
         "flushed",
         "evicted",
+        "head lost",
         "full",
         "clock set",
         "restored",

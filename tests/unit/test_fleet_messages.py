@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import zlib
 
 import msgspec
@@ -13,8 +14,8 @@ from memory_engine import MemoryEngine
 
 from shmelim.errors import FleetDataError
 from shmelim.fleet import messages
-from shmelim.fleet.cuts import Facts
-from shmelim.fleet.engine import Id
+from shmelim.fleet.cuts import Cut, Facts, Whole
+from shmelim.fleet.engine import HIGHEST, Id
 from shmelim.fleet.follower import Follower
 from shmelim.fleet.messages import (
     FORMAT,
@@ -144,6 +145,13 @@ class NoOutbox:
     def facts(self):
         return Facts(b"s" * 16, (1 << 24,), 0, 1)
 
+    def cut(self, _after, *, digest_rows=0):
+        return Cut(self.facts(), [], [])
+
+    @contextlib.contextmanager
+    def whole(self):
+        yield Whole(self.facts(), iter([]))
+
 
 def test_a_stranger_under_the_name_stops_nobody_and_is_said():
     engine = MemoryEngine()
@@ -154,3 +162,44 @@ def test_a_stranger_under_the_name_stops_nobody_and_is_said():
     with pytest.raises(FleetDataError, match="another program"):
         Publisher(engine, NoOutbox()).turn()
     assert engine.look().head == b"\xc1 not ours"
+
+
+def publish(engine, turns=4, **options):
+    """Publish nothing for some turns, each of which beats."""
+    seconds = itertools.count()
+    publisher = Publisher(engine, NoOutbox(), monotonic=lambda: next(seconds), **options)
+    for _ in range(turns):
+        publisher.turn()
+    return publisher
+
+
+@pytest.mark.parametrize("number", [1 << 62, HIGHEST, (1 << 64) - 1])
+@pytest.mark.parametrize("field", ["term", "line"])
+def test_what_followers_report_leaves_publishers_readable(field, number):
+    engine = MemoryEngine()
+    publish(engine)
+    values = {name: getattr(REPORT, name) for name in Report.__struct_fields__} | {field: number}
+    engine.report("one", msgspec.msgpack.encode(list(values.values())), 1000)
+    publish(engine)
+    assert unpack_head(engine.state.head)
+    assert all(unpack_message(raw) for _, raw in engine.state.log)
+
+
+@pytest.mark.parametrize("fields", [{"line": HIGHEST}, {"last": Id(HIGHEST, 0)}, {"last": Id((1 << 64) - 1, 0)}])
+def test_a_head_that_nothing_is_above_is_said_and_stays(fields):
+    engine = MemoryEngine()
+    engine.state.head = head = pack(msgspec.structs.replace(HEAD, **fields))
+    with pytest.raises(FleetDataError):
+        publish(engine)
+    assert engine.state.head == head
+
+
+@pytest.mark.parametrize("head", [None, b"\xc1 of another release"])
+def test_a_log_without_its_head_is_gone_on_with_at_once(head):
+    engine = MemoryEngine()
+    for _ in range(3):
+        publish(engine)
+    newest = engine.state.log[-1][0]
+    engine.state.head = head
+    publisher = publish(engine, turns=1, take_over=True)
+    assert publisher.head.term == newest.term + 1
