@@ -112,7 +112,7 @@ class Publisher:
         cut = self._outbox.cut(head.seq, digest_rows=wanted)
         self._hold(cut.facts, look)
         self.behind = cut.facts.top - head.seq
-        if head.snapshot is None or not self._goes_on(cut.facts):
+        if head.snapshot is None or not _goes_on(head, cut.facts):
             self._begin_line()
         elif (self.held is not None or self._send(cut)) and look is not None:
             self._beats_next = now + self._beat
@@ -142,8 +142,7 @@ class Publisher:
                 f"the name belongs to the store {head.store_id.hex()}, and this one is {facts.store_id.hex()}",
                 hint="publish under another --name, or with --take-over if this store takes that one's place",
             )
-        goes_on = head is not None and head.store_id == facts.store_id and facts.continues(head.run, head.seq)
-        if head is not None and goes_on and _reaches_back(head, look):
+        if head is not None and _goes_on(head, facts) and _reaches_back(head, look):
             last = Id(self._next_term(look), 0)
             return self._enter(look, structs.replace(head, owner=self._owner, host=self._host, last=last))
         self._begin_line(look)
@@ -220,10 +219,6 @@ class Publisher:
         if self.head.last.number == 0:
             self._logged, self._beats_next = 0, -1.0
 
-    def _goes_on(self, facts: Facts) -> bool:
-        head = self._led()
-        return facts.store_id == head.store_id and facts.continues(head.run, head.seq)
-
     def _hold(self, facts: Facts, look: Look | None) -> None:
         if look is not None:
             self._word = None if look.hold is None else look.hold.decode(errors="replace")
@@ -281,7 +276,7 @@ class Publisher:
         with self._outbox.whole() as whole:
             facts = whole.facts
             self._hold(facts, None)
-            same = facts.store_id == before.store_id and (before.snapshot is None or self._goes_on(facts))
+            same = facts.store_id == before.store_id and (before.snapshot is None or _goes_on(before, facts))
             if self.held is not None or not same:
                 return
             chunks = size = rows = digest = 0
@@ -329,6 +324,16 @@ def _above(*numbers: int) -> int:
             hint="delete what stands under the name in the engine, and start this publisher again",
         )
     return highest + 1
+
+
+def _goes_on(head: Head, facts: Facts) -> bool:
+    """Tell whether a store goes on from a head: also from its snapshot, which may be newer than what was sent."""
+    snapshot = head.snapshot
+    return (
+        head.store_id == facts.store_id
+        and facts.continues(head.run, head.seq)
+        and (snapshot is None or facts.continues(snapshot.run, snapshot.seq))
+    )
 
 
 def _reaches_back(head: Head, look: Look) -> bool:

@@ -203,3 +203,15 @@ def test_a_log_without_its_head_is_gone_on_with_at_once(head):
     engine.state.head = head
     publisher = publish(engine, turns=1, take_over=True)
     assert publisher.head.term == newest.term + 1
+
+
+def test_a_snapshot_that_is_newer_than_the_head_has_to_be_the_stores_too():
+    engine = MemoryEngine()
+    head = msgspec.structs.replace(HEAD, seq=0, run=1 << 24, last=Id(2, 3))
+    ahead = msgspec.structs.replace(HEAD.snapshot, seq=3, run=1 << 24, after=Id(2, 3))
+    engine.state.head = pack(msgspec.structs.replace(head, snapshot=ahead))
+    engine.state.log = [(head.last, pack(MESSAGE))]
+    # This store was restored: the head's change 0 is its own, and the snapshot's change 3 never was.
+    publisher = publish(engine)
+    assert publisher.head.line > head.line
+    assert publisher.head.snapshot.seq == 0
