@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple, Protocol
 
 from shmelim.errors import FleetDataError
-from shmelim.fleet.engine import START, Engine, Id, Look
+from shmelim.fleet.engine import HIGHEST, START, Engine, Id, Look
 from shmelim.fleet.messages import (
     DIGEST_MASK,
     FORMAT,
@@ -301,7 +301,9 @@ class Follower:
 
     def _time(self, asked: int, look: Look, head: Head | None) -> None:
         """Remember how far the clocks are apart, and what was there then."""
-        last = START if head is None else head.last
+        # Of a log without its head it is not known how far it reaches: anything in it may be old.
+        unknown = START if look.first is None else Id(HIGHEST, HIGHEST)
+        last = unknown if head is None else head.last
         if self._clocks and last < self._clocks[-1][2]:
             self._clocks.clear()  # the engine went back: which of its entries are old is not known any more
         self._clocks.append((asked, look.time, last))
