@@ -200,7 +200,8 @@ class TestRestarts:
         server = serve()
         with pytest.raises(NotServingError) as caught:
             EliminationClient(server.name, runtime_base=tmp_path)
-        assert f"shmelim serve --name {server.name}" in str(caught.value)
+        assert f"process {server.pid} serves '{server.name}'" in str(caught.value)
+        assert "--runtime-dir" in str(caught.value)
 
     def test_without_the_key(self, serve):
         server = serve()
