@@ -47,6 +47,7 @@ _COUNTS: Final = struct.Struct(f"<{COUNTS}Q")
 _TITLE: Final = 128
 _TITLE_SIZE: Final = 384
 _ENDED: Final = struct.Struct(f"<{2 + COUNTS}Q")  # stamp, id of the page that was added last, the counts
+_ENDED_NAME: Final = "ended-"
 _ENDED_COPIES: Final = (0, 256)
 _SEED: Final = 0x454E444544  # a copy of zeros is not a whole one
 _ATTEMPTS: Final = 16
@@ -241,7 +242,7 @@ def _add(path: str, number: int, counts: list[int], prefix: str, root: str) -> N
 
     Where the table is gone, nobody asks for its counts any more, and they go, too.
     """
-    ended = f"{prefix}ended-{os.geteuid()}"
+    ended = f"{prefix}{_ENDED_NAME}{os.geteuid()}"
     if not os.path.lexists(root):
         for each in (path, ended):
             _unlink(each)
@@ -286,9 +287,7 @@ def _is_ours(status: os.stat_result) -> bool:
 def _sweep(prefix: str, root: str) -> int:
     """Add what this user's dead processes left to the ended; return how many pages of the name are left."""
     left = 0
-    for path in _paths(prefix):
-        if "ended-" in path:
-            continue
+    for path in _pages_at(prefix):
         left += 1
         with contextlib.suppress(OSError, ShmelimError), open_file(path, WRITE) as file:
             status = os.fstat(file.fileno())
@@ -298,14 +297,18 @@ def _sweep(prefix: str, root: str) -> int:
             page = _page_at(path, {os.geteuid()}, None)
             if page is not None:
                 _add(path, page[1].id, list(page[2]), prefix, root)
-                left -= 1
             else:
                 _unlink(path)
-                left -= 1
+            left -= 1
     return left
 
 
+def _pages_at(prefix: str) -> list[str]:
+    return [path for path in _paths(prefix) if not path.startswith(prefix + _ENDED_NAME)]
+
+
 def _paths(prefix: str) -> list[str]:
+    """Return all files of a name's readers, those with the counts of ended ones, too."""
     directory, _, start = prefix.rpartition("/")
     found = [name for name in os.listdir(directory) if name.startswith(start)]  # noqa: PTH208
     return [f"{directory}/{name}" for name in sorted(found)]
@@ -351,10 +354,10 @@ def _look(prefix: str, root: str) -> Readings | None:
     added = {copy[1] for copy in before.values()}
     totals = [sum(column) for column in zip([0] * COUNTS, *(copy[2:] for copy in before.values()), strict=True)]
     processes = []
-    for path in _paths(prefix)[: 2 * MOST_PAGES]:
+    for path in _pages_at(prefix)[: 2 * MOST_PAGES]:
         found = None
         with contextlib.suppress(OSError, ValueError):
-            found = None if "ended-" in path else _page_at(path, trusted, group)
+            found = _page_at(path, trusted, group)
         if found is None or found[1].id in added:
             continue
         lives, process, counts = found
@@ -368,14 +371,13 @@ def _look(prefix: str, root: str) -> Readings | None:
 
 def _ended(prefix: str, trusted: set[int], group: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the counts of ended readers of each user who is believed."""
-    for path in _paths(prefix):
-        if "ended-" in path:
-            with contextlib.suppress(OSError), open_file(path, READ) as file:
-                if _is_believed(os.fstat(file.fileno()), trusted, group):
-                    raw = os.pread(file.fileno(), PAGE, 0)
-                    copies = [copy for at in _ENDED_COPIES if (copy := _ended_copy(raw, at)) is not None]
-                    if copies:
-                        yield path, max(copies)
+    for path in _paths(prefix + _ENDED_NAME):
+        with contextlib.suppress(OSError), open_file(path, READ) as file:
+            if _is_believed(os.fstat(file.fileno()), trusted, group):
+                raw = os.pread(file.fileno(), PAGE, 0)
+                copies = [copy for at in _ENDED_COPIES if (copy := _ended_copy(raw, at)) is not None]
+                if copies:
+                    yield path, max(copies)
 
 
 def _page_at(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,14 @@ sys.stdin.read()
 @pytest.fixture
 def namespace(table_name: str) -> Iterator[SharedNamespace]:
     """The namespace of a table in which ``A`` is eliminated, and ``B`` is not."""
-    namespace = SharedNamespace(table_name)
-    with TableWriter(namespace) as writer:
+    with published(SharedNamespace(table_name)) as namespace:
+        yield namespace
+
+
+@contextmanager
+def published(namespace: SharedNamespace) -> Iterator[SharedNamespace]:
+    with TableWriter(namespace) as writer, ExitStack() as stack:
+        stack.callback(namespace.remove)
         writer.load(
             [
                 row_entry(Row(A, 1, encode(row(A)), None, None, registered=False)),
@@ -348,6 +355,17 @@ def test_what_strangers_put_there_is_not_looked_at(namespace: SharedNamespace, r
         Path(f"{prefix}{7:016x}").rmdir()
         for path in pages(namespace):
             path.unlink()
+
+
+@pytest.mark.parametrize("like", ["ended-", "t-ended-"])
+def test_a_name_like_that_of_the_counts_of_ended_readers_is_a_name_like_another(like: str) -> None:
+    with published(SharedNamespace(like + os.urandom(4).hex())) as namespace:
+        reader = EliminationReader(namespace.name)
+        assert reader.is_hotkey_eliminated(A)
+        assert [process.pid for process in readings_of(namespace).processes] == [os.getpid()]
+        in_child(lambda: reader.is_hotkey_eliminated(A), killed=True)
+        found = readings_of(namespace)
+        assert ([process.pid for process in found.processes], found.total.hits) == ([os.getpid()], 2)
 
 
 def test_a_group_that_may_read_the_table_may_see_who_reads(
