@@ -24,10 +24,8 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple, Protocol, Self
 
-from xxhash import xxh64_intdigest
-
 from shmelim.errors import ShmelimError
-from shmelim.shm.layout import PAGE, WORD
+from shmelim.shm.layout import PAGE, WORD, sealed, unsealed
 from shmelim.shm.mapping import READ, WRITE, is_anybody, map_counts, open_file
 from shmelim.shm.segment import Namespace
 from shmelim.shm.shared import reserve
@@ -264,20 +262,12 @@ def _add(path: str, number: int, counts: list[int], prefix: str, root: str) -> N
             sums = [total + one & (1 << 64) - 1 for total, one in zip(totals, counts, strict=True)]
             fields = _ENDED.pack(stamp + 1, number, *sums)
             at = _ENDED_COPIES[copies[0][0] > copies[1][0]]
-            os.pwrite(descriptor, fields + _checksum(fields), at)
+            os.pwrite(descriptor, sealed(fields, _SEED), at)
         _unlink(path)
 
 
 def _ended_copy(raw: bytes, at: int) -> tuple[int, ...] | None:
-    fields = raw[at : at + _ENDED.size]
-    if len(fields) < _ENDED.size:
-        return None
-    checksum = raw[at + _ENDED.size : at + _ENDED.size + WORD]
-    return _ENDED.unpack(fields) if checksum == _checksum(fields) else None
-
-
-def _checksum(fields: bytes) -> bytes:
-    return xxh64_intdigest(fields, _SEED).to_bytes(WORD, "little")
+    return unsealed(raw[at : at + _ENDED.size + WORD], _ENDED, _SEED)
 
 
 def _is_ours(status: os.stat_result) -> bool:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import struct
 from typing import Final, NamedTuple
 
-from xxhash import xxh64_intdigest
-
 from shmelim.errors import NotServingError, SegmentError
-from shmelim.shm.layout import FLEET, PAGE, SOURCE_SIZE, WORD, check_root
+from shmelim.shm.layout import FLEET, PAGE, SOURCE_SIZE, WORD, check_root, sealed, unsealed
 from shmelim.shm.segment import Namespace, Segment
 
 _TEXT: Final = FLEET + WORD
@@ -58,7 +56,7 @@ def put_position(root: Segment, position: Position) -> None:
     stamps = [_stamp(root, copy) for copy in (0, 1)]
     start = _COPIES + _SIZE * (stamps[0] > stamps[1])
     fields = _FIELDS.pack(max(stamps) + 1, *position)
-    root.memory[start : start + _SIZE] = fields + _checksum(fields)
+    root.memory[start : start + _SIZE] = sealed(fields, _SEED)
 
 
 def source_of(root: Segment) -> str:
@@ -95,15 +93,9 @@ def position_of(root: Segment) -> Position | None:
 
 def _copy(root: Segment, copy: int) -> tuple[int, ...] | None:
     start = _COPIES + _SIZE * copy
-    raw = root.memory[start : start + _SIZE]
-    fields = raw[: _FIELDS.size]
-    return _FIELDS.unpack(fields) if raw[_FIELDS.size :] == _checksum(fields) else None
+    return unsealed(root.memory[start : start + _SIZE], _FIELDS, _SEED)
 
 
 def _stamp(root: Segment, copy: int) -> int:
     fields = _copy(root, copy)
     return 0 if fields is None else fields[0]
-
-
-def _checksum(fields: bytes) -> bytes:
-    return xxh64_intdigest(fields, _SEED).to_bytes(WORD, "little")

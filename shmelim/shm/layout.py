@@ -258,6 +258,17 @@ def entry_checksum(seed: int, ordinal: int, tail: bytes) -> int:
     return xxh64_intdigest(tail, seed ^ ordinal)
 
 
+def sealed(fields: bytes, seed: int) -> bytes:
+    """Return fields with their checksum, for one of two copies of which the newer whole one counts."""
+    return fields + xxh64_intdigest(fields, seed).to_bytes(WORD, "little")
+
+
+def unsealed(raw: bytes, form: struct.Struct, seed: int) -> tuple[int, ...] | None:
+    """Return the fields of what :func:`sealed` made; None where it is torn, damaged, or cut off."""
+    fields = raw[: form.size]
+    return form.unpack(fields) if raw[: form.size + WORD] == sealed(fields, seed) else None
+
+
 def entry_size(key_length: int, record_length: int) -> int:
     """Bytes that an arena entry takes."""
     return (ENTRY_HEADER + key_length + record_length + WORD - 1) & -WORD

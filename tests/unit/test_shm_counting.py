@@ -21,7 +21,7 @@ from shmelim import EliminationReader
 from shmelim.eliminations.record import encode
 from shmelim.eliminations.rows import Row, row_entry
 from shmelim.shm import Counts, PrivateNamespace, SharedNamespace, TableReader, TableWriter, counting, readings_of
-from shmelim.shm.layout import PAGE
+from shmelim.shm.layout import PAGE, sealed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -327,7 +327,7 @@ def test_what_strangers_put_there_is_not_looked_at(namespace: SharedNamespace, r
     strangers = {
         f"{1:016x}": content,  # a copy under another name
         f"{8:016x}": content[:16] + (8).to_bytes(8, "little") + content[24:],
-        "ended-54321": (fields + counting._checksum(fields)).ljust(PAGE, b"\0"),
+        "ended-54321": sealed(fields, counting._SEED).ljust(PAGE, b"\0"),
         f"{2:016x}": b"",
         f"{3:016x}": bytes(PAGE),
         f"{4:016x}": content[:100],
