@@ -14,7 +14,7 @@ from shmelim.errors import NotServingError, SegmentError, StateConflictError
 from shmelim.fleet.follower import Applied, Table
 from shmelim.fleet.messages import DIGEST_MASK, Row, row_digest
 from shmelim.shm import Namespace, TableReader, TableWriter
-from shmelim.shm.following import Position, followed_by, position_of
+from shmelim.shm.following import Position
 
 _BEAT: Final = 0.5
 
@@ -73,7 +73,7 @@ class LocalTable(Table):
             identity, origin = reader.identity(), reader.get(ORIGIN_KEY)
         except (NotServingError, SegmentError):
             return None, None  # what cannot be read is replaced
-        if not followed_by(self._namespace):
+        if reader.source() is None:
             raise StateConflictError(
                 f"{self._namespace.name!r} is what a server on this host has published, and left",
                 hint="follow under another name, or `shmelim forget` it first",
@@ -81,7 +81,7 @@ class LocalTable(Table):
         with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
             found = msgspec.msgpack.decode(b"" if origin is None else origin.data, type=_Origin)
             applied = Applied(identity.store_id, found.line, found.seq, found.run)
-            return applied, position_of(self._namespace.open_root())
+            return applied, reader.position()
         return None, None
 
     def _measure(self) -> None:

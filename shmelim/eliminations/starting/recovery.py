@@ -22,7 +22,6 @@ from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import NotServingError, SegmentError
 from shmelim.shm import Namespace, TableIdentity, TableReader
-from shmelim.shm.following import followed_by
 from shmelim.system.problems import Problems
 from shmelim.system.text import get_logger
 
@@ -68,7 +67,7 @@ def look(namespace: Namespace) -> Published | None:
     origin = _Origin(None)
     with suppress(msgspec.DecodeError):
         origin = msgspec.msgpack.decode(b"" if record is None else record.data, type=_Origin)
-    source = followed_by(namespace)
+    source = reader.source() or ""
     return Published(identity, origin.state_dir, origin.imported, eliminated, departed, source=source)
 
 
