@@ -208,7 +208,8 @@ def prunable(store: Store, moment: Moment) -> int:
 
 def prune(step: Step, moment: Moment) -> int:
     """Forget the events up to a moment; returns how many. Errors as there."""
-    event, count = _event_of(step.store, moment), prunable(step.store, moment)
+    event = _event_of(step.store, moment)
+    count = event - step.store.pruned.event
     if count:
         step.store.prune(event)
         step.record([EventOf("prune", note=f"the history up to event {event}")])
