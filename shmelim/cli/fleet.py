@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shmelim.cli import output
-from shmelim.cli.failure import NOT_SERVING
+from shmelim.cli.failure import NO, NOT_SERVING, YES
 from shmelim.cli.options import NAME, PATH, Command, Group, Settings, command
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import NotServingError, ShmelimError
+from shmelim.shm.following import OLD
 from shmelim.system.clock import now_ms, utc_text
 from shmelim.system.supervisor import notify_supervisor
 from shmelim.system.text import printable
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from shmelim.fleet.redis_engine import RedisEngine
 
 ENGINE_VARIABLE: Final = "SHMELIM_ENGINE"
-_STALE: Final = 10.0
-"""Seconds of age from which a follower is not well."""
 
 password_option = click.option(
     "--password-file", type=PATH, metavar="FILE", help="A file whose first line is the engine's password."
@@ -239,18 +238,18 @@ def status(settings: Settings, *, url: str, password_file: Path | None) -> int:
             "snapshot": head.snapshot
             and {"seq": head.snapshot.seq, "rows": head.snapshot.rows, "size": head.snapshot.size},
         },
-        "held": None if look.hold is None else look.hold.decode(errors="replace"),
+        "held": look.held,
         "followers": followers,
     }
     settings.answer(found, lambda: _show(found))
     if head is None:
         return NOT_SERVING
-    return 0 if all(map(partial(_is_well, head.line), followers)) else 1
+    return YES if all(map(partial(_is_well, head.line), followers)) else NO
 
 
 def _is_well(line: int, follower: dict[str, Any]) -> bool:
     age = follower["age_ms"]
-    return follower["line"] == line and not follower["lost"] and age is not None and age < 1000 * _STALE
+    return follower["line"] == line and not follower["lost"] and age is not None and age < 1000 * OLD
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -44,6 +44,11 @@ class Look(NamedTuple):
     first: Id | None
     entries: list[tuple[Id, bytes]]
 
+    @property
+    def held(self) -> str | None:
+        """Why publishers are to hold, as text; a stranger's, to be escaped."""
+        return None if self.hold is None else self.hold.decode(errors="replace")
+
 
 class Engine(Protocol):
     """One name in an engine. Every method raises :class:`EngineError`, and returns within a deadline."""

@@ -134,7 +134,7 @@ class Follower:
         """
         asked = self._boottime()
         look = self._engine.look(self._cursor, _MESSAGES, wait)
-        self.held = None if look.hold is None else look.hold.decode(errors="replace")
+        self.held = look.held
         head = self._read_head(look)
         self._time(asked, look, head)
         self._confirm()

@@ -207,8 +207,15 @@ class Publisher:
     def _enter(self, look: Look, head: Head) -> bool:
         """Put one's own head in the place of the one that was seen, and an entry that its log begins with."""
         message = pack(message_of(head, prev=head.seq, seq=head.seq, run=head.run))
-        self.head, self._raw, self._tried, self._term = None, None, pack(head), head.term
-        done = self._engine.commit(look.head, self._tried, (head.last, message))
+        self.head, self._raw, self._term = None, None, head.term
+        return self._commit(look.head, head, message)
+
+    def _commit(
+        self, expected: bytes | None, head: Head, message: bytes, keep: tuple[str, ...] | None = None
+    ) -> bool:
+        """Put a head in the place of the expected one; where the engine fails, the next turn finds out."""
+        self._tried = pack(head)
+        done = self._engine.commit(expected, self._tried, (head.last, message), keep)
         tried, self._tried = self._tried, None
         if done:
             self._took(tried)
@@ -221,7 +228,7 @@ class Publisher:
 
     def _hold(self, facts: Facts, look: Look | None) -> None:
         if look is not None:
-            self._word = None if look.hold is None else look.hold.decode(errors="replace")
+            self._word = look.held
         self.held = self._word
         if self._hold_guarded and facts.notice is not None:
             self.held = facts.notice
@@ -233,11 +240,7 @@ class Publisher:
         former = self._led()
         head = structs.replace(former, last=Id(former.term, former.last.number + 1), **changed)
         raw = pack(message_of(head, **message))
-        self._tried = pack(head)
-        done = self._engine.commit(self._raw, self._tried, (head.last, raw), keep)
-        tried, self._tried = self._tried, None
-        if done:
-            self.head, self._raw = head, tried
+        if self._commit(self._raw, head, raw, keep):
             self._logged += len(raw)
             return True
         self._leads(self._engine.look())

@@ -22,11 +22,23 @@ _WAITING: Final = 0.5
 
 
 class _Telling:
-    """Says what is another than it was."""
+    """Says what is another than it was; and pauses after errors, each time longer."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
         self._last: dict[str, Any] = {}
+        self._pause = _FIRST_PAUSE
+
+    def failed(self, error: ShmelimError, stop: threading.Event) -> None:
+        """Say an error that passes, and wait."""
+        self.tell("error", _of(error))
+        stop.wait(self._pause)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def worked(self) -> None:
+        """Say that the error is over, if there was one."""
+        self._pause = _FIRST_PAUSE
+        self.tell("error", None)
 
     def tell(self, event: str, about: dict[str, Any] | None) -> None:
         """Say that something is so now; None: that it is over, if it was said."""
@@ -49,21 +61,18 @@ def run_publisher(
     Errors that pass are said, and tried again with growing pauses: back-pressure never reaches the writer.
     FencedError, OtherStoreError and FleetDataError come out.
     """
-    telling, pause = _Telling(say), _FIRST_PAUSE
+    telling = _Telling(say)
     while not stop.is_set():
         try:
             publisher.turn()
         except (EngineError, StoreError) as error:
-            telling.tell("error", _of(error))
             note.write(**_of(error), behind=publisher.behind)
-            stop.wait(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            telling.failed(error, stop)
             continue
         except ShmelimError as error:
             note.end(error)
             raise
-        pause = _FIRST_PAUSE
-        telling.tell("error", None)
+        telling.worked()
         head = publisher.head
         telling.tell("leading", None if head is None else {"term": head.term, "line": head.line})
         telling.tell("held", None if publisher.held is None else {"why": publisher.held})
@@ -75,18 +84,15 @@ def run_publisher(
 
 def run_follower(follower: Follower, table: LocalTable, stop: threading.Event, say: Say) -> None:
     """Follow until ``stop`` is set; errors are said, and tried again: the table serves on, and its age grows."""
-    telling, pause = _Telling(say), _FIRST_PAUSE
+    telling = _Telling(say)
     while not stop.is_set():
         try:
             follower.turn(_WAITING)
             table.keep()
         except (EngineError, SegmentError) as error:
-            telling.tell("error", _of(error))
-            stop.wait(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            telling.failed(error, stop)
             continue
-        pause = _FIRST_PAUSE
-        telling.tell("error", None)
+        telling.worked()
         applied = table.applied
         telling.tell("following", None if applied is None else {"line": applied.line})
         telling.tell("held", None if follower.held is None else {"why": follower.held})

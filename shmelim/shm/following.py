@@ -14,6 +14,9 @@ from shmelim.errors import NotServingError, SegmentError
 from shmelim.shm.layout import FLEET, PAGE, SOURCE_SIZE, WORD, check_root, sealed, unsealed
 from shmelim.shm.segment import Namespace, Segment
 
+OLD: Final = 10.0
+"""Seconds of age from which a table that follows another host's is not well."""
+
 _TEXT: Final = FLEET + WORD
 _COPIES: Final = _TEXT + SOURCE_SIZE
 _FIELDS: Final = struct.Struct("<6Q")  # stamp, and the five of Position

@@ -9,10 +9,9 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import ChannelError, NotServingError, SegmentError, ShmelimError
 from shmelim.fleet.publishing import Publishing, publishing
 from shmelim.shm import TableInfo, WriterInfo
+from shmelim.shm.following import OLD
 
 _ASKING: Final = 2.0  # seconds that the server has to answer
-_OLD: Final = 10.0
-"""Seconds of age from which a table that follows another host's is degraded."""
 
 
 class Seen(NamedTuple):
@@ -74,7 +73,7 @@ def with_publisher(
 def _unasked(reader: EliminationReader, writer: WriterInfo, table: TableInfo) -> Seen:
     """See a table whose writer is dead, or which follows another host's: nobody could say more."""
     source, age, problems = reader.source, reader.staleness, []
-    if source is not None and (age is None or age > _OLD):
+    if source is not None and (age is None or age > OLD):
         known = "is not known yet" if age is None else f"is {age:.0f} s"
         text = f"the table follows {source!r}, and how old it is {known}"
         hint = "see `shmelim fleet status`: is it held, is the follower here running, and the publisher there?"
