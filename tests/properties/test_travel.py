@@ -53,16 +53,22 @@ def make(server, what, *how):
             server.clear_eliminations_rpc()
 
 
+def states_after(server, listed):
+    """Make changes; return the eliminations after each event, and before the first."""
+    states = {0: {}}
+    for each in listed:
+        make(server, *each)
+        states[last_event(server)] = server.get_eliminations_dict_rpc()
+    return states
+
+
 @pytest.mark.parametrize("many", [64, 2], ids=["events one by one", "most in rows of many"])
 @settings(max_examples=60)
 @given(st.lists(change, max_size=15))
 def test_every_state_is_known_after_its_event_and_can_be_had_again(many, listed):
     with pytest.MonkeyPatch.context() as patch, EliminationManagerServer() as server:
         patch.setattr(history, "_MANY", many)
-        states = {0: {}}
-        for each in listed:
-            make(server, *each)
-            states[last_event(server)] = server.get_eliminations_dict_rpc()
+        states = states_after(server, listed)
         for event, state in states.items():
             assert server.as_of_rpc(event) == state
         departed, registered = server.get_departed_hotkeys_rpc(), server.reader.snapshot().registered
@@ -78,10 +84,7 @@ def test_every_state_is_known_after_its_event_and_can_be_had_again(many, listed)
 def test_what_came_before_is_forgotten_and_nothing_else(many, listed, later, data):
     with pytest.MonkeyPatch.context() as patch, EliminationManagerServer() as server:
         patch.setattr(history, "_MANY", many)
-        states = {0: {}}
-        for each in listed:
-            make(server, *each)
-            states[last_event(server)] = server.get_eliminations_dict_rpc()
+        states = states_after(server, listed)
         at = data.draw(st.integers(0, last_event(server)))
         kept = [event for event in server.get_history_rpc(limit=None) if event["id"] > at]
         count = server.prune_history_rpc(at, dry_run=True)

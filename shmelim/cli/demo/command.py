@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -20,6 +20,9 @@ from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Settings, command
 from shmelim.shm import SharedNamespace
 from shmelim.system.text import printable
+
+if TYPE_CHECKING:
+    from shmelim.cli.demo.fleet import FleetScenario
 
 _WHOLE: Final = 100
 
@@ -63,16 +66,21 @@ def demo(settings: Settings, *, seconds: float, readers: int | None, fleet: bool
       shmelim demo --fleet
       shmelim demo --seconds 60 --readers 8 --json
     """
-    if fleet:
-        return _demo_fleet(settings)
-    readers = readers or min(64, max(1, len(os.sched_getaffinity(0)) - 1))
+    name = f"demo-{secrets.token_hex(4)}"
     with contextlib.ExitStack() as stack:
         for number in ENDING_SIGNALS[1:]:  # Ctrl-C raises by itself
             before = signal.signal(number, lambda it, _: sys.exit(128 + it))
             stack.callback(signal.signal, number, before)
-        name, home = f"demo-{secrets.token_hex(4)}", Path(tempfile.mkdtemp(prefix="shmelim-demo-"))
-        scenario = Scenario(name, home, seconds, readers)
-        stack.callback(_clean_up, scenario, name, home)
+        scenario: Scenario | FleetScenario
+        if fleet:
+            from shmelim.cli.demo.fleet import FleetScenario
+
+            scenario = stack.enter_context(FleetScenario(name))
+        else:
+            readers = readers or min(64, max(1, len(os.sched_getaffinity(0)) - 1))
+            home = Path(tempfile.mkdtemp(prefix="shmelim-demo-"))
+            scenario = Scenario(name, home, seconds, readers)
+            stack.callback(_clean_up, scenario, name, home)
         if sys.stderr is not None and sys.stderr.isatty():
             from rich.console import Console
 
@@ -80,27 +88,7 @@ def demo(settings: Settings, *, seconds: float, readers: int | None, fleet: bool
             scenario.narrate = lambda what: line.update(f"{what} …")
         found = scenario.run()
     found = {"name": name, "ok": not any(found["invariants"].values()), **found}
-    settings.answer(found, lambda: show(found))
-    return YES if found["ok"] else NO
-
-
-def _demo_fleet(settings: Settings) -> int:
-    from shmelim.cli.demo.fleet import FleetScenario
-
-    name = f"demo-{secrets.token_hex(4)}"
-    with contextlib.ExitStack() as stack:
-        for number in ENDING_SIGNALS[1:]:
-            before = signal.signal(number, lambda it, _: sys.exit(128 + it))
-            stack.callback(signal.signal, number, before)
-        scenario = stack.enter_context(FleetScenario(name))
-        if sys.stderr is not None and sys.stderr.isatty():
-            from rich.console import Console
-
-            line = stack.enter_context(Console(stderr=True).status(""))
-            scenario.narrate = lambda what: line.update(f"{what} …")
-        found = scenario.run()
-    found = {"name": name, "ok": not any(found["invariants"].values()), **found}
-    settings.answer(found, lambda: _show_fleet(found))
+    settings.answer(found, lambda: _show_fleet(found) if fleet else show(found))
     return YES if found["ok"] else NO
 
 

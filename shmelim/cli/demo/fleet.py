@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
@@ -55,12 +55,11 @@ class FleetScenario:
             )
         self.narrate("starting an engine, a server, a publisher and three followers")
         self._start_engine()
-        self._start("server", "serve", "--state-dir", str(self._home / "state"), "--files", "off")
-        self._client = self._until(lambda: EliminationClient(self.name, runtime_base=self._home))
+        self._client = self._serve()
         self._client.sync_eliminations([self._record(number) for number in range(_FIRST)])
         self._publish("publisher")
-        for number, table in enumerate(self._tables):
-            self._start(f"follower {number + 1}", "follow", "--from", f"unix://{self._socket}", "--as", table)
+        for number in range(_FOLLOWERS):
+            self._follow(number + 1)
         self._readers = [self._until(lambda name=table: EliminationReader(name)) for table in self._tables]
         self._equal_after()
         with self._watching():
@@ -112,9 +111,7 @@ class FleetScenario:
 
     def _kill_follower(self, number: int) -> None:
         self._kill(f"follower {number}")
-        self._start(
-            f"follower {number}", "follow", "--from", f"unix://{self._socket}", "--as", self._tables[number - 1]
-        )
+        self._follow(number)
 
     def _kill_publisher(self) -> None:
         self._kill("publisher")
@@ -130,15 +127,17 @@ class FleetScenario:
 
     def _kill_server(self) -> None:
         self._kill("server")
-        self._start("server", "serve", "--state-dir", str(self._home / "state"), "--files", "off")
-        self._until(lambda: EliminationClient(self.name, runtime_base=self._home))
+        self._serve()
 
     def _sync(self, count: int) -> None:
         self._client.sync_eliminations([self._record(number) for number in range(count)])
 
-    def _change(self) -> None:
-        record = self._record(10**6 + self._added)
+    def _new_record(self) -> dict[str, Any]:
         self._added += 1
+        return self._record(10**6 + self._added)
+
+    def _change(self) -> None:
+        record = self._new_record()
         try:
             self._until(lambda: self._client.add_elimination(record["hotkey"], record) or True)
         except ShmelimError:
@@ -148,8 +147,7 @@ class FleetScenario:
         """Add one by one; return how long it takes until a change is visible on all followers."""
         took = []
         for _ in range(_ADDS):
-            record = self._record(10**6 + self._added)
-            self._added += 1
+            record = self._new_record()
             self._client.add_elimination(record["hotkey"], record)
             began = time.perf_counter()
             for reader in self._readers:
@@ -241,6 +239,16 @@ class FleetScenario:
             except redis.RedisError:
                 return False
         return True
+
+    def _serve(self) -> EliminationClient:
+        self._start("server", "serve", "--state-dir", str(self._home / "state"), "--files", "off")
+        return cast(
+            "EliminationClient", self._until(lambda: EliminationClient(self.name, runtime_base=self._home))
+        )
+
+    def _follow(self, number: int) -> None:
+        table = self._tables[number - 1]
+        self._start(f"follower {number}", "follow", "--from", f"unix://{self._socket}", "--as", table)
 
     def _publish(self, role: str) -> None:
         self._start(role, "publish", "--to", f"unix://{self._socket}", "--state-dir", str(self._home / "state"))
