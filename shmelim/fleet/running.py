@@ -29,7 +29,7 @@ class _Telling:
         self._last: dict[str, Any] = {}
         self._pause = _FIRST_PAUSE
 
-    def failed(self, error: ShmelimError, stop: threading.Event) -> None:
+    def pause_after(self, error: ShmelimError, stop: threading.Event) -> None:
         """Say an error that passes, and wait."""
         self.tell("error", _of(error))
         stop.wait(self._pause)
@@ -67,7 +67,7 @@ def run_publisher(
             publisher.turn()
         except (EngineError, StoreError) as error:
             note.write(**_of(error), behind=publisher.behind)
-            telling.failed(error, stop)
+            telling.pause_after(error, stop)
             continue
         except ShmelimError as error:
             note.end(error)
@@ -90,7 +90,7 @@ def run_follower(follower: Follower, table: LocalTable, stop: threading.Event, s
             follower.turn(_WAITING)
             table.keep()
         except (EngineError, SegmentError) as error:
-            telling.failed(error, stop)
+            telling.pause_after(error, stop)
             continue
         telling.worked()
         applied = table.applied
