@@ -486,7 +486,11 @@ class TestAHostThatIsCutOff:
         line = apart.line(name)
         engine = RedisEngine(apart.engine.url, apart.served.name)
         until(lambda: unpack_head(engine.look().head).last.number >= 2, "its first beat")
+        change(apart)
+        apart.becomes_equal(name)
         before = unpack_head(engine.look().head).seq
+        # What it asks after a beat is over, and it has heard that its change was taken.
+        until(lambda: publishing.publishing(apart.served.name).seq == before, "the end of its turn")
         with network.deaf():
             began = time.perf_counter()
             for _ in range(20):
