@@ -881,7 +881,9 @@ def test_both_ends_are_seen_on_their_hosts(fleet, name):
     code, answer = shown(fleet, "add", "x", "--reason", "ZOMBIE", "--name", name)
     assert code == 3
     assert fleet.engine.url in answer["error"]
-    code, answer = shown(fleet, "fleet", "status", "--at", fleet.engine.url, "--name", fleet.served.name)
+    asked = ("fleet", "status", "--at", fleet.engine.url, "--name", fleet.served.name)
+    until(lambda: shown(fleet, *asked)[0] == 0, "a report that says an age")  # it reports once a second
+    code, answer = shown(fleet, *asked)
     assert code == 0
     assert [each["rows"] for each in answer["followers"]] == [100]
     assert answer["head"]["host"] == socket.gethostname()
