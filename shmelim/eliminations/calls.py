@@ -435,7 +435,7 @@ class Calls:
         """Say by hand that a slash that was begun was made, or was not: then it is owed again.
 
         ``rule`` and ``registration`` say which, where several were begun: ValueError without them. False where
-        there is no such slash, or where a running process may still be making it.
+        there is no such slash, or where a running process may still be making it, and so does not know.
         """
 
     @remote(idempotent=True)

@@ -392,6 +392,44 @@ def test_contract_under_way_is_renewed_and_doubted_by_nobody(
         assert made.validator.collateral.slashes() == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("said", "moved", "told"),
+    [("made", True, 0), ("made", False, 1), ("not made", False, 0), ("not made", True, 0)],
+)
+def test_answer_that_comes_after_a_persons_word_is_compared_with_it(
+    new_name: Callable[[], str], tmp_path: Path, gate: threading.Event, said: str, moved: bool, told: int
+) -> None:
+    """He had to wait until the attempt was not heard of any more; what it knows is so all the same."""
+    with Managed("rpc", new_name(), tmp_path, slash_deadline_s=0.3, slash_lease_s=0.5) as made:
+        validator, server = made.validator, made.manager._server_proxy
+        validator.register("a")
+        validator.lose("a", 0.2)
+
+        def hang() -> None:
+            gate.wait()
+            if not moved:
+                raise NothingMovedError("refused")
+
+        validator.faults.at("slash", hang)
+        state = made.manager._processor.context.state
+        renew, state.renew_slash = state.renew_slash, lambda *of: False
+        made.tick()
+        [debt] = made.debts
+        assert server.resolve_slash_rpc("a", made=said == "made") is False, "it lives"
+        until(lambda: state.doubt_slash("a", debt["attempt"], "not heard of"))
+        assert server.resolve_slash_rpc("a", made=said == "made") is True
+        state.renew_slash = renew
+        before = len(made.alerts)
+        gate.set()
+        until(lambda: deadlines.left_behind() == [])
+        made.tick()
+        on_record = [(slash["by"], slash["outcome"]) for slash in server.get_slashes_rpc("a")]
+        assert on_record == [("hand" if said == "made" else "contract", "made")]
+        assert made.debts == []
+        assert validator.collateral.slashes() == (["a"] if moved or said == "not made" else [])
+        assert sum("another outcome is on record" in alert for alert in made.alerts[before:]) == told
+
+
 def test_slash_that_waits_for_another_that_hangs_is_certainly_not_made(
     hurried: Managed, gate: threading.Event
 ) -> None:

@@ -136,8 +136,12 @@ class Model(Sequences):
         return None
 
     def settle(self, hotkey, kind, token, declined):
-        key = self._fitting(hotkey, kind, token)
-        if key is None or (kind == SLASH and token is None):
+        if kind == SLASH:  # also of one that is owed again: how an attempt ended is so, whatever a person said
+            last = (key for key, debt in self.debts.items() if key[:2] == (hotkey, kind) and debt.token == token)
+            key = None if token is None else next(last, None)
+        else:
+            key = self._fitting(hotkey, kind, token)
+        if key is None:
             return False
         debt = self.debts.pop(key)
         self.released.discard(key)

@@ -103,7 +103,8 @@ def test_an_attempt_lives_as_long_as_it_is_renewed(leasing, clock):
         for _ in range(3):
             clock.now += 29
             assert server.doubt_slash_rpc("a", "one", "not heard of") is False
-            assert server.resolve_slash_rpc("a", made=False) is False, "it may be making it right now"
+            for made in (True, False):
+                assert server.resolve_slash_rpc("a", made=made) is False, "it may be making it right now"
             assert slash(server)["under_way"] is True
             assert server.renew_slash_rpc("a", "one") is True
         clock.now += 30
@@ -145,6 +146,7 @@ def test_one_that_was_not_heard_of_for_a_while_is_not_declared_unmade_once_it_is
         assert server.doubt_slash_rpc("a", "one", "not heard of") is True
         assert server.renew_slash_rpc("a", "one") is True
         assert server.resolve_slash_rpc("a", made=False) is False
+        assert server.resolve_slash_rpc("a", made=True) is False, "it may still end in SlashNotMadeError"
         assert server.settle_debt_rpc("a", SLASH, "one") is True
         assert server.renew_slash_rpc("a", "one") is False, "it is over"
 
@@ -155,6 +157,30 @@ def test_a_doubt_that_the_contract_left_can_be_resolved_at_once(leasing):
         assert server.begin_slash_rpc("a", "one")
         assert server.fail_debt_rpc("a", SLASH, "timeout", "one", in_doubt=True)
         assert server.resolve_slash_rpc("a", made=False) is True
+
+
+@pytest.mark.parametrize("declined", [False, True])
+def test_a_late_answer_counts_though_a_person_took_it_for_not_made(server, declined):
+    """Else the next tick would take the collateral a second time."""
+    eliminate(server, kinds=[SLASH])
+    server.begin_slash_rpc("a", "one")
+    server.doubt_slash_rpc("a", "one", "not heard of")
+    assert server.resolve_slash_rpc("a", made=False) is True
+    assert server.settle_debt_rpc("a", SLASH, "one", declined=declined) is True
+    assert server.get_debts_rpc() == []
+    assert server.begin_slash_rpc("a", "two") is False
+    (made,) = server.get_slashes_rpc("a")
+    assert (made["by"], made["outcome"]) == ("contract", "declined" if declined else "made")
+
+
+def test_a_late_answer_does_not_settle_what_the_next_attempt_has_begun(server):
+    eliminate(server, kinds=[SLASH])
+    server.begin_slash_rpc("a", "one")
+    server.doubt_slash_rpc("a", "one", "not heard of")
+    server.resolve_slash_rpc("a", made=False)
+    assert server.begin_slash_rpc("a", "two") is True
+    assert server.settle_debt_rpc("a", SLASH, "one") is False
+    assert slash(server)["attempt"] == "two"
 
 
 # ------------------------------------------------------------------ eliminating

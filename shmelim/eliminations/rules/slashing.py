@@ -112,7 +112,7 @@ class Slashing:
                 return
             if debt["state"] == IN_DOUBT:
                 if debt["attempt"] in _attempts:
-                    self._record(debt["hotkey"], debt["attempt"])  # its answer came late
+                    self._record(debt, debt["attempt"])  # its answer came late
                 else:
                     self._remind(debt)
                 continue
@@ -188,7 +188,7 @@ class Slashing:
         except BaseException:
             # The server's answer may be lost: nobody knows whether it was begun, and the contract was not called.
             _attempts[token] = _Outcome(NOT_MADE, "broken off before the contract was called")
-            self._record(hotkey, token)
+            self._record(debt, token)
             raise
         if not begun:
             _attempts.pop(token, None)
@@ -198,7 +198,7 @@ class Slashing:
             self.context.ask("the contract", carry_out, hotkey, environment.slash_deadline_s, patient=True)
         except NotAskedError as error:
             _attempts[token] = _Outcome(NOT_MADE, str(error))
-            self._record(hotkey, token)
+            self._record(debt, token)
         return True
 
     def _carry_out(self, debt: Mapping[str, Any], token: str, slash: Callable[[], Any]) -> None:
@@ -219,7 +219,7 @@ class Slashing:
             _attempts[token] = outcome
             if outcome.what == NOT_MADE:
                 self._failed_ms[_cause(debt)] = self.context.environment.now_ms()
-            self._record(debt["hotkey"], token)
+            self._record(debt, token)
 
     def _renew(self, hotkey: str, token: str, over: threading.Event) -> None:
         """Renew an attempt's lease until it is over."""
@@ -276,14 +276,15 @@ class Slashing:
         """Look at a slash that is being attempted, and record how it ended if the attempt is over."""
         hotkey, token = debt["hotkey"], debt["attempt"] or ""
         if token in _attempts:
-            self._record(hotkey, token)
+            self._record(debt, token)
         else:
             error = "the process that attempted it was not heard of any more"
             if self.context.state.doubt_slash(hotkey, token, error):
                 self._report_doubt(hotkey, token, error)
 
-    def _record(self, hotkey: str, token: str) -> None:
+    def _record(self, debt: Mapping[str, Any], token: str) -> None:
         """Record how an attempt ended; what cannot be recorded now is kept for a later pass."""
+        hotkey = debt["hotkey"]
         outcome, state, alerts = _attempts.get(token), self.context.state, self.context.alerts
         if outcome is None:
             return  # it is under way
@@ -293,6 +294,7 @@ class Slashing:
                 recorded = state.settle_debt(hotkey, SLASH, token, what == DECLINED, said)
             else:
                 recorded = state.fail_debt(hotkey, SLASH, said or what, token, in_doubt=what == DOUBTFUL)
+            contradicted = not recorded and self._is_contradicted(what, debt)
         except WISHES:
             raise
         except BaseException:
@@ -310,11 +312,21 @@ class Slashing:
         elif recorded:
             alerts.clear(_DOUBT, token)
             alerts.failed(_NOT_MADE, hotkey, f"slash of miner {hotkey} was not made: {said}")
-        elif what != NOT_MADE:
-            # A person settled it meanwhile, perhaps, and should know how it really ended.
-            text = f"slash of miner {hotkey}: {what}, but another outcome is on record"
-            alerts.tell(text, "warning")
-            _log.warning("%s", text)
+        elif contradicted:
+            # A person should know how it really ended.
+            text = (
+                f"slash of miner {hotkey}: {what} ({said}), but another outcome is on record."
+                " Compare `shmelim debts` and `shmelim slash list` with the contract; `shmelim slash re-arm` lets"
+                " him be slashed once more"
+            )
+            alerts.tell(text, "error")
+            _log.error("%s", text)
+
+    def _is_contradicted(self, outcome: str, debt: Mapping[str, Any]) -> bool:
+        """Whether something else is on record of an attempt that ended so: a person said it meanwhile, perhaps."""
+        slashes = self.context.state.get_slashes(debt["hotkey"])
+        on_record = next((slash["outcome"] for slash in slashes if _cause(slash) == _cause(debt)), NOT_MADE)
+        return on_record != outcome
 
     def _report_doubt(self, hotkey: str, token: str, error: str | None) -> None:
         argument = f"{'-- ' if hotkey.startswith('-') else ''}{shlex.quote(hotkey)}"

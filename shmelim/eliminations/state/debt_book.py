@@ -401,10 +401,15 @@ def settle(
 ) -> Noted:
     """Remove a debt whose effect is made, a slash only by its own attempt; False where there is none.
 
-    That a slash was made, or declined, is recorded with it. An answer that comes late settles a doubt.
+    That a slash was made, or declined, is recorded with it. An answer that comes late settles a doubt, and what is
+    owed again as a person took it for not made.
     """
-    debt = _find(step, hotkey, kind, attempt, Cause())
-    if debt is None or (kind == SLASH and attempt is None):
+    if kind == SLASH:
+        last = (debt for debt in _slashes_of(step, hotkey, Cause()) if debt.attempt == attempt is not None)
+        debt = next(last, None)
+    else:
+        debt = _find(step, hotkey, kind, attempt, Cause())
+    if debt is None:
         return _NOTHING
     step.store.remove_debt(debt)
     outcome, entries = "", []
@@ -515,7 +520,7 @@ def release_money(step: Step) -> bool:
 def resolve_slash(step: Step, hotkey: str, cause: Cause, leases: Leases, *, made: bool) -> Noted:
     """Settle by hand a slash that was begun, or make it owed again; False where there is none.
 
-    One whose attempt lives, and may be making it now, is never owed again. ValueError: more than one was begun.
+    Not one whose attempt lives: how that ends is not known yet. ValueError: more than one was begun.
     """
     standing = [
         debt for debt in _slashes_of(step, hotkey, cause) if debt.state != OWED and debt.attempt is not None
@@ -528,7 +533,7 @@ def resolve_slash(step: Step, hotkey: str, cause: Cause, leases: Leases, *, made
     if not standing:
         return _NOTHING
     (debt,) = standing
-    if not made and leases.is_live(debt):
+    if leases.is_live(debt):
         return _NOTHING
     step.record([EventOf("resolve", hotkey, note=f"{_named(debt)}: {'made' if made else 'not made'}")])
     if made:
