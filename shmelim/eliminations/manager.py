@@ -186,13 +186,14 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
     sync_in_progress: SharedValue | None = None
     sync_epoch: SharedValue | None = None
     is_backtesting: bool = False
-    # Set by the base, and named here for mocks.
-    slack_notifier: Any = None
     environment: Any = None
     service_name: str = SERVICE_NAME
     port: int | None = None
     running_unit_tests: bool = False
     enable_health_check: bool = False
+
+    _slack_notifier: Any = None
+    _outbox: Path | None = None  # where alerts wait; known once there is a server
 
     def __init__(
         self,
@@ -309,6 +310,8 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             self._table = self._reader._table  # noqa: SLF001  # what the reads of both look into
             self._processor = self._make_processor()
             self._look_at_metagraph()
+            if not (self._options.in_memory or self._options.files_dir):
+                self._outbox = (self._options.state_dir or default_state_directory(name)) / _OUTBOX
             self._keep_alerts()
             collaborators = self._processor.context.collaborators
             for gap in self.environment.gaps(collaborators, is_backtesting=is_backtesting):
@@ -317,17 +320,22 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             self.shutdown()
             raise
 
+    @property
+    def slack_notifier(self) -> Any:
+        """Who is told what failed; may be assigned at any time."""
+        return self._slack_notifier
+
+    @slack_notifier.setter
+    def slack_notifier(self, notifier: Any) -> None:
+        self._slack_notifier = notifier
+        self._keep_alerts()
+
     def _keep_alerts(self) -> None:
         """Have what Slack cannot be told wait in the state directory, for the next process if need be."""
-        if (
-            self._options.in_memory
-            or self._options.files_dir
-            or not isinstance(self.slack_notifier, SlackNotifier)
-        ):
+        if self._outbox is None or not isinstance(self._slack_notifier, SlackNotifier):
             return
-        directory = self._options.state_dir or default_state_directory(self._options.name)
         try:
-            self.slack_notifier.use_outbox(directory / _OUTBOX)
+            self._slack_notifier.use_outbox(self._outbox)
         except OSError as error:
             _log.warning("alerts that cannot be delivered are lost when this process ends: %s", error)
 

@@ -596,10 +596,16 @@ def test_a_validator_whose_slack_is_away_says_so_in_its_health_and_tells_after_i
         assert undelivered_in(managed) == []
 
 
-def test_a_manager_gives_its_notifier_an_outbox_in_its_state_directory(slack, make, managers, tmp_path):
+@pytest.mark.parametrize("later", [False, True])
+def test_a_manager_gives_its_notifier_an_outbox_in_its_state_directory(slack, make, managers, tmp_path, later):
+    """Also one that is assigned when there is a manager."""
     slack.answers = [DOWN] * 1000
     notifier = make()
-    managers(running_unit_tests=True, state_dir=tmp_path / "state", slack_notifier=notifier)
+    given = {} if later else {"slack_notifier": notifier}
+    manager = managers(running_unit_tests=True, state_dir=tmp_path / "state", **given)
+    if later:
+        manager.slack_notifier = notifier
+    assert manager.slack_notifier is notifier
     assert notifier.send_message("hello")
     assert len(list((tmp_path / "state" / "alerts").glob("*.msg"))) == 1
 
