@@ -536,7 +536,7 @@ class EliminationManagerServer(DebtMethods):
         self, hotkeys: Iterable[str], times_ms: Mapping[str, int] | None = None, force: bool = False
     ) -> list[str]:
         # With times the rules ask, for what has expired.
-        judge = self._judge(force=force or times_ms is not None)
+        judge = self._judge(force=force) if times_ms is None else changes.no_judge
         return self._change(changes.remove, check_hotkeys(hotkeys), times_ms, judge=judge)
 
     def sync_eliminations_rpc(

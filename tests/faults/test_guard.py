@@ -67,6 +67,76 @@ def test_what_it_takes(start, before, after, is_noticed):
     assert bool(noticed(server)) is is_noticed
 
 
+def shrink(server, sizes):
+    """Sync smaller and smaller states."""
+    for size in sizes:
+        server.sync_eliminations_rpc(rows(*range(40 - size, 40)))
+
+
+SMALL_STEPS = range(40, 20, -3)
+
+
+def test_many_small_changes_count_as_one(start):
+    """Or a state could be taken back bit by bit, without a word."""
+    server = start()
+    shrink(server, SMALL_STEPS[:4])
+    server = start()  # which forgets nothing of it
+    assert noticed(server) == []
+    before = server.get_history_rpc(limit=None)
+    shrink(server, SMALL_STEPS[4:5])
+    (text,) = noticed(server)
+    assert text.startswith("sync: take back 12 of 40 eliminations, with the small changes before it")
+    shrink(server, SMALL_STEPS[5:])
+    assert len(noticed(server)) == 1, "what was noticed is not counted again"
+    remedy = server.health_check_rpc()["problems"][0]["remedy"]
+    first = [event["id"] for event in reversed(before)][39]
+    assert f"rollback --to {first}`" in remedy, "all of it is undone"
+
+
+def test_small_changes_are_refused_from_the_one_on_that_makes_too_many(start):
+    server = start(sync_guard="refuse")
+    shrink(server, SMALL_STEPS[:4])
+    for _ in range(2):
+        with pytest.raises(GuardedChangeError, match="would take back 12 of 40 eliminations"):
+            shrink(server, SMALL_STEPS[4:5])
+    assert len(server.get_eliminated_hotkeys_rpc()) == 31
+    with pytest.raises(GuardedChangeError, match=r"would take back 10 of 40 .*with the small changes before it"):
+        server.delete_eliminations_rpc(["h39"])
+    server.delete_eliminations_rpc(["h39"], force=True)
+    assert len(noticed(server)) == 1
+    assert server.delete_eliminations_rpc(["h38"]) == ["h38"], "it is counted anew"
+
+
+def test_what_is_taken_back_and_brought_again_is_not_gone(start):
+    server = start(sync_guard="refuse")
+    for _ in range(15):
+        shrink(server, [40, 39])
+        shrink(server, [40, 38])
+    assert noticed(server) == []
+
+
+def test_small_changes_of_more_than_a_day_are_not_added_up(start, monkeypatch):
+    server = start()
+    shrink(server, SMALL_STEPS[:3])
+    now = clock.now_ms()
+    monkeypatch.setattr("shmelim.system.clock.now_ms", lambda: now + DAY_MS)
+    shrink(server, SMALL_STEPS[3:6])
+    assert noticed(server) == []
+    monkeypatch.setattr("shmelim.system.clock.now_ms", lambda: now + 2 * DAY_MS - 60_000)
+    shrink(server, SMALL_STEPS[6:])
+    assert len(noticed(server)) == 1
+
+
+def test_neither_a_slow_growth_nor_what_the_rules_delete_is_added_up(start):
+    server = start(sync_guard="refuse")
+    for size in range(1, 40, 3):
+        shrink(server, [size])
+    for hotkey, record in list(server.get_eliminations_dict_rpc().items())[:30]:
+        times = {hotkey: record["elimination_initiated_time_ms"]}
+        assert server.delete_eliminations_rpc([hotkey], times) == [hotkey]
+    assert noticed(server) == []
+
+
 def test_a_notice_outlives_the_server_and_a_day_ends_it(start, monkeypatch):
     server = start()
     server.sync_eliminations_rpc(rows(*range(30)))
@@ -118,6 +188,7 @@ def test_what_the_rules_delete_is_exempt(start):
         for name, record in server.get_eliminations_dict_rpc().items()
     }
     assert len(server.delete_eliminations_rpc(list(times), times)) == 30
+    assert noticed(server) == []
 
 
 @pytest.mark.parametrize("mode", ["tell", "refuse"])

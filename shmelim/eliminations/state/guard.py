@@ -1,18 +1,19 @@
 """The guard: a change that takes back or doubles the eliminations is told, or refused unless it is meant.
 
-What it notices is kept in the store until a day is over or somebody acknowledges it.
+Many small changes that take back as much within a day count as one. What the guard notices is kept in the store
+until a day is over or somebody acknowledges it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
 from shmelim.eliminations.record import DAY_MS
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.store.history import Change as EventOf
-from shmelim.eliminations.store.store import Store
+from shmelim.eliminations.store.store import Counts, Store
 from shmelim.errors import GuardedChangeError
 from shmelim.system import clock
 from shmelim.system.problems import Problems
@@ -21,6 +22,8 @@ GuardMode: TypeAlias = Literal["tell", "refuse", "off"]
 
 GUARDED: Final = "guarded_change"
 _NOTICES: Final = "guarded_changes"
+_STEPS: Final = "guarded_steps"  # what was taken back within a day and not noticed yet, at most one for each hour
+_HOUR_MS: Final = 3_600_000
 _REMEDY: Final = "if it was meant, `shmelim ack`; if not, `shmelim rollback --to {}` undoes it and what came after"
 
 
@@ -31,6 +34,14 @@ class Notice(NamedTuple):
     event: int  # and of its own last one
     at_ms: int
     text: str
+
+
+class _Steps(NamedTuple):
+    """Changes within an hour that took eliminations back."""
+
+    before: int  # the number of the last event before the first of them
+    at_ms: int  # of the first of them
+    gone: int  # how many they took back
 
 
 @dataclass(slots=True)
@@ -51,27 +62,35 @@ class Guard:
         if not (self.count >= 1 and 0 <= self.share <= 1):
             raise ValueError(f"the guard takes a count of 1 or more and a share of 0 to 1, not {self!r}")
 
-    def judge_meant(self, step: Step, what: str, gone: int, new: int) -> None:
-        """Look at a change of which somebody said that it is meant: it is told, and never refused."""
-        self._look(step, what, gone, new, refuse=False)
-
     def judge(self, step: Step, what: str, gone: int, new: int) -> None:
         """Look at a change that took so many back and added so many; GuardedChangeError if it is refused."""
         self._look(step, what, gone, new, refuse=self.mode == "refuse")
 
+    def judge_meant(self, step: Step, what: str, gone: int, new: int) -> None:
+        """Look at a change of which somebody said that it is meant: it is told, and never refused."""
+        self._look(step, what, gone, new, refuse=False)
+
     def _look(self, step: Step, what: str, gone: int, new: int, *, refuse: bool) -> None:
-        if self.mode == "off" or max(gone, new) < self.count:
+        if self.mode == "off" or not (gone or new >= self.count):
             return
-        counts = step.store.counts()
-        before = counts.eliminated - new + gone
-        text = self._excess(before, gone, new)
-        if text is None:
-            return
+        steps = _steps_with(step, gone) if gone else []
+        if max(gone, new, sum(each.gone for each in steps)) >= self.count:
+            counts = step.store.counts()
+            before, text = counts.events - step.recorded, self._excess(counts.eliminated - new + gone, gone, new)
+            if text is None and steps and self._is_much(steps, counts):
+                before, text = steps[0].before, self._excess_since(step, steps, counts)
+            if text is not None:
+                self._notice(step, Notice(before, counts.events, clock.now_ms(), f"{what}: {text}"), refuse=refuse)
+                steps = []
+        if gone:
+            step.set_meta(_STEPS, steps)
+
+    def _notice(self, step: Step, notice: Notice, *, refuse: bool) -> None:
         if refuse:
+            what, _, text = notice.text.partition(": ")
             raise GuardedChangeError(
                 f"{what} would {text}; nothing was changed", hint="if it is meant, say force=True, or --force"
             )
-        notice = Notice(counts.events - step.recorded, counts.events, clock.now_ms(), f"{what}: {text}")
         step.set_meta(_NOTICES, [*notices(step.store), notice])
         self.has_noticed = True
 
@@ -82,6 +101,36 @@ class Guard:
             return f"take back {gone} of {before} eliminations"
         after = before - gone + new
         return f"make {after} eliminations of {before}" if after >= 2 * before else None
+
+    def _is_much(self, steps: Sequence[_Steps], counts: Counts) -> bool:
+        """Whether it may be worth the look at what the small changes of a day took back together."""
+        gone = sum(each.gone for each in steps)
+        return gone >= max(self.count, self.share * counts.eliminated)
+
+    def _excess_since(self, step: Step, steps: Sequence[_Steps], counts: Counts) -> str | None:
+        """Say what is gone since the first of the steps, if it is too much; what was brought again is not."""
+        old = step.store.replaced_after(steps[0].before)
+        now = step.store.get_many(old)
+        is_there = {hotkey: hotkey in now and now[hotkey].record is not None for hotkey in old}
+        gone = sum(record is not None and not is_there[hotkey] for hotkey, record in old.items())
+        new = sum(record is None and is_there[hotkey] for hotkey, record in old.items())
+        before = counts.eliminated - new + gone
+        # At most what the steps took back: others are gone since, too, as the rules deleted them.
+        text = self._excess(before, min(gone, sum(each.gone for each in steps)), 0)
+        return None if text is None else f"{text}, with the small changes before it"
+
+
+def _steps_with(step: Step, gone: int) -> list[_Steps]:
+    """Return what was taken back within a day, with a change that took so many back."""
+    now = clock.now_ms()
+    found = [_Steps(*each) for each in step.store.meta(_STEPS, [])]
+    # Not what is from another time, after the clock was set.
+    found = [each for each in found if 0 <= now - each.at_ms < DAY_MS]
+    if found and now - found[-1].at_ms < _HOUR_MS:
+        found[-1] = found[-1]._replace(gone=found[-1].gone + gone)
+    else:
+        found.append(_Steps(step.store.last_event - step.recorded, now, gone))
+    return found
 
 
 def notices(store: Store) -> list[Notice]:

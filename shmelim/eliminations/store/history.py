@@ -192,6 +192,11 @@ class History(Database):
         return found
 
     @property
+    def last_event(self) -> int:
+        """The number of the newest event; 0 where there is none."""
+        return self._take(_LAST_ID, 0).start - 1
+
+    @property
     def pruned(self) -> Pruned:
         """The last event that was forgotten; zeros where the history is whole."""
         return Pruned(*map(int, self.meta(_PRUNED, (0, 0, 0))))
