@@ -15,15 +15,17 @@ import pytest
 from crashing import call
 from reference_validator import HOUR, InjectedError, Managed
 from reference_validator.scoring import NothingMovedError
+from reference_validator.trading import PAIRS
 from waiting import PATIENCE, until
 
 from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT, OWED
-from shmelim.eliminations.rules import alerts, deadlines
+from shmelim.eliminations.rules import alerts, closing, deadlines
+from shmelim.eliminations.rules.deadlines import StuckError
 from shmelim.errors import NotServingError, SlashNotMadeError, StateUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 TEN = [f"miner{number}" for number in range(10)]
@@ -299,6 +301,71 @@ def test_hanging_position_lock_keeps_others_from_nothing_but_their_turn(directly
         held.release()
         ticking.join()
     assert complete(directly) == TEN
+
+
+def closed(managed: Managed, hotkey: str) -> list[bool]:
+    return [holding.closed for holding in managed.validator.book.on_disk(hotkey)]
+
+
+@pytest.mark.parametrize("call", ["tick", "handle_eliminated_miner", "first refresh"])
+@pytest.mark.parametrize("held", [PAIRS[:1], PAIRS[:2]])
+def test_a_position_whose_lock_is_never_released_keeps_no_other_of_that_miner_open(
+    new_name: Callable[[], str], tmp_path: Path, call: str, held: Sequence[str]
+) -> None:
+    with Managed("rpc", new_name(), tmp_path, call_deadline_s=1.0) as managed:
+        validator = managed.validator
+        validator.register("a")
+        for pair in PAIRS:
+            validator.open_position("a", pair)
+        locks = [validator.locks.get_lock("a", pair) for pair in held]
+        for lock in locks:
+            lock.acquire()
+        try:
+            if call == "tick":
+                validator.lose("a", 0.2)
+                managed.tick()
+            else:
+                managed.manager.append_elimination_row("a", 0.1, "MAX_TOTAL_DRAWDOWN")
+                with contextlib.suppress(StuckError):
+                    if call == "first refresh":
+                        managed.manager.handle_first_refresh()
+                    else:
+                        managed.manager.handle_eliminated_miner("a", {})
+            assert closed(managed, "a") == [pair not in held for pair in PAIRS]
+            assert len(deadlines.left_behind()) == len(held)
+        finally:
+            for lock in locks:
+                lock.release()
+        until(lambda: deadlines.left_behind() == [])
+        if call == "handle_eliminated_miner":
+            managed.manager.handle_eliminated_miner("a", {})
+        else:
+            managed.tick()
+        assert closed(managed, "a") == [True] * len(PAIRS)
+        assert [len(holding.trades) for holding in validator.book.on_disk("a")] == [2] * len(PAIRS), "once each"
+
+
+def test_of_a_miners_positions_only_so_many_hang_at_once(
+    new_name: Callable[[], str], tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closing, "_MOST_HANGING", 2)
+    with Managed("rpc", new_name(), tmp_path, call_deadline_s=0.3) as managed:
+        validator = managed.validator
+        validator.register("a", "b")
+        for pair in PAIRS:
+            validator.open_position("a", pair)
+        validator.open_position("b")
+        validator.faults.at("holding", gate.wait, hotkey="a", times=None)
+        validator.lose("a", 0.2)
+        validator.lose("b", 0.2)
+        for _ in range(3):
+            managed.tick()
+            assert len(deadlines.left_behind()) == 2
+        assert validator.is_flat("b")
+        gate.set()
+        until(lambda: deadlines.left_behind() == [])
+        managed.tick()
+        assert closed(managed, "a") == [True] * len(PAIRS)
 
 
 def all_but(stuck: str) -> list[str]:

@@ -2,12 +2,13 @@
 
 A position is closed by a flat order at the time of the elimination, so that every validator that eliminates the
 miner writes the same. Closing is idempotent: what is closed already is left alone, so it is repeated until all of
-it went well. A miner's positions are closed in one thread, which asks before each effect whether its turn is still
-its own.
+it went well. Each position is closed in a thread of its own, which asks before each effect whether its turn is
+still its own: one whose lock is never released keeps neither another miner's nor the same miner's others open.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from typing import Any, Final
 
 from shmelim.eliminations.debts.states import LIMIT_ORDERS, OWED, POSITIONS
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, named
+from shmelim.eliminations.rules.deadlines import StuckError
 from shmelim.eliminations.rules.tick import Context, Tick
+from shmelim.system.clock import monotonic
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
 
@@ -23,6 +26,8 @@ _WHO: Final = {LIMIT_ORDERS: "limit_order_manager", POSITIONS: "position_manager
 _KINDS: Final = tuple(_WHO)
 
 _QUEUES_PART: Final = 4
+_MOST_HANGING: Final = 4  # of a miner's positions
+_LEAST_PART: Final = 4
 
 _log = get_logger("shmelim.processing")
 _limited = LimitedLog(_log)
@@ -63,7 +68,7 @@ class Closing:
                 deleted = context.ask(kind, lambda: manager.delete_all_limit_orders_for_hotkey(hotkey), hotkey)
                 _log.info("deleted the limit orders of eliminated miner %s: %s", hotkey, deleted)
             else:
-                context.ask(kind, lambda: self.close(hotkey, record, tick), hotkey)
+                self.close(hotkey, record, tick)
             context.state.settle_debt(hotkey, kind)
             context.alerts.clear(kind, hotkey)
         except ENDS_A_TICK:
@@ -78,8 +83,32 @@ class Closing:
         """Close a miner's open positions, or those given, and those that could not be saved before.
 
         Once all were tried, the first error is raised. After OvertakenError, which says that a sync came, nothing
-        more is saved.
+        more is saved. Together they have ``call_deadline_s``, and each at least a part of it; once several hang,
+        his others wait for another tick.
         """
+        context = self.context
+        deadline = monotonic() + context.environment.call_deadline_s
+        found, first = context.ask(POSITIONS, lambda: self._found(hotkey, positions), hotkey)
+        hanging = 0
+        for uuid, pair in found.items():
+            seconds = max(deadline - monotonic(), context.environment.call_deadline_s / _LEAST_PART)
+            close = functools.partial(self._close_one, hotkey, uuid, pair, record, tick)
+            try:
+                context.ask(POSITIONS, close, f"{hotkey}, {uuid}", seconds)
+            except ENDS_A_TICK:
+                raise
+            except BaseException as error:
+                text = "position %s of miner %s could not be closed: %s"
+                _limited(logging.WARNING, "open", text, uuid, hotkey, error)
+                first = first or error
+                hanging += isinstance(error, StuckError)
+                if hanging == _MOST_HANGING:
+                    break
+        if first is not None:
+            raise first
+
+    def _found(self, hotkey: str, positions: Iterable[Any] | None) -> tuple[dict[str, str], BaseException | None]:
+        """Return the trade pair of each position to be closed, by its uuid; and why one cannot be read."""
         if positions is None:
             manager: Any = self.context.collaborators.position_manager
             positions = manager.get_positions_for_one_hotkey(hotkey, only_open_positions=True)
@@ -94,20 +123,10 @@ class Closing:
                 _limited(logging.WARNING, "unreadable", "a position of miner %s cannot be read: %s", hotkey, error)
                 first = first or error
         found |= {uuid: pair for (owner, uuid), pair in list(self.unsaved.items()) if owner == hotkey}
-        for uuid, pair in found.items():
-            tick.check()
-            try:
-                self._close_one(hotkey, uuid, pair, record, tick)
-            except ENDS_A_TICK:
-                raise
-            except BaseException as error:
-                text = "position %s of miner %s could not be closed: %s"
-                _limited(logging.WARNING, "open", text, uuid, hotkey, error)
-                first = first or error
-        if first is not None:
-            raise first
+        return found, first
 
     def _close_one(self, hotkey: str, uuid: str, pair: str, record: Mapping[str, Any], tick: Tick) -> None:
+        tick.check()
         collaborators: Any = self.context.collaborators
         with tick.position_locks.get_lock(hotkey, pair):
             manager = collaborators.position_manager

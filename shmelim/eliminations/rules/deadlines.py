@@ -23,7 +23,7 @@ from shmelim.system.clock import monotonic
 
 T = TypeVar("T")
 
-MOST_LEFT_BEHIND: Final = 16  # of a kind
+MOST_LEFT_BEHIND: Final = 64  # of a kind
 _MOST_HALVED: Final = 3
 _IDLE: Final = 2  # threads that are kept for what comes next
 _LOOK_AGAIN: Final = 0.25  # seconds between two looks whether the validator is ending

@@ -234,7 +234,7 @@ class EliminationProcessor:
         if context.collaborators.position_manager is not None:
             tick = context.begin(position_locks, iteration_epoch)
             tick.price_sources = trade_pair_to_price_source_used_for_elimination_check
-            context.ask(POSITIONS, lambda: self._closing.close(hotkey, record, tick), hotkey)
+            self._closing.close(hotkey, record, tick)
 
     def _departed(self) -> None:
         def look() -> int:
@@ -262,7 +262,7 @@ class EliminationProcessor:
         miners = ((hotkey, listed) for hotkey, listed in found.items() if listed and hotkey in rows)
 
         def close(hotkey: str, listed: Any) -> None:
-            context.ask(POSITIONS, lambda: self._closing.close(hotkey, rows[hotkey], tick, listed), hotkey)
+            self._closing.close(hotkey, rows[hotkey], tick, listed)
 
         if context.alerts.each("first refresh", miners, close, context.is_stopping) == set():
             context.state.set_first_refresh_ran(True)
