@@ -61,6 +61,8 @@ def main() -> None:
         written += draw(results, output)
     print("\n" + "\n".join(verdict_lines(results)))
     print("\nwritten: " + ", ".join(str(each) for each in written))
+    if results.get("failed"):
+        sys.exit("failed: " + ", ".join(failed["part"] for failed in results["failed"]))
 
 
 def _options() -> argparse.Namespace:

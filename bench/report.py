@@ -165,6 +165,7 @@ def _intro(raw: dict) -> list[str]:
     before, after = (machine[key] for key in ("load_before", "load_after"))
     return [
         f"Made by `python -m bench` on {machine['date']}, at commit `{machine['commit']}`.",
+        *(f"**A part failed**, {failed['part']}: {failed['why']}" for failed in raw.get("failed", ())),
         "",
         *(
             "- " + " ".join(item)
@@ -321,6 +322,8 @@ def _duels(raw: dict, results: Results) -> Iterator[str]:
 
 def around_a_check(raw: dict) -> list[str]:
     """Return a table of what importing the reader, being woken and waiting cost."""
+    if not raw["around"]:
+        return ["not measured"]
     importing, waking = raw["around"]["import"], raw["around"]["waking"]
     rows = [
         ("`from shmelim import EliminationReader`, more than bare Python: time", duration(importing["seconds"])),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import statistics
 import time
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from bench import around, machine, worker
@@ -49,6 +50,7 @@ class Run:
     duels: list[dict] = dataclasses.field(default_factory=list)
     scaling: list[dict] = dataclasses.field(default_factory=list)
     skipped: list[dict] = dataclasses.field(default_factory=list)
+    failed: list[dict] = dataclasses.field(default_factory=list)
     peers: dict[str, dict] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     _classes: dict[str, type[Peer]] = dataclasses.field(default_factory=dict)
@@ -62,19 +64,19 @@ class Run:
         for size in self.plan.sizes:
             for name in self.names:
                 if name in self._classes and name != "shmelim-pure":
-                    with self._timed(f"{name}, {size}"):
+                    with self._part(f"{name}, {size}"):
                         self._compare(name, size)
-        with self._timed("durable syncs"):
+        with self._part("durable syncs"):
             self._durable_syncs()
-        with self._timed("around a check"):
+        beside, costs = {}, {}
+        with self._part("around a check"):
             self.say("around a check: import, waiting")
             beside = {"import": around.importing(), "waking": around.waking()}
-        costs = {}
         for size in self.plan.changed:
-            from bench import changes  # whose peers a run without it does not need
-
             self.say(f"what changes cost, {size:,} records")
-            with self._timed(f"changes, {size}"):
+            with self._part(f"changes, {size}"):
+                from bench import changes  # whose peers a run without it does not need
+
                 costs[str(size)] = changes.costs(size)
         results = {
             "machine": {**about, "load_before": before, "load_after": machine.load()},
@@ -86,6 +88,7 @@ class Run:
             "around": beside,
             "changes": costs,
             "skipped": self.skipped,
+            "failed": self.failed,
             "seconds": {**self.seconds, "all": round(time.monotonic() - began, 1)},
         }
         results["verdicts"] = verdicts(results)
@@ -97,9 +100,14 @@ class Run:
         return next((size for size in sorted(self.plan.sizes) if size <= 10_000), None)
 
     @contextlib.contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
+    def _part(self, what: str) -> Iterator[None]:
+        """Measure a part of the run; one that fails leaves the others whole."""
         began = time.monotonic()
-        yield
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.failed.append({"part": what, "why": f"{type(error).__name__}: {error}"})
         self.seconds[what] = round(time.monotonic() - began, 1)
 
     def _skip(self, peer: str, why: str, **where: Any) -> None:
@@ -200,7 +208,7 @@ class Run:
     def _measure_ourselves(self, crew: Crew) -> None:
         """While its host runs: two readers against one, the pure path, and the duels."""
         size = crew.place.size
-        with self._timed(f"scaling, {size}"):
+        with self._part(f"scaling, {size}"):
             self._scale(crew)
         crew.dismiss_readers()
         if "shmelim-pure" in self._classes:
@@ -214,7 +222,7 @@ class Run:
             crew.dismiss_readers()
         if "dict" in self._classes:
             self.say(f"duels, {size:,} records")
-            with self._timed(f"duels, {size}"), self._noting("shmelim", size=size, operation="duels"):
+            with self._part(f"duels, {size}"), self._noting("shmelim", size=size, operation="duels"):
                 self._fight(crew)
 
     @contextlib.contextmanager

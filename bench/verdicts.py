@@ -172,6 +172,8 @@ def _manager(duels: list[dict]) -> Iterator[Verdict]:
 
 
 def _around(around: dict) -> Iterator[Verdict]:
+    if not around:
+        return
     importing, waking = around["import"], around["waking"]
     mb, late, put = importing["mb"], waking["p50"], waking["put"]
     yield Verdict("import of the reader, more than bare Python", "≤ 9 MB", mb, mb <= 9, f"{mb:.1f} MB")

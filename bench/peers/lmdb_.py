@@ -11,12 +11,15 @@ _encode = msgspec.msgpack.encode
 _decode = msgspec.msgpack.decode
 
 
+def _map_size(place: Place) -> int:
+    """Return a size for the map that is never the limit: what a sync replaces stays until it is committed."""
+    return (64 << 20) + place.size * 8192
+
+
 class LmdbHost(Host):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
-        self.env = lmdb.open(
-            str(place.directory / "lmdb"), map_size=(64 << 20) + place.size * 2048, sync=place.durable
-        )
+        self.env = lmdb.open(str(place.directory / "lmdb"), map_size=_map_size(place), sync=place.durable)
         self._fill(place.records(), append=True)
 
     def _fill(self, records: list[dict], *, append: bool = False) -> None:
@@ -40,7 +43,7 @@ class LmdbReader(Reader):
     def __init__(self, place: Place, _facts: None) -> None:
         # Values are copied out: views (buffers=True) took a third longer for records of this size.
         self.env = lmdb.open(
-            str(place.directory / "lmdb"), map_size=(64 << 20) + place.size * 2048, readonly=True, max_spare_txns=8
+            str(place.directory / "lmdb"), map_size=_map_size(place), readonly=True, max_spare_txns=8
         )
         self.begin = self.env.begin
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 
 import pytest
 
+from bench import around
 from bench.crew import Process, WorkerError
 from bench.peers import NAMES
 from bench.plan import Plan
@@ -45,6 +47,21 @@ def test_a_small_run(monkeypatch, tmp_path):
     assert results.raw["around"]["import"]["more_modules"] > 0
     assert "| sqlite3 |" in document(raw)
     assert any("sqlite3, 128 records" in line for line in said)
+
+
+def test_a_part_that_fails_leaves_the_rest_of_a_run_whole(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def fail():
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(around, "importing", fail)
+    plan = dataclasses.replace(TINY, sizes=())
+    raw = Run(plan, (), lambda _line: None).run()
+    assert [failed["part"] for failed in raw["failed"]] == ["around a check"]
+    shown = document(raw)
+    assert "**A part failed**, around a check: MemoryError: no room" in shown
+    assert "not measured" in shown
 
 
 def die(_pipe):
