@@ -10,11 +10,11 @@ ours to py-lmdb's put of as many records (of an add to SQLite's insert, of an ap
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
 import statistics
 import tempfile
-import threading
 import time
 from itertools import count
 from pathlib import Path
@@ -30,6 +30,7 @@ from bench.stats import percentile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from multiprocessing.connection import Connection
 
 _FEW = 14
 _BULK = 100_000
@@ -73,25 +74,47 @@ def rounds(size: int, directory: Path) -> Iterator[tuple[str, float]]:
             # What was added is no change of the next round.
             ours.sync(changed["none"])
         if size >= _BULK:
-            yield "worst add during a sync, few changed", worst_add(ours, lists(size, 1)["14"], numbers)
+            for name in ("all", "14"):
+                listed = lists(size, number + 2)[name]
+                yield f"worst add during a sync, {name} changed", worst_add(ours, listed, next(numbers))
             os.kill(ours.process.pid, signal.SIGKILL)
             ours.process.join()
             ours.client.close()
-            # The place is filled again, which changes nothing.
-            yield "start after SIGKILL, and one sync", timed(lambda: hosts.update(ShmelimHost=ShmelimHost(place)))
+            yield "start after SIGKILL", timed(lambda: hosts.update(ShmelimHost=ShmelimHost(place, fill=False)))
+            hosts["ShmelimHost"].sync([])
+            yield "sync, for the first time", timed(hosts["ShmelimHost"].sync, lists(size, 1)["all"])
     finally:
         for host in hosts.values():
             host.close()
 
 
-def worst_add(ours: ShmelimHost, listed: list[dict], numbers: Iterator[int]) -> float:
-    """Return what the slowest add took while a sync went on."""
-    syncing = threading.Thread(target=ours.sync, args=(listed,))
-    syncing.start()
-    worst = 0.0
-    while syncing.is_alive():
-        worst = max(worst, timed(ours.put, record(next(numbers))))
+def worst_add(ours: ShmelimHost, listed: list[dict], first: int) -> float:
+    """Return what the slowest add of another process took while a sync went on."""
+    context = multiprocessing.get_context("spawn")
+    pipe, end = context.Pipe()
+    adding = context.Process(target=add_on, args=(end, ours.place, first))
+    adding.start()
+    pipe.recv()
+    ours.sync(listed)
+    pipe.send("over")
+    worst: float = pipe.recv()
+    adding.join()
     return worst
+
+
+def add_on(pipe: Connection, place: Place, first: int) -> None:
+    """Add one record after the other until told to stop; answer with what the slowest took, in milliseconds."""
+    from shmelim import EliminationClient
+
+    worst = 0.0
+    with EliminationClient(place.name, runtime_base=place.directory, timeout=600) as client:
+        pipe.send("ready")
+        for number in count(first * 1_000):
+            new = record(number)
+            worst = max(worst, timed(client.add_elimination, new["hotkey"], new))
+            if pipe.poll():
+                pipe.send(worst)
+                return
 
 
 def costs(size: int) -> list[dict]:

@@ -30,10 +30,10 @@ CHANGES = (
     ("10000", "sync, none changed", 0.4),
 )
 """Records, what changes, and at most how many times what the peer takes."""
-WORST_ADD = "worst add during a sync, few changed"
+WORST_ADD = "worst add during a sync, 14 changed"
 SECONDS = (
     ("200000", WORST_ADD, 0.08),
-    ("200000", "start after SIGKILL, and one sync", 1.2),
+    ("200000", "start after SIGKILL", 1.2),
 )
 
 

@@ -27,7 +27,7 @@ def serve(options: ServeOptions, ready: Event) -> None:
 
 
 class ShmelimHost(Host):
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, *, fill: bool = True) -> None:
         super().__init__(place)
         from shmelim import EliminationClient
         from shmelim.eliminations.serve import ServeOptions
@@ -49,7 +49,8 @@ class ShmelimHost(Host):
         if not ready.wait(READY_WITHIN):
             raise TimeoutError("the server did not become ready")
         self.client = EliminationClient(place.name, runtime_base=place.directory, timeout=600)
-        self.client.sync_eliminations(place.records())
+        if fill:
+            self.sync(place.records())
 
     def put(self, record: dict) -> None:
         self.client.add_elimination(record["hotkey"], record)

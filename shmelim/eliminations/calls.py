@@ -252,8 +252,8 @@ class Calls:
             return None
         found = None
         with contextlib.suppress(SegmentError, NotServingError):
-            found = difference(published, given)
-        if found is None or len(found.changed) >= _PART:
+            found = difference(published, given, _PART)
+        if found is None:
             return None
         # Whatever is wrong with a record is told of the whole list, with its place in it.
         with contextlib.suppress(ValueError, TypeError, UnknownMethodError):

@@ -166,17 +166,23 @@ class Difference(NamedTuple):
     gone: list[str]
 
 
-def difference(published: Reading, records: Sequence[Mapping[str, Any]]) -> Difference | None:
-    """Compare a list by its bytes alone; None where that is for the server: odd records, or one listed twice."""
+def difference(published: Reading, records: Sequence[Mapping[str, Any]], most: int) -> Difference | None:
+    """Compare a list by its bytes alone; None where that is for the server, or where more than `most` differ.
+
+    For the server are odd records, and a hotkey that is listed twice.
+    """
     root_id = published.root_id
     version, found = published.packed_with_version(Status.ELIMINATED, ITEMS)
-    known, listed, changed, buffer = _decode_records(found), set(), [], bytearray()
+    known, listed, buffer = _decode_records(found), set(), bytearray()
+    changed: list[Any] = []
     for record in records:
         if type(record) is not dict or type(hotkey := record.get("hotkey")) is not str or hotkey in listed:
             return None
         listed.add(hotkey)
         stored = known.get(hotkey)
         if stored is None or not _is_encoded(record, stored, buffer):
+            if len(changed) == most:
+                return None
             changed.append(packed(record))
     return Difference(root_id, version, changed, [hotkey for hotkey in known if hotkey not in listed])
 

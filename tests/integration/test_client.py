@@ -340,8 +340,8 @@ class TestDifferences:
         client.sync_eliminations([row("a"), row("b")])
         found = calls.difference
 
-        def overtaken(published, given):
-            seen = found(published, given)
+        def overtaken(published, given, most):
+            seen = found(published, given, most)
             client.add_elimination("c", row("c"))
             return seen
 
