@@ -65,8 +65,9 @@ def verify(settings: Settings, *, target: Path | None, state_dir: Path | None, r
     """Check the backup in DIR; or without DIR all that there is of the name.
 
     That is: the published table (checksums, and that lookups find every entry), the store (structure, checksums,
-    debts, slashes, history), the JSON files, and whether the registry remembers this very store. Changes nothing,
-    and may be done while the name is served.
+    debts, slashes, history), the JSON files, and whether the registry remembers this very store. Where the name
+    follows a source on another host, that is the table alone. Changes nothing, and may be done while the name is
+    served.
 
     Exit code 1: something is wrong, and the output says what.
 
@@ -87,12 +88,15 @@ def verify(settings: Settings, *, target: Path | None, state_dir: Path | None, r
     return YES if whole else NO
 
 
-def _look_at_table(name: str, directory: Path) -> Finding:
-    """Look at what is published, and whether it is of the store in a directory."""
-    namespace, found, problem = SharedNamespace(name), "", None
+def _look_at_table(name: str, directory: Path) -> tuple[Finding, str | None]:
+    """Look at what is published, and whether it is of the store in a directory; also return whom it follows."""
+    namespace, found, problem, source = SharedNamespace(name), "", None, None
     try:
-        identity = TableReader(namespace).identity()
-        found = f"commit {identity.commit}, {EliminationReader(name).verify()} entries"
+        identity, reader = TableReader(namespace).identity(), EliminationReader(name)
+        source = reader.source
+        found = f"commit {identity.commit}, {reader.verify()} entries"
+        if source is not None:
+            return Finding("table", namespace.root_name, f"{found}; it follows {source}", None), source
         # After the table was looked at: a server that lives commits first.
         with Store.read_only(directory) as store:
             if store.store_id != identity.store_id:
@@ -103,17 +107,21 @@ def _look_at_table(name: str, directory: Path) -> Finding:
         problem = error.message
     except StoreError:
         pass  # which is looked at by itself
-    return Finding("table", namespace.root_name, found, problem)
+    return Finding("table", namespace.root_name, found, problem), source
 
 
 def _look(name: str, state_dir: Path | None, registry: Path | bool) -> list[Finding]:
     """Look at all that there is of a name; NotServingError where there is nothing."""
     directory, findings = state_dir or state_directory_of(name), []
     try:
-        findings.append(_look_at_table(name, directory))
+        finding, source = _look_at_table(name, directory)
     except NotServingError:
         if not (directory / FILE_NAME).exists():
             raise
+    else:
+        findings.append(finding)
+        if source is not None:
+            return findings  # a store is one of a time when this host was the source itself
     if not (directory / FILE_NAME).exists():
         return findings
     findings += [keeping.check_store(directory), *keeping.check_files(directory)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from contextlib import closing
 
@@ -220,14 +221,9 @@ class TestLocalTable:
         assert source_of(SharedNamespace(name).open_root()) == ""
         server.close()
 
-    @pytest.mark.parametrize(
-        "command",
-        [["history"], ["debts"], ["slash", "list"], ["add", "b", "--reason", "ZOMBIE"], ["backup"], ["serve"]],
-    )
-    def test_what_a_server_left_on_this_host_long_ago_is_not_taken_for_what_is_followed(
-        self, new_name, tmp_path, monkeypatch, command
-    ):
-        name, target = new_name(), tmp_path / "backup"
+    def served_long_ago(self, new_name, tmp_path, monkeypatch):
+        """Return a name that a server of this host had, which left its store behind."""
+        name = new_name()
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
         monkeypatch.setenv("SHMELIM_RUNTIME_DIR", str(tmp_path / "runtime"))
         server = EliminationManagerServer(
@@ -236,6 +232,26 @@ class TestLocalTable:
         server.add_elimination_rpc("long ago", row("long ago"))
         server.close()
         SharedNamespace(name).remove()
+        return name
+
+    def test_verify_looks_at_what_is_followed_alone(self, new_name, tmp_path, monkeypatch):
+        name = self.served_long_ago(new_name, tmp_path, monkeypatch)
+        with LocalTable(SharedNamespace(name), SOURCE) as table:
+            table.replace(Applied(STORE_ID, 5, 10, 1), [Row(b"a", 1, b"\0" * 16 + b"\x80", 3)])
+            result = CliRunner().invoke(cli, ["verify", "--name", name, "--json"])
+        assert result.exit_code == 0
+        [finding] = json.loads(result.stdout)["findings"]
+        assert (finding["what"], finding["problem"]) == ("table", None)
+        assert SOURCE in finding["said"]
+
+    @pytest.mark.parametrize(
+        "command",
+        [["history"], ["debts"], ["slash", "list"], ["add", "b", "--reason", "ZOMBIE"], ["backup"], ["serve"]],
+    )
+    def test_what_a_server_left_on_this_host_long_ago_is_not_taken_for_what_is_followed(
+        self, new_name, tmp_path, monkeypatch, command
+    ):
+        name, target = self.served_long_ago(new_name, tmp_path, monkeypatch), tmp_path / "backup"
         if command == ["backup"]:
             command = [*command, str(target)]
         with LocalTable(SharedNamespace(name), SOURCE) as table:

@@ -5,10 +5,14 @@ What must hold at the end is told by a ledger of the simulation's own, which kno
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from reference_validator import HOUR, MINUTE, Managed
@@ -18,11 +22,13 @@ from waiting import until
 
 from shmelim.eliminations.debts.states import IN_DOUBT
 from shmelim.eliminations.rules import deadlines
+from shmelim.eliminations.starting import keeping
+from shmelim.eliminations.starting.registry import Registry
 from shmelim.eliminations.state.changes import lost_hotkeys
+from shmelim.eliminations.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 POINTS = [
     "registry", "liquidated", "has failed", "all failed", "clear failed", "in stage", "ledgers", "holdings",
@@ -36,9 +42,19 @@ STUCK = [
     "cancel", "slash", "websockets", "remove",
 ]  # fmt: skip
 DEADLINE_S = 0.5
-ODD = (float("nan"), None, 10**400, "text", -0.5)
+ODD = (float("nan"), None, 10**400, "text", -0.5, Decimal("0.3"))
 RULES = {"LIQUIDATED": "perf ledger", "MAX_TOTAL_DRAWDOWN": "drawdown"}  # of the rest: challenge period
 DELAY = 3 * HOUR  # of deletion: so that a day sees many
+
+
+class Backup(NamedTuple):
+    """A copy of the store, and what the simulation knew of it."""
+
+    directory: Path
+    seen: set[str]
+    believed: int | None
+    departed: list[str]
+    first: dict[str, tuple[str, int]]
 
 
 class Day:
@@ -58,6 +74,8 @@ class Day:
         self.removed: set[str] = set()
         self.restarts = self.syncs = self.hits = 0
         self.taken_back: list[dict[str, Any]] = []
+        self.backup: Backup | None = None
+        self.rules: dict[str, set[str]] = {}  # for which each miner was eliminated, as the history had it
         self.returns: Counter[str] = Counter()
         self.stuck: Counter[str] = Counter()
         self.figures: Counter[str] = Counter()
@@ -198,9 +216,47 @@ class Day:
 
     def restart(self) -> None:
         self.managed.restart()
+        self._begin_again()
+
+    def _begin_again(self) -> None:
         self.validator = self.managed.validator
         self.validator.faults.armed = False
         self.restarts += 1
+
+    def server_is_killed(self) -> None:
+        if self.managed.mode == "direct":
+            return
+        manager, pid = self.managed.manager, self.managed.manager.server_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: manager.server_pid not in (None, pid))
+
+    def back_up(self) -> None:
+        target = self.managed.directory / f"backup-{self.figures['back_up']}"
+        keeping.back_up(self.managed.directory / "state", target)
+        self.backup = Backup(target, set(self.seen), self.believed, list(self.departed), dict(self.first))
+
+    def restore(self) -> None:
+        """Begin again with an earlier state: what it forgot of money stands in the journal, and a person looks."""
+        if self.backup is None:
+            return
+        self._note_rules()
+        managed, (backup, *known, first) = self.managed, self.backup
+        managed.close(final=False)
+        state = managed.directory / "state"
+        base = Path(os.environ["SHMELIM_REGISTRY"])
+        registry = None if managed.mode == "direct" else Registry(base, managed.name)
+            None if managed.mode == "direct" else Registry(Path(os.environ["SHMELIM_REGISTRY"]), managed.name)
+        )
+        with Store.read_only(state) as store:
+            acknowledged = store.commit_number
+        keeping.restore(backup, state, registry, acknowledged)
+        managed._open()
+        self._begin_again()
+        self.removed |= {name for name in self.first | first if self.first.get(name) != first.get(name)}
+        self.seen, self.believed, self.departed, self.first = set(known[0]), known[1], list(known[2]), dict(first)
+        self.tick()
+        assert self.managed.manager.release_money()
 
     # ------------------------------------------------------------------ ticks
 
@@ -242,7 +298,7 @@ class Day:
             (self.come_back, 1), (self.metagraph_breaks, 1), (self.collaborator_fails, 8),
             (self.sync_in_the_middle, 1), (self.restart, 1), (self.fail_oddly, 1), (self.be_liquidated_oddly, 1),
             (self.time_leaps, 1), (self.sync_takes_back, 1), (self.sync_brings_again, 1),
-            (self.collaborator_hangs, 3),
+            (self.collaborator_hangs, 3), (self.server_is_killed, 1), (self.back_up, 1), (self.restore, 0.3),
         ]  # fmt: skip
         acts, weights = zip(*happenings, strict=True)
         for _ in range(steps):
@@ -306,10 +362,8 @@ class Day:
 
     def check_slashes(self, rows: dict[str, dict[str, Any]], slashes: list[str]) -> None:
         """One for a rule and a registration, and none lost."""
-        rules: dict[str, set[str]] = {}
-        for event in self._history():
-            if event["action"] == "add" and event["new"]["reason"] != "ZOMBIE":
-                rules.setdefault(event["hotkey"], set()).add(RULES.get(event["new"]["reason"], "challenge period"))
+        self._note_rules()
+        rules = self.rules
         for hotkey, times in Counter(slashes).items():
             causes = len(rules.get(hotkey, ())) * (1 + self.returns[hotkey])
             assert times <= causes, f"{hotkey} was slashed {times} times for {causes} causes"
@@ -317,8 +371,12 @@ class Day:
             assert row["reason"] == "ZOMBIE" or hotkey in slashes, f"the slash of {hotkey} was lost"
         self.figures |= {"slashes": len(slashes), "eliminations": sum(map(len, rules.values()))}
 
-    def _history(self) -> list[dict[str, Any]]:
-        return list(self.managed.manager._server_proxy.get_history_rpc(None, 10_000))
+    def _note_rules(self) -> None:
+        """Note what the history says, of which a restore forgets the end."""
+        for event in self.managed.manager._server_proxy.get_history_rpc(None, 10_000):
+            if event["action"] == "add" and event["new"]["reason"] != "ZOMBIE":
+                rule = RULES.get(event["new"]["reason"], "challenge period")
+                self.rules.setdefault(event["hotkey"], set()).add(rule)
 
 
 def live_through(mode: str, name: str, directory: Path, seed: int, *, miners: int, steps: int) -> Day:

@@ -34,7 +34,7 @@ class Disk:
     def write(self, name: str, value: Any) -> None:
         # What is written last is what there was last, also if two threads write the same.
         with self._writing:
-            text = json.dumps(value)
+            text = json.dumps(value, default=str)
             if self.directory is None:
                 self._memory[name] = text
                 return
