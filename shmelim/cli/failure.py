@@ -83,6 +83,6 @@ def show(failure: Failure, *, as_json: bool) -> None:
 def need_file(path: Path) -> None:
     """Raise FileProblemError where a file is a directory, or does not exist."""
     if path.is_dir():
-        raise FileProblemError(f"{path} is a directory, not a file")
+        raise FileProblemError(f"{path} is a directory, not a file", hint="name a file in it")
     if not path.exists():
-        raise FileProblemError(f"{path} does not exist")
+        raise FileProblemError(f"{path} does not exist", hint=f"looked for in {path.absolute().parent}")

@@ -67,7 +67,7 @@ def _read(file: Path) -> list[bytes]:
     except DamagedFileError as error:
         raise FileProblemError(error.message.replace(str(path), shown, 1), hint="nothing was changed") from error
     if found is None:
-        raise FileProblemError(f"{shown} does not exist")
+        raise FileProblemError(f"{shown} does not exist", hint="it was removed while it was read")
     if found.bad:
         problems = "; ".join(f"row {bad.index}: {bad.problem}" for bad in found.bad[:_SHOWN])
         more = f"; and {len(found.bad) - _SHOWN} more" if len(found.bad) > _SHOWN else ""

@@ -246,8 +246,6 @@ class Day:
         state = managed.directory / "state"
         base = Path(os.environ["SHMELIM_REGISTRY"])
         registry = None if managed.mode == "direct" else Registry(base, managed.name)
-            None if managed.mode == "direct" else Registry(Path(os.environ["SHMELIM_REGISTRY"]), managed.name)
-        )
         with Store.read_only(state) as store:
             acknowledged = store.commit_number
         keeping.restore(backup, state, registry, acknowledged)
