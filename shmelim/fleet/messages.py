@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -23,7 +24,8 @@ T = TypeVar("T")
 
 FORMAT: Final = 1
 PART: Final = 1_000_000
-"""Bytes of rows in one message, and in one chunk before it is compressed; one row may be larger."""
+"""Bytes of rows and keys in one message, and in one chunk before it is compressed; one row may be larger."""
+_EACH: Final = 16  # bytes that an entry takes besides its key and record, about
 MAX_BYTES: Final = 128 << 20
 """What a message, or a chunk that was unpacked, may have."""
 DIGEST_MASK: Final = (1 << 64) - 1
@@ -192,18 +194,28 @@ def _unpack(decoder: msgspec.msgpack.Decoder[T], raw: bytes, what: str) -> T:
         ) from None
 
 
-def parts_of(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Split rows into lists of about :data:`PART` bytes."""
-    part: list[Row] = []
-    size = 0
-    for row in rows:
-        length = len(row.key) + len(row.record) + 16
-        if part and size + length > PART:
+class Part(NamedTuple):
+    """What one message says of a change: rows, and keys that are gone."""
+
+    rows: list[Row]
+    gone: list[bytes]
+
+
+def parts_of(rows: Iterable[Row], gone: Iterable[bytes] = ()) -> Iterator[Part]:
+    """Split rows, and then the keys that are gone, into parts of about :data:`PART` bytes."""
+    part, size = Part([], []), 0
+    listed: Iterator[Row | bytes] = chain(rows, gone)
+    for each in listed:
+        length = _EACH + (len(each) if isinstance(each, bytes) else len(each.key) + len(each.record))
+        if size and size + length > PART:
             yield part
-            part, size = [], 0
-        part.append(row)
+            part, size = Part([], []), 0
+        if isinstance(each, bytes):
+            part.gone.append(each)
+        else:
+            part.rows.append(each)
         size += length
-    if part:
+    if size:
         yield part
 
 

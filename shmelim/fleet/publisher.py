@@ -27,6 +27,7 @@ from shmelim.fleet.messages import (
     DIGEST_MASK,
     FORMAT,
     Head,
+    Part,
     Report,
     Snapshot,
     message_of,
@@ -254,12 +255,12 @@ class Publisher:
         if facts.oldest > head.seq + 1 or self.behind > _FAR:
             self._send_all(anew=True)
             return False
-        parts = list(parts_of(cut.rows)) or [[]]
+        parts = list(parts_of(cut.rows, cut.gone)) or [Part([], [])]
         span = {"prev": head.seq, "seq": facts.top, "run": facts.runs[-1], "parts": len(parts)}
         for number, part in enumerate(parts[:-1]):
-            if not self._append({**span, "part": number, "rows": part}):
+            if not self._append({**span, "part": number, **part._asdict()}):
                 return False
-        last = {"part": len(parts) - 1, "rows": parts[-1], "gone": cut.gone, "digest": cut.digest}
+        last = {"part": len(parts) - 1, **parts[-1]._asdict(), "digest": cut.digest}
         if not self._append({**span, **last}, seq=facts.top, run=facts.runs[-1]):
             return False
         self.behind = 0
@@ -284,10 +285,10 @@ class Publisher:
                 return
             chunks = size = rows = digest = 0
             for part in parts_of(whole.rows):
-                chunk = pack_chunk(part)
+                chunk = pack_chunk(part.rows)
                 self._engine.put(name, chunks, chunk)
-                chunks, size, rows = chunks + 1, size + len(chunk), rows + len(part)
-                digest = sum((row_digest(*row) for row in part), digest) & DIGEST_MASK
+                chunks, size, rows = chunks + 1, size + len(chunk), rows + len(part.rows)
+                digest = sum((row_digest(*row) for row in part.rows), digest) & DIGEST_MASK
         run = facts.runs[-1]
         snapshot = Snapshot(name, before.line, facts.top, run, before.last, chunks, rows, size, digest)
         span = {"seq": facts.top, "run": run} if anew else {"seq": before.seq, "run": before.run}

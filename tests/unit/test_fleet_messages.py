@@ -117,10 +117,15 @@ def test_what_is_too_large_is_refused_before_it_is_unpacked(monkeypatch):
 def test_parts_hold_about_as_much_as_they_may_and_every_row(monkeypatch):
     monkeypatch.setattr(messages, "PART", 100)
     rows = [Row(b"%d" % n, 1, bytes(size), n) for n, size in enumerate([0, 30, 500, 40, 40, 0])]
-    parts = list(parts_of(rows))
-    assert [row for part in parts for row in part] == rows
-    assert all(len(part) == 1 or sum(len(row.key) + len(row.record) + 16 for row in part) <= 100 for part in parts)
+    gone = [bytes(size) for size in (1, 90, 10, 200, 3)]
+    parts = list(parts_of(rows, gone))
+    assert [row for part in parts for row in part.rows] == rows
+    assert [key for part in parts for key in part.gone] == gone
+    for part in parts:
+        sizes = [len(row.key) + len(row.record) + 16 for row in part.rows] + [len(key) + 16 for key in part.gone]
+        assert len(sizes) == 1 or sum(sizes) <= 100
     assert list(parts_of([])) == []
+    assert list(parts_of([], [b"x"])) == [([], [b"x"])]
 
 
 @given(st.permutations([Row(b"%d" % n, n % 3, b"r" * n, n) for n in range(6)]))
