@@ -30,6 +30,7 @@ from waiting import until
 
 from bench.fleet import Delay
 from shmelim import EliminationReader
+from shmelim.cli.demo import hosts
 from shmelim.cli.main import cli
 from shmelim.errors import NotServingError
 from shmelim.fleet import publishing
@@ -974,14 +975,39 @@ def test_a_slow_engine_slows_no_change_down(fleet, name):
 
 
 def test_the_demo_holds_and_leaves_nothing():
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "shmelim", "demo", "--fleet", "--json"],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
+    ) as demo:
+        said, errors = demo.communicate()
+    assert demo.returncode == 0, said + errors
+    found = json.loads(said)
     assert len(found["faults"]) >= 6
     assert all(len(each["equal_after_s"]) == 3 for each in found["faults"])
     assert not list(Path("/dev/shm").glob(f"*{found['name'][:13]}*"))
+    if found["figures"]["hosts_of_their_own"]:
+        assert "a follower's network was cut for a while" in [each["fault"] for each in found["faults"]]
+    assert not list(Path("/run/netns").glob(f"shmelim-demo-{demo.pid}-*"))
+
+
+def test_the_demo_goes_without_hosts_of_their_own_where_they_cannot_be_made(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 1000)
+        assert not hosts.Hosts(3)
+        assert "root" in hosts.Hosts(3).missing
+
+    def refuse(*arguments):
+        if arguments[:2] == ("link", "add"):
+            raise subprocess.CalledProcessError(2, "ip", stderr=b"RTNETLINK answers: Operation not permitted")
+        made.append(arguments)
+
+    made: list[tuple[str, ...]] = []
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(hosts.shutil, "which", lambda _name: "/usr/sbin/ip")
+    monkeypatch.setattr(hosts, "_ip", refuse)
+    found = hosts.Hosts(3)
+    assert found.missing == "no network namespace can be made: RTNETLINK answers: Operation not permitted"
+    assert found.command(0) == []
+    assert [each[:2] for each in made if each[0] == "netns"] == [("netns", "add"), ("netns", "delete")]

@@ -57,8 +57,9 @@ def demo(settings: Settings, *, seconds: float, readers: int | None, fleet: bool
     readers [{pid, checks, …, errors}].
 
     With --fleet a publisher, a Redis of the demo's own (`redis-server` must be installed) and three followers, all
-    on this machine. The engine is killed and emptied, the publisher killed and superseded; --seconds and --readers
-    do not count. With --json: name, ok, invariants, figures {acknowledged_to_visible_median_ms, …},
+    on this machine; for root, where `ip` is installed, each in a network namespace of its own. The engine is
+    killed and emptied, the publisher killed and superseded, a network cut; --seconds and --readers do not count.
+    With --json: name, ok, invariants, figures {hosts_of_their_own, acknowledged_to_visible_median_ms, …},
     faults [{fault, equal_after_s [of each follower], took_snapshot}].
 
     For example:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import statistics
@@ -13,10 +14,11 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
+from shmelim.cli.demo.hosts import Hosts, free_port
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import generate_row
@@ -27,6 +29,7 @@ _FOLLOWERS: Final = 3
 _PATIENCE: Final = 60.0
 _ADDS: Final = 100
 _OLD: Final = 5.0
+_CUT: Final = 3.0  # seconds
 _FIRST, _SYNCED = 1000, 5000
 
 
@@ -39,6 +42,9 @@ class FleetScenario:
         self._home = Path(tempfile.mkdtemp(prefix="shmelim-demo-"))
         self._socket = self._home / "engine"
         self._tables = [f"{name[:13]}-{number}" for number in range(_FOLLOWERS)]
+        self._hosts = Hosts(_FOLLOWERS)
+        self._password = self._home / "password"
+        self._port = free_port(self._hosts.here(0)) if self._hosts else 0
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._environment = os.environ | {
             "SHMELIM_RUNTIME_DIR": str(self._home),
@@ -53,7 +59,8 @@ class FleetScenario:
             raise ShmelimError(
                 "there is no redis-server on the path", hint="install it: apt-get install redis-server"
             )
-        self.narrate("starting an engine, a server, a publisher and three followers")
+        where = "each on a host of its own" if self._hosts else f"on this host ({self._hosts.missing})"
+        self.narrate(f"starting an engine, a server, a publisher and three followers, {where}")
         self._start_engine()
         self._client = self._serve()
         self._client.sync_eliminations([self._record(number) for number in range(_FIRST)])
@@ -63,7 +70,8 @@ class FleetScenario:
         self._readers = [self._until(lambda name=table: EliminationReader(name)) for table in self._tables]
         self._equal_after()
         with self._watching():
-            figures = {"followers": _FOLLOWERS, "records": len(self._client), **self._add()}
+            figures: dict[str, Any] = {"followers": _FOLLOWERS, "hosts_of_their_own": len(self._hosts)}
+            figures |= {"records": len(self._client), **self._add()}
             faults = [self._befall(*each) for each in self._faults()]
             oldest = self._until(self._oldest)
         figures["oldest_follower_at_the_end_ms"] = int(oldest * 1000)
@@ -83,8 +91,10 @@ class FleetScenario:
     # ------------------------------------------------------------------ what happens
 
     def _faults(self) -> list[tuple[str, Callable[[], object]]]:
+        cut = [("a follower's network was cut for a while", lambda: self._cut(2))] if self._hosts else []
         return [
             (f"a sync of {_SYNCED:,}", lambda: self._sync(_SYNCED)),
+            *cut,
             ("the engine was killed, and came back empty", self._kill_engine),
             ("the engine was flushed", lambda: self._redis("FLUSHALL")),
             ("a follower was killed", lambda: self._kill_follower(1)),
@@ -108,6 +118,13 @@ class FleetScenario:
         for _ in range(10):
             self._change()
         self._start_engine()
+
+    def _cut(self, number: int) -> None:
+        self._hosts.link(number - 1, "down")
+        for _ in range(10):
+            self._change()
+        time.sleep(_CUT)
+        self._hosts.link(number - 1, "up")
 
     def _kill_follower(self, number: int) -> None:
         self._kill(f"follower {number}")
@@ -225,15 +242,28 @@ class FleetScenario:
     # ------------------------------------------------------------------ processes
 
     def _start_engine(self) -> None:
-        command = ["redis-server", "--port", "0", "--unixsocket", str(self._socket), "--dir", str(self._home)]
-        command += ["--save", "", "--appendonly", "no"]
-        self._run("engine", command)
+        # In a file, since a password in a command is for everybody to see.
+        settings = self._home / "redis.conf"
+        lines = [
+            f"unixsocket {self._socket}",
+            f"dir {self._home}",
+            'save ""',
+            "appendonly no",
+            f"port {self._port}",
+        ]
+        if self._hosts:
+            lines += [
+                f"bind {' '.join(map(self._hosts.here, range(_FOLLOWERS)))}",
+                f"requirepass {self._secret()}",
+            ]
+        settings.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._run("engine", ["redis-server", str(settings)])
         self._until(lambda: self._socket.exists() and self._redis("PING"))
 
     def _redis(self, command: str) -> bool:
         import redis
 
-        with redis.Redis(unix_socket_path=str(self._socket)) as client:
+        with redis.Redis(unix_socket_path=str(self._socket), password=self._secret() or None) as client:
             try:
                 client.execute_command(command)
             except redis.RedisError:
@@ -248,13 +278,26 @@ class FleetScenario:
 
     def _follow(self, number: int) -> None:
         table = self._tables[number - 1]
-        self._start(f"follower {number}", "follow", "--from", f"unix://{self._socket}", "--as", table)
+        url = f"redis://{self._hosts.here(number - 1)}:{self._port}/0" if self._hosts else f"unix://{self._socket}"
+        within = self._hosts.command(number - 1)
+        self._start(f"follower {number}", "follow", "--from", url, "--as", table, *self._proof(), within=within)
 
     def _publish(self, role: str) -> None:
-        self._start(role, "publish", "--to", f"unix://{self._socket}", "--state-dir", str(self._home / "state"))
+        state = str(self._home / "state")
+        self._start(role, "publish", "--to", f"unix://{self._socket}", "--state-dir", state, *self._proof())
 
-    def _start(self, role: str, *arguments: str) -> None:
-        self._run(role, [sys.executable, "-m", "shmelim", *arguments, "--name", self.name])
+    def _proof(self) -> list[str]:
+        return ["--password-file", str(self._password)] if self._hosts else []
+
+    def _secret(self) -> str:
+        """Return the engine's password; "" where only this user reaches it."""
+        if self._hosts and not self._password.exists():
+            self._password.touch(0o600)
+            self._password.write_text(secrets.token_hex(16), encoding="utf-8")
+        return self._password.read_text(encoding="utf-8") if self._hosts else ""
+
+    def _start(self, role: str, *arguments: str, within: Sequence[str] = ()) -> None:
+        self._run(role, [*within, sys.executable, "-m", "shmelim", *arguments, "--name", self.name])
 
     def _run(self, role: str, command: list[str]) -> None:
         with (self._home / f"{role}.log").open("ab") as log:
@@ -276,6 +319,7 @@ class FleetScenario:
         for process in self._processes.values():
             process.kill()
             process.wait()
+        self._hosts.close()
         for name in (self.name, *self._tables):
             SharedNamespace(name).remove()
         shutil.rmtree(self._home, ignore_errors=True)
