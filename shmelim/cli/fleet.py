@@ -155,7 +155,8 @@ def follow(
     Readers use the table as any other. It outlives the follower and the engine, and says how old it is. Nothing
     can be changed here. Needs the extra: pip install 'shmelim[fleet]'.
 
-    With --json: one object a line {time, event, …}, for following, held, lost, error and their ends.
+    With --json: one object a line {time, event, …}, for following, held, lost, error and their ends; and each second
+    in which a snapshot loads {time, event "loading", rows, of}.
 
     For example:
       shmelim follow --from redis://follower@engine.example:6379/0 --password-file /etc/shmelim/engine
@@ -171,15 +172,15 @@ def follow(
     namespace = SharedNamespace(name, mode=0o640 if group_readable else 0o600)
     host = socket.gethostname()
     with LocalTable(namespace, f"{engine.place} {settings.name}") as table, DelayedProgress() as progress:
+        say = _teller(settings, ready_at="following", also=progress.stop)
         follower = Follower(
             engine,
             table,
             who=f"{host}/{name}",
             host=host,
             position=table.position,
-            loading=lambda done, rows: progress.update("taking a snapshot", done, rows),
+            loading=Loading(progress, say),
         )
-        say = _teller(settings, ready_at="following", also=progress.stop)
         try:
             run_follower(follower, table, _stopping(), say)
             with contextlib.suppress(EngineError):  # its report expires by itself
@@ -337,6 +338,22 @@ def _stopping() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return stop
+
+
+class Loading:
+    """Says how far a snapshot is: a bar on a terminal, and an event a second."""
+
+    def __init__(self, progress: DelayedProgress, say: Callable[..., object], every: float = 1.0) -> None:
+        self._progress, self._say, self._every = progress, say, every
+        self._said = time.monotonic()
+
+    def __call__(self, done: int, rows: int) -> None:
+        """Take that so many rows of so many are there."""
+        self._progress.update("taking a snapshot", done, rows)
+        now = time.monotonic()
+        if now - self._said >= self._every:
+            self._said = now
+            self._say("loading", rows=done, of=rows)
 
 
 def _teller(

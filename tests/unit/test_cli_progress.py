@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from shmelim.cli import progress
+from shmelim.cli import fleet, progress
 from shmelim.cli.progress import DelayedProgress
 
 PATIENCE = 30.0
@@ -92,3 +92,13 @@ def test_it_lives_without_a_stderr(monkeypatch):
     monkeypatch.setattr(progress.sys, "stderr", None)
     with DelayedProgress(delay=0.0) as bar:
         bar.update("sending", 0, 10)
+
+
+def test_of_a_snapshot_that_loads_each_second_is_told(monkeypatch):
+    now, said = [100.0], []
+    monkeypatch.setattr(fleet.time, "monotonic", lambda: now[0])
+    loading = fleet.Loading(DelayedProgress(), lambda event, **about: said.append((event, about)))
+    for at, rows in ((100.4, 100), (101.0, 200), (101.9, 300), (102.1, 400)):
+        now[0] = at
+        loading(rows, 400)
+    assert said == [("loading", {"rows": 200, "of": 400}), ("loading", {"rows": 400, "of": 400})]
