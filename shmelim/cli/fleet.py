@@ -155,8 +155,8 @@ def follow(
     Readers use the table as any other. It outlives the follower and the engine, and says how old it is. Nothing
     can be changed here. Needs the extra: pip install 'shmelim[fleet]'.
 
-    With --json: one object a line {time, event, …}, for following, held, lost, error and their ends; and each second
-    in which a snapshot loads {time, event "loading", rows, of}.
+    With --json: one object a line {time, event, …}, for following, held, lost, error and their ends; and each
+    second in which a snapshot loads {time, event "loading", rows, of}.
 
     For example:
       shmelim follow --from redis://follower@engine.example:6379/0 --password-file /etc/shmelim/engine
