@@ -214,7 +214,7 @@ class Run:
         if "shmelim-pure" in self._classes:
             self.say(f"{LABELS['shmelim-pure']}, {size:,} records")
             with (
-                self._timed(f"shmelim-pure, {size}"),
+                self._part(f"shmelim-pure, {size}"),
                 contextlib.suppress(_Noted),
                 self._noting("shmelim-pure", size=size),
             ):

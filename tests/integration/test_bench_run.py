@@ -32,6 +32,7 @@ def test_a_small_run(monkeypatch, tmp_path):
     said = []
     raw = Run(TINY, ("dict", "sqlite3", "cache"), said.append).run()
     assert not list(tmp_path.iterdir())
+    assert raw["failed"] == []
     results = Results(json.loads(json.dumps(raw)))
     for name in results.names:
         for operation in ("hit", "miss", "get", "batch", "everything"):
