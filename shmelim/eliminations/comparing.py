@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
+from itertools import accumulate
 from math import isnan
 from typing import Any, Final, NamedTuple, Self
 
@@ -31,6 +33,9 @@ _TURN: Final = 256
 """Records after which others may have the interpreter: 0.3 ms where nothing differs, 5 ms where all do."""
 
 _REMEMBERED: Final = 10_000  # hotkeys that changed
+
+_AT_ONCE: Final = 64  # records that a client compares at once
+_MOST_MISSES: Final = 4  # of those in a row, after which it tries no more
 
 _NAN: Final = b"\xf8\0\0\0\0\0\0"  # the end of one, of either sign
 
@@ -169,22 +174,82 @@ class Difference(NamedTuple):
 def difference(published: Reading, records: Sequence[Mapping[str, Any]], most: int) -> Difference | None:
     """Compare a list by its bytes alone; None where that is for the server, or where more than `most` differ.
 
-    For the server are odd records, and a hotkey that is listed twice.
+    For the server are odd records, and a hotkey that is listed twice. Records in the order of the table are
+    compared many at once, at about 0.5 µs each; others one by one.
     """
     root_id = published.root_id
     version, found = published.packed_with_version(Status.ELIMINATED, ITEMS)
-    known, listed, buffer = _decode_records(found), set(), bytearray()
+    table = _Packed(found)
+    listed: set[str] = set()
     changed: list[Any] = []
-    for record in records:
-        if type(record) is not dict or type(hotkey := record.get("hotkey")) is not str or hotkey in listed:
-            return None
-        listed.add(hotkey)
-        stored = known.get(hotkey)
-        if stored is None or not _is_encoded(record, stored, buffer):
-            if len(changed) == most:
+    buffer, misses = bytearray(), 0
+    for first in range(0, len(records), _AT_ONCE):
+        part = records[first : first + _AT_ONCE]
+        if misses < _MOST_MISSES and table.begins_with(part, listed, buffer):
+            misses = 0
+            continue
+        misses += 1
+        for record in part:
+            if type(record) is not dict or type(hotkey := record.get("hotkey")) is not str or hotkey in listed:
                 return None
-            changed.append(packed(record))
-    return Difference(root_id, version, changed, [hotkey for hotkey in known if hotkey not in listed])
+            listed.add(hotkey)
+            stored = table.records.get(hotkey)
+            if stored is None or not _is_encoded(record, stored, buffer):
+                if len(changed) == most:
+                    return None
+                changed.append(packed(record))
+    gone = [] if table.is_same else [hotkey for hotkey in table.records if hotkey not in listed]
+    return Difference(root_id, version, changed, gone)
+
+
+class _Packed:
+    """The records of a table as one map of msgpack, which is read once something differs."""
+
+    def __init__(self, packed_items: bytes) -> None:
+        self._items = memoryview(packed_items)
+        self._place = _header_size(packed_items)  # where the next records are expected
+        self._starts: dict[str, int] | None = None  # where each hotkey stands, once something differed
+
+    @property
+    def is_same(self) -> bool:
+        """Whether all was the same, from the first to the last."""
+        return self._starts is None and self._place == len(self._items)
+
+    @cached_property
+    def records(self) -> dict[str, msgspec.Raw]:
+        """The records by hotkey."""
+        return _decode_records(self._items)
+
+    def begins_with(self, part: Sequence[Mapping[str, Any]], listed: set[str], buffer: bytearray) -> bool:
+        """Tell whether records stand here one behind the other, where the first does; they are listed then."""
+        try:
+            by_hotkey = {record["hotkey"]: record for record in part}
+            _encode_into(by_hotkey, buffer)
+            if self._starts is not None:
+                self._place = self._starts[part[0]["hotkey"]]
+            del buffer[: _header_size(buffer)]
+            end = self._place + len(buffer)
+            if len(by_hotkey) == len(part) and buffer == self._items[self._place : end]:
+                is_new = listed.isdisjoint(by_hotkey)
+                listed.update(by_hotkey)
+                self._place = end
+                return is_new
+        except Exception:  # noqa: S110  # an object's own code may raise anything; each is looked at by itself then
+            pass
+        if self._starts is None:
+            self._starts = self._find_starts()
+        return False
+
+    def _find_starts(self) -> dict[str, int]:
+        sizes = (len(_encode(hotkey)) + len(memoryview(record)) for hotkey, record in self.records.items())
+        starts = list(accumulate(sizes, initial=_header_size(self._items)))
+        # Only where keys are written as they are here does it add up.
+        return dict(zip(self.records, starts, strict=False)) if starts[-1] == len(self._items) else {}
+
+
+def _header_size(items: bytes | bytearray | memoryview) -> int:
+    """Return how long the header of a msgpack map is."""
+    return {0xDE: 3, 0xDF: 5}.get(items[0], 1)
 
 
 def packed(record: Any) -> Any:

@@ -6,12 +6,14 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from serving import row
 
 from shmelim import EliminationManagerServer
 from shmelim.eliminations import comparing
 from shmelim.eliminations.comparing import Comparison
-from shmelim.eliminations.record import check_record, decode, prepare
+from shmelim.eliminations.record import check_record, decode, encode, prepare
 from shmelim.eliminations.state import changes
 
 
@@ -158,3 +160,77 @@ class TestOvertaken:
         assert server.get_eliminations_dict_rpc() == {"a": row("a"), "c": row("c")}
         stored = server._state.read(lambda store: dict(store.eliminated()))
         assert {hotkey: decode(each) for hotkey, each in stored.items()} == {"a": row("a"), "c": row("c")}
+
+
+# ------------------------------------------------------------------ at the client
+
+
+def one_by_one(server, records, most):
+    """What ``difference`` finds, found by looking at each record."""
+    stored = {
+        hotkey: server.reader.encoded_elimination(hotkey) for hotkey in server.reader.get_eliminated_hotkeys()
+    }
+    order = list(server.reader.get_eliminations_dict())
+    listed, changed = set(), []
+    for record in records:
+        if type(record) is not dict or type(hotkey := record.get("hotkey")) is not str or hotkey in listed:
+            return None
+        listed.add(hotkey)
+        if stored.get(hotkey) != encode(record):
+            if len(changed) == most:
+                return None
+            changed.append(encode(record))
+    return changed, [hotkey for hotkey in order if hotkey not in listed]
+
+
+def another_list(chance, rows):
+    """Some of the same records, and some others."""
+    listed = [dict(each) for each in rows]
+    for _ in range(chance.randint(0, 4)):
+        n = chance.randrange(len(listed) + 1)
+        part = listed[n : n + 1]
+        listed[n : n + 1] = chance.choice(
+            (
+                [{**each, "dd": chance.random()} for each in part],
+                [dict(reversed(each.items())) for each in part],
+                [],
+                [*part, row(f"new {chance.random()}")],
+                part * 2 if chance.random() < 0.2 else part,
+            )
+        )
+    if chance.random() < 0.2:
+        chance.shuffle(listed)
+    if listed and chance.random() < 0.2:
+        listed[-1] = chance.choice([None, {}, {"hotkey": 5}, {"hotkey": []}, MappingProxyType(listed[-1])])
+    return listed
+
+
+@given(
+    seed=st.integers(0, 10**9), size=st.sampled_from([0, 1, 5, 15, 16, 40]), at_once=st.sampled_from([1, 2, 3, 16])
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_many_compared_at_once_are_compared_as_one_by_one(monkeypatch, seed, size, at_once):
+    monkeypatch.setattr(comparing, "_AT_ONCE", at_once)
+    chance = random.Random(seed)
+    rows = [row("long name " * chance.randint(0, 4) + f"h{n}") for n in range(size)]
+    listed, most = another_list(chance, rows), chance.choice([0, 1, 1000])
+    with EliminationManagerServer(sync_guard="off") as server:
+        server.sync_eliminations_rpc(rows)
+        found = comparing.difference(server.reader, listed, most)
+        wanted = one_by_one(server, listed, most)
+    assert (found is None) == (wanted is None)
+    if wanted is not None:
+        assert [bytes(memoryview(each)) for each in found.changed] == wanted[0]
+        assert found.gone == wanted[1]
+
+
+def test_what_stands_inside_of_a_record_is_not_taken_for_one_of_the_table(monkeypatch):
+    """Its bytes may be the same as those of the whole list."""
+    monkeypatch.setattr(comparing, "_AT_ONCE", 1)
+    inner = row("inner")
+    outer = [row("a", 1), {**row("b"), "price_info": {"inner": inner}}]
+    with EliminationManagerServer() as server:
+        server.sync_eliminations_rpc(outer)
+        found = comparing.difference(server.reader, [row("a", 2), inner], 1000)
+    assert len(found.changed) == 2
+    assert found.gone == ["b"]
