@@ -181,7 +181,7 @@ def check_record(
             own: str = data["hotkey"]
             encoded = encode(cast("dict[str, Any]", data))
             usual = since <= data[_TIME] <= until and not _MAY_BE_INFINITE(encoded)
-            if usual and hotkey in {None, own} and check_hotkey(own):
+            if usual and (hotkey is None or hotkey == own) and check_hotkey(own):
                 return Checked(own, encoded)
     record = normalise(data, hotkey)
     lacks = tuple(field for field in FILLED_IN if field not in record)

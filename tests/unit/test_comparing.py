@@ -38,6 +38,8 @@ SAME = {
     "NaN and None": (nan, None),
     "None and NaN": (None, nan),
     "NaN in a list": ([nan], [None]),
+    "0.0 and -0.0": (0.0, -0.0),
+    "-0.0 in a list": ([-0.0, 1.5], [0.0, 1.5]),
     "another order of keys": ({"x": 1, "y": {"p": 1, "q": 2}}, {"y": {"q": 2, "p": 1}, "x": 1}),
     "a mapping and a dict": (MappingProxyType({"x": 1}), {"x": 1}),
     "a scalar of numpy and a number": (np.float64(1.5), 1.5),
@@ -53,6 +55,8 @@ OTHER = {
     "None and False": (None, False),
     "None and an empty list": (None, []),
     "numbers": (1.5, 1.25),
+    "the same bytes elsewhere": ({"x": 1, "y": 2}, {"x": 2, "y": 1}),
+    "letters in another order": ("ab", "ba"),
 }
 
 
