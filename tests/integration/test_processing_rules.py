@@ -14,6 +14,8 @@ from reference_validator.trading import Holding
 
 from shmelim.eliminations.debts.states import IN_DOUBT
 from shmelim.eliminations.record import generate_row
+from shmelim.eliminations.starting import keeping
+from shmelim.eliminations.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -1006,6 +1008,31 @@ def test_what_a_miner_opens_while_he_is_taken_back_is_closed_when_he_is_brought_
         assert validator.is_flat("a")
         assert managed.debts == []
     assert validator.collateral.slashes() == ["a"]
+
+
+def test_what_a_miner_opened_before_a_restore_brings_him_again_is_closed(managed: Managed) -> None:
+    """His elimination was taken back after the backup; the slash is not made again."""
+    validator, state = managed.validator, managed.directory / "state"
+    validator.register("a")
+    managed.tick()
+    validator.lose("a", 0.2)
+    managed.tick()
+    keeping.back_up(state, managed.directory / "backup")
+    managed.manager.sync_eliminations([])
+    validator.open_position("a")
+    validator.limit_orders.place("a")
+    managed.close(final=False)
+    with Store.read_only(state) as store:
+        acknowledged = store.commit_number
+    keeping.restore(managed.directory / "backup", state, None, acknowledged)
+    managed._open()
+    managed.tick()
+    assert managed.manager.release_money()
+    managed.tick()
+    assert set(managed.reasons) == {"a"}
+    assert managed.validator.is_flat("a")
+    assert managed.debts == []
+    assert managed.validator.collateral.slashes() == ["a"]
 
 
 def test_what_a_sync_alone_brings_owes_nothing(managed: Managed) -> None:

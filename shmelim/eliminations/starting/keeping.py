@@ -20,7 +20,7 @@ from shmelim.eliminations.files.taking import take_for_known
 from shmelim.eliminations.runtime import lock_state
 from shmelim.eliminations.starting import replacement
 from shmelim.eliminations.starting.registry import Memory, Registry
-from shmelim.eliminations.state.changes import Step
+from shmelim.eliminations.state.changes import Step, owe_again
 from shmelim.eliminations.state.debt_book import hold_money
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.schema import FILE_NAME
@@ -241,5 +241,6 @@ def _mark_restored(step: Step, backup: Path, directory: Path, above: int) -> Non
     step.store.go_on_from(above)
     step.record([EventOf("restore", note=f"restored from the backup {backup}")])
     hold_money(step, f"the state was restored from the backup {backup}")
+    owe_again(step, dict(step.store.eliminated()))
     # What stands in the files is not of this store, and no start must take it for a person's work.
     take_for_known(step, directory)

@@ -285,13 +285,14 @@ def _wake_debts(step: Step, records: Mapping[str, bytes]) -> None:
             step.store.put_debt(debt._replace(due=True))
         if woken:
             step.record([EventOf("wake", hotkey, note=f"{_kinds(woken)}: eliminated again")])
-    _owe_again(step, records)
+    owe_again(step, records)
 
 
-def _owe_again(step: Step, records: Mapping[str, bytes]) -> None:
+def owe_again(step: Step, records: Mapping[str, bytes]) -> None:
     """Have hotkeys owe once more what was settled and may be repeated, if the rules eliminated them once.
 
-    Between an elimination that was taken back and one that brings him back a miner may have traded.
+    Between an elimination that was taken back and one that brings him back a miner may have traded, and since the
+    moment of a backup that is restored.
     """
     for hotkey, notes in step.store.notes("owe", records).items():
         known = {debt.kind for debt in step.store.debts(hotkey)}
