@@ -175,6 +175,7 @@ class EliminationManagerServer(DebtMethods):
     _mirror: FileMirror | None = None
     _lease: Lease | None = None
     _remembering: Remembering | None = None
+    _interval_ms: float | None = None  # of whoever ticks, as the store knows it
 
     def __init__(
         self,
@@ -302,6 +303,9 @@ class EliminationManagerServer(DebtMethods):
         else:
             self._state.publish_all(origin, lambda done, total: tell("publishing", done, total))
         tell_noticed(self.problems, notices(store))
+        self._interval_ms = changes.noted_interval(store)
+        if self._interval_ms is not None:
+            self._ticks.expect(self._interval_ms)
         self._epoch_number = self._state.commit(changes.take_epoch, self._teller.epoch)
 
     def _recall(self, registry: Registry | None) -> Memory | None:
@@ -460,6 +464,9 @@ class EliminationManagerServer(DebtMethods):
     ) -> None:
         self._teller.check()
         self._ticks.report(whole_ms, interval_ms, problems)
+        if interval_ms != self._interval_ms:
+            with contextlib.suppress(StoreError):  # which is a problem by itself; the next report comes
+                self._interval_ms = self._state.commit(changes.note_interval, interval_ms)
 
     # ------------------------------------------------------------------ reading
 

@@ -36,8 +36,12 @@ class Ticks:
         self._standing: list[dict[str, Any]] = []
         self._whole_ms: int | None = None  # when the last whole tick was made, by the clock of the processing
         self._interval = 0.0
-        # Of a whole tick, or of the first report, by this process' monotonic clock; None before that.
+        # Of a whole tick, or of the first report, by this process' monotonic clock; None where nobody is to tick.
         self._heard_at: float | None = None
+
+    def expect(self, interval_ms: float) -> None:
+        """Count from now on: under this state somebody ticks, who may be gone since before the server started."""
+        self._heard_at, self._interval = monotonic(), float(interval_ms) / 1000
 
     def report(self, whole_ms: int | None, interval_ms: float, problems: list[dict[str, Any]]) -> None:
         """Take a report; TypeError or ValueError for one that cannot be."""

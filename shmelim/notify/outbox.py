@@ -87,7 +87,11 @@ class Outbox:
             except BlockingIOError:
                 yield False
             else:
-                yield True
+                try:
+                    yield True
+                finally:
+                    # A child that was forked meanwhile has a copy, which would keep it locked.
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
 

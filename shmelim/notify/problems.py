@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from shmelim.system.clock import now_ms
+from shmelim.system.coroutines import carried_out
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Change, Problem, Problems, over
 from shmelim.system.text import get_logger, printable
@@ -70,7 +71,9 @@ class ProblemMessages:
         """Pass a message on; False: it was not taken. What the notifier raises is logged."""
         try:
             notifier = self._notifier()
-            return notifier is None or notifier.send_message(printable(text), level=level) is not False
+            if notifier is None:
+                return True
+            return carried_out(notifier.send_message(printable(text), level=level), "send_message") is not False
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # a notifier that runs coroutines can raise CancelledError

@@ -189,8 +189,8 @@ class SlackNotifier:
             return Undelivered(waiting, since_ms, "another process has the turn to send, or nobody")
         return None
 
-    def send_message(self, text: str, level: str = "info") -> bool:
-        """Have a message sent; False if it is held back as a repetition, or cannot be taken.
+    def send_message(self, text: str, level: str = "info") -> bool | None:
+        """Have a message sent; None if it is counted as a repetition, False if it cannot be taken.
 
         The text is cut after 3,500 characters, and Slack's control characters in it are escaped. The level is
         "info", "success", "warning" or "error"; any other counts as "info".
@@ -233,14 +233,14 @@ class SlackNotifier:
         multiprocessing.context.assert_spawning(self)
         return functools.partial(type(self), **self._arguments), ()
 
-    def _enqueue(self, text: str, level: str) -> bool:
+    def _enqueue(self, text: str, level: str) -> bool | None:
         """Put a message into the queue, with the lock held."""
         message, now = (level, text), monotonic()
         let_through, repeated = self._seen.get(message, (-math.inf, 0))
         if now - let_through < self._arguments["repeat_after"]:
             self._seen[message][1] += 1
             self._counts["held_back"] += 1
-            return False
+            return None
         self._seen.pop(message, None)
         again = f" (repeated {repeated:.0f} times meanwhile)" if repeated else ""
         if self._closed or not self._take(self._as_sent(text, again, level)):

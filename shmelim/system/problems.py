@@ -48,6 +48,12 @@ class Problem(NamedTuple):
         return self._asdict()
 
 
+def subject_of(whom: object) -> str:
+    """Return whom or what a problem concerns as text that can be sent, whatever it is."""
+    text = whom if isinstance(whom, str) else repr(whom)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def over(problem: Problem) -> str:
     """Return the line that says that a problem has ended just now."""
     return f"over after {max(0, now_ms() - problem.since_ms) / 1000:.1f} s: {problem.text}"
@@ -105,6 +111,7 @@ class Problems:
 
         One that stands keeps its beginning and takes the new text; subscribers hear of it again if it is worse.
         """
+        subject = subject_of(subject)
         text, remedy = printable(text), None if remedy is None else printable(remedy)
         problem = Problem(name, subject, text, severity, remedy, now_ms() if since_ms is None else since_ms)
         key = name, subject
@@ -124,20 +131,21 @@ class Problems:
     def clear(self, name: str, subject: str = "") -> Problem | None:
         """Clear a problem; return it, or None if it did not stand."""
         with self._lock:
-            problem = self._standing.pop((name, subject), None)
+            problem = self._standing.pop((name, subject_of(subject)), None)
         if problem is not None:
             self._notify("cleared", problem)
         return problem
 
     def clear_others(self, name: str, subjects: Collection[str]) -> None:
         """Clear the problems of that name, but for those of these subjects."""
+        kept = set(map(subject_of, subjects))
         for problem in self.standing():
-            if problem.name == name and problem.subject not in subjects:
+            if problem.name == name and problem.subject not in kept:
                 self.clear(name, problem.subject)
 
     def stands(self, name: str, subject: str = "") -> bool:
         """Whether a problem was raised and not cleared."""
-        return (name, subject) in self._standing
+        return (name, subject_of(subject)) in self._standing
 
     def standing(self) -> list[Problem]:
         """Return the problems that stand, the oldest first."""

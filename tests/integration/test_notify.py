@@ -22,6 +22,8 @@ from waiting import PATIENCE, until
 
 from shmelim.errors import MissingExtraError
 from shmelim.notify import SlackNotifier
+from shmelim.notify.problems import ProblemMessages
+from shmelim.system.problems import Problems
 
 SECRET = "T0SECRET/B0SECRET/x0SECRET"
 
@@ -594,6 +596,44 @@ def test_a_validator_whose_slack_is_away_says_so_in_its_health_and_tells_after_i
         assert "nobody knows whether it was made" in slack.accepted[0]
         managed.tick()
         assert undelivered_in(managed) == []
+
+
+def test_a_fork_while_a_message_is_sent_leaves_nobody_locked_out(slack, make, tmp_path):
+    """The child has a copy of what is locked then, for as long as it lives."""
+    asked, go_on, pipe = threading.Event(), threading.Event(), os.pipe()
+
+    def slow(_handler):
+        asked.set()
+        go_on.wait(PATIENCE)
+        return DOWN
+
+    slack.answers = [slow]
+    notifier = make(outbox=tmp_path / "outbox", retry_delay=0.01)
+    assert notifier.send_message("in doubt", "error")
+    assert asked.wait(PATIENCE)
+    child = os.fork()
+    if child == 0:
+        os.read(pipe[0], 1)
+        os._exit(0)
+    try:
+        go_on.set()
+        assert notifier.flush(PATIENCE)
+        assert len(slack.accepted) == 1
+    finally:
+        os.write(pipe[1], b"x")
+        os.waitpid(child, 0)
+
+
+def test_a_repetition_keeps_no_other_message_waiting(slack, make):
+    notifier, problems = make(), Problems()
+    messages = ProblemMessages(problems, lambda: notifier, ends=False)
+    for _ in range(3):
+        problems.report("positions", "no price", subject="a")
+        problems.clear("positions", "a")
+    problems.report("slash in doubt", "nobody knows", subject="b")
+    assert messages.undelivered() is None
+    assert notifier.flush(PATIENCE)
+    assert [text.removeprefix("❌ ") for text in slack.accepted] == ["no price", "nobody knows"]
 
 
 @pytest.mark.parametrize("later", [False, True])

@@ -55,6 +55,8 @@ SHOWN_BY = {
     "loop tick": "integration/test_processing_loop.py::test_a_value_whose_lock_is_never_released_is_in_the_health",
     "loop sync": "integration/test_processing_loop.py"
     "::test_a_sync_that_never_ends_is_in_the_health_though_nothing_is_processed",
+    "shutdown": "integration/test_processing_loop.py"
+    "::test_a_shutdown_dict_that_hangs_stops_neither_the_loop_nor_sigterm",
     "clock": "integration/test_clock.py::test_nothing_is_deleted_in_the_tick_after_a_leap",
     "server_down": "unit/test_health_monitor.py"
     "::test_a_streak_is_told_once_each_restart_once_and_the_recovery_once",

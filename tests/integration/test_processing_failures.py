@@ -7,13 +7,14 @@ import contextlib
 import functools
 import itertools
 import threading
+from decimal import Decimal
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from crashing import call
-from reference_validator import HOUR, InjectedError, Managed
+from reference_validator import HOUR, InjectedError, Managed, adapter
 from reference_validator.scoring import NothingMovedError
 from reference_validator.trading import PAIRS
 from waiting import PATIENCE, until
@@ -668,6 +669,100 @@ def test_a_validator_without_locks_closes_a_position_once(managed: Managed) -> N
     for hotkey in TEN:
         assert [len(holding.trades) for holding in managed.validator.book.on_disk(hotkey)] == [2]
     assert sorted(managed.validator.collateral.slashes()) == TEN
+
+
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("it cannot be said")
+
+
+@pytest.mark.parametrize("point", ["lock", "cancel", "slash", "price"])
+def test_an_error_that_cannot_be_said_stops_nobody_else(directly: Managed, point: str) -> None:
+    ten_to_eliminate(directly)
+    directly.validator.faults.fail(point, UnspeakableError(), hotkey=None if point == "price" else THIRD)
+    directly.tick()
+    assert list(directly.reasons) == TEN
+    assert len(complete(directly)) >= 9
+    assert len(directly.alerts) <= 1
+    if point == "slash":
+        assert state_of_slash(directly) == [IN_DOUBT]
+        assert "UnspeakableError" in directly.alerts[0]
+
+
+def test_an_error_of_a_ledger_that_cannot_be_said_stops_nobody_else(directly: Managed) -> None:
+    ten_to_eliminate(directly)
+    judge = directly.environment.drawdown
+
+    def drawdown(ledger: Any) -> Any:
+        if ledger is directly.validator.ledgers._ledgers[THIRD]:
+            raise UnspeakableError
+        return judge(ledger)
+
+    directly.environment.drawdown = drawdown
+    directly.tick()
+    assert list(directly.reasons) == [hotkey for hotkey in TEN if hotkey != THIRD]
+
+
+@pytest.mark.parametrize("spoilt", ["no order", "an order that closes nothing"])
+def test_a_position_that_is_still_open_is_not_settled(directly: Managed, spoilt: str) -> None:
+    ten_to_eliminate(directly)
+    spoil = {
+        "no order": ("generate_fake_flat_order", staticmethod(lambda *_: None)),
+        "an order that closes nothing": ("add_order", lambda *_: None),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter.Position, *spoil[spoilt])
+        directly.tick()
+        assert {debt["kind"] for debt in directly.debts} == {"positions"}
+        assert len(directly.alerts) == 10
+        assert not any(directly.validator.is_flat(hotkey) for hotkey in TEN)
+    directly.tick()
+    assert complete(directly) == TEN
+
+
+@pytest.mark.parametrize("call", ["cancel_all", "send_message"])
+def test_a_coroutine_that_nobody_runs_is_no_answer(directly: Managed, call: str) -> None:
+    async def answer(*_: Any, **__: Any) -> None:
+        raise AssertionError("nobody runs it")
+
+    ten_to_eliminate(directly)
+    manager = directly.manager
+    if call == "cancel_all":
+        manager.limit_order_manager = SimpleNamespace(delete_all_limit_orders_for_hotkey=answer)
+        directly.tick()
+        assert {debt["kind"] for debt in directly.debts} == {"limit_orders"}
+        assert "coroutine" in directly.debts[0]["error"]
+    else:
+        directly.validator.faults.fail("slash")
+        manager.slack_notifier = SimpleNamespace(send_message=answer)
+        directly.tick()
+        assert manager._processor.context.alerts.messages.undelivered()
+
+
+@pytest.mark.parametrize("odd", [123, None, "lone \ud800"])
+def test_a_miner_with_an_odd_name_silences_no_problem(managed: Managed, odd: Any) -> None:
+    managed.validator.register("a")
+    managed.validator.lose("a", 0.2)
+    managed.manager.contract_manager = None
+    managed.validator.probation.failed[odd] = ("PLAGIARISM", 0.1)
+    for _ in range(2):
+        managed.tick()
+    health = managed.manager._server_proxy.health_check_rpc()
+    found = {problem["name"] for problem in health["problems"] if problem.get("part") == "processing"}
+    if managed.mode == "rpc":
+        assert found >= {"challenge-period elimination", "no contract manager"}
+        assert health["last_tick_ms"] is not None
+    subjects = [problem.subject for problem in managed.manager._processor.context.alerts.standing()]
+    assert all(subject.encode() for subject in subjects)
+
+
+def test_a_percentage_of_the_environment_may_be_a_decimal(managed: Managed) -> None:
+    managed.validator.register("a")
+    managed.validator.open_position("a")
+    managed.environment.drawdown = lambda _ledger: (True, Decimal("20.5"))
+    managed.tick()
+    assert managed.reasons == {"a": "MAX_TOTAL_DRAWDOWN"}
+    assert managed.validator.is_flat("a")
 
 
 # ---------------------------------------------------------------------- slashes

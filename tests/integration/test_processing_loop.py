@@ -17,7 +17,7 @@ from waiting import PATIENCE, until
 
 from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT
 from shmelim.eliminations.rows import Status
-from shmelim.eliminations.rules import deadlines, loop
+from shmelim.eliminations.rules import deadlines, loop, tick
 from shmelim.system.processes import title_of
 
 if TYPE_CHECKING:
@@ -298,6 +298,31 @@ def ends(process: Any) -> bool:
     os.kill(process.pid, signal.SIGTERM)
     process.join(PATIENCE)
     return not process.is_alive()
+
+
+class Hanging:
+    """A managed value whose process does not answer."""
+
+    def __init__(self, gate: threading.Event) -> None:
+        self.gate = gate
+
+    def __len__(self) -> int:
+        self.gate.wait()
+        return 0
+
+
+def test_a_shutdown_dict_that_hangs_stops_neither_the_loop_nor_sigterm(
+    make: Callable[..., Managed], gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tick, "_SHUTDOWN_S", 0.2)
+    managed = make("rpc")
+    managed.validator.register("a")
+    managed.validator.lose("a", 0.2)
+    managed.manager.shutdown_dict = Hanging(gate)
+    with in_a_process(managed) as process:
+        until(lambda: managed.reasons == {"a": "MAX_TOTAL_DRAWDOWN"})
+        until(lambda: ("shutdown", "shutdown_dict") in names_in_health(managed))
+        assert ends(process)
 
 
 def test_process_of_the_loop_ends_on_sigterm_and_carries_a_title(make: Callable[..., Managed]) -> None:

@@ -206,7 +206,8 @@ class Model(Sequences):
     def release(self):
         was, self.held = self.held, False
         if was:
-            self.released = set(self.debts)
+            self.released = {key for key, debt in self.debts.items() if debt.state == "owed" and debt.due}
+            self.begun.clear()
         return was
 
     def restart(self):

@@ -52,6 +52,7 @@ class Backup(NamedTuple):
 
     directory: Path
     seen: set[str]
+    unproved: set[str]
     believed: int | None
     departed: list[str]
     first: dict[str, tuple[str, int]]
@@ -69,6 +70,7 @@ class Day:
         self.causes: dict[str, set[str]] = {}
         self.departed: list[str] = []
         self.seen: set[str] = set()
+        self.unproved: set[str] = set()
         self.believed: int | None = None
         self.first: dict[str, tuple[str, int]] = {}
         self.removed: set[str] = set()
@@ -234,7 +236,9 @@ class Day:
     def back_up(self) -> None:
         target = self.managed.directory / f"backup-{self.figures['back_up']}"
         keeping.back_up(self.managed.directory / "state", target)
-        self.backup = Backup(target, set(self.seen), self.believed, list(self.departed), dict(self.first))
+        self.backup = Backup(
+            target, set(self.seen), set(self.unproved), self.believed, list(self.departed), dict(self.first)
+        )
 
     def restore(self) -> None:
         """Begin again with an earlier state: what it forgot of money stands in the journal, and a person looks."""
@@ -252,7 +256,8 @@ class Day:
         managed._open()
         self._begin_again()
         self.removed |= {name for name in self.first | first if self.first.get(name) != first.get(name)}
-        self.seen, self.believed, self.departed, self.first = set(known[0]), known[1], list(known[2]), dict(first)
+        self.seen, self.unproved, self.believed = set(known[0]), set(known[1]), known[2]
+        self.departed, self.first = list(known[3]), dict(first)
         self.tick()
         assert self.managed.manager.release_money()
 
@@ -280,10 +285,12 @@ class Day:
         shown = set(self.managed.manager.reader.snapshot().registered)
         if not now <= shown:
             return  # the look at the metagraph failed this time
-        lost, anomalous = lost_hotkeys(self.seen, now, self.believed)
-        self.believed = (self.believed or len(self.seen)) if anomalous else None
+        believed = self.seen - self.unproved
+        lost, anomalous = lost_hotkeys(believed, now, self.believed)
+        self.believed = (self.believed or len(believed)) if anomalous else None
+        self.unproved = now - believed if anomalous else set()
         if anomalous:
-            self.seen |= now
+            self.seen = believed | now
         else:
             self.departed += [hotkey for hotkey in lost if hotkey not in self.departed]
             self.seen = now

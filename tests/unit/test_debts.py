@@ -985,3 +985,69 @@ def test_health_tells_of_debts_and_of_slashes_in_doubt(server):
     health = server.health_check_rpc()
     assert health["slashes_in_doubt"] == [f"h{number}" for number in range(20)]
     assert health["problems"][0]["text"].endswith("h19 and 5 more")
+
+
+# ------------------------------------------------------------------ what a person's word means for money
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_due"),
+    [
+        ("MAX_TOTAL_DRAWDOWN", True),
+        ("LIQUIDATED", False),
+        ("PLAGIARISM", False),
+        ("ZOMBIE", False),
+        ("in words of his own", True),
+    ],
+)
+def test_a_slash_that_rests_is_not_made_for_another_rules_elimination(server, reason, is_due):
+    server.eliminate_rpc("a", row("a", reason="MAX_TOTAL_DRAWDOWN"), [SLASH], None, "drawdown")
+    server.remove_elimination_rpc("a")
+    server.add_elimination_rpc("a", {**row("a"), "reason": reason})
+    assert due(server, "a") == [is_due]
+    assert server.begin_slash_rpc("a", "one") is is_due
+
+
+def test_a_release_frees_what_is_due_and_later_ones_count_anew(server):
+    for n in range(4):
+        eliminate(server, f"rests {n}", kinds=[SLASH], rule="drawdown")
+    server.sync_eliminations_rpc([])
+    for n in range(3):
+        eliminate(server, f"due {n}", kinds=[SLASH], rule="drawdown")
+
+    def begin(hotkey):
+        return server.begin_slash_rpc(hotkey, f"of {hotkey}", most_per_hour=2)
+
+    assert [begin(f"due {n}") for n in range(3)] == [True, True, False]
+    assert server.release_money_rpc() is True
+    server.sync_eliminations_rpc([row(f"due {n}") for n in range(3)] + [row(f"rests {n}") for n in range(4)])
+    assert begin("due 2") is True
+    assert [begin(f"rests {n}") for n in range(4)] == [True, False, False, False], (
+        "the one that was released counts"
+    )
+
+
+@pytest.mark.parametrize(("made", "again"), [(True, False), (False, True)])
+def test_a_slash_owed_since_a_return_that_was_none_counts_for_the_registration_before(server, made, again):
+    server.update_metagraph_rpc(["a", "b"])
+    if made:
+        eliminate(server, kinds=[SLASH], rule="drawdown")
+        make_slash(server)
+    server.update_metagraph_rpc(["b"])
+    server.update_metagraph_rpc(["a", "b"])
+    server.sync_eliminations_rpc([])
+    eliminate(server, kinds=[SLASH], rule="drawdown", stamp=5)
+    assert slash(server)["registration"] == 1
+    assert server.undo_departures_rpc(["a"]) == ["a"]
+    assert [debt["registration"] for debt in server.get_debts_rpc()] == ([] if made else [0])
+    assert server.begin_slash_rpc("a", "two") is again
+
+
+def test_what_the_attempt_itself_says_is_kept_though_it_was_in_doubt_before(server):
+    eliminate(server, kinds=[SLASH])
+    server.begin_slash_rpc("a", "one")
+    server.doubt_slash_rpc("a", "one", "not heard of")
+    assert server.fail_debt_rpc("a", SLASH, "the chain answered nothing", "one", in_doubt=True) is False
+    assert (slash(server)["state"], slash(server)["error"]) == ("in_doubt", "the chain answered nothing")
+    assert server.doubt_slash_rpc("a", "one", "not heard of") is False
+    assert slash(server)["error"] == "the chain answered nothing"

@@ -80,3 +80,22 @@ def test_who_comes_and_goes_is_lost_once(server):
         server.update_metagraph_rpc(FORTY[1:], START + step)
         server.update_metagraph_rpc(FORTY, START + step)
     assert server.get_missing_hotkeys_rpc() == []
+
+
+def test_a_look_that_was_wrong_is_corrected_by_the_next():
+    with EliminationManagerServer() as server:
+        look_wrongly(server)
+
+
+def look_wrongly(server):
+    own, foreign = [f"own{n}" for n in range(256)], [f"foreign{n}" for n in range(256)]
+    server.update_metagraph_rpc(own)
+    server.update_metagraph_rpc([*foreign, "own0"])
+    assert len(server.get_missing_hotkeys_rpc()) == 255
+    server.update_metagraph_rpc([*foreign[:5], *own])
+    assert server.get_missing_hotkeys_rpc() == []
+    assert set(server.reader.snapshot().registered) == {*foreign[:5], *own}
+    assert server.update_metagraph_rpc([*foreign[:5], *own[1:]]) == ["own0"]
+    assert server.update_metagraph_rpc(own[1:]) == foreign[:5], "they were there when a look was believed"
+    server.update_metagraph_rpc([*own[1:], "foreign9"])
+    assert not server.is_hotkey_re_registered_rpc("foreign9")

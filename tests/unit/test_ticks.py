@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from shmelim import EliminationManagerServer
 from shmelim.eliminations import ticks
 from shmelim.eliminations.ticks import Ticks
 from shmelim.system.problems import Problems
@@ -92,3 +94,18 @@ def test_problems_are_bounded_in_number_and_length() -> None:
     found = reports.health()["problems"]
     assert len(found) == 200
     assert all(len(problem["text"]) == 1000 for problem in found)
+
+
+def test_a_server_expects_the_ticks_that_its_predecessor_knew_of(clock: list[float], tmp_path: Path) -> None:
+    """Or the health would be well for ever, if the loop died before the server."""
+    for restarted in (False, True):
+        with EliminationManagerServer(None, tmp_path, durability="process") as server:
+            if not restarted:
+                server.report_processing_rpc(5, 300_000, [])
+                commits = server.health_check_rpc()["commits"]
+                server.report_processing_rpc(6, 300_000, [])
+                assert server.health_check_rpc()["commits"] == commits, "once is enough"
+                continue
+            assert server.health_check_rpc()["problems"] == []
+            clock[0] += 901
+            assert [problem["name"] for problem in server.health_check_rpc()["problems"]] == ["tick_overdue"]

@@ -35,6 +35,7 @@ _REMEDIES: Final = {
     "metagraph": "see to what fills the metagraph",
     "departures": "if they are really gone: shmelim missing --accept",
     "clock": "if the time is wrong now, set it right before the next tick",
+    "shutdown": "see to the process that has the shutdown_dict; SIGTERM ends the processing all the same",
     "loop": "look at the error; see whether the server, or the sync that it names, is alive",
 }
 _REMEDY: Final = "the next tick tries again; if it lasts, look at what the error names"
@@ -130,5 +131,8 @@ class Alerts(Problems):
 
 
 def named(error: BaseException) -> str:
-    """Return an error as a message tells it."""
-    return f"{type(error).__name__}: {error}"
+    """Return an error as a message tells it, also one that cannot say what it is."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__

@@ -18,7 +18,9 @@ from shmelim.eliminations.debts.states import LIMIT_ORDERS, OWED, POSITIONS
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, named
 from shmelim.eliminations.rules.deadlines import StuckError
 from shmelim.eliminations.rules.tick import Context, Tick
+from shmelim.errors import ShmelimError
 from shmelim.system.clock import monotonic
+from shmelim.system.coroutines import carried_out
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
 
@@ -31,6 +33,10 @@ _LEAST_PART: Final = 4
 
 _log = get_logger("shmelim.processing")
 _limited = LimitedLog(_log)
+
+
+class NotClosedError(ShmelimError):
+    """The validator's own objects did not do what they were asked for."""
 
 
 @dataclass(eq=False)
@@ -66,6 +72,7 @@ class Closing:
                 return
             if kind == LIMIT_ORDERS:
                 deleted = context.ask(kind, lambda: manager.delete_all_limit_orders_for_hotkey(hotkey), hotkey)
+                carried_out(deleted, "delete_all_limit_orders_for_hotkey")
                 _log.info("deleted the limit orders of eliminated miner %s: %s", hotkey, deleted)
             else:
                 self.close(hotkey, record, tick)
@@ -137,14 +144,20 @@ class Closing:
                 return
             own = collaborators.live_price_fetcher
             fetcher = self.context.environment.live_price_fetcher if own is None else own
-            order = None if position.is_closed_position else self._flat_order(position, record, fetcher, tick)
+            was_open = not position.is_closed_position
+            order = self._flat_order(position, record, fetcher, tick) if was_open else None
+            if was_open and order is None:
+                raise NotClosedError(f"generate_fake_flat_order returned None for position {uuid} ({pair})")
             # After the price, which may be long in coming, and before anything is changed: the position may be
             # the manager's own object, and what a sync has taken back must not stay closed in it.
             tick.check()
             self.unsaved[hotkey, uuid] = pair
-            if order is not None:
-                position.add_order(order, fetcher)
-            manager.save_miner_position(position, delete_open_position_if_exists=True)
+            if was_open:
+                carried_out(position.add_order(order, fetcher), "add_order")
+                if not position.is_closed_position:
+                    raise NotClosedError(f"position {uuid} ({pair}) is open after its flat order")
+            saved = manager.save_miner_position(position, delete_open_position_if_exists=True)
+            carried_out(saved, "save_miner_position")
             self.unsaved.pop((hotkey, uuid), None)
         _log.info("closed position %s (%s) of eliminated miner %s", uuid, pair, hotkey)
         # Outside of the lock, as the queue may be full.

@@ -10,6 +10,7 @@ from shmelim.eliminations.debts.states import OWED, SLASH
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.system import clock
+from shmelim.system.coroutines import carried_out
 from shmelim.system.text import get_logger
 
 _NOBODYS: Final = "not a hotkey"
@@ -125,17 +126,18 @@ class Expiry:
         challenge = self.context.collaborators.challengeperiod_manager
         if challenge is not None and challenge.has_miner(hotkey):
             self.unwritten = True
-            challenge.remove_miner(hotkey)
+            carried_out(challenge.remove_miner(hotkey), "remove_miner")
 
     def _write_challenge_entries(self) -> None:
         """Have removals of entries stored, before the rows that would tell a later pass to remove them again."""
         challenge = self.context.collaborators.challengeperiod_manager
         if self.unwritten and challenge is not None:
-            challenge._write_challengeperiod_from_memory_to_disk()  # noqa: SLF001 - the field's name for it
+            written = challenge._write_challengeperiod_from_memory_to_disk()  # noqa: SLF001 - the field's name
+            carried_out(written, "_write_challengeperiod_from_memory_to_disk")
         self.unwritten = False
 
     def _remove_positions(self, hotkey: str) -> None:
         positions = self.context.collaborators.position_manager
         if positions is not None:
             for position in list(positions.get_positions_for_one_hotkey(hotkey)):
-                positions.delete_position(position)
+                carried_out(positions.delete_position(position), "delete_position")

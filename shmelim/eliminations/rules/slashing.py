@@ -55,6 +55,7 @@ from shmelim.eliminations.rules.deadlines import (
 )
 from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.errors import SlashNotMadeError
+from shmelim.system.coroutines import is_unrun
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
 
@@ -323,7 +324,12 @@ class Slashing:
             _log.error("%s", text)
 
     def _is_contradicted(self, outcome: str, debt: Mapping[str, Any]) -> bool:
-        """Whether something else is on record of an attempt that ended so: a person said it meanwhile, perhaps."""
+        """Whether something else is on record of an attempt that ended so: a person said it meanwhile, perhaps.
+
+        A doubt contradicts nothing.
+        """
+        if outcome == DOUBTFUL:
+            return False
         slashes = self.context.state.get_slashes(debt["hotkey"])
         on_record = next((slash["outcome"] for slash in slashes if _cause(slash) == _cause(debt)), NOT_MADE)
         return on_record != outcome
@@ -355,8 +361,7 @@ def _call(slash: Callable[[], Any], hotkey: str, outcome_of: Callable[[Any], str
     verb = "answered"
     try:
         answer = slash()
-        if inspect.iscoroutine(answer) and inspect.getcoroutinestate(answer) == inspect.CORO_CREATED:
-            answer.close()
+        if is_unrun(answer):
             return _Outcome(
                 NOT_MADE, "the contract answered with a coroutine, which nobody runs; it must wait itself"
             )

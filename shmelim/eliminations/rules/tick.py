@@ -12,10 +12,11 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.reader import EliminationReader
-from shmelim.eliminations.record import generate_row, normalise
+from shmelim.eliminations.record import generate_row
 from shmelim.eliminations.rows import Status
 from shmelim.eliminations.rules import deadlines
 from shmelim.eliminations.rules.alerts import Alerts, OvertakenError
+from shmelim.eliminations.salvage import salvage
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.system.clock import monotonic
@@ -27,6 +28,8 @@ T = TypeVar("T")
 _WAS_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
 
 _BETWEEN_REPORTS: Final = 1.0  # seconds
+_SHUTDOWN: Final = "shutdown", "shutdown_dict"
+_SHUTDOWN_S: Final = 1.0
 
 _limited = LimitedLog(get_logger("shmelim.processing"))
 
@@ -47,6 +50,7 @@ class Context:
     reported_at: float = -math.inf  # by the monotonic clock
 
     def __post_init__(self) -> None:
+        self._ending = False  # what shutdown_dict said last
         self.alerts = Alerts(self.collaborators, self.ask)
         self.alerts.subscribe(self._note_change)
 
@@ -88,18 +92,32 @@ class Context:
 
     def is_stopping(self) -> bool:
         """Whether the validator is ending, or has ended and left this process behind."""
-        if self._is_orphaned():
+        if self.end_asked or self._is_orphaned():
             return True
         shutdown = self.collaborators.shutdown_dict
-        try:
+
+        def ask() -> bool:
             # An event is always true.
             is_set = getattr(shutdown, "is_set", None)
-            return self.end_asked or bool(shutdown if is_set is None else is_set())
+            return bool(shutdown if is_set is None else is_set())
+
+        try:
+            if self.is_direct or shutdown is None or isinstance(shutdown, (dict, threading.Event)):
+                return ask()
+            # It may live in a process that hangs, or have a lock that nobody will release.
+            self._ending = deadlines.call(self, *_SHUTDOWN, ask, _SHUTDOWN_S)
+        except deadlines.StuckError as error:
+            if not self.alerts.stands(*_SHUTDOWN):
+                text = f"whether the validator is ending cannot be asked, and is taken for what it was: {error}"
+                self.alerts.failed(*_SHUTDOWN, text)
         except Exception:
             # It lives in a process that is gone, and the validator with it.
             text = "whether the validator is ending cannot be asked any more: taken as a yes"
             _limited(logging.ERROR, "end", text, exc_info=True)
             return True
+        else:
+            self.alerts.clear(*_SHUTDOWN)
+        return self._ending
 
     def _is_orphaned(self) -> bool:
         """Whether the process that made the manager is gone, also by SIGKILL, or has shut it down."""
@@ -197,8 +215,8 @@ class Tick:
 
     def found(self, hotkey: str, reason: str, dd: float | None, *, slash: bool = True) -> Found:
         """Return a finding of this moment."""
-        row = generate_row(hotkey, dd, reason, self.context.environment.now_ms())
-        return Found(normalise(row), slash)
+        now_ms = self.context.environment.now_ms()
+        return Found(salvage(generate_row(hotkey, dd, reason, now_ms), now_ms)[0], slash)
 
 
 class Found(NamedTuple):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from shmelim.eliminations.comparing import Comparison, Settled
-from shmelim.eliminations.debts.states import ANY_RULE, LIMIT_ORDERS, OWED, POSITIONS, SLASH, Debt
+from shmelim.eliminations.debts.states import ANY_RULE, LIMIT_ORDERS, OWED, POSITIONS, SLASH, Debt, rule_of
 from shmelim.eliminations.moments import Moment
-from shmelim.eliminations.record import DAY_MS, decode
+from shmelim.eliminations.record import DAY_MS, EliminationReason, decode
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.history import Origin
 from shmelim.eliminations.store.store import Store
@@ -26,7 +26,10 @@ _ANOMALY: Final = "anomaly"
 _BELIEVED: Final = "believed"  # how many hotkeys there were before the loss that is not believed
 _LOSSES: Final = "losses"  # of the last day: [when, who, of how many]
 _REPLACEMENTS: Final = "replacements"
+_REASONS: Final = frozenset(reason.value for reason in EliminationReason)
 _NO_NOTES: Final[Mapping[str, str]] = {}
+_INTERVAL: Final = "tick_interval_ms"
+_UNPROVED: Final = "unproved"  # hotkeys that only such a look has shown
 _LOOKED: Final = "looked"  # whether a metagraph was ever seen
 
 
@@ -56,6 +59,18 @@ Judge: TypeAlias = Callable[[Step, str, int, int], None]
 
 def no_judge(_step: Step, _what: str, _gone: int, _new: int) -> None:
     """Let every change pass."""
+
+
+def note_interval(step: Step, interval_ms: float) -> float:
+    """Note that somebody ticks under this state, and how often, for the server that comes next."""
+    step.set_meta(_INTERVAL, interval_ms)
+    return interval_ms
+
+
+def noted_interval(store: Store) -> float | None:
+    """Return how often somebody ticks under this state, in ms; None where nobody ever did."""
+    found: float | None = store.meta(_INTERVAL)
+    return found
 
 
 def take_epoch(step: Step, epoch: str) -> int:
@@ -270,7 +285,8 @@ def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
 def _wake_debts(step: Step, records: Mapping[str, bytes]) -> None:
     """Make due again what rested of hotkeys who are eliminated again.
 
-    Of slashes that of the same reason; where none has it, the last one: others name reasons in words of their own.
+    Of slashes that of the same reason, else those of its rule. Only where the reason is in words of somebody's own
+    may it stand for any, and the last one is meant.
     """
     owing = step.store.debtors() if len(records) > 1 else records.keys()
     for hotkey in owing & records.keys():
@@ -279,13 +295,19 @@ def _wake_debts(step: Step, records: Mapping[str, bytes]) -> None:
             continue
         registration, reason = step.store.registration(hotkey), decode(records[hotkey])["reason"]
         slashes = [debt for debt in resting if debt.kind == SLASH and debt.registration == registration]
-        slashes = [debt for debt in slashes if debt.reason == reason] or slashes[-1:]
+        slashes = [debt for debt in slashes if debt.reason == reason] or _of_rule(slashes, reason)
         woken = [debt for debt in resting if debt.kind != SLASH or debt in slashes]
         for debt in woken:
             step.store.put_debt(debt._replace(due=True))
         if woken:
             step.record([EventOf("wake", hotkey, note=f"{_kinds(woken)}: eliminated again")])
     owe_again(step, records)
+
+
+def _of_rule(slashes: list[Debt], reason: str) -> list[Debt]:
+    if reason in _REASONS:
+        return [debt for debt in slashes if debt.rule and debt.rule == rule_of(reason)]
+    return slashes[-1:]
 
 
 def owe_again(step: Step, records: Mapping[str, bytes]) -> None:
@@ -360,7 +382,10 @@ def update_metagraph(
     says so.
     """
     seen, now = set(hotkeys), clock.now_ms() if now_ms is None else now_ms
+    # Who was first seen in a look that was not believed may be as wrong as that.
     before = step.store.registered()
+    unproved = before.intersection(step.store.meta(_UNPROVED, []))
+    before -= unproved
     size = step.store.meta(_BELIEVED, None)
     lost, anomalous = lost_hotkeys(before, seen, size)
     recent = [loss for loss in step.store.meta(_LOSSES, []) if 0 <= now - loss[0] < DAY_MS]
@@ -372,6 +397,9 @@ def update_metagraph(
         anomalous = bool(lost) and not believe_empty
     # After an anomalous loss the lost ones stay registered, so that the next look compares with them too.
     changed = step.store.set_registered(seen | before if anomalous else seen)
+    newcomers = sorted(seen - before) if anomalous else []
+    if newcomers or unproved:
+        step.set_meta(_UNPROVED, newcomers)
     if before or step.store.meta(_LOOKED, default=False):
         _count_returns(step, changed & seen)
     elif seen:
@@ -447,19 +475,35 @@ def clear_departed(step: Step) -> None:
     step.record(EventOf("forget", hotkey, note="departures cleared") for hotkey in departed)
 
 
+def _count_one_return_less(step: Step, hotkey: str) -> None:
+    number = step.store.registration(hotkey)
+    slashes, debts = step.store.slashes(hotkey), [d for d in step.store.debts(hotkey) if d.kind == SLASH]
+    since = [debt for debt in debts if debt.registration == number]
+    is_begun = any(slash.registration == number for slash in slashes) or any(d.state != OWED for d in since)
+    if number == 0 or is_begun:
+        return
+    step.store.put_registration(hotkey, number - 1)
+    before = {slash.rule for slash in slashes if slash.registration == number - 1}
+    before |= {debt.rule for debt in debts if debt.registration == number - 1}
+    for debt in since:
+        step.store.remove_debt(debt)
+        if debt.rule in before or ANY_RULE in before:
+            step.record([EventOf("cancel", hotkey, note=f"{debt.kind} ({debt.rule}): slashed for it before")])
+        else:
+            step.store.put_debt(debt._replace(registration=number - 1))
+
+
 def undo_departures(step: Step, hotkeys: Iterable[str]) -> list[str]:
     """Forget departures that were none, and the returns that were counted after them; returns whose there were.
 
-    A return stays counted where something was slashed, or is owed, since: its cause would be another's.
+    What is owed since such a return is owed as if there had been none: not again, where it was slashed before. A
+    return stays counted where a slash was made or begun since.
     """
     rows = step.store.get_many(hotkeys)
     undone = {hotkey: row for hotkey, row in rows.items() if row.departed_ordinal is not None}
     step.store.clear_departed(undone)
     for hotkey, row in undone.items():
-        number = step.store.registration(hotkey)
-        causes = {slash.registration for slash in step.store.slashes(hotkey)}
-        causes |= {debt.registration for debt in step.store.debts(hotkey)}
-        if row.registered and number > 0 and number not in causes:
-            step.store.put_registration(hotkey, number - 1)
+        if row.registered:
+            _count_one_return_less(step, hotkey)
     step.record(EventOf("forget", hotkey, note="the departure was none") for hotkey in undone)
     return list(undone)

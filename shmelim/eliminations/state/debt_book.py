@@ -437,7 +437,10 @@ def fail(
     A slash that was attempted is owed again, or is ``in_doubt`` where nobody knows whether it was made.
     """
     debt = _find(step, hotkey, kind, attempt, cause)
-    if debt is None or (in_doubt and debt.state == IN_DOUBT):
+    if debt is None:
+        return _NOTHING
+    if in_doubt and debt.state == IN_DOUBT:
+        step.store.put_debt(debt._replace(error=error))  # what the attempt itself says, though it comes late
         return _NOTHING
     debt = debt._replace(attempts=debt.attempts + 1, error=error)
     if in_doubt:
@@ -455,7 +458,7 @@ def fail(
 def doubt(step: Step, hotkey: str, attempt: str, error: str, leases: Leases) -> Noted:
     """Put a slash in doubt whose attempt was not heard of for a lease; False where it lives, or is not there."""
     debt = _find(step, hotkey, SLASH, attempt, Cause())
-    if debt is None or leases.is_live(debt):
+    if debt is None or debt.state == IN_DOUBT or leases.is_live(debt):
         return _NOTHING
     return fail(step, hotkey, SLASH, error, attempt, Cause(), in_doubt=True)
 
@@ -508,11 +511,16 @@ def hold_money(step: Step, why: str) -> None:
 
 
 def release_money(step: Step) -> bool:
-    """Let slashes go on, those that are owed now however many they are; False where they were not held."""
+    """Let slashes go on, those that are due now however many they are; False where they were not held.
+
+    Later ones count anew.
+    """
     if held_money(step.store) is None:
         return False
     step.set_meta(HELD, None)
-    step.set_meta(_RELEASED, [_key(debt) for debt in step.store.debts() if debt.kind == SLASH])
+    due = [debt for debt in step.store.debts() if debt.kind == SLASH and debt.state == OWED and debt.due]
+    step.set_meta(_RELEASED, [_key(debt) for debt in due])
+    step.set_meta(_BEGUN, {})
     step.record([EventOf("release", note="slashes go on")])
     return True
 

@@ -1,0 +1,23 @@
+"""Telling an answer from a coroutine, which does nothing until somebody runs it, and here nobody does."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def is_unrun(answer: object) -> bool:
+    """Whether an answer is a coroutine that never ran; it is closed then, and never will."""
+    if not inspect.iscoroutine(answer) or inspect.getcoroutinestate(answer) != inspect.CORO_CREATED:
+        return False
+    answer.close()
+    return True
+
+
+def carried_out(answer: T, what: str) -> T:
+    """Return the answer of what was called; TypeError where it did nothing yet, as it is a coroutine."""
+    if is_unrun(answer):
+        raise TypeError(f"{what} answered with a coroutine, which nobody runs; it must wait itself")
+    return answer
