@@ -110,6 +110,24 @@ def test_another_registration_is_known_too(directory):
         assert slash_states(server) == {}
 
 
+def test_a_return_that_the_store_forgot_is_counted_once(directory):
+    """He was away when the backup was made, and was slashed since, for the registration that is seen again."""
+    with opened(directory) as server:
+        server.update_metagraph_rpc(["a", "b"])
+        server.update_metagraph_rpc(["b"])
+        copy = kept(directory)
+        server.update_metagraph_rpc(["a", "b"])
+        owe(server, "a")
+        server.begin_slash_rpc("a", "one")
+        server.settle_debt_rpc("a", SLASH, "one")
+    put_back(directory, copy)
+    with opened(directory) as server:
+        server.update_metagraph_rpc(["a", "b"])
+        owe(server, "a")
+        assert server.get_debts_rpc() == []
+        assert [slash["registration"] for slash in server.get_slashes_rpc("a")] == [1]
+
+
 def test_a_rearmed_one_may_be_slashed_again(directory):
     with opened(directory) as server:
         owe(server, "a")

@@ -43,8 +43,8 @@ def catch_up(step: Step, entries: Iterable[Entry]) -> list[Entry]:
     known, store = said(entries), step.store
     missing = []
     for (hotkey, rule, registration), found in known.items():
-        if store.registration(hotkey) < registration:
-            store.put_registration(hotkey, registration)
+        if store.registration(hotkey) < (number := _number_of(store, hotkey, registration)):
+            store.put_registration(hotkey, number)
         cause = hotkey, rule, registration
         debts = [debt for debt in store.debts(hotkey) if debt.kind == SLASH]
         debt = next((debt for debt in debts if (hotkey, debt.rule, debt.registration) == cause), None)
@@ -63,6 +63,16 @@ def catch_up(step: Step, entries: Iterable[Entry]) -> list[Entry]:
         if debt.kind == SLASH and debt.state != OWED and (there is None or debt.attempt not in there.begun):
             missing.append(begun(debt))
     return missing
+
+
+def _number_of(store: Store, hotkey: str, registration: int) -> int:
+    """Return how often a hotkey has come back, as far as the store can have seen it, of which the journal knows more.
+
+    If it is away, as an earlier state of the store has it, that its return is seen counts it once more.
+    """
+    row = store.get(hotkey)
+    is_away = row is not None and row.departed_ordinal is not None and not row.registered
+    return registration - is_away
 
 
 def _put_on_record(step: Step, entry: Entry, debt: Debt | None) -> None:
