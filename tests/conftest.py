@@ -20,6 +20,8 @@ from shmelim import EliminationManager
 from shmelim.eliminations.rules import deadlines
 from shmelim.shm import READ_PATH, Namespace, PrivateNamespace, SharedNamespace, adoption, writer
 from shmelim.shm.image import Image
+from shmelim.system import forks
+from shmelim.system.logs import LimitedLog
 from shmelim.table.naming import TableNamespace
 
 if TYPE_CHECKING:
@@ -63,6 +65,14 @@ def _registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHMELIM_REGISTRY", str(tmp_path_factory.mktemp("registry")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_lines_held_back() -> None:
+    """Let each test log what it may in a fresh process: what repeats is held back for the whole process."""
+    for owner in list(forks._owners):
+        if isinstance(owner, LimitedLog):
+            owner._topics.clear()
 
 
 @pytest.fixture
