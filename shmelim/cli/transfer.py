@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -93,6 +94,8 @@ def export(settings: Settings, *, file: Path, departed: bool) -> None:
     snapshot = EliminationReader(settings.name).snapshot()
     count = len(snapshot.departed if departed else snapshot.eliminations)
     if str(file) == "-":
+        if sys.stdout is None:
+            raise FileProblemError("stdout is closed", hint="name a file, or let stdout be written to")
         with tempfile.TemporaryDirectory() as directory:
             whole = Path(directory) / "export.json"
             _write(whole, snapshot, departed=departed)

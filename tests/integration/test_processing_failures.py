@@ -21,7 +21,7 @@ from waiting import PATIENCE, until
 
 from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT, OWED
-from shmelim.eliminations.rules import alerts, closing, deadlines
+from shmelim.eliminations.rules import alerts, closing, deadlines, tick
 from shmelim.eliminations.rules.deadlines import StuckError
 from shmelim.errors import NotServingError, SlashNotMadeError, StateUnavailableError
 
@@ -367,6 +367,30 @@ def test_of_a_miners_positions_only_so_many_hang_at_once(
         until(lambda: deadlines.left_behind() == [])
         managed.tick()
         assert closed(managed, "a") == [True] * len(PAIRS)
+
+
+def test_what_hangs_in_a_tick_that_a_sync_ends_is_in_the_health(
+    new_name: Callable[[], str], tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its report would be too soon after the one before it."""
+    monkeypatch.setattr(tick, "_BETWEEN_REPORTS", PATIENCE)
+    with Managed("rpc", new_name(), tmp_path, call_deadline_s=0.5) as managed:
+        validator = managed.validator
+        validator.register("a")
+        validator.limit_orders.place("a")
+        managed.tick()
+        validator.lose("a", 0.2)
+
+        def sync_and_hang() -> None:
+            rows = managed.manager.get_eliminations_from_memory()
+            validator.sync(lambda: managed.manager.sync_eliminations(rows))
+            gate.wait()
+
+        validator.faults.at("cancel", sync_and_hang)
+        managed.tick()
+        assert [what for what, _, _ in deadlines.left_behind()] == ["limit_orders"]
+        problems = managed.manager._server_proxy.health_check_rpc()["problems"]
+        assert "limit_orders" in {problem["name"] for problem in problems}
 
 
 def all_but(stuck: str) -> list[str]:

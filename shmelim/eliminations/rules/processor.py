@@ -145,6 +145,7 @@ class EliminationProcessor:
                 step(tick)
             except OvertakenError as overtaken:
                 _limited(logging.WARNING, "overtaken", "the rest of this tick is left to the next: %s", overtaken)
+                context.report_changes(at_once=True)
                 return well
             except ENDS_A_TICK:
                 raise

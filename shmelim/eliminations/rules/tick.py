@@ -67,9 +67,9 @@ class Context:
             self.has_changed = True
             raise
 
-    def report_changes(self) -> None:
+    def report_changes(self, *, at_once: bool = False) -> None:
         """Report what has changed, at most once a second: a tick in which much hangs may take minutes."""
-        if self.has_changed and monotonic() - self.reported_at > _BETWEEN_REPORTS:
+        if self.has_changed and (at_once or monotonic() - self.reported_at > _BETWEEN_REPORTS):
             # A server that is away is found out by what needs it; its health is asked for once it is back.
             with contextlib.suppress(Exception):
                 self.report()

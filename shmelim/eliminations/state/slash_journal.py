@@ -66,7 +66,7 @@ def catch_up(step: Step, entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _number_of(store: Store, hotkey: str, registration: int) -> int:
-    """Return how often a hotkey has come back, as far as the store can have seen it, of which the journal knows more.
+    """Return how often a hotkey has come back, as the store would have counted it, where the journal knows more.
 
     If it is away, as an earlier state of the store has it, that its return is seen counts it once more.
     """
