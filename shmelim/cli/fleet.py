@@ -21,7 +21,7 @@ from shmelim.cli.failure import NO, NOT_SERVING, YES
 from shmelim.cli.options import NAME, PATH, Command, Group, Settings, command
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
-from shmelim.errors import NotServingError, ShmelimError
+from shmelim.errors import FleetDataError, NotServingError, ShmelimError
 from shmelim.shm.following import OLD
 from shmelim.system.clock import now_ms, utc_text
 from shmelim.system.supervisor import notify_supervisor
@@ -155,8 +155,8 @@ def follow(
     Readers use the table as any other. It outlives the follower and the engine, and says how old it is. Nothing
     can be changed here. Needs the extra: pip install 'shmelim[fleet]'.
 
-    With --json: one object a line {time, event, …}, for following, held, lost, error and their ends; and each
-    second in which a snapshot loads {time, event "loading", rows, of}.
+    With --json: one object a line {time, event, …}, for following, waiting, held, lost, error and their ends; and
+    each second in which a snapshot loads {time, event "loading", rows, of}.
 
     For example:
       shmelim follow --from redis://follower@engine.example:6379/0 --password-file /etc/shmelim/engine
@@ -210,7 +210,8 @@ def status(settings: Settings, *, url: str, password_file: Path | None) -> int:
     3: nothing is published under the name.
 
     With --json: head {owner, host, store_id, term, line, seq, run, snapshot {seq, rows, size} or null} or null,
-    held, followers [{who, host, pid, term, line, seq, lost, age_ms, rows, digest}].
+    held, followers [{who, host, pid, term, line, seq, lost, age_ms, rows, digest}, or {who, error} of one whose
+    report cannot be read].
 
     For example:
       shmelim fleet status --json
@@ -220,9 +221,13 @@ def status(settings: Settings, *, url: str, password_file: Path | None) -> int:
     engine = _engine(url, settings.name, password_file)
     look = engine.look()
     head = None if look.head is None else unpack_head(look.head)
-    followers = []
+    followers: list[dict[str, Any]] = []
     for who, raw in sorted(engine.reports().items()):
-        report = unpack_report(raw)
+        try:
+            report = unpack_report(raw)
+        except FleetDataError as error:
+            followers.append({"who": who, "error": error.message})
+            continue
         about = {key: getattr(report, key) for key in ("host", "pid", "term", "line", "seq", "lost", "rows")}
         age = None if report.age < 0 else report.age
         followers.append({"who": who, **about, "age_ms": age, "digest": f"{report.digest:016x}"})
@@ -249,6 +254,8 @@ def status(settings: Settings, *, url: str, password_file: Path | None) -> int:
 
 
 def _is_well(line: int, follower: dict[str, Any]) -> bool:
+    if "error" in follower:
+        return False
     age = follower["age_ms"]
     return follower["line"] == line and not follower["lost"] and age is not None and age < 1000 * OLD
 
@@ -271,7 +278,9 @@ def _show(found: dict[str, Any]) -> None:
         ]
     )
     rows = (
-        (
+        (each["who"], "", "its report cannot be read", "", "", "", "")
+        if "error" in each
+        else (
             each["who"],
             each["pid"],
             "this line" if each["line"] == head["line"] else f"line {each['line']}",
@@ -303,7 +312,7 @@ def hold(settings: Settings, *, why: str, url: str, password_file: Path | None) 
       shmelim fleet hold "the sync of 14:00 looks wrong"
     """
     text = why or f"held on {socket.gethostname()} at {utc_text(now_ms())} UTC"
-    _engine(url, settings.name, password_file).hold(text.encode())
+    _published(url, settings.name, password_file)[0].hold(text.encode())
     settings.answer({"held": text}, printable(f"held: {text}"))
 
 
@@ -317,8 +326,21 @@ def release(settings: Settings, *, url: str, password_file: Path | None) -> None
     For example:
       shmelim fleet release
     """
-    _engine(url, settings.name, password_file).hold(None)
-    settings.answer({"held": None}, "released")
+    engine, held = _published(url, settings.name, password_file)
+    engine.hold(None)
+    settings.answer({"held": None}, "nothing was held" if held is None else "released")
+
+
+def _published(url: str, name: str, password_file: Path | None) -> tuple[RedisEngine, str | None]:
+    """Return the engine, and why what is published there is held; NotServingError where nothing is."""
+    engine = _engine(url, name, password_file)
+    look = engine.look()
+    if look.head is None:
+        raise NotServingError(
+            f"nothing is published under {name!r} at {engine.place}",
+            hint="say which name by --name; `shmelim fleet status` shows whether anything is",
+        )
+    return engine, look.held
 
 
 def _engine(url: str, name: str, password_file: Path | None) -> RedisEngine:
@@ -366,10 +388,12 @@ def _teller(
             also()
             notify_supervisor("READY=1")
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        if settings.as_json:
-            click.echo(json.dumps({"time": time, "event": event, **about}))
-            return
-        text = ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)
-        click.echo(printable(f"{time} {event}{': ' if text else ''}{text}"), err=True)
+        # A log on a full disk must not end what it tells of.
+        with contextlib.suppress(OSError):
+            if settings.as_json:
+                click.echo(json.dumps({"time": time, "event": event, **about}))
+                return
+            text = ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)
+            click.echo(printable(f"{time} {event}{': ' if text else ''}{text}"), err=True)
 
     return say

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import NotServingError, SegmentError, ShmelimError, StoreError
 from shmelim.shm import SharedNamespace, TableReader
+from shmelim.system.owner import named_owner
 from shmelim.system.text import printable
 
 directory_option = click.option(
@@ -125,8 +127,14 @@ def _look(name: str, state_dir: Path | None, registry: Path | bool) -> list[Find
     if not (directory / FILE_NAME).exists():
         return findings
     findings += [keeping.check_store(directory), *keeping.check_files(directory)]
-    base = registry_base(registry)
+    # Each user has a registry of his own.
+    base = None if _is_anothers() and registry is True else registry_base(registry)
     return findings if base is None else [*findings, keeping.check_registry(Registry(base, name), directory)]
+
+
+def _is_anothers() -> bool:
+    """Whether another user's name is meant than this one's."""
+    return named_owner() not in {None, os.geteuid()}
 
 
 @command
@@ -193,6 +201,12 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
     """
     name, directory = settings.name, state_directory_of(settings.name)
     about: dict[str, Any] = {"state_dir": str(directory)}
+    if _is_anothers():
+        owner = named_owner()
+        raise RefusedError(
+            f"{name!r} is of uid {owner}, and only that user can forget it",
+            hint=f"run it as that user: sudo -u '#{owner}' shmelim forget --name {name}",
+        )
     _need_unserved(name)
     if not yes and not output.agreed(f"Forget {name!r}?", printable(f"its state stays in {directory}")):
         settings.answer({"forgotten": False, **about}, "nothing was changed")

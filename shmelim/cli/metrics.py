@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -39,8 +38,5 @@ def metrics(settings: Settings, *, to: Path | None) -> int:
         settings.answer({"metrics": text.decode()}, f"written: {to}")
         return YES
 
-    def say() -> None:
-        sys.stdout.write(text.decode())
-
-    settings.answer({"metrics": text.decode()}, say)
+    settings.answer({"metrics": text.decode()}, lambda: click.echo(text, nl=False))
     return YES

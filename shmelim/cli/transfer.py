@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -103,7 +104,7 @@ def export(settings: Settings, *, file: Path, departed: bool) -> None:
             click.echo(whole.read_bytes(), nl=False)
         return
     # Through a link, which stays one.
-    file = file.resolve()
+    file = Path(os.path.realpath(file))
     if file.exists():
         need_file(file)
         if not file.is_file():

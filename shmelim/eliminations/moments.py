@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from typing import Final, NamedTuple
 
+_LAST: Final = (1 << 63) - 1  # what SQLite can hold
 _FIRST_MS: Final = 100_000_000_000  # 1973; a smaller number is an event's
 
 
@@ -28,8 +29,8 @@ class Moment(NamedTuple):
         if isinstance(when, bool) or not isinstance(when, (int, str, dt.datetime)):
             raise TypeError(f"a moment is an event's number, ms since 1970, or ISO 8601, not {when!r}")
         if isinstance(when, int):
-            if when < 0:
-                raise ValueError(f"a moment must not be negative, as {when} is")
+            if not 0 <= when <= _LAST:
+                raise ValueError(f"a moment is 0 to {_LAST}, not {when}")
             return cls(when) if when < _FIRST_MS else cls(None, when)
         if isinstance(when, str):
             try:

@@ -205,8 +205,8 @@ class EliminationManagerServer(DebtMethods):
             raise ValueError("with files_dir the files are the state: leave state_dir, imports and files out")
         self.namespace = PrivateNamespace() if namespace is None else namespace
         # Wherever this process goes, and whatever a link leads to later.
-        self.state_dir = None if state_dir is None else Path(state_dir).resolve()
-        self._files_dir = None if files_dir is None else Path(files_dir).resolve()
+        self.state_dir = None if state_dir is None else Path(os.path.realpath(state_dir))
+        self._files_dir = None if files_dir is None else Path(os.path.realpath(files_dir))
         self.started_ms = clock.now_ms()
         self.live_price_fetcher: Any = None
         self.problems = Problems()

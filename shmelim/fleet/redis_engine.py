@@ -254,6 +254,8 @@ def place_of(url: str) -> str:
         raise ValueError(
             f"{parts.scheme or url!r}: an engine's address begins with redis://, rediss:// or unix://"
         )
+    if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):
+        raise ValueError(f"{printable(parts.path)}: an engine's address ends with the number of a database")
     options = parse_qs(parts.query, keep_blank_values=True).keys()
     if parts.password is not None or options & {"password", "ssl_password"}:
         raise ValueError(

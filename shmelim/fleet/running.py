@@ -85,6 +85,8 @@ def run_publisher(
 def run_follower(follower: Follower, table: LocalTable, stop: threading.Event, say: Say) -> None:
     """Follow until ``stop`` is set; errors are said, and tried again: the table serves on, and its age grows."""
     telling = _Telling(say)
+    if table.applied is not None:  # it serves what an earlier follower left
+        telling.tell("following", {"line": table.applied.line})
     while not stop.is_set():
         try:
             follower.turn(_WAITING)
@@ -95,6 +97,8 @@ def run_follower(follower: Follower, table: LocalTable, stop: threading.Event, s
         telling.worked()
         applied = table.applied
         telling.tell("following", None if applied is None else {"line": applied.line})
+        waiting = {"why": "nothing that can be followed is published under that name"} if applied is None else None
+        telling.tell("waiting", waiting)
         telling.tell("held", None if follower.held is None else {"why": follower.held})
         for problem in ("lost", "engine_data"):
             text = follower.problems.get(problem)

@@ -24,6 +24,7 @@ from shmelim.eliminations.runtime import RuntimeDirectory, state_directory_of
 from shmelim.shm import READ_PATH
 from shmelim.shm.native import HOW_TO_COMPILE, why_pure
 from shmelim.system import clock
+from shmelim.system.owner import named_owner
 from shmelim.watch.seeing import Seen, see
 
 _MIB: Final = 1 << 20
@@ -188,7 +189,7 @@ def _of_runtime(name: str) -> Iterator[Finding]:
         except OSError as error:
             yield Finding("runtime", "notice", f"{path}: {error.strerror}", "run as the server's user")
             return
-        if status.st_uid not in {0, os.geteuid()} or stat.S_IMODE(status.st_mode) & 0o077:
+        if status.st_uid not in {0, os.geteuid(), named_owner()} or stat.S_IMODE(status.st_mode) & 0o077:
             text = f"{path} belongs to uid {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):#o}"
             yield Finding(
                 "runtime", "warning", text, "it should be its user's alone: remove it, and restart the server"

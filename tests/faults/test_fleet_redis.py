@@ -776,7 +776,7 @@ class TestProtocol:
         "http://example", "redis://user:word@example", "", "engine", "redis://example?password=word",
         "rediss://example?ssl_password=word", "unix:///socket?password=word", "redis://example?socket_timeout=9",
         "rediss://example?ssl_cert_reqs=none", "rediss://example?ssl_check_hostname=no",
-        "redis://example?ssl_ca_certs=/ca", "redis://example?password",
+        "redis://example?ssl_ca_certs=/ca", "redis://example?password", "redis://example/abc", "redis://example/0/1",
     ],
 )  # fmt: skip
 def test_addresses_that_are_none_or_tell_a_password_or_undo_a_check_are_refused(url):
@@ -895,6 +895,32 @@ def test_both_ends_are_seen_on_their_hosts(fleet, name):
     assert [each["name"] for each in problems] == ["publisher_error"]
     assert follower.stop() == 0
     assert shown(fleet, "health", "--name", name)[0] == 3
+
+
+def test_a_name_that_nobody_publishes_is_neither_held_nor_released(fleet):
+    asked = ("--at", fleet.engine.url, "--name", "nobody")
+    for command in (("hold", "why"), ("release",)):
+        code, answer = shown(fleet, "fleet", *command, *asked)
+        assert code == 3
+        assert "nothing is published under 'nobody'" in answer["error"]
+    fleet.publish().has_said("leading")
+    code, answer = shown(fleet, "fleet", "release", "--at", fleet.engine.url, "--name", fleet.served.name)
+    assert (code, answer["held"]) == (0, None)
+
+
+def test_a_report_that_cannot_be_read_hides_no_other(fleet, name):
+    fleet.publish()
+    fleet.follow(name).has_said("following")
+    asked = ("fleet", "status", "--at", fleet.engine.url, "--name", fleet.served.name)
+    until(lambda: shown(fleet, *asked)[0] == 0, "a report that says an age")
+    with fleet.engine.client() as client:
+        client.sadd(f"shmelim:{{{fleet.served.name}}}:reports", "z/other")
+        client.set(f"shmelim:{{{fleet.served.name}}}:report:z/other", b"junk", ex=60)
+    code, answer = shown(fleet, *asked)
+    assert code == 1
+    assert [each["who"] for each in answer["followers"]][1] == "z/other"
+    assert ["error" in each for each in answer["followers"]] == [False, True]
+    assert answer["head"]["host"] == socket.gethostname()
 
 
 def test_a_follower_is_watched(fleet, name):

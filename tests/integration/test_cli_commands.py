@@ -645,3 +645,16 @@ def test_names_lists_what_is_served_here(run, served):
     assert found[served.name]["departed"] >= 1
     assert found[f"bad-{os.getpid()}"]["status"] == "unreadable"
     assert found[f"bad-{os.getpid()}"]["problem"]
+
+
+def test_a_path_that_leads_in_a_circle_is_an_error_with_a_hint(run, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for command in (
+        ["export", str(loop)],
+        ["sync", str(loop)],
+        ["serve", "--state-dir", str(loop), "--name", "other"],
+    ):
+        result = run(*command)
+        assert result.exit_code == 4, result.stderr
+        assert "unexpected" not in result.stderr

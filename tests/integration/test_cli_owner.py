@@ -101,3 +101,14 @@ def test_a_command_that_is_refused_leaves_nothing_behind():
     before = dict(os.environ)
     assert run("history", "one", "two", "three", "--owner", "1", "--runtime-dir", "/nowhere").exit_code == 2
     assert dict(os.environ) == before
+
+
+def test_what_only_its_own_user_can_do_or_see_is_said(theirs, monkeypatch):
+    monkeypatch.setenv(OWNER_VARIABLE, str(NOBODY))
+    forgotten = CliRunner().invoke(cli, ["forget", "--name", theirs, "--yes"])
+    assert forgotten.exit_code == 1
+    assert f"sudo -u '#{NOBODY}' shmelim forget --name {theirs}" in forgotten.stderr
+    verified = CliRunner().invoke(cli, ["verify", "--name", theirs, "--json"])
+    assert "registry" not in [finding["what"] for finding in json.loads(verified.stdout)["findings"]]
+    found = json.loads(CliRunner().invoke(cli, ["doctor", "--name", theirs, "--json"]).stdout)["findings"]
+    assert [finding for finding in found if "remove it" in finding["remedy"]] == []

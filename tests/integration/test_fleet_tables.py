@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sqlite3
+import threading
 from contextlib import closing
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from invoking import CliRunner
@@ -12,17 +16,20 @@ from memory_engine import MemoryEngine
 from serving import row
 
 from shmelim import EliminationClient, EliminationManagerServer, EliminationReader
+from shmelim.cli import fleet
 from shmelim.cli.main import cli
 from shmelim.eliminations.rows import Status
 from shmelim.eliminations.runtime import default_state_directory
 from shmelim.eliminations.store import touched
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.errors import FollowerError, StateConflictError, StoreError
+from shmelim.fleet.engine import EngineError
 from shmelim.fleet.follower import Applied, Follower
 from shmelim.fleet.local import LocalTable
 from shmelim.fleet.messages import Row
 from shmelim.fleet.outbox import StoreOutbox
 from shmelim.fleet.publisher import Publisher
+from shmelim.fleet.running import run_follower
 from shmelim.shm import SharedNamespace, TableReader
 from shmelim.shm.following import Position, position_of, source_of
 
@@ -271,6 +278,48 @@ class TestLocalTable:
         with pytest.raises(StateConflictError, match="server"):
             LocalTable(SharedNamespace(name), SOURCE)
         assert EliminationReader(name).is_hotkey_eliminated("a")
+
+
+class Idle:
+    """A follower whose engine is away, or has nothing."""
+
+    held = None
+    problems: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def turn(self, _wait):
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [None, EngineError("away")])
+@pytest.mark.parametrize("has_table", [False, True])
+def test_what_a_follower_says_that_gets_nothing(new_name, error, has_table):
+    """It is ready where it has a table, though the engine is away; and else it says for what it waits."""
+    said, stop = [], threading.Event()
+
+    def say(event, **_about):
+        said.append(event)
+        if event in {"error", "waiting"} or (error is None and has_table):
+            stop.set()
+
+    with LocalTable(SharedNamespace(new_name()), SOURCE) as table:
+        if has_table:
+            table.replace(Applied(STORE_ID, 5, 10, 1), [Row(b"a", 1, b"x", 3)])
+        run_follower(Idle(error), table, stop, say)
+    wanted = ["following"] if has_table else []
+    assert said == wanted + (["error"] if error else [] if has_table else ["waiting"])
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_log_that_cannot_be_written_ends_nothing(monkeypatch, as_json):
+    def fail(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fleet.click, "echo", fail)
+    fleet._teller(SimpleNamespace(as_json=as_json), ready_at="following")("error", error="away")
 
 
 def test_from_a_store_to_a_table(server, tmp_path, new_name):

@@ -1051,3 +1051,40 @@ def test_what_the_attempt_itself_says_is_kept_though_it_was_in_doubt_before(serv
     assert (slash(server)["state"], slash(server)["error"]) == ("in_doubt", "the chain answered nothing")
     assert server.doubt_slash_rpc("a", "one", "not heard of") is False
     assert slash(server)["error"] == "the chain answered nothing"
+
+
+@pytest.mark.parametrize("wrongly", ["by the rule", "by hand"])
+def test_a_rollback_that_exchanges_an_elimination_exchanges_what_is_due(server, wrongly):
+    """The slash of what is undone rests, and that of what stands again is due; no debt is made or unmade."""
+    ruled, by_hand = row("a", reason="MAX_TOTAL_DRAWDOWN"), row("a", 5, reason="PLAGIARISM")
+
+    def eliminate_by_rule():
+        server.eliminate_rpc("a", ruled, [SLASH], None, "drawdown")
+
+    def eliminate_by_hand():
+        server.add_elimination_rpc("a", by_hand)
+
+    first, then = eliminate_by_hand, eliminate_by_rule
+    if wrongly == "by hand":
+        first, then = then, first
+    first()
+    before = server.get_history_rpc(limit=1)[0]["id"]
+    server.delete_eliminations_rpc(["a"])
+    then()
+    debts = owed(server)
+    server.rollback_rpc(before)
+    assert server.get_elimination_rpc("a")["reason"] == (
+        "PLAGIARISM" if wrongly == "by the rule" else ruled["reason"]
+    )
+    assert owed(server) == debts
+    assert due(server, "a") == [wrongly == "by hand"]
+    assert server.begin_slash_rpc("a", "one", "drawdown") is (wrongly == "by hand")
+
+
+def test_a_rollback_makes_no_debt(server):
+    eliminate(server, kinds=[POSITIONS], rule="drawdown")
+    server.settle_debt_rpc("a", POSITIONS)
+    before = server.get_history_rpc(limit=1)[0]["id"]
+    server.sync_eliminations_rpc([])
+    server.rollback_rpc(before)
+    assert owed(server) == []

@@ -178,15 +178,19 @@ def _replace(
     reason: str,
     notes: Mapping[str, str] = _NO_NOTES,
     judge: Judge = no_judge,
+    *,
+    is_undone: bool = False,
 ) -> list[str]:
+    """Change many records; where that undoes others, no debt is made, nor left due for what is undone."""
     removed = step.store.remove_eliminations(gone)
     events = [EventOf("remove", hotkey, record, reason) for hotkey, record in removed.items()]
     events += _put(step, records, reason, notes)
     if events:
         step.record(events)
-        _rest_debts(step, removed, reason)
+        exchanged = _exchanged(step, events, records) if is_undone else {}
+        _rest_debts(step, [*removed, *exchanged], reason)
         added = _added(events, records)
-        _wake_debts(step, added)
+        _wake_debts(step, added | exchanged, owes=not is_undone)
         judge(step, reason, len(removed), len(added))
         step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
     return list(removed)
@@ -212,7 +216,7 @@ def rollback(step: Step, moment: Moment) -> int:
     changed = {hotkey: record for hotkey, record in then.items() if record != now.get(hotkey)}
     records = {hotkey: record for hotkey, record in changed.items() if record is not None}
     gone = [hotkey for hotkey in changed if hotkey not in records]
-    _replace(step, records, gone, f"rolled back to {moment}")
+    _replace(step, records, gone, f"rolled back to {moment}", is_undone=True)
     return len(changed)
 
 
@@ -282,8 +286,19 @@ def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
             step.record([EventOf("cancel", hotkey, note=f"{_kinds(cancelled)}: {reason}")])
 
 
-def _wake_debts(step: Step, records: Mapping[str, bytes]) -> None:
-    """Make due again what rested of hotkeys who are eliminated again.
+def _exchanged(step: Step, events: Iterable[EventOf], records: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the records of those who owe something, and are eliminated for another reason now than before."""
+    owing = step.store.debtors()
+    return {
+        event.hotkey: records[event.hotkey]
+        for event in events
+        if event.action == "update" and event.hotkey in owing and event.old is not None
+        if decode(event.old)["reason"] != decode(records[event.hotkey])["reason"]
+    }
+
+
+def _wake_debts(step: Step, records: Mapping[str, bytes], *, owes: bool = True) -> None:
+    """Make due again what rested of hotkeys who are eliminated again; and owed, what may be repeated.
 
     Of slashes that of the same reason, else those of its rule. Only where the reason is in words of somebody's own
     may it stand for any, and the last one is meant.
@@ -301,7 +316,8 @@ def _wake_debts(step: Step, records: Mapping[str, bytes]) -> None:
             step.store.put_debt(debt._replace(due=True))
         if woken:
             step.record([EventOf("wake", hotkey, note=f"{_kinds(woken)}: eliminated again")])
-    owe_again(step, records)
+    if owes:
+        owe_again(step, records)
 
 
 def _of_rule(slashes: list[Debt], reason: str) -> list[Debt]:
