@@ -62,11 +62,12 @@ def run_publisher(
     FencedError, OtherStoreError and FleetDataError come out.
     """
     telling = _Telling(say)
+    where: dict[str, int] = {}
     while not stop.is_set():
         try:
             publisher.turn()
         except (EngineError, StoreError) as error:
-            note.write(**_of(error), behind=publisher.behind)
+            note.write(**where, **_of(error), behind=publisher.behind)
             telling.pause_after(error, stop)
             continue
         except ShmelimError as error:
@@ -76,7 +77,7 @@ def run_publisher(
         head = publisher.head
         telling.tell("leading", None if head is None else {"term": head.term, "line": head.line})
         telling.tell("held", None if publisher.held is None else {"why": publisher.held})
-        where = {} if head is None else {"term": head.term, "line": head.line, "seq": head.seq}
+        where = where if head is None else {"term": head.term, "line": head.line, "seq": head.seq}
         note.write(**where, behind=publisher.behind, held=publisher.held)
         changed(_WAITING)
     note.remove()

@@ -893,6 +893,9 @@ def test_both_ends_are_seen_on_their_hosts(fleet, name):
     until(lambda: shown(fleet, "health", "--name", fleet.served.name)[0] == 1)
     problems = shown(fleet, "health", "--name", fleet.served.name)[1]["problems"]
     assert [each["name"] for each in problems] == ["publisher_error"]
+    line = EliminationReader(name).position.line
+    publishing = shown(fleet, "status", "--name", fleet.served.name)[1]["publishing"]
+    assert publishing["line"] == line, "it is what it was"
     assert follower.stop() == 0
     assert shown(fleet, "health", "--name", name)[0] == 3
 
