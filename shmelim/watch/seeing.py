@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
-from shmelim.errors import ChannelError, NotServingError, SegmentError, ShmelimError
+from shmelim.errors import CallerFaultError, ChannelError, NotServingError, SegmentError, ShmelimError
 from shmelim.fleet.publishing import Publishing, publishing
 from shmelim.shm import TableInfo, WriterInfo
 from shmelim.shm.following import OLD
@@ -50,9 +50,11 @@ def see(name: str, owner: int | None = None) -> Seen:
     try:
         with EliminationClient(name, timeout=_ASKING) as client:
             server = client.health_check()
-    except (ChannelError, NotServingError, TimeoutError) as error:
-        return Seen("failing", [_problem("no_answer", error)], writer, table, None)
-    except ShmelimError as error:  # this user may not ask
+    except (ShmelimError, TimeoutError) as error:
+        is_silent = isinstance(error, (ChannelError, NotServingError, TimeoutError))
+        if is_silent and not isinstance(error, CallerFaultError):
+            return Seen("failing", [_problem("no_answer", error)], writer, table, None)
+        # This user, or this process, may not ask, and the server may be well.
         return Seen("ok", [_problem("cannot_check", error) | {"severity": "notice"}], writer, table, None)
     found = publishing(name)
     status, problems = with_publisher(found, server["status"], server["problems"])

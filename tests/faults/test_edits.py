@@ -182,6 +182,31 @@ class TestAFileThatIsNoEdit:
             start()
         assert path.exists()
 
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "directory"])
+    def test_something_else_in_the_place_of_what_was_written_down_of_it_is_not_waited_for(
+        self, state_dir, path, start, make
+    ):
+        with start() as server:
+            server.sync_eliminations_rpc([row("a")])
+            server.save_eliminations_rpc()
+        sidecar = path.with_name(f".{path.name}.written")
+        sidecar.unlink()
+        make(sidecar)
+        server = start()
+        assert server.get_eliminated_hotkeys_rpc() == {"a"}
+
+    def test_a_link_to_what_is_not_mounted_yet_is_no_empty_state(self, state_dir, path, start, tmp_path):
+        state_dir.mkdir()
+        path.symlink_to(tmp_path / "mount" / path.name)
+        with pytest.raises(DamagedFileError, match="is a link to"):
+            start()
+        assert not (state_dir / "shmelim.sqlite").exists()
+        (tmp_path / "mount").mkdir()
+        with start() as server:
+            server.sync_eliminations_rpc([row("a")])
+            server.save_eliminations_rpc()
+        assert (tmp_path / "mount" / path.name).is_file()
+
 
 class TestWithoutFilesAndWithThemAgain:
     def test_the_first_start_takes_what_stands_there_and_no_later_one_goes_back_to_it(

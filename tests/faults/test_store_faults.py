@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from shmelim import EliminationManagerServer
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.record import encode, generate_row, normalise
 from shmelim.eliminations.store.history import Change
@@ -366,3 +367,13 @@ def test_forked_child_is_refused_and_does_no_harm(tmp_path):
         store.check()
     with Store.open(tmp_path) as store:
         assert list(store.eliminated()) == [("a", b"1"), ("b", b"2")]
+
+
+def test_a_directory_in_the_place_of_the_store_is_refused_and_left_as_it_is(tmp_path):
+    place = tmp_path / "state" / FILE_NAME
+    place.mkdir(parents=True)
+    place.chmod(0o755)
+    with pytest.raises(StoreError, match="not a file"):
+        EliminationManagerServer(None, tmp_path / "state")
+    assert place.is_dir()
+    assert place.stat().st_mode & 0o777 == 0o755

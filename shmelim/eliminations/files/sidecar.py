@@ -13,7 +13,8 @@ from typing import NamedTuple
 import msgspec
 
 from shmelim.eliminations.files.format import read_file
-from shmelim.system.durable import write_whole, writing
+from shmelim.errors import DamagedFileError
+from shmelim.system.durable import read_once, write_whole, writing
 from shmelim.system.text import get_logger
 
 _log = get_logger("shmelim.files")
@@ -68,10 +69,9 @@ def settle(path: Path) -> None:
 
 def _read(path: Path) -> Written | None:
     try:
-        return msgspec.msgpack.decode(path.read_bytes(), type=Written)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.DecodeError) as error:
+        found = read_once(path)
+        return None if found is None else msgspec.msgpack.decode(found.data, type=Written)
+    except (OSError, DamagedFileError, msgspec.DecodeError) as error:
         _log.warning("%s cannot be read, so a file that was edited cannot be merged: %s", path, error)
         return None
 

@@ -7,13 +7,14 @@ what the last step left, which is what there was before or what there is after i
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from shmelim.eliminations.files.format import ELIMINATIONS_FILE
-from shmelim.eliminations.files.taking import take_files
+from shmelim.eliminations.files.taking import NAMES, take_files
 from shmelim.eliminations.rows import ORIGIN_KEY, row_entry
 from shmelim.eliminations.starting import recovery, replacement
 from shmelim.eliminations.starting.deciding import Action, Facts, Plan, Relation, StoreIs, decide
@@ -26,7 +27,7 @@ from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.opening import LOG_SUFFIXES
 from shmelim.eliminations.store.schema import FILE_NAME, RESTORE_HINT, Durability
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import DamagedStoreError, FollowerError, StateConflictError, StoreError
+from shmelim.errors import DamagedFileError, DamagedStoreError, FollowerError, StateConflictError, StoreError
 from shmelim.shm import Namespace, TableReader, TableWriter
 from shmelim.system import clock
 from shmelim.system.problems import Problems
@@ -73,6 +74,8 @@ def begin(
         facts = found.facts(choices)
         plan = decide(facts)
         _need_accepted(found, plan)
+        if plan.action is Action.BEGIN:
+            _need_nothing_behind_links(found)
         level = _log.warning if plan.hold or plan.action not in _ORDINARY else _log.info
         level("%r begins with %s (%s)", namespace.name, plan.action.value, facts)
         if found.damage is not None:
@@ -117,6 +120,17 @@ def adopt(store: Store, table: TableWriter, namespace: Namespace, origin_record:
             transaction.commit = store.commit_number
     table.commit = store.commit_number
     return True
+
+
+def _need_nothing_behind_links(found: _Found) -> None:
+    """Raise DamagedFileError where a state would begin empty beside a link to a file that is not mounted yet."""
+    for path in [] if found.directory is None else [found.directory / name for name in NAMES]:
+        target = Path(os.path.realpath(path))
+        if path.is_symlink() and not target.parent.is_dir():
+            raise DamagedFileError(
+                f"{path} is a link to {target}, and there is no directory {target.parent}",
+                hint="mount what it is on; or remove the link, to start empty",
+            )
 
 
 # ---------------------------------------------------------------------- finding

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -48,6 +49,8 @@ def make_private(path: Path) -> None:
         return
     # Never opened here: closing it would drop the locks of every connection of this process to it.
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise damaged(path, "it is not a file")
     if status.st_size < _SMALLEST:
         # SQLite would take a file without content for a new database, and the state for empty.
         raise damaged(path, f"it has only {status.st_size} bytes")
