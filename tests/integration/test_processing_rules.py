@@ -15,7 +15,6 @@ from reference_validator.trading import Holding
 from shmelim.eliminations.debts.states import IN_DOUBT
 from shmelim.eliminations.record import generate_row
 from shmelim.eliminations.starting import keeping
-from shmelim.eliminations.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -1022,9 +1021,7 @@ def test_what_a_miner_opened_before_a_restore_brings_him_again_is_closed(managed
     validator.open_position("a")
     validator.limit_orders.place("a")
     managed.close(final=False)
-    with Store.read_only(state) as store:
-        acknowledged = store.commit_number
-    keeping.restore(managed.directory / "backup", state, None, acknowledged)
+    keeping.restore(managed.directory / "backup", state, None)
     managed._open()
     managed.tick()
     assert managed.manager.release_money()

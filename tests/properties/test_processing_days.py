@@ -25,7 +25,6 @@ from shmelim.eliminations.rules import deadlines
 from shmelim.eliminations.starting import keeping
 from shmelim.eliminations.starting.registry import Registry
 from shmelim.eliminations.state.changes import lost_hotkeys
-from shmelim.eliminations.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -250,9 +249,7 @@ class Day:
         state = managed.directory / "state"
         base = Path(os.environ["SHMELIM_REGISTRY"])
         registry = None if managed.mode == "direct" else Registry(base, managed.name)
-        with Store.read_only(state) as store:
-            acknowledged = store.commit_number
-        keeping.restore(backup, state, registry, acknowledged)
+        keeping.restore(backup, state, registry)
         managed._open()
         self._begin_again()
         self.removed |= {name for name in self.first | first if self.first.get(name) != first.get(name)}

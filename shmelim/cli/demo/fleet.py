@@ -42,9 +42,8 @@ class FleetScenario:
         self._home = Path(tempfile.mkdtemp(prefix="shmelim-demo-"))
         self._socket = self._home / "engine"
         self._tables = [f"{name[:13]}-{number}" for number in range(_FOLLOWERS)]
-        self._hosts = Hosts(_FOLLOWERS)
-        self._password = self._home / "password"
-        self._port = free_port(self._hosts.here(0)) if self._hosts else 0
+        self._hosts, self._port = Hosts(0), 0  # until it runs: over the socket alone, where nobody else is
+        self._password, self._secret = self._home / "password", ""
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._environment = os.environ | {
             "SHMELIM_RUNTIME_DIR": str(self._home),
@@ -59,6 +58,11 @@ class FleetScenario:
             raise ShmelimError(
                 "there is no redis-server on the path", hint="install it: apt-get install redis-server"
             )
+        self._hosts = Hosts(_FOLLOWERS)
+        if self._hosts:
+            self._port, self._secret = free_port(self._hosts.here(0)), secrets.token_hex(16)
+            self._password.touch(0o600)
+            self._password.write_text(self._secret, encoding="utf-8")
         where = "each on a host of its own" if self._hosts else f"on this host ({self._hosts.missing})"
         self.narrate(f"starting an engine, a server, a publisher and three followers, {where}")
         self._start_engine()
@@ -254,7 +258,7 @@ class FleetScenario:
         if self._hosts:
             lines += [
                 f"bind {' '.join(map(self._hosts.here, range(_FOLLOWERS)))}",
-                f"requirepass {self._secret()}",
+                f"requirepass {self._secret}",
             ]
         settings.write_text("\n".join(lines) + "\n", encoding="utf-8")
         self._run("engine", ["redis-server", str(settings)])
@@ -263,7 +267,7 @@ class FleetScenario:
     def _redis(self, command: str) -> bool:
         import redis
 
-        with redis.Redis(unix_socket_path=str(self._socket), password=self._secret() or None) as client:
+        with redis.Redis(unix_socket_path=str(self._socket), password=self._secret or None) as client:
             try:
                 client.execute_command(command)
             except redis.RedisError:
@@ -288,13 +292,6 @@ class FleetScenario:
 
     def _proof(self) -> list[str]:
         return ["--password-file", str(self._password)] if self._hosts else []
-
-    def _secret(self) -> str:
-        """Return the engine's password; "" where only this user reaches it."""
-        if self._hosts and not self._password.exists():
-            self._password.touch(0o600)
-            self._password.write_text(secrets.token_hex(16), encoding="utf-8")
-        return self._password.read_text(encoding="utf-8") if self._hosts else ""
 
     def _start(self, role: str, *arguments: str, within: Sequence[str] = ()) -> None:
         self._run(role, [*within, sys.executable, "-m", "shmelim", *arguments, "--name", self.name])

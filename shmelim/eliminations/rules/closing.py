@@ -71,8 +71,7 @@ class Closing:
                 context.alerts.failed(kind, hotkey, text)
                 return
             if kind == LIMIT_ORDERS:
-                deleted = context.ask(kind, lambda: manager.delete_all_limit_orders_for_hotkey(hotkey), hotkey)
-                carried_out(deleted, "delete_all_limit_orders_for_hotkey")
+                deleted = self.delete_limit_orders(manager, hotkey)
                 _log.info("deleted the limit orders of eliminated miner %s: %s", hotkey, deleted)
             else:
                 self.close(hotkey, record, tick)
@@ -83,6 +82,13 @@ class Closing:
         except BaseException as error:
             context.alerts.failed(kind, hotkey, f"{kind} of eliminated miner {hotkey} failed", error)
             context.state.fail_debt(hotkey, kind, named(error))
+
+    def delete_limit_orders(self, manager: Any, hotkey: str) -> Any:
+        """Delete a miner's limit orders; return what the manager answers."""
+        deleted = self.context.ask(
+            LIMIT_ORDERS, lambda: manager.delete_all_limit_orders_for_hotkey(hotkey), hotkey
+        )
+        return carried_out(deleted, "delete_all_limit_orders_for_hotkey")
 
     def close(
         self, hotkey: str, record: Mapping[str, Any], tick: Tick, positions: Iterable[Any] | None = None

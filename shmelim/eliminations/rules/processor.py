@@ -32,7 +32,6 @@ from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.eliminations.rules.zombies import zombies
 from shmelim.errors import NoCollaboratorsError
 from shmelim.notify.problems import report_undelivered
-from shmelim.system.coroutines import carried_out
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
 
@@ -228,10 +227,7 @@ class EliminationProcessor:
             return
         if (orders := context.collaborators.limit_order_manager) is not None:
             try:
-                deleted = context.ask(
-                    LIMIT_ORDERS, lambda: orders.delete_all_limit_orders_for_hotkey(hotkey), hotkey
-                )
-                carried_out(deleted, "delete_all_limit_orders_for_hotkey")
+                self._closing.delete_limit_orders(orders, hotkey)
             except ENDS_A_TICK:
                 raise
             except BaseException:

@@ -405,8 +405,8 @@ def settle(
     owed again as a person took it for not made.
     """
     if kind == SLASH:
-        last = (debt for debt in _slashes_of(step, hotkey, Cause()) if debt.attempt == attempt is not None)
-        debt = next(last, None)
+        slashes = [] if attempt is None else _slashes_of(step, hotkey, Cause())
+        debt = next((debt for debt in slashes if debt.attempt == attempt), None)
     else:
         debt = _find(step, hotkey, kind, attempt, Cause())
     if debt is None:

@@ -6,7 +6,7 @@ until a day is over or somebody acknowledges it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
@@ -74,11 +74,13 @@ class Guard:
         if self.mode == "off" or not (gone or new >= self.count):
             return
         steps = _steps_with(step, gone) if gone else []
-        if max(gone, new, sum(each.gone for each in steps)) >= self.count:
+        total = sum(each.gone for each in steps)
+        if max(total, new) >= self.count:
             counts = step.store.counts()
             before, text = counts.events - step.recorded, self._excess(counts.eliminated - new + gone, gone, new)
-            if text is None and steps and self._is_much(steps, counts):
-                before, text = steps[0].before, self._excess_since(step, steps, counts)
+            if text is None and total >= max(self.count, self.share * counts.eliminated):
+                before = steps[0].before
+                text = self._excess_since(step, before, total, counts)
             if text is not None:
                 self._notice(step, Notice(before, counts.events, clock.now_ms(), f"{what}: {text}"), refuse=refuse)
                 steps = []
@@ -102,21 +104,17 @@ class Guard:
         after = before - gone + new
         return f"make {after} eliminations of {before}" if after >= 2 * before else None
 
-    def _is_much(self, steps: Sequence[_Steps], counts: Counts) -> bool:
-        """Whether it may be worth the look at what the small changes of a day took back together."""
-        gone = sum(each.gone for each in steps)
-        return gone >= max(self.count, self.share * counts.eliminated)
+    def _excess_since(self, step: Step, event: int, total: int, counts: Counts) -> str | None:
+        """Say what is gone since an event, if it is too much; what was brought again is not.
 
-    def _excess_since(self, step: Step, steps: Sequence[_Steps], counts: Counts) -> str | None:
-        """Say what is gone since the first of the steps, if it is too much; what was brought again is not."""
-        old = step.store.replaced_after(steps[0].before)
+        At most the ``total`` that was taken back: others are gone since, too, as the rules deleted them.
+        """
+        old = step.store.replaced_after(event)
         now = step.store.get_many(old)
         is_there = {hotkey: hotkey in now and now[hotkey].record is not None for hotkey in old}
         gone = sum(record is not None and not is_there[hotkey] for hotkey, record in old.items())
         new = sum(record is None and is_there[hotkey] for hotkey, record in old.items())
-        before = counts.eliminated - new + gone
-        # At most what the steps took back: others are gone since, too, as the rules deleted them.
-        text = self._excess(before, min(gone, sum(each.gone for each in steps)), 0)
+        text = self._excess(counts.eliminated - new + gone, min(gone, total), 0)
         return None if text is None else f"{text}, with the small changes before it"
 
 
