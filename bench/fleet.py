@@ -257,6 +257,8 @@ def main() -> None:
         "--soak", type=float, metavar="SECONDS", help="change without a pause, and let things happen"
     )
     options = parser.parse_args()
+    # What ends the run ends its processes too, and removes their tables.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="shmelim-bench-") as place:
         fleet = Fleet(Path(place), options.delay)
         try:
