@@ -70,7 +70,7 @@ def look_at_everything(name: str, stop: crashing.Counter) -> dict[str, int]:
         seen(stamp_of(reader.many(KEYS)))
         seen(stamp_of(reader.snapshot().values()))
         for key in KEYS[:2]:
-            # Two reads may see two publishes, and stamps of other lengths: each is whole, and none older than the last.
+            # Two reads may see two publishes: each is whole, and none older than the last.
             seen(stamp_of([msgspec.msgpack.decode(reader.read(key, bytes) or b"")]))
         assert reader.contains_many([*KEYS, "never"]).tolist() == [True] * len(KEYS) + [False]
         before, put, _ = reader.changes(before)
