@@ -15,10 +15,10 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final, ParamSpec, TypeVar
 
-from shmelim.eliminations.comparing import difference, packed
+from shmelim.eliminations.comparing import Difference, difference, encoded, packed
 from shmelim.eliminations.moments import carried
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.record import check_hotkeys, check_listed, generate_row
@@ -220,52 +220,62 @@ class Calls:
         given = check_listed(eliminations)
         tell = on_progress or (lambda _: None)
         meant = {"force": True} if force else {}
-        if (removed := self._sync_difference(given, meant)) is not None:
-            tell(len(given))  # type: ignore[arg-type]  # a list, or there would be no answer
+        found = None
+        if (published := self._published()) is not None and isinstance(given, (list, tuple)):
+            with contextlib.suppress(SegmentError, NotServingError):
+                found = difference(published, given)
+        if found is not None and (removed := self._sync_difference(found, meant, tell)) is not None:
+            tell(len(given))  # type: ignore[arg-type]  # a list, or there would be no difference
             return removed
-        rows = iter(given) if self._published() is None else map(packed, given)
+        rows = iter(given) if published is None else map(encoded, given)
         part = list(islice(rows, _PART))
         if len(part) < _PART:
             with contextlib.suppress(MessageTooLargeError):
                 removed = list(self._call("sync_eliminations_rpc", (part,), meant, timeout=self._long()))
                 tell(len(part))
                 return removed
+        return self._sync_uploaded(chain(part, rows), meant, tell) or []
+
+    def _sync_difference(
+        self, found: Difference, meant: dict[str, Any], tell: Callable[[int], Any]
+    ) -> list[str] | None:
+        """Sync by sending only what differs from what is published; None where the whole list must be sent."""
+        root_id, version, changed, gone = found
+        # Whatever is wrong with a record is told of the whole list, with its place in it.
+        with contextlib.suppress(ValueError, TypeError, UnknownMethodError, MessageTooLargeError):
+            if len(changed) <= _PART:
+                with contextlib.suppress(MessageTooLargeError):
+                    arguments = (root_id, version, packed(changed), gone)
+                    method, timeout = "sync_difference_rpc", self._long()
+                    removed: list[str] | None = self._call(method, arguments, meant, timeout=timeout)
+                    return removed
+            since = {"root_id": root_id, "version": version, "gone": gone}
+            return self._sync_uploaded(changed, meant | since, tell)
+        return None
+
+    def _sync_uploaded(
+        self, records: Iterable[Any], kwargs: dict[str, Any], tell: Callable[[int], Any]
+    ) -> list[str] | None:
+        """Send records in parts, and sync to them."""
         token = self._call("begin_upload_rpc")
-        sent = 0
+        sent, rows = 0, iter(records)
         try:
-            while part:
+            while part := list(islice(rows, _PART)):
                 self._upload(token, part)
                 sent += len(part)
                 tell(sent)
-                part = list(islice(rows, _PART))
         except BaseException:
             with contextlib.suppress(ShmelimError):
                 self._call("abandon_upload_rpc", (token,), timeout=_ABANDON_TIMEOUT)
             raise
         limit = _LONG_TIMEOUT + sent * _TIMEOUT_PER_ROW
-        return list(self._call("sync_uploaded_rpc", (token,), meant, timeout=limit))
+        removed: list[str] | None = self._call("sync_uploaded_rpc", (token,), kwargs, timeout=limit)
+        return removed
 
-    def _sync_difference(self, given: Iterable[Mapping[str, Any]], meant: dict[str, Any]) -> list[str] | None:
-        """Sync by sending only what differs from what is published; None where the whole list must be sent."""
-        published = self._published()
-        if published is None or not isinstance(given, (list, tuple)):
-            return None
-        found = None
-        with contextlib.suppress(SegmentError, NotServingError):
-            found = difference(published, given, _PART)
-        if found is None:
-            return None
-        # Whatever is wrong with a record is told of the whole list, with its place in it.
-        with contextlib.suppress(ValueError, TypeError, UnknownMethodError):
-            method = "sync_difference_rpc"
-            removed: list[str] | None = self._call(method, tuple(found), meant, timeout=self._long())
-            return removed
-        return None
-
-    def _upload(self, token: str, part: list[Mapping[str, Any]]) -> None:
+    def _upload(self, token: str, part: list[Any]) -> None:
         """Send records in one message, or in two where that is too large."""
         try:
-            self._call("upload_rpc", (token, part), timeout=_PART_TIMEOUT)
+            self._call("upload_rpc", (token, packed(part)), timeout=_PART_TIMEOUT)
         except MessageTooLargeError:
             if len(part) == 1:
                 raise

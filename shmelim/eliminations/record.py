@@ -10,7 +10,6 @@ Everything here is a pure function: safe from any thread, and nothing of the arg
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -18,17 +17,20 @@ from contextlib import suppress
 from enum import Enum
 from math import isfinite
 from types import NoneType
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import msgspec
 
+from shmelim.shm import DEEPEST, Kind, is_plain, scan
 from shmelim.system.containers import plain_container
+
+T = TypeVar("T")
 
 DEPARTED_HOTKEYS_KEY = "departed_hotkeys"
 ELIMINATIONS_KEY = "eliminations"
 MAX_RECORD_BYTES = 1 << 20
 MAX_HOTKEY_BYTES = 255
-MAX_NESTING = 64
+MAX_NESTING = DEEPEST
 UNKNOWN = "UNKNOWN"
 SINCE_2020_MS = 1_577_836_800_000
 DAY_MS = 86_400_000
@@ -39,10 +41,6 @@ FILLED_IN = (_REASON, _TIME)  # the fields that are, where they are missing
 _MIN_INT = -(1 << 63)
 _MAX_INT = (1 << 64) - 1
 _SHOWN = 64
-_MANY = 1000  # containers in containers
-
-_TEXT = frozenset({str})
-_ATOMS = frozenset({str, int, float, bool, type(None)})
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(dict[str, Any])
@@ -167,31 +165,39 @@ def check_record(
 
     `plausible` are the first and the last time that an elimination may have begun, in ms since 1970, UTC.
     """
-    since, until = plausible_times() if plausible is None else plausible
-    if (
-        is_plain(data)
-        and type(data.get("hotkey")) is type(data.get(_REASON)) is str
-        and type(data.get(_TIME)) is int
-        and type(data.get("dd")) in _NUMBER_OR_NONE
-        and type(data.get("price_info")) in _DICT_OR_NONE
-        and type(data.get("return_info")) in _DICT_OR_NONE
-    ):
+    plausible = plausible_times() if plausible is None else plausible
+    if is_plain(data):
         # Nearly all are as they are to be; whatever is wrong with one is found and named below.
         with suppress(ValueError, TypeError, OverflowError):
-            own: str = data["hotkey"]
-            encoded = encode(cast("dict[str, Any]", data))
-            usual = since <= data[_TIME] <= until and not _MAY_BE_INFINITE(encoded)
-            if usual and (hotkey is None or hotkey == own) and check_hotkey(own):
+            encoded = _encoder.encode(data)
+            if (own := _usual_hotkey(encoded, plausible)) is not None and hotkey in {None, own}:
                 return Checked(own, encoded)
     record = normalise(data, hotkey)
     lacks = tuple(field for field in FILLED_IN if field not in record)
     notes = []
-    if _TIME in record and not since <= record[_TIME] <= until:
+    if _TIME in record and not plausible[0] <= record[_TIME] <= plausible[1]:
         notes.append(f"{_TIME} is not plausible")
     fields = data if isinstance(data, Mapping) else plain_container(data)
     if infinite := [_short(key) for key, value in dict(fields or ()).items() if _has_infinite(value)]:
         notes.append(f"not finite, and None: {', '.join(infinite)}")
     return Checked(record["hotkey"], encode(record), lacks, "; ".join(notes) or None)
+
+
+def check_encoded(encoded: bytes, plausible: tuple[int, int]) -> Checked:
+    """Do the same with a record in msgpack; ValueError also for bytes that are none."""
+    if (own := _usual_hotkey(encoded, plausible)) is not None:
+        return Checked(own, encoded)
+    return check_record(decode(encoded), plausible=plausible)
+
+
+def _usual_hotkey(encoded: bytes, plausible: tuple[int, int]) -> str | None:
+    """Return whose a record in msgpack is, which can be stored as it stands; None where it needs another look."""
+    found = scan(encoded, _REQUIRED, _OPTIONAL) if len(encoded) <= MAX_RECORD_BYTES else None
+    if found is None:
+        return None
+    hotkey, time_ms, _ = found
+    is_usual = plausible[0] <= time_ms <= plausible[1] and 0 < len(hotkey.encode()) <= MAX_HOTKEY_BYTES
+    return hotkey if is_usual else None
 
 
 def plausible_times(since_ms: int = SINCE_2020_MS) -> tuple[int, int]:
@@ -217,7 +223,7 @@ def prepare(data: Mapping[str, Any], hotkey: str | None = None) -> tuple[str, by
     return checked.hotkey, complete(checked, None)[0]
 
 
-def check_listed(records: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+def check_listed(records: Iterable[T]) -> Iterable[T]:
     """Return records, those of a proxy as a list; TypeError for what can be iterated over and yet lists none."""
     if not isinstance(records, Iterable):
         records = plain_container(records) or records  # type: ignore[unreachable]  # a proxy may stand for one
@@ -268,9 +274,6 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple
     return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
 
 
-# Floats of which all bits of the exponent are set; other bytes may look like one.
-_MAY_BE_INFINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
-
 _NUMBER_OR_NONE = {float, int, NoneType}
 _DICT_OR_NONE = {dict, NoneType}
 _FIELDS = (
@@ -281,29 +284,17 @@ _FIELDS = (
     ("price_info", _DICT_OR_NONE, "a dict or None"),
     ("return_info", _DICT_OR_NONE, "a dict or None"),
 )
-
-
-def is_plain(record: object) -> bool:
-    """Tell whether a record is a dict of nothing but JSON's own types, tuples included; about 2 µs."""
-    if type(record) is not dict:
-        return False
-    level: list[Any] = [record]
-    for _ in range(MAX_NESTING):
-        deeper: list[Any] = []
-        for container in level:
-            kind, values = type(container), container
-            if kind is dict:
-                if not _TEXT.issuperset(map(type, container)):
-                    return False
-                values = container.values()
-            elif kind is not list and kind is not tuple:
-                return False
-            if not _ATOMS.issuperset(map(type, values)):
-                deeper += [value for value in values if type(value) not in _ATOMS]
-        if not deeper or len(deeper) > _MANY:
-            return not deeper
-        level = deeper
-    return False
+# The same as kinds of values in msgpack.
+_REQUIRED = (
+    (b"hotkey", int(Kind.TEXT)),
+    (_TIME.encode(), int(Kind.INTEGER)),
+    (_REASON.encode(), int(Kind.TEXT)),
+)
+_OPTIONAL = (
+    (b"dd", int(Kind.NOTHING | Kind.INTEGER | Kind.NUMBER)),
+    (b"price_info", int(Kind.NOTHING | Kind.MAP)),
+    (b"return_info", int(Kind.NOTHING | Kind.MAP)),
+)
 
 
 def _check_types(record: dict[str, Any]) -> None:

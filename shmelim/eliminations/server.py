@@ -24,7 +24,7 @@ import msgspec
 
 from shmelim.channel import Caller, current_caller
 from shmelim.eliminations.calls import Calls, ProcessingCalls, implements
-from shmelim.eliminations.comparing import Comparison
+from shmelim.eliminations.comparing import Comparison, unpacked
 from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.files.format import ELIMINATIONS_FILE, read_eliminations
 from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode, check_files
@@ -561,40 +561,51 @@ class EliminationManagerServer(DebtMethods):
         """Begin a list that is too large for one message; returns its token."""
         return self._uploads.begin(Comparison(self.reader, self._since_ms()))
 
-    def upload_rpc(self, token: str, eliminations: Sequence[Mapping[str, Any]]) -> int:
+    def upload_rpc(self, token: str, eliminations: Sequence[Mapping[str, Any]] | bytes) -> int:
         """Add records to an upload; returns how many it has."""
-        return self._uploads.extend(token, eliminations)
+        return self._uploads.extend(token, unpacked(eliminations))
 
     def abandon_upload_rpc(self, token: str) -> None:
         """Forget an upload."""
         self._uploads.abandon(token)
 
-    def sync_uploaded_rpc(self, token: str, *, force: bool = False) -> list[str]:
-        """Sync to what was uploaded; as :meth:`sync_eliminations_rpc`."""
-        return self._sync(self._uploads.finish(token), "sync", force=force)
+    def sync_uploaded_rpc(
+        self,
+        token: str,
+        *,
+        force: bool = False,
+        root_id: int | None = None,
+        version: int = 0,
+        gone: Iterable[str] = (),
+    ) -> list[str] | None:
+        """Sync to what was uploaded: that is the whole list or, with a root, what differs from a version."""
+        comparison = self._uploads.finish(token)
+        if root_id is None:
+            return self._sync(comparison, "sync", force=force)
+        return self._sync_difference(root_id, version, comparison, gone, force=force)
 
     def sync_difference_rpc(
         self,
         root_id: int,
         version: int,
-        changed: Iterable[Mapping[str, Any]],
+        changed: Iterable[Mapping[str, Any]] | bytes,
         gone: Iterable[str],
         *,
         force: bool = False,
     ) -> list[str] | None:
-        """Sync to a list of which a client found this to differ from a version; None where that may not be all."""
+        """Sync to a list of which a client found this to differ from a version; None where that is not known."""
+        comparison = Comparison(self.reader, self._since_ms())
+        comparison.extend(unpacked(changed))
+        return self._sync_difference(root_id, version, comparison, gone, force=force)
+
+    def _sync_difference(
+        self, root_id: int, version: int, comparison: Comparison, gone: Iterable[str], *, force: bool
+    ) -> list[str] | None:
         if root_id != self.reader.root_id:
             return None
-        comparison = Comparison(self.reader, self._since_ms())
-        comparison.extend(changed)
         self._warn(comparison.notes)
         return self._change(
-            changes.sync_difference,
-            version,
-            comparison.changed,
-            check_hotkeys(gone),
-            notes=comparison.notes,
-            judge=self._judge(force=force),
+            changes.sync_difference, version, comparison, check_hotkeys(gone), judge=self._judge(force=force)
         )
 
     def _replace(self, eliminations: Iterable[Mapping[str, Any]], reason: str, *, force: bool) -> list[str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from shmelim.shm.counting import Counts, ReadingProcess, Readings, readings_of
 from shmelim.shm.lookups import HEADS, ITEMS, KEYS, VALUES, decoded, flag_choice, flag_test
 from shmelim.shm.native import READ_PATH
+from shmelim.shm.plain import DEEPEST, Kind
 from shmelim.shm.reader import (
     LOADING_NUMPY,
     Record,
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING or READ_PATH == "pure":
     from shmelim.shm.lookups import Lookups
+    from shmelim.shm.plain import is_plain, scan
     from shmelim.shm.reader import TableReader
 else:
+    from shmelim.shm._native import is_plain, scan
     from shmelim.shm.fast import NativeLookups as Lookups
     from shmelim.shm.fast import NativeTableReader as TableReader
 
 __all__ = [
+    "DEEPEST",
     "HEADS",
     "ITEMS",
     "KEYS",
@@ -40,6 +44,7 @@ __all__ = [
     "VALUES",
     "Counts",
     "Entry",
+    "Kind",
     "Lookups",
     "Namespace",
     "Position",
@@ -60,7 +65,9 @@ __all__ = [
     "decoded",
     "flag_choice",
     "flag_test",
+    "is_plain",
     "readings_of",
+    "scan",
 ]
 
 # What no reader needs; the writer brings numpy.

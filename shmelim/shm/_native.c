@@ -11,6 +11,8 @@
  *     Image        a copy of the table as its writer changes it; has nothing to do with the others
  *     ReleaseWord  one word that a writer stores with release semantics, and for which others wait
  *
+ * And two functions for who makes records of Python's values; see plain.h.
+ *
  * How: every lookup is the loop of memory-format.md: load the version (acquire), look into the copy that it names,
  * fence, load it again; if it moved, start over. probe.h has that and the layout, xxh3.h and xxh64.h the hash. Attaching, which
  * happens once per generation, is done by the pure-Python classes that Table and View are mixed into; they are the
@@ -32,12 +34,13 @@
 #include "image.h"
 #include "lookups.h"
 #include "memory.h"
+#include "plain.h"
 #include "waiting.h"
 
 #include <limits.h>
 #include <structmember.h>
 
-#define INTERFACE 6
+#define INTERFACE 7
 
 /* ------------------------------------------------------------------ Table */
 
@@ -331,6 +334,8 @@ static PyMethodDef module_methods[] = {
     {"map_file", map_file, METH_O, NULL},
     {"map_counts", map_counts, METH_O, NULL},
     {"wait_word", wait_word, METH_VARARGS, NULL},
+    {"is_plain", is_plain, METH_O, NULL},
+    {"scan", scan_plain, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from shmelim.shm.segment import Segment
 
-_INTERFACE: Final = 6
+_INTERFACE: Final = 7
 """That of ``_native.c``: to be raised there and here by whatever only a matching pair of them can do."""
 
 HOW_TO_COMPILE: Final = (

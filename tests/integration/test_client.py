@@ -6,14 +6,16 @@ import pickle
 import threading
 from types import MappingProxyType
 
+import msgspec
 import pytest
 from crashing import Child, call
 from serving import row
 
 from shmelim import EliminationClient, EliminationReader, NotServingError, OutcomeUnknownError
 from shmelim.eliminations import calls
-from shmelim.eliminations.record import decode
-from shmelim.errors import KeyFileError, UploadLostError
+from shmelim.errors import KeyFileError, MessageTooLargeError, UploadLostError
+
+decode_list = msgspec.msgpack.Decoder(list[dict]).decode
 
 
 def _tell(pipe, text):
@@ -321,7 +323,7 @@ class TestDifferences:
         rows = [row(f"h{n}", int(n == 7)) for n in range(49)] + [row("new")]
         assert client.sync_eliminations(rows) == ["h49"]
         ((method, (_, _, changed, gone)),) = sent
-        assert [decode(each) for each in changed] == [row("h7", 1), row("new")]
+        assert decode_list(changed) == [row("h7", 1), row("new")]
         assert (method, gone) == ("sync_difference_rpc", ["h49"])
         assert client.get_eliminations_from_memory() == rows
         version, commits = client.version, client.health_check()["commits"]
@@ -333,26 +335,64 @@ class TestDifferences:
         version = client.version
         turned = dict(reversed(row("a").items()))
         assert client.sync_eliminations([turned, row("b")]) == []
-        assert [decode(each) for each in sent[-1][1][2]] == [turned]
+        assert decode_list(sent[-1][1][2]) == [turned]
         assert client.version == version
 
-    def test_one_that_others_overtake_sends_the_whole_list(self, client, sent, monkeypatch):
-        client.sync_eliminations([row("a"), row("b")])
+    @pytest.mark.parametrize("part", [1, 2000])
+    @pytest.mark.parametrize("known", [True, False])
+    def test_others_that_overtake_it_change_nothing_of_it(self, client, sent, monkeypatch, part, known):
+        monkeypatch.setattr(calls, "_PART", part)
+        client.sync_eliminations([row("a"), row("b"), row("d"), row("e")])
         found = calls.difference
 
-        def overtaken(published, given, most):
-            seen = found(published, given, most)
+        def overtaken(published, given):
+            seen = found(published, given)
             client.add_elimination("c", row("c"))
-            return seen
+            client.add_elimination("d", row("d", 5))
+            client.remove_elimination("e")
+            sent.clear()
+            return seen if known else seen._replace(version=1)
 
         monkeypatch.setattr(calls, "difference", overtaken)
-        assert client.sync_eliminations([row("a"), row("b", 1)]) == ["c"]
-        assert client.get_eliminations_dict() == {"a": row("a"), "b": row("b", 1)}
-        assert [method for method, _ in sent[-3:]] == [
-            "add_elimination_rpc",
-            "sync_difference_rpc",
-            "sync_eliminations_rpc",
-        ]
+        listed = [row("a"), row("b", 1), row("d"), row("e"), row("f")]
+        assert client.sync_eliminations(listed) == ["c"]
+        assert client.get_eliminations_dict() == {each["hotkey"]: each for each in listed}
+        parts = [method for method, _ in sent if method == "upload_rpc"]
+        if part == 1:
+            assert len(parts) == (2 if known else 2 + len(listed))
+        else:
+            whole = [] if known else ["sync_eliminations_rpc"]
+            assert [method for method, _ in sent] == ["sync_difference_rpc", *whole]
+
+    def test_many_that_differ_are_sent_in_parts_and_no_other(self, client, sent, monkeypatch):
+        monkeypatch.setattr(calls, "_PART", 10)
+        client.sync_eliminations([row(f"h{n}") for n in range(100)])
+        sent.clear()
+        told = []
+        rows = [row(f"h{n}", int(n % 4 == 0)) for n in range(99)]
+        assert client.sync_eliminations(rows, on_progress=told.append) == ["h99"]
+        assert client.get_eliminations_from_memory() == rows
+        parts = [decode_list(part) for method, (_, part) in sent[1:-1]]
+        assert [method for method, _ in sent] == ["begin_upload_rpc", *["upload_rpc"] * 3, "sync_uploaded_rpc"]
+        assert [each["hotkey"] for part in parts for each in part] == [f"h{n}" for n in range(0, 99, 4)]
+        assert told == [10, 20, 25, 99]
+
+    def test_a_difference_that_is_too_large_for_a_message_goes_in_several(self, client, sent, monkeypatch):
+        client.sync_eliminations([row(f"h{n}") for n in range(9)])
+        call = client._client.call
+
+        def narrow(method, args=(), *rest, **options):
+            if len(msgspec.msgpack.encode(args)) > 700:
+                raise MessageTooLargeError(method)
+            return call(method, args, *rest, **options)
+
+        monkeypatch.setattr(client._client, "call", narrow)
+        rows = [row(f"h{n}", 1) for n in range(9)]
+        sent.clear()
+        assert client.sync_eliminations(rows) == []
+        assert client.get_eliminations_from_memory() == rows
+        assert [method for method, _ in sent].count("upload_rpc") > 1
+        assert sent[-1][0] == "sync_uploaded_rpc"
 
     def test_a_version_of_another_root_is_not_believed(self, client, monkeypatch):
         client.sync_eliminations([row("a")])

@@ -15,6 +15,7 @@ from shmelim.eliminations import comparing
 from shmelim.eliminations.comparing import Comparison
 from shmelim.eliminations.record import check_record, decode, encode, prepare
 from shmelim.eliminations.state import changes
+from shmelim.eliminations.store import history
 
 
 @pytest.fixture
@@ -130,9 +131,9 @@ class TestLists:
 class TestOvertaken:
     """Others change the state while a list is on its way: it is the list that stands in the end."""
 
-    @pytest.mark.parametrize("remembered", [0, 3, 10_000])
+    @pytest.mark.parametrize("remembered", [1, 3, 50_000])
     def test_by_anything(self, server, monkeypatch, remembered):
-        monkeypatch.setattr(comparing, "_REMEMBERED", remembered)
+        monkeypatch.setattr(comparing, "_VERSIONS", remembered)
         chosen = random.Random(5)
         for _ in range(60):
             hotkeys = [f"h{n}" for n in range(8)]
@@ -150,6 +151,43 @@ class TestOvertaken:
             assert set(removed) == before - {each["hotkey"] for each in wanted}
             assert server.get_eliminations_dict_rpc() == {each["hotkey"]: each for each in wanted}
 
+    @pytest.mark.parametrize("remembered", [1, 3, 50_000])
+    @pytest.mark.parametrize("many", [0, 64])
+    def test_what_a_client_found_by_anything(self, server, monkeypatch, remembered, many):
+        monkeypatch.setattr(comparing, "_VERSIONS", remembered)
+        monkeypatch.setattr(history, "_MANY", many)
+        chosen, unknown = random.Random(6), 0
+        hotkeys = [f"h{n}" for n in range(8)]
+
+        def change():
+            for _ in range(chosen.randrange(5)):
+                hotkey = chosen.choice(hotkeys)
+                if chosen.random() < 0.5:
+                    server.add_elimination_rpc(hotkey, row(hotkey, chosen.randrange(3)))
+                elif chosen.random() < 0.8:
+                    server.remove_elimination_rpc(hotkey)
+                else:
+                    server.sync_eliminations_rpc([row(h, 1) for h in chosen.sample(hotkeys, 5)])
+
+        for _ in range(100):
+            server.sync_eliminations_rpc([row(h, chosen.randrange(2)) for h in chosen.sample(hotkeys, 5)])
+            wanted = [row(h, chosen.randrange(3)) for h in chosen.sample(hotkeys, 5)]
+            found = comparing.difference(server.reader, wanted)
+            change()
+            comparison = Comparison(server.reader)
+            comparison.extend(found.changed)
+            change()
+            before = server.get_eliminations_dict_rpc()
+            removed = server._state.commit(changes.sync_difference, found.version, comparison, found.gone)
+            if removed is None:
+                assert server.get_eliminations_dict_rpc() == before
+                unknown += 1
+            else:
+                assert set(removed) == before.keys() - {each["hotkey"] for each in wanted}
+                assert server.get_eliminations_dict_rpc() == {each["hotkey"]: each for each in wanted}
+        assert (unknown == 0) == (remembered > 10)
+        assert unknown < 100
+
     def test_by_a_change_of_the_same_turn(self, server):
         server.sync_eliminations_rpc([row("a"), row("b")])
         comparison = compared(server, [row("a"), row("c")])
@@ -165,11 +203,26 @@ class TestOvertaken:
         stored = server._state.read(lambda store: dict(store.eliminated()))
         assert {hotkey: decode(each) for hotkey, each in stored.items()} == {"a": row("a"), "c": row("c")}
 
+    def test_what_a_client_found_by_a_change_of_the_same_turn(self, server):
+        server.sync_eliminations_rpc([row("a"), row("b"), row("d")])
+        found = comparing.difference(server.reader, [row("a"), row("c"), row("d")])
+        comparison = Comparison(server.reader)
+        comparison.extend(found.changed)
+
+        def both(step):
+            changes.add(step, *prepare(row("e")))
+            changes.add(step, *prepare(row("a", 1)))
+            changes.remove(step, ["b", "d"])
+            return changes.sync_difference(step, found.version, comparison, found.gone)
+
+        assert server._state.commit(both) == ["e"]
+        assert server.get_eliminations_dict_rpc() == {"a": row("a"), "c": row("c"), "d": row("d")}
+
 
 # ------------------------------------------------------------------ at the client
 
 
-def one_by_one(server, records, most):
+def one_by_one(server, records):
     """What ``difference`` finds, found by looking at each record."""
     stored = {
         hotkey: server.reader.encoded_elimination(hotkey) for hotkey in server.reader.get_eliminated_hotkeys()
@@ -181,8 +234,6 @@ def one_by_one(server, records, most):
             return None
         listed.add(hotkey)
         if stored.get(hotkey) != encode(record):
-            if len(changed) == most:
-                return None
             changed.append(encode(record))
     return changed, [hotkey for hotkey in order if hotkey not in listed]
 
@@ -217,11 +268,11 @@ def test_many_compared_at_once_are_compared_as_one_by_one(monkeypatch, seed, siz
     monkeypatch.setattr(comparing, "_AT_ONCE", at_once)
     chance = random.Random(seed)
     rows = [row("long name " * chance.randint(0, 4) + f"h{n}") for n in range(size)]
-    listed, most = another_list(chance, rows), chance.choice([0, 1, 1000])
+    listed = another_list(chance, rows)
     with EliminationManagerServer(sync_guard="off") as server:
         server.sync_eliminations_rpc(rows)
-        found = comparing.difference(server.reader, listed, most)
-        wanted = one_by_one(server, listed, most)
+        found = comparing.difference(server.reader, listed)
+        wanted = one_by_one(server, listed)
     assert (found is None) == (wanted is None)
     if wanted is not None:
         assert [bytes(memoryview(each)) for each in found.changed] == wanted[0]
@@ -235,6 +286,6 @@ def test_what_stands_inside_of_a_record_is_not_taken_for_one_of_the_table(monkey
     outer = [row("a", 1), {**row("b"), "price_info": {"inner": inner}}]
     with EliminationManagerServer() as server:
         server.sync_eliminations_rpc(outer)
-        found = comparing.difference(server.reader, [row("a", 2), inner], 1000)
+        found = comparing.difference(server.reader, [row("a", 2), inner])
     assert len(found.changed) == 2
     assert found.gone == ["b"]

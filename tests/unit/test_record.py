@@ -15,6 +15,7 @@ from serving import row as row_of
 
 from shmelim.eliminations import record as rec
 from shmelim.eliminations.record import EliminationReason
+from shmelim.shm import is_plain
 
 HOTKEY = "5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs"
 
@@ -354,7 +355,7 @@ class TestCodec:
             with pytest.raises(ValueError, match="nested"):
                 rec.prepare(row(x=value))
         else:
-            assert rec.is_plain(row(x=value))
+            assert is_plain(row(x=value))
             assert rec.decode(rec.prepare(row(x=value))[1])["x"] == value
 
     def test_prepare_is_both_steps(self):

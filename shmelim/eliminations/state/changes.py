@@ -139,8 +139,7 @@ def replace_all(
 
 def sync(step: Step, comparison: Comparison, reason: str = "sync", judge: Judge = no_judge) -> list[str]:
     """Do the same with a list that was compared with a version of the table that the turn may have left behind."""
-    assert step.settled is not None
-    since = step.settled.changed_since(comparison.version)
+    since = _replaced_since(step, comparison.version)
     if since is None:
         comparison.renew()
     changed, gone = dict(comparison.changed), dict.fromkeys(comparison.gone)
@@ -158,17 +157,37 @@ def sync(step: Step, comparison: Comparison, reason: str = "sync", judge: Judge 
 def sync_difference(
     step: Step,
     version: int,
-    changed: dict[str, bytes],
+    comparison: Comparison,
     gone: Iterable[str],
     reason: str = "sync",
-    notes: Mapping[str, str] = _NO_NOTES,
     judge: Judge = no_judge,
 ) -> list[str] | None:
-    """Make what a client found to differ from a version the state's; None where that may not be all by now."""
-    assert step.settled is not None
-    if step.store.written or step.settled.changed_since(version) != set():
+    """Do the same with what a client found to differ from a version; None where that is not known any more."""
+    since = _replaced_since(step, version)
+    if since is None:
         return None
-    return _replace(step, changed, gone, reason, notes, judge)
+    changed, removed = dict(comparison.changed), dict.fromkeys(gone)
+    # What others have changed since: as the list has it, which is as it stood, but for what the client sent.
+    for hotkey, record in since.items():
+        wanted = comparison.wanted(hotkey) or (None if hotkey in removed else record)
+        changed.pop(hotkey, None)
+        if wanted is None:
+            removed[hotkey] = None
+        else:
+            changed[hotkey] = wanted
+    return _replace(step, changed, removed, reason, comparison.notes, judge)
+
+
+def _replaced_since(step: Step, version: int) -> dict[str, bytes | None] | None:
+    """Return the records that changed since a version, as it showed them; None where nobody knows any more."""
+    settled = step.settled
+    assert settled is not None
+    if settled.version == version and not step.store.written:
+        return {}
+    commit = settled.shown.get(version)
+    if commit is None or commit < step.store.pruned.commit:
+        return None
+    return step.store.replaced_since(commit)
 
 
 def _replace(

@@ -43,7 +43,6 @@ T = TypeVar("T")
 
 _REBUILD_FROM: Final = 1000
 _REPORT_EVERY: Final = 10_000
-_VERSIONS: Final = 50_000  # of which it is known what they showed: a few minutes under any load, days otherwise
 
 _COMMIT_FAILED: Final = "commit_failed"
 _MEMORY_FULL: Final = "shared_memory_full"
@@ -106,7 +105,6 @@ class State:
         self._failures = 0
         self._failure = StoreError("the store never failed")
         self._committed_ms: int | None = None
-        self._shown: dict[int, int] = {}  # the commit that each version showed, the oldest first
         self._raised: set[str] = set()  # the problems that the next commit clears
         # Whether a turn has begun and not ended, after which the table may lack what the store has.
         self._torn = False
@@ -164,14 +162,15 @@ class State:
 
     def _changes_since(self, since: int, store: Store) -> tuple[int, list[Event]]:
         version = self._table.version
-        if since not in self._shown or self._shown[since] < store.pruned.commit:
-            oldest = next(iter(self._shown))
+        shown = self._settled.shown
+        if since not in shown or shown[since] < store.pruned.commit:
+            oldest = next(iter(shown))
             known = f"those of {oldest} to {version} are"
             raise ChangesUnknownError(
                 f"what changed since version {since} is not known, {known}",
                 hint="take a snapshot, and go on from its version",
             )
-        return version, store.events_between(self._shown[since], self._shown[version])
+        return version, store.events_between(shown[since], shown[version])
 
     def sync(self) -> None:
         """Make all that was committed survive a power cut, whatever the store was opened for."""
@@ -339,7 +338,7 @@ class State:
                 # Readers have nothing new to look at; a start does.
                 self._table.commit = store.next_commit
             else:
-                self._settled.note(written, transaction.publish())
+                transaction.publish()
                 self._note_shown()
                 if self.published is not None:
                     self.published()
@@ -352,9 +351,7 @@ class State:
     def _note_shown(self) -> None:
         """Note of which commit the version is that is published now, and since when."""
         self.published_ms = clock.now_ms()
-        self._shown[self._table.version] = self._table.commit
-        if len(self._shown) > _VERSIONS:
-            del self._shown[next(iter(self._shown))]
+        self._settled.note(self._table.commit)
 
     def _undo(self) -> None:
         """End what a failure, or an interrupt, left open."""
@@ -367,7 +364,6 @@ class State:
         self._undo()
         with self._table.transaction(replace=True) as transaction:
             self._put_all(transaction)
-        self._settled.forget()
         self._torn = False
         self._note_shown()
         if self.published is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, Final
 
 from shmelim.eliminations.comparing import Comparison
@@ -44,7 +44,7 @@ class Uploads:
             self._open[token] = _Upload(comparison)
             return token
 
-    def extend(self, token: str, records: Sequence[Mapping[str, Any]]) -> int:
+    def extend(self, token: str, records: Iterable[Any]) -> int:
         """Check records and add them; return how many the upload has now.
 
         UploadLostError: there is no such upload. After a ValueError or TypeError (a record that cannot be stored,

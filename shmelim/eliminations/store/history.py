@@ -18,7 +18,7 @@ import time
 import zlib
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice, takewhile
@@ -185,8 +185,15 @@ class History(Database):
 
         In the order of their last changes, the newest first. Costs a few µs for each event since.
         """
+        return self._replaced(lambda each: each.id > event)
+
+    def replaced_since(self, commit: int) -> dict[str, bytes | None]:
+        """Do the same with a commit."""
+        return self._replaced(lambda each: (each.commit_number or 0) > commit)
+
+    def _replaced(self, is_later: Callable[[Event], bool]) -> dict[str, bytes | None]:
         found: dict[str, bytes | None] = {}
-        for each in takewhile(lambda each: each.id > event, self._newest_first(None, _LARGEST_ID)):
+        for each in takewhile(is_later, self._newest_first(None, _LARGEST_ID)):
             if each.action in _RECORDED and each.hotkey is not None:
                 found[each.hotkey] = each.old
         return found
