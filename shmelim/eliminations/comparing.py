@@ -67,9 +67,11 @@ class Settled(Reading):
 
     def rows_of(self, hotkeys: list[str]) -> dict[str, Row]:
         """Return the rows of these hotkeys; the unknown are left out."""
-        entry = self._table.get
-        found = ((hotkey, entry(hotkey.encode())) for hotkey in hotkeys)
-        return {hotkey: entry_row(hotkey, *record) for hotkey, record in found if record is not None}
+        entry, rows = self._table.get, {}
+        for hotkey in hotkeys:
+            if (record := entry(hotkey.encode())) is not None:
+                rows[hotkey] = entry_row(hotkey, *record)
+        return rows
 
     def hotkeys(self) -> set[str]:
         """Return every hotkey that anything is known of."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +28,9 @@ from shmelim.system.supervisor import notify_supervisor
 from shmelim.system.text import get_logger
 
 SERVICE_NAME: Final = "EliminationManagerServer"
+
+_SWITCH_INTERVAL: Final = 0.0005  # seconds
+_COLLECTED_AFTER: Final = 50_000  # objects made
 
 _log = get_logger("shmelim.serve")
 
@@ -101,6 +106,16 @@ def open_server(
     )
 
 
+def _share_interpreter() -> None:
+    """Let a change not wait for the threads that compare lists or write files, nor for the garbage collector.
+
+    Each of its statements lets go of the interpreter, and gets it back after at most one such interval. Records
+    make many objects and no cycles, which the collector would look for again and again.
+    """
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    gc.set_threshold(_COLLECTED_AFTER)
+
+
 def announce(
     options: ServeOptions, server: EliminationManagerServer, address: str | tuple[str, int]
 ) -> Announcement:
@@ -120,6 +135,7 @@ def start_elimination_manager_server(
     ``address``, ``authkey`` and ``server_ready`` are what ``_start_server_process`` got; ``options`` say what to
     serve, but for its `port`. ``SystemExit`` where there is no server, and the owner was told why.
     """
+    _share_interpreter()
     run_server((open_server, (options,), {}, partial(announce, options)), address, authkey, server_ready)
 
 
@@ -184,6 +200,7 @@ def run(
     Must run in the main thread, which owns signals. A signal that comes during recovery ends it there; nothing is
     lost by that. ``on_ready`` is called once readers and clients are served; systemd is told, too.
     """
+    _share_interpreter()
     with Ending(None, in_foreground=True) as ending, Service(options, on_progress) as service:
         ending.defer()
         _log.info("serving %r", options.name)

@@ -675,7 +675,7 @@ class Transaction:
             type(key) is not bytes
             or type(record) is not bytes
             or type(flags) is not int
-            or ordinal is not None
+            or not (ordinal is None or (type(ordinal) is int and 0 <= ordinal <= MAX_ORDINAL))
             or not 0 < len(key) <= MAX_KEY
             or not 0 <= flags <= MAX_FLAGS
             or len(record) > MAX_RECORD
