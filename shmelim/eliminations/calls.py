@@ -207,8 +207,8 @@ class Calls:
         """Make exactly these records the eliminations, in one step; return the hotkeys that are none any more.
 
         Hotkeys that stay keep their place in the order. Of a hotkey that is listed twice the last record counts.
-        A long list is sent in parts and applied as a whole, at about 20 µs a record that differs. ``on_progress`` is called
-        with the number of records sent so far; once all are sent, the commit is still to come.
+        Only what differs is sent, a long list in parts, and applied as a whole. ``on_progress`` is called with the
+        number of records sent so far; once all are sent, the commit is still to come.
 
         A sync that takes back at least 10 and at least a quarter of the eliminations, or doubles them, is told as
         a notice in the health. ``GuardedChangeError`` where the server was told to refuse it
