@@ -107,15 +107,22 @@ def adopt(store: Store, table: TableWriter, namespace: Namespace, origin_record:
     """
     if not table.adopt():
         return False
-    entries = TableReader(namespace).snapshot().entries
-    wanted = chain([(ORIGIN_KEY, 0, origin_record, 0)], map(row_entry, store.rows()))
-    # What is left of the entries in the end is what the store does not have.
-    changed = [row for row in wanted if entries.pop(row[0], None) != row[1:]]
-    if changed or entries:
+    reader = TableReader(namespace)
+    changed, known = [], 0
+    for row in chain([(ORIGIN_KEY, 0, origin_record, 0)], map(row_entry, store.rows())):
+        key, flags, record, ordinal = row
+        found = reader.get(key)
+        known += found is not None
+        if found != (flags, ordinal, record):
+            changed.append(row)
+    unknown: set[bytes] = set()
+    if known < table.entries:
+        unknown = reader.snapshot().entries.keys() - {ORIGIN_KEY, *(row.hotkey.encode() for row in store.rows())}
+    if changed or unknown:
         with table.transaction() as transaction:
             for row in changed:
                 transaction.put(*row)
-            for key in entries:
+            for key in unknown:
                 transaction.remove(key)
             transaction.commit = store.commit_number
     table.commit = store.commit_number

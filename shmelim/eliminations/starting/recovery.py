@@ -77,8 +77,7 @@ def open_whole(directory: Path, durability: Durability) -> Store:
     try:
         if store_bytes(directory) <= _CHECK_LIMIT:
             store.check()
-        for _ in store.rows():
-            pass
+        store.check_records()
         store.meta_items()
     except BaseException:
         store.close()
