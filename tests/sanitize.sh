@@ -25,5 +25,5 @@ LD_PRELOAD=$(gcc -print-file-name=libasan.so) PYTHONMALLOC=malloc ASAN_OPTIONS=d
     UBSAN_OPTIONS=print_stacktrace=1 PYTHONDONTWRITEBYTECODE=1 \
     "$python" -m pytest -q -p no:cacheprovider -W ignore::pytest.PytestConfigWarning \
     tests/faults/test_native_fuzz.py tests/unit/test_native.py tests/properties/test_native_differential.py \
-    tests/unit/test_shm_attach.py tests/unit/test_shm_reads.py tests/unit/test_shm_image.py tests/unit/test_shm_adoption.py \
-    tests/properties/test_shm_table.py -k 'not TestLeaks' "$@"
+    tests/unit/test_plain.py tests/unit/test_shm_attach.py tests/unit/test_shm_reads.py tests/unit/test_shm_image.py \
+    tests/unit/test_shm_adoption.py tests/properties/test_shm_table.py -k 'not TestLeaks' "$@"

@@ -6,7 +6,7 @@ from math import inf, nan
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shmelim.shm import DEEPEST, Kind, native, plain
@@ -47,6 +47,9 @@ values = st.recursive(
     ),
     max_leaves=30,
 )
+
+# The first draw of such values takes its time, where all else is slow, too.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def nested(levels):
@@ -101,6 +104,26 @@ ODD = {
     "too many": encode({**USUAL, "x": [[]] * 1000}),
 }
 
+BOUNDS = [
+    0,
+    31,
+    32,
+    127,
+    128,
+    255,
+    256,
+    32767,
+    32768,
+    65535,
+    65536,
+    (1 << 31) - 1,
+    1 << 31,
+    (1 << 32) - 1,
+    1 << 32,
+]
+UNSIGNED = [(b"\xcc", 1), (b"\xcd", 2), (b"\xce", 4), (b"\xcf", 8)]
+SIGNED = [(b"\xd0", 1), (b"\xd1", 2), (b"\xd2", 4), (b"\xd3", 8)]
+
 
 @pytest.mark.parametrize("path", PATHS, ids=IDS)
 class TestScan:
@@ -115,6 +138,18 @@ class TestScan:
     @pytest.mark.parametrize("packed", ODD.values(), ids=ODD)
     def test_the_odd(self, path, packed):
         assert scanned(path, packed) is None
+
+    @pytest.mark.parametrize("value", [*BOUNDS, *(-bound for bound in BOUNDS), *(-bound - 1 for bound in BOUNDS)])
+    def test_an_integer_in_any_form_but_the_shortest_is_odd(self, path, value):
+        forms = [head + value.to_bytes(size, "big") for head, size in UNSIGNED if 0 <= value < 1 << 8 * size]
+        forms += [
+            head + value.to_bytes(size, "big", signed=True)
+            for head, size in SIGNED
+            if -(1 << 8 * size - 1) <= value < 1 << 8 * size - 1
+        ]
+        whole = b"\x84" + b"".join(map(encode, WHOLE)) + encode("x")
+        assert scanned(path, whole + encode(value)) is not None
+        assert [form for form in forms if scanned(path, whole + form) is not None] in ([], [encode(value)])
 
     @pytest.mark.parametrize("levels", [DEEPEST - 1, DEEPEST])
     def test_the_limits(self, path, levels):
@@ -151,6 +186,7 @@ def test_a_list_in_itself_is_not_plain():
     assert [path.is_plain({"x": endless}) for path in PATHS] == [False] * len(PATHS)
 
 
+@patient
 @given(st.dictionaries(st.sampled_from(["name", "time", "both", "share", "more", "x", "é"]), values, max_size=8))
 def test_both_paths_scan_alike_what_was_encoded(value):
     packed = encode(value)
@@ -158,6 +194,7 @@ def test_both_paths_scan_alike_what_was_encoded(value):
     assert {path.is_plain(value) for path in PATHS} == {True}
 
 
+@patient
 @given(st.integers(0, 10**9), values)
 def test_both_paths_scan_alike_what_was_damaged(seed, value):
     chance = random.Random(seed)
