@@ -15,9 +15,9 @@ from memory_engine import MemoryEngine, State
 from shmelim.eliminations.store.touched import RUN_BITS
 from shmelim.errors import FencedError, StoreError
 from shmelim.fleet.cuts import Cut, Facts, Whole
-from shmelim.fleet.engine import EngineError
+from shmelim.fleet.engine import HIGHEST, START, EngineError, Id
 from shmelim.fleet.follower import Applied, Follower
-from shmelim.fleet.messages import DIGEST_MASK, Row, row_digest
+from shmelim.fleet.messages import DIGEST_MASK, FORMAT, Report, Row, pack, row_digest
 from shmelim.fleet.publisher import Publisher
 
 if TYPE_CHECKING:
@@ -289,6 +289,7 @@ class World:
             (1, self._evict),
             (0.7, self._lose_head),
             (1, self._fill),
+            (1, self._scribble),
             (2.5, self._set_clock),
             (1, lambda: self.chance.choice(self.stores).restart()),
             (1, lambda: self.chance.choice(self.stores).forget()),
@@ -318,14 +319,30 @@ class World:
     def _evict(self) -> None:
         self.faults["evicted"] += 1
         state = self.engine.state
-        if self.chance.random() < 0.5:
+        kind = self.chance.randrange(3)
+        if kind == 0:
             state.chunks.clear()
-        else:
+        elif kind == 1:
             del state.log[: self.chance.randint(0, len(state.log))]
+        else:
+            state.log, state.top = [], START
 
     def _lose_head(self) -> None:
         self.faults["head lost"] += 1
         self.engine.state.head = None
+        if self.chance.random() < 0.3:
+            self.engine.state.log.clear()
+
+    def _scribble(self) -> None:
+        """Somebody tries whether the engine works, and writes into the log; or a follower says anything."""
+        self.faults["scribbled"] += 1
+        chance, state = self.chance, self.engine.state
+        if chance.random() < 0.5:
+            self.engine.append(Id(state.top.term + chance.randrange(3), state.top.number + 1), b"does it work?")
+        else:
+            term, line, seq = (chance.choice((0, 1, 5, 1 << 62, HIGHEST)) for _ in range(3))
+            report = Report(FORMAT, "", 1, term, line, seq, chance.random() < 0.5, -1, 0, 0)
+            state.reports["anybody"] = pack(report), self.engine.clock() + 1000
 
     def _fill(self) -> None:
         self.faults["full"] += 1
@@ -398,6 +415,7 @@ class World:
             assert here >= self.seen[number], "a follower went back"
             self.seen[number] = here
             state = frozenset(table.rows.values())
+            assert table.term in self.stores_of_term, "a follower believes a term that no publisher had"
             stores = [self.stores[each] for each in self.stores_of_term[table.term]]
             assert any(store.was_current_after(state, 0) for store in stores), (
                 "a follower shows what its publisher's store never was"

@@ -7,16 +7,17 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
-from shmelim.fleet.engine import Engine, EngineError, Id, Look
+from shmelim.fleet.engine import START, Engine, Id, LogAheadError, Look
 
 
 @dataclass
 class State:
-    """What an engine holds of one name."""
+    """What an engine holds of one name; ``top`` is the highest id of its log, also after that is emptied."""
 
     head: bytes | None = None
     held: bytes | None = None
     log: list[tuple[Id, bytes]] = field(default_factory=list)
+    top: Id = START
     chunks: dict[str, dict[int, bytes]] = field(default_factory=dict)
     reports: dict[str, tuple[bytes, int]] = field(default_factory=dict)
 
@@ -55,14 +56,25 @@ class MemoryEngine(Engine):
         state = self.state
         done = state.head == expected
         if done:
-            if state.log and entry[0] <= state.log[-1][0]:
-                raise EngineError(f"id {entry[0]} is not above {state.log[-1][0]}")
+            if entry[0] <= state.top:
+                raise LogAheadError(f"id {entry[0]} is not above {state.top}")
             state.head = head
-            state.log.append(entry)
+            self.append(*entry)
             if keep is not None:
                 state.chunks = {name: chunks for name, chunks in state.chunks.items() if name in keep}
         self.after("commit")
         return done
+
+    def append(self, number: Id, entry: bytes) -> None:
+        """Put an entry in the log, whoever's it is."""
+        self.state.log.append((number, entry))
+        self.state.top = number
+
+    def top(self) -> Id:
+        self.before("top")
+        top = self.state.top
+        self.after("top")
+        return top
 
     def trim(self, before: Id) -> None:
         self.before("trim")

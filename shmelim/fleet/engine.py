@@ -21,6 +21,10 @@ class EngineError(ShmelimError, ConnectionError):
     """The engine cannot be reached, or refuses; what was asked may or may not have happened."""
 
 
+class LogAheadError(EngineError):
+    """An entry's id is not above all that the log ever had: nothing has happened."""
+
+
 class Id(NamedTuple):
     """The place of an entry in the log: ids only ever rise, as each publisher has a higher term."""
 
@@ -64,8 +68,12 @@ class Engine(Protocol):
     ) -> bool:
         """Replace the head and append an entry, in one step, if the head is ``expected``; tell whether it was.
 
-        With ``keep``, snapshots of other ids are dropped in the same step.
+        With ``keep``, snapshots of other ids are dropped in the same step. LogAheadError if the log has had an
+        entry that is not below this one.
         """
+
+    def top(self) -> Id:
+        """Return the highest id that the log ever had, also where it is empty by now."""
 
     def trim(self, before: Id) -> None:
         """Drop the entries before this one."""

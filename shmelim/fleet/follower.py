@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple, Protocol
 
 from shmelim.errors import FleetDataError
-from shmelim.fleet.engine import HIGHEST, START, Engine, Id, Look
+from shmelim.fleet.engine import START, Engine, Id, Look
 from shmelim.fleet.messages import (
     DIGEST_MASK,
     FORMAT,
@@ -121,6 +121,7 @@ class Follower:
         self._parts: list[Message] = []
         self._beats: deque[tuple[Id, Message]] = deque(maxlen=64)  # not confirmed yet
         self._clocks: deque[tuple[int, int, Id]] = deque()  # local ns, then the engine's ms, and its newest entry
+        self._newest = START  # of all that were seen
         self._lost = False
         self._unusable = 0  # the line whose snapshot is damaged
         self._missing_since: int | None = None
@@ -213,7 +214,11 @@ class Follower:
                 # What it said is missing now, which the next message shows.
                 self.problems["engine_data"] = str(error)
                 continue
-            if message.line == line and message.term >= self._term and not self._lost:
+            if message.term != number.term:
+                self.problems["engine_data"] = (
+                    f"entry {number.term} of the log says that its term is {message.term}"
+                )
+            elif message.line == line and message.term >= self._term and not self._lost:
                 self._term = message.term
                 yield number, message
 
@@ -301,12 +306,12 @@ class Follower:
 
     def _time(self, asked: int, look: Look, head: Head | None) -> None:
         """Remember how far the clocks are apart, and what was there then."""
-        # Of a log without its head it is not known how far it reaches: anything in it may be old.
-        unknown = START if look.first is None else Id(HIGHEST, HIGHEST)
-        last = unknown if head is None else head.last
-        if self._clocks and last < self._clocks[-1][2]:
-            self._clocks.clear()  # the engine went back: which of its entries are old is not known any more
-        self._clocks.append((asked, look.time, last))
+        if head is None or head.last < self._newest:
+            # The engine has lost something, and an older copy may take its place: what comes next may be old.
+            self._clocks.clear()
+            return
+        self._newest = head.last
+        self._clocks.append((asked, look.time, head.last))
         while self._clocks[0][0] < asked - _WINDOW:
             self._clocks.popleft()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final, Self
 
 import msgspec
 
 from shmelim.eliminations.rows import ORIGIN_KEY
-from shmelim.errors import NotServingError, SegmentError, StateConflictError
+from shmelim.errors import AlreadyServingError, NotServingError, SegmentError, StateConflictError
 from shmelim.fleet.follower import Applied, Table
 from shmelim.fleet.messages import DIGEST_MASK, Row, row_digest
 from shmelim.shm import Namespace, TableReader, TableWriter
@@ -46,13 +46,15 @@ class LocalTable(Table):
         self._reader: TableReader | None = None
         self._writer: TableWriter | None = None
         self._stop = threading.Event()
-        lock = namespace.acquire()
+        with self._naming():
+            lock = namespace.acquire()
         try:
             self.applied, self.position = self._left()
             if self.applied is not None:
-                self._writer = TableWriter(
-                    namespace, store_id=self.applied.store_id, lock=lock, source=self._source
-                )
+                with self._naming():
+                    self._writer = TableWriter(
+                        namespace, store_id=self.applied.store_id, lock=lock, source=self._source
+                    )
                 if self.position is not None:
                     self._writer.say_position(self.position)
                 if not self._writer.adopt():
@@ -66,6 +68,15 @@ class LocalTable(Table):
             raise
         threading.Thread(target=self._beat, name=f"shmelim-follow-{namespace.name}", daemon=True).start()
 
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Say to a follower, not to a server, what to do about a name that is taken."""
+        try:
+            yield
+        except AlreadyServingError as error:
+            hint = f"see `shmelim status --name {self._namespace.name}`, or follow it --as another name"
+            raise AlreadyServingError(error.message, hint=hint) from error
+
     def _left(self) -> tuple[Applied | None, Position | None]:
         """Find what a follower left."""
         try:
@@ -76,7 +87,7 @@ class LocalTable(Table):
         if reader.source() is None:
             raise StateConflictError(
                 f"{self._namespace.name!r} is what a server on this host has published, and left",
-                hint="follow under another name, or `shmelim forget` it first",
+                hint=f"follow --as another name, or `shmelim forget --name {self._namespace.name}` first",
             )
         with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
             found = msgspec.msgpack.decode(b"" if origin is None else origin.data, type=_Origin)
@@ -126,8 +137,10 @@ class LocalTable(Table):
             self._writer = None
             if writer is not None:
                 writer.close()
-            writer = TableWriter(self._namespace, store_id=applied.store_id, source=self._source)
-            self._writer = writer
+            with self._naming():
+                self._writer = writer = TableWriter(
+                    self._namespace, store_id=applied.store_id, source=self._source
+                )
         digest = count = 0
         with writer.transaction(replace=True) as transaction:
             for row in rows:

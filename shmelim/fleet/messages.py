@@ -31,8 +31,7 @@ MAX_BYTES: Final = 128 << 20
 DIGEST_MASK: Final = (1 << 64) - 1
 _Format = Literal[1]
 _Number = Annotated[int, Meta(ge=0, le=HIGHEST)]
-# Publishers go above what is reported: where a report could say the highest number, nothing would be above it.
-_Reported = Annotated[int, Meta(ge=0, le=1 << 62)]
+_Digest = Annotated[int, Meta(ge=0)]
 _Identity = Annotated[bytes, Meta(min_length=16, max_length=16)]
 _Key = Annotated[bytes, Meta(min_length=1, max_length=255)]
 _Host = Annotated[str, Meta(max_length=255)]
@@ -59,7 +58,7 @@ class Snapshot(Struct, frozen=True, array_like=True):
     chunks: _Number
     rows: _Number
     size: _Number
-    digest: int
+    digest: _Digest
 
 
 class Head(Struct, frozen=True, array_like=True):
@@ -99,7 +98,7 @@ class Message(Struct, frozen=True, array_like=True):
     parts: Annotated[int, Meta(ge=1, lt=1 << 20)] = 1
     rows: list[Row] = []
     gone: list[_Key] = []
-    digest: int | None = None
+    digest: _Digest | None = None
 
 
 class Report(Struct, frozen=True, array_like=True):
@@ -111,13 +110,13 @@ class Report(Struct, frozen=True, array_like=True):
     format: _Format
     host: _Host
     pid: _Number
-    term: _Reported
-    line: _Reported
+    term: _Number
+    line: _Number
     seq: _Number
     lost: bool
-    age: int
+    age: Annotated[int, Meta(ge=-1, le=HIGHEST)]
     rows: _Number
-    digest: int
+    digest: _Digest
 
 
 _pack = msgspec.msgpack.Encoder().encode

@@ -22,7 +22,7 @@ from msgspec import structs
 
 from shmelim.errors import FencedError, FleetDataError, OtherStoreError
 from shmelim.fleet.cuts import Cut, Facts, Outbox
-from shmelim.fleet.engine import HIGHEST, START, Engine, Id, Look
+from shmelim.fleet.engine import HIGHEST, Engine, Id, LogAheadError, Look
 from shmelim.fleet.messages import (
     DIGEST_MASK,
     FORMAT,
@@ -45,6 +45,9 @@ _FAR: Final = 20_000
 _PROMPT: Final = 0.5
 """Seconds within which a beat follows the look at the engine's clock that it tells of: followers count on that."""
 _ALL: Final = 1 << 62
+_BELIEVED: Final = 1 << 62
+"""Up to here reports are believed, and _FURTHER above what is known: no follower's lie uses up the numbers."""
+_FURTHER: Final = 1 << 32
 _LEAST_LOG: Final = 4 << 20
 """Bytes of log after which a new snapshot may be due."""
 
@@ -113,7 +116,9 @@ class Publisher:
         cut = self._outbox.cut(head.seq, digest_rows=wanted)
         self._hold(cut.facts, look)
         self.behind = cut.facts.top - head.seq
-        if head.snapshot is None or not _goes_on(head, cut.facts):
+        if head.snapshot is None:
+            self._send_all(anew=True)  # this line was begun, and its snapshot failed
+        elif not _goes_on(head, cut.facts):
             self._begin_line()
         elif (self.held is not None or self._send(cut)) and look is not None:
             self._beats_next = now + self._beat
@@ -178,16 +183,10 @@ class Publisher:
             raise
 
     def _next_term(self, look: Look) -> int:
-        head = self._read(look)
-        terms = [each.term for each in (self.head, head, *self._reports()) if each is not None]
-        return _above(self._term, *terms, self._newest(look).term if head is None else 0)
-
-    def _newest(self, look: Look) -> Id:
-        """Find the newest entry of a log whose head is of no use: the engine takes only what is above it."""
-        newest = look.first or START
-        while newest != START and (entries := self._engine.look(newest, 256).entries):
-            newest = entries[-1][0]
-        return newest
+        """Return a term above all that were seen, and above the log: it takes only what is above its entries."""
+        seen = (self.head, self._read(look), self._engine.top())
+        term = max(self._term, *(each.term for each in seen if each is not None))
+        return _above(term, *(_believed(report.term, term) for report in self._reports()))
 
     def _begin_line(self, look: Look | None = None) -> None:
         """Begin a line above all that were seen, with a snapshot; not while nothing may be sent."""
@@ -197,9 +196,9 @@ class Publisher:
         self._hold(facts, look)
         if self.held is not None:
             return
-        lines = [each.line for each in (self.head, head, *self._reports()) if each is not None]
         # Where nothing is left that remembers the last line, the clocks do.
-        line = _above(*lines, look.time, self._wall())
+        line = max(look.time, self._wall(), *(each.line for each in (self.head, head) if each is not None))
+        line = _above(line, *(_believed(report.line, line) for report in self._reports()))
         last = Id(self._next_term(look), 0)
         source = self._owner, self._host, facts.store_id
         if self._enter(look, Head(FORMAT, *source, line, 0, facts.runs[-1], last, None)):
@@ -216,7 +215,11 @@ class Publisher:
     ) -> bool:
         """Put a head in the place of the expected one; where the engine fails, the next turn finds out."""
         self._tried = pack(head)
-        done = self._engine.commit(expected, self._tried, (head.last, message), keep)
+        try:
+            done = self._engine.commit(expected, self._tried, (head.last, message), keep)
+        except LogAheadError:
+            self.head = None  # somebody else has written there: the next turn goes on above that
+            raise
         tried, self._tried = self._tried, None
         if done:
             self._took(tried)
@@ -302,7 +305,9 @@ class Publisher:
         snapshot = head.snapshot
         assert snapshot is not None
         for report in self._reports():
-            if (report.lost and report.line == head.line) or report.line > head.line or report.term > head.term:
+            pairs = (report.line, head.line), (report.term, head.term)
+            is_above = any(_believed(reported, known) > known for reported, known in pairs)
+            if is_above or (report.lost and report.line == head.line):
                 self._begin_line()
                 return
         whole = _reaches_back(head, look) and self._engine.chunks(snapshot.id) == snapshot.chunks
@@ -317,6 +322,11 @@ class Publisher:
             with contextlib.suppress(FleetDataError):
                 found.append(unpack_report(raw))
         return found
+
+
+def _believed(reported: int, known: int) -> int:
+    """Return what is believed of a reported number: all of it, or that it is large."""
+    return reported if reported <= max(_BELIEVED, known + _FURTHER) else _BELIEVED
 
 
 def _above(*numbers: int) -> int:

@@ -16,7 +16,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from shmelim.fleet.engine import Engine, EngineError, Id, Look
+from shmelim.fleet.engine import HIGHEST, START, Engine, EngineError, Id, LogAheadError, Look
 from shmelim.system.text import printable
 
 DEADLINE: Final = 2.5
@@ -59,14 +59,22 @@ end
 return found
 """
 
+_RUNNING: Final = "is the engine at {place} running?"
+_NOT_ABOVE: Final = "equal or smaller"
 _PERMIT: Final = "give this user the commands and keys that docs/fleet.md lists"
+_REFUSED: Final = "there is no user {user!r} there, or {password}"
 # Of an error's class, or of its text, from which the client takes the code that it has a class for.
 _HINTS: Final = (
     ("maxmemory", "the engine is full: give it more maxmemory, or free some; with maxmemory-policy noeviction"),
     ("Authentication required", "name a user in the address, and the file with its password by --password-file"),
     ("without any password", "the engine knows no password: leave out --password-file"),
-    ("WRONGPASS", "the password in --password-file is not that user's"),
-    ("invalid username-password", "the password in --password-file is not that user's"),
+    ("WRONGPASS", _REFUSED),
+    ("invalid username-password", _REFUSED),
+    ("password file", "give the user that this runs as the right to read it"),
+    (
+        "WRONGTYPE",
+        "another program uses a key of {prefix}*: delete it, or publish under another --name",
+    ),
     ("NoPermissionError", _PERMIT),
     ("user executing the script", _PERMIT),
     ("ReadOnlyError", "this is a replica: name the primary"),
@@ -85,8 +93,15 @@ class _PasswordFile(redis.CredentialProvider):
     def __init__(self, user: str | None, path: Path) -> None:
         self._user, self._path = user, path
 
+    def read(self) -> str:
+        return self._path.read_text(errors="replace").split("\n", 1)[0].strip()
+
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        password = self._path.read_text(errors="replace").split("\n", 1)[0].strip()
+        try:
+            password = self.read()
+        except OSError as error:
+            # One of the client's own errors: after another one it would go on with this connection as it is.
+            raise redis.AuthenticationError(f"the password file {self._path}: {error.strerror}") from error
         return (password,) if self._user is None else (self._user, password)
 
 
@@ -119,10 +134,11 @@ class RedisEngine(Engine):
     ) -> None:
         self.place = place_of(url)
         options: dict[str, Any] = {}
+        self._user = unquote(urlsplit(url).username or "") or None
+        self._password_file = password_file
         if password_file is not None:
-            user = urlsplit(url).username
-            options["credential_provider"] = password = _PasswordFile(user and unquote(user), password_file)
-            password.get_credentials()
+            options["credential_provider"] = password = _PasswordFile(self._user, password_file)
+            password.read()
             url = re.sub("//[^/@]*@", "//", url, count=1)  # the client takes a user from one place only
         if url.startswith("rediss:"):
             options["ssl_check_hostname"] = True  # older clients do not by themselves
@@ -151,13 +167,31 @@ class RedisEngine(Engine):
                 self._check()
             yield
         except (redis.RedisError, OSError) as error:
-            kind = type(error).__name__
-            text = printable(str(error)) or kind
-            hint = next(
-                (hint for word, hint in _HINTS if word in text or word == kind),
-                f"is the engine at {self.place} running?",
+            raise self._error(error) from None
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise EngineError(
+                f"the engine at {self.place} answered what no engine does: {printable(str(error))}",
+                hint="does something else listen there?",
+            ) from None
+
+    def _error(self, error: Exception) -> EngineError:
+        kind = type(error).__name__
+        text = printable(str(error)) or kind
+        if _NOT_ABOVE in text:
+            return LogAheadError(
+                f"the engine at {self.place}: the log has an entry that is above the newest one of its publishers",
+                hint="something else writes there; the publisher goes on above it by itself",
             )
-            raise EngineError(f"the engine at {self.place}: {text}", hint=hint) from None
+        file = self._password_file
+        about = {
+            "prefix": self._prefix,
+            "user": self._user or "default",
+            "password": "it needs a password: name its file by --password-file"
+            if file is None
+            else f"the password in {str(file)!r} is not that user's",
+        }
+        hint = next((hint for word, hint in _HINTS if word in text or word == kind), _RUNNING)
+        return EngineError(f"the engine at {self.place}: {text}", hint=hint.format(place=self.place, **about))
 
     def _check(self) -> None:
         """Make sure that it is new enough, where it says."""
@@ -189,7 +223,10 @@ class RedisEngine(Engine):
                 (_id(number), fields.get(_FIELD, b""))
                 for number, fields in found.get(self._key("log").encode(), ())
             ]
-            return Look(seconds * 1000 + micros // 1000, head, hold, _id(first[0][0]) if first else None, entries)
+            time = seconds * 1000 + micros // 1000
+            if not 0 <= time <= HIGHEST:
+                raise ValueError(f"its clock says {seconds}.{micros:06}")
+            return Look(time, head, hold, _id(first[0][0]) if first else None, entries)
 
     def commit(  # noqa: D102
         self, expected: bytes | None, head: bytes, entry: tuple[Id, bytes], keep: Collection[str] | None = None
@@ -201,6 +238,15 @@ class RedisEngine(Engine):
             return bool(
                 self._commit(keys=[self._key(each) for each in ("head", "log", "snapshots")], args=arguments)
             )
+
+    def top(self) -> Id:  # noqa: D102
+        with self._asking():
+            try:
+                return _id(self._redis.xinfo_stream(self._key("log"))["last-generated-id"])
+            except redis.ResponseError as error:
+                if "no such key" in str(error):
+                    return START
+                raise
 
     def trim(self, before: Id) -> None:  # noqa: D102
         with self._asking():

@@ -34,7 +34,7 @@ from shmelim.cli.demo import hosts
 from shmelim.cli.main import cli
 from shmelim.errors import NotServingError
 from shmelim.fleet import publishing
-from shmelim.fleet.engine import EngineError, Id
+from shmelim.fleet.engine import EngineError, Id, LogAheadError
 from shmelim.fleet.messages import pack, unpack_head
 from shmelim.fleet.redis_engine import RedisEngine, place_of
 from shmelim.watch import seeing
@@ -90,6 +90,12 @@ class Process:
 
     def stop(self) -> int:
         return self._end(signal.SIGTERM)
+
+    def pause(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
 
     def wait(self) -> tuple[int, str]:
         code = self._process.wait(60)
@@ -287,6 +293,111 @@ class TestTheEngineLoses:
             asked.execute()
         change(fleet)
         fleet.becomes_equal(name, "engine rolled back")
+
+    def test_its_head_and_what_was_in_its_log(self, fleet, name):
+        """A stream that was emptied goes on to refuse what is not above all that it ever had."""
+        first = fleet.publish()
+        fleet.follow(name).has_said("following")
+        fleet.becomes_equal(name)
+        first.kill()
+        key = f"shmelim:{{{fleet.served.name}}}"
+        engine = RedisEngine(fleet.engine.url, fleet.served.name)
+        term = unpack_head(engine.look().head).term
+        with fleet.engine.client().pipeline() as asked:
+            asked.delete(f"{key}:head")
+            asked.xtrim(f"{key}:log", maxlen=0, approximate=False)
+            asked.execute()
+        assert engine.top().term == term
+        change(fleet)
+        second = fleet.publish()
+        fleet.becomes_equal(name, "head and log emptied")
+        assert second.said("error") == []
+        assert unpack_head(engine.look().head).term == term + 1
+        engine.close()
+
+
+class TestFailover:
+    """A replica takes the engine's place, as of when it last heard of it."""
+
+    @pytest.fixture
+    def replica(self, fleet) -> Iterator[RealEngine]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        client = fleet.engine.client()
+        client.config_set("bind", "127.0.0.1")
+        client.config_set("port", port)
+        with RealEngine("--replicaof", f"127.0.0.1 {port}") as replica:
+            yield replica
+
+    @staticmethod
+    def takes_the_place_of(replica: RealEngine, engine: RealEngine) -> None:
+        replica.client().replicaof("NO", "ONE")
+        engine.kill()
+        replica.socket.rename(engine.socket)
+
+    @staticmethod
+    def has_what(replica: RealEngine, fleet: Fleet) -> bool:
+        key = f"shmelim:{{{fleet.served.name}}}:head"
+        return fleet.engine.client().get(key) == replica.client().get(key) is not None
+
+    def test_to_one_that_is_behind(self, fleet, replica, name):
+        fleet.publish()
+        fleet.follow(name).has_said("following")
+        fleet.becomes_equal(name)
+        until(lambda: self.has_what(replica, fleet), "replicated")
+        replica.client().replicaof("NO", "ONE")
+        for _ in range(5):
+            change(fleet)
+        fleet.becomes_equal(name)
+        line = fleet.line(name)
+        self.takes_the_place_of(replica, fleet.engine)
+        change(fleet)
+        fleet.becomes_equal(name, "failover to a replica that is behind")
+        assert fleet.line(name) > line
+
+    def test_to_one_that_is_level(self, fleet, replica, name):
+        publisher = fleet.publish("--beat", "5")
+        fleet.follow(name).has_said("following")
+        fleet.becomes_equal(name)
+        until(lambda: publishing.publishing(fleet.served.name), "the end of a turn")
+        until(lambda: self.has_what(replica, fleet), "replicated")
+        line = fleet.line(name)
+        self.takes_the_place_of(replica, fleet.engine)
+        change(fleet)
+        fleet.becomes_equal(name, "failover to a replica that is level")
+        assert fleet.line(name) == line
+        assert publisher.said("leading")[0]["line"] == line
+
+
+def test_somebody_who_writes_into_the_log_stops_nobody(fleet, name):
+    publisher, follower = fleet.publish(), fleet.follow(name)
+    follower.has_said("following")
+    fleet.becomes_equal(name)
+    line = fleet.line(name)
+    fleet.engine.client().xadd(f"shmelim:{{{fleet.served.name}}}:log", {"m": "does it work?"})
+    change(fleet)
+    fleet.becomes_equal(name, "somebody else's entry in the log")
+    assert fleet.line(name) == line
+    publisher.has_said("error_over")
+    follower.has_said("engine_data_over")
+
+
+def test_a_publisher_that_hung_while_another_took_over_ends(fleet, name):
+    first = fleet.publish()
+    first.has_said("leading")
+    fleet.follow(name).has_said("following")
+    first.pause()
+    second = fleet.publish()
+    second.has_said("leading")
+    change(fleet)
+    fleet.becomes_equal(name)
+    first.go_on()
+    code, told = first.wait()
+    assert (code, "another publisher has taken over" in told) == (4, True)
+    change(fleet)
+    fleet.becomes_equal(name, "a publisher that hung")
+    assert second.said("error") == []
 
 
 def test_a_second_publisher_takes_over_and_the_first_one_ends(fleet, name):
@@ -595,6 +706,37 @@ class TestAnEngineThatIsNotWell:
             fleet.follow(name, "--password-file", str(right)).has_said("following")
             fleet.becomes_equal(name)
 
+    def test_a_password_file_that_is_away_for_a_while(self, serve, name, tmp_path):
+        password = tmp_path / "password"
+        password.write_text("ours\n")
+        engine = RealEngine("--requirepass", "ours")
+        with engine, contextlib.closing(RedisEngine(engine.url, "any", password_file=password)) as ours:
+            ours.look()
+            password.rename(tmp_path / "away")
+            engine.client(password="ours").execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "no")
+            for _ in range(3):
+                with pytest.raises(EngineError) as caught:
+                    ours.look()
+            assert str(password) in caught.value.message
+            assert "right to read it" in caught.value.hint
+            (tmp_path / "away").rename(password)
+            ours.look()
+
+    def test_one_that_answers_what_no_engine_does(self, tmp_path):
+        for answer in (b":-1\r\n" * 9, b"*2\r\n:-1\r\n:0\r\n" * 9, b"*1\r\n$-1\r\n" * 9, b"*0\r\n" * 9):
+            directory = tmp_path / secrets.token_hex(4)
+            directory.mkdir()
+            with answering(directory, answer, raw=True) as url:
+                engine = RedisEngine(url, "any", deadline=0.5)
+                for ask in (
+                    engine.look,
+                    lambda engine=engine: engine.look(Id(0, 0), 9),
+                    engine.top,
+                    engine.reports,
+                ):
+                    with pytest.raises(EngineError):
+                        ask()
+
     def test_an_older_one(self, tmp_path):
         with answering(tmp_path, b"redis_version:6.2.14") as url, pytest.raises(EngineError) as caught:
             RedisEngine(url, "any").look()
@@ -723,9 +865,13 @@ class TestProtocol:
         assert abs(look.time - time.time() * 1000) < 60_000
 
     def test_an_id_that_is_not_higher_is_refused_and_changes_nothing(self, engine):
+        assert engine.top() == Id(0, 0)
         assert engine.commit(None, b"one", (Id(2, 0), b"a"))
-        with pytest.raises(EngineError):
-            engine.commit(b"one", b"two", (Id(1, 9), b"b"))
+        engine.trim(Id(3, 0))
+        assert engine.top() == Id(2, 0)
+        for number in (Id(1, 9), Id(2, 0)):
+            with pytest.raises(LogAheadError):
+                engine.commit(b"one", b"two", (number, b"b"))
         assert engine.look().head == b"one"
 
     def test_snapshots_are_dropped_with_the_head_that_names_others(self, engine):
@@ -795,12 +941,27 @@ def test_addresses_that_are_none_or_tell_a_password_or_undo_a_check_are_refused(
         ("WRONGPASS invalid username-password pair or user is disabled.", "--password-file"),
         ("NOAUTH Authentication required.", "--password-file"),
         ("MISCONF Redis is configured to save RDB snapshots", "its log"),
+        ("WRONGTYPE Operation against a key holding the wrong kind of value", "shmelim:{any}:*"),
+        ("WRONGPASS invalid username-password pair or user is disabled.", "'somebody'"),
     ],
 )
 def test_what_an_engine_refuses_comes_with_what_to_do(tmp_path, answer, hint):
     with answering(tmp_path, b"-%s\r\n" % answer.encode(), raw=True) as url, pytest.raises(EngineError) as caught:
-        RedisEngine(url, "any").hold(b"")
+        RedisEngine(url.replace("//", "//somebody@"), "any").hold(b"")
     assert hint in caught.value.hint
+
+
+def test_a_password_that_is_refused_is_that_of_a_file_and_a_user(tmp_path):
+    password = tmp_path / "password"
+    password.write_text("not that")
+    with RealEngine() as engine:
+        engine.client().execute_command("ACL", "SETUSER", "somebody", "on", ">ours", "~*", "+@all")
+        url = engine.url.replace("//", "//somebody@")
+        for file, hint in ((None, "--password-file"), (password, str(password))):
+            with pytest.raises(EngineError) as caught:
+                RedisEngine(url, "any", password_file=file).look()
+            assert hint in caught.value.hint
+            assert "'somebody'" in caught.value.hint
 
 
 class TestTLS:

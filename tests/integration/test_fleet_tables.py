@@ -22,7 +22,7 @@ from shmelim.eliminations.rows import Status
 from shmelim.eliminations.runtime import default_state_directory
 from shmelim.eliminations.store import touched
 from shmelim.eliminations.store.schema import FILE_NAME
-from shmelim.errors import FollowerError, StateConflictError, StoreError
+from shmelim.errors import AlreadyServingError, FollowerError, StateConflictError, StoreError
 from shmelim.fleet.engine import EngineError
 from shmelim.fleet.follower import Applied, Follower
 from shmelim.fleet.local import LocalTable
@@ -270,13 +270,25 @@ class TestLocalTable:
         assert "long ago" not in result.stdout
         assert not target.exists()
 
+    def test_a_name_that_is_taken_is_followed_as_another_one(self, new_name):
+        name = new_name()
+        with LocalTable(SharedNamespace(name), SOURCE) as table:
+            for has_table in (False, True):
+                if has_table:
+                    table.replace(Applied(STORE_ID, 5, 10, 1), [Row(b"a", 1, b"x", 3)])
+                with pytest.raises(AlreadyServingError, match=name) as caught:
+                    LocalTable(SharedNamespace(name), SOURCE)
+                assert "--as another name" in caught.value.hint
+            assert table.applied
+
     def test_a_servers_table_is_not_followed_over(self, new_name, tmp_path):
         name = new_name()
         server = EliminationManagerServer(SharedNamespace(name), state_dir=tmp_path, registry=None)
         server.add_elimination_rpc("a", row("a"))
         server.close()
-        with pytest.raises(StateConflictError, match="server"):
+        with pytest.raises(StateConflictError, match="server") as caught:
             LocalTable(SharedNamespace(name), SOURCE)
+        assert "--as another name" in caught.value.hint
         assert EliminationReader(name).is_hotkey_eliminated("a")
 
 

@@ -15,7 +15,7 @@ from memory_engine import MemoryEngine
 from shmelim.errors import FleetDataError
 from shmelim.fleet import messages
 from shmelim.fleet.cuts import Cut, Facts, Whole
-from shmelim.fleet.engine import HIGHEST, Id
+from shmelim.fleet.engine import HIGHEST, EngineError, Id, LogAheadError
 from shmelim.fleet.follower import Follower
 from shmelim.fleet.messages import (
     FORMAT,
@@ -146,6 +146,14 @@ class NoTable:
         return 0
 
 
+class OneTable(NoTable):
+    def replace(self, applied, rows):
+        self.applied, self.rows = applied, list(rows)
+
+    def confirm(self, position):
+        self.position = position
+
+
 class NoOutbox:
     def facts(self):
         return Facts(b"s" * 16, (1 << 24,), 0, 1)
@@ -156,6 +164,12 @@ class NoOutbox:
     @contextlib.contextmanager
     def whole(self):
         yield Whole(self.facts(), iter([]))
+
+
+class OneRow(NoOutbox):
+    @contextlib.contextmanager
+    def whole(self):
+        yield Whole(self.facts(), iter([ROW]))
 
 
 def test_a_stranger_under_the_name_stops_nobody_and_is_said():
@@ -178,16 +192,39 @@ def publish(engine, turns=4, **options):
     return publisher
 
 
-@pytest.mark.parametrize("number", [1 << 62, HIGHEST, (1 << 64) - 1])
+@pytest.mark.parametrize("number", [(1 << 62) - 1, 1 << 62, (1 << 62) + 1, HIGHEST - 1, HIGHEST, (1 << 64) - 1])
 @pytest.mark.parametrize("field", ["term", "line"])
-def test_what_followers_report_leaves_publishers_readable(field, number):
+def test_whatever_one_follower_reports_the_others_can_follow_and_report(field, number):
     engine = MemoryEngine()
     publish(engine)
     values = {name: getattr(REPORT, name) for name in Report.__struct_fields__} | {field: number}
-    engine.report("one", msgspec.msgpack.encode(list(values.values())), 1000)
-    publish(engine)
-    assert unpack_head(engine.state.head)
+    for _ in range(3):
+        engine.report("one", msgspec.msgpack.encode(list(values.values())), 1000)
+        publish(engine)
+    head = unpack_head(engine.state.head)
     assert all(unpack_message(raw) for _, raw in engine.state.log)
+    theirs = msgspec.structs.replace(REPORT, term=head.term, line=head.line)
+    assert unpack_report(pack(theirs)) == theirs
+    engine.report("one", pack(theirs), 1000)  # which is lost, and heard
+    publish(engine)
+    assert unpack_head(engine.state.head).line > head.line
+
+
+@pytest.mark.parametrize("field", [name for name in Report.__struct_fields__ if name != "host"])
+@pytest.mark.parametrize("number", [-2, -(1 << 63), 1e300, 1.5, float("nan"), float("inf"), "1", None, b"1"])
+def test_a_report_of_what_is_no_such_number_is_refused(field, number):
+    values = {name: getattr(REPORT, name) for name in Report.__struct_fields__} | {field: number}
+    with pytest.raises(FleetDataError):
+        unpack_report(msgspec.msgpack.encode(list(values.values())))
+
+
+def test_numbers_that_went_up_by_a_lie_are_found_again_after_everything_was_lost():
+    engine = MemoryEngine()
+    honest = msgspec.structs.replace(REPORT, term=(1 << 62) + 9, line=(1 << 62) + 7, lost=False)
+    engine.report("one", pack(honest), 1000)
+    head = publish(engine, turns=9).head
+    assert (head.term, head.line) > (honest.term, honest.line)
+    assert head.line < honest.line + 9
 
 
 @pytest.mark.parametrize("fields", [{"line": HIGHEST}, {"last": Id(HIGHEST, 0)}, {"last": Id((1 << 64) - 1, 0)}])
@@ -199,15 +236,63 @@ def test_a_head_that_nothing_is_above_is_said_and_stays(fields):
     assert engine.state.head == head
 
 
+@pytest.mark.parametrize("emptied", [False, True])
 @pytest.mark.parametrize("head", [None, b"\xc1 of another release"])
-def test_a_log_without_its_head_is_gone_on_with_at_once(head):
+def test_a_log_without_its_head_is_gone_on_with_at_once(head, emptied):
     engine = MemoryEngine()
     for _ in range(3):
         publish(engine)
     newest = engine.state.log[-1][0]
     engine.state.head = head
+    if emptied:
+        engine.state.log.clear()
     publisher = publish(engine, turns=1, take_over=True)
     assert publisher.head.term == newest.term + 1
+
+
+def test_an_entry_of_somebody_else_is_gone_on_above_in_the_same_line():
+    engine = MemoryEngine()
+    publisher = publish(engine)
+    line, foreign = publisher.head.line, Id(1_700_000_000_000, 0)
+    engine.append(foreign, b"does it work?")
+    with pytest.raises(LogAheadError):
+        publisher.turn()
+    publisher.turn()
+    assert (publisher.head.term, publisher.head.line) == (foreign.term + 1, line)
+
+
+def test_a_snapshot_that_fails_again_and_again_uses_up_neither_terms_nor_lines():
+    engine = MemoryEngine()
+
+    def fail(what):
+        if what == "put":
+            raise EngineError("full")
+
+    engine.before = fail
+    publisher = Publisher(engine, OneRow())
+    for _ in range(5):
+        with pytest.raises(EngineError):
+            publisher.turn()
+    first = publisher.head
+    assert (first.term, first.snapshot) == (1, None)
+    engine.before = lambda _what: None
+    publisher.turn()
+    assert (publisher.head.line, publisher.head.snapshot.rows) == (first.line, 1)
+
+
+def test_a_message_under_another_term_is_not_believed():
+    engine = MemoryEngine()
+    publish(engine)
+    follower = Follower(engine, OneTable(), who="one")
+    for _ in range(2):
+        follower.turn()
+    about = {name: getattr(MESSAGE, name) for name in Message.__struct_fields__}
+    about |= {"line": unpack_head(engine.state.head).line, "term": HIGHEST}
+    engine.append(Id(1, 999), msgspec.msgpack.encode(list(about.values())))
+    follower.turn()
+    assert str(HIGHEST) in follower.problems["engine_data"]
+    follower.turn()
+    assert follower._term == 1
 
 
 def test_a_snapshot_that_is_newer_than_the_head_has_to_be_the_stores_too():
