@@ -1,12 +1,13 @@
-"""More than one host on one machine: from an acknowledged change to a follower's reader, rows a second, snapshots.
+"""More than one host on one machine: from an acknowledged change to followers' readers, rows a second, snapshots.
 
     python -m bench.fleet                                  # over a Unix socket
     python -m bench.fleet --delay 20                       # with so many ms of network, there and back
     python -m bench.fleet --rows 1000000 --followers 3 30
     python -m bench.fleet --soak 1800                      # changes without a pause, a fault every few seconds
 
-Starts its own engine, server, publisher and followers, and leaves none. Beside it, in turns: Redis' own publish
-and subscribe, which carry the hotkey alone.
+Starts its own engine, server, publisher and followers, and leaves none. A change counts as visible once it is in
+the last follower's table. Beside it, in turns: Redis' own publish and subscribe, which carry the hotkey alone, to
+as many subscribers, each a process, until the last of them has it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,17 @@ _CHANGES = 300
 _PAUSE = 0.01
 _LATEST = 1800.0
 _FAULT_EVERY = 5.0
+_CHECKS = 20_000
+_ROUNDS = 40
+
+# Says a byte once it listens, and with each message.
+_SUBSCRIBER = """
+import os, sys, redis
+listening = redis.Redis.from_url(sys.argv[1]).pubsub()
+listening.subscribe("bench")
+for message in listening.listen():
+    os.write(int(sys.argv[2]), b".")
+"""
 
 
 class Fleet:
@@ -74,9 +86,9 @@ class Fleet:
         self.have("publisher", *self.command("publish", "--to", self.url, "--state-dir", str(directory / "state")))
         self.tables: list[str] = []
 
-    def start(self, *command: str) -> subprocess.Popen[bytes]:
+    def start(self, *command: str, keeping: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
         log = (self.directory / f"{len(self.processes)}.log").open("wb")
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=keeping)
         self.processes.append(process)
         return process
 
@@ -93,15 +105,17 @@ class Fleet:
     def command(self, *arguments: str) -> tuple[str, ...]:
         return sys.executable, "-m", "shmelim", *arguments, "--name", self.name
 
-    def follow(self) -> tuple[EliminationReader, float]:
-        """Start a follower; return a reader of its table, and how long it took until that was equal."""
-        name = f"{self.name[:13]}{len(self.tables):03d}"
-        self.tables.append(name)
+    def follow(self, count: int = 1) -> tuple[list[EliminationReader], float]:
+        """Start followers at once; return a reader of each table, and how long it took until all were equal."""
+        names = [f"{self.name[:13]}{len(self.tables) + number:03d}" for number in range(count)]
+        self.tables += names
         began = time.perf_counter()
-        self.have("follower", *self.command("follow", "--from", self.url, "--as", name))
-        reader = self.until(lambda: [EliminationReader(name)])[0]
-        self.until(lambda: len(reader) == len(self.client))
-        return reader, time.perf_counter() - began
+        for name in names:
+            self.have("follower", *self.command("follow", "--from", self.url, "--as", name))
+        readers = [self.until(lambda name=name: [EliminationReader(name)])[0] for name in names]
+        for reader in readers:
+            self.until(lambda reader=reader: len(reader) == len(self.client))
+        return readers, time.perf_counter() - began
 
     @staticmethod
     def until(condition: Any) -> Any:
@@ -125,11 +139,32 @@ class Fleet:
             SharedNamespace(name).remove()
 
 
+class Subscribers:
+    """Processes that listen to Redis' own messages."""
+
+    def __init__(self, fleet: Fleet, count: int) -> None:
+        self._count = count
+        self._said, saying = os.pipe()
+        command = (sys.executable, "-c", _SUBSCRIBER, fleet.url, str(saying))
+        self._processes = [fleet.start(*command, keeping=(saying,)) for _ in range(count)]
+        os.close(saying)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until each has said a byte."""
+        left = self._count
+        while left:
+            left -= len(os.read(self._said, left))
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.terminate()
+        os.close(self._said)
+
+
 def latencies(fleet: Fleet, readers: list[EliminationReader]) -> Iterator[tuple[str, list[float]]]:
     """Yield seconds from acknowledged to visible at the last reader, and those of Redis' publish and subscribe."""
-    listening = fleet.engine.pubsub(ignore_subscribe_messages=True)
-    listening.subscribe("bench")
-    listening.get_message(timeout=1)
+    subscribers = Subscribers(fleet, len(readers))
     ours: list[float] = []
     theirs: list[float] = []
     for number in range(_CHANGES):
@@ -142,13 +177,26 @@ def latencies(fleet: Fleet, readers: list[EliminationReader]) -> Iterator[tuple[
         ours.append(time.perf_counter() - began)
         began = time.perf_counter()
         fleet.engine.publish("bench", new["hotkey"])
-        while listening.get_message(timeout=5) is None:
-            pass
+        subscribers.wait()
         theirs.append(time.perf_counter() - began)
         time.sleep(_PAUSE)
-    listening.close()
+    subscribers.close()
     yield "acknowledged to visible", sorted(ours)
-    yield "redis publish to subscriber", sorted(theirs)
+    yield "redis publish to subscribers", sorted(theirs)
+
+
+def checks(*readers: EliminationReader) -> list[float]:
+    """Return seconds of a check by each of these readers, in turns; each the median of its rounds."""
+    hotkeys = [f"hotkey {number % 1000}" for number in range(_CHECKS)]
+    took: list[list[float]] = [[] for _ in readers]
+    for _ in range(_ROUNDS):
+        for reader, rounds in zip(readers, took, strict=True):
+            check = reader.is_hotkey_eliminated
+            began = time.perf_counter()
+            for hotkey in hotkeys:
+                check(hotkey)
+            rounds.append((time.perf_counter() - began) / len(hotkeys))
+    return [statistics.median(rounds) for rounds in took]
 
 
 def rows_a_second(fleet: Fleet, reader: EliminationReader, rows: int) -> float:
@@ -268,19 +316,24 @@ def main() -> None:
                 fleet.follow()
                 soak(fleet, options.soak)
                 return
-            readers: list[EliminationReader] = []
-            reader, seconds = fleet.follow()
-            readers.append(reader)
+            readers, seconds = fleet.follow()
             memory = fleet.engine.info("memory")["used_memory"]
             print(f"{options.rows:,} rows: a new follower is equal after {seconds:.2f} s", flush=True)
             print(f"the engine holds {memory / options.rows:.0f} bytes a row", flush=True)
+            here, there = (each * 1e9 for each in checks(readers[0], EliminationReader(fleet.name)))
+            print(
+                f"a check: {here:.1f} ns by a follower's table, {there:.1f} ns by the writer's, "
+                f"{here / there:.2f} times as long",
+                flush=True,
+            )
             if make is record:
-                print(
-                    f"a follower takes {rows_a_second(fleet, reader, options.rows):,.0f} rows a second", flush=True
-                )
+                took = rows_a_second(fleet, readers[0], options.rows)
+                print(f"a follower takes {took:,.0f} rows a second", flush=True)
             for count in options.followers:
-                while len(readers) < count:
-                    readers.append(fleet.follow()[0])
+                if len(readers) < count:
+                    more, seconds = fleet.follow(count - len(readers))
+                    readers += more
+                    print(f"{len(more)} more followers at once: all equal after {seconds:.2f} s", flush=True)
                 for what, found in latencies(fleet, readers):
                     p50, p99 = (percentile(found, share) * 1e3 for share in (0.5, 0.99))
                     print(f"{count} followers, {what}: p50 {p50:.2f} ms, p99 {p99:.2f} ms", flush=True)
