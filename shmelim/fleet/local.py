@@ -10,7 +10,13 @@ from typing import Final, Self
 import msgspec
 
 from shmelim.eliminations.rows import ORIGIN_KEY
-from shmelim.errors import AlreadyServingError, NotServingError, SegmentError, StateConflictError
+from shmelim.errors import (
+    AlreadyServingError,
+    NotServingError,
+    SegmentError,
+    StateConflictError,
+    UntrustedSegmentError,
+)
 from shmelim.fleet.follower import Applied, Table
 from shmelim.fleet.messages import DIGEST_MASK, Row, row_digest
 from shmelim.shm import Namespace, TableReader, TableWriter
@@ -76,6 +82,9 @@ class LocalTable(Table):
         except AlreadyServingError as error:
             hint = f"see `shmelim status --name {self._namespace.name}`, or follow it --as another name"
             raise AlreadyServingError(error.message, hint=hint) from error
+        except UntrustedSegmentError as error:
+            hint = "run it as that user, or follow it --as another name"
+            raise UntrustedSegmentError(error.message, hint=hint) from error
 
     def _left(self) -> tuple[Applied | None, Position | None]:
         """Find what a follower left."""

@@ -116,7 +116,8 @@ class Note:
     def remove(self) -> None:
         """Take the file away, unless another publisher has written it since."""
         if self._is_ours():
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._path.unlink()
 
     def _is_ours(self) -> bool:
         try:
@@ -131,11 +132,14 @@ class Note:
         self._last = said
         making = self._path.with_name(f".{_FILE}.{said.pid}")
         # Not synced: what a crash of the machine leaves was said before its start, and counts as silence.
-        with suppress(OSError):
+        try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             with os.fdopen(os.open(making, flags, 0o600), "wb") as file:
                 file.write(msgspec.json.encode(said))
             making.replace(self._path)
+        except OSError:
+            with suppress(OSError):
+                making.unlink()
 
 
 def publishing(name: str) -> Publishing | None:

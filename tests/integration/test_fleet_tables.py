@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sqlite3
 import threading
 from contextlib import closing
@@ -22,7 +23,13 @@ from shmelim.eliminations.rows import Status
 from shmelim.eliminations.runtime import default_state_directory
 from shmelim.eliminations.store import touched
 from shmelim.eliminations.store.schema import FILE_NAME
-from shmelim.errors import AlreadyServingError, FollowerError, StateConflictError, StoreError
+from shmelim.errors import (
+    AlreadyServingError,
+    FollowerError,
+    StateConflictError,
+    StoreError,
+    UntrustedSegmentError,
+)
 from shmelim.fleet.engine import EngineError
 from shmelim.fleet.follower import Applied, Follower
 from shmelim.fleet.local import LocalTable
@@ -272,14 +279,24 @@ class TestLocalTable:
 
     def test_a_name_that_is_taken_is_followed_as_another_one(self, new_name):
         name = new_name()
-        with LocalTable(SharedNamespace(name), SOURCE) as table:
-            for has_table in (False, True):
-                if has_table:
-                    table.replace(Applied(STORE_ID, 5, 10, 1), [Row(b"a", 1, b"x", 3)])
+        snapshot = Applied(STORE_ID, 5, 10, 1), [Row(b"a", 1, b"x", 3)]
+        with LocalTable(SharedNamespace(name), SOURCE) as table, LocalTable(SharedNamespace(name), SOURCE) as late:
+            table.replace(*snapshot)
+            for take in (lambda: late.replace(*snapshot), lambda: LocalTable(SharedNamespace(name), SOURCE)):
                 with pytest.raises(AlreadyServingError, match=name) as caught:
-                    LocalTable(SharedNamespace(name), SOURCE)
+                    take()
                 assert "--as another name" in caught.value.hint
-            assert table.applied
+
+    def test_another_users_table_is_not_followed_over(self, new_name, monkeypatch):
+        name = new_name()
+        with LocalTable(SharedNamespace(name), SOURCE) as table:
+            table.replace(Applied(STORE_ID, 5, 10, 1), [Row(b"a", 1, b"x", 3)])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "geteuid", lambda: 65534)
+            with pytest.raises(UntrustedSegmentError, match=name) as caught:
+                LocalTable(SharedNamespace(name), SOURCE)
+        assert "as that user" in caught.value.hint
+        assert followed(name)
 
     def test_a_servers_table_is_not_followed_over(self, new_name, tmp_path):
         name = new_name()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +107,26 @@ def test_where_nothing_can_be_written_publishing_goes_on(place):
     place.parent.rmdir()
     Note("fleet", "redis://engine").write()
     assert publishing("fleet") is None
+
+
+def test_a_full_disk_leaves_what_was_said_last_and_nothing_else(place, clock, monkeypatch):
+    note = Note("fleet", "redis://engine")
+    note.write(seq=1)
+
+    def fail(*_paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        clock.at += 2
+        note.write(seq=2)
+        assert list(place.parent.iterdir()) == [place]
+        assert publishing("fleet").seq == 1
+        patch.setattr(Path, "unlink", fail)
+        note.remove()
+    clock.at += 2
+    note.write(seq=3)
+    assert publishing("fleet").seq == 3
 
 
 @pytest.mark.parametrize(
