@@ -3,6 +3,7 @@
     python -m bench.fleet                                  # over a Unix socket
     python -m bench.fleet --delay 20                       # with so many ms of network, there and back
     python -m bench.fleet --rows 1000000 --followers 3 30
+    python -m bench.fleet --engines                        # what a change costs while the engine is not well
     python -m bench.fleet --soak 1800                      # changes without a pause, a fault every few seconds
 
 Starts its own engine, server, publisher and followers, and leaves none. A change counts as visible once it is in
@@ -209,8 +210,42 @@ def rows_a_second(fleet: Fleet, reader: EliminationReader, rows: int) -> float:
     return rows / (time.perf_counter() - began)
 
 
+def engines(fleet: Fleet) -> Iterator[tuple[str, list[float]]]:
+    """Yield what a change costs at its caller's, while the engine is well, and while it is not."""
+    numbers = itertools.count(20_000_000)
+
+    def changes() -> list[float]:
+        took = []
+        for number in itertools.islice(numbers, _CHANGES):
+            new = compact(number)
+            began = time.perf_counter()
+            fleet.client.add_elimination(new["hotkey"], new)
+            took.append(time.perf_counter() - began)
+            time.sleep(_PAUSE)
+        return sorted(took)
+
+    engine = fleet.roles["engine"]
+    yield "is well", changes()
+    fleet.engine.config_set("maxmemory", "1mb")
+    yield "is full", changes()
+    fleet.engine.config_set("maxmemory", "0")
+    engine.send_signal(signal.SIGSTOP)
+    yield "hangs", changes()
+    engine.send_signal(signal.SIGCONT)
+    fleet.engine.config_set("requirepass", "another")
+    fleet.engine.execute_command("CLIENT", "KILL", "TYPE", "normal")
+    yield "has another password", changes()
+    engine.kill()
+    yield "is dead", changes()
+    fleet.again("engine")
+    yield "is well again", changes()
+
+
 def soak(fleet: Fleet, seconds: float) -> None:
-    """Change without a pause, let something happen every five seconds, and say what memory was used meanwhile."""
+    """Change without a pause, let something happen every five seconds, and say what memory was used meanwhile.
+
+    In the second half it happens to the engine alone: what publisher and follower hold grows only while they live.
+    """
     chance, stop, numbers = random.Random(1), threading.Event(), itertools.count()
 
     def change() -> None:
@@ -222,10 +257,13 @@ def soak(fleet: Fleet, seconds: float) -> None:
     changing = threading.Thread(target=change)
     changing.start()
     ends, used, faults = time.monotonic() + seconds, [], Counter()
-    while time.monotonic() < ends:
+    happens = ["engine", "flush", "hang", "publisher", "follower"]
+    while (left := ends - time.monotonic()) > 0:
         stop.wait(_FAULT_EVERY)
-        used.append({role: psutil.Process(process.pid).memory_info().rss for role, process in fleet.roles.items()})
-        fault = chance.choice(("publisher", "follower", "engine", "flush", "hang"))
+        if left < seconds / 2:
+            happens = happens[:3]
+            used.append({role: psutil.Process(each.pid).memory_info().rss for role, each in fleet.roles.items()})
+        fault = chance.choice(happens)
         faults[fault] += 1
         if fault == "flush":
             with contextlib.suppress(redis.RedisError):
@@ -244,11 +282,11 @@ def soak(fleet: Fleet, seconds: float) -> None:
     fleet.until(lambda: reader.get_eliminations_dict() == wanted)
     print(f"{next(numbers):,} changes in {seconds:.0f} s, {dict(faults)}")
     print(f"equal {time.perf_counter() - began:.2f} s after the last of them; age {reader.staleness:.2f} s")
-    quarter = len(used) // 4
+    half = len(used) // 2
     for role in used[0]:
-        parts = (used[:quarter], used[-quarter:])
+        parts = (used[:half], used[half:])
         first, last = (statistics.median(each[role] / 2**20 for each in part) for part in parts)
-        print(f"{role}: {first:.1f} MB in the first quarter, {last:.1f} MB in the last (medians)")
+        print(f"{role}: {first:.1f} MB in the third quarter, {last:.1f} MB in the last (medians)")
 
 
 class Delay:
@@ -304,6 +342,7 @@ def main() -> None:
     parser.add_argument(
         "--soak", type=float, metavar="SECONDS", help="change without a pause, and let things happen"
     )
+    parser.add_argument("--engines", action="store_true", help="what a change costs while the engine is not well")
     options = parser.parse_args()
     # What ends the run ends its processes too, and removes their tables.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -315,6 +354,11 @@ def main() -> None:
             if options.soak:
                 fleet.follow()
                 soak(fleet, options.soak)
+                return
+            if options.engines:
+                for state, found in engines(fleet):
+                    p50, p99 = (percentile(found, share) * 1e3 for share in (0.5, 0.99))
+                    print(f"a change while the engine {state}: p50 {p50:.2f} ms, p99 {p99:.2f} ms", flush=True)
                 return
             readers, seconds = fleet.follow()
             memory = fleet.engine.info("memory")["used_memory"]
