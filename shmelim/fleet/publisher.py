@@ -47,7 +47,7 @@ _PROMPT: Final = 0.5
 _ALL: Final = 1 << 62
 _BELIEVED: Final = 1 << 62
 """Up to here reports are believed, and _FURTHER above what is known: no follower's lie uses up the numbers."""
-_FURTHER: Final = 1 << 32
+_FURTHER: Final = 1 << 40
 _LEAST_LOG: Final = 4 << 20
 """Bytes of log after which a new snapshot may be due."""
 
@@ -116,9 +116,9 @@ class Publisher:
         cut = self._outbox.cut(head.seq, digest_rows=wanted)
         self._hold(cut.facts, look)
         self.behind = cut.facts.top - head.seq
-        if head.snapshot is None:
+        if head.snapshot is None and head.store_id == cut.facts.store_id:
             self._send_all(anew=True)  # this line was begun, and its snapshot failed
-        elif not _goes_on(head, cut.facts):
+        elif head.snapshot is None or not _goes_on(head, cut.facts):
             self._begin_line()
         elif (self.held is not None or self._send(cut)) and look is not None:
             self._beats_next = now + self._beat
@@ -186,7 +186,7 @@ class Publisher:
         """Return a term above all that were seen, and above the log: it takes only what is above its entries."""
         seen = (self.head, self._read(look), self._engine.top())
         term = max(self._term, *(each.term for each in seen if each is not None))
-        return _above(term, *(_believed(report.term, term) for report in self._reports()))
+        return _above(term, [report.term for report in self._reports()], max(look.time, self._wall()))
 
     def _begin_line(self, look: Look | None = None) -> None:
         """Begin a line above all that were seen, with a snapshot; not while nothing may be sent."""
@@ -197,8 +197,9 @@ class Publisher:
         if self.held is not None:
             return
         # Where nothing is left that remembers the last line, the clocks do.
-        line = max(look.time, self._wall(), *(each.line for each in (self.head, head) if each is not None))
-        line = _above(line, *(_believed(report.line, line) for report in self._reports()))
+        now = max(look.time, self._wall())
+        line = max([now, *(each.line for each in (self.head, head) if each is not None)])
+        line = _above(line, [report.line for report in self._reports()], now)
         last = Id(self._next_term(look), 0)
         source = self._owner, self._host, facts.store_id
         if self._enter(look, Head(FORMAT, *source, line, 0, facts.runs[-1], last, None)):
@@ -305,8 +306,7 @@ class Publisher:
         snapshot = head.snapshot
         assert snapshot is not None
         for report in self._reports():
-            pairs = (report.line, head.line), (report.term, head.term)
-            is_above = any(_believed(reported, known) > known for reported, known in pairs)
+            is_above = _is_above(report.line, head.line) or _is_above(report.term, head.term)
             if is_above or (report.lost and report.line == head.line):
                 self._begin_line()
                 return
@@ -324,14 +324,18 @@ class Publisher:
         return found
 
 
-def _believed(reported: int, known: int) -> int:
-    """Return what is believed of a reported number: all of it, or that it is large."""
-    return reported if reported <= max(_BELIEVED, known + _FURTHER) else _BELIEVED
+def _is_above(reported: int, known: int) -> bool:
+    return known < reported and (known < _BELIEVED or reported <= known + _FURTHER)
 
 
-def _above(*numbers: int) -> int:
-    """Return the next number above all of these; FleetDataError if there is none that others would read."""
-    highest = max(numbers)
+def _above(known: int, reported: list[int], now: int) -> int:
+    """Return a number above what is known and reported; FleetDataError if there is none that others would read.
+
+    Where a report is too high to be believed, that of a moment is: so it is none that was given before.
+    """
+    if any(number > max(_BELIEVED, known + _FURTHER) for number in reported):
+        known = max(known, _BELIEVED + now)
+    highest = max([known, *(number for number in reported if _is_above(number, known))])
     if highest >= HIGHEST:
         raise FleetDataError(
             f"a term or a line in the engine is {highest}, and none can be above it",

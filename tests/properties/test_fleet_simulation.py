@@ -111,12 +111,17 @@ def test_without_lines_it_is_found(monkeypatch):
 
 
 def test_a_naive_age_is_found(monkeypatch):
-    monkeypatch.setattr(Follower, "_moment_of", lambda self, number, as_of: self._clocks[-1][0])
+    def when_it_was_asked(self, number, as_of):
+        return self._clocks[-1][0] if self._clocks else None
+
+    monkeypatch.setattr(Follower, "_moment_of", when_it_was_asked)
     found("an age is too young")
 
 
 def test_the_engines_clock_alone_is_not_enough(monkeypatch):
     def by_the_last_look(self, number, as_of):
+        if not self._clocks:
+            return None
         asked, ms, _ = self._clocks[-1]
         return min(asked - (ms - as_of) * 1_000_000, asked)
 
