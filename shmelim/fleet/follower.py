@@ -246,7 +246,11 @@ class Follower:
     def _publish(self, applied: Applied, changed: dict[bytes, Row | None], digest: int | None) -> None:
         if applied != self._table.applied:
             rows = [row for row in changed.values() if row is not None]
-            self._table.apply(applied, rows, [key for key, row in changed.items() if row is None])
+            try:
+                self._table.apply(applied, rows, [key for key, row in changed.items() if row is None])
+            except BaseException:
+                self._cursor, self._parts = START, []  # parts of it may have been read by an earlier turn
+                raise
         if digest is not None and digest != self._table.digest:
             self._lose(
                 f"the table at change {applied.seq} is not the source's: {self._table.digest:x}, not {digest:x}"
