@@ -115,7 +115,7 @@ class Follower:
         self._engine, self._table = engine, table
         self._who, self._host = who, host
         self._boottime, self._loading = boottime, loading
-        self._cursor = START
+        self._cursor, self._last, self._again = START, START, False  # read up to, the head's last, read it again
         self._term = 0 if position is None else position.term
         self._confirmed, self._as_of = (0, 0) if position is None else (position.confirmed, position.as_of)
         self._parts: list[Message] = []
@@ -139,19 +139,29 @@ class Follower:
         head = self._read_head(look)
         self._time(asked, look, head)
         self._confirm()
-        if head is None or head.last < self._cursor:
-            # The engine has nothing, or went back: what comes next begins below this cursor.
-            self._cursor, self._parts = START, []
-        elif head.term >= self._term:
+        if head is None or head.term < self._term:
+            # Nothing counts. It is passed over, as an engine that has something does not wait; and read later.
+            self._pass_over(look)
+            self._again = True
+        elif self._again or head.last < self._last:
+            # It does now, or the engine went back: what comes next may be below this cursor.
+            self._cursor, self._parts, self._again = START, [], False
+        else:
             self._take(look.entries, asked)
-            if look.entries:
-                self._cursor = look.entries[-1][0]
+            self._pass_over(look)
             applied = self._table.applied
             if applied is None or head.line > applied.line or self._missing_since is not None:
                 self._load(head, asked)
             else:
                 self._compare(head, applied, asked)
+        self._last = START if head is None else head.last
         self._report(asked)
+
+    def _pass_over(self, look: Look) -> None:
+        if look.entries:
+            self._cursor = look.entries[-1][0]
+        elif look.first is None:
+            self._cursor = START
 
     def _compare(self, head: Head, applied: Applied, now: int) -> None:
         """Be lost where the source stays behind this table, or level with it in another run of its server."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 from fleet_world import MS, SECOND, World
 from memory_engine import State
+from msgspec import structs
 
 from shmelim.errors import SegmentFullError
 from shmelim.fleet import follower as module
 from shmelim.fleet import messages
+from shmelim.fleet.engine import Id
+from shmelim.fleet.messages import pack, unpack_head
 
 
 def lose_everything(state: State) -> State:
@@ -79,3 +82,43 @@ def test_a_change_in_parts_that_could_not_be_published_is_read_again_whole(monke
     assert table.rows == store.rows
     assert table.replaced == taken, "it took no snapshot"
     assert follower.process.problems == {}
+
+
+def lose_a_term(state: State) -> State:
+    """An older copy, whose publisher another one had followed."""
+    head = unpack_head(state.head)
+    last = Id(head.term - 1, head.last.number)
+    state.head = pack(structs.replace(head, last=last))
+    state.log = [(Id(last.term, number.number), b"") for number, _ in state.log]
+    return state
+
+
+def write_into_the_log(state: State) -> State:
+    state.log.append((Id(1_700_000_000_000, 0), b"does it work?"))
+    return state
+
+
+@pytest.mark.parametrize("damage", [lose_the_head, lose_a_term, write_into_the_log])
+def test_what_does_not_count_is_read_once(damage):
+    """An engine that waits for nothing, as something is there, would be asked without a pause."""
+    world = World(1)
+    world.stormy = False
+    world.stores[0].change()
+    for number in (0, 1):
+        for _ in range(10):
+            world.now += 500 * MS
+            world.turn(world.publishers[number])
+            world.turn(world.followers[0])
+    world.engine.state = damage(world.engine.state)
+    look, read = world.engine.look, []
+
+    def counted(*asked):
+        found = look(*asked)
+        read.extend(found.entries)
+        return found
+
+    world.engine.look = counted
+    for _ in range(20):
+        world.now += 500 * MS
+        world.turn(world.followers[0])
+    assert len(read) <= len(world.engine.state.log)
