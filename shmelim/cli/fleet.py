@@ -206,7 +206,7 @@ def fleet() -> None:
 def status(settings: Settings, *, url: str, password_file: Path | None) -> int:
     """Show who publishes, how far, and every follower's position, age and digest.
 
-    Exit code 0: there is a head, and every follower is level with it in its line and younger than 10 s; 1: not so;
+    Exit code 0: there is a head, and every follower is in its line, not lost, and younger than 10 s; 1: not so;
     3: nothing is published under the name.
 
     With --json: head {owner, host, store_id, term, line, seq, run, snapshot {seq, rows, size} or null} or null,

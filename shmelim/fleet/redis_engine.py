@@ -78,6 +78,7 @@ _HINTS: Final = (
     ("NoPermissionError", _PERMIT),
     ("user executing the script", _PERMIT),
     ("ReadOnlyError", "this is a replica: name the primary"),
+    ("MovedError", "this is a node of a cluster, and another one has the name: name that one"),
     ("MISCONF", "the engine cannot save to its disk: see its log"),
     ("BusyLoadingError", "the engine is starting"),
     ("unknown command", "the engine is older than Redis 7.0"),

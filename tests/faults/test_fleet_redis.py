@@ -936,6 +936,7 @@ def test_addresses_that_are_none_or_tell_a_password_or_undo_a_check_are_refused(
     [
         ("NOPERM this user has no permissions to run the 'multi' command", "docs/fleet.md"),
         ("READONLY You can't write against a read only replica.", "primary"),
+        ("MOVED 3999 127.0.0.1:6381", "that one"),
         ("LOADING Redis is loading the dataset in memory", "starting"),
         ("OOM command not allowed when used memory > 'maxmemory'.", "maxmemory"),
         ("WRONGPASS invalid username-password pair or user is disabled.", "--password-file"),
