@@ -15,6 +15,7 @@ from shmelim.errors import ShmelimError
 
 HIGHEST: Final = (1 << 63) - 1
 """No number that is counted up may be above this one."""
+_LONGEST_REASON: Final = 1000
 
 
 class EngineError(ShmelimError, ConnectionError):
@@ -50,8 +51,11 @@ class Look(NamedTuple):
 
     @property
     def held(self) -> str | None:
-        """Why publishers are to hold, as text; a stranger's, to be escaped."""
-        return None if self.hold is None else self.hold.decode(errors="replace")
+        """Why publishers are to hold, as text of a thousand letters at most; a stranger's, to be escaped."""
+        if self.hold is None:
+            return None
+        text = self.hold[: 4 * _LONGEST_REASON].decode(errors="replace")
+        return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
 
 
 class Engine(Protocol):

@@ -113,7 +113,7 @@ class Publisher:
             return
         head = self._led()
         wanted = _ALL if look is not None and now >= self._digests_next else self._digest_rows
-        cut = self._outbox.cut(head.seq, digest_rows=wanted)
+        cut = self._held_cut(look) or self._outbox.cut(head.seq, digest_rows=wanted)
         self._hold(cut.facts, look)
         self.behind = cut.facts.top - head.seq
         if head.snapshot is None and head.store_id == cut.facts.store_id:
@@ -126,6 +126,14 @@ class Publisher:
                 self._digests_next = now + self._digest_every
             if self._say_beat(look, cut.digest, prompt=self._monotonic() - now < _PROMPT):
                 self._keep(look)
+
+    def _held_cut(self, look: Look | None) -> Cut | None:
+        """Return where the store is, without what changed, if nothing may be sent now as before; else None."""
+        if self.held is None:
+            return None
+        facts = self._outbox.facts()
+        self._hold(facts, look)
+        return None if self.held is None else Cut(facts, [], [])
 
     def _led(self) -> Head:
         assert self.head is not None, "this publisher does not lead"

@@ -280,6 +280,45 @@ def test_a_snapshot_that_fails_again_and_again_uses_up_neither_terms_nor_lines()
     assert (publisher.head.line, publisher.head.snapshot.rows) == (first.line, 1)
 
 
+def test_what_is_held_is_not_read_again_and_again():
+    engine = MemoryEngine()
+    seconds, cuts = itertools.count(), []
+
+    class Counted(NoOutbox):
+        top = 0
+
+        def facts(self):
+            return super().facts()._replace(top=self.top)
+
+        def cut(self, after, *, digest_rows=0):
+            cuts.append(after)
+            return Cut(self.facts(), [ROW], [])
+
+    outbox = Counted()
+    publisher = Publisher(engine, outbox, monotonic=lambda: next(seconds))
+    for _ in range(3):
+        publisher.turn()
+    engine.hold(b"look first")
+    for _ in range(3):
+        publisher.turn()
+    del cuts[:]
+    outbox.top = 5
+    for _ in range(9):
+        publisher.turn()
+    assert (cuts, publisher.held, publisher.behind) == ([], "look first", 5)
+    engine.hold(None)
+    publisher.turn()
+    assert (publisher.held, publisher.behind, publisher.head.seq) == (None, 0, 5)
+    sent = [message for _, raw in engine.state.log if (message := unpack_message(raw)).rows]
+    assert [(message.seq, message.rows) for message in sent] == [(5, [ROW])]
+
+
+def test_a_reason_to_hold_is_cut_off_where_nobody_reads_on():
+    engine = MemoryEngine()
+    engine.hold("é".encode() * 100_000)
+    assert 100 < len(engine.look().held) <= 1001
+
+
 def test_a_line_whose_snapshot_failed_is_not_gone_on_with_from_another_store(monkeypatch):
     engine = MemoryEngine()
     publisher = Publisher(engine, NoOutbox())
