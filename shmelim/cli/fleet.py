@@ -355,10 +355,16 @@ def _engine(url: str, name: str, password_file: Path | None) -> RedisEngine:
 
 
 def _stopping() -> threading.Event:
-    """Return what SIGTERM and Ctrl-C set: an orderly end."""
+    """Return what SIGTERM and Ctrl-C set: an orderly end after what it is at, for which a second one does not wait."""
     stop = threading.Event()
+
+    def end(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, end)
     return stop
 
 

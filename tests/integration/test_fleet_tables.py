@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sqlite3
 import threading
 from contextlib import closing
@@ -340,6 +341,25 @@ def test_what_a_follower_says_that_gets_nothing(new_name, error, has_table):
         run_follower(Idle(error), table, stop, say)
     wanted = ["following"] if has_table else []
     assert said == wanted + (["error"] if error else [] if has_table else ["waiting"])
+
+
+@pytest.fixture
+def handlers():
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_the_second_signal_ends_what_the_first_one_waits_for():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop = fleet._stopping()
+    signal.raise_signal(signal.SIGINT)
+    assert stop.is_set()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("as_json", [False, True])
