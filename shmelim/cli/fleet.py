@@ -355,7 +355,7 @@ def _engine(url: str, name: str, password_file: Path | None) -> RedisEngine:
 
 
 def _stopping() -> threading.Event:
-    """Return what SIGTERM and Ctrl-C set: an orderly end after what it is at, for which a second one does not wait."""
+    """Return what SIGTERM and Ctrl-C set: an orderly end after what is being done; a second one does not wait."""
     stop = threading.Event()
 
     def end(*_: object) -> None:

@@ -62,11 +62,13 @@ return found
 _RUNNING: Final = "is the engine at {place} running?"
 _NOT_ABOVE: Final = "equal or smaller"
 _PERMIT: Final = "give this user the commands and keys that docs/fleet.md lists"
+_UNKNOWN: Final = "name a user in the address, and the file with its password by --password-file"
 _REFUSED: Final = "there is no user {user!r} there, or {password}"
 # Of an error's class, or of its text, from which the client takes the code that it has a class for.
 _HINTS: Final = (
     ("maxmemory", "the engine is full: give it more maxmemory, or free some; with maxmemory-policy noeviction"),
-    ("Authentication required", "name a user in the address, and the file with its password by --password-file"),
+    ("Authentication required", _UNKNOWN),
+    ("unauthenticated", _UNKNOWN),  # of a request with many arguments
     ("without any password", "the engine knows no password: leave out --password-file"),
     ("WRONGPASS", _REFUSED),
     ("invalid username-password", _REFUSED),

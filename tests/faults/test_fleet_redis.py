@@ -941,6 +941,7 @@ def test_addresses_that_are_none_or_tell_a_password_or_undo_a_check_are_refused(
         ("OOM command not allowed when used memory > 'maxmemory'.", "maxmemory"),
         ("WRONGPASS invalid username-password pair or user is disabled.", "--password-file"),
         ("NOAUTH Authentication required.", "--password-file"),
+        ("ERR Protocol error: unauthenticated multibulk length", "--password-file"),
         ("MISCONF Redis is configured to save RDB snapshots", "its log"),
         ("WRONGTYPE Operation against a key holding the wrong kind of value", "shmelim:{any}:*"),
         ("WRONGPASS invalid username-password pair or user is disabled.", "'somebody'"),
