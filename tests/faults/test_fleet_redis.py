@@ -32,7 +32,7 @@ from bench.fleet import Delay
 from shmelim import EliminationReader
 from shmelim.cli.demo import hosts
 from shmelim.cli.main import cli
-from shmelim.errors import NotServingError
+from shmelim.errors import NotServingError, StaleError
 from shmelim.fleet import publishing
 from shmelim.fleet.engine import EngineError, Id, LogAheadError
 from shmelim.fleet.messages import pack, unpack_head
@@ -413,6 +413,42 @@ def test_a_second_publisher_takes_over_and_the_first_one_ends(fleet, name):
     change(fleet)
     fleet.becomes_equal(name, "second publisher")
     assert fleet.line(name) == line
+
+
+def test_another_store_is_refused_under_the_name_until_it_is_to_take_over(fleet, name, serve):
+    first = fleet.publish()
+    fleet.follow(name).has_said("following")
+    fleet.becomes_equal(name)
+    reader, line = EliminationReader(name), fleet.line(name)
+    other = serve(files="off")
+    other.client().add_elimination("of the other", row("of the other"))
+    code, told = fleet.publish("--state-dir", str(other.state_dir)).wait()
+    assert code == 4
+    assert "belongs to the store" in told
+    assert "--take-over" in told
+    change(fleet)
+    fleet.becomes_equal(name)
+    assert first.said("error") == []
+    fleet.publish("--state-dir", str(other.state_dir), "--take-over").has_said("leading")
+    code, told = first.wait()
+    assert (code, "another publisher has taken over" in told) == (4, True)
+    until(lambda: reader.get_eliminations_dict() == other.reader().get_eliminations_dict(), "the other store's")
+    assert fleet.line(name) > line
+
+
+def test_who_must_not_trade_on_what_is_old_is_refused_until_it_is_young_again(fleet, name):
+    publisher = fleet.publish()
+    fleet.follow(name).has_said("following")
+    fleet.becomes_equal(name)
+    careful = EliminationReader(name, max_staleness=3, when_stale="refuse")
+    strict = EliminationReader(name, max_staleness=3, when_stale="raise")
+    until(lambda: not careful.is_hotkey_eliminated("nobody"), "it is young")
+    publisher.kill()
+    until(lambda: careful.is_hotkey_eliminated("nobody"), "it is old")
+    with pytest.raises(StaleError, match=fleet.engine.url):
+        strict.is_hotkey_eliminated("nobody")
+    fleet.publish()
+    until(lambda: not careful.is_hotkey_eliminated("nobody"), "it is young again")
 
 
 def test_a_store_that_was_restored_begins_a_new_line(fleet, name, tmp_path):
