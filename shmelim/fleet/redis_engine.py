@@ -60,7 +60,7 @@ return found
 """
 
 _RUNNING: Final = "is the engine at {place} running?"
-_NOT_ABOVE: Final = "equal or smaller"
+_NOT_ABOVE: Final = ("equal or smaller", "exhausted the last possible ID")
 _PERMIT: Final = "give this user the commands and keys that docs/fleet.md lists"
 _UNKNOWN: Final = "name a user in the address, and the file with its password by --password-file"
 _REFUSED: Final = "there is no user {user!r} there, or {password}"
@@ -72,7 +72,7 @@ _HINTS: Final = (
     ("without any password", "the engine knows no password: leave out --password-file"),
     ("WRONGPASS", _REFUSED),
     ("invalid username-password", _REFUSED),
-    ("password file", "give the user that this runs as the right to read it"),
+    ("password file", "have a file there that the user may read whom this runs as"),
     (
         "WRONGTYPE",
         "another program uses a key of {prefix}*: delete it, or publish under another --name",
@@ -180,7 +180,7 @@ class RedisEngine(Engine):
     def _error(self, error: Exception) -> EngineError:
         kind = type(error).__name__
         text = printable(str(error)) or kind
-        if _NOT_ABOVE in text:
+        if any(words in text for words in _NOT_ABOVE):
             return LogAheadError(
                 f"the engine at {self.place}: the log has an entry that is above the newest one of its publishers",
                 hint="something else writes there; the publisher goes on above it by itself",

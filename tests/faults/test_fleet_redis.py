@@ -383,6 +383,16 @@ def test_somebody_who_writes_into_the_log_stops_nobody(fleet, name):
     follower.has_said("engine_data_over")
 
 
+def test_a_log_that_nothing_is_above_needs_a_person(fleet):
+    publisher = fleet.publish()
+    publisher.has_said("leading")
+    highest = (1 << 64) - 1
+    fleet.engine.client().xadd(f"shmelim:{{{fleet.served.name}}}:log", {"m": ""}, id=f"{highest}-{highest}")
+    code, told = publisher.wait()
+    assert code == 4
+    assert "delete what stands under the name" in told
+
+
 def test_a_publisher_that_hung_while_another_took_over_ends(fleet, name):
     first = fleet.publish()
     first.has_said("leading")
@@ -754,7 +764,7 @@ class TestAnEngineThatIsNotWell:
                 with pytest.raises(EngineError) as caught:
                     ours.look()
             assert str(password) in caught.value.message
-            assert "right to read it" in caught.value.hint
+            assert "may read" in caught.value.hint
             (tmp_path / "away").rename(password)
             ours.look()
 
