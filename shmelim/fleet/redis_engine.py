@@ -63,6 +63,7 @@ _RUNNING: Final = "is the engine at {place} running?"
 _NOT_ABOVE: Final = ("equal or smaller", "exhausted the last possible ID")
 _PERMIT: Final = "give this user the commands and keys that docs/fleet.md lists"
 _UNKNOWN: Final = "name a user in the address, and the file with its password by --password-file"
+_ELSEWHERE: Final = "this is a node of a cluster, and another one has the name: name that one"
 _REFUSED: Final = "there is no user {user!r} there, or {password}"
 # Of an error's class, or of its text, from which the client takes the code that it has a class for.
 _HINTS: Final = (
@@ -80,7 +81,8 @@ _HINTS: Final = (
     ("NoPermissionError", _PERMIT),
     ("user executing the script", _PERMIT),
     ("ReadOnlyError", "this is a replica: name the primary"),
-    ("MovedError", "this is a node of a cluster, and another one has the name: name that one"),
+    ("MovedError", _ELSEWHERE),
+    ("MOVED ", _ELSEWHERE),  # of an older client
     ("MISCONF", "the engine cannot save to its disk: see its log"),
     ("BusyLoadingError", "the engine is starting"),
     ("unknown command", "the engine is older than Redis 7.0"),
