@@ -885,6 +885,54 @@ def test_environment_says_what_an_error_of_the_contract_means(directly: Managed)
     assert (directly.debts, directly.alerts) == ([], [])
 
 
+class Receipt:
+    """What a contract answers that has slashed; it can be shown only while the chain can be reached."""
+
+    def __repr__(self) -> str:
+        raise NothingMovedError("no connection")
+
+
+def test_answer_that_cannot_be_shown_is_an_answer(directly: Managed) -> None:
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    directly.validator.collateral.answer = Receipt()
+    directly.environment.slash_outcome = lambda answer: "made" if isinstance(answer, Receipt) else "not made"
+    for _ in range(3):
+        directly.tick()
+    assert directly.validator.collateral.slashes() == ["a"]
+    assert directly.debts == []
+    [slash] = directly.manager._server_proxy.get_slashes_rpc()
+    assert slash["answer"] == (
+        "the contract answered Receipt that cannot be shown: NothingMovedError: no connection"
+    )
+
+
+@pytest.mark.parametrize("word", [np.array(["made", "made"]), {}, ["made"], Receipt(), 1], ids=type)
+def test_word_that_is_not_one_of_the_four_leaves_the_slash_in_doubt(directly: Managed, word: Any) -> None:
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    directly.environment.slash_outcome = lambda _: word
+    for _ in range(2):
+        directly.tick()
+    assert state_of_slash(directly) == [IN_DOUBT]
+    assert "which slash_outcome calls" in directly.debts[0]["error"]
+    assert not [text for text in directly.alerts if "was not made" in text]
+
+
+@pytest.mark.parametrize("named", [NothingMovedError, (KeyError, NothingMovedError)], ids=["one", "several"])
+def test_error_that_the_environment_names_is_a_slash_not_made(directly: Managed, named: Any) -> None:
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    directly.environment.not_made_errors = named
+    directly.validator.faults.fail("slash", NothingMovedError("refused"), times=2)
+    directly.validator.faults.fail("slash", InjectedError("who knows"))
+    states = []
+    for _ in range(4):
+        directly.tick()
+        states += state_of_slash(directly)
+    assert states == [OWED, OWED, IN_DOUBT, IN_DOUBT], "and any other error leaves it in doubt"
+
+
 def test_slash_that_is_not_made_is_tried_again_after_pauses_that_grow(directly: Managed) -> None:
     directly.validator.register("a")
     directly.validator.lose("a", 0.2)

@@ -54,7 +54,6 @@ from shmelim.eliminations.rules.deadlines import (
     is_left_to_a_thread,
 )
 from shmelim.eliminations.rules.tick import Context, Tick
-from shmelim.errors import SlashNotMadeError
 from shmelim.system.coroutines import is_unrun
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
@@ -358,29 +357,39 @@ def checked_share(share: Any) -> float | None:
 
 def _call(slash: Callable[[], Any], hotkey: str, outcome_of: Callable[[Any], str]) -> _Outcome:
     """Call the contract and say what became of it, by the environment's rule."""
-    verb = "answered"
+    error: BaseException | None = None
     try:
         answer = slash()
-        if is_unrun(answer):
-            return _Outcome(
-                NOT_MADE, "the contract answered with a coroutine, which nobody runs; it must wait itself"
-            )
-        if isinstance(answer, np.bool_):
-            answer = bool(answer)
-        shown = f"{type(answer).__name__} {repr(answer)[:_SHOWN]}"
-    except BaseException as error:
-        if isinstance(error, WISHES) and not is_left_to_a_thread():
-            raise
-        answer, verb, shown = error, "raised", named(error)
-        if not isinstance(error, SlashNotMadeError):
-            _log.exception("the contract failed to slash miner %s", hotkey)
-    said = f"the contract {verb} {shown}"
+    except BaseException as raised:
+        _let_pass(raised)
+        answer = error = raised
+    # From here on the contract has answered: what fails now says nothing of the money.
+    if error is None and is_unrun(answer):
+        return _Outcome(NOT_MADE, "the contract answered with a coroutine, which nobody runs; it must wait itself")
+    if isinstance(answer, np.bool_):
+        answer = bool(answer)
+    said = f"the contract {f'answered {_shown(answer)}' if error is None else f'raised {named(error)}'}"
     try:
         what = outcome_of(answer)
-    except BaseException as error:
-        if isinstance(error, WISHES) and not is_left_to_a_thread():
-            raise
-        return _Outcome(DOUBTFUL, f"{said}, of which slash_outcome says nothing: {named(error)}")
-    if what not in OUTCOMES:
-        return _Outcome(DOUBTFUL, f"{said}, which slash_outcome calls {what!r}")
+    except BaseException as failure:
+        _let_pass(failure)
+        return _Outcome(DOUBTFUL, f"{said}, of which slash_outcome says nothing: {named(failure)}")
+    if not (isinstance(what, str) and what in OUTCOMES):
+        return _Outcome(DOUBTFUL, f"{said}, which slash_outcome calls {_shown(what)}")
+    if error is not None and what == DOUBTFUL:
+        _log.error("the contract failed to slash miner %s", hotkey, exc_info=error)
     return _Outcome(what, said)
+
+
+def _let_pass(error: BaseException) -> None:
+    """Raise what wishes to end the process, in a thread that may do so."""
+    if isinstance(error, WISHES) and not is_left_to_a_thread():
+        raise error
+
+
+def _shown(answer: Any) -> str:
+    try:
+        text = repr(answer)[:_SHOWN]
+    except Exception as error:
+        text = f"that cannot be shown: {named(error)}"
+    return f"{type(answer).__name__} {text}"
