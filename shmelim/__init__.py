@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, EliminationReason
     from shmelim.eliminations.rows import Status
     from shmelim.eliminations.server import EliminationManagerServer
+    from shmelim.eliminations.validator.collaborators import Collaborators
     from shmelim.eliminations.validator.environment import ValidatorEnvironment
     from shmelim.notify import SlackNotifier
     from shmelim.service import HealthCheckDaemon, RPCServiceBase
@@ -42,6 +43,7 @@ __all__ = [
     "DEPARTED_HOTKEYS_KEY",
     "AlreadyServingError",
     "ChangesUnknownError",
+    "Collaborators",
     "EliminationClient",
     "EliminationManager",
     "EliminationManagerServer",
@@ -64,6 +66,7 @@ __all__ = [
 
 _MODULES = {
     "DEPARTED_HOTKEYS_KEY": "eliminations.record",
+    "Collaborators": "eliminations.validator.collaborators",
     "EliminationClient": "eliminations.client",
     "EliminationManager": "eliminations.manager",
     "EliminationManagerServer": "eliminations.server",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from crashing import Child, call, kill_self
 from reference_validator import HOUR, Managed
 
 import shmelim.eliminations
+from shmelim import EliminationManagerServer
 from shmelim.eliminations.calls import ProcessingCalls
 from shmelim.eliminations.debts.states import IN_DOUBT
 from shmelim.errors import StateUnavailableError
@@ -184,23 +186,30 @@ def eliminate_there(managed: Managed, stop: int) -> int:
     return end()
 
 
+def managed_there(name: str, directory: Path) -> Managed:
+    """One whose server is forked from a process that has it imported already: there are hundreds."""
+    multiprocessing.set_forkserver_preload([EliminationManagerServer.__module__])
+    return Managed("rpc", name, directory, start_method="forkserver", slash_lease_s=0)
+
+
 def crashes_there(name: Callable[[], str], tmp_path: Path, choose: Callable[[int], range]) -> None:
     eliminated_ms = prepare(tmp_path / "prepared")
     shutil.copytree(tmp_path / "prepared", tmp_path / "whole")
-    with Managed("rpc", name(), tmp_path / "whole", slash_lease_s=0) as managed:
+    with managed_there(name(), tmp_path / "whole") as managed:
         total = steps(functools.partial(eliminate_there, managed))
     assert total > 200
     killed = []
     for stop in choose(total):
         directory = tmp_path / f"at-{stop}"
         shutil.copytree(tmp_path / "prepared", directory)
-        with Managed("rpc", name(), directory, slash_lease_s=0) as managed:
+        with managed_there(name(), directory) as managed:
             with Child(functools.partial(eliminate_there, managed, stop)) as child:
                 killed.append(was_killed(child, stop))
             managed.restart()
             for _ in range(2):
                 managed.tick()
             check(managed, eliminated_ms)
+        shutil.rmtree(directory)
     expect_kills(killed, total)
 
 

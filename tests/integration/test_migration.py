@@ -28,6 +28,7 @@ def test_in_one_minute_drops_no_rule_in_silence(collaborators, tmp_path, caplog)
     """The example of the document, with a validator in the place of the field's names."""
     _, example = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)[:2]
     names = vars(collaborators) | {
+        "live_price_fetcher": object(),
         "MinerBucket": SimpleNamespace(MAINCOMP="scored"),
         "ValiBkpUtils": SimpleNamespace(get_miner_dir=lambda: tmp_path),
         "ValidatorEnvironment": ValidatorEnvironment,

@@ -297,6 +297,26 @@ def test_first_refresh_closes_what_eliminated_miners_hold_once(managed: Managed)
     assert not validator.is_flat("a"), "not a second time"
 
 
+def test_first_refresh_asks_for_many_at_once_where_it_may(managed: Managed) -> None:
+    validator, asked = managed.validator, []
+    validator.register("a", "b")
+    validator.open_position("a")
+    positions: Any = managed.collaborators.position_manager
+
+    def of_many(hotkeys: list[str], only_open_positions: bool = False) -> dict[str, Any]:
+        asked.append((hotkeys, only_open_positions))
+        others = {"b": [], "somebody": [object()]}
+        return {"a": positions.get_positions_for_one_hotkey("a", only_open_positions)} | others
+
+    positions.get_positions_for_hotkeys = of_many
+    for hotkey in ("a", "b"):
+        managed.manager.append_elimination_row(hotkey, 0.2, "PLAGIARISM")
+    managed.tick()
+    assert (asked, validator.is_flat("a")) == ([(["a", "b"], True)], True)
+    assert managed.manager.first_refresh_ran
+    assert managed.alerts == []
+
+
 def test_first_refresh_that_failed_for_a_miner_comes_again(managed: Managed) -> None:
     validator = managed.validator
     for hotkey in ("a", "b"):

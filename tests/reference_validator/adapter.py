@@ -3,9 +3,8 @@
 from types import SimpleNamespace as Namespace
 
 from reference_validator.scoring import NothingMovedError
+from shmelim import Collaborators, ValidatorEnvironment
 from shmelim.eliminations.record import generate_row
-from shmelim.eliminations.validator.collaborators import Collaborators
-from shmelim.eliminations.validator.environment import ValidatorEnvironment
 
 
 class Position:
@@ -20,61 +19,42 @@ class Position:
         return {"hotkey": self.holding.hotkey, "position": self.holding.id, "closed": self.holding.closed}
 
     @staticmethod
-    def generate_fake_flat_order(position, time_ms, prices, price):
-        pair = position.holding.pair
-        return -position.holding.size, prices.at(pair, time_ms) if price is None else price, time_ms
+    def generate_fake_flat_order(position, at_ms, prices, price):
+        return -position.holding.size, prices.at(position.holding.pair, at_ms) if price is None else price, at_ms
 
     def add_order(self, order, _prices):
         self.holding.trade(*order)
 
 
-class Positions:
-    def __init__(self, book, ledgers):
-        self.book, self.perf_ledger_manager = book, ledgers
-
-    def get_miner_position_by_uuid(self, hotkey, uuid):
-        holding = self.book.holding(hotkey, uuid)
-        return None if holding is None else Position(holding)
-
-    def get_positions_for_one_hotkey(self, hotkey, only_open_positions=False):
-        return [Position(holding) for holding in self.book.holdings(hotkey, open_only=only_open_positions)]
-
-    def get_positions_for_hotkeys(self, hotkeys, only_open_positions=True):
-        return {hotkey: self.get_positions_for_one_hotkey(hotkey, only_open_positions) for hotkey in hotkeys}
-
-    def save_miner_position(self, position, delete_open_position_if_exists=True):
-        self.book.store(position.holding)
-
-    def delete_position(self, position):
-        self.book.drop(position.holding)
-
-
-class Environment(ValidatorEnvironment):
-    def slash_outcome(self, answer):
-        return "not made" if isinstance(answer, NothingMovedError) else super().slash_outcome(answer)
-
-
 def plug_in(v, **figures):
     """Return a validator's collaborators and environment. Where only a name differs, a namespace does."""
 
-    def liquidated():
-        return [generate_row(who, dd, "LIQUIDATED", at, prices) for who, dd, at, prices in v.ledgers.liquidated()]
-
-    def slash(hotkey, slash_proportion=None):
-        return v.collateral.slash(hotkey, slash_proportion)
+    def held_by(hotkey, only_open_positions=False):
+        return [Position(holding) for holding in v.book.holdings(hotkey, open_only=only_open_positions)]
 
     ledgers = Namespace(
-        get_perf_ledger_eliminations=liquidated, perf_ledger_hks_to_invalidate=v.ledgers.stale,
-        filtered_ledger_for_scoring=lambda portfolio_only=True, hotkeys=None: v.ledgers.of(hotkeys))  # fmt: skip
+        perf_ledger_hks_to_invalidate=v.ledgers.stale, get_perf_ledger_eliminations=lambda: [
+            generate_row(who, dd, "LIQUIDATED", at, prices) for who, dd, at, prices in v.ledgers.liquidated()],
+        filtered_ledger_for_scoring=lambda portfolio_only=True, hotkeys=(): v.ledgers.of(hotkeys))  # fmt: skip
+    positions = Namespace(
+        perf_ledger_manager=ledgers, get_positions_for_one_hotkey=held_by,
+        get_miner_position_by_uuid=lambda who, uuid: (holding := v.book.holding(who, uuid)) and Position(holding),
+        save_miner_position=lambda position, delete_open_position_if_exists=True: v.book.store(position.holding),
+        delete_position=lambda position: v.book.drop(position.holding))  # fmt: skip
     challenge = Namespace(
         has_elimination_reasons=v.probation.has_failed, get_all_elimination_reasons=v.probation.all_failed,
         clear_elimination_reasons=v.probation.clear_failed, get_hotkeys_by_bucket=v.probation.in_stage,
         has_miner=v.probation.has, remove_miner=v.probation.remove,
         _write_challengeperiod_from_memory_to_disk=v.probation.save)  # fmt: skip
+    contract = Namespace(slash_miner_collateral_proportion=lambda who, slash_proportion=None: (
+        v.collateral.slash(who, slash_proportion)))  # fmt: skip
     collaborators = Collaborators(
-        v.registry, Positions(v.book, ledgers), challenge, Namespace(slash_miner_collateral_proportion=slash),
-        v.locks, Namespace(delete_all_limit_orders_for_hotkey=v.limit_orders.cancel_all), v.prices,
-        v.websockets, v.slack, v.ending, v.syncing, v.epoch)  # fmt: skip
-    own = {"scored_bucket": "scored", "miner_directory": v.miners_directory, "clock": lambda: v.now_ms}
-    own["drawdown"] = lambda ledger: (ledger.drawdown() >= 0.1, 100 * ledger.drawdown())
-    return collaborators, Environment(**own | figures)
+        v.registry, positions, challenge, contract, v.locks,
+        Namespace(delete_all_limit_orders_for_hotkey=v.limit_orders.cancel_all),
+        shared_queue_websockets=v.websockets, slack_notifier=v.slack, shutdown_dict=v.ending,
+        sync_in_progress=v.syncing, sync_epoch=v.epoch)  # fmt: skip
+    own = {
+        "scored_bucket": "scored", "miner_directory": v.miners_directory, "clock": lambda: v.now_ms,
+        "drawdown": lambda ledger: (ledger.drawdown() >= 0.1, 100 * ledger.drawdown()),
+        "live_price_fetcher": v.prices, "not_made_errors": NothingMovedError}  # fmt: skip
+    return collaborators, ValidatorEnvironment(**own | figures)

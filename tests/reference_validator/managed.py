@@ -19,15 +19,13 @@ def manager_of(
     collaborators: Collaborators, environment: Any, *, running_unit_tests: bool, **options: Any
 ) -> EliminationManager:
     """A manager that holds these collaborators."""
-    manager = EliminationManager(
+    return EliminationManager(
         **collaborators.as_arguments(),
         running_unit_tests=running_unit_tests,
         environment=environment,
         enable_health_check=False,
         **options,
     )
-    manager.live_price_fetcher = collaborators.live_price_fetcher
-    return manager
 
 
 class Managed:
@@ -43,15 +41,27 @@ class Managed:
         Where the validator and the state live.
     live, figures
         As for the validator and its environment.
+    start_method
+        Of the server's process.
 
     """
 
-    def __init__(self, mode: str, name: str, directory: Path, *, live: bool = False, **figures: Any) -> None:
+    def __init__(
+        self,
+        mode: str,
+        name: str,
+        directory: Path,
+        *,
+        live: bool = False,
+        start_method: str | None = None,
+        **figures: Any,
+    ) -> None:
         self.mode = mode
         self.name = name
         self.directory = directory
         self._live = live
         self._figures = figures
+        self._start_method = start_method
         self._runtime = Path(tempfile.mkdtemp(prefix="shmelim-"))
         self._open()
 
@@ -61,6 +71,7 @@ class Managed:
         options: dict[str, Any] = {"state_dir": self.directory / "state", "durability": "process"}
         if self.mode == "rpc":
             options |= {"name": self.name, "port": None, "runtime_base": self._runtime, "files": "lagged"}
+            options["start_method"] = self._start_method
         self.manager = manager_of(
             self.collaborators, self.environment, running_unit_tests=self.mode == "direct", **options
         )

@@ -16,6 +16,7 @@ from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.directories import MinerDirectories
 from shmelim.eliminations.validator.drawdown import ledger_drawdown_percentage
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
+from shmelim.errors import ShmelimError
 from shmelim.system.logs import LimitedLog
 
 if TYPE_CHECKING:
@@ -196,6 +197,24 @@ def test_what_nobody_needs_is_no_gap() -> None:
     assert len(ValidatorEnvironment().gaps(collaborators, is_backtesting=True)) == 1
     whole = ValidatorEnvironment(live_price_fetcher=object(), miner_directory="miners")
     assert whole.gaps(collaborators) == []
+
+
+def test_errors_that_say_nothing_moved_are_exception_classes() -> None:
+    class RefusedError(ConnectionError):
+        """Of a contract."""
+
+    environment = ValidatorEnvironment(not_made_errors=(RefusedError, TimeoutError))
+    said = [environment.slash_outcome(error) for error in (RefusedError(), TimeoutError(), ConnectionError())]
+    assert said == ["not made", "not made", "in doubt"]
+    for wrong in (RefusedError(), "RefusedError", [RefusedError], int, None, (RefusedError, 1)):
+        with pytest.raises(TypeError, match=r"not_made_errors must be an exception class or a tuple"):
+            ValidatorEnvironment(not_made_errors=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wide", [Exception, BaseException, ShmelimError, (KeyError, Exception)])
+def test_errors_that_anything_may_raise_do_not_say_that_nothing_moved(wide: Any) -> None:
+    with pytest.raises(ValueError, match="not_made_errors must be the contract's own"):
+        ValidatorEnvironment().not_made_errors = wide
 
 
 ALICE = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"

@@ -257,10 +257,13 @@ class EliminationProcessor:
         rows = {hk: row for hk, row in context.reader.get_eliminations_dict().items() if hk not in owing}
 
         def look() -> Mapping[str, Any]:
-            return dict(positions.get_positions_for_hotkeys(list(rows), only_open_positions=True))
+            of_many = getattr(positions, "get_positions_for_hotkeys", None)
+            if of_many is None:
+                return dict.fromkeys(rows)  # each is asked for when it is closed
+            found = dict(of_many(list(rows), only_open_positions=True))
+            return {hotkey: listed for hotkey, listed in found.items() if listed and hotkey in rows}
 
-        found = context.ask("first refresh", look)
-        miners = ((hotkey, listed) for hotkey, listed in found.items() if listed and hotkey in rows)
+        miners = context.ask("first refresh", look).items()
 
         def close(hotkey: str, listed: Any) -> None:
             self._closing.close(hotkey, rows[hotkey], tick, listed)

@@ -86,7 +86,12 @@ class PerfLedgerManager(Protocol):
 
 @runtime_checkable
 class PositionManager(Protocol):
-    """The miners' positions. The processing changes what the getters return, and then has it saved."""
+    """The miners' positions. The processing changes what the getters return, and then has it saved.
+
+    A class may also have ``get_positions_for_hotkeys(hotkeys, only_open_positions=True)``, which returns
+    ``{hotkey: positions}`` for many miners; those without any may be left out. The first refresh asks it once
+    instead of asking for each miner.
+    """
 
     @property
     def perf_ledger_manager(self) -> Any:
@@ -97,11 +102,6 @@ class PositionManager(Protocol):
 
     def get_positions_for_one_hotkey(self, hotkey: str, /, only_open_positions: bool = False) -> Iterable[Any]:
         """Return a miner's positions."""
-
-    def get_positions_for_hotkeys(
-        self, hotkeys: list[str], /, only_open_positions: bool = True
-    ) -> Mapping[str, Iterable[Any]]:
-        """Return the positions of many miners, by hotkey; those without any may be left out."""
 
     def save_miner_position(self, position: Any, /, delete_open_position_if_exists: bool = True) -> Any:
         """Store a position as it is."""

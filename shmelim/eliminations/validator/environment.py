@@ -59,6 +59,9 @@ class ValidatorEnvironment:
     slash_proportions
         ``{reason: share of the collateral}``, each 0 to 1, by the names of
         :class:`~shmelim.EliminationReason`; for any other reason the contract decides.
+    not_made_errors
+        Exception classes of the contract's own that are raised only where certainly nothing was taken, as
+        :class:`~shmelim.SlashNotMadeError` is: such a slash is tried again. One class, or a tuple of them.
     slash_outcome
         Stands in for the method :meth:`slash_outcome`.
     max_slashes_per_hour
@@ -125,6 +128,7 @@ class ValidatorEnvironment:
         check_interval_ms: int = 300_000,
         deletion_delay_ms: int = 172_800_000,
         slash_proportions: Mapping[str, float] | None = None,
+        not_made_errors: type[BaseException] | tuple[type[BaseException], ...] = (),
         slash_outcome: Callable[[Any], str] | None = None,
         max_slashes_per_hour: float = 10,
         guard_count: float = 10,
@@ -148,6 +152,7 @@ class ValidatorEnvironment:
         self.check_interval_ms = check_interval_ms
         self.deletion_delay_ms = deletion_delay_ms
         self.slash_proportions = dict(slash_proportions or {})
+        self.not_made_errors = not_made_errors
         self.max_slashes_per_hour = max_slashes_per_hour
         self.guard_count = guard_count
         self.guard_share = guard_share
@@ -180,6 +185,8 @@ class ValidatorEnvironment:
                     known = ", ".join(sorted(_REASONS))
                     raise ValueError(f"slash_proportions has {reason!r}, which is not a reason: {known}")
                 _check_figure(f"slash_proportions[{reason!r}]", share, 1.0)
+        elif name == "not_made_errors":
+            _check_errors(name, value)
         super().__setattr__(name, value)
 
     def gaps(self, collaborators: Collaborators, *, is_backtesting: bool = False) -> list[str]:
@@ -263,7 +270,8 @@ class ValidatorEnvironment:
 
         `answer` is what the contract returned, or the exception that it raised. *Declined*: it took nothing and
         never will. *Not made*: it is tried again. By default None and True are made, False is declined,
-        :class:`~shmelim.SlashNotMadeError` is not made, and all else is in doubt: a person decides.
+        :class:`~shmelim.SlashNotMadeError` and `not_made_errors` are not made, and all else is in doubt: a person
+        decides.
         """
         if self._slash_outcome is not None:
             return self._slash_outcome(answer)
@@ -271,7 +279,7 @@ class ValidatorEnvironment:
             return MADE
         if answer is False:
             return DECLINED
-        return NOT_MADE if isinstance(answer, SlashNotMadeError) else DOUBTFUL
+        return NOT_MADE if isinstance(answer, (SlashNotMadeError, self.not_made_errors)) else DOUBTFUL
 
     def miner_hotkeys(self) -> list[str]:
         """Return the hotkeys that have a directory."""
@@ -297,3 +305,14 @@ def _check_figure(name: str, value: Any, most: float) -> None:
     if not 0 <= value <= most:  # NaN is neither
         limit = "at least 0" if most == math.inf else f"0 to {most:g}"
         raise ValueError(f"{name} must be {limit}, not {value!r}")
+
+
+def _check_errors(name: str, value: Any) -> None:
+    for error in value if isinstance(value, tuple) else (value,):
+        if not (isinstance(error, type) and issubclass(error, BaseException)):
+            raise TypeError(f"{name} must be an exception class or a tuple of them, not {error!r:.100}")
+        if issubclass(SlashNotMadeError, error) and error is not SlashNotMadeError:
+            # Every failure would be repeated, also after money moved.
+            raise ValueError(
+                f"{name} must be the contract's own: {error.__name__} is raised for other reasons, too"
+            )
