@@ -5,6 +5,8 @@ What must hold at the end is told by a ledger of the simulation's own, which kno
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import random
 import signal
@@ -15,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from crashing import Child, kill_self
+from ledger import is_alive
 from reference_validator import HOUR, MINUTE, Managed
 from reference_validator.scoring import NothingMovedError
 from reference_validator.trading import PAIRS
-from waiting import until
+from waiting import PATIENCE, until
 
-from shmelim.eliminations.debts.states import IN_DOUBT
+from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT
 from shmelim.eliminations.rules import deadlines
 from shmelim.eliminations.starting import keeping
 from shmelim.eliminations.starting.registry import Registry
@@ -40,7 +44,11 @@ STUCK = [
     "registry", "liquidated", "all failed", "in stage", "ledgers", "holdings", "holding", "lock", "price", "store",
     "cancel", "slash", "websockets", "remove",
 ]  # fmt: skip
+# Where the process of a loop is when its owner dies; None: anywhere.
+HELD_UP = ["registry", "ledgers", "holdings", "store", "store!", "slash", "slash!", None]
 DEADLINE_S = 0.5
+LEASE_S = 1.0  # so that an attempt of a process that is gone is soon in doubt
+FORK = multiprocessing.get_context("fork")
 ODD = (float("nan"), None, 10**400, "text", -0.5, Decimal("0.3"))
 RULES = {"LIQUIDATED": "perf ledger", "MAX_TOTAL_DRAWDOWN": "drawdown"}  # of the rest: challenge period
 DELAY = 3 * HOUR  # of deletion: so that a day sees many
@@ -55,6 +63,30 @@ class Backup(NamedTuple):
     believed: int | None
     departed: list[str]
     first: dict[str, tuple[str, int]]
+
+
+def die_with_a_living_loop(managed: Managed, point: str | None, go_on: Path, pids: Any) -> None:
+    """A validator that is killed while the process of its loop lives on, stopped until it may go on."""
+    managed._open()
+    loop = FORK.Process(target=managed.manager.run_update_loop)
+    held_up = FORK.Value("b", False, lock=False)  # noqa: FBT003
+
+    def hold_up() -> None:
+        held_up.value = True
+        until(go_on.exists)
+
+    if point is not None:
+        managed.validator.faults.at(point, hold_up)
+    health = managed.manager._server_proxy.health_check_rpc
+    before_ms = health()["last_tick_ms"]
+    managed.validator.pass_time(1)
+    loop.start()
+    # Not every tick passes every point.
+    until(lambda: held_up.value or health()["last_tick_ms"] not in (None, before_ms))
+    assert loop.pid is not None
+    os.kill(loop.pid, signal.SIGSTOP)
+    pids.send((loop.pid, bool(held_up.value)))
+    kill_self()
 
 
 class Day:
@@ -232,6 +264,35 @@ class Day:
         os.kill(pid, signal.SIGKILL)
         until(lambda: manager.server_pid not in (None, pid))
 
+    def owner_is_killed(self) -> None:
+        self.loop_outlives_its_owner(self.random.choice(HELD_UP))
+
+    def loop_outlives_its_owner(self, point: str | None) -> bool:
+        """A successor begins while the loop of a killed validator lives; return whether that was held up."""
+        if self.managed.mode == "direct":
+            return False
+        self.managed.close(final=False)
+        before = set(self.first)
+        go_on = self.managed.directory / f"go-on-{self.figures['owner_is_killed']}"
+        reading, writing = FORK.Pipe(duplex=False)
+        with Child(functools.partial(die_with_a_living_loop, self.managed, point, go_on, writing)) as owner:
+            assert reading.poll(PATIENCE)
+            loop, was_held_up = reading.recv()
+            assert owner.wait() == -signal.SIGKILL
+        self.managed._open()
+        self._begin_again()
+        self._note_eliminations(set(self.managed.reasons) - before)
+        newcomer = self._new()
+        self.validator.register(newcomer)
+        self.tick()
+        assert is_alive(loop)
+        go_on.touch()
+        os.kill(loop, signal.SIGCONT)
+        until(lambda: not is_alive(loop), "the end of a loop whose owner is dead")
+        assert newcomer not in self.managed.manager.get_departed_hotkeys()
+        self.tick()
+        return bool(was_held_up)
+
     def back_up(self) -> None:
         target = self.managed.directory / f"backup-{self.figures['back_up']}"
         keeping.back_up(self.managed.directory / "state", target)
@@ -269,14 +330,17 @@ class Day:
         self.managed.tick(0)
         self.validator.faults.armed = False
         now = self.managed.reasons
-        for hotkey in set(now) - before:
-            reason = now[hotkey]
-            assert reason in self.causes.get(hotkey, ()), f"{hotkey} was eliminated without cause: {reason}"
-            at_ms = self.managed.manager.get_elimination(hotkey)["elimination_initiated_time_ms"]
-            self.first[hotkey] = reason, at_ms
+        self._note_eliminations(set(now) - before)
         for hotkey, (reason, _) in self.first.items():
             assert now.get(hotkey, reason) == reason, "the first reason stays"
         self._expect_departures()
+
+    def _note_eliminations(self, new: set[str]) -> None:
+        for hotkey in new:
+            row = self.managed.manager.get_elimination(hotkey)
+            reason = row["reason"]
+            assert reason in self.causes.get(hotkey, ()), f"{hotkey} was eliminated without cause: {reason}"
+            self.first[hotkey] = reason, row["elimination_initiated_time_ms"]
 
     def _expect_departures(self) -> None:
         """What the rule says of what the metagraph showed; a look that failed shows nothing."""
@@ -302,7 +366,8 @@ class Day:
             (self.come_back, 1), (self.metagraph_breaks, 1), (self.collaborator_fails, 8),
             (self.sync_in_the_middle, 1), (self.restart, 1), (self.fail_oddly, 1), (self.be_liquidated_oddly, 1),
             (self.time_leaps, 1), (self.sync_takes_back, 1), (self.sync_brings_again, 1),
-            (self.collaborator_hangs, 3), (self.server_is_killed, 1), (self.back_up, 1), (self.restore, 0.3),
+            (self.collaborator_hangs, 3), (self.server_is_killed, 1), (self.owner_is_killed, 1),
+            (self.back_up, 1), (self.restore, 0.3),
         ]  # fmt: skip
         acts, weights = zip(*happenings, strict=True)
         for _ in range(steps):
@@ -322,6 +387,7 @@ class Day:
         self.validator.faults.clear()
         for _ in range(2):
             self.tick()
+        until(self.is_nothing_attempted)
         for debt in self.owed():
             assert (debt["kind"], debt["state"]) == ("slash", IN_DOUBT), debt
             self.figures["doubtful"] += 1
@@ -331,6 +397,11 @@ class Day:
             self.tick()
         assert self.owed() == []
         self.check()
+
+    def is_nothing_attempted(self) -> bool:
+        """Whether no slash is taken for one that a process which is gone makes now."""
+        self.tick()
+        return not any(debt["state"] == ATTEMPTING for debt in self.managed.debts)
 
     def owed(self) -> list[dict[str, Any]]:
         """What is owed, but for what rests, as a sync took back what it is for."""
@@ -383,16 +454,25 @@ class Day:
                 self.rules.setdefault(event["hotkey"], set()).add(rule)
 
 
-def live_through(mode: str, name: str, directory: Path, seed: int, *, miners: int, steps: int) -> Day:
+def managed_for_days(mode: str, name: str, directory: Path) -> Managed:
     figures = {"deletion_delay_ms": DELAY, "check_interval_ms": 0, "max_slashes_per_hour": 10_000}
     if mode == "rpc":
-        figures |= {"call_deadline_s": DEADLINE_S, "slash_deadline_s": DEADLINE_S}
-    with Managed(mode, name, directory, **figures) as managed:
+        figures |= {"call_deadline_s": DEADLINE_S, "slash_deadline_s": DEADLINE_S, "slash_lease_s": LEASE_S}
+    return Managed(mode, name, directory, **figures)
+
+
+def live_through(mode: str, name: str, directory: Path, seed: int, *, miners: int, steps: int) -> Day:
+    with managed_for_days(mode, name, directory) as managed:
         day = Day(managed, seed, miners)
         managed.tick()
         day.seen = set(day.validator.registry._hotkeys)
         day.run(steps)
         day.end()
+        assert (
+            mode == "direct"
+            or day.figures["loops that outlived their owner"]
+            or not day.figures["owner_is_killed"]
+        )
         print({**day.figures, "faults": day.hits, "stuck": day.stuck.total()})
         return day
 
@@ -404,6 +484,21 @@ def test_a_day(new_name: Callable[[], str], tmp_path: Path, mode: str, seed: int
     assert len(day.first) > 10
     assert day.departed
     assert day.stuck or mode == "direct", "nothing hung"
+
+
+@pytest.mark.parametrize("point", HELD_UP)
+def test_a_loop_that_outlives_its_owner(new_name: Callable[[], str], tmp_path: Path, point: str | None) -> None:
+    with managed_for_days("rpc", new_name(), tmp_path) as managed:
+        day = Day(managed, 1, 40)
+        managed.tick()
+        day.seen = set(day.validator.registry._hotkeys)
+        for _ in range(8):
+            day.trade()
+            day.lose()
+        day.leave()
+        assert day.loop_outlives_its_owner(point) == (point is not None)
+        day.end()
+        assert day.figures["slashes"]
 
 
 @pytest.mark.long
