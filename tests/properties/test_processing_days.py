@@ -5,6 +5,7 @@ What must hold at the end is told by a ledger of the simulation's own, which kno
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -279,16 +280,20 @@ class Day:
             assert reading.poll(PATIENCE)
             loop, was_held_up = reading.recv()
             assert owner.wait() == -signal.SIGKILL
-        self.managed._open()
-        self._begin_again()
-        self._note_eliminations(set(self.managed.reasons) - before)
-        newcomer = self._new()
-        self.validator.register(newcomer)
-        self.tick()
-        assert is_alive(loop)
-        go_on.touch()
-        os.kill(loop, signal.SIGCONT)
-        until(lambda: not is_alive(loop), "the end of a loop whose owner is dead")
+        try:
+            self.managed._open()
+            self._begin_again()
+            self._note_eliminations(set(self.managed.reasons) - before)
+            newcomer = self._new()
+            self.validator.register(newcomer)
+            self.tick()
+            assert is_alive(loop)
+            go_on.touch()
+            os.kill(loop, signal.SIGCONT)
+            until(lambda: not is_alive(loop), "the end of a loop whose owner is dead")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(loop, signal.SIGKILL)
         assert newcomer not in self.managed.manager.get_departed_hotkeys()
         self.tick()
         return bool(was_held_up)
