@@ -8,6 +8,7 @@ import pytest
 from reference_validator import Managed
 
 from shmelim.eliminations.calls import ProcessingCalls
+from shmelim.eliminations.rules import deadlines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,6 +63,32 @@ def test_tick_with_nothing_to_do_asks_three_things_reports_and_commits_nothing(
         * 3
     )
     assert (proxy.health_check_rpc()["commits"], managed.manager.reader.version) == before
+
+
+def test_tick_with_nothing_to_do_hands_over_to_a_thread_six_times(
+    new_name: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs tens of microseconds: nothing is handed over that asks nobody anything."""
+    original, made = deadlines.call, []
+
+    def call(scope: object, what: str, *args: Any, **options: Any) -> Any:
+        made.append(what)
+        return original(scope, what, *args, **options)
+
+    with Managed("rpc", new_name(), tmp_path) as managed:
+        managed.validator.register("a")
+        managed.manager.sync_epoch = None
+        managed.tick()
+        monkeypatch.setattr(deadlines, "call", call)
+        managed.tick()
+    assert made == [
+        "metagraph",
+        "perf-ledger elimination",
+        "challenge-period elimination",
+        "drawdown elimination",
+        "drawdown elimination",
+        "zombie elimination",
+    ]
 
 
 def test_look_between_two_ticks_asks_the_server_nothing(

@@ -39,19 +39,18 @@ class Expiry:
         """Delete all that is expired; nothing, where the time has leapt since the last pass."""
         if self._has_leapt():
             return
-        state, eliminated = self.context.state, self.membership.roster.now().eliminated
+        state, listed = self.context.state, self.membership.roster.now()
+        first, latest = self._expired()
+        old_enough = {hotkey: ms for hotkey, ms in listed.eliminated.items() if first <= ms <= latest}
+        if not (old_enough or listed.zombies):
+            self.context.alerts.clear_others(_NOBODYS, ())
+            return
 
-        def look() -> tuple[dict[str, int], list[str]]:
+        def look() -> list[str]:
             nobodys = self._nobodys()
-            first, latest = self._expired()
-            old_enough = {
-                hotkey: time_ms
-                for hotkey, time_ms in eliminated.items()
-                if first <= time_ms <= latest and hotkey not in nobodys
-            }
-            return old_enough, self.membership.missing(old_enough)
+            return self.membership.missing(hotkey for hotkey in old_enough if hotkey not in nobodys)
 
-        old_enough, expired = self.context.ask("metagraph", look)
+        expired = self.context.ask("metagraph", look)
         if not expired:
             return
         slashes = {debt["hotkey"] for debt in state.get_debts() if self._keeps_row(debt)}

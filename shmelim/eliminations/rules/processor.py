@@ -282,7 +282,7 @@ class EliminationProcessor:
         context = self.context
         found = self._judging.outcomes(kind, context.ask(kind, lambda: list(look(tick))))
         failed = context.alerts.each(kind, found, functools.partial(self._record, kind, tick), context.is_stopping)
-        if then is not None and failed is not None:
+        if then is not None and found and failed is not None:
             forget = functools.partial(then, failed)
             context.ask(kind, forget)
 
