@@ -10,6 +10,7 @@ from typing import Any
 from shmelim.eliminations.record import generate_row
 from shmelim.eliminations.rules.tick import Context, Found, Tick
 from shmelim.eliminations.salvage import salvage
+from shmelim.system.coroutines import carried_out
 
 
 @dataclass(eq=False)
@@ -30,7 +31,8 @@ class ChallengePeriod:
         self.waiting = dict(challenge.get_all_elimination_reasons())
         now_ms = tick.context.environment.now_ms()
         for hotkey, why in self.waiting.items():
-            row = generate_row(hotkey, _second(why), _first(why), now_ms)
+            reason, drawdown = _parts(why)
+            row = generate_row(hotkey, drawdown, reason, now_ms)
             yield hotkey, lambda row=row: Found(salvage(row, now_ms)[0])  # type: ignore[misc]
 
     def forget(self, failed: set[str]) -> None:
@@ -41,10 +43,11 @@ class ChallengePeriod:
         self.left_over = _in_words(self.waiting) if failed else {}
         # Not asked as an attribute: a mock has every one.
         if inspect.getattr_static(challenge, "pop_elimination_reasons", None) is not None:
-            challenge.pop_elimination_reasons([hotkey for hotkey in self.waiting if hotkey not in failed])
+            recorded = [hotkey for hotkey in self.waiting if hotkey not in failed]
+            carried_out(challenge.pop_elimination_reasons(recorded), "pop_elimination_reasons")
         # Those that came meanwhile are not recorded anywhere yet.
         elif not failed and _reasons(challenge.get_all_elimination_reasons()) == _reasons(self.waiting):
-            challenge.clear_elimination_reasons()
+            carried_out(challenge.clear_elimination_reasons(), "clear_elimination_reasons")
 
     def is_waiting(self) -> bool:
         """Whether miners wait to be eliminated, other than those with whom that failed."""
@@ -63,18 +66,28 @@ class ChallengePeriod:
 
 def _reasons(waiting: Mapping[str, Any]) -> dict[str, str]:
     """Return who waits to be eliminated and why, as text: what else is said of them may not even equal itself."""
-    return _in_words({hotkey: _first(reason) for hotkey, reason in waiting.items()})
+    return _in_words({hotkey: _parts(why)[0] for hotkey, why in waiting.items()})
 
 
-def _first(why: Any) -> Any:
-    """Return the reason of ``(reason, drawdown)``, or of a reason alone."""
-    return why[0] if isinstance(why, Sequence) and not isinstance(why, str) and why else why
+def _parts(why: Any) -> tuple[Any, Any]:
+    """Return reason and drawdown of ``(reason, drawdown)``, or of a reason alone; None for what is not there.
 
-
-def _second(why: Any) -> Any:
-    """Return the drawdown of ``(reason, drawdown)``; None if it is not there."""
-    return why[1] if isinstance(why, Sequence) and not isinstance(why, str) and len(why) > 1 else None
+    A stranger's object may raise anything where it is looked at, and its miner is eliminated all the same.
+    """
+    try:
+        if not isinstance(why, Sequence) or isinstance(why, str) or not why:
+            return why, None
+        return why[0], why[1] if len(why) > 1 else None
+    except Exception:
+        return None, None
 
 
 def _in_words(waiting: Mapping[str, Any]) -> dict[str, str]:
-    return {hotkey: str(reason) for hotkey, reason in waiting.items()}
+    return {hotkey: _text_of(reason) for hotkey, reason in waiting.items()}
+
+
+def _text_of(reason: Any) -> str:
+    try:
+        return str(reason)
+    except Exception:
+        return type(reason).__name__

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -102,12 +102,13 @@ class Closing:
         context = self.context
         deadline = monotonic() + context.environment.call_deadline_s
         found, first = context.ask(POSITIONS, lambda: self._found(hotkey, positions), hotkey)
-        hanging = 0
+        hanging, absent = 0, set()
         for uuid, pair in found.items():
             seconds = max(deadline - monotonic(), context.environment.call_deadline_s / _LEAST_PART)
             close = functools.partial(self._close_one, hotkey, uuid, pair, record, tick)
             try:
-                context.ask(POSITIONS, close, f"{hotkey}, {uuid}", seconds)
+                if not context.ask(POSITIONS, close, f"{hotkey}, {uuid}", seconds):
+                    absent.add(uuid)
             except ENDS_A_TICK:
                 raise
             except BaseException as error:
@@ -117,8 +118,19 @@ class Closing:
                 hanging += isinstance(error, StuckError)
                 if hanging == _MOST_HANGING:
                     break
+        if absent and first is None:
+            context.ask(POSITIONS, lambda: self._expect_gone(hotkey, absent), hotkey)
         if first is not None:
             raise first
+
+    def _expect_gone(self, hotkey: str, absent: Container[Any]) -> None:
+        """Raise NotClosedError if the manager, which did not find one by its uuid, lists it as open."""
+        manager: Any = self.context.collaborators.position_manager
+        for position in manager.get_positions_for_one_hotkey(hotkey, only_open_positions=True):
+            if position.position_uuid in absent and not position.is_closed_position:
+                raise NotClosedError(
+                    f"get_miner_position_by_uuid does not find position {position.position_uuid!r}, listed as open"
+                )
 
     def _found(self, hotkey: str, positions: Iterable[Any] | None) -> tuple[dict[str, str], BaseException | None]:
         """Return the trade pair of each position to be closed, by its uuid; and why one cannot be read."""
@@ -138,7 +150,8 @@ class Closing:
         found |= {uuid: pair for (owner, uuid), pair in list(self.unsaved.items()) if owner == hotkey}
         return found, first
 
-    def _close_one(self, hotkey: str, uuid: str, pair: str, record: Mapping[str, Any], tick: Tick) -> None:
+    def _close_one(self, hotkey: str, uuid: str, pair: str, record: Mapping[str, Any], tick: Tick) -> bool:
+        """Close a position, unless it is closed; False if it is not there any more."""
         tick.check()
         collaborators: Any = self.context.collaborators
         with tick.position_locks.get_lock(hotkey, pair):
@@ -147,7 +160,7 @@ class Closing:
             position = manager.get_miner_position_by_uuid(hotkey, uuid)
             if position is None or (position.is_closed_position and (hotkey, uuid) not in self.unsaved):
                 self.unsaved.pop((hotkey, uuid), None)
-                return
+                return position is not None
             own = collaborators.live_price_fetcher
             fetcher = self.context.environment.live_price_fetcher if own is None else own
             was_open = not position.is_closed_position
@@ -175,7 +188,9 @@ class Closing:
                 message = position.to_websocket_dict()
                 # A part of the time that the miner's positions have together: a full queue keeps none open.
                 seconds = self.context.environment.call_deadline_s / _QUEUES_PART
-                self.context.ask("websockets", lambda: queue.put(message), seconds=seconds)
+                put = functools.partial(queue.put, message)
+                carried_out(self.context.ask("websockets", put, seconds=seconds), "put")
+        return True
 
     def _flat_order(self, position: Any, record: Mapping[str, Any], fetcher: Any, tick: Tick) -> Any:
         environment = self.context.environment

@@ -182,6 +182,12 @@ def is_left_to_a_thread() -> bool:
     return getattr(_current, "job", None) is not None
 
 
+def is_within(scope: object) -> bool:
+    """Whether this thread does something in the name of `scope`."""
+    job = getattr(_current, "job", None)
+    return job is not None and job.key[0] == id(scope)
+
+
 def left_behind() -> list[tuple[str, str, float]]:
     """Return what does not come back: what, whose, and for how many seconds."""
     now = monotonic()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from shmelim.eliminations.record import EliminationReason
-from shmelim.eliminations.rules.membership import Membership
+from shmelim.eliminations.rules.membership import Membership, valid_hotkeys
 from shmelim.eliminations.rules.tick import Found, Tick
 
 
@@ -16,7 +17,10 @@ def fallen(tick: Tick, membership: Membership) -> Iterator[tuple[str, Callable[[
     challenge, ledgers = context.collaborators.challengeperiod_manager, context.ledgers
     if ledgers is None or challenge is None:
         return
-    scored = dict.fromkeys(challenge.get_hotkeys_by_bucket(context.environment.scored_bucket))
+    hotkeys, refused = valid_hotkeys(challenge.get_hotkeys_by_bucket(context.environment.scored_bucket))
+    for what in refused:
+        yield what, functools.partial(_refuse, what)
+    scored = dict.fromkeys(hotkeys)
     if not scored:
         return
     ledger_of = ledgers.filtered_ledger_for_scoring(portfolio_only=True, hotkeys=list(scored))
@@ -24,6 +28,10 @@ def fallen(tick: Tick, membership: Membership) -> Iterator[tuple[str, Callable[[
     for hotkey, ledger in ledger_of.items():
         if hotkey in scored and hotkey not in left_out:
             yield hotkey, lambda hotkey=hotkey, ledger=ledger: _judge(tick, hotkey, ledger)  # type: ignore[misc]
+
+
+def _refuse(what: str) -> Found | None:
+    raise ValueError(f"the scored bucket holds what is not a hotkey: {what}")
 
 
 def _judge(tick: Tick, hotkey: str, ledger: Any) -> Found | None:

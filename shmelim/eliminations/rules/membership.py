@@ -153,7 +153,14 @@ def valid_hotkeys(listed: Iterable[Any]) -> tuple[list[str], list[str]]:
         try:
             check_hotkey(one)
         except (TypeError, ValueError):
-            refused.append(repr(one)[:_SHOWN])
+            refused.append(_named(one))
         else:
             hotkeys.append(str(one))
     return hotkeys, refused
+
+
+def _named(entry: Any) -> str:
+    try:
+        return repr(entry)[:_SHOWN]
+    except Exception:
+        return type(entry).__name__

@@ -40,5 +40,8 @@ def _judge(tick: Tick, expiry: Expiry, hotkey: str, row: Any) -> Found | None:
 
 def _whose(row: Any, place: int) -> str:
     """Return whose a row is, for a message, also where it does not say."""
-    hotkey = row.get("hotkey") if hasattr(row, "get") else None
-    return hotkey if isinstance(hotkey, str) else f"number {place} of the list"
+    try:
+        hotkey = row.get("hotkey") if hasattr(row, "get") else None
+    except Exception:  # a row may live in a process that is gone, which is no reason to pass over the others
+        hotkey = None
+    return str(hotkey) if isinstance(hotkey, str) else f"number {place} of the list"

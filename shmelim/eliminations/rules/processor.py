@@ -6,8 +6,11 @@ server, so it is the same whether the server lives in this process or in another
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar
 
@@ -19,6 +22,7 @@ from shmelim.eliminations.debts.states import (
     POSITIONS,
     SLASH,
 )
+from shmelim.eliminations.rules import deadlines
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, OvertakenError
 from shmelim.eliminations.rules.challenge import ChallengePeriod
 from shmelim.eliminations.rules.closing import Closing
@@ -73,6 +77,7 @@ class EliminationProcessor:
         self._judging = Judging(context)
         self._closing = Closing(context)
         self._slashing = Slashing(context)
+        self._within: set[tuple[int, int]] = set()  # the threads that are within a tick
         self._had: set[str] = set()  # the kinds of debts for which there ever was a collaborator
         self._expiry = expiry = Expiry(context, membership)
         challenge = self._challenge = ChallengePeriod(context)
@@ -126,6 +131,25 @@ class EliminationProcessor:
         A step that fails stops none of the later ones. A sync that comes meanwhile ends the tick, and the next
         one is due at once.
         """
+        with self._entered() as is_first:
+            return not is_first or self._tick(position_locks, iteration_epoch)
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[bool]:
+        """Whether this thread is not within a tick already: one of the validator's objects may call back."""
+        here = os.getpid(), threading.get_ident()  # a child that is forked in a tick has the same thread
+        if here in self._within or deadlines.is_within(self.context):
+            text = "a tick was asked for from within a tick, by one of the validator's objects: left to that one"
+            _limited(logging.WARNING, "within", text)
+            yield False
+            return
+        self._within.add(here)
+        try:
+            yield True
+        finally:
+            self._within.discard(here)
+
+    def _tick(self, position_locks: Any, iteration_epoch: Any) -> bool:
         context, alerts = self.context, self.context.alerts
         interval_ms = context.environment.check_interval_ms
         if self._failed_in_a_row:
@@ -170,12 +194,15 @@ class EliminationProcessor:
 
     def _alone(self, name: str, position_locks: Any, epoch: Any) -> None:
         """Make one step outside of a tick, and settle what is owed then."""
-        tick = self.context.begin(position_locks, epoch)
-        try:
-            for each in dict.fromkeys((name, "positions", "slashes")):
-                self._steps[each](tick)
-        except OvertakenError as overtaken:
-            _limited(logging.WARNING, "overtaken", "broken off: %s", overtaken)
+        with self._entered() as is_first:
+            if not is_first:
+                return
+            tick = self.context.begin(position_locks, epoch)
+            try:
+                for each in dict.fromkeys((name, "positions", "slashes")):
+                    self._steps[each](tick)
+            except OvertakenError as overtaken:
+                _limited(logging.WARNING, "overtaken", "broken off: %s", overtaken)
 
     def handle_departed(self) -> list[str]:
         """Tell the server who is registered, if that changed; returns the hotkeys whose departure was recorded."""

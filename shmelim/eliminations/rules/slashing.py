@@ -88,6 +88,7 @@ _attempts: dict[str, _Outcome | None] = {}
 os.register_at_fork(after_in_child=_attempts.clear)
 
 _RENEWALS: Final = 4  # within one lease
+_LEAST_RENEWAL: Final = 0.05  # seconds: without a lease there is nothing to renew
 
 
 @dataclass(eq=False)
@@ -223,7 +224,7 @@ class Slashing:
 
     def _renew(self, hotkey: str, token: str, over: threading.Event) -> None:
         """Renew an attempt's lease until it is over."""
-        while not over.wait(self.context.environment.slash_lease_s / _RENEWALS):
+        while not over.wait(max(self.context.environment.slash_lease_s / _RENEWALS, _LEAST_RENEWAL)):
             try:
                 self.context.state.renew_slash(hotkey, token)
             except Exception:

@@ -230,10 +230,11 @@ class Found(NamedTuple):
 class _OwnLocks:
     """Locks for a validator that has none: two ticks at once must not close a position twice."""
 
-    _locks: dict[tuple[str, str], threading.Lock] = field(default_factory=dict)
+    _locks: dict[tuple[str, str], Any] = field(default_factory=dict)
 
-    def get_lock(self, hotkey: str, trade_pair_id: str) -> threading.Lock:
-        return self._locks.setdefault((hotkey, trade_pair_id), threading.Lock())
+    def get_lock(self, hotkey: str, trade_pair_id: str) -> Any:
+        # Re-entrant: what saves a position may call back.
+        return self._locks.setdefault((hotkey, trade_pair_id), threading.RLock())
 
 
 _own_locks = _OwnLocks()
