@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import Sequence
 from decimal import Decimal
 from types import SimpleNamespace
@@ -10,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from crashing import call
 from reference_validator import Managed
+from waiting import until
+
+from shmelim.eliminations.rules import deadlines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -195,6 +201,53 @@ def test_reasons_that_nobody_forgets_are_told(directly: Managed, method: str) ->
     directly.tick()
     assert any(f"{method} answered with a coroutine" in text for text in directly.alerts)
     assert directly.reasons == {"a": "PLAGIARISM"}
+
+
+# ---------------------------------------------------------------------- a fork in mid-tick
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+    until(lambda: deadlines.left_behind() == [])
+
+
+def reasons_after_a_tick(managed: Managed) -> tuple[dict[str, str], bool]:
+    managed.tick()
+    return managed.reasons, managed.validator.is_flat("b")
+
+
+@pytest.mark.parametrize("hangs", ["the ledger", "a lock of our own"])
+def test_what_hangs_in_a_parent_does_not_in_its_forked_child(
+    new_name: Callable[[], str], tmp_path: Path, gate: threading.Event, hangs: str
+) -> None:
+    parent = os.getpid()
+    with Managed("rpc", new_name(), tmp_path, call_deadline_s=0.3) as managed:
+        validator, judge = managed.validator, managed.environment._drawdown
+        managed.manager.position_locks = None
+        validator.register(*MINERS)
+        validator.open_position("b")
+        validator.lose("b", 0.2)
+
+        def wait() -> None:
+            if os.getpid() == parent:
+                gate.wait()
+
+        def judge_slowly(ledger: Any) -> Any:
+            if ledger.drawdown() == 0.2:
+                wait()
+            return judge(ledger)
+
+        if hangs == "the ledger":
+            managed.environment._drawdown = judge_slowly
+        else:
+            validator.faults.at("holding", wait, times=None)
+        managed.tick()
+        assert (managed.reasons == {}) == (hangs == "the ledger")
+        assert deadlines.left_behind()
+        assert call(lambda: reasons_after_a_tick(managed)) == ({"b": "MAX_TOTAL_DRAWDOWN"}, True)
 
 
 # ---------------------------------------------------------------------- calling back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -23,7 +24,7 @@ class Judging:
 
     def outcomes(self, kind: str, candidates: Sequence[Candidate]) -> list[tuple[str, Outcome]]:
         """Return what was found of whom, or why nobody can tell."""
-        self._hanging = {whose: run for whose, run in self._hanging.items() if not run.is_over}
+        self._hanging = {whose: run for whose, run in self._hanging.items() if run.is_under_way}
         hanging = {hotkey for what, hotkey in self._hanging if what == kind}
         outcomes: list[tuple[str, Outcome]] = [
             (hotkey, StuckError(f"judging miner {hotkey} has not come back")) for hotkey in sorted(hanging)
@@ -56,6 +57,12 @@ class _Run:
     candidates: Sequence[Candidate]
     outcomes: list[Outcome | None] = field(default_factory=list)
     is_over: bool = False
+    pid: int = field(default_factory=os.getpid)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether its thread still works on it, which a forked child does not have."""
+        return not self.is_over and self.pid == os.getpid()
 
     def judge_all(self) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -230,11 +231,13 @@ class Found(NamedTuple):
 class _OwnLocks:
     """Locks for a validator that has none: two ticks at once must not close a position twice."""
 
-    _locks: dict[tuple[str, str], Any] = field(default_factory=dict)
+    locks: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def get_lock(self, hotkey: str, trade_pair_id: str) -> Any:
         # Re-entrant: what saves a position may call back.
-        return self._locks.setdefault((hotkey, trade_pair_id), threading.RLock())
+        return self.locks.setdefault((hotkey, trade_pair_id), threading.RLock())
 
 
 _own_locks = _OwnLocks()
+# Whoever holds one in the parent would never release it in a child.
+os.register_at_fork(after_in_child=_own_locks.locks.clear)
