@@ -492,7 +492,7 @@ def test_answer_that_comes_after_a_persons_word_is_compared_with_it(
     new_name: Callable[[], str], tmp_path: Path, gate: threading.Event, said: str, moved: bool, told: int
 ) -> None:
     """He had to wait until the attempt was not heard of any more; what it knows is so all the same."""
-    with Managed("rpc", new_name(), tmp_path, slash_deadline_s=0.3, slash_lease_s=0.5) as made:
+    with Managed("rpc", new_name(), tmp_path, slash_deadline_s=0.3, slash_lease_s=2) as made:
         validator, server = made.validator, made.manager._server_proxy
         validator.register("a")
         validator.lose("a", 0.2)
@@ -504,10 +504,10 @@ def test_answer_that_comes_after_a_persons_word_is_compared_with_it(
 
         validator.faults.at("slash", hang)
         state = made.manager._processor.context.state
-        renew, state.renew_slash = state.renew_slash, lambda *of: False
         made.tick()
         [debt] = made.debts
         assert server.resolve_slash_rpc("a", made=said == "made") is False, "it lives"
+        renew, state.renew_slash = state.renew_slash, lambda *of: False
         until(lambda: state.doubt_slash("a", debt["attempt"], "not heard of"))
         assert server.resolve_slash_rpc("a", made=said == "made") is True
         state.renew_slash = renew
