@@ -473,11 +473,6 @@ def live_through(mode: str, name: str, directory: Path, seed: int, *, miners: in
         day.seen = set(day.validator.registry._hotkeys)
         day.run(steps)
         day.end()
-        assert (
-            mode == "direct"
-            or day.figures["loops that outlived their owner"]
-            or not day.figures["owner_is_killed"]
-        )
         print({**day.figures, "faults": day.hits, "stuck": day.stuck.total()})
         return day
 
