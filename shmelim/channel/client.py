@@ -60,7 +60,8 @@ class ChannelClient:
         within `connect_wait`.
     timeout, connect_wait
         Seconds for a whole call, connecting included, unless the call says otherwise (no signal, patched socket or
-        stopped clock stretches them); and seconds of that in which it waits for a server to appear.
+        stopped clock stretches them; connecting never takes longer than `timeout`, whatever a call says); and
+        seconds of that in which it waits for a server to appear.
     max_message, codec
         Longest message in bytes, both ways (a longer reply comes in several); codec of requests and replies: the
         server's.
@@ -258,7 +259,8 @@ class ChannelClient:
         tries = 0
         while True:
             try:
-                wire = connections.take() or self._dial(deadline)
+                # A call that may take long is no reason to wait as long for a server that is stopped.
+                wire = connections.take() or self._dial(min(deadline, monotonic() + self._timeout))
             except (NotServingError, ChannelError) as error:
                 if perhaps_done:
                     raise self._unknown_outcome(method, f"the connection was lost, and then: {error}") from error

@@ -105,6 +105,27 @@ class TestSignalsDoNotStretch:
             client.call("echo_rpc", timeout=0.5)
 
 
+@pytest.mark.parametrize(("usual", "own"), [(0.5, 4 * WAKES), (4 * WAKES, 0.5)], ids=["longer", "shorter"])
+def test_a_stopped_server_is_waited_for_no_longer_than_a_connection_may_take_nor_than_the_call(server, usual, own):
+    server.stop()
+    with (
+        ChannelClient(server.address, KEY, timeout=usual) as client,
+        pytest.raises(CallTimeoutError, match="handshake"),
+    ):
+        client.call("echo_rpc", timeout=own)
+
+
+def test_a_call_of_its_own_timeout_may_take_longer_than_its_connection(address):
+    class Slow:
+        def slow_rpc(self):
+            time.sleep(0.6)
+            return "done"
+
+    with ChannelServer(Slow(), address, KEY) as server, ChannelClient(server.address, KEY, timeout=0.5) as client:
+        client.connect(timeout=PATIENCE)
+        assert client.call("slow_rpc", timeout=PATIENCE) == "done"
+
+
 def test_signals_to_the_thread_of_a_silent_peer_do_not_stretch_its_handshake(address):
     """A signal may reach any thread of a process, and there interrupts what waits."""
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
