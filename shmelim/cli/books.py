@@ -231,7 +231,7 @@ def resolve(
 
     Exit code 1: no slash of HOTKEY is in doubt, or the question was answered with no; nothing was changed.
 
-    With --json: name, hotkey, made, resolved.
+    With --json: name, hotkey, made, resolved, debt (as `shmelim debts` has it).
 
     For example:
       shmelim slash resolve 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --made
@@ -251,7 +251,7 @@ def resolve(
             f"in doubt    {'not noticed yet' if since is None else f'since {since} UTC'}",
             f"last error  {output.value(debt['error'])}",
         )
-        resolved = _agreed(question, about, dry_run=dry_run, yes=yes) and client.resolve_slash(
+        resolved = _agreed(settings, question, about, dry_run=dry_run, yes=yes) and client.resolve_slash(
             hotkey, made, debt["rule"], debt["registration"]
         )
         if not resolved and not dry_run:
@@ -259,7 +259,9 @@ def resolve(
             _in_doubt(client, hotkey, rule, registration)
     then = "is owed again" if debt["due"] else "rests, as he is not eliminated"
     said = f"resolved: {shown}: the slash was {'made' if made else f'not made; it {then}'}"
-    settings.answer({"hotkey": hotkey, "made": made, "resolved": resolved}, said if resolved else _UNCHANGED)
+    settings.answer(
+        {"hotkey": hotkey, "made": made, "resolved": resolved, "debt": debt}, said if resolved else _UNCHANGED
+    )
     return YES if resolved or dry_run else NO
 
 
@@ -277,7 +279,7 @@ def release(settings: Settings, *, dry_run: bool, yes: bool) -> int:
 
     Exit code 1: nothing was held, or the question was answered with no; nothing was changed.
 
-    With --json: name, released.
+    With --json: name, released, held {since_ms, why}, owed [debt] (which may be made then).
 
     For example:
       shmelim slash release --dry-run
@@ -292,8 +294,10 @@ def release(settings: Settings, *, dry_run: bool, yes: bool) -> int:
         about = [f"held since {utc_text(held['since_ms'])} UTC: {printable(held['why'])}"]
         about += [f"would be made: {printable(d['hotkey'])} ({_cause(d)}), share {_share(d)}" for d in owed]
         question = f"All {len(owed)} slashes that are owed may be made?"
-        released = _agreed(question, about, dry_run=dry_run, yes=yes) and client.release_money()
-    settings.answer({"released": released}, "slashes go on" if released else _UNCHANGED)
+        released = _agreed(settings, question, about, dry_run=dry_run, yes=yes) and client.release_money()
+    settings.answer(
+        {"released": released, "held": held, "owed": owed}, "slashes go on" if released else _UNCHANGED
+    )
     return YES if released or dry_run else NO
 
 
@@ -313,7 +317,7 @@ def re_arm(
 
     Exit code 1: he was not slashed for that, or the question was answered with no; nothing was changed.
 
-    With --json: name, hotkey, rearmed.
+    With --json: name, hotkey, rearmed, slashes (as `shmelim slash list` has them).
 
     For example:
       shmelim slash re-arm 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --rule drawdown
@@ -327,20 +331,20 @@ def re_arm(
             )
         about = [f"{made['outcome']} {utc_text(made['made_ms'])} UTC for {_cause(made)}" for made in found]
         question = f"{shown} may be slashed once more for {'each of these' if len(found) > 1 else 'this'}?"
-        rearmed = _agreed(question, about, dry_run=dry_run, yes=yes) and client.rearm_slash(
+        rearmed = _agreed(settings, question, about, dry_run=dry_run, yes=yes) and client.rearm_slash(
             hotkey, rule, registration
         )
     said = f"re-armed: {shown} can be slashed once more" if rearmed else _UNCHANGED
-    settings.answer({"hotkey": hotkey, "rearmed": rearmed}, said)
+    settings.answer({"hotkey": hotkey, "rearmed": rearmed, "slashes": found}, said)
     return YES if rearmed or dry_run else NO
 
 
-def _agreed(question: str, about: Sequence[str], *, dry_run: bool, yes: bool) -> bool:
+def _agreed(settings: Settings, question: str, about: Sequence[str], *, dry_run: bool, yes: bool) -> bool:
     """Say what would be done, and return whether it shall be."""
     if not dry_run and not yes:
         return output.agreed(question, *about)
     for line in about:
-        click.echo(line, err=True)
+        settings.note(line)
     return not dry_run
 
 

@@ -42,7 +42,7 @@ def add(settings: Settings, *, hotkey: str, reason: str, dd: float | None, time_
     if dd is not None and not math.isfinite(dd):
         raise click.UsageError(f"--dd must be a number, not {dd}")
     if reason not in EliminationReason.__members__:
-        click.echo(f"note: {printable(repr(reason))} is stored as given; usual are {_REASONS}", err=True)
+        settings.note(f"note: {reason!r} is stored as given; usual are {_REASONS}")
     at_ms = time.time_ns() // 1_000_000 if time_ms is None else time_ms
     with EliminationClient(settings.name) as client:
         added = client.append_elimination_row(hotkey, dd, reason, at_ms)
@@ -107,7 +107,7 @@ def returned(settings: Settings, *, hotkeys: tuple[str, ...], yes: bool) -> int:
         departed = {hotkey: info["detected_ms"] for hotkey, info in known.items() if info is not None}
         for hotkey, at_ms in departed.items():
             since = utc_text(at_ms) or "an unknown time"
-            click.echo(f"departed since {since}: {printable(hotkey)}", err=True)
+            settings.note(f"departed since {since}: {hotkey}")
         if departed and (yes or output.agreed(f"forget the departure of {len(departed)} hotkeys?")):
             undone = client.undo_departures(list(departed))
     text = f"no longer departed: {len(undone)} hotkeys" if undone else "nothing was changed"

@@ -70,11 +70,14 @@ def describe(error: BaseException, name: str) -> Failure:
             return Failure(f"unexpected {type(error).__name__}: {error}", hint, ERROR)
 
 
-def show(failure: Failure, *, as_json: bool) -> None:
-    """Write a failure to stderr: as two lines at most, or as one JSON document."""
+def show(failure: Failure, *, as_json: bool, trace: str | None = None) -> None:
+    """Write a failure to stderr: as two lines at most, below a trace if given, or as one JSON document."""
     if as_json:
-        click.echo(json.dumps({"error": failure.message, "hint": failure.hint}), err=True)
+        about = {"error": failure.message, "hint": failure.hint}
+        click.echo(json.dumps(about if trace is None else about | {"trace": trace}), err=True)
         return
+    if trace is not None:
+        click.echo(trace, err=True)
     for kind, text in (("error", failure.message), ("hint", failure.hint)):
         if text:
             click.echo(f"{kind}: {printable(' '.join(text.split()))}", err=True)

@@ -21,6 +21,7 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import ChangesUnknownError, ChannelError, NotServingError, SegmentError
 from shmelim.system.clock import now_ms, utc_text
 from shmelim.system.containers import finite
+from shmelim.system.text import printable
 
 _SEGMENTS: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps POSIX shared memory
 _ROOT: Final = re.compile(r"shmelim\.([a-z0-9_-]{1,16})")
@@ -54,7 +55,9 @@ def watch(settings: Settings, *, since: int | None, count: int | None) -> int:
             try:
                 found = client.changes(seen)
             except ChangesUnknownError as error:
-                click.echo(f"warning: {error.message}; `shmelim history` has it", err=True)
+                warning = f"{error.message}; `shmelim history` has it"
+                said = json.dumps({"warning": warning}) if settings.as_json else f"warning: {printable(warning)}"
+                click.echo(said, err=True)
                 seen = client.version
                 continue
             except (ChannelError, NotServingError):

@@ -33,8 +33,8 @@ def check(settings: Settings, *, hotkeys: tuple[str, ...]) -> int:
     3: nothing is served, so the answer is not known. What makes an answer doubtful stands on stderr: a hotkey that
     is no valid SS58 address, or a writer that is not alive.
 
-    With --json: name, eliminated (how many), hotkeys [{hotkey, eliminated, departed,
-    registered, re_registered}].
+    With --json: name, eliminated (how many), writer_alive, hotkeys [{hotkey, eliminated, departed,
+    registered, re_registered, ss58 (whether it is a valid address)}].
 
     For example:
       shmelim check 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs
@@ -44,19 +44,22 @@ def check(settings: Settings, *, hotkeys: tuple[str, ...]) -> int:
     reader = EliminationReader(settings.name)
     statuses = reader.statuses(asked)
     if not (writer := reader.writer).alive:
-        click.echo(
-            f"note: the writer, process {writer.pid}, is not alive: this is the last that it published", err=True
-        )
-    for hotkey in asked:
-        if not is_ss58_address(hotkey):
-            click.echo(f"note: {printable(repr(hotkey))} is not a valid SS58 address", err=True)
+        settings.note(f"note: the writer, process {writer.pid}, is not alive: this is the last that it published")
     rows: list[dict[str, Any]] = [
-        {"hotkey": hotkey, **{name: state in status for name, state in _STATES.items()}}
+        {
+            "hotkey": hotkey,
+            **{name: state in status for name, state in _STATES.items()},
+            "ss58": is_ss58_address(hotkey),
+        }
         for hotkey, status in zip(asked, statuses, strict=True)
     ]
+    for row in rows:
+        if not row["ss58"]:
+            settings.note(f"note: {row['hotkey']!r} is not a valid SS58 address")
     eliminated = sum(row["eliminated"] for row in rows)
     words = ((row["hotkey"], _in_words(row)) for row in rows)
-    settings.table({"eliminated": eliminated, "hotkeys": rows}, ("hotkey", "status"), words)
+    content = {"eliminated": eliminated, "writer_alive": writer.alive, "hotkeys": rows}
+    settings.table(content, ("hotkey", "status"), words)
     return NO if eliminated else YES
 
 

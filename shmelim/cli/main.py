@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, Final, NoReturn
 
 import click
 
-from shmelim.cli import failure
+from shmelim.cli import failure, streams
 from shmelim.cli.options import Group, Settings
 from shmelim.system.text import printable, trace_of
 
@@ -54,10 +54,6 @@ _COMMANDS: Final = {
 """Where each command is (its module is loaded when it is used), and its line in the list of all."""
 
 
-class _ReaderGoneError(Exception):
-    """Whoever read stdout went away; click must not take that for its own exit code 1, which is an answer here."""
-
-
 class _Commands(Group):
     """A group that loads a command when it is used, and ends every error in one line, a hint and an exit code."""
 
@@ -75,12 +71,6 @@ class _Commands(Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError as error:
-            raise _ReaderGoneError from error
-
     def main(  # type: ignore[override]  # click's own has overloads over standalone_mode, which is always on here
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
     ) -> NoReturn:
@@ -90,20 +80,18 @@ class _Commands(Group):
         try:
             settings = Settings.from_environment()
             code = super().main(arguments, prog_name, standalone_mode=False, obj=settings, **extra)
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            streams.finish()
         except (click.Abort, KeyboardInterrupt):
-            sys.exit(failure.INTERRUPTED)
-        except (BrokenPipeError, _ReaderGoneError):
-            _drop_stdout()
-            sys.exit(failure.PIPE_CLOSED)
+            code = failure.INTERRUPTED
+        except streams.ReaderGoneError:
+            code = failure.PIPE_CLOSED
         except Exception as error:
-            if settings.debug or "--debug" in arguments:
-                click.echo(trace_of(error), err=True)
-            _drop_unwritten()
+            trace = trace_of(error) if settings.debug or "--debug" in arguments else None
             described = failure.describe(error, settings.name)
-            failure.show(described, as_json=settings.as_json or "--json" in arguments)
-            sys.exit(described.exit_code)
+            failure.show(described, as_json=settings.as_json or "--json" in arguments, trace=trace)
+            code = described.exit_code
+        with suppress(OSError):
+            streams.finish()
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -132,31 +120,6 @@ def main(interrupted: Any = None) -> NoReturn:
     """Run the command line of this process; ``interrupted`` is the handler of Ctrl-C that it is to have."""
     if interrupted is not None:
         signal.signal(signal.SIGINT, interrupted)
-    _open_closed_descriptors()
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            # A terminal that cannot show a character gets its escape, not an exception.
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    streams.take_over()
     warnings.showwarning = lambda message, *_: click.echo(f"warning: {printable(str(message))}", err=True)
     cli.main(prog_name="shmelim")
-
-
-def _open_closed_descriptors() -> None:
-    """See to it that descriptors 0 to 2 are taken, lest a state file get one of them and be written to."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004
-        os.set_inheritable(descriptor, True)  # noqa: FBT003
-    os.close(descriptor)
-
-
-def _drop_stdout() -> None:
-    """Let what is still buffered for a reader who went away end nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _drop_unwritten() -> None:
-    """Write out what is buffered, or drop it: the interpreter must not try again at its end."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        _drop_stdout()

@@ -18,6 +18,7 @@ from shmelim.cli import output
 from shmelim.system.clock import utc_text
 from shmelim.system.containers import finite
 from shmelim.system.owner import OWNER_VARIABLE, named_owner
+from shmelim.system.text import printable
 
 NAME_VARIABLE: Final = "SHMELIM_NAME"
 DEBUG_VARIABLE: Final = "SHMELIM_DEBUG"
@@ -99,6 +100,11 @@ class Settings:
             click.echo(say)
         else:
             say()
+
+    def note(self, text: str) -> None:
+        """Say something by the way, on stderr; with --json that is for errors alone, and the answer has it."""
+        if not self.as_json:
+            click.echo(printable(text), err=True)
 
     def table(self, content: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Print what was found, as JSON or as rows."""

@@ -182,6 +182,8 @@ def test_resolve_of_an_elimination_that_was_taken_back(run):
 
 def test_resolve_as_json(run):
     found = document(run("slash", "resolve", A, "--made", "--yes", "--json"))
+    debt = found.pop("debt")
+    assert (debt["hotkey"], debt["state"]) == (A, "in_doubt")
     assert found == {"name": found["name"], "hotkey": A, "made": True, "resolved": True}
 
 
@@ -294,6 +296,7 @@ def test_rearm_says_what_it_will_do_and_does_it(run):
     assert run("slash", "list").stdout != ""
     assert run("slash", "re-arm", A, "--rule", "drawdown", "--yes").exit_code == 1
     found = document(run("slash", "re-arm", A, "--yes", "--json"))
+    assert [each["hotkey"] for each in found.pop("slashes")] == [A]
     assert found == {"name": found["name"], "hotkey": A, "rearmed": True}
     assert run("slash", "list").stdout == ""
 

@@ -190,7 +190,7 @@ def test_help_and_version_load_no_command_and_nothing_that_takes_long():
     *loaded, rich = said.splitlines()[-1].split()
     assert set(loaded) == {
         "shmelim.cli",
-        *(f"shmelim.cli.{name}" for name in ("main", "failure", "options", "output")),
+        *(f"shmelim.cli.{name}" for name in ("main", "failure", "options", "output", "streams")),
     }
     assert rich == "False"
 
