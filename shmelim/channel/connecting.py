@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Literal
 
 from shmelim.channel.address import Location, connect, describe
-from shmelim.channel.key import check_key, whose
+from shmelim.channel.key import check_key
 from shmelim.channel.protocol import greet
 from shmelim.channel.wire import Wire
 from shmelim.errors import CallerFaultError, CallTimeoutError, ChannelError, KeyFileError, NotServingError
+from shmelim.system.owner import whose
 
 # What keeps a process from connecting to a server that may be well.
 _RIGHTS = frozenset({errno.EACCES, errno.EPERM})

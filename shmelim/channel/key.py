@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from shmelim.errors import KeyFileError, NotServingError
-from shmelim.system.owner import named_owner
+from shmelim.system.owner import named_owner, whose
 
 KeyPath: TypeAlias = str | os.PathLike[str]
 
@@ -132,13 +132,3 @@ def _check(path: KeyPath, status: os.stat_result, *, server: bool) -> None:
             f"run as its owner, say that you mean that one (--owner {status.st_uid}), or choose another directory"
         )
         raise KeyFileError(text, hint=hint)
-
-
-def whose(path: KeyPath) -> str:
-    """Say who this process is, and whose the file is that it may not use, or the nearest directory it can see."""
-    user = f"this process runs as user {os.geteuid()}"
-    for place in (Path(path), *Path(path).parents):
-        with contextlib.suppress(OSError):
-            found = place.lstat()
-            return f"{user}, {place} belongs to user {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):04o}"
-    return user

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import click
 import msgspec
 
 from shmelim.cli import output
-from shmelim.cli.failure import NO, YES, RefusedError
+from shmelim.cli.failure import NO, YES, FileProblemError, RefusedError
 from shmelim.cli.options import PATH, Settings, command, registry_option, yes_option
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
@@ -24,7 +22,7 @@ from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import NotServingError, SegmentError, ShmelimError, StoreError
 from shmelim.shm import SharedNamespace, TableReader
-from shmelim.system.owner import named_owner
+from shmelim.system.owner import means_another, named_owner, whose
 from shmelim.system.text import printable
 
 directory_option = click.option(
@@ -128,13 +126,18 @@ def _look(name: str, state_dir: Path | None, registry: Path | bool) -> list[Find
         return findings
     findings += [keeping.check_store(directory), *keeping.check_files(directory)]
     # Each user has a registry of his own.
-    base = None if _is_anothers() and registry is True else registry_base(registry)
+    base = None if means_another() and registry is True else registry_base(registry)
     return findings if base is None else [*findings, keeping.check_registry(Registry(base, name), directory)]
 
 
-def _is_anothers() -> bool:
-    """Whether another user's name is meant than this one's."""
-    return named_owner() not in {None, os.geteuid()}
+def _need_own_user(settings: Settings, what: str) -> None:
+    """Raise RefusedError where another user's name is meant: what is made or removed must be that user's."""
+    if means_another():
+        owner = named_owner()
+        raise RefusedError(
+            f"{settings.name!r} is of uid {owner}, and only that user can {what} it",
+            hint=f"run it as that user: sudo -u '#{owner}' shmelim {what} --name {settings.name}",
+        )
 
 
 @command
@@ -156,6 +159,7 @@ def restore(settings: Settings, *, source: Path, state_dir: Path | None, registr
     For example:
       shmelim restore /backup/shmelim-2026-01-31
     """
+    _need_own_user(settings, "restore")
     directory = state_dir or state_directory_of(settings.name)
     made = keeping.read_manifest(source)
     if not yes and not output.agreed(
@@ -192,35 +196,37 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
     Its state directory stays: remove it yourself if nobody needs it any more. Readers that are attached keep the
     last state until they end.
 
-    Exit code 1: it is served, or the question was answered with no; nothing was changed.
+    Exit code 1: it is served, or the question was answered with no; nothing was changed. 4: something stays, which
+    the error names.
 
     With --json: name, forgotten, state_dir.
 
     For example:
       shmelim forget --name old
     """
+    _need_own_user(settings, "forget")
     name, directory = settings.name, state_directory_of(settings.name)
     about: dict[str, Any] = {"state_dir": str(directory)}
-    if _is_anothers():
-        owner = named_owner()
-        raise RefusedError(
-            f"{name!r} is of uid {owner}, and only that user can forget it",
-            hint=f"run it as that user: sudo -u '#{owner}' shmelim forget --name {name}",
-        )
     _need_unserved(name)
     if not yes and not output.agreed(f"Forget {name!r}?", printable(f"its state stays in {directory}")):
         settings.answer({"forgotten": False, **about}, "nothing was changed")
         return NO
     namespace = SharedNamespace(name)
+    runtime = RuntimeDirectory.of_server(name)  # its place stands in the table, which goes first
     # Nobody can begin to serve it meanwhile.
     lock = namespace.acquire()
     try:
         namespace.remove()
     finally:
         lock.release()
-    shutil.rmtree(RuntimeDirectory.of_server(name).path, ignore_errors=True)
     if (base := registry_base(registry)) is not None:
         Registry(base, name).forget()
+    try:
+        runtime.remove()
+    except OSError as error:
+        why = f"{error.strerror}; {whose(runtime.path)}"
+        text = f"{name!r} is forgotten, but its runtime directory {runtime.path} stays: {why}"
+        raise FileProblemError(text, hint="see what is in it, and remove it by hand") from error
     settings.answer({"forgotten": True, **about}, printable(f"forgot {name!r}; its state is in {directory}"))
     return YES
 

@@ -25,7 +25,6 @@ import platformdirs
 
 from shmelim.channel import restore_key
 from shmelim.channel.address import normalize
-from shmelim.channel.key import whose
 from shmelim.errors import (
     AddressError,
     AlreadyServingError,
@@ -35,6 +34,7 @@ from shmelim.errors import (
     SegmentError,
     StoreError,
     UnsupportedPlatformError,
+    UntrustedSegmentError,
 )
 from shmelim.shm import SharedNamespace, TableReader, check_name
 from shmelim.shm.following import followed_by
@@ -42,6 +42,7 @@ from shmelim.shm.place import place_of
 from shmelim.system.durable import make_private_directory, write_whole, writing
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog
+from shmelim.system.owner import means_another, named_owner, whose
 from shmelim.system.processes import ProcessIdentity
 from shmelim.system.text import get_logger
 
@@ -51,6 +52,8 @@ RUNTIME_VARIABLE: Final = "SHMELIM_RUNTIME_DIR"
 """Where runtime directories are, whatever XDG_RUNTIME_DIR says."""
 
 _PRIVATE: Final = 0o700
+_FILES: Final = ("key", "socket", "server.json", "publisher.json")
+_LEFT: Final = (*_FILES, "key.*", ".*.json.*.tmp")  # the latter by who was killed while writing
 _LOOK: Final = 0.5  # seconds between two looks at what clients find a server by
 _SET_RUNTIME: Final = f"name a directory of your own, by --runtime-dir, {RUNTIME_VARIABLE} or XDG_RUNTIME_DIR"
 
@@ -125,6 +128,14 @@ class RuntimeDirectory:
             if owner not in {0, os.geteuid()}:
                 raise StoreError(f"the runtime directory {above} belongs to uid {owner}", hint=_SET_RUNTIME)
         return self
+
+    def remove(self) -> None:
+        """Remove what servers left, and the directory; OSError where it stays, as with anything else in it."""
+        with suppress(FileNotFoundError):
+            for pattern in _LEFT:
+                for path in self.path.glob(pattern):
+                    path.unlink()
+            self.path.rmdir()
 
     def announce(self, info: ServerInfo) -> None:
         """Write down how the server is reached, in one step."""
@@ -316,8 +327,23 @@ def need_own(name: str) -> None:
 
 
 def state_directory_of(name: str) -> Path:
-    """Return the state directory of the server of a name that started last, or else the name's default one."""
+    """Return the state directory of the server of a name that started last, or else the name's default one.
+
+    The default is this user's, so another user's name never has it: ``UntrustedSegmentError`` if that is not the
+    user who is meant, ``KeyFileError`` if this one may not look, ``NotServingError`` if nothing was left to go by.
+    """
     announced = None
-    with suppress(NotServingError, KeyFileError):
+    try:
+        TableReader(SharedNamespace(name))
+    except UntrustedSegmentError:
+        raise
+    except (NotServingError, SegmentError, UnsupportedPlatformError):
+        pass
+    with suppress(NotServingError):
         announced = RuntimeDirectory.of_server(name).server().state_dir
-    return default_state_directory(name) if announced is None else Path(announced)
+    if announced is not None:
+        return Path(announced)
+    if means_another():
+        text = f"nothing tells where the state of uid {named_owner()} under the name {name!r} is"
+        raise NotServingError(text, hint="name its directory: --state-dir")
+    return default_state_directory(name)

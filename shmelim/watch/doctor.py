@@ -21,6 +21,7 @@ from time import perf_counter
 from typing import Final, Literal, NamedTuple
 
 from shmelim.eliminations.runtime import RuntimeDirectory, state_directory_of
+from shmelim.errors import ShmelimError
 from shmelim.shm import READ_PATH
 from shmelim.shm.native import HOW_TO_COMPILE, why_pure
 from shmelim.system import clock
@@ -61,14 +62,16 @@ def examine(name: str, state_dir: Path | None = None, machine: Machine = Machine
     ``state_dir`` is the state directory; None: that of the server that started last, else the name's default.
     """
     seen = see(name)
-    directory = state_directory_of(name) if state_dir is None else state_dir
+    directory = state_dir
+    with suppress(ShmelimError):  # which is among what is seen
+        directory = directory or state_directory_of(name)
     return [
         *_of_package(seen),
         *_of_memory(seen, machine),
         *_of_logind(machine),
         *_of_limits(),
         *_of_clock(),
-        *_of_disk(directory),
+        *(() if directory is None else _of_disk(directory)),
         *_of_runtime(name),
         *_of_leftovers(machine),
         *_of_name(seen),

@@ -293,7 +293,7 @@ class TestNoPermission:
         directory.chmod(0o555)
         with pytest.raises(StoreError, match="Permission denied"):
             self.as_nobody(lambda: files.read_eliminations(directory / "e.json"))
-        with pytest.raises(StoreError, match="SQLITE_CANTOPEN"):
+        with pytest.raises(StoreError, match="cannot be read: Permission denied; this process runs as user 65534"):
             self.as_nobody(lambda: read_events(directory))
 
 

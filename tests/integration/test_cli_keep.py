@@ -1,6 +1,7 @@
 """``shmelim backup``, ``verify``, ``restore``, ``forget`` and ``slash release``, with and without a server."""
 
 import json
+import os
 import shutil
 import stat
 import tempfile
@@ -271,3 +272,40 @@ def test_a_forgotten_name_leaves_its_state_and_nothing_else(run, server, place):
     assert not list(Path("/dev/shm").glob(f"shmelim.{server.name}*"))
     assert name_registry(place, server).recall() is None
     assert not (place / "shmelim" / server.name).exists()
+
+
+def test_forget_finds_the_runtime_directory_from_another_environment(run, server, place, monkeypatch):
+    server.stop()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place / "elsewhere"))
+    monkeypatch.delenv("SHMELIM_RUNTIME_DIR", raising=False)
+    assert run("forget", "--yes").exit_code == 0
+    assert not (place / "shmelim" / server.name).exists()
+
+
+def test_forget_removes_nothing_that_no_server_made_and_says_what_stays(run, server, place):
+    server.stop()
+    runtime = place / "shmelim" / server.name
+    (runtime / "a-persons.sqlite").write_text("theirs")
+    found = run("forget", "--yes", "--json")
+    assert (found.exit_code, found.stdout) == (4, "")
+    said = json.loads(found.stderr)["error"]
+    assert f"is forgotten, but its runtime directory {runtime} stays: Directory not empty" in said
+    assert [path.name for path in runtime.iterdir()] == ["a-persons.sqlite"]
+    assert not list(Path("/dev/shm").glob(f"shmelim.{server.name}*"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_forget_says_whose_a_runtime_directory_is_that_stays(table_name):
+    home = Path(tempfile.mkdtemp(prefix="shmelim-"))
+    home.chmod(0o755)
+    (home / table_name).mkdir()
+    os.seteuid(65534)
+    try:
+        words = ["forget", "--yes", "--name", table_name, "--registry", "off", "--runtime-dir", str(home)]
+        found = CliRunner().invoke(cli, words)
+    finally:
+        os.seteuid(0)
+    assert found.exit_code == 4
+    assert "Permission denied; this process runs as user 65534" in " ".join(found.stderr.split())
+    shutil.rmtree(home)
+    SharedNamespace(table_name).remove()

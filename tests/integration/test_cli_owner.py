@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from invoking import CliRunner
-from serving import serve_and_exit
+from serving import listing, serve_and_exit
 
 import shmelim
 from shmelim.cli.main import cli
 from shmelim.eliminations.serve import ServeOptions
+from shmelim.eliminations.store.store import Store
 from shmelim.shm import SharedNamespace
 from shmelim.system.owner import OWNER_VARIABLE, named_owner
 
@@ -103,11 +104,70 @@ def test_a_command_that_is_refused_leaves_nothing_behind():
     assert dict(os.environ) == before
 
 
+@pytest.mark.parametrize(
+    "words", [("backup", "new"), ("restore", "old", "--yes"), ("verify",), ("forget", "--yes")]
+)
+def test_keeping_is_of_the_state_that_is_meant_and_never_of_ones_own(theirs, words, tmp_path, monkeypatch):
+    """A state of the same name of one's own, which none of these may take for theirs, or make."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    with Store.open(tmp_path / "home" / "shmelim" / theirs), Store.open(tmp_path / "own"):
+        pass
+    assert run("backup", "old", "--state-dir", "own").exit_code == 0
+    before = listing(tmp_path)
+    for owner in ((), ("--owner", str(STRANGER))):
+        found = run(*words, "--name", theirs, *owner)
+        refused = {1} if words[0] in {"restore", "forget"} and owner else {3, 4}
+        assert found.exit_code in refused, (owner, found.stdout, found.stderr)
+        assert "--owner" in found.stderr or "sudo" in found.stderr
+        assert str(tmp_path / "home") not in found.stderr
+    assert listing(tmp_path) == before
+    # A user who serves nothing, of whom nothing tells where his state is: it is not this user's.
+    found = run(*words, "--name", "nobody-has-it", "--owner", str(STRANGER))
+    assert found.exit_code == (1 if words[0] in {"restore", "forget"} else 3), found.stderr
+    assert listing(tmp_path) == before
+
+
+def test_root_backs_up_and_checks_the_state_of_the_user_that_it_names(theirs, tmp_path):
+    assert run("add", HOTKEY, "--reason", "ZOMBIE", "--name", theirs, "--owner", str(NOBODY)).exit_code == 0
+    made = run("backup", str(tmp_path / "made"), "--name", theirs, "--owner", str(NOBODY), "--json")
+    assert (json.loads(made.stdout)["eliminated"], made.exit_code) == (1, 0)
+    assert run("verify", str(tmp_path / "made")).exit_code == 0
+    directory = Path(json.loads(made.stdout)["state_dir"])
+    # SQLite makes files beside the store, of which the server must be the owner, too.
+    assert {path.stat().st_uid for path in directory.iterdir()} == {NOBODY}
+
+
+def as_nobody(work):
+    """Return what comes of a call by somebody who is not root."""
+    os.seteuid(NOBODY)
+    try:
+        return work()
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("words", [("verify",), ("restore", "--yes", "--state-dir")])
+def test_a_backup_of_another_user_that_may_not_be_read_is_said_to_be_his(words):
+    home = Path(tempfile.mkdtemp(prefix="shmelim-"))
+    home.chmod(0o755)
+    with Store.open(home / "state"):
+        pass
+    assert run("backup", str(home / "backup"), "--state-dir", str(home / "state")).exit_code == 0
+    state = [str(home / "new")] if "--state-dir" in words else []
+    found = as_nobody(lambda: run(*words, *state, str(home / "backup")))
+    assert found.exit_code in {1, 4}
+    shown = " ".join((found.stdout + found.stderr).split())
+    assert f"runs as user {NOBODY}, {home / 'backup'} belongs to user 0" in shown
+    shutil.rmtree(home)
+
+
 def test_what_only_its_own_user_can_do_or_see_is_said(theirs, monkeypatch):
     monkeypatch.setenv(OWNER_VARIABLE, str(NOBODY))
-    forgotten = CliRunner().invoke(cli, ["forget", "--name", theirs, "--yes"])
-    assert forgotten.exit_code == 1
-    assert f"sudo -u '#{NOBODY}' shmelim forget --name {theirs}" in forgotten.stderr
+    for words in (["forget"], ["restore", "any"]):
+        refused = CliRunner().invoke(cli, [*words, "--name", theirs, "--yes"])
+        assert refused.exit_code == 1
+        assert f"sudo -u '#{NOBODY}' shmelim {words[0]} --name {theirs}" in refused.stderr
     verified = CliRunner().invoke(cli, ["verify", "--name", theirs, "--json"])
     assert "registry" not in [finding["what"] for finding in json.loads(verified.stdout)["findings"]]
     found = json.loads(CliRunner().invoke(cli, ["doctor", "--name", theirs, "--json"]).stdout)["findings"]

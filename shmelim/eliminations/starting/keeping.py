@@ -28,6 +28,7 @@ from shmelim.eliminations.store.store import Store
 from shmelim.errors import ShmelimError, StoreError
 from shmelim.system import clock
 from shmelim.system.durable import make_private_directory, sync_directory, write_whole, writing
+from shmelim.system.owner import whose
 
 MANIFEST: Final = "backup.json"
 
@@ -113,11 +114,14 @@ def read_manifest(backup: Path) -> Manifest:
     """Return what a backup says of itself; StoreError if it is none, or does not."""
     try:
         return msgspec.json.decode((backup / MANIFEST).read_bytes(), type=Manifest)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(
             f"{backup} is not a backup: {MANIFEST}: {error.strerror}",
             hint="name a directory that `shmelim backup` made",
         ) from error
+    except OSError as error:
+        text = f"the backup {backup} cannot be read: {error.strerror}; {whose(backup / MANIFEST)}"
+        raise StoreError(text, hint="let this user read it, or run as its owner") from error
     except msgspec.DecodeError as error:
         raise StoreError(f"{backup / MANIFEST} is damaged: {error}", hint="use another backup") from error
 

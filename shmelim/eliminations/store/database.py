@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from shmelim.eliminations.store.opening import closed_on_error, log_of
 from shmelim.eliminations.store.schema import Durability, damaged
 from shmelim.errors import StoreError
 from shmelim.system.durable import sync_file, writing
+from shmelim.system.owner import whose
 from shmelim.system.text import get_logger
 
 _log = get_logger(__name__)
@@ -99,6 +101,15 @@ class Database:
     def read_only(cls, directory: str | os.PathLike[str]) -> Self:
         """Open the store of a state directory for reading, whether or not a server runs there; from any thread."""
         path = Path(directory) / schema.FILE_NAME
+        try:
+            path.stat()  # it is not opened: closing it would drop the locks of this process
+            why = None if os.access(path, os.R_OK, effective_ids=True) else os.strerror(errno.EACCES)
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreError(f"there is no store {path}", hint="name the state directory (--state-dir)") from None
+        except OSError as error:
+            why = error.strerror
+        if why is not None:
+            raise StoreError(f"the store {path} cannot be read: {why}; {whose(path)}", hint="run as its owner")
         with _guard(path):
             return cls(opening.connect_read_only(path), path)
 
