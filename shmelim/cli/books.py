@@ -11,6 +11,7 @@ import click
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES, RefusedError
 from shmelim.cli.options import (
+    MOMENT,
     PATH,
     Command,
     Group,
@@ -40,6 +41,7 @@ _dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what wo
 )
 @click.option(
     "--prune-before",
+    type=MOMENT,
     metavar="WHEN",
     help="Forget the events up to this one's number, ms since 1970 or ISO 8601; asks the server.",
 )
@@ -83,12 +85,19 @@ def history(
             found, source = [event.as_dict() for event in store.events(hotkey, limit)], "store"
     else:
         found, source = asking.events(settings.name, hotkey, limit)
+    _doubt(settings, hotkey, found)
     settings.table(
         {"source": source, "events": found},
         ("when (UTC)", "action", "hotkey", "by", "change"),
         ((utc_text(it["at_ms"]), it["action"], it["hotkey"], who(it), change(it)) for it in found),
     )
     return YES
+
+
+def _doubt(settings: Settings, hotkey: str | None, found: Sequence[object]) -> None:
+    """Note that a hotkey of which nothing was found is no address, where it is none."""
+    if hotkey is not None and not found:
+        settings.doubt(hotkey)
 
 
 def _prune(settings: Settings, before: str, *, dry_run: bool, yes: bool) -> int:
@@ -147,6 +156,7 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
       shmelim debts --json | jq '.debts[] | select(.state == "in_doubt")'
     """
     found, source = asking.debts(settings.name, hotkey)
+    _doubt(settings, hotkey, found)
     columns = {"hotkey": "hotkey", "kind": "owes", "rule": "rule", "state": "state", "due": "due"}
     columns |= {"share": "share", "since_ms": "since (UTC)"}
     settings.rows({"source": source}, "debts", found, columns | {"attempts": "failures", "error": "last error"})
@@ -201,6 +211,7 @@ def list_(settings: Settings, *, hotkey: str | None) -> None:
       shmelim slash list 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --json
     """
     found, source = asking.slashes(settings.name, hotkey)
+    _doubt(settings, hotkey, found)
     columns = {"hotkey": "hotkey", "rule": "rule", "registration": "registration", "outcome": "outcome"}
     columns |= {"made_ms": "made (UTC)", "eliminated_ms": "eliminated (UTC)", "by": "by", "share": "share"}
     settings.rows({"source": source}, "slashes", found, columns)
@@ -208,7 +219,8 @@ def list_(settings: Settings, *, hotkey: str | None) -> None:
 
 @slash.command(cls=Command, short_help="Say whether a slash that is in doubt was made.")
 @hotkey_argument
-@click.option("--made/--not-made", "made", default=None, help="Whether the collateral was taken.")
+@click.option("--made", is_flag=True, help="The collateral was taken.")
+@click.option("--not-made", is_flag=True, help="It was not.")
 @_rule_option
 @_registration_option
 @_dry_run_option
@@ -218,7 +230,8 @@ def resolve(
     settings: Settings,
     *,
     hotkey: str,
-    made: bool | None,
+    made: bool,
+    not_made: bool,
     rule: str | None,
     registration: int | None,
     dry_run: bool,
@@ -237,8 +250,9 @@ def resolve(
       shmelim slash resolve 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --made
       shmelim slash resolve 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --not-made --yes
     """
-    if made is None:
-        raise click.UsageError("say --made or --not-made")
+    if made == not_made:
+        raise click.UsageError("say either --made or --not-made")
+    settings.doubt(hotkey)
     shown = printable(hotkey)
     with EliminationClient(settings.name) as client:
         debt = _in_doubt(client, hotkey, rule, registration)
@@ -322,6 +336,7 @@ def re_arm(
     For example:
       shmelim slash re-arm 5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs --rule drawdown
     """
+    settings.doubt(hotkey)
     shown = printable(hotkey)
     with EliminationClient(settings.name) as client:
         found = [made for made in client.get_slashes(hotkey) if _is_meant(made, rule, registration)]

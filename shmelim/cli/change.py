@@ -43,6 +43,7 @@ def add(settings: Settings, *, hotkey: str, reason: str, dd: float | None, time_
         raise click.UsageError(f"--dd must be a number, not {dd}")
     if reason not in EliminationReason.__members__:
         settings.note(f"note: {reason!r} is stored as given; usual are {_REASONS}")
+    settings.doubt(hotkey)
     at_ms = time.time_ns() // 1_000_000 if time_ms is None else time_ms
     with EliminationClient(settings.name) as client:
         added = client.append_elimination_row(hotkey, dd, reason, at_ms)
@@ -62,6 +63,8 @@ def remove(settings: Settings, *, hotkey: str) -> int:
     """
     with EliminationClient(settings.name) as client:
         removed = bool(client.delete_eliminations([hotkey]))
+    if not removed:
+        settings.doubt(hotkey)
     what = "removed" if removed else "not eliminated"
     settings.answer({"hotkey": hotkey, "removed": removed}, f"{what}: {printable(hotkey)}")
     return YES if removed else NO
@@ -105,6 +108,7 @@ def returned(settings: Settings, *, hotkeys: tuple[str, ...], yes: bool) -> int:
     with EliminationClient(settings.name) as client:
         known = {hotkey: client.get_departed_hotkey_info(hotkey) for hotkey in dict.fromkeys(hotkeys)}
         departed = {hotkey: info["detected_ms"] for hotkey, info in known.items() if info is not None}
+        settings.doubt(*(known.keys() - departed.keys()))
         for hotkey, at_ms in departed.items():
             since = utc_text(at_ms) or "an unknown time"
             settings.note(f"departed since {since}: {hotkey}")
@@ -132,6 +136,8 @@ def missing(settings: Settings, *, accept: bool, yes: bool) -> int:
       shmelim missing
       shmelim missing --accept
     """
+    if yes and not accept:
+        raise click.UsageError("--yes goes with --accept")
     accepted: list[str] = []
     with EliminationClient(settings.name) as client:
         listed = client.get_missing_hotkeys()

@@ -14,7 +14,7 @@ from shmelim.cli.failure import NO, YES, FileProblemError, RefusedError
 from shmelim.cli.options import PATH, Settings, command, registry_option, yes_option
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
-from shmelim.eliminations.runtime import RuntimeDirectory, need_own, state_directory_of
+from shmelim.eliminations.runtime import RuntimeDirectory, announced_state_directory, need_own, state_directory_of
 from shmelim.eliminations.starting import keeping
 from shmelim.eliminations.starting.keeping import Finding
 from shmelim.eliminations.starting.registry import Registry, registry_base
@@ -78,6 +78,8 @@ def verify(settings: Settings, *, target: Path | None, state_dir: Path | None, r
       shmelim verify
       shmelim verify /backup/shmelim-2026-01-31
     """
+    if target is not None and state_dir is not None:
+        raise click.UsageError("a backup in DIR is checked alone: it goes with no --state-dir")
     findings = _look(settings.name, state_dir, registry) if target is None else keeping.check_backup(target)
     whole = all(finding.problem is None for finding in findings)
     settings.table(
@@ -112,18 +114,19 @@ def _look_at_table(name: str, directory: Path) -> tuple[Finding, str | None]:
 
 def _look(name: str, state_dir: Path | None, registry: Path | bool) -> list[Finding]:
     """Look at all that there is of a name; NotServingError where there is nothing."""
-    directory, findings = state_dir or state_directory_of(name), []
+    known, findings = state_dir or announced_state_directory(name), []
+    directory = known or state_directory_of(name)
     try:
         finding, source = _look_at_table(name, directory)
     except NotServingError:
-        if not (directory / FILE_NAME).exists():
+        if state_dir is None and not (directory / FILE_NAME).exists():
             raise
     else:
         findings.append(finding)
         if source is not None:
             return findings  # a store is one of a time when this host was the source itself
-    if not (directory / FILE_NAME).exists():
-        return findings
+    if known is None and not (directory / FILE_NAME).exists():
+        return findings  # its server keeps it in memory
     findings += [keeping.check_store(directory), *keeping.check_files(directory)]
     # Each user has a registry of his own.
     base = None if means_another() and registry is True else registry_base(registry)

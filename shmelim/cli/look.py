@@ -53,9 +53,7 @@ def check(settings: Settings, *, hotkeys: tuple[str, ...]) -> int:
         }
         for hotkey, status in zip(asked, statuses, strict=True)
     ]
-    for row in rows:
-        if not row["ss58"]:
-            settings.note(f"note: {row['hotkey']!r} is not a valid SS58 address")
+    settings.doubt(*asked)
     eliminated = sum(row["eliminated"] for row in rows)
     words = ((row["hotkey"], _in_words(row)) for row in rows)
     content = {"eliminated": eliminated, "writer_alive": writer.alive, "hotkeys": rows}
@@ -104,6 +102,7 @@ def get(settings: Settings, *, hotkeys: tuple[str, ...], as_of: str | None) -> i
         for hotkey in missing:
             click.echo(f"not eliminated: {printable(hotkey)}", err=True)
 
+    settings.doubt(*missing)
     settings.answer({"eliminations": eliminations, "missing": missing}, say)
     return NO if missing else YES
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shmelim.cli import output
-from shmelim.system.clock import utc_text
+from shmelim.system.clock import now_ms, utc_text
 from shmelim.system.containers import finite
 from shmelim.system.owner import OWNER_VARIABLE, named_owner
 from shmelim.system.text import printable
@@ -68,8 +68,26 @@ class _Permissions(_OfNumber):
             self.fail(f"{value!r} is not octal digits, such as 640", param, ctx)
 
 
+class _Moment(_OfText):
+    """An event's number, or a time that is past: what cannot be known yet is not answered."""
+
+    name = "moment"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from shmelim.eliminations.moments import Moment
+
+        try:
+            at_ms = Moment.of(value).at_ms
+        except (ValueError, OverflowError) as error:
+            self.fail(str(error), param, ctx)
+        if at_ms is not None and at_ms > now_ms():
+            self.fail(f"{value!r} is in the future: it is {utc_text(now_ms())} UTC", param, ctx)
+        return str(value)
+
+
 PERMISSIONS: Final = _Permissions()
 NAME: Final = _Checked("name")
+MOMENT: Final = _Moment()
 
 
 @dataclass
@@ -105,6 +123,14 @@ class Settings:
         """Say something by the way, on stderr; with --json that is for errors alone, and the answer has it."""
         if not self.as_json:
             click.echo(printable(text), err=True)
+
+    def doubt(self, *hotkeys: str) -> None:
+        """Note which hotkeys are no addresses: one with a blank, or cut short, is nobody's."""
+        from shmelim.eliminations.validator.addresses import is_ss58_address
+
+        for hotkey in hotkeys:
+            if not is_ss58_address(hotkey):
+                self.note(f"note: {hotkey!r} is not a valid SS58 address")
 
     def table(self, content: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Print what was found, as JSON or as rows."""
@@ -218,6 +244,7 @@ hotkeys_argument = click.argument("hotkeys", metavar="HOTKEY…", type=_Checked(
 file_argument = click.argument("file", type=click.Path(path_type=Path, readable=False, allow_dash=True))
 as_of_option = click.option(
     "--as-of",
+    type=MOMENT,
     metavar="WHEN",
     help="As it was at an event's number, ms since 1970 or ISO 8601; asks the server.",
 )

@@ -9,7 +9,7 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
-from shmelim.cli.options import Settings, command, yes_option
+from shmelim.cli.options import MOMENT, Settings, command, yes_option
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.record import differing
 from shmelim.system.text import printable
@@ -21,8 +21,8 @@ _MOST_SHOWN: Final = 20  # lines before a question
 
 
 @command
-@click.argument("before", metavar="A")
-@click.argument("after", metavar="[B]", required=False)
+@click.argument("before", metavar="A", type=MOMENT)
+@click.argument("after", metavar="[B]", type=MOMENT, required=False)
 def diff(settings: Settings, *, before: str, after: str | None) -> int:
     """Show which eliminations were added, removed and changed from moment A to moment B (default: now).
 
@@ -44,7 +44,14 @@ def diff(settings: Settings, *, before: str, after: str | None) -> int:
 
 
 @command
-@click.option("--to", "when", required=True, metavar="WHEN", help="An event's number, ms since 1970, or ISO 8601.")
+@click.option(
+    "--to",
+    "when",
+    type=MOMENT,
+    required=True,
+    metavar="WHEN",
+    help="An event's number, ms since 1970, or ISO 8601.",
+)
 @click.option("--dry-run", is_flag=True, help="Only show what would change.")
 @yes_option
 def rollback(settings: Settings, *, when: str, dry_run: bool, yes: bool) -> int:

@@ -326,23 +326,31 @@ def need_own(name: str) -> None:
             )
 
 
-def state_directory_of(name: str) -> Path:
-    """Return the state directory of the server of a name that started last, or else the name's default one.
+def announced_state_directory(name: str) -> Path | None:
+    """Return the state directory of the server of a name that started last; None where none is known of.
 
-    The default is this user's, so another user's name never has it: ``UntrustedSegmentError`` if that is not the
-    user who is meant, ``KeyFileError`` if this one may not look, ``NotServingError`` if nothing was left to go by.
+    Errors are those of :func:`state_directory_of`.
     """
-    announced = None
     try:
         TableReader(SharedNamespace(name))
     except UntrustedSegmentError:
         raise
     except (NotServingError, SegmentError, UnsupportedPlatformError):
         pass
+    announced = None
     with suppress(NotServingError):
         announced = RuntimeDirectory.of_server(name).server().state_dir
-    if announced is not None:
-        return Path(announced)
+    return None if announced is None else Path(announced)
+
+
+def state_directory_of(name: str) -> Path:
+    """Return the state directory of the server of a name that started last, or else the name's default one.
+
+    The default is this user's, so another user's name never has it: ``UntrustedSegmentError`` if that is not the
+    user who is meant, ``KeyFileError`` if this one may not look, ``NotServingError`` if nothing was left to go by.
+    """
+    if (announced := announced_state_directory(name)) is not None:
+        return announced
     if means_another():
         text = f"nothing tells where the state of uid {named_owner()} under the name {name!r} is"
         raise NotServingError(text, hint="name its directory: --state-dir")

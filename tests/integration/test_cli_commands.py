@@ -160,9 +160,9 @@ def test_get_prints_the_record(run):
 
 
 def test_get_of_what_is_not_eliminated(run):
-    result = run("get", "other")
+    result = run("get", A)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "not eliminated: other\n"
+    assert result.stderr == f"not eliminated: {A}\n"
 
 
 def test_list_in_order_and_by_reason(run):
@@ -506,6 +506,87 @@ def test_check_says_what_is_no_address(run, odd):
     assert run("check", A).stderr == ""
     said = run("check", A, odd)
     assert (said.exit_code, said.stderr) == (0, f"note: {odd!r} is not a valid SS58 address\n")
+
+
+MISTYPED = "{0!r} is not a valid SS58 address"
+
+
+@pytest.mark.parametrize("odd", [A[:-1], f"{A} "], ids=["short", "blank"])
+def test_every_command_that_finds_nothing_of_a_mistyped_hotkey_says_so(run, odd):
+    for words in (("get",), ("remove",), ("history",), ("debts",), ("returned",), ("slash", "list")):
+        assert MISTYPED.format(odd) in run(*words, odd).stderr, words
+        assert "not a valid" not in run(*words, A).stderr, words
+    for words in (("slash", "re-arm"), ("slash", "resolve", "--made"), ("add", "--reason", "ZOMBIE")):
+        said = run(*words, odd)
+        assert said.stderr.startswith(f"note: {MISTYPED.format(odd)}\n"), words
+    assert said.exit_code == 0
+
+
+@pytest.mark.parametrize("odd", ["yesterday", "", "-5", "2026-13-01", "1e400"])
+@pytest.mark.parametrize(
+    "words",
+    [("list", "--as-of={}"), ("diff", "--", "{}"), ("rollback", "--to={}"), ("history", "--prune-before={}")],
+    ids=lambda words: words[0],
+)
+def test_what_is_no_moment_is_wrong_usage(run, words, odd):
+    said = run(*(word.format(odd) for word in words))
+    assert (said.exit_code, "is not a moment" in said.stderr, "--help" in said.stderr) == (2, True, True)
+
+
+def test_what_is_to_come_is_not_answered(run):
+    for words in (
+        ("list", "--as-of", "2999-01-01"),
+        ("get", A, "--as-of", "32472144000000"),
+        ("diff", "2999-01-01"),
+        ("rollback", "--to", "2999-01-01", "--yes"),
+        ("history", "--prune-before", "2999-01-01", "--yes"),
+    ):
+        said = run(*words)
+        assert (said.exit_code, "is in the future: it is 20" in said.stderr) == (2, True), words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("slash", "resolve", A, "--made", "--not-made", "--yes"),
+        ("slash", "resolve", A, "--yes"),
+        ("verify", "backup", "--state-dir", "state"),
+        ("missing", "--yes"),
+        ("list", "--departed", "--as-of", "1"),
+        ("serve", "--adopt-published", "--replace-published"),
+        ("history", "--yes"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_exclude_each_other_are_wrong_usage(run, words):
+    said = run(*words)
+    assert (said.exit_code, said.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("verify",), ("history",), ("backup", "new"), ("publish", "--to", "redis://127.0.0.1:1/0")],
+    ids=lambda words: words[0],
+)
+def test_a_state_directory_that_is_not_there_is_named(run, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = run(*words, "--state-dir", "no/such")
+    assert said.exit_code == (1 if words == ("verify",) else 4)
+    assert "no store" in said.stdout + said.stderr
+    assert "no/such" in said.stdout + said.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_says_that_the_store_of_what_is_served_is_gone(tmp_path):
+    name = f"gone-{os.getpid()}"
+    with serving(name, tmp_path, "--state-dir", str(tmp_path / "state")) as server:
+        run = runner(name, tmp_path)
+        assert run("verify").exit_code == 0
+        server.end()
+        (tmp_path / "state" / "shmelim.sqlite").unlink()
+        said = run("verify")
+        assert (said.exit_code, f"there is no store {tmp_path / 'state'}" in said.stdout) == (1, True)
+    SharedNamespace(name).remove()
 
 
 def test_check_of_a_dead_writer_says_so(tmp_path):

@@ -141,6 +141,7 @@ def test_a_state_directory_that_is_not_there_or_not_ours(finds, tmp_path, monkey
 
 def test_a_key_that_others_may_read(finds, served):
     (key,) = served.runtime.rglob("key")
+    served.kill()  # it would put the key back
     key.chmod(0o644)
     (text,) = [text for what, text in finds() if what == "runtime"]
     assert "has mode 0o644" in text

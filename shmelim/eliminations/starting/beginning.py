@@ -263,7 +263,7 @@ def _need_accepted(found: _Found, plan: Plan) -> None:
         where = "a server in memory" if found.directory is None else str(found.directory)
         raise StoreError(
             f"{where} has no store, and must_exist refuses to make one",
-            hint="is the right file system mounted? To make a new store, leave must_exist out",
+            hint="is the right file system mounted? To make a new store, leave must_exist (--must-exist) out",
         )
     if plan.action is Action.REFUSE_DAMAGED and found.damage is not None:
         raise DamagedStoreError(
