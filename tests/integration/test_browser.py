@@ -1,5 +1,6 @@
 """The page in a real browser: what it makes of five thousand rows, a failing server, and what strangers chose."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -9,14 +10,26 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from serving import row
-from waiting import until
+from waiting import PATIENCE, until
 
 from shmelim import EliminationReason
+from shmelim.eliminations.record import generate_row
 
 HOSTILE = "<script>document.title='injected'</script>"
 QUOTES = "\" onmouseover=\"document.title='injected'\" x='"
 UNBROKEN = "W" * 255
+# A process that reads; it ends with the test.
+READING = """
+import sys, time
+from setproctitle import setproctitle
+from shmelim import EliminationReader
+setproctitle(sys.argv[3])
+reader = EliminationReader(sys.argv[1])
+while True:
+    for number in range(5100):
+        reader.is_hotkey_eliminated(f"5Miner{number:042}")
+        time.sleep(float(sys.argv[2]))
+"""
 # The page may run no script but its own; a copy of it, with its style, measures itself.
 MEASURE = """<script>
 const lines = [...document.querySelectorAll("time, thead th")].map((each) => {
@@ -26,6 +39,9 @@ const lines = [...document.querySelectorAll("time, thead th")].map((each) => {
 });
 document.title = `${document.documentElement.scrollWidth - innerWidth} ${Math.max(0, ...lines)}`;
 </script>"""
+# A reader's checks a second, and nothing else.
+RATE = r'<td data-of="checks/s">([\d,]+)</td>'
+WEB = "from setproctitle import setproctitle as to; to('shmelim web'); from shmelim.__main__ import main; main()"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 pytestmark = pytest.mark.browser
@@ -55,16 +71,26 @@ def page(serve):
     """The address of the page of a server with 5,000 eliminations, and three that a stranger chose."""
     served = serve()
     reasons = list(EliminationReason.__members__)
-    rows = [row(f"5Miner{number:042}", number, reason=reasons[number % len(reasons)]) for number in range(5000)]
+
+    def made(hotkey, reason, number):
+        return generate_row(
+            hotkey, round(0.05 + number % 53 / 1000, 3), reason, 1_795_000_000_000 + 61_000 * number
+        )
+
+    rows = [made(f"5Miner{number:042}", reasons[number % len(reasons)], number) for number in range(5000)]
     with served.client() as client:
-        strangers = [row(text, 6000, reason=text) for text in (HOSTILE, QUOTES, UNBROKEN)]
+        strangers = [made(text, text, 5000) for text in (HOSTILE, QUOTES, UNBROKEN)]
         client.sync_eliminations([*rows, *strangers])
         client.sync_eliminations([*rows[:3000], *strangers])
         client.sync_eliminations([*rows, *strangers])
-    command = [sys.executable, "-m", "shmelim", "web", "--name", served.name, "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", WEB, "web", "--name", served.name, "--port", "0"]
+    with contextlib.ExitStack() as stack:
+        for title, pause in (("mdd_checker", 0.002), ("limit_orders", 0.01), ("plagiarism", 0.05)):
+            reading = [sys.executable, "-c", READING, served.name, str(pause), f"vali_{title}"]
+            stack.callback(stack.enter_context(subprocess.Popen(reading)).kill)
+        process = stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        stack.callback(process.kill)
         yield served, re.search(r"http://\S+", process.stderr.readline()).group()
-        process.kill()
 
 
 def test_what_strangers_chose_runs_nowhere(browse, page):
@@ -96,12 +122,15 @@ def test_the_page_fits_and_is_drawn(browse, page, tmp_path, width, dark):
     if dark:
         served.kill()
         until(lambda: httpx.get(f"{address}healthz").json()["status"] == "not served")
-    picture = tmp_path / f"page-{width}-{'dark' if dark else 'light'}.png"
-    browse(address, width=width, dark=dark, picture=picture)
-    assert picture.stat().st_size > 10_000
-    if where := os.environ.get("SHMELIM_PICTURES"):  # a directory, for people to look at them
-        shutil.copy(picture, where)
+    until(lambda: set(re.findall(RATE, httpx.get(address, timeout=PATIENCE).text)) - {"0"})  # of two looks
+    for what, path in (("page", ""), ("readers", "?q=script")):
+        picture = tmp_path / f"{what}-{width}{'-dark' if dark else ''}.png"
+        browse(address + path, width=width, dark=dark, picture=picture)
+        assert picture.stat().st_size > 10_000
+        if where := os.environ.get("SHMELIM_PICTURES"):  # a directory, for people to look at them
+            shutil.copy(picture, where)
     document = browse(address, width=width)
     assert ("problem failing" in document) is dark
     assert "5,003 eliminations" in document
     assert document.count('class="reason"') == 200
+    assert len(re.findall(RATE, document)) >= 3

@@ -13,7 +13,7 @@ if (live && window.EventSource) {
       const answer = await fetch(location.href).catch(() => null);
       if (!answer || !answer.ok) return;
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-      for (const id of ["counts", "problems", "table"]) {
+      for (const id of ["counts", "problems", "table", "readers"]) {
         const old = document.getElementById(id), fresh = page.getElementById(id);
         // Not under somebody's hands: who types a token would lose it.
         if (old && fresh && !old.contains(document.activeElement)) old.replaceWith(fresh);
@@ -31,4 +31,6 @@ if (live && window.EventSource) {
     refresh();
   };
   source.addEventListener("look", refresh);
+  // What nobody announces: a problem, an age, who reads and how much.
+  setInterval(() => document.hidden || refresh(), 10000);
 }
