@@ -69,9 +69,9 @@ def test_who_reads_and_how_much(page, served, monkeypatch):
             text = page.get("/").text
             (shown,) = re.findall(rf'<td class="title">{reading.pid} (.*?)</td>(.*?)</tr>', text, re.DOTALL)
             assert "<script>alert" not in text
-            assert f"<td>{rate}</td>" in shown[1]
+            assert f">{rate}</td>" in shown[1]
             now += 2.0
-        assert "<td>1,500</td>" in shown[1]
+        assert ">1,500</td>" in shown[1]
         reading.stdin.close()
     after = page.get("/").text
     assert f'<td class="title">{reading.pid} ' not in after
