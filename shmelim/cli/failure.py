@@ -15,6 +15,7 @@ code  meaning
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -70,11 +71,11 @@ def describe(error: BaseException, name: str) -> Failure:
             return Failure(f"unexpected {type(error).__name__}: {error}", hint, ERROR)
 
 
-def show(failure: Failure, *, as_json: bool, trace: str | None = None) -> None:
+def show(failure: Failure, *, as_json: bool, trace: str | None = None, warnings: Sequence[str] = ()) -> None:
     """Write a failure to stderr: as two lines at most, below a trace if given, or as one JSON document."""
     if as_json:
-        about = {"error": failure.message, "hint": failure.hint}
-        click.echo(json.dumps(about if trace is None else about | {"trace": trace}), err=True)
+        also = {key: value for key, value in (("trace", trace), ("warnings", [*warnings])) if value}
+        click.echo(json.dumps({"error": failure.message, "hint": failure.hint} | also), err=True)
         return
     if trace is not None:
         click.echo(trace, err=True)

@@ -77,9 +77,11 @@ class _Commands(Group):
         arguments = list(sys.argv[1:] if args is None else args)
         settings = Settings(as_json="--json" in arguments, debug="--debug" in arguments)
         extra.pop("standalone_mode", None)
+        log = streams.Log(keeps=not {"--json", "json", "--log-format=json"}.isdisjoint(arguments))
         try:
-            settings = Settings.from_environment()
-            code = super().main(arguments, prog_name, standalone_mode=False, obj=settings, **extra)
+            with streams.logging_to(log):
+                settings = Settings.from_environment()
+                code = super().main(arguments, prog_name, standalone_mode=False, obj=settings, **extra)
             streams.finish()
         except (click.Abort, KeyboardInterrupt):
             code = failure.INTERRUPTED
@@ -88,7 +90,8 @@ class _Commands(Group):
         except Exception as error:
             trace = trace_of(error) if settings.debug or "--debug" in arguments else None
             described = failure.describe(error, settings.name)
-            failure.show(described, as_json=settings.as_json or "--json" in arguments, trace=trace)
+            as_json = settings.as_json or "--json" in arguments
+            failure.show(described, as_json=as_json, trace=trace, warnings=log.kept)
             code = described.exit_code
         with suppress(OSError):
             streams.finish()

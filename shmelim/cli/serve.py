@@ -16,6 +16,7 @@ from shmelim.channel.address import describe
 from shmelim.cli.failure import need_file
 from shmelim.cli.options import PATH, PERMISSIONS, Settings, command, registry_option
 from shmelim.cli.progress import DelayedProgress
+from shmelim.cli.streams import Log
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.serve import ServeOptions, Service, run
 from shmelim.errors import AlreadyServingError, FollowerError, ShmelimError
@@ -168,10 +169,9 @@ def serve(settings: Settings, *, ready_fd: int | None, log_format: str, verbose:
         if ready_fd is not None:
             _tell_ready(ready_fd)
 
-    log, handler = logging.getLogger("shmelim"), logging.StreamHandler(progress)
+    handler = logging.StreamHandler(progress)
     handler.setFormatter(_FORMATTERS[log_format]())
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    _log_through(handler, logging.DEBUG if verbose else logging.WARNING)
     with progress:
         try:
             run(ServeOptions(settings.name, **options), announce, progress.update)
@@ -179,6 +179,16 @@ def serve(settings: Settings, *, ready_fd: int | None, log_format: str, verbose:
             raise _naming_the_other(error, settings.name) from error
         finally:
             stderr.drain(_DRAIN)
+
+
+def _log_through(handler: logging.Handler, level: int) -> None:
+    """Have the package log there, in the place of a command's notes, and what was kept of these before."""
+    log = logging.getLogger("shmelim")
+    kept = [text for each in log.handlers if isinstance(each, Log) for text in each.kept]
+    log.handlers = [handler]
+    for text in kept:
+        log.warning("%s", text)
+    log.setLevel(level)
 
 
 def _tell_ready(descriptor: int) -> None:

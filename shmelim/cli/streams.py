@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import select
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
+import click
+
 from shmelim.errors import ShmelimError
+from shmelim.system.text import printable
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -47,6 +52,33 @@ class _Stderr(io.FileIO):
         with suppress(OSError):  # what a command says by the way must not end it
             taken = super().write(data)
         return memoryview(data).nbytes if taken is None else taken
+
+
+class Log(logging.Handler):
+    """What this package logs while a command runs: a line each on stderr, or kept where that is for JSON."""
+
+    def __init__(self, *, keeps: bool) -> None:
+        super().__init__()
+        self.keeps = keeps
+        self.kept: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record."""
+        if self.keeps:
+            self.kept.append(record.getMessage())
+        else:
+            click.echo(f"{record.levelname.lower()}: {printable(record.getMessage())}", err=True)
+
+
+@contextmanager
+def logging_to(log: Log) -> Iterator[None]:
+    """Have this package log there."""
+    logger = logging.getLogger("shmelim")
+    logger.addHandler(log)
+    try:
+        yield
+    finally:
+        logger.removeHandler(log)
 
 
 def take_over() -> None:

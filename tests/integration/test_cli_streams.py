@@ -152,6 +152,34 @@ def test_a_pipe_that_does_not_block_gets_all_of_it():
         assert got.result() == text
 
 
+def test_what_is_logged_is_a_line_or_part_of_the_one_document(tmp_path):
+    """As where the extension was not compiled, of which every command that reads has a warning."""
+    before = "import logging, sys, shmelim.shm; from shmelim.__main__ import main\n"
+    before += "import shmelim.cli.status as s; s.EliminationReader = lambda name: "
+    before += "(logging.getLogger('shmelim.shm').warning('reads are slow'), 1 / 0)\nmain()"
+
+    def status(*words):
+        command = [sys.executable, "-c", before, "status", "--name", "nobody-has-it", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+        assert (done.returncode, done.stdout) == (4, "")
+        return done.stderr
+
+    assert json.loads(status("--json"))["warnings"] == ["reads are slow"]
+    assert status().startswith("warning: reads are slow\nerror: unexpected ZeroDivisionError")
+
+
+def test_the_log_of_a_server_is_json_from_its_first_line(tmp_path, table_name):
+    code = "import logging; logging.getLogger('shmelim.shm').warning('reads are slow')\n"
+    code = "import shmelim.cli.options as o; before = o.NAME.convert\ndef convert(*a):\n    " + code
+    code += "    return before(*a)\no.NAME.convert = convert\nfrom shmelim.__main__ import main; main()"
+    words = ["serve", "--name", table_name, "--log-format", "json", "--must-exist", "--state-dir", "none"]
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    first, *rest = done.stderr.splitlines()
+    assert json.loads(first)["message"] == "reads are slow"
+    assert rest[0].startswith("error: ")
+
+
 def test_whoever_wants_json_gets_one_document_on_stderr_too(place):
     _, served, _ = place
     for words in (
