@@ -14,6 +14,7 @@ from waiting import until
 
 from shmelim.cli import health
 from shmelim.cli.main import cli
+from shmelim.watch.seeing import see
 
 PROBLEM = {"subject": "a", "text": "evil\x1b[2J", "remedy": "look", "since_ms": 1_700_000_000_000}
 
@@ -79,6 +80,26 @@ def test_a_server_that_hangs_is_failing(run, server, monkeypatch):
         os.kill(server.pid, signal.SIGCONT)
     # With a machine that is slow enough, the heartbeat may be missed before the question is.
     assert (result.exit_code, json.loads(result.stdout)["status"]) in [(2, "failing"), (3, "not served")]
+
+
+def test_a_server_that_lives_and_cannot_be_reached_is_failing(run, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("SHMELIM_RUNTIME_DIR", str(tmp_path))
+    seen = see(server.name)
+    (problem,) = seen.problems
+    assert (seen.status, problem["name"], problem["severity"]) == ("failing", "no_answer", "failing")
+    assert "--runtime-dir" in problem["remedy"]
+    assert (run("health").exit_code, run("status").exit_code) == (4, 0), "it is not known here"
+
+
+def test_a_table_that_cannot_be_read_is_failing(new_name):
+    name = new_name()
+    path = Path("/dev/shm", f"shmelim.{name}")
+    path.touch(0o600)
+    path.write_bytes(b"x" * 8192)
+    seen = see(name)
+    (problem,) = seen.problems
+    assert (seen.status, problem["name"], problem["severity"]) == ("failing", "table_unreadable", "failing")
+    assert CliRunner().invoke(cli, ["health", "--name", name]).exit_code == 4
 
 
 def test_a_server_that_is_gone(run, server):

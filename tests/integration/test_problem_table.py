@@ -65,6 +65,9 @@ SHOWN_BY = {
         ("publisher_silent", "publisher_ended", "publisher_error", "publisher_held"),
         "unit/test_fleet_publishing.py::test_what_is_wrong_with_it_is_a_problem_of_the_name",
     ),
+    "not_served": "integration/test_cli_health.py::test_a_name_that_was_never_served",
+    "no_answer": "integration/test_cli_health.py::test_a_server_that_lives_and_cannot_be_reached_is_failing",
+    "table_unreadable": "integration/test_cli_health.py::test_a_table_that_cannot_be_read_is_failing",
     "follower_old": "integration/test_web.py::test_a_table_that_follows_another_hosts_says_whose_and_how_old",
     "unchecked": "unit/test_health_monitor.py"
     "::test_a_server_that_cannot_be_checked_is_told_of_once_and_left_alone",
@@ -109,7 +112,7 @@ def names_reported() -> set[str]:
 
 
 def names_seen_from_outside() -> set[str]:
-    """What no server reports of itself: the publisher's state, and a table that follows another host's."""
+    """What no server reports of itself: the publisher's state, and what is seen of a name from this host."""
     publishing = ast.walk(ast.parse((PACKAGE / "fleet" / "publishing.py").read_text()))
     returned = [
         node.value.elts
@@ -118,7 +121,13 @@ def names_seen_from_outside() -> set[str]:
     ]
     names = {elements[0].value for elements in returned if isinstance(elements[0], ast.Constant)}
     assert names, "publishing.py says its problems in another way"
-    return names | {"follower_old"}
+    seeing = [
+        node
+        for node in ast.walk(ast.parse((PACKAGE / "watch" / "seeing.py").read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_problem"
+    ]
+    assert seeing, "seeing.py says its problems in another way"
+    return names | {each.args[0].value for each in seeing if isinstance(each.args[0], ast.Constant)}
 
 
 def names_by(argument: ast.expr, path: Path) -> set[str]:
