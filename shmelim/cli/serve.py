@@ -129,7 +129,8 @@ _FORMATTERS: Final = {"text": _LineFormatter, "json": _JsonFormatter}
     type=click.Choice([*_FORMATTERS]),
     default="text",
     show_default=True,
-    help="How log lines look on stderr; json: an object each, with time, level, logger, message, exception.",
+    help="How log lines look on stderr; json, as with --json: an object each, with time, level, logger, message,"
+    " exception.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log more than warnings.")
 def serve(settings: Settings, *, ready_fd: int | None, log_format: str, verbose: bool, **options: Any) -> None:
@@ -154,6 +155,7 @@ def serve(settings: Settings, *, ready_fd: int | None, log_format: str, verbose:
     for path in (*options["imports"], options["default_departed"]):
         if path is not None:
             need_file(path)
+    log_format = "json" if settings.as_json else log_format
     # Nothing here waits for whoever reads stderr, or does not.
     stderr = BackgroundStream(_stderr())
     progress = DelayedProgress(file=cast("TextIO", stderr))

@@ -172,12 +172,18 @@ def test_the_log_of_a_server_is_json_from_its_first_line(tmp_path, table_name):
     code = "import logging; logging.getLogger('shmelim.shm').warning('reads are slow')\n"
     code = "import shmelim.cli.options as o; before = o.NAME.convert\ndef convert(*a):\n    " + code
     code += "    return before(*a)\no.NAME.convert = convert\nfrom shmelim.__main__ import main; main()"
-    words = ["serve", "--name", table_name, "--log-format", "json", "--must-exist", "--state-dir", "none"]
-    command = [sys.executable, "-c", code, *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=PATIENCE)
-    first, *rest = done.stderr.splitlines()
+    words = ["serve", "--name", table_name, "--must-exist", "--state-dir", "none"]
+
+    def said(*how):
+        command = [sys.executable, "-c", code, *words, *how]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=PATIENCE)
+        return done.stderr.splitlines()
+
+    first, *rest = said("--log-format", "json")
     assert json.loads(first)["message"] == "reads are slow"
     assert rest[0].startswith("error: ")
+    first, error = map(json.loads, said("--json"))
+    assert (first["message"], "has no store" in error["error"]) == ("reads are slow", True)
 
 
 def test_whoever_wants_json_gets_one_document_on_stderr_too(place):
