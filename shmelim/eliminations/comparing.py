@@ -29,13 +29,11 @@ from shmelim.eliminations.record import (
     decode,
     plausible_times,
 )
-from shmelim.eliminations.rows import Row, Status, decode_hotkeys, entry_row
-from shmelim.shm import ITEMS, KEYS, Namespace, TableReader, is_plain
+from shmelim.eliminations.rows import Status, decode_hotkeys
+from shmelim.shm import ITEMS, KEYS, is_plain
 
 _TURN: Final = 1024
 """Records after which others may have the interpreter: about 1 ms where nothing differs, 3 ms where all do."""
-
-_VERSIONS: Final = 50_000  # of which it is known which commits they showed
 
 _AT_ONCE: Final = 64  # records that a client compares at once
 _MOST_MISSES: Final = 4  # of those in a row, after which it tries no more
@@ -50,32 +48,6 @@ _decode_records = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
 _decode_packed = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 _ARRAY: Final = Struct(">BI")
 _ARRAY_32: Final = 0xDD
-
-
-class Settled(Reading):
-    """What is published, and which commits its last versions showed; of the thread that publishes."""
-
-    def __init__(self, namespace: Namespace) -> None:
-        self._table = TableReader(namespace)
-        self.shown: dict[int, int] = {}  # the commit that each version showed, the oldest first
-
-    def note(self, commit: int) -> None:
-        """Note of which commit the version is that is published now."""
-        self.shown[self._table.version] = commit
-        if len(self.shown) > _VERSIONS:
-            del self.shown[next(iter(self.shown))]
-
-    def rows_of(self, hotkeys: list[str]) -> dict[str, Row]:
-        """Return the rows of these hotkeys; the unknown are left out."""
-        entry, rows = self._table.get, {}
-        for hotkey in hotkeys:
-            if (record := entry(hotkey.encode())) is not None:
-                rows[hotkey] = entry_row(hotkey, *record)
-        return rows
-
-    def hotkeys(self) -> set[str]:
-        """Return every hotkey that anything is known of."""
-        return {hotkey for flag in Status for hotkey in decode_hotkeys(self.packed_with_version(flag, KEYS)[1])}
 
 
 class Comparison:

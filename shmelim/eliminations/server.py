@@ -350,7 +350,6 @@ class EliminationManagerServer(DebtMethods):
             return None
         table = TableReader(self.namespace)
         mirror = FileMirror(directory, table, self._state, self.problems, mode=mode, plain=plain)
-        self._state.published = mirror.published.set
         if not plain:
             mirror.start()
         return mirror

@@ -343,11 +343,11 @@ def test_debts_share_commits_with_other_changes(server, monkeypatch):
     go_on = threading.Event()
     threads = [threading.Thread(target=state.read, args=(lambda _: go_on.wait(),))]
     threads[0].start()
-    until(lambda: state._turns.locked() and not state._queue.qsize())
+    until(lambda: state._turns.locked() and not state._queue)
     for index in range(len(works)):
         threads.append(threading.Thread(target=run, args=(index,)))
         threads[-1].start()
-        until(lambda index=index: state._queue.qsize() > index)
+        until(lambda index=index: len(state._queue) > index)
     go_on.set()
     for thread in threads:
         thread.join()

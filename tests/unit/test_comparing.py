@@ -14,7 +14,7 @@ from shmelim import EliminationManagerServer
 from shmelim.eliminations import comparing
 from shmelim.eliminations.comparing import Comparison
 from shmelim.eliminations.record import check_record, decode, encode, prepare
-from shmelim.eliminations.state import changes
+from shmelim.eliminations.state import changes, thread
 from shmelim.eliminations.store import history
 
 
@@ -133,7 +133,7 @@ class TestOvertaken:
 
     @pytest.mark.parametrize("remembered", [1, 3, 50_000])
     def test_by_anything(self, server, monkeypatch, remembered):
-        monkeypatch.setattr(comparing, "_VERSIONS", remembered)
+        monkeypatch.setattr(thread, "_VERSIONS", remembered)
         chosen = random.Random(5)
         for _ in range(60):
             hotkeys = [f"h{n}" for n in range(8)]
@@ -154,7 +154,7 @@ class TestOvertaken:
     @pytest.mark.parametrize("remembered", [1, 3, 50_000])
     @pytest.mark.parametrize("many", [0, 64])
     def test_what_a_client_found_by_anything(self, server, monkeypatch, remembered, many):
-        monkeypatch.setattr(comparing, "_VERSIONS", remembered)
+        monkeypatch.setattr(thread, "_VERSIONS", remembered)
         monkeypatch.setattr(history, "_MANY", many)
         chosen, unknown = random.Random(6), 0
         hotkeys = [f"h{n}" for n in range(8)]

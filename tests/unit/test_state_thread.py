@@ -6,6 +6,7 @@ import sqlite3
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -37,12 +38,12 @@ class Rig:
         self.subject = State(
             self.store, TableWriter(self.namespace), self.namespace, lambda: None, threaded=threaded
         )
-        self.subject.published = lambda: self.notes.append("published")
         self.subject.publish_all(origin_record(None))
         self.reader = TableReader(self.namespace)
         for kind, names in ((Store, ("begin", "put_elimination", "commit")), (Transaction, ("stage", "publish"))):
             for name in names:
                 patch.setattr(kind, name, self._noting(name, getattr(kind, name)))
+        patch.setattr(State, "_note_shown", self._noting("published", State._note_shown))
 
     def _noting(self, name, method):
         def noted(target, *args):
@@ -108,9 +109,15 @@ class TestOrder:
             seen["after the commit"] = "a" in rig.in_table()
 
         monkeypatch.setattr(Store, "commit", looking)
-        rig.subject.published = lambda: seen.update(published="a" in rig.in_table())
+        settle = TableWriter.settle
+
+        def answered(table):
+            seen["when it is answered"] = "a" in rig.in_table()
+            settle(table)
+
+        monkeypatch.setattr(TableWriter, "settle", answered)
         rig.add("a")
-        assert seen == {"before the commit": False, "after the commit": False, "published": True}
+        assert seen == {"before the commit": False, "after the commit": False, "when it is answered": True}
 
     def test_a_commit_that_fails_publishes_nothing_and_leaves_all_usable(self, rig):
         rig.add("a")
@@ -214,9 +221,9 @@ class Group:
         self.threads[-1].start()
 
     def queue(self, name, change, *args):
-        before = self.rig.subject._queue.qsize()
+        before = len(self.rig.subject._queue)
         self._start(name, self.rig.subject.commit, change, *args)
-        until(lambda: self.rig.subject._queue.qsize() > before)
+        until(lambda: len(self.rig.subject._queue) > before)
 
     def add(self, hotkey, stamp=0, pad=0):
         self.queue(hotkey, changes.add, *prepare(row(hotkey, stamp, pad=pad)))
@@ -229,6 +236,20 @@ class Group:
 
 
 class TestTurns:
+    def test_one_that_comes_alone_takes_its_own_turn(self, threaded):
+        with ThreadPoolExecutor(1) as pool:
+            own = pool.submit(threading.get_ident).result()
+            assert pool.submit(threaded.subject.read, lambda _: threading.get_ident()).result() == own
+
+    def test_the_main_thread_which_signals_interrupt_takes_none(self, threaded):
+        assert threaded.subject.read(lambda _: threading.get_ident()) != threading.get_ident()
+
+    def test_nobody_overtakes_those_that_wait(self, threaded):
+        with Group(threaded) as group:
+            group.add("a")
+            group.queue("later", lambda step: list(step.store.written))
+        assert group.outcomes == {"a": True, "later": ["a"]}
+
     def test_changes_that_come_together_share_one_commit(self, threaded):
         before = threaded.reader.version
         with Group(threaded) as group:
@@ -252,9 +273,9 @@ class TestTurns:
     def test_a_question_is_answered_with_what_is_committed(self, threaded):
         with Group(threaded) as group:
             group.add("a")
-            before = threaded.subject._queue.qsize()
+            before = len(threaded.subject._queue)
             group._start("question", threaded.subject.read, lambda store: store.get("a"))
-            until(lambda: threaded.subject._queue.qsize() > before)
+            until(lambda: len(threaded.subject._queue) > before)
             threaded.failing["commit"] = StoreError("disk full")
         assert group.outcomes.pop("question") is None
 
@@ -413,7 +434,7 @@ class TestFailures:
         def busy(_store):
             tries.append(1)
             if len(tries) == 1:
-                until(lambda: threaded.subject._queue.qsize() == 5)
+                until(lambda: len(threaded.subject._queue) == 5)
             raise StoreError("database is locked")
 
         def add(n):
@@ -572,7 +593,7 @@ class TestInterrupts:
                 group.add("other")
 
                 def interrupt_main():
-                    until(lambda: threaded.subject._queue.qsize() > 1)
+                    until(lambda: len(threaded.subject._queue) > 1)
                     signal.pthread_kill(main, signal.SIGUSR1)
 
                 threading.Thread(target=interrupt_main).start()

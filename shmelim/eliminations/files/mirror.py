@@ -85,7 +85,7 @@ class FileMirror:
         self._problems = problems
         self._mode = mode
         self._plain = plain
-        self.published = threading.Event()  # or there is something else for the thread to do
+        self._ending = threading.Event()
         self._writing = threading.Lock()
         self._shown: int | None = None  # the version that both files show at least
         self._departed: dict[str, dict[str, int]] | None = None  # as they were written last
@@ -93,7 +93,6 @@ class FileMirror:
         self._ours: dict[str, tuple[int, ...] | None] = {}
         self._not_before = 0.0
         self._pid = os.getpid()
-        self._stopping = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -127,12 +126,10 @@ class FileMirror:
                 yield self.directory
             finally:
                 self._shown = self._departed = None
-                self.published.set()
 
     def stop(self) -> None:
         """Write what is stale, and end the thread. Idempotent."""
-        self._stopping = True
-        self.published.set()
+        self._ending.set()
         if self._thread is not None:
             self._thread.join()
         if self._pid == os.getpid():
@@ -140,21 +137,10 @@ class FileMirror:
                 self._write()
 
     def _run(self) -> None:
-        since: float | None = None  # when the files were seen to be behind
-        while not self._stopping:
-            self.published.clear()
-            now = time.monotonic()
-            if self._table.version == self._shown:
-                since = left = None
-            else:
-                since = now if since is None else since
-                left = max(since + _COALESCE, self._not_before) - now
-            if left is None or left > 0:
-                self.published.wait(left)
-            else:
+        while not self._ending.wait(_COALESCE):
+            if self._table.version != self._shown and time.monotonic() >= self._not_before:
                 with self._writing:
                     self._write()
-                since = None
 
     def _write(self, *, look: bool = False) -> StoreError | None:
         """Write what is behind; returns why that is not possible, which is a named problem too."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from shmelim.eliminations.comparing import Comparison, Settled
+from shmelim.eliminations.comparing import Comparison
 from shmelim.eliminations.debts.states import ANY_RULE, LIMIT_ORDERS, OWED, POSITIONS, SLASH, Debt, rule_of
 from shmelim.eliminations.moments import Moment
 from shmelim.eliminations.record import DAY_MS, EliminationReason, decode
@@ -35,11 +35,11 @@ _LOOKED: Final = "looked"  # whether a metagraph was ever seen
 
 @dataclass(slots=True)
 class Step:
-    """One change inside a transaction: the store, who asked for it, and what is published, if anything is yet."""
+    """One change inside a transaction: the store, who asked for it, and which commit a version showed."""
 
     store: Store
     origin: Origin | None
-    settled: Settled | None = None
+    commit_of: Callable[[int], int | None] = lambda _version: None  # it is not known, or not any more
     recorded: int = 0  # events so far
 
     def record(self, events: Iterable[EventOf]) -> None:
@@ -180,14 +180,10 @@ def sync_difference(
 
 def _replaced_since(step: Step, version: int) -> dict[str, bytes | None] | None:
     """Return the records that changed since a version, as it showed them; None where nobody knows any more."""
-    settled = step.settled
-    assert settled is not None
-    if settled.version == version and not step.store.written:
-        return {}
-    commit = settled.shown.get(version)
-    if commit is None or commit < step.store.pruned.commit:
+    commit, store = step.commit_of(version), step.store
+    if commit is None or commit < store.pruned.commit:
         return None
-    return step.store.replaced_since(commit)
+    return store.replaced_since(commit) if commit + 1 < store.next_commit or store.written else {}
 
 
 def _replace(

@@ -1,41 +1,45 @@
-"""One thread changes the state: it stores, publishes and acknowledges, in turns.
+"""The state is changed in turns, one at a time: each stores, publishes and acknowledges.
 
-Changes and questions wait in one queue. A turn takes all that waits: it answers the questions, makes the changes
-in one transaction, stages the rows that they wrote, commits once, publishes, and lets the callers go home; while
-they do, it settles the other copy of the table. Staging does all that can fail for want of shared memory, and
-nobody sees it; so what is committed is published by one store that cannot fail, and readers never see what is not
-durable. A lone change pays for one hand-over between threads, and a hundred share one fsync.
+A turn answers questions, makes changes in one transaction, stages the rows that they wrote, commits once,
+publishes, and lets the callers go home; then it settles the other copy of the table. Staging does all that can
+fail for want of shared memory, and nobody sees it; so what is committed is published by one store that cannot
+fail, and readers never see what is not durable.
+
+Who comes alone takes a turn himself, which spares two changes of threads. Who comes while there is one waits in a
+queue, and a thread takes all that wait there as the next turn, so that a hundred changes share one fsync.
 
 A change that cannot be made takes no other with it. A failure of the store is everybody's: it is told once to all
 that wait for it, and not tried again for each.
 
-In direct mode there is no thread. The caller runs the turn, alone under a lock, and a signal handler may interrupt
-it at any line: then the table is made anew from the store, so that the change is whole or undone.
+A signal handler may interrupt the main thread at any line, which therefore takes no turn where there is a thread
+for it. In direct mode, where there is none, an interrupted turn makes the table anew from the store, so that the
+change is whole or undone.
 
 Shared variables: a request is the caller's until it is queued, and again when ``done`` is released. Store, table
-and the counts belong to the thread, in direct mode to who holds ``_turns``.
+and the counts belong to who holds ``_turns``.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar, cast
 
-from shmelim.eliminations.comparing import Settled
-from shmelim.eliminations.rows import ORIGIN_KEY, Row, row_entry
+from shmelim.eliminations.reading import Reading
+from shmelim.eliminations.rows import ORIGIN_KEY, Row, Status, decode_hotkeys, entry_row, row_entry
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.store.history import Event, Origin
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import ChangesUnknownError, SegmentFullError, ShmelimError, StoreError
-from shmelim.shm import Namespace, TableWriter, Transaction
-from shmelim.system import clock
+from shmelim.shm import KEYS, Namespace, TableReader, TableWriter, Transaction
 from shmelim.system.problems import Problems
 
 P = ParamSpec("P")
@@ -43,16 +47,11 @@ T = TypeVar("T")
 
 _REBUILD_FROM: Final = 1000
 _REPORT_EVERY: Final = 10_000
+_VERSIONS: Final = 50_000  # of which it is known what they showed: a few minutes under any load, days otherwise
 
 _COMMIT_FAILED: Final = "commit_failed"
 _MEMORY_FULL: Final = "shared_memory_full"
 _LOG_LARGE: Final = "wal_large"
-
-
-def _held() -> threading.Lock:
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
 
 
 @dataclass(slots=True, eq=False)
@@ -65,19 +64,37 @@ class _Request:
     origin: Origin | None
     is_question: bool
     seen: int  # how often the store had failed when it was made
-    done: threading.Lock = field(default_factory=_held)
+    done: threading.Lock = field(default_factory=threading.Lock)  # held until nothing more is to be waited for
     wanted: bool = True
     result: Any = None
     error: BaseException | None = None
+
+
+class _Published(Reading):
+    """What is published; for who takes a turn."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._table = TableReader(namespace)
+
+    def rows_of(self, hotkeys: list[str]) -> dict[str, Row]:
+        """Return the rows of these hotkeys; the unknown are left out."""
+        rows = {}
+        for hotkey in hotkeys:
+            if (found := self._table._entry(hotkey.encode())) is not None:  # noqa: SLF001  # get(), without its tuple
+                rows[hotkey] = entry_row(hotkey, *found)
+        return rows
+
+    def hotkeys(self) -> set[str]:
+        """Return every hotkey that anything is known of."""
+        return {hotkey for flag in Status for hotkey in decode_hotkeys(self.packed_with_version(flag, KEYS)[1])}
 
 
 class State:
     """Store and table, which are from now on used through this object only; thread-safe.
 
     Belongs to the process that made it. With ``threaded`` it has a thread of its own, until it is closed.
-    ``origin`` tells who asks for the change that a thread makes. ``published`` is called after each publish, still
-    before the callers go on. ``commits`` and ``changes`` count; ``published_ms`` is when the
-    table changed last, or was taken over as it was, in ms since 1970 (UTC).
+    ``origin`` tells who asks for the change that a thread makes. ``commits`` and ``changes`` count;
+    ``published_ms`` is when the table changed last, or was taken over as it was, in ms since 1970 (UTC).
     """
 
     def __init__(
@@ -95,24 +112,26 @@ class State:
         self._namespace = namespace
         self._origin = origin
         self._problems = problems or Problems()
-        self.published: Callable[[], None] | None = None
         self.commits = 0
         self.changes = 0
         self.published_ms = 0
         self._pid = os.getpid()
-        self._closed = False
         # The store's failures so far, the last one, and the last commit that was none (ms since 1970).
         self._failures = 0
         self._failure = StoreError("the store never failed")
         self._committed_ms: int | None = None
+        self._shown: dict[int, int] = {}  # the commit that each version showed, the oldest first
         self._raised: set[str] = set()  # the problems that the next commit clears
+        self._log_is_held = False
         # Whether a turn has begun and not ended, after which the table may lack what the store has.
         self._torn = False
         self._turns = threading.Lock()
-        self._in_turn = 0  # the thread whose turn it is; 0: nobody's
-        self._queue: SimpleQueue[_Request | None] = SimpleQueue()
+        self._in_turn = 0  # the thread that takes a turn; 0: none does
+        self._queue: deque[_Request] = deque()
+        self._wake: SimpleQueue[Literal["turn", "end"]] = SimpleQueue()  # what the thread is to do
+        self._main_thread = threading.main_thread().ident
         self._thread = threading.Thread(target=self._run, name="shmelim-state", daemon=True) if threaded else None
-        self._ended = False  # whether the thread has come and gone
+        self._ended = False  # no turn begins any more
 
     def commit(self, change: Callable[Concatenate[Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Carry out a change with these arguments, perhaps together with others, and return what it returns.
@@ -121,13 +140,13 @@ class State:
         StoreError (not committed) and SegmentFullError (no room in shared memory) nothing of it was applied; after
         an interrupt (``KeyboardInterrupt``) all of it or nothing.
         """
-        return self.commit_by(self._origin(), change, *args, **kwargs)
+        return cast("T", self._have(change, args, kwargs, self._origin()))
 
     def commit_by(
         self, origin: Origin | None, change: Callable[Concatenate[Step, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Do the same for somebody who is known, and may change this."""
-        return cast("T", self._have(change, args, kwargs, origin, is_question=False))
+        return cast("T", self._have(change, args, kwargs, origin))
 
     def read(self, question: Callable[[Store], T]) -> T:
         """Ask the store something between two commits."""
@@ -143,9 +162,9 @@ class State:
     def go_on(self, origin_record: bytes) -> None:
         """Take changes from now on: the table shows the whole store already, and this record."""
         self._origin_record = origin_record
-        self._settled = Settled(self._namespace)
-        self._store.look_up = self._settled.rows_of
-        self._note_shown()
+        self._published = _Published(self._namespace)
+        self._store.look_up = self._published.rows_of
+        self._note_shown(self._table.version, self._table.commit)
         if self._thread is not None:
             self._thread.start()
 
@@ -162,7 +181,7 @@ class State:
 
     def _changes_since(self, since: int, store: Store) -> tuple[int, list[Event]]:
         version = self._table.version
-        shown = self._settled.shown
+        shown = self._shown
         if since not in shown or shown[since] < store.pruned.commit:
             oldest = next(iter(shown))
             known = f"those of {oldest} to {version} are"
@@ -180,9 +199,8 @@ class State:
         """Close store and table; changes that come later are refused. Idempotent; nothing happens in a child."""
         if self._pid != os.getpid():
             return
-        self._closed = True
         if self._thread is not None and self._thread.is_alive():
-            self._queue.put(None)
+            self._wake.put("end")
             self._thread.join()
         self._ended = True
         self._refuse_waiting()
@@ -192,23 +210,33 @@ class State:
 
     # ------------------------------------------------------------------ callers
 
-    def _have(self, call: Callable[..., Any], args: Any, kwargs: Any, origin: Any, *, is_question: bool) -> Any:
+    def _have(
+        self, call: Callable[..., Any], args: Any, kwargs: Any, origin: Any, *, is_question: bool = False
+    ) -> Any:
+        me = threading.get_ident()
         if self._pid != os.getpid():
             raise StoreError(
                 f"the state belongs to process {self._pid}; this is its child {os.getpid()}, with a copy of it",
                 hint="which reads as of the fork; to change the state, ask the process that has it",
             )
-        if self._in_turn == threading.get_ident() and self._turns.locked():
+        if self._in_turn == me and self._turns.locked():
             raise ShmelimError(
                 "the state was asked for a change while this thread is in the middle of another one",
                 hint="let the signal handler or finalizer that asked set a flag, and change the state later",
             )
         request = _Request(call, args, kwargs, origin, is_question, self._failures)
+        request.done.acquire()
         if self._thread is None:
             with self._turns:
                 self._take([request])
+        elif not self._queue and me != self._main_thread and self._turns.acquire(blocking=False):
+            try:
+                self._take([request])
+            finally:
+                self._turns.release()
         else:
-            self._queue.put(request)
+            self._queue.append(request)
+            self._wake.put("turn")
             if self._ended:
                 self._refuse_waiting()
             try:
@@ -221,39 +249,37 @@ class State:
         return request.result
 
     def _refuse_waiting(self) -> None:
-        for _ in range(self._queue.qsize()):
-            if (request := self._queue.get()) is not None:
-                self._refuse(request)
+        with suppress(IndexError):
+            while True:
+                self._refuse(self._queue.popleft())
 
     def _refuse(self, request: _Request) -> None:
         request.error = StoreError("the state is closed: the server has been shut down")
         request.done.release()
 
-    # ------------------------------------------------------------------ the thread
-
     def _run(self) -> None:
-        while self._run_turn():
-            pass
-
-    def _run_turn(self) -> bool:
-        """Take what waits, or wait for it; returns whether more may come. Nothing of it is kept."""
-        waiting = [self._queue.get()]
-        waiting += [self._queue.get() for _ in range(self._queue.qsize())]
-        requests = [request for request in waiting if request is not None]
-        try:
+        """Take turns for those who wait, until the thread is told to end."""
+        while self._wake.get() == "turn":
             with self._turns:
-                self._take(requests)
+                self._take_waiting()
+
+    def _take_waiting(self) -> None:
+        """Take all that wait as one turn. Nothing of it is kept."""
+        requests = [self._queue.popleft() for _ in range(len(self._queue))]
+        try:
+            self._take(requests)
         except BaseException as error:
             # Whatever it was, the next turn begins with the store.
             for request in requests:
                 if request.done.locked():
                     request.error = error
                     request.done.release()
-        return len(requests) == len(waiting)
+
+    # ------------------------------------------------------------------ a turn
 
     def _take(self, requests: list[_Request]) -> None:
         """Take a turn: have these requests done; what interrupts it is raised once the table is whole again."""
-        if self._closed and self._thread is None:
+        if self._ended:
             self._refuse(requests[0])
             return
         self._in_turn = threading.get_ident()
@@ -261,10 +287,12 @@ class State:
             if self._torn:
                 self._rebuild()
             self._torn = True
+            changes = []
             for request in requests:
                 if request.is_question:
                     self._answer(request)
-            changes = [request for request in requests if not request.is_question and self._is_due(request)]
+                elif self._is_due(request):
+                    changes.append(request)
             if changes:
                 self._make(changes)
                 self._table.settle()
@@ -318,7 +346,7 @@ class State:
         store.begin()
         for request in group:
             request.error = None
-            step = Step(store, request.origin, self._settled)
+            step = Step(store, request.origin, self._shown.get)
             try:
                 # A change that is alone needs no savepoint: if it raises, nothing is committed.
                 with store.savepoint() if len(group) > 1 else nullcontext():
@@ -338,20 +366,19 @@ class State:
                 # Readers have nothing new to look at; a start does.
                 self._table.commit = store.next_commit
             else:
-                transaction.publish()
-                self._note_shown()
-                if self.published is not None:
-                    self.published()
+                self._note_shown(transaction.publish(), store.next_commit)
             self.commits += 1
-            self._committed_ms = clock.now_ms()
+            self._committed_ms = time.time_ns() // 1_000_000
             while self._raised:
                 self._problems.clear(self._raised.pop())
         self.changes += len(group)
 
-    def _note_shown(self) -> None:
-        """Note of which commit the version is that is published now, and since when."""
-        self.published_ms = clock.now_ms()
-        self._settled.note(self._table.commit)
+    def _note_shown(self, version: int, commit: int) -> None:
+        """Note of which commit the version is that is published from now on."""
+        self.published_ms = time.time_ns() // 1_000_000
+        self._shown[version] = commit
+        if len(self._shown) > _VERSIONS:
+            del self._shown[next(iter(self._shown))]
 
     def _undo(self) -> None:
         """End what a failure, or an interrupt, left open."""
@@ -365,9 +392,7 @@ class State:
         with self._table.transaction(replace=True) as transaction:
             self._put_all(transaction)
         self._torn = False
-        self._note_shown()
-        if self.published is not None:
-            self.published()
+        self._note_shown(self._table.version, self._table.commit)
 
     def _report(self, error: Exception) -> None:
         """Name what keeps changes from being made, where that is not the change itself."""
@@ -389,11 +414,12 @@ class State:
         held = 0
         with suppress(StoreError, OSError):
             held = self._store.held_log()
+        was_held, self._log_is_held = self._log_is_held, held > 0
         if held:
             text = f"the log of {self._store.path} has {held:,} bytes: somebody holds a read transaction open"
             remedy = f"`fuser {self._store.path}` names the processes that have it open: end the one that reads"
             self._problems.report(_LOG_LARGE, text, remedy=remedy)
-        elif self._problems.stands(_LOG_LARGE):
+        elif was_held:
             self._problems.clear(_LOG_LARGE)
 
     # ------------------------------------------------------------------ the table
@@ -402,11 +428,10 @@ class State:
         """Stage the rows that were written, in a new table where that is less work."""
         rebuild = len(written) >= _REBUILD_FROM and 2 * len(written) >= self._table.entries
         transaction = self._table.transaction(replace=rebuild)
-        transaction.commit = self._store.next_commit
         if rebuild:
             transaction.put(ORIGIN_KEY, 0, self._origin_record, 0)
-            others = self._settled.hotkeys() - written.keys()
-            written = {**self._settled.rows_of(list(others)), **written}
+            others = self._published.hotkeys() - written.keys()
+            written = {**self._published.rows_of(list(others)), **written}
         for hotkey, row in written.items():
             if row is not None:
                 transaction.put(*row_entry(row))
