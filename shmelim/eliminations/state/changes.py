@@ -87,7 +87,7 @@ def add(step: Step, hotkey: str, record: bytes, note: str | None = None) -> bool
     old = step.store.put_elimination(hotkey, record)
     if old != record:
         step.record([EventOf("add" if old is None else "update", hotkey, old, note)])
-    if old is None:
+    if old is None and step.store.ever_owed(hotkey):
         _wake_debts(step, {hotkey: record})
     return old is None
 

@@ -1,4 +1,4 @@
-"""The store's database: opening, transactions, named values, and errors in the package's own words."""
+"""The store's database: opening, questions, named values, and errors in the package's own words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -25,7 +25,6 @@ _log = get_logger(__name__)
 
 _FETCH = 500
 _IN_MEMORY = Path(":memory:")
-_GONE = (0, 0)
 
 _HINTS = {
     sqlite3.SQLITE_FULL: "make room on that file system; the change was not applied",
@@ -63,7 +62,7 @@ def _guard(path: Path) -> Iterator[None]:
 
 
 class Database:
-    """A connection to the store's database, in which every change stands between :meth:`begin` and :meth:`commit`.
+    """A connection to the store's database, in which every change stands in a transaction.
 
     For one thread at a time, and not for a forked child. A stream that is read must end before the next change.
     """
@@ -73,11 +72,8 @@ class Database:
         self.path = path  # ":memory:" in memory
         # What is written to; None in memory, and where it is only read.
         self._file = file
-        self._identity = None if file is None else _identity(file)
         self._pid = os.getpid()
         self._closed = False
-        self._next_commit = 0  # of the transaction that is open
-        self._changes_before = 0
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], durability: Durability = "power") -> Self:
@@ -136,88 +132,9 @@ class Database:
         return int(found[0][0]) if found else 0
 
     @property
-    def next_commit(self) -> int:
-        """The number that the open transaction gets if it changes anything; its events carry it."""
-        return self._next_commit
-
-    def go_on_from(self, commit: int, store_id: bytes | None = None) -> None:
-        """Give this transaction a number above that commit, and perhaps the store another's identity.
-
-        For one that takes the place of another store, or of its own later self: no number may come twice.
-        """
-        self._next_commit = max(self._next_commit, commit + 1)
-        if store_id is not None:
-            self._change("UPDATE identity SET store_id = ?", (store_id,))
-
-    @property
     def in_transaction(self) -> bool:
         """Whether a transaction is open."""
         return not self._closed and self._db.in_transaction
-
-    def begin(self) -> None:
-        """Start a transaction; waits for another process's for at most 5 s."""
-        if self._pid != os.getpid():
-            raise StoreError(
-                f"{self.path} was opened by process {self._pid}; this is its child {os.getpid()}",
-                hint="open the store anew after the fork",
-            )
-        self._ask("BEGIN IMMEDIATE")
-        try:
-            self._next_commit = self.commit_number + 1
-        except BaseException:
-            with suppress(StoreError):
-                self.rollback()
-            raise
-        self._changes_before = self._db.total_changes
-
-    def commit(self) -> None:
-        """End the transaction; when this returns, it is as durable as the store was opened for.
-
-        After a StoreError it is rolled back. After an interrupt (``KeyboardInterrupt``) it is either committed or
-        still open.
-        """
-        try:
-            self._need_place()
-            if self._db.total_changes != self._changes_before:
-                self._change("UPDATE identity SET commit_number = ?", (self._next_commit,))
-            self._change("COMMIT")
-        except StoreError:
-            # The first error is the one to tell; SQLite has nothing to add when it is asked to undo.
-            with suppress(StoreError):
-                self.rollback()
-            raise
-
-    def rollback(self) -> None:
-        """Undo the transaction; does nothing when none is open."""
-        if self.in_transaction:
-            self._ask("ROLLBACK")
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Begin; commit at the end of the block, or roll back and re-raise what the block raised."""
-        self.begin()
-        try:
-            yield
-            self.commit()
-        except BaseException:
-            with suppress(StoreError):
-                self.rollback()
-            raise
-
-    @contextmanager
-    def savepoint(self) -> Iterator[None]:
-        """Make a part of a transaction undoable: what the block raises undoes the block, and is re-raised."""
-        self._change("SAVEPOINT part")
-        try:
-            yield
-        except BaseException:
-            # A full disk may have undone the whole transaction by itself.
-            if self.in_transaction:
-                with suppress(StoreError):
-                    self._ask("ROLLBACK TO part")
-                    self._ask("RELEASE part")
-            raise
-        self._ask("RELEASE part")
 
     def sync(self) -> None:
         """Make all that was committed survive a power cut, whatever the store was opened for; from any thread.
@@ -280,22 +197,6 @@ class Database:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _need_place(self) -> None:
-        """Refuse a commit to a file that was deleted or replaced, which no start would find; costs one ``stat``.
-
-        A file that is deleted between it and the commit is noticed by the next commit.
-        """
-        if self._file is None:
-            return
-        found = _identity(self._file)
-        if found is not None and found != self._identity:
-            what = "deleted" if found == _GONE else "replaced by another file"
-            raise StoreError(
-                f"{self._file} was {what} while it was in use; the change was not applied",
-                hint="put it back, or restart the server with --adopt-published (adopt_published=True):"
-                " the state comes from shared memory",
-            )
-
     def _decode_meta(self, key: str, value: bytes) -> Any:
         try:
             return msgspec.msgpack.decode(value)
@@ -324,15 +225,3 @@ class Database:
         with _guard(self.path), closing(self._db.execute(sql, arguments or {})) as cursor:
             while rows := cursor.fetchmany(_FETCH):
                 yield from rows
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells one file from another of the same name; None where this process may not look."""
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return _GONE
-    except OSError:
-        # It need not be gone: this process may have changed its user since.
-        return None
-    return status.st_dev, status.st_ino

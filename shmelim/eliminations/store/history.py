@@ -12,9 +12,7 @@ one hotkey opens few such rows.
 from __future__ import annotations
 
 import os
-import sqlite3
 import sys
-import time
 import zlib
 from array import array
 from bisect import bisect_left
@@ -38,11 +36,10 @@ _LARGEST_ID: Final = (1 << 63) - 1
 _CHUNK: Final = 500  # hotkeys in one question: below the 999 that an old SQLite allows
 
 _COLUMNS: Final = "id, at_ms, action, hotkey, pid, uid, program, note, old, new, commit_number"
-_LAST_ID: Final = "SELECT coalesce(max(id), 0) FROM events"
 _HASHES: Final = "SELECT id, hashes FROM events"
 _IDS_OF: Final = "SELECT id, NULL FROM events WHERE hotkey = :hotkey AND id < :before"
 _SELECT: Final = f"SELECT {_COLUMNS} FROM events WHERE id = ?"  # noqa: S608
-_ADD: Final = f"INSERT INTO events ({_COLUMNS}, hashes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)"  # noqa: S608
+ADD_EVENT: Final = f"INSERT INTO events ({_COLUMNS}, hashes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)"  # noqa: S608
 # What tells of the record of a hotkey.
 _RECORDED: Final = frozenset({"add", "update", "remove"})
 
@@ -106,40 +103,16 @@ def _program() -> str:
     return Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
 
 
+def packed_as_one(changes: list[Change]) -> tuple[bytes, bytes] | None:
+    """Return the changes and the hashes of their hotkeys, as one row holds them; None where each has its own."""
+    if len(changes) <= _MANY or any(change.hotkey is None for change in changes):
+        return None
+    hashes = array("Q", sorted(_hash(str(change.hotkey)) for change in changes))
+    return zlib.compress(msgspec.msgpack.encode(changes), 1), hashes.tobytes()
+
+
 class History(Database):
-    """The events of a store: how they are written, and how they are read."""
-
-    def __init__(self, db: sqlite3.Connection, path: Path, file: Path | None = None) -> None:
-        super().__init__(db, path, file)
-        self._last: dict[str, int] = {}  # numbers that are taken, by the question for the last of them
-
-    def _take(self, last: str, count: int) -> range:
-        """Take so many numbers that are free, above the last one that is taken, for which `last` asks."""
-        if last not in self._last:
-            self._last[last] = int(self._ask(last)[0][0])
-        first = self._last[last] + 1
-        self._last[last] += count
-        return range(first, first + count)
-
-    def add_events(
-        self, changes: Iterable[Change], origin: Origin | None = None, at_ms: int | None = None
-    ) -> None:
-        """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
-        listed = list(changes)
-        who = this_process() if origin is None else origin
-        now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
-        ids = self._take(_LAST_ID, len(listed))
-        rows: Iterable[tuple[Any, ...]]
-        if len(listed) > _MANY and all(change.hotkey is not None for change in listed):
-            hashes = array("Q", sorted(_hash(str(change.hotkey)) for change in listed)).tobytes()
-            events = zlib.compress(msgspec.msgpack.encode(listed), 1)
-            rows = [(ids[-1], now, "many", None, *who, None, events, self.next_commit, hashes)]
-        else:
-            rows = (
-                (number, now, action, hotkey, *who, note, old, self.next_commit, None)
-                for number, (action, hotkey, old, note) in zip(ids, listed, strict=True)
-            )
-        self._change(_ADD, rows, each=True)
+    """The events of a store."""
 
     def events(
         self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
@@ -197,11 +170,6 @@ class History(Database):
             if each.action in _RECORDED and each.hotkey is not None:
                 found[each.hotkey] = each.old
         return found
-
-    @property
-    def last_event(self) -> int:
-        """The number of the newest event; 0 where there is none."""
-        return self._take(_LAST_ID, 0).start - 1
 
     @property
     def pruned(self) -> Pruned:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from operator import itemgetter
@@ -25,10 +26,12 @@ from zlib import crc32
 
 from shmelim.eliminations.debts.states import IN_DOUBT, OWED, Debt, Slash
 from shmelim.eliminations.rows import Row
-from shmelim.eliminations.store.history import History
+from shmelim.eliminations.store.history import ADD_EVENT, Change, History, Origin, packed_as_one, this_process
 from shmelim.eliminations.store.opening import log_of
 from shmelim.eliminations.store.schema import damaged
+from shmelim.errors import StoreError
 
+_GONE = (0, 0)
 _LARGE_LOG = 256 << 20  # bytes; what no single change should leave
 
 _ROWS = (
@@ -47,6 +50,7 @@ _REPLACE = (
     f" checksum = ? {_WHERE}"
 )
 _DELETE = f"DELETE FROM hotkeys {_WHERE}"  # noqa: S608
+_LAST_EVENT = "SELECT coalesce(max(id), 0) FROM events"
 _LAST_NUMBER = "SELECT coalesce(max(rowid), 0) FROM hotkeys"
 _LAST_ORDINAL = (
     "SELECT max("
@@ -63,6 +67,10 @@ _SLASHES = (
     " FROM slashes"
 )
 
+_EVER_OWED = (
+    "SELECT 1 FROM debts WHERE hotkey = :hotkey"
+    " UNION ALL SELECT 1 FROM events WHERE hotkey = :hotkey AND action = 'owe' LIMIT 1"
+)
 _PUT_DEBT = "INSERT OR REPLACE INTO debts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _PUT_SLASH = "INSERT OR REPLACE INTO slashes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
@@ -109,8 +117,16 @@ class Store(History):
         self.written = {}
         self.look_up = self._stored_rows
         self._log = None if file is None else os.fspath(log_of(file))
-        self._numbers: dict[str, int] = {}  # the rowids of hotkeys, as far as they were asked for
-        self._others = 0  # what tells that another connection has committed
+        self._identity = None if file is None else _identity(file)
+        self._changes_before = 0
+        # The number of the open transaction, and what is known of the database until another connection commits:
+        # the number of its last commit; the rowids of hotkeys, as far as they were asked for; other numbers that
+        # are taken, by the question for the last of them.
+        self._next_commit = 0
+        self._others: int | None = None
+        self._last_commit = 0
+        self._numbers: dict[str, int] = {}
+        self._last: dict[str, int] = {}
 
     # ------------------------------------------------------------------ transactions
 
@@ -119,35 +135,112 @@ class Store(History):
         """Whether the open transaction wrote anything."""
         return self._db.total_changes != self._changes_before
 
-    def begin(self) -> None:  # noqa: D102  # as the base has it
-        super().begin()
+    @property
+    def next_commit(self) -> int:
+        """The number that the open transaction gets if it changes anything; its events carry it."""
+        return self._next_commit
+
+    def go_on_from(self, commit: int, store_id: bytes | None = None) -> None:
+        """Give this transaction a number above that commit, and perhaps the store another's identity.
+
+        For one that takes the place of another store, or of its own later self: no number may come twice.
+        """
+        self._next_commit = max(self._next_commit, commit + 1)
+        if store_id is not None:
+            self._change("UPDATE identity SET store_id = ?", (store_id,))
+
+    def begin(self) -> None:
+        """Start a transaction; waits for another process's for at most 5 s."""
+        if self._pid != os.getpid():
+            raise StoreError(
+                f"{self.path} was opened by process {self._pid}; this is its child {os.getpid()}",
+                hint="open the store anew after the fork",
+            )
+        self._ask("BEGIN IMMEDIATE")
+        try:
+            others = self._ask("PRAGMA data_version")[0][0]
+            if others != self._others:
+                self._numbers, self._last, self._last_commit = {}, {}, self.commit_number
+                self._others = others
+        except BaseException:
+            with suppress(StoreError):
+                self.rollback()
+            raise
         self.written = {}
-        others = self._ask("PRAGMA data_version")[0][0]
-        if others != self._others:
-            self._numbers, self._last, self._others = {}, {}, others
+        self._next_commit = self._last_commit + 1
+        self._changes_before = self._db.total_changes
 
-    def commit(self) -> None:  # noqa: D102
-        super().commit()
+    def commit(self) -> None:
+        """End the transaction; when this returns, it is as durable as the store was opened for.
+
+        After a StoreError it is rolled back: so also where the file was deleted or replaced, and no start would
+        find it (noticed by the next commit, if that happens just now). After an interrupt (``KeyboardInterrupt``)
+        it is either committed or still open.
+        """
+        try:
+            found = None if self._file is None else _identity(self._file)
+            if found not in {None, self._identity}:
+                raise self._lost(found)
+            if self._db.total_changes != self._changes_before:
+                self._change("UPDATE identity SET commit_number = ?", (self._next_commit,))
+            self._change("COMMIT")
+        except StoreError:
+            # The first error is the one to tell; SQLite has nothing to add when it is asked to undo.
+            with suppress(StoreError):
+                self.rollback()
+            raise
+        if self._db.total_changes != self._changes_before:
+            self._last_commit = self._next_commit
         self.written = {}
 
-    def rollback(self) -> None:  # noqa: D102
-        self._forget({})
-        super().rollback()
+    def _lost(self, found: tuple[int, int] | None) -> StoreError:
+        what = "deleted" if found == _GONE else "replaced by another file"
+        return StoreError(
+            f"{self._file} was {what} while it was in use; the change was not applied",
+            hint="put it back, or restart the server with --adopt-published (adopt_published=True):"
+            " the state comes from shared memory",
+        )
 
-    def close(self) -> None:  # noqa: D102
+    def rollback(self) -> None:
+        """Undo the transaction; does nothing when none is open."""
         self._forget({})
-        super().close()
+        self._others = None  # an interrupt may have come right after a commit
+        if self.in_transaction:
+            self._ask("ROLLBACK")
 
     @contextmanager
-    def savepoint(self) -> Iterator[None]:  # noqa: D102
-        before, changed = dict(self.written), self._db.total_changes - self._changes_before
+    def transaction(self) -> Iterator[None]:
+        """Begin; commit at the end of the block, or roll back and re-raise what the block raised."""
+        self.begin()
         try:
-            with super().savepoint():
-                yield
+            yield
+            self.commit()
         except BaseException:
+            with suppress(StoreError):
+                self.rollback()
+            raise
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Make a part of a transaction undoable: what the block raises undoes the block, and is re-raised."""
+        before, changed = dict(self.written), self._db.total_changes - self._changes_before
+        self._change("SAVEPOINT part")
+        try:
+            yield
+        except BaseException:
+            # A full disk may have undone the whole transaction by itself.
+            if self.in_transaction:
+                with suppress(StoreError):
+                    self._ask("ROLLBACK TO part")
+                    self._ask("RELEASE part")
             self._forget(before)
             self._changes_before = self._db.total_changes - changed
             raise
+        self._ask("RELEASE part")
+
+    def close(self) -> None:  # noqa: D102  # as the base has it
+        self._forget({})
+        super().close()
 
     def held_log(self) -> int:
         """Return the bytes of a large log that cannot be folded in, since somebody reads what is older; else 0.
@@ -188,8 +281,9 @@ class Store(History):
 
     def _write(self, rows: Mapping[str, Row | None], old: Mapping[str, Row]) -> None:
         """Make these the rows of these hotkeys, and all that is known of them; ``old`` is what was."""
-        updates, replacements, deletions, insertions = [], [], [], []
-        numbers = self._numbers_of(old)
+        updates, replacements, deletions = [], [], []
+        insertions: list[tuple[Any, ...]] = []
+        numbers = self._numbers_of(old) if old else self._numbers
         for hotkey, row in rows.items():
             before = old.get(hotkey)
             if row is None:
@@ -203,22 +297,29 @@ class Store(History):
                 updates.append((row[2], checksum, numbers[hotkey], hotkey))
             else:
                 replacements.append((*row[1:], checksum, numbers[hotkey], hotkey))
-        self._change_all(_DELETE, deletions)
-        self._change_all(_UPDATE, updates)
-        self._change_all(_REPLACE, replacements)
         if insertions:
             # In the order of the index, which then grows at its end.
             insertions.sort(key=itemgetter(0))
-            taken = self._take(_LAST_NUMBER, len(insertions))
-            rows_of = [(*row, number) for row, number in zip(insertions, taken, strict=True)]
-            numbers.update((row[0], row[-1]) for row in rows_of)
-            self._change_all(_INSERT, rows_of)
+            for place, number in enumerate(self._take(_LAST_NUMBER, len(insertions))):
+                numbers[insertions[place][0]] = number
+                insertions[place] += (number,)
+        for sql, changed in (
+            (_DELETE, deletions),
+            (_UPDATE, updates),
+            (_REPLACE, replacements),
+            (_INSERT, insertions),
+        ):
+            if changed and self._change(sql, changed, each=True) != len(changed):
+                raise damaged(self.path, "a row is not where it was")
         self.written.update(rows)
 
-    def _change_all(self, sql: str, arguments: list[tuple[Any, ...]]) -> None:
-        """Run a statement that changes one row for each of these."""
-        if arguments and self._change(sql, arguments, each=True) != len(arguments):
-            raise damaged(self.path, "a row is not where it was")
+    def _take(self, last: str, count: int) -> range:
+        """Take so many numbers that are free, above the last one that is taken, for which `last` asks."""
+        if last not in self._last:
+            self._last[last] = int(self._ask(last)[0][0])
+        first = self._last[last] + 1
+        self._last[last] += count
+        return range(first, first + count)
 
     def _numbers_of(self, hotkeys: Mapping[str, Any]) -> dict[str, int]:
         """Return the numbers of rows, by hotkey: all that are known, these among them."""
@@ -264,7 +365,14 @@ class Store(History):
 
     def put_elimination(self, hotkey: str, record: bytes) -> bytes | None:
         """Store a hotkey's record; returns the one it replaces, or None for one newly eliminated."""
-        return self.put_eliminations([(hotkey, record)]).get(hotkey)
+        old = self.get_many([hotkey])
+        row = old[hotkey] if old else _nothing_of(hotkey)
+        if row.record != record:
+            ordinal = row.eliminated_ordinal
+            if ordinal is None:
+                (ordinal,) = self._take(_LAST_ORDINAL, 1)
+            self._write({hotkey: row._replace(eliminated_ordinal=ordinal, record=record)}, old)
+        return row.record
 
     def put_eliminations(self, records: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
         """Store many records at once; returns those that they replace, by hotkey.
@@ -335,7 +443,36 @@ class Store(History):
         self._write(rows, old)
         return changed
 
+    # ------------------------------------------------------------------ events
+
+    def add_events(
+        self, changes: Iterable[Change], origin: Origin | None = None, at_ms: int | None = None
+    ) -> None:
+        """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
+        listed = list(changes)
+        who = this_process() if origin is None else origin
+        now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
+        ids = self._take(_LAST_EVENT, len(listed))
+        rows: list[tuple[Any, ...]]
+        if (packed := packed_as_one(listed)) is not None:
+            rows = [(ids[-1], now, "many", None, *who, None, packed[0], self._next_commit, packed[1])]
+        else:
+            rows = [
+                (number, now, action, hotkey, *who, note, old, self._next_commit, None)
+                for number, (action, hotkey, old, note) in zip(ids, listed, strict=True)
+            ]
+        self._change(ADD_EVENT, rows, each=True)
+
+    @property
+    def last_event(self) -> int:
+        """The number of the newest event; 0 where there is none."""
+        return self._take(_LAST_EVENT, 0).start - 1
+
     # ------------------------------------------------------------------ debts and slashes
+
+    def ever_owed(self, hotkey: str) -> bool:
+        """Whether a hotkey owes anything, or did by an elimination of the rules."""
+        return bool(self._ask(_EVER_OWED, {"hotkey": hotkey}))
 
     def debts(self, hotkey: str | None = None) -> list[Debt]:
         """Return what is owed, by one hotkey or by all, in the order of the eliminations that owe it."""
@@ -420,3 +557,17 @@ def _row(row: tuple[Any, ...]) -> Row:
     if record is not None and crc32(record) != checksum:
         raise damaged(f"the stored record of hotkey {hotkey!r}")
     return Row(hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered == 1)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells one file from another of the same name; None where this process may not look.
+
+    Which it could when it opened the file; it may have changed its user since.
+    """
+    try:
+        status = os.stat(path)  # noqa: PTH116  # at each commit
+    except (FileNotFoundError, NotADirectoryError):
+        return _GONE
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
