@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from shmelim.shm import layout
 from shmelim.shm.layout import (
     ARENA_ENTRY,
-    COMMIT,
     COPY_HEADER_SIZE,
     COUNT,
     ENTRY_HEADER,
@@ -101,15 +100,6 @@ class Image:
     def flag_counts(self) -> list[int]:
         """How many entries have each of the flags."""
         return self.head[FLAG_COUNTS : FLAG_COUNTS + FLAG_BITS].tolist()
-
-    @property
-    def commit(self) -> int:
-        """The number of the store's commit that made this state."""
-        return self.head[COMMIT]
-
-    @commit.setter
-    def commit(self, number: int) -> None:
-        self.head[COMMIT] = number
 
     def begin_overwrite(self) -> None:
         """Move the epoch: what readers took for an append-only log is about to be written over.

@@ -40,7 +40,7 @@ from typing import Final, NamedTuple
 
 from xxhash import xxh3_64_intdigest, xxh64_intdigest
 
-from shmelim.errors import CorruptSegmentError, SegmentFormatError, ShmelimError
+from shmelim.errors import CorruptSegmentError, SegmentFormatError
 
 FORMAT: Final = 2
 ALGORITHM: Final = 2  # of the hash, as docs/memory-format.md counts them
@@ -166,19 +166,6 @@ def key_hash(key: bytes, seed: int) -> int:
     if _XXH3_FROM <= len(key) <= _XXH3_TO:
         return xxh3_64_intdigest(key, seed)
     return xxh64_intdigest(key, seed)
-
-
-def next_version(version: int, generation: int) -> int:
-    """Return the word that publishes the next state, in ``generation``; the sequence never starts over.
-
-    ShmelimError where the sequence is used up, which takes a publish every microsecond for nine years.
-    """
-    if version & SEQUENCE_MASK == SEQUENCE_MASK:
-        raise ShmelimError(
-            f"sequence {SEQUENCE_MASK} is the last one",
-            hint="stop the server, remove the table's segments from /dev/shm, and set the machine's clock right",
-        )
-    return generation << SEQUENCE_BITS | ((version + 1) & SEQUENCE_MASK)
 
 
 def pack_root_header(root_id: int, store_id: bytes, sequence: int) -> bytes:

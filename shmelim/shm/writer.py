@@ -54,6 +54,7 @@ from shmelim.errors import (
 from shmelim.shm.following import Position, put_position, put_source
 from shmelim.shm.image import Change
 from shmelim.shm.layout import (
+    COMMIT,
     COUNT,
     HEARTBEAT,
     LIVE,
@@ -82,7 +83,6 @@ from shmelim.shm.layout import (
     check_root,
     copy_stride,
     entry_size,
-    next_version,
     pack_data_header,
     pack_root_header,
     unpack_data_header,
@@ -264,13 +264,13 @@ class TableWriter:
     @property
     def commit(self) -> int:
         """The number of the store's commit that this writer has published, 0 before it has published anything."""
-        return 0 if self._images is None else self._images[self.version & 1].commit
+        return 0 if self._images is None else self._images[self.version & 1].head[COMMIT]
 
     @commit.setter
     def commit(self, number: int) -> None:
         # One store, for a commit that changed nothing in the table: no reader has to look again.
         if self._images is not None:
-            self._images[self.version & 1].commit = number
+            self._images[self.version & 1].head[COMMIT] = number
 
     @property
     def loaded(self) -> bool:
@@ -356,7 +356,7 @@ class TableWriter:
         header = current.header
         staged = self._new_segment(header.capacity, header.arena_size, header.seed, root)
         current.compact_into(staged.target(self.version))
-        staged.target(self.version).commit = current.commit
+        staged.target(self.version).head[COMMIT] = current.head[COMMIT]
         self._publish(staged)
 
     def _superseded(self, error: ShmelimError) -> None:
@@ -484,7 +484,7 @@ class TableWriter:
         behind, self._behind = self._behind, _ALL
         if behind == _LOG:
             spare.follow(current)
-            spare.commit = current.commit
+            spare.head[COMMIT] = current.head[COMMIT]
         else:
             start = {_ROWS: current.used, _TAIL: spare.used, _ALL: 0}[behind]
             current.mirror_into(spare, arena_from=start)
@@ -506,7 +506,7 @@ class TableWriter:
         if commit is None and staged.segment is not self._segment:
             commit = self.commit
         if commit is not None:
-            staged.target(self.version).commit = commit
+            staged.target(self._root.words[VERSION]).head[COMMIT] = commit
         return staged
 
     def _stage_changes(self, changes: list[Change], need: int) -> _Staged:
@@ -605,7 +605,8 @@ class TableWriter:
         # Everything above is visible to whoever sees the new version; nothing below may be before that.
         self._behind = staged.behind
         self._open = None
-        self._leave()
+        if former is not None or left is not None:
+            self._leave()
         if first:
             self._root.words[WRITER_STATE] = WriterState.SERVING
             self._namespace.tidy(generation)
@@ -700,6 +701,7 @@ class Transaction:
         return self._staged is not None and self._writer._open is self  # noqa: SLF001
 
     def _refuse(self) -> NoReturn:
+        self._writer._check_usable()  # noqa: SLF001
         if self._writer._open is not self:  # noqa: SLF001
             raise ShmelimError("this transaction has ended")
         raise ShmelimError("this transaction is staged: it takes no more changes")
@@ -709,7 +711,9 @@ class Transaction:
 
         SegmentFullError if there is no room to grow; the transaction is aborted and the published state stands.
         """
-        self._check_open()
+        if self._writer._open is not self:  # noqa: SLF001
+            self._refuse()
+        self._writer._check_usable()  # noqa: SLF001
         if self._staged is not None:
             return
         try:
@@ -722,7 +726,9 @@ class Transaction:
 
     def publish(self) -> int:
         """Make the staged changes visible and return the new version. Cannot fail for want of anything."""
-        self._check_open()
+        if self._writer._open is not self:  # noqa: SLF001
+            self._refuse()
+        self._writer._check_usable()  # noqa: SLF001
         if self._staged is None:
             raise ShmelimError("this transaction must be staged before it is published")
         try:
@@ -739,11 +745,6 @@ class Transaction:
         if self._writer._open is self and self._writer._pid == os.getpid():  # noqa: SLF001
             self._staged = None
             self._writer._abort()  # noqa: SLF001
-
-    def _check_open(self) -> None:
-        self._writer._check_usable()  # noqa: SLF001
-        if self._writer._open is not self:  # noqa: SLF001
-            raise ShmelimError("this transaction has ended")
 
     def __enter__(self) -> Self:
         return self
@@ -763,6 +764,19 @@ class Transaction:
             self.abort()
             raise
         self._writer.settle()
+
+
+def next_version(version: int, generation: int) -> int:
+    """Return the word that publishes the next state, in ``generation``; the sequence never starts over.
+
+    ShmelimError where the sequence is used up, which takes a publish every microsecond for nine years.
+    """
+    if version & SEQUENCE_MASK == SEQUENCE_MASK:
+        raise ShmelimError(
+            f"sequence {SEQUENCE_MASK} is the last one",
+            hint="stop the server, remove the table's segments from /dev/shm, and set the machine's clock right",
+        )
+    return generation << SEQUENCE_BITS | ((version + 1) & SEQUENCE_MASK)
 
 
 def _checked(key: bytes, flags: int, record: bytes, ordinal: int | None) -> tuple[bytes, int, bytes, int | None]:

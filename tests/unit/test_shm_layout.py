@@ -17,12 +17,12 @@ from shmelim.shm.layout import (
     check_root,
     copy_stride,
     entry_size,
-    next_version,
     pack_data_header,
     pack_entry,
     pack_root_header,
     unpack_data_header,
 )
+from shmelim.shm.writer import next_version
 
 ID, SEQUENCE = 0xFEDC, 1000
 HEADER = DataHeader(7, 0x1234, 16, 4096, copy_stride(16, 4096), ID, SEQUENCE)

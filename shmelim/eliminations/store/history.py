@@ -31,7 +31,7 @@ from shmelim.eliminations.store.database import Database
 from shmelim.eliminations.store.schema import damaged
 
 _PRUNED: Final = "pruned"
-_MANY: Final = 64  # a change of more hotkeys is one row
+MANY: Final = 64  # a change of more hotkeys is one row
 _LARGEST_ID: Final = (1 << 63) - 1
 _CHUNK: Final = 500  # hotkeys in one question: below the 999 that an old SQLite allows
 
@@ -103,10 +103,8 @@ def _program() -> str:
     return Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
 
 
-def packed_as_one(changes: list[Change]) -> tuple[bytes, bytes] | None:
-    """Return the changes and the hashes of their hotkeys, as one row holds them; None where each has its own."""
-    if len(changes) <= _MANY or any(change.hotkey is None for change in changes):
-        return None
+def packed_as_one(changes: list[Change]) -> tuple[bytes, bytes]:
+    """Return the changes and the hashes of their hotkeys, as one row holds them."""
     hashes = array("Q", sorted(_hash(str(change.hotkey)) for change in changes))
     return zlib.compress(msgspec.msgpack.encode(changes), 1), hashes.tobytes()
 

@@ -26,7 +26,15 @@ from zlib import crc32
 
 from shmelim.eliminations.debts.states import IN_DOUBT, OWED, Debt, Slash
 from shmelim.eliminations.rows import Row
-from shmelim.eliminations.store.history import ADD_EVENT, Change, History, Origin, packed_as_one, this_process
+from shmelim.eliminations.store.history import (
+    ADD_EVENT,
+    MANY,
+    Change,
+    History,
+    Origin,
+    packed_as_one,
+    this_process,
+)
 from shmelim.eliminations.store.opening import log_of
 from shmelim.eliminations.store.schema import damaged
 from shmelim.errors import StoreError
@@ -454,8 +462,9 @@ class Store(History):
         now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
         ids = self._take(_LAST_EVENT, len(listed))
         rows: list[tuple[Any, ...]]
-        if (packed := packed_as_one(listed)) is not None:
-            rows = [(ids[-1], now, "many", None, *who, None, packed[0], self._next_commit, packed[1])]
+        if len(listed) > MANY and all(change.hotkey is not None for change in listed):
+            events, hashes = packed_as_one(listed)
+            rows = [(ids[-1], now, "many", None, *who, None, events, self._next_commit, hashes)]
         else:
             rows = [
                 (number, now, action, hotkey, *who, note, old, self._next_commit, None)
