@@ -150,7 +150,7 @@ class Frames:
 
 def in_the_background() -> bool:
     name = threading.current_thread().name
-    return name in {"shmelim-heartbeat", "shmelim-files"} or name.endswith("-owner")
+    return name in {"shmelim-heartbeat", "shmelim-files", "shmelim-log"} or name.endswith("-owner")
 
 
 def count(scenario: Scenario, frames: Frames) -> list[tuple[str, str]]:

@@ -8,23 +8,26 @@ method), it was not (``NotServingError``, ``ChannelError`` and its other subclas
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
-from shmelim.channel.address import Address, Location, describe, new_socket, normalize
+from shmelim.channel.address import Address, Location, connect, describe, new_socket, normalize
 from shmelim.channel.codec import MSGPACK, Codec, UncarriedValueError
-from shmelim.channel.connecting import TryAgainError, cannot_connect, establish
 from shmelim.channel.dispatch import is_remote_name
 from shmelim.channel.failures import unpack_failure
 from shmelim.channel.key import check_key
-from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE
+from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE, greet
 from shmelim.channel.wire import Wire
 from shmelim.errors import (
+    CallerFaultError,
     CallTimeoutError,
     ChannelError,
+    KeyFileError,
     MessageTooLargeError,
     NotServingError,
     OutcomeUnknownError,
@@ -33,10 +36,27 @@ from shmelim.errors import (
 )
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
+from shmelim.system.owner import whose
+
+# What keeps a process from connecting to a server that may be well.
+_RIGHTS = frozenset({errno.EACCES, errno.EPERM})
+_OWN_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})
 
 _TRIES = 4  # connections that the server may break off before a call gives up
 _MOST_IDLE = 8
 _PAUSE_FIRST, _PAUSE_MOST = 0.005, 0.1  # seconds between attempts to connect
+
+
+class _TryAgainError(Exception):
+    """An attempt to connect failed where another one may not.
+
+    `failure` is for who has no time left for one; `server` is what it showed of a server, if it did.
+    """
+
+    def __init__(self, failure: Exception, server: Literal["busy", "drops us"] | None = None) -> None:
+        super().__init__()
+        self.failure = failure
+        self.server = server
 
 
 class ChannelClient:
@@ -229,7 +249,7 @@ class ChannelClient:
         while True:
             try:
                 return self._connect(deadline)
-            except TryAgainError as error:
+            except _TryAgainError as error:
                 drops += error.server == "drops us"
                 # A server that is there is worth the whole deadline, unless it drops us again and again.
                 until = deadline if error.server and drops < _TRIES else give_up
@@ -239,18 +259,51 @@ class ChannelClient:
             pause = min(2 * pause, _PAUSE_MOST)
 
     def _connect(self, deadline: float) -> Wire:
+        """Connect to the server, and shake hands; ``_TryAgainError`` where another attempt may help."""
         if self._find is not None:
             try:
                 self._location = normalize(self._find())
             except NotServingError as error:
-                raise TryAgainError(error) from None
-        wire = self._connections.open(self._location)
+                raise _TryAgainError(error) from None
+        location = self._location
+        where = describe(location)
+        wire = self._connections.open(location)
         try:
-            establish(wire, self._location, self._authkey, deadline, self._epoch)
-        except BaseException:
+            connect(wire.sock, location, deadline)
+            wire.deadline = deadline
+            wire.longest = greet(wire, self._key(where), where, self._epoch)
+        except BaseException as error:
             self._connections.discard(wire)
+            match error:
+                case NotServingError():
+                    raise _TryAgainError(error) from None
+                case ChannelError():
+                    raise
+                case BlockingIOError():
+                    busy = CallTimeoutError(f"the server at {where} has too many connections waiting")
+                    raise _TryAgainError(busy, "busy") from error
+                case TimeoutError():
+                    text = f"the server at {where} did not finish a handshake in time"
+                    hint = "it hangs or is stopped, or another program listens there"
+                    raise CallTimeoutError(text, hint=hint) from error
+                case EOFError() | ConnectionError():
+                    dropped = ChannelError(f"the server at {where} breaks connections off during the handshake")
+                    raise _TryAgainError(dropped, "drops us") from error
+                case OSError():
+                    raise _cannot_connect(location, error) from error
             raise
         return wire
+
+    def _key(self, where: str) -> bytes:
+        """Return the key, asked for after connecting, so that it is that of the server that listens now."""
+        if not callable(self._authkey):
+            return self._authkey
+        try:
+            return check_key(self._authkey())
+        except NotServingError as error:
+            hint = "a living server puts it back within a second; else this process looks in the wrong place"
+            missing = KeyFileError(f"a server listens at {where}, but {error.message}", hint=hint)
+            raise _TryAgainError(missing) from error
 
     def _exchange(self, method: str, request: bytes, deadline: float, *, idempotent: bool) -> bytes:
         """Send a request and return the reply, on as many connections as that takes and is allowed."""
@@ -331,7 +384,7 @@ class Connections:
             with forks.creating_descriptors:
                 wire = Wire(new_socket(location))
         except OSError as error:
-            raise cannot_connect(location, error) from error
+            raise _cannot_connect(location, error) from error
         self._wires[wire] = None
         if self.refusal is not None:
             self.discard(wire)
@@ -436,3 +489,14 @@ def _checked_seconds(name: str, value: float) -> float:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} is a number of seconds, 0 or more, not {value}")
     return value
+
+
+def _cannot_connect(location: Location, error: OSError) -> ChannelError:
+    """Return the package's error for the system's, which may be the fault of this process."""
+    text = f"cannot connect to {describe(location)}: {error.strerror or error}"
+    if error.errno in _RIGHTS and isinstance(location, str):
+        return CallerFaultError(f"{text}; {whose(location)}", hint="run as its owner")
+    if error.errno in _RIGHTS | _OWN_LIMITS:
+        hint = f"process {os.getpid()}, which asked, is at a limit of its own: close what it has open, or raise it"
+        return CallerFaultError(text, hint=hint)
+    return ChannelError(text)

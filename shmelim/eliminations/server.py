@@ -359,6 +359,8 @@ class EliminationManagerServer(DebtMethods):
             if not table.beat() or self.problems.stands(_MEMORY_LOST):
                 self._renew_names(table)
             self._uploads.expire()
+            if hasattr(self, "_state"):
+                self._state.tend_log()
             if self._lease is not None:
                 self._look_at_lock(self._lease)
 

@@ -105,19 +105,11 @@ class ProcessIdentity:
 def _start_of(pid: int) -> float | None:
     """Return when a process was started; None if it has ended, waited for or not."""
     try:
-        state, *fields = _fields_of(pid)
+        with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123  # asked often
+            state, *fields = file.read(4096).rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if state in "ZX" else float(fields[_STARTED])
-
-
-def _fields_of(pid: int) -> list[str]:
-    """Return the fields of /proc/<pid>/stat from the state on."""
-    descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(descriptor, 4096).decode("latin-1").rpartition(")")[2].split()
-    finally:
-        os.close(descriptor)
+    return None if state in b"ZX" else float(fields[_STARTED])
 
 
 def set_title(title: str) -> bool:
@@ -135,7 +127,8 @@ def _overwrite_arguments(title: str) -> bool:
     import ctypes  # noqa: PLC0415
 
     try:
-        begin, end = map(int, _fields_of(os.getpid())[1:][_ARGUMENTS])
+        fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+        begin, end = map(int, fields[1:][_ARGUMENTS])
         text = title.encode()
         if not 0 < begin < end or len(text) >= end - begin:
             return False

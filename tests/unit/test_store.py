@@ -2,14 +2,18 @@
 
 import os
 import random
+import shutil
 import sqlite3
 import stat
 import threading
 
 import pytest
 from crashing import call
+from serving import row
+from waiting import until
 
 from shmelim.eliminations.rows import Row
+from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.store import opening
 from shmelim.eliminations.store.history import Change, Origin
 from shmelim.eliminations.store.opening import store_bytes
@@ -634,6 +638,54 @@ class TestOpening:
                 with store.transaction():
                     store.put_elimination(f"h{n % 300}", os.urandom(3000))
             assert (tmp_path / f"{FILE_NAME}-wal").stat().st_size < 20 << 20
+
+
+class TestLengtheningTheLog:
+    def test_commits_then_write_into_it_and_a_copy_of_the_files_has_all(self, tmp_path):
+        place, copy = tmp_path / "state", tmp_path / "copy"
+        log = place / f"{FILE_NAME}-wal"
+        with Store.open(place) as store:
+            with store.transaction():
+                store.put_elimination("a", b"1")
+            assert store.is_log_short()
+            store.lengthen_log()
+            size = log.stat().st_size
+            assert size >= 1 << 20
+            assert not store.is_log_short()
+            for n in range(5):
+                with store.transaction():
+                    store.put_elimination(f"h{n}", b"2")
+            assert log.stat().st_size == size
+            shutil.copytree(place, copy)  # as a crash leaves them
+        for directory in (place, copy):
+            with Store.open(directory) as store:
+                store.check()
+                assert [hotkey for hotkey, _ in store.eliminated()] == ["a", *(f"h{n}" for n in range(5))]
+
+    def test_where_commits_are_not_synced_it_is_left_alone(self, tmp_path):
+        with Store.open(tmp_path, "process") as store:
+            with store.transaction():
+                store.put_elimination("a", b"1")
+            size = (tmp_path / f"{FILE_NAME}-wal").stat().st_size
+            store.lengthen_log()
+            assert (tmp_path / f"{FILE_NAME}-wal").stat().st_size == size
+            assert not store.is_log_short()
+
+    def test_where_there_is_little_room_it_is_left_alone(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("shmelim.eliminations.store.store._ROOM", 1 << 60)
+        with Store.open(tmp_path) as store:
+            with store.transaction():
+                store.put_elimination("a", b"1")
+            size = (tmp_path / f"{FILE_NAME}-wal").stat().st_size
+            store.lengthen_log()
+            assert (tmp_path / f"{FILE_NAME}-wal").stat().st_size == size
+
+    def test_a_server_does_so_by_itself(self, tmp_path):
+        with EliminationManagerServer(state_dir=tmp_path, registry=None) as server:
+            server.add_elimination_rpc("a", row("a"))
+            until(lambda: (tmp_path / f"{FILE_NAME}-wal").stat().st_size > 1 << 20)
+            server.add_elimination_rpc("b", row("b"))
+            assert list(server.get_eliminations_dict_rpc()) == ["a", "b"]
 
 
 class TestCreation:

@@ -123,6 +123,7 @@ class State:
         self._shown: dict[int, int] = {}  # the commit that each version showed, the oldest first
         self._raised: set[str] = set()  # the problems that the next commit clears
         self._log_is_held = False
+        self._tending = threading.Lock()  # held while the log is made longer
         # Whether a turn has begun and not ended, after which the table may lack what the store has.
         self._torn = False
         self._turns = threading.Lock()
@@ -194,6 +195,16 @@ class State:
     def sync(self) -> None:
         """Make all that was committed survive a power cut, whatever the store was opened for."""
         self._store.sync()
+
+    def tend_log(self) -> None:
+        """Start a thread that makes the store's log longer, if that is short; for who may wait for nobody."""
+        if not self._tending.locked() and self._store.is_log_short():
+            threading.Thread(target=self._lengthen_log, name="shmelim-log", daemon=True).start()
+
+    def _lengthen_log(self) -> None:
+        with self._tending, suppress(StoreError):
+            self.read(Store.lengthen_log)
+            self._store.sync()
 
     def close(self) -> None:
         """Close store and table; changes that come later are refused. Idempotent; nothing happens in a child."""

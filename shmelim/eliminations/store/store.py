@@ -40,6 +40,9 @@ from shmelim.eliminations.store.schema import damaged
 from shmelim.errors import StoreError
 
 _GONE = (0, 0)
+_FULL = 2  # as SQLite's "synchronous" has it: each commit is synced
+_AHEAD = 1 << 20  # bytes: some 30 changes of one record
+_ROOM = 64 << 20  # bytes on the disk, without which it is left to the changes themselves
 _LARGE_LOG = 256 << 20  # bytes; what no single change should leave
 
 _ROWS = (
@@ -125,6 +128,7 @@ class Store(History):
         self.written = {}
         self.look_up = self._stored_rows
         self._log = None if file is None else os.fspath(log_of(file))
+        self._log_end = 0  # as it was left by lengthen_log()
         self._identity = None if file is None else _identity(file)
         self._changes_before = 0
         # The number of the open transaction, and what is known of the database until another connection commits:
@@ -261,6 +265,32 @@ class Store(History):
                 _, pages, folded = self._ask("PRAGMA wal_checkpoint(PASSIVE)")[0]
                 return size if folded < pages else 0
         return 0
+
+    def is_log_short(self) -> bool:
+        """Whether commits make the log longer; one ``stat``, from any thread."""
+        with suppress(OSError):
+            return self._log is not None and os.stat(self._log).st_size > self._log_end  # noqa: PTH116
+        return False
+
+    def lengthen_log(self) -> None:
+        """Write zeros behind the log, which SQLite takes for its end and writes over.
+
+        Where the file need not grow, the sync of a commit writes no metadata, which is about half of its price.
+        """
+        if self._log is None or not self.is_log_short():
+            return
+        self.begin()  # in which nobody else appends to it
+        try:
+            with open(self._log, "ab", 0) as log:  # noqa: PTH123
+                room = os.fstatvfs(log.fileno())
+                synced = self._ask("PRAGMA synchronous")[0][0] == _FULL
+                if synced and room.f_bavail * room.f_frsize >= _ROOM:
+                    log.write(bytes(_AHEAD))
+                self._log_end = log.tell()
+        except OSError:
+            pass  # then it grows as it is written
+        finally:
+            self.rollback()
 
     def _forget(self, before: dict[str, Row | None]) -> None:
         """Know no more of what was written than was written before."""
