@@ -115,13 +115,17 @@ def _not_a_file(path: Path, what: str) -> DamagedFileError:
 
 
 def write_whole(
-    path: Path, parts: Iterable[bytes], *, mode: int = 0o600, before_rename: Callable[[], object] | None = None
-) -> None:
-    """Replace a file in one step; it is durable when this returns.
+    path: Path,
+    parts: Iterable[bytes],
+    *,
+    mode: int = 0o600,
+    before_rename: Callable[[tuple[int, ...]], object] | None = None,
+) -> tuple[int, ...]:
+    """Replace a file in one step; it is durable when this returns. Returns its :attr:`Found.identity`.
 
     One that exists keeps its permissions, owner and group, as far as this user may give them away; a new one gets
-    `mode`. `before_rename` is called when the new file is complete and about to take its place. What it or `parts`
-    raises leaves the old file as it was.
+    `mode`. `before_rename` is called with that identity when the new file is complete and about to take its place.
+    What it or `parts` raises leaves the old file as it was.
     """
     target = _behind_links(path)
     _remove_leftovers(target)
@@ -136,14 +140,16 @@ def write_whole(
                 while rest:
                     rest = rest[file.write(rest) :]
             os.fsync(descriptor)
+            identity = _identity(os.fstat(descriptor))
         if before_rename is not None:
-            before_rename()
+            before_rename(identity)
         temporary.replace(target)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
     sync_directory(target.parent)
+    return identity
 
 
 def _behind_links(path: Path) -> Path:
@@ -206,6 +212,12 @@ def move_aside(path: Path, what: str = "damaged", companions: Iterable[str] = ()
                 old.with_name(old.name + suffix).replace(aside.with_name(aside.name + suffix))
         sync_directory(old.parent)
     return aside
+
+
+def kept_of(path: Path, what: str) -> list[Path]:
+    """Return what was set aside of a file as `what` and is still there, the oldest first."""
+    places = {path, _behind_links(path)}
+    return sorted(found for place in places for found in place.parent.glob(f"{escape(place.name)}.{what}-*"))
 
 
 def _unused_name(path: Path, what: str, suffix: str = "", *, directory: bool = False) -> Path:

@@ -2,13 +2,16 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
-from serving import die_after, row
+from serving import die_after, row, state_in_files, state_in_table
 
 from shmelim import EliminationManagerServer
+from shmelim.eliminations.files import mirror
 from shmelim.eliminations.files.sidecar import read_sidecars
 from shmelim.errors import DamagedFileError
+from shmelim.system import durable
 
 
 @pytest.fixture
@@ -206,6 +209,75 @@ class TestAFileThatIsNoEdit:
             server.sync_eliminations_rpc([row("a")])
             server.save_eliminations_rpc()
         assert (tmp_path / "mount" / path.name).is_file()
+
+
+class TestAnEditWhileAFileIsWritten:
+    """The file that is written takes its place, and the edit stands aside: never the one over the other."""
+
+    @staticmethod
+    def change(path):
+        path.write_text(json.dumps({"eliminations": [row("a"), row("of-a-person")]}))
+
+    def kept(self, server, path):
+        (problem,) = server.health_check_rpc()["problems"]
+        assert problem["name"] == "file_not_applied"
+        aside = json.loads(Path(problem["subject"]).read_text())
+        return [one["hotkey"] for one in aside["eliminations"]] == ["a", "of-a-person"]
+
+    def test_right_before_it_takes_its_place(self, state_dir, path, start, monkeypatch):
+        with start() as server:
+            server.sync_eliminations_rpc([row("a"), row("b")])
+            announce = mirror.announce
+
+            def announce_and_change(announced, written):
+                announce(announced, written)
+                if announced == path:
+                    self.change(path)
+
+            monkeypatch.setattr(mirror, "announce", announce_and_change)
+            server.add_elimination_rpc("c", row("c"))
+            assert self.kept(server, path)
+            assert state_in_files(state_dir) == state_in_table(server.reader)
+
+    def test_right_after_it_took_its_place(self, state_dir, path, start, monkeypatch):
+        with start() as server:
+            server.sync_eliminations_rpc([row("a"), row("b")])
+            sync = durable.sync_directory
+
+            def sync_and_change(directory):
+                sync(directory)
+                if '"c"' in path.read_text():
+                    self.change(path)
+
+            monkeypatch.setattr(durable, "sync_directory", sync_and_change)
+            server.add_elimination_rpc("c", row("c"))
+            monkeypatch.undo()
+            server.add_elimination_rpc("d", row("d"))
+            assert self.kept(server, path)
+            assert state_in_files(state_dir) == state_in_table(server.reader)
+
+
+class TestWhatWasSetAside:
+    @pytest.mark.parametrize(
+        ("content", "name"), [('{"eliminations": [', "file_damaged"), ('{"eliminations": []}', "file_not_applied")]
+    )
+    @pytest.mark.parametrize("linked", [False, True], ids=["", "behind a link"])
+    def test_is_a_problem_until_it_is_taken_away_whoever_serves(
+        self, state_dir, path, start, tmp_path, content, name, linked
+    ):
+        if linked:
+            state_dir.mkdir()
+            path.symlink_to(tmp_path / "linked.json")
+        with start(files="off") as server:
+            server.add_elimination_rpc("a", row("a"))
+        path.write_text(content)
+        for _ in range(3):
+            with start() as server:
+                (problem,) = server.health_check_rpc()["problems"]
+                assert problem["name"] == name
+        Path(problem["subject"]).unlink()
+        assert problems(server) == []
+        assert problems(start()) == []
 
 
 class TestWithoutFilesAndWithThemAgain:

@@ -93,7 +93,7 @@ class TestWriteWhole:
             yield b"new"
             raise KeyError
 
-        def look() -> None:
+        def look(_: object) -> None:
             assert path.read_bytes() == b"old"
             raise KeyError
 

@@ -99,10 +99,11 @@ def _number(digits: str) -> int | _LongNumber:
 
 
 class Summary(NamedTuple):
-    """What tells what was written: the digest of the file, and a hash of each row's hotkey and of the row."""
+    """What tells what is written: the file's digest, a hash of each row's hotkey and of the row, its identity."""
 
     digest: str
     rows: bytes
+    identity: tuple[int, ...]
 
 
 class BadRow(msgspec.Struct, frozen=True):
@@ -273,12 +274,12 @@ def _write(
             digest.update(part)
             yield part
 
-    def summary() -> Summary:
-        return Summary(digest.hexdigest(), bytes(hashes))
+    def summary(identity: tuple[int, ...]) -> Summary:
+        return Summary(digest.hexdigest(), bytes(hashes), identity)
 
     with writing(f"{path} could not be written", hint=f"check that {path.parent} exists and has room"):
-        write_whole(path, digested(), mode=mode, before_rename=lambda: before_rename(summary()))
-    return summary()
+        identity = write_whole(path, digested(), mode=mode, before_rename=lambda it: before_rename(summary(it)))
+    return summary(identity)
 
 
 def _parse(file: File, key: str, take: Callable[[str | None, Any], tuple[str, T]]) -> Content[T]:

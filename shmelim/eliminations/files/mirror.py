@@ -90,7 +90,7 @@ class FileMirror:
         self._shown: int | None = None  # the version that both files show at least
         self._departed: dict[str, dict[str, int]] | None = None  # as they were written last
         # The files as they stood when they were last known to be ours.
-        self._ours: dict[str, tuple[int, ...] | None] = {}
+        self._ours: dict[str, tuple[int, ...]] = {}
         self._not_before = 0.0
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
@@ -174,20 +174,24 @@ class FileMirror:
 
         def confirm(name: str, summary: Summary) -> None:
             if not self._plain:
-                self._keep_edit(name)
                 announce(self.directory / name, Written(summary.digest, store_id or b"", commit, summary.rows))
+                # Right before the file is replaced: what comes in while something is synced is not lost.
+                self._keep_edit(name)
 
         path = self.directory / ELIMINATIONS_FILE
         records = _records(entries)
-        files.write_eliminations(path, records, mode=self._mode, before_rename=partial(confirm, path.name))
-        self._know(path)
+        self._know(
+            path,
+            files.write_eliminations(path, records, mode=self._mode, before_rename=partial(confirm, path.name)),
+        )
         departed = departed_in(entries)
         path = self.directory / DEPARTED_FILE
         if departed == self._departed and not (look and self._is_changed(path.name)):
             return
         times = ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())
-        files.write_departed(path, times, mode=self._mode, before_rename=partial(confirm, path.name))
-        self._know(path)
+        self._know(
+            path, files.write_departed(path, times, mode=self._mode, before_rename=partial(confirm, path.name))
+        )
         self._departed = departed
 
     def _is_changed(self, name: str) -> bool:
@@ -195,8 +199,9 @@ class FileMirror:
         found = identity_of(self.directory / name)
         return found is None if self._plain else found != self._ours.get(name)
 
-    def _know(self, path: Path) -> None:
-        self._ours[path.name] = identity_of(path)
+    def _know(self, path: Path, written: Summary) -> None:
+        # Not what stands there by now, which may be an edit already.
+        self._ours[path.name] = written.identity
         if not self._plain:
             settle(path)
 

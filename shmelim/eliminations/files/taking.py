@@ -31,7 +31,7 @@ from shmelim.eliminations.state.changes import Judge, Step, no_judge, record_dep
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedFileError, GuardedChangeError
-from shmelim.system.durable import move_aside, write_aside
+from shmelim.system.durable import kept_of, move_aside, write_aside
 from shmelim.system.problems import Problems
 from shmelim.system.text import get_logger
 
@@ -42,6 +42,7 @@ KNOWN: Final = (Meaning.TAKEN, Meaning.CURRENT, Meaning.OLDER)
 
 _DAMAGED: Final = "file_damaged"
 _NOT_APPLIED: Final = "file_not_applied"
+_EARLIER_SERVER: Final = "was set aside by an earlier server"
 _TAKEN: Final = "taken:"
 _EARLIER: Final = "digests:"  # what earlier versions wrote and took over, where there is no sidecar
 
@@ -108,6 +109,11 @@ def set_aside(path: Path, text: str, problems: Problems) -> EventOf:
 
 
 def _kept(path: Path, aside: Path, text: str, problems: Problems) -> EventOf:
+    _report_kept(path, aside, text, problems)
+    return EventOf("edited", note=f"{text}; kept as {aside.name}")
+
+
+def _report_kept(path: Path, aside: Path, text: str, problems: Problems) -> None:
     apply = (
         f"`shmelim sync {aside}` applies it"
         if path.name == ELIMINATIONS_FILE
@@ -119,7 +125,15 @@ def _kept(path: Path, aside: Path, text: str, problems: Problems) -> EventOf:
         subject=str(aside),
         remedy=f"{apply}; then, or if nobody needs it, take it away. To edit the files, stop the server first",
     )
-    return EventOf("edited", note=f"{text}; kept as {aside.name}")
+
+
+def name_kept(directory: Path, problems: Problems) -> None:
+    """Name the problems of files that earlier servers set aside and nobody has taken away."""
+    for path in (directory / name for name in NAMES):
+        for aside in kept_of(path, "edited"):
+            _report_kept(path, aside, f"{path.name} {_EARLIER_SERVER}", problems)
+        for aside in kept_of(path, "damaged"):
+            _report_damaged(aside, f"{path.name} was damaged, and {_EARLIER_SERVER}", problems)
 
 
 def clear_gone(problems: Problems) -> None:
@@ -145,13 +159,17 @@ def read_state(step: Step, directory: Path) -> None:
 
 def _set_damaged_aside(path: Path, error: DamagedFileError, problems: Problems) -> EventOf:
     aside = move_aside(path)
+    _report_damaged(aside, error.message, problems)
+    return EventOf("damaged", note=f"{path.name} was damaged: moved aside to {aside.name}")
+
+
+def _report_damaged(aside: Path, text: str, problems: Problems) -> None:
     problems.report(
         _DAMAGED,
-        f"{error.message}; it is now {aside}, and the state comes from the store",
+        f"{text}; it is now {aside}, and the state comes from the store",
         subject=str(aside),
         remedy="look at it, and take it away",
     )
-    return EventOf("damaged", note=f"{path.name} was damaged: moved aside to {aside.name}")
 
 
 def _parse(file: File) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from shmelim.eliminations.files.format import ELIMINATIONS_FILE
-from shmelim.eliminations.files.taking import NAMES, take_files
+from shmelim.eliminations.files.taking import NAMES, name_kept, take_files
 from shmelim.eliminations.rows import ORIGIN_KEY, row_entry
 from shmelim.eliminations.starting import recovery, replacement
 from shmelim.eliminations.starting.deciding import Action, Facts, Plan, Relation, StoreIs, decide
@@ -67,6 +67,8 @@ def begin(
     DamagedFileError if a file is damaged which is the only record of the state; StoreError if something cannot be
     read or written.
     """
+    if directory is not None:
+        name_kept(directory, problems)
     store, damage = _open(directory, choices.durability)
     found = _Found(directory, namespace, store, damage, recovery.look(namespace), memory, has_registry, problems)
     try:
