@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from shmelim.eliminations.starting.keeping import Finding
 from shmelim.eliminations.starting.registry import Registry, registry_base
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import NotServingError, SegmentError, ShmelimError, StoreError
+from shmelim.errors import AlreadyServingError, NotServingError, SegmentError, ShmelimError, StoreError
 from shmelim.shm import SharedNamespace, TableReader
 from shmelim.system.owner import means_another, named_owner, whose
 from shmelim.system.text import printable
@@ -174,7 +175,8 @@ def restore(settings: Settings, *, source: Path, state_dir: Path | None, registr
         return NO
     base = registry_base(registry)
     remembered = None if base is None else Registry(base, settings.name)
-    done = keeping.restore(source, directory.absolute(), remembered, _published_commit(settings.name))
+    with _unserved(settings.name):
+        done = keeping.restore(source, directory.absolute(), remembered, _published_commit(settings.name))
     kept = None if done.kept is None else str(done.kept)
     about = {**done._asdict(), "kept": kept, "restored": True, "state_dir": str(directory)}
     before = "" if kept is None else f"; what was there is {kept}"
@@ -214,14 +216,9 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
     if not yes and not output.agreed(f"Forget {name!r}?", printable(f"its state stays in {directory}")):
         settings.answer({"forgotten": False, **about}, "nothing was changed")
         return NO
-    namespace = SharedNamespace(name)
     runtime = RuntimeDirectory.of_server(name)  # its place stands in the table, which goes first
-    # Nobody can begin to serve it meanwhile.
-    lock = namespace.acquire()
-    try:
+    with _unserved(name) as namespace:
         namespace.remove()
-    finally:
-        lock.release()
     if (base := registry_base(registry)) is not None:
         Registry(base, name).forget()
     try:
@@ -232,6 +229,20 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
         raise FileProblemError(text, hint="see what is in it, and remove it by hand") from error
     settings.answer({"forgotten": True, **about}, printable(f"forgot {name!r}; its state is in {directory}"))
     return YES
+
+
+@contextlib.contextmanager
+def _unserved(name: str) -> Iterator[SharedNamespace]:
+    """Have nobody serve a name, or begin to, from whatever directory."""
+    namespace = SharedNamespace(name)
+    try:
+        lock = namespace.acquire()
+    except AlreadyServingError as error:
+        raise AlreadyServingError(error.message, hint="stop that server first") from None
+    try:
+        yield namespace
+    finally:
+        lock.release()
 
 
 def _need_unserved(name: str) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from glob import escape
+from io import BufferedReader
 from itertools import count
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -41,7 +43,16 @@ _HINTS: Final = {
     errno.ENOLCK: _UNLOCKABLE,
     errno.EOPNOTSUPP: _UNLOCKABLE,
 }
-_KINDS: Final = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device"}
+_CIRCLE: Final = "a link that leads to itself"
+_KINDS: Final = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: _CIRCLE,
+}
+_NOT_OPENED: Final = {errno.ENXIO: "a socket", errno.ELOOP: _CIRCLE}
 
 
 def make_private_directory(path: Path) -> None:
@@ -80,20 +91,28 @@ def read_once(path: Path, *, stream: bool = False) -> Found | None:
     be a wait: somebody named it.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | (0 if stream else os.O_NONBLOCK))
+        with reading(path, stream=stream) as file:
+            status = os.fstat(file.fileno())
+            return Found(file.read(), _identity(status) if stat.S_ISREG(status.st_mode) else ())
     except FileNotFoundError:
         return None
+
+
+@contextmanager
+def reading(path: Path, *, stream: bool = False) -> Iterator[BufferedReader]:
+    """Open a file as :func:`read_once` does; FileNotFoundError where there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | (0 if stream else os.O_NONBLOCK))
     except OSError as error:
-        if error.errno == errno.ENXIO:
-            raise _not_a_file(path, "a socket") from None
+        if error.errno in _NOT_OPENED:
+            raise _not_a_file(path, _NOT_OPENED[error.errno]) from None
         raise
     try:
-        status = os.fstat(descriptor)
-        kind = stat.S_IFMT(status.st_mode)
-        if kind != stat.S_IFREG and (kind == stat.S_IFDIR or not stream):
-            raise _not_a_file(path, _KINDS.get(kind, "something else"))
+        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+        if kind == stat.S_IFDIR or not stream:
+            _need_file(path, kind)
         with open(descriptor, "rb", closefd=False) as file:
-            return Found(file.read(), _identity(status) if kind == stat.S_IFREG else ())
+            yield file
     finally:
         os.close(descriptor)
 
@@ -108,6 +127,11 @@ def identity_of(path: Path) -> tuple[int, ...] | None:
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _need_file(path: Path, kind: int) -> None:
+    if kind != stat.S_IFREG:
+        raise _not_a_file(path, _KINDS.get(kind, "something else"))
 
 
 def _not_a_file(path: Path, what: str) -> DamagedFileError:
@@ -125,14 +149,14 @@ def write_whole(
 
     One that exists keeps its permissions, owner and group, as far as this user may give them away; a new one gets
     `mode`. `before_rename` is called with that identity when the new file is complete and about to take its place.
-    What it or `parts` raises leaves the old file as it was.
+    What it or `parts` raises leaves the old file as it was. DamagedFileError where something else than a file
+    stands (a device that a link leads to): that is not replaced.
     """
     target = _behind_links(path)
-    _remove_leftovers(target)
-    descriptor, name = tempfile.mkstemp(".tmp", f".{target.name}.{os.getpid()}.", target.parent)
-    temporary = Path(name)
+    temporary = make_aside(target, ".tmp")
     try:
-        with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - it opens a descriptor
+        with temporary.open("wb", buffering=0) as file:
+            descriptor = file.fileno()
             _copy_permissions(target, descriptor, mode)
             for part in parts:
                 # A raw write may take less than it is given, as on a disk that fills up.
@@ -143,6 +167,8 @@ def write_whole(
             identity = _identity(os.fstat(descriptor))
         if before_rename is not None:
             before_rename(identity)
+        with suppress(FileNotFoundError):
+            _need_file(path, stat.S_IFMT(target.lstat().st_mode))
         temporary.replace(target)
     except BaseException:
         with suppress(OSError):
@@ -169,15 +195,24 @@ def _copy_permissions(path: Path, descriptor: int, mode: int) -> None:
     os.fchmod(descriptor, mode)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove what writers of this file left behind when they were killed."""
-    for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+def make_aside(path: Path, suffix: str, *, directory: bool = False) -> Path:
+    """Make an empty file (0600), or directory (0700), in which what is to take a path's place is made.
+
+    What others left behind in this way when they were killed is removed.
+    """
+    for leftover in path.parent.glob(f".{escape(path.name)}.*{suffix}"):
         owner = leftover.name.removeprefix(f".{path.name}.").split(".")[0]
         with suppress(ValueError, OverflowError, PermissionError):
             try:
                 os.kill(int(owner), 0)
             except ProcessLookupError:
-                leftover.unlink(missing_ok=True)
+                shutil.rmtree(leftover, ignore_errors=True) if directory else leftover.unlink(missing_ok=True)
+    prefix = f".{path.name}.{os.getpid()}."
+    if directory:
+        return Path(tempfile.mkdtemp(suffix, prefix, path.parent))
+    descriptor, name = tempfile.mkstemp(suffix, prefix, path.parent)
+    os.close(descriptor)
+    return Path(name)
 
 
 def write_aside(path: Path, what: str, content: bytes, suffix: str = "") -> Path:
@@ -195,12 +230,13 @@ def write_aside(path: Path, what: str, content: bytes, suffix: str = "") -> Path
 def move_aside(path: Path, what: str = "damaged", companions: Iterable[str] = ()) -> Path:
     """Rename a file to ``<name>.<what>-<UTC time>``, never over an earlier one; returns the new path.
 
-    After it go its companions that exist, which have its name with a suffix. Raises StoreError if there is no such
-    file, or it cannot be renamed.
+    After it go its companions that exist, which have its name with a suffix. Of a link to what is not a file (a
+    device, a directory) the link is renamed. Raises StoreError if there is no such file, or it cannot be renamed.
     """
     with writing(f"{path} cannot be moved aside", hint="move it by hand"):
-        old = _behind_links(path)
-        status = old.stat()  # that there is one, before a name is taken for it
+        behind = _behind_links(path)
+        old = behind if behind.is_file() else path
+        status = old.lstat()  # that there is one, before a name is taken for it
         aside = _unused_name(old, what, directory=stat.S_ISDIR(status.st_mode))
         try:
             old.replace(aside)

@@ -280,6 +280,35 @@ class TestWhatWasSetAside:
         assert problems(start()) == []
 
 
+@pytest.mark.parametrize("name", ["eliminations.json", "departed_hotkeys.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, None], ids=["pipe", "directory", "itself"])
+@pytest.mark.parametrize("serving", [False, True], ids=["at the start", "while it is served"])
+def test_of_a_link_to_what_is_not_a_file_only_the_link_gives_way(state_dir, start, tmp_path, name, make, serving):
+    path, place = state_dir / name, tmp_path / "place"
+
+    def link():
+        path.unlink()
+        if make is not None:
+            make(place)
+        path.symlink_to(place if make is not None else path)
+
+    with start() as server:
+        server.sync_eliminations_rpc([row("a")])
+        server.update_metagraph_rpc(["m1", "m2"])
+        if serving:
+            link()
+            server.update_metagraph_rpc(["m1"])
+    if not serving:
+        link()
+    server = start()
+    server.save_eliminations_rpc()
+    assert server.get_eliminated_hotkeys_rpc() == {"a"}
+    # One that leads to itself keeps the files behind while it is served.
+    assert problems(server) == ["file_not_applied" if serving and make is not None else "file_damaged"]
+    assert state_in_files(state_dir) == state_in_table(server.reader).without_registered()
+    assert make is None or not place.is_file()
+
+
 class TestWithoutFilesAndWithThemAgain:
     def test_the_first_start_takes_what_stands_there_and_no_later_one_goes_back_to_it(
         self, state_dir, path, start

@@ -1,5 +1,6 @@
 """A recovery of a damaged store that ends in the middle: the next start has every acknowledged change."""
 
+import errno
 import os
 import random
 import shutil
@@ -217,6 +218,26 @@ def test_a_replacement_that_cannot_be_written_leaves_the_damaged_store_in_its_pl
     assert left_in(state_dir) == stood
     with start(table_name, state_dir) as server:
         assert state_in_table(server.reader) == before
+
+
+def test_a_replacement_that_cannot_be_forgotten_refuses_the_start(table_name, state_dir, monkeypatch):
+    """Left there, it would take the place of a later state that is damaged."""
+    with start(table_name, state_dir) as server:
+        server.add_elimination_rpc("a", row("a"))
+    place = state_dir / ".rebuilding"
+    place.mkdir()
+    shutil.copy(state_dir / FILE_NAME, place)
+
+    def refuse(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(StoreError, match=r"\.rebuilding cannot be removed"):
+        start(table_name, state_dir)
+    monkeypatch.undo()
+    start(table_name, state_dir).close()
+    assert not place.exists()
 
 
 def test_a_replacement_is_forgotten_when_the_store_is_whole_again(table_name, state_dir):

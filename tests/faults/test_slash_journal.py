@@ -228,6 +228,16 @@ def test_a_line_is_on_disk_before_the_contract_may_be_called_and_after_its_answe
     assert (directory / FILE_NAME).stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "directory"])
+def test_something_else_in_its_place_is_refused_and_not_waited_for(directory, make):
+    opened(directory).close()
+    (directory / FILE_NAME).unlink(missing_ok=True)
+    make(directory / FILE_NAME)
+    with pytest.raises(StoreError, match="not a file") as caught:
+        opened(directory)
+    assert caught.value.hint
+
+
 def test_what_a_power_cut_left_of_the_last_line_is_ignored(directory):
     with opened(directory) as server:
         owe(server, "a", "b")

@@ -369,6 +369,12 @@ def test_forked_child_is_refused_and_does_no_harm(tmp_path):
         assert list(store.eliminated()) == [("a", b"1"), ("b", b"2")]
 
 
+def test_a_pipe_in_the_place_of_the_store_is_not_waited_for_by_who_only_reads(tmp_path):
+    os.mkfifo(tmp_path / FILE_NAME)
+    with pytest.raises(DamagedStoreError, match="not a file"):
+        Store.read_only(tmp_path)
+
+
 def test_a_directory_in_the_place_of_the_store_is_refused_and_left_as_it_is(tmp_path):
     place = tmp_path / "state" / FILE_NAME
     place.mkdir(parents=True)

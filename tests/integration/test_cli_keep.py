@@ -3,20 +3,24 @@
 import json
 import os
 import shutil
+import signal
 import stat
 import tempfile
 from pathlib import Path
 
 import pytest
+from crashing import Child, kill_self
 from invoking import CliRunner
 from serving import listing, row, state_in_store
 
 from shmelim import EliminationManagerServer
 from shmelim.cli import output
 from shmelim.cli.main import cli
+from shmelim.eliminations.starting import keeping
 from shmelim.eliminations.starting.registry import Memory, Registry
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
+from shmelim.errors import StoreError
 from shmelim.shm import SharedNamespace
 
 
@@ -115,6 +119,58 @@ def test_a_backup_never_takes_the_place_of_anything(run, server, place):
     assert not (place / "two").exists()
     with server.client() as client:
         assert len(client) == 4
+
+
+def test_a_backup_is_made_in_no_place_that_somebody_else_prepared(run, server, place):
+    (place / "elsewhere").mkdir()
+    (place / ".one.part").symlink_to(place / "elsewhere")
+    assert run("backup", str(place / "one")).exit_code == 0
+    assert not (place / "one").is_symlink()
+    assert not list((place / "elsewhere").iterdir())
+
+
+def test_two_backups_to_one_place_at_once_are_one_and_a_refusal(server, place, monkeypatch):
+    describe = keeping._describe
+
+    def describe_after_another(*arguments):
+        monkeypatch.setattr(keeping, "_describe", describe)
+        keeping.back_up(server.state_dir, place / "one")
+        return describe(*arguments)
+
+    monkeypatch.setattr(keeping, "_describe", describe_after_another)
+    with pytest.raises(StoreError) as refused:
+        keeping.back_up(server.state_dir, place / "one")
+    assert str(place / "one") in str(refused.value)
+    assert [finding.problem for finding in keeping.check_backup(place / "one")] == [None, None]
+    assert not list(place.glob(".one.*"))
+
+
+def test_what_a_killed_backup_left_is_removed_by_the_next(server, place, monkeypatch):
+    monkeypatch.setattr(keeping, "_describe", lambda *_: kill_self())
+    with Child(lambda: keeping.back_up(server.state_dir, place / "one")) as child:
+        assert child.wait() == -signal.SIGKILL
+    monkeypatch.undo()
+    assert list(place.glob(".one.*"))
+    keeping.back_up(server.state_dir, place / "one")
+    assert not list(place.glob(".one.*"))
+
+
+def test_a_backup_goes_where_a_link_leads(run, server, place):
+    (place / "disk").mkdir()
+    (place / "one").symlink_to(place / "disk")
+    assert run("backup", str(place / "one")).exit_code == 0
+    assert document(run("verify", str(place / "one"), "--json"))["whole"] is True
+    assert (place / "disk" / FILE_NAME).exists()
+
+
+@pytest.mark.parametrize("what", [FILE_NAME, "backup.json"])
+def test_a_pipe_in_a_backup_is_not_waited_for(run, server, place, what):
+    run("backup", str(place / "one"))
+    (place / "one" / what).unlink()
+    os.mkfifo(place / "one" / what)
+    found = document(run("verify", str(place / "one"), "--json"), 1)
+    assert "not a file" in str(found["findings"])
+    assert run("restore", str(place / "one"), "--state-dir", str(place / "other"), "--yes").exit_code == 4
 
 
 @pytest.mark.parametrize("harm", ["store", "manifest", "no manifest", "another store"])
@@ -231,7 +287,8 @@ def test_restore_asks_and_is_refused_while_it_is_served(run, server, place, monk
     run("backup", str(place / "one"))
     result = run("restore", str(place / "one"), "--yes")
     assert result.exit_code == 4
-    assert "in use by another server" in result.stderr
+    assert "already served" in result.stderr
+    assert "stop that server first" in result.stderr
     server.stop()
     before = listing(server.state_dir)
     assert run("restore", str(place / "one")).exit_code == 2
@@ -239,6 +296,28 @@ def test_restore_asks_and_is_refused_while_it_is_served(run, server, place, monk
     assert run("restore", str(place / "one"), stdin="n\n").exit_code == 1
     assert listing(server.state_dir) == before
     assert run("restore", str(place / "one"), stdin="y\n").exit_code == 0
+
+
+def test_restore_into_another_directory_of_a_served_name_is_refused(run, server, place):
+    with EliminationManagerServer(state_dir=place / "foreign", durability="process") as foreign:
+        foreign.sync_eliminations_rpc([row("x")])
+    run("backup", str(place / "one"), "--state-dir", str(place / "foreign"))
+    result = run("restore", str(place / "one"), "--state-dir", str(place / "other"), "--yes")
+    assert result.exit_code == 4
+    assert "already served" in result.stderr
+    assert not (place / "other").exists()
+    # The registry knows the state that is served, and not the other.
+    server.kill()
+    with server.start().client() as client:
+        assert len(client) == 4
+
+
+def test_restore_into_the_directory_of_another_name_that_is_served_is_refused(run, server, place):
+    run("backup", str(place / "one"))
+    result = run("restore", str(place / "one"), "--name", "another", "--state-dir", str(server.state_dir), "--yes")
+    SharedNamespace("another").remove()
+    assert result.exit_code == 4
+    assert "in use by another server" in result.stderr
 
 
 def test_restore_where_nothing_is_left(run, server, place):

@@ -105,6 +105,19 @@ class TestWriteWhole:
         assert path.read_bytes() == b"old"
         assert names(path.parent) == [path.name]
 
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "directory"])
+    @pytest.mark.parametrize("linked", [False, True], ids=["", "behind a link"])
+    def test_what_is_not_a_file_is_not_replaced(self, path: Path, make: Any, linked: bool) -> None:
+        place = path.with_name("place")
+        if linked:
+            path.symlink_to(place)
+        make(place if linked else path)
+        before = path.stat()
+        with pytest.raises(DamagedFileError, match="not a file"):
+            durable.write_whole(path, [b"new"])
+        assert os.path.samestat(path.stat(), before)
+        assert names(path.parent) == sorted({path.name, *([place.name] if linked else [])})
+
     def test_leftovers_of_dead_writers_are_removed_and_those_of_the_living_stay(self, path: Path) -> None:
         child = os.fork()
         if child == 0:
@@ -234,6 +247,20 @@ class TestAside:
         assert aside.parent == tmp_path / "elsewhere"
         assert aside.read_text() == "old"
         assert path.is_symlink()
+
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, None], ids=["pipe", "directory", "itself"])
+    def test_of_a_link_to_what_is_not_a_file_the_link_is_moved(
+        self, path: Path, tmp_path: Path, make: Any
+    ) -> None:
+        place = tmp_path / "place"
+        if make is None:
+            path.symlink_to(path)
+        else:
+            make(place)
+            path.symlink_to(place)
+        aside = durable.move_aside(path)
+        assert aside.is_symlink()
+        assert names(tmp_path) == sorted([aside.name, *([] if make is None else [place.name])])
 
     def test_written_one_is_private_and_leaves_no_name_when_it_fails(
         self, path: Path, monkeypatch: pytest.MonkeyPatch

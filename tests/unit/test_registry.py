@@ -50,12 +50,18 @@ def test_what_cannot_be_understood_counts_as_missing_and_says_so(registry, conte
 
 def test_what_cannot_be_used_is_an_error_that_names_it(tmp_path):
     (tmp_path / "directory" / "a.json").mkdir(parents=True)
-    with pytest.raises(StoreError, match=r"directory/a\.json cannot be read"):
+    with pytest.raises(StoreError, match=r"directory/a\.json is a directory"):
         Registry(tmp_path / "directory", "a").recall()
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"file/a\.json cannot be written") as caught:
         Registry(tmp_path / "file", "a").remember(MEMORY)
     assert caught.value.hint
+
+
+def test_a_pipe_in_its_place_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(StoreError, match="is a pipe"):
+        Registry(tmp_path, "a").recall()
 
 
 def test_where_it_is(tmp_path, monkeypatch):

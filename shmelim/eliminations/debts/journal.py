@@ -18,9 +18,8 @@ from typing import Final, NamedTuple, TypeAlias
 import msgspec
 
 from shmelim.eliminations.debts.states import DECLINED, MADE, NOT_MADE, Debt, Slash
-from shmelim.errors import StoreError
 from shmelim.system import clock
-from shmelim.system.durable import sync_directory, writing
+from shmelim.system.durable import read_once, sync_directory, writing
 
 FILE_NAME: Final = "slashes.jsonl"
 BEGUN: Final = "begun"
@@ -115,13 +114,9 @@ class Journal:
 
     def read(self) -> tuple[list[Entry], int]:
         """Return the lines, and how many more there are that cannot be read; StoreError if the file cannot be."""
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
-            return [], 0
-        except OSError as error:
-            raise StoreError(f"the journal of slashes {self.path} cannot be read: {error}") from error
-        *lines, torn = content.split(b"\n")
+        with writing(f"the journal of slashes {self.path} cannot be read", "make it readable for this user"):
+            found = read_once(self.path)
+        *lines, torn = (b"" if found is None else found.data).split(b"\n")
         entries, unreadable = [], 0
         for line in lines:
             try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import islice
@@ -24,7 +25,7 @@ import msgspec
 from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, ELIMINATIONS_KEY, check_hotkey, decode, prepare
 from shmelim.errors import DamagedFileError, StoreError
 from shmelim.system.containers import finite
-from shmelim.system.durable import read_once, write_aside, write_whole, writing
+from shmelim.system.durable import read_once, reading, write_aside, write_whole, writing
 from shmelim.system.text import get_logger
 
 T = TypeVar("T")
@@ -131,9 +132,9 @@ def read_file(path: Path, *, stream: bool = False) -> File | None:
 
 
 def digest_of(path: Path) -> str | None:
-    """Return the SHA-256 of a file in hexadecimal, or None where there is none; any file, and a large one."""
+    """Return the SHA-256 of a file in hexadecimal, or None where there is none; a large one, too."""
     try:
-        with path.open("rb") as file:
+        with reading(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return None
@@ -277,7 +278,8 @@ def _write(
     def summary(identity: tuple[int, ...]) -> Summary:
         return Summary(digest.hexdigest(), bytes(hashes), identity)
 
-    with writing(f"{path} could not be written", hint=f"check that {path.parent} exists and has room"):
+    place = Path(os.path.realpath(path)).parent
+    with writing(f"{path} could not be written", hint=f"check that {place} exists and has room"):
         identity = write_whole(path, digested(), mode=mode, before_rename=lambda it: before_rename(summary(it)))
     return summary(identity)
 

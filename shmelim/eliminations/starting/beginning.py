@@ -203,7 +203,12 @@ def _open(directory: Path | None, durability: Durability) -> tuple[Store | None,
             return None, error
         replacement.put_in_place(directory)
         store = recovery.open_whole(directory, durability)
-    replacement.discard(directory)
+    try:
+        replacement.discard(directory)
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
     return store, None
 
 

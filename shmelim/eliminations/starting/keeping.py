@@ -7,6 +7,7 @@ is whole.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,14 @@ from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import ShmelimError, StoreError
 from shmelim.system import clock
-from shmelim.system.durable import make_private_directory, sync_directory, write_whole, writing
+from shmelim.system.durable import (
+    make_aside,
+    make_private_directory,
+    reading,
+    sync_directory,
+    write_whole,
+    writing,
+)
 from shmelim.system.owner import whose
 
 MANIFEST: Final = "backup.json"
@@ -72,13 +80,13 @@ def back_up(directory: Path, target: Path, on_progress: Progress = lambda *_: No
     Others may change the store meanwhile. StoreError if there is none, `target` is there already and not empty, or
     it cannot be written; then nothing of it is there.
     """
+    target = Path(os.path.realpath(target))
     with Store.read_only(directory) as store:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise StoreError(f"{target} exists already", hint="name a directory that is not there, or is empty")
-        making = target.with_name(f".{target.name}.part")
         with writing(f"the backup {target} cannot be written", hint="name another place"):
-            shutil.rmtree(making, ignore_errors=True)
-            make_private_directory(making)
+            make_private_directory(target.parent)
+            making = make_aside(target, ".part", directory=True)
         try:
             copy = making / FILE_NAME
             store.copy_to(copy, lambda done, total: on_progress("copying", done, total))
@@ -113,7 +121,8 @@ def _describe(store: Store, directory: Path, sha256: str) -> Manifest:
 def read_manifest(backup: Path) -> Manifest:
     """Return what a backup says of itself; StoreError if it is none, or does not."""
     try:
-        return msgspec.json.decode((backup / MANIFEST).read_bytes(), type=Manifest)
+        with reading(backup / MANIFEST) as file:
+            return msgspec.json.decode(file.read(), type=Manifest)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(
             f"{backup} is not a backup: {MANIFEST}: {error.strerror}",

@@ -18,7 +18,7 @@ import msgspec
 import platformdirs
 
 from shmelim.errors import ShmelimError, StoreError
-from shmelim.system.durable import make_private_directory, write_whole, writing
+from shmelim.system.durable import make_private_directory, reading, write_whole, writing
 from shmelim.system.problems import Problems
 from shmelim.system.text import get_logger
 
@@ -55,7 +55,8 @@ class Registry:
         StoreError if this user may not look.
         """
         try:
-            return msgspec.json.decode(self.path.read_bytes(), type=Memory)
+            with reading(self.path) as file:
+                return msgspec.json.decode(file.read(), type=Memory)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from shmelim.eliminations.state.changes import Step
@@ -66,7 +67,8 @@ def build(directory: Path, fill: Callable[[Step], None], *, begin_with: Path | N
             making.replace(directory / _PLACE)
             sync_directory(directory)
     except BaseException:
-        discard(directory)
+        with suppress(StoreError):
+            discard(directory)
         raise
 
 
@@ -93,6 +95,10 @@ def put_in_place(directory: Path, what: str = "damaged") -> Path | None:
 
 
 def discard(directory: Path) -> None:
-    """Remove a replacement, finished or not, that is not needed."""
-    for place in (_PLACE, _MAKING):
-        shutil.rmtree(directory / place, ignore_errors=True)
+    """Remove a replacement, finished or not, that is not needed.
+
+    StoreError if that cannot be: left there, it would take the place of a later state that is damaged.
+    """
+    for place in (directory / _PLACE, directory / _MAKING):
+        with writing(f"{place} cannot be removed", hint="remove it by hand"), suppress(FileNotFoundError):
+            shutil.rmtree(place)

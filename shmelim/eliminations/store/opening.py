@@ -139,6 +139,8 @@ def closed_on_error(db: sqlite3.Connection) -> Iterator[None]:
 
 def connect_read_only(path: Path) -> sqlite3.Connection:
     """Open an existing database for reading, with or without a writer."""
+    if path.exists() and not path.is_file():
+        raise damaged(path, "it is not a file")  # a pipe would be waited for
     location = f"file:{quote(os.fspath(path.absolute()))}?mode=ro"
     try:
         return _read_only(location, path)
