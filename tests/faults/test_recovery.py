@@ -497,6 +497,15 @@ class TestStateDirectory:
         assert "writable" in hint
         assert list(directory.iterdir()) == []
 
+    def test_with_a_link_to_a_store_that_is_not_mounted_is_a_clear_error(self, tmp_path, state_dir, start):
+        state_dir.mkdir()
+        (state_dir / FILE_NAME).symlink_to(tmp_path / "mount" / FILE_NAME)
+        for there in (False, True):
+            if there:
+                (tmp_path / "mount").mkdir()
+            with pytest.raises(StoreError, match="is a link to .*/mount/shmelim.sqlite, which is not there"):
+                start()
+
     def test_that_is_a_file_is_a_clear_error(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(StoreError, match="file"):

@@ -191,6 +191,11 @@ def _open(directory: Path | None, durability: Durability) -> tuple[Store | None,
     """Return the store that is there, read through, or what is wrong with it; neither where there is none."""
     if directory is None:
         return None, None
+    if (path := directory / FILE_NAME).is_symlink() and not path.exists():
+        raise StoreError(
+            f"{path} is a link to {os.path.realpath(path)}, which is not there",
+            hint="mount what it is on; or remove the link, to start without that store",
+        )
     finished = replacement.is_finished(directory)
     try:
         if finished and not (directory / FILE_NAME).exists():
