@@ -114,16 +114,14 @@ def _kept(path: Path, aside: Path, text: str, problems: Problems) -> EventOf:
 
 
 def _report_kept(path: Path, aside: Path, text: str, problems: Problems) -> None:
-    apply = (
-        f"`shmelim sync {aside}` applies it"
-        if path.name == ELIMINATIONS_FILE
-        else f"the next start with `--import {aside}` applies it"
-    )
+    apply = f"the next start with `--import {aside}` adds what it has"
+    if path.name == ELIMINATIONS_FILE:
+        apply += f"; `shmelim sync {aside}` makes the state just that, and takes back what was added since"
     problems.report(
         _NOT_APPLIED,
         f"{text}; it is now {aside}",
         subject=str(aside),
-        remedy=f"{apply}; then, or if nobody needs it, take it away. To edit the files, stop the server first",
+        remedy=f"{apply}. Then, or if nobody needs it, take it away. To edit the files, stop the server first",
     )
 
 
