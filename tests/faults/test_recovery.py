@@ -150,6 +150,20 @@ class TestDamagedStore:
                 start()
             assert listing(state_dir) == before
 
+    @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+    def test_that_the_disk_does_not_give_is_refused_and_left_as_it_is(self, state_dir, start):
+        with start() as server:
+            server.add_elimination_rpc("a", row("a"))
+        store = state_dir / FILE_NAME
+        kept = store.rename(state_dir / "kept")
+        store.symlink_to("/proc/self/mem")  # which has nothing at its beginning: EIO
+        for _ in range(2):
+            with pytest.raises(StoreError, match="cannot be read: Input/output error") as caught:
+                start()
+            assert caught.value.hint == "check the disk"
+        kept.replace(store)
+        assert start().get_history_rpc("a")
+
     def test_of_a_newer_schema_is_refused_and_left_as_it_is(self, state_dir, start):
         with start() as server:
             fill(server)
@@ -503,7 +517,7 @@ class TestStateDirectory:
         for there in (False, True):
             if there:
                 (tmp_path / "mount").mkdir()
-            with pytest.raises(StoreError, match="is a link to .*/mount/shmelim.sqlite, which is not there"):
+            with pytest.raises(StoreError, match=r"is a link to .*/mount/shmelim\.sqlite, which is not there"):
                 start()
 
     def test_that_is_a_file_is_a_clear_error(self, tmp_path):

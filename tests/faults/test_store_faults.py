@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import sqlite3
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.record import encode, generate_row, normalise
+from shmelim.eliminations.store import schema
 from shmelim.eliminations.store.history import Change
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
@@ -246,6 +248,26 @@ class TestFullDisk:
             in_child(work)
         assert path.read_bytes() == old
         assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_new_store_that_cannot_be_made_whole_is_none(tmp_path, monkeypatch):
+    """What stands in its log comes into the file when it is closed, which tells nobody of errors."""
+    install, others = schema.install, []
+
+    def install_and_hold(db, path):
+        install(db, path)
+        other = sqlite3.connect(path)
+        others.append(other)
+        other.execute("SELECT count(*) FROM sqlite_master").fetchone()
+
+    monkeypatch.setattr(schema, "install", install_and_hold)
+    with pytest.raises(StoreError, match="could not be folded"):
+        Store.open(tmp_path)
+    monkeypatch.undo()
+    others.pop().close()
+    assert not (tmp_path / FILE_NAME).exists()
+    with Store.open(tmp_path) as store:
+        store.check()
 
 
 class TestNoPermission:

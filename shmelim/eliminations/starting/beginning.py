@@ -24,7 +24,7 @@ from shmelim.eliminations.starting.registry import Memory
 from shmelim.eliminations.state.changes import Judge, Step, no_judge
 from shmelim.eliminations.state.debt_book import hold_money
 from shmelim.eliminations.store.history import Change as EventOf
-from shmelim.eliminations.store.opening import LOG_SUFFIXES
+from shmelim.eliminations.store.opening import LOG_SUFFIXES, need_readable
 from shmelim.eliminations.store.schema import FILE_NAME, RESTORE_HINT, Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedFileError, DamagedStoreError, FollowerError, StateConflictError, StoreError
@@ -204,6 +204,8 @@ def _open(directory: Path | None, durability: Durability) -> tuple[Store | None,
         replacement.need_finished_recovery(directory)
         store = recovery.open_whole(directory, durability) if (directory / FILE_NAME).exists() else None
     except DamagedStoreError as error:
+        # What takes the place of a store knows neither debts nor history: not for a disk that fails for a while.
+        need_readable(directory / FILE_NAME)
         if not finished:
             return None, error
         replacement.put_in_place(directory)

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shmelim.eliminations.state.changes import Step
-from shmelim.eliminations.store.opening import LOG_SUFFIXES, log_of, remove_log
+from shmelim.eliminations.store.opening import LOG_SUFFIXES, need_folded, remove_log
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedStoreError, StoreError
@@ -62,7 +62,7 @@ def build(directory: Path, fill: Callable[[Step], None], *, begin_with: Path | N
         # Always as durable as can be: it takes the place of a file that is then no longer looked at.
         with Store.open(making, "power") as store, store.transaction():
             fill(Step(store, None))
-        _need_folded(log_of(making / FILE_NAME))
+        need_folded(making / FILE_NAME)
         with writing(f"{making} cannot be renamed"):
             making.replace(directory / _PLACE)
             sync_directory(directory)
@@ -70,11 +70,6 @@ def build(directory: Path, fill: Callable[[Step], None], *, begin_with: Path | N
         with suppress(StoreError):
             discard(directory)
         raise
-
-
-def _need_folded(log: Path) -> None:
-    if log.exists() and log.stat().st_size:
-        raise StoreError(f"{log} could not be folded into its database", hint="make room on that file system")
 
 
 def put_in_place(directory: Path, what: str = "damaged") -> Path | None:

@@ -19,13 +19,14 @@ from urllib.parse import quote
 from shmelim.eliminations.store import schema
 from shmelim.eliminations.store.schema import FILE_NAME, Durability, damaged
 from shmelim.errors import StoreError
-from shmelim.system.durable import sync_directory
+from shmelim.system.durable import reading, sync_directory, writing
 
 LOG_SUFFIXES = ("-wal", "-shm")
 BUSY_TIMEOUT = 5.0  # seconds to wait for another process that holds a transaction open
 
 _SYNCHRONOUS = {"power": "FULL", "process": "NORMAL"}
 _SMALLEST = 512
+_PART = 1 << 20
 # Enough for the state, of which only what is read or written is held: rows are then changed without reading any.
 _CACHE_KIB = 256 * 1024
 _LARGEST_IDLE_WAL = 64 << 20
@@ -64,6 +65,25 @@ def remove_log(path: Path) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
+def need_folded(path: Path) -> None:
+    """Raise StoreError where a closed database is not whole without its log: closing tells nobody."""
+    log = log_of(path)
+    if log.exists() and log.stat().st_size:
+        raise StoreError(f"{log} could not be folded into its database", hint="make room on that file system")
+
+
+def need_readable(path: Path) -> None:
+    """Raise StoreError where the disk does not give what is in a database, which SQLite calls damaged."""
+    for file in (path, log_of(path)):
+        if file.is_file():
+            with (
+                writing(f"{file} cannot be read", hint="make it readable for this user"),
+                reading(file) as content,
+            ):
+                while content.read(_PART):
+                    pass
+
+
 def store_bytes(directory: Path) -> int:
     """Return what the store takes on disk, its write-ahead log included; waits for no commit."""
     size = 0
@@ -99,6 +119,7 @@ def _make_file_alone(path: Path) -> None:
     try:
         with closing(connect(temporary, "power")) as db:
             schema.install(db, temporary)
+        need_folded(temporary)
         path.hardlink_to(temporary)
     finally:
         temporary.unlink(missing_ok=True)
