@@ -60,11 +60,14 @@ class Lease:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     def keep(self) -> bool:
-        """Put the file back if it was removed; False where another process has the one that stands there."""
-        if self._descriptor is None or self._is_named(self._descriptor):
-            return True
+        """Put the file back if it was removed; False where another process has the one that stands there.
+
+        Where that cannot be seen, as the directory is gone or may not be entered, nobody is known to have it.
+        """
         before = self._descriptor
         try:
+            if before is None or self._is_named(before):
+                return True
             self._take_file()
         except OSError as error:
             return not isinstance(error, BlockingIOError)

@@ -303,10 +303,13 @@ def test_of_a_link_to_what_is_not_a_file_only_the_link_gives_way(state_dir, star
     server = start()
     server.save_eliminations_rpc()
     assert server.get_eliminated_hotkeys_rpc() == {"a"}
+    if serving and make is not None:
+        # The link is what was set aside, wherever it leads by then.
+        place.unlink() if make is os.mkfifo else place.rmdir()
     # One that leads to itself keeps the files behind while it is served.
     assert problems(server) == ["file_not_applied" if serving and make is not None else "file_damaged"]
     assert state_in_files(state_dir) == state_in_table(server.reader).without_registered()
-    assert make is None or not place.is_file()
+    assert not place.is_file()
 
 
 class TestWithoutFilesAndWithThemAgain:

@@ -3,12 +3,16 @@
 import errno
 import fcntl
 import os
+import time
 
 import pytest
+from serving import row
 from waiting import until
 
 from shmelim import EliminationManagerServer
+from shmelim.eliminations.server import BEAT_INTERVAL
 from shmelim.errors import AlreadyServingError, StoreError
+from shmelim.shm import SharedNamespace
 from shmelim.system.locks import Lease
 
 
@@ -90,6 +94,25 @@ def test_a_lock_that_another_process_has_is_a_named_problem_until_it_is_given_ba
                 lambda: [one["name"] for one in server.health_check_rpc()["problems"]] == ["state_dir_contested"]
             )
         until(lambda: server.health_check_rpc()["problems"] == [])
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a file", "a circle"])
+def test_a_state_directory_that_is_gone_is_no_end_of_the_heartbeat(table_name, tmp_path, instead):
+    directory = tmp_path / "state"
+    namespace = SharedNamespace(table_name)
+    with EliminationManagerServer(namespace, directory, durability="process", files="off") as server:
+        directory.rename(tmp_path / "moved")
+        if instead == "a file":
+            directory.touch()
+        elif instead == "a circle":
+            directory.symlink_to(directory)
+        gone = time.monotonic()
+        until(lambda: time.monotonic() - server.reader.writer.heartbeat_age > gone + 3 * BEAT_INTERVAL)
+        assert [one["name"] for one in server.health_check_rpc()["problems"]] == ["debts_unreadable"]
+        if instead != "nothing":
+            directory.unlink()
+        (tmp_path / "moved").rename(directory)
+        server.add_elimination_rpc("a", row("a"))
 
 
 def test_a_file_system_without_locks_is_not_a_directory_in_use(tmp_path, monkeypatch):

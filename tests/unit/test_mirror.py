@@ -11,7 +11,7 @@ from waiting import PATIENCE, until
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files import mirror, taking
-from shmelim.errors import StoreError
+from shmelim.errors import SegmentError, StoreError
 
 
 @pytest.fixture
@@ -78,6 +78,27 @@ def fill(server):
     server.add_elimination_rpc("a", row("a"))
     server.add_elimination_rpc("b", row("b"))
     server.update_metagraph_rpc(["m1", "m2"])
+
+
+def test_a_table_that_cannot_be_read_for_a_while_leaves_the_files_behind_and_is_named(
+    lagged, state_dir, monkeypatch
+):
+    monkeypatch.setattr(mirror, "_RETRY", 0.01)
+    refused = []
+
+    class Unreadable:
+        @property
+        def version(self):
+            refused.append(True)
+            raise SegmentError("Too many open files")
+
+    table = lagged._mirror._table
+    lagged._mirror._table = Unreadable()
+    lagged.add_elimination_rpc("a", row("a"))
+    until(lambda: [one["name"] for one in lagged.health_check_rpc()["problems"]] == ["files_behind"])
+    lagged._mirror._table = table
+    until(lambda: in_file(state_dir) == ["a"])
+    until(lambda: lagged.health_check_rpc()["problems"] == [])
 
 
 class TestCurrent:

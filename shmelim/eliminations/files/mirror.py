@@ -27,7 +27,7 @@ from shmelim.eliminations.files.taking import KNOWN, meaning_of, set_aside
 from shmelim.eliminations.rows import PREFIX, Status, departed_in
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.state.thread import State
-from shmelim.errors import DamagedFileError, StoreError
+from shmelim.errors import DamagedFileError, ShmelimError, StoreError
 from shmelim.shm import Entry, TableReader
 from shmelim.system.durable import identity_of
 from shmelim.system.logs import LimitedLog
@@ -138,9 +138,15 @@ class FileMirror:
 
     def _run(self) -> None:
         while not self._ending.wait(_COALESCE):
-            if self._table.version != self._shown and time.monotonic() >= self._not_before:
+            if self._is_behind() and time.monotonic() >= self._not_before:
                 with self._writing:
                     self._write()
+
+    def _is_behind(self) -> bool:
+        try:
+            return self._table.version != self._shown
+        except ShmelimError:
+            return True  # the write names what keeps the table from being read
 
     def _write(self, *, look: bool = False) -> StoreError | None:
         """Write what is behind; returns why that is not possible, which is a named problem too."""

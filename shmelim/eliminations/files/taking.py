@@ -137,8 +137,18 @@ def name_kept(directory: Path, problems: Problems) -> None:
 def clear_gone(problems: Problems) -> None:
     """Clear the problems of files that were set aside and that somebody took away."""
     for problem in problems.standing():
-        if problem.name in (_DAMAGED, _NOT_APPLIED) and not Path(problem.subject).exists():
+        if problem.name in (_DAMAGED, _NOT_APPLIED) and _is_gone(Path(problem.subject)):
             problems.clear(problem.name, problem.subject)
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False  # nobody can see whether it is
+    return False
 
 
 def read_state(step: Step, directory: Path) -> None:
