@@ -28,6 +28,7 @@ from shmelim.channel.address import normalize
 from shmelim.errors import (
     AddressError,
     AlreadyServingError,
+    DamagedFileError,
     FollowerError,
     KeyFileError,
     NotServingError,
@@ -39,7 +40,7 @@ from shmelim.errors import (
 from shmelim.shm import SharedNamespace, TableReader, check_name
 from shmelim.shm.following import followed_by
 from shmelim.shm.place import place_of
-from shmelim.system.durable import make_private_directory, write_whole, writing
+from shmelim.system.durable import make_private_directory, reading, write_whole, writing
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog
 from shmelim.system.owner import means_another, named_owner, whose
@@ -149,13 +150,14 @@ class RuntimeDirectory:
         """
         need_own(self.name)
         try:
-            return msgspec.json.decode(self._info.read_bytes(), type=ServerInfo)
+            with reading(self._info) as file:
+                return msgspec.json.decode(file.read(), type=ServerInfo)
         except PermissionError as error:
             raise KeyFileError(
                 f"cannot look for the server of the name {self.name!r}: {error.strerror}; {whose(self._info)}",
                 hint="run as the server's user",
             ) from None
-        except (OSError, msgspec.DecodeError):
+        except (OSError, DamagedFileError, msgspec.DecodeError):
             raise self._not_found() from None
 
     def _not_found(self) -> NotServingError:

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Final
 
+from shmelim.errors import DamagedFileError
 from shmelim.system import forks
+from shmelim.system.durable import reading
 
 _PID_SIZE: Final = 20  # bytes
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -77,9 +79,9 @@ class Lease:
     def holder(self) -> int | None:
         """Return the id of the process that took the lock last; None if the file does not say."""
         try:
-            with self.path.open("rb") as file:
+            with reading(self.path) as file:
                 return int(file.read(_PID_SIZE))
-        except (OSError, ValueError):
+        except (OSError, ValueError, DamagedFileError):
             return None
 
     def release(self) -> None:

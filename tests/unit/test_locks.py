@@ -44,6 +44,16 @@ def test_a_removed_file_is_put_back_and_names_its_holder(path):
     lease.release()
 
 
+def test_a_pipe_in_its_place_is_not_waited_for(path):
+    os.mkfifo(path)
+    lease = Lease(path)
+    lease.acquire()
+    with pytest.raises(BlockingIOError):
+        Lease(path).acquire()
+    assert Lease(path).holder() is None
+    lease.release()
+
+
 def test_a_file_that_somebody_else_has_locked_is_noticed(path):
     lease = Lease(path)
     lease.acquire()

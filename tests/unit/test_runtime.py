@@ -85,6 +85,13 @@ class TestAnnouncement:
         with pytest.raises(NotServingError, match="'name'"):
             runtime.server()
 
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "directory"])
+    def test_something_else_in_its_place_counts_as_none_and_is_not_waited_for(self, tmp_path, make):
+        runtime = RuntimeDirectory("name", tmp_path).create()
+        make(runtime.path / "server.json")
+        with pytest.raises(NotServingError, match="'name'"):
+            runtime.server()
+
     def test_that_is_missing_names_the_command(self, tmp_path):
         with pytest.raises(NotServingError) as caught:
             RuntimeDirectory("name", tmp_path).server()
