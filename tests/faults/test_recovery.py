@@ -254,15 +254,55 @@ class TestDamagedFiles:
 class TestBadRows:
     def test_are_set_aside_by_name_and_the_rest_loads(self, state_dir, start, caplog):
         state_dir.mkdir()
-        bad = [{"hotkey": "odd-reason", "reason": 5}, 17, {"reason": "ZOMBIE"}]
+        bad = [17, {"reason": "ZOMBIE"}]
         content = {"eliminations": [row("a"), *bad, row("b")]}
         (state_dir / "eliminations.json").write_text(json.dumps(content))
         server = start()
         assert server.get_eliminations_from_memory_rpc() == [row("a"), row("b")]
         (quarantine,) = state_dir.glob("eliminations.json.quarantine-*")
         assert [entry["row"] for entry in json.loads(quarantine.read_text())["rows"]] == bad
-        assert "odd-reason" in caplog.text
+        assert "row 2: the elimination record lacks" in caplog.text
         assert quarantine.name in caplog.text
+
+    @pytest.mark.parametrize("value", [10**30, 10**5000, "x" * (2 << 20)], ids=["large", "5,000 digits", "1 MiB"])
+    @pytest.mark.parametrize("named", [False, True], ids=["list", "by hotkey"])
+    @pytest.mark.parametrize("imported", [False, True], ids=["in the state directory", "imported"])
+    def test_cost_no_elimination_for_the_sake_of_another_field(
+        self, tmp_path, state_dir, start, value, named, imported
+    ):
+        before = sys.get_int_max_str_digits()
+        sys.set_int_max_str_digits(0)
+        rows = [row("a"), row("b") | {"odd": value}, {"reason": "ZOMBIE", "odd": value}]
+        text = json.dumps({one.get("hotkey", ""): one for one in rows} if named else {"eliminations": rows})
+        sys.set_int_max_str_digits(before)
+        if named:
+            text = f'{{"eliminations": {text}}}'
+        state_dir.mkdir()
+        place = tmp_path / "import.json" if imported else state_dir / "eliminations.json"
+        place.write_text(text)
+        server = start(*([place] if imported else []))
+        found = server.get_eliminations_dict_rpc()
+        assert list(found) == ["a", "b"]
+        assert {key: found["b"][key] for key in row("b")} == row("b")
+        # What stood there is kept.
+        (quarantine,) = place.parent.glob(f"{place.name}.quarantine-*")
+        assert len(json.loads(quarantine.read_text())["rows"]) == 2
+
+    def test_of_a_hotkey_that_the_store_knows_leave_it_as_it_is(self, state_dir, start):
+        with start() as server:
+            server.sync_eliminations_rpc([row("a", 5), row("b", 5)])
+        path = state_dir / "eliminations.json"
+        path.write_text(json.dumps({"eliminations": [row("a", 6) | {"odd": 10**30}, row("b", 6)]}))
+        assert start().get_eliminations_dict_rpc() == {"a": row("a", 5), "b": row("b", 6)}
+
+    @pytest.mark.parametrize("hotkey", ["\ud800", "", "x" * 256, 5, None, ["a"]], ids=ascii)
+    def test_whose_hotkey_is_none_stop_no_start(self, state_dir, start, hotkey):
+        with start() as server:
+            server.sync_eliminations_rpc([row("a"), row("b")])
+        path = state_dir / "eliminations.json"
+        path.write_text(json.dumps({"eliminations": [row("a"), {"hotkey": hotkey}]}))
+        assert start().get_eliminated_hotkeys_rpc() == {"a"}
+        assert list(state_dir.glob("eliminations.json.quarantine-*"))
 
     def test_do_not_remove_what_the_store_knows_of_their_hotkeys(self, state_dir, start):
         with start() as server:

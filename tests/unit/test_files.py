@@ -139,7 +139,10 @@ class TestReadEliminations:
     def test_bad_rows_are_set_aside(self, path, bad, problem):
         path.write_text(json.dumps({"eliminations": [record("a"), bad, record("b")]}))
         read = files.read_eliminations(path)
-        assert list(read.taken) == ["a", "b"]
+        # Of one that names a hotkey what can be stored is taken all the same.
+        salvaged = ["x"] if isinstance(bad, dict) and bad.get("hotkey") == "x" else []
+        assert list(read.taken) == ["a", *salvaged, "b"]
+        assert read.salvaged == set(salvaged)
         (found,) = read.bad
         assert (found.index, found.row) == (1, bad)
         with pytest.raises(ValueError, match=problem):
@@ -223,7 +226,7 @@ class TestDeparted:
     @pytest.mark.parametrize("info", [None, {}, {"detected_ms": None}, {"x": 1}])
     def test_a_time_that_is_missing_reads_as_zero(self, path, info, caplog):
         path.write_text(json.dumps({"departed_hotkeys": {"a": {"detected_ms": 5.0, "x": 1}, "b": info}}))
-        assert files.read_departed(path) == ({"a": 5, "b": 0}, [])
+        assert files.read_departed(path) == ({"a": 5, "b": 0}, [], set())
         assert caplog.text == ""
 
     @pytest.mark.parametrize(
@@ -232,7 +235,7 @@ class TestDeparted:
     )  # fmt: skip
     def test_so_does_one_that_is_no_time_with_a_warning(self, path, info, caplog):
         path.write_text(json.dumps({"departed_hotkeys": {"a": {"detected_ms": 5.0, "x": 1}, "b": info}}))
-        assert files.read_departed(path) == ({"a": 5, "b": 0}, [])
+        assert files.read_departed(path) == ({"a": 5, "b": 0}, [], set())
         assert "no valid 'detected_ms', which reads as 0: b" in caplog.text
 
     @pytest.mark.parametrize("hotkey", ["", "x" * 256, "\ud800", None, 5, ["a"], {}])
@@ -269,7 +272,7 @@ def test_a_file_of_which_not_one_row_can_be_taken_is_damaged(path, read, content
 )
 def test_a_list_that_somebody_emptied_is_empty(path, read, content):
     path.write_text(content)
-    assert read(path) == ({}, [])
+    assert read(path) == ({}, [], set())
 
 
 def test_a_number_of_more_digits_than_python_reads_is_its_rows_fault_alone(path):
@@ -277,7 +280,8 @@ def test_a_number_of_more_digits_than_python_reads_is_its_rows_fault_alone(path)
     rows = [json.dumps(record("a")), json.dumps(record("b")).replace("0.5", digits)]
     path.write_text('{"eliminations": [' + ", ".join(rows) + "]}")
     read = files.read_eliminations(path)
-    assert list(read.taken) == ["a"]
+    assert list(read.taken) == ["a", "b"]
+    assert decode(read.taken["b"]) == record("b") | {"dd": None}
     (bad,) = read.bad
     assert bad.index == 1
     assert "has no JSON form" in bad.problem

@@ -44,6 +44,7 @@ def test_a_damaged_file_is_refused_and_changes_nothing(of_files, files):
     with pytest.raises(DamagedFileError):
         manager.reload_from_disk()
     assert list(manager.eliminations) == ["a"]
+    assert manager._server_proxy.health_check_rpc()["problems"] == []  # no commit failed
     with pytest.raises(DamagedFileError):
         of_files()
     assert sorted(path.name for path in files.iterdir()) == ["departed_hotkeys.json", "eliminations.json"]

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -22,8 +23,17 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, ELIMINATIONS_KEY, check_hotkey, decode, prepare
+from shmelim.eliminations.record import (
+    DEPARTED_HOTKEYS_KEY,
+    ELIMINATIONS_KEY,
+    check_hotkey,
+    decode,
+    encode,
+    prepare,
+)
+from shmelim.eliminations.salvage import salvage
 from shmelim.errors import DamagedFileError, StoreError
+from shmelim.system import clock
 from shmelim.system.containers import finite
 from shmelim.system.durable import read_once, reading, write_aside, write_whole, writing
 from shmelim.system.text import get_logger
@@ -116,10 +126,15 @@ class BadRow(msgspec.Struct, frozen=True):
 
 
 class Content(NamedTuple, Generic[T]):
-    """What a file holds: a msgpack record, or ``detected_ms``, of each hotkey in order, and the rows left out."""
+    """What a file holds: a msgpack record, or ``detected_ms``, of each hotkey in order, and the rows left out.
+
+    ``salvaged`` are the hotkeys of those of them of which what can be stored is taken all the same: no elimination
+    is lost for a side field.
+    """
 
     taken: dict[str, T]
     bad: list[BadRow]
+    salvaged: set[str]
 
 
 def read_file(path: Path, *, stream: bool = False) -> File | None:
@@ -211,7 +226,7 @@ def eliminations_in(file: File) -> Content[bytes]:
     hotkey the last counts, at the place of the first. DamagedFileError if the file is empty, not UTF-8, not JSON,
     not of that shape, or has rows of which none can be taken: that is no list that somebody emptied.
     """
-    return _parse(file, ELIMINATIONS_KEY, lambda name, row: prepare(row, name))
+    return _parse(file, ELIMINATIONS_KEY, lambda name, row: prepare(row, name), _salvage)
 
 
 def departures_in(file: File) -> Content[int]:
@@ -236,10 +251,11 @@ def quarantine(path: Path, bad_rows: list[BadRow], beside: Path | None = None) -
     if not bad_rows:
         return None
     rows = [finite({"index": bad.index, "row": bad.row, "problem": bad.problem}) for bad in bad_rows]
-    text = json.dumps({"file": str(path), "rows": rows}, indent=1, default=repr)
+    content = json.dumps({"file": str(path), "rows": rows}, indent=1, default=repr)
     with writing(f"the bad rows of {path} could not be set aside", hint=f"check that {path.parent} exists"):
-        target = write_aside(beside or path, "quarantine", text.encode("ascii"), ".json")
-    _log.warning("%d rows of %s cannot be taken and are set aside in %s:", len(bad_rows), path, target)
+        target = write_aside(beside or path, "quarantine", content.encode("ascii"), ".json")
+    text = "%d rows of %s cannot be taken, or not whole, and are set aside in %s:"
+    _log.warning(text, len(bad_rows), path, target)
     for bad in bad_rows[:_SHOWN]:
         _log.warning("  row %d: %s", bad.index, bad.problem)
     return target
@@ -284,20 +300,33 @@ def _write(
     return summary(identity)
 
 
-def _parse(file: File, key: str, take: Callable[[str | None, Any], tuple[str, T]]) -> Content[T]:
-    """Parse a file, each row of which ``take(name, row)`` takes; the name is None where the rows are a list."""
+def _parse(
+    file: File,
+    key: str,
+    take: Callable[[str | None, Any], tuple[str, T]],
+    keep: Callable[[str | None, Any], tuple[str, T]] | None = None,
+) -> Content[T]:
+    """Parse a file, each row of which ``take(name, row)`` takes; the name is None where the rows are a list.
+
+    ``keep(name, row)`` is what is kept of one that it refuses.
+    """
     content = file.content
     rows = content.get(key) if isinstance(content, dict) else content
     if not isinstance(rows, (dict, list)):
         text = f"{file.path} is damaged: it holds neither {{{key!r}: …}} nor a list, but {str(content)[:60]!r}"
         raise DamagedFileError(text, hint=_HINT)
-    found = Content[T]({}, [])
+    found = Content[T]({}, [], set())
     named = rows.items() if isinstance(rows, dict) else ((None, row) for row in rows)
     for index, (name, row) in enumerate(named):
         try:
             hotkey, taken = take(name, row)
         except (ValueError, TypeError) as error:
             found.bad.append(BadRow(index, row, str(error)))
+            if keep is not None:
+                with suppress(ValueError, TypeError):
+                    hotkey, taken = keep(name, row)
+                    found.taken[hotkey] = taken
+                    found.salvaged.add(hotkey)
         else:
             found.taken[hotkey] = taken
     if found.bad and not found.taken:
@@ -305,6 +334,14 @@ def _parse(file: File, key: str, take: Callable[[str | None, Any], tuple[str, T]
         text = f"{file.path} is damaged: none of its {len(found.bad)} rows can be taken; row {first.index}:"
         raise DamagedFileError(f"{text} {first.problem}", hint=_HINT)
     return found
+
+
+def _salvage(name: str | None, row: Any) -> tuple[str, bytes]:
+    """Return the hotkey of a row, and what can be stored of the rest; ValueError or TypeError if it names none."""
+    if name is not None and isinstance(row, dict) and row.setdefault("hotkey", name) != name:
+        raise ValueError(f"the row of {name!r} names another hotkey")
+    record, _ = salvage(row, clock.now_ms())
+    return record["hotkey"], encode(record)
 
 
 def _departure(name: str | None, row: Any, unusable: list[str]) -> tuple[str, int]:

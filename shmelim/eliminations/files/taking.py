@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from shmelim.eliminations.files.format import (
     DEPARTED_FILE,
     ELIMINATIONS_FILE,
     BadRow,
+    Content,
     File,
     departures_in,
     elimination_row,
@@ -27,6 +28,7 @@ from shmelim.eliminations.files.format import (
 )
 from shmelim.eliminations.files.meaning import Meaning, Owner, Taken, decide
 from shmelim.eliminations.files.sidecar import Sidecars, read_sidecars
+from shmelim.eliminations.record import check_hotkey
 from shmelim.eliminations.state.changes import Judge, Step, no_judge, record_departures, replace_all
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.store import Store
@@ -34,6 +36,8 @@ from shmelim.errors import DamagedFileError, GuardedChangeError
 from shmelim.system.durable import kept_of, move_aside, write_aside
 from shmelim.system.problems import Problems
 from shmelim.system.text import get_logger
+
+T = TypeVar("T")
 
 NAMES: Final = (ELIMINATIONS_FILE, DEPARTED_FILE)
 
@@ -156,7 +160,7 @@ def read_state(step: Step, directory: Path) -> None:
     file = read_file(directory / ELIMINATIONS_FILE)
     if file is not None:
         listed = eliminations_in(file)
-        replace_all(step, listed.taken, f"file {file.path.name}", _named_in(listed.bad))
+        replace_all(step, news_of(step.store, listed), f"file {file.path.name}", _named_in(listed.bad))
         quarantine(file.path, listed.bad)
     file = read_file(directory / DEPARTED_FILE)
     if file is not None:
@@ -189,7 +193,7 @@ def _take(step: Step, file: File, sidecars: Sidecars, problems: Problems, *, fre
     name = file.path.name
     base = {} if fresh or sidecars.base is None else hashes_in(sidecars.base.rows)
     found = _parse(file)
-    edit = _Edit(found.taken, _named_in(found.bad), base)
+    edit = _Edit(news_of(step.store, found), _named_in(found.bad), base)
     if name == ELIMINATIONS_FILE:
         overtaken = _apply_eliminations(step, name, edit, judge)
     else:
@@ -205,8 +209,14 @@ def _take(step: Step, file: File, sidecars: Sidecars, problems: Problems, *, fre
         step.record([_kept(file.path, aside, f"{text} ({', '.join(overtaken[:3])}, …)", problems)])
 
 
+def news_of(store: Store, content: Content[T]) -> dict[str, T]:
+    """Return what is taken of a file: of a row that could not be taken whole, nothing if its hotkey is known."""
+    known = {hotkey for hotkey, row in store.get_many(content.salvaged).items() if row.record is not None}
+    return {hotkey: taken for hotkey, taken in content.taken.items() if hotkey not in known}
+
+
 class _Edit(NamedTuple):
-    """What a file says: what could be taken, whose rows could not, and the hashes of what it was made from."""
+    """What a file says: what is taken, whose rows could not be, and the hashes of what it was made from."""
 
     taken: dict[str, Any]
     unsure: list[str]
@@ -249,5 +259,12 @@ def _row_hash(record: bytes | None) -> bytes | None:
 
 def _named_in(bad: Iterable[BadRow]) -> list[str]:
     """Return the hotkeys of rows that cannot be taken: such a row says nothing against what is known of them."""
-    named = [row.row.get("hotkey") for row in bad if isinstance(row.row, dict)]
-    return [hotkey for hotkey in named if isinstance(hotkey, str)]
+    return [row.row["hotkey"] for row in bad if isinstance(row.row, dict) and _is_hotkey(row.row.get("hotkey"))]
+
+
+def _is_hotkey(value: Any) -> bool:
+    try:
+        check_hotkey(value)
+    except (ValueError, TypeError):
+        return False
+    return True

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shmelim.eliminations.files.format import BadRow, File, departures_in, eliminations_in, quarantine, read_file
+from shmelim.eliminations.files.taking import news_of
 from shmelim.eliminations.state.changes import Step, merge, record_departures
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import StoreError
@@ -88,7 +89,7 @@ def _import(step: Step, file: File) -> tuple[int, int]:
     if file.names_departed():
         return _import_departed(step, file, f"import of {file.path}")
     found = eliminations_in(file)
-    merge(step, found.taken, f"import of {file.path}")
+    merge(step, news_of(step.store, found), f"import of {file.path}")
     _set_aside(step, file, found.bad)
     return len(found.taken), len(found.bad)
 

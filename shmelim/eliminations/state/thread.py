@@ -38,7 +38,7 @@ from shmelim.eliminations.rows import ORIGIN_KEY, Row, Status, decode_hotkeys, e
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.store.history import Event, Origin
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import ChangesUnknownError, SegmentFullError, ShmelimError, StoreError
+from shmelim.errors import ChangesUnknownError, DamagedFileError, SegmentFullError, ShmelimError, StoreError
 from shmelim.shm import KEYS, Namespace, TableReader, TableWriter, Transaction
 from shmelim.system.problems import Problems
 
@@ -410,7 +410,7 @@ class State:
         if isinstance(error, SegmentFullError):
             self._raised.add(_MEMORY_FULL)
             self._problems.report(_MEMORY_FULL, f"a change was refused: {error.message}", remedy=error.hint)
-        elif isinstance(error, StoreError):
+        elif isinstance(error, StoreError) and not isinstance(error, DamagedFileError):
             # Not "failing", which a service answers with a restart: that makes no room on a disk, and the start
             # with a damaged store makes a new one without its debts and slashes, which is a person's decision.
             last = "there was none since the start"
