@@ -36,8 +36,8 @@ def place(monkeypatch):
 
 
 @pytest.fixture
-def server(serve, place):
-    """A server with eliminations, a departure, a debt and a slash."""
+def server(place, serve):
+    """A server with eliminations, a departure, a debt and a slash; it ends before its place is removed."""
     served = serve(runtime_base=place / "shmelim", durability="process")
     with served.client() as client:
         client.sync_eliminations([row("a"), row("b")])
@@ -312,10 +312,11 @@ def test_restore_into_another_directory_of_a_served_name_is_refused(run, server,
         assert len(client) == 4
 
 
-def test_restore_into_the_directory_of_another_name_that_is_served_is_refused(run, server, place):
+def test_restore_into_the_directory_of_another_name_that_is_served_is_refused(run, server, place, new_name):
     run("backup", str(place / "one"))
-    result = run("restore", str(place / "one"), "--name", "another", "--state-dir", str(server.state_dir), "--yes")
-    SharedNamespace("another").remove()
+    result = run(
+        "restore", str(place / "one"), "--name", new_name(), "--state-dir", str(server.state_dir), "--yes"
+    )
     assert result.exit_code == 4
     assert "in use by another server" in result.stderr
 
