@@ -13,7 +13,7 @@ from serving import row
 
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.moments import Moment
-from shmelim.eliminations.store import history
+from shmelim.eliminations.store import store as stores
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.errors import ChangesUnknownError
 
@@ -67,7 +67,7 @@ def states_after(server, listed):
 @given(st.lists(change, max_size=15))
 def test_every_state_is_known_after_its_event_and_can_be_had_again(many, listed):
     with pytest.MonkeyPatch.context() as patch, EliminationManagerServer() as server:
-        patch.setattr(history, "_MANY", many)
+        patch.setattr(stores, "MANY", many)
         states = states_after(server, listed)
         for event, state in states.items():
             assert server.as_of_rpc(event) == state
@@ -83,7 +83,7 @@ def test_every_state_is_known_after_its_event_and_can_be_had_again(many, listed)
 @given(st.lists(change, min_size=1, max_size=12), st.lists(change, max_size=4), st.data())
 def test_what_came_before_is_forgotten_and_nothing_else(many, listed, later, data):
     with pytest.MonkeyPatch.context() as patch, EliminationManagerServer() as server:
-        patch.setattr(history, "_MANY", many)
+        patch.setattr(stores, "MANY", many)
         states = states_after(server, listed)
         at = data.draw(st.integers(0, last_event(server)))
         kept = [event for event in server.get_history_rpc(limit=None) if event["id"] > at]
@@ -111,7 +111,7 @@ def test_what_came_before_is_forgotten_and_nothing_else(many, listed, later, dat
 
 def test_a_time_before_what_was_forgotten_is_an_error(monkeypatch):
     now = [1_700_000_000_000]
-    monkeypatch.setattr("shmelim.eliminations.store.history.time.time_ns", lambda: now[0] * 1_000_000)
+    monkeypatch.setattr("shmelim.eliminations.store.store.time.time_ns", lambda: now[0] * 1_000_000)
     with EliminationManagerServer() as server:
         for name in "abc":
             server.add_elimination_rpc(name, row(name))
@@ -157,7 +157,7 @@ def test_events_are_still_not_deleted_otherwise(tmp_path):
 
 def test_a_time_is_answered_by_the_last_event_before_it(monkeypatch):
     now = [1_700_000_000_000]
-    monkeypatch.setattr("shmelim.eliminations.store.history.time.time_ns", lambda: now[0] * 1_000_000)
+    monkeypatch.setattr("shmelim.eliminations.store.store.time.time_ns", lambda: now[0] * 1_000_000)
     with EliminationManagerServer() as server:
         server.add_elimination_rpc("a", row("a"))
         now[0] += 1000

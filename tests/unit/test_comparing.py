@@ -15,7 +15,7 @@ from shmelim.eliminations import comparing
 from shmelim.eliminations.comparing import Comparison
 from shmelim.eliminations.record import check_record, decode, encode, prepare
 from shmelim.eliminations.state import changes, thread
-from shmelim.eliminations.store import history
+from shmelim.eliminations.store import store as stores
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ class TestOvertaken:
     @pytest.mark.parametrize("many", [0, 64])
     def test_what_a_client_found_by_anything(self, server, monkeypatch, remembered, many):
         monkeypatch.setattr(thread, "_VERSIONS", remembered)
-        monkeypatch.setattr(history, "_MANY", many)
+        monkeypatch.setattr(stores, "MANY", many)
         chosen, unknown = random.Random(6), 0
         hotkeys = [f"h{n}" for n in range(8)]
 
