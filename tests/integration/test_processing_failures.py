@@ -286,11 +286,12 @@ def closed(managed: Managed, hotkey: str) -> list[bool]:
 def test_a_position_whose_lock_is_never_released_keeps_no_other_of_that_miner_open(
     new_name: Callable[[], str], tmp_path: Path, call: str, held: Sequence[str]
 ) -> None:
-    with Managed("rpc", new_name(), tmp_path, call_deadline_s=1.0) as managed:
+    with Managed("rpc", new_name(), tmp_path, call_deadline_s=4.0) as managed:
         validator = managed.validator
         validator.register("a")
         for pair in PAIRS:
             validator.open_position("a", pair)
+        # What comes after two that hang has a sixteenth of the deadline.
         locks = [validator.locks.get_lock("a", pair) for pair in held]
         for lock in locks:
             lock.acquire()
