@@ -188,7 +188,9 @@ def test_a_bad_row_is_set_aside_with_a_warning(name, home):
     with serving(name, home, "--import", file) as server:
         assert "warning: " in server.said()
         assert "'reason'" in server.said()
-        assert EliminationReader(name).get_eliminated_hotkeys() == {A}
+        reader = EliminationReader(name)
+        assert reader.get_eliminated_hotkeys() == {A, B}, "no elimination is lost for a side field"
+        assert reader.get_elimination(B)["reason"] == "UNKNOWN"
         assert list(home.glob("*quarantine*"))
 
 

@@ -65,7 +65,8 @@ USES = {
     "slash list": ["--json"], "ack": [], "missing": ["--json"], "returned": [A, "--yes"], "history": [],
     "watch": ["--since", "{version}", "--count", "1"], "readers": ["--interval", "0", "--json"],
     "top": ["--interval", "0.1", "--json"], "names": [], "diff": ["1"], "rollback": ["--to", "1", "--dry-run"],
-    "backup": ["new-{kind}"], "verify": [], "restore": ["backup", "--state-dir", "other", "--yes"],
+    "backup": ["new-{kind}"], "verify": [],
+    "restore": ["backup", "--name", "nobody-has-it", "--state-dir", "other", "--yes"],
     "forget": ["--name", "nobody-has-it", "--yes"], "export": ["-"],
 }  # fmt: skip
 
