@@ -64,9 +64,8 @@ def check_files(files: str, mode: int) -> None:
 class FileMirror:
     """Writes the two files behind the published state.
 
-    ``published`` is set by whoever publishes. One writes at a time, under ``_writing``, which guards all that is
-    not the thread's own. With ``plain`` the files are for other managers to write as well: nothing is kept beside
-    them, and nobody's work is moved aside.
+    One writes at a time, under ``_writing``, which guards what is known of the files. With ``plain`` the files
+    are for other managers to write as well: nothing is kept beside them, and nobody's work is moved aside.
     """
 
     def __init__(

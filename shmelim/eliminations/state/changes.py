@@ -1,7 +1,7 @@
 """The changes that can be made to the state: functions of a step of a transaction on the store, with their events.
 
-What they are given is checked before (bad input never reaches a transaction). The state's thread runs them, and
-publishes the rows that the store then says were written.
+What they are given is checked before (bad input never reaches a transaction). Turns of the state run them, and
+publish the rows that the store then says were written.
 """
 
 from __future__ import annotations

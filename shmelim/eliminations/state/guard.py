@@ -54,7 +54,7 @@ class Guard:
     mode: GuardMode = "tell"
     count: float = 10
     share: float = 0.25
-    has_noticed: bool = False  # written by the state's thread; read and reset by who made the change
+    has_noticed: bool = False  # written by who takes a turn; read and reset by who made the change
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(GuardMode):
