@@ -33,14 +33,10 @@ class Teller:
     def check(self) -> Caller | None:
         """Return who makes the call of this thread; EpochError if that is a copy of another manager."""
         caller = current_caller()
-        if caller is not None and caller.epoch not in {"", self.epoch}:
-            raise self.refusal(caller)
-        return caller
-
-    def refusal(self, caller: Caller) -> EpochError:
-        """Return what a copy of another manager is told."""
+        if caller is None or caller.epoch in {"", self.epoch}:
+            return caller
         whose = f"the manager is that of {self.epoch}" if self.epoch else "no manager started this server"
-        return EpochError(
+        raise EpochError(
             f"this is a copy of the manager of {caller.epoch}, and by now {whose}",
             hint="end this process: the validator that it belonged to has ended",
         )

@@ -22,7 +22,7 @@ from typing import Any, Concatenate, Final, ParamSpec, Self, TypeAlias, TypeVar,
 
 import msgspec
 
-from shmelim.channel import current_caller
+from shmelim.channel import Caller, current_caller
 from shmelim.eliminations.calls import Calls, ProcessingCalls, implements
 from shmelim.eliminations.comparing import Comparison, unpacked
 from shmelim.eliminations.epochs import Teller
@@ -409,15 +409,12 @@ class EliminationManagerServer(DebtMethods):
 
     def _caller(self) -> Origin:
         """Return who asks for the change that this thread makes; EpochError if it is not his to make."""
-        caller = current_caller()
-        if caller is None:
-            return self._origin
-        if caller.epoch not in {"", self._teller.epoch}:
-            raise self._teller.refusal(caller)
-        return Origin(caller.pid, caller.uid, caller.program)
+        return self._origin_of(self._teller.check())
 
     def _whose_call(self) -> Origin:
-        caller = current_caller()
+        return self._origin_of(current_caller())
+
+    def _origin_of(self, caller: Caller | None) -> Origin:
         return self._origin if caller is None else Origin(caller.pid, caller.uid, caller.program)
 
     def __enter__(self) -> Self:
@@ -522,9 +519,8 @@ class EliminationManagerServer(DebtMethods):
     def add_elimination_rpc(self, hotkey: str, data: Mapping[str, Any]) -> bool:
         if hotkey is None:
             refuse_hotkey(hotkey)  # check_record would take the record's word for it
-        _, record, lacks, note = checked = check_record(data, hotkey, plausible_times(self._since_ms()))
-        if lacks:
-            record, note = complete(checked, self.reader.encoded_elimination(hotkey))
+        checked = check_record(data, hotkey, plausible_times(self._since_ms()))
+        record, note = complete(checked, self.reader.encoded_elimination(hotkey) if checked.lacks else None)
         if note is not None:
             self._warn({hotkey: note})
         return self._change(changes.add, hotkey, record, note)

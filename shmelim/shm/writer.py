@@ -700,10 +700,13 @@ class Transaction:
         """Whether the changes are made and wait for :meth:`publish`."""
         return self._staged is not None and self._writer._open is self  # noqa: SLF001
 
-    def _refuse(self) -> NoReturn:
+    def _check_open(self) -> None:
         self._writer._check_usable()  # noqa: SLF001
         if self._writer._open is not self:  # noqa: SLF001
             raise ShmelimError("this transaction has ended")
+
+    def _refuse(self) -> NoReturn:
+        self._check_open()
         raise ShmelimError("this transaction is staged: it takes no more changes")
 
     def stage(self) -> None:
@@ -711,9 +714,7 @@ class Transaction:
 
         SegmentFullError if there is no room to grow; the transaction is aborted and the published state stands.
         """
-        if self._writer._open is not self:  # noqa: SLF001
-            self._refuse()
-        self._writer._check_usable()  # noqa: SLF001
+        self._check_open()
         if self._staged is not None:
             return
         try:
@@ -726,9 +727,7 @@ class Transaction:
 
     def publish(self) -> int:
         """Make the staged changes visible and return the new version. Cannot fail for want of anything."""
-        if self._writer._open is not self:  # noqa: SLF001
-            self._refuse()
-        self._writer._check_usable()  # noqa: SLF001
+        self._check_open()
         if self._staged is None:
             raise ShmelimError("this transaction must be staged before it is published")
         try:

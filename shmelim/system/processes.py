@@ -105,11 +105,16 @@ class ProcessIdentity:
 def _start_of(pid: int) -> float | None:
     """Return when a process was started; None if it has ended, waited for or not."""
     try:
-        with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123  # asked often
-            state, *fields = file.read(4096).rpartition(b")")[2].split()
+        state, *fields = _fields_of(pid)
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if state in b"ZX" else float(fields[_STARTED])
+
+
+def _fields_of(pid: int) -> list[bytes]:
+    """Return the fields of /proc/<pid>/stat from the state on."""
+    with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123  # asked often
+        return file.read(4096).rpartition(b")")[2].split()
 
 
 def set_title(title: str) -> bool:
@@ -127,8 +132,7 @@ def _overwrite_arguments(title: str) -> bool:
     import ctypes  # noqa: PLC0415
 
     try:
-        fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
-        begin, end = map(int, fields[1:][_ARGUMENTS])
+        begin, end = map(int, _fields_of(os.getpid())[1:][_ARGUMENTS])
         text = title.encode()
         if not 0 < begin < end or len(text) >= end - begin:
             return False

@@ -29,18 +29,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture(params=["direct", "rpc"])
-def managed(request: pytest.FixtureRequest, new_name: Callable[[], str], tmp_path: Path) -> Iterator[Managed]:
-    with Managed(request.param, new_name(), tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
-def directly(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Managed]:
-    with Managed("direct", new_name(), tmp_path) as made:
-        yield made
-
-
 # ---------------------------------------------------------------------- the 3rd of 10
 
 

@@ -19,20 +19,7 @@ from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT, OWED
 from shmelim.errors import NotServingError, SlashNotMadeError, StateUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-
-@pytest.fixture(params=["direct", "rpc"])
-def managed(request: pytest.FixtureRequest, new_name: Callable[[], str], tmp_path: Path) -> Iterator[Managed]:
-    with Managed(request.param, new_name(), tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
-def directly(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Managed]:
-    with Managed("direct", new_name(), tmp_path) as made:
-        yield made
+    pass
 
 
 @pytest.mark.parametrize("moved", [False, True])

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from crashing import call
 from reference_validator import Managed
-from waiting import until
 
 from shmelim.eliminations.rules import deadlines
 
@@ -204,14 +203,6 @@ def test_reasons_that_nobody_forgets_are_told(directly: Managed, method: str) ->
 
 
 # ---------------------------------------------------------------------- a fork in mid-tick
-
-
-@pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    event = threading.Event()
-    yield event
-    event.set()
-    until(lambda: deadlines.left_behind() == [])
 
 
 def reasons_after_a_tick(managed: Managed) -> tuple[dict[str, str], bool]:

@@ -136,3 +136,11 @@ def named(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:
         return type(error).__name__
+
+
+def spelled(value: object, spell: Callable[[object], str] = repr) -> str:
+    """Return a stranger's value as text; of one that raises when it is looked at, its type's name."""
+    try:
+        return spell(value)
+    except Exception:
+        return type(value).__name__

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shmelim.eliminations.record import generate_row
+from shmelim.eliminations.rules.alerts import spelled
 from shmelim.eliminations.rules.tick import Context, Found, Tick
 from shmelim.eliminations.salvage import salvage
 from shmelim.system.coroutines import carried_out
@@ -83,11 +84,4 @@ def _parts(why: Any) -> tuple[Any, Any]:
 
 
 def _in_words(waiting: Mapping[str, Any]) -> dict[str, str]:
-    return {hotkey: _text_of(reason) for hotkey, reason in waiting.items()}
-
-
-def _text_of(reason: Any) -> str:
-    try:
-        return str(reason)
-    except Exception:
-        return type(reason).__name__
+    return {hotkey: spelled(reason, str) for hotkey, reason in waiting.items()}

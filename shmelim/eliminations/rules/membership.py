@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import EliminationReason, check_hotkey, refuse_hotkey
+from shmelim.eliminations.rules.alerts import spelled
 from shmelim.eliminations.rules.deadlines import check_turn
 from shmelim.eliminations.rules.tick import Context
 from shmelim.system.text import get_logger
@@ -153,14 +154,7 @@ def valid_hotkeys(listed: Iterable[Any]) -> tuple[list[str], list[str]]:
         try:
             check_hotkey(one)
         except (TypeError, ValueError):
-            refused.append(_named(one))
+            refused.append(spelled(one)[:_SHOWN])
         else:
             hotkeys.append(str(one))
     return hotkeys, refused
-
-
-def _named(entry: Any) -> str:
-    try:
-        return repr(entry)[:_SHOWN]
-    except Exception:
-        return type(entry).__name__

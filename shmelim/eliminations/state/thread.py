@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -40,6 +39,7 @@ from shmelim.eliminations.store.history import Event, Origin
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import ChangesUnknownError, DamagedFileError, SegmentFullError, ShmelimError, StoreError
 from shmelim.shm import KEYS, Namespace, TableReader, TableWriter, Transaction
+from shmelim.system import clock
 from shmelim.system.problems import Problems
 
 P = ParamSpec("P")
@@ -379,14 +379,14 @@ class State:
             else:
                 self._note_shown(transaction.publish(), store.next_commit)
             self.commits += 1
-            self._committed_ms = time.time_ns() // 1_000_000
+            self._committed_ms = clock.now_ms()
             while self._raised:
                 self._problems.clear(self._raised.pop())
         self.changes += len(group)
 
     def _note_shown(self, version: int, commit: int) -> None:
         """Note of which commit the version is that is published from now on."""
-        self.published_ms = time.time_ns() // 1_000_000
+        self.published_ms = clock.now_ms()
         self._shown[version] = commit
         if len(self._shown) > _VERSIONS:
             del self._shown[next(iter(self._shown))]

@@ -403,14 +403,7 @@ class Store(History):
 
     def put_elimination(self, hotkey: str, record: bytes) -> bytes | None:
         """Store a hotkey's record; returns the one it replaces, or None for one newly eliminated."""
-        old = self.get_many([hotkey])
-        row = old[hotkey] if old else _nothing_of(hotkey)
-        if row.record != record:
-            ordinal = row.eliminated_ordinal
-            if ordinal is None:
-                (ordinal,) = self._take(_LAST_ORDINAL, 1)
-            self._write({hotkey: row._replace(eliminated_ordinal=ordinal, record=record)}, old)
-        return row.record
+        return self.put_eliminations([(hotkey, record)]).get(hotkey)
 
     def put_eliminations(self, records: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
         """Store many records at once; returns those that they replace, by hotkey.
