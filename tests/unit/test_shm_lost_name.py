@@ -52,7 +52,7 @@ def unlink_all(name: str) -> None:
 
 def die(writer: TableWriter) -> None:
     """Leave everything as a writer does that is killed, long ago."""
-    writer._root.words[HEARTBEAT] -= int(100 * HEARTBEAT_LIMIT * 1e9)
+    writer._root.words[HEARTBEAT] -= int(10 * HEARTBEAT_LIMIT * 1e9)
     writer._lock.release()
     writer._pid = -1
 
