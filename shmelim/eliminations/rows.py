@@ -17,7 +17,7 @@ import struct
 from collections.abc import Mapping
 from enum import IntFlag
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
@@ -49,6 +49,9 @@ class Row(NamedTuple):
     registered: bool
 
 
+RowFields: TypeAlias = tuple[str, int | None, bytes | None, int | None, int | None, bool]
+
+
 class Status(IntFlag):
     """What is known of a hotkey: it is eliminated, it once left the metagraph, it is in the metagraph now.
 
@@ -70,7 +73,7 @@ _DEPARTED: Final = int(Status.DEPARTED)
 _REGISTERED: Final = int(Status.REGISTERED)
 
 
-def row_entry(row: Row) -> tuple[bytes, int, bytes, int]:
+def row_entry(row: RowFields) -> tuple[bytes, int, bytes, int]:
     """Return key, flags, record and ordinal under which a row is published."""
     hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered = row
     flags = (

@@ -7,6 +7,7 @@ miners trade: so the start is refused, and everything left as it is.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -75,14 +76,22 @@ def open_whole(directory: Path, durability: Durability) -> Store:
     """Open the store, and read it through; DamagedStoreError where that shows damage."""
     store = Store.open(directory, durability)
     try:
-        if store_bytes(directory) <= _CHECK_LIMIT:
-            store.check()
-        store.check_records()
-        store.meta_items()
+        # SQLite's own check takes as long as all else, and a processor of its own.
+        with ThreadPoolExecutor(1, "shmelim-check") as aside:
+            whole = aside.submit(_check, directory)
+            store.check_records()
+            store.meta_items()
+            whole.result()
     except BaseException:
         store.close()
         raise
     return store
+
+
+def _check(directory: Path) -> None:
+    if store_bytes(directory) <= _CHECK_LIMIT:
+        with Store.read_only(directory) as store:
+            store.check()
 
 
 def say_what_is_published(step: Step, namespace: Namespace, published: Published, directory: Path | None) -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from shmelim.eliminations.debts.states import IN_DOUBT, OWED, Debt, Slash
-from shmelim.eliminations.rows import Row
+from shmelim.eliminations.rows import Row, RowFields
 from shmelim.eliminations.store.history import (
     ADD_EVENT,
     MANY,
@@ -45,9 +45,8 @@ _AHEAD = 1 << 20  # bytes: some 30 changes of one record
 _ROOM = 64 << 20  # bytes on the disk, without which it is left to the changes themselves
 _LARGE_LOG = 256 << 20  # bytes; what no single change should leave
 
-_ROWS = (
-    "SELECT hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum FROM hotkeys"
-)
+_FIELDS = "hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered"
+_ROWS = f"SELECT {_FIELDS}, checksum FROM hotkeys"  # noqa: S608
 # By the number of the row, so that only what changes is written: neither the index of hotkeys, nor, where a record
 # changes, that of its place. The hotkey is looked at again, which costs nothing, as the row is at hand.
 _WHERE = "WHERE rowid = ? AND hotkey = ?"
@@ -368,6 +367,10 @@ class Store(History):
     def rows(self) -> Iterator[Row]:
         """Stream every row, in the order in which the rows came to be; about 2.5 s for a million of 0.5 kB."""
         return map(_row, self._stream(f"{_ROWS} ORDER BY rowid"))
+
+    def rows_as_checked(self) -> Iterator[RowFields]:
+        """Stream the same, as :meth:`check_records` has just seen it; in half the time."""
+        return self._stream(f"SELECT {_FIELDS} FROM hotkeys ORDER BY rowid")  # noqa: S608
 
     def check_records(self) -> None:
         """Read every record, and hold it against its checksum."""
