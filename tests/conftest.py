@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import itertools
+import os
 import secrets
 import tempfile
 import threading
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ from segments import published_segments_of, segments_of
 from serving import Served
 from waiting import until
 
+import shmelim
 from shmelim import EliminationManager
 from shmelim.eliminations.rules import deadlines
 from shmelim.shm import READ_PATH, Namespace, PrivateNamespace, SharedNamespace, adoption, writer
@@ -25,7 +29,7 @@ from shmelim.system.logs import LimitedLog
 from shmelim.table.naming import TableNamespace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
 _SHM = Path("/dev/shm")
 _PREFIX = f"t{secrets.token_hex(3)}"
@@ -55,8 +59,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.quick)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the package once: each of thousands of processes does it anew under PYTHONDONTWRITEBYTECODE."""
+    if not hasattr(config, "workerinput"):
+        compileall.compile_dir(Path(shmelim.__file__).parent, quiet=2)
+
+
 def pytest_report_header() -> str:
     return f"shmelim: {READ_PATH} read path"
+
+
+@contextlib.contextmanager
+def _ending_children() -> Iterator[None]:
+    """End a forked child that comes back: it would run all tests that are left, and answer for this process."""
+    me = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != me:
+            traceback.print_exc()
+            os._exit(99)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, object, object]:
+    with _ending_children():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Generator[None, object, object]:
+    with _ending_children():
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import logging
 import os
 import threading
@@ -78,7 +77,6 @@ from shmelim.system.text import get_logger
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_version = functools.cache(functools.partial(importlib.metadata.version, "shmelim"))
 
 _log = get_logger("shmelim.server")
 _limited = LimitedLog(_log)
@@ -766,6 +764,13 @@ class EliminationManagerServer(DebtMethods):
     handle_perf_ledger_eliminations_rpc = processed(EliminationProcessor.handle_perf_ledger_eliminations)
     handle_mdd_eliminations_rpc = processed(EliminationProcessor.handle_mdd_eliminations)
     handle_first_refresh_rpc = processed(EliminationProcessor.handle_first_refresh)
+
+
+@functools.cache
+def _version() -> str:
+    from importlib.metadata import version  # noqa: PLC0415  # takes tens of milliseconds
+
+    return version("shmelim")
 
 
 class _OwnCalls(Calls):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from shmelim.shm import _native
-from shmelim.shm.image import Image
+from shmelim.shm.copy_header import Copy
 from shmelim.shm.layout import DataHeader
 from shmelim.shm.segment import Segment
 
 
-class NativeImage(_native.Image, Image):
-    """An :class:`Image` whose changes are compiled; what it says of itself is inherited."""
+class NativeImage(_native.Image, Copy):
+    """An :class:`~shmelim.shm.image.Image` whose changes are compiled, without numpy."""
 
     def __init__(self, segment: Segment, header: DataHeader, copy: int) -> None:
-        Image.__init__(self, segment, header, copy)
+        Copy.__init__(self, segment, header, copy)
         self._map(segment.memory, segment.label, copy, *header[1:5])
 
 

@@ -11,15 +11,14 @@ This is the reference, in pure Python. ``fast_image.py`` has the same over the e
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shmelim.shm import layout
+from shmelim.shm.copy_header import Change, Copy
 from shmelim.shm.layout import (
     ARENA_ENTRY,
-    COPY_HEADER_SIZE,
     COUNT,
     ENTRY_HEADER,
     EPOCH,
@@ -30,7 +29,6 @@ from shmelim.shm.layout import (
     KIND_PUT,
     KIND_REMOVE,
     LIVE,
-    MAX_WORD,
     NEXT_ORDINAL,
     OFFSET_SHIFT,
     PACKED,
@@ -41,30 +39,21 @@ from shmelim.shm.layout import (
     entry_size,
     pack_entry,
 )
-from shmelim.shm.native import fence
 from shmelim.shm.segment import Segment
 
 _FILL_CHUNK = 1 << 20
 
 
-Change: TypeAlias = tuple[bytes, int | None, bytes, int | None]
-"""What a transaction does to one key: (key, flags, record, ordinal), all of them checked.
-
-Flags None remove it; ordinal None keeps the one that it has, or gives it the next."""
-
-
-class Image:
-    """One of the two copies in a writable segment; ``head`` are the words of its header.
+class Image(Copy):
+    """One of the two copies in a writable segment.
 
     Single-threaded: only the writer's thread may use it, and only while the version word names the other copy.
     """
 
     def __init__(self, segment: Segment, header: DataHeader, copy: int) -> None:
-        self.header = header
+        super().__init__(segment, header, copy)
         self._memory = segment.memory
         self._words = segment.words
-        at = header.copy_base(copy) // WORD
-        self.head = segment.words[at : at + COPY_HEADER_SIZE // WORD]
         self._slots = header.slots_base(copy) // WORD
         self._arena = header.arena_base(copy)
         self._mask = header.capacity - 1
@@ -73,41 +62,6 @@ class Image:
             segment.memory, np.uint64, count, header.slots_base(copy)
         ).reshape(-1, SLOT_WORDS)
         self.arena: NDArray[np.uint8] = np.frombuffer(segment.memory, np.uint8, header.arena_size, self._arena)
-
-    # ------------------------------------------------------------------ header fields
-
-    @property
-    def used(self) -> int:
-        """Bytes of the arena that are written."""
-        return self.head[USED]
-
-    @property
-    def count(self) -> int:
-        """Entries."""
-        return self.head[COUNT]
-
-    @property
-    def live(self) -> int:
-        """Bytes of the arena that current entries take."""
-        return self.head[LIVE]
-
-    @property
-    def next_ordinal(self) -> int:
-        """The ordinal of the next new key."""
-        return self.head[NEXT_ORDINAL]
-
-    @property
-    def flag_counts(self) -> list[int]:
-        """How many entries have each of the flags."""
-        return self.head[FLAG_COUNTS : FLAG_COUNTS + FLAG_BITS].tolist()
-
-    def begin_overwrite(self) -> None:
-        """Move the epoch: what readers took for an append-only log is about to be written over.
-
-        Must be seen before the first such store.
-        """
-        self.head[EPOCH] = self.head[EPOCH] + 1 & MAX_WORD  # it may be what a stranger left
-        fence()
 
     # ------------------------------------------------------------------ changes
 
@@ -139,10 +93,6 @@ class Image:
                 self._empty(index)
             at += size
             self.head[USED] = at
-
-    def count_new(self, changes: Sequence[Change]) -> int:
-        """Return how many keys that changes put are not in this copy."""
-        return self._missing({key for key, flags, _, _ in changes if flags is not None})
 
     def _missing(self, keys: Collection[bytes]) -> int:
         """Return how many of these keys are absent."""

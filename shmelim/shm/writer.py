@@ -51,8 +51,8 @@ from shmelim.errors import (
     ShmelimError,
     UntrustedSegmentError,
 )
+from shmelim.shm.copy_header import Change
 from shmelim.shm.following import Position, put_position, put_source
-from shmelim.shm.image import Change
 from shmelim.shm.layout import (
     COMMIT,
     COUNT,
@@ -517,7 +517,7 @@ class TableWriter:
         capacity, room = header.capacity, header.arena_size
         count = head[COUNT] + len(changes)  # at most
         if 2 * count > capacity:
-            count = head[COUNT] + current.count_new(changes)
+            count = head[COUNT] + current._missing({key for key, flags, _, _ in changes if flags is not None})  # noqa: SLF001
         fits = 2 * count <= capacity
         if fits and head[USED] + need <= room:
             staged = _Staged(self._segment, self._images, _LOG)

@@ -155,3 +155,27 @@ def test_a_child_forked_while_another_thread_loads_numpy_can_use_it(served: str)
         [sys.executable, "-c", FORK, served], stdout=subprocess.PIPE, text=True, check=True, timeout=WATCHDOG
     )
     assert done.stdout == "[True, False] 0\n"
+
+
+SERVER = """
+import sys
+from pathlib import Path
+
+from shmelim import EliminationManagerServer
+import shmelim.eliminations.serve
+from shmelim.shm import READ_PATH
+
+with EliminationManagerServer(None, Path(sys.argv[1])) as server:
+    row = {"hotkey": "a", "dd": 0.1, "reason": "MAX_TOTAL_DRAWDOWN", "elimination_initiated_time_ms": 1_700_000_000_000}
+    server.add_elimination_rpc("a", row)
+    server.sync_eliminations_rpc([row | {"hotkey": f"b{n}"} for n in range(2000)])
+with EliminationManagerServer(None, Path(sys.argv[1])) as server:
+    assert len(server.get_eliminations_from_memory_rpc()) == 2000
+print(READ_PATH, "numpy" in sys.modules)
+"""
+
+
+def test_a_compiled_server_needs_no_numpy(tmp_path: Path) -> None:
+    """It takes a third of the time of a start, and 20 MB."""
+    done = subprocess.run([sys.executable, "-c", SERVER, tmp_path], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.split() in (["native", "False"], ["pure", "True"])

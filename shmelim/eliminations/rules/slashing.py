@@ -28,12 +28,11 @@ import inspect
 import logging
 import os
 import shlex
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
-
-import numpy as np
 
 from shmelim.eliminations.debts.states import (
     DECLINED,
@@ -367,7 +366,8 @@ def _call(slash: Callable[[], Any], hotkey: str, outcome_of: Callable[[Any], str
     # From here on the contract has answered: what fails now says nothing of the money.
     if error is None and is_unrun(answer):
         return _Outcome(NOT_MADE, "the contract answered with a coroutine, which nobody runs; it must wait itself")
-    if isinstance(answer, np.bool_):
+    numpy = sys.modules.get("numpy")  # without which nobody has a boolean of it
+    if numpy is not None and isinstance(answer, numpy.bool_):
         answer = bool(answer)
     said = f"the contract {f'answered {_shown(answer)}' if error is None else f'raised {named(error)}'}"
     try:

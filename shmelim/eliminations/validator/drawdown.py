@@ -7,10 +7,9 @@ import logging
 import math
 import weakref
 from dataclasses import dataclass
+from numbers import Real
 from operator import is_
 from typing import Any, Final
-
-import numpy as np
 
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
@@ -111,7 +110,7 @@ def _lowest_understood(factors: list[Any]) -> float:
     understood: list[float] = []
     refused: list[Any] = []
     for factor in factors:
-        is_number = isinstance(factor, (int, float, np.number)) and not isinstance(factor, bool)
+        is_number = isinstance(factor, Real) and not isinstance(factor, bool)
         (understood if is_number and _LEAST <= factor <= _MOST else refused).append(factor)
     text = f"{len(refused)} checkpoints of a ledger have an mdd that is not a factor, such as {refused[0]!r:.60}"
     if not understood:
