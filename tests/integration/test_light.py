@@ -166,7 +166,7 @@ import shmelim.eliminations.serve
 from shmelim.shm import READ_PATH
 
 with EliminationManagerServer(None, Path(sys.argv[1])) as server:
-    row = {"hotkey": "a", "dd": 0.1, "reason": "MAX_TOTAL_DRAWDOWN", "elimination_initiated_time_ms": 1_700_000_000_000}
+    row = {"hotkey": "a", "dd": 0.1, "reason": "LIQUIDATED", "elimination_initiated_time_ms": 1_700_000_000_000}
     server.add_elimination_rpc("a", row)
     server.sync_eliminations_rpc([row | {"hotkey": f"b{n}"} for n in range(2000)])
 with EliminationManagerServer(None, Path(sys.argv[1])) as server:

@@ -868,6 +868,15 @@ def test_an_hour_later_slashes_go_on_unheld(many):
     assert many.get_money_held_rpc() is None
 
 
+@pytest.mark.parametrize("leap", [72 * HOUR, -72 * HOUR])
+def test_a_clock_that_leaps_for_a_moment_makes_no_room_for_more(many, leap):
+    now = 1000 * HOUR
+    assert [begin(many, number, now) for number in range(2)] == [True, True]
+    assert begin(many, 2, now + leap)
+    assert [begin(many, number, now) for number in range(3, 6)] == [False, False, False]
+    assert many.get_money_held_rpc() is not None
+
+
 def test_what_was_certainly_not_made_does_not_count(many):
     for number in range(10):
         assert begin(many, number, 0)

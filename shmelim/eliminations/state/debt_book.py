@@ -12,6 +12,7 @@ settles or resolves it is always told.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ _MAX_ATTEMPT: Final = 255
 _MAX_ERROR: Final = 500
 _MAX_RULE: Final = 64
 _HOUR_MS: Final = 3_600_000
+_REMEMBERED: Final = 100
 _BEGUN: Final = "slashes_begun"  # when those of the last hour were begun that may have been made, by attempt
 _RELEASED: Final = "slashes_released"  # the causes of the debts that a person released, until they are settled
 # A record's time may be any whole number of 64 bits; SQLite's are signed.
@@ -483,13 +485,15 @@ def begin_slash(
     if debt is None or held_money(step.store) is not None:
         return _NOTHING
     counted: dict[str, int] = step.store.meta(_BEGUN) or {}
-    recent = {token: ms for token, ms in counted.items() if abs(now_ms - ms) < _HOUR_MS}
-    if _key(debt) not in step.store.meta(_RELEASED, []) and len(recent) >= most_per_hour:
-        hold_money(
-            step, f"{len(recent)} slashes within an hour, and more are owed: at most {most_per_hour:g} may be"
-        )
+    # In the order in which they were begun. A clock that is wrong for a moment must not open the way for more:
+    # what came after a recent one is recent, and some are remembered however long ago they seem.
+    old = itertools.takewhile(lambda ms: now_ms - ms >= _HOUR_MS, counted.values())
+    recent = len(counted) - sum(1 for _ in old)
+    if _key(debt) not in step.store.meta(_RELEASED, []) and recent >= most_per_hour:
+        hold_money(step, f"{recent} slashes within an hour, and more are owed: at most {most_per_hour:g} may be")
         return _NOTHING
-    step.set_meta(_BEGUN, recent | {attempt: now_ms})
+    last = list(counted.items())[-max(recent, _REMEMBERED) :]
+    step.set_meta(_BEGUN, dict(last) | {attempt: now_ms})
     debt = debt._replace(state=ATTEMPTING, attempt=attempt)
     step.store.put_debt(debt)
     if _is_told(debt.attempts + 1):
