@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shmelim.cli import output
-from shmelim.system.clock import now_ms, utc_text
+from shmelim.system.clock import utc_text
 from shmelim.system.containers import finite
 from shmelim.system.owner import OWNER_VARIABLE, named_owner
 from shmelim.system.text import printable
@@ -77,11 +77,9 @@ class _Moment(_OfText):
         from shmelim.eliminations.moments import Moment
 
         try:
-            at_ms = Moment.of(value).at_ms
+            Moment.of(value)
         except (ValueError, OverflowError) as error:
             self.fail(str(error), param, ctx)
-        if at_ms is not None and at_ms > now_ms():
-            self.fail(f"{value!r} is in the future: it is {utc_text(now_ms())} UTC", param, ctx)
         return str(value)
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import datetime as dt
 from typing import Final, NamedTuple
 
+from shmelim.system import clock
+
+_ROUNDED_MS: Final = 1000  # what "now" may be ahead by, as people and clocks round it
+_EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _LAST: Final = (1 << 63) - 1  # what SQLite can hold
 _FIRST_MS: Final = 100_000_000_000  # 1973; a smaller number is an event's
 
@@ -22,7 +26,7 @@ class Moment(NamedTuple):
     def of(cls, when: int | str | dt.datetime) -> Moment:
         """Return the moment that is meant by an event's number, ms since 1970, or a time as ISO 8601 has it.
 
-        A time without a zone is UTC. ValueError: it is none of these.
+        A time without a zone is UTC. ValueError: it is none of these, or in the future, which nobody knows.
         """
         if isinstance(when, str) and when.strip().isascii() and when.strip().isdigit():
             when = int(when)
@@ -31,15 +35,23 @@ class Moment(NamedTuple):
         if isinstance(when, int):
             if not 0 <= when <= _LAST:
                 raise ValueError(f"a moment is 0 to {_LAST}, not {when}")
-            return cls(when) if when < _FIRST_MS else cls(None, when)
-        if isinstance(when, str):
+            return cls(when) if when < _FIRST_MS else cls(None, _past(when, when))
+        time = when
+        if isinstance(time, str):
             try:
-                when = dt.datetime.fromisoformat(when.strip())
+                time = dt.datetime.fromisoformat(time.strip())
             except ValueError:
                 text = f"{when!r} is not a moment: give an event's number, ms since 1970, or a time such as"
                 raise ValueError(f"{text} 2026-01-31T12:00:00Z") from None
-        zoned = when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)
-        return cls(None, round(zoned.timestamp() * 1000))
+        zoned = time if time.tzinfo is not None else time.replace(tzinfo=dt.UTC)
+        return cls(None, _past((zoned - _EPOCH) // dt.timedelta(milliseconds=1), when))
+
+
+def _past(at_ms: int, said: object) -> int:
+    now = clock.now_ms()
+    if at_ms > now + _ROUNDED_MS:
+        raise ValueError(f"{said!r} is in the future: it is {clock.utc_text(now)} UTC")
+    return at_ms
 
 
 def carried(when: int | str | dt.datetime) -> int | str:

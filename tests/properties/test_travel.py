@@ -164,7 +164,10 @@ def test_a_time_is_answered_by_the_last_event_before_it(monkeypatch):
         server.add_elimination_rpc("b", row("b"))
         ask = lambda ms: list(server.as_of_rpc(ms))  # noqa: E731
         assert ask(now[0] - 1) == ["a"]
-        assert ask(now[0] + 10**9) == ["a", "b"]
+        assert ask(now[0]) == ask(now[0] + 1) == ["a", "b"]
+        for call in (server.as_of_rpc, server.rollback_rpc, server.prune_history_rpc):
+            with pytest.raises(ValueError, match="1701000001000 is in the future: it is 2023-11-14 22:13:21 UTC"):
+                call(now[0] + 10**9)
         with pytest.raises(ValueError, match="the history begins at 1700000000000"):
             ask(now[0] - 1001)
         with pytest.raises(ValueError, match="there is no event 99 yet"):
