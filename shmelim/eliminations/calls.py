@@ -314,8 +314,8 @@ class Calls:
 
         `when` is the number of an event (see :meth:`get_history`), ms since 1970, or a time in ISO 8601 or as a
         ``datetime``, UTC where it has no zone. Those that are still eliminated come first, in their order.
-        ``ValueError``: it is no moment, or lies in the future, or before the history begins. Costs some µs for each
-        event since.
+        ``ValueError``: it is no moment, or lies in the future, or before the history begins. Costs some µs for
+        each event since.
         """
 
     @remote(grows=True, check=carried)
