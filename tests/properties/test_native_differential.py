@@ -25,6 +25,7 @@ from both_paths import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segments import copies_of
 
 from shmelim.shm import HEADS, ITEMS, KEYS, VALUES, PrivateNamespace, SharedNamespace, TableWriter
 from shmelim.shm import writer as writer_module
@@ -143,8 +144,8 @@ def test_both_images_are_written_alike(sequence: list[Commit], removed: list[byt
                     pass
             writer.settle()
             assert all(type(image) is kind for image in writer._images)
-    native_copy, copy = (writer._images[writer.version & 1] for writer in writers)
-    for image in writers[0]._images:
+    native_copy, copy = (copies_of(writer)[writer.version & 1] for writer in writers)
+    for image in copies_of(writers[0]):
         check_copy(image, "native")
     assert writers[0].version == writers[1].version
     assert native_copy.header[:5] == copy.header[:5]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from segments import copies_of
 
 from shmelim.shm import (
     Entry,
@@ -181,7 +182,7 @@ def check(reader: TableReader, model: Model) -> None:
 def check_copies(writer: TableWriter) -> None:
     """Check that both copies are the same once settled, but for the epoch and what lies beyond the log."""
     writer.settle()
-    first, second = writer._images
+    first, second = copies_of(writer)
     assert first.head[EPOCH + 1 :] == second.head[EPOCH + 1 :]
     assert (first.rows == second.rows).all()
     assert np.array_equal(first.arena[: first.used], second.arena[: second.used])

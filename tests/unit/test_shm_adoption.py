@@ -136,7 +136,7 @@ def test_no_bit_of_a_current_copy_can_be_wrong_unnoticed(namespace: Namespace, i
     slots = [header.slots_base(version & 1) + 64 * slot for slot in range(header.capacity)]
     places += [at + byte for at in slots for byte in range(64) if any(segment.memory[at + 56 : at + 64])]
     places += [at + byte for at in slots for byte in range(56, 64) if not any(segment.memory[at + 56 : at + 64])]
-    padding = missed(copy)
+    padding = missed(Image(segment, header, version & 1))
     places += [header.arena_base(version & 1) + at for at in range(copy.used) if at not in padding]
     chosen = random.Random(2).sample(places, 400) + places[:COPY_HEADER_SIZE]
     for at in chosen:
@@ -151,9 +151,9 @@ def test_no_bit_of_a_current_copy_can_be_wrong_unnoticed(namespace: Namespace, i
         check(copy, "data")
 
 
-def missed(image: Image) -> set[int]:
+def missed(reference: Image) -> set[int]:
     """Return the bytes of a log that mean nothing: padding behind an entry, and one in its header."""
-    log, at, found = image.arena[: image.used].tobytes(), 0, set()
+    log, at, found = reference.arena[: reference.used].tobytes(), 0, set()
     while at < len(log):
         end = at + 24 + log[at + 20] + int.from_bytes(log[at + 16 : at + 20], "little")
         found |= set(range(end, (end + 7) & -8))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from segments import copies_of
 
 from shmelim.shm import Namespace, PrivateNamespace, TableReader, TableWriter, layout
 from shmelim.shm.image import place
@@ -92,7 +93,7 @@ class Table:
     def rows(self) -> Iterator[NDArray[np.uint64]]:
         """Return the slots of both copies."""
         self.writer.settle()
-        return (image.rows for image in self.writer._images)
+        return (image.rows for image in copies_of(self.writer))
 
     def check(self, present: Sequence[bytes], absent: Sequence[bytes] = ()) -> None:
         mask = self.writer._images[0].header.capacity - 1
