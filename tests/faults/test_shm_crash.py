@@ -202,7 +202,7 @@ def test_killed_at_every_step(table_name: str) -> None:
     assert crash_everywhere(table_name, iter(range(1, 1 << 30))) > 1000
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_before_anything_was_published(new_name: Callable[[], str], stride: int) -> None:
     """The very first writer of a name dies; the next one begins."""
 
@@ -223,7 +223,7 @@ def test_killed_before_anything_was_published(new_name: Callable[[], str], strid
             break
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_while_a_foreign_root_is_replaced(table_name: str, stride: int) -> None:
     def replace(stop: int) -> None:
         crashing.at_line(stop, crashing.kill_self)

@@ -353,7 +353,7 @@ def check(server, model):
 SETTINGS = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
-@settings(SETTINGS, max_examples=60)
+@settings(SETTINGS, max_examples=40)
 @given(st.lists(step, min_size=30, max_size=60))
 def test_debts_equal_the_model(steps):
     play(steps)

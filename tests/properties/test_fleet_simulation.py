@@ -19,7 +19,7 @@ from shmelim.fleet.messages import pack, unpack_head, unpack_message
 from shmelim.fleet.publisher import Publisher
 
 STEPS = 250
-SHORT = range(200)
+SHORT = range(100)
 
 
 def run(seed: int, engine: type[MemoryEngine] = MemoryEngine) -> World:
