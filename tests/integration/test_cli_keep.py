@@ -321,6 +321,23 @@ def test_restore_into_the_directory_of_another_name_that_is_served_is_refused(ru
     assert "in use by another server" in result.stderr
 
 
+def test_restore_takes_no_links_place(run, server, place):
+    """A store that a link leads to another disk would stay there, and the state be on this one."""
+    run("backup", str(place / "one"))
+    server.stop()
+    there = place / "volume.sqlite"
+    (server.state_dir / FILE_NAME).rename(there)
+    (server.state_dir / FILE_NAME).symlink_to(there)
+    result = run("restore", str(place / "one"), "--yes")
+    assert result.exit_code == 4
+    assert f"is a link to {there}" in result.stderr
+    assert "remove the link" in result.stderr
+    assert (server.state_dir / FILE_NAME).is_symlink()
+    (server.state_dir / FILE_NAME).unlink()
+    assert run("restore", str(place / "one"), "--yes").exit_code == 0
+    assert there.exists()
+
+
 def test_restore_where_nothing_is_left(run, server, place):
     run("backup", str(place / "one"))
     server.stop()
