@@ -168,7 +168,10 @@ _rule_option = click.option(
     help="The rule of the slash, as `shmelim debts` names it; needed where there are several.",
 )
 _registration_option = click.option(
-    "--registration", type=int, metavar="N", help="Which registration of the hotkey, likewise."
+    "--registration",
+    type=click.IntRange(0, (1 << 63) - 1),
+    metavar="N",
+    help="Which registration of the hotkey, likewise.",
 )
 
 

@@ -29,7 +29,12 @@ _PATIENCE: Final = 1.0  # seconds between two tries to reach a server that is aw
 
 
 @command
-@click.option("--since", type=int, metavar="VERSION", help="Begin after this version, not with the next change.")
+@click.option(
+    "--since",
+    type=click.IntRange(0, (1 << 64) - 1),
+    metavar="VERSION",
+    help="Begin after this version, not with the next change.",
+)
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N changes.")
 def watch(settings: Settings, *, since: int | None, count: int | None) -> int:
     """Show changes as they come, oldest first, until Ctrl-C: when, what, to whom, by which process, old → new.
