@@ -49,14 +49,17 @@ _QUICK = (
 )
 # Examples that start servers, type checkers, and hunts for leaks.
 _SLOW = ("unit/test_documents", "unit/test_face", "unit/test_native")
+_LONGEST = 3600  # seconds that a long test may take
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is quick by where it stands, so that no test has to say so."""
+    """Mark what is quick by where it stands, so that no test has to say so, and give long ones their time."""
     for item in items:
         where = str(item.path.relative_to(_TESTS)) if item.path.is_relative_to(_TESTS) else ""
         if where.startswith(_QUICK) and not where.startswith(_SLOW) and not item.get_closest_marker("long"):
             item.add_marker(pytest.mark.quick)
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(_LONGEST))
 
 
 def pytest_configure(config: pytest.Config) -> None:

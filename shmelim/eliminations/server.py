@@ -23,7 +23,7 @@ import msgspec
 
 from shmelim.channel import Caller, current_caller
 from shmelim.eliminations.calls import Calls, ProcessingCalls, implements
-from shmelim.eliminations.comparing import Comparison, unpacked
+from shmelim.eliminations.comparing import Comparison, packed, unpacked
 from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.files.format import ELIMINATIONS_FILE, read_eliminations
 from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode, check_files
@@ -89,6 +89,13 @@ _MEMORY_LOST: Final = "shared_memory_lost"
 _KEEP_NAMES: Final = "keep others from removing them: `RemoveIPC=no` in logind.conf"
 
 Progress: TypeAlias = Callable[[str, int, int | None], Any]
+
+
+def _rows(records: list[bytes]) -> list[dict[str, Any]]:
+    """Return records as a call's answer: for a caller elsewhere as they are, to be decoded where they arrive."""
+    if current_caller() is None:
+        return [decode(record) for record in records]
+    return cast("list[dict[str, Any]]", msgspec.Raw(packed([msgspec.Raw(record) for record in records])))
 
 
 @implements(Calls, ProcessingCalls, Reading)
@@ -718,8 +725,8 @@ class EliminationManagerServer(DebtMethods):
                 _limited(logging.WARNING, "file", "%s; answering from the store", error)
             else:
                 if found is not None:
-                    return [decode(record) for record in found.taken.values()]
-        return [decode(record) for record in self._state.read(lambda s: [r for _, r in s.eliminated()])]
+                    return _rows(list(found.taken.values()))
+        return _rows(self._state.read(lambda s: [r for _, r in s.eliminated()]))
 
     def load_eliminations_from_disk_rpc(self) -> None:
         if self._mirror is None:

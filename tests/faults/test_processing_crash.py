@@ -170,7 +170,6 @@ def test_killed_at_a_sample_of_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_killed_at_every_step(tmp_path: Path, part: int) -> None:
     crashes_here(tmp_path, part_of(part))
@@ -218,7 +217,6 @@ def test_processor_killed_at_a_sample_of_steps(new_name: Callable[[], str], tmp_
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_processor_killed_at_every_step(new_name: Callable[[], str], tmp_path: Path, part: int) -> None:
     crashes_there(new_name, tmp_path, part_of(part))

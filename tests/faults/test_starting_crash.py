@@ -231,7 +231,6 @@ def test_at_some_lines(case, tmp_path, new_name):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("case", CASES)
 def test_at_every_line(case, tmp_path, new_name):
     at_lines(case, tmp_path, new_name, 1)

@@ -13,9 +13,7 @@ from shmelim.shm import SharedNamespace, TableReader, TableWriter
 if TYPE_CHECKING:
     from pathlib import Path
 
-SIZES = pytest.mark.parametrize(
-    "count", [20_000, pytest.param(1_000_000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
-)
+SIZES = pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=pytest.mark.long)])
 
 
 def hotkey(number: int) -> str:

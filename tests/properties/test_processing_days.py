@@ -502,7 +502,6 @@ def test_a_loop_that_outlives_its_owner(new_name: Callable[[], str], tmp_path: P
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(10, 110))
 @pytest.mark.parametrize("mode", ["direct", "rpc"])
 def test_a_long_day(new_name: Callable[[], str], tmp_path: Path, mode: str, seed: int) -> None:
