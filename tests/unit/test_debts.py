@@ -706,6 +706,29 @@ def test_what_rested_for_an_earlier_registration_is_not_due_in_the_next(server):
     assert owed(server) == [("a", kind, "owed") for kind in KINDS[:2]]
 
 
+@pytest.mark.parametrize("state", ["owed", "in_doubt"])
+def test_an_elimination_that_outlived_a_return_owes_its_slash_when_it_is_brought_again(server, state):
+    eliminate(server, kinds=[SLASH], rule="drawdown")
+    if state == "in_doubt":
+        server.begin_slash_rpc("a", "one")
+        server.doubt_slash_rpc("a", "one", "timeout")
+    leave_and_return(server, "a")
+    server.sync_eliminations_rpc([])
+    server.sync_eliminations_rpc([row("a")])
+    assert (slash(server)["state"], slash(server)["due"]) == (state, True)
+    if state == "in_doubt":
+        assert server.resolve_slash_rpc("a", made=False)
+    assert server.begin_slash_rpc("a", "two") is True
+
+
+def test_one_of_the_next_registration_owes_no_slash_of_the_last(server):
+    eliminate(server, kinds=[SLASH], rule="drawdown")
+    leave_and_return(server, "a")
+    server.sync_eliminations_rpc([])
+    server.sync_eliminations_rpc([row("a", 1000)])
+    assert due(server, "a") == [False]
+
+
 def test_an_old_doubt_swallows_no_slash_of_another_rule(server):
     eliminate(server, kinds=[SLASH], rule="drawdown")
     server.begin_slash_rpc("a", "one")

@@ -323,8 +323,14 @@ def _wake_debts(step: Step, records: Mapping[str, bytes], *, owes: bool = True) 
         resting = [debt for debt in step.store.debts(hotkey) if not debt.due]
         if not resting:
             continue
-        registration, reason = step.store.registration(hotkey), decode(records[hotkey])["reason"]
-        slashes = [debt for debt in resting if debt.kind == SLASH and debt.registration == registration]
+        registration, record = step.store.registration(hotkey), decode(records[hotkey])
+        reason, began_ms = record["reason"], record["elimination_initiated_time_ms"]
+        slashes = [
+            debt
+            for debt in resting
+            # An elimination may outlive a departure and a return, and then be taken back and brought again.
+            if debt.kind == SLASH and (debt.registration == registration or debt.eliminated_ms == began_ms)
+        ]
         slashes = [debt for debt in slashes if debt.reason == reason] or _of_rule(slashes, reason)
         woken = [debt for debt in resting if debt.kind != SLASH or debt in slashes]
         for debt in woken:
