@@ -77,7 +77,6 @@ from shmelim.system.text import get_logger
 P = ParamSpec("P")
 T = TypeVar("T")
 
-
 _log = get_logger("shmelim.server")
 _limited = LimitedLog(_log)
 
@@ -89,6 +88,13 @@ _MEMORY_LOST: Final = "shared_memory_lost"
 _KEEP_NAMES: Final = "keep others from removing them: `RemoveIPC=no` in logind.conf"
 
 Progress: TypeAlias = Callable[[str, int, int | None], Any]
+
+
+@functools.cache
+def _version() -> str:
+    from importlib.metadata import version  # noqa: PLC0415  # takes tens of milliseconds
+
+    return version("shmelim")
 
 
 def _rows(records: list[bytes]) -> list[dict[str, Any]]:
@@ -414,10 +420,7 @@ class EliminationManagerServer(DebtMethods):
 
     def _caller(self) -> Origin:
         """Return who asks for the change that this thread makes; EpochError if it is not his to make."""
-        caller = current_caller()
-        if caller is not None and caller.epoch not in {"", self._teller.epoch}:
-            self._teller.check()
-        return self._origin_of(caller)
+        return self._origin_of(self._teller.check())
 
     def _whose_call(self) -> Origin:
         return self._origin_of(current_caller())
@@ -774,13 +777,6 @@ class EliminationManagerServer(DebtMethods):
     handle_perf_ledger_eliminations_rpc = processed(EliminationProcessor.handle_perf_ledger_eliminations)
     handle_mdd_eliminations_rpc = processed(EliminationProcessor.handle_mdd_eliminations)
     handle_first_refresh_rpc = processed(EliminationProcessor.handle_first_refresh)
-
-
-@functools.cache
-def _version() -> str:
-    from importlib.metadata import version  # noqa: PLC0415  # takes tens of milliseconds
-
-    return version("shmelim")
 
 
 class _OwnCalls(Calls):

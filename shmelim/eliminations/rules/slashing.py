@@ -366,8 +366,8 @@ def _call(slash: Callable[[], Any], hotkey: str, outcome_of: Callable[[Any], str
     # From here on the contract has answered: what fails now says nothing of the money.
     if error is None and is_unrun(answer):
         return _Outcome(NOT_MADE, "the contract answered with a coroutine, which nobody runs; it must wait itself")
-    numpy = sys.modules.get("numpy")  # without which nobody has a boolean of it
-    if numpy is not None and isinstance(answer, numpy.bool_):
+    # Not imported for this: without it nobody has a boolean of it.
+    if isinstance(answer, getattr(sys.modules.get("numpy"), "bool_", ())):
         answer = bool(answer)
     said = f"the contract {f'answered {_shown(answer)}' if error is None else f'raised {named(error)}'}"
     try:

@@ -58,8 +58,8 @@ _MAX_ATTEMPT: Final = 255
 _MAX_ERROR: Final = 500
 _MAX_RULE: Final = 64
 _HOUR_MS: Final = 3_600_000
-_REMEMBERED: Final = 100
-_BEGUN: Final = "slashes_begun"  # when those of the last hour were begun that may have been made, by attempt
+_REMEMBERED: Final = 100  # slashes, even where all of them seem to be older than an hour
+_BEGUN: Final = "slashes_begun"  # when the last ones were begun that may have been made, by attempt
 _RELEASED: Final = "slashes_released"  # the causes of the debts that a person released, until they are settled
 # A record's time may be any whole number of 64 bits; SQLite's are signed.
 _LARGEST_MS: Final = (1 << 63) - 1
