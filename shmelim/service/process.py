@@ -526,7 +526,8 @@ class Ending:
             for number in (signal.SIGTERM, signal.SIGINT):
                 handler = self._handle if number in self._signals else signal.SIG_IGN
                 self._before[number] = signal.signal(number, handler)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a fresh process starts with it blocked
+            # A fresh process starts with SIGINT blocked, and inherits what the thread blocked that started it.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         return self
 
     def __exit__(

@@ -326,6 +326,21 @@ def test_a_shutdown_dict_that_hangs_stops_neither_the_loop_nor_sigterm(
         assert ends(process)
 
 
+def test_process_of_the_loop_ends_on_sigterm_though_the_thread_that_started_it_blocks_it(
+    make: Callable[..., Managed],
+) -> None:
+    managed = make("rpc")
+    managed.validator.register("a")
+    managed.validator.lose("a", 0.2)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        with in_a_process(managed) as process:
+            until(lambda: managed.reasons == {"a": "MAX_TOTAL_DRAWDOWN"})
+            assert ends(process)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_process_of_the_loop_ends_on_sigterm_and_carries_a_title(make: Callable[..., Managed]) -> None:
     managed = make("rpc")
     managed.validator.register("a")

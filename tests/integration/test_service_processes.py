@@ -493,6 +493,18 @@ def test_a_server_that_does_not_end_is_killed(make):
     assert process.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
+def test_a_server_that_a_thread_started_which_blocks_signals_ends_by_sigterm(make, method):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+    try:
+        service = make(start_method=method)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    process = service._server_process
+    service.shutdown()
+    assert process.exitcode == 0
+
+
 def test_a_call_under_way_may_finish(make, tmp_path):
     """The server ends as soon as the call does, and the caller gets its answer."""
     service = make(SlowLedger)

@@ -100,6 +100,7 @@ def _ended_by_sigterm(context: Context) -> Iterator[None]:
         return
     set_title(_TITLE)
     before = signal.signal(signal.SIGTERM, ask)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the thread that started it may block it
     try:
         yield
     finally:
