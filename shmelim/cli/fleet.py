@@ -367,7 +367,7 @@ def _stopping() -> threading.Event:
         signal.signal(number, end)
     signal.pthread_sigmask(
         signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT}
-    )  # whoever started it may block them
+    )  # who started it may block them
     return stop
 
 
