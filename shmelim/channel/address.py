@@ -44,9 +44,9 @@ def normalize(address: Address) -> Location:
             case (str(), int()):
                 raise ValueError(f"{address!r} is not a TCP address: the port is 0 to 65535, the host not empty")
         raise TypeError(f"a TCP address is (host, port), not {address!r}")
-    path = os.fspath(address)
+    path = os.fspath(address) if isinstance(address, os.PathLike) else address
     if not isinstance(path, str):
-        raise TypeError(f"a socket path is text, not {type(path).__name__}")
+        raise TypeError(f"an address is the path of a socket, or (host, port), not {address!r}")
     if not path or "\0" in path:
         raise ValueError(f"{path!r} is not a socket path: it is empty or has a NUL character")
     path = os.path.abspath(path)  # noqa: PTH100  # links stay: they may be what keeps the path short
@@ -71,7 +71,9 @@ def check_free(address: Address) -> Location:
     location = normalize(address)
     with _explained(location):
         if isinstance(location, str):
-            Path(location).parent.stat()
+            if not os.access(Path(location).parent, os.W_OK | os.X_OK):
+                Path(location).parent.stat()  # which says what is wrong, where it is not that
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             _is_stale(location)
         else:
             with new_socket(location) as probe:

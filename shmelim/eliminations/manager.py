@@ -44,6 +44,7 @@ from shmelim.notify import SlackNotifier
 from shmelim.service import RPCServiceBase, ServerReady, ServiceSettings
 from shmelim.shm import PrivateNamespace, check_name
 from shmelim.system.logs import LimitedLog
+from shmelim.system.places import place, places
 from shmelim.system.text import get_logger
 
 _log = get_logger("shmelim.manager")
@@ -281,23 +282,23 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         self.environment = ValidatorEnvironment() if environment is None else environment
         self._options = ServeOptions(
             name=name,
-            state_dir=_absolute(state_dir),
+            state_dir=_place("state_dir", state_dir),
             group_readable=group_readable,
-            runtime_base=_absolute(runtime_base),
+            runtime_base=_place("runtime_base", runtime_base),
             in_memory=is_backtesting or (running_unit_tests and state_dir is None),
             durability=durability,
             files=files,
             files_mode=files_mode,
-            files_dir=None if is_backtesting else _absolute(files_dir),
-            default_departed=_absolute(default_departed),
-            imports=tuple(Path(path).absolute() for path in imports),
+            files_dir=None if is_backtesting else _place("files_dir", files_dir),
+            default_departed=_place("default_departed", default_departed),
+            imports=tuple(places("imports", imports)),
             adopt_published=adopt_published,
             replace_published=replace_published,
             must_exist=must_exist,
             epoch=epoch,
             sync_guard=Guard(sync_guard, self.environment.guard_count, self.environment.guard_share),
             slash_lease_s=self.environment.slash_lease_s,
-            registry=registry if registry is None or isinstance(registry, bool) else _absolute(registry),
+            registry=registry if registry is None or isinstance(registry, bool) else _place("registry", registry),
         )
         self._timeout = settings.get("call_timeout", ServiceSettings.call_timeout)
         self._live_price_fetcher = self.environment.live_price_fetcher
@@ -506,5 +507,5 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         return is_zombie(hotkey, all_hotkeys_set, self.environment.development_hotkey)
 
 
-def _absolute(path: Path | str | None) -> Path | None:
-    return None if path is None else Path(path).absolute()
+def _place(what: str, given: Path | str | None) -> Path | None:
+    return None if given is None else place(what, given)

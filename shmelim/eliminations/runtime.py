@@ -44,6 +44,7 @@ from shmelim.system.durable import make_private_directory, reading, write_whole,
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog
 from shmelim.system.owner import means_another, named_owner, whose
+from shmelim.system.places import place
 from shmelim.system.processes import ProcessIdentity
 from shmelim.system.text import get_logger
 
@@ -79,7 +80,7 @@ class RuntimeDirectory:
     def __init__(self, name: str, base: Path | str | None = None) -> None:
         self.name = check_name(name)
         self._is_default = base is None
-        self.path = (_default_base() if base is None else Path(base)) / name
+        self.path = (_default_base() if base is None else place("runtime_base", base)) / name
         self.key = self.path / "key"
         self.socket = self.path / "socket"
         self._info = self.path / "server.json"

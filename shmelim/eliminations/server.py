@@ -71,6 +71,7 @@ from shmelim.system import clock
 from shmelim.system.durable import make_private_directory, writing
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog, log_problems
+from shmelim.system.places import place, places
 from shmelim.system.problems import Problems, worst
 from shmelim.system.text import get_logger
 
@@ -186,6 +187,7 @@ class EliminationManagerServer(DebtMethods):
     _mirror: FileMirror | None = None
     _lease: Lease | None = None
     _remembering: Remembering | None = None
+    _first_refresh_ran = False
     _interval_ms: float | None = None  # of whoever ticks, as the store knows it
 
     def __init__(
@@ -216,8 +218,13 @@ class EliminationManagerServer(DebtMethods):
             raise ValueError("with files_dir the files are the state: leave state_dir, imports and files out")
         self.namespace = PrivateNamespace() if namespace is None else namespace
         # Wherever this process goes, and whatever a link leads to later.
-        self.state_dir = None if state_dir is None else Path(os.path.realpath(state_dir))
-        self._files_dir = None if files_dir is None else Path(os.path.realpath(files_dir))
+        self.state_dir = None if state_dir is None else Path(os.path.realpath(place("state_dir", state_dir)))
+        self._files_dir = None if files_dir is None else Path(os.path.realpath(place("files_dir", files_dir)))
+        default, imported, registered = (
+            None if default_departed is None else place("default_departed", default_departed),
+            places("imports", imports),
+            registry_base(registry),
+        )
         self.started_ms = clock.now_ms()
         self.live_price_fetcher: Any = None
         self.problems = Problems()
@@ -231,7 +238,6 @@ class EliminationManagerServer(DebtMethods):
         # In private memory there is no other process that an attempt found here could live in.
         is_alone = isinstance(self.namespace, PrivateNamespace)
         self._leases = Leases(slash_lease_s, grace_s=0 if is_alone else slash_lease_s)
-        self._first_refresh_ran = False
         self._uploads = Uploads()
         self._stopped = threading.Event()
         self._renewing = threading.Lock()  # held while names that were lost are made again
@@ -244,13 +250,13 @@ class EliminationManagerServer(DebtMethods):
             choices = Choices(
                 durability,
                 use_files=files != "off",
-                default_departed=None if default_departed is None or files_dir else Path(default_departed),
+                default_departed=None if default is None or files_dir else default,
                 adopt_published=adopt_published,
                 replace_published=replace_published,
                 must_exist=must_exist,
                 judge=self._guard.judge,
             )
-            remembered = self._registry(registry)
+            remembered = self._registry(registered)
             store, table = self._begin(choices, remembered)
             undo.callback(store.close)
             undo.callback(table.close)
@@ -261,9 +267,9 @@ class EliminationManagerServer(DebtMethods):
             self._beating.start()
             undo.callback(self._beating.join)
             undo.callback(self._stopped.set)
-            self._secure(store, default_departed)
+            self._secure(store, default)
             self._journal = None if self.state_dir is None else open_journal(self.state_dir, store)
-            merge_once(store, [Path(path) for path in imports], lambda path: tell(f"importing {path}", 0, None))
+            merge_once(store, imported, lambda path: tell(f"importing {path}", 0, None))
             self._state = State(
                 store,
                 table,
@@ -286,8 +292,7 @@ class EliminationManagerServer(DebtMethods):
         is_exempt = self.state_dir is None or isinstance(self.namespace, PrivateNamespace)
         return Guard("off") if is_exempt else guard
 
-    def _registry(self, given: Path | str | bool | None) -> Registry | None:
-        base = registry_base(given)
+    def _registry(self, base: Path | None) -> Registry | None:
         if base is None or self.state_dir is None or not isinstance(self.namespace, SharedNamespace):
             return None
         return Registry(base, self.namespace.name)
@@ -340,7 +345,7 @@ class EliminationManagerServer(DebtMethods):
         )
         return memory_of(store_id or b"", commit, counts.eliminated, counts.departed, self.state_dir or Path())
 
-    def _secure(self, store: Store, default: Path | str | None) -> None:
+    def _secure(self, store: Store, default: Path | None) -> None:
         """Make the lock proof against its removal; or have a store in memory say what the files say."""
         directory = self._files_dir
         if self._lease is not None:
@@ -353,7 +358,7 @@ class EliminationManagerServer(DebtMethods):
             step = changes.Step(store, None)
             read_state(step, directory)
             if default is not None and not store.counts().departed:
-                import_departed(step, Path(default))
+                import_departed(step, default)
 
     def _start_mirror(self, mode: int) -> FileMirror | None:
         directory, plain = self._files_dir or self.state_dir, self._files_dir is not None

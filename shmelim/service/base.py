@@ -19,7 +19,7 @@ from shmelim.notify.problems import Notifier
 from shmelim.service.lease import ServiceKey
 from shmelim.service.owner import Absent, Core
 from shmelim.service.process import ServerReady, serve_rpc, start_server
-from shmelim.service.settings import ServiceSettings, check_service_name, service_location
+from shmelim.service.settings import Figure, ServiceSettings, check_service_name, service_location
 from shmelim.table import Reader
 
 
@@ -123,6 +123,8 @@ class RPCServiceBase(ABC):
     __core: Core
     _server_proxy: Any = None  # on the class for mocks that are made after it
     served_methods: ClassVar[Collection[str]] = ()
+    health_check_interval_s: float = Figure(60.0)  # type: ignore[assignment]
+    max_consecutive_failures: int = Figure(3)  # type: ignore[assignment]
 
     def __init__(
         self,

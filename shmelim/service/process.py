@@ -22,7 +22,7 @@ from multiprocessing.synchronize import Event
 from types import FrameType, SimpleNamespace, TracebackType
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
-from shmelim.channel.address import Address, Location, normalize
+from shmelim.channel.address import Address, Location, check_free, normalize
 from shmelim.channel.codec import MSGPACK, Codec
 from shmelim.channel.failures import pack_failure, unpack_failure
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE
@@ -449,6 +449,7 @@ def _serve(
             title = server_title(options.service_name)
             if not set_title(title):
                 _logger.warning("%s: the process title %r could not be set", options.service_name, title)
+            check_free(address)  # before anything is made, or published
             _starting = ready
             server = make()
             _starting = None

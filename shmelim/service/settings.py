@@ -110,12 +110,7 @@ class ServiceSettings:
             if type(default) is bool:
                 _check(name, isinstance(value, bool), "True or False", value)
             elif isinstance(default, int | float):
-                kind, what, least = (
-                    (int, "a whole number", 1) if type(default) is int else (int | float, "a number", 0)
-                )
-                _check(name, isinstance(value, kind) and not isinstance(value, bool), what, value)
-                if not value >= least:  # NaN, too
-                    raise ValueError(f"{name} must be {least} or more, not {value}")
+                _check_figure(name, value, default)
         # A text is a collection of its letters, which nobody means.
         names = isinstance(self.idempotent, Collection) and not isinstance(self.idempotent, str)
         _check("idempotent", names, "a collection of names", self.idempotent)
@@ -144,6 +139,27 @@ class ServiceSettings:
 
 
 _DEFAULTS: Final = {field.name: field.default for field in fields(ServiceSettings)}
+
+
+class Figure:
+    """An attribute that is checked whenever it is set, as a setting of this default; reading costs nothing."""
+
+    def __init__(self, default: float) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __set__(self, instance: object, value: float) -> None:
+        _check_figure(self._name, value, self._default)
+        instance.__dict__[self._name] = value
+
+
+def _check_figure(name: str, value: Any, default: float) -> None:
+    kind, what, least = (int, "a whole number", 1) if type(default) is int else (int | float, "a number", 0)
+    _check(name, isinstance(value, kind) and not isinstance(value, bool), what, value)
+    if not value >= least:  # NaN, too
+        raise ValueError(f"{name} must be {least} or more, not {value}")
 
 
 def _check(name: str, fits: bool, what: str, value: object) -> None:

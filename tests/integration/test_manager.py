@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
@@ -682,8 +681,9 @@ class TestRpcMode:
         manager.add_elimination("a", row("a"))
         manager.remove_elimination("a")
         manager.add_elimination("b", row("b"))
-        os.kill(manager.server_pid, signal.SIGKILL)
-        psutil.Process(manager.server_pid).wait()
+        server = psutil.Process(manager.server_pid)  # now, for afterwards there is another one
+        server.kill()
+        server.wait()
         assert [hotkey for hotkey, _ in state_in_store(tmp_path / "kept").eliminations] == ["b"]
 
     def test_after_a_restart_by_hand_everything_works_again(self, managers):
@@ -746,3 +746,54 @@ def test_answers_that_are_larger_than_a_message_come_whole(managers):
     assert proxy.get_eliminations_from_memory_rpc() == rows
     assert list(proxy.get_eliminations_dict_rpc()) == hotkeys
     assert {event["hotkey"] for event in manager.get_history(limit=None)} >= set(hotkeys)
+
+
+# ---------------------------------------------------------------------- what cannot be meant is refused
+
+
+ODD_PLACES = [
+    ("", ValueError),
+    ("a\0b", ValueError),
+    (b"bytes", TypeError),
+    (5, TypeError),
+    (["a"], TypeError),
+]
+
+
+@pytest.mark.parametrize("setting", ["state_dir", "runtime_base", "files_dir", "default_departed", "registry"])
+@pytest.mark.parametrize(("given", "error"), ODD_PLACES)
+def test_a_place_that_is_none_is_refused_by_name_before_anything_is_made(
+    make, direct, tmp_path, monkeypatch, setting, given, error
+):
+    """An empty text is what a variable gives that is not set; it must not mean the current directory."""
+    if setting == ("runtime_base" if direct else "files_dir"):
+        pytest.skip("the mode has none")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=setting):
+        make(**{setting: given})
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("given", ["eliminations.json", Path("eliminations.json"), b"x", 5, None, [""], [5]])
+def test_a_single_import_is_not_taken_for_a_list_of_letters(make, given):
+    with pytest.raises((TypeError, ValueError), match="imports"):
+        make(imports=given)
+
+
+NOWHERE = {
+    "a directory that is not there": lambda place: place / "no" / "such",
+    "a directory": lambda place: place,
+    "a host of others": lambda _: ("192.0.2.1", 5000),  # a documentation address (RFC 5737)
+    "a number": lambda _: 5000,
+}
+
+
+@pytest.mark.parametrize("kind", NOWHERE)
+def test_where_nobody_can_listen_is_found_before_anything_is_published(managers, tmp_path, kind):
+    address = NOWHERE[kind](tmp_path)
+    name = f"nowhere-{os.getpid()}"
+    with pytest.raises((ChannelError, TypeError)) as caught:
+        managers(name=name, address=address, state_dir=tmp_path / "state")
+    assert getattr(caught.value, "hint", None) is None or "is served" not in caught.value.hint
+    assert not list(Path("/dev/shm").glob(f"shmelim*{name}*"))
+    assert not (tmp_path / "state").exists()

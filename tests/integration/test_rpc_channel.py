@@ -613,7 +613,7 @@ def test_a_successors_socket_file_is_left_alone(target, tmp_path):
         (("h", "1"), "host, port"),
         (("h", 1, 2), "host, port"),
         (b"bytes", "bytes"),
-        (7, "int"),
+        (7, "not 7"),
     ],
 )
 def test_bad_addresses(bad, words):

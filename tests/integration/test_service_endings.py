@@ -676,11 +676,26 @@ def test_a_direct_service_is_nowhere(tmp_path):
         ({"idempotent": "pid_rpc"}, TypeError, "Ledger: idempotent must be a collection of names, not 'pid_rpc'"),
         ({"codec": "json"}, TypeError, "Ledger: codec must be a codec"),
         ({"clock_ms": 5}, TypeError, "Ledger: clock_ms must be a function"),
+        ({"health_check_interval_s": "60"}, TypeError, "health_check_interval_s must be a number, not '60'"),
+        ({"health_check_interval_s": float("nan")}, ValueError, "health_check_interval_s must be 0 or more"),
+        ({"health_check_interval_ms": -1}, ValueError, "health_check_interval_s must be 0 or more"),
+        ({"max_consecutive_failures": "3"}, TypeError, "max_consecutive_failures must be a whole number, not '3'"),
+        ({"max_consecutive_failures": 0}, ValueError, "max_consecutive_failures must be 1 or more, not 0"),
     ],
 )
 def test_impossible_settings_name_service_and_setting(tmp_path, settings, kind, message):
     with pytest.raises(kind, match=message):
         Ledger(tmp_path, **settings)
+
+
+def test_what_may_be_changed_at_any_time_is_checked_then_too(tmp_path):
+    with Ledger(tmp_path, running_unit_tests=True) as service:
+        with pytest.raises(TypeError, match="max_consecutive_failures must be a whole number, not None"):
+            service.max_consecutive_failures = None
+        with pytest.raises(ValueError, match="health_check_interval_s must be 0 or more, not -1"):
+            service.health_check_interval_s = -1
+        service.health_check_interval_ms = 500
+        assert (service.health_check_interval_s, service.max_consecutive_failures) == (0.5, 3)
 
 
 @pytest.mark.parametrize("method", [None, "fork"])

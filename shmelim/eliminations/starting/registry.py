@@ -19,6 +19,7 @@ import platformdirs
 
 from shmelim.errors import ShmelimError, StoreError
 from shmelim.system.durable import make_private_directory, reading, write_whole, writing
+from shmelim.system.places import place
 from shmelim.system.problems import Problems
 from shmelim.system.text import get_logger
 
@@ -87,7 +88,7 @@ def registry_base(given: Path | str | bool | None = True) -> Path | None:
     if given is None or given is False:
         return None
     if given is not True:
-        return Path(given).absolute()
+        return place("registry", given)
     said = os.environ.get(VARIABLE)
     if said == OFF:
         return None
