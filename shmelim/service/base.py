@@ -496,6 +496,11 @@ class RPCServiceBase(ABC):
             without a check once the service :attr:`has_ended`, and before it has a server. True while health
             checks are not enabled, and if the server has no ``health_check_rpc``, which is told once.
 
+        Raises
+        ------
+        TypeError
+            The time is no number.
+
         """
         if not self.enable_health_check:
             return True
@@ -505,6 +510,8 @@ class RPCServiceBase(ABC):
         if current_time_ms is None:
             clock = core.settings.clock_ms
             current_time_ms = time.time_ns() / 1e6 if clock is None else clock()
+        if not isinstance(current_time_ms, int | float):  # noted as the last check's, it would fail all the next
+            raise TypeError(f"current_time_ms must be a number of milliseconds, not {current_time_ms!r}")
         return core.check(current_time_ms, self.health_check_interval_s * 1000)
 
 

@@ -696,6 +696,10 @@ class TestHistory:
         assert api.get_history("absent") == []
         with pytest.raises(ValueError, match="limit"):
             api.get_history(limit=-1)
+        for name in "limit", "before_id":
+            for odd in "5", 1.5, True, [1], b"":
+                with pytest.raises(TypeError, match=f"{name} must be a whole number"):
+                    api.get_history(**{name: odd})
 
     def test_has_nothing_of_what_was_refused(self, api):
         with pytest.raises(TypeError, match="reason"):

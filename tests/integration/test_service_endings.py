@@ -698,6 +698,13 @@ def test_what_may_be_changed_at_any_time_is_checked_then_too(tmp_path):
         assert (service.health_check_interval_s, service.max_consecutive_failures) == (0.5, 3)
 
 
+def test_a_time_that_is_no_number_is_refused_and_spoils_no_later_check(make):
+    service = make(enable_health_check=True)
+    with pytest.raises(TypeError, match="current_time_ms must be a number of milliseconds, not 'now'"):
+        service.health_check("now")
+    assert service.health_check()
+
+
 @pytest.mark.parametrize("method", [None, "fork"])
 def test_a_daemonic_process_may_have_a_server_in_a_fresh_interpreter_only(tmp_path, method):
     here, there = fork.Pipe()
