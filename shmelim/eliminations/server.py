@@ -525,6 +525,9 @@ class EliminationManagerServer(DebtMethods):
     ) -> list[dict[str, Any]]:
         if hotkey is not None and not isinstance(hotkey, str):
             refuse_hotkey(hotkey)
+        for what, number in ("limit", limit), ("before_id", before_id):
+            if number is not None and type(number) is not int:
+                raise TypeError(f"{what} must be a whole number, not {number!r}")
         limit = HISTORY_LIMIT if limit is None else limit
         if not 0 <= limit <= HISTORY_LIMIT:
             raise ValueError(f"limit must be 0 to {HISTORY_LIMIT:,}, not {limit!r}; go on with before_id")

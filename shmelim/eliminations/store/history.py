@@ -116,9 +116,6 @@ class History(Database):
         self, hotkey: str | None = None, limit: int | None = 100, before_id: int | None = None
     ) -> list[Event]:
         """Return at most `limit` events, newest first: of one hotkey, or older than the one with that id."""
-        for what, number in ("limit", limit), ("before_id", before_id):
-            if number is not None and type(number) is not int:
-                raise TypeError(f"{what} must be a whole number, not {number!r}")
         if limit is not None and limit < 0:
             raise ValueError(f"limit must be at least 0, not {limit}")
         before = _LARGEST_ID if before_id is None else before_id
