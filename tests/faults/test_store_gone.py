@@ -6,6 +6,7 @@ import shutil
 import pytest
 from serving import row, state_in_store, state_in_table
 
+from shmelim.eliminations.store.opening import LOG_SUFFIXES
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import StoreError
@@ -51,6 +52,55 @@ def test_changes_are_refused_whole(state_dir, start, harm):
             assert str(state_dir / FILE_NAME) in str(caught.value)
             assert "restart" in caught.value.hint
             assert state_in_table(server.reader) == before
+
+
+def _delete(path):
+    path.unlink()
+
+
+def _replace_by_a_copy(path):
+    path.with_suffix(".copy").write_bytes(path.read_bytes())
+    path.with_suffix(".copy").replace(path)
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+@pytest.mark.parametrize("harm", [_delete, _replace_by_a_copy])
+@pytest.mark.parametrize("suffix", LOG_SUFFIXES)
+def test_without_its_log_no_change_is_acknowledged_that_a_kill_would_lose(
+    state_dir, start, tmp_path, suffix, harm, is_linked
+):
+    place = state_dir
+    if is_linked:
+        (place := tmp_path / "elsewhere").mkdir()
+        with Store.open(place):
+            pass
+        state_dir.mkdir(mode=0o700)
+        (state_dir / FILE_NAME).symlink_to(place / FILE_NAME)
+    server = start(files="off")
+    server.add_elimination_rpc("a", row("a"))
+    log = place / f"{FILE_NAME}{suffix}"
+    harm(log)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="while it was in use; the change was not applied") as caught:
+            server.add_elimination_rpc("b", row("b"))
+        assert str(log) in str(caught.value)
+        assert "restart" in caught.value.hint
+    assert any(problem["name"] == "commit_failed" for problem in server.health_check_rpc()["problems"])
+    # What a kill would leave now.
+    shutil.copytree(place, killed := tmp_path / "killed")
+    assert [name for name, _ in state_in_store(killed).eliminations] == ["a"]
+    server.close()
+    with start(files="off") as again:
+        assert again.add_elimination_rpc("b", row("b"))
+    assert [name for name, _ in state_in_store(place).eliminations] == ["a", "b"]
+
+
+def test_a_log_without_a_name_is_not_given_one_by_making_it_longer(state_dir):
+    with Store.open(state_dir) as store:
+        log = state_dir / f"{FILE_NAME}-wal"
+        log.unlink()
+        store.lengthen_log()
+        assert not log.exists()
 
 
 def test_the_hint_restores_everything_that_was_acknowledged(state_dir, start):

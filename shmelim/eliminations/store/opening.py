@@ -62,7 +62,7 @@ def make_private(path: Path) -> None:
 def remove_log(path: Path) -> None:
     """Remove the log that a database which is gone left behind: SQLite would replay it onto the next one."""
     for suffix in LOG_SUFFIXES:
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+        log_of(path, suffix).unlink(missing_ok=True)
 
 
 def need_folded(path: Path) -> None:
@@ -184,6 +184,6 @@ def _read_only(location: str, path: Path) -> sqlite3.Connection:
     return db
 
 
-def log_of(path: Path) -> Path:
-    """Return the path of a database's write-ahead log."""
-    return path.with_name(f"{path.name}-wal")
+def log_of(path: Path, suffix: str = LOG_SUFFIXES[0]) -> Path:
+    """Return the path of a database's write-ahead log, or of its index: beside the file that a link leads to."""
+    return Path(f"{os.path.realpath(path)}{suffix}")

@@ -35,7 +35,7 @@ from shmelim.eliminations.store.history import (
     packed_as_one,
     this_process,
 )
-from shmelim.eliminations.store.opening import log_of
+from shmelim.eliminations.store.opening import LOG_SUFFIXES, log_of
 from shmelim.eliminations.store.schema import damaged
 from shmelim.errors import StoreError
 
@@ -128,7 +128,9 @@ class Store(History):
         self.look_up = self._stored_rows
         self._log = None if file is None else os.fspath(log_of(file))
         self._log_end = 0  # as it was left by lengthen_log()
-        self._identity = None if file is None else _identity(file)
+        # The files that SQLite has open, by the names under which a start would look for them.
+        logs = [] if file is None else [log_of(file, suffix) for suffix in LOG_SUFFIXES]
+        self._files = {} if file is None else {name: _identity(name) for name in (file, *logs)}
         self._changes_before = 0
         # The number of the open transaction, and what is known of the database until another connection commits:
         # the number of its last commit; the rowids of hotkeys, as far as they were asked for; other numbers that
@@ -189,9 +191,10 @@ class Store(History):
         it is either committed or still open.
         """
         try:
-            found = None if self._file is None else _identity(self._file)
-            if found not in {None, self._identity}:
-                raise self._lost(found)
+            for name, mine in self._files.items():
+                found = _identity(name)
+                if found not in {None, mine}:
+                    raise self._lost(name, found)
             if self._db.total_changes != self._changes_before:
                 self._change("UPDATE identity SET commit_number = ?", (self._next_commit,))
             self._change("COMMIT")
@@ -204,13 +207,17 @@ class Store(History):
             self._last_commit = self._next_commit
         self.written = {}
 
-    def _lost(self, found: tuple[int, int] | None) -> StoreError:
+    def _lost(self, name: Path, found: tuple[int, int] | None) -> StoreError:
         what = "deleted" if found == _GONE else "replaced by another file"
-        return StoreError(
-            f"{self._file} was {what} while it was in use; the change was not applied",
-            hint="put it back, or restart the server with --adopt-published (adopt_published=True):"
-            " the state comes from shared memory",
-        )
+        hint = "put it back, or restart the server with --adopt-published (adopt_published=True): the state"
+        hint += " comes from shared memory"
+        if name != self._file:
+            # What was committed is in a file without a name: a kill would lose it, but for what is folded in now.
+            with suppress(StoreError):
+                self.rollback()
+                self._ask("PRAGMA wal_checkpoint(PASSIVE)")
+            hint = "restart the server: it folds what was committed into the database when it ends"
+        return StoreError(f"{name} was {what} while it was in use; the change was not applied", hint=hint)
 
     def rollback(self) -> None:
         """Undo the transaction; does nothing when none is open."""
@@ -280,7 +287,7 @@ class Store(History):
             return
         self.begin()  # in which nobody else appends to it
         try:
-            with open(self._log, "ab", 0) as log:  # noqa: PTH123
+            with open(self._log, "ab", 0, opener=_existing) as log:
                 room = os.fstatvfs(log.fileno())
                 synced = self._ask("PRAGMA synchronous")[0][0] == _FULL
                 if synced and room.f_bavail * room.f_frsize >= _ROOM:
@@ -592,6 +599,10 @@ def _row(row: tuple[Any, ...]) -> Row:
     if record is not None and crc32(record) != checksum:
         raise damaged(f"the stored record of hotkey {hotkey!r}")
     return Row(hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered == 1)
+
+
+def _existing(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_CREAT | os.O_CLOEXEC)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
