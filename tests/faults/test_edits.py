@@ -133,16 +133,26 @@ class TestAnEditOlderThanTheLastCommit:
 
 class TestAFileThatIsNoEdit:
     @pytest.mark.parametrize(
-        "content", [{"eliminations": ["a", "b"]}, [None], {"eliminations": {"a": "b"}}, ["a", "b"]], ids=str
+        "content",
+        [
+            '{"eliminations": ["a", "b"]}',
+            "[null]",
+            '{"eliminations": {"a": "b"}}',
+            '["a", "b"]',
+            # Of two lists the empty one would be taken, of two hotkeys one would be lost.
+            '{"eliminations": [{"hotkey": "a", "reason": "ZOMBIE"}], "eliminations": []}',
+            '{"eliminations": [{"hotkey": "a", "reason": "ZOMBIE", "hotkey": "b"}]}',
+        ],
+        ids=range(6),
     )
     def test_but_has_not_one_usable_row_is_damaged_and_empties_nothing(self, state_dir, path, start, content):
         with start() as server:
             server.sync_eliminations_rpc([row("a"), row("b")])
-        path.write_text(json.dumps(content))
+        path.write_text(content)
         server = start()
         assert server.get_eliminated_hotkeys_rpc() == {"a", "b"}
         (aside,) = state_dir.glob("eliminations.json.damaged-*")
-        assert json.loads(aside.read_text()) == content
+        assert aside.read_text() == content
         health = server.health_check_rpc()
         assert health["status"] == "degraded"
         assert [(one["name"], one["subject"]) for one in health["problems"]] == [("file_damaged", str(aside))]

@@ -175,6 +175,11 @@ DAMAGED = [
     b"[" * 200_000,
     b"[" + b"9" * 5000 + b"]",
     bytes(4096),
+    # One of two would be taken in silence.
+    b'{"eliminations": [], "departed_hotkeys": [], "eliminations": [], "departed_hotkeys": []}',
+    b'{"eliminations": [{"hotkey": "a", "reason": "X", "hotkey": "b"}], "departed_hotkeys": {"a": {}, "a": {}}}',
+    b'{"eliminations": [{"hotkey": "a", "p": {"x": 1, "x": 2}}], "departed_hotkeys": {"a": {"x": 1, "x": 1}}}',
+    b'{"a": {"x": 1, "x": ' + b"9" * 5000 + b"}}",
 ]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -76,13 +77,14 @@ class File:
             # An editor may have put a byte-order mark in front.
             text = self.data.decode("utf-8-sig")
             try:
-                return json.loads(text)
-            except json.JSONDecodeError:
+                return json.loads(text, object_pairs_hook=_unambiguous)
+            except (json.JSONDecodeError, _AmbiguousError):
                 raise
             except ValueError:  # a number of more digits than Python reads is its row's fault alone
-                return json.loads(text, parse_int=_number)
+                return json.loads(text, object_pairs_hook=_unambiguous, parse_int=_number)
         except (ValueError, RecursionError) as error:
-            raise DamagedFileError(f"{self.path} is damaged: it is not JSON ({error})", hint=_HINT) from error
+            what = str(error) if isinstance(error, _AmbiguousError) else f"it is not JSON ({error})"
+            raise DamagedFileError(f"{self.path} is damaged: {what}", hint=_HINT) from error
 
     def names_departed(self) -> bool:
         """Whether it is a file of departed hotkeys, by its shape."""
@@ -90,6 +92,18 @@ class File:
         if isinstance(content, dict):
             return DEPARTED_HOTKEYS_KEY in content and ELIMINATIONS_KEY not in content
         return isinstance(content, list) and bool(content) and all(isinstance(row, str) for row in content)
+
+
+class _AmbiguousError(ValueError):
+    """One of two values would be taken in silence: of two lists of eliminations, say, the empty one."""
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    read = dict(pairs)
+    if len(read) != len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise _AmbiguousError(f"the name {twice[:60]!r} stands twice in one object")
+    return read
 
 
 class _LongNumber:
