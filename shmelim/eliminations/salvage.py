@@ -26,6 +26,7 @@ from shmelim.eliminations.record import (
     normalise,
 )
 from shmelim.system.containers import plain_container
+from shmelim.system.text import printable
 
 _REASON, _TIME = FILLED_IN
 
@@ -54,9 +55,11 @@ def _pieced_together(data: Any, now_ms: int) -> tuple[dict[str, Any], list[str]]
     record: dict[str, Any] = {"hotkey": hotkey}
     notes: list[str] = []
     for key, value in fields.items():
-        name = key if isinstance(key, str) else str(key)
+        name = _name(key)
         if name == "hotkey":
             continue
+        if isinstance(key, str) and name != key:
+            notes.append(f"the name {name} was changed")
         kept, whole = _kept(name, value)
         if not whole:
             notes.append(f"{name}, {_named(value)}, " + ("was dropped" if kept is None else "was changed"))
@@ -82,6 +85,18 @@ def _kept(name: str, value: Any) -> tuple[Any, bool]:
     return None, value is None
 
 
+def _name(key: Any) -> str:
+    """Return the name under which a field is stored, escaped where it is no text that can be."""
+    try:
+        name = str(key)
+        name.encode()
+    except UnicodeEncodeError:
+        return printable(name)
+    except Exception:  # its own str
+        return type(key).__name__
+    return name
+
+
 def _named(value: Any) -> str:
     try:
         return f"{type(value).__name__} {value!r:.60}"
@@ -101,7 +116,7 @@ def _converted(value: Any, depth: int = 0) -> Any:
         return _converted(value.value, depth + 1)
     container = value if isinstance(value, (Mapping, list, tuple, set, frozenset)) else plain_container(value)
     if isinstance(container, Mapping):
-        return {str(key): _stored(item, depth) for key, item in container.items()}
+        return {_name(key): _stored(item, depth) for key, item in container.items()}
     return value if container is None else [_stored(item, depth) for item in container]
 
 

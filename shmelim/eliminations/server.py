@@ -531,7 +531,10 @@ class EliminationManagerServer(DebtMethods):
         limit = HISTORY_LIMIT if limit is None else limit
         if not 0 <= limit <= HISTORY_LIMIT:
             raise ValueError(f"limit must be 0 to {HISTORY_LIMIT:,}, not {limit!r}; go on with before_id")
-        return [event.as_dict() for event in self._ask(lambda store: store.events(hotkey, limit, before_id))]
+        try:
+            return [event.as_dict() for event in self._ask(lambda store: store.events(hotkey, limit, before_id))]
+        except UnicodeEncodeError:  # a text that is no UTF-8 is nobody's hotkey
+            return []
 
     # ------------------------------------------------------------------ changing
 

@@ -4,6 +4,7 @@ import enum
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -694,6 +695,8 @@ class TestHistory:
         assert len(api.get_history(limit=None)) == 10
         assert api.get_history(limit=0) == []
         assert api.get_history("absent") == []
+        with suppress(TypeError):  # it cannot be sent
+            assert api.get_history("\ud800") == []
         with pytest.raises(ValueError, match="limit"):
             api.get_history(limit=-1)
         for name in "limit", "before_id":

@@ -293,6 +293,30 @@ def test_a_number_of_more_digits_than_python_reads_is_its_rows_fault_alone(path)
     assert digits in files.quarantine(path, read.bad).read_text()
 
 
+def nested(levels):
+    value = 1
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("levels", [100, 400, 900])
+def test_a_side_field_that_is_nested_too_deep_costs_itself_alone(path, levels):
+    deep = {"hotkey": "a", "reason": "X", "elimination_initiated_time_ms": 5, "price_info": nested(levels)}
+    path.write_text('{"eliminations": [' + json.dumps(deep) + ', {"hotkey": "b", "reason": "Y"}]}')
+    found = files.read_eliminations(path)
+    assert list(found.taken) == ["a", "b"]
+    assert [bad.index for bad in found.bad] == [0]
+    (kept,) = json.loads(files.quarantine(path, found.bad).read_text())["rows"]
+    row = kept["row"]
+    assert (json.loads(row) if isinstance(row, str) else row) == deep
+
+
+def test_a_row_that_is_nested_too_deep_to_be_written_is_said_to_be(path):
+    place = files.quarantine(path, [files.BadRow(0, nested(50_000), "deep")])
+    assert json.loads(place.read_text())["rows"][0]["row"] == "a row that is nested too deep to be written"
+
+
 def test_a_pipe_that_somebody_named_is_read_to_its_end_by_one_open(path):
     reading, writing = os.pipe()
     with os.fdopen(writing, "w") as pipe:

@@ -41,6 +41,11 @@ class Hostile:
         raise RuntimeError
 
 
+class Unnamed:
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
 class Kind(Enum):
     NUMBER = 5
 
@@ -125,3 +130,11 @@ def test_a_reason_that_is_too_large_goes_too() -> None:
 def test_a_row_that_names_no_miner_is_refused(row: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         salvage(row, NOW)
+
+
+def test_a_name_that_cannot_be_stored_costs_the_name_alone() -> None:
+    record, notes = salvage(WHOLE | {"a\ud800": 1, "price_info": {"\udfff": 2}}, NOW)
+    assert {key: record[key] for key in WHOLE} == WHOLE | {"price_info": {"\\udfff": 2}}
+    assert record["a\\ud800"] == 1
+    assert any("a\\ud800" in note for note in notes)
+    assert salvage(WHOLE | {Unnamed(): 4}, NOW)[0]["Unnamed"] == 4

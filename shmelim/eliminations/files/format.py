@@ -264,7 +264,7 @@ def quarantine(path: Path, bad_rows: list[BadRow], beside: Path | None = None) -
     """
     if not bad_rows:
         return None
-    rows = [finite({"index": bad.index, "row": bad.row, "problem": bad.problem}) for bad in bad_rows]
+    rows = [{"index": bad.index, "row": _writable(bad.row), "problem": bad.problem} for bad in bad_rows]
     content = json.dumps({"file": str(path), "rows": rows}, indent=1, default=repr)
     with writing(f"the bad rows of {path} could not be set aside", hint=f"check that {path.parent} exists"):
         target = write_aside(beside or path, "quarantine", content.encode("ascii"), ".json")
@@ -273,6 +273,17 @@ def quarantine(path: Path, bad_rows: list[BadRow], beside: Path | None = None) -
     for bad in bad_rows[:_SHOWN]:
         _log.warning("  row %d: %s", bad.index, bad.problem)
     return target
+
+
+def _writable(row: Any) -> Any:
+    """Return a row as it can be written, with its fields; as one text where it is nested too deep for that."""
+    try:
+        json.dumps(row := finite(row), indent=1, default=repr)
+    except RecursionError:
+        with suppress(RecursionError):
+            return json.dumps(row, default=repr)
+        return "a row that is nested too deep to be written"
+    return row
 
 
 def _write(
