@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import shutil
+import socket
 import sys
 
 import pytest
@@ -250,3 +251,65 @@ def test_a_replacement_is_forgotten_when_the_store_is_whole_again(table_name, st
     with start(table_name, state_dir, files="off", replace_published=True) as server:
         assert server.get_history_rpc()[-1]["action"] == "backup"
     assert not replacement.is_finished(state_dir)
+
+
+def something_else(kind, path):
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            os.chdir(path.parent)  # the path may be too long for a socket
+            bound.bind(path.name)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("x")
+    else:
+        path.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "directory", "file", "link"])
+@pytest.mark.parametrize("name", [".rebuilding", ".rebuilding.part", "-wal", "-shm", "-journal"])
+def test_something_else_under_a_name_that_is_needed_is_refused_by_name_and_not_waited_for(
+    table_name, state_dir, monkeypatch, name, kind, is_damaged
+):
+    is_wanted = kind == ("directory" if name.startswith(".") else "file")
+    with EliminationManagerServer(None, state_dir) as server:
+        server.add_elimination_rpc("a", row("a"))
+    monkeypatch.chdir(state_dir)
+    if is_damaged:
+        (state_dir / FILE_NAME).write_bytes(b"x" * 4096)
+    place = state_dir / (name if name.startswith(".") else FILE_NAME + name)
+    something_else(kind, place)
+    if is_wanted:
+        EliminationManagerServer(None, state_dir).close()
+        return
+    with pytest.raises(StoreError, match="is not a") as caught:
+        EliminationManagerServer(None, state_dir)
+    assert str(place) in str(caught.value)
+    assert caught.value.hint == "move it away"
+    assert os.path.lexists(place)
+    if not name.startswith(".") and not is_damaged:
+        with pytest.raises(StoreError, match="is not a file"), Store.read_only(state_dir):
+            pass
+    place.rmdir() if kind == "directory" else place.unlink()
+    with EliminationManagerServer(None, state_dir) as server:
+        assert server.get_eliminated_hotkeys_rpc() == {"a"}
+
+
+def test_a_damaged_store_behind_a_link_is_not_rebuilt_in_the_links_place(state_dir, tmp_path):
+    with EliminationManagerServer(None, state_dir) as server:
+        server.add_elimination_rpc("a", row("a"))
+    store, there = state_dir / FILE_NAME, tmp_path / "volume.sqlite"
+    there.write_bytes(b"x" * 4096)
+    store.unlink()
+    store.symlink_to(there)
+    with pytest.raises(StoreError, match=f"is a link to {there}") as caught:
+        EliminationManagerServer(None, state_dir)
+    assert "remove the link" in caught.value.hint
+    assert store.is_symlink()
+    assert there.read_bytes() == b"x" * 4096
+    store.unlink()
+    with EliminationManagerServer(None, state_dir) as server:
+        assert server.get_eliminated_hotkeys_rpc() == {"a"}

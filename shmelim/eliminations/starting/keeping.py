@@ -218,11 +218,6 @@ def restore(backup: Path, directory: Path, registry: Registry | None, acknowledg
     bad = [finding for finding in check_backup(backup) if finding.problem]
     if bad:
         raise StoreError(f"the backup {backup} is not whole: {bad[0].problem}", hint="use another backup")
-    if (path := directory / FILE_NAME).is_symlink():
-        raise StoreError(
-            f"{path} is a link to {os.path.realpath(path)}, and what is restored would take the link's place",
-            hint="remove the link to restore into the directory itself; or link the whole directory instead",
-        )
     lease = lock_state(directory)
     try:
         known = _known_commit(directory)

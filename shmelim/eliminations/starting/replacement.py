@@ -15,7 +15,9 @@ All functions need the lock on the state directory.
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -43,14 +45,20 @@ def need_finished_recovery(directory: Path) -> None:
 
 def is_finished(directory: Path) -> bool:
     """Whether a replacement stands there that was made whole."""
-    return (directory / _PLACE / FILE_NAME).exists()
+    return (directory / _PLACE / FILE_NAME).exists() and not (directory / _PLACE).is_symlink()
 
 
 def build(directory: Path, fill: Callable[[Step], None], *, begin_with: Path | None = None) -> None:
     """Make a replacement, which `fill` fills; the store stays in its place.
 
-    `begin_with` is a directory with a store, of which a copy is what `fill` begins with.
+    `begin_with` is a directory with a store, of which a copy is what `fill` begins with. StoreError where a link
+    stands in the place of the store.
     """
+    if (path := directory / FILE_NAME).is_symlink():
+        raise StoreError(
+            f"{path} is a link to {os.path.realpath(path)}, and the new store would take the link's place",
+            hint="remove the link to have it made in the directory itself; or link the whole directory instead",
+        )
     discard(directory)
     making = directory / _MAKING
     try:
@@ -96,4 +104,6 @@ def discard(directory: Path) -> None:
     """
     for place in (directory / _PLACE, directory / _MAKING):
         with writing(f"{place} cannot be removed", hint="remove it by hand"), suppress(FileNotFoundError):
+            if not stat.S_ISDIR(place.lstat().st_mode):
+                raise StoreError(f"{place} is not a directory, as a new store needs there", hint="move it away")
             shutil.rmtree(place)

@@ -57,6 +57,14 @@ def make_private(path: Path) -> None:
         raise damaged(path, f"it has only {status.st_size} bytes")
     if status.st_mode & 0o077:
         path.chmod(0o600)
+    _need_files_as_logs(path)
+
+
+def _need_files_as_logs(path: Path) -> None:
+    """Raise StoreError where something else has the name of a log: SQLite would wait for a pipe."""
+    for log in [log_of(path, suffix) for suffix in ("-journal", *LOG_SUFFIXES)]:
+        if os.path.lexists(log) and not stat.S_ISREG(log.lstat().st_mode):
+            raise StoreError(f"{log} is not a file, as the log of the store is to be", hint="move it away")
 
 
 def remove_log(path: Path) -> None:
@@ -162,6 +170,7 @@ def connect_read_only(path: Path) -> sqlite3.Connection:
     """Open an existing database for reading, with or without a writer."""
     if path.exists() and not path.is_file():
         raise damaged(path, "it is not a file")  # a pipe would be waited for
+    _need_files_as_logs(path)
     location = f"file:{quote(os.fspath(path.absolute()))}?mode=ro"
     try:
         return _read_only(location, path)
