@@ -10,7 +10,6 @@ reader's method of that name.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import threading
@@ -91,11 +90,12 @@ _KEEP_NAMES: Final = "keep others from removing them: `RemoveIPC=no` in logind.c
 Progress: TypeAlias = Callable[[str, int, int | None], Any]
 
 
-@functools.cache
 def _version() -> str:
-    from importlib.metadata import version  # noqa: PLC0415  # takes tens of milliseconds
-
-    return version("shmelim")
+    try:
+        from shmelim import __version__  # noqa: PLC0415  # takes tens of milliseconds, once
+    except (ImportError, OSError):  # where this process may open no more files
+        return "unknown"
+    return __version__
 
 
 def _rows(records: list[bytes]) -> list[dict[str, Any]]:

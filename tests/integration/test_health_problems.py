@@ -1,6 +1,8 @@
 """What a server says is wrong: by name, since when, how bad, what to do; logged once, and gone when it is over."""
 
+import importlib.metadata
 import os
+import resource
 import sqlite3
 import tempfile
 import threading
@@ -8,10 +10,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from crashing import call
 from ledger import Alerts
 from serving import row
 from waiting import until
 
+import shmelim
 from shmelim import EliminationManager
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.store import store
@@ -244,3 +248,17 @@ def test_the_process_that_made_a_manager_tells_slack_of_its_servers_problems_onc
     assert "the disk is full" in raised
     assert "make room" in raised
     assert "the disk is full" in over
+
+
+def test_at_the_limit_of_descriptors_the_health_is_told_all_the_same():
+    def health():
+        vars(shmelim).pop("__version__", None)  # as in a process that was never asked
+        importlib.metadata.version("shmelim")
+        with EliminationManagerServer() as server:
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            return server.health_check_rpc()
+
+    answer = call(health)
+    assert (answer["status"], answer["package_version"]) == ("ok", "unknown")

@@ -52,7 +52,7 @@ class Action(enum.Enum):
     BEGIN = "a new store"
     TAKE_FILES = "a new store with what the JSON files say"
     CONTINUE = "the store"
-    ADOPT = "the published table, where it lies"
+    ADOPT = "the store, in the published table where it lies"
     FROM_TABLE = "the store, made to say what the published table says"
     REBUILD_FROM_TABLE = "a store made anew from the published table"
     REBUILD_FROM_FILES = "a store made anew from the JSON files"
