@@ -43,6 +43,7 @@ from shmelim.errors import AlreadyServingError, ChannelError
 from shmelim.notify import SlackNotifier
 from shmelim.service import RPCServiceBase, ServerReady, ServiceSettings
 from shmelim.shm import PrivateNamespace, check_name
+from shmelim.system.coroutines import truth
 from shmelim.system.logs import LimitedLog
 from shmelim.system.places import place, places
 from shmelim.system.text import get_logger
@@ -187,7 +188,6 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
     sync_in_progress: SharedValue | None = None
     sync_epoch: SharedValue | None = None
     is_backtesting: bool = False
-    environment: Any = None
     service_name: str = SERVICE_NAME
     port: int | None = None
     running_unit_tests: bool = False
@@ -279,7 +279,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         self.sync_in_progress = sync_in_progress
         self.sync_epoch = sync_epoch
         self.is_backtesting = is_backtesting
-        self.environment = ValidatorEnvironment() if environment is None else environment
+        self._environment = ValidatorEnvironment() if environment is None else environment
         self._options = ServeOptions(
             name=name,
             state_dir=_place("state_dir", state_dir),
@@ -320,6 +320,11 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         except BaseException:
             self.shutdown()
             raise
+
+    @property
+    def environment(self) -> ValidatorEnvironment:
+        """What the rules need to know of this validator; its attributes may be changed at any time, it may not."""
+        return self._environment
 
     @property
     def slack_notifier(self) -> Any:
@@ -496,7 +501,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             return False
         try:
             if self.metagraph is not None:
-                return bool(self.metagraph.has_hotkey(hotkey))
+                return truth(self.metagraph.has_hotkey(hotkey), "has_hotkey")
         except Exception as error:
             text = "the metagraph does not say whether %s is registered: %s"
             _limited(logging.WARNING, "metagraph", text, hotkey, error)

@@ -16,6 +16,13 @@ def is_unrun(answer: object) -> bool:
     return True
 
 
+def truth(answer: object, what: str) -> bool:
+    """Return a yes or no; TypeError for what is to be called or awaited first: it is true, and no answer."""
+    if inspect.isawaitable(carried_out(answer, what)) or inspect.isroutine(answer):
+        raise TypeError(f"{what} must be a yes or no, not {type(answer).__name__}, to be called or awaited first")
+    return bool(answer)
+
+
 def carried_out(answer: T, what: str) -> T:
     """Return the answer of what was called; TypeError where it did nothing yet, as it is a coroutine."""
     if is_unrun(answer):

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import threading
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +61,46 @@ def test_contract_that_answers_neither_yes_nor_no_leaves_the_slash_in_doubt(
     assert state_of_slash(directly) == [IN_DOUBT]
     [alert] = directly.alerts
     assert f"answered {type(answer).__name__}" in alert
+
+
+def test_contract_that_answers_with_a_coroutine_leaves_the_slash_in_doubt(directly: Managed) -> None:
+    """What its method did before it made one, nobody knows: it is asked once, and not again by itself."""
+    asked = []
+
+    def slash(hotkey: str, slash_proportion: float | None = None) -> Any:
+        asked.append(hotkey)
+        return slash_later(hotkey)
+
+    directly.manager.contract_manager.slash_miner_collateral_proportion = slash
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    for _ in range(3):
+        directly.tick()
+    assert (state_of_slash(directly), asked) == ([IN_DOUBT], ["a"])
+    [alert] = directly.alerts
+    assert "answered with a coroutine" in alert
+
+
+@pytest.mark.parametrize(
+    "share", [np.True_, True, b"1", "1", Decimal("NaN"), np.float64("nan"), 50, -1, [1], np.array([0.5])], ids=repr
+)
+def test_a_share_that_is_none_is_refused_and_nothing_is_slashed(directly: Managed, share: Any) -> None:
+    directly.environment.slash_proportion = lambda _: share  # type: ignore[method-assign]
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    directly.tick()
+    assert directly.validator.collateral.taken("a") == []
+    assert state_of_slash(directly) == [OWED]
+    assert any("share to slash" in text for text in directly.alerts)
+
+
+@pytest.mark.parametrize("share", [Decimal("0.5"), np.float32(0.5), Fraction(1, 2)])
+def test_a_share_may_be_any_number(directly: Managed, share: Any) -> None:
+    directly.environment.slash_proportion = lambda _: share  # type: ignore[method-assign]
+    directly.validator.register("a")
+    directly.validator.lose("a", 0.2)
+    directly.tick()
+    assert directly.validator.collateral.taken("a") == [50.0]
 
 
 @pytest.mark.parametrize("answer", [None, True, np.True_])
@@ -186,7 +228,6 @@ async def slash_later(_hotkey: str, slash_proportion: float | None = None) -> No
     ("slash", "why"),
     [
         (slash_later, "coroutine"),
-        (lambda hotkey, slash_proportion=None: slash_later(hotkey), "coroutine"),
         (lambda: None, "positional argument"),
         (lambda hotkey, share: None, "argument"),
         (lambda hotkey, proportion=None, /: None, "slash_proportion"),

@@ -202,6 +202,122 @@ def test_reasons_that_nobody_forgets_are_told(directly: Managed, method: str) ->
     assert directly.reasons == {"a": "PLAGIARISM"}
 
 
+async def asked_later(*_: Any) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("listed", ["abc", b"abc"])
+def test_a_text_is_no_list_of_hotkeys(directly: Managed, listed: Any) -> None:
+    """Its letters would be miners, and all others gone."""
+    for hotkey in MINERS:
+        directly.validator.lose(hotkey, 0.2)
+    directly.manager.challengeperiod_manager.get_hotkeys_by_bucket = lambda _: listed
+    directly.tick()
+    assert any("hotkeys must be a list" in text for text in directly.alerts)
+    assert directly.reasons == {}
+    directly.manager.metagraph = SimpleNamespace(hotkeys=listed, has_hotkey=lambda _: True)
+    directly.tick()
+    assert directly.manager.get_departed_hotkeys() == {}
+    assert any("hotkeys must be a list" in text for text in directly.alerts)
+
+
+def test_a_question_that_answers_with_a_coroutine_has_not_said_yes(
+    directly: Managed, recwarn: pytest.WarningsRecorder
+) -> None:
+    challenge, stranger = directly.manager.challengeperiod_manager, "backup-2026"
+    challenge.has_elimination_reasons = asked_later
+    directly.environment.is_hotkey = asked_later
+    (directly.validator.miners_directory / stranger).mkdir()
+    for _ in range(3):
+        directly.tick()
+    assert stranger not in directly.reasons
+    assert (directly.validator.miners_directory / stranger).exists()
+    for name in "has_elimination_reasons", "is_hotkey":
+        assert any(f"{name} answered with a coroutine" in text for text in directly.alerts), name
+    directly.manager.update_metagraph(["a", "b", "c"])
+    directly.manager.update_metagraph(["a", "b"])
+    directly.manager.metagraph = SimpleNamespace(hotkeys=["a", "b"], has_hotkey=asked_later)
+    assert not directly.manager.is_hotkey_re_registered("c")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize("kind", ["method", "coroutine"])
+def test_a_position_that_says_neither_is_not_taken_for_closed(directly: Managed, kind: str) -> None:
+    """As where a property of the field's has become a method: all positions would count as closed."""
+    directly.validator.open_position("a")
+    directly.validator.lose("a", 0.2)
+    positions = directly.manager.position_manager
+    found = positions.get_miner_position_by_uuid
+
+    class Odd:
+        def __init__(self, position: Any) -> None:
+            self._position = position
+            self.is_closed_position = self._never if kind == "method" else asked_later()
+
+        def _never(self) -> bool:
+            return False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._position, name)
+
+    positions.get_miner_position_by_uuid = lambda *given: Odd(found(*given))
+    directly.tick()
+    assert [debt["kind"] for debt in directly.debts] == ["positions"]
+    assert any("is_closed_position" in text for text in directly.alerts)
+    assert not directly.validator.is_flat("a")
+    positions.get_miner_position_by_uuid = found
+    directly.tick()
+    assert directly.validator.is_flat("a")
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e3, 1e6, float("nan"), float("inf"), None], ids=repr)
+def test_a_clock_that_begins_to_count_in_something_else_costs_a_tick_and_nothing_else(
+    directly: Managed, unit: float | None
+) -> None:
+    clock: dict[str, Any] = {"unit": 1}
+    directly.environment._clock = lambda: (
+        None if clock["unit"] is None else directly.validator.now_ms * clock["unit"]
+    )
+    directly.validator.probation.fail("a", "PLAGIARISM", 0.1)
+    directly.tick()
+    directory = directly.validator.miners_directory / "a"
+    directory.mkdir(exist_ok=True)
+    clock["unit"] = unit
+    directly.validator.lose("b", 0.2)
+    for _ in range(3):
+        with pytest.raises((ValueError, TypeError)):
+            directly.tick()
+    assert directory.exists()
+    assert directly.reasons == {"a": "PLAGIARISM"}
+    clock["unit"] = 1
+    directly.tick()
+    assert directly.reasons == {"a": "PLAGIARISM", "b": "MAX_TOTAL_DRAWDOWN"}
+    assert directory.exists()
+
+
+def test_reasons_that_stay_though_they_were_seen_make_no_tick_due(directly: Managed) -> None:
+    challenge, processor = directly.manager.challengeperiod_manager, directly.manager._processor
+    challenge.clear_elimination_reasons = lambda: None
+    directly.validator.probation.fail("a", "PLAGIARISM", 0.1)
+    directly.tick()
+    assert directly.reasons == {"a": "PLAGIARISM"}
+    assert not processor._challenge.is_waiting()
+    directly.validator.probation.fail("b", "PLAGIARISM", 0.1)
+    assert processor._challenge.is_waiting()
+    directly.tick()
+    assert not processor._challenge.is_waiting()
+    directly.validator.probation.failed.clear()
+    assert not processor._challenge.is_waiting()
+    directly.validator.probation.fail("b", "PLAGIARISM", 0.1)
+    assert processor._challenge.is_waiting(), "it was cleared, and comes again"
+
+
+def test_the_environment_is_the_one_that_the_rules_have(directly: Managed) -> None:
+    with pytest.raises(AttributeError, match="environment"):
+        directly.manager.environment = directly.environment
+    assert directly.manager.environment is directly.environment
+
+
 # ---------------------------------------------------------------------- a fork in mid-tick
 
 

@@ -11,7 +11,7 @@ from shmelim.eliminations.record import generate_row
 from shmelim.eliminations.rules.alerts import spelled
 from shmelim.eliminations.rules.tick import Context, Found, Tick
 from shmelim.eliminations.salvage import salvage
-from shmelim.system.coroutines import carried_out
+from shmelim.system.coroutines import carried_out, truth
 
 
 @dataclass(eq=False)
@@ -19,15 +19,15 @@ class ChallengePeriod:
     """Finds those who failed, and has their reasons forgotten once they are recorded."""
 
     context: Context
-    # The reasons that a tick could not record: they alone make no tick due.
-    left_over: dict[str, str] = field(default_factory=dict)
+    # The reasons that a tick has seen, until there are none: they alone make no tick due.
+    seen: dict[str, str] = field(default_factory=dict)
     waiting: dict[str, Any] = field(default_factory=dict)  # at the last look
 
     def failed(self, tick: Tick) -> Iterator[tuple[str, Callable[[], Found | None]]]:
         """Yield those who wait to be eliminated."""
         challenge: Any = self.context.collaborators.challengeperiod_manager
         self.waiting = {}
-        if challenge is None or not challenge.has_elimination_reasons():
+        if challenge is None or not truth(challenge.has_elimination_reasons(), "has_elimination_reasons"):
             return
         self.waiting = dict(challenge.get_all_elimination_reasons())
         now_ms = tick.context.environment.now_ms()
@@ -41,7 +41,7 @@ class ChallengePeriod:
         if not self.waiting:
             return
         challenge: Any = self.context.collaborators.challengeperiod_manager
-        self.left_over = _in_words(self.waiting) if failed else {}
+        self.seen = _in_words(self.waiting)
         # Not asked as an attribute: a mock has every one.
         if inspect.getattr_static(challenge, "pop_elimination_reasons", None) is not None:
             recorded = [hotkey for hotkey in self.waiting if hotkey not in failed]
@@ -51,18 +51,19 @@ class ChallengePeriod:
             carried_out(challenge.clear_elimination_reasons(), "clear_elimination_reasons")
 
     def is_waiting(self) -> bool:
-        """Whether miners wait to be eliminated, other than those with whom that failed."""
+        """Whether miners wait to be eliminated, other than those of the last tick."""
 
-        def ask() -> bool:
+        def ask() -> dict[str, str]:
             challenge: Any = self.context.collaborators.challengeperiod_manager
-            if challenge is None or not challenge.has_elimination_reasons():
-                return False
-            return not self.left_over or _in_words(challenge.get_all_elimination_reasons()) != self.left_over
+            if challenge is None or not truth(challenge.has_elimination_reasons(), "has_elimination_reasons"):
+                return {}
+            return _in_words(challenge.get_all_elimination_reasons())
 
-        waiting = False
+        waiting = self.seen
         with self.context.alerts.about("step", "reasons", "eliminations: whether reasons wait cannot be asked"):
             waiting = self.context.ask("has_elimination_reasons", ask)
-        return waiting  # noqa: RET504 - the block may have been left by an error
+            self.seen = self.seen if waiting else {}
+        return waiting != self.seen
 
 
 def _reasons(waiting: Mapping[str, Any]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from shmelim.eliminations.rules.deadlines import StuckError
 from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.errors import ShmelimError
 from shmelim.system.clock import monotonic
-from shmelim.system.coroutines import carried_out
+from shmelim.system.coroutines import carried_out, truth
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
 
@@ -127,7 +127,7 @@ class Closing:
         """Raise NotClosedError if the manager, which did not find one by its uuid, lists it as open."""
         manager: Any = self.context.collaborators.position_manager
         for position in manager.get_positions_for_one_hotkey(hotkey, only_open_positions=True):
-            if position.position_uuid in absent and not position.is_closed_position:
+            if position.position_uuid in absent and not _is_closed(position):
                 raise NotClosedError(
                     f"get_miner_position_by_uuid does not find position {position.position_uuid!r}, listed as open"
                 )
@@ -158,12 +158,12 @@ class Closing:
             manager = collaborators.position_manager
             # Read again: orders may have come in until the lock was ours.
             position = manager.get_miner_position_by_uuid(hotkey, uuid)
-            if position is None or (position.is_closed_position and (hotkey, uuid) not in self.unsaved):
+            if position is None or (_is_closed(position) and (hotkey, uuid) not in self.unsaved):
                 self.unsaved.pop((hotkey, uuid), None)
                 return position is not None
             own = collaborators.live_price_fetcher
             fetcher = self.context.environment.live_price_fetcher if own is None else own
-            was_open = not position.is_closed_position
+            was_open = not _is_closed(position)
             order = self._flat_order(position, record, fetcher, tick) if was_open else None
             if was_open and order is None:
                 raise NotClosedError(f"generate_fake_flat_order returned None for position {uuid} ({pair})")
@@ -173,7 +173,7 @@ class Closing:
             self.unsaved[hotkey, uuid] = pair
             if was_open:
                 carried_out(position.add_order(order, fetcher), "add_order")
-                if not position.is_closed_position:
+                if not _is_closed(position):
                     raise NotClosedError(f"position {uuid} ({pair}) is open after its flat order")
             saved = manager.save_miner_position(position, delete_open_position_if_exists=True)
             carried_out(saved, "save_miner_position")
@@ -204,3 +204,7 @@ class Closing:
             prices = record.get("price_info") or {}
             source = environment.price_source(position.trade_pair, prices, time_ms)
         return position.generate_fake_flat_order(position, time_ms, fetcher, source)
+
+
+def _is_closed(position: Any) -> bool:
+    return truth(position.is_closed_position, "is_closed_position")

@@ -148,7 +148,9 @@ def listed_by(hotkeys: Any) -> list[Any]:
 
 
 def valid_hotkeys(listed: Iterable[Any]) -> tuple[list[str], list[str]]:
-    """Return the hotkeys among what a metagraph lists, and the rest as text."""
+    """Return the hotkeys among what a metagraph lists, and the rest as text; TypeError for a text."""
+    if isinstance(listed, (str, bytes)):
+        raise TypeError(f"hotkeys must be a list, not {type(listed).__name__} {listed[:_SHOWN]!r}")
     hotkeys, refused = [], []
     for one in listed:
         try:

@@ -6,8 +6,7 @@ durably and with a token, before the contract is called, and its outcome afterwa
 1. ``begin``: the debt is *attempting*, with the token of this attempt. Nothing moved yet.
 2. The contract is called.
 3. The environment's rule says what its answer means: *made* or *declined* settles it, *not made* has it owed
-   again, to be tried after a pause that grows, and *in doubt* leaves it to a person. A coroutine is not made: it
-   does nothing until somebody runs it.
+   again, to be tried after a pause that grows, and *in doubt* leaves it to a person, as a coroutine does.
 
 If it fails before 1 (the share cannot be found out, the contract's method does not take it), nothing was made: it
 stays *owed*.
@@ -32,6 +31,8 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from numbers import Real
 from typing import Any, Final, NamedTuple
 
 from shmelim.eliminations.debts.states import (
@@ -349,8 +350,9 @@ def checked_share(share: Any) -> float | None:
     """Return a share of the collateral, 0 to 1, or None; ValueError, TypeError: it is neither."""
     if share is None:
         return None
-    number = float(share)
-    if isinstance(share, (bool, str)) or not 0 <= number <= 1:  # NaN is neither
+    # What NumPy has for True is no number either, and would be the whole.
+    is_number = isinstance(share, (Real, Decimal)) and not isinstance(share, bool)
+    if not is_number or not 0 <= (number := float(share)) <= 1:  # NaN is neither
         raise ValueError(f"the share to slash must be 0 to 1 or None, not {share!r}")
     return number
 
@@ -365,7 +367,8 @@ def _call(slash: Callable[[], Any], hotkey: str, outcome_of: Callable[[Any], str
         answer = error = raised
     # From here on the contract has answered: what fails now says nothing of the money.
     if error is None and is_unrun(answer):
-        return _Outcome(NOT_MADE, "the contract answered with a coroutine, which nobody runs; it must wait itself")
+        # What the method did before it made one, nobody knows.
+        return _Outcome(DOUBTFUL, "the contract answered with a coroutine, which nobody runs; it must wait itself")
     # Not imported for this: without it nobody has a boolean of it.
     if isinstance(answer, getattr(sys.modules.get("numpy"), "bool_", ())):
         answer = bool(answer)

@@ -21,6 +21,7 @@ from shmelim.eliminations.salvage import salvage
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import ValidatorEnvironment
 from shmelim.system.clock import monotonic
+from shmelim.system.coroutines import truth
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
 
@@ -152,7 +153,9 @@ class Context:
 
     def can_be_a_miner(self, name: str) -> bool:
         """Whether a name may be a hotkey: it looks like one, or was registered here once."""
-        return bool(self.environment.is_hotkey(name) or self.reader.status(name) & _WAS_REGISTERED)
+        return truth(self.environment.is_hotkey(name), "is_hotkey") or bool(
+            self.reader.status(name) & _WAS_REGISTERED
+        )
 
     def notice_sync(self) -> None:
         """Report a sync that has been in progress for so long that it will perhaps never end."""

@@ -173,8 +173,7 @@ class ValidatorEnvironment:
         self._drawdowns = Drawdowns()
         self._clock = clock
         self._directories = None if miner_directory is None else MinerDirectories(miner_directory)
-        if clock is not None and not SINCE_2020_MS <= (now := clock()) <= _LATEST_MS:
-            raise ValueError(f"clock must return milliseconds since 1970, UTC, not {now!r}")
+        self.now_ms()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIGURES:
@@ -219,8 +218,16 @@ class ValidatorEnvironment:
         return said
 
     def now_ms(self) -> int:
-        """Return the time in milliseconds since 1970, UTC."""
-        return system_clock.now_ms() if self._clock is None else round(self._clock())
+        """Return the time in milliseconds since 1970, UTC.
+
+        ValueError and TypeError where `clock` has it in another unit, or not at all: nothing that takes its time
+        from it goes on, or directories would be deleted years too early.
+        """
+        if self._clock is None:
+            return system_clock.now_ms()
+        if not SINCE_2020_MS <= (now := self._clock()) <= _LATEST_MS:  # NaN, too
+            raise ValueError(f"clock must return milliseconds since 1970, UTC, not {now!r}")
+        return round(now)
 
     @property
     def has_own_clock(self) -> bool:
