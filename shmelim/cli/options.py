@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     _OfNumber = click.ParamType[int]
 else:  # before click 8.4 it took no parameter
     _OfText = _OfNumber = click.ParamType
+_MAY_BE_EMPTY: Final = frozenset({"rule"})  # as an older version recorded it
 _BLOCK: Final = re.compile(r"^(?=(With --json|For example):)", re.MULTILINE)
 
 
@@ -210,10 +211,21 @@ class _Shared:
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take the arguments; click closes a context only once all of them are good."""
         try:
+            self._refuse_empty(ctx, args)
             return super().parse_args(ctx, args)  # type: ignore[misc, no-any-return]  # of click's command
         except BaseException:
             ctx.close()
             raise
+
+    def _refuse_empty(self: Any, ctx: click.Context, args: list[str]) -> None:
+        """Refuse an empty text: of a variable that is not set, it would be this directory, or every address."""
+        if ctx.resilient_parsing:  # which completion is
+            return
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in self.get_params(ctx):
+            value = None if parameter.name in _MAY_BE_EMPTY else given.get(parameter.name)
+            if value == "" or (isinstance(value, (list, tuple)) and "" in value):
+                raise click.BadParameter("it is empty; is a variable not set?", ctx, parameter)
 
 
 class Command(_Shared, click.Command):

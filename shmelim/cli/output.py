@@ -6,6 +6,7 @@ Strangers choose what is printed (hotkeys, reasons), so none of it reaches a ter
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -28,6 +29,11 @@ _KIB: Final = 1024
 def on_terminal() -> bool:
     """Tell whether stdout is a terminal."""
     return sys.stdout is not None and sys.stdout.isatty()
+
+
+def can_draw() -> bool:
+    """Whether stdout is a terminal on which the cursor can be moved."""
+    return on_terminal() and os.environ.get("TERM", "dumb") not in {"", "dumb", "unknown"}
 
 
 def can_ask() -> bool:

@@ -95,7 +95,8 @@ def readers(settings: Settings, *, interval: float) -> int:
 def top(settings: Settings, *, interval: float, sort: str) -> int:
     """Show who reads the name as it goes, who reads most first; q or Ctrl-C ends it.
 
-    Into a pipe, and with --json, it prints once what `shmelim readers` does, in this order.
+    Into a pipe, on a terminal that cannot be drawn on (TERM=dumb), and with --json, it prints once what
+    `shmelim readers` does, in this order.
 
     For example:
       shmelim top
@@ -109,7 +110,7 @@ def top(settings: Settings, *, interval: float, sort: str) -> int:
             found["readers"].sort(key=lambda reader: -reader[f"{sort}_per_s"])
         return found
 
-    if settings.as_json or not (output.on_terminal() and output.can_ask()):
+    if settings.as_json or not (output.can_draw() and output.can_ask()):
         found = look()
         settings.table(found, _COLUMNS, map(_cells, found["readers"]))
         return YES

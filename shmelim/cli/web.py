@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import stat
 from pathlib import Path
@@ -14,6 +15,18 @@ from shmelim.errors import KeyFileError, ShmelimError
 from shmelim.system.text import printable
 
 _LEAST_TOKEN = 16
+_TOKEN = re.compile(r"[ -~]+")
+# A name, of which the first label may stand for any, or an address.
+_HOST = re.compile(r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?|\[[0-9A-Fa-f:.]+\]")
+
+
+def _check_host(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse what no browser says as the host that it asks: it would be allowed, and nobody be let in by it."""
+    for host in given:
+        if not _HOST.fullmatch(host):
+            text = f"{host!r} is not a host's name, as in page.example.org, without scheme, port or path"
+            raise click.BadParameter(text, context, parameter)
+    return given
 
 
 @command
@@ -29,7 +42,12 @@ _LEAST_TOKEN = 16
     help="The port to listen on; 0: any that is free.",
 )
 @click.option(
-    "--allow-host", "hosts", multiple=True, metavar="NAME", help="A name by which browsers may ask; repeatable."
+    "--allow-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    callback=_check_host,
+    help="A name by which browsers may ask; repeatable.",
 )
 @click.option(
     "--token-file",
@@ -75,8 +93,10 @@ def _token_in(path: Path) -> str:
     need_file(path)
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise KeyFileError(f"others may read the token in {path}", hint=f"chmod 600 {path}")
-    token = path.read_text().strip()
+    token = path.read_text("latin-1").strip()
+    hint = f"head -c 24 /dev/urandom | base64 > {path}"
     if len(token) < _LEAST_TOKEN:
-        hint = f"head -c 24 /dev/urandom | base64 > {path}"
         raise KeyFileError(f"the token in {path} has less than {_LEAST_TOKEN} characters", hint=hint)
+    if not _TOKEN.fullmatch(token):
+        raise KeyFileError(f"the token in {path} has characters that no browser can send", hint=hint)
     return token

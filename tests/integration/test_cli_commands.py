@@ -529,7 +529,7 @@ def test_a_number_that_no_version_and_no_registration_has_is_wrong_usage(run, wo
     assert (said.exit_code, f"{odd} is not in the range" in said.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("odd", ["yesterday", "", "-5", "2026-13-01", "1e400"])
+@pytest.mark.parametrize("odd", ["yesterday", " ", "-5", "2026-13-01", "1e400"])
 @pytest.mark.parametrize(
     "words",
     [("list", "--as-of={}"), ("diff", "--", "{}"), ("rollback", "--to={}"), ("history", "--prune-before={}")],

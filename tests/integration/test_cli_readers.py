@@ -197,6 +197,36 @@ def test_top_on_a_terminal_goes_on_until_q_and_leaves_the_terminal_as_it_was(
         os.close(terminal)
 
 
+@pytest.mark.parametrize("kind", ["dumb", "", None])
+def test_top_looks_once_where_a_terminal_cannot_be_drawn_on(
+    name: str, start: Callable[[], Process], kind: str | None
+) -> None:
+    reading = start()
+    reading.read(1)
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "shmelim", "top", "--name", name, "--interval", "0.1"]
+    environment = os.environ | {"TERM": kind or ""}
+    if kind is None:
+        del environment["TERM"]
+    try:
+        result = subprocess.run(  # noqa: PLW1510
+            command,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            env=environment,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert result.returncode == 0
+        shown = os.read(main, 65536)
+        assert str(reading.pid).encode() in shown
+        assert b"\x1b" not in shown
+    finally:
+        os.close(main)
+        os.close(terminal)
+
+
 @pytest.mark.parametrize("command", ["readers", "top"])
 def test_a_name_that_nobody_served_is_an_error_with_a_hint(table_name: str, command: str) -> None:
     result = run(table_name, command)

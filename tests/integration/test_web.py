@@ -325,7 +325,13 @@ def test_viewers_share_what_was_decoded_until_something_is_published(page, clien
 
 
 @pytest.mark.parametrize(
-    ("mode", "text", "said"), [(0o644, TOKEN, "others may read"), (0o600, "short", "less than 16 characters")]
+    ("mode", "text", "said"),
+    [
+        (0o644, TOKEN, "others may read"),
+        (0o600, "short", "less than 16 characters"),
+        (0o600, "ünïcödé" * 3, "no browser can send"),
+        (0o600, "a line\nand another one", "no browser can send"),
+    ],
 )
 def test_a_token_that_is_none(tmp_path, mode, text, said):
     file = tmp_path / "token"
@@ -335,6 +341,16 @@ def test_a_token_that_is_none(tmp_path, mode, text, said):
     assert result.exit_code == 4
     assert said in result.stderr
     assert text not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "host", ["http://page.example.org", "page:80", "page/", "a b", "*", "ünï.example", "a..", "."]
+)
+def test_what_no_browser_says_is_no_host_to_allow(host):
+    result = CliRunner().invoke(cli, ["web", "--allow-host", host, "--port", "70000"])
+    assert result.exit_code == 2
+    assert "--allow-host" in result.stderr
+    assert "is not a host's name" in result.stderr
 
 
 def test_a_port_that_another_has(running):

@@ -115,6 +115,18 @@ def test_odd_arguments_and_surroundings_end_in_a_documented_way(path, place, dat
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_an_empty_text_is_wrong_use_wherever_it_stands(path, place):
+    """As of a variable that is not set: it is neither this directory nor every address."""
+    for parameter in COMMANDS[path].params:
+        if isinstance(parameter, click.Option) and (parameter.is_flag or parameter.name == "rule"):
+            continue
+        words = [parameter.opts[0], ""] if isinstance(parameter, click.Option) else [""]
+        result = ends_well(path, words, {"SHMELIM_NAME": place})
+        assert result.exit_code == 2, words
+        assert "is empty" in result.stderr, words
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_odd_arguments_to_a_server_end_in_a_documented_way(path, place, serve, tmp_path_factory):
     runtime = tmp_path_factory.mktemp("r")
     served = serve(runtime_base=runtime / "shmelim", durability="process")
