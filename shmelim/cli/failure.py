@@ -15,6 +15,7 @@ code  meaning
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -90,3 +91,15 @@ def need_file(path: Path) -> None:
         raise FileProblemError(f"{path} is a directory, not a file", hint="name a file in it")
     if not path.exists():
         raise FileProblemError(f"{path} does not exist", hint=f"looked for in {path.absolute().parent}")
+
+
+def to_be_written(path: Path) -> Path:
+    """Return where a file is to be written, through a link, which stays one; FileProblemError where none can."""
+    path = Path(os.path.realpath(path))
+    if path.exists():
+        need_file(path)
+        if not path.is_file():
+            raise FileProblemError(f"{path} is not a regular file", hint='write to stdout with "-" instead')
+    if not path.parent.is_dir():
+        raise FileProblemError(f"there is no directory {path.parent} to write {path.name} to", hint="make it")
+    return path

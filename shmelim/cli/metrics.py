@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from shmelim.cli.failure import YES
+from shmelim.cli.failure import YES, to_be_written
 from shmelim.cli.options import PATH, Settings, command
 from shmelim.errors import ShmelimError
 from shmelim.system.durable import write_whole, writing
@@ -32,7 +32,8 @@ def metrics(settings: Settings, *, to: Path | None) -> int:
             raise
         raise ShmelimError("prometheus_client is missing", hint="pip install 'shmelim[metrics]'") from None
     text = text_of(settings.name)
-    if to is not None:
+    if to is not None and str(to) != "-":
+        to = to_be_written(to)
         with writing(f"{to} could not be written"):
             write_whole(to, [text], mode=0o644)  # the node exporter is another user
         settings.answer({"metrics": text.decode()}, f"written: {to}")

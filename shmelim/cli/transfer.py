@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Final
 
 import click
 
-from shmelim.cli.failure import FileProblemError, RefusedError, need_file
+from shmelim.cli.failure import FileProblemError, RefusedError, need_file, to_be_written
 from shmelim.cli.options import Settings, command, file_argument
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.client import EliminationClient
@@ -100,14 +99,7 @@ def export(settings: Settings, *, file: Path, departed: bool) -> None:
             # Bytes: JSON is UTF-8, whatever the locale says.
             click.echo(whole.read_bytes(), nl=False)
         return
-    # Through a link, which stays one.
-    file = Path(os.path.realpath(file))
-    if file.exists():
-        need_file(file)
-        if not file.is_file():
-            raise FileProblemError(f"{file} is not a regular file", hint='write to stdout with "-" instead')
-    if not file.parent.is_dir():
-        raise FileProblemError(f"there is no directory {file.parent} to write {file.name} to")
+    file = to_be_written(file)
     _write(file, snapshot, departed=departed)
     what = "departed hotkeys" if departed else "eliminations"
     content = {"version": snapshot.version, "file": str(file), "count": count}

@@ -209,7 +209,7 @@ def test_top_looks_once_where_a_terminal_cannot_be_drawn_on(
     if kind is None:
         del environment["TERM"]
     try:
-        result = subprocess.run(  # noqa: PLW1510
+        result = subprocess.run(
             command,
             stdin=terminal,
             stdout=terminal,

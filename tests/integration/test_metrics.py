@@ -1,5 +1,6 @@
 """Metrics for Prometheus: of a server that is well, has problems, is dead, or is not there."""
 
+import os
 import re
 import subprocess
 import sys
@@ -150,8 +151,24 @@ def test_the_command_prints_or_writes_a_file_in_one_step(served, tmp_path):
     assert CliRunner().invoke(cli, ["metrics", "--name", served.name, "--to", str(file)]).exit_code == 0
     assert samples(file.read_text())["shmelim_up",] == 1
     assert file.stat().st_mode & 0o777 == 0o644
-    missing = CliRunner().invoke(cli, ["metrics", "--name", served.name, "--to", str(tmp_path / "no" / "file")])
-    assert (missing.exit_code, "could not be written" in missing.stderr) == (4, True)
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for place, said in (
+        (tmp_path / "no" / "file", "there is no directory"),
+        (tmp_path / "directory", "is a directory"),
+        (tmp_path / "pipe", "is not a regular file"),
+        ("/dev/null", "is not a regular file"),
+        (file / "below", "there is no directory"),
+    ):
+        odd = CliRunner().invoke(cli, ["metrics", "--name", served.name, "--to", str(place)])
+        assert (odd.exit_code, said in odd.stderr, "hint: " in odd.stderr) == (4, True, True), odd.stderr
+        assert "move it away" not in odd.stderr
+    assert (
+        samples(CliRunner().invoke(cli, ["metrics", "--name", served.name, "--to", "-"]).stdout)["shmelim_up",]
+        == 1
+    )
+    assert {"directory", "pipe"} < {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "no").exists()
 
 
 def test_without_the_extra_it_says_what_to_install(new_name):
