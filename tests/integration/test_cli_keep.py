@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -9,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from crashing import Child, kill_self
+from crashing import Child, call, kill_self
 from invoking import CliRunner
 from serving import listing, row, state_in_store
 
@@ -319,6 +320,21 @@ def test_restore_into_the_directory_of_another_name_that_is_served_is_refused(ru
     )
     assert result.exit_code == 4
     assert "in use by another server" in result.stderr
+
+
+def test_a_disk_that_is_full_is_the_backups_own(tmp_path):
+    state = tmp_path / "state"
+    with EliminationManagerServer(None, state) as server:
+        server.sync_eliminations_rpc([row(f"h{n}") | {"note": "x" * 300} for n in range(1000)])
+
+    def back_up():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        with pytest.raises(StoreError) as caught:
+            keeping.back_up(state, tmp_path / "volume" / "one")
+        return str(caught.value)
+
+    assert f"cannot be copied to {tmp_path / 'volume'}" in call(back_up)
+    assert list((tmp_path / "volume").iterdir()) == []
 
 
 def test_restore_takes_no_links_place(run, server, place):

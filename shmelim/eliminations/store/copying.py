@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from collections.abc import Callable
@@ -12,13 +13,20 @@ from typing import Any
 from shmelim.system.durable import sync_directory, sync_file
 
 _PAGES = 1000  # in one step, about 4 MB
+# The database that is copied is only read.
+_OF_THE_COPY = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR_WRITE: errno.EIO,
+    sqlite3.SQLITE_IOERR_FSYNC: errno.EIO,
+}
 
 
 def copy(db: sqlite3.Connection, target: Path, on_progress: Callable[[int, int], Any] | None = None) -> None:
     """Write what a connection sees as one durable file (0600), which takes its name when it is complete.
 
     `db` must have no transaction open. `on_progress` is called with the pages that are copied, and how many there
-    are. ``OSError`` and ``sqlite3.Error`` come out as they are; then there is no file.
+    are. ``OSError`` and ``sqlite3.Error`` come out as they are, and what keeps the copy from being written as an
+    ``OSError``; then there is no file.
     """
     part = target.with_name(f".{target.name}.part")
     part.unlink(missing_ok=True)
@@ -37,9 +45,11 @@ def copy(db: sqlite3.Connection, target: Path, on_progress: Callable[[int, int],
         sync_file(part)
         part.replace(target)
         sync_directory(target.parent)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             part.unlink()
+        if (number := _OF_THE_COPY.get(getattr(error, "sqlite_errorcode", 0))) is not None:
+            raise OSError(number, os.strerror(number)) from error
         raise
 
 
