@@ -20,7 +20,11 @@ class Moment(NamedTuple):
     at_ms: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.at_ms} ms since 1970" if self.event is None else f"event {self.event}"
+        if self.at_ms is None:
+            return f"event {self.event}"
+        # As it can be given back.
+        time = _EPOCH + dt.timedelta(milliseconds=self.at_ms)
+        return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
     @classmethod
     def of(cls, when: int | str | dt.datetime) -> Moment:
@@ -50,7 +54,7 @@ class Moment(NamedTuple):
 def _past(at_ms: int, said: object) -> int:
     now = clock.now_ms()
     if at_ms > now + _ROUNDED_MS:
-        raise ValueError(f"{said!r} is in the future: it is {clock.utc_text(now)} UTC")
+        raise ValueError(f"{said!r} is in the future: it is {Moment(None, now)}")
     return at_ms
 
 

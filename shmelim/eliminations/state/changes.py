@@ -262,7 +262,7 @@ def _event_of(store: Store, moment: Moment) -> int:
         raise ValueError(f"nothing is known of {moment}: the history up to event {pruned.event} was pruned")
     if number is None:
         first = store.events(before_id=2, limit=1)
-        begins = f"at {first[0].at_ms} ms since 1970" if first else "with the first change"
+        begins = f"at {Moment(None, first[0].at_ms)}" if first else "with the first change"
         raise ValueError(f"nothing is known of {moment}: the history begins {begins}")
     if number > last:
         raise ValueError(f"there is no {moment} yet: the last one is {last}")
