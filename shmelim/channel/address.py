@@ -71,7 +71,7 @@ def check_free(address: Address) -> Location:
     location = normalize(address)
     with _explained(location):
         if isinstance(location, str):
-            if not os.access(Path(location).parent, os.W_OK | os.X_OK):
+            if not os.access(Path(location).parent, os.W_OK | os.X_OK, effective_ids=True):
                 Path(location).parent.stat()  # which says what is wrong, where it is not that
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             _is_stale(location)
