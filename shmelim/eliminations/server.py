@@ -10,6 +10,7 @@ reader's method of that name.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -90,12 +91,18 @@ _KEEP_NAMES: Final = "keep others from removing them: `RemoveIPC=no` in logind.c
 Progress: TypeAlias = Callable[[str, int, int | None], Any]
 
 
+@functools.cache
+def _found_version() -> str:
+    from importlib.metadata import version  # noqa: PLC0415  # takes tens of milliseconds
+
+    return version("shmelim")
+
+
 def _version() -> str:
     try:
-        from shmelim import __version__  # noqa: PLC0415  # takes tens of milliseconds, once
+        return _found_version()
     except (ImportError, OSError):  # where this process may open no more files
         return "unknown"
-    return __version__
 
 
 def _rows(records: list[bytes]) -> list[dict[str, Any]]:
