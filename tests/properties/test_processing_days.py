@@ -23,7 +23,7 @@ from ledger import is_alive
 from reference_validator import HOUR, MINUTE, Managed
 from reference_validator.scoring import NothingMovedError
 from reference_validator.trading import PAIRS
-from waiting import PATIENCE, until
+from waiting import until
 
 from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT
 from shmelim.eliminations.rules import deadlines
@@ -277,7 +277,7 @@ class Day:
         go_on = self.managed.directory / f"go-on-{self.figures['owner_is_killed']}"
         reading, writing = FORK.Pipe(duplex=False)
         with Child(functools.partial(die_with_a_living_loop, self.managed, point, go_on, writing)) as owner:
-            assert reading.poll(PATIENCE)
+            owner.until(reading.poll)
             loop, was_held_up = reading.recv()
             assert owner.wait() == -signal.SIGKILL
         try:
