@@ -15,7 +15,6 @@ from shmelim.errors import KeyFileError, ShmelimError
 from shmelim.system.text import printable
 
 _LEAST_TOKEN = 16
-_TOKEN = re.compile(r"[ -~]+")
 # A name, of which the first label may stand for any, or an address.
 _HOST = re.compile(r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?|\[[0-9A-Fa-f:.]+\]")
 
@@ -97,6 +96,6 @@ def _token_in(path: Path) -> str:
     hint = f"head -c 24 /dev/urandom | base64 > {path}"
     if len(token) < _LEAST_TOKEN:
         raise KeyFileError(f"the token in {path} has less than {_LEAST_TOKEN} characters", hint=hint)
-    if not _TOKEN.fullmatch(token):
+    if not (token.isascii() and token.isprintable()):
         raise KeyFileError(f"the token in {path} has characters that no browser can send", hint=hint)
     return token

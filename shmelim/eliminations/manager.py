@@ -45,7 +45,7 @@ from shmelim.service import RPCServiceBase, ServerReady, ServiceSettings
 from shmelim.shm import PrivateNamespace, check_name
 from shmelim.system.coroutines import truth
 from shmelim.system.logs import LimitedLog
-from shmelim.system.places import place, places
+from shmelim.system.places import place, place_or_none, places
 from shmelim.system.text import get_logger
 
 _log = get_logger("shmelim.manager")
@@ -282,15 +282,15 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         self._environment = ValidatorEnvironment() if environment is None else environment
         self._options = ServeOptions(
             name=name,
-            state_dir=_place("state_dir", state_dir),
+            state_dir=place_or_none("state_dir", state_dir),
             group_readable=group_readable,
-            runtime_base=_place("runtime_base", runtime_base),
+            runtime_base=place_or_none("runtime_base", runtime_base),
             in_memory=is_backtesting or (running_unit_tests and state_dir is None),
             durability=durability,
             files=files,
             files_mode=files_mode,
-            files_dir=None if is_backtesting else _place("files_dir", files_dir),
-            default_departed=_place("default_departed", default_departed),
+            files_dir=None if is_backtesting else place_or_none("files_dir", files_dir),
+            default_departed=place_or_none("default_departed", default_departed),
             imports=tuple(places("imports", imports)),
             adopt_published=adopt_published,
             replace_published=replace_published,
@@ -298,7 +298,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             epoch=epoch,
             sync_guard=Guard(sync_guard, self.environment.guard_count, self.environment.guard_share),
             slash_lease_s=self.environment.slash_lease_s,
-            registry=registry if registry is None or isinstance(registry, bool) else _place("registry", registry),
+            registry=registry if registry is None or isinstance(registry, bool) else place("registry", registry),
         )
         self._timeout = settings.get("call_timeout", ServiceSettings.call_timeout)
         self._live_price_fetcher = self.environment.live_price_fetcher
@@ -510,7 +510,3 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
     def is_zombie_hotkey(self, hotkey: str | None, all_hotkeys_set: Container[str]) -> bool:
         """Tell whether a hotkey is missing among all hotkeys of the metagraph, the development one excepted."""
         return is_zombie(hotkey, all_hotkeys_set, self.environment.development_hotkey)
-
-
-def _place(what: str, given: Path | str | None) -> Path | None:
-    return None if given is None else place(what, given)

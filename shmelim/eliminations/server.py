@@ -71,7 +71,7 @@ from shmelim.system import clock
 from shmelim.system.durable import make_private_directory, writing
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog, log_problems
-from shmelim.system.places import place, places
+from shmelim.system.places import place, place_or_none, places
 from shmelim.system.problems import Problems, worst
 from shmelim.system.text import get_logger
 
@@ -228,7 +228,7 @@ class EliminationManagerServer(DebtMethods):
         self.state_dir = None if state_dir is None else Path(os.path.realpath(place("state_dir", state_dir)))
         self._files_dir = None if files_dir is None else Path(os.path.realpath(place("files_dir", files_dir)))
         default, imported, registered = (
-            None if default_departed is None else place("default_departed", default_departed),
+            place_or_none("default_departed", default_departed),
             places("imports", imports),
             registry_base(registry),
         )

@@ -23,6 +23,11 @@ def place(what: str, given: Place) -> Path:
     return Path(path).absolute()
 
 
+def place_or_none(what: str, given: Place | None) -> Path | None:
+    """Return the same; None where there is none."""
+    return None if given is None else place(what, given)
+
+
 def places(what: str, given: Iterable[Place]) -> list[Path]:
     """Return several; a single one, whose letters could be taken for many, is a ``TypeError``."""
     if isinstance(given, str | bytes | os.PathLike) or not isinstance(given, Iterable):
