@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from threading import TIMEOUT_MAX
 from typing import Any, Literal, NoReturn, Self
 
 from shmelim.channel.address import Address, Location, connect, describe, new_socket, normalize
@@ -35,6 +35,7 @@ from shmelim.errors import (
     UnknownMethodError,
 )
 from shmelim.system import forks
+from shmelim.system.arguments import number
 from shmelim.system.clock import monotonic
 from shmelim.system.owner import whose
 
@@ -124,8 +125,8 @@ class ChannelClient:
         self._find = address if callable(address) else None
         self._location = normalize(address() if callable(address) else address)
         self._authkey = authkey if callable(authkey) else check_key(authkey)
-        self._timeout = _checked_seconds("timeout", timeout)
-        self._connect_wait = _checked_seconds("connect_wait", connect_wait)
+        self._timeout = _finite("timeout", timeout)
+        self._connect_wait = _finite("connect_wait", connect_wait)
         self._connections = Connections()
         self._max_message = max_message
         self._codec = codec
@@ -185,7 +186,7 @@ class ChannelClient:
             that is neither built in nor of this package; or whatever else the method raised.
 
         """
-        deadline = monotonic() + (self._timeout if timeout is None else _checked_seconds("timeout", timeout))
+        deadline = monotonic() + (self._timeout if timeout is None else _finite("timeout", timeout))
         number = next(self._numbers)
         try:
             request = self._codec.dumps([number, method, list(args), dict(kwargs or {})])
@@ -212,7 +213,7 @@ class ChannelClient:
 
         Raises what :meth:`call` raises where a call is not carried out.
         """
-        deadline = monotonic() + (self._timeout if timeout is None else _checked_seconds("timeout", timeout))
+        deadline = monotonic() + (self._timeout if timeout is None else _finite("timeout", timeout))
         self._connections.give_back(self._connections.take() or self._dial(deadline))
 
     def proxy(self, *, idempotent: Collection[str] = (), methods: Collection[str] = ()) -> Proxy:
@@ -485,10 +486,8 @@ def _too_large(method: str, request: bytes, limit: int) -> MessageTooLargeError:
     return MessageTooLargeError(f"{method}: the request has {len(request)} bytes, the limit is {limit}")
 
 
-def _checked_seconds(name: str, value: float) -> float:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} is a number of seconds, 0 or more, not {value}")
-    return value
+def _finite(name: str, value: float) -> float:
+    return float(number(name, value, most=TIMEOUT_MAX, unit="of seconds"))
 
 
 def _cannot_connect(location: Location, error: OSError) -> ChannelError:

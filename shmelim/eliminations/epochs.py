@@ -30,6 +30,10 @@ class Teller:
 
     epoch: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.epoch, str):
+            raise TypeError(f"epoch must be text, not {self.epoch!r:.100}")
+
     def check(self) -> Caller | None:
         """Return who makes the call of this thread; EpochError if that is a copy of another manager."""
         caller = current_caller()

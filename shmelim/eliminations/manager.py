@@ -279,7 +279,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         self.sync_in_progress = sync_in_progress
         self.sync_epoch = sync_epoch
         self.is_backtesting = is_backtesting
-        self._environment = ValidatorEnvironment() if environment is None else environment
+        self._environment = ValidatorEnvironment.given(environment)
         self._options = ServeOptions(
             name=name,
             state_dir=place_or_none("state_dir", state_dir),

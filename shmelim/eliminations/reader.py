@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, SupportsFloat, TypeAlias
+from threading import TIMEOUT_MAX
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 
 from shmelim.eliminations.reading import Reading, listed
 from shmelim.eliminations.rows import Status
 from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, StaleError
 from shmelim.shm import Namespace, SharedNamespace, TableReader
+from shmelim.system.arguments import number, seconds_or_none
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +130,7 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         return reader
 
     def _attach(self, namespace: Namespace, wait: float | None) -> None:
-        deadline = time.monotonic() + (wait or 0.0)
+        deadline = time.monotonic() + (seconds_or_none("wait", wait) or 0)
         while True:
             try:
                 limit = None if self.when_stale == "serve" else self.max_staleness
@@ -263,12 +265,7 @@ def _checked(max_staleness: object, when_stale: object) -> tuple[float | None, W
         if when_stale != "serve":
             raise ValueError(f"when_stale={when_stale!r} needs max_staleness, in seconds")
         return None, "serve"
-    if isinstance(max_staleness, bool) or not isinstance(max_staleness, SupportsFloat):
-        raise TypeError(f"max_staleness must be a number of seconds, not {type(max_staleness).__name__}")
-    seconds = float(max_staleness)
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(f"max_staleness must be seconds, 0 or more, not {max_staleness!r}")
-    return seconds, when_stale
+    return float(number("max_staleness", max_staleness, most=TIMEOUT_MAX, unit="of seconds")), when_stale
 
 
 class _Refusing(EliminationReader):

@@ -24,6 +24,7 @@ from shmelim.errors import AlreadyServingError, ChannelError, NotServingError, S
 from shmelim.service import ServerReady, report_progress
 from shmelim.service.process import Ending, run_server
 from shmelim.shm import Namespace, SharedNamespace
+from shmelim.system.arguments import flags
 from shmelim.system.supervisor import notify_supervisor
 from shmelim.system.text import get_logger
 
@@ -60,6 +61,12 @@ class ServeOptions:
     slash_lease_s: float = LEASE_S
 
     def __post_init__(self) -> None:
+        flags(
+            group_readable=self.group_readable,
+            adopt_published=self.adopt_published,
+            replace_published=self.replace_published,
+            must_exist=self.must_exist,
+        )
         if not isinstance(self.sync_guard, Guard):
             Guard(self.sync_guard)
         for what, value, known in (

@@ -58,7 +58,7 @@ from shmelim.eliminations.state.room import look_at_room
 from shmelim.eliminations.state.slash_journal import open_journal
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.state.uploads import Uploads
-from shmelim.eliminations.store.history import Origin, this_process
+from shmelim.eliminations.store.history import LARGEST_ID, Origin, this_process
 from shmelim.eliminations.store.opening import store_bytes
 from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
@@ -68,6 +68,7 @@ from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY, Valid
 from shmelim.errors import ShmelimError, StoreError
 from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter
 from shmelim.system import clock
+from shmelim.system.arguments import flags, whole
 from shmelim.system.durable import make_private_directory, writing
 from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog, log_problems
@@ -218,12 +219,11 @@ class EliminationManagerServer(DebtMethods):
         on_progress: Progress | None = None,
     ) -> None:
         tell = on_progress or (lambda _what, _done, _total: None)
-        if adopt_published and replace_published:
-            raise ValueError("adopt_published and replace_published contradict each other: give one of them")
+        _check_flags(adopt_published=adopt_published, replace_published=replace_published, must_exist=must_exist)
         check_files(files, files_mode)
         if files_dir is not None and (state_dir is not None or imports or files != "current"):
             raise ValueError("with files_dir the files are the state: leave state_dir, imports and files out")
-        self.namespace = PrivateNamespace() if namespace is None else namespace
+        self.namespace = PrivateNamespace() if namespace is None else _checked(namespace)
         # Wherever this process goes, and whatever a link leads to later.
         self.state_dir = None if state_dir is None else Path(os.path.realpath(place("state_dir", state_dir)))
         self._files_dir = None if files_dir is None else Path(os.path.realpath(place("files_dir", files_dir)))
@@ -532,12 +532,11 @@ class EliminationManagerServer(DebtMethods):
     ) -> list[dict[str, Any]]:
         if hotkey is not None and not isinstance(hotkey, str):
             refuse_hotkey(hotkey)
-        for what, number in ("limit", limit), ("before_id", before_id):
-            if number is not None and type(number) is not int:
-                raise TypeError(f"{what} must be a whole number, not {number!r}")
-        limit = HISTORY_LIMIT if limit is None else limit
-        if not 0 <= limit <= HISTORY_LIMIT:
+        limit = whole("limit", HISTORY_LIMIT if limit is None else limit, least=0)
+        if limit > HISTORY_LIMIT:
             raise ValueError(f"limit must be 0 to {HISTORY_LIMIT:,}, not {limit!r}; go on with before_id")
+        if before_id is not None:
+            whole("before_id", before_id, least=-LARGEST_ID, most=LARGEST_ID)
         try:
             return [event.as_dict() for event in self._ask(lambda store: store.events(hotkey, limit, before_id))]
         except UnicodeEncodeError:  # a text that is no UTF-8 is nobody's hotkey
@@ -784,7 +783,7 @@ class EliminationManagerServer(DebtMethods):
             Its figures and rules; None: the defaults.
 
         """
-        environment = environment or ValidatorEnvironment()
+        environment = ValidatorEnvironment.given(environment)
         self._own_calls = _OwnCalls(self)
         calls = ProcessingCalls(self._own_calls)
         self._processor = EliminationProcessor(Context(collaborators, environment, self.reader, calls))
@@ -795,6 +794,18 @@ class EliminationManagerServer(DebtMethods):
     handle_perf_ledger_eliminations_rpc = processed(EliminationProcessor.handle_perf_ledger_eliminations)
     handle_mdd_eliminations_rpc = processed(EliminationProcessor.handle_mdd_eliminations)
     handle_first_refresh_rpc = processed(EliminationProcessor.handle_first_refresh)
+
+
+def _check_flags(*, adopt_published: bool, replace_published: bool, must_exist: bool) -> None:
+    flags(adopt_published=adopt_published, replace_published=replace_published, must_exist=must_exist)
+    if adopt_published and replace_published:
+        raise ValueError("adopt_published and replace_published contradict each other: give one of them")
+
+
+def _checked(namespace: Namespace) -> Namespace:
+    if not hasattr(namespace, "acquire"):
+        raise TypeError(f"namespace must be one, as SharedNamespace('name') is, or None: not {namespace!r:.100}")
+    return namespace
 
 
 class _OwnCalls(Calls):

@@ -25,9 +25,11 @@ from shmelim.errors import MissingExtraError
 from shmelim.notify.outbox import Outbox
 from shmelim.notify.problems import Undelivered
 from shmelim.system import forks
+from shmelim.system.arguments import seconds, whole
 from shmelim.system.background import Background
 from shmelim.system.clock import now_ms
 from shmelim.system.logs import LimitedLog
+from shmelim.system.places import place
 from shmelim.system.text import get_logger, printable
 
 if TYPE_CHECKING:
@@ -132,9 +134,12 @@ class SlackNotifier:
     ) -> None:
         # What a started process gets, and all that an instance is made of.
         self._arguments: dict[str, Any] = {name: value for name, value in locals().items() if name != "self"}
-        counts = (burst, max_queued, 1 if max_tries is None else max_tries)
-        if min(counts) < 1 or min(repeat_after, interval, retry_delay, exit_timeout) < 0:
-            raise ValueError("burst, max_queued and max_tries must be 1 or more, and no time may be negative")
+        for name in ("burst", "max_queued", *(() if max_tries is None else ("max_tries",))):
+            whole(name, self._arguments[name])
+        for name in ("repeat_after", "interval", "retry_delay", "timeout", "exit_timeout"):
+            seconds(name, self._arguments[name])
+        if not isinstance(source, str | None):
+            raise TypeError(f"source must be text or None, not {source!r:.100}")
         self._host = _host(webhook_url)
         if find_spec("slack_sdk") is None:  # looked for only: see _post
             hint = "pip install 'shmelim[slack]'"
@@ -169,7 +174,7 @@ class SlackNotifier:
         with self._changed:
             if self._outbox is not None:
                 return
-            self._arguments["outbox"] = Path(directory).absolute()
+            self._arguments["outbox"] = place("outbox", directory)
             self._outbox = Outbox(self._arguments["outbox"], self._arguments["max_queued"])
             if len(self._outbox):
                 self._wake()
@@ -379,6 +384,8 @@ class SlackNotifier:
 
 
 def _host(url: str) -> str:
+    if not isinstance(url, str):  # it is not shown: whoever has it may write to the channel
+        raise TypeError(f"webhook_url must be text, not {type(url).__name__}")
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme in {"http", "https"} and parts.hostname and url.isprintable() and " " not in url:

@@ -9,6 +9,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from math import inf
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -20,6 +21,7 @@ from shmelim.service.lease import ServiceKey
 from shmelim.service.owner import Absent, Core
 from shmelim.service.process import ServerReady, serve_rpc, start_server
 from shmelim.service.settings import Figure, ServiceSettings, check_service_name, service_location
+from shmelim.system.arguments import number
 from shmelim.table import Reader
 
 
@@ -510,8 +512,8 @@ class RPCServiceBase(ABC):
         if current_time_ms is None:
             clock = core.settings.clock_ms
             current_time_ms = time.time_ns() / 1e6 if clock is None else clock()
-        if not isinstance(current_time_ms, int | float):  # noted as the last check's, it would fail all the next
-            raise TypeError(f"current_time_ms must be a number of milliseconds, not {current_time_ms!r}")
+        # Noted as the last check's, what is no time would fail all the next.
+        number("current_time_ms", current_time_ms, least=-inf, unit="of milliseconds")
         return core.check(current_time_ms, self.health_check_interval_s * 1000)
 
 

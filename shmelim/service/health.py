@@ -32,6 +32,7 @@ from shmelim.notify.problems import (
 from shmelim.service.process import disown
 from shmelim.service.settings import ServiceSettings, server_title
 from shmelim.system import forks
+from shmelim.system.arguments import number
 from shmelim.system.clock import monotonic
 from shmelim.system.logs import log_problems
 from shmelim.system.problems import SEVERITIES, Change, Problem, Problems, Severity
@@ -437,14 +438,15 @@ class HealthCheckDaemon:
             interval_s, slack_notifier = None, interval_s
         if interval_s is None:
             interval_s = float(getattr(service, "health_check_interval_s", 60.0))
-        if not isinstance(interval_s, int | float):
-            raise TypeError(f"interval_s is a number of seconds, not {interval_s!r}")
-        if not 0 < interval_s < math.inf:
-            raise ValueError(f"interval_s must be more than 0 seconds, not {interval_s}")
+        every: float = number("interval_s", interval_s, most=threading.TIMEOUT_MAX, unit="of seconds")
+        if every == 0:
+            raise ValueError("interval_s must be more than 0")
+        if not callable(getattr(service, "health_check", None)):
+            raise TypeError(f"service must have a health_check(), as a service has, not be {service!r:.100}")
         if not getattr(service, "enable_health_check", True):
             raise ValueError(f"{service.service_name} was made without enable_health_check=True")
         self.service = service
-        self.interval_s = float(interval_s)
+        self.interval_s = float(every)
         self.slack_notifier = slack_notifier
         self._start_method = start_method
         self._maker = ProcessIdentity.this_process()

@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 from shmelim.channel.address import Address, Location, normalize
 from shmelim.channel.codec import MSGPACK, Codec
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE
+from shmelim.system.arguments import flags, functions, number, whole
 
 _LOCALHOST: Final = "127.0.0.1"
 _NAME_LIMIT: Final = 60  # bytes
@@ -108,7 +109,7 @@ class ServiceSettings:
         for name, default in _DEFAULTS.items():
             value = getattr(self, name)
             if type(default) is bool:
-                _check(name, isinstance(value, bool), "True or False", value)
+                flags(**{name: value})
             elif isinstance(default, int | float):
                 _check_figure(name, value, default)
         # A text is a collection of its letters, which nobody means.
@@ -116,7 +117,7 @@ class ServiceSettings:
         _check("idempotent", names, "a collection of names", self.idempotent)
         codec = self.codec is None or (hasattr(self.codec, "dumps") and hasattr(self.codec, "loads"))
         _check("codec", codec, "a codec or None", self.codec)
-        _check("clock_ms", self.clock_ms is None or callable(self.clock_ms), "a function or None", self.clock_ms)
+        functions(clock_ms=self.clock_ms)
         _check("epoch", isinstance(self.epoch, str), "text", self.epoch)
         _check("start_method", isinstance(self.start_method, str | None), "a name or None", self.start_method)
         methods = multiprocessing.get_all_start_methods()
@@ -156,10 +157,7 @@ class Figure:
 
 
 def _check_figure(name: str, value: Any, default: float) -> None:
-    kind, what, least = (int, "a whole number", 1) if type(default) is int else (int | float, "a number", 0)
-    _check(name, isinstance(value, kind) and not isinstance(value, bool), what, value)
-    if not value >= least:  # NaN, too
-        raise ValueError(f"{name} must be {least} or more, not {value}")
+    (whole if type(default) is int else number)(name, value)
 
 
 def _check(name: str, fits: bool, what: str, value: object) -> None:

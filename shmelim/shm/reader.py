@@ -26,6 +26,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeVar, cast
 
 from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, SegmentError, StaleError
@@ -67,6 +68,7 @@ from shmelim.shm.layout import (
 from shmelim.shm.native import fence, wait_word
 from shmelim.shm.segment import Namespace, Segment
 from shmelim.shm.view import Batch, View
+from shmelim.system.arguments import number, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -558,8 +560,8 @@ class TableReader:
         Sleeps in the kernel, which the publish ends, and looks at the name every half second. Where writer and
         reader are not both compiled it polls, every 20 µs at first and every 2 ms later: 0.5 % of a core.
         """
-        deadline = None if timeout is None else _monotonic() + timeout
-        seen = self._followed_version() if since is None else since
+        deadline = None if timeout is None else _monotonic() + number("timeout", timeout, least=-inf)
+        seen = self._followed_version() if since is None else whole("since", since, least=-inf)
         pause = _POLL_FIRST
         while True:
             root = self._view.root

@@ -24,6 +24,7 @@ from shmelim.shm.layout import ROOT_MAGIC, ROOT_SIZE
 from shmelim.shm.mapping import WRITE, check_file, map_file, open_error, open_file, untrusted
 from shmelim.shm.native import READ_PATH
 from shmelim.shm.segment import Lock, Namespace, Segment, check_name
+from shmelim.system.arguments import whole
 
 _SHM_DIR: Final = "/dev/shm"  # noqa: S108  # where Linux keeps POSIX shared memory
 _ZEROS: Final = bytes(1 << 20)
@@ -52,14 +53,15 @@ class SharedNamespace(Namespace):
     def __init__(self, name: str, *, mode: int = 0o600, owner: int | None = None) -> None:
         self.name = check_name(name)
         if mode not in (0o600, 0o640):
-            raise ValueError(f"mode {mode:#o} must be 0o600, or 0o640 to let a group read")
+            shown = f"{mode:#o}" if type(mode) is int else repr(mode)
+            raise ValueError(f"mode must be 0o600, or 0o640 to let a group read, not {shown}")
         require_store_order()
         self._mode = mode
         if owner is None and "SHMELIM_OWNER" in os.environ:
             from shmelim.system.owner import named_owner  # noqa: PLC0415  # which few readers need
 
             owner = named_owner()
-        self._trusted = {os.geteuid(), 0} if owner is None else {owner}
+        self._trusted = {os.geteuid(), 0} if owner is None else {whole("owner", owner, least=0)}
 
     @property
     def readers_prefix(self) -> str:  # type: ignore[override]  # not to be set

@@ -20,6 +20,10 @@ def place(what: str, given: Place) -> Path:
         raise TypeError(f"{what} must be a path, not {given!r}")
     if not path or "\0" in path:
         raise ValueError(f"{what} must be a path, not {given!r}, which is empty or has a NUL character")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} must be a path, not {given!r}, which no file can be called") from None
     return Path(path).absolute()
 
 

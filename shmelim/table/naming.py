@@ -37,7 +37,7 @@ def kind(keys: type, values: str) -> bytes:
 
 def check_key_type(keys: type) -> None:
     """Raise TypeError unless ``keys`` is the type of keys that a table can have."""
-    if keys not in {str, bytes}:
+    if keys is not str and keys is not bytes:
         raise TypeError(f"keys must be str or bytes, the type itself, not {keys!r}")
 
 

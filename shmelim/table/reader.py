@@ -23,6 +23,7 @@ from shmelim.shm import (
     TableReader,
     WriterInfo,
 )
+from shmelim.system.arguments import functions, seconds_or_none
 from shmelim.table.naming import (
     MSGPACK,
     RAW,
@@ -216,11 +217,12 @@ class Reader(Mapping[K, V]):
 
     def _attach(self, namespace: Namespace, keys: type, decode: Any, wait: float | None) -> None:
         check_key_type(keys)
+        functions(decode=decode)
         self.name = namespace.name
         self._private = not isinstance(namespace, SharedNamespace)
         self._key_type = keys
         self._decode: Callable[[Any], V] = decode or _from_msgpack
-        deadline = time.monotonic() + (wait or 0.0)
+        deadline = time.monotonic() + (seconds_or_none("wait", wait) or 0)
         while True:
             try:
                 self._table = TableReader(namespace)

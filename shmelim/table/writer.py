@@ -20,11 +20,13 @@ from shmelim.errors import (
 from shmelim.shm import PrivateNamespace, TableReader, TableWriter
 from shmelim.shm.layout import MAX_KEY, MAX_RECORD
 from shmelim.system import forks
+from shmelim.system.arguments import flags, functions, whole
 from shmelim.system.text import get_logger
 from shmelim.table.naming import MSGPACK, OTHER, RAW, TableNamespace, check_key_type, kind
 from shmelim.table.reader import Reader
 from shmelim.table.snapshot import K, V
 
+_MOST_KEYS: Final = 1 << 32
 _BEAT: Final = 1.0  # seconds between two heartbeats
 _PRESENT: Final = 1
 
@@ -146,6 +148,9 @@ class Writer(Generic[K, V]):
         mode: int = 0o600,
     ) -> None:
         check_key_type(keys)
+        functions(encode=encode)
+        flags(keep=keep)
+        slots = 2 * max(whole("capacity", capacity, least=0, most=_MOST_KEYS), 1)
         self.name = name
         self._keys = keys
         self._text = keys is str
@@ -156,7 +161,7 @@ class Writer(Generic[K, V]):
         self._lock = threading.RLock()
         self._publishing = False
         try:
-            self._table = TableWriter(self._namespace, capacity=2 * max(capacity, 1), store_id=kind(keys, values))
+            self._table = TableWriter(self._namespace, capacity=slots, store_id=kind(keys, values))
         except AlreadyServingError as error:
             raise self._has_another_writer() from error
         try:

@@ -198,7 +198,7 @@ def test_the_notifier_may_stand_in_the_second_place_as_the_requirement_writes_it
 
 
 def test_impossible_arguments(service):
-    with pytest.raises(TypeError, match="interval_s is a number"):
+    with pytest.raises(TypeError, match="interval_s must be a number"):
         HealthCheckDaemon(service, "often")
     with pytest.raises(ValueError, match="more than 0"):
         HealthCheckDaemon(service, 0)

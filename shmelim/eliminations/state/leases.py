@@ -12,15 +12,17 @@ from time import monotonic
 from typing import Final
 
 from shmelim.eliminations.debts.states import ATTEMPTING, Debt
+from shmelim.system.arguments import number
 
 LEASE_S: Final = 30.0
+LONGEST_LEASE_S: Final = 3600.0
 
 
 class Leases:
     """Until when attempts live; thread-safe, as each step is one operation of a dict."""
 
     def __init__(self, seconds: float, grace_s: float) -> None:
-        self._seconds = seconds
+        self._seconds = number("slash_lease_s", seconds, most=LONGEST_LEASE_S)
         self._until: dict[str, float] = {}
         self._heard_of_all = monotonic() + grace_s
 

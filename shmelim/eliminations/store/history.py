@@ -32,7 +32,7 @@ from shmelim.eliminations.store.schema import damaged
 
 _PRUNED: Final = "pruned"
 MANY: Final = 64  # a change of more hotkeys is one row
-_LARGEST_ID: Final = (1 << 63) - 1
+LARGEST_ID: Final = (1 << 63) - 1
 _CHUNK: Final = 500  # hotkeys in one question: below the 999 that an old SQLite allows
 
 _COLUMNS: Final = "id, at_ms, action, hotkey, pid, uid, program, note, old, new, commit_number"
@@ -118,7 +118,7 @@ class History(Database):
         """Return at most `limit` events, newest first: of one hotkey, or older than the one with that id."""
         if limit is not None and limit < 0:
             raise ValueError(f"limit must be at least 0, not {limit}")
-        before = _LARGEST_ID if before_id is None else before_id
+        before = LARGEST_ID if before_id is None else before_id
         with self._one_moment():
             found = list(islice(self._newest_first(hotkey, before), limit))
             unknown = {event.hotkey for event in found if event.action in _RECORDED and event.new is None}
@@ -139,7 +139,7 @@ class History(Database):
         def number(event: Event) -> int:
             return event.commit_number or 0
 
-        later = takewhile(lambda event: number(event) > commit, self._newest_first(None, _LARGEST_ID))
+        later = takewhile(lambda event: number(event) > commit, self._newest_first(None, LARGEST_ID))
         found = self.events(limit=sum(1 for _ in later))
         return [event for event in reversed(found) if number(event) <= last]
 
@@ -164,7 +164,7 @@ class History(Database):
 
     def _replaced(self, is_later: Callable[[Event], bool]) -> dict[str, bytes | None]:
         found: dict[str, bytes | None] = {}
-        for each in takewhile(is_later, self._newest_first(None, _LARGEST_ID)):
+        for each in takewhile(is_later, self._newest_first(None, LARGEST_ID)):
             if each.action in _RECORDED and each.hotkey is not None:
                 found[each.hotkey] = each.old
         return found
@@ -236,7 +236,7 @@ class History(Database):
         """Return the record that each of these hotkeys had after its last event with a smaller id, or None."""
         found: dict[str, bytes | None] = dict.fromkeys(hotkeys)
         found |= self._ask_of("SELECT hotkey, record FROM hotkeys", hotkeys)
-        if before == _LARGEST_ID:
+        if before == LARGEST_ID:
             return found
         first: dict[str, int] = {}
         select = "SELECT hotkey, old, min(id) FROM events"
@@ -246,8 +246,8 @@ class History(Database):
         many = f"{_HASHES} WHERE hashes IS NOT NULL AND id >= :before ORDER BY id"
         for last, hashes in self._stream(many, {"before": before}):
             for hotkey in hotkeys:
-                if first.get(hotkey, _LARGEST_ID) > last and _is_among(_hash(hotkey), hashes):
-                    for event in self._events_in(last, hotkey, before, _LARGEST_ID):
+                if first.get(hotkey, LARGEST_ID) > last and _is_among(_hash(hotkey), hashes):
+                    for event in self._events_in(last, hotkey, before, LARGEST_ID):
                         if event.action in _RECORDED:
                             found[hotkey], first[hotkey] = event.old, event.id
         return found

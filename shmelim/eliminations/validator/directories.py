@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from shmelim.eliminations.record import check_hotkey
+from shmelim.system.places import place
 
 
 class MinerDirectories:
@@ -18,7 +19,7 @@ class MinerDirectories:
     """
 
     def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
+        self.root = place("miner_directory", root)  # absolute: wherever the process goes
         self._known: frozenset[str] = frozenset()  # names that were hotkeys at the last look: checked once
 
     def hotkeys(self) -> list[str]:

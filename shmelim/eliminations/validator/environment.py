@@ -16,6 +16,7 @@ from shmelim.eliminations.validator.directories import MinerDirectories
 from shmelim.eliminations.validator.drawdown import Drawdowns
 from shmelim.errors import SlashNotMadeError
 from shmelim.system import clock as system_clock
+from shmelim.system.arguments import flags, functions, number
 
 DEVELOPMENT_HOTKEY: Final = "DEVELOPMENT"
 _LATEST_MS: Final = 4_102_444_800_000  # 2100: a clock of microseconds is beyond it
@@ -35,6 +36,7 @@ _FIGURES: Final = {
     "tick_pause_s": math.inf,
     "error_pause_s": math.inf,
 }
+_FUNCTIONS: Final = frozenset({"price_source", "drawdown", "slash_outcome", "is_hotkey", "clock"})
 _REASONS: Final = frozenset(EliminationReason.__members__)
 
 
@@ -151,7 +153,7 @@ class ValidatorEnvironment:
         self.scored_bucket = scored_bucket
         self.check_interval_ms = check_interval_ms
         self.deletion_delay_ms = deletion_delay_ms
-        self.slash_proportions = dict(slash_proportions or {})
+        self.slash_proportions = {} if slash_proportions is None else slash_proportions
         self.not_made_errors = not_made_errors
         self.max_slashes_per_hour = max_slashes_per_hour
         self.guard_count = guard_count
@@ -175,15 +177,28 @@ class ValidatorEnvironment:
         self._directories = None if miner_directory is None else MinerDirectories(miner_directory)
         self.now_ms()
 
+    @classmethod
+    def given(cls, environment: ValidatorEnvironment | None) -> ValidatorEnvironment:
+        """Return what a caller gave for the environment, None for the defaults; ``TypeError`` if it is not one."""
+        if environment is not None and not isinstance(environment, ValidatorEnvironment):
+            raise TypeError(f"environment must be a ValidatorEnvironment or None, not {environment!r:.100}")
+        return cls() if environment is None else environment
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIGURES:
-            _check_figure(name, value, _FIGURES[name])
+            number(name, value, most=_FIGURES[name])
         elif name == "slash_proportions":
+            if not isinstance(value, Mapping):
+                raise TypeError(f"slash_proportions must be a dict of shares by reason, not {value!r:.100}")
             for reason, share in value.items():
                 if reason not in _REASONS:
                     known = ", ".join(sorted(_REASONS))
                     raise ValueError(f"slash_proportions has {reason!r}, which is not a reason: {known}")
-                _check_figure(f"slash_proportions[{reason!r}]", share, 1.0)
+                number(f"slash_proportions[{reason!r}]", share, most=1)
+        elif name.removeprefix("_") in _FUNCTIONS:
+            functions(**{name.removeprefix("_"): value})
+        elif name == "believe_empty_metagraph":
+            flags(believe_empty_metagraph=value)
         elif name == "not_made_errors":
             _check_errors(name, value)
         super().__setattr__(name, value)
@@ -304,14 +319,6 @@ def _buckets(challenge: Any) -> list[Any]:
     if isinstance(found, Mapping):
         found = found.values()
     return list(found) if isinstance(found, Iterable) and not isinstance(found, (str, bytes)) else []
-
-
-def _check_figure(name: str, value: Any, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not 0 <= value <= most:  # NaN is neither
-        limit = "at least 0" if most == math.inf else f"0 to {most:g}"
-        raise ValueError(f"{name} must be {limit}, not {value!r}")
 
 
 def _check_errors(name: str, value: Any) -> None:

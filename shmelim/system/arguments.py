@@ -1,0 +1,56 @@
+"""Arguments as callers give them: an error names the argument and its value. NaN, text and True are no numbers."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+
+def number(what: str, given: Any, *, least: float = 0, most: float = inf, unit: str = "") -> Any:
+    """Return a number as it was given; ``TypeError`` or ``ValueError`` names the argument `what` and its value.
+
+    It lies from `least` to `most`. `unit` is for the message, as "of seconds".
+    """
+    if isinstance(given, bool) or not (isinstance(given, (int, float)) or _is_real(given)):
+        raise TypeError(f"{what} must be a number{unit and ' '}{unit}, not {given!r:.100}")
+    if not least <= given <= most:  # NaN is neither
+        limit = f"{least:g} or more" if most == inf else f"{least:g} to {most:g}"
+        raise ValueError(f"{what} must be {limit}, not {given!r:.100}")
+    return given
+
+
+def whole(what: str, given: Any, *, least: float = 1, most: float = inf) -> int:
+    """Return a whole number, with the same errors."""
+    if isinstance(given, bool) or not hasattr(given, "__index__"):
+        raise TypeError(f"{what} must be a whole number, not {given!r:.100}")
+    return int(number(what, given, least=least, most=most))
+
+
+def seconds(what: str, given: Any) -> Any:
+    """Return a number of seconds, 0 or more; infinity is one."""
+    return number(what, given, unit="of seconds")
+
+
+def seconds_or_none(what: str, given: Any) -> Any:
+    """Return the same, or None where that is what was given."""
+    return given if given is None else seconds(what, given)
+
+
+def flags(**given: Any) -> None:
+    """Raise ``TypeError`` unless all are True or False: the "no" of a configuration would be taken for a yes."""
+    for what, value in given.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{what} must be True or False, not {value!r:.100}")
+
+
+def functions(**given: Any) -> None:
+    """Raise ``TypeError`` unless all can be called, or are None."""
+    for what, value in given.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{what} must be a function or None, not {value!r:.100}")
+
+
+def _is_real(given: object) -> bool:
+    from numbers import Real  # noqa: PLC0415  # numpy's whole numbers, fractions: seldom
+
+    return isinstance(given, Real)
