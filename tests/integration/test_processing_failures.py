@@ -112,30 +112,52 @@ def test_row_of_the_perf_ledger_is_lost_only_if_it_names_no_miner(managed: Manag
     assert "number 6 of the list" in managed.alerts[0]
 
 
-TOO_LONG = "x" * 256
-
-
 def test_reason_that_cannot_be_recorded_waits_and_makes_no_tick_due(
-    new_name: Callable[[], str], tmp_path: Path
+    new_name: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Managed("rpc", new_name(), tmp_path) as managed:
-        validator = managed.validator
-        validator.register("a", "b")
+        validator, state = managed.validator, managed.manager._processor.context.state
+        validator.register("a", "b", "c")
         managed.tick()
         validator.probation.fail("a", "PLAGIARISM", None)
-        validator.probation.fail(TOO_LONG, "PLAGIARISM", None)
+        validator.probation.fail("c", "PLAGIARISM", None)
+        eliminate = state.eliminate
+
+        def fail_for_c(hotkey: str, *more: Any) -> str:
+            if hotkey == "c":
+                raise InjectedError("cannot be recorded")
+            return eliminate(hotkey, *more)
+
+        monkeypatch.setattr(state, "eliminate", fail_for_c)
         managed.tick(0)
         assert managed.reasons == {"a": "PLAGIARISM"}
-        assert set(validator.probation.failed) == {"a", TOO_LONG}
+        assert set(validator.probation.failed) == {"a", "c"}
         asked = validator.faults.count("in stage")
         managed.tick(1000)
         assert validator.faults.count("in stage") == asked, "what failed waits for the interval"
-        del validator.probation.failed[TOO_LONG]
         validator.probation.fail("b", "PLAGIARISM", 0.1)
+        monkeypatch.undo()
         managed.tick(1000)
-        assert managed.reasons == {"a": "PLAGIARISM", "b": "PLAGIARISM"}
+        assert managed.reasons == {"a": "PLAGIARISM", "b": "PLAGIARISM", "c": "PLAGIARISM"}
         assert validator.probation.failed == {}
         assert len(managed.alerts) == 1
+
+
+@pytest.mark.parametrize("nobody", ["x" * 256, None], ids=["too long", "None"])
+def test_a_reason_of_nobody_keeps_no_other_standing(managed: Managed, nobody: Any) -> None:
+    """Else he who is taken back, or registers again, is eliminated once more for what was recorded long ago."""
+    validator = managed.validator
+    validator.register("a", "b")
+    managed.tick()
+    validator.probation.failed |= {"a": ("PLAGIARISM", None), nobody: ("PLAGIARISM", None)}
+    managed.tick()
+    assert managed.reasons == {"a": "PLAGIARISM"}
+    assert len(managed.alerts) == 1
+    for step in (validator.deregister, validator.register, managed.manager.remove_elimination):
+        step("a")
+        managed.tick()
+    assert managed.reasons == {}
+    assert validator.collateral.slashes() == ["a"]
 
 
 def test_a_step_that_always_fails_makes_no_tick_of_every_call(new_name: Callable[[], str], tmp_path: Path) -> None:

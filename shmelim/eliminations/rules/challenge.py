@@ -9,6 +9,7 @@ from typing import Any
 
 from shmelim.eliminations.record import generate_row
 from shmelim.eliminations.rules.alerts import spelled
+from shmelim.eliminations.rules.membership import valid_hotkeys
 from shmelim.eliminations.rules.tick import Context, Found, Tick
 from shmelim.eliminations.salvage import salvage
 from shmelim.system.coroutines import carried_out, truth
@@ -37,7 +38,10 @@ class ChallengePeriod:
             yield hotkey, lambda row=row: Found(salvage(row, now_ms)[0])  # type: ignore[misc]
 
     def forget(self, failed: set[str]) -> None:
-        """Have the reasons forgotten that were recorded: all of the last look but those of these hotkeys."""
+        """Have the reasons forgotten that were recorded: all of the last look but those of these hotkeys.
+
+        Where they can be forgotten only together, none is while a miner's is not recorded yet.
+        """
         if not self.waiting:
             return
         challenge: Any = self.context.collaborators.challengeperiod_manager
@@ -46,8 +50,12 @@ class ChallengePeriod:
         if inspect.getattr_static(challenge, "pop_elimination_reasons", None) is not None:
             recorded = [hotkey for hotkey in self.waiting if hotkey not in failed]
             carried_out(challenge.pop_elimination_reasons(recorded), "pop_elimination_reasons")
+            return
+        # What stands there for nobody is never recorded. If it were waited for, those who are taken back, or
+        # register again, would be eliminated once more for what was recorded long ago.
+        are_recorded = not valid_hotkeys(failed)[0]
         # Those that came meanwhile are not recorded anywhere yet.
-        elif not failed and _reasons(challenge.get_all_elimination_reasons()) == _reasons(self.waiting):
+        if are_recorded and _reasons(challenge.get_all_elimination_reasons()) == _reasons(self.waiting):
             carried_out(challenge.clear_elimination_reasons(), "clear_elimination_reasons")
 
     def is_waiting(self) -> bool:
