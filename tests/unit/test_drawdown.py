@@ -101,6 +101,14 @@ def test_checkpoint_in_the_middle_that_falls_in_place_is_noticed_in_time(drawdow
     assert 50.0 in [drawdowns.percentage(ledger) for _ in range(LOOKS)]
 
 
+def test_nobody_is_eliminated_by_a_checkpoint_that_was_put_right_in_place() -> None:
+    environment, ledger = ValidatorEnvironment(), Ledger()
+    ledger.cps[90]._mdd = 0.5
+    assert environment.drawdown(ledger) == (True, 50.0)
+    ledger.cps[90]._mdd = 0.99
+    assert [environment.drawdown(ledger) for _ in range(LOOKS)] == [(False, 1.0)] * LOOKS
+
+
 def test_another_ledger_is_another(drawdowns: Drawdowns) -> None:
     """Also one that stands where the first one stood, and has its checkpoints."""
     one = Ledger()

@@ -13,7 +13,7 @@ from shmelim.eliminations.record import DAY_MS, SINCE_2020_MS, EliminationReason
 from shmelim.eliminations.validator.addresses import is_ss58_address
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.directories import MinerDirectories
-from shmelim.eliminations.validator.drawdown import Drawdowns
+from shmelim.eliminations.validator.drawdown import Drawdowns, ledger_drawdown_percentage
 from shmelim.errors import SlashNotMadeError
 from shmelim.system import clock as system_clock
 from shmelim.system.arguments import flags, functions, number
@@ -273,7 +273,7 @@ class ValidatorEnvironment:
 
         By default from `max_drawdown_percentage` on. The ledger has checkpoints ``cps``, each with the lowest
         point it saw as a factor ``mdd`` of the peak before: 0.9 is 10 % down. Of a ledger that seems unchanged
-        only the end is read, and at least once in 12 looks the whole.
+        only the end is read, and at least once in 12 looks the whole, and always before it eliminates anybody.
 
         A checkpoint whose ``mdd`` is not such a factor is left out, with a warning in the log; ValueError if that
         is true of all of them. AttributeError, TypeError: the ledger has no checkpoints.
@@ -281,6 +281,9 @@ class ValidatorEnvironment:
         if self._drawdown is not None:
             return self._drawdown(ledger)
         percentage = self._drawdowns.percentage(ledger)
+        if percentage >= self.max_drawdown_percentage:
+            # It may be remembered, and have been put right since: nobody is eliminated by what was not read now.
+            percentage = ledger_drawdown_percentage(ledger)
         return percentage >= self.max_drawdown_percentage, percentage
 
     def slash_proportion(self, reason: str) -> float | None:
