@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -29,6 +29,12 @@ from shmelim.system.containers import plain_container
 from shmelim.system.text import printable
 
 _REASON, _TIME = FILLED_IN
+_NAMED: Final = frozenset({"hotkey", "dd", "price_info", "return_info", *FILLED_IN})
+_MOST_FIELDS: Final = 10_000  # so many fit without their values, those with long names left out
+_LONG: Final = 48  # bytes of a name
+_HEADER: Final = 5  # bytes before a text
+_SMALL: Final = MAX_RECORD_BYTES >> 4  # such a value of a field that has a meaning stays
+_SHOWN: Final = 60  # characters of a name
 
 
 def salvage(data: Any, now_ms: int) -> tuple[dict[str, Any], list[str]]:
@@ -52,18 +58,25 @@ def _pieced_together(data: Any, now_ms: int) -> tuple[dict[str, Any], list[str]]
         raise TypeError(f"an elimination record must be a dict, not {type(data).__name__}")
     hotkey = fields.get("hotkey")
     check_hotkey(hotkey)  # type: ignore[arg-type]  # which refuses what is not text
-    record: dict[str, Any] = {"hotkey": hotkey}
+    record: dict[str, Any] = normalise({"hotkey": hotkey})  # which makes plain text of it
     notes: list[str] = []
+    left_out = 0
     for key, value in fields.items():
         name = _name(key)
         if name == "hotkey":
             continue
+        if len(record) >= _MOST_FIELDS and name not in _NAMED:
+            left_out += 1
+            continue
         if isinstance(key, str) and name != key:
-            notes.append(f"the name {name} was changed")
+            notes.append(f"the name {name:.{_SHOWN}} was changed")
         kept, whole = _kept(name, value)
         if not whole:
-            notes.append(f"{name}, {_named(value)}, " + ("was dropped" if kept is None else "was changed"))
+            became = "dropped" if kept is None else "changed"
+            notes.append(f"{name:.{_SHOWN}}, {_named(value)}, was {became}")
         record[name] = kept
+    if left_out:
+        notes.append(f"{left_out} fields after the first {_MOST_FIELDS} were left out")
     if record.get(_REASON) is None:
         record[_REASON] = UNKNOWN
         notes.append(f"{_REASON}: {UNKNOWN}")
@@ -131,14 +144,19 @@ def _stored(value: Any, depth: int) -> Any:
 
 
 def _make_fit(record: dict[str, Any], notes: list[str]) -> None:
-    """Leave out the largest fields until the record is not too large."""
-    sizes = {
-        name: len(msgspec.msgpack.encode(value)) for name, value in record.items() if name not in ("hotkey", _TIME)
-    }
-    total = sum(sizes.values()) + sum(5 + len(name.encode()) for name in record) + 2 * MAX_HOTKEY_BYTES
-    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+    """Leave out the largest fields until the record is not too large: the value, or all where the name is long."""
+    sizes = {name: (len(name.encode()) + _HEADER, len(msgspec.msgpack.encode(record[name]))) for name in record}
+    total = sum(map(sum, sizes.values())) + 2 * MAX_HOTKEY_BYTES
+    for name in sorted(sizes, key=lambda name: sum(sizes[name]), reverse=True):
+        of_name, of_value = sizes[name]
         if total <= MAX_RECORD_BYTES:
             return
-        total -= sizes[name]
-        record[name] = UNKNOWN if name == _REASON else None
-        notes.append(f"{name}, of {sizes[name]} bytes, was too large")
+        if name in _NAMED and of_value <= _SMALL:
+            continue
+        total -= of_value
+        if of_name > _LONG:
+            total -= of_name
+            del record[name]
+        else:
+            record[name] = UNKNOWN if name == _REASON else None
+        notes.append(f"{name:.{_SHOWN}}, of {max(of_name, of_value)} bytes, was too large")

@@ -119,6 +119,24 @@ def test_of_a_record_that_is_too_large_the_largest_fields_go(count: int) -> None
     assert len(notes) == count - 1
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"k" * 2_000_000: 1},
+        {f"{number:07}" * 20: number for number in range(10_000)},
+        {f"{number:07}": number for number in range(200_000)},
+        {f"{number:07}": "x" * 20 for number in range(200_000)},
+        {f"{number:07}": None for number in range(MAX_RECORD_BYTES + 1)},
+    ],
+    ids=["a long name", "long names", "many numbers", "many texts", "more fields than bytes"],
+)
+def test_names_that_are_too_large_go_with_their_fields(fields: dict[str, Any]) -> None:
+    record, notes = salvage(WHOLE | fields, NOW)
+    assert len(encode(record)) <= MAX_RECORD_BYTES
+    assert {name: record[name] for name in WHOLE} == WHOLE | {"price_info": {"BTCUSD": [1.5, NOW]}}
+    assert max(map(len, notes)) < 200
+
+
 def test_a_reason_that_is_too_large_goes_too() -> None:
     record, _ = salvage({"hotkey": "a", "reason": "x" * MAX_RECORD_BYTES}, NOW)
     assert (record["reason"], record["elimination_initiated_time_ms"]) == ("UNKNOWN", NOW)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from shmelim.eliminations.rules.expiry import Expiry
 from shmelim.eliminations.rules.membership import Membership
@@ -12,6 +12,8 @@ from shmelim.eliminations.rules.tick import Found, Tick
 from shmelim.eliminations.salvage import salvage
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
+
+_SHOWN: Final = 10  # notes of a row
 
 _limited = LimitedLog(get_logger("shmelim.processing"))
 
@@ -33,7 +35,7 @@ def _judge(tick: Tick, expiry: Expiry, hotkey: str, row: Any) -> Found | None:
     record, notes = salvage(row, tick.context.environment.now_ms())
     if notes:
         text = "the ledger's elimination of miner %s is stored without what cannot be: %s"
-        _limited(logging.WARNING, "salvaged", text, hotkey, "; ".join(notes))
+        _limited(logging.WARNING, "salvaged", text, hotkey, "; ".join(notes[:_SHOWN]))
     # Ledgers still name miners who, with their eliminations, are long gone.
     return None if expiry.is_due(record) else Found(record)
 
