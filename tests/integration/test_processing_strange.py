@@ -15,6 +15,7 @@ import pytest
 from crashing import call
 from reference_validator import Managed
 
+from shmelim.eliminations.record import generate_row
 from shmelim.eliminations.rules import deadlines
 
 if TYPE_CHECKING:
@@ -146,6 +147,31 @@ def test_an_odd_judgement_is_that_miners_alone(directly: Managed, judged: Any, e
     directly.tick()
     assert directly.reasons.keys() == {"a", "c"} | ({"b"} if eliminated else set())
     assert bool(directly.alerts) is not eliminated
+
+
+def test_a_name_that_the_environment_cannot_judge_is_no_zombie_and_keeps_no_other_from_being_one(
+    directly: Managed,
+) -> None:
+    """Nor does one that was made a zombie before keep others from being deleted."""
+
+    def is_hotkey(name: str) -> bool:
+        if name.startswith("odd"):
+            raise ValueError(name)
+        return True
+
+    directly.environment.is_hotkey = is_hotkey
+    directories = directly.validator.miners_directory
+    for name in ("odd", "a zombie"):
+        (directories / name).mkdir(parents=True)
+    directly.tick()
+    assert directly.reasons == {"a zombie": "ZOMBIE"}
+    assert [text for text in directly.alerts if "miner odd: ValueError: odd" in text]
+    now_ms = directly.validator.now_ms
+    directly.manager.add_elimination("odder", generate_row("odder", None, "ZOMBIE", now_ms))
+    directly.tick(172_800_000)
+    assert directly.reasons == {"odder": "ZOMBIE"}
+    assert [text for text in directly.alerts if "'odder' is eliminated as a ZOMBIE" in text]
+    assert not (directories / "a zombie").exists()
 
 
 # ---------------------------------------------------------------------- what is said to be done, and is not

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shmelim.eliminations.debts.states import OWED, SLASH
+from shmelim.eliminations.rules.alerts import named
 from shmelim.eliminations.rules.membership import Membership
 from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.system import clock
@@ -100,13 +101,18 @@ class Expiry:
 
     def _nobodys(self) -> set[str]:
         """Return those eliminated as zombies whose names no miner can have, and report them."""
-        zombies = self.membership.roster.now().zombies
-        names = {hotkey for hotkey in zombies if not self.context.can_be_a_miner(hotkey)}
+        names: dict[str, str] = {}
+        for hotkey in self.membership.roster.now().zombies:
+            try:
+                if not self.context.can_be_a_miner(hotkey):
+                    names[hotkey] = "cannot be a hotkey"
+            except Exception as error:  # the environment's rule; the others are deleted all the same
+                names[hotkey] = f"cannot be told from what is not a hotkey ({named(error)})"
         self.context.alerts.clear_others(_NOBODYS, names)
-        for name in names:
-            text = f"{name!r} is eliminated as a ZOMBIE and cannot be a hotkey; nothing of it is deleted"
+        for name, why in names.items():
+            text = f"{name!r} is eliminated as a ZOMBIE and {why}; nothing of it is deleted"
             self.context.alerts.failed(_NOBODYS, name, text)
-        return names
+        return set(names)
 
     def _expired(self) -> tuple[int, int]:
         """Return the first and the last time of what is expired: an odd time is no reason to delete."""

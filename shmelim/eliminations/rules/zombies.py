@@ -16,10 +16,12 @@ def zombies(tick: Tick, membership: Membership) -> Iterator[tuple[str, Callable[
         return
     # Those eliminated already, and the one that is not a zombie.
     known = {*membership.roster.now().eliminated, context.environment.development_hotkey}
-    candidates = (
-        hotkey
-        for hotkey in context.environment.miner_hotkeys()
-        if hotkey not in known and context.can_be_a_miner(hotkey)
-    )
+    candidates = (hotkey for hotkey in context.environment.miner_hotkeys() if hotkey not in known)
     for hotkey in membership.missing(candidates):
-        yield hotkey, lambda hotkey=hotkey: tick.found(hotkey, EliminationReason.ZOMBIE, None, slash=False)  # type: ignore[misc]
+        yield hotkey, lambda hotkey=hotkey: _judge(tick, hotkey)  # type: ignore[misc]
+
+
+def _judge(tick: Tick, hotkey: str) -> Found | None:
+    if not tick.context.can_be_a_miner(hotkey):
+        return None
+    return tick.found(hotkey, EliminationReason.ZOMBIE, None, slash=False)
