@@ -291,3 +291,16 @@ def test_root_that_is_not_there_has_no_miners(tmp_path: Path) -> None:
     absent = MinerDirectories(tmp_path / "nowhere")
     assert absent.hotkeys() == []
     assert not absent.remove("a")
+
+
+@pytest.mark.parametrize(
+    "price",
+    [0, 0.0, -5.0, float("nan"), float("inf"), None, True, "5.0", [], [None, NOW], [0.0, NOW], {"x": 5.0}],
+    ids=repr,
+)
+def test_what_is_no_price_is_fetched(price: Any) -> None:
+    """None has it fetched; a position closed at nothing would be worth nothing."""
+    pair = SimpleNamespace(trade_pair="BTC/USD", trade_pair_id="BTCUSD")
+    environment = ValidatorEnvironment()
+    assert environment.price_source(pair, {"BTC/USD": price}, NOW) is None
+    assert environment.price_source(pair, {"BTC/USD": price, "BTCUSD": (5.0, NOW)}, NOW) == 5.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, Final
 
@@ -259,14 +260,15 @@ class ValidatorEnvironment:
         `price_info` has the prices that led to the elimination, ``{"BTC/USD": price}`` or
         ``{"BTCUSD": (price, ms)}``, and `time_ms` is when it was (ms since 1970, UTC). None has the price fetched.
         By default the price itself, where `price_info` has the pair by its ``trade_pair``, its ``trade_pair_id``
-        or its text.
+        or its text; what is not a positive number there is not a price.
         """
         if self._price_source is not None:
             return self._price_source(trade_pair, price_info, time_ms)
         names = [getattr(trade_pair, attribute, None) for attribute in ("trade_pair", "trade_pair_id")]
         names.append(str(trade_pair))
-        price = next((price_info[name] for name in names if isinstance(name, str) and name in price_info), None)
-        return price[0] if isinstance(price, (list, tuple)) and price else price
+        found = (price_info[name] for name in names if isinstance(name, str) and name in price_info)
+        prices = (price[0] if isinstance(price, (list, tuple)) and price else price for price in found)
+        return next(filter(_is_price, prices), None)
 
     def drawdown(self, ledger: Any) -> tuple[bool, float]:
         """Return whether a ledger's miner is to be eliminated, and the drawdown as a percentage.
@@ -314,6 +316,11 @@ class ValidatorEnvironment:
         """Remove a miner's directory, if there is one."""
         if self._directories is not None:
             self._directories.remove(hotkey)
+
+
+def _is_price(value: Any) -> bool:
+    is_number = isinstance(value, Real) and value is not True
+    return is_number and 0 < value < math.inf  # NaN is not
 
 
 def _buckets(challenge: Any) -> list[Any]:
