@@ -188,6 +188,30 @@ def test_a_server_that_dies_between_commit_and_journal(directory, step):
     assert lines(directory)[-1]["what"] == ("begun" if step == "begin" else "not made")
 
 
+def test_a_slash_whose_end_is_written_at_the_next_start_can_be_rearmed(directory):
+    """Its beginning stands in the journal already, and must not be taken for one that never ended."""
+    with opened(directory) as server:
+        owe(server, "a")
+        assert server.begin_slash_rpc("a", "one")
+
+    def run():
+        server = opened(directory)
+        server._journal.append = lambda _: kill_self()
+        server.settle_debt_rpc("a", SLASH, "one")
+
+    with Child(run) as child:
+        assert child.wait() == -9
+    with opened(directory) as server:
+        told = [(line["what"], line["attempt"]) for line in lines(directory)]
+        assert told == [("begun", "one"), ("made", "one")]
+        assert server.rearm_slash_rpc("a")
+        server.remove_elimination_rpc("a")
+    with opened(directory) as server:
+        assert server.get_debts_rpc() == []
+        owe(server, "a")
+        assert slash_states(server) == {"a": "owed"}
+
+
 def test_a_slash_that_cannot_be_written_there_is_not_begun(directory, monkeypatch):
     with opened(directory) as server:
         owe(server, "a", "b")

@@ -57,12 +57,21 @@ def catch_up(step: Step, entries: Iterable[Entry]) -> list[Entry]:
     for slash in store.slashes():
         there = known.get(slash[:3])
         if there is None or there.outcome is None:
-            missing.append(entry_of(slash.outcome, slash, slash.made_ms, by=slash.by, answer=slash.answer))
+            attempt = _attempt_of(slash, there)
+            missing.append(
+                entry_of(slash.outcome, slash, slash.made_ms, attempt=attempt, by=slash.by, answer=slash.answer)
+            )
     for debt in store.debts():
         there = known.get((debt.hotkey, debt.rule, debt.registration))
         if debt.kind == SLASH and debt.state != OWED and (there is None or debt.attempt not in there.begun):
             missing.append(begun(debt))
     return missing
+
+
+def _attempt_of(slash: Slash, found: Said | None) -> str | None:
+    """Return the attempt that a slash on record was, as far as the journal knows; else that seems to stand."""
+    attempts = {} if found is None else found.begun
+    return next((attempt for attempt, entry in attempts.items() if entry.at_ms <= slash.made_ms), None)
 
 
 def _number_of(store: Store, hotkey: str, registration: int) -> int:
