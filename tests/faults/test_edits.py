@@ -368,6 +368,15 @@ def test_rows_of_a_pipe_that_cannot_be_taken_are_set_aside_beside_the_store(stat
     assert json.loads(quarantine.read_text())["rows"][0]["row"] == {"reason": "ZOMBIE"}
 
 
+def test_files_of_a_store_in_which_nothing_was_yet_are_its_own(state_dir, path, start):
+    for _ in range(3):
+        with start() as server:
+            assert server.get_history_rpc(limit=None) == []
+    edit(path, add=[row("of-a-person")])
+    with start() as server:
+        assert server.get_eliminated_hotkeys_rpc() == {"of-a-person"}
+
+
 def test_files_cost_no_commit(state_dir, start):
     with start() as server:
         server.sync_eliminations_rpc([row("a")])

@@ -46,11 +46,13 @@ class Taken(NamedTuple):
 
 def decide(digest: str | None, sidecars: Sidecars, owner: Owner, taken: Sequence[Taken] = ()) -> Meaning:
     """Say what a file of this digest means (None: there is no file); whether it can be read is another matter."""
-    if digest is None or owner.fresh:
+    ours = None if digest is None else sidecars.of(digest)
+    # What this very store wrote while nothing was in it says nothing that it does not know.
+    is_own = ours is not None and (ours.store_id, ours.commit_number) == owner[:2]
+    if digest is None or (owner.fresh and not is_own):
         return Meaning.ABSENT if digest is None else Meaning.STATE
     if Taken(digest, None if sidecars.written is None else sidecars.written.commit_number) in taken:
         return Meaning.TAKEN
-    ours = sidecars.of(digest)
     made_from = ours or sidecars.base
     if made_from is None:
         return Meaning.UNKNOWN
