@@ -148,9 +148,11 @@ def check_file(path: str, status: os.stat_result, trusted: set[int]) -> None:
     if status.st_uid not in trusted:
         raise untrusted(path, f"it belongs to uid {status.st_uid}")
     if is_anybody(status.st_uid):
-        raise untrusted(path, f"uid {status.st_uid} is any user whom this user namespace does not know")
+        why = f"uid {status.st_uid} is any user whom this user namespace does not know"
+        raise untrusted(path, why, "look from outside of this user namespace, or choose another name")
     if stat.S_IMODE(status.st_mode) & 0o022:
-        raise untrusted(path, f"its mode {stat.S_IMODE(status.st_mode):#o} lets others write")
+        why = f"its mode {stat.S_IMODE(status.st_mode):#o} lets others write"
+        raise untrusted(path, why, "who knows who made or changed it: choose another name, or remove it")
 
 
 def open_error(path: str, error: OSError, action: str = "open") -> Exception:
@@ -174,6 +176,8 @@ def open_error(path: str, error: OSError, action: str = "open") -> Exception:
             path,
             f"this user (uid {os.geteuid()}) may not {action} it, which belongs to uid {status.st_uid} "
             f"and has mode {stat.S_IMODE(status.st_mode):#o}",
+            "run it as that user, or of that user's group where the server is to be --group-readable; "
+            "or choose another name",
         )
     return SegmentError(f"cannot {action} {path}: {error.strerror or error}")
 
@@ -186,10 +190,12 @@ def _not_a_file(path: str, status: os.stat_result) -> SegmentError:
     )
 
 
-def untrusted(path: str, why: str) -> UntrustedSegmentError:
-    """Return the error for a file of somebody else."""
-    return UntrustedSegmentError(
-        f"{path} is not to be trusted: {why}",
-        hint="if that user's is meant, say so (--owner UID on the command line, owner= or SHMELIM_OWNER); "
-        "else another user took the name: choose another one",
-    )
+_WHOSE: Final = (
+    "if that user's is meant, say so (--owner UID on the command line, owner= or SHMELIM_OWNER); "
+    "else another user took the name: choose another one"
+)
+
+
+def untrusted(path: str, why: str, hint: str = _WHOSE) -> UntrustedSegmentError:
+    """Return the error for a file of somebody else, by default of one who could be named."""
+    return UntrustedSegmentError(f"{path} is not to be trusted: {why}", hint=hint)

@@ -128,6 +128,8 @@ def test_who_may_not_open_a_segment_hears_whose_it_is_and_who_asked(table_name: 
     assert f"{path(table_name)} " in said
     assert "uid 4711" in said
     assert "belongs to uid 0 and has mode 0o600" in said
+    assert "--owner" not in said  # to name him would change nothing
+    assert "run it as that user" in said
 
 
 @as_root
