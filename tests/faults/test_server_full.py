@@ -140,6 +140,16 @@ class TestDiskOfTheStore:
 
         assert str(tmp_path) in with_small_tmpfs(tmp_path, 100_000, work)
 
+    @own_mounts
+    @pytest.mark.parametrize("size", [50_000, 100_000, 150_000])
+    def test_a_start_for_which_there_is_no_room_leaves_no_part_of_a_store(self, tmp_path, size):
+        def work():
+            with pytest.raises(StoreError):
+                EliminationManagerServer(state_dir=tmp_path / "state")
+            return sorted(path.name for path in (tmp_path / "state").iterdir())
+
+        assert "sqlite." not in " ".join(with_small_tmpfs(tmp_path, size, work))
+
 
 class TestAFileThatIsMountedByItself:
     @own_mounts

@@ -131,6 +131,7 @@ def _make_file_alone(path: Path) -> None:
         path.hardlink_to(temporary)
     finally:
         temporary.unlink(missing_ok=True)
+        remove_log(temporary)  # which stays where the disk is full
 
 
 def connect(path: Path | None, durability: Durability) -> sqlite3.Connection:
