@@ -284,6 +284,25 @@ def test_a_restored_state_is_served_and_holds_money(run, server, place):
         assert "release" in actions
 
 
+def test_a_backup_does_not_become_the_state_itself(run, server, place, monkeypatch):
+    run("backup", str(place / "one"))
+    server.stop()
+    monkeypatch.chdir(place)
+    result = run("restore", "one", "--state-dir", f"{place}/./one", "--yes")
+    assert result.exit_code == 4
+    assert "must not become the state" in result.stderr
+    assert run("verify", "one").exit_code == 0
+
+
+def test_the_history_names_a_backup_so_that_it_is_found_from_anywhere(run, server, place, monkeypatch):
+    run("backup", str(place / "one"))
+    server.stop()
+    monkeypatch.chdir(place)
+    assert run("restore", "one", "--yes").exit_code == 0
+    notes = [event["note"] for event in document(run("history", "--json"))["events"]]
+    assert f"restored from the backup {place / 'one'}" in notes
+
+
 def test_restore_asks_and_is_refused_while_it_is_served(run, server, place, monkeypatch):
     run("backup", str(place / "one"))
     result = run("restore", str(place / "one"), "--yes")

@@ -215,6 +215,10 @@ def restore(backup: Path, directory: Path, registry: Registry | None, acknowledg
     whole, and AlreadyServingError if a server has the directory; nothing is changed then. Dying at any line leaves
     the one store or the other.
     """
+    backup = backup.absolute()  # as the history is to name it
+    if os.path.realpath(backup) == os.path.realpath(directory):
+        text = f"{backup} is the backup, which must not become the state"
+        raise StoreError(text, hint="name the state directory (--state-dir)")
     bad = [finding for finding in check_backup(backup) if finding.problem]
     if bad:
         raise StoreError(f"the backup {backup} is not whole: {bad[0].problem}", hint="use another backup")
