@@ -38,11 +38,11 @@ def health(settings: Settings) -> int:
     """
     reader = EliminationReader(settings.name)
     writer = reader.writer
-    answer: dict[str, Any] = {"status": "not served", "problems": []}
-    if reader.source is not None:
+    answer: dict[str, Any]
+    if reader.source is not None or not writer.alive:
         seen = see(settings.name)
         answer = {"status": seen.status, "problems": seen.problems}
-    elif writer.alive:
+    else:
         answer = _ask(settings.name)
         judged = with_publisher(publishing(settings.name), answer["status"], answer["problems"])
         answer = dict(zip(("status", "problems"), judged, strict=True))

@@ -227,6 +227,11 @@ def _naming_the_other(error: AlreadyServingError, name: str) -> ShmelimError:
                 f"{name!r} on this host follows {reader.source!r}, by process {writer.pid}",
                 hint="serve under another --name; how a server moves to this host is in docs/fleet.md",
             )
+        if writer.hangs:
+            return AlreadyServingError(
+                f"{name!r} is already served by process {writer.pid}, which hangs or is stopped",
+                hint=f"end it (kill -KILL {writer.pid}), and start again: what was acknowledged is kept",
+            )
         if writer.alive:
             return AlreadyServingError(
                 f"{name!r} is already served by process {writer.pid}",

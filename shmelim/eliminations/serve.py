@@ -23,7 +23,7 @@ from shmelim.eliminations.store.schema import FILE_NAME, Durability
 from shmelim.errors import AlreadyServingError, ChannelError, NotServingError, SegmentError, StoreError
 from shmelim.service import ServerReady, report_progress
 from shmelim.service.process import Ending, run_server
-from shmelim.shm import Namespace, SharedNamespace
+from shmelim.shm import Namespace, SharedNamespace, WriterInfo
 from shmelim.system.arguments import flags
 from shmelim.system.supervisor import notify_supervisor
 from shmelim.system.text import get_logger
@@ -148,9 +148,13 @@ def start_elimination_manager_server(
 
 def living_writer(name: str) -> int | None:
     """Return the process that serves a name; None if there is none that lives."""
+    writer = _writer_of(name)
+    return writer.pid if writer is not None and writer.alive else None
+
+
+def _writer_of(name: str) -> WriterInfo | None:
     with contextlib.suppress(NotServingError, SegmentError):
-        writer = EliminationReader(name).writer
-        return writer.pid if writer.alive else None
+        return EliminationReader(name).writer
     return None
 
 
@@ -186,10 +190,11 @@ class Service:
         try:
             check_free(self._address)
         except ChannelError:
-            if (pid := living_writer(self.options.name)) is None:
+            writer = _writer_of(self.options.name)
+            if writer is None or not (writer.alive or writer.hangs):
                 raise
             raise AlreadyServingError(  # which says more than that its address is taken
-                f"{self.options.name!r} is already served by process {pid}",
+                f"{self.options.name!r} is already served by process {writer.pid}",
                 hint="stop that process, or serve under another name",
             ) from None
 

@@ -140,6 +140,15 @@ class WriterInfo(NamedTuple):
     state: str
     started_ms: int
 
+    @property
+    def hangs(self) -> bool:
+        """Whether its process can be seen to run without a heartbeat: it hangs, or is stopped."""
+        if self.alive is not False or self.state == "stopped" or self.heartbeat_age is None:
+            return False
+        from shmelim.system.processes import runs_since  # noqa: PLC0415  # seldom asked, and readers load little
+
+        return runs_since(self.pid, self.heartbeat_age)
+
 
 class TableIdentity(NamedTuple):
     """Whose state a table is: what stands in it as of ``sequence``, its version.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from shmelim.system.clock import monotonic
+from shmelim.system.clock import boottime, monotonic
 
 _STARTED: Final = 18  # index of the start time after the state, see proc(5)
 _ARGUMENTS: Final = slice(44, 46)  # indexes of the first and the last address of the arguments
@@ -109,6 +109,12 @@ def _start_of(pid: int) -> float | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if state in b"ZX" else float(fields[_STARTED])
+
+
+def runs_since(pid: int, seconds: float) -> bool:
+    """Tell whether the process of this id runs, and did so many seconds ago: it is no later one of that id."""
+    started = _start_of(pid)
+    return started is not None and started / os.sysconf("SC_CLK_TCK") <= boottime() - seconds
 
 
 def _fields_of(pid: int) -> list[bytes]:

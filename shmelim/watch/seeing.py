@@ -82,8 +82,11 @@ def _unasked(reader: EliminationReader, writer: WriterInfo, table: TableInfo) ->
         problems.append(_problem("follower_old", ShmelimError(text, hint=hint)) | {"severity": "degraded"})
     if not writer.alive:
         state = f"process {writer.pid}, {writer.state}, has no heartbeat any more"
-        what = "the server" if source is None else "`shmelim follow`"
-        found = NotServingError(f"nobody serves {reader.name!r}: {state}", hint=f"start {what} again")
+        hint = f"start {'the server' if source is None else '`shmelim follow`'} again"
+        if writer.hangs:
+            state += ", and runs: it hangs, or is stopped"
+            hint = f"end it (kill -KILL {writer.pid}), and {hint}, unless a validator does"
+        found = NotServingError(f"nobody serves {reader.name!r}: {state}", hint=hint)
         problems.insert(0, _problem("not_served", found))
     status = "ok" if not problems else "degraded" if writer.alive else "not served"
     return Seen(status, problems, writer, table, None, source=source, staleness=age)

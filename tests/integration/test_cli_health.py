@@ -110,6 +110,20 @@ def test_a_server_that_is_gone(run, server):
     until(lambda: run("health").exit_code == 3)
     code, found = both(run)
     assert (code, found["status"]) == (3, "not served")
+    (problem,) = found["problems"]
+    assert (problem["name"], problem["remedy"]) == ("not_served", "start the server again")
+
+
+def test_a_server_that_is_stopped_is_not_to_be_started_before_it_is_ended(run, server):
+    os.kill(server.pid, signal.SIGSTOP)
+    until(lambda: run("health").exit_code == 3)
+    code, found = both(run)
+    (problem,) = found["problems"]
+    assert (code, found["status"], problem["name"]) == (3, "not served", "not_served")
+    assert "hangs, or is stopped" in problem["text"]
+    assert f"kill -KILL {server.pid}" in problem["remedy"]
+    server.kill()
+    until(lambda: f"kill -KILL {server.pid}" not in run("health").stdout)
 
 
 def test_a_name_that_was_never_served(new_name):

@@ -92,6 +92,20 @@ def test_a_second_one_fails_at_once_and_names_the_first(name, home, tmp_path):
         assert EliminationReader(name).writer.alive
 
 
+def test_a_second_one_says_of_a_first_that_is_stopped_what_it_is(name, home):
+    with serving(name, home) as server:
+        pid = server.process.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            until(lambda: EliminationReader(name).writer.hangs)
+            refused(attempt(name, home), f"by process {pid}", "hangs or is stopped", f"kill -KILL {pid}")
+            refused(attempt(name, home, "--runtime-dir", str(home / "other")), f"kill -KILL {pid}")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        until(lambda: EliminationReader(name).writer.alive)
+        assert not EliminationReader(name).writer.hangs
+
+
 def test_two_names_cannot_share_a_state_directory(new_name, home, tmp_path):
     with serving(new_name(), home, "--state-dir", str(tmp_path)):
         refused(attempt(new_name(), home, "--state-dir", str(tmp_path)), "in use by another server")
