@@ -11,6 +11,7 @@ import click
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES, RefusedError
 from shmelim.cli.options import (
+    COUNT,
     MOMENT,
     PATH,
     Command,
@@ -35,7 +36,7 @@ _dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what wo
 
 @command
 @any_hotkey_argument
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, metavar="N", help="At most N.")
+@click.option("--limit", type=COUNT, default=50, show_default=True, metavar="N", help="At most N.")
 @click.option(
     "--state-dir", type=PATH, metavar="DIR", help="Read the store in this directory, without asking a server."
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Final
 
@@ -10,7 +9,7 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
-from shmelim.cli.options import Settings, command, hotkey_argument, hotkeys_argument, yes_option
+from shmelim.cli.options import Number, Settings, command, hotkey_argument, hotkeys_argument, yes_option
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.record import EliminationReason, generate_row
 from shmelim.system.clock import utc_text
@@ -22,7 +21,7 @@ _REASONS: Final = ", ".join(EliminationReason.__members__)
 @command
 @hotkey_argument
 @click.option("--reason", required=True, metavar="REASON", help=f"Why: normally one of {_REASONS}.")
-@click.option("--dd", type=float, metavar="X", help="The drawdown, stored as given.")
+@click.option("--dd", type=Number(), metavar="X", help="The drawdown, stored as given.")
 @click.option(
     "--time-ms",
     type=click.IntRange(0, (1 << 63) - 1),
@@ -39,8 +38,6 @@ def add(settings: Settings, *, hotkey: str, reason: str, dd: float | None, time_
     """
     if not reason.strip():
         raise click.UsageError("--reason must say why")
-    if dd is not None and not math.isfinite(dd):
-        raise click.UsageError(f"--dd must be a number, not {dd}")
     if reason not in EliminationReason.__members__:
         settings.note(f"note: {reason!r} is stored as given; usual are {_REASONS}")
     settings.doubt(hotkey)

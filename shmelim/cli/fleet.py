@@ -18,7 +18,7 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import NO, NOT_SERVING, YES
-from shmelim.cli.options import NAME, PATH, Command, Group, Settings, command
+from shmelim.cli.options import NAME, PATH, Command, Group, Number, Settings, command
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import FleetDataError, NotServingError, ShmelimError
@@ -56,7 +56,7 @@ def _engine_option(name: str) -> Callable[..., Any]:
 )
 @click.option(
     "--beat",
-    type=click.FloatRange(0.05, 5),
+    type=Number(0.05, 5),
     default=0.5,
     show_default=True,
     metavar="SECONDS",

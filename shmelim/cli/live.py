@@ -15,7 +15,7 @@ import click
 from shmelim.cli import output
 from shmelim.cli.books import change, who
 from shmelim.cli.failure import YES
-from shmelim.cli.options import Settings, command
+from shmelim.cli.options import COUNT, Settings, command
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import ChangesUnknownError, ChannelError, NotServingError, SegmentError
@@ -35,7 +35,7 @@ _PATIENCE: Final = 1.0  # seconds between two tries to reach a server that is aw
     metavar="VERSION",
     help="Begin after this version, not with the next change.",
 )
-@click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N changes.")
+@click.option("--count", type=COUNT, metavar="N", help="End after N changes.")
 def watch(settings: Settings, *, since: int | None, count: int | None) -> int:
     """Show changes as they come, oldest first, until Ctrl-C: when, what, to whom, by which process, old → new.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -69,6 +70,17 @@ class _Permissions(_OfNumber):
             self.fail(f"{value!r} is not octal digits, such as 640", param, ctx)
 
 
+class Number(click.FloatRange):
+    """A number within bounds; NaN, which no comparison finds outside of them, and infinity are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return it, or fail as click does."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a number that can be used.", param, ctx)
+        return number
+
+
 class _Moment(_OfText):
     """An event's number, or a time that is past: what cannot be known yet is not answered."""
 
@@ -87,6 +99,7 @@ class _Moment(_OfText):
 PERMISSIONS: Final = _Permissions()
 NAME: Final = _Checked("name")
 MOMENT: Final = _Moment()
+COUNT: Final = click.IntRange(1, (1 << 63) - 1)  # as many as a list could have
 
 
 @dataclass

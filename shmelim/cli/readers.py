@@ -14,7 +14,7 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import YES
-from shmelim.cli.options import Settings, command
+from shmelim.cli.options import Number, Settings, command
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.system.clock import utc_text
 from shmelim.watch.readers import COUNTED, Readers
@@ -52,7 +52,7 @@ def _cells(reader: dict[str, Any]) -> tuple[object, ...]:
 @command
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0, max=3600),
+    type=Number(min=0, max=3600),
     default=1.0,
     show_default=True,
     metavar="SECONDS",
@@ -79,7 +79,7 @@ def readers(settings: Settings, *, interval: float) -> int:
 @command
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.1, max=3600),
+    type=Number(min=0.1, max=3600),
     default=1.0,
     show_default=True,
     metavar="SECONDS",

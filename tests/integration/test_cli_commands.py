@@ -379,6 +379,24 @@ def test_add_refuses_what_says_nothing(run, wrong):
     assert run("check", A).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("readers", "--interval", "nan"),
+        ("top", "--interval", "nan"),
+        ("demo", "--seconds", "nan"),
+        ("publish", "--to", "redis://127.0.0.1", "--beat", "nan"),
+        ("add", A, "--reason", "ZOMBIE", "--dd", "inf"),
+        ("history", "--limit", "9" * 30),
+        ("watch", "--count", "9" * 30),
+    ],
+)
+def test_a_number_that_is_none_is_wrong_use(run, wrong):
+    found = run(*wrong)
+    assert found.exit_code == 2
+    assert f"Invalid value for '{wrong[-2]}'" in found.stderr
+
+
 @pytest.mark.parametrize("where", [".", "missing/export.json"])
 def test_export_to_where_no_file_can_be(run, tmp_path, where):
     result = run("export", str(tmp_path / where))

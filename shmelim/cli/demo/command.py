@@ -17,7 +17,7 @@ import click
 from shmelim.cli import output
 from shmelim.cli.demo.scenario import ENDING_SIGNALS, Scenario, signals_held
 from shmelim.cli.failure import NO, YES
-from shmelim.cli.options import Settings, command
+from shmelim.cli.options import Number, Settings, command
 from shmelim.shm import SharedNamespace
 from shmelim.system.text import printable
 
@@ -30,7 +30,7 @@ _WHOLE: Final = 100
 @command
 @click.option(
     "--seconds",
-    type=click.FloatRange(1, 3600),
+    type=Number(1, 3600),
     default=10.0,
     show_default=True,
     metavar="S",
