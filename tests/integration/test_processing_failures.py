@@ -752,8 +752,8 @@ def test_a_miner_with_an_odd_name_silences_no_problem(managed: Managed, odd: Any
     managed.validator.register("a")
     managed.validator.lose("a", 0.2)
     managed.manager.contract_manager = None
-    managed.validator.probation.failed[odd] = ("PLAGIARISM", 0.1)
     for _ in range(2):
+        managed.validator.probation.failed[odd] = ("PLAGIARISM", 0.1)
         managed.tick()
     health = managed.manager._server_proxy.health_check_rpc()
     found = {problem["name"] for problem in health["problems"] if problem.get("part") == "processing"}
