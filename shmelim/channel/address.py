@@ -93,7 +93,7 @@ class SocketFile:
         now = _identity(self.path)
         if now == self._identity:
             return False
-        if now is None or not _answers(self.path):
+        if now is None or who_answers(self.path) is None:
             return True
         self._identity = now  # its mode was changed; or another server is there, and stays
         return False
@@ -102,7 +102,7 @@ class SocketFile:
         """Remove the file once its socket is closed, unless another server has put its own in its place."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), _directory_lock(self.path, LOCK_WAIT):
             # An identity may be given out again, so that only the question whether somebody answers tells.
-            if _identity(self.path) == self._identity and not _answers(self.path):
+            if _identity(self.path) == self._identity and who_answers(self.path) is None:
                 Path(self.path).unlink()
 
 
@@ -171,21 +171,24 @@ def _is_stale(path: str) -> bool:
         return False
     if not stat.S_ISSOCK(mode):
         raise ChannelError(f"cannot serve at {path}: a file that is not a socket is there", hint="move it away")
-    if _answers(path):
+    if who_answers(path) is not None:
         raise ChannelError(f"cannot serve at {path}: a server answers there", hint=_TAKEN)
     return True
 
 
-def _answers(path: str) -> bool:
-    """Whether somebody listens at a socket file."""
+def who_answers(path: str) -> int | None:
+    """Return the process that listens at a socket file, 0 where the kernel does not say which; None: nobody does.
+
+    ``OSError`` where that cannot be asked.
+    """
     with new_socket(path) as probe:
         try:
             connect(probe, path, monotonic() + _PROBE)
         except NotServingError:
-            return False
+            return None
         except (BlockingIOError, TimeoutError):
-            pass  # its queue is full: somebody is listening
-    return True
+            return 0  # its queue is full: somebody is listening
+        return peer_credentials(probe)[0] or 0
 
 
 @contextlib.contextmanager

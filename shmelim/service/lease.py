@@ -19,7 +19,7 @@ import weakref
 from pathlib import Path
 from typing import Any, Final
 
-from shmelim.channel.address import Location, describe, new_socket, peer_credentials
+from shmelim.channel.address import Location, describe, new_socket, who_answers
 from shmelim.channel.key import KEY_SIZE, load_key, load_or_create_key
 from shmelim.errors import ChannelError, KeyFileError, NotServingError
 from shmelim.service.settings import server_title
@@ -28,7 +28,6 @@ from shmelim.system.clock import monotonic
 from shmelim.system.processes import ProcessIdentity, is_of_this_user, title_of
 from shmelim.system.text import get_logger
 
-_PROBE: Final = 1.0  # seconds for the question who answers at a socket file
 _POLL: Final = 0.01
 _DYING: Final = 0.1  # seconds in which a process that has lost its title is dead
 _WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104  # nothing is bound to them here
@@ -148,26 +147,16 @@ def is_server_of(pid: int, service_name: str) -> bool:
 def is_free(location: Location) -> bool:
     """Whether a server could listen at an address; True where the question itself fails, which listening will."""
     if isinstance(location, str):
-        with socket.socket(socket.AF_UNIX) as probe:
-            return not _answers(probe, location)
+        try:
+            return who_answers(location) is None
+        except OSError:
+            return True
     with new_socket(location) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         try:
             probe.bind(location)
         except OSError as error:
             return error.errno != errno.EADDRINUSE
-    return True
-
-
-def _answers(probe: socket.socket, path: str) -> bool:
-    """Connect to a socket file; tell whether anybody listens there."""
-    probe.settimeout(_PROBE)
-    try:
-        probe.connect(path)
-    except (BlockingIOError, TimeoutError):
-        return True  # its queue is full: somebody listens
-    except OSError:
-        return False  # nobody, or no socket at all, which listening will complain of
     return True
 
 
@@ -216,10 +205,10 @@ def _pids_at(location: Location) -> tuple[list[int], list[int]]:
     connected: set[int | None] = set()
     with contextlib.suppress(psutil.AccessDenied):  # some systems show nothing to an ordinary user
         if isinstance(location, str):
-            with socket.socket(socket.AF_UNIX) as probe:
-                pid = peer_credentials(probe)[0] if _answers(probe, location) else None
-            # Where its queue is full the kernel does not say who it is.
-            found = psutil.net_connections("unix") if pid is None else []
+            pid = None
+            with contextlib.suppress(OSError):
+                pid = who_answers(location)
+            found = [] if pid else psutil.net_connections("unix")
             listening = {entry.pid for entry in found if str(entry.laddr) == location} | {pid}
         else:
             host, port = location
