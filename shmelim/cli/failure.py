@@ -23,6 +23,7 @@ from typing import Final, NamedTuple
 import click
 
 from shmelim.errors import GuardedChangeError, NotServingError, ShmelimError
+from shmelim.system.owner import OWNER_VARIABLE, means_another, named_owner
 from shmelim.system.text import printable
 
 YES: Final = 0
@@ -83,6 +84,16 @@ def show(failure: Failure, *, as_json: bool, trace: str | None = None, warnings:
     for kind, text in (("error", failure.message), ("hint", failure.hint)):
         if text:
             click.echo(f"{kind}: {printable(' '.join(text.split()))}", err=True)
+
+
+def need_own_user(name: str, what: str) -> None:
+    """Raise RefusedError where another user's name is meant: what is made or removed must be that user's."""
+    if means_another():
+        owner = named_owner()
+        raise RefusedError(
+            f"uid {owner} is meant ({OWNER_VARIABLE}, --owner), and only that user can {what} {name!r}",
+            hint=f"run it as that user: sudo -u '#{owner}' shmelim {what} --name {name}",
+        )
 
 
 def need_file(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shmelim.cli import output
-from shmelim.cli.failure import NO, NOT_SERVING, YES
+from shmelim.cli.failure import NO, NOT_SERVING, YES, need_own_user
 from shmelim.cli.options import NAME, PATH, Command, Group, Number, Settings, command
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
@@ -168,6 +168,7 @@ def follow(
     from shmelim.shm import SharedNamespace
 
     name = local or settings.name
+    need_own_user(name, "follow")
     engine = _engine(url, settings.name, password_file)
     namespace = SharedNamespace(name, mode=0o640 if group_readable else 0o600)
     host = socket.gethostname()

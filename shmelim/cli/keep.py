@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from shmelim.cli import output
-from shmelim.cli.failure import NO, YES, FileProblemError, RefusedError
+from shmelim.cli.failure import NO, YES, FileProblemError, RefusedError, need_own_user
 from shmelim.cli.options import PATH, Settings, command, registry_option, yes_option
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
@@ -23,7 +23,7 @@ from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import AlreadyServingError, NotServingError, SegmentError, ShmelimError, StoreError
 from shmelim.shm import SharedNamespace, TableReader
-from shmelim.system.owner import means_another, named_owner, whose
+from shmelim.system.owner import means_another, whose
 from shmelim.system.text import printable
 
 directory_option = click.option(
@@ -134,16 +134,6 @@ def _look(name: str, state_dir: Path | None, registry: Path | bool) -> list[Find
     return findings if base is None else [*findings, keeping.check_registry(Registry(base, name), directory)]
 
 
-def _need_own_user(settings: Settings, what: str) -> None:
-    """Raise RefusedError where another user's name is meant: what is made or removed must be that user's."""
-    if means_another():
-        owner = named_owner()
-        raise RefusedError(
-            f"{settings.name!r} is of uid {owner}, and only that user can {what} it",
-            hint=f"run it as that user: sudo -u '#{owner}' shmelim {what} --name {settings.name}",
-        )
-
-
 @command
 @click.argument("source", metavar="DIR", type=PATH)
 @directory_option
@@ -163,7 +153,7 @@ def restore(settings: Settings, *, source: Path, state_dir: Path | None, registr
     For example:
       shmelim restore /backup/shmelim-2026-01-31
     """
-    _need_own_user(settings, "restore")
+    need_own_user(settings.name, "restore")
     directory = state_dir or state_directory_of(settings.name)
     made = keeping.read_manifest(source)
     if not yes and not output.agreed(
@@ -209,7 +199,7 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
     For example:
       shmelim forget --name old
     """
-    _need_own_user(settings, "forget")
+    need_own_user(settings.name, "forget")
     name, directory = settings.name, state_directory_of(settings.name)
     about: dict[str, Any] = {"state_dir": str(directory)}
     _need_unserved(name)

@@ -13,7 +13,7 @@ from typing import Any, Final, TextIO, cast
 import click
 
 from shmelim.channel.address import describe
-from shmelim.cli.failure import need_file
+from shmelim.cli.failure import need_file, need_own_user
 from shmelim.cli.options import PATH, PERMISSIONS, Settings, command, registry_option
 from shmelim.cli.progress import DelayedProgress
 from shmelim.cli.streams import Log
@@ -145,6 +145,7 @@ def serve(settings: Settings, *, ready_fd: int | None, log_format: str, verbose:
       shmelim serve --name mainnet --state-dir /var/lib/shmelim --default-departed departed_hotkeys.json
       shmelim serve --import old/eliminations.json --import old/departed_hotkeys.json
     """
+    need_own_user(settings.name, "serve")
     if options["adopt_published"] and options["replace_published"]:
         raise click.UsageError("--adopt-published and --replace-published contradict each other")
     if ready_fd is not None:

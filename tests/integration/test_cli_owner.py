@@ -162,6 +162,17 @@ def test_a_backup_of_another_user_that_may_not_be_read_is_said_to_be_his(words):
     shutil.rmtree(home)
 
 
+@pytest.mark.parametrize("words", [("serve",), ("follow", "--from", "redis://nowhere.invalid")])
+def test_nobody_serves_in_the_place_of_another_user(words, new_name, tmp_path):
+    name = new_name()
+    state = ("--state-dir", str(tmp_path / "state")) if words == ("serve",) else ()
+    refused = run(*words, *state, "--name", name, "--owner", str(NOBODY))
+    assert refused.exit_code == 1
+    assert f"sudo -u '#{NOBODY}' shmelim {words[0]} --name {name}" in refused.stderr
+    assert not (tmp_path / "state").exists()
+    assert not list(Path("/dev/shm").glob(f"shmelim.{name}*"))
+
+
 def test_what_only_its_own_user_can_do_or_see_is_said(theirs, monkeypatch):
     monkeypatch.setenv(OWNER_VARIABLE, str(NOBODY))
     for words in (["forget"], ["restore", "any"]):
