@@ -217,7 +217,7 @@ class _Shared:
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         # "\b" is how click wants a block marked that it must not fill.
-        named["help"] = _BLOCK.sub("\b\n", inspect.cleandoc(named["help"]))
+        named["help"] = _BLOCK.sub("\b\n", inspect.cleandoc(named["help"] or ""))
         named["params"] = [*(named.get("params") or ()), *_SHARED]
         super().__init__(*arguments, **named)
 

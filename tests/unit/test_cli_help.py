@@ -41,6 +41,13 @@ def test_help_says_what_a_command_does_and_what_each_option_is_for(path):
             assert option.opts[0] in shown.stdout
 
 
+def test_commands_run_where_python_keeps_no_docstrings(table_name):
+    words = [sys.executable, "-OO", "-m", "shmelim"]
+    for arguments, code in ((["--help"], 0), (["fleet", "--help"], 0), (["status", "--name", table_name], 3)):
+        done = subprocess.run([*words, *arguments], capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+
+
 def complete(instruction, **environment):
     return subprocess.run(
         [sys.executable, "-c", "from shmelim.cli.main import main; main()"],
