@@ -295,8 +295,9 @@ def hotkeys_from(arguments: tuple[str, ...]) -> list[str]:
             found.append(argument)
             continue
         text = "" if sys.stdin is None else sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-        for number, line in enumerate(text.splitlines(), 1):
-            if hotkey := line.strip():
+        # Not splitlines: what else ends a line somewhere may stand in a hotkey.
+        for number, line in enumerate(text.split("\n"), 1):
+            if hotkey := line.strip(" \t\r"):
                 if problem := _problem("hotkey", hotkey):
                     raise click.UsageError(f"line {number} of stdin: {problem}")
                 found.append(hotkey)

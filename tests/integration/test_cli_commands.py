@@ -140,6 +140,13 @@ def test_hotkeys_from_stdin(run):
     assert document(run("get", "-", "--json", stdin=f"{A}\n"))["eliminations"][0]["hotkey"] == A
 
 
+def test_a_hotkey_from_stdin_is_whole_whatever_stands_in_it(run):
+    hotkey = "a\u2028b\x0cc\x85"
+    assert run("add", hotkey, "--reason", "ZOMBIE").exit_code == 0
+    result = run("check", "-", "--json", stdin=f"{hotkey}\r\n")
+    assert [each["hotkey"] for each in document(result, 1)["hotkeys"]] == [hotkey]
+
+
 @pytest.mark.parametrize(
     ("stdin", "problem"), [("", "no hotkey"), ("a\n" + "x" * 256, "line 2"), (b"\xff\n", "line 1")]
 )
