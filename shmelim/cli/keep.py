@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,8 +192,8 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
     Its state directory stays: remove it yourself if nobody needs it any more. Readers that are attached keep the
     last state until they end.
 
-    Exit code 1: it is served, or the question was answered with no; nothing was changed. 4: something stays, which
-    the error names.
+    Exit code 1: it is served, or the question was answered with no; nothing was changed. 3: there is nothing of
+    that name. 4: something stays, which the error names.
 
     With --json: name, forgotten, state_dir.
 
@@ -203,14 +204,19 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
     name, directory = settings.name, state_directory_of(settings.name)
     about: dict[str, Any] = {"state_dir": str(directory)}
     _need_unserved(name)
+    runtime = RuntimeDirectory.of_server(name)  # its place stands in the table, which goes first
+    base = registry_base(registry)
+    remembered = None if base is None else Registry(base, name)
+    left = [runtime.path, *([] if remembered is None else [remembered.path])]
+    if SharedNamespace(name).is_empty() and not any(map(os.path.lexists, left)):
+        raise NotServingError(f"nothing is known of the name {name!r}", hint="`shmelim names` lists all")
     if not yes and not output.agreed(f"Forget {name!r}?", printable(f"its state stays in {directory}")):
         settings.answer({"forgotten": False, **about}, "nothing was changed")
         return NO
-    runtime = RuntimeDirectory.of_server(name)  # its place stands in the table, which goes first
     with _unserved(name) as namespace:
         namespace.remove()
-    if (base := registry_base(registry)) is not None:
-        Registry(base, name).forget()
+    if remembered is not None:
+        remembered.forget()
     try:
         runtime.remove()
     except OSError as error:

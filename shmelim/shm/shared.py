@@ -169,6 +169,10 @@ class SharedNamespace(Namespace):
                 with contextlib.suppress(SegmentError):
                     _unlink(f"/{name}")
 
+    def is_empty(self) -> bool:
+        """Tell whether there is nothing of this name."""
+        return not (os.path.lexists(f"{_SHM_DIR}{self.root_name}") or self._rests())
+
     def generations(self) -> list[int]:
         """Return the generations that have a data segment."""
         return sorted(int(rest) for rest in self._rests() if rest.isdecimal())

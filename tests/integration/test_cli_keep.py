@@ -406,6 +406,23 @@ def test_a_forgotten_name_leaves_its_state_and_nothing_else(run, server, place):
     assert not (place / "shmelim" / server.name).exists()
 
 
+def test_a_name_of_which_there_is_nothing_is_not_forgotten(run, server, place):
+    server.stop()
+    assert run("forget", "--yes").exit_code == 0
+    for words in (["--yes"], ["--yes", "--registry", "off"]):
+        found = run("forget", *words)
+        assert (found.exit_code, found.stdout) == (3, "")
+        assert f"nothing is known of the name {server.name!r}" in found.stderr
+    # Each of them alone is to be forgotten.
+    (place / "shmelim" / server.name).mkdir()
+    assert run("forget", "--yes").exit_code == 0
+    Path("/dev/shm", f"shmelim.{server.name}.lock").touch(0o600)
+    assert run("forget", "--yes").exit_code == 0
+    name_registry(place, server).path.write_text("{}")
+    assert run("forget", "--yes").exit_code == 0
+    assert run("forget", "--yes").exit_code == 3
+
+
 def test_forget_finds_the_runtime_directory_from_another_environment(run, server, place, monkeypatch):
     server.stop()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(place / "elsewhere"))
