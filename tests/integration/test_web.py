@@ -343,6 +343,11 @@ def test_a_token_that_is_none(tmp_path, mode, text, said):
     assert text not in result.stderr
 
 
+def test_no_device_is_taken_for_a_token_nor_to_be_made_private():
+    result = CliRunner().invoke(cli, ["web", "--token-file", "/dev/null"])
+    assert (result.exit_code, "is a device" in result.stderr, "chmod" in result.stderr) == (4, True, False)
+
+
 @pytest.mark.parametrize(
     "host", ["http://page.example.org", "page:80", "page/", "a b", "*", "ünï.example", "a..", "."]
 )
