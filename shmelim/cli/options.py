@@ -226,7 +226,9 @@ class _Shared:
         try:
             self._refuse_empty(ctx, args)
             return super().parse_args(ctx, args)  # type: ignore[misc, no-any-return]  # of click's command
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, click.UsageError) and error.ctx is None:
+                error.ctx = ctx  # click's parser does not say it of every error, and the hint names it
             ctx.close()
             raise
 

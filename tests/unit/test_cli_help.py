@@ -41,6 +41,18 @@ def test_help_says_what_a_command_does_and_what_each_option_is_for(path):
             assert option.opts[0] in shown.stdout
 
 
+@pytest.mark.parametrize(
+    "words", ["add a --reason", "add a --bogus", "add", "fleet hold --at", "slash resolve --rule"]
+)
+def test_wrong_usage_of_a_command_names_the_help_of_that_command(words):
+    refused = CliRunner().invoke(cli, words.split(), prog_name="shmelim")
+    command = (
+        "fleet hold" if words.startswith("fleet") else "slash resolve" if words.startswith("slash") else "add"
+    )
+    assert refused.exit_code == 2
+    assert f"see `shmelim {command} --help`" in refused.stderr
+
+
 def test_commands_run_where_python_keeps_no_docstrings(table_name):
     words = [sys.executable, "-OO", "-m", "shmelim"]
     for arguments, code in ((["--help"], 0), (["fleet", "--help"], 0), (["status", "--name", table_name], 3)):
