@@ -6,6 +6,8 @@ import difflib
 import multiprocessing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
+from math import inf
+from threading import TIMEOUT_MAX
 from typing import Any, Final, Self
 
 from shmelim.channel.address import Address, Location, normalize
@@ -15,6 +17,7 @@ from shmelim.system.arguments import flags, functions, number, whole
 
 _LOCALHOST: Final = "127.0.0.1"
 _NAME_LIMIT: Final = 60  # bytes
+_OF_CALLS: Final = frozenset({"call_timeout", "connect_wait", "health_check_timeout"})  # which end some day
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +160,10 @@ class Figure:
 
 
 def _check_figure(name: str, value: Any, default: float) -> None:
-    (whole if type(default) is int else number)(name, value)
+    if type(default) is int:
+        whole(name, value)
+    else:
+        number(name, value, most=TIMEOUT_MAX if name in _OF_CALLS else inf)
 
 
 def _check(name: str, fits: bool, what: str, value: object) -> None:

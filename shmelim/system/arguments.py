@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf
+from threading import TIMEOUT_MAX
 from typing import Any
 
 
@@ -14,7 +15,9 @@ def number(what: str, given: Any, *, least: float = 0, most: float = inf, unit: 
     if isinstance(given, bool) or not (isinstance(given, (int, float)) or _is_real(given)):
         raise TypeError(f"{what} must be a number{unit and ' '}{unit}, not {given!r:.100}")
     if not least <= given <= most:  # NaN is neither
-        limit = f"{least:g} or more" if most == inf else f"{least:g} to {most:g}"
+        limit = f"{least:g} to {most:g}" if most < TIMEOUT_MAX else f"{least:g} or more"
+        if TIMEOUT_MAX <= most < inf:
+            limit += " and finite"
         raise ValueError(f"{what} must be {limit}, not {given!r:.100}")
     return given
 
