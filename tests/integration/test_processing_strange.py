@@ -54,6 +54,13 @@ class Unreadable(Sequence[Any]):
     __repr__ = __str__
 
 
+class Gone:
+    """What stands for an object of a process that is gone: even what it is cannot be asked."""
+
+    def __getattribute__(self, _: str) -> Any:
+        raise ConnectionRefusedError("its process is gone")
+
+
 class UnreadableRow:
     @property
     def get(self) -> Any:
@@ -74,7 +81,17 @@ class Unhashable(str):
 
 @pytest.mark.parametrize(
     "why",
-    [Unreadable(), np.array(["PLAGIARISM", 0.2]), {"reason": "PLAGIARISM"}, object(), (float("nan"),), (), None],
+    [
+        Unreadable(),
+        np.array(["PLAGIARISM", 0.2]),
+        {"reason": "PLAGIARISM"},
+        object(),
+        (float("nan"),),
+        (),
+        None,
+        (Gone(), 0.1),
+        ("PLAGIARISM", Gone()),
+    ],
     ids=type,
 )
 def test_a_challenge_reason_that_nobody_understands_eliminates_all_the_same(directly: Managed, why: Any) -> None:
@@ -96,7 +113,7 @@ def test_a_challenge_reason_of_nobody_keeps_nobody_from_being_eliminated(directl
     assert any("challenge-period elimination" in text for text in directly.alerts)
 
 
-@pytest.mark.parametrize("row", [UnreadableRow(), {"hotkey": 5}, 7, None], ids=type)
+@pytest.mark.parametrize("row", [UnreadableRow(), {"hotkey": 5}, {"hotkey": Gone()}, 7, None], ids=type)
 def test_a_row_that_cannot_be_read_is_passed_over_and_told(directly: Managed, row: Any) -> None:
     ledgers: Any = directly.manager.position_manager.perf_ledger_manager
     ledgers.get_perf_ledger_eliminations = lambda: [{"hotkey": "a"}, row, {"hotkey": "c"}]
@@ -112,13 +129,13 @@ def test_a_hotkey_may_be_text_of_another_class(directly: Managed) -> None:
     assert directly.reasons.keys() == {"a", "b"}
 
 
-@pytest.mark.parametrize("entry", [5, b"b", None, "", object(), Unreadable()], ids=type)
+@pytest.mark.parametrize("entry", [5, b"b", None, "", object(), Unreadable(), Gone], ids=type)
 def test_an_entry_of_the_bucket_that_is_not_a_hotkey_is_told_and_the_others_are_judged(
     directly: Managed, entry: Any
 ) -> None:
     for hotkey in MINERS:
         directly.validator.lose(hotkey, 0.2)
-    listed = [Unhashable("a"), entry, "c"]
+    listed = [Unhashable("a"), entry() if entry is Gone else entry, "c"]
     directly.manager.challengeperiod_manager.get_hotkeys_by_bucket = lambda _: listed
     directly.tick()
     assert directly.reasons.keys() == {"a", "c"}

@@ -34,7 +34,8 @@ class ChallengePeriod:
         now_ms = tick.context.environment.now_ms()
         for hotkey, why in self.waiting.items():
             reason, drawdown = _parts(why)
-            row = generate_row(hotkey, drawdown, reason, now_ms)
+            # A stranger's values, which salvage alone looks at.
+            row = generate_row(hotkey, None, "", now_ms) | {"dd": drawdown, "reason": reason}
             yield hotkey, lambda row=row: Found(salvage(row, now_ms)[0])  # type: ignore[misc]
 
     def forget(self, failed: set[str]) -> None:

@@ -155,7 +155,7 @@ def valid_hotkeys(listed: Iterable[Any]) -> tuple[list[str], list[str]]:
     for one in listed:
         try:
             check_hotkey(one)
-        except (TypeError, ValueError):
+        except Exception:  # a stranger's object may raise anything where it is looked at
             refused.append(spelled(one)[:_SHOWN])
         else:
             hotkeys.append(str(one))

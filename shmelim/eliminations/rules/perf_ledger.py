@@ -44,6 +44,8 @@ def _whose(row: Any, place: int) -> str:
     """Return whose a row is, for a message, also where it does not say."""
     try:
         hotkey = row.get("hotkey") if hasattr(row, "get") else None
-    except Exception:  # a row may live in a process that is gone, which is no reason to pass over the others
-        hotkey = None
-    return str(hotkey) if isinstance(hotkey, str) else f"number {place} of the list"
+        if isinstance(hotkey, str):
+            return str(hotkey)
+    except Exception:  # noqa: S110 - a row may live in a process that is gone, and the others are not passed over
+        pass
+    return f"number {place} of the list"
