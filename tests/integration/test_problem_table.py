@@ -52,6 +52,8 @@ SHOWN_BY = {
     "tick_overdue": "unit/test_ticks.py::test_ticks_that_cease_are_a_problem_until_there_is_another",
     "slash under way": "integration/test_processing_failures.py"
     "::test_contract_that_hangs_stops_no_other_slash_and_its_answer_counts",
+    "slash not recorded": "integration/test_processing_slashes.py"
+    "::test_an_answer_that_the_server_does_not_take_is_in_its_health",
     "loop tick": "integration/test_processing_loop.py::test_a_value_whose_lock_is_never_released_is_in_the_health",
     "loop sync": "integration/test_processing_loop.py"
     "::test_a_sync_that_never_ends_is_in_the_health_though_nothing_is_processed",

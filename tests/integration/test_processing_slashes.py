@@ -495,6 +495,42 @@ def test_outcome_that_could_not_be_recorded_is_recorded_later(directly: Managed,
     assert sorted(directly.validator.collateral.slashes()) == TEN
 
 
+def test_an_error_whose_text_has_no_utf_8_is_recorded_and_stops_nobody(managed: Managed) -> None:
+    ten_to_eliminate(managed)
+    faults = managed.validator.faults
+    for place in ("slash!", "cancel", "store"):
+        faults.fail(place, InjectedError("no such file: \udcff" + "x" * (1 << 24)), hotkey=THIRD)
+    managed.tick()
+    assert sorted(complete(managed)) == [hotkey for hotkey in TEN if hotkey != THIRD]
+    owed = {debt["kind"]: (debt["state"], debt["error"]) for debt in managed.debts}
+    assert owed["slash"][0] == IN_DOUBT
+    assert all("no such file: \\udcff" in error for _, error in owed.values())
+
+
+def test_an_answer_that_the_server_does_not_take_is_in_its_health(managed: Managed) -> None:
+    """It is there, and the health that it gives must not look well."""
+    managed.validator.register("a")
+    managed.validator.lose("a", 0.2)
+    state = managed.manager._processor.context.state
+    original = state.settle_debt
+
+    def refuse(hotkey: str, kind: str, *more: Any) -> bool:
+        if kind == "slash":
+            raise TypeError("cannot be sent")
+        return bool(original(hotkey, kind, *more))
+
+    state.settle_debt = refuse
+    managed.tick()
+    assert state_of_slash(managed) == [ATTEMPTING]
+    problems = managed.manager._server_proxy.health_check_rpc()["problems"]
+    assert [problem["name"] for problem in problems] == ["slash not recorded"]
+    state.settle_debt = original
+    managed.tick()
+    assert managed.debts == []
+    assert managed.manager._server_proxy.health_check_rpc()["status"] == "ok"
+    assert managed.validator.collateral.slashes() == ["a"]
+
+
 def test_two_ticks_at_once_make_nothing_twice(managed: Managed) -> None:
     ten_to_eliminate(managed)
     together = threading.Barrier(2)

@@ -16,6 +16,7 @@ from shmelim.system.problems import Problems
 from shmelim.system.text import get_logger
 
 _PATIENCE: Final = 10.0  # seconds for a message
+_LONGEST: Final = 2000  # characters of a text, of which the server keeps fewer
 
 _log = get_logger("shmelim.processing")
 _limited = LimitedLog(_log)
@@ -29,6 +30,7 @@ _REMEDIES: Final = {
     "positions": "each tick tries again; `shmelim debts` shows what is owed",
     "no contract manager": "assign a contract_manager",
     "slash not made": "it is tried again, with growing pauses; `shmelim debts` shows it",
+    "slash not recorded": "each tick tries again; do not end this process before, as it alone knows the answer",
     "slash under way": "wait for the contract's answer; if it is known to hang, restart the validator",
     "websockets": "see to who reads the queue",
     "not a hotkey": "take the elimination away (`shmelim remove`), or have the environment's is_hotkey know it",
@@ -131,11 +133,16 @@ class Alerts(Problems):
 
 
 def named(error: BaseException) -> str:
-    """Return an error as a message tells it, also one that cannot say what it is."""
+    """Return an error as a message tells it and the server takes it, also one that cannot say what it is."""
     try:
-        return f"{type(error).__name__}: {error}"
+        return sendable(f"{type(error).__name__}: {error}")
     except Exception:
         return type(error).__name__
+
+
+def sendable(text: str) -> str:
+    """Return a stranger's text as it can be sent: not too long, and what has no UTF-8 escaped."""
+    return text[:_LONGEST].encode("utf-8", "backslashreplace").decode()
 
 
 def spelled(value: object, spell: Callable[[object], str] = repr) -> str:

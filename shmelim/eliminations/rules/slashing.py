@@ -46,7 +46,7 @@ from shmelim.eliminations.debts.states import (
     SLASH,
     new_attempt,
 )
-from shmelim.eliminations.rules.alerts import ENDS_A_TICK, WISHES, named
+from shmelim.eliminations.rules.alerts import ENDS_A_TICK, WISHES, named, sendable
 from shmelim.eliminations.rules.deadlines import (
     NotAskedError,
     StuckError,
@@ -54,6 +54,7 @@ from shmelim.eliminations.rules.deadlines import (
     is_left_to_a_thread,
 )
 from shmelim.eliminations.rules.tick import Context, Tick
+from shmelim.errors import StateUnavailableError
 from shmelim.system.coroutines import is_unrun
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
@@ -62,6 +63,7 @@ from shmelim.system.text import get_logger
 _NOT_MADE: Final = "slash not made"
 _DOUBT: Final = "slash in doubt"
 _UNDER_WAY: Final = "slash under way"
+_UNRECORDED: Final = "slash not recorded"
 
 _NO_CONTRACT: Final = "no contract manager", "the contract manager"
 
@@ -104,7 +106,8 @@ class Slashing:
         """Make what is owed, remind of what is in doubt, and see how attempts ended."""
         debts = [debt for debt in tick.look_at_debts() if debt["kind"] == SLASH]
         # What was told of debts that no longer stand can be forgotten.
-        self.context.alerts.clear_others(_NOT_MADE, {debt["hotkey"] for debt in debts})
+        for kind in (_NOT_MADE, _UNRECORDED):
+            self.context.alerts.clear_others(kind, {debt["hotkey"] for debt in debts})
         self.context.alerts.clear_others(_DOUBT, {debt["attempt"] for debt in debts})
         owed = [debt for debt in debts if debt["state"] == OWED and debt["due"]]
         can_begin = self._can_begin(owed)
@@ -298,12 +301,18 @@ class Slashing:
             contradicted = not recorded and self._is_contradicted(what, debt)
         except WISHES:
             raise
-        except BaseException:
+        except StateUnavailableError:
             text = "slash of miner %s: %s, which could not be recorded yet"
             _limited(logging.ERROR, "unrecorded", text, hotkey, what, exc_info=True)
             return
+        except BaseException as error:
+            # The server is there: its health should say so.
+            text = f"slash of miner {hotkey}: {what}, which could not be recorded yet"
+            alerts.failed(_UNRECORDED, hotkey, text, error)
+            return
         _attempts.pop(token, None)
         alerts.clear(_UNDER_WAY, hotkey)
+        alerts.clear(_UNRECORDED, hotkey)
         if recorded and what in (MADE, DECLINED):
             alerts.clear(_NOT_MADE, hotkey)
             alerts.clear(_DOUBT, token)
@@ -393,7 +402,7 @@ def _let_pass(error: BaseException) -> None:
 
 def _shown(answer: Any) -> str:
     try:
-        text = repr(answer)[:_SHOWN]
+        text = sendable(repr(answer)[:_SHOWN])
     except Exception as error:
         text = f"that cannot be shown: {named(error)}"
     return f"{type(answer).__name__} {text}"
