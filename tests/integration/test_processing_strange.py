@@ -338,6 +338,37 @@ def test_a_clock_that_begins_to_count_in_something_else_costs_a_tick_and_nothing
     assert directory.exists()
 
 
+@pytest.mark.parametrize("can_pop", [True, False])
+def test_a_reason_that_another_tick_saw_and_did_not_record_is_not_forgotten(
+    directly: Managed, monkeypatch: pytest.MonkeyPatch, can_pop: bool
+) -> None:
+    """A sync ends the one that saw it, while the other one records what it saw before."""
+    manager, failed = directly.manager, directly.validator.probation.failed
+    if can_pop:
+        manager.challengeperiod_manager.pop_elimination_reasons = lambda recorded: [
+            failed.pop(hotkey, None) for hotkey in recorded
+        ]
+    state = manager._processor.context.state
+    eliminate = state.eliminate
+
+    def overtaken(hotkey: str, *more: Any) -> str:
+        if hotkey == "a" and "b" not in failed:
+            failed["b"] = ("PLAGIARISM", 0.1)
+            other = threading.Thread(target=manager.handle_challenge_period_eliminations)
+            other.start()
+            other.join()
+        return "superseded" if hotkey == "b" else eliminate(hotkey, *more)
+
+    monkeypatch.setattr(state, "eliminate", overtaken)
+    failed["a"] = ("PLAGIARISM", 0.1)
+    manager.handle_challenge_period_eliminations()
+    assert directly.reasons == {"a": "PLAGIARISM"}
+    monkeypatch.undo()
+    directly.tick()
+    assert directly.reasons == {"a": "PLAGIARISM", "b": "PLAGIARISM"}
+    assert failed == {}
+
+
 def test_reasons_that_stay_though_they_were_seen_make_no_tick_due(directly: Managed) -> None:
     challenge, processor = directly.manager.challengeperiod_manager, directly.manager._processor
     challenge.clear_elimination_reasons = lambda: None

@@ -22,41 +22,39 @@ class ChallengePeriod:
     context: Context
     # The reasons that a tick has seen, until there are none: they alone make no tick due.
     seen: dict[str, str] = field(default_factory=dict)
-    waiting: dict[str, Any] = field(default_factory=dict)  # at the last look
 
     def failed(self, tick: Tick) -> Iterator[tuple[str, Callable[[], Found | None]]]:
         """Yield those who wait to be eliminated."""
         challenge: Any = self.context.collaborators.challengeperiod_manager
-        self.waiting = {}
         if challenge is None or not truth(challenge.has_elimination_reasons(), "has_elimination_reasons"):
             return
-        self.waiting = dict(challenge.get_all_elimination_reasons())
+        tick.reasons = dict(challenge.get_all_elimination_reasons())
         now_ms = tick.context.environment.now_ms()
-        for hotkey, why in self.waiting.items():
+        for hotkey, why in tick.reasons.items():
             reason, drawdown = _parts(why)
             # A stranger's values, which salvage alone looks at.
             row = generate_row(hotkey, None, "", now_ms) | {"dd": drawdown, "reason": reason}
             yield hotkey, lambda row=row: Found(salvage(row, now_ms)[0])  # type: ignore[misc]
 
-    def forget(self, failed: set[str]) -> None:
-        """Have the reasons forgotten that were recorded: all of the last look but those of these hotkeys.
+    def forget(self, tick: Tick, failed: set[str]) -> None:
+        """Have the reasons forgotten that were recorded: all that this tick saw but those of these hotkeys.
 
         Where they can be forgotten only together, none is while a miner's is not recorded yet.
         """
-        if not self.waiting:
+        if not tick.reasons:
             return
         challenge: Any = self.context.collaborators.challengeperiod_manager
-        self.seen = _in_words(self.waiting)
+        self.seen = _in_words(tick.reasons)
         # Not asked as an attribute: a mock has every one.
         if inspect.getattr_static(challenge, "pop_elimination_reasons", None) is not None:
-            recorded = [hotkey for hotkey in self.waiting if hotkey not in failed]
+            recorded = [hotkey for hotkey in tick.reasons if hotkey not in failed]
             carried_out(challenge.pop_elimination_reasons(recorded), "pop_elimination_reasons")
             return
         # What stands there for nobody is never recorded. If it were waited for, those who are taken back, or
         # register again, would be eliminated once more for what was recorded long ago.
         are_recorded = not valid_hotkeys(failed)[0]
         # Those that came meanwhile are not recorded anywhere yet.
-        if are_recorded and _reasons(challenge.get_all_elimination_reasons()) == _reasons(self.waiting):
+        if are_recorded and _reasons(challenge.get_all_elimination_reasons()) == _reasons(tick.reasons):
             carried_out(challenge.clear_elimination_reasons(), "clear_elimination_reasons")
 
     def is_waiting(self) -> bool:

@@ -303,14 +303,14 @@ class EliminationProcessor:
         kind: str,
         look: Callable[[Tick], Candidates],
         tick: Tick,
-        then: Callable[[set[str]], None] | None = None,
+        then: Callable[[Tick, set[str]], None] | None = None,
     ) -> None:
         """Record all that a rule finds; what it cannot judge or record is that miner's failure."""
         context = self.context
         found = self._judging.outcomes(kind, context.ask(kind, lambda: list(look(tick))))
         failed = context.alerts.each(kind, found, functools.partial(self._record, kind, tick), context.is_stopping)
         if then is not None and found and failed is not None:
-            forget = functools.partial(then, failed)
+            forget = functools.partial(then, tick, failed)
             context.ask(kind, forget)
 
     def _record(self, kind: str, tick: Tick, hotkey: str, found: Outcome) -> None:

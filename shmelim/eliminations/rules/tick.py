@@ -195,6 +195,8 @@ class Tick:
     price_sources: Mapping[Any, Any] | None = None  # by trade pair, where the caller has some
     superseded: bool = False  # whether the list of eliminations was found replaced
     debts: list[dict[str, Any]] | None = None  # what is owed, once somebody asked
+    # Why miners failed the challenge period, as this tick saw it: another one at once may see more.
+    reasons: Mapping[str, Any] = field(default_factory=dict)
 
     def look_at_debts(self) -> list[dict[str, Any]]:
         """Return what is owed, as it was when it was asked first in this tick."""
