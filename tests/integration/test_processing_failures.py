@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import threading
+from collections import UserDict
 from decimal import Decimal
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -525,6 +526,56 @@ def test_slash_that_waits_for_another_that_hangs_is_certainly_not_made(
     hurried.tick()
     assert state_of_slash(hurried) == []
     assert validator.collateral.slashes() == ["a", "a"]
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let no thread be started any more for what is asked, until the patch is undone."""
+
+    def refuse(_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def set_in() -> None:
+        monkeypatch.setattr(deadlines, "_idle", [])
+        monkeypatch.setattr(deadlines._Worker, "start", refuse)
+
+    return set_in
+
+
+def test_slash_for_which_there_is_no_thread_is_certainly_not_made(
+    managed: Managed, no_threads: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validator, state = managed.validator, managed.manager._processor.context.state
+    validator.register("a")
+    validator.lose("a", 0.2)
+    begin = state.begin_slash
+
+    def begin_and_no_more(*arguments: Any) -> bool:
+        begun = bool(begin(*arguments))
+        no_threads()
+        return begun
+
+    monkeypatch.setattr(state, "begin_slash", begin_and_no_more)
+    with contextlib.suppress(StuckError):
+        managed.tick()
+    monkeypatch.undo()
+    managed.tick()
+    assert validator.collateral.slashes() == ["a"]
+    assert managed.debts == []
+
+
+def test_a_loop_for_which_there_is_no_thread_has_not_been_asked_to_end(
+    new_name: Callable[[], str], tmp_path: Path, no_threads: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Managed("rpc", new_name(), tmp_path) as managed:
+        managed.manager.shutdown_dict = UserDict()
+        context = managed.manager._processor.context
+        no_threads()
+        assert not context.is_stopping()
+        assert context.alerts.stands("shutdown", "shutdown_dict")
+        monkeypatch.undo()
+        managed.manager.shutdown_dict["ending"] = True
+        assert context.is_stopping()
 
 
 def test_full_queue_and_a_hanging_slack_stop_nobody(

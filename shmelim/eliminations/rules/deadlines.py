@@ -157,7 +157,10 @@ def _begin(job: _Job) -> _Worker | None:
             raise NotAskedError(f"{job.key[1]} is not asked: {MOST_LEFT_BEHIND} other calls do not come back")
         if not _idle:
             worker = _Worker()
-            worker.start()
+            try:
+                worker.start()
+            except (RuntimeError, MemoryError) as error:  # at the limit of tasks, or of memory
+                raise NotAskedError(f"{job.key[1]} is not asked: {error}") from error
             _idle.append(worker)
         _under_way[job.key] = job
         return _idle.pop()
