@@ -153,6 +153,9 @@ def test_an_entry_of_the_bucket_that_is_not_a_hotkey_is_told_and_the_others_are_
         ((True,), False),
         (None, False),
         ((np.array([True, False]), 1.0), False),
+        ((4.2, False), False),
+        (("no", 4.2), False),
+        ((str.isdigit, 4.2), False),
     ],
     ids=repr,
 )

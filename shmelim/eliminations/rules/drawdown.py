@@ -36,6 +36,9 @@ def _refuse(what: str) -> Found | None:
 
 def _judge(tick: Tick, hotkey: str, ledger: Any) -> Found | None:
     beyond, percentage = tick.context.environment.drawdown(ledger)
+    # Numpy's are equal to them. Anything else, such as the percentage in its place or a method, is mostly true.
+    if beyond not in (True, False, None):
+        raise TypeError(f"drawdown must return a yes or no first, not {type(beyond).__name__}")
     return tick.found(hotkey, EliminationReason.MAX_TOTAL_DRAWDOWN, percentage) if beyond else None
 
 
