@@ -194,6 +194,15 @@ def test_a_name_that_the_environment_cannot_judge_is_no_zombie_and_keeps_no_othe
     assert not (directories / "a zombie").exists()
 
 
+def test_figures_may_be_numpys(managed: Managed) -> None:
+    managed.environment.check_interval_ms = np.float64(300_000)
+    managed.environment.max_slashes_per_hour = np.float64(10)
+    managed.validator.lose("a", 0.2)
+    managed.tick()
+    assert managed.validator.collateral.slashes() == ["a"]
+    assert managed.manager._server_proxy.health_check_rpc()["status"] == "ok"
+
+
 # ---------------------------------------------------------------------- what is said to be done, and is not
 
 
