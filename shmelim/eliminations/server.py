@@ -380,23 +380,23 @@ class EliminationManagerServer(DebtMethods):
     def _beat(self, table: TableWriter) -> None:
         while not self._stopped.wait(BEAT_INTERVAL):
             if not table.beat() or self.problems.stands(_MEMORY_LOST):
-                self._renew_names(table)
+                self._renew_names()
             self._uploads.expire()
             if hasattr(self, "_state"):
                 self._state.tend_log()
             if self._lease is not None:
                 self._look_at_lock(self._lease)
 
-    def _renew_names(self, table: TableWriter) -> None:
+    def _renew_names(self) -> None:
         """Have names made again that were removed from ``/dev/shm``, in a thread that may wait for others."""
         if not self._renewing.locked() and hasattr(self, "_state"):
-            threading.Thread(target=self._renew, args=(table,), name="shmelim-renewal", daemon=True).start()
+            threading.Thread(target=self._renew, name="shmelim-renewal", daemon=True).start()
 
-    def _renew(self, table: TableWriter) -> None:
+    def _renew(self) -> None:
         with self._renewing:
             self._tell_lost("names were removed from /dev/shm under this server: readers may be on an old state")
             try:
-                self._state.read(lambda _store: table.renew())
+                self._state.renew()
             except (ShmelimError, OSError) as error:
                 hint = error.hint if isinstance(error, ShmelimError) else None
                 self._tell_lost(f"names were removed from /dev/shm, and are not made again: {error}", hint)

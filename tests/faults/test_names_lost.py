@@ -8,7 +8,9 @@ from serving import row, state_in_table
 from waiting import until
 
 from shmelim import EliminationManagerServer, EliminationReader
-from shmelim.shm import SharedNamespace, TableReader
+from shmelim.errors import SegmentFullError
+from shmelim.shm import SharedNamespace, TableReader, TableWriter
+from shmelim.shm.layout import MAX_GENERATION
 
 
 @pytest.fixture
@@ -40,6 +42,38 @@ def test_it_publishes_again_and_every_reader_follows(server, table_name):
     assert state_in_table(attached) == state_in_table(EliminationReader(table_name))
     assert attached.get_eliminated_hotkeys() == {"a", "b"}
     assert server.health_check_rpc()["problems"] == []
+
+
+@pytest.mark.parametrize("when", ["names lost", "generations used up"])
+def test_changes_are_told_across_the_version_under_which_the_same_is_published_again(
+    server, table_name, monkeypatch, when
+):
+    before = server.reader.version
+    if when == "names lost":
+        remove_names(table_name)
+        until(lambda: server.reader.version > before, "the names")
+    else:
+        monkeypatch.setattr(TableWriter, "_stage", with_generations_used_up(TableWriter._stage))
+        with pytest.raises(SegmentFullError):
+            server.add_elimination_rpc("b", row("b"))
+        monkeypatch.undo()
+    again = server.reader.version
+    assert again > before
+    assert server.changes_rpc(before) == {"version": again, "events": []}
+    server.add_elimination_rpc("c", row("c"))
+    for since in (before, again):
+        assert [event["hotkey"] for event in server.changes_rpc(since)["events"]] == ["c"]
+
+
+def with_generations_used_up(stage):
+    """Stage with the last generation in use, and with no room for what comes then."""
+
+    def staging(writer, *args, **kwargs):
+        writer._generation = MAX_GENERATION
+        stage(writer, *args, **kwargs)
+        raise SegmentFullError("no room")
+
+    return staging
 
 
 def test_the_beat_goes_on_while_a_long_change_keeps_the_names_waiting(server, table_name):

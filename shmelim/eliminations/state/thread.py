@@ -169,6 +169,17 @@ class State:
         if self._thread is not None:
             self._thread.start()
 
+    def renew(self) -> None:
+        """Make names again that were lost from ``/dev/shm``; errors as of the table's."""
+        self.read(self._renew)
+
+    def _renew(self, _store: Store) -> None:
+        try:
+            self._table.renew()
+        finally:
+            # What is published then is what was, under another version.
+            self._note_moved()
+
     def say_place(self, place: bytes) -> None:
         """Leave word in the table of where the channel is found."""
         self.read(lambda _store: self._table.say_place(place))
@@ -391,6 +402,11 @@ class State:
         if len(self._shown) > _VERSIONS:
             del self._shown[next(iter(self._shown))]
 
+    def _note_moved(self) -> None:
+        """Note the version that is published, if none is noted of it: the same state in another segment."""
+        if self._table.version not in self._shown:
+            self._note_shown(self._table.version, self._table.commit)
+
     def _undo(self) -> None:
         """End what a failure, or an interrupt, left open."""
         self._table.abort()
@@ -449,7 +465,10 @@ class State:
             elif not rebuild:
                 transaction.remove(hotkey.encode())
         transaction.commit = self._store.next_commit
-        transaction.stage()
+        try:
+            transaction.stage()
+        finally:
+            self._note_moved()  # where generations are used up
         return transaction
 
     def _put_all(self, transaction: Transaction, on_progress: Callable[[int, int], Any] | None = None) -> None:
