@@ -347,10 +347,7 @@ class EliminationManagerServer(DebtMethods):
 
     def _memory(self) -> Memory:
         """Return what the registry is to remember."""
-        store_id, commit, counts = self._state.read(
-            lambda store: (store.store_id, store.commit_number, store.counts())
-        )
-        return memory_of(store_id or b"", commit, counts.eliminated, counts.departed, self.state_dir or Path())
+        return self._state.read(lambda store: memory_of(store, self.state_dir or Path()))
 
     def _secure(self, store: Store, default: Path | None) -> None:
         """Make the lock proof against its removal; or have a store in memory say what the files say."""

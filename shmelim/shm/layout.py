@@ -15,6 +15,7 @@ touches is a single aligned load or store. ``docs/memory-format.md`` is the same
             160  its clock: the inode of its time namespace; 0 where it has none
             168  its lock: the inode of its lock file; 0 where it has none
             176  1 where its publishes wake who waits for the version
+            184  the branch of the store's commits, random; 0 where nothing is known of it
             256  whom a follower follows: length u64, and text of at most 136 bytes; see following.py
             400  how far it is: two copies of stamp, term, line, seq, confirmed, as of, checksum
             512  where the writer's channel is found: length u64, and text of at most 504 bytes
@@ -63,6 +64,7 @@ HEARTBEAT: Final = 152 // WORD
 WRITER_CLOCK: Final = 160 // WORD
 WRITER_LOCK: Final = 168 // WORD
 WRITER_WAKES: Final = 176 // WORD
+BRANCH: Final = 184 // WORD
 PLACE: Final = 512  # bytes
 PLACE_SIZE: Final = 504
 FLEET: Final = 256  # bytes

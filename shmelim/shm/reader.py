@@ -42,6 +42,7 @@ from shmelim.shm.counting import (
     find_page,
 )
 from shmelim.shm.layout import (
+    BRANCH,
     COMMIT,
     COUNT,
     EPOCH,
@@ -153,8 +154,8 @@ class WriterInfo(NamedTuple):
 class TableIdentity(NamedTuple):
     """Whose state a table is: what stands in it as of ``sequence``, its version.
 
-    ``root_id`` is of the root segment; ``store_id`` and ``commit`` of the store that it was made from, 16 zero
-    bytes and 0 where there is none. ``heartbeat_age``, in seconds, is that of its writer.
+    ``root_id`` is of the root segment; ``store_id``, ``commit`` and its ``branch`` of the store that it was made
+    from, 16 zero bytes and 0 where there is none. ``heartbeat_age``, in seconds, is that of its writer.
     """
 
     root_id: int
@@ -163,6 +164,7 @@ class TableIdentity(NamedTuple):
     commit: int
     entries: int
     heartbeat_age: float | None
+    branch: int
 
 
 class TableInfo(NamedTuple):
@@ -477,6 +479,7 @@ class TableReader:
                 commit=head[COMMIT],
                 entries=head[COUNT],
                 heartbeat_age=self._writer_of(view.root).heartbeat_age,
+                branch=view.root.words[BRANCH],
             )
 
         return self._consistently(look, of_entries=False)

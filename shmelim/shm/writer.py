@@ -54,6 +54,7 @@ from shmelim.errors import (
 from shmelim.shm.copy_header import Change
 from shmelim.shm.following import Position, put_position, put_source
 from shmelim.shm.layout import (
+    BRANCH,
     COMMIT,
     COUNT,
     HEARTBEAT,
@@ -181,6 +182,7 @@ class TableWriter:
         self._former: Segment | None = None
         self._root = self._take_root(first_sequence)
         self._published = release_word(self._root, VERSION)
+        self._branch = 0 if self._former is not None else self._root.words[BRANCH]
         self._place = b""
         self._source = source
         self._position: Position | None = None
@@ -248,6 +250,7 @@ class TableWriter:
         words[WRITER_CLOCK] = this_clock()
         words[WRITER_LOCK] = self._lock.number
         words[WRITER_WAKES] = WAKES
+        words[BRANCH] = self._branch
         put_place(root, self._place)
         put_source(root, self._source)
         if self._position is not None:
@@ -271,6 +274,15 @@ class TableWriter:
         # One store, for a commit that changed nothing in the table: no reader has to look again.
         if self._images is not None:
             self._images[self.version & 1].head[COMMIT] = number
+
+    @property
+    def branch(self) -> int:
+        """The branch of the store's commits of which ``commit`` is the last, or the next one is the first."""
+        return self._branch
+
+    @branch.setter
+    def branch(self, branch: int) -> None:
+        self._branch = self._root.words[BRANCH] = branch
 
     @property
     def loaded(self) -> bool:

@@ -208,6 +208,75 @@ class TestAnOlderStore:
         assert held(server)
 
 
+# ---------------------------------------------------------------------- a copy that went its own way
+
+
+@pytest.mark.parametrize("rebooted", [False, True], ids=["published", "remembered"])
+@pytest.mark.parametrize("changes", [1, 3], ids=["as many commits", "more commits"])
+class TestACopyThatWentItsOwnWay:
+    """Of the same identity, and by its commits as new as what is known under the name; it lacks some of that."""
+
+    @pytest.fixture(params=["while nobody served", "while it was served"])
+    def went(self, request, table_name, tmp_path, state_dir, start, served, changes, rebooted):
+        copy = tmp_path / "copy"
+        with start() as server:
+            server.add_elimination_rpc("before", row("before"))
+            if request.param == "while it was served":
+                with Store.read_only(state_dir) as store:
+                    copy.mkdir()
+                    store.copy_to(copy / FILE_NAME)
+                server.add_elimination_rpc("here", row("here"))
+        if request.param == "while nobody served":
+            shutil.copytree(state_dir, copy)
+            with start() as server:
+                server.add_elimination_rpc("here", row("here"))
+        with EliminationManagerServer(None, copy) as other:
+            for stamp in range(changes):
+                other.add_elimination_rpc("there", row("there", stamp))
+        if rebooted:
+            reboot(table_name)
+        return copy
+
+    def test_is_refused(self, start, went):
+        before = listing(went)
+        for _ in range(2):
+            with pytest.raises(StateConflictError, match="is not the state of this directory"):
+                start(went)
+        assert listing(went) == before
+
+    def test_may_take_the_place_when_it_is_said(self, table_name, start, went):
+        with start(went, replace_published=True) as server:
+            assert server.get_eliminated_hotkeys_rpc() == {"a", "b", "before", "there"}
+            assert EliminationReader(table_name).get_eliminated_hotkeys() == {"a", "b", "before", "there"}
+            assert held(server)
+        # It is the one of that name from now on, whatever the other one has.
+        start(went).close()
+        with pytest.raises(StateConflictError):
+            start()
+
+    def test_takes_over_what_is_published_when_it_is_said(self, start, went, rebooted):
+        if rebooted:
+            with pytest.raises(StateConflictError):
+                start(went, adopt_published=True)
+            return
+        with start(went, adopt_published=True) as server:
+            assert server.get_eliminated_hotkeys_rpc() == {"a", "b", "before", "here"}
+        start(went).close()
+        with pytest.raises(StateConflictError):
+            start()
+
+
+def test_a_copy_that_has_all_that_is_known_goes_on(table_name, tmp_path, state_dir, start, served):
+    copy = copy_of(state_dir, tmp_path)
+    with start(copy) as server:
+        server.add_elimination_rpc("later", row("later"))
+    with pytest.raises(StateConflictError):
+        start()
+    with start(copy) as server:
+        assert server.is_hotkey_eliminated_rpc("later")
+        assert held(server) == []
+
+
 # ---------------------------------------------------------------------- what is no conflict
 
 

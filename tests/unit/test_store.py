@@ -317,7 +317,7 @@ class TestMeta:
             for key in ("owed:a", "other"):
                 store.set_meta(key, key)
         assert store.meta_items("owed:") == {"owed:a": "owed:a"}
-        assert set(store.meta_items()) == {"owed:a", "other"}
+        assert set(store.meta_items()) == {"owed:a", "other", "branches"}
 
 
 class TestEvents:
@@ -503,6 +503,66 @@ class TestIdentity:
                 ("b", 1),
                 ("a", 1),
             ]
+
+
+class TestBranches:
+    """A commit is told from one of the same number that a copy of the store made."""
+
+    @staticmethod
+    def commit(directory, count=1):
+        """Open the store and make commits; returns number and branch of the last."""
+        with Store.open(directory, "process") as store:
+            for _ in range(count):
+                with store.transaction():
+                    store.add_events([Change("a")])
+            return store.commit_number, store.branch
+
+    def test_a_store_knows_its_own_commits_and_no_copys(self, tmp_path):
+        here, copy = tmp_path / "here", tmp_path / "copy"
+        before = [self.commit(here), self.commit(here, 2)]
+        shutil.copytree(here, copy)
+        own, others = [self.commit(here), self.commit(here)], [self.commit(copy), self.commit(copy, 2)]
+        for directory, made, not_made in (here, own, others), (copy, others, own):
+            with Store.read_only(directory) as store:
+                assert all(store.has_made(*each) for each in (*before, *made))
+                assert not any(store.has_made(*each) for each in not_made)
+                assert not store.has_made(store.commit_number + 1, store.branch)
+                # An earlier release says nothing of branches.
+                assert store.has_made(store.commit_number, 0)
+
+    def test_one_that_goes_on_after_another_takes_all_before_for_its_own(self, tmp_path):
+        here, copy = tmp_path / "here", tmp_path / "copy"
+        self.commit(here)
+        shutil.copytree(here, copy)
+        last, other = self.commit(here, 3), self.commit(copy)
+        with Store.open(copy, "process") as store:
+            with store.transaction():
+                store.go_on_from(last[0])
+            assert store.commit_number == last[0] + 1
+            assert store.has_made(*last)
+            assert store.has_made(*other)
+        further = self.commit(here, 2)
+        with Store.read_only(copy) as store:
+            assert not store.has_made(*further)
+
+    def test_who_commits_nothing_begins_none(self, tmp_path):
+        made = self.commit(tmp_path)
+        assert self.commit(tmp_path, 0) == made
+        with Store.open(tmp_path, "process") as store:
+            store.begin()
+            store.add_events([Change("never")])
+            store.rollback()
+            assert store.branch == made[1]
+            with store.transaction():
+                store.add_events([Change("a")])
+            assert store.branch == store.own_branch != made[1]
+
+    def test_only_the_last_ones_are_kept(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("shmelim.eliminations.store.database._BRANCHES_KEPT", 3)
+        made = [self.commit(tmp_path) for _ in range(6)]
+        with Store.read_only(tmp_path) as store:
+            assert all(store.has_made(*each) for each in made)
+            assert not store.has_made(5, made[1][1])
 
 
 class TestCopying:

@@ -109,6 +109,7 @@ def adopt(store: Store, table: TableWriter, namespace: Namespace, origin_record:
     """
     if not table.adopt():
         return False
+    table.branch = store.branch  # before the commit: of an earlier one it says nothing wrong
     reader = TableReader(namespace)
     find = reader._entry  # noqa: SLF001  # get(), without its tuple
     changed, known = [], 0
@@ -225,7 +226,7 @@ def _remembered_relation(found: _Found) -> Relation | None:
     if memory is None:
         return Relation.NOTHING if found.has_registry else None
     own = found.damage is not None and memory.directory == found.here
-    relation = _relation(found.store, bytes.fromhex(memory.store_id), memory.commit, own=own)
+    relation = _relation(found.store, bytes.fromhex(memory.store_id), memory.commit, memory.branch, own=own)
     # Nothing is lost by forgetting a store in which nothing was.
     worthless = relation is Relation.OTHER and not (memory.eliminated or memory.departed)
     return Relation.NOTHING if worthless else relation
@@ -241,21 +242,22 @@ def _published_relation(found: _Found) -> Relation:
     if published.source:
         return Relation.OTHER  # which has no debts, no history, and other numbers
     own = found.damage is not None and published.state_dir == found.here
-    relation = _relation(found.store, identity.store_id, identity.commit, own=own)
+    relation = _relation(found.store, identity.store_id, identity.commit, identity.branch, own=own)
     # What a server in memory leaves ended with it, and another one may take its place.
     of_memory = published.state_dir is None and found.here is None
     worthless = relation is Relation.OTHER and (of_memory or not published.entries)
     return Relation.NOTHING if worthless else relation
 
 
-def _relation(store: Store | None, store_id: bytes, commit: int, *, own: bool) -> Relation:
+def _relation(store: Store | None, store_id: bytes, commit: int, branch: int, *, own: bool) -> Relation:
     """Return how somebody's word of a store stands to this one; ``own``: it is this directory's, and damaged."""
     if own:
         return Relation.HERE
     if store is None or store.store_id != store_id:
         return Relation.OTHER
-    number = store.commit_number
-    return Relation.LATEST if commit == number else Relation.BEHIND if commit < number else Relation.AHEAD
+    if not store.has_made(commit, branch):
+        return Relation.AHEAD
+    return Relation.LATEST if commit == store.commit_number else Relation.BEHIND
 
 
 # ---------------------------------------------------------------------- refusing

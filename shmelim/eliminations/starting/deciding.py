@@ -40,7 +40,7 @@ class Relation(enum.Enum):
     NOTHING = "nothing"  # it knows of none, or of one without entries
     LATEST = "latest"  # it is the latest state of this store
     BEHIND = "behind"  # it is an earlier state of this store
-    AHEAD = "ahead"  # it is a later state of this store: this one is an older copy
+    AHEAD = "ahead"  # it has commits that this store lacks: this one is an older copy, or went its own way
     HERE = "of this directory"  # whose store is damaged, and does not tell its identity
     OTHER = "of another store"
     UNREADABLE = "unreadable"

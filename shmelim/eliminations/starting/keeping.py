@@ -190,10 +190,13 @@ def check_registry(registry: Registry, directory: Path) -> Finding:
             raise StoreError("nothing is remembered of this name")
         with Store.read_only(directory) as store:
             store_id, commit = store.store_id, store.commit_number
+            is_known = store.has_made(min(memory.commit, commit), memory.branch)
         if store_id is None or store_id.hex() != memory.store_id:
             raise StoreError(f"another store is remembered, of {memory.directory}")
         if commit < memory.commit:
             raise StoreError(f"the store is an older copy: commit {memory.commit} is remembered, it has {commit}")
+        if not is_known:
+            raise StoreError(f"commit {memory.commit} is remembered of another copy of the store")
         return f"commit {memory.commit}, {memory.eliminated} eliminated"
 
     return _finding("registry", registry.path, same)
@@ -232,17 +235,26 @@ def restore(backup: Path, directory: Path, registry: Registry | None, acknowledg
         )
         kept = replacement.put_in_place(directory, "replaced")
         with Store.read_only(directory) as store:
-            counts, commit, store_id = store.counts(), store.commit_number, store.store_id or b""
+            memory = memory_of(store, directory)
         if registry is not None:
-            registry.remember(memory_of(store_id, commit, counts.eliminated, counts.departed, directory))
-        return Restored(commit, counts.eliminated, counts.departed, kept)
+            registry.remember(memory)
+        return Restored(memory.commit, memory.eliminated, memory.departed, kept)
     finally:
         lease.release()
 
 
-def memory_of(store_id: bytes, commit: int, eliminated: int, departed: int, directory: Path) -> Memory:
+def memory_of(store: Store, directory: Path) -> Memory:
     """Return what a registry is to remember of a store, now."""
-    return Memory(store_id.hex(), str(directory.resolve()), commit, eliminated, departed, clock.now_ms())
+    counts = store.counts()
+    return Memory(
+        (store.store_id or b"").hex(),
+        str(directory.resolve()),
+        store.commit_number,
+        counts.eliminated,
+        counts.departed,
+        clock.now_ms(),
+        store.branch,
+    )
 
 
 def _known_commit(directory: Path) -> int:

@@ -42,6 +42,7 @@ class Memory(msgspec.Struct, frozen=True):
     eliminated: int
     departed: int
     at_ms: int  # when that was so: ms since 1970, UTC
+    branch: int = 0  # of its last commit; 0 where an earlier release wrote this
 
 
 class Registry:

@@ -384,6 +384,7 @@ class State:
             written = store.written
             transaction = self._stage(written) if written else None
             store.commit()
+            self._table.branch = store.own_branch
             if transaction is None:
                 # Readers have nothing new to look at; a start does.
                 self._table.commit = store.next_commit
@@ -473,6 +474,7 @@ class State:
 
     def _put_all(self, transaction: Transaction, on_progress: Callable[[int, int], Any] | None = None) -> None:
         transaction.commit = self._store.commit_number
+        self._table.branch = self._store.branch
         transaction.put(ORIGIN_KEY, 0, self._origin_record, 0)
         total = sum(self._store.counts()[:3]) if on_progress else 0
         for done, row in enumerate(self._store.rows()):

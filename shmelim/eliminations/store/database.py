@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Final, Self, get_args
 
 import msgspec
 
@@ -24,6 +24,8 @@ from shmelim.system.text import get_logger
 _log = get_logger(__name__)
 
 _FETCH = 500
+_BRANCHES: Final = "branches"  # the first commit of each that is known, and its number
+_BRANCHES_KEPT: Final = 1000
 _IN_MEMORY = Path(":memory:")
 
 _HINTS = {
@@ -130,6 +132,40 @@ class Database:
         """How many transactions that changed anything were committed, in all the life of the store."""
         found = self._ask("SELECT commit_number FROM identity")
         return int(found[0][0]) if found else 0
+
+    @property
+    def branch(self) -> int:
+        """The random number of the branch that the last commit belongs to; 0 where it is not known.
+
+        Whoever opens the store begins one with his first commit. So a commit is told from one of the same number
+        that was made in a copy of the store.
+        """
+        branches = self._branches()
+        return branches[-1][1] if branches else 0
+
+    def has_made(self, commit: int, branch: int) -> bool:
+        """Tell whether this is a commit of this very store, or not known to be a copy's."""
+        if commit > self.commit_number:
+            return False
+        branches = self._branches()
+        if not branch or (branches and commit < branches[0][0]):
+            return True
+        numbers = [number for _, number in branches]
+        if branch not in numbers:
+            return False
+        later = branches[numbers.index(branch) + 1 :]
+        return not later or commit < later[0][0]
+
+    def _branches(self) -> list[tuple[int, int]]:
+        return [(first, number) for first, number in self.meta(_BRANCHES, [])]
+
+    def _begin_branch(self, commit: int, number: int) -> None:
+        """Note that a commit is the first one of a branch, unless that was noted."""
+        if number != self.branch:
+            self.set_meta(_BRANCHES, [*self._branches(), (commit, number)][-_BRANCHES_KEPT:])
+
+    def _forget_branches(self) -> None:
+        self.set_meta(_BRANCHES, [])
 
     @property
     def in_transaction(self) -> bool:

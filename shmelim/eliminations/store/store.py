@@ -15,6 +15,7 @@ record of the numbers in use, so that no rollback and no crash can leave that wr
 from __future__ import annotations
 
 import os
+import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -119,6 +120,9 @@ class Store(History):
     written: dict[str, Row | None]
     """The rows that the open transaction wrote, as it leaves them; None: nothing is known of it any more."""
 
+    own_branch: int
+    """The branch that the commits of this object belong to."""
+
     look_up: Callable[[list[str]], dict[str, Row]]
     """Where rows are looked up that the open transaction did not write; in the database, unless it is set."""
 
@@ -136,6 +140,8 @@ class Store(History):
         # the number of its last commit; the rowids of hotkeys, as far as they were asked for; other numbers that
         # are taken, by the question for the last of them.
         self._next_commit = 0
+        self.own_branch = secrets.randbits(63) or 1
+        self._is_branch_noted = False
         self._others: int | None = None
         self._last_commit = 0
         self._numbers: dict[str, int] = {}
@@ -156,9 +162,12 @@ class Store(History):
     def go_on_from(self, commit: int, store_id: bytes | None = None) -> None:
         """Give this transaction a number above that commit, and perhaps the store another's identity.
 
-        For one that takes the place of another store, or of its own later self: no number may come twice.
+        For one that takes the place of another store, or of its own later self: no number may come twice. What
+        was committed before then counts as made by this store, whoever made it.
         """
         self._next_commit = max(self._next_commit, commit + 1)
+        self._is_branch_noted = False
+        self._forget_branches()
         if store_id is not None:
             self._change("UPDATE identity SET store_id = ?", (store_id,))
 
@@ -196,6 +205,8 @@ class Store(History):
                 if found not in {None, mine}:
                     raise self._lost(name, found)
             if self._db.total_changes != self._changes_before:
+                if not self._is_branch_noted:
+                    self._begin_branch(self._next_commit, self.own_branch)
                 self._change("UPDATE identity SET commit_number = ?", (self._next_commit,))
             self._change("COMMIT")
         except StoreError:
@@ -205,6 +216,7 @@ class Store(History):
             raise
         if self._db.total_changes != self._changes_before:
             self._last_commit = self._next_commit
+            self._is_branch_noted = True
         self.written = {}
 
     def _lost(self, name: Path, found: tuple[int, int] | None) -> StoreError:
