@@ -24,6 +24,8 @@ class Model:
         self.departed = {}
         self.registered = set()
         self.losses = []  # who was lost in one look, and of how many
+        self.unproved = set()  # whom only a look that was not believed has shown
+        self.believed = None  # how many there were before it
 
     def add(self, hotkey, stamp):
         new = hotkey not in self.eliminated
@@ -47,17 +49,22 @@ class Model:
         self.eliminated.clear()
 
     def metagraph(self, hotkeys):
-        seen = set(hotkeys)
-        lost = sorted(self.registered - seen)
-        sizes = [len(self.registered), *(size for _, size in self.losses)]
-        gone = set(lost).union(*(earlier for earlier, _ in self.losses)) - seen if lost else ()
+        seen, before = set(hotkeys), self.registered - self.unproved
+        lost = sorted(before - seen)
+        size = len(before) if self.believed is None else self.believed
         # All of it is within one day.
-        if lost and (not seen or (len(gone) > 10 and 4 * len(gone) >= max(sizes))):
-            self.registered |= seen
+        sizes = [len(before), *(size for _, size in self.losses)]
+        gone = set(lost).union(*(earlier for earlier, _ in self.losses)) - seen
+        if lost and (
+            not seen
+            or (len(lost) > 10 and 4 * len(lost) >= size)
+            or (self.losses and len(gone) > 10 and 4 * len(gone) >= max(sizes))
+        ):
+            self.registered, self.unproved, self.believed = seen | before, seen - before, size
             return []
+        self.registered, self.unproved, self.believed = seen, set(), None
         if lost:
-            self.losses.append((set(lost), len(self.registered)))
-        self.registered = seen
+            self.losses.append((set(lost), len(before)))
         new = [hotkey for hotkey in lost if hotkey not in self.departed]
         self.departed |= dict.fromkeys(new)
         return new
