@@ -136,6 +136,23 @@ def test_changes_since_a_version_that_is_forgotten_are_not_left_out_in_silence()
             server.changes_rpc(version)
 
 
+def test_what_is_forgotten_while_a_past_state_is_put_together_is_known_to_it(tmp_path, monkeypatch):
+    with EliminationManagerServer(None, tmp_path, durability="process") as server:
+        for name in "abc":
+            server.add_elimination_rpc(name, row(name))
+        replaced_after = stores.Store.replaced_after
+
+        def forgotten_meanwhile(store, event):
+            monkeypatch.undo()
+            server.prune_history_rpc(3)
+            return replaced_after(store, event)
+
+        monkeypatch.setattr(stores.Store, "replaced_after", forgotten_meanwhile)
+        assert list(server.as_of_rpc(1)) == ["a"]
+        with pytest.raises(ValueError, match="was pruned"):
+            server.as_of_rpc(1)
+
+
 def test_what_debts_are_made_of_stays():
     with EliminationManagerServer() as server:
         server.eliminate_rpc("a", row("a", reason="MAX_TOTAL_DRAWDOWN"), ["slash", "positions"], rule="drawdown")

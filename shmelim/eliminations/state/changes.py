@@ -216,10 +216,9 @@ def state_at(store: Store, moment: Moment) -> dict[str, bytes]:
 
     Those that are still eliminated come first, in their order; then the others.
     """
-    event = _event_of(store, moment)
-    # In this order: a change that comes between the two questions is undone by the second.
-    state: dict[str, bytes | None] = dict(store.eliminated())
-    state.update(store.replaced_after(event))
+    with store.one_moment():  # else what is told of the event may be forgotten between two questions
+        state: dict[str, bytes | None] = dict(store.eliminated())
+        state.update(store.replaced_after(_event_of(store, moment)))
     return {hotkey: record for hotkey, record in state.items() if record is not None}
 
 
@@ -237,7 +236,8 @@ def rollback(step: Step, moment: Moment) -> int:
 
 def prunable(store: Store, moment: Moment) -> int:
     """Return how many events there are up to a moment; errors as of :func:`_event_of`."""
-    return _event_of(store, moment) - store.pruned.event
+    with store.one_moment():
+        return _event_of(store, moment) - store.pruned.event
 
 
 def prune(step: Step, moment: Moment) -> int:

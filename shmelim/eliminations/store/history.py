@@ -119,7 +119,7 @@ class History(Database):
         if limit is not None and limit < 0:
             raise ValueError(f"limit must be at least 0, not {limit}")
         before = LARGEST_ID if before_id is None else before_id
-        with self._one_moment():
+        with self.one_moment():
             found = list(islice(self._newest_first(hotkey, before), limit))
             unknown = {event.hotkey for event in found if event.action in _RECORDED and event.new is None}
             following = self._following({name for name in unknown if name is not None}, before)
@@ -192,7 +192,7 @@ class History(Database):
         return number  # type: ignore[no-any-return]
 
     @contextmanager
-    def _one_moment(self) -> Iterator[None]:
+    def one_moment(self) -> Iterator[None]:
         """Let all questions of the block be answered as of one commit."""
         if self.in_transaction:
             yield
