@@ -60,7 +60,7 @@ def history(
 ) -> int:
     """Show the changes of HOTKEY, or all changes, newest first: when, what, to whom, by which process, old → new.
 
-    Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
+    Asks the server; where none answers, the store in the state directory is read, and nothing there is changed.
 
     With --prune-before it asks, and then forgets what came up to that moment; what is asked of later ones, by
     --as-of, diff and rollback too, is answered as before. Exit code 1: nothing was forgotten.
@@ -144,7 +144,7 @@ def debts(settings: Settings, *, hotkey: str | None) -> None:
     tick, except a slash that is in_doubt: it is not known whether it was made, and a person must find out
     ("shmelim slash resolve --help").
 
-    Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
+    Asks the server; where none answers, the store in the state directory is read, and nothing there is changed.
 
     A slash is owed for a rule and a registration of the miner. What is not due rests: its elimination was taken
     back.
@@ -205,7 +205,7 @@ def list_(settings: Settings, *, hotkey: str | None) -> None:
     A miner is slashed once for a rule, until he has departed and registered again ("registration" counts that), or
     "shmelim slash re-arm". A rule that is empty stands for every rule: an older version recorded it.
 
-    Asks the server; when none runs, the store in the state directory is read, and nothing there is changed.
+    Asks the server; where none answers, the store in the state directory is read, and nothing there is changed.
 
     With --json: name, source ("server" or "store"), count, slashes [{hotkey, rule, registration, made_ms,
     eliminated_ms, by ("contract" or "hand"), outcome ("made" or "declined"), reason, share, answer}].

@@ -7,29 +7,38 @@ the one that the name has by default; nothing is changed there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.runtime import state_directory_of
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import FollowerError, KeyFileError, MessageTooLargeError, NotServingError, StoreError
+from shmelim.errors import (
+    CallTimeoutError,
+    FollowerError,
+    KeyFileError,
+    MessageTooLargeError,
+    NotServingError,
+    OutcomeUnknownError,
+    StoreError,
+)
 
 Rows: TypeAlias = list[dict[str, Any]]
+T = TypeVar("T")
 
 _PAGE: Final = 200
+# The server is not there, this user may not ask it, or it hangs: all that it acknowledged is in the store.
+_UNANSWERED: Final = (NotServingError, KeyFileError, CallTimeoutError, OutcomeUnknownError)
 
 
-def _ask(
-    name: str, server: Callable[[EliminationClient], Rows], store: Callable[[Store], Rows]
-) -> tuple[Rows, str]:
+def _ask(name: str, server: Callable[[EliminationClient], T], store: Callable[[Store], T]) -> tuple[T, str]:
     """Return what the server or the store has; where there is neither, raise what the server's absence raised."""
     try:
         with EliminationClient(name) as client:
             return server(client), "server"
     except FollowerError:
         raise  # a store that is here is of another time, or of another name's
-    except (NotServingError, KeyFileError) as error:
+    except _UNANSWERED as error:
         directory = state_directory_of(name)
         try:
             with Store.read_only(directory) as opened:
@@ -42,29 +51,38 @@ def _ask(
 
 def events(name: str, hotkey: str | None, limit: int) -> tuple[Rows, str]:
     """Return the last events of a hotkey, or of all (None), newest first."""
-    return _ask(
-        name,
-        lambda client: _pages(client, hotkey, limit),
-        lambda store: [event.as_dict() for event in store.events(hotkey, limit)],
-    )
+    return _ask(name, lambda client: _pages(client, hotkey, limit), lambda store: _events_in(store, hotkey, limit))
 
 
 def debts(name: str, hotkey: str | None) -> tuple[Rows, str]:
     """Return what a hotkey owes, or what all do (None), oldest first."""
-    return _ask(
-        name,
-        lambda client: client.get_debts(hotkey),
-        lambda store: [debt.as_dict() for debt in store.debts(hotkey)],
-    )
+    return _ask(name, lambda client: client.get_debts(hotkey), lambda store: _debts_in(store, hotkey))
 
 
 def slashes(name: str, hotkey: str | None) -> tuple[Rows, str]:
     """Return the slashes of a hotkey, or of all (None), that were made or declined."""
+    return _ask(name, lambda client: client.get_slashes(hotkey), lambda store: _slashes_in(store, hotkey))
+
+
+def all_of(name: str, hotkey: str, limit: int) -> tuple[tuple[Rows, Rows, Rows], str]:
+    """Return a hotkey's last events, debts and slashes, all from one of the two."""
     return _ask(
         name,
-        lambda client: client.get_slashes(hotkey),
-        lambda store: [slash._asdict() for slash in store.slashes(hotkey)],
+        lambda client: (_pages(client, hotkey, limit), client.get_debts(hotkey), client.get_slashes(hotkey)),
+        lambda store: (_events_in(store, hotkey, limit), _debts_in(store, hotkey), _slashes_in(store, hotkey)),
     )
+
+
+def _events_in(store: Store, hotkey: str | None, limit: int) -> Rows:
+    return [event.as_dict() for event in store.events(hotkey, limit)]
+
+
+def _debts_in(store: Store, hotkey: str | None) -> Rows:
+    return [debt.as_dict() for debt in store.debts(hotkey)]
+
+
+def _slashes_in(store: Store, hotkey: str | None) -> Rows:
+    return [slash._asdict() for slash in store.slashes(hotkey)]
 
 
 def _pages(client: EliminationClient, hotkey: str | None, limit: int) -> Rows:

@@ -209,11 +209,9 @@ class _Page:
         try:
             reader = EliminationReader(self._name, owner=self._owner)
             record, status = reader.get_elimination(hotkey), reader.status(hotkey)
-            history, source = asking.events(self._name, hotkey, _EVENTS)
+            (history, debts, slashes), source = asking.all_of(self._name, hotkey, _EVENTS)
             if source == "store":
                 problem = "the server cannot be asked: history, debts and slashes are those of the store"
-            debts, _ = asking.debts(self._name, hotkey)
-            slashes, _ = asking.slashes(self._name, hotkey)
         except (ShmelimError, ValueError, TimeoutError) as error:
             problem = str(error)
         return self._render(

@@ -1,19 +1,24 @@
 """``shmelim debts``, ``slash resolve`` and what ``status`` says of both, against a real server and without one."""
 
 import json
+import os
 import shutil
+import signal
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 from crashing import call
 from invoking import CliRunner
 from serving import row
+from starlette.testclient import TestClient
 
 from shmelim import EliminationClient
 from shmelim.cli import output
 from shmelim.cli.main import cli
 from shmelim.eliminations.debts.states import new_attempt
+from shmelim.watch import asking, web
 
 A = "5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs"
 B = "5C5GANtAKokcPvJBGyLcFgY5fYuQaXC3MpVt75codZbLLZrZ"
@@ -98,6 +103,22 @@ def test_debts_are_listed(run):
     assert (found["source"], found["count"]) == ("server", 6)
     assert found["debts"][2]["in_doubt_since_ms"] > 0
     assert run("debts", "unknown").stdout == ""
+
+
+def test_what_a_server_that_hangs_does_not_answer_is_read_from_the_store(run, server, monkeypatch):
+    commands = (("debts",), ("history", A), ("slash", "list"))
+    listed = [run(*command).stdout for command in commands]
+    monkeypatch.setattr(asking, "EliminationClient", partial(EliminationClient, timeout=0.3))
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        assert [run(*command).stdout for command in commands] == listed
+        assert document(run("debts", "--json"))["source"] == "store"
+        page = TestClient(web.make_app(server.name), "http://localhost").get(f"/miner?hotkey={A}").text
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    assert "the server cannot be asked" in page
+    assert "in_doubt" in page
+    assert "Nothing is on record" not in page
 
 
 def test_debts_without_a_server(run, server):
