@@ -106,7 +106,7 @@ class SharedNamespace(Namespace):
             except OSError as error:
                 if isinstance(error, SegmentError):
                     raise
-                if error.errno not in {errno.ENOENT, errno.EEXIST}:
+                if error.errno != (errno.EEXIST if flags & os.O_CREAT else errno.ENOENT):
                     raise (_no_room(path, 0, error) if flags & os.O_CREAT else open_error(path, error)) from error
             else:
                 return file
@@ -351,6 +351,8 @@ def _no_room(path: str, size: int, error: Exception) -> Exception:
             f"no room for the {size:,} bytes of {path}: shared memory is full",
             hint="enlarge /dev/shm (Docker: --shm-size) or remove what fills it; the published state stands",
         )
+    if isinstance(error, FileNotFoundError):
+        return SegmentError(f"cannot make {path}: there is no {_SHM_DIR}", hint=f"mount a tmpfs at {_SHM_DIR}")
     if isinstance(error, OSError):
         return open_error(path, error, "make")
     return SegmentError(f"cannot make {path} of {size:,} bytes: {error}")

@@ -8,7 +8,7 @@ import pickle
 import stat
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import crashing
 import pytest
@@ -225,6 +225,21 @@ def test_a_squatter_on_the_names_of_root_and_lock_is_named(table_name: str, rest
         assert why in said
         Path(f"{path(table_name)}.lock").unlink(missing_ok=not rest)
     squatter.unlink(missing_ok=True)
+
+
+def test_where_there_is_no_shared_memory_nobody_is_said_to_serve(
+    table_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "_SHM_DIR", f"{tmp_path}/none")
+    with pytest.raises(SegmentError, match=r"there is no .*/none.*mount a tmpfs") as caught:
+        serve(table_name)
+    assert not isinstance(caught.value, AlreadyServingError)
+
+
+@pytest.mark.parametrize("owner", ["0", True, 0.0])
+def test_an_owner_is_a_uid(table_name: str, owner: Any) -> None:
+    with pytest.raises(TypeError, match="owner must be a uid"):
+        SharedNamespace(table_name, owner=owner)
 
 
 def test_readers_cannot_write(table_name: str) -> None:
