@@ -12,6 +12,7 @@ from shmelim.eliminations.reader import EliminationReader, WhenStale, plain
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import CallTimeoutError, NotServingError
 from shmelim.system.arguments import seconds_or_none
+from shmelim.system.clock import monotonic
 
 _WAIT_PAUSE: Final = 0.01
 
@@ -73,7 +74,7 @@ class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_o
         max_staleness: float | None = None,
         when_stale: WhenStale = "serve",
     ) -> None:
-        deadline = time.monotonic() + (seconds_or_none("wait", wait) or 0)
+        deadline = monotonic() + (seconds_or_none("wait", wait) or 0)
         super().__init__(name, wait=wait, max_staleness=max_staleness, when_stale=when_stale)
         self._arguments = {
             "timeout": timeout,
@@ -96,9 +97,9 @@ class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_o
                     connect_wait=connect_wait,
                 )
                 if wait is not None:
-                    self._client.connect(timeout=max(0.0, deadline - time.monotonic()))
+                    self._client.connect(timeout=max(0.0, deadline - monotonic()))
             except (NotServingError, CallTimeoutError):
-                if time.monotonic() >= deadline:
+                if monotonic() >= deadline:
                     raise
                 time.sleep(_WAIT_PAUSE)
             else:

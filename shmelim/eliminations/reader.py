@@ -13,6 +13,7 @@ from shmelim.eliminations.rows import Status
 from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, StaleError
 from shmelim.shm import Namespace, SharedNamespace, TableReader
 from shmelim.system.arguments import number, seconds_or_none
+from shmelim.system.clock import monotonic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,13 +131,13 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         return reader
 
     def _attach(self, namespace: Namespace, wait: float | None) -> None:
-        deadline = time.monotonic() + (seconds_or_none("wait", wait) or 0)
+        deadline = monotonic() + (seconds_or_none("wait", wait) or 0)
         while True:
             try:
                 limit = None if self.when_stale == "serve" else self.max_staleness
                 self._table = TableReader(namespace, max_staleness=limit)
             except NotServingError as error:
-                if time.monotonic() >= deadline:
+                if monotonic() >= deadline:
                     from shmelim.table.naming import is_a_table  # noqa: PLC0415  # nothing that a reader pays for
 
                     if isinstance(namespace, SharedNamespace) and is_a_table(namespace.name):

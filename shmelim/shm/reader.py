@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import functools
 import os
 import threading
 import time
@@ -70,6 +69,7 @@ from shmelim.shm.native import fence, wait_word
 from shmelim.shm.segment import Namespace, Segment
 from shmelim.shm.view import Batch, View
 from shmelim.system.arguments import number, whole
+from shmelim.system.clock import monotonic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,8 +101,6 @@ _SNAPSHOT_ATTEMPTS: Final = 1000
 _POLL_FIRST: Final = 20e-6
 _POLL_LONGEST: Final = 2e-3
 _LOOK_AT_NAME: Final = 0.5
-# As `system.clock` has it, which who only reads does not load: a deadline comes though a test stops the time.
-_monotonic = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 
 
 class WriterState:
@@ -572,7 +570,7 @@ class TableReader:
         Sleeps in the kernel, which the publish ends, and looks at the name every half second. Where writer and
         reader are not both compiled it polls, every 20 µs at first and every 2 ms later: 0.5 % of a core.
         """
-        deadline = None if timeout is None else _monotonic() + number("timeout", timeout, least=-inf)
+        deadline = None if timeout is None else monotonic() + number("timeout", timeout, least=-inf)
         seen = self._followed_version() if since is None else whole("since", since, least=-inf)
         pause = _POLL_FIRST
         while True:
@@ -582,7 +580,7 @@ class TableReader:
                 return True
             if self._view.root is not root:
                 continue
-            left = _LOOK_AT_NAME if deadline is None else min(deadline - _monotonic(), _LOOK_AT_NAME)
+            left = _LOOK_AT_NAME if deadline is None else min(deadline - monotonic(), _LOOK_AT_NAME)
             if left <= 0:
                 return False
             if not (root.words[WRITER_WAKES] and wait_word(root, VERSION, word, left)):

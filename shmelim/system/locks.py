@@ -12,6 +12,7 @@ from typing import Final
 
 from shmelim.errors import DamagedFileError
 from shmelim.system import forks
+from shmelim.system.clock import monotonic
 from shmelim.system.durable import reading
 
 _PID_SIZE: Final = 20  # bytes
@@ -39,9 +40,9 @@ class Lease:
     def acquire(self) -> None:
         """Take it; ``BlockingIOError`` if somebody has it, another ``OSError`` if the file cannot be used."""
         self._take_file()
-        deadline = time.monotonic() + _PATIENCE
+        deadline = monotonic() + _PATIENCE
         try:
-            while (descriptor := self._lock_directory()) is None and time.monotonic() < deadline:
+            while (descriptor := self._lock_directory()) is None and monotonic() < deadline:
                 time.sleep(_PAUSE)
         except BaseException:
             self.release()

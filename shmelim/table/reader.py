@@ -24,6 +24,7 @@ from shmelim.shm import (
     WriterInfo,
 )
 from shmelim.system.arguments import functions, seconds_or_none
+from shmelim.system.clock import monotonic
 from shmelim.table.naming import (
     MSGPACK,
     RAW,
@@ -222,12 +223,12 @@ class Reader(Mapping[K, V]):
         self._private = not isinstance(namespace, SharedNamespace)
         self._key_type = keys
         self._decode: Callable[[Any], V] = decode or _from_msgpack
-        deadline = time.monotonic() + (seconds_or_none("wait", wait) or 0)
+        deadline = monotonic() + (seconds_or_none("wait", wait) or 0)
         while True:
             try:
                 self._table = TableReader(namespace)
             except NotServingError as error:
-                if time.monotonic() >= deadline:
+                if monotonic() >= deadline:
                     raise _nothing_there(namespace.name) from error
                 time.sleep(_WAIT_PAUSE)
             else:

@@ -11,6 +11,7 @@ import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import freezegun
 import pytest
 from reference_validator import Managed
 from waiting import PATIENCE, until
@@ -85,6 +86,11 @@ def test_end_of_the_validator_is_noticed_in_the_midst_of_the_longest_pause(make:
         thread.join(PATIENCE)
         assert not thread.is_alive()
     assert loop._LOOK_AGAIN + deadlines._LOOK_AGAIN + deadlines._GRACE < 2.0, "what is promised is 2 s"
+
+
+def test_a_pause_ends_where_a_test_stops_the_time() -> None:
+    with freezegun.freeze_time("2030-01-01"):
+        loop._pause(0.01, lambda: False)
 
 
 def test_loop_pauses_while_a_sync_is_in_progress(make: Callable[..., Managed]) -> None:

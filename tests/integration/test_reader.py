@@ -1,6 +1,7 @@
 """A reader in any process: when it attaches, what it follows, and that it needs nobody."""
 
 import itertools
+import math
 import multiprocessing
 import os
 import pickle
@@ -8,16 +9,18 @@ import threading
 import time
 from collections.abc import Mapping
 
+import freezegun
 import numpy as np
 import pytest
 from crashing import Child, call
 from serving import Served, row, stamp_of
 
-from shmelim import EliminationManagerServer, EliminationReader, NotServingError, Status
+from shmelim import EliminationClient, EliminationManagerServer, EliminationReader, NotServingError, Status
 from shmelim.eliminations import reading as reading_module
 from shmelim.eliminations import rows as entry
 from shmelim.eliminations.record import decode
 from shmelim.shm import SharedNamespace, TableWriter
+from shmelim.table import Reader
 
 try:
     from test import mapping_tests
@@ -71,6 +74,17 @@ class TestAttaching:
     def test_waits_no_longer_than_it_is_told(self, table_name):
         with pytest.raises(NotServingError):
             EliminationReader(table_name, wait=0.05)
+
+    @pytest.mark.parametrize("kind", [EliminationReader, EliminationClient, Reader])
+    def test_waits_no_longer_where_a_test_stops_the_time_and_for_no_time_that_is_none(self, table_name, kind):
+        with freezegun.freeze_time("2030-01-01"), pytest.raises(NotServingError):
+            kind(table_name, wait=0.05)
+        with pytest.raises(ValueError, match="must be 0 or more, not nan"):
+            kind(table_name, wait=math.nan)
+
+    def test_waits_for_no_change_for_a_time_that_is_none(self, serve):
+        with pytest.raises(ValueError, match=r"timeout must be .* not nan"):
+            EliminationReader(serve().name).wait_for_change(math.nan)
 
     def test_to_a_writer_that_has_not_published_yet(self, table_name):
         with TableWriter(SharedNamespace(table_name)), pytest.raises(NotServingError, match="starting"):

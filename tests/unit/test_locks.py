@@ -5,6 +5,7 @@ import fcntl
 import os
 import time
 
+import freezegun
 import pytest
 from serving import row
 from waiting import until
@@ -30,6 +31,14 @@ def test_a_removed_file_lets_nobody_in(path):
         Lease(path).acquire()
     lease.release()
     Lease(path).acquire()
+
+
+def test_a_directory_that_is_locked_is_not_waited_for_longer_where_the_time_stands_still(path):
+    directory = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    with freezegun.freeze_time("2030-01-01"), pytest.raises(BlockingIOError):
+        Lease(path).acquire()
+    os.close(directory)
 
 
 def test_a_removed_file_is_put_back_and_names_its_holder(path):

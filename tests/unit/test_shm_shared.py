@@ -238,7 +238,7 @@ def test_where_there_is_no_shared_memory_nobody_is_said_to_serve(
 
 @pytest.mark.parametrize("owner", ["0", True, 0.0])
 def test_an_owner_is_a_uid(table_name: str, owner: Any) -> None:
-    with pytest.raises(TypeError, match="owner must be a uid"):
+    with pytest.raises(TypeError, match="owner must be a whole number"):
         SharedNamespace(table_name, owner=owner)
 
 

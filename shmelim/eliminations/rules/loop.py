@@ -23,6 +23,7 @@ from typing import Final
 from shmelim.eliminations.rules.alerts import WISHES, named
 from shmelim.eliminations.rules.processor import EliminationProcessor
 from shmelim.eliminations.rules.tick import Context
+from shmelim.system.clock import monotonic
 from shmelim.system.processes import set_title
 from shmelim.system.text import get_logger
 
@@ -80,8 +81,8 @@ def _ends_the_loop(context: Context, error: BaseException) -> bool:
 
 
 def _pause(seconds: float, stopping: Callable[[], bool]) -> None:
-    end = time.monotonic() + seconds
-    while not stopping() and (left := end - time.monotonic()) > 0:
+    end = monotonic() + seconds
+    while not stopping() and (left := end - monotonic()) > 0:
         time.sleep(min(left, _LOOK_AGAIN))
 
 
