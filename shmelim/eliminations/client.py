@@ -11,8 +11,7 @@ from shmelim.eliminations.calls import Calls, remote
 from shmelim.eliminations.reader import EliminationReader, WhenStale, plain
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import CallTimeoutError, NotServingError
-from shmelim.system.arguments import seconds_or_none
-from shmelim.system.clock import monotonic
+from shmelim.shm.reader import end_of, monotonic
 
 _WAIT_PAUSE: Final = 0.01
 
@@ -74,7 +73,7 @@ class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_o
         max_staleness: float | None = None,
         when_stale: WhenStale = "serve",
     ) -> None:
-        deadline = monotonic() + (seconds_or_none("wait", wait) or 0)
+        deadline = end_of(wait)
         super().__init__(name, wait=wait, max_staleness=max_staleness, when_stale=when_stale)
         self._arguments = {
             "timeout": timeout,

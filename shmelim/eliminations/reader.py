@@ -12,8 +12,7 @@ from shmelim.eliminations.reading import Reading, listed
 from shmelim.eliminations.rows import Status
 from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, StaleError
 from shmelim.shm import Namespace, SharedNamespace, TableReader
-from shmelim.system.arguments import number, seconds_or_none
-from shmelim.system.clock import monotonic
+from shmelim.shm.reader import end_of, monotonic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,7 +130,7 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         return reader
 
     def _attach(self, namespace: Namespace, wait: float | None) -> None:
-        deadline = monotonic() + (seconds_or_none("wait", wait) or 0)
+        deadline = end_of(wait)
         while True:
             try:
                 limit = None if self.when_stale == "serve" else self.max_staleness
@@ -266,6 +265,8 @@ def _checked(max_staleness: object, when_stale: object) -> tuple[float | None, W
         if when_stale != "serve":
             raise ValueError(f"when_stale={when_stale!r} needs max_staleness, in seconds")
         return None, "serve"
+    from shmelim.system.arguments import number  # noqa: PLC0415  # as most readers ask for none
+
     return float(number("max_staleness", max_staleness, most=TIMEOUT_MAX, unit="of seconds")), when_stale
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -68,8 +69,6 @@ from shmelim.shm.layout import (
 from shmelim.shm.native import fence, wait_word
 from shmelim.shm.segment import Namespace, Segment
 from shmelim.shm.view import Batch, View
-from shmelim.system.arguments import number, whole
-from shmelim.system.clock import monotonic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,6 +100,17 @@ _SNAPSHOT_ATTEMPTS: Final = 1000
 _POLL_FIRST: Final = 20e-6
 _POLL_LONGEST: Final = 2e-3
 _LOOK_AT_NAME: Final = 0.5
+# As `system.clock` has it, which who only reads does not load: a deadline comes though a test stops the time.
+monotonic: Final = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+
+
+def end_of(wait: float | None) -> float:
+    """Return when a wait of so many seconds from now on is over, on :data:`monotonic`; None: now."""
+    if wait is None:
+        return monotonic()
+    from shmelim.system.arguments import seconds  # noqa: PLC0415  # as few readers wait
+
+    return monotonic() + float(seconds("wait", wait))
 
 
 class WriterState:
@@ -570,6 +580,8 @@ class TableReader:
         Sleeps in the kernel, which the publish ends, and looks at the name every half second. Where writer and
         reader are not both compiled it polls, every 20 µs at first and every 2 ms later: 0.5 % of a core.
         """
+        from shmelim.system.arguments import number, whole  # noqa: PLC0415  # as few readers wait
+
         deadline = None if timeout is None else monotonic() + number("timeout", timeout, least=-inf)
         seen = self._followed_version() if since is None else whole("since", since, least=-inf)
         pause = _POLL_FIRST

@@ -24,7 +24,6 @@ from shmelim.shm.layout import ROOT_MAGIC, ROOT_SIZE
 from shmelim.shm.mapping import WRITE, check_file, map_file, open_error, open_file, untrusted
 from shmelim.shm.native import READ_PATH
 from shmelim.shm.segment import Lock, Namespace, Segment, check_name
-from shmelim.system.arguments import whole
 
 _SHM_DIR: Final = "/dev/shm"  # noqa: S108  # where Linux keeps POSIX shared memory
 _ZEROS: Final = bytes(1 << 20)
@@ -61,7 +60,12 @@ class SharedNamespace(Namespace):
             from shmelim.system.owner import named_owner  # noqa: PLC0415  # which few readers need
 
             owner = named_owner()
-        self._trusted = {os.geteuid(), 0} if owner is None else {whole("owner", owner, least=0)}
+        if owner is None:
+            self._trusted = {os.geteuid(), 0}
+        else:
+            from shmelim.system.arguments import whole  # noqa: PLC0415  # as above
+
+            self._trusted = {whole("owner", owner, least=0)}
 
     @property
     def readers_prefix(self) -> str:  # type: ignore[override]  # not to be set

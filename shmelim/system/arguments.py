@@ -34,11 +34,6 @@ def seconds(what: str, given: Any) -> Any:
     return number(what, given, unit="of seconds")
 
 
-def seconds_or_none(what: str, given: Any) -> Any:
-    """Return the same, or None where that is what was given."""
-    return given if given is None else seconds(what, given)
-
-
 def flags(**given: Any) -> None:
     """Raise ``TypeError`` unless all are True or False: the "no" of a configuration would be taken for a yes."""
     for what, value in given.items():

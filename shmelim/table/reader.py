@@ -23,8 +23,8 @@ from shmelim.shm import (
     TableReader,
     WriterInfo,
 )
-from shmelim.system.arguments import functions, seconds_or_none
-from shmelim.system.clock import monotonic
+from shmelim.shm.reader import end_of, monotonic
+from shmelim.system.arguments import functions
 from shmelim.table.naming import (
     MSGPACK,
     RAW,
@@ -223,7 +223,7 @@ class Reader(Mapping[K, V]):
         self._private = not isinstance(namespace, SharedNamespace)
         self._key_type = keys
         self._decode: Callable[[Any], V] = decode or _from_msgpack
-        deadline = monotonic() + (seconds_or_none("wait", wait) or 0)
+        deadline = end_of(wait)
         while True:
             try:
                 self._table = TableReader(namespace)
