@@ -386,7 +386,8 @@ class EliminationManagerServer(DebtMethods):
 
     def _renew_names(self) -> None:
         """Have names made again that were removed from ``/dev/shm``, in a thread that may wait for others."""
-        if not self._renewing.locked() and hasattr(self, "_state"):
+        # Not before the state is published, by another thread than the state's.
+        if not self._renewing.locked() and hasattr(self, "_mirror"):
             threading.Thread(target=self._renew, name="shmelim-renewal", daemon=True).start()
 
     def _renew(self) -> None:
@@ -394,6 +395,10 @@ class EliminationManagerServer(DebtMethods):
             self._tell_lost("names were removed from /dev/shm under this server: readers may be on an old state")
             try:
                 self._state.renew()
+                # Its own readers move while the names are there, which may be lost again before they read next.
+                _ = self.reader.version
+                if self._mirror is not None:
+                    self._mirror.follow()
             except (ShmelimError, OSError) as error:
                 hint = error.hint if isinstance(error, ShmelimError) else None
                 self._tell_lost(f"names were removed from /dev/shm, and are not made again: {error}", hint)

@@ -76,6 +76,19 @@ def with_generations_used_up(stage):
     return staging
 
 
+def test_it_answers_and_takes_changes_while_they_are_gone_again(server, table_name):
+    told = []
+    server.problems.subscribe(lambda change, problem: told.append((change, problem.name)))
+    remove_names(table_name)
+    until(lambda: ("cleared", "shared_memory_lost") in told, "the end of the problem")
+    remove_names(table_name)
+    assert not server.add_elimination_rpc("a", row("a", 1))
+    assert server.sync_eliminations_rpc([row("b")]) == ["a"]
+    assert server.get_eliminated_hotkeys_rpc() == {"b"}
+    server.save_eliminations_rpc()
+    assert server.health_check_rpc()["num_eliminations"] == 1
+
+
 def test_the_beat_goes_on_while_a_long_change_keeps_the_names_waiting(server, table_name):
     began, go_on = threading.Event(), threading.Event()
 

@@ -117,6 +117,10 @@ class FileMirror:
         if problem is not None:
             raise problem
 
+    def follow(self) -> None:
+        """Move to where the table is published by now."""
+        _ = self._table.version
+
     @contextmanager
     def at_rest(self) -> Iterator[Path]:
         """Keep the files from being written while they are read; then they are written anew."""
@@ -159,6 +163,8 @@ class FileMirror:
                 self._shown = version
         except StoreError as error:
             problem = error
+        except ShmelimError as error:  # of the table
+            problem = StoreError(f"the files in {self.directory} could not be written: {error}")
         except Exception as error:
             text = "the files in %s could not be written"
             _limited(logging.ERROR, "mistake", text, self.directory, exc_info=True)

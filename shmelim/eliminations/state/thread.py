@@ -76,6 +76,10 @@ class _Published(Reading):
     def __init__(self, namespace: Namespace) -> None:
         self._table = TableReader(namespace)
 
+    def follow(self) -> None:
+        """Move to where the table is published by now: from the last place nothing leads there but the name."""
+        _ = self._table.version
+
     def rows_of(self, hotkeys: list[str]) -> dict[str, Row]:
         """Return the rows of these hotkeys; the unknown are left out."""
         rows = {}
@@ -170,7 +174,7 @@ class State:
             self._thread.start()
 
     def renew(self) -> None:
-        """Make names again that were lost from ``/dev/shm``; errors as of the table's."""
+        """Make names again that were lost from ``/dev/shm``; errors as of the table's. Once changes are taken."""
         self.read(self._renew)
 
     def _renew(self, _store: Store) -> None:
@@ -179,6 +183,7 @@ class State:
         finally:
             # What is published then is what was, under another version.
             self._note_moved()
+        self._published.follow()
 
     def say_place(self, place: bytes) -> None:
         """Leave word in the table of where the channel is found."""
