@@ -284,6 +284,24 @@ def test_many_values_are_of_one_version_however_fast_publishes_come(table, monke
     assert gone is None
 
 
+def test_a_decoder_of_ones_own_is_given_bytes_wherever_values_come_from(table):
+    table.replace_all({"a": 1, "b": "two"})
+    reader = Reader(table.name, decode=lambda data: (type(data), bytes.hex(data)))
+    one_by_one = {key: reader[key] for key in "ab"}
+    assert {kind for kind, _ in one_by_one.values()} == {bytes}
+    assert dict(reader.items()) == dict(reader.snapshot()) == one_by_one
+    assert list(reader.values()) == list(one_by_one.values()) == reader.many(["a", "b"])
+
+
+def test_a_snapshot_that_publishes_overtook_differs_in_nothing_that_is_the_same(table, monkeypatch):
+    table.replace_all({"a": 1, "b": "two"})
+    reader = Reader(table.name)
+    quick = reader.snapshot()
+    monkeypatch.setattr(type(reader._keys), "collect", lambda _: None)
+    overtaken = reader.snapshot()
+    assert overtaken.differences(quick)[1:] == quick.differences(overtaken)[1:] == ({}, [])
+
+
 def test_a_snapshot_stays_and_changes_are_told_from_it(table):
     reader = Reader(table.name)
     table.replace_all({"same": 1, "other": 1, "gone": 1, "again": 1})
