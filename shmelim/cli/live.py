@@ -39,8 +39,8 @@ _PATIENCE: Final = 1.0  # seconds between two tries to reach a server that is aw
 def watch(settings: Settings, *, since: int | None, count: int | None) -> int:
     """Show changes as they come, oldest first, until Ctrl-C: when, what, to whom, by which process, old → new.
 
-    Sleeps until something changes, and waits while the server is away. What cannot be told because it happened
-    while nobody could be asked is said on stderr.
+    Sleeps until something changes, and waits while the server is away, which is said on stderr; so is what cannot
+    be told because it happened while nobody could be asked.
 
     Of a table that follows another host's, each change as it arrives; who made it is known where its server runs.
 
@@ -55,19 +55,21 @@ def watch(settings: Settings, *, since: int | None, count: int | None) -> int:
         return _watch_follower(settings, reader, count)
     with EliminationClient(settings.name) as client:
         seen = client.version if since is None else since
-        shown = 0
+        shown, waiting = 0, False
         while True:
             try:
                 found = client.changes(seen)
             except ChangesUnknownError as error:
-                warning = f"{error.message}; `shmelim history` has it"
-                said = json.dumps({"warning": warning}) if settings.as_json else f"warning: {printable(warning)}"
-                click.echo(said, err=True)
+                _warn(settings, f"{error.message}; `shmelim history` has it")
                 seen = client.version
                 continue
-            except (ChannelError, NotServingError):
+            except (ChannelError, NotServingError) as error:
+                if not waiting:
+                    _warn(settings, f"{error.message}; waiting for the server")
+                waiting = True
                 sleep(_PATIENCE)
                 continue
+            waiting = False
             seen = found["version"]
             for event in found["events"]:
                 _show({"version": seen, **event}, as_json=settings.as_json)
@@ -75,6 +77,11 @@ def watch(settings: Settings, *, since: int | None, count: int | None) -> int:
                 if shown == count:
                     return YES
             client.wait_for_change(None, seen)
+
+
+def _warn(settings: Settings, text: str) -> None:
+    """Say at once on stderr what no change says."""
+    click.echo(json.dumps({"warning": text}) if settings.as_json else f"warning: {printable(text)}", err=True)
 
 
 def _watch_follower(settings: Settings, reader: EliminationReader, count: int | None) -> int:

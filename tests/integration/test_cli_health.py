@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from invoking import CliRunner
 from serving import row
-from waiting import until
+from waiting import PATIENCE, until
 
 from shmelim.cli import health
 from shmelim.cli.main import cli
@@ -124,6 +126,21 @@ def test_a_server_that_is_stopped_is_not_to_be_started_before_it_is_ended(run, s
     assert f"kill -KILL {server.pid}" in problem["remedy"]
     server.kill()
     until(lambda: f"kill -KILL {server.pid}" not in run("health").stdout)
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_who_watches_hears_once_that_the_server_is_waited_for(server, words):
+    server.kill()
+    command = [sys.executable, "-m", "shmelim", "watch", "--name", server.name, "--count", "1", *words]
+    env = os.environ | {"XDG_RUNTIME_DIR": str(server.runtime.parent)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+        said = watching.stderr.readline()
+        assert "nobody serves at" in said
+        assert "waiting for the server" in (json.loads(said)["warning"] if words else said)
+        with server.start().client() as client:
+            client.add_elimination("a", row("a"))
+        assert "add" in watching.stdout.readline()
+        assert (watching.wait(PATIENCE), watching.stderr.read()) == (0, "")
 
 
 def test_a_name_that_was_never_served(new_name):
