@@ -1233,21 +1233,23 @@ def test_the_demo_holds_and_leaves_nothing():
 
 
 def test_the_demo_goes_without_hosts_of_their_own_where_they_cannot_be_made(monkeypatch):
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, contextlib.ExitStack() as undo:
         patch.setattr(os, "geteuid", lambda: 1000)
-        assert not hosts.Hosts(3)
-        assert "root" in hosts.Hosts(3).missing
+        found, missing = hosts.make_hosts(3, undo)
+        assert not found
+        assert "root" in missing
 
     def refuse(*arguments):
         if arguments[:2] == ("link", "add"):
-            raise subprocess.CalledProcessError(2, "ip", stderr=b"RTNETLINK answers: Operation not permitted")
+            raise subprocess.CalledProcessError(2, "ip", stderr="RTNETLINK answers: Operation not permitted\n")
         made.append(arguments)
 
     made: list[tuple[str, ...]] = []
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(hosts.shutil, "which", lambda _name: "/usr/sbin/ip")
     monkeypatch.setattr(hosts, "_ip", refuse)
-    found = hosts.Hosts(3)
-    assert found.missing == "no network namespace can be made: RTNETLINK answers: Operation not permitted"
-    assert found.command(0) == []
+    with contextlib.ExitStack() as undo:
+        found, missing = hosts.make_hosts(3, undo)
+        assert not found
+        assert missing == "no network namespace can be made: RTNETLINK answers: Operation not permitted"
     assert [each[:2] for each in made if each[0] == "netns"] == [("netns", "add"), ("netns", "delete")]

@@ -432,7 +432,7 @@ def test_a_demo_broken_off_leaves_nothing(tmp_path, number):
         # A shell has its background jobs ignore SIGINT, and this run may be one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
-    announced = "*/run/shmelim/*/server.json"
+    announced = "shmelim-demo-*/*/server.json"
     until(lambda: list(tmp_path.glob(announced)) or process.poll() is not None, "that the demo's server runs")
     (found,) = tmp_path.glob(announced)
     name, server = found.parent.name, json.loads(found.read_text())["pid"]
@@ -465,9 +465,9 @@ def test_a_demo_that_finds_something_names_it_and_ends_with_1(monkeypatch):
 
 
 def test_a_demo_whose_server_does_not_start_is_one_line(monkeypatch, tmp_path):
-    from shmelim.cli.demo import scenario
+    from shmelim.cli.demo import stage
 
-    monkeypatch.setattr(scenario.sys, "executable", "/bin/false")
+    monkeypatch.setattr(stage.sys, "executable", "/bin/false")
     result = CliRunner().invoke(cli, ["demo"], env={"TMPDIR": str(tmp_path)})
     assert result.exit_code == 4
     assert "ended or hangs: it said nothing" in result.stderr

@@ -176,7 +176,7 @@ def test_a_ledger_misses_what_was_acknowledged(ledger):
 def test_a_ledger_allows_both_outcomes_of_what_is_in_doubt(ledger):
     record = make_record(HOTKEYS[4], 1, 2)
     before, after = dict(ledger.records), {**ledger.records, HOTKEYS[4]: record}
-    ledger.doubt = record
+    ledger.doubt[HOTKEYS[4]] = record
     assert ledger.lost(before) == ledger.lost(after) == 0
     assert ledger.lost({**before, HOTKEYS[4]: make_record(HOTKEYS[4], 1, 3)}) == 1
     elsewhere = {**before, HOTKEYS[5]: record}
@@ -188,7 +188,7 @@ def test_a_ledger_allows_both_outcomes_of_what_is_in_doubt(ledger):
 
 def test_changes_that_the_history_lacks_are_counted(monkeypatch, tmp_path):
     first, second, third = (encode(make_record(hotkey, 1, 1)) for hotkey in HOTKEYS[:3])
-    played = Scenario("unused", tmp_path, 1.0, 1)
+    played = Scenario(SimpleNamespace(home=tmp_path), 1.0, 1)
     played._ledger.put(*(make_record(hotkey, 1, 1) for hotkey in HOTKEYS[:3]))
     played._ledger.drop(HOTKEYS[0])
 

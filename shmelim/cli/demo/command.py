@@ -1,28 +1,20 @@
-"""The ``demo`` command: a place of its own, the scenario in it, the report, and nothing left behind."""
+"""The ``demo`` command: a stage, the scenario on it, and the report."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
-import shutil
 import signal
 import sys
-import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 
 from shmelim.cli import output
-from shmelim.cli.demo.scenario import ENDING_SIGNALS, Scenario, signals_held
+from shmelim.cli.demo.scenario import Scenario
+from shmelim.cli.demo.stage import Stage, handled
 from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Number, Settings, command
-from shmelim.shm import SharedNamespace
 from shmelim.system.text import printable
-
-if TYPE_CHECKING:
-    from shmelim.cli.demo.fleet import FleetScenario
 
 _WHOLE: Final = 100
 
@@ -67,44 +59,34 @@ def demo(settings: Settings, *, seconds: float, readers: int | None, fleet: bool
       shmelim demo --fleet
       shmelim demo --seconds 60 --readers 8 --json
     """
-    name = f"demo-{secrets.token_hex(4)}"
-    with contextlib.ExitStack() as stack:
-        for number in ENDING_SIGNALS[1:]:  # Ctrl-C raises by itself
-            before = signal.signal(number, lambda it, _: sys.exit(128 + it))
-            stack.callback(signal.signal, number, before)
-        scenario: Scenario | FleetScenario
-        if fleet:
-            from shmelim.cli.demo.fleet import FleetScenario
-
-            scenario = stack.enter_context(FleetScenario(name))
-        else:
-            readers = readers or min(64, max(1, len(os.sched_getaffinity(0)) - 1))
-            home = Path(tempfile.mkdtemp(prefix="shmelim-demo-"))
-            scenario = Scenario(name, home, seconds, readers)
-            stack.callback(_clean_up, scenario, name, home)
+    # Ctrl-C raises by itself.
+    with handled(lambda number, _: sys.exit(128 + number), signal.SIGTERM, signal.SIGHUP), Stage() as stage:
         if sys.stderr is not None and sys.stderr.isatty():
             from rich.console import Console
 
-            line = stack.enter_context(Console(stderr=True).status(""))
-            scenario.narrate = lambda what: line.update(f"{what} …")
-        found = scenario.run()
-    found = {"name": name, "ok": not any(found["invariants"].values()), **found}
-    settings.answer(found, lambda: _show_fleet(found) if fleet else show(found))
+            line = stage.enter_context(Console(stderr=True).status(""))
+            stage.narrate = lambda what: line.update(f"{what} …")
+        if fleet:
+            from shmelim.cli.demo.fleet import FleetScenario
+
+            found = FleetScenario(stage).run()
+        else:
+            readers = readers or min(64, max(1, len(os.sched_getaffinity(0)) - 1))
+            found = Scenario(stage, seconds, readers).run()
+    found = {"name": stage.name, "ok": not any(found["invariants"].values()), **found}
+    settings.answer(found, lambda: _show(found))
     return YES if found["ok"] else NO
 
 
-def _show_fleet(found: dict[str, Any]) -> None:
-    rows = (
-        (each["fault"], *(f"{seconds:.2f} s" for seconds in each["equal_after_s"]), each["took_snapshot"])
-        for each in found["faults"]
-    )
-    output.records(["what happened", "follower 1 equal after", "2", "3", "snapshots taken"], rows)
-    click.echo()
-    show({**found, "readers": []})
-
-
-def show(found: dict[str, Any]) -> None:
-    """Print the figures, each invariant, and how many of them held."""
+def _show(found: dict[str, Any]) -> None:
+    """Print the faults and the figures, each invariant, and how many of them held."""
+    if "faults" in found:
+        rows = (
+            (each["fault"], *(f"{seconds:.2f} s" for seconds in each["equal_after_s"]), each["took_snapshot"])
+            for each in found["faults"]
+        )
+        output.records(["what happened", "follower 1 equal after", "2", "3", "snapshots taken"], rows)
+        click.echo()
     for what, figure in found["figures"].items():
         shown = f"{figure:,.0f}" if isinstance(figure, int) or figure > _WHOLE else f"{figure:.1f}"
         click.echo(f"{shown:>12}  {what.replace('_', ' ')}")
@@ -112,14 +94,7 @@ def show(found: dict[str, Any]) -> None:
     for invariant, violations in found["invariants"].items():
         verdict = f"VIOLATED {violations:,} times" if violations else "held"
         click.secho(f"{verdict}: {invariant}", fg="red" if violations else "green")
-    for error in [error for reader in found["readers"] for error in reader["errors"]]:
+    for error in [error for reader in found.get("readers", ()) for error in reader["errors"]]:
         click.echo(f"error: {printable(error)}")
     held = sum(not violations for violations in found["invariants"].values())
     click.echo(f"\n{held} of {len(found['invariants'])} invariants held")
-
-
-def _clean_up(scenario: Scenario, name: str, home: Path) -> None:
-    with signals_held():
-        scenario.close()
-        SharedNamespace(name).remove()
-        shutil.rmtree(home, ignore_errors=True)

@@ -9,85 +9,50 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 from typing import Final
 
-_NETWORK: Final = "198.18"
 _TIMEOUT: Final = 10.0
 
 
-class Hosts:
-    """So many namespaces; none, and ``missing`` says why, where they cannot be made."""
+class Host:
+    """A network namespace and its link to this host, whose address is ``here`` on it."""
 
-    def __init__(self, count: int) -> None:
-        self.missing = ""
-        self._names: list[str] = []
-        if os.geteuid() != 0 or shutil.which("ip") is None:
-            self.missing = "network namespaces need root, and iproute2"
-            return
-        try:
-            for number in range(count):
-                self._make(number)
-        except (OSError, subprocess.SubprocessError) as error:
-            self.close()
-            self.missing = f"no network namespace can be made: {_said(error)}"
+    def __init__(self, number: int, undo: contextlib.ExitStack) -> None:
+        network = f"198.18.{os.getpid() % 256}"
+        self.here, there = f"{network}.{4 * number + 1}", f"{network}.{4 * number + 2}"
+        self._name = f"shmelim-demo-{os.getpid()}-{number}"
+        self._link = f"sh{os.getpid()}-{number}"  # an interface's name has at most 15 characters
+        undo.callback(self._remove)
+        _ip("netns", "add", self._name)
+        _ip("link", "add", self._link, "type", "veth", "peer", "name", self._link, "netns", self._name)
+        _ip("address", "add", f"{self.here}/30", "dev", self._link)
+        _ip("link", "set", self._link, "up")
+        _ip("-n", self._name, "address", "add", f"{there}/30", "dev", self._link)
+        _ip("-n", self._name, "link", "set", self._link, "up")
 
-    def __bool__(self) -> bool:
-        return bool(self._names)
+    def command(self, *command: str) -> list[str]:
+        """Return what runs a command there."""
+        return ["ip", "netns", "exec", self._name, *command]
 
-    def __len__(self) -> int:
-        return len(self._names)
+    def link(self, state: str) -> None:
+        """Cut the link (``"down"``), or mend it (``"up"``)."""
+        _ip("link", "set", self._link, state)
 
-    def here(self, number: int) -> str:
-        """Return the address of this host, as a host of its own sees it."""
-        return f"{_NETWORK}.{os.getpid() % 256}.{4 * number + 1}"
-
-    def command(self, number: int) -> list[str]:
-        """Return what a command begins with that is to run on a host."""
-        return ["ip", "netns", "exec", self._names[number]] if self else []
-
-    def link(self, number: int, state: str) -> None:
-        """Cut the link to a host (``"down"``), or mend it (``"up"``)."""
-        _ip("link", "set", self._link(number), state)
-
-    def close(self) -> None:
-        """Remove them all."""
-        for number, name in enumerate(self._names):
-            with contextlib.suppress(OSError, subprocess.SubprocessError):
-                # The other end goes with it, which may still be here.
-                _ip("link", "delete", self._link(number))
-            with contextlib.suppress(OSError, subprocess.SubprocessError):
-                _ip("netns", "delete", name)
-        self._names.clear()
-
-    def _make(self, number: int) -> None:
-        name, here, there = f"shmelim-demo-{os.getpid()}-{number}", self._link(number), f"{self._link(number)}p"
-        _ip("netns", "add", name)
-        self._names.append(name)
-        _ip("link", "add", here, "type", "veth", "peer", "name", there)
-        _ip("link", "set", there, "netns", name)
-        _ip("address", "add", f"{self.here(number)}/30", "dev", here)
-        _ip("link", "set", here, "up")
-        _ip("-n", name, "address", "add", f"{_NETWORK}.{os.getpid() % 256}.{4 * number + 2}/30", "dev", there)
-        _ip("-n", name, "link", "set", there, "up")
-
-    @staticmethod
-    def _link(number: int) -> str:
-        return f"sh{os.getpid()}-{number}"  # an interface's name has at most 15 characters
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            _ip("netns", "delete", self._name)  # both ends of the link go with it
 
 
-def free_port(address: str) -> int:
-    """Return a port that is free on an address of this host."""
-    with socket.socket() as listening:
-        listening.bind((address, 0))
-        return int(listening.getsockname()[1])
+def make_hosts(count: int, undo: contextlib.ExitStack) -> tuple[list[Host], str]:
+    """Return so many hosts; none, and why, where they cannot be made."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return [], "network namespaces need root, and iproute2"
+    try:
+        return [Host(number, undo) for number in range(count)], ""
+    except (OSError, subprocess.SubprocessError) as error:
+        return [], f"no network namespace can be made: {getattr(error, 'stderr', None) or error}".strip()
 
 
 def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=_TIMEOUT)  # noqa: S603, S607
-
-
-def _said(error: Exception) -> str:
-    said = getattr(error, "stderr", None)
-    return said.decode(errors="replace").strip() if isinstance(said, bytes) and said else str(error)
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=_TIMEOUT)  # noqa: S603, S607

@@ -24,12 +24,12 @@ import msgspec
 
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.reader import EliminationReader
-from shmelim.eliminations.record import EliminationReason
+from shmelim.eliminations.record import EliminationReason, generate_row
 
 REAL_HOTKEYS: Final = resources.files("shmelim") / "data" / "default_departed_hotkeys.json"
 BATCH: Final = 100  # checks between two looks at the clock
 _SHOWN: Final = 3  # errors
-_REASONS: Final = [reason.value for reason in EliminationReason]
+_REASONS: Final = list(EliminationReason)
 
 
 class Cast(NamedTuple):
@@ -55,15 +55,10 @@ def cast() -> Cast:
 def make_record(hotkey: str, stamp: int, serial: int) -> dict[str, Any]:
     """Return a hotkey's record as a change writes it after a sync; the same for the same arguments."""
     figures = random.Random(f"{hotkey} {serial}")  # noqa: S311 - plausible figures, not secrets
-    record: dict[str, Any] = {
-        "hotkey": hotkey,
-        "dd": round(figures.uniform(0.02, 0.3), 4),
-        "reason": figures.choice(_REASONS),
-        "elimination_initiated_time_ms": 1_738_000_000_000 + figures.randrange(10**10),
-        "price_info": {pair: round(figures.uniform(1, 1e5), 5) for pair in ("BTC/USD", "ETH/USD", "EUR/USD")},
-        "stamp": stamp,
-        "serial": serial,
-    }
+    prices = {pair: round(figures.uniform(1, 1e5), 5) for pair in ("BTC/USD", "ETH/USD", "EUR/USD")}
+    drawdown, reason = round(figures.uniform(0.02, 0.3), 4), figures.choice(_REASONS)
+    row = generate_row(hotkey, drawdown, reason, 1_738_000_000_000 + figures.randrange(10**10), prices)
+    record = {**row, "stamp": stamp, "serial": serial}
     return {**record, "checksum": _checksum(record)}
 
 
@@ -144,12 +139,15 @@ def main(name: str) -> None:
         before = watcher.counts["reads"]
         watcher.round()
         if asked:
-            about = {"pid": os.getpid(), "retries": reader.retries, "errors": watcher.errors}
-            now = {
+            tally = {
+                **watcher.counts,
+                "pid": os.getpid(),
+                "retries": reader.retries,
+                "errors": watcher.errors,
                 "round": watcher.counts["reads"] - before,
                 "sees_first": reader.is_hotkey_eliminated(parts.first),
             }
-            print(json.dumps({**watcher.counts, **about, **now}), flush=True)  # noqa: T201 - the demo reads it
+            print(json.dumps(tally), flush=True)  # noqa: T201 - the demo reads it
 
 
 if __name__ == "__main__":
