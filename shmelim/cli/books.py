@@ -90,7 +90,7 @@ def history(
     settings.table(
         {"source": source, "events": found},
         ("when (UTC)", "action", "hotkey", "by", "change"),
-        ((utc_text(it["at_ms"]), it["action"], it["hotkey"], who(it), change(it)) for it in found),
+        map(cells, found),
     )
     return YES
 
@@ -111,18 +111,18 @@ def _prune(settings: Settings, before: str, *, dry_run: bool, yes: bool) -> int:
     return YES if pruned or (dry_run and count) else NO
 
 
-def who(event: Mapping[str, Any]) -> str:
-    """Return which process made a change, and whose it is."""
+def cells(event: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return a change as it is shown: when, what, to whom, by which process, old → new."""
     uid = "" if event["uid"] is None else f" uid {event['uid']}"
-    return f"{event['program']}[{event['pid']}]{uid}"
+    who = f"{event['program']}[{event['pid']}]{uid}"
+    return utc_text(event["at_ms"]), event["action"], event["hotkey"], who, _change(event)
 
 
-def change(event: Mapping[str, Any]) -> str:
+def _change(event: Mapping[str, Any]) -> str:
     """Return old → new, as short as it can be said, and the note."""
     old, new = event["old"], event["new"]
     if old and new:
-        pairs = differing(old, new)
-        said = ", ".join(f"{field}: {' → '.join(map(output.value, pair))}" for field, pair in pairs.items())
+        said = output.changed_fields(differing(old, new))
     else:
         said = f"{_brief(old)} → {_brief(new)}".strip() if old or new else ""
     return f"{said} ({event['note']})".strip() if event["note"] else said

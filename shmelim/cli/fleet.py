@@ -180,7 +180,7 @@ def follow(
             who=f"{host}/{name}",
             host=host,
             position=table.position,
-            loading=Loading(progress, say),
+            loading=telling_loading(progress, say),
         )
         try:
             run_follower(follower, table, _stopping(), say)
@@ -370,20 +370,18 @@ def _stopping() -> threading.Event:
     return stop
 
 
-class Loading:
-    """Says how far a snapshot is: a bar on a terminal, and an event a second."""
+def telling_loading(progress: DelayedProgress, say: Callable[..., object]) -> Callable[[int, int], None]:
+    """Return what says how far a snapshot is: a bar on a terminal, and an event a second."""
+    said = time.monotonic()
 
-    def __init__(self, progress: DelayedProgress, say: Callable[..., object], every: float = 1.0) -> None:
-        self._progress, self._say, self._every = progress, say, every
-        self._said = time.monotonic()
+    def loading(done: int, rows: int) -> None:
+        nonlocal said
+        progress.update("taking a snapshot", done, rows)
+        if (now := time.monotonic()) - said >= 1:
+            said = now
+            say("loading", rows=done, of=rows)
 
-    def __call__(self, done: int, rows: int) -> None:
-        """Take that so many rows of so many are there."""
-        self._progress.update("taking a snapshot", done, rows)
-        now = time.monotonic()
-        if now - self._said >= self._every:
-            self._said = now
-            self._say("loading", rows=done, of=rows)
+    return loading
 
 
 def _teller(

@@ -12,7 +12,7 @@ from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import ChannelError, NotServingError
 from shmelim.fleet.publishing import publishing
-from shmelim.watch.seeing import see, with_publisher
+from shmelim.watch.seeing import problem_of, see, with_publisher
 
 CODES: Final = {"ok": 0, "degraded": 1, "failing": 2}
 """Exit codes of what a server says of itself."""
@@ -43,9 +43,7 @@ def health(settings: Settings) -> int:
         seen = see(settings.name)
         answer = {"status": seen.status, "problems": seen.problems}
     else:
-        answer = _ask(settings.name)
-        judged = with_publisher(publishing(settings.name), answer["status"], answer["problems"])
-        answer = dict(zip(("status", "problems"), judged, strict=True))
+        answer = with_publisher(publishing(settings.name), _ask(settings.name))
     found = {
         "status": answer["status"],
         "pid": writer.pid,
@@ -64,11 +62,10 @@ def _ask(name: str) -> dict[str, Any]:
         raise ChannelError(f"the writer of {name!r} lives and cannot be asked: {error}") from None
     try:
         with EliminationClient(name, timeout=_ASKING) as client:
-            answer = client.health_check()
+            answer: dict[str, Any] = client.health_check()
     except (ChannelError, NotServingError, TimeoutError) as error:
-        text = f"the server does not answer: {error}"
-        problem = {"name": "no_answer", "subject": "", "severity": "failing", "text": text, "remedy": None}
-        return {"status": "failing", "problems": [problem | {"since_ms": None}]}
+        silence = ChannelError(f"the server does not answer: {error}")
+        return {"status": "failing", "problems": [problem_of("no_answer", silence)]}
     return answer
 
 

@@ -13,13 +13,13 @@ from typing import Any, Final
 import click
 
 from shmelim.cli import output
-from shmelim.cli.books import change, who
+from shmelim.cli.books import cells
 from shmelim.cli.failure import YES
 from shmelim.cli.options import COUNT, Settings, command
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import ChangesUnknownError, ChannelError, NotServingError, SegmentError
-from shmelim.system.clock import now_ms, utc_text
+from shmelim.system.clock import now_ms
 from shmelim.system.containers import finite
 from shmelim.system.text import printable
 
@@ -110,8 +110,7 @@ def _show(event: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(finite(event), default=str))
     else:
-        columns = (utc_text(event["at_ms"]), event["action"], event["hotkey"], who(event), change(event))
-        click.echo("\t".join(map(output.value, columns)))
+        click.echo("\t".join(map(output.value, cells(event))))
 
 
 @command

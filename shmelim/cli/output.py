@@ -148,6 +148,11 @@ def size(count: float) -> str:
     return f"{count / _KIB:,.1f} GiB"
 
 
+def changed_fields(fields: Mapping[str, tuple[object, object]]) -> str:
+    """Return the fields in which two records differ, as field: old → new."""
+    return ", ".join(f"{field}: {' → '.join(map(value, pair))}" for field, pair in fields.items())
+
+
 def problem(found: Mapping[str, Any]) -> str:
     """Return a named problem, as a health check lists it, in one line."""
     remedy = f" ({found['remedy']})" if found["remedy"] else ""

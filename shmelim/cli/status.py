@@ -64,9 +64,7 @@ def status(settings: Settings, *, verify: bool) -> int:
     follows = _follows(reader)
     channel, state_dir, server = _ask(settings.name) if follows is None else (dict(_NO_CHANNEL), None, None)
     published = publishing(settings.name) if follows is None else None
-    if server is not None:
-        judged = with_publisher(published, server["status"], server["problems"])
-        server = server | dict(zip(("status", "problems"), judged, strict=True))
+    server = server and with_publisher(published, server)
     debts, in_doubt = _owed(server, state_dir)
     found = {
         **_of(table, "version", "generation"),

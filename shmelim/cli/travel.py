@@ -101,7 +101,5 @@ def _difference(old: Rows, new: Rows) -> dict[str, list[Any]]:
 
 def _lines(found: Mapping[str, list[Any]]) -> list[tuple[str, str, str]]:
     lines = [(what, row["hotkey"], str(row["reason"])) for what in ("added", "removed") for row in found[what]]
-    for each in found["changed"]:
-        pairs = (f"{field}: {' → '.join(map(output.value, pair))}" for field, pair in each["fields"].items())
-        lines.append(("changed", each["hotkey"], ", ".join(pairs)))
+    lines += [("changed", each["hotkey"], output.changed_fields(each["fields"])) for each in found["changed"]]
     return lines

@@ -42,9 +42,9 @@ def see(name: str, owner: int | None = None) -> Seen:
         reader = EliminationReader(name, owner=owner)
         writer, table = reader.writer, reader.table
     except NotServingError as error:
-        return Seen("not served", [_problem("not_served", error)], None, None, None)
+        return Seen("not served", [problem_of("not_served", error)], None, None, None)
     except SegmentError as error:
-        return Seen("failing", [_problem("table_unreadable", error)], None, None, None)
+        return Seen("failing", [problem_of("table_unreadable", error)], None, None, None)
     if reader.source is not None or not writer.alive:
         return _unasked(reader, writer, table)
     try:
@@ -53,23 +53,22 @@ def see(name: str, owner: int | None = None) -> Seen:
     except (ShmelimError, TimeoutError) as error:
         is_silent = isinstance(error, (ChannelError, NotServingError, TimeoutError))
         if is_silent and not isinstance(error, CallerFaultError):
-            return Seen("failing", [_problem("no_answer", error)], writer, table, None)
+            return Seen("failing", [problem_of("no_answer", error)], writer, table, None)
         # This user, or this process, may not ask, and the server may be well.
-        return Seen("ok", [_problem("cannot_check", error) | {"severity": "notice"}], writer, table, None)
+        return Seen("ok", [problem_of("cannot_check", error) | {"severity": "notice"}], writer, table, None)
     found = publishing(name)
-    status, problems = with_publisher(found, server["status"], server["problems"])
-    return Seen(status, problems, writer, table, server, found)
+    judged = with_publisher(found, server)
+    return Seen(judged["status"], judged["problems"], writer, table, server, found)
 
 
-def with_publisher(
-    found: Publishing | None, status: str, problems: list[dict[str, Any]]
-) -> tuple[str, list[dict[str, Any]]]:
-    """Return a status and problems with what is wrong with the name's publisher."""
+def with_publisher(found: Publishing | None, health: dict[str, Any]) -> dict[str, Any]:
+    """Return a health check whose status and problems count what is wrong with the name's publisher."""
     if found is None or (wrong := found.problem()) is None:
-        return status, problems
+        return health
     name, severity, error = wrong
-    listed = [*problems, _problem(name, error) | {"severity": severity, "since_ms": found.since_ms}]
-    return "degraded" if status == "ok" and severity == "degraded" else status, listed
+    status = "degraded" if health["status"] == "ok" and severity == "degraded" else health["status"]
+    about = {"severity": severity, "since_ms": found.since_ms}
+    return health | {"status": status, "problems": [*health["problems"], problem_of(name, error) | about]}
 
 
 def _unasked(reader: EliminationReader, writer: WriterInfo, table: TableInfo) -> Seen:
@@ -79,7 +78,7 @@ def _unasked(reader: EliminationReader, writer: WriterInfo, table: TableInfo) ->
         known = "is not known yet" if age is None else f"is {age:.0f} s"
         text = f"the table follows {source!r}, and how old it is {known}"
         hint = "see `shmelim fleet status`: is it held, is the follower here running, and the publisher there?"
-        problems.append(_problem("follower_old", ShmelimError(text, hint=hint)) | {"severity": "degraded"})
+        problems.append(problem_of("follower_old", ShmelimError(text, hint=hint)) | {"severity": "degraded"})
     if not writer.alive:
         state = f"process {writer.pid}, {writer.state}, has no heartbeat any more"
         hint = f"start {'the server' if source is None else '`shmelim follow`'} again"
@@ -87,12 +86,13 @@ def _unasked(reader: EliminationReader, writer: WriterInfo, table: TableInfo) ->
             state += ", and runs: it hangs, or is stopped"
             hint = f"end it (kill -KILL {writer.pid}), and {hint}, unless a validator does"
         found = NotServingError(f"nobody serves {reader.name!r}: {state}", hint=hint)
-        problems.insert(0, _problem("not_served", found))
+        problems.insert(0, problem_of("not_served", found))
     status = "ok" if not problems else "degraded" if writer.alive else "not served"
     return Seen(status, problems, writer, table, None, source=source, staleness=age)
 
 
-def _problem(name: str, error: Exception) -> dict[str, Any]:
+def problem_of(name: str, error: Exception) -> dict[str, Any]:
+    """Return an error as a problem that a health check lists."""
     text, remedy = (error.message, error.hint) if isinstance(error, ShmelimError) else (str(error), None)
     return {
         "name": name, "subject": "", "severity": "failing", "text": text, "remedy": remedy, "since_ms": None,

@@ -97,7 +97,7 @@ def test_it_lives_without_a_stderr(monkeypatch):
 def test_of_a_snapshot_that_loads_each_second_is_told(monkeypatch):
     now, said = [100.0], []
     monkeypatch.setattr(fleet.time, "monotonic", lambda: now[0])
-    loading = fleet.Loading(DelayedProgress(), lambda event, **about: said.append((event, about)))
+    loading = fleet.telling_loading(DelayedProgress(), lambda event, **about: said.append((event, about)))
     for at, rows in ((100.4, 100), (101.0, 200), (101.9, 300), (102.1, 400)):
         now[0] = at
         loading(rows, 400)

@@ -147,12 +147,13 @@ def test_a_full_disk_leaves_what_was_said_last_and_nothing_else(place, clock, mo
 def test_what_is_wrong_with_it_is_a_problem_of_the_name(fields, name, severity, status):
     found = Publishing(**LIVES | {"engine": "redis://engine", "said": 1000.0, "since_ms": NOW} | fields)
     other = {"name": "disk_nearly_full"}
-    judged, problems = with_publisher(found, "ok", [other])
-    assert judged == status
+    judged = with_publisher(found, {"status": "ok", "problems": [other]})
+    problems = judged["problems"]
+    assert judged["status"] == status
     assert [each["name"] for each in problems] == ["disk_nearly_full", *([name] if name else [])]
     if name:
         assert problems[1]["severity"] == severity
         assert problems[1]["text"]
         assert problems[1]["since_ms"] == found.since_ms
-    assert with_publisher(found, "failing", [])[0] == "failing"
-    assert with_publisher(None, "ok", []) == ("ok", [])
+    assert with_publisher(found, {"status": "failing", "problems": []})["status"] == "failing"
+    assert with_publisher(None, {"status": "ok", "problems": []}) == {"status": "ok", "problems": []}

@@ -28,7 +28,7 @@ _ADDS: Final = 100
 _OLD: Final = 5.0
 _CUT: Final = 3.0  # seconds
 _FIRST, _SYNCED = 1000, 5000
-_PORT: Final = 16379  # of addresses that nobody else has
+_PORT: Final = 19837  # of addresses that nobody else has
 
 _EQUAL: Final = "every follower became equal to the server"
 _WHOLE: Final = "no follower showed half of a sync"
