@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from shmelim.errors import CorruptSegmentError
-from shmelim.shm.image import Image, inline_keys
+from shmelim.shm.image import Image, counts_of, inline_keys
 from shmelim.shm.layout import (
     ARENA_ENTRY,
     ENTRY_CHECKED,
     ENTRY_HEADER,
-    FLAG_BITS,
     KIND_PUT,
     KIND_REMOVE,
     OFFSET_SHIFT,
@@ -58,9 +57,8 @@ def check_copy(image: Image, label: str) -> None:
         raise _corrupt(label, "has entries that lookups do not find")
 
     sizes = (heads & np.uint64(0xFFFFFFFF)) + key_sizes + np.uint64(ENTRY_HEADER + WORD - 1) & ~np.uint64(WORD - 1)
-    counts = [int(np.count_nonzero(flags >> np.uint64(bit) & np.uint64(1))) for bit in range(FLAG_BITS)]
-    said = (image.count, image.live, image.flag_counts)
-    if said != (len(keys), int(sizes.sum()), counts) or np.any(ordinals >= np.uint64(image.next_ordinal)):
+    said, counted = (image.count, image.live, image.flag_counts), (len(keys), int(sizes.sum()), counts_of(flags))
+    if said != counted or np.any(ordinals >= np.uint64(image.next_ordinal)):
         raise _corrupt(label, "has a header that contradicts its entries")
 
 

@@ -56,7 +56,7 @@ def put_source(root: Segment, source: str) -> None:
 
 def put_position(root: Segment, position: Position) -> None:
     """Leave a position in the older of the two copies; only the one writer of the table may."""
-    stamps = [_stamp(root, copy) for copy in (0, 1)]
+    stamps = [(_copy(root, copy) or (0,))[0] for copy in (0, 1)]
     start = _COPIES + _SIZE * (stamps[0] > stamps[1])
     fields = _FIELDS.pack(max(stamps) + 1, *position)
     root.memory[start : start + _SIZE] = sealed(fields, _SEED)
@@ -97,8 +97,3 @@ def position_of(root: Segment) -> Position | None:
 def _copy(root: Segment, copy: int) -> tuple[int, ...] | None:
     start = _COPIES + _SIZE * copy
     return unsealed(root.memory[start : start + _SIZE], _FIELDS, _SEED)
-
-
-def _stamp(root: Segment, copy: int) -> int:
-    fields = _copy(root, copy)
-    return 0 if fields is None else fields[0]

@@ -226,10 +226,7 @@ class Image(Copy):
         rows[:, 1:PACKED] = inline_keys(keys)
         rows[:, PACKED] = np.array(packed, np.uint64)
         self.rows[place(rows[:, 0], self.header.capacity)] = rows
-        counts = [
-            int(np.count_nonzero(rows[:, PACKED] >> np.uint64(bit) & np.uint64(1))) for bit in range(FLAG_BITS)
-        ]
-        self._set_header(used, len(keys), next_ordinal, counts)
+        self._set_header(used, len(keys), next_ordinal, counts_of(rows[:, PACKED]))
 
     def compact_into(self, target: Image) -> None:
         """Write the current entries, without the garbage between them, into another copy or segment.
@@ -276,6 +273,11 @@ class Image(Copy):
         head[LIVE] = used
         for bit in range(FLAG_BITS):
             head[FLAG_COUNTS + bit] = counts[bit]
+
+
+def counts_of(flags: NDArray[np.uint64]) -> list[int]:
+    """Return how many of these words have each of the flags."""
+    return [int(np.count_nonzero(flags >> np.uint64(bit) & np.uint64(1))) for bit in range(FLAG_BITS)]
 
 
 def inline_keys(keys: Sequence[bytes]) -> NDArray[np.uint64]:

@@ -32,7 +32,7 @@ _KINDS: Final = {
 }
 
 
-def open_file(path: str, flags: int, mode: int = 0o600) -> Any:
+def open_file(path: str, flags: int) -> Any:
     """Open a file; the result has ``fileno()`` and ``close()``, and closes it once nobody refers to it.
 
     Opening and owning are one call: a signal handler that raises finds the descriptor owned, or not there yet. An
@@ -40,7 +40,7 @@ def open_file(path: str, flags: int, mode: int = 0o600) -> Any:
     """
     from select import epoll  # noqa: PLC0415  # for writers, and where there is no extension
 
-    return next(map(epoll.fromfd, map(os.open, (path,), (flags,), (mode,))))
+    return next(map(epoll.fromfd, map(os.open, (path,), (flags,), (0o600,))))
 
 
 def map_file(path: str) -> tuple[Any, os.stat_result]:
@@ -54,7 +54,7 @@ def map_file(path: str) -> tuple[Any, os.stat_result]:
     with open_file(path, READ) as file:
         found = os.fstat(file.fileno())
         is_file = stat.S_ISREG(found.st_mode) and found.st_size > 0
-        return (_map_read_only(file.fileno(), found.st_size) if is_file else None), found
+        return (_map(file.fileno(), found.st_size, mmap.PROT_READ) if is_file else None), found
 
 
 def map_counts(descriptor: int) -> Any:
@@ -62,10 +62,6 @@ def map_counts(descriptor: int) -> Any:
     if extension is not None:
         return extension.map_counts(descriptor)
     return _map(descriptor, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE).plain()
-
-
-def _map_read_only(descriptor: int, size: int) -> Any:
-    return _map(descriptor, size, mmap.PROT_READ)
 
 
 def _map(descriptor: int, size: int, protection: int) -> Any:

@@ -124,7 +124,7 @@ class WriterState:
 
 
 _now = time.monotonic
-_RUNNING: Final = (WriterState.STARTING, WriterState.SERVING)
+RUNNING: Final = (WriterState.STARTING, WriterState.SERVING)
 
 
 class Record(NamedTuple):
@@ -612,7 +612,7 @@ class TableReader:
         state = words[WRITER_STATE]
         age = (time.monotonic_ns() - words[HEARTBEAT]) / 1e9
         known = age > -1 and words[WRITER_CLOCK] == this_clock()
-        running = state in _RUNNING
+        running = state in RUNNING
         return WriterInfo(
             pid=words[WRITER_PID],
             alive=(age < HEARTBEAT_LIMIT if known else None) if running else False,
@@ -634,7 +634,7 @@ class TableReader:
             self._find_page()
         words = self._view.root_words
         age = time.monotonic_ns() - words[HEARTBEAT]
-        if words[WRITER_STATE] not in _RUNNING or not -_SECOND < age < HEARTBEAT_LIMIT * _SECOND:
+        if words[WRITER_STATE] not in RUNNING or not -_SECOND < age < HEARTBEAT_LIMIT * _SECOND:
             self._look_at_name()
         if of_entries and self._max_staleness is not None:
             self._check_age(self._max_staleness)

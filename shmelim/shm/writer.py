@@ -37,7 +37,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import index
-from types import TracebackType
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 import psutil
@@ -90,7 +89,7 @@ from shmelim.shm.layout import (
 )
 from shmelim.shm.native import READ_PATH, WAKES, release_word
 from shmelim.shm.place import put_place
-from shmelim.shm.reader import HEARTBEAT_LIMIT, WriterState, this_clock
+from shmelim.shm.reader import HEARTBEAT_LIMIT, RUNNING, WriterState, this_clock
 from shmelim.shm.segment import Lock, Namespace, Segment
 
 if TYPE_CHECKING or READ_PATH == "pure":
@@ -107,7 +106,6 @@ _BYTES_PER_CHANGE: Final = 32_768 if READ_PATH == "pure" else 512
 """Bytes that are mirrored in about the time in which one change is followed."""
 
 _ENTRY_MORE: Final = entry_size(0, 0) + WORD - 1
-_RUNNING: Final = (WriterState.STARTING, WriterState.SERVING)
 _LOOK_PAUSE: Final = 0.05  # seconds between two looks at a heartbeat that may be a dead writer's last
 
 _SHRINK_FROM: Final = 8
@@ -230,7 +228,7 @@ class TableWriter:
         """
         words = root.words
         beat = words[HEARTBEAT]
-        if words[WRITER_LOCK] in {0, self._lock.number} or words[WRITER_STATE] not in _RUNNING:
+        if words[WRITER_LOCK] in {0, self._lock.number} or words[WRITER_STATE] not in RUNNING:
             return
         while -1 < time.monotonic_ns() - beat < HEARTBEAT_LIMIT * 1e9:
             if words[HEARTBEAT] != beat:
@@ -393,6 +391,11 @@ class TableWriter:
                 hint="names were removed from /dev/shm under this server; restart it once the other one has ended",
             )
 
+    def _check_idle(self) -> None:
+        self._check_usable()
+        if self._open is not None:
+            raise ShmelimError("a transaction is already open on this table writer")
+
     def close(self) -> None:
         """Say that the writer stopped, and release the lock. What is published stays readable. Idempotent."""
         if self._pid != os.getpid():
@@ -408,9 +411,7 @@ class TableWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ------------------------------------------------------------------ transactions
@@ -453,9 +454,7 @@ class TableWriter:
 
     def transaction(self, *, replace: bool = False) -> Transaction:
         """Begin a transaction, of which one can be open at a time; ``replace`` starts it from an empty table."""
-        self._check_usable()
-        if self._open is not None:
-            raise ShmelimError("a transaction is already open on this table writer")
+        self._check_idle()
         self._open = Transaction(self, replace=replace or self._images is None)
         return self._open
 
@@ -465,9 +464,7 @@ class TableWriter:
         For who has checked them already, as :meth:`Transaction.put` does. Fails as a transaction's end does, and
         nothing has happened then.
         """
-        self._check_usable()
-        if self._open is not None:
-            raise ShmelimError("a transaction is already open on this table writer")
+        self._check_idle()
         need = 0
         for key, _, record, _ in changes:
             need += len(key) + len(record) + _ENTRY_MORE & -WORD
@@ -760,9 +757,7 @@ class Transaction:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self.abort()
             return
