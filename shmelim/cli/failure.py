@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -94,6 +95,17 @@ def need_own_user(name: str, what: str) -> None:
             f"uid {owner} is meant ({OWNER_VARIABLE}, --owner), and only that user can {what} {name!r}",
             hint=f"run it as that user: sudo -u '#{owner}' shmelim {what} --name {name}",
         )
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Import in a block what an extra brings; ShmelimError that names the extra where a library is missing."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "shmelim").startswith("shmelim"):
+            raise
+        raise ShmelimError(f"{error.name} is missing", hint=f"pip install 'shmelim[{name}]'") from None
 
 
 def need_file(path: Path) -> None:

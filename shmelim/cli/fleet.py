@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shmelim.cli import output
-from shmelim.cli.failure import NO, NOT_SERVING, YES, need_own_user
+from shmelim.cli.failure import NO, NOT_SERVING, YES, extra, need_own_user
 from shmelim.cli.options import NAME, PATH, Command, Group, Number, Settings, command
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.reader import EliminationReader
@@ -229,7 +229,7 @@ def status(settings: Settings, *, url: str, password_file: Path | None) -> int:
         except FleetDataError as error:
             followers.append({"who": who, "error": error.message})
             continue
-        about = {key: getattr(report, key) for key in ("host", "pid", "term", "line", "seq", "lost", "rows")}
+        about = output.attributes(report, "host", "pid", "term", "line", "seq", "lost", "rows")
         age = None if report.age < 0 else report.age
         followers.append({"who": who, **about, "age_ms": age, "digest": f"{report.digest:016x}"})
     found = {
@@ -238,12 +238,8 @@ def status(settings: Settings, *, url: str, password_file: Path | None) -> int:
             "owner": head.owner.hex(),
             "host": head.host,
             "store_id": head.store_id.hex(),
-            "term": head.term,
-            "line": head.line,
-            "seq": head.seq,
-            "run": head.run,
-            "snapshot": head.snapshot
-            and {"seq": head.snapshot.seq, "rows": head.snapshot.rows, "size": head.snapshot.size},
+            **output.attributes(head, "term", "line", "seq", "run"),
+            "snapshot": head.snapshot and output.attributes(head.snapshot, "seq", "rows", "size"),
         },
         "held": look.held,
         "followers": followers,
@@ -345,10 +341,8 @@ def _published(url: str, name: str, password_file: Path | None) -> tuple[RedisEn
 
 
 def _engine(url: str, name: str, password_file: Path | None) -> RedisEngine:
-    try:
+    with extra("fleet"):
         from shmelim.fleet.redis_engine import RedisEngine
-    except ImportError as error:
-        raise ShmelimError(f"{error.name} is missing", hint="pip install 'shmelim[fleet]'") from None
     try:
         return RedisEngine(url, name, password_file=password_file)
     except ValueError as error:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from shmelim.cli.failure import YES, to_be_written
+from shmelim.cli.failure import YES, extra, to_be_written
 from shmelim.cli.options import PATH, Settings, command
-from shmelim.errors import ShmelimError
 from shmelim.system.durable import write_whole, writing
 
 
@@ -25,12 +24,8 @@ def metrics(settings: Settings, *, to: Path | None) -> int:
       shmelim metrics
       shmelim metrics --to /var/lib/node_exporter/shmelim.prom
     """
-    try:
+    with extra("metrics"):
         from shmelim.watch.metrics import text_of
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "prometheus_client":
-            raise
-        raise ShmelimError("prometheus_client is missing", hint="pip install 'shmelim[metrics]'") from None
     text = text_of(settings.name)
     if to is not None and str(to) != "-":
         to = to_be_written(to)

@@ -148,6 +148,11 @@ def size(count: float) -> str:
     return f"{count / _KIB:,.1f} GiB"
 
 
+def attributes(thing: object, *names: str) -> dict[str, Any]:
+    """Return some attributes by name, for JSON."""
+    return {name: getattr(thing, name) for name in names}
+
+
 def changed_fields(fields: Mapping[str, tuple[object, object]]) -> str:
     """Return the fields in which two records differ, as field: old → new."""
     return ", ".join(f"{field}: {' → '.join(map(value, pair))}" for field, pair in fields.items())

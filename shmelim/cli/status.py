@@ -67,22 +67,22 @@ def status(settings: Settings, *, verify: bool) -> int:
     server = server and with_publisher(published, server)
     debts, in_doubt = _owed(server, state_dir)
     found = {
-        **_of(table, "version", "generation"),
+        **output.attributes(table, "version", "generation"),
         **dict(zip(("eliminated", "departed", "registered"), table.flag_counts, strict=False)),
         "entries": table.entries,
         "read_path": READ_PATH,
         "writer": {
-            **_of(writer, "pid", "alive", "state", "started_ms"),
+            **output.attributes(writer, "pid", "alive", "state", "started_ms"),
             "heartbeat_age_s": None if writer.heartbeat_age is None else round(writer.heartbeat_age, 3),
         },
         "table": {
-            **_of(table, "capacity", "arena_size", "arena_used", "arena_live"),
+            **output.attributes(table, "capacity", "arena_size", "arena_used", "arena_live"),
             "usable": table.capacity // 2,
             "segment_bytes": table.segment_size,
         },
         "follows": follows,
         "publishing": published
-        and {key: getattr(published, key) for key in ("pid", "engine", "line", "seq", "behind", "held", "error")},
+        and output.attributes(published, "pid", "engine", "line", "seq", "behind", "held", "error"),
         "channel": channel,
         "state_dir": state_dir,
         "server": server and {key: server.get(key) for key in ("commits", "changes", "store_bytes", "problems")},
@@ -110,10 +110,6 @@ def _follows(reader: EliminationReader) -> dict[str, Any] | None:
         "as_of_ms": reader.as_of,
         "age_s": age if age is None else round(age, 3),
     }
-
-
-def _of(thing: object, *names: str) -> dict[str, Any]:
-    return {name: getattr(thing, name) for name in names}
 
 
 def _ask(name: str) -> tuple[dict[str, Any], str | None, dict[str, Any] | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from shmelim.cli.failure import FileProblemError, need_file
+from shmelim.cli.failure import FileProblemError, extra, need_file
 from shmelim.cli.options import PATH, Settings, command
 from shmelim.errors import KeyFileError, ShmelimError
 from shmelim.system.text import printable
@@ -65,12 +65,10 @@ def web(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...], tok
       shmelim web
       shmelim web --port 8080 --token-file /etc/shmelim/token
     """
-    try:
+    with extra("web"):
         import uvicorn
 
         from shmelim.watch.web import make_app
-    except ImportError as error:
-        raise ShmelimError(f"{error.name} is missing", hint="pip install 'shmelim[web]'") from None
     app = make_app(settings.name, token=None if token_file is None else _token_in(token_file), hosts=hosts)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

@@ -113,25 +113,9 @@ class _PasswordFile(redis.CredentialProvider):
 class RedisEngine(Engine):
     """One name in a Redis server, over one connection at a time, which is made anew after an error.
 
-    Parameters
-    ----------
-    url
-        ``redis://``, ``rediss://`` (TLS) or ``unix://``, with a user where there is one and no password; options
-        are ``ssl_ca_certs``, ``ssl_certfile`` and ``ssl_keyfile``.
-    name
-        The name that is published.
-    password_file
-        A file whose first line is the password; read for each connection, and never shown.
-    deadline
-        Seconds within which the engine has to answer.
-
-    Raises
-    ------
-    ValueError
-        The address is none, has a password in it, or an option of another kind.
-    OSError
-        The file cannot be read.
-
+    ``url`` is ``redis://``, ``rediss://`` (TLS) or ``unix://``, with a user where there is one and no password;
+    ValueError where it is none. The first line of ``password_file`` is read for each connection, and never shown;
+    OSError where it cannot be read. The engine has to answer within ``deadline`` seconds.
     """
 
     def __init__(

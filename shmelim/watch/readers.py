@@ -16,16 +16,7 @@ _AT_ONCE: Final = 1.0  # seconds
 
 
 class Readers:
-    """Looks at the readers of a name; rates are those since the look before.
-
-    Parameters
-    ----------
-    name
-        The name that is read.
-    owner
-        The uid whose segments are trusted; None: this user's and root's.
-
-    """
+    """Looks at the readers of a name, and trusts segments of ``owner``; rates are those since the look before."""
 
     def __init__(self, name: str, owner: int | None = None) -> None:
         self._namespace = SharedNamespace(name, owner=owner)

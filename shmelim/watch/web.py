@@ -65,18 +65,9 @@ def make_app(
 ) -> Starlette:
     """Return the page of a name as an ASGI application.
 
-    Parameters
-    ----------
-    name
-        The name that is served, or was.
-    token
-        Whoever sends it may take eliminations back and acknowledge notices; None: nobody may.
-    hosts
-        Names of this machine by which browsers may ask, besides ``localhost`` and its addresses: another name that
-        leads here (DNS rebinding) is refused.
-    owner
-        The uid whose segments are trusted; None: this user's and root's.
-
+    Who sends ``token`` may take eliminations back and acknowledge notices; None: nobody may. Browsers may ask
+    by ``localhost`` and its addresses, and by ``hosts``: another name that leads here (DNS rebinding) is refused.
+    Segments of the uid ``owner`` are trusted (None: this user's and root's).
     """
     page = _Page(name, token, owner)
     return Starlette(
