@@ -25,6 +25,7 @@ from shmelim.system.text import printable
 
 _SEGMENTS: Final = Path("/dev/shm")  # noqa: S108  # where Linux keeps POSIX shared memory
 _ROOT: Final = re.compile(r"shmelim\.([a-z0-9_-]{1,16})")
+_COLUMNS: Final = ("name", "uid", "status", "pid", "version", "eliminated", "departed", "problem")
 _PATIENCE: Final = 1.0  # seconds between two tries to reach a server that is away
 
 
@@ -126,8 +127,7 @@ def names(settings: Settings) -> int:
     found = [
         _look(match[1], path) for path in sorted(_SEGMENTS.iterdir()) if (match := _ROOT.fullmatch(path.name))
     ]
-    columns = ("name", "uid", "status", "pid", "version", "eliminated", "departed", "problem")
-    settings.table({"names": found}, columns, ([each[column] for column in columns] for each in found))
+    settings.table({"names": found}, _COLUMNS, ([*each.values()] for each in found))
     return YES
 
 
@@ -136,8 +136,7 @@ def _look(name: str, path: Path) -> dict[str, Any]:
     uid = None
     with contextlib.suppress(OSError):
         uid = os.lstat(path).st_uid
-    about: dict[str, Any] = {"name": name, "uid": uid, "status": "unreadable", "pid": None, "version": None}
-    about |= {"eliminated": None, "departed": None, "problem": None}
+    about = dict.fromkeys(_COLUMNS) | {"name": name, "uid": uid, "status": "unreadable"}
     try:
         reader = EliminationReader(name, owner=uid)
         writer = reader.writer

@@ -79,12 +79,10 @@ class LocalTable(Table):
         """Say to a follower, not to a server, what to do about a name that is taken."""
         try:
             yield
-        except AlreadyServingError as error:
-            hint = f"see `shmelim status --name {self._namespace.name}`, or follow it --as another name"
-            raise AlreadyServingError(error.message, hint=hint) from error
-        except UntrustedSegmentError as error:
-            hint = "run it as that user, or follow it --as another name"
-            raise UntrustedSegmentError(error.message, hint=hint) from error
+        except (AlreadyServingError, UntrustedSegmentError) as error:
+            is_served = isinstance(error, AlreadyServingError)
+            remedy = f"see `shmelim status --name {self._namespace.name}`" if is_served else "run it as that user"
+            raise type(error)(error.message, hint=f"{remedy}, or follow it --as another name") from error
 
     def _left(self) -> tuple[Applied | None, Position | None]:
         """Find what a follower left."""

@@ -121,7 +121,8 @@ class ReadingPage:
             _share(descriptor, root)
             reserve(descriptor, PAGE)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            header = _HEADER.pack(_MAGIC, _FORMAT, number, os.getpid(), _now_ms(), len(title))
+            now_ms = time.time_ns() // 1_000_000
+            header = _HEADER.pack(_MAGIC, _FORMAT, number, os.getpid(), now_ms, len(title))
             os.pwrite(descriptor, header, 0)
             os.pwrite(descriptor, title, _TITLE)
             words = memoryview(map_counts(descriptor)).cast("B").cast("Q")
@@ -208,10 +209,6 @@ os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, aft
 
 def _root_of(prefix: str) -> str:
     return prefix.replace("-readers", "", 1).removesuffix(".")
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def _title() -> bytes:
