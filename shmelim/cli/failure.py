@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ NOT_SERVING: Final = 3
 ERROR: Final = 4
 INTERRUPTED: Final = 130
 PIPE_CLOSED: Final = 141
+
+_MEMORY: Final = 1  # major number of /dev/null, zero, full, random
 
 
 class RefusedError(ShmelimError):
@@ -114,6 +117,14 @@ def need_file(path: Path) -> None:
         raise FileProblemError(f"{path} is a directory, not a file", hint="name a file in it")
     if not path.exists():
         raise FileProblemError(f"{path} does not exist", hint=f"looked for in {path.absolute().parent}")
+
+
+def need_source(path: Path) -> None:
+    """Raise FileProblemError also where it is a device, some of which never end; a terminal does."""
+    need_file(path)
+    about = path.stat()
+    if stat.S_ISBLK(about.st_mode) or (stat.S_ISCHR(about.st_mode) and os.major(about.st_rdev) == _MEMORY):
+        raise FileProblemError(f"{path} is a device, not a file", hint="name a file, or a pipe")
 
 
 def to_be_written(path: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Any, Final, TextIO, cast
 import click
 
 from shmelim.channel.address import describe
-from shmelim.cli.failure import need_file, need_own_user
+from shmelim.cli.failure import need_own_user, need_source
 from shmelim.cli.options import PATH, PERMISSIONS, Settings, command, registry_option
 from shmelim.cli.progress import DelayedProgress
 from shmelim.cli.streams import Log
@@ -155,7 +155,7 @@ def serve(settings: Settings, *, ready_fd: int | None, log_format: str, verbose:
             raise click.UsageError(f"--ready-fd: descriptor {ready_fd} is not open") from None
     for path in (*options["imports"], options["default_departed"]):
         if path is not None:
-            need_file(path)
+            need_source(path)
     log_format = "json" if settings.as_json else log_format
     # Nothing here waits for whoever reads stderr, or does not.
     stderr = BackgroundStream(_stderr())

@@ -8,7 +8,7 @@ from typing import Final
 
 import click
 
-from shmelim.cli.failure import FileProblemError, RefusedError, need_file, to_be_written
+from shmelim.cli.failure import FileProblemError, RefusedError, need_source, to_be_written
 from shmelim.cli.options import Settings, command, file_argument
 from shmelim.cli.progress import DelayedProgress
 from shmelim.eliminations.client import EliminationClient
@@ -61,7 +61,7 @@ def sync(settings: Settings, *, file: Path, force: bool) -> None:
 def _read(file: Path) -> list[bytes]:
     """Return the records of a file, or refuse it whole."""
     shown, path = ("stdin", Path("/dev/stdin")) if str(file) == "-" else (str(file), file)
-    need_file(path)
+    need_source(path)
     try:
         found = files.read_eliminations(path, stream=True)
     except DamagedFileError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from shmelim.cli.failure import FileProblemError, extra, need_file
+from shmelim.cli.failure import extra, need_source
 from shmelim.cli.options import PATH, Settings, command
 from shmelim.errors import KeyFileError, ShmelimError
 from shmelim.system.text import printable
@@ -87,9 +87,7 @@ def web(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...], tok
 
 def _token_in(path: Path) -> str:
     """Return the token in a file that only its owner may read."""
-    need_file(path)
-    if path.is_char_device() or path.is_block_device():
-        raise FileProblemError(f"{path} is a device, not a file", hint="name a file that has the token")
+    need_source(path)
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise KeyFileError(f"others may read the token in {path}", hint=f"chmod 600 {path}")
     token = path.read_text("latin-1").strip()

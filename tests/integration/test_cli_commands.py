@@ -366,6 +366,12 @@ def test_export_to_stdout(run):
     assert len(json.loads(run("export", "-", "--departed").stdout)["departed_hotkeys"]) == 367
 
 
+def test_no_device_is_read_for_ever(run):
+    found = run("sync", "/dev/zero")
+    assert found.exit_code == 4
+    assert "/dev/zero is a device" in found.stderr
+
+
 def test_export_leaves_alone_what_is_not_a_regular_file(run, tmp_path):
     pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
     os.mkfifo(pipe)
