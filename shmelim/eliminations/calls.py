@@ -449,7 +449,7 @@ class Calls:
         there is no such slash, or where a running process may still be making it, and so does not know.
         """
 
-    @remote(idempotent=True)
+    @remote()
     def rearm_slash(self, hotkey: str, rule: str | None = None, registration: int | None = None) -> bool:
         """Let a hotkey be slashed once more for what he was slashed for; None: for every rule, every registration.
 
@@ -460,7 +460,7 @@ class Calls:
     def get_money_held(self) -> dict[str, Any] | None:
         """Return ``{"since_ms", "why"}`` while no slash is begun until a person releases them, else None."""
 
-    @remote(idempotent=True)
+    @remote()
     def release_money(self) -> bool:
         """Let slashes go on that are held: too many in an hour, or a state that may have forgotten some.
 

@@ -76,6 +76,27 @@ def test_mocks_see_the_methods_and_their_parameters():
     assert callable(Mock(spec=EliminationManager).process_eliminations)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("rearm_slash", ("5C4",)),
+        ("release_money", ()),
+        ("resolve_slash", ("5C4", "made")),
+        ("remove_elimination", ("5C4",)),
+    ],
+)
+def test_what_frees_money_or_takes_back_is_not_sent_again_when_a_connection_breaks(name, arguments):
+    """Carried out again, it would be for a slash, or a hold, of which its caller does not know."""
+    sent = []
+
+    class Caller(Calls):
+        def _call(self, method, args, kwargs, **options):
+            sent.append((method, options["idempotent"]))
+
+    getattr(Caller(), name)(*arguments)
+    assert sent == [(f"{name}_rpc", False)]
+
+
 def test_a_keyword_of_a_caller_and_ours_at_once_is_refused():
     with EliminationManagerServer() as server:
         with pytest.raises(TypeError, match=r"eliminations was given twice: 'dat' and 'eliminations'"):
