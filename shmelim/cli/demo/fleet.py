@@ -106,8 +106,10 @@ class FleetScenario:
 
     def _kill_engine(self) -> None:
         end(self._processes["engine"])
+        self._socket.unlink()
         self._change(10)
         self._restart("engine")
+        _until(self._socket.exists)
 
     def _flush_engine(self) -> None:
         import redis
