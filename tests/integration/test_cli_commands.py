@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import signal
 import stat
 import subprocess
@@ -85,7 +86,7 @@ def serving(name, home, *arguments):
 def served(tmp_path_factory):
     departed = Path(sys.modules["shmelim"].__file__).parent / "data" / "default_departed_hotkeys.json"
     with serving(
-        f"cli-{os.getpid()}", tmp_path_factory.mktemp("c"), "--default-departed", str(departed)
+        f"cli-{secrets.token_hex(4)}", tmp_path_factory.mktemp("c"), "--default-departed", str(departed)
     ) as server:
         yield server
 
