@@ -106,6 +106,7 @@ class Day:
         self.believed: int | None = None
         self.first: dict[str, tuple[str, int]] = {}
         self.removed: set[str] = set()
+        self.anew: set[str] = set()  # whose elimination was deleted, as old, before the one that stands
         self.restarts = self.syncs = self.hits = 0
         self.taken_back: list[dict[str, Any]] = []
         self.backup: Backup | None = None
@@ -344,6 +345,8 @@ class Day:
         for hotkey in new:
             row = self.managed.manager.get_elimination(hotkey)
             reason = row["reason"]
+            if hotkey in self.first:
+                self.anew.add(hotkey)
             assert reason in self.causes.get(hotkey, ()), f"{hotkey} was eliminated without cause: {reason}"
             self.first[hotkey] = reason, row["elimination_initiated_time_ms"]
 
@@ -426,7 +429,7 @@ class Day:
                 opened, closed = (trade.at_ms for trade in holding.trades)
                 if hotkey not in self.removed:
                     assert closed == max(row["elimination_initiated_time_ms"], opened + 1)
-            if hotkey not in self.removed and not self.returns[hotkey]:
+            if hotkey not in self.removed | self.anew and not self.returns[hotkey]:
                 assert slashes.count(hotkey) == (row["reason"] != "ZOMBIE"), f"{hotkey}: {row['reason']}"
         self.check_slashes(rows, slashes)
         assert sorted(manager.get_departed_hotkeys()) == sorted(self.departed)
