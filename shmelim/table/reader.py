@@ -496,8 +496,8 @@ class Reader(Mapping[K, V]):
     def version(self) -> int:
         """A number that grows with every publish, and never goes back, whoever writes. One load.
 
-        But for one case: a new writer of a table whose names were removed, after a second's mean of more than a
-        thousand publishes, begins with the ms since 1970, which is less.
+        But for one case: where a table's names were removed, a new writer begins with the ms since 1970, which is
+        less if more than a thousand publishes a second went before in the mean.
         """
         version: int = self._table.version
         return version

@@ -10,7 +10,10 @@ from serving import die_after, row, state_in_files, state_in_table
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.files import mirror
 from shmelim.eliminations.files.sidecar import read_sidecars
+from shmelim.eliminations.starting import keeping
+from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.errors import DamagedFileError
+from shmelim.shm import SharedNamespace
 from shmelim.system import durable
 
 
@@ -354,6 +357,45 @@ class TestWithoutFilesAndWithThemAgain:
         with start() as server:
             assert server.get_eliminated_hotkeys_rpc() == {"a", "b"}
             assert problems(server) == []
+
+
+class TestAnEditBesideAStateThatCameFromElsewhere:
+    """It is not applied, and is nobody's to throw away: of what it says, the new file has nothing."""
+
+    @pytest.fixture(params=["rebuilt from the table", "adopted", "restored"])
+    def state_from_elsewhere(self, request, table_name, tmp_path, state_dir, path, start):
+        """Edit the file by hand, and return what makes a start that takes its state from elsewhere."""
+
+        def begin(edited):
+            with start() as server:
+                server.sync_eliminations_rpc([row("a"), row("b")])
+            keeping.back_up(state_dir, tmp_path / "backup")
+            if request.param == "adopted":
+                name = SharedNamespace(table_name)
+                with EliminationManagerServer(name, tmp_path / "other", replace_published=True) as other:
+                    other.sync_eliminations_rpc([row("a"), row("b")])
+            edited()
+            if request.param == "restored":
+                keeping.restore(tmp_path / "backup", state_dir, None)
+            elif request.param == "rebuilt from the table":
+                (state_dir / FILE_NAME).write_bytes(b"damaged" * 1000)
+            return start(adopt_published=request.param == "adopted")
+
+        return begin
+
+    def test_is_kept_and_named(self, state_dir, path, state_from_elsewhere):
+        server = state_from_elsewhere(lambda: edit(path, add=[row("of-a-person")]))
+        assert server.get_eliminated_hotkeys_rpc() == {"a", "b"}
+        assert "file_not_applied" in problems(server)
+        (kept,) = state_dir.glob("eliminations.json.edited-*")
+        assert "of-a-person" in kept.read_text()
+        server.save_eliminations_rpc()
+        assert "of-a-person" not in path.read_text()
+
+    def test_but_not_where_it_changed_nothing(self, state_dir, path, state_from_elsewhere):
+        server = state_from_elsewhere(lambda: edit(path))
+        assert "file_not_applied" not in problems(server)
+        assert not list(state_dir.glob("*.edited-*"))
 
 
 def test_rows_of_a_pipe_that_cannot_be_taken_are_set_aside_beside_the_store(state_dir, start):

@@ -94,12 +94,28 @@ def meaning_of(store: Store, name: str, digest: str | None, sidecars: Sidecars, 
     return decide(digest, sidecars, Owner(store.store_id or b"", store.commit_number, fresh), taken)
 
 
-def take_for_known(step: Step, directory: Path) -> None:
-    """Have what stands in the files known as no newer than the store: not as a person's work."""
+def take_for_known(step: Step, directory: Path, problems: Problems) -> None:
+    """Have what stands in the files known as no newer than the store, whose state comes from elsewhere.
+
+    Of what we did not write, and what says something else than the store, a copy is kept: somebody's work.
+    """
     for path in (directory / name for name in NAMES):
         with suppress(DamagedFileError):
             if (file := read_file(path)) is not None:
-                _mark_taken(step, file, read_sidecars(path))
+                sidecars = read_sidecars(path)
+                if not (sidecars.of(file.digest) or _says_the_same(step.store, file)):
+                    text = f"{path.name} was put there by somebody else, and the state came from elsewhere"
+                    step.record([_keep_copy(file, text, problems)])
+                _mark_taken(step, file, sidecars)
+
+
+def _says_the_same(store: Store, file: File) -> bool:
+    try:
+        found = _parse(file)
+    except DamagedFileError:
+        return False
+    stored = dict(store.eliminated() if file.path.name == ELIMINATIONS_FILE else store.departed())
+    return not found.bad and found.taken == stored
 
 
 def _mark_taken(step: Step, file: File, sidecars: Sidecars) -> None:
@@ -110,6 +126,11 @@ def _mark_taken(step: Step, file: File, sidecars: Sidecars) -> None:
 def set_aside(path: Path, text: str, problems: Problems) -> EventOf:
     """Move a file aside that is not applied, name that as a problem, and return the event that says so."""
     return _kept(path, move_aside(path, "edited"), text, problems)
+
+
+def _keep_copy(file: File, text: str, problems: Problems) -> EventOf:
+    """Do the same with a copy: a death before the commit must leave the file where it is."""
+    return _kept(file.path, write_aside(file.path, "edited", file.data, ".json"), text, problems)
 
 
 def _kept(path: Path, aside: Path, text: str, problems: Problems) -> EventOf:
@@ -204,9 +225,7 @@ def _take(step: Step, file: File, sidecars: Sidecars, problems: Problems, *, fre
     _mark_taken(step, file, sidecars)
     if overtaken:
         text = f"the edit of {name} is applied, but for {len(overtaken)} hotkeys that were changed since"
-        # A copy: a death before the commit must leave the edit where it is.
-        aside = write_aside(file.path, "edited", file.data, ".json")
-        step.record([_kept(file.path, aside, f"{text} ({', '.join(overtaken[:3])}, …)", problems)])
+        step.record([_keep_copy(file, f"{text} ({', '.join(overtaken[:3])}, …)", problems)])
 
 
 def news_of(store: Store, content: Content[T]) -> dict[str, T]:

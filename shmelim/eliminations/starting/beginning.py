@@ -359,7 +359,7 @@ def _fill(step: Step, found: _Found, facts: Facts, plan: Plan, choices: Choices)
     """Make a store say what the plan wants, in one transaction."""
     if plan.action is Action.FROM_TABLE:
         assert found.published is not None
-        recovery.say_what_is_published(step, found.namespace, found.published, found.directory)
+        recovery.say_what_is_published(step, found.namespace, found.published, found.directory, found.problems)
     _mark(step, found, facts, plan)
     # A start may have died between making a store and this.
     fresh = not any(step.store.counts()) and not step.store.meta_items()
@@ -379,7 +379,7 @@ def _rebuild(found: _Found, facts: Facts, plan: Plan, choices: Choices) -> Store
         if plan.action is Action.REBUILD_FROM_TABLE:
             assert published is not None
             step.record([EventOf("recover", note="the store was damaged: restored from shared memory")])
-            recovery.say_what_is_published(step, found.namespace, published, directory)
+            recovery.say_what_is_published(step, found.namespace, published, directory, found.problems)
         else:
             step.record([EventOf("recover", note="the store was damaged: restored from the JSON files")])
             recovery.say_what_files_say(step, directory)

@@ -37,6 +37,7 @@ from shmelim.system.durable import (
     writing,
 )
 from shmelim.system.owner import whose
+from shmelim.system.problems import Problems
 
 MANIFEST: Final = "backup.json"
 
@@ -272,4 +273,4 @@ def _mark_restored(step: Step, backup: Path, directory: Path, above: int) -> Non
     hold_money(step, f"the state was restored from the backup {backup}")
     owe_again(step, dict(step.store.eliminated()))
     # What stands in the files is not of this store, and no start must take it for a person's work.
-    take_for_known(step, directory)
+    take_for_known(step, directory, Problems())  # those that there are, the next start names

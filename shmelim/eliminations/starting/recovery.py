@@ -94,7 +94,9 @@ def _check(directory: Path) -> None:
             store.check()
 
 
-def say_what_is_published(step: Step, namespace: Namespace, published: Published, directory: Path | None) -> None:
+def say_what_is_published(
+    step: Step, namespace: Namespace, published: Published, directory: Path | None, problems: Problems
+) -> None:
     """Make a store say what the table says, and take its identity; SegmentError if the table is damaged."""
     assert published.identity is not None
     entries = TableReader(namespace).snapshot(verify=True).entries
@@ -113,7 +115,7 @@ def say_what_is_published(step: Step, namespace: Namespace, published: Published
     identity = published.identity
     step.store.go_on_from(identity.commit, identity.store_id if identity.store_id.strip(b"\0") else None)
     if directory is not None:
-        take_for_known(step, directory)
+        take_for_known(step, directory, problems)
     _log.warning("took %d eliminations and %d departed hotkeys from shared memory", len(records), len(departed))
 
 
