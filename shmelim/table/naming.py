@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
+from shmelim.errors import NotServingError
 from shmelim.shm import SharedNamespace
 
 RAW: Final = "bytes"
@@ -24,6 +25,9 @@ class TableNamespace(SharedNamespace):
     def root_name(self) -> str:
         """The name of the root segment, as ``shm_open`` takes it."""
         return f"/shmelim-table.{self.name}"
+
+    def _not_serving(self, why: str = "") -> NotServingError:
+        return NotServingError(f"there is no table {self.name!r} (any more){why}", hint="start its writer")
 
 
 def kind(keys: type, values: str) -> bytes:

@@ -284,6 +284,20 @@ def test_many_values_are_of_one_version_however_fast_publishes_come(table, monke
     assert gone is None
 
 
+def test_a_read_whose_table_is_gone_says_so(table_name):
+    with Writer(table_name) as writer:
+        writer.put("a", 1)
+        reader = Reader(table_name)
+        root = Path(f"/dev/shm/shmelim-table.{table_name}")
+        root.unlink()
+        until(root.exists, "the name")
+        writer.close(unlink=True)
+    with pytest.raises(NotServingError, match=f"no table '{table_name}'") as caught:
+        _ = reader["a"]
+    assert "writer" in caught.value.hint
+    assert "serve" not in str(caught.value)
+
+
 def test_a_decoder_of_ones_own_is_given_bytes_wherever_values_come_from(table):
     table.replace_all({"a": 1, "b": "two"})
     reader = Reader(table.name, decode=lambda data: (type(data), bytes.hex(data)))
