@@ -107,6 +107,8 @@ def _look_at_table(name: str, directory: Path) -> tuple[Finding, str | None]:
                 problem = f"it is not of the store in {directory}"
             elif store.commit_number < identity.commit:
                 problem = f"it is newer than the store in {directory}, which has commit {store.commit_number}"
+            elif not store.has_made(identity.commit, identity.branch):
+                problem = f"it is of another copy of the store in {directory}"
     except SegmentError as error:
         problem = error.message
     except StoreError:

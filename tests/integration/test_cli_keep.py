@@ -240,6 +240,20 @@ def test_verify_says_what_is_wrong(run, server, place, harm):
     assert wrong == ({"store", "registry"} if harm == "store" and "registry" in wrong else {harm})
 
 
+def test_verify_knows_a_copy_that_went_its_own_way(run, server, place):
+    server.stop()
+    copy = shutil.copytree(server.state_dir, place / "copy")
+    for directory, registry in (server.state_dir, place / "registry"), (copy, None):
+        namespace = SharedNamespace(server.name) if registry else None
+        with EliminationManagerServer(namespace, directory, registry=registry) as served:
+            served.add_elimination_rpc(directory.name, row(directory.name))
+    assert run("verify").exit_code == 0
+    found = document(run("verify", "--json", "--state-dir", copy), 1)
+    told = {finding["what"]: finding["problem"] for finding in found["findings"] if finding["problem"]}
+    assert told.keys() == {"table", "registry"}
+    assert all("another copy of the store" in problem for problem in told.values())
+
+
 def test_verify_where_there_is_nothing(run):
     assert run("verify", "--name", "nobody").exit_code == 3
 
