@@ -1,5 +1,6 @@
 """JSON files that a person put there: what is applied, what is set aside; nothing acknowledged is lost."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from shmelim.eliminations.files import mirror
 from shmelim.eliminations.files.sidecar import read_sidecars
 from shmelim.eliminations.starting import keeping
 from shmelim.eliminations.store.schema import FILE_NAME
-from shmelim.errors import DamagedFileError
+from shmelim.errors import DamagedFileError, StoreError
 from shmelim.shm import SharedNamespace
 from shmelim.system import durable
 
@@ -391,6 +392,19 @@ class TestAnEditBesideAStateThatCameFromElsewhere:
         assert "of-a-person" in kept.read_text()
         server.save_eliminations_rpc()
         assert "of-a-person" not in path.read_text()
+
+    def test_is_no_reason_for_a_traceback_where_it_cannot_be_kept(self, path, state_from_elsewhere, monkeypatch):
+        def fail(*_args):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def edited():
+            edit(path, add=[row("of-a-person")])
+            monkeypatch.setattr("shmelim.eliminations.files.taking.write_aside", fail)
+
+        with pytest.raises(StoreError, match="could not be kept: No space left"):
+            state_from_elsewhere(edited)
+        assert "of-a-person" in path.read_text()
+        assert not list(path.parent.glob("*.edited-*"))
 
     def test_but_not_where_it_changed_nothing(self, state_dir, path, state_from_elsewhere):
         server = state_from_elsewhere(lambda: edit(path))

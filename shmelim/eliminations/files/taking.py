@@ -33,7 +33,7 @@ from shmelim.eliminations.state.changes import Judge, Step, no_judge, record_dep
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import DamagedFileError, GuardedChangeError
-from shmelim.system.durable import kept_of, move_aside, write_aside
+from shmelim.system.durable import kept_of, move_aside, write_aside, writing
 from shmelim.system.problems import Problems
 from shmelim.system.text import get_logger
 
@@ -130,7 +130,9 @@ def set_aside(path: Path, text: str, problems: Problems) -> EventOf:
 
 def _keep_copy(file: File, text: str, problems: Problems) -> EventOf:
     """Do the same with a copy: a death before the commit must leave the file where it is."""
-    return _kept(file.path, write_aside(file.path, "edited", file.data, ".json"), text, problems)
+    with writing(f"a copy of {file.path} could not be kept", hint="make its directory writable for this user"):
+        aside = write_aside(file.path, "edited", file.data, ".json")
+    return _kept(file.path, aside, text, problems)
 
 
 def _kept(path: Path, aside: Path, text: str, problems: Problems) -> EventOf:
