@@ -126,7 +126,7 @@ def names_seen_from_outside() -> set[str]:
     seeing = [
         node
         for node in ast.walk(ast.parse((PACKAGE / "watch" / "seeing.py").read_text()))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_problem"
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "problem_of"
     ]
     assert seeing, "seeing.py says its problems in another way"
     return names | {each.args[0].value for each in seeing if isinstance(each.args[0], ast.Constant)}
