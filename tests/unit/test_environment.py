@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import pickle
 import time
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,6 +161,17 @@ def test_figure_that_cannot_be_is_refused_when_it_is_set_too(figure: str, value:
     assert getattr(environment, figure) == before
     with pytest.raises(ValueError, match=figure):
         ValidatorEnvironment(**{figure: value})
+
+
+@pytest.mark.parametrize("assigned", [False, True])
+def test_shares_are_those_that_were_checked(assigned: bool) -> None:
+    shares = {"LIQUIDATED": 0.5}
+    environment = ValidatorEnvironment(slash_proportions=None if assigned else MappingProxyType(shares))
+    if assigned:
+        environment.slash_proportions = MappingProxyType(shares)
+    shares["LIQUIDATED"] = 50
+    assert environment.slash_proportion("LIQUIDATED") == 0.5
+    assert pickle.loads(pickle.dumps(environment)).slash_proportion("LIQUIDATED") == 0.5
 
 
 @pytest.mark.parametrize("value", ["5", None, True])

@@ -191,6 +191,7 @@ class ValidatorEnvironment:
         elif name == "slash_proportions":
             if not isinstance(value, Mapping):
                 raise TypeError(f"slash_proportions must be a dict of shares by reason, not {value!r:.100}")
+            value = dict(value)  # else nobody checks what its owner writes into it later
             for reason, share in value.items():
                 if reason not in _REASONS:
                     known = ", ".join(sorted(_REASONS))
