@@ -103,10 +103,20 @@ def test_a_challenge_reason_that_nobody_understands_eliminates_all_the_same(dire
     assert directly.validator.probation.failed == {}, "and is forgotten"
 
 
-@pytest.mark.parametrize("key", [5, b"b", None, "", "x" * 300, "\ud800"], ids=ascii)
+class Unnameable:
+    """It can be a key, and cannot be shown."""
+
+    def __str__(self) -> str:
+        raise ConnectionRefusedError("its process is gone")
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize("key", [5, b"b", None, "", "x" * 300, "\ud800", Unnameable], ids=ascii)
 def test_a_challenge_reason_of_nobody_keeps_nobody_from_being_eliminated(directly: Managed, key: Any) -> None:
     why = ("PLAGIARISM", 0.1)
-    directly.manager.challengeperiod_manager.get_all_elimination_reasons = lambda: {"a": why, key: why, "c": why}
+    reasons = {"a": why, Unnameable() if key is Unnameable else key: why, "c": why}
+    directly.manager.challengeperiod_manager.get_all_elimination_reasons = lambda: reasons
     directly.manager.challengeperiod_manager.has_elimination_reasons = lambda: True
     directly.tick()
     assert directly.reasons.keys() == {"a", "c"}

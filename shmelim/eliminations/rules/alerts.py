@@ -118,6 +118,7 @@ class Alerts(Problems):
         validator is stopping.
         """
         failed: set[str] = set()
+        shown: set[str] = set()
         for hotkey, what in miners:
             if stopping():
                 return None
@@ -127,8 +128,9 @@ class Alerts(Problems):
                 raise
             except BaseException as error:
                 failed.add(hotkey)
-                self.failed(kind, hotkey, f"{kind}: failed for miner {hotkey}", error)
-        self.clear_others(kind, failed)
+                shown.add(whom := spelled(hotkey, str))  # a stranger's key may be no text
+                self.failed(kind, whom, f"{kind}: failed for miner {whom}", error)
+        self.clear_others(kind, shown)
         return failed
 
 
