@@ -60,6 +60,7 @@ from shmelim.shm.layout import (
     USED,
     VERSION,
     WRITER_CLOCK,
+    WRITER_LOCK,
     WRITER_PID,
     WRITER_STARTED,
     WRITER_STATE,
@@ -140,7 +141,7 @@ class WriterInfo(NamedTuple):
 
     ``heartbeat_age`` is in seconds, ``started_ms`` in ms since 1970 (UTC). The age is None where the writer's
     clock is not this process' (another time namespace), or says what cannot be; ``alive`` is None then, unless the
-    writer said that it stopped.
+    writer said that it stopped. ``lock`` is the inode of its lock file, 0 where it has none.
     """
 
     pid: int
@@ -148,15 +149,19 @@ class WriterInfo(NamedTuple):
     heartbeat_age: float | None
     state: str
     started_ms: int
+    lock: int = 0
 
     @property
     def hangs(self) -> bool:
-        """Whether its process can be seen to run without a heartbeat: it hangs, or is stopped."""
-        if self.alive is not False or self.state == "stopped" or self.heartbeat_age is None:
-            return False
-        from shmelim.system.processes import runs_since  # noqa: PLC0415  # seldom asked, and readers load little
+        """Whether its process can be seen to run without a heartbeat: it hangs, or is stopped.
 
-        return runs_since(self.pid, self.heartbeat_age)
+        By its lock: in another pid namespace its pid is somebody else's here.
+        """
+        if self.alive is not False or self.state == "stopped":
+            return False
+        from shmelim.system.processes import has_lock  # noqa: PLC0415  # seldom asked, and readers load little
+
+        return has_lock(self.pid, self.lock)
 
 
 class TableIdentity(NamedTuple):
@@ -619,6 +624,7 @@ class TableReader:
             heartbeat_age=max(0.0, age) if known else None,
             state=WriterState.NAMES[state] if state < len(WriterState.NAMES) else f"unknown ({state})",
             started_ms=words[WRITER_STARTED],
+            lock=words[WRITER_LOCK],
         )
 
     # ------------------------------------------------------------------ attaching

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from shmelim.system.clock import boottime, monotonic
+from shmelim.system.clock import monotonic
 
 _STARTED: Final = 18  # index of the start time after the state, see proc(5)
 _ARGUMENTS: Final = slice(44, 46)  # indexes of the first and the last address of the arguments
@@ -111,10 +111,19 @@ def _start_of(pid: int) -> float | None:
     return None if state in b"ZX" else float(fields[_STARTED])
 
 
-def runs_since(pid: int, seconds: float) -> bool:
-    """Tell whether the process of this id runs, and did so many seconds ago: it is no later one of that id."""
-    started = _start_of(pid)
-    return started is not None and started / os.sysconf("SC_CLK_TCK") <= boottime() - seconds
+def has_lock(pid: int, inode: int) -> bool:
+    """Tell whether the process of this id is seen to hold an ``flock`` on the file of this inode.
+
+    The kernel lists them with the ids of the asker's pid namespace, and ends them with their process.
+    """
+    wanted = [b"FLOCK", b"%d" % pid, b"%d" % inode]
+    try:
+        lines = Path("/proc/locks").read_bytes().splitlines()
+    except OSError:
+        return False
+    # As in "1: FLOCK  ADVISORY  WRITE 4711 00:1b:345011 0 EOF"; who waits for one has "->" before its kind.
+    found = (line.replace(b":", b" ").split() for line in lines)
+    return any([fields[1], *fields[4:8:3]] == wanted for fields in found)
 
 
 def _fields_of(pid: int) -> list[bytes]:

@@ -16,6 +16,9 @@ from waiting import PATIENCE, until
 
 from shmelim.cli import health
 from shmelim.cli.main import cli
+from shmelim.eliminations.reader import EliminationReader
+from shmelim.shm import SharedNamespace
+from shmelim.shm.layout import WRITER_PID
 from shmelim.watch.seeing import see
 
 PROBLEM = {"subject": "a", "text": "evil\x1b[2J", "remedy": "look", "since_ms": 1_700_000_000_000}
@@ -126,6 +129,16 @@ def test_a_server_that_is_stopped_is_not_to_be_started_before_it_is_ended(run, s
     assert f"kill -KILL {server.pid}" in problem["remedy"]
     server.kill()
     until(lambda: f"kill -KILL {server.pid}" not in run("health").stdout)
+
+
+def test_nobody_is_told_to_end_a_process_that_only_has_the_pid_of_a_server_elsewhere(run, server):
+    server.kill()
+    until(lambda: run("health").exit_code == 3)
+    root = SharedNamespace(server.name).open_root(writable=True)
+    root.words[WRITER_PID] = os.getpid()  # as a server in a container had it, whose pids are others
+    (problem,) = both(run)[1]["problems"]
+    assert (problem["name"], problem["remedy"]) == ("not_served", "start the server again")
+    assert not EliminationReader(server.name).writer.hangs
 
 
 @pytest.mark.parametrize("words", [[], ["--json"]])
