@@ -9,7 +9,7 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
-from shmelim.cli.options import Number, Settings, command, hotkey_argument, hotkeys_argument, yes_option
+from shmelim.cli.options import AnyNumber, Settings, command, hotkey_argument, hotkeys_argument, yes_option
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.record import EliminationReason, generate_row
 from shmelim.system.clock import utc_text
@@ -21,7 +21,7 @@ _REASONS: Final = ", ".join(EliminationReason.__members__)
 @command
 @hotkey_argument
 @click.option("--reason", required=True, metavar="REASON", help=f"Why: normally one of {_REASONS}.")
-@click.option("--dd", type=Number(), metavar="X", help="The drawdown, stored as given.")
+@click.option("--dd", type=AnyNumber(), metavar="X", help="The drawdown, stored as given.")
 @click.option(
     "--time-ms",
     type=click.IntRange(0, (1 << 63) - 1),

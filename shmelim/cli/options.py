@@ -70,8 +70,8 @@ class _Permissions(_OfNumber):
             self.fail(f"{value!r} is not octal digits, such as 640", param, ctx)
 
 
-class Number(click.FloatRange):
-    """A number within bounds; NaN, which no comparison finds outside of them, and infinity are not."""
+class AnyNumber(click.types.FloatParamType):
+    """A number; NaN and infinity are none."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Return it, or fail as click does."""
@@ -79,6 +79,10 @@ class Number(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a number that can be used.", param, ctx)
         return number
+
+
+class Number(click.FloatRange, AnyNumber):
+    """A number within bounds, outside of which no comparison finds NaN."""
 
 
 class _Moment(_OfText):

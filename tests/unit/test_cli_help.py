@@ -39,6 +39,7 @@ def test_help_says_what_a_command_does_and_what_each_option_is_for(path):
         if isinstance(option, click.Option):
             assert option.help, f"{option.opts} says nothing"
             assert option.opts[0] in shown.stdout
+    assert "None" not in shown.stdout
 
 
 @pytest.mark.parametrize(
