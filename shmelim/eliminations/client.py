@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from threading import TIMEOUT_MAX
 from typing import Any, Final, Self
 
 from shmelim.channel import ChannelClient, load_key
@@ -96,7 +97,7 @@ class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_o
                     connect_wait=connect_wait,
                 )
                 if wait is not None:
-                    self._client.connect(timeout=max(0.0, deadline - monotonic()))
+                    self._client.connect(timeout=min(max(0.0, deadline - monotonic()), TIMEOUT_MAX))
             except (NotServingError, CallTimeoutError):
                 if monotonic() >= deadline:
                     raise

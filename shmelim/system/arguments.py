@@ -15,8 +15,10 @@ def number(what: str, given: Any, *, least: float = 0, most: float = inf, unit: 
     if isinstance(given, bool) or not (isinstance(given, (int, float)) or _is_real(given)):
         raise TypeError(f"{what} must be a number{unit and ' '}{unit}, not {given!r:.100}")
     if not least <= given <= most:  # NaN is neither
-        limit = f"{least:g} to {most:g}" if most < TIMEOUT_MAX else f"{least:g} or more"
-        if TIMEOUT_MAX <= most < inf:
+        limit = f"{least:g} or more" if least > -inf else "a number"
+        if most < TIMEOUT_MAX or most < given < inf:
+            limit = f"{least:g} to {most:,.10g}"
+        elif most < inf:
             limit += " and finite"
         raise ValueError(f"{what} must be {limit}, not {given!r:.100}")
     return given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,17 @@ def test_waiting_covers_the_channel_and_not_only_the_table(
         coming.join(60)
         assert found[0].add_elimination("a", row("a"))
         found[0].close()
+
+
+@pytest.mark.parametrize("wait", [math.inf, 1e12])
+def test_who_waits_for_ever_is_let_in_at_once_where_there_is_a_server(
+    table_name: str, tmp_path: Path, wait: float
+) -> None:
+    with (
+        Service(ServeOptions(table_name, state_dir=tmp_path / "state", runtime_base=tmp_path)),
+        EliminationClient(table_name, wait=wait, runtime_base=tmp_path) as client,
+    ):
+        assert client.add_elimination("a", row("a"))
 
 
 def test_a_server_that_comes_back_elsewhere_is_found(table_name: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from threading import TIMEOUT_MAX
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,22 @@ def test_a_wait_for_nothing_that_can_be(given: dict[str, Any], error: type[Excep
 def test_a_page_of_the_history_from_nowhere() -> None:
     with server() as made, pytest.raises(ValueError, match=r"^before_id must"):
         made.get_history_rpc(before_id=10**30)
+
+
+@pytest.mark.parametrize(
+    ("given", "limits", "said"),
+    [
+        (1e10, {"most": TIMEOUT_MAX}, "n must be 0 to 9,223,372,036, not 10000000000.0"),
+        (float("inf"), {"most": TIMEOUT_MAX}, "n must be 0 or more and finite, not inf"),
+        (1 << 40, {"most": 1 << 32}, "n must be 0 to 4,294,967,296, not 1099511627776"),
+        (NAN, {"least": float("-inf")}, "n must be a number, not nan"),
+        (-1, {}, "n must be 0 or more, not -1"),
+        (2, {"most": 1}, "n must be 0 to 1, not 2"),
+    ],
+)
+def test_a_number_out_of_its_limits_is_told_them(given: float, limits: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        number("n", given, **limits)
 
 
 def test_whatever_is_a_number_is_one() -> None:
