@@ -90,13 +90,16 @@ def show(failure: Failure, *, as_json: bool, trace: str | None = None, warnings:
             click.echo(f"{kind}: {printable(' '.join(text.split()))}", err=True)
 
 
-def need_own_user(name: str, what: str) -> None:
-    """Raise RefusedError where another user's name is meant: what is made or removed must be that user's."""
+def need_own_user(name: str, what: str, options: str = "--name") -> None:
+    """Raise RefusedError where another user's name is meant: what is made or removed must be that user's.
+
+    `options` are those that come before the name.
+    """
     if means_another():
         owner = named_owner()
         raise RefusedError(
             f"uid {owner} is meant ({OWNER_VARIABLE}, --owner), and only that user can {what} {name!r}",
-            hint=f"run it as that user: sudo -u '#{owner}' shmelim {what} --name {name}",
+            hint=f"run it as that user: sudo -u '#{owner}' shmelim {what} {options} {name}",
         )
 
 

@@ -168,7 +168,7 @@ def follow(
     from shmelim.shm import SharedNamespace
 
     name = local or settings.name
-    need_own_user(name, "follow")
+    need_own_user(name, "follow", "--name" if local is None else f"--name {settings.name} --as")
     engine = _engine(url, settings.name, password_file)
     namespace = SharedNamespace(name, mode=0o640 if group_readable else 0o600)
     host = socket.gethostname()

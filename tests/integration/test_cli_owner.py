@@ -173,6 +173,12 @@ def test_nobody_serves_in_the_place_of_another_user(words, new_name, tmp_path):
     assert not list(Path("/dev/shm").glob(f"shmelim.{name}*"))
 
 
+def test_who_is_to_follow_as_another_name_is_told_both(new_name):
+    words = ("--from", "redis://nowhere.invalid", "--name", "there", "--as", new_name(), "--owner", str(NOBODY))
+    refused = run("follow", *words)
+    assert f"shmelim follow --name there --as {words[5]}" in refused.stderr
+
+
 def test_what_only_its_own_user_can_do_or_see_is_said(theirs, monkeypatch):
     monkeypatch.setenv(OWNER_VARIABLE, str(NOBODY))
     for words in (["forget"], ["restore", "any"]):
