@@ -85,6 +85,12 @@ class SharedNamespace(Namespace):
 
     def acquire(self) -> Lock:
         path = f"{_SHM_DIR}{self.root_name}.lock"
+        if os.geteuid() not in self._trusted:
+            owner = min(self._trusted)
+            raise SegmentError(
+                f"uid {os.geteuid()} cannot write {self.name!r}, as another user's is meant: uid {owner}",
+                hint="run it as that user, or do not name one (SHMELIM_OWNER, owner=)",
+            )
         while True:
             file = self._open_lock(path)
             try:

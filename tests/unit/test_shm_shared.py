@@ -24,6 +24,7 @@ from shmelim.errors import (
     UntrustedSegmentError,
 )
 from shmelim.shm import SharedNamespace, TableReader, TableWriter, shared
+from shmelim.table import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,6 +127,14 @@ def test_another_users_table_is_not_trusted(table_name: str) -> None:
     with pytest.raises(UntrustedSegmentError):
         TableWriter(SharedNamespace(table_name))
     assert TableReader(SharedNamespace(table_name, owner=STRANGER)).flags(b"a") == 1
+
+
+def test_nothing_is_made_in_the_place_of_another_user(table_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHMELIM_OWNER", str(os.geteuid() + 1))
+    for write in (lambda: TableWriter(SharedNamespace(table_name)), lambda: Writer(table_name)):
+        with pytest.raises(SegmentError, match=f"another user's is meant: uid {os.geteuid() + 1}"):
+            write()
+    assert not list(SHM.glob(f"shmelim*.{table_name}*"))
 
 
 @as_root
