@@ -1,5 +1,6 @@
 """Whose state it is: a start that would take another's name, or an older state, for its own is refused."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -116,6 +117,15 @@ class TestAnotherDirectory:
             assert [event["action"] for event in server.get_history_rpc()][-2:] == ["hold", "start"]
         # And that is known from now on.
         assert start(tmp_path / "other")
+
+    @pytest.mark.parametrize("files", ["lagged", "off"])
+    def test_with_what_its_files_say_where_they_are_all_there_is(self, tmp_path, start, files):
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "eliminations.json").write_text(json.dumps({"eliminations": [row("c")]}))
+        with start(other, replace_published=True, files=files) as server:
+            assert server.get_eliminated_hotkeys_rpc() == {"c"}
+            assert [p["name"] for p in server.health_check_rpc()["problems"]] == ["money_held"]
 
 
 class TestAdopting:

@@ -360,9 +360,9 @@ def _fill(step: Step, found: _Found, facts: Facts, plan: Plan, choices: Choices)
     if plan.action is Action.FROM_TABLE:
         assert found.published is not None
         recovery.say_what_is_published(step, found.namespace, found.published, found.directory, found.problems)
-    _mark(step, found, facts, plan)
-    # A start may have died between making a store and this.
+    # A start may have died between making a store and this. Asked before the store has a mark of this one.
     fresh = not any(step.store.counts()) and not step.store.meta_items()
+    _mark(step, found, facts, plan)
     if found.directory is not None and (choices.use_files or fresh):
         take_files(step, found.directory, found.problems, fresh=fresh, judge=choices.judge)
     if choices.default_departed is not None and not step.store.counts().departed:
