@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -204,9 +205,11 @@ def test_a_name_that_the_environment_cannot_judge_is_no_zombie_and_keeps_no_othe
     assert not (directories / "a zombie").exists()
 
 
-def test_figures_may_be_numpys(managed: Managed) -> None:
-    managed.environment.check_interval_ms = np.float64(300_000)
-    managed.environment.max_slashes_per_hour = np.float64(10)
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64, Fraction])
+def test_figures_may_be_numpys(managed: Managed, kind: Callable[[int], Any]) -> None:
+    managed.environment.check_interval_ms = kind(300_000)
+    managed.environment.max_slashes_per_hour = kind(10)
+    managed.environment.slash_proportions = {"MAX_TOTAL_DRAWDOWN": kind(1)}
     managed.validator.lose("a", 0.2)
     managed.tick()
     assert managed.validator.collateral.slashes() == ["a"]

@@ -63,9 +63,8 @@ class Context:
         """Tell the server, whose health lists them, of the problems that stand, and of the last whole tick."""
         self.has_changed, self.reported_at = False, monotonic()
         standing = [problem.as_dict() for problem in self.alerts.standing()]
-        interval_ms = float(self.environment.check_interval_ms)  # which may be one of numpy's
         try:
-            self.state.report_processing(self.whole_ms, interval_ms, standing)
+            self.state.report_processing(self.whole_ms, self.environment.check_interval_ms, standing)
         except BaseException:
             self.has_changed = True
             raise
