@@ -9,10 +9,12 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
 from shmelim.eliminations.calls import Calls
 from shmelim.eliminations.client import EliminationClient
+from shmelim.system.arguments import number
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,8 +84,9 @@ class AsyncEliminationClient:
         Any number of tasks may wait, for one thread altogether. Cancelling it ends it at once.
         """
         seen = self.client.version if since is None else since
+        seconds = None if timeout is None else float(number("timeout", timeout, least=-inf))
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(seconds):
                 while not self.client.wait_for_change(0, seen):
                     if self._waiting is None or self._waiting.done():
                         look = functools.partial(self.client.wait_for_change, _LOOK, seen)

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 import threading
 
 import pytest
@@ -61,6 +62,15 @@ def test_the_loop_goes_on_while_tasks_wait(run):
         assert await asyncio.gather(*waiting) == [True] * 50
         assert await client.wait_for_change(0.01) is False
         assert await client.wait_for_change(None, since) is True
+
+    run(work)
+
+
+@pytest.mark.parametrize(("timeout", "error"), [(math.nan, ValueError), ("1", TypeError)])
+def test_a_wait_of_no_time_is_refused_as_the_readers_is(run, timeout, error):
+    async def work(client):
+        with pytest.raises(error, match=r"^timeout must"):
+            await asyncio.wait_for(client.wait_for_change(timeout), 2)
 
     run(work)
 
