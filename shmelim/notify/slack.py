@@ -135,9 +135,9 @@ class SlackNotifier:
         # What a started process gets, and all that an instance is made of.
         self._arguments: dict[str, Any] = {name: value for name, value in locals().items() if name != "self"}
         for name in ("burst", "max_queued", *(() if max_tries is None else ("max_tries",))):
-            whole(name, self._arguments[name])
+            self._arguments[name] = whole(name, self._arguments[name])
         for name in ("repeat_after", "interval", "retry_delay", "timeout", "exit_timeout"):
-            seconds(name, self._arguments[name])
+            self._arguments[name] = seconds(name, self._arguments[name])
         if not isinstance(source, str | None):
             raise TypeError(f"source must be text or None, not {source!r:.100}")
         self._host = _host(webhook_url)

@@ -114,7 +114,7 @@ class ServiceSettings:
             if type(default) is bool:
                 flags(**{name: value})
             elif isinstance(default, int | float):
-                _check_figure(name, value, default)
+                object.__setattr__(self, name, _figure(name, value, default))
         # A text is a collection of its letters, which nobody means.
         names = isinstance(self.idempotent, Collection) and not isinstance(self.idempotent, str)
         _check("idempotent", names, "a collection of names", self.idempotent)
@@ -155,15 +155,13 @@ class Figure:
         self._name = name
 
     def __set__(self, instance: object, value: float) -> None:
-        _check_figure(self._name, value, self._default)
-        instance.__dict__[self._name] = value
+        instance.__dict__[self._name] = _figure(self._name, value, self._default)
 
 
-def _check_figure(name: str, value: Any, default: float) -> None:
+def _figure(name: str, value: Any, default: float) -> float:
     if type(default) is int:
-        whole(name, value)
-    else:
-        number(name, value, most=TIMEOUT_MAX if name in _OF_CALLS else inf)
+        return whole(name, value)
+    return number(name, value, most=TIMEOUT_MAX if name in _OF_CALLS else inf)  # type: ignore[no-any-return]
 
 
 def _check(name: str, fits: bool, what: str, value: object) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 
 def number(what: str, given: Any, *, least: float = 0, most: float = inf, unit: str = "") -> Any:
-    """Return a number as it was given; ``TypeError`` or ``ValueError`` names the argument `what` and its value.
+    """Return a number as an int or float; ``TypeError`` or ``ValueError`` names the argument `what` and its value.
 
     It lies from `least` to `most`. `unit` is for the message, as "of seconds".
     """
-    if isinstance(given, bool) or not (isinstance(given, (int, float)) or _is_real(given)):
-        raise TypeError(f"{what} must be a number{unit and ' '}{unit}, not {given!r:.100}")
+    if type(given) not in (int, float):
+        given = _own(what, given, unit)
     if not least <= given <= most:  # NaN is neither
         limit = f"{least:g} or more" if least > -inf else "a number"
         if most < TIMEOUT_MAX or most < given < inf:
@@ -50,7 +50,10 @@ def functions(**given: Any) -> None:
             raise TypeError(f"{what} must be a function or None, not {value!r:.100}")
 
 
-def _is_real(given: object) -> bool:
-    from numbers import Real  # noqa: PLC0415  # numpy's whole numbers, fractions: seldom
+def _own(what: str, given: Any, unit: str) -> float:
+    """Return a number of another type, as numpy's or a fraction, as it can be sent and stored."""
+    from numbers import Integral, Real  # noqa: PLC0415  # seldom
 
-    return isinstance(given, Real)
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"{what} must be a number{unit and ' '}{unit}, not {given!r:.100}")
+    return int(given) if isinstance(given, Integral) else float(given)

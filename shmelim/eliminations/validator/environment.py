@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any, Final
 
@@ -187,7 +187,7 @@ class ValidatorEnvironment:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIGURES:
-            value = _plain(number(name, value, most=_FIGURES[name]))
+            value = number(name, value, most=_FIGURES[name])
         elif name == "slash_proportions":
             if not isinstance(value, Mapping):
                 raise TypeError(f"slash_proportions must be a dict of shares by reason, not {value!r:.100}")
@@ -196,7 +196,7 @@ class ValidatorEnvironment:
                 if reason not in _REASONS:
                     known = ", ".join(sorted(_REASONS))
                     raise ValueError(f"slash_proportions has {reason!r}, which is not a reason: {known}")
-                shares[reason] = _plain(number(f"slash_proportions[{reason!r}]", share, most=1))
+                shares[reason] = number(f"slash_proportions[{reason!r}]", share, most=1)
             value = shares
         elif name.removeprefix("_") in _FUNCTIONS:
             functions(**{name.removeprefix("_"): value})
@@ -318,11 +318,6 @@ class ValidatorEnvironment:
         """Remove a miner's directory, if there is one."""
         if self._directories is not None:
             self._directories.remove(hotkey)
-
-
-def _plain(figure: Any) -> float:
-    """Return a number, which may be one of numpy's or a fraction, as it can be sent and stored."""
-    return int(figure) if isinstance(figure, Integral) else float(figure)
 
 
 def _is_price(value: Any) -> bool:
