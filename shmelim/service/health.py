@@ -36,7 +36,7 @@ from shmelim.system.arguments import number
 from shmelim.system.clock import monotonic
 from shmelim.system.logs import log_problems
 from shmelim.system.problems import SEVERITIES, Change, Problem, Problems, Severity
-from shmelim.system.processes import ProcessIdentity, set_title
+from shmelim.system.processes import ProcessIdentity, set_title, terminal_left_to_owner
 from shmelim.system.text import get_logger
 
 _DOWN: Final = "server_down"
@@ -496,11 +496,16 @@ class HealthCheckDaemon:
     def run(self) -> None:
         """Check until stopped; what a checking process runs.
 
-        Returns also when the service was shut down, and when the process that made this ends.
+        Returns also when the service was shut down, and when the process that made this ends. A terminal's Ctrl-C
+        is left to that process, unless the checking one has a handler for it.
         """
-        name, elsewhere = self.service.service_name, self._maker.pid != os.getpid()
-        if elsewhere:
-            set_title(f"{server_title(name)}_HealthChecker")
+        if self._maker.pid == os.getpid():
+            return self._run(elsewhere=False)
+        set_title(f"{server_title(self.service.service_name)}_HealthChecker")
+        with terminal_left_to_owner():
+            return self._run(elsewhere=True)
+
+    def _run(self, *, elsewhere: bool) -> None:
         # A wall clock that is set would lengthen or shorten an interval; this one does neither.
         began_ms, began = time.time_ns() // 1_000_000, monotonic()
         due = began

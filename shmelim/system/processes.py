@@ -11,6 +11,7 @@ import math
 import os
 import select
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,27 @@ def _overwrite_arguments(title: str) -> bool:
     except (OSError, ValueError):
         return False
     return title_of(os.getpid()) == title
+
+
+@contextlib.contextmanager
+def terminal_left_to_owner() -> Iterator[None]:
+    """Have a terminal's Ctrl-C not interrupt a ``with`` block, in a process that works for another one.
+
+    It goes to each process of a group, and the one that they work for decides what it means. A handler of the
+    caller's own stays, and outside of the main thread nothing is done.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    # A function, and not SIG_IGN, which programs that are run in there would inherit.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def title_of(pid: int) -> str | None:

@@ -223,6 +223,19 @@ def test_in_a_process_of_ones_own(service, alerts, method):
     assert alerts.levels() == ["error", "warning", "success", "flushed", "flushed"]
 
 
+@pytest.mark.parametrize("kind", ["forked process", pytest.param("spawned process", marks=pytest.mark.long)])
+def test_a_ctrl_c_of_the_terminal_is_left_to_the_owner(begin, service, alerts, capfd, kind):
+    process = begin(kind)._runner
+    until(lambda: "vali_LedgerServer_HealthChecker" in titles(), "its title")
+    hang(service.server_pid)
+    for _ in range(3):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    until(lambda: "success" in alerts.levels(), "the recovery")
+    assert process.is_alive()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_it_is_pickled_to_a_starting_process_only(service):
     with pytest.raises(RuntimeError, match="inheritance"):
         pickle.dumps(HealthCheckDaemon(service, 1))

@@ -408,6 +408,21 @@ def test_sigterm_lets_the_miner_at_hand_be_finished(make: Callable[..., Managed]
     assert managed.validator.collateral.slashes() == ["a", "b"]
 
 
+def test_a_ctrl_c_of_the_terminal_ends_no_process_of_the_loop(make: Callable[..., Managed]) -> None:
+    """It reaches every process of the group; what it means is for the one to decide that made the manager."""
+    managed = make("rpc", **AT_ONCE)
+    managed.validator.register("a")
+    managed.validator.lose("a", 0.2)
+    with in_a_process(managed) as process:
+        until(lambda: managed.reasons == {"a": "MAX_TOTAL_DRAWDOWN"})
+        os.kill(process.pid, signal.SIGINT)
+        process.join(0.5)
+        assert process.is_alive()
+        managed.manager.shutdown()
+        process.join(PATIENCE)
+        assert process.exitcode == 0
+
+
 def test_loop_leaves_signal_handlers_as_it_found_them(make: Callable[..., Managed]) -> None:
     managed = make("rpc", **AT_ONCE)
     found = FORK.SimpleQueue()

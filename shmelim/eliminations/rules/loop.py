@@ -2,7 +2,8 @@
 
 In the main thread of a child process a SIGTERM ends it too: at once between two ticks, and within a tick as soon
 as the miner at hand is done. What does not come back is left behind after a second; a slash that is under way has
-its deadline. Afterwards the signal handler is as it was.
+its deadline. A terminal's Ctrl-C is left there to the process that made the manager, with which the loop ends.
+Afterwards the signal handlers are as they were.
 
 Nothing that a collaborator raises ends the loop, except ``KeyboardInterrupt``, and ``SystemExit`` in the main
 thread; and then the loop says that it ends.
@@ -24,7 +25,7 @@ from shmelim.eliminations.rules.alerts import WISHES, named
 from shmelim.eliminations.rules.processor import EliminationProcessor
 from shmelim.eliminations.rules.tick import Context
 from shmelim.system.clock import monotonic
-from shmelim.system.processes import set_title
+from shmelim.system.processes import set_title, terminal_left_to_owner
 from shmelim.system.text import get_logger
 
 _TITLE: Final = "vali_EliminationProcessing"
@@ -88,7 +89,7 @@ def _pause(seconds: float, stopping: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def _ended_by_sigterm(context: Context) -> Iterator[None]:
-    """Have SIGTERM end the loop inside a ``with`` block, where this is the main thread of a child process.
+    """Have SIGTERM alone end the loop inside a ``with`` block, where this is the main thread of a child process.
 
     Elsewhere signals are for whoever runs the loop, and nothing is touched.
     """
@@ -103,7 +104,8 @@ def _ended_by_sigterm(context: Context) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, ask)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the thread that started it may block it
     try:
-        yield
+        with terminal_left_to_owner():
+            yield
     finally:
         signal.signal(signal.SIGTERM, before)
         context.end_asked = False
