@@ -115,9 +115,10 @@ class Core(Health):
     def after_fork_in_child(self) -> None:
         """Become a client. Called by :mod:`shmelim.system.forks`."""
         self.is_makers = False
-        if self.server is not None:
-            self.server.mark.close()
-            self.server = None
+        for server in (self.server, self._starting):  # of another thread, which does not exist here
+            if server is not None:
+                server.mark.close()
+        self.server = self._starting = None
         self.begin_here()
 
     def __repr__(self) -> str:

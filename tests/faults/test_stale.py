@@ -19,6 +19,7 @@ from waiting import PATIENCE, until
 from shmelim.errors import ChannelError
 from shmelim.service import lease
 from shmelim.service.lease import clear_stale, is_free, wait_until_free
+from shmelim.service.process import ServerReady
 from shmelim.system import processes
 
 NAME = "LedgerServer"
@@ -325,6 +326,11 @@ def test_a_stranger_who_took_the_port_meanwhile_is_not_touched(make, hold):
     assert service.pid() == service.server_pid
 
 
+def sockets():
+    """Return the names of this process' Unix sockets."""
+    return {connection.laddr for connection in psutil.Process().net_connections("unix")}
+
+
 def serve_until_told(directory, pipe):
     with Ledger(directory, port=0) as service:
         pipe.send((service.address, service.server_pid))
@@ -346,6 +352,33 @@ def test_a_server_whose_owner_lives_is_not_stale(make, tmp_path):
     owner.join()
     service = make(address)
     assert not is_alive(pid)
+    assert service.pid() == service.server_pid
+
+
+def test_a_child_that_is_forked_during_a_start_does_not_pass_for_the_owner(make, monkeypatch):
+    """It holds no mark of the server that another thread is starting, nor of one that served before."""
+    service = make(("127.0.0.1", 0))
+    starting, go_on = threading.Event(), threading.Event()
+
+    def outcome(self, server, timeout, outcome=ServerReady.outcome):
+        starting.set()
+        go_on.wait(PATIENCE)
+        return outcome(self, server, timeout)
+
+    monkeypatch.setattr(ServerReady, "outcome", outcome)
+    restart = threading.Thread(target=service.restart_server)
+    restart.start()
+    assert starting.wait(PATIENCE)
+    marks = {name for name in sockets() if name.startswith("@shmelim.owner.")}
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    child = context.Process(target=lambda: there.send(sorted(name for name in sockets() if name in marks)))
+    child.start()
+    go_on.set()
+    assert marks
+    assert here.recv() == []
+    child.join()
+    restart.join()
     assert service.pid() == service.server_pid
 
 
