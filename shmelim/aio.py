@@ -30,7 +30,9 @@ def _awaited(
 
     @functools.wraps(method)
     async def call(self: AsyncEliminationClient, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        made = functools.partial(getattr(self.client, method.__name__), *args, **kwargs)
+        made: Callable[[], R] = functools.partial(getattr(self.client, method.__name__), *args, **kwargs)
+        if self._is_closed:
+            return made()  # which says so, at once
         return await asyncio.get_running_loop().run_in_executor(self._callers, made)
 
     return call
@@ -77,6 +79,7 @@ class AsyncEliminationClient:
         # One thread waits for all; each waiter sees for himself whether that was for him.
         self._waiter = ThreadPoolExecutor(1, "shmelim-aio-wait")
         self._waiting: asyncio.Future[bool] | None = None
+        self._is_closed = False
 
     async def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:  # noqa: ASYNC109
         """Wait for a publish, as the reader's method does: seconds or None, a version or None; False: none came.
@@ -112,6 +115,7 @@ class AsyncEliminationClient:
 
     async def close(self) -> None:
         """Close the client's connections, and end the threads. Idempotent."""
+        self._is_closed = True
         self._waiter.shutdown(wait=False, cancel_futures=True)
         self._callers.shutdown(wait=False)
         self.client.close()

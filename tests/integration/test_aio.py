@@ -11,6 +11,7 @@ from serving import row
 from shmelim import ChangesUnknownError
 from shmelim.aio import AsyncEliminationClient
 from shmelim.eliminations.calls import Calls
+from shmelim.errors import ChannelError, ReaderClosedError
 
 
 @pytest.fixture
@@ -107,5 +108,21 @@ def test_watching_yields_every_event_in_order(run):
         assert seen == [row("a", number)["elimination_initiated_time_ms"] for number in range(20)]
         with pytest.raises(ChangesUnknownError):
             await anext(client.watch(since - 1000))
+
+    run(work)
+
+
+def test_what_is_closed_says_so_as_the_client_does(run):
+    async def work(client):
+        waiting = asyncio.ensure_future(client.wait_for_change())
+        await asyncio.sleep(0)
+        await client.close()
+        await client.close()
+        for call in (client.add_elimination("a", row("a")), client.health_check(), client.get_history()):
+            with pytest.raises(ChannelError, match="the client is closed"):
+                await call
+        for call in (waiting, client.wait_for_change(0), client.sync_eliminations([])):
+            with pytest.raises(ReaderClosedError):
+                await call
 
     run(work)
