@@ -395,7 +395,7 @@ class HealthCheckDaemon:
     A server that hangs is found by it; one that died is restarted by the service itself.
 
     May be handed to a process of one's own as well: ``Process(target=daemon.run, daemon=True).start()``.
-    Thread-safe. In a forked child the copy does not check, and :meth:`stop` does nothing.
+    Thread-safe. In a forked child the copy does not check and cannot be started, and :meth:`stop` does nothing.
 
     Parameters
     ----------
@@ -474,9 +474,12 @@ class HealthCheckDaemon:
         Raises
         ------
         RuntimeError, ValueError
-            It was started before; there is no such kind.
+            It was started before, or made by another process; there is no such kind.
 
         """
+        if self._maker.pid != os.getpid():
+            # The copy would be stopped by nobody, and give this process the title of one that does nothing else.
+            raise RuntimeError("the process that made a HealthCheckDaemon starts it; make one in this process")
         if self._runner is not None or self._stopped:
             raise RuntimeError("a HealthCheckDaemon can be started once; make a new one")
         options: Any = {"target": self.run, "name": f"{self.service.service_name}-health", "daemon": True}

@@ -252,6 +252,22 @@ def test_a_copy_stops_nothing(begin, service):
     assert runner.is_alive()
 
 
+def test_a_copy_is_not_started(service, tmp_path):
+    daemon = HealthCheckDaemon(service, 0.01)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            daemon.start()
+        except RuntimeError as error:
+            (tmp_path / "error").write_text(str(error))
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert "make one in this process" in (tmp_path / "error").read_text()
+    with daemon.start():
+        assert daemon._runner.is_alive()
+
+
 def test_it_checks_a_direct_server(tmp_path):
     alerts = Alerts()
     with Ledger(
