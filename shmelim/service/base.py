@@ -415,8 +415,7 @@ class RPCServiceBase(ABC):
             raise ChannelError(f"{core.name} has no server yet", hint="call _initialize_service() first")
         if not core.is_makers:
             raise ChannelError(f"{core.name} can only be restarted by the process that made it")
-        core.restart()
-        core.look()
+        core.restart_by_hand()
 
     def shutdown(self, why: str | None = None) -> None:
         """End the server, if this process is its owner, and close this process' connections. Idempotent.

@@ -318,6 +318,14 @@ class Core(Health):
             self.start()
             return True
 
+    def restart_by_hand(self) -> None:
+        """Restart the server process, and find out whether all is well."""
+        with self._lock:
+            self.restart()
+            # A health check may have been ending the same server; the end of the next one is not its work.
+            self.page.state.ended_by = 0
+        self.look()
+
     # ------------------------------------------------------------------ watching it
 
     def _watch(self) -> None:

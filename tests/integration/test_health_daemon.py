@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ledger import Alerts, FileAlerts, Ledger, hang, is_alive, pid_after
+from ledger import Alerts, FileAlerts, Ledger, hang, is_alive, kill, pid_after
 from waiting import PATIENCE, until
 
 from shmelim.service import HealthCheckDaemon
@@ -250,6 +250,24 @@ def test_a_copy_stops_nothing(begin, service):
         os._exit(0)
     os.waitpid(pid, 0)
     assert runner.is_alive()
+
+
+def test_a_restart_by_hand_of_a_server_that_a_copy_is_ending_leaves_the_next_death_to_be_told(tmp_path, alerts):
+    options = {"enable_health_check": True, "health_check_interval_s": 0, "health_check_timeout": 0.3}
+    with Ledger(
+        tmp_path, stop_timeout=1.0, max_consecutive_failures=1, slack_notifier=alerts, **options
+    ) as service:
+        state = service._RPCServiceBase__core.page.state
+        hang(service.server_pid)
+        child = multiprocessing.get_context("fork").Process(target=service.health_check)
+        child.start()
+        until(lambda: state.ended_by == child.pid, "the end of the server by the copy")
+        service.restart_server()
+        child.join()
+        assert alerts.levels() == ["error", "success"]
+        kill(service)
+        until(lambda: len(alerts.levels()) == 4, "what is told of the next death")
+        assert alerts.levels() == ["error", "success"] * 2
 
 
 def test_a_copy_is_not_started(service, tmp_path):
