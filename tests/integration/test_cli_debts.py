@@ -12,13 +12,12 @@ import pytest
 from crashing import call
 from invoking import CliRunner
 from serving import row
-from starlette.testclient import TestClient
 
 from shmelim import EliminationClient
 from shmelim.cli import output
 from shmelim.cli.main import cli
 from shmelim.eliminations.debts.states import new_attempt
-from shmelim.watch import asking, web
+from shmelim.watch import asking
 
 A = "5C511WZdVSCAcTVLTcheFAwvDvmDH7une5h7cXsUEJjnYWPs"
 B = "5C5GANtAKokcPvJBGyLcFgY5fYuQaXC3MpVt75codZbLLZrZ"
@@ -113,7 +112,18 @@ def test_what_a_server_that_hangs_does_not_answer_is_read_from_the_store(run, se
     try:
         assert [run(*command).stdout for command in commands] == listed
         assert document(run("debts", "--json"))["source"] == "store"
-        page = TestClient(web.make_app(server.name), "http://localhost").get(f"/miner?hotkey={A}").text
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+def test_what_a_server_that_hangs_does_not_answer_the_page_reads_from_the_store(server, monkeypatch):
+    testing = pytest.importorskip("starlette.testclient")
+    from shmelim.watch import web
+
+    monkeypatch.setattr(asking, "EliminationClient", partial(EliminationClient, timeout=0.3))
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        page = testing.TestClient(web.make_app(server.name), "http://localhost").get(f"/miner?hotkey={A}").text
     finally:
         os.kill(server.pid, signal.SIGCONT)
     assert "the server cannot be asked" in page

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Mapping
 
-import freezegun
 import numpy as np
 import pytest
 from crashing import Child, call
@@ -77,6 +76,7 @@ class TestAttaching:
 
     @pytest.mark.parametrize("kind", [EliminationReader, EliminationClient, Reader])
     def test_waits_no_longer_where_a_test_stops_the_time_and_for_no_time_that_is_none(self, table_name, kind):
+        freezegun = pytest.importorskip("freezegun")
         with freezegun.freeze_time("2030-01-01"), pytest.raises(NotServingError):
             kind(table_name, wait=0.05)
         with pytest.raises(ValueError, match="must be 0 or more, not nan"):
