@@ -508,11 +508,13 @@ class RPCServiceBase(ABC):
         core = self.__core
         if core.page.state.ended or isinstance(self._server_proxy, Absent):
             return False
-        if current_time_ms is None:
-            clock = core.settings.clock_ms
-            current_time_ms = time.time_ns() / 1e6 if clock is None else clock()
-        # Noted as the last check's, what is no time would fail all the next.
-        number("current_time_ms", current_time_ms, least=-inf, unit="of milliseconds")
+        clock = core.settings.clock_ms
+        if current_time_ms is None and clock is None:
+            current_time_ms = time.time_ns() / 1e6
+        else:
+            given = clock() if current_time_ms is None and clock is not None else current_time_ms
+            # Noted as the last check's, what is no time would fail all the next.
+            current_time_ms = float(number("current_time_ms", given, least=-inf, unit="of milliseconds"))
         return core.check(current_time_ms, self.health_check_interval_s * 1000)
 
 
