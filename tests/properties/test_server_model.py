@@ -182,7 +182,7 @@ def check_history(server, model):
 SETTINGS = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
-@settings(SETTINGS, max_examples=50)
+@settings(SETTINGS, max_examples=20)
 @given(st.lists(step, max_size=40))
 def test_table_store_files_and_history_equal_the_model(steps):
     play(steps)
