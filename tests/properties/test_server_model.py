@@ -182,6 +182,7 @@ def check_history(server, model):
 SETTINGS = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
+@pytest.mark.timeout(900)  # some 5 s alone; beside others, late in a long run, minutes were seen
 @settings(SETTINGS, max_examples=20)
 @given(st.lists(step, max_size=40))
 def test_table_store_files_and_history_equal_the_model(steps):
