@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
@@ -29,6 +30,4 @@ def utc_text(ms: object) -> str | None:
         return None
     if not 0 < ms <= _LATEST_MS:
         return f"{ms} ms"
-    from datetime import UTC, datetime  # noqa: PLC0415  # whoever only counts the time does not pay for it
-
     return datetime.fromtimestamp(ms // 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
