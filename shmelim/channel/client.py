@@ -35,7 +35,7 @@ from shmelim.errors import (
     UnknownMethodError,
 )
 from shmelim.system import forks
-from shmelim.system.arguments import number
+from shmelim.system.arguments import seconds
 from shmelim.system.clock import monotonic
 from shmelim.system.owner import whose
 
@@ -487,7 +487,7 @@ def _too_large(method: str, request: bytes, limit: int) -> MessageTooLargeError:
 
 
 def _finite(name: str, value: float) -> float:
-    return float(number(name, value, most=TIMEOUT_MAX, unit="of seconds"))
+    return float(seconds(name, value, most=TIMEOUT_MAX))
 
 
 def _cannot_connect(location: Location, error: OSError) -> ChannelError:

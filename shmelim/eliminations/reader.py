@@ -265,9 +265,9 @@ def _checked(max_staleness: object, when_stale: object) -> tuple[float | None, W
         if when_stale != "serve":
             raise ValueError(f"when_stale={when_stale!r} needs max_staleness, in seconds")
         return None, "serve"
-    from shmelim.system.arguments import number  # noqa: PLC0415  # as most readers ask for none
+    from shmelim.system.arguments import seconds  # noqa: PLC0415  # as most readers ask for none
 
-    return float(number("max_staleness", max_staleness, most=TIMEOUT_MAX, unit="of seconds")), when_stale
+    return float(seconds("max_staleness", max_staleness, most=TIMEOUT_MAX)), when_stale
 
 
 class _Refusing(EliminationReader):

@@ -32,7 +32,7 @@ from shmelim.notify.problems import (
 from shmelim.service.process import disown
 from shmelim.service.settings import ServiceSettings, server_title
 from shmelim.system import forks
-from shmelim.system.arguments import number
+from shmelim.system.arguments import seconds
 from shmelim.system.clock import monotonic
 from shmelim.system.logs import log_problems
 from shmelim.system.problems import SEVERITIES, Change, Problem, Problems, Severity
@@ -438,7 +438,7 @@ class HealthCheckDaemon:
             interval_s, slack_notifier = None, interval_s
         if interval_s is None:
             interval_s = float(getattr(service, "health_check_interval_s", 60.0))
-        every: float = number("interval_s", interval_s, most=threading.TIMEOUT_MAX, unit="of seconds")
+        every: float = seconds("interval_s", interval_s, most=threading.TIMEOUT_MAX)
         if every == 0:
             raise ValueError("interval_s must be more than 0")
         if not callable(getattr(service, "health_check", None)):

@@ -31,9 +31,9 @@ def whole(what: str, given: Any, *, least: float = 1, most: float = inf) -> int:
     return int(number(what, given, least=least, most=most))
 
 
-def seconds(what: str, given: Any) -> Any:
-    """Return a number of seconds, 0 or more; infinity is one."""
-    return number(what, given, unit="of seconds")
+def seconds(what: str, given: Any, *, most: float = inf) -> Any:
+    """Return a number of seconds, 0 or more; infinity is one, unless there is a limit."""
+    return number(what, given, most=most, unit="of seconds")
 
 
 def flags(**given: Any) -> None:
