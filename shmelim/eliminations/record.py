@@ -170,7 +170,7 @@ def check_record(
         # Nearly all are as they are to be; whatever is wrong with one is found and named below.
         with suppress(ValueError, TypeError, OverflowError):
             encoded = _encoder.encode(data)
-            if (own := _usual_hotkey(encoded, plausible)) is not None and hotkey in {None, own}:
+            if (own := usual_hotkey(encoded, plausible)) is not None and hotkey in {None, own}:
                 return Checked(own, encoded)
     record = normalise(data, hotkey)
     lacks = tuple(field for field in FILLED_IN if field not in record)
@@ -183,20 +183,14 @@ def check_record(
     return Checked(record["hotkey"], encode(record), lacks, "; ".join(notes) or None)
 
 
-def check_encoded(encoded: bytes, plausible: tuple[int, int]) -> Checked:
-    """Do the same with a record in msgpack; ValueError also for bytes that are none."""
-    if (own := _usual_hotkey(encoded, plausible)) is not None:
-        return Checked(own, encoded)
-    return check_record(decode(encoded), plausible=plausible)
-
-
-def _usual_hotkey(encoded: bytes, plausible: tuple[int, int]) -> str | None:
+def usual_hotkey(encoded: bytes, plausible: tuple[int, int]) -> str | None:
     """Return whose a record in msgpack is, which can be stored as it stands; None where it needs another look."""
     found = scan(encoded, _REQUIRED, _OPTIONAL) if len(encoded) <= MAX_RECORD_BYTES else None
     if found is None:
         return None
     hotkey, time_ms, _ = found
-    is_usual = plausible[0] <= time_ms <= plausible[1] and 0 < len(hotkey.encode()) <= MAX_HOTKEY_BYTES
+    size = len(hotkey) if hotkey.isascii() else len(hotkey.encode())
+    is_usual = plausible[0] <= time_ms <= plausible[1] and 0 < size <= MAX_HOTKEY_BYTES
     return hotkey if is_usual else None
 
 

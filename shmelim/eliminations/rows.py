@@ -14,7 +14,8 @@ from __future__ import annotations
 import gc
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import IntFlag
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
@@ -34,6 +35,7 @@ _LARGE: Final = 200_000  # bytes
 # Whether a thread of this process keeps the garbage collector switched off; written by that thread alone.
 _collector_rests = False
 PREFIX: Final = struct.Struct("<qq")
+_NO_DEPARTURE: Final = bytes(PREFIX.size)
 ORIGIN_KEY: Final = b"\xff:origin"
 """Key of the one entry that is not a hotkey's (it is not UTF-8): which state directory the table was made from."""
 
@@ -81,7 +83,7 @@ def row_entry(row: RowFields) -> tuple[bytes, int, bytes, int]:
         | (0 if departed_ordinal is None else _DEPARTED)
         | (_REGISTERED if registered else 0)
     )
-    prefix = PREFIX.pack(detected_ms or 0, departed_ordinal or 0)
+    prefix = _NO_DEPARTURE if departed_ordinal is None else PREFIX.pack(detected_ms or 0, departed_ordinal)
     return hotkey.encode(), flags, prefix + (record or b""), eliminated_ordinal or departed_ordinal or 0
 
 
@@ -119,24 +121,31 @@ def _wake_collector_in_child() -> None:
 os.register_at_fork(after_in_child=_wake_collector_in_child)
 
 
-def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes) -> T:
-    """Decode, and keep the cyclic garbage collector from walking a large result again and again while it grows.
+@contextmanager
+def collector_at_rest(size: int) -> Iterator[None]:
+    """Keep the cyclic garbage collector from walking many records, of so many bytes, again and again as they grow.
 
-    Decoded records hold no cycles, and the walks double the time from some thousand records on.
+    They hold no cycles, and the walks take up to half of the time from some thousand records on.
     """
     global _collector_rests  # noqa: PLW0603
-    rests = len(found) >= _LARGE and gc.isenabled()
+    rests = size >= _LARGE and gc.isenabled()
     if rests:
         _collector_rests = True
         gc.disable()
     try:
-        return decoder.decode(found)
-    except msgspec.DecodeError as error:
-        raise CorruptSegmentError(f"the records in shared memory cannot be decoded: {error}") from error
+        yield
     finally:
         if rests:
             gc.enable()
             _collector_rests = False
+
+
+def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes) -> T:
+    with collector_at_rest(len(found)):
+        try:
+            return decoder.decode(found)
+        except msgspec.DecodeError as error:
+            raise CorruptSegmentError(f"the records in shared memory cannot be decoded: {error}") from error
 
 
 # What the read paths collect: all records, in an array or by hotkey; hotkeys; the heads of records by hotkey.

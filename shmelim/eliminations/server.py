@@ -42,6 +42,7 @@ from shmelim.eliminations.record import (
     plausible_times,
     refuse_hotkey,
 )
+from shmelim.eliminations.rows import collector_at_rest
 from shmelim.eliminations.rules import Context, EliminationProcessor, processed
 from shmelim.eliminations.rules.membership import is_zombie
 from shmelim.eliminations.runtime import lock_state, secure_state
@@ -636,9 +637,10 @@ class EliminationManagerServer(DebtMethods):
         if root_id != self.reader.root_id:
             return None
         self._warn(comparison.notes)
-        return self._change(
-            changes.sync_difference, version, comparison, check_hotkeys(gone), judge=self._judge(force=force)
-        )
+        with collector_at_rest(comparison.size):
+            return self._change(
+                changes.sync_difference, version, comparison, check_hotkeys(gone), judge=self._judge(force=force)
+            )
 
     def _replace(self, eliminations: Iterable[Mapping[str, Any]], reason: str, *, force: bool) -> list[str]:
         comparison = Comparison(self.reader, self._since_ms())
@@ -647,7 +649,8 @@ class EliminationManagerServer(DebtMethods):
 
     def _sync(self, comparison: Comparison, reason: str, *, force: bool) -> list[str]:
         self._warn(comparison.notes)
-        return self._change(changes.sync, comparison.finish(), reason, self._judge(force=force))
+        with collector_at_rest(comparison.size):
+            return self._change(changes.sync, comparison.finish(), reason, self._judge(force=force))
 
     def _judge(self, *, force: bool) -> changes.Judge:
         """Return who looks at a change; one that is meant is told of all the same."""

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING or READ_PATH == "pure":
     from shmelim.shm.lookups import Lookups
-    from shmelim.shm.plain import is_plain, scan
+    from shmelim.shm.plain import is_plain, may_mean_the_same, scan
     from shmelim.shm.reader import TableReader
 else:
-    from shmelim.shm._native import is_plain, scan
+    from shmelim.shm._native import is_plain, may_mean_the_same, scan
     from shmelim.shm.fast import NativeLookups as Lookups
     from shmelim.shm.fast import NativeTableReader as TableReader
 
@@ -66,6 +66,7 @@ __all__ = [
     "flag_choice",
     "flag_test",
     "is_plain",
+    "may_mean_the_same",
     "readings_of",
     "scan",
 ]

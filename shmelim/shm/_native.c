@@ -335,6 +335,7 @@ static PyMethodDef module_methods[] = {
     {"map_counts", map_counts, METH_O, NULL},
     {"wait_word", wait_word, METH_VARARGS, NULL},
     {"is_plain", is_plain, METH_O, NULL},
+    {"may_mean_the_same", may_mean_the_same, METH_VARARGS, NULL},
     {"scan", scan_plain, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -324,4 +324,40 @@ scan_plain(PyObject *Py_UNUSED(module), PyObject *args)
     return found;
 }
 
+/* Whether there may be a NaN, an infinity or -0.0. */
+static int
+may_be_special(const uint8_t *at, const uint8_t *end)
+{
+    static const uint8_t zeros[7];
+    while ((at = memchr(at, 0xCB, (size_t)(end - at))) != NULL) {
+        at++;
+        if (end - at >= 2 && (at[0] & 0x7F) == 0x7F && at[1] >= 0xF0) {
+            return 1;
+        }
+        if (end - at >= 8 && at[0] == 0x80 && memcmp(at + 1, zeros, sizeof zeros) == 0) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* may_mean_the_same(one, other), as plain.py has it. */
+static PyObject *
+may_mean_the_same(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *one, *other;
+    if (!PyArg_ParseTuple(args, "SS:may_mean_the_same", &one, &other)) {
+        return NULL;
+    }
+    const uint8_t *first = (const uint8_t *)PyBytes_AS_STRING(one), *second = (const uint8_t *)PyBytes_AS_STRING(other);
+    const size_t size = (size_t)PyBytes_GET_SIZE(one), others = (size_t)PyBytes_GET_SIZE(other);
+    uint32_t difference = size != others;
+    for (size_t n = 0; size == others && n < size; n++) {
+        difference += (uint32_t)first[n] - second[n];
+    }
+    return PyBool_FromLong(
+        difference == 0 || may_be_special(first, first + size) || may_be_special(second, second + others)
+    );
+}
+
 #endif

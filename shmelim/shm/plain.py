@@ -5,6 +5,7 @@ The reference; the extension's functions take its place where that is in use. Pu
 
 from __future__ import annotations
 
+import re
 from enum import IntFlag
 from math import isfinite
 from typing import Any, Final, TypeAlias
@@ -19,6 +20,8 @@ MOST: Final = 1000
 
 _ATOMS: Final = frozenset({str, int, float, bool, type(None)})
 _TEXT: Final = frozenset({str})
+
+_may_be_special: Final = re.compile(rb"\xcb(?:[\x7f\xff][\xf0-\xff]|\x80\0\0\0\0\0\0\0)").search
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder().decode
@@ -72,6 +75,17 @@ def scan(packed: bytes, required: Fields, optional: Fields) -> tuple[Any, ...] |
     kinds += [(_KINDS[type(found[name])], kinds) for name, kinds in _named(optional) if name in found]
     is_whole = all(name in found for name, _ in _named(required)) and all(kind & kinds for kind, kinds in kinds)
     return tuple(values) if is_whole and _is_finite(found) else None
+
+
+def may_mean_the_same(one: bytes, other: bytes) -> bool:
+    """Tell whether plain values that msgspec wrote may mean the same, though they are not the same bytes.
+
+    In another order of keys the same bytes stand elsewhere. Else only a NaN, which is None, and -0.0, which is
+    0.0, are written in two ways.
+    """
+    if len(one) == len(other) and sum(one) == sum(other):
+        return True
+    return _may_be_special(one) is not None or _may_be_special(other) is not None
 
 
 def _named(fields: Fields) -> list[tuple[str, int]]:

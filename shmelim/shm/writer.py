@@ -292,6 +292,10 @@ class TableWriter:
         """How many entries this writer has published."""
         return 0 if self._images is None else self._images[self.version & 1].count
 
+    def missing(self, keys: Iterable[bytes]) -> int:
+        """Return how many of these keys this writer has not published."""
+        return len(set(keys)) if self._images is None else self._images[self.version & 1]._missing(set(keys))  # noqa: SLF001
+
     def beat(self) -> bool:
         """Renew the heartbeat that tells readers that the writer lives, and look at the names; any thread may.
 

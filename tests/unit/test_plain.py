@@ -1,5 +1,6 @@
 """Plain values are told from others alike by the reference and by the extension, whatever the bytes are."""
 
+import math
 import random
 import threading
 from math import inf, nan
@@ -204,8 +205,43 @@ def test_both_paths_scan_alike_whatever_it_is(packed):
     assert [scanned(path, packed) for path in PATHS] == [scanned(plain, packed)] * len(PATHS)
 
 
+def reordered(value):
+    """Return what means the same as a value, written as differently as can be."""
+    if isinstance(value, dict):
+        return {key: reordered(value[key]) for key in reversed(value)}
+    if isinstance(value, (list, tuple)):
+        return [reordered(each) for each in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else -0.0 if value == 0 else value
+    return value
+
+
+@patient
+@given(values)
+def test_what_means_the_same_is_never_told_apart(value):
+    one, other = encode(value), encode(reordered(value))
+    assert {path.may_mean_the_same(a, b) for path in PATHS for a, b in [(one, other), (other, one)]} == {True}
+
+
+@given(st.binary(max_size=60), st.binary(max_size=60))
+def test_both_paths_tell_apart_alike(one, other):
+    for a, b in [(one, other), (one, one[::-1]), (b"\xcb" + one, other), (one, other + b"\xcb\x80" + bytes(7))]:
+        assert {path.may_mean_the_same(a, b) for path in PATHS} == {plain.may_mean_the_same(a, b)}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=IDS)
+@pytest.mark.parametrize("other", [{"a": 1, "b": 3}, {"a": 1}, {"a": 1, "b": 2.5}, {"a": 1, "b": "2"}])
+def test_what_differs_is_told_apart_without_decoding_it(path, other):
+    assert path.may_mean_the_same(encode({"a": 1, "b": 2}), encode(other)) is False
+
+
 @pytest.mark.skipif(native.extension is None, reason="of the extension")
 class TestExtension:
+    @pytest.mark.parametrize("arguments", [(b"",), (b"", bytearray()), ("", b""), (b"", b"", b"")], ids=repr)
+    def test_only_bytes_may_mean_the_same(self, arguments):
+        with pytest.raises(TypeError):
+            native.extension.may_mean_the_same(*arguments)
+
     @pytest.mark.parametrize(
         "arguments",
         [

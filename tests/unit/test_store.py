@@ -722,6 +722,25 @@ class TestLengtheningTheLog:
                 store.check()
                 assert [hotkey for hotkey, _ in store.eliminated()] == ["a", *(f"h{n}" for n in range(5))]
 
+    def test_what_is_known_of_the_rows_is_not_asked_for_again(self, tmp_path):
+        with Store.open(tmp_path) as store:
+            with store.transaction():
+                store.put_eliminations((f"h{n}", b"1") for n in range(3))
+            asked = []
+            store._db.set_trace_callback(asked.append)
+            store.lengthen_log()
+            store.begin()
+            store.put_eliminations([("new", b"2")])
+            store.remove_eliminations(["h2"])
+            store.rollback()
+            with store.transaction():
+                store.put_eliminations([("h0", b"3"), ("h1", b"3")])
+            assert [sql for sql in asked if "rowid FROM hotkeys" in sql] == []
+            with store.transaction():
+                store.put_eliminations([("new", b"4"), ("h2", b"4")])
+            assert dict(store.eliminated()) == {"h0": b"3", "h1": b"3", "h2": b"4", "new": b"4"}
+            store.check()
+
     def test_where_commits_are_not_synced_it_is_left_alone(self, tmp_path):
         with Store.open(tmp_path, "process") as store:
             with store.transaction():

@@ -463,8 +463,10 @@ class State:
         transaction = self._table.transaction(replace=rebuild)
         if rebuild:
             transaction.put(ORIGIN_KEY, 0, self._origin_record, 0)
-            others = self._published.hotkeys() - written.keys()
-            written = {**self._published.rows_of(list(others)), **written}
+            known = len(written) - self._table.missing(map(str.encode, written))
+            if self._table.entries > known + 1:
+                others = self._published.hotkeys() - written.keys()
+                written = {**self._published.rows_of(list(others)), **written}
         for hotkey, row in written.items():
             if row is not None:
                 transaction.put(*row_entry(row))

@@ -234,9 +234,10 @@ class Store(History):
     def rollback(self) -> None:
         """Undo the transaction; does nothing when none is open."""
         self._forget({})
-        self._others = None  # an interrupt may have come right after a commit
         if self.in_transaction:
             self._ask("ROLLBACK")
+        else:
+            self._others = None  # an interrupt may have come right after a commit
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
