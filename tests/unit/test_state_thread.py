@@ -194,6 +194,16 @@ class TestOrder:
             registered = rig.reader.flags(b"new%d" % n) >> 2
             assert registered == rows[f"new{n}"].registered
 
+    def test_a_table_made_anew_keeps_what_did_not_change(self, rig):
+        rig.subject.commit(changes.update_metagraph, ["away", "here"])
+        rig.subject.commit(changes.update_metagraph, ["here"])
+        for stamp in range(2):
+            records = dict(prepare(row(f"new{n}", stamp)) for n in range(1000))
+            rig.subject.commit(changes.replace_all, records)
+            assert len(rig.state()) == 1000
+            assert (rig.reader.flags(b"away"), rig.reader.flags(b"here")) == (Status.DEPARTED, Status.REGISTERED)
+            assert rig.reader.get(b"\xff:origin") is not None
+
 
 class Group:
     """Changes that are queued while a question keeps the thread busy, so that they go into one turn."""
