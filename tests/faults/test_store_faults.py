@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,19 @@ class TestDamage:
         with Store.open(tmp_path) as store:
             store.check()
             for read in (store.rows, store.eliminated, lambda: [store.get("hotkey")]):
+                with pytest.raises(DamagedStoreError, match="'hotkey'"):
+                    list(read())
+
+    @pytest.mark.parametrize("wrong", ["record = 'text'", "checksum = NULL", "checksum = 1.5", "record = 17"])
+    def test_a_row_of_wrong_types_is_damage(self, tmp_path, wrong):
+        with Store.open(tmp_path) as store, store.transaction():
+            store.put_elimination("hotkey", b"record")
+        with closing(sqlite3.connect(tmp_path / FILE_NAME)) as db:
+            db.execute("PRAGMA ignore_check_constraints=ON")
+            db.execute(f"UPDATE hotkeys SET {wrong}")
+            db.commit()
+        with Store.open(tmp_path) as store:
+            for read in (store.rows, store.eliminated, lambda: [store.get("hotkey")], store.check_records):
                 with pytest.raises(DamagedStoreError, match="'hotkey'"):
                     list(read())
 

@@ -393,10 +393,11 @@ class Store(History):
         return self._stream(f"SELECT {_FIELDS} FROM hotkeys ORDER BY rowid")  # noqa: S608
 
     def check_records(self) -> None:
-        """Read every record, and hold it against its checksum."""
-        for hotkey, record, checksum in self._stream("SELECT hotkey, record, checksum FROM hotkeys"):
-            if record is not None and crc32(record) != checksum:
-                raise damaged(f"the stored record of hotkey {hotkey!r}")
+        """Read every record, and hold it against its checksum; about 1 µs each."""
+        self._db.create_function("crc32", 1, crc32, deterministic=True)
+        wrong = "typeof(record) != 'blob' OR crc32(record) IS NOT checksum"
+        for (hotkey,) in self._ask(f"SELECT hotkey FROM hotkeys WHERE record IS NOT NULL AND ({wrong}) LIMIT 1"):  # noqa: S608
+            raise damaged(f"the stored record of hotkey {hotkey!r}")
 
     def eliminated(self) -> Iterator[tuple[str, bytes]]:
         """Stream the hotkeys that are eliminated with their records, in the order of their elimination."""
@@ -609,7 +610,7 @@ def _or_nothing(row: Row) -> Row | None:
 
 def _row(row: tuple[Any, ...]) -> Row:
     hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum = row
-    if record is not None and crc32(record) != checksum:
+    if record is not None and (type(record) is not bytes or crc32(record) != checksum):
         raise damaged(f"the stored record of hotkey {hotkey!r}")
     return Row(hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered == 1)
 
