@@ -104,6 +104,11 @@ def validate(make, tmp_path):
 
 
 @pytest.fixture
+def direct(validate):
+    return validate("direct")
+
+
+@pytest.fixture
 def validator(validate, mode):
     return validate(mode)
 

@@ -27,6 +27,17 @@ def row(hotkey, n=0, **fields):
     return whole | fields
 
 
+def miners(count):
+    return [f"miner{number:02}" for number in range(count)]
+
+
+def eliminated(validator, *hotkeys):
+    """Let miners be eliminated by a rule that slashes."""
+    for hotkey in hotkeys:
+        validator.challenged(hotkey)
+    validator.tick()
+
+
 class Notifier:
     """Keeps what it is told."""
 

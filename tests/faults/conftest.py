@@ -1,6 +1,9 @@
-"""What tests of recovery and of a lost store share: server objects over shared memory, and a state directory."""
+"""What tests of faults share: server objects over shared memory, a state directory, a fleet of processes."""
+
+import contextlib
 
 import pytest
+from serving import row
 
 from shmelim import EliminationManagerServer
 from shmelim.shm import SharedNamespace
@@ -26,3 +29,19 @@ def start(table_name, state_dir):
     yield make
     for server in servers:
         server.close()
+
+
+@pytest.fixture
+def fleet(serve):
+    from engines import RealEngine
+    from fleet_processes import Fleet
+
+    with contextlib.ExitStack() as stack:
+        served = serve(files="off", sync_guard="off")
+        served.client().sync_eliminations([row(f"h{n}") for n in range(100)])
+        yield Fleet(served, stack.enter_context(RealEngine()), stack)
+
+
+@pytest.fixture
+def name(new_name):
+    return new_name()

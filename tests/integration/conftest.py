@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from reference_validator import Managed
@@ -12,15 +12,31 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.fixture
+def make(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Callable[..., Managed]]:
+    """Make one in the mode that is named; all are closed at the end."""
+    made: list[Managed] = []
+
+    def start(mode: str, **options: Any) -> Managed:
+        made.append(Managed(mode, new_name(), tmp_path, **options))
+        return made[-1]
+
+    yield start
+    for managed in made:
+        managed.close()
+
+
 @pytest.fixture(params=["direct", "rpc"])
-def managed(request: pytest.FixtureRequest, new_name: Callable[[], str], tmp_path: Path) -> Iterator[Managed]:
+def managed(request: pytest.FixtureRequest, make: Callable[..., Managed]) -> Managed:
     """One in each mode."""
-    with Managed(request.param, new_name(), tmp_path) as made:
-        yield made
+    return make(request.param)
 
 
 @pytest.fixture
-def directly(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Managed]:
-    """One in direct mode."""
-    with Managed("direct", new_name(), tmp_path) as made:
-        yield made
+def directly(make: Callable[..., Managed]) -> Managed:
+    return make("direct")
+
+
+@pytest.fixture
+def in_rpc_mode(make: Callable[..., Managed]) -> Managed:
+    return make("rpc")

@@ -40,7 +40,7 @@ SHOWN_BY = {
     "debts_old": "integration/test_health_problems.py::test_what_is_owed_for_long_is_named",
     "slashes_in_doubt": "unit/test_debts.py::test_health_tells_of_debts_and_of_slashes_in_doubt",
     "slash_journal": "faults/test_slash_journal.py::test_a_slash_that_cannot_be_written_there_is_not_begun",
-    "money_held": "unit/test_debts.py::test_one_too_many_within_an_hour_holds_all",
+    "money_held": "unit/test_debts_slashes.py::test_one_too_many_within_an_hour_holds_all",
     "shared_memory_lost": "faults/test_names_lost.py::test_it_publishes_again_and_every_reader_follows",
     "registry_behind": "faults/test_whose_state.py"
     "::test_a_registry_that_cannot_be_used_is_a_problem_and_no_refusal",
@@ -50,7 +50,7 @@ SHOWN_BY = {
     "channel_unreachable": "integration/test_health_problems.py"
     "::test_what_is_wrong_with_its_channel_is_in_its_health",
     "tick_overdue": "unit/test_ticks.py::test_ticks_that_cease_are_a_problem_until_there_is_another",
-    "slash under way": "integration/test_processing_failures.py"
+    "slash under way": "integration/test_processing_hangs.py"
     "::test_contract_that_hangs_stops_no_other_slash_and_its_answer_counts",
     "slash not recorded": "integration/test_processing_slashes.py"
     "::test_an_answer_that_the_server_does_not_take_is_in_its_health",

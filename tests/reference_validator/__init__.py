@@ -7,6 +7,16 @@ directory it keeps everything on disk, so that it comes back after a SIGKILL wit
 from reference_validator.adapter import plug_in
 from reference_validator.faults import Faults, InjectedError
 from reference_validator.managed import Managed, manager_of
-from reference_validator.validator import HOUR, MINUTE, ReferenceValidator
+from reference_validator.validator import DAY, HOUR, MINUTE, ReferenceValidator
 
-__all__ = ["HOUR", "MINUTE", "Faults", "InjectedError", "Managed", "ReferenceValidator", "manager_of", "plug_in"]
+__all__ = [
+    "DAY",
+    "HOUR",
+    "MINUTE",
+    "Faults",
+    "InjectedError",
+    "Managed",
+    "ReferenceValidator",
+    "manager_of",
+    "plug_in",
+]
