@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from threading import TIMEOUT_MAX
 from typing import Any, Final, Self
@@ -76,7 +77,7 @@ class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_o
     ) -> None:
         deadline = end_of(wait)
         super().__init__(name, wait=wait, max_staleness=max_staleness, when_stale=when_stale)
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "timeout": timeout,
             "connect_wait": connect_wait,
             "runtime_base": runtime_base,
@@ -106,7 +107,7 @@ class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_o
                 return
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _connect_again, (plain(type(self)), self.name, self._arguments)
+        return partial(plain(type(self)), **self._arguments), (self.name,)
 
     def close(self) -> None:
         """Close connections and reader: every later call raises, a read ``ReaderClosedError``. Idempotent."""
@@ -128,7 +129,3 @@ class EliminationClient(Calls, EliminationReader):  # type: ignore[misc]  # as_o
         what is wrong, the oldest first, as dicts with ``name``, ``subject``, ``text``, ``severity``, ``remedy``,
         ``since_ms``.
         """
-
-
-def _connect_again(cls: type[EliminationClient], name: str, arguments: dict[str, Any]) -> EliminationClient:
-    return cls(name, **arguments)

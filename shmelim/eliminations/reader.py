@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
-from functools import cache
+from functools import cache, partial
 from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 
@@ -12,7 +11,6 @@ from shmelim.eliminations.reading import Reading, listed
 from shmelim.eliminations.rows import Status
 from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, StaleError
 from shmelim.shm import Namespace, SharedNamespace, TableReader
-from shmelim.shm.reader import end_of, monotonic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
 WhenStale: TypeAlias = Literal["serve", "raise", "refuse"]
 
-_WAIT_PAUSE = 0.01
 _WHEN_STALE: Final = ("serve", "raise", "refuse")
 _ALL: Final = Status.ELIMINATED | Status.DEPARTED | Status.REGISTERED
 
@@ -130,33 +127,22 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
         return reader
 
     def _attach(self, namespace: Namespace, wait: float | None) -> None:
-        deadline = end_of(wait)
-        while True:
-            try:
-                limit = None if self.when_stale == "serve" else self.max_staleness
-                self._table = TableReader(namespace, max_staleness=limit)
-            except NotServingError as error:
-                if monotonic() >= deadline:
-                    from shmelim.table.naming import is_a_table  # noqa: PLC0415  # nothing that a reader pays for
+        limit = None if self.when_stale == "serve" else self.max_staleness
+        try:
+            self._table = TableReader.attached(namespace, wait, limit)
+        except NotServingError as error:
+            from shmelim.table.naming import is_a_table  # noqa: PLC0415  # nothing that a reader pays for
 
-                    if isinstance(namespace, SharedNamespace) and is_a_table(namespace.name):
-                        error.hint = (
-                            f"there is a table of that name: shmelim.table.Reader({namespace.name!r}) reads it"
-                        )
-                    raise
-                time.sleep(_WAIT_PAUSE)
-            else:
-                return
+            if isinstance(namespace, SharedNamespace) and is_a_table(namespace.name):
+                error.hint = f"there is a table of that name: shmelim.table.Reader({namespace.name!r}) reads it"
+            raise
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._private:
             raise TypeError("a reader over private memory cannot be pickled: no other process has that memory")
-        arguments = {
-            "owner": self._owner,
-            "max_staleness": self.max_staleness,
-            "when_stale": self.when_stale,
-        }
-        return _attach_again, (plain(type(self)), self.name, arguments)
+        arguments: dict[str, Any] = {"owner": self._owner}
+        arguments |= {"max_staleness": self.max_staleness, "when_stale": self.when_stale}
+        return partial(plain(type(self)), **arguments), (self.name,)
 
     def close(self) -> None:
         """Let go of the table: every later read raises ``ReaderClosedError``. Idempotent.
@@ -252,10 +238,6 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
                 if found != snapshot.entries[key].flags:
                     raise CorruptSegmentError(f"{self.name!r}: a lookup of {key!r} does not find its entry")
         return len(keys)
-
-
-def _attach_again(cls: type[EliminationReader], name: str, arguments: dict[str, Any]) -> EliminationReader:
-    return cls(name, **arguments)
 
 
 def _checked(max_staleness: object, when_stale: object) -> tuple[float | None, WhenStale]:

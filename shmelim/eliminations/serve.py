@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Self, get_args
+from typing import Any, Final, Self
 
 from shmelim.channel import Address, ChannelServer, check_free, load_or_create_key
-from shmelim.eliminations.files.mirror import FILES_MODE, FILES_MODES, FilesMode
+from shmelim.eliminations.files.mirror import FILES_MODE, FilesMode
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import Announcement, RuntimeDirectory, ServerInfo, default_state_directory
-from shmelim.eliminations.server import EliminationManagerServer, Progress
+from shmelim.eliminations.server import EliminationManagerServer, Progress, check_choices
 from shmelim.eliminations.state.guard import Guard, GuardMode
 from shmelim.eliminations.state.leases import LEASE_S
 from shmelim.eliminations.store.schema import FILE_NAME, Durability
@@ -30,6 +30,8 @@ from shmelim.system.text import get_logger
 
 SERVICE_NAME: Final = "EliminationManagerServer"
 
+# Of the options, what says where the name is; the server is made with all others.
+_NOT_THE_SERVERS: Final = {"name", "state_dir", "port", "group_readable", "runtime_base", "in_memory"}
 _SWITCH_INTERVAL: Final = 0.0005  # seconds
 _COLLECTED_AFTER: Final = 50_000  # objects made
 
@@ -61,20 +63,17 @@ class ServeOptions:
     slash_lease_s: float = LEASE_S
 
     def __post_init__(self) -> None:
-        flags(
-            group_readable=self.group_readable,
+        flags(group_readable=self.group_readable)
+        check_choices(
+            self.durability,
+            "current" if self.files is None else self.files,
+            self.files_mode,
             adopt_published=self.adopt_published,
             replace_published=self.replace_published,
             must_exist=self.must_exist,
         )
         if not isinstance(self.sync_guard, Guard):
             Guard(self.sync_guard)
-        for what, value, known in (
-            ("durability", self.durability, get_args(Durability)),
-            ("files", self.files, (None, *FILES_MODES)),
-        ):
-            if value not in known:
-                raise ValueError(f"{what} must be one of {', '.join(filter(None, known))}, not {value!r}")
 
 
 def open_server(
@@ -93,22 +92,12 @@ def open_server(
     for path in needed:
         if not path.exists():
             raise StoreError(f"{path} does not exist", hint="name a JSON file of eliminations or departed hotkeys")
+    said = {name: value for name, value in vars(options).items() if name not in _NOT_THE_SERVERS}
+    said["files"] = options.files or ("lagged" if namespace is None else "current")
     return EliminationManagerServer(
         namespace or SharedNamespace(options.name, mode=0o640 if options.group_readable else 0o600),
         state_dir,
-        durability=options.durability,
-        files=options.files or ("lagged" if namespace is None else "current"),
-        files_mode=options.files_mode,
-        files_dir=options.files_dir,
-        default_departed=options.default_departed,
-        imports=options.imports,
-        adopt_published=options.adopt_published,
-        replace_published=options.replace_published,
-        must_exist=options.must_exist,
-        registry=options.registry,
-        epoch=options.epoch,
-        sync_guard=options.sync_guard,
-        slash_lease_s=options.slash_lease_s,
+        **said,
         on_progress=on_progress or report_progress,  # to who waits for this process, if anybody does
     )
 

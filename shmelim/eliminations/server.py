@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Concatenate, Final, ParamSpec, Self, TypeAlias, TypeVar, cast
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeAlias, TypeVar, cast, get_args
 
 import msgspec
 
@@ -220,8 +220,8 @@ class EliminationManagerServer(DebtMethods):
         on_progress: Progress | None = None,
     ) -> None:
         tell = on_progress or (lambda _what, _done, _total: None)
-        _check_flags(adopt_published=adopt_published, replace_published=replace_published, must_exist=must_exist)
-        check_files(files, files_mode)
+        given = {"adopt_published": adopt_published, "replace_published": replace_published}
+        check_choices(durability, files, files_mode, **given, must_exist=must_exist)
         if files_dir is not None and (state_dir is not None or imports or files != "current"):
             raise ValueError("with files_dir the files are the state: leave state_dir, imports and files out")
         self.namespace = PrivateNamespace() if namespace is None else _checked(namespace)
@@ -776,17 +776,10 @@ class EliminationManagerServer(DebtMethods):
         """Process eliminations on request, with objects that live in this server's process.
 
         From now on ``process_eliminations_rpc`` and its kin work, in whichever thread calls them, with the
-        deadlines of the environment. For a server that has a validator's managers beside it; where a manager's
-        process has them, that processes. What is missing or contradicts itself is logged by name, as a manager
-        does. May be called again: the next tick uses the new ones.
-
-        Parameters
-        ----------
-        collaborators
-            The validator's objects; any may be None, and may be replaced at any time.
-        environment
-            Its figures and rules; None: the defaults.
-
+        deadlines of the environment (None: the defaults). For a server that has a validator's managers beside it;
+        where a manager's process has them, that processes. Any collaborator may be None, and replaced at any
+        time; what is missing or contradicts itself is logged by name. May be called again: the next tick uses the
+        new ones.
         """
         environment = ValidatorEnvironment.given(environment)
         self._own_calls = _OwnCalls(self)
@@ -801,8 +794,20 @@ class EliminationManagerServer(DebtMethods):
     handle_first_refresh_rpc = processed(EliminationProcessor.handle_first_refresh)
 
 
-def _check_flags(*, adopt_published: bool, replace_published: bool, must_exist: bool) -> None:
+def check_choices(
+    durability: str,
+    files: str,
+    files_mode: int,
+    *,
+    adopt_published: bool,
+    replace_published: bool,
+    must_exist: bool,
+) -> None:
+    """Raise TypeError or ValueError for what no server can be told."""
     flags(adopt_published=adopt_published, replace_published=replace_published, must_exist=must_exist)
+    if durability not in get_args(Durability):
+        raise ValueError(f"durability must be one of {', '.join(get_args(Durability))}, not {durability!r}")
+    check_files(files, files_mode)
     if adopt_published and replace_published:
         raise ValueError("adopt_published and replace_published contradict each other: give one of them")
 

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from math import inf
 from multiprocessing.process import BaseProcess
-from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from shmelim.channel.address import Address, Location
@@ -82,10 +81,8 @@ class RPCServiceBase(ABC):
         For the subclass to list: methods of the server that can be called without a name that ends in ``_rpc``.
     port : int | None
         As given, or as chosen by the system; None for a Unix socket.
-    service_name, running_unit_tests
-        As given.
-    published_table
-        As given; None in direct mode, where the table is in private memory.
+    service_name, running_unit_tests, published_table
+        As given; no table in direct mode, where it is in private memory.
     enable_health_check, health_check_interval_s, max_consecutive_failures, enable_auto_restart, slack_notifier
         As given; may be changed at any time.
 
@@ -179,20 +176,11 @@ class RPCServiceBase(ABC):
 
     @abstractmethod
     def _start_server_process(self, address: Location, authkey: bytes, server_ready: ServerReady) -> BaseProcess:
-        """Start a process that serves, and return it.
+        """Start a process that serves at `address`, and return it. Called again for each restart, from any thread.
 
-        Either by :meth:`_spawn_server`, or by a ``Process`` of one's own that calls :meth:`_serve_rpc`. Called
-        again for each restart, from any thread.
-
-        Parameters
-        ----------
-        address
-            Where to serve: a path, or host and port.
-        authkey
-            The key: 32 bytes that must not get into a log, an environment or an argument list.
-        server_ready
-            For :meth:`_serve_rpc`; can be used like a :class:`multiprocessing.Event`.
-
+        Either by :meth:`_spawn_server`, or by a ``Process`` of one's own that calls :meth:`_serve_rpc`, which
+        `server_ready` is for (it can be used like a :class:`multiprocessing.Event`). The key, `authkey`, is 32
+        bytes that must not get into a log, an environment or an argument list.
         """
 
     # ------------------------------------------------------------------ what a subclass uses
@@ -257,27 +245,12 @@ class RPCServiceBase(ABC):
         lives in that script, :mod:`multiprocessing` starts the process in its way; the setting ``start_method``
         chooses one of its ways in any case. For all but ``fork`` everything given must be picklable.
 
-        Parameters
-        ----------
-        factory, args, kwargs
-            What makes the object, in that process. If the object has a method ``close``, that is called at the
-            process' end. A factory that takes longer than ``ready_timeout`` calls
-            :func:`~shmelim.service.report_progress` as it gets on.
-        address, authkey, server_ready
-            What :meth:`_start_server_process` got.
-        on_listening
-            Called in that process, with the object and its address, before clients are told that it is ready.
+        If the object has a method ``close``, that is called at the process' end. A factory that takes longer than
+        ``ready_timeout`` calls :func:`~shmelim.service.report_progress` as it gets on. `on_listening` is called in
+        that process, with the object and its address, before clients are told that it is ready.
 
-        Returns
-        -------
-        BaseProcess
-            The process, which may not yet be ready.
-
-        Raises
-        ------
-        ChannelError
-            It cannot be started in the way of :mod:`multiprocessing`; the message says what that needs.
-
+        Returns the process, which may not yet be ready; ``ChannelError`` if it cannot be started in the way of
+        :mod:`multiprocessing`.
         """
         method, recipe = self.__core.settings.start_method, (factory, args, kwargs, on_listening)
         return start_server(self.service_name, method, recipe, address, authkey, server_ready)
@@ -309,42 +282,10 @@ class RPCServiceBase(ABC):
 
         The server object makes a :class:`~shmelim.table.Writer` of the name :attr:`published_table` (None, in
         direct mode, is private memory), keeps it as its attribute ``table``, and puts into it before its methods
-        return. Attached when it is first asked for, and kept.
+        return. Attached when it is first asked for, and kept. ``examples/`` has services that do so.
 
-        Raises
-        ------
-        NotServingError
-            The service names no table, or the server has not made it.
-        SegmentError
-            What stands in shared memory cannot be read, or not so: other keys or another encoding.
-
-        Examples
-        --------
-        >>> from shmelim.table import Writer
-        >>> class PriceServer:
-        ...     def __init__(self, table=None):
-        ...         self.table = Writer(table)
-        ...     def put_price_rpc(self, pair, price):
-        ...         self.table.put(pair, price)
-        >>> class Prices(RPCServiceBase):
-        ...     def __init__(self, **options):
-        ...         super().__init__("PriceServer", 50001, published_table="prices", **options)
-        ...         self._initialize_service()
-        ...     def _create_direct_server(self):
-        ...         return PriceServer()
-        ...     def _start_server_process(self, address, authkey, server_ready):
-        ...         return self._spawn_server(
-        ...             PriceServer, self.published_table,
-        ...             address=address, authkey=authkey, server_ready=server_ready)
-        ...     def put_price(self, pair, price):
-        ...         self._server_proxy.put_price_rpc(pair, price)
-        ...     def get_price(self, pair):
-        ...         return self._server_table.get(pair)
-        >>> with Prices(running_unit_tests=True) as prices:
-        ...     prices.put_price("BTC/USD", 97_250.5)
-        ...     prices.get_price("BTC/USD"), prices.get_price("ETH/USD")
-        (97250.5, None)
-
+        ``NotServingError`` if the service names no table, or the server has not made it; ``SegmentError`` if what
+        stands in shared memory cannot be read, or not so: other keys or another encoding.
         """
         if self.__published is None:
             if self.running_unit_tests:
@@ -400,12 +341,8 @@ class RPCServiceBase(ABC):
         What the next server needs (key, address, what its process is given) is checked before this one is ended.
         Costs the end of a process and the start of another.
 
-        Raises
-        ------
-        ChannelError
-            There is no server process; this process is not the owner; the service was shut down; another server
-            could not be started, so that this one goes on; or as for :meth:`_initialize_service`.
-
+        ``ChannelError``: there is no server process; this process is not the owner; the service was shut down;
+        another server could not be started, so that this one goes on; or as for :meth:`_initialize_service`.
         """
         core = self.__core
         core.check_not_ended()
@@ -423,13 +360,7 @@ class RPCServiceBase(ABC):
         Calls of this process that are under way get their answers, as far as the server gives them within half of
         `stop_timeout`; others end with an error. Copies in other processes see an end, and no failure. May be
         called by a signal handler, whatever its thread was doing. Takes up to `stop_timeout` seconds, and
-        longer only for what the kernel needs to end a process.
-
-        Parameters
-        ----------
-        why
-            What whoever still uses the service is told; None: that it was shut down.
-
+        longer only for what the kernel needs to end a process. Whoever still uses the service is told `why`.
         """
         core = self.__core
         if core.refusal is None:
@@ -440,9 +371,7 @@ class RPCServiceBase(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.shutdown()
 
     def __del__(self) -> None:
@@ -484,24 +413,11 @@ class RPCServiceBase(ABC):
         rest to the owner. A server that is dead is the owner's, too: a check counts that it found none. What is
         this process' own fault (a key that it may not read, a limit of descriptors) is not counted, and told once.
 
-        Parameters
-        ----------
-        current_time_ms
-            The time in milliseconds; None: now.
-
-        Returns
-        -------
-        bool
-            Whether the check, or the last one if it is not time yet, found the server healthy: it answered
-            ``health_check_rpc`` with the status "ok" or "degraded". False also if it was restarted since, and
-            without a check once the service :attr:`has_ended`, and before it has a server. True while health
-            checks are not enabled, and if the server has no ``health_check_rpc``, which is told once.
-
-        Raises
-        ------
-        TypeError
-            The time is no number.
-
+        `current_time_ms` is the time in milliseconds (None: now); ``TypeError`` if it is no number. Returns
+        whether the check, or the last one if it is not time yet, found the server healthy: it answered
+        ``health_check_rpc`` with the status "ok" or "degraded". False also if it was restarted since, and without
+        a check once the service :attr:`has_ended`, and before it has a server. True while health checks are not
+        enabled, and if the server has no ``health_check_rpc``, which is told once.
         """
         if not self.enable_health_check:
             return True

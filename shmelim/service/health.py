@@ -17,7 +17,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
-from types import TracebackType
 from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, Self
 
 from shmelim.channel.address import Location, describe
@@ -457,25 +456,11 @@ class HealthCheckDaemon:
         self._runner: threading.Thread | BaseProcess | None = None
 
     def start(self, kind: Literal["thread", "process"] = "thread") -> Self:
-        """Begin to check, once.
+        """Begin to check, once; return this object.
 
-        Parameters
-        ----------
-        kind
-            ``"thread"``: in a thread of this process, which is all that most need. ``"process"``: in a process
-            titled ``vali_<service>_HealthChecker``, which goes on checking when this process is too busy to run a
-            thread; it costs the start of a process.
-
-        Returns
-        -------
-        HealthCheckDaemon
-            This object.
-
-        Raises
-        ------
-        RuntimeError, ValueError
-            It was started before, or made by another process; there is no such kind.
-
+        By `kind` in a ``"thread"`` of this process, which is all that most need; or in a ``"process"`` titled
+        ``vali_<service>_HealthChecker``, which goes on checking when this process is too busy to run a thread, and
+        costs the start of a process. ``RuntimeError`` if it was started before, or made by another process.
         """
         if self._maker.pid != os.getpid():
             # The copy would be stopped by nobody, and give this process the title of one that does nothing else.
@@ -557,9 +542,7 @@ class HealthCheckDaemon:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def __repr__(self) -> str:

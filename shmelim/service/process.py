@@ -19,7 +19,7 @@ from multiprocessing import popen_spawn_posix, reduction, resource_tracker, spaw
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
-from types import FrameType, SimpleNamespace, TracebackType
+from types import FrameType, SimpleNamespace
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
 from shmelim.channel.address import Address, Location, check_free, normalize
@@ -246,14 +246,7 @@ class ServerReady:
         return self.__dict__ | {"_reading": None}
 
     def set(self, address: Address | None = None) -> None:
-        """Say that clients can connect; in the server process.
-
-        Parameters
-        ----------
-        address
-            Where, if the system chose the port.
-
-        """
+        """Say that clients can connect, and where if the system chose the port; in the server process."""
         self._report(["ready", address])
 
     def fail(self, error: BaseException) -> None:
@@ -384,22 +377,10 @@ def serve_rpc(server: object, address: Address, authkey: bytes, server_ready: Se
     """Serve an object in this process until SIGTERM or the end of the process' owner.
 
     Sets the process title, handles signals, serves, says that it is ready, waits for the end, and lets running
-    calls finish. To be called from the process' main thread.
-
-    Parameters
-    ----------
-    server
-        The object; its methods whose name ends in ``_rpc`` can be called, and those that the service lists.
-        If it has :class:`~shmelim.system.problems.Problems` as its ``problems``, those of the channel join them.
-    address, authkey, server_ready
-        What ``_start_server_process`` got. A plain ``multiprocessing.Event`` will do as `server_ready`; the
-        service is then named after the object's type.
-
-    Raises
-    ------
-    ChannelError
-        The address is taken or cannot be used. The owner is told.
-
+    calls finish. To be called from the process' main thread, with what ``_start_server_process`` got; a plain
+    ``multiprocessing.Event`` will do as `server_ready`, and the service is then named after the object's type.
+    If the object has :class:`~shmelim.system.problems.Problems` as its ``problems``, those of the channel join
+    them. ``ChannelError`` if the address is taken or cannot be used, which the owner is told.
     """
     if isinstance(server_ready, ServerReady):
         options = server_ready.options
@@ -531,9 +512,7 @@ class Ending:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._before:
             for number, handler in self._before.items():
                 signal.signal(number, handler)

@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, Self, TypeVar, cast
 
 from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, SegmentError, StaleError
 from shmelim.shm.counting import (
@@ -98,6 +98,7 @@ _IN_PLACE: Final = 3
 """How often a record is decoded where it stands before it is copied first."""
 
 _SNAPSHOT_ATTEMPTS: Final = 1000
+_ATTACH_PAUSE: Final = 0.01
 _POLL_FIRST: Final = 20e-6
 _POLL_LONGEST: Final = 2e-3
 _LOOK_AT_NAME: Final = 0.5
@@ -257,6 +258,18 @@ class TableReader:
         self._looked = -1.0
         # Read and replaced as one reference: root and data segment belong together.
         self._view: View = self._view_of(self._open_root())
+
+    @classmethod
+    def attached(cls, namespace: Namespace, wait: float | None, max_staleness: float | None = None) -> Self:
+        """Return a reader, made within so many seconds once something is published; None: at once, or not."""
+        deadline = end_of(wait)
+        while True:
+            try:
+                return cls(namespace, max_staleness=max_staleness)
+            except NotServingError:
+                if monotonic() >= deadline:
+                    raise
+            time.sleep(_ATTACH_PAUSE)
 
     # ------------------------------------------------------------------ single lookups
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from functools import partial
 from numbers import Real
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, overload
 
 import msgspec
@@ -23,7 +21,6 @@ from shmelim.shm import (
     TableReader,
     WriterInfo,
 )
-from shmelim.shm.reader import end_of, monotonic
 from shmelim.system.arguments import functions
 from shmelim.table.naming import (
     MSGPACK,
@@ -41,7 +38,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_WAIT_PAUSE: Final = 0.01
 _ATTEMPTS: Final = 16  # to read many values one by one between two publishes
 _PRESENT: Final = 1
 
@@ -108,7 +104,8 @@ class Reader(Mapping[K, V]):
 
     Every method answers from what is published when it is called, also while the writer is dead, and needs no
     system call (after the first read of a grown table, which maps the new segment; and but for a look at the name,
-    once a second at most, while the writer is not known to live). Values are the caller's own.
+    once a second at most, while the writer is not known to live). Values are the caller's own. A key of another
+    type than the table's raises TypeError.
 
     A lookup costs about 0.2 µs and what decoding takes; ``len`` is one load. Iteration, :meth:`items` and
     :meth:`values` are those of a :meth:`snapshot`.
@@ -227,16 +224,10 @@ class Reader(Mapping[K, V]):
         self._private = not isinstance(namespace, SharedNamespace)
         self._key_type = keys
         self._decode: Callable[[Any], V] = decode or _from_msgpack
-        deadline = end_of(wait)
-        while True:
-            try:
-                self._table = TableReader(namespace)
-            except NotServingError as error:
-                if monotonic() >= deadline:
-                    raise _nothing_there(namespace.name) from error
-                time.sleep(_WAIT_PAUSE)
-            else:
-                break
+        try:
+            self._table = TableReader.attached(namespace, wait)
+        except NotServingError as error:
+            raise _nothing_there(namespace.name) from error
         self._check_kind()
         self._keys = (_TextKeys if keys is str else _ByteKeys)(self._table)
         self._record: Callable[[Any], bytes | None] = self._keys.record
@@ -280,21 +271,7 @@ class Reader(Mapping[K, V]):
     @overload
     def get(self, key: K, /, default: V | T) -> V | T: ...
     def get(self, key: K, /, default: Any = None) -> Any:
-        """Return the value of a key, or the default.
-
-        Parameters
-        ----------
-        key
-            The key; TypeError for one of another type.
-        default
-            What stands for a value that is not there.
-
-        Returns
-        -------
-        V
-            The value as of this moment; what ``decode`` raises is raised.
-
-        """
+        """Return the value of a key as of this moment, or the default; what ``decode`` raises is raised."""
         record = self._record(key)
         if record is None:
             return default
@@ -308,22 +285,11 @@ class Reader(Mapping[K, V]):
         return key in self._keys
 
     def read(self, key: K, decode: Callable[[memoryview], T]) -> T | None:
-        """Return what a function makes of a value's bytes where they stand, uncopied.
+        """Return what ``decode`` makes of a value's bytes where they stand, uncopied; None if the key is absent.
 
-        Parameters
-        ----------
-        key
-            The key; TypeError for one of another type.
-        decode
-            Called with a read-only view, perhaps several times, and perhaps over bytes that are being overwritten:
-            only a call during which nothing was published counts, and so does what that raises. It must copy what
-            it keeps. After three times it gets a copy, so that this ends however fast publishes come.
-
-        Returns
-        -------
-        T | None
-            The result; None if the key is absent.
-
+        It is called with a read-only view, perhaps several times, and perhaps over bytes that are being
+        overwritten: only a call during which nothing was published counts, and so does what that raises. It must
+        copy what it keeps. After three times it gets a copy, so that this ends however fast publishes come.
         """
         found: T | None = self._keys.read(key, decode)
         return found
@@ -354,20 +320,9 @@ class Reader(Mapping[K, V]):
         return list(keys)
 
     def many(self, keys: Iterable[K], default: T | None = None) -> list[V | T | None]:
-        """Return the values of many keys, in their order and as of one version.
+        """Return the values of many keys, in their order and as of one version; the default for what is not there.
 
-        Parameters
-        ----------
-        keys
-            The keys; TypeError for one of another type.
-        default
-            What stands for values that are not there.
-
-        Returns
-        -------
-        list
-            As long as ``keys``. Costs a lookup each; where publishes overtake that again and again, a snapshot.
-
+        Costs a lookup each; where publishes overtake that again and again, a snapshot.
         """
         decode = self._decode
         try:
@@ -377,24 +332,10 @@ class Reader(Mapping[K, V]):
             raise
 
     def numbers(self, keys: Iterable[K]) -> NDArray[np.float64]:
-        """Return the values of many keys as an array, in their order and as of one version.
+        """Return the values of many keys as an array ``(n,)`` of float64, in their order and as of one version.
 
-        Parameters
-        ----------
-        keys
-            The keys; TypeError for one of another type.
-
-        Returns
-        -------
-        ndarray
-            Shape ``(n,)``, float64, NaN for what is not there. About 0.3 µs a key; the first call in a process
-            loads numpy.
-
-        Raises
-        ------
-        TypeError
-            A value is not a number.
-
+        NaN stands for what is not there; TypeError for a value that is not a number. About 0.3 µs a key; the first
+        call in a process loads numpy.
         """
         with LOADING_NUMPY:
             import numpy as np  # noqa: PLC0415
@@ -410,18 +351,9 @@ class Reader(Mapping[K, V]):
         return np.array(values, np.float64)
 
     def contains_many(self, keys: Iterable[K]) -> NDArray[np.bool_]:
-        """Tell of many keys whether they are in the table, in their order and as of one version.
+        """Tell of many keys whether they are in the table, in their order and as of one version: ``(n,)`` bools.
 
-        Parameters
-        ----------
-        keys
-            The keys; TypeError for one of another type.
-
-        Returns
-        -------
-        ndarray
-            Shape ``(n,)``, bool. About 0.1 µs a key; the first call in a process loads numpy.
-
+        About 0.1 µs a key; the first call in a process loads numpy.
         """
         listed = self._listed(keys)
         if self._key_type is str:
@@ -430,20 +362,11 @@ class Reader(Mapping[K, V]):
         return found
 
     def snapshot(self) -> Snapshot[K, V]:
-        """Return everything as of one version.
+        """Return everything as of one version, the caller's own; this ends however fast publishes come.
 
-        Returns
-        -------
-        Snapshot
-            The caller's own. About 0.4 µs a value where keys are text, values msgpack and the read path compiled;
-            elsewhere about 1 µs for each put since the table was last compacted, which is at most four for each
-            value. However fast publishes come, this ends.
-
-        Raises
-        ------
-        SegmentError
-            The whole table was replaced again during each of a thousand attempts.
-
+        About 0.4 µs a value where keys are text, values msgpack and the read path compiled; elsewhere about 1 µs
+        for each put since the table was last compacted, which is at most four for each value. SegmentError where
+        the whole table was replaced again during each of a thousand attempts.
         """
         keys = self._keys
         found = keys.collect() if self._check_kind().endswith(MSGPACK.encode()) else None
@@ -453,21 +376,11 @@ class Reader(Mapping[K, V]):
         return Snapshot(found[0], found[1], self._decode)
 
     def changes(self, since: Snapshot[K, V]) -> Changes[K, V]:
-        """Return what differs now from an earlier snapshot.
+        """Return what differs now from an earlier :meth:`snapshot`, or from the ``snapshot`` of earlier changes.
 
         It is known by comparing bytes, since the table keeps no history: what was put and taken back meanwhile, or
-        put again as it was, is not a change.
-
-        Parameters
-        ----------
-        since
-            What :meth:`snapshot` returned, or the ``snapshot`` of earlier changes.
-
-        Returns
-        -------
-        Changes
-            One load if nothing was published since; else a snapshot, and about 0.1 µs a key.
-
+        put again as it was, is not a change. Costs one load if nothing was published since; else a snapshot, and
+        about 0.1 µs a key.
         """
         if not isinstance(since, Snapshot):
             raise TypeError(f"changes are told from a snapshot, not from {since!r:.60}: a table keeps no history")
@@ -524,20 +437,9 @@ class Reader(Mapping[K, V]):
         return count
 
     def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
-        """Wait for a publish.
+        """Wait up to ``timeout`` seconds (None: for ever) for a publish; False if none came in time.
 
-        Parameters
-        ----------
-        timeout
-            Seconds; None waits for ever.
-        since
-            The :attr:`version` that counts as known; None means the one at the call.
-
-        Returns
-        -------
-        bool
-            False if nothing was published in time.
-
+        ``since`` is the :attr:`version` that counts as known; None means the one at the call.
         """
         changed: bool = self._table.wait_for_change(timeout, since)
         return changed
@@ -553,9 +455,7 @@ class Reader(Mapping[K, V]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

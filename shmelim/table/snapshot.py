@@ -55,19 +55,7 @@ class Snapshot(Mapping[K, V]):
         return f"<{type(self).__name__} of version {self.version}: {len(self)} values>"
 
     def differences(self, since: Snapshot[K, V]) -> Changes[K, V]:
-        """Return what differs here from an earlier snapshot; about 0.1 µs a key.
-
-        Parameters
-        ----------
-        since
-            A snapshot of the same table.
-
-        Returns
-        -------
-        Changes
-            Values that are new or whose bytes are others, and the keys that are gone.
-
-        """
+        """Return what differs here from an earlier snapshot of the same table; about 0.1 µs a key."""
         old, new, decode = since._records, self._records, self._decode
         put = {key: decode(record) for key, record in new.items() if key not in old or old[key] != record}
         return Changes(self, put, [key for key in old if key not in new])

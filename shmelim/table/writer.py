@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, Self, cast, overload
 
 import msgspec
@@ -212,17 +211,9 @@ class Writer(Generic[K, V]):
     # ------------------------------------------------------------------ changes
 
     def put(self, key: K, value: V) -> int:
-        """Give a key a value.
+        """Give a key a value; return the new version, which readers see from now on.
 
-        Parameters
-        ----------
-        key, value
-            A known key keeps its place in the order.
-
-        Returns
-        -------
-        int
-            The new version, which readers see from now on.
+        A known key keeps its place in the order.
 
         Raises
         ------
@@ -244,34 +235,17 @@ class Writer(Generic[K, V]):
         return self._publish([(self._key(key), None, b"", None)])
 
     def replace_all(self, values: Mapping[K, V] | Iterable[tuple[K, V]]) -> int:
-        """Put these values in the place of all others, in one transaction.
+        """Put these values in the place of all others, in one transaction; return the new version.
 
-        Parameters
-        ----------
-        values
-            A mapping, or pairs; of pairs with the same key, the last one counts.
-
-        Returns
-        -------
-        int
-            The new version. Costs some 0.5 µs a value; readers see the old values or the new ones, and never an
-            empty table. Raises as :meth:`put`.
-
+        They are a mapping, or pairs; of pairs with the same key, the last one counts. Costs some 0.5 µs a value.
+        Readers see the old values or the new ones, and never an empty table. Raises as :meth:`put`.
         """
         pairs = values.items() if isinstance(values, Mapping) else values
         change = self._change
         return self._publish([change(key, value) for key, value in pairs], replace=True)
 
     def transaction(self) -> Transaction[K, V]:
-        """Begin a transaction: changes that become visible together when the ``with`` block ends.
-
-        Returns
-        -------
-        Transaction
-            Collects the changes; nothing of a block that raises is published. Others may go on writing meanwhile,
-            and several transactions may be open.
-
-        """
+        """Begin a transaction. Others may go on writing meanwhile, and several may be open."""
         return Transaction(self)
 
     def _change(self, key: Any, value: V) -> tuple[bytes, int | None, bytes, int | None]:
@@ -313,11 +287,7 @@ class Writer(Generic[K, V]):
     def reader(self, decode: Callable[[bytes], V] | None = None) -> Reader[K, V]:
         """Return a reader of this table in this process, which may be of private memory.
 
-        Parameters
-        ----------
-        decode
-            As :class:`Reader`'s; needed where there is an ``encode`` other than ``bytes``.
-
+        ``decode`` is as :class:`Reader`'s; needed where there is an ``encode`` other than ``bytes``.
         """
         if decode is None and self._encode is _as_it_is:
             decode = cast("Callable[[bytes], V]", bytes)
@@ -326,11 +296,7 @@ class Writer(Generic[K, V]):
     def close(self, *, unlink: bool = False) -> None:
         """End writing; what is published stays readable. Idempotent, and done by itself at the process' end.
 
-        Parameters
-        ----------
-        unlink
-            Whether to remove the table's names, too: nobody can attach any more; who has, keeps the last values.
-
+        ``unlink`` removes the table's names, too: nobody can attach any more; who has, keeps the last values.
         """
         if self._end.alive:
             with self._lock:
@@ -341,9 +307,7 @@ class Writer(Generic[K, V]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -396,9 +360,7 @@ class Transaction(Generic[K, V]):
             self._refuse()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         changes, self._changes = self._changes, None
         if kind is None and changes:
             self.version = self._writer._publish(changes)  # noqa: SLF001
