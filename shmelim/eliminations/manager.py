@@ -71,6 +71,14 @@ _REGISTERED: Final = int(Status.REGISTERED)
 _in_direct_mode: weakref.WeakValueDictionary[Path, EliminationManager] = weakref.WeakValueDictionary()
 
 
+class _Alerted:
+    """A manager's notifier: a new one gets an outbox; reading it costs nothing."""
+
+    def __set__(self, manager: EliminationManager, notifier: Any) -> None:
+        vars(manager)["slack_notifier"] = notifier
+        manager._keep_alerts()  # noqa: SLF001
+
+
 class EliminationManager(Reading, Calls, RPCServiceBase):
     """The eliminations of a validator: reads, changes, and the rules by which miners are eliminated.
 
@@ -193,8 +201,9 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
     running_unit_tests: bool = False
     enable_health_check: bool = False
 
-    _slack_notifier: Any = None
     _outbox: Path | None = None  # where alerts wait; known once there is a server
+    slack_notifier: Any = _Alerted()
+    """Who is told what failed; may be assigned at any time."""
 
     def __init__(
         self,
@@ -326,22 +335,12 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         """What the rules need to know of this validator; its attributes may be changed at any time, it may not."""
         return self._environment
 
-    @property
-    def slack_notifier(self) -> Any:
-        """Who is told what failed; may be assigned at any time."""
-        return self._slack_notifier
-
-    @slack_notifier.setter
-    def slack_notifier(self, notifier: Any) -> None:
-        self._slack_notifier = notifier
-        self._keep_alerts()
-
     def _keep_alerts(self) -> None:
         """Have what Slack cannot be told wait in the state directory, for the next process if need be."""
-        if self._outbox is None or not isinstance(self._slack_notifier, SlackNotifier):
+        if self._outbox is None or not isinstance(self.slack_notifier, SlackNotifier):
             return
         try:
-            self._slack_notifier.use_outbox(self._outbox)
+            self.slack_notifier.use_outbox(self._outbox)
         except OSError as error:
             _log.warning("alerts that cannot be delivered are lost when this process ends: %s", error)
 

@@ -14,9 +14,10 @@ from typing import Any, Final, Self
 
 from shmelim.channel import Address, ChannelServer, check_free, load_or_create_key
 from shmelim.eliminations.files.mirror import FILES_MODE, FilesMode
+from shmelim.eliminations.holding import Progress, check_choices
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import Announcement, RuntimeDirectory, ServerInfo, default_state_directory
-from shmelim.eliminations.server import EliminationManagerServer, Progress, check_choices
+from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.state.guard import Guard, GuardMode
 from shmelim.eliminations.state.leases import LEASE_S
 from shmelim.eliminations.store.schema import FILE_NAME, Durability

@@ -106,7 +106,8 @@ class ProcessIdentity:
 def _start_of(pid: int) -> float | None:
     """Return when a process was started; None if it has ended, waited for or not."""
     try:
-        state, *fields = _fields_of(pid)
+        with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123  # asked often
+            state, *fields = file.read(4096).rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if state in b"ZX" else float(fields[_STARTED])
@@ -127,12 +128,6 @@ def has_lock(pid: int, inode: int) -> bool:
     return any([fields[1], *fields[4:8:3]] == wanted for fields in found)
 
 
-def _fields_of(pid: int) -> list[bytes]:
-    """Return the fields of /proc/<pid>/stat from the state on."""
-    with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123  # asked often
-        return file.read(4096).rpartition(b")")[2].split()
-
-
 def set_title(title: str) -> bool:
     """Give this process a title; return whether it has it now."""
     from setproctitle import setproctitle  # noqa: PLC0415  # few processes have a title of ours
@@ -148,7 +143,8 @@ def _overwrite_arguments(title: str) -> bool:
     import ctypes  # noqa: PLC0415
 
     try:
-        begin, end = map(int, _fields_of(os.getpid())[1:][_ARGUMENTS])
+        fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[1:]
+        begin, end = map(int, fields[_ARGUMENTS])
         text = title.encode()
         if not 0 < begin < end or len(text) >= end - begin:
             return False

@@ -8,7 +8,7 @@ import pytest
 from serving import row
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations import server as server_module
+from shmelim.eliminations import holding
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.errors import StoreError
 from shmelim.shm import SharedNamespace
@@ -55,7 +55,7 @@ class TestAfterARecoveryFromSharedMemory:
             return msgspec.msgpack.encode({"state_dir": str(directory.resolve())})
 
         with monkeypatch.context() as patch:
-            patch.setattr(server_module, "origin_record", earlier)
+            patch.setattr(holding, "origin_record", earlier)
             start().close()
         damage(state_dir)
         with start(other) as server:

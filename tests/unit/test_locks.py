@@ -11,7 +11,7 @@ from serving import row
 from waiting import until
 
 from shmelim import EliminationManagerServer
-from shmelim.eliminations.server import BEAT_INTERVAL
+from shmelim.eliminations.holding import BEAT_INTERVAL
 from shmelim.errors import AlreadyServingError, StoreError
 from shmelim.shm import SharedNamespace
 from shmelim.system.locks import Lease
