@@ -5,8 +5,7 @@ the snapshot where something is missing between. A higher line begins with its s
 publisher with a lower term says, is ignored. The old table serves until the new one is published.
 
 *Lost* is a follower whose table cannot come from what its line says now (it has changes that the store never made,
-as its history was cut off, or another digest): it keeps its table, confirms nothing, and reports that, upon which
-the publisher begins a new line.
+as its history was cut off, or another digest): it keeps its table, confirms nothing, and reports that.
 
 The age is timed by the engine's clock alone. A beat says that nothing was newer when that stood at ``as_of``; this
 host's CLOCK_BOOTTIME at that moment is at least ``as_of`` plus the least distance of the two clocks that was seen

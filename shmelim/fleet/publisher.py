@@ -1,9 +1,7 @@
 """The publisher: sends what changed in the store, under a term that others can take over, and beats.
 
-Three numbers. ``term``: each publisher has a higher one than those before it, and the engine takes nothing from
-one whose head is not the one that stands there: that fences. ``line``: a higher one begins where it cannot be
-proved that the store goes on from what the head says (a restored store, an engine that lost something,
-a follower that is lost); followers never go back to a lower one. ``seq``: the newest change that was sent.
+What ``term``, ``line`` and ``seq`` are for is in ``docs/fleet.md``. The engine takes nothing from a publisher
+whose head is not the one that stands there: that fences.
 
 Does no I/O of its own: a turn asks an :class:`~shmelim.fleet.engine.Engine` and an
 :class:`~shmelim.fleet.cuts.Outbox`, and may be broken off at any of their calls, by an error or by SIGKILL. What

@@ -456,14 +456,9 @@ class TableReader:
         return np.fromiter((entries[key].flags if key in entries else 0 for key in keys), np.uint8, len(keys))
 
     def snapshot(self, *, verify: bool = False) -> TableSnapshot:
-        """Return every entry as of one version.
+        """Return every entry as of one version, under any rate of changes ("Long reads" in docs/architecture.md).
 
-        The arena of a copy is a log: until the copy is compacted (which first moves its epoch word), what
-        stands below the ``used`` mark of a version is never written again. So one copy of that prefix,
-        taken while the epoch stood still, holds the state of that version however many publishes happened
-        meanwhile; replaying it gives the entries. That makes the whole table readable under any rate of
-        mutations, at the price of reading the garbage too (never more than the arena).
-
+        What is copied is the log of a copy up to its ``used`` mark, garbage included: never more than the arena.
         ``verify`` checks every entry's checksum, too. CorruptSegmentError where the log contradicts itself;
         SegmentError where the copy was compacted during every one of a thousand attempts.
         """

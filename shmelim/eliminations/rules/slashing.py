@@ -16,8 +16,7 @@ Nobody knows whether money moved: once the lease has run out the slash is put *i
 made again by itself. If a living process could not record an outcome, because the server was away, it remembers it
 and records it in a later pass; that settles a doubt, too.
 
-Which slashes are owed is the server's business: one for a rule and a registration of a miner, with the reason and
-the share of that moment. It is also the one that holds them when they are too many.
+Which slashes are owed, and which are held, is the server's business (:mod:`shmelim.eliminations.debts.states`).
 """
 
 from __future__ import annotations
