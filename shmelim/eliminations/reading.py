@@ -25,7 +25,6 @@ from shmelim.shm import (
     VALUES,
     Lookups,
     TableInfo,
-    WriterInfo,
     decoded,
     flag_choice,
     flag_test,
@@ -224,7 +223,7 @@ class Reading(Lookups):
             set(decode_hotkeys(registered)),
         )
 
-    # ------------------------------------------------------------------ the table and its writer
+    # ------------------------------------------------------------------ the table
 
     @property
     def root_id(self) -> int:
@@ -232,40 +231,14 @@ class Reading(Lookups):
         return self._table.identity().root_id
 
     @property
-    def version(self) -> int:
-        """A number that grows with every published change, and never goes back, whatever is replaced. One load."""
-        return self._table.version
-
-    @property
-    def writer(self) -> WriterInfo:
-        """The writer's ``pid``, ``state``, ``alive``, ``heartbeat_age`` in s, and ``started_ms`` since 1970 (UTC).
-
-        It counts as dead 3 s after its last heartbeat, or once it said that it stopped.
-        """
-        return self._table.writer()
-
-    @property
     def table(self) -> TableInfo:
         """How full the table is: ``entries``, ``capacity`` in slots, sizes in bytes; as of one version."""
         return self._table.info()
 
     @property
-    def retries(self) -> int:
-        """How often a read of this reader started over because a publish overtook it."""
-        return self._table.retries
-
-    @property
     def num_departed_hotkeys(self) -> int:
         """How many hotkeys once left the metagraph."""
         return self._table.count_flag(1)
-
-    def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
-        """Wait for a publish, asleep in the kernel until it comes; False if none came in time.
-
-        ``timeout`` is in seconds; None waits for ever. ``since`` is the :attr:`version` that counts as known; None
-        means the one at the call.
-        """
-        return self._table.wait_for_change(timeout, since)
 
 
 def _load_numpy() -> Any:

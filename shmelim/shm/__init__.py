@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from shmelim.shm.counting import Counts, ReadingProcess, Readings, readings_of
-from shmelim.shm.lookups import HEADS, ITEMS, KEYS, VALUES, decoded, flag_choice, flag_test
+from shmelim.shm.lookups import HEADS, ITEMS, KEYS, VALUES, Attached, decoded, flag_choice, flag_test
 from shmelim.shm.native import READ_PATH
 from shmelim.shm.plain import DEEPEST, Kind
 from shmelim.shm.reader import (
@@ -42,6 +42,7 @@ __all__ = [
     "LOADING_NUMPY",
     "READ_PATH",
     "VALUES",
+    "Attached",
     "Counts",
     "Entry",
     "Kind",

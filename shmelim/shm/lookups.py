@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
-from shmelim.shm.reader import LOADING_NUMPY, TableReader
+from shmelim.shm.reader import LOADING_NUMPY, TableReader, WriterInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +63,45 @@ def _marked(mark: Mark, method: Method) -> Method:
     return method
 
 
-class Lookups:
+class Attached:
+    """What any reader of a table in ``_table`` can say of it and of its writer."""
+
+    __slots__ = ()
+
+    _table: TableReader
+
+    @property
+    def version(self) -> int:
+        """A number that grows with every publish, and never goes back, whoever writes. One load.
+
+        But for one case: where a table's names were removed, a new writer begins with the ms since 1970, which is
+        less if more than a thousand publishes a second went before in the mean.
+        """
+        return self._table.version
+
+    @property
+    def writer(self) -> WriterInfo:
+        """The writer's ``pid``, ``state``, ``alive``, ``heartbeat_age`` in s, and ``started_ms`` since 1970 (UTC).
+
+        It counts as dead 3 s after its last heartbeat, or once it said that it stopped. Some microseconds.
+        """
+        return self._table.writer()
+
+    @property
+    def retries(self) -> int:
+        """How often a read of this reader started over because a publish overtook it."""
+        return self._table.retries
+
+    def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
+        """Wait up to ``timeout`` seconds (None: for ever) for a publish; False if none came in time.
+
+        It is waited for asleep in the kernel. ``since`` is the :attr:`version` that counts as known; None means
+        the one at the call.
+        """
+        return self._table.wait_for_change(timeout, since)
+
+
+class Lookups(Attached):
     """Lookups by text in ``_table``, which is set once, before anything is looked up.
 
     The first ``_head`` bytes of each record are its head, the rest is its body; ``_member`` are the flags that
@@ -72,7 +110,6 @@ class Lookups:
 
     __slots__ = ()
 
-    _table: TableReader
     _head: ClassVar[int] = 0
     _member: ClassVar[int] = 1
 

@@ -14,12 +14,12 @@ from shmelim.errors import CorruptSegmentError, NotServingError, SegmentFormatEr
 from shmelim.shm import (
     ITEMS,
     LOADING_NUMPY,
+    Attached,
     Lookups,
     Namespace,
     SharedNamespace,
     TableInfo,
     TableReader,
-    WriterInfo,
 )
 from shmelim.system.arguments import functions
 from shmelim.table.naming import (
@@ -99,7 +99,7 @@ class _Closed:
         return bool(self.anything)
 
 
-class Reader(Mapping[K, V]):
+class Reader(Attached, Mapping[K, V]):
     """The current values of a table, read from shared memory: a read-only mapping in the order its keys came.
 
     Every method answers from what is published when it is called, also while the writer is dead, and needs no
@@ -403,46 +403,13 @@ class Reader(Mapping[K, V]):
         count: int = self._table.count_flag(0)
         return count
 
-    # ------------------------------------------------------------------ the table and its writer
-
-    @property
-    def version(self) -> int:
-        """A number that grows with every publish, and never goes back, whoever writes. One load.
-
-        But for one case: where a table's names were removed, a new writer begins with the ms since 1970, which is
-        less if more than a thousand publishes a second went before in the mean.
-        """
-        version: int = self._table.version
-        return version
-
-    @property
-    def writer(self) -> WriterInfo:
-        """The writer's ``pid``, ``state``, ``alive``, ``heartbeat_age`` in s, and ``started_ms`` since 1970 (UTC).
-
-        It counts as dead 3 s after its last heartbeat, or once it was closed. Some microseconds.
-        """
-        info: WriterInfo = self._table.writer()
-        return info
+    # ------------------------------------------------------------------ the table
 
     @property
     def usage(self) -> TableInfo:
         """How full the table is: ``entries``, ``capacity`` in slots, sizes in bytes; as of one version."""
         info: TableInfo = self._table.info()
         return info
-
-    @property
-    def retries(self) -> int:
-        """How often a read of this reader started over because a publish overtook it."""
-        count: int = self._table.retries
-        return count
-
-    def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
-        """Wait up to ``timeout`` seconds (None: for ever) for a publish; False if none came in time.
-
-        ``since`` is the :attr:`version` that counts as known; None means the one at the call.
-        """
-        changed: bool = self._table.wait_for_change(timeout, since)
-        return changed
 
     def close(self) -> None:
         """Let go of the table: every later read raises ``ShmelimError``. Idempotent.
