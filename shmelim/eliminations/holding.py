@@ -7,9 +7,8 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, Final, ParamSpec, Self, TypeAlias, TypeVar, get_args
+from typing import Any, Final, Self, TypeAlias, get_args
 
-from shmelim.channel import Caller, current_caller
 from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode, check_files
 from shmelim.eliminations.files.taking import read_state
@@ -42,9 +41,6 @@ from shmelim.system.places import place, place_or_none, places
 from shmelim.system.problems import Problems
 from shmelim.system.text import get_logger
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 _log = get_logger("shmelim.server")
 
 BEAT_INTERVAL: Final = 0.25
@@ -58,7 +54,9 @@ Progress: TypeAlias = Callable[[str, int, int | None], Any]
 class Holding:
     """Store, table, files and their locks, of the server that inherits it and says what its arguments are."""
 
-    _tell_held: Callable[[Mapping[str, Any] | None], None]  # of the server
+    # Of the server.
+    _tell_held: Callable[[Mapping[str, Any] | None], None]
+    _caller: Callable[[], Origin]
 
     _mirror: FileMirror | None = None
     _lease: Lease | None = None
@@ -291,38 +289,11 @@ class Holding:
         self._state.close()
         self._undo.close()
 
-    def _caller(self) -> Origin:
-        """Return who asks for the change that this thread makes; EpochError if it is not his to make."""
-        return self._origin_of(self._teller.check())
-
-    def _whose_call(self) -> Origin:
-        return self._origin_of(current_caller())
-
-    def _origin_of(self, caller: Caller | None) -> Origin:
-        return self._origin if caller is None else Origin(caller.pid, caller.uid, caller.program)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _change(self, change: Callable[Concatenate[changes.Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        result = self._state.commit(change, *args, **kwargs)
-        self._follow()
-        return result
-
-    def _follow(self) -> None:
-        """Have what the guard noticed stand in the health; and the files follow, where callers wait for them.
-
-        What fails there is a named problem, since the change is stored; StoreError where the files are the state.
-        """
-        if self._guard.has_noticed:
-            self._guard.has_noticed = False
-            tell_noticed(self.problems, self._state.read(notices))
-        if self._mirror is not None and self._waits_for_files:
-            with contextlib.nullcontext() if self._files_dir is not None else contextlib.suppress(StoreError):
-                self._mirror.flush()
 
 
 def check_choices(

@@ -13,13 +13,13 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import msgspec
 
-from shmelim.channel import current_caller
+from shmelim.channel import Caller, current_caller
 from shmelim.eliminations.calls import Calls, ProcessingCalls, implements
 from shmelim.eliminations.comparing import Comparison, packed, unpacked
 from shmelim.eliminations.files.format import ELIMINATIONS_FILE, read_eliminations
@@ -43,9 +43,9 @@ from shmelim.eliminations.rules import Context, EliminationProcessor, processed
 from shmelim.eliminations.rules.membership import is_zombie
 from shmelim.eliminations.state import changes
 from shmelim.eliminations.state.debt_book import DebtMethods
-from shmelim.eliminations.state.guard import acknowledge, expire, tell_noticed
+from shmelim.eliminations.state.guard import acknowledge, expire, notices, tell_noticed
 from shmelim.eliminations.state.room import look_at_room
-from shmelim.eliminations.store.history import LARGEST_ID
+from shmelim.eliminations.store.history import LARGEST_ID, Origin
 from shmelim.eliminations.store.opening import store_bytes
 from shmelim.eliminations.validator.collaborators import Collaborators
 from shmelim.eliminations.validator.environment import DEVELOPMENT_HOTKEY, ValidatorEnvironment
@@ -170,6 +170,35 @@ class EliminationManagerServer(Holding, DebtMethods):
     # In direct mode the manager sets both, else `process_with` the first; most servers have no collaborators.
     _processor: EliminationProcessor | None = None
     live_price_fetcher: Any = None
+
+    # ------------------------------------------------------------------ every change
+
+    def _change(self, change: Callable[Concatenate[changes.Step, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        result = self._state.commit(change, *args, **kwargs)
+        self._follow()
+        return result
+
+    def _follow(self) -> None:
+        """Have what the guard noticed stand in the health; and the files follow, where callers wait for them.
+
+        What fails there is a named problem, since the change is stored; StoreError where the files are the state.
+        """
+        if self._guard.has_noticed:
+            self._guard.has_noticed = False
+            tell_noticed(self.problems, self._state.read(notices))
+        if self._mirror is not None and self._waits_for_files:
+            with contextlib.nullcontext() if self._files_dir is not None else contextlib.suppress(StoreError):
+                self._mirror.flush()
+
+    def _caller(self) -> Origin:
+        """Return who asks for the change that this thread makes; EpochError if it is not his to make."""
+        return self._origin_of(self._teller.check())
+
+    def _whose_call(self) -> Origin:
+        return self._origin_of(current_caller())
+
+    def _origin_of(self, caller: Caller | None) -> Origin:
+        return self._origin if caller is None else Origin(caller.pid, caller.uid, caller.program)
 
     # ------------------------------------------------------------------ health
 
