@@ -113,7 +113,7 @@ class Wire:
         deadline = self.deadline
         data, self._surplus = self._surplus, b""
         if not data:
-            data = self._receive(_FIRST_READ, deadline)
+            data = self._fill(data, 1, deadline)
         if deadline is None:  # it has begun, so that it must end
             deadline = monotonic() + self.patience
         self.begun = True
@@ -163,25 +163,20 @@ class Wire:
             missing -= len(parts[-1])
         return b"".join(parts)
 
-    def _fill(self, data: bytes, size: int, deadline: float) -> bytes:
+    def _fill(self, data: bytes, size: int, deadline: float | None) -> bytes:
         """Return `data` with what comes after it, `size` bytes or more in all."""
-        parts, missing = [data], size - len(data)
+        parts, missing = [data] if data else [], size - len(data)  # one alone is not copied
         while missing > 0:
-            parts.append(self._receive(min(missing, _NEXT_READ), deadline))
-            missing -= len(parts[-1])
-        return b"".join(parts)
-
-    def _receive(self, size: int, deadline: float | None) -> bytes:
-        """Return 1 to `size` bytes as soon as there are any."""
-        while True:
             wait(self._readable, deadline)
             try:
-                data = self.sock.recv(size)
+                part = self.sock.recv(min(max(missing, _FIRST_READ), _NEXT_READ))
             except BlockingIOError:  # poll() may be wrong
                 continue
-            if not data:
+            if not part:
                 raise EOFError("the connection was closed")
-            return data
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
 
     def quiet(self) -> bool:
         """Whether the connection is up and nothing has come in: what an idle connection must look like."""
