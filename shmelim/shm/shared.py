@@ -230,8 +230,9 @@ class SharedNamespace(Namespace):
                     os.ftruncate(file.fileno(), 0)
                     reserve(file.fileno(), ROOT_SIZE)
                     size = ROOT_SIZE
-                if root:
-                    os.fchmod(file.fileno(), self._mode)
+                # Who may read is as this writer has it, not as the one before.
+                os.fchown(file.fileno(), -1, os.getegid())
+                os.fchmod(file.fileno(), self._mode)
                 if root and not _try_lock(file) and os.pread(file.fileno(), 12, 0) == _FORMAT_1:
                     raise self._already_serving()
                 return _map(file.fileno(), label, size)

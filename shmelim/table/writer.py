@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -301,7 +302,9 @@ class Writer(Generic[K, V]):
         if self._end.alive:
             with self._lock:
                 if unlink and isinstance(self._namespace, TableNamespace):
-                    self._namespace.remove()  # while nobody else can have made them
+                    with contextlib.suppress(ShmelimError):  # another writer's, or the process' that forked this
+                        self._table.renew()
+                        self._namespace.remove()  # while nobody else can have made them
                 self._end()
 
     def __enter__(self) -> Self:

@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import stat
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -164,6 +165,20 @@ def test_an_ordinary_user_trusts_root_and_must_be_let_in(table_name: str) -> Non
     answer, other_owner = crashing.call(in_group)
     assert answer == "1"
     assert "uid 0" in other_owner
+
+
+def test_who_may_read_is_so_for_a_table_that_is_adopted_too(table_name: str) -> None:
+    def write(mode: int, group: int) -> None:
+        if os.geteuid() == 0:
+            os.setegid(group)
+        with TableWriter(SharedNamespace(table_name, mode=mode)) as writer:
+            if not writer.adopt():
+                writer.load([(b"a", 1, b"", None)])
+            found = [path.stat() for path in SHM.glob(f"shmelim.{table_name}*[!k]")]
+            assert {(one.st_mode & 0o777, one.st_gid) for one in found} == {(mode, os.getegid())}
+
+    for mode, group in ((0o600, 0), (0o640, 0), (0o640, STRANGER), (0o600, 0)):
+        crashing.call(partial(write, mode, group))
 
 
 @as_root

@@ -490,6 +490,19 @@ def test_closing_can_take_the_table_away(table_name):
     assert reader["a"] == 1
 
 
+def test_a_writer_takes_away_no_names_but_its_own(table_name):
+    first = Writer(table_name)
+    for path in Path("/dev/shm").glob(f"shmelim-table.{table_name}*"):
+        path.unlink()
+    with Writer(table_name) as second:
+        second.put("a", 1)
+        first.close(unlink=True)
+        crashing.call(lambda: second.close(unlink=True))
+        assert Reader(table_name)["a"] == 1
+        second.close(unlink=True)
+    assert published_segments_of(table_name) == []
+
+
 # ---------------------------------------------------------------------- readers
 
 
