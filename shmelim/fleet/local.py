@@ -31,15 +31,16 @@ class _Origin(msgspec.Struct):
     line: int
     seq: int
     run: int
+    source: str = ""
     state_dir: str | None = None
 
 
 class LocalTable(Table):
     """The table of a name, which ``source`` is said to be followed into.
 
-    A table that a follower left is taken over where it lies, and readers stay where they are. The old one serves
-    until a new one is published. A thread renews the heartbeat; :meth:`keep`, every few seconds, makes lost names
-    again.
+    A table that a follower of that source left is taken over where it lies, and readers stay where they are; lines
+    and terms of another source mean nothing here. The old one serves until a new one is published. A thread renews
+    the heartbeat; :meth:`keep`, every few seconds, makes lost names again.
 
     AlreadyServingError if another process writes it, StateConflictError if it is what a server left; SegmentError
     if it cannot be made. Not thread-safe.
@@ -98,8 +99,8 @@ class LocalTable(Table):
             )
         with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
             found = msgspec.msgpack.decode(b"" if origin is None else origin.data, type=_Origin)
-            applied = Applied(identity.store_id, found.line, found.seq, found.run)
-            return applied, reader.position()
+            if found.source == self._source:
+                return Applied(identity.store_id, found.line, found.seq, found.run), reader.position()
         return None, None
 
     def _measure(self) -> None:
@@ -127,7 +128,7 @@ class LocalTable(Table):
             for key in gone:
                 digest, count = self._less(key, digest, count)
                 transaction.remove(key)
-            transaction.put(*_origin(applied))
+            transaction.put(*self._origin(applied))
         self.applied, self.digest, self._count = applied, digest & DIGEST_MASK, count
 
     def _less(self, key: bytes, digest: int, count: int) -> tuple[int, int]:
@@ -153,9 +154,13 @@ class LocalTable(Table):
             for row in rows:
                 digest, count = digest + row_digest(*row), count + 1
                 transaction.put(*row)
-            transaction.put(*_origin(applied))
+            transaction.put(*self._origin(applied))
         self.applied, self.digest, self._count = applied, digest & DIGEST_MASK, count
         self._reader = TableReader(self._namespace)
+
+    def _origin(self, applied: Applied) -> tuple[bytes, int, bytes, int]:
+        origin = _Origin(applied.line, applied.seq, applied.run, self._source)
+        return ORIGIN_KEY, 0, msgspec.msgpack.encode(origin), 0
 
     def confirm(self, position: Position) -> None:  # noqa: D102
         self.position = position
@@ -188,7 +193,3 @@ class LocalTable(Table):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _origin(applied: Applied) -> tuple[bytes, int, bytes, int]:
-    return ORIGIN_KEY, 0, msgspec.msgpack.encode(_Origin(applied.line, applied.seq, applied.run)), 0

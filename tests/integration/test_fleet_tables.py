@@ -189,6 +189,19 @@ class TestLocalTable:
             assert source_of(root) == SOURCE
             assert position_of(root) == Position(1, 5, 10, 7, 8)
 
+    def test_what_another_source_said_is_never_shown_as_what_this_one_says(self, new_name):
+        name = new_name()
+        first, other = (Applied(store, line=line, seq=5, run=1) for store, line in ((STORE_ID, 9), (b"o" * 16, 3)))
+        with LocalTable(SharedNamespace(name), SOURCE) as table:
+            table.replace(first, [Row(b"a", 1, b"1", 0)])
+        reader = EliminationReader(name)
+        with LocalTable(SharedNamespace(name), "redis://another/0") as table:
+            assert (table.applied, table.position) == (None, None)
+            assert ("a" in reader, reader.source) == (True, SOURCE)
+            table.replace(other, [Row(b"b", 1, b"2", 0)])
+            assert ("a" in reader, "b" in reader, reader.source) == (False, True, "redis://another/0")
+            assert table.applied == other
+
     def test_a_snapshot_that_ends_early_changes_nothing(self, new_name):
         with LocalTable(SharedNamespace(new_name()), SOURCE) as table:
             table.replace(Applied(STORE_ID, 5, 10, 1), [Row(b"a", 1, b"x", 3)])
