@@ -433,6 +433,21 @@ def test_files_of_a_store_in_which_nothing_was_yet_are_its_own(state_dir, path, 
         assert server.get_eliminated_hotkeys_rpc() == {"of-a-person"}
 
 
+def test_what_says_what_the_store_says_is_no_edit_wherever_it_comes_from(state_dir, path, start):
+    with start() as server:
+        server.sync_eliminations_rpc([row("a"), row("b")])
+    for written in state_dir.glob(".*.written"):
+        written.unlink()
+    edit(path)
+    with start() as server:
+        assert problems(server) == []
+        server.add_elimination_rpc("c", row("c"))
+        server.save_eliminations_rpc()
+        assert problems(server) == []
+    assert start().get_eliminated_hotkeys_rpc() == {"a", "b", "c"}
+    assert not list(state_dir.glob("*.edited-*"))
+
+
 def test_files_cost_no_commit(state_dir, start):
     with start() as server:
         server.sync_eliminations_rpc([row("a")])

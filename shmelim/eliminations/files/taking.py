@@ -71,6 +71,9 @@ def take_files(step: Step, directory: Path, problems: Problems, *, fresh: bool, 
                 with step.store.savepoint():
                     _take(step, file, sidecars, problems, fresh=fresh, judge=judge)
                 continue
+            if _says_the_same(step.store, file):  # as in a copy of the directory without the hidden files
+                _mark_taken(step, file, sidecars)
+                continue
             _parse(file)  # a damaged one is damaged, whoever put it there
         except GuardedChangeError as error:
             step.record([set_aside(path, f"{name} is not applied: {error.message}", problems)])
