@@ -1,5 +1,6 @@
 """The command line, as ``shmelim`` and as ``python -m shmelim``."""
 
+import os
 import signal
 from typing import NoReturn
 
@@ -9,6 +10,7 @@ def main() -> NoReturn:
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while there is nothing yet to end in order
+    os.umask(0o077)  # what is made can be used by this user, and by nobody else
     from shmelim.cli import main as commands  # noqa: PLC0415  # it takes a while
 
     commands.main(handler)

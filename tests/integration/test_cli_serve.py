@@ -77,6 +77,21 @@ def test_a_signal_ends_it_in_order_and_quietly(name, home, number):
     assert (home / "state" / "shmelim" / name / "eliminations.json").exists()
 
 
+@pytest.mark.parametrize("umask", [0, 0o777])
+def test_what_it_makes_is_its_users_and_nobody_elses_whatever_the_umask(name, home, umask):
+    before = os.umask(umask)
+    try:
+        with serving(name, home) as server:
+            server.client().add_elimination(A, row(A))
+            assert server.end() == 0
+    finally:
+        os.umask(before)
+    found = [path for place in ("run/shmelim", "state/shmelim") for path in (home / place).rglob("*")]
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in found}
+    assert {path.name for path in found} >= {"key", "lock", "eliminations.json", "shmelim.sqlite"}
+    assert modes == {path: 0o700 if path.is_dir() else 0o600 for path in found}
+
+
 def test_verbose_says_more(name, home):
     with serving(name, home, "-v") as server:
         assert "info: " in server.said()
