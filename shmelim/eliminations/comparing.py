@@ -281,7 +281,7 @@ def unpacked(records: Iterable[Any] | bytes) -> Iterable[Any]:
         return records
     try:
         return _decode_packed(records)
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{len(records)} bytes are no list of records: {error}") from None
 
 

@@ -145,7 +145,7 @@ def decode(buffer: bytes | bytearray | memoryview) -> dict[str, Any]:
     """Return the record in msgpack bytes, sharing nothing with the buffer; ValueError for any other bytes."""
     try:
         return _decoder.decode(buffer)
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{len(buffer)} bytes are not an elimination record: {error}") from error
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntFlag
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
@@ -99,7 +99,10 @@ def entry_row(hotkey: str, flags: int, ordinal: int, record: bytes) -> Row:
 def pack(entries: Mapping[bytes, Entry], flag: int, form: int) -> bytes:
     """Return what the compiled read path collects (as ``Lookups._collect``) of a snapshot's entries."""
     size = PREFIX.size
-    chosen = {key.decode(): entry.record for key, entry in entries.items() if entry.flags & flag}
+    try:
+        chosen = {key.decode(): entry.record for key, entry in entries.items() if entry.flags & flag}
+    except UnicodeDecodeError as error:
+        raise CorruptSegmentError(f"a key in shared memory cannot be decoded: {error}") from error
     packed: Any = list(chosen)
     if form == HEADS:
         packed = {hotkey: record[:size] for hotkey, record in chosen.items()}
@@ -144,7 +147,7 @@ def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes) -> T:
     with collector_at_rest(len(found)):
         try:
             return decoder.decode(found)
-        except msgspec.DecodeError as error:
+        except ValueError as error:
             raise CorruptSegmentError(f"the records in shared memory cannot be decoded: {error}") from error
 
 
@@ -152,7 +155,8 @@ def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes) -> T:
 decode_rows = partial(_decode_all, msgspec.msgpack.Decoder(list[dict[str, Any]]))
 decode_eliminations = partial(_decode_all, msgspec.msgpack.Decoder(dict[str, dict[str, Any]]))
 decode_hotkeys = partial(_decode_all, msgspec.msgpack.Decoder(list[str]))
-_decode_heads = partial(_decode_all, msgspec.msgpack.Decoder(dict[str, bytes]))
+_Head = Annotated[bytes, msgspec.Meta(min_length=PREFIX.size, max_length=PREFIX.size)]
+_decode_heads = partial(_decode_all, msgspec.msgpack.Decoder(dict[str, _Head]))
 
 
 def decode_departures(found: bytes) -> dict[str, dict[str, int]]:

@@ -158,7 +158,7 @@ class RuntimeDirectory:
                 f"cannot look for the server of the name {self.name!r}: {error.strerror}; {whose(self._info)}",
                 hint="run as the server's user",
             ) from None
-        except (OSError, DamagedFileError, msgspec.DecodeError):
+        except (OSError, DamagedFileError, ValueError):
             raise self._not_found() from None
 
     def _not_found(self) -> NotServingError:

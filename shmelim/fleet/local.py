@@ -97,7 +97,7 @@ class LocalTable(Table):
                 f"{self._namespace.name!r} is what a server on this host has published, and left",
                 hint=f"follow --as another name, or `shmelim forget --name {self._namespace.name}` first",
             )
-        with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
+        with contextlib.suppress(ValueError):
             found = msgspec.msgpack.decode(b"" if origin is None else origin.data, type=_Origin)
             if found.source == self._source:
                 return Applied(identity.store_id, found.line, found.seq, found.run), reader.position()

@@ -186,7 +186,7 @@ def _unpack(decoder: msgspec.msgpack.Decoder[T], raw: bytes, what: str) -> T:
         raise FleetDataError(f"{what} has {len(raw):,} bytes, and may have {MAX_BYTES:,}")
     try:
         return decoder.decode(raw)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FleetDataError(
             f"{what} in the engine cannot be read: {error}",
             hint="another release, or another program, writes under this name",

@@ -124,7 +124,7 @@ class Note:
             found = _read(self._path)
         except FileNotFoundError:
             return self._path.parent.is_dir()
-        except (OSError, msgspec.DecodeError):
+        except (OSError, ValueError):
             return False
         return (found.pid, found.started) == (self._last.pid, self._last.started)
 
@@ -146,7 +146,7 @@ def publishing(name: str) -> Publishing | None:
     """Return what the publisher of a name says, or said last; None where there is none, or it ended in order."""
     try:
         return _read(_place(name))
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError):
         return None
 
 

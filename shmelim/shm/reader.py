@@ -50,6 +50,7 @@ from shmelim.shm.layout import (
     FLAG_COUNTS,
     HEARTBEAT,
     LIVE,
+    MAX_ORDINAL,
     PAGE,
     ROOT_ID,
     ROOT_SIZE,
@@ -493,6 +494,8 @@ class TableReader:
 
         def look(view: View, version: int) -> TableIdentity:
             head = view.head(version & 1)
+            if head[COMMIT] > MAX_ORDINAL:
+                raise view.corrupt(f"says commit {head[COMMIT]}, which no store has made")
             return TableIdentity(
                 root_id=view.root.words[ROOT_ID],
                 store_id=view.root.memory[STORE_ID : STORE_ID + STORE_ID_SIZE],
@@ -528,8 +531,14 @@ class TableReader:
         """Return how many entries have the flag with the value ``1 << bit``, 0 to 7. One load."""
         if not 0 <= bit < FLAG_BITS:
             raise ValueError(f"bit {bit} must be 0 to {FLAG_BITS - 1}")
-        at = FLAG_COUNTS + bit
-        return self._consistently(lambda view, version: view.words[view.header_word[version & 1] + at])
+
+        def look(view: View, version: int) -> int:
+            count = view.words[view.header_word[version & 1] + FLAG_COUNTS + bit]
+            if count > view.capacity:
+                raise view.corrupt(f"says that {count} entries have a flag, and has {view.capacity} slots")
+            return count
+
+        return self._consistently(look)
 
     def writer(self) -> WriterInfo:
         """Return who writes and whether it lives; if that is not sure, look where the name leads now."""

@@ -43,10 +43,8 @@ import psutil
 
 from shmelim.errors import (
     AlreadyServingError,
-    CorruptSegmentError,
     NotServingError,
     SegmentError,
-    SegmentFormatError,
     ShmelimError,
     UntrustedSegmentError,
 )
@@ -189,28 +187,40 @@ class TableWriter:
     def _take_root(self, sequence: int) -> Segment:
         """Open the root segment for writing, or make one in the place of one that is not ours to continue.
 
-        A new one gets its name with what is published in it first; where there was none, at once.
+        A new one gets its name with what is published in it first; where nothing was published, at once.
         """
         try:
             root = self._namespace.open_root(writable=True)
         except NotServingError:
-            root = self._new_root(sequence)
-            self._namespace.name_root(root)
-            return root
-        self._generation = root.words[VERSION] >> SEQUENCE_BITS
-        used_up = self._generation >= MAX_GENERATION
-        if used_up:
-            self._generation = 0
-        last = root.words[VERSION] & SEQUENCE_MASK
-        if last < SEQUENCE_MASK >> 1:  # what is larger is damage
+            return self._name(self._new_root(sequence))
+        generation, last = divmod(root.words[VERSION], SEQUENCE_MASK + 1)
+        self._generation = generation if generation < MAX_GENERATION else 0
+        is_damaged = last >= SEQUENCE_MASK >> 1
+        if not is_damaged:
             sequence = max(sequence, last)
-        with contextlib.suppress(CorruptSegmentError, SegmentFormatError):
+        with contextlib.suppress(NotServingError, SegmentError):
             check_root(root.memory[:PAGE], root.label)
             self._refuse_another(root)
-            if root.memory[STORE_ID : STORE_ID + STORE_ID_SIZE] == self.store_id and not used_up:
+            is_own = root.memory[STORE_ID : STORE_ID + STORE_ID_SIZE] == self.store_id
+            if is_own and self._generation and not is_damaged:
+                # From a word that is damaged a number would come again that means another segment to readers.
+                self._published_in(root)
                 return root
+        if not generation:
+            return self._name(self._new_root(sequence))
         self._former = root
         return self._new_root(sequence)
+
+    def _name(self, root: Segment) -> Segment:
+        self._namespace.name_root(root)
+        return root
+
+    def _published_in(self, root: Segment) -> tuple[Segment, DataHeader]:
+        """Open the data segment that a root segment names, and check that it is that root's."""
+        version = root.words[VERSION]
+        segment = self._namespace.open_data(version >> SEQUENCE_BITS, writable=True)
+        memory, root_id = segment.memory[:PAGE], root.words[ROOT_ID]
+        return segment, unpack_data_header(memory, segment.size, root_id, version, segment.label)
 
     def _new_root(self, sequence: int) -> Segment:
         root = self._namespace.make_root()
@@ -432,10 +442,7 @@ class TableWriter:
         if self._images is not None or self._open is not None or not version >> SEQUENCE_BITS:
             return False
         try:
-            segment = self._namespace.open_data(version >> SEQUENCE_BITS, writable=True)
-            header = unpack_data_header(
-                segment.memory[:PAGE], segment.size, self._root.words[ROOT_ID], version, segment.label
-            )
+            segment, header = self._published_in(self._root)
             images = Image(segment, header, 0), Image(segment, header, 1)
             check_copy(images[version & 1], segment.label)
         except (NotServingError, SegmentError):

@@ -262,7 +262,7 @@ class Reader(Attached, Mapping[K, V]):
             raise KeyError(key)
         try:
             return self._decode(record)
-        except msgspec.DecodeError as error:
+        except ValueError as error:
             self._explain(error)
             raise
 
@@ -277,7 +277,7 @@ class Reader(Attached, Mapping[K, V]):
             return default
         try:
             return self._decode(record)
-        except msgspec.DecodeError as error:
+        except ValueError as error:
             self._explain(error)
             raise
 
@@ -327,7 +327,7 @@ class Reader(Attached, Mapping[K, V]):
         decode = self._decode
         try:
             return [default if record is None else decode(record) for record in self._records(keys)]
-        except msgspec.DecodeError as error:
+        except ValueError as error:
             self._explain(error)
             raise
 
@@ -369,10 +369,13 @@ class Reader(Attached, Mapping[K, V]):
         the whole table was replaced again during each of a thousand attempts.
         """
         keys = self._keys
-        found = keys.collect() if self._check_kind().endswith(MSGPACK.encode()) else None
-        if found is None:
-            version, entries = self._table.snapshot()
-            found = (version, {keys.to_key(key): entry.record for key, entry in entries.items()})
+        try:
+            found = keys.collect() if self._check_kind().endswith(MSGPACK.encode()) else None
+            if found is None:
+                version, entries = self._table.snapshot()
+                found = (version, {keys.to_key(key): entry.record for key, entry in entries.items()})
+        except ValueError as error:
+            raise CorruptSegmentError(f"a key of the table {self.name!r} cannot be decoded: {error}") from error
         return Snapshot(found[0], found[1], self._decode)
 
     def changes(self, since: Snapshot[K, V]) -> Changes[K, V]:

@@ -13,18 +13,25 @@ from typing import TYPE_CHECKING, Any
 import crashing
 import pytest
 
+from shmelim import EliminationReader
 from shmelim.errors import CorruptSegmentError, ShmelimError
 from shmelim.shm import SharedNamespace, TableReader, TableWriter
 from shmelim.shm.layout import (
+    COMMIT,
     COPY_HEADER_SIZE,
+    FLAG_COUNTS,
     PACKED,
     ROOT_ID,
+    SEQUENCE_BITS,
+    SEQUENCE_MASK,
     SLOT_WORDS,
     VERSION,
     WORD,
     WRITER_STATE,
     unpack_data_header,
 )
+from shmelim.table import Reader
+from shmelim.table.naming import MSGPACK, TableNamespace, kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -291,6 +298,56 @@ def test_segments_of_any_length_and_content(table_name: str, rounds: int) -> Non
     answers, errors = crashing.call(run)
     assert answers > 0
     assert errors > 0
+
+
+def test_a_count_above_the_slots(table_name: str) -> None:
+    damaged = Damaged(table_name)
+    damaged.data.words[damaged.header.copy_base(damaged.attached.version & 1) // WORD + FLAG_COUNTS] = 1 << 63
+    for reader in (damaged.attached, TableReader(damaged.namespace)):
+        with pytest.raises(CorruptSegmentError, match=f"says that {1 << 63} entries have a flag"):
+            reader.count_flag(0)
+
+
+def test_a_commit_that_no_store_can_have_made(table_name: str) -> None:
+    damaged = Damaged(table_name)
+    damaged.data.words[damaged.header.copy_base(damaged.attached.version & 1) // WORD + COMMIT] = 1 << 63
+    with pytest.raises(CorruptSegmentError, match=f"says commit {1 << 63}"):
+        damaged.attached.identity()
+
+
+def test_a_key_that_is_no_text_and_a_record_without_its_head(table_name: str) -> None:
+    with TableWriter(SharedNamespace(table_name)) as writer:
+        writer.load([(b"a\xff", 1, bytes(16) + b"\x80", None), (b"b", 2, b"short", None)])
+        reader = EliminationReader(table_name)
+        reads = (
+            reader.get_eliminations_dict,
+            reader.get_eliminated_hotkeys,
+            reader.get_departed_hotkeys,
+            reader.snapshot,
+        )
+        for read in reads:
+            with pytest.raises(CorruptSegmentError, match=r"cannot be decoded|contradict each other"):
+                read()
+    with TableWriter(TableNamespace(table_name), store_id=kind(str, MSGPACK)) as writer:
+        writer.load([(b"a\xff", 1, b"\x01", None), (b"b", 1, b"\xa1\xff", None)])
+        table = Reader(table_name)
+        for read in (table.snapshot, lambda: table["b"], lambda: table.many(["b"])):
+            with pytest.raises(CorruptSegmentError, match="cannot be decoded"):
+                read()
+
+
+@pytest.mark.parametrize("word", [0, 1 << SEQUENCE_BITS | SEQUENCE_MASK, 1 << SEQUENCE_BITS, 7 << SEQUENCE_BITS])
+def test_a_successor_of_a_damaged_version_word_takes_all_readers_along(table_name: str, word: int) -> None:
+    """Going on from there, generation 1 came again, and who was attached to the first one stayed there."""
+    damaged = Damaged(table_name)
+    with TableWriter(damaged.namespace, capacity=16, arena_size=4096) as writer:
+        assert writer.adopt()
+    damaged.root.words[VERSION] = word
+    with TableWriter(damaged.namespace, capacity=16, arena_size=4096) as writer:
+        for record in (b"1", b"2"):
+            writer.load([(KEYS[1], 1, record, None)])
+            for reader in (damaged.attached, TableReader(damaged.namespace)):
+                assert reader.get(KEYS[1]).data == record
 
 
 def test_a_writer_takes_over_whatever_it_finds(table_name: str) -> None:

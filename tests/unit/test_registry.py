@@ -40,7 +40,7 @@ def test_it_is_private(registry):
     assert stat.S_IMODE(registry.path.parent.stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"store_id": 7}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"store_id": 7}', b'{"store_id": "\xff"}'])
 def test_what_cannot_be_understood_counts_as_missing_and_says_so(registry, content, caplog):
     registry.remember(MEMORY)
     registry.path.write_bytes(content)

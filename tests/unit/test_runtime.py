@@ -77,7 +77,8 @@ class TestAnnouncement:
         assert [path.name for path in runtime.path.iterdir()] == ["server.json"]
 
     @pytest.mark.parametrize(
-        "content", [b"", b"{", b"[]", b'{"address": 5, "state_dir": null, "pid": 1}', b"\xff"]
+        "content",
+        [b"", b"{", b"[]", b'{"address": 5, "state_dir": null, "pid": 1}', b"\xff", b'{"state_dir": "\xff"}'],
     )
     def test_that_is_damaged_counts_as_none(self, tmp_path, content):
         runtime = RuntimeDirectory("name", tmp_path).create()

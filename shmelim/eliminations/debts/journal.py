@@ -121,9 +121,9 @@ class Journal:
         for line in lines:
             try:
                 entries.append(msgspec.json.decode(line, type=Entry))
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except ValueError:
                 unreadable += not _is_torn(line)
-        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+        with contextlib.suppress(ValueError):
             # It may be whole but for the end of its line.
             entries.append(msgspec.json.decode(torn, type=Entry))
         return entries, unreadable
@@ -152,7 +152,7 @@ def _is_torn(line: bytes) -> bool:
     """Whether a line is the beginning of one that a power cut broke off."""
     try:
         json.loads(line)
-    except (ValueError, UnicodeDecodeError):
+    except ValueError:
         return line.startswith(b'{"what":') and not line.endswith(b"}")
     return False
 

@@ -71,7 +71,7 @@ def _read(path: Path) -> Written | None:
     try:
         found = read_once(path)
         return None if found is None else msgspec.msgpack.decode(found.data, type=Written)
-    except (OSError, DamagedFileError, msgspec.DecodeError) as error:
+    except (OSError, DamagedFileError, ValueError) as error:
         _log.warning("%s cannot be read, so a file that was edited cannot be merged: %s", path, error)
         return None
 

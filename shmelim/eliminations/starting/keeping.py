@@ -132,7 +132,7 @@ def read_manifest(backup: Path) -> Manifest:
     except OSError as error:
         text = f"the backup {backup} cannot be read: {error.strerror}; {whose(backup / MANIFEST)}"
         raise StoreError(text, hint="let this user read it, or run as its owner") from error
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise StoreError(f"{backup / MANIFEST} is damaged: {error}", hint="use another backup") from error
 
 

@@ -66,7 +66,7 @@ def look(namespace: Namespace) -> Published | None:
         _log.warning("what is published under %r cannot be read: %s", namespace.name, error)
         return Published(problem=error.message)
     origin = _Origin(None)
-    with suppress(msgspec.DecodeError):
+    with suppress(ValueError):
         origin = msgspec.msgpack.decode(b"" if record is None else record.data, type=_Origin)
     source = reader.source() or ""
     return Published(identity, origin.state_dir, origin.imported, eliminated, departed, source=source)

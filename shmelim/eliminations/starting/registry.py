@@ -63,7 +63,7 @@ class Registry:
             return None
         except OSError as error:
             raise StoreError(f"the registry {self.path} cannot be read: {error.strerror}", hint=_HINT) from error
-        except msgspec.DecodeError as error:
+        except ValueError as error:
             _log.warning("the registry %s cannot be understood, and counts as missing: %s", self.path, error)
             return None
 

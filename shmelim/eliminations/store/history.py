@@ -226,7 +226,7 @@ class History(Database):
         row = Event._make(self._ask(_SELECT, (number,))[0])
         try:
             changes = msgspec.msgpack.decode(zlib.decompress(row.old or b""), type=list[Change])
-        except (zlib.error, msgspec.DecodeError) as error:
+        except (zlib.error, ValueError) as error:
             raise damaged(self.path, f"event {number} cannot be decoded") from error
         for at, change in zip(range(number, 0, -1), reversed(changes), strict=False):
             if first <= at < before and hotkey in {None, change.hotkey}:
