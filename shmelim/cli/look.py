@@ -44,7 +44,8 @@ def check(settings: Settings, *, hotkeys: tuple[str, ...]) -> int:
     reader = EliminationReader(settings.name)
     statuses = reader.statuses(asked)
     if not (writer := reader.writer).alive:
-        settings.note(f"note: the writer, process {writer.pid}, is not alive: this is the last that it published")
+        known = "is not alive" if writer.alive is False else "has another clock, so nobody knows whether it lives"
+        settings.note(f"note: the writer, process {writer.pid}, {known}: this is the last that it published")
     rows: list[dict[str, Any]] = [
         {
             "hotkey": hotkey,

@@ -233,7 +233,7 @@ def _naming_the_other(error: AlreadyServingError, name: str) -> ShmelimError:
                 f"{name!r} is already served by process {writer.pid}, which hangs or is stopped",
                 hint=f"end it (kill -KILL {writer.pid}), and start again: what was acknowledged is kept",
             )
-        if writer.alive:
+        if writer.alive is not False:
             return AlreadyServingError(
                 f"{name!r} is already served by process {writer.pid}",
                 hint=f"see `shmelim status --name {name}`, stop that process, or serve under another --name",

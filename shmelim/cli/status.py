@@ -91,7 +91,7 @@ def status(settings: Settings, *, verify: bool) -> int:
         "verified": verified,
     }
     settings.answer(found, lambda: output.facts(_lines({"name": settings.name, **found})))
-    if not writer.alive:
+    if writer.alive is False or (writer.alive is None and follows is server is None):
         return NOT_SERVING
     if follows is not None:
         return CODES[see(settings.name).status]

@@ -137,9 +137,9 @@ def start_elimination_manager_server(
 
 
 def living_writer(name: str) -> int | None:
-    """Return the process that serves a name; None if there is none that lives."""
+    """Return the process that serves a name; None if there is none that lives, as far as can be known here."""
     writer = _writer_of(name)
-    return writer.pid if writer is not None and writer.alive else None
+    return writer.pid if writer is not None and writer.alive is not False else None
 
 
 def _writer_of(name: str) -> WriterInfo | None:
@@ -181,7 +181,7 @@ class Service:
             check_free(self._address)
         except ChannelError:
             writer = _writer_of(self.options.name)
-            if writer is None or not (writer.alive or writer.hangs):
+            if writer is None or not (writer.alive is not False or writer.hangs):
                 raise
             raise AlreadyServingError(  # which says more than that its address is taken
                 f"{self.options.name!r} is already served by process {writer.pid}",

@@ -28,8 +28,8 @@ class Seen(NamedTuple):
 
     @property
     def is_served(self) -> bool:
-        """Whether a writer lives."""
-        return self.writer is not None and self.writer.alive is True
+        """Whether a writer lives, as its heartbeat or its server says."""
+        return self.server is not None or (self.writer is not None and self.writer.alive is True)
 
 
 def see(name: str, owner: int | None = None) -> Seen:
@@ -45,7 +45,7 @@ def see(name: str, owner: int | None = None) -> Seen:
         return Seen("not served", [problem_of("not_served", error)], None, None, None)
     except SegmentError as error:
         return Seen("failing", [problem_of("table_unreadable", error)], None, None, None)
-    if reader.source is not None or not writer.alive:
+    if reader.source is not None or writer.alive is False:
         return _unasked(reader, writer, table)
     try:
         with EliminationClient(name, timeout=_ASKING) as client:
@@ -53,7 +53,8 @@ def see(name: str, owner: int | None = None) -> Seen:
     except (ShmelimError, TimeoutError) as error:
         is_silent = isinstance(error, (ChannelError, NotServingError, TimeoutError))
         if is_silent and not isinstance(error, CallerFaultError):
-            return Seen("failing", [problem_of("no_answer", error)], writer, table, None)
+            failing = Seen("failing", [problem_of("no_answer", error)], writer, table, None)
+            return failing if writer.alive else _unasked(reader, writer._replace(alive=False), table)
         # This user, or this process, may not ask, and the server may be well.
         return Seen("ok", [problem_of("cannot_check", error) | {"severity": "notice"}], writer, table, None)
     found = publishing(name)
@@ -79,15 +80,16 @@ def _unasked(reader: EliminationReader, writer: WriterInfo, table: TableInfo) ->
         text = f"the table follows {source!r}, and how old it is {known}"
         hint = "see `shmelim fleet status`: is it held, is the follower here running, and the publisher there?"
         problems.append(problem_of("follower_old", ShmelimError(text, hint=hint)) | {"severity": "degraded"})
-    if not writer.alive:
-        state = f"process {writer.pid}, {writer.state}, has no heartbeat any more"
+    if writer.alive is False:
+        unheard = "has no heartbeat any more" if writer.heartbeat_age is not None else "is not to be heard of"
+        state = f"process {writer.pid}, {writer.state}, {unheard}"
         hint = f"start {'the server' if source is None else '`shmelim follow`'} again"
         if writer.hangs:
             state += ", and runs: it hangs, or is stopped"
             hint = f"end it (kill -KILL {writer.pid}), and {hint}, unless a validator does"
         found = NotServingError(f"nobody serves {reader.name!r}: {state}", hint=hint)
         problems.insert(0, problem_of("not_served", found))
-    status = "ok" if not problems else "degraded" if writer.alive else "not served"
+    status = "ok" if not problems else "not served" if writer.alive is False else "degraded"
     return Seen(status, problems, writer, table, None, source=source, staleness=age)
 
 

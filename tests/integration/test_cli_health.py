@@ -18,7 +18,7 @@ from shmelim.cli import health
 from shmelim.cli.main import cli
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.shm import SharedNamespace
-from shmelim.shm.layout import WRITER_PID
+from shmelim.shm.layout import WRITER_CLOCK, WRITER_PID
 from shmelim.watch.seeing import see
 
 PROBLEM = {"subject": "a", "text": "evil\x1b[2J", "remedy": "look", "since_ms": 1_700_000_000_000}
@@ -117,6 +117,21 @@ def test_a_server_that_is_gone(run, server):
     assert (code, found["status"]) == (3, "not served")
     (problem,) = found["problems"]
     assert (problem["name"], problem["remedy"]) == ("not_served", "start the server again")
+
+
+def test_a_server_in_another_time_namespace_is_asked_whether_it_lives(run, server, monkeypatch):
+    SharedNamespace(server.name).open_root(writable=True).words[WRITER_CLOCK] += 1
+    code, found = both(run)
+    assert (code, found["status"], found["heartbeat_age_s"]) == (0, "ok", None)
+    assert (run("status").exit_code, run("check", "a").exit_code) == (0, 0)
+    assert "nobody knows whether it lives" in run("check", "a").stderr
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(server.runtime.parent))
+    assert see(server.name).is_served
+    server.kill()
+    code, found = both(run)
+    assert (code, found["status"], found["problems"][0]["name"]) == (3, "not served", "not_served")
+    assert run("status").exit_code == 3
+    assert not see(server.name).is_served
 
 
 def test_a_server_that_is_stopped_is_not_to_be_started_before_it_is_ended(run, server):
