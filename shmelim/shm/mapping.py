@@ -38,9 +38,21 @@ def open_file(path: str, flags: int) -> Any:
     Opening and owning are one call: a signal handler that raises finds the descriptor owned, or not there yet. An
     epoll object is the standard library's plainest owner of a descriptor; nothing is polled.
     """
-    from select import epoll  # noqa: PLC0415  # for writers, and where there is no extension
+    return next(map(_epoll().fromfd, map(os.open, (path,), (flags,), (0o600,))))
 
-    return next(map(epoll.fromfd, map(os.open, (path,), (flags,), (0o600,))))
+
+@cache
+def _epoll() -> Any:
+    import select  # noqa: PLC0415  # not before it is needed
+
+    if hasattr(select, "epoll"):
+        return select.epoll
+    # gevent and eventlet take it out of the module that they patch. Another copy of that has it.
+    from importlib.util import module_from_spec  # noqa: PLC0415
+
+    copy: Any = module_from_spec(select.__spec__)
+    copy.__spec__.loader.exec_module(copy)
+    return copy.epoll
 
 
 def map_file(path: str) -> tuple[Any, os.stat_result]:

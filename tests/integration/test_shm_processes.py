@@ -24,6 +24,7 @@ from shmelim.shm import writer as shm_writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 def serve(name: str, flags: int = 1) -> TableWriter:
@@ -430,3 +431,31 @@ def test_a_namespace_goes_to_another_process(table_name: str, method: str) -> No
 
 def look_up(namespace: SharedNamespace) -> int:
     return TableReader(namespace).flags(b"a")
+
+
+PATCHED = """
+import gevent.monkey
+gevent.monkey.patch_all()
+import sys
+from shmelim import EliminationManager, EliminationReader
+from shmelim.table import Writer
+name = sys.argv[1]
+with Writer(name) as table:
+    table.put("a", 1)
+    print(table.reader()["a"])
+with EliminationManager(None, None, None, name=name, port=None, is_backtesting=True) as manager:
+    manager.append_elimination_row("a", 0.1, "ZOMBIE", t_ms=1_700_000_000_000)
+    print(manager.is_hotkey_eliminated("a"), EliminationReader(name).is_hotkey_eliminated("a"))
+"""
+
+
+@pytest.mark.parametrize("pure", ["0", "1"], ids=["native", "pure"])
+def test_tables_are_written_and_read_where_gevent_has_patched_the_standard_library(
+    table_name: str, tmp_path: Path, pure: str
+) -> None:
+    pytest.importorskip("gevent")
+    environment = os.environ | {"SHMELIM_PURE": pure, "SHMELIM_RUNTIME_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", PATCHED, table_name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    SharedNamespace(table_name).remove()
+    assert done.stdout.split() == ["1", "True", "True"], done.stderr
