@@ -176,6 +176,10 @@ class UnknownMethodError(ShmelimError, AttributeError):
     """The server has no remote method of that name."""
 
 
+class NoTableError(ShmelimError, AttributeError):
+    """The service names no table in which its server publishes anything."""
+
+
 class NoCollaboratorsError(ShmelimError):
     """The object was asked to process eliminations, and does not hold the collaborators that this takes."""
 

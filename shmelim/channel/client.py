@@ -467,7 +467,8 @@ class Proxy:
         self._methods = methods
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if not is_remote_name(name, self._methods):
+        # A copy that is being made is asked for names of Python's before it has any attribute.
+        if name.startswith("_") or not is_remote_name(name, self._methods):
             hint = "they end in _rpc, or are listed"
             raise UnknownMethodError(f"{name!r} is not the name of a remote method", hint=hint)
 

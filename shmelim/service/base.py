@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, ClassVar, Self
 
 from shmelim.channel.address import Address, Location
-from shmelim.errors import ChannelError, NotServingError
+from shmelim.errors import ChannelError, NoTableError
 from shmelim.notify.problems import Notifier
 from shmelim.service.lease import ServiceKey
 from shmelim.service.owner import Absent, Core
@@ -284,14 +284,15 @@ class RPCServiceBase(ABC):
         direct mode, is private memory), keeps it as its attribute ``table``, and puts into it before its methods
         return. Attached when it is first asked for, and kept. ``examples/`` has services that do so.
 
-        ``NotServingError`` if the service names no table, or the server has not made it; ``SegmentError`` if what
-        stands in shared memory cannot be read, or not so: other keys or another encoding.
+        ``NoTableError`` if the service names no table, ``NotServingError`` if the server has not made it;
+        ``SegmentError`` if what stands in shared memory cannot be read, or not so: other keys or another encoding.
         """
         if self.__published is None:
             if self.running_unit_tests:
                 self.__published = self._server_proxy.table.reader()
             elif self.published_table is None:
-                raise NotServingError(
+                # As of an attribute that is missing, to who asks for all: a mock of this object, a debugger.
+                raise NoTableError(
                     f"{self.service_name} names no table", hint="give its constructor published_table=name"
                 )
             else:

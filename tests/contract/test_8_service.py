@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import MagicMock, create_autospec
 
 import pytest
 from contract_marks import words
@@ -757,3 +758,12 @@ def test_managers_start_their_server_by_the_hooks(make, monkeypatch):
     manager.add_elimination("a", row("a"))
     assert manager.is_hotkey_eliminated("a")
     assert calls == [["address", "authkey", "server_ready"]]
+
+
+def test_a_running_service_can_be_the_pattern_of_a_mock(start):
+    service = start()
+    for mock in (MagicMock(spec=service), create_autospec(service, instance=True)):
+        assert isinstance(mock, Notes)
+        mock.note.return_value = 7
+        assert mock.note("a") == 7
+    assert dict(inspect.getmembers(service))["server_pid"] == service.server_pid

@@ -17,7 +17,7 @@ from ledger import Alerts
 from waiting import PATIENCE, until
 
 from shmelim import EliminationReader
-from shmelim.errors import NotServingError, OutcomeUnknownError
+from shmelim.errors import NoTableError, OutcomeUnknownError
 from shmelim.service import HealthCheckDaemon
 from shmelim.table.naming import TableNamespace, is_a_table
 
@@ -191,7 +191,7 @@ def test_what_was_published_is_read_while_the_server_is_dead_and_kept_by_its_suc
 
 def test_a_service_without_a_table_says_so():
     prices = load("price_fetcher").PriceFetcher(port=0, published_table=None)
-    with prices, pytest.raises(NotServingError, match="LivePriceFetcher names no table"):
+    with prices, pytest.raises(NoTableError, match="LivePriceFetcher names no table"):
         prices.get_price("BTC/USD")
 
 

@@ -1,6 +1,7 @@
 """Server and client together in one process, over both kinds of address."""
 
 import contextlib
+import copy
 import fcntl
 import logging
 import os
@@ -145,6 +146,10 @@ def test_exceptions_of_the_method(client):
         client.proxy().hang  # noqa: B018
     with pytest.raises(AttributeError):
         client.proxy().__deepcopy__  # noqa: B018
+
+
+def test_a_proxy_can_be_copied(client):
+    assert copy.copy(client.proxy()).echo_rpc(1) == [[1], {}]
 
 
 def test_arguments_are_checked_before_anything_is_sent(client, server):
