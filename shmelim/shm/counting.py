@@ -185,7 +185,7 @@ def find_page(table: Counting, namespace: Namespace) -> None:
         lost = page if page is not None and not os.path.lexists(page.path) else None
         if page is None or lost is not None:
             root = _root_of(prefix)
-            with contextlib.suppress(OSError, ValueError, ShmelimError):
+            with contextlib.suppress(Exception):  # the interpreter may be ending, too
                 if _sweep(prefix, root) < MOST_PAGES:
                     page = _pages[prefix] = ReadingPage(prefix, root)
                     if lost is not None:

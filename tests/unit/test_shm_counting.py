@@ -394,6 +394,25 @@ def test_where_no_page_can_be_made_nothing_is_counted_and_nothing_else_differs(
     assert pages(namespace) == []
 
 
+LAST_WORDS = """
+import sys
+from shmelim import EliminationReader
+class Last:
+    def __init__(self, reader):
+        self.reader = reader
+    def __del__(self):
+        print(self.reader.is_hotkey_eliminated("a" * 48))
+last = Last(EliminationReader(sys.argv[1]))
+"""
+
+
+def test_the_first_read_may_come_while_the_interpreter_ends(namespace: SharedNamespace) -> None:
+    """When most names are gone, which the counting needs."""
+    command = [sys.executable, "-c", LAST_WORDS, namespace.name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
 def test_private_memory_is_not_counted() -> None:
     namespace = PrivateNamespace()
     with TableWriter(namespace) as writer:
