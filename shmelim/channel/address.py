@@ -163,14 +163,21 @@ def _bind_tcp(sock: socket.socket, location: tuple[str, int]) -> None:
     sock.bind(location)
 
 
-def _is_stale(path: str) -> bool:
-    """Whether there is the socket file of a server that is gone; ``ChannelError`` if something else is there."""
+def has_socket(path: str) -> bool:
+    """Whether a socket file is there; ``ChannelError`` if something else is."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return False
     if not stat.S_ISSOCK(mode):
         raise ChannelError(f"cannot serve at {path}: a file that is not a socket is there", hint="move it away")
+    return True
+
+
+def _is_stale(path: str) -> bool:
+    """Whether there is the socket file of a server that is gone; ``ChannelError`` if something else is there."""
+    if not has_socket(path):
+        return False
     if who_answers(path) is not None:
         raise ChannelError(f"cannot serve at {path}: a server answers there", hint=_TAKEN)
     return True

@@ -380,6 +380,9 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             on_listening=functools.partial(announce, self._options),
         )
 
+    def _check_startable(self) -> None:
+        RuntimeDirectory(self._options.name, self._options.runtime_base).create()
+
     def _make_processor(self) -> EliminationProcessor:
         collaborators = cast("Collaborators", weakref.proxy(self))  # which it does not keep alive
         processor = EliminationProcessor(

@@ -25,6 +25,7 @@ import platformdirs
 
 from shmelim.channel import restore_key
 from shmelim.channel.address import normalize
+from shmelim.channel.server import UNREACHABLE
 from shmelim.errors import (
     AddressError,
     AlreadyServingError,
@@ -45,6 +46,7 @@ from shmelim.system.locks import Lease
 from shmelim.system.logs import LimitedLog
 from shmelim.system.owner import means_another, named_owner, whose
 from shmelim.system.places import place
+from shmelim.system.problems import Problems
 from shmelim.system.processes import ProcessIdentity
 from shmelim.system.text import get_logger
 
@@ -109,7 +111,10 @@ class RuntimeDirectory:
             raise AddressError(error.message, hint=hint) from None
 
     def create(self) -> Self:
-        """Make the directory, private to this user; ``StoreError`` if that cannot be, or others could enter it."""
+        """Make the directory, private to this user; ``StoreError`` if that cannot be, or others could enter it.
+
+        As well where nothing could be announced in it.
+        """
         try:
             make_private_directory(self.path)
             status = self.path.lstat()
@@ -124,6 +129,8 @@ class RuntimeDirectory:
             )
         if stat.S_IMODE(status.st_mode) & 0o077:
             self.path.chmod(_PRIVATE)
+        if self._info.is_dir():
+            raise StoreError(f"{self._info} is a directory, not a file", hint="move it away")
         for above in (self.path.parent, self.path.parent.parent) if self._is_default else ():
             # Another user's could have another one put in the place of ours.
             owner = above.stat().st_uid
@@ -182,13 +189,17 @@ class Announcement:
 
     Runtime directories are cleaned up by others (systemd-tmpfiles, a logout); a server that lives through that
     would be found by nobody. So a thread looks twice a second, and puts back what is gone or is not as it was.
-    (The socket is the channel's, which looks after it in the same way.)
+    (The socket is the channel's, which looks after it in the same way.) What cannot be put back is one of the
+    `problems`.
     """
 
-    def __init__(self, runtime: RuntimeDirectory, info: ServerInfo, key: bytes) -> None:
+    def __init__(
+        self, runtime: RuntimeDirectory, info: ServerInfo, key: bytes, problems: Problems | None = None
+    ) -> None:
         self._runtime = runtime
         self._info = info
         self._key = key
+        self._problems = Problems() if problems is None else problems
         self._stopped = threading.Event()
         self._say = LimitedLog(_log)
         self._thread = threading.Thread(target=self._run, name="shmelim-runtime", daemon=True)
@@ -224,12 +235,17 @@ class Announcement:
         return lost
 
     def _run(self) -> None:
+        place = str(self._runtime.path)
         while not self._stopped.wait(_LOOK):
             try:
                 if self.restore():
-                    self._say(logging.WARNING, "put back", "%s had been cleaned up: put back", self._runtime.path)
+                    self._say(logging.WARNING, "put back", "%s had been cleaned up: put back", place)
             except Exception as error:
-                self._say(logging.WARNING, "lost", "clients cannot find the server any more: %s", error)
+                text = f"clients cannot find the server any more: {error}"
+                self._say(logging.WARNING, "lost", "%s", text)
+                self._problems.report(UNREACHABLE, text, subject=place, remedy=f"move away what stands in {place}")
+            else:
+                self._problems.clear(UNREACHABLE, place)
 
 
 def lock_state(directory: Path) -> Lease:

@@ -121,7 +121,7 @@ def announce(
     state_dir = None if server.state_dir is None else str(server.state_dir.resolve())
     info = ServerInfo(address, state_dir, os.getpid())
     server.say_where(runtime.path.absolute())
-    return Announcement(runtime, info, load_or_create_key(runtime.create().key)).start()
+    return Announcement(runtime, info, load_or_create_key(runtime.create().key), server.problems).start()
 
 
 def start_elimination_manager_server(

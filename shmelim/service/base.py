@@ -183,6 +183,12 @@ class RPCServiceBase(ABC):
         bytes that must not get into a log, an environment or an argument list.
         """
 
+    def _check_startable(self) -> None:  # noqa: B027
+        """Raise what would keep another server from starting, where a subclass knows of more than address and key.
+
+        Called before a server that runs is ended for another one to take its place.
+        """
+
     # ------------------------------------------------------------------ what a subclass uses
 
     def _initialize_service(self) -> None:

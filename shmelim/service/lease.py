@@ -19,7 +19,7 @@ import weakref
 from pathlib import Path
 from typing import Any, Final
 
-from shmelim.channel.address import Location, describe, new_socket, who_answers
+from shmelim.channel.address import Location, describe, has_socket, new_socket, who_answers
 from shmelim.channel.key import KEY_SIZE, load_key, load_or_create_key
 from shmelim.errors import ChannelError, KeyFileError, NotServingError
 from shmelim.service.settings import server_title
@@ -64,8 +64,11 @@ class ServiceKey:
 
 def check_available(location: Location, key: ServiceKey) -> None:
     """Raise ``ChannelError`` if no server could have an address, once that is free, and key; makes nothing."""
-    if isinstance(location, str) and not _is_writable(Path(location).parent):
-        raise ChannelError(f"no server can be at {location}: it cannot use the directory {Path(location).parent}")
+    if isinstance(location, str):
+        if not _is_writable(Path(location).parent):
+            text = f"no server can be at {location}: it cannot use the directory {Path(location).parent}"
+            raise ChannelError(text)
+        has_socket(location)  # and nothing else
     try:
         key.for_client()
     except NotServingError:

@@ -307,6 +307,8 @@ class Core(Health):
                 try:
                     check_available(self.location, self.key)
                     server.check_replaceable()
+                    if (facade := self.facade()) is not None:
+                        facade._check_startable()  # noqa: SLF001
                 except Exception as error:
                     text = f"{self.name} goes on with its server, since another could not be started: {error}"
                     raise ChannelError(text) from error

@@ -263,6 +263,22 @@ def test_a_working_server_is_not_ended_where_another_could_not_be_started(start,
     assert is_alive(pid)
 
 
+@pytest.mark.parametrize("lost", ["socket", "server.json", "directory"])
+def test_a_managers_server_is_not_ended_where_something_else_stands_in_the_place_of(served, tmp_path, lost):
+    manager, runtime = served
+    pid = manager.server_pid
+    if lost == "directory":  # behind a link, which is anybody's
+        runtime.rename(tmp_path / "away")
+        runtime.symlink_to(tmp_path / "away")
+    else:
+        (runtime / lost).unlink()
+        (runtime / lost).mkdir()
+    with pytest.raises(ShmelimError, match="goes on with its server"):
+        manager.restart_server()
+    assert is_alive(pid)
+    assert manager.add_elimination("b", row("b")) is True
+
+
 @pytest.mark.parametrize("lost", ["key", "directory"])
 def test_a_check_does_not_blame_the_server_for_a_missing_key(served, lost):
     manager, runtime = served

@@ -191,6 +191,13 @@ def test_what_is_wrong_with_its_channel_is_in_its_health(new_name, tmp_path):
         assert (problem["name"], problem["severity"]) == ("channel_unreachable", "degraded")
         socket.unlink()
         until(lambda: proxy.health_check_rpc()["problems"] == [], "the end of the problem")
+        for lost in ("server.json", "key"):  # which clients need as well
+            (socket.parent / lost).unlink()
+            (socket.parent / lost).mkdir()
+            (problem,) = until(lambda: proxy.health_check_rpc()["problems"], "the problem")
+            assert (problem["name"], problem["severity"]) == ("channel_unreachable", "degraded")
+            (socket.parent / lost).rmdir()
+            until(lambda: proxy.health_check_rpc()["problems"] == [], "the end of the problem")
 
 
 class Statvfs:

@@ -93,6 +93,11 @@ class TestAnnouncement:
         with pytest.raises(NotServingError, match="'name'"):
             runtime.server()
 
+    def test_a_directory_in_its_place_is_found_before_anything_is_served(self, tmp_path):
+        (tmp_path / "name" / "server.json").mkdir(parents=True)
+        with pytest.raises(StoreError, match="move it away"):
+            RuntimeDirectory("name", tmp_path).create()
+
     def test_that_is_missing_names_the_command(self, tmp_path):
         with pytest.raises(NotServingError) as caught:
             RuntimeDirectory("name", tmp_path).server()
