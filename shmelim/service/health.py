@@ -454,32 +454,57 @@ class HealthCheckDaemon:
             self._waking, self._stopping = multiprocessing.Pipe(duplex=False)
         self._stopped = False
         self._runner: threading.Thread | BaseProcess | None = None
+        self._attendant: threading.Thread | None = None  # of a checking process
 
     def start(self, kind: Literal["thread", "process"] = "thread") -> Self:
         """Begin to check, once; return this object.
 
         By `kind` in a ``"thread"`` of this process, which is all that most need; or in a ``"process"`` titled
         ``vali_<service>_HealthChecker``, which goes on checking when this process is too busy to run a thread, and
-        costs the start of a process. ``RuntimeError`` if it was started before, or made by another process.
+        costs the start of a process; one that dies is told of, and another one started. ``RuntimeError`` if it was
+        started before, or made by another process.
         """
         if self._maker.pid != os.getpid():
             # The copy would be stopped by nobody, and give this process the title of one that does nothing else.
             raise RuntimeError("the process that made a HealthCheckDaemon starts it; make one in this process")
         if self._runner is not None or self._stopped:
             raise RuntimeError("a HealthCheckDaemon can be started once; make a new one")
-        options: Any = {"target": self.run, "name": f"{self.service.service_name}-health", "daemon": True}
+        name = f"{self.service.service_name}-health"
         if kind == "thread":
-            self._runner = threading.Thread(**options)
+            self._runner = threading.Thread(target=self.run, name=name, daemon=True)
             self._runner.start()
         elif kind == "process":
-            context: Any = multiprocessing.get_context(self._start_method)
-            process = context.Process(**options)
-            with forks.logs_at_rest():
-                process.start()
-            self._runner = disown(process)  # it ends with this process by itself
+            attended = weakref.ref(self), self._launched(name)  # a service that nobody needs ends
+            self._attendant = threading.Thread(target=_attend, args=attended, name=name, daemon=True)
+            self._attendant.start()
         else:
             raise ValueError(f"kind is 'thread' or 'process', not {kind!r}")
         return self
+
+    def _launched(self, name: str) -> BaseProcess:
+        context: Any = multiprocessing.get_context(self._start_method)
+        process: BaseProcess = context.Process(target=self.run, name=name, daemon=True)
+        with forks.logs_at_rest():
+            process.start()
+        self._runner = disown(process)  # it ends with this process by itself
+        return process
+
+    def _launched_again(self, dead: BaseProcess) -> BaseProcess:
+        """Say that the checking process died, and start another one an interval later."""
+        what = f"checking process {dead.pid} ended with exit code {dead.exitcode}, another is started"
+        while True:
+            _logger.error("%s: %s", self.service.service_name, what)
+            self._tell(f"health check daemon: {what}")
+            if self._waking.poll(self.interval_s) or self._is_over():
+                return dead
+            try:
+                return self._launched(dead.name)
+            except Exception as error:
+                what = f"checking process could not be started: {type(error).__name__}: {error}"
+
+    def _is_over(self) -> bool:
+        # A mock has all attributes.
+        return self._stopped or getattr(self.service, "has_ended", False) is True
 
     def run(self) -> None:
         """Check until stopped; what a checking process runs.
@@ -499,8 +524,7 @@ class HealthCheckDaemon:
         due = began
         try:
             while not self._maker.wait(max(0.0, due - monotonic()), self._waking.fileno()):
-                # A mock has all attributes.
-                if self._waking.poll() or getattr(self.service, "has_ended", False) is True:
+                if self._waking.poll() or self._is_over():
                     return
                 now = monotonic()
                 if now >= due:
@@ -521,9 +545,12 @@ class HealthCheckDaemon:
                 _logger.debug("%s: not healthy", name)  # the service has said it, if it is news
         except Exception as error:
             _logger.exception("%s: the health check daemon failed, and goes on", name)
-            if self.slack_notifier is not None:
-                text = f"{name}: health check daemon error: {type(error).__name__}: {error}"
-                ProblemMessages(Problems(), lambda: self.slack_notifier).send(text, "error")
+            self._tell(f"health check daemon error: {type(error).__name__}: {error}")
+
+    def _tell(self, what: str) -> None:
+        if self.slack_notifier is not None:
+            text = f"{self.service.service_name}: {what}"
+            ProblemMessages(Problems(), lambda: self.slack_notifier).send(text, "error")
 
     def stop(self) -> None:
         """End the checking within a second; idempotent. A check that is under way in a thread ends by itself."""
@@ -538,6 +565,8 @@ class HealthCheckDaemon:
             if isinstance(runner, BaseProcess) and runner.is_alive():
                 runner.kill()  # it owns nothing that would need an orderly end
                 runner.join()
+            if self._attendant is not None:
+                self._attendant.join(_PATIENCE)
 
     def __enter__(self) -> Self:
         return self
@@ -550,4 +579,15 @@ class HealthCheckDaemon:
 
     def __getstate__(self) -> dict[str, Any]:
         multiprocessing.context.assert_spawning(self)
-        return self.__dict__ | {"_runner": None}
+        return self.__dict__ | {"_runner": None, "_attendant": None}
+
+
+def _attend(daemon: weakref.ref[HealthCheckDaemon], process: BaseProcess) -> None:
+    """Reap a checking process that ends; where nobody wanted that, have another one started."""
+    while True:
+        process.join()
+        attended = daemon()
+        if attended is None or process.exitcode == 0 or attended._is_over():  # noqa: SLF001
+            return
+        process = attended._launched_again(process)  # noqa: SLF001
+        del attended

@@ -160,6 +160,25 @@ class Counted:
         return outcome
 
 
+def test_a_checking_process_that_dies_is_told_of_and_replaced(begin, service, alerts):
+    daemon = begin("forked process", slack_notifier=alerts)
+    before = daemon._runner.pid
+    os.kill(before, signal.SIGKILL)
+    until(lambda: daemon._runner.pid != before, "another one")
+    assert any(f"checking process {before} ended" in line for line in alerts.lines())
+    until(lambda: "vali_LedgerServer_HealthChecker" in titles(), "its title")
+    before = service.server_pid
+    hang(before)
+    until(lambda: service.server_pid != before, "another server")
+
+
+def test_a_checking_process_that_ended_with_the_service_is_no_zombie(begin, service):
+    daemon = begin("forked process")
+    pid = daemon._runner.pid
+    service.shutdown()
+    until(lambda: not psutil.pid_exists(pid), "its end")
+
+
 def test_it_survives_every_exception_and_says_so(caplog):
     caplog.set_level(logging.DEBUG, "shmelim.service")
     service, alerts = Counted([RuntimeError("broken"), False, OSError("too"), True]), Alerts()
