@@ -39,6 +39,8 @@ def normalize(address: Address) -> Location:
     """
     if isinstance(address, tuple):
         match address:
+            case (str(), bool()):
+                pass
             case (str(host), int(port)) if host and 0 <= port <= _PORTS:
                 return host, port
             case (str(), int()):

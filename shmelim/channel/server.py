@@ -28,9 +28,10 @@ from shmelim.channel.failures import FAILURE_LIMIT
 from shmelim.channel.key import check_key, restore_key
 from shmelim.channel.peers import Peer, Peers
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE, PROTOCOL, encode_welcome, receive_hello
-from shmelim.channel.wire import LARGEST, poller_of
+from shmelim.channel.wire import LARGEST, LONGEST, poller_of
 from shmelim.errors import ProtocolError
 from shmelim.system import forks
+from shmelim.system.arguments import whole
 from shmelim.system.clock import monotonic
 from shmelim.system.durable import make_private_directory
 from shmelim.system.logs import LimitedLog
@@ -122,8 +123,7 @@ class ChannelServer:
         key_path: str | os.PathLike[str] | None = None,
         problems: Problems | None = None,
     ) -> None:
-        if not FAILURE_LIMIT <= max_message < 2**31:
-            raise ValueError(f"max_message must be {FAILURE_LIMIT} bytes to 2 GiB, not {max_message}")
+        whole("max_message", max_message, least=FAILURE_LIMIT, most=LONGEST)
         if min(max_connections, max_pending) < 1:
             raise ValueError("max_connections and max_pending must be 1 or more")
         if min(handshake_timeout, message_timeout) <= 0:

@@ -29,6 +29,8 @@ from shmelim.system.clock import monotonic
 _HEADER = struct.Struct("!i")
 _LONG_HEADER = struct.Struct("!iQ")
 
+LONGEST: Final = (2 << 30) - 1
+"""Bytes of a message, as its header can say."""
 LARGEST: Final = 4 << 30
 """Bytes of a reply, beyond which a result is too large."""
 _MARK = b"\xc1"

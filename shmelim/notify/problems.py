@@ -30,6 +30,16 @@ class Notifier(Protocol):
         """Pass a message on; `level` is info, success, warning or error. False: it was not taken."""
 
 
+def checked_notifier(given: Notifier | None) -> Notifier | None:
+    """Return a notifier, or None; ``TypeError`` if it is a text, as the URL of a webhook, which would tell nobody.
+
+    It is not asked for anything, which may be costly.
+    """
+    if isinstance(given, str):
+        raise TypeError("slack_notifier must be an object with send_message(), as SlackNotifier(url), not a text")
+    return given
+
+
 class Undelivered(NamedTuple):
     """Messages that a notifier has taken and cannot deliver."""
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 from shmelim.channel.address import Address, Location
 from shmelim.errors import ChannelError, NoTableError
-from shmelim.notify.problems import Notifier
+from shmelim.notify.problems import Notifier, checked_notifier
 from shmelim.service.lease import ServiceKey
 from shmelim.service.owner import Absent, Core
 from shmelim.service.process import ServerReady, serve_rpc, start_server
@@ -151,7 +151,7 @@ class RPCServiceBase(ABC):
             self.health_check_interval_ms = health_check_interval_ms
         self.max_consecutive_failures = max_consecutive_failures
         self.enable_auto_restart = enable_auto_restart
-        self.slack_notifier = slack_notifier
+        self.slack_notifier = checked_notifier(slack_notifier)
         self.published_table = None if running_unit_tests else published_table
         self.__published: Reader[str, Any] | None = None
         self.__core = Core(
@@ -340,7 +340,7 @@ class RPCServiceBase(ABC):
 
     @health_check_interval_ms.setter
     def health_check_interval_ms(self, value: float) -> None:
-        self.health_check_interval_s = value / 1000
+        self.health_check_interval_s = number("health_check_interval_ms", value) / 1000
 
     def restart_server(self) -> None:
         """Restart the server process by hand; clients reconnect by themselves.

@@ -25,6 +25,7 @@ from shmelim.notify.problems import (
     UNDELIVERED,
     Notifier,
     ProblemMessages,
+    checked_notifier,
     report_undelivered,
     take_over,
 )
@@ -446,7 +447,7 @@ class HealthCheckDaemon:
             raise ValueError(f"{service.service_name} was made without enable_health_check=True")
         self.service = service
         self.interval_s = float(every)
-        self.slack_notifier = slack_notifier
+        self.slack_notifier = checked_notifier(slack_notifier)
         self._start_method = start_method
         self._maker = ProcessIdentity.this_process()
         # Writing to the second end wakes the first; written by stop() of the process that made it.

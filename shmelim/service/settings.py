@@ -12,7 +12,9 @@ from typing import Any, Final, Self
 
 from shmelim.channel.address import Address, Location, normalize
 from shmelim.channel.codec import MSGPACK, Codec
+from shmelim.channel.failures import FAILURE_LIMIT
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE
+from shmelim.channel.wire import LONGEST
 from shmelim.system.arguments import flags, functions, number, whole
 
 _LOCALHOST: Final = "127.0.0.1"
@@ -118,8 +120,8 @@ class ServiceSettings:
         # A text is a collection of its letters, which nobody means.
         names = isinstance(self.idempotent, Collection) and not isinstance(self.idempotent, str)
         _check("idempotent", names, "a collection of names", self.idempotent)
-        codec = self.codec is None or (hasattr(self.codec, "dumps") and hasattr(self.codec, "loads"))
-        _check("codec", codec, "a codec or None", self.codec)
+        codec = hasattr(self.codec, "dumps") and hasattr(self.codec, "loads") and not isinstance(self.codec, type)
+        _check("codec", self.codec is None or codec, "a codec or None", self.codec)
         functions(clock_ms=self.clock_ms)
         _check("epoch", isinstance(self.epoch, str), "text", self.epoch)
         _check("start_method", isinstance(self.start_method, str | None), "a name or None", self.start_method)
@@ -159,6 +161,8 @@ class Figure:
 
 
 def _figure(name: str, value: Any, default: float) -> float:
+    if name == "max_message":
+        return whole(name, value, least=FAILURE_LIMIT, most=LONGEST)
     if type(default) is int:
         return whole(name, value)
     return number(name, value, most=TIMEOUT_MAX if name in _OF_CALLS else inf)  # type: ignore[no-any-return]
@@ -179,7 +183,8 @@ def service_location(port: int | None, address: Address | None) -> Location:
 
 
 def check_service_name(name: str) -> str:
-    """Return a service's name if it can stand in a process title; ``ValueError`` otherwise."""
+    """Return a service's name if it can stand in a process title; ``TypeError``, ``ValueError`` otherwise."""
+    _check("service_name", isinstance(name, str), "text", name)
     if not name or len(name.encode()) > _NAME_LIMIT or not name.isprintable() or name != " ".join(name.split()):
         raise ValueError(f"{name!r} cannot name a service: it takes 1 to {_NAME_LIMIT} printable characters")
     return name

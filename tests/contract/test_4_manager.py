@@ -85,6 +85,9 @@ def test_use_ipc_is_accepted_and_ignored_with_a_warning(make, mode, recwarn):
         ({"retries": 3}, TypeError, "retries"),
         ({"name": "Not A Name"}, ValueError, "Not A Name"),
         ({"files": "of"}, ValueError, "files"),
+        ({"files_mode": "600"}, ValueError, "files_mode"),
+        ({"max_message": 3}, ValueError, "max_message"),
+        ({"slack_notifier": "https://hooks.slack.com/secret"}, TypeError, "slack_notifier"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(make, mode, options, error, named):

@@ -16,6 +16,7 @@ import pytest
 from ledger import Alerts, Clock, FileAlerts, Ledger, LedgerServer, core_of, hang, is_alive, kill, pid_after
 from waiting import PATIENCE, until
 
+from shmelim.channel import PickleCodec
 from shmelim.errors import ChannelError
 from shmelim.service import HealthCheckDaemon, RPCServiceBase, owner
 
@@ -681,10 +682,15 @@ def test_a_direct_service_is_nowhere(tmp_path):
         ({"replace_stale": "no"}, TypeError, "Ledger: replace_stale must be True or False"),
         ({"idempotent": "pid_rpc"}, TypeError, "Ledger: idempotent must be a collection of names, not 'pid_rpc'"),
         ({"codec": "json"}, TypeError, "Ledger: codec must be a codec"),
+        ({"codec": PickleCodec}, TypeError, "Ledger: codec must be a codec"),
         ({"clock_ms": 5}, TypeError, "Ledger: clock_ms must be a function"),
+        ({"max_message": 10_000}, ValueError, "Ledger: max_message must be 16384 to 2,147,483,647, not 10000"),
+        ({"slack_notifier": "https://hooks.slack.com/a"}, TypeError, "slack_notifier must be .*SlackNotifier"),
+        ({"health_check_interval_ms": "60"}, TypeError, "health_check_interval_ms must be a number, not '60'"),
+        ({"port": True}, TypeError, r"a TCP address is \(host, port\), not \('127.0.0.1', True\)"),
         ({"health_check_interval_s": "60"}, TypeError, "health_check_interval_s must be a number, not '60'"),
         ({"health_check_interval_s": float("nan")}, ValueError, "health_check_interval_s must be 0 or more"),
-        ({"health_check_interval_ms": -1}, ValueError, "health_check_interval_s must be 0 or more"),
+        ({"health_check_interval_ms": -1}, ValueError, "health_check_interval_ms must be 0 or more"),
         ({"max_consecutive_failures": "3"}, TypeError, "max_consecutive_failures must be a whole number, not '3'"),
         ({"max_consecutive_failures": 0}, ValueError, "max_consecutive_failures must be 1 or more, not 0"),
     ],
