@@ -460,6 +460,15 @@ def test_changes_since_a_version_leave_nothing_out_and_repeat_nothing(reader, se
     assert served.changes(reader.version) == {"version": reader.version, "events": []}
 
 
+def test_what_changed_beside_the_table_is_told_at_once_too(reader, served):
+    served.add_elimination("c", row("c"))
+    since = reader.version
+    assert served.prune_history(served.get_history(limit=1)[0]["id"])
+    assert reader.wait_for_change(PATIENCE, since)
+    assert [event["action"] for event in served.changes(since)["events"]] == ["prune"]
+    assert not served.changes(reader.version)["events"]
+
+
 def test_changes_since_a_version_of_which_nobody_knows(reader, served):
     for since in (reader.version + 1, -1):
         with pytest.raises(ChangesUnknownError, match=f"since version {since} is not known"):

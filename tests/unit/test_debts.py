@@ -293,15 +293,18 @@ def test_eliminated_again_by_a_rule_without_a_slash_none_is_made_for_the_old_one
     assert server.begin_slash_rpc("a", "two") is False
 
 
-def test_debts_change_nothing_that_is_published(server):
+def test_debts_change_nothing_that_readers_find_and_are_told_as_they_come(server):
     eliminate(server)
-    version = server.reader.version
+    before, version = server.reader.get_eliminations_dict(), server.reader.version
     server.fail_debt_rpc("a", POSITIONS, "error")
     server.settle_debt_rpc("a", POSITIONS)
     server.begin_slash_rpc("a", "one")
     server.doubt_slash_rpc("a", "one", "timeout")
     server.resolve_slash_rpc("a", made=True)
-    assert server.reader.version == version
+    assert server.reader.get_eliminations_dict() == before
+    assert [event["action"] for event in server.changes_rpc(version)["events"]] == [
+        *("fail", "settle", "begin", "doubt", "resolve"),
+    ]
 
 
 # ------------------------------------------------------------------ arguments

@@ -369,7 +369,7 @@ class State:
 
     def _commit(self, group: list[_Request]) -> None:
         """Make changes in one transaction and publish them; on an ``Exception`` nothing is applied."""
-        store = self._store
+        store, recorded = self._store, 0
         store.begin()
         for request in group:
             request.error = None
@@ -378,6 +378,7 @@ class State:
                 # A change that is alone needs no savepoint: if it raises, nothing is committed.
                 with store.savepoint() if len(group) > 1 else nullcontext():
                     request.result = request.call(step, *request.args, **request.kwargs)
+                recorded += step.recorded
             except Exception as error:
                 if not store.in_transaction:
                     raise  # a full disk may undo the whole transaction by itself
@@ -387,7 +388,8 @@ class State:
             store.rollback()
         else:
             written = store.written
-            transaction = self._stage(written) if written else None
+            # Also what changes no row has a version, if it is on record: changes(since) goes by versions.
+            transaction = self._stage(written) if written or recorded else None
             store.commit()
             self._table.branch = store.own_branch
             if transaction is None:
