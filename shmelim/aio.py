@@ -94,6 +94,8 @@ class AsyncEliminationClient:
                     if self._waiting is None or self._waiting.done():
                         look = functools.partial(self.client.wait_for_change, _LOOK, seen)
                         self._waiting = asyncio.get_running_loop().run_in_executor(self._waiter, look)
+                        # What it raises is for who still waits; that it was closed, mostly for nobody.
+                        self._waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
                     await asyncio.shield(self._waiting)
         except TimeoutError:
             return False

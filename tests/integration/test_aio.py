@@ -1,6 +1,7 @@
 """Eliminations from an asyncio loop: every call, waiting, and watching, while the loop goes on."""
 
 import asyncio
+import gc
 import inspect
 import math
 import threading
@@ -88,6 +89,26 @@ def test_a_wait_that_is_cancelled_ends_at_once_and_disturbs_no_other(run):
         assert await second is True
 
     run(work)
+
+
+def test_closing_under_a_wait_leaves_no_error_that_nobody_asked_for(serve):
+    left = []
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
+        client = AsyncEliminationClient(serve().client())
+        waiting = asyncio.ensure_future(client.wait_for_change(60))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await client.close()
+        await asyncio.gather(waiting, return_exceptions=True)
+        waiter = client._waiting
+        await asyncio.wait([waiter])
+        del client, waiting, waiter
+        gc.collect()
+
+    asyncio.run(main())
+    assert left == []
 
 
 def test_watching_yields_every_event_in_order(run):

@@ -151,6 +151,7 @@ def test_changes_need_the_token_and_a_form_of_ours(page, client):
         post(page, "/remove", hotkey="a"),
         post(page, "/remove", origin="http://evil.example", hotkey="a", token=TOKEN),
         post(page, "/remove", origin="null", hotkey="a", token=TOKEN),
+        post(page, "/remove", origin="http://[::1", hotkey="a", token=TOKEN),
         post(page, "/remove", origin=None, hotkey="a", token=TOKEN),
     ):
         assert refused.status_code == 403
