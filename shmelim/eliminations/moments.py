@@ -11,6 +11,7 @@ _ROUNDED_MS: Final = 1000  # what "now" may be ahead by, as people and clocks ro
 _EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _LAST: Final = (1 << 63) - 1  # what SQLite can hold
 _FIRST_MS: Final = 100_000_000_000  # 1973; a smaller number is an event's
+_YEAR_1: Final = -62_135_596_800_000  # a zone may lead to before it, where there is no name for a moment
 
 
 class Moment(NamedTuple):
@@ -48,7 +49,8 @@ class Moment(NamedTuple):
                 text = f"{when!r} is not a moment: give an event's number, ms since 1970, or a time such as"
                 raise ValueError(f"{text} 2026-01-31T12:00:00Z") from None
         zoned = time if time.tzinfo is not None else time.replace(tzinfo=dt.UTC)
-        return cls(None, _past((zoned - _EPOCH) // dt.timedelta(milliseconds=1), when))
+        at_ms = max((zoned - _EPOCH) // dt.timedelta(milliseconds=1), _YEAR_1)
+        return cls(None, _past(at_ms, when))
 
 
 def _past(at_ms: int, said: object) -> int:

@@ -219,7 +219,9 @@ def test_moments(when, moment):
     assert Moment.of(when) == moment
 
 
-@pytest.mark.parametrize("when", [5, 1_700_000_000_123, "0001-01-01", "2026-01-31T13:00:00+01:00"])
+@pytest.mark.parametrize(
+    "when", [5, 1_700_000_000_123, "0001-01-01", "0001-01-01T00:00+14:00", "2026-01-31T13:00:00+01:00"]
+)
 def test_a_moment_is_said_as_it_can_be_given_back(when):
     moment = Moment.of(when)
     assert Moment.of(str(moment).removeprefix("event ")) == moment
