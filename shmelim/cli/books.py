@@ -17,6 +17,7 @@ from shmelim.cli.options import (
     Command,
     Group,
     Settings,
+    WholeNumber,
     any_hotkey_argument,
     command,
     hotkey_argument,
@@ -170,7 +171,7 @@ _rule_option = click.option(
 )
 _registration_option = click.option(
     "--registration",
-    type=click.IntRange(0, (1 << 63) - 1),
+    type=WholeNumber(0),
     metavar="N",
     help="Which registration of the hotkey, likewise.",
 )

@@ -9,7 +9,15 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.failure import NO, YES
-from shmelim.cli.options import AnyNumber, Settings, command, hotkey_argument, hotkeys_argument, yes_option
+from shmelim.cli.options import (
+    AnyNumber,
+    Settings,
+    WholeNumber,
+    command,
+    hotkey_argument,
+    hotkeys_argument,
+    yes_option,
+)
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.record import EliminationReason, generate_row
 from shmelim.system.clock import utc_text
@@ -24,7 +32,7 @@ _REASONS: Final = ", ".join(EliminationReason.__members__)
 @click.option("--dd", type=AnyNumber(), metavar="X", help="The drawdown, stored as given.")
 @click.option(
     "--time-ms",
-    type=click.IntRange(0, (1 << 63) - 1),
+    type=WholeNumber(0),
     metavar="T",
     help="When, in milliseconds since 1970 UTC [default: now].",
 )

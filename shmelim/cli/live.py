@@ -15,7 +15,7 @@ import click
 from shmelim.cli import output
 from shmelim.cli.books import cells
 from shmelim.cli.failure import YES
-from shmelim.cli.options import COUNT, Settings, command
+from shmelim.cli.options import COUNT, Settings, WholeNumber, command
 from shmelim.eliminations.client import EliminationClient
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.errors import ChangesUnknownError, ChannelError, NotServingError, SegmentError
@@ -32,7 +32,7 @@ _PATIENCE: Final = 1.0  # seconds between two tries to reach a server that is aw
 @command
 @click.option(
     "--since",
-    type=click.IntRange(0, (1 << 64) - 1),
+    type=WholeNumber(0),
     metavar="VERSION",
     help="Begin after this version, not with the next change.",
 )

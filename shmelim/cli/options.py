@@ -85,6 +85,17 @@ class Number(click.FloatRange, AnyNumber):
     """A number within bounds, outside of which no comparison finds NaN."""
 
 
+class WholeNumber(click.IntRange):
+    """A whole number from a least one up to what eight bytes hold, which the help needs not say."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return it, or fail as click does."""
+        number: int = super().convert(value, param, ctx)
+        if number >> 63:
+            self.fail(f"{value} is beyond all that is counted here.", param, ctx)
+        return number
+
+
 class _Moment(_OfText):
     """An event's number, or a time that is past: what cannot be known yet is not answered."""
 
@@ -103,7 +114,7 @@ class _Moment(_OfText):
 PERMISSIONS: Final = _Permissions()
 NAME: Final = _Checked("name")
 MOMENT: Final = _Moment()
-COUNT: Final = click.IntRange(1, (1 << 63) - 1)  # as many as a list could have
+COUNT: Final = WholeNumber(1)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def test_help_says_what_a_command_does_and_what_each_option_is_for(path):
             assert option.help, f"{option.opts} says nothing"
             assert option.opts[0] in shown.stdout
     assert "None" not in shown.stdout
+    assert not re.search(r"\d{19}", shown.stdout), "no bound that only the machine has"
 
 
 @pytest.mark.parametrize(
