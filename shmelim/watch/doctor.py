@@ -95,6 +95,9 @@ def _of_memory(seen: Seen, machine: Machine) -> Iterator[Finding]:
         text = f"{where} cannot be used: {error.strerror}"
         yield Finding("shared memory", "warning", text, "mount a tmpfs there")
         return
+    if status.f_flag & os.ST_RDONLY:
+        text = f"{where} is mounted read-only: here nothing can be published, and readers cannot count"
+        yield Finding("shared memory", "warning", text, f"mount -o remount,rw {where}")
     size, free = status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
     enlarge = f"enlarge it: mount -o remount,size=1g {where} (Docker: --shm-size 1g)"
     if size <= _LEAST_MEMORY:

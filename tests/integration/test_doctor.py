@@ -43,8 +43,8 @@ def finds(served, machine):
     return finds
 
 
-def statvfs(size, free):
-    return lambda _path: os.statvfs_result((1, 1, size, free, free, 0, 0, 0, 0, 255))
+def statvfs(size, free, flags=0):
+    return lambda _path: os.statvfs_result((1, 1, size, free, free, 0, 0, 0, flags, 255))
 
 
 def test_where_all_is_well_nothing_is_found(finds, served):
@@ -77,6 +77,12 @@ def test_little_shared_memory(finds, monkeypatch, size, free, text):
     found = [said for what, said in finds() if what == "shared memory"]
     assert len(found) == 1
     assert text in found[0]
+
+
+def test_shared_memory_in_which_nothing_can_be_made(finds, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", statvfs(1 << 40, 1 << 40, os.ST_RDONLY))
+    (found,) = [said for what, said in finds() if what == "shared memory"]
+    assert "read-only" in found
 
 
 def test_no_shared_memory_at_all(finds, tmp_path):
