@@ -10,7 +10,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
+from shmelim.eliminations.moments import Moment
 from shmelim.eliminations.record import DAY_MS
+from shmelim.eliminations.state import changes
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.store import Counts, Store
@@ -79,8 +81,8 @@ class Guard:
             counts = step.store.counts()
             before, text = counts.events - step.recorded, self._excess(counts.eliminated - new + gone, gone, new)
             if text is None and total >= max(self.count, self.share * counts.eliminated):
-                before = steps[0].before
-                text = self._excess_since(step, before, total, counts)
+                text = self._excess_since(step, steps[0].before, total, counts)
+                before = max(steps[0].before, step.store.pruned.event)
             if text is not None:
                 self._notice(step, Notice(before, counts.events, clock.now_ms(), f"{what}: {text}"), refuse=refuse)
                 steps = []
@@ -107,12 +109,15 @@ class Guard:
     def _excess_since(self, step: Step, event: int, total: int, counts: Counts) -> str | None:
         """Say what is gone since an event, if it is too much; what was brought again is not.
 
-        At most the ``total`` that was taken back: others are gone since, too, as the rules deleted them.
+        At most the ``total`` that was taken back: others are gone since, too, as the rules deleted them. All of
+        it where the history is pruned, and nobody knows.
         """
         old = step.store.replaced_after(event)
         now = step.store.get_many(old)
         is_there = {hotkey: hotkey in now and now[hotkey].record is not None for hotkey in old}
         gone = sum(record is not None and not is_there[hotkey] for hotkey, record in old.items())
+        if event < step.store.pruned.event:
+            gone = total
         new = sum(record is None and is_there[hotkey] for hotkey, record in old.items())
         text = self._excess(counts.eliminated - new + gone, min(gone, total), 0)
         return None if text is None else f"{text}, with the small changes before it"
@@ -135,6 +140,24 @@ def notices(store: Store) -> list[Notice]:
     """Return what was noticed within a day and not acknowledged, the oldest first."""
     found = [Notice(*each) for each in store.meta(_NOTICES, [])]
     return [notice for notice in found if not _is_over(notice.at_ms)]
+
+
+def prunable(store: Store, moment: Moment) -> int:
+    """Return how many events up to a moment can be forgotten; ValueError: what was noticed is undone by them."""
+    count = changes.prunable(store, moment)
+    for notice in notices(store):
+        if notice.before < store.pruned.event + count:
+            raise ValueError(
+                f"{notice.text} (up to event {notice.event}) could not be undone any more: `shmelim ack` it "
+                f"first, or forget what came up to event {notice.before} at most"
+            )
+    return count
+
+
+def prune(step: Step, moment: Moment) -> int:
+    """Forget the events up to a moment; returns how many. Errors as there."""
+    prunable(step.store, moment)
+    return changes.prune(step, moment)
 
 
 def acknowledge(step: Step) -> list[str]:
