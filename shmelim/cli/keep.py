@@ -249,4 +249,6 @@ def _need_unserved(name: str) -> None:
     except ShmelimError:
         return
     if writer.alive:
+        with contextlib.suppress(AlreadyServingError), _unserved(name):
+            return  # it was killed, and its heartbeat is not old yet
         raise RefusedError(f"{name!r} is served by process {writer.pid}", hint="stop it first")

@@ -94,7 +94,7 @@ def status(settings: Settings, *, verify: bool) -> int:
     if writer.alive is False or (writer.alive is None and follows is server is None):
         return NOT_SERVING
     if follows is not None:
-        return CODES[see(settings.name).status]
+        return CODES.get(see(settings.name).status, NOT_SERVING)  # it may have ended by now
     return CODES[server["status"]] if server is not None else CODES["failing" if channel["silent"] else "ok"]
 
 

@@ -437,6 +437,11 @@ def test_a_name_of_which_there_is_nothing_is_not_forgotten(run, server, place):
     assert run("forget", "--yes").exit_code == 3
 
 
+def test_the_name_of_a_server_that_was_killed_just_now_is_forgotten(run, server):
+    server.kill()
+    assert run("forget", "--yes").exit_code == 0
+
+
 def test_forget_finds_the_runtime_directory_from_another_environment(run, server, place, monkeypatch):
     server.stop()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(place / "elsewhere"))
