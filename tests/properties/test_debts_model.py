@@ -119,10 +119,6 @@ class Model(Sequences):
         if self.looked:
             for hotkey in (seen - self.registered) & self.departed:
                 self.registrations[hotkey] += 1
-                for key, debt in list(self.debts.items()):
-                    over = key[:2] == (hotkey, SLASH) and debt.state == "owed" and not debt.due
-                    if over and key[3] < self.registrations[hotkey]:
-                        del self.debts[key]
         self.departed |= self.registered - seen
         self.registered, self.looked = seen, True
 

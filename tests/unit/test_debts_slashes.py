@@ -382,14 +382,30 @@ def test_who_is_registered_at_the_first_look_has_not_come_back(server, tmp_path)
         assert slash(fresh)["registration"] == 0
 
 
-def test_what_rested_for_an_earlier_registration_is_not_due_in_the_next(server):
+def test_what_rested_for_an_earlier_registration_is_due_again_for_that_very_elimination_alone(server):
     eliminate(server, rule="drawdown")
     server.sync_eliminations_rpc([])
     leave_and_return(server, "a")
-    assert owed(server) == [("a", kind, "owed") for kind in KINDS[:2]]
-    assert ("cancel", "slash: taken back, and registered anew since") in told(server)
+    server.sync_eliminations_rpc([row("a", 5)])
+    assert due(server, "a") == [True, True, False]
+    server.sync_eliminations_rpc([])
     server.sync_eliminations_rpc([row("a")])
-    assert owed(server) == [("a", kind, "owed") for kind in KINDS[:2]]
+    assert due(server, "a") == [True, True, True]
+
+
+def test_an_elimination_that_was_slashed_for_in_one_registration_is_not_slashed_for_in_another(server):
+    """The ledger names it with its old time again."""
+    eliminate(server, kinds=[SLASH], rule="perf_ledger")
+    server.sync_eliminations_rpc([])
+    leave_and_return(server, "a")
+    eliminate(server, kinds=[SLASH], rule="perf_ledger")
+    server.sync_eliminations_rpc([])
+    server.sync_eliminations_rpc([row("a")])
+    assert [(debt["registration"], debt["due"]) for debt in server.get_debts_rpc()] == [(0, False), (1, True)]
+    make_slash(server)
+    server.sync_eliminations_rpc([])
+    server.sync_eliminations_rpc([row("a")])
+    assert due(server, "a") == [False]
 
 
 @pytest.mark.parametrize("state", ["owed", "in_doubt"])

@@ -68,3 +68,54 @@ def test_what_was_slashed_since_his_return_stays_of_that_registration(server):
     server.sync_eliminations_rpc([])
     eliminate(server)
     assert owed(server) == []
+
+
+def leave_and_return(server):
+    server.update_metagraph_rpc(["b"])
+    server.update_metagraph_rpc(["a", "b"])
+
+
+def is_due(server):
+    return [(debt["registration"], debt["due"]) for debt in server.get_debts_rpc("a")]
+
+
+def test_what_rested_over_a_return_that_was_none_is_due_when_he_is_eliminated_again(server):
+    server.update_metagraph_rpc(["a", "b"])
+    eliminate(server)
+    server.sync_eliminations_rpc([])
+    leave_and_return(server)
+    server.undo_departures_rpc(["a"])
+    server.sync_eliminations_rpc([row("a", 5, reason="MAX_TOTAL_DRAWDOWN")])
+    assert is_due(server) == [(0, True)]
+
+
+@pytest.mark.parametrize("state", ["owed", "in_doubt"])
+def test_a_slash_owed_before_and_since_stands_for_both_and_is_due(state):
+    with EliminationManagerServer() as server:
+        server.update_metagraph_rpc(["a", "b"])
+        eliminate(server)
+        if state == "in_doubt":
+            server.begin_slash_rpc("a", "one")
+            server.fail_debt_rpc("a", "slash", "timeout", "one", in_doubt=True)
+        leave_and_return(server)
+        server.remove_elimination_rpc("a")
+        eliminate(server)
+        assert is_due(server) == [(0, False), (1, True)]
+        server.undo_departures_rpc(["a"])
+        assert is_due(server) == [(0, True)]
+        if state == "in_doubt":
+            server.resolve_slash_rpc("a", made=False)
+        slash(server)
+
+
+def test_one_that_was_seen_away_twice_has_not_come_back_either():
+    with EliminationManagerServer() as server:
+        server.update_metagraph_rpc(["a", "b"])
+        eliminate(server)
+        slash(server)
+        leave_and_return(server)
+        leave_and_return(server)
+        server.undo_departures_rpc(["a"])
+        server.remove_elimination_rpc("a")
+        eliminate(server)
+        assert owed(server) == []

@@ -325,13 +325,15 @@ def _wake_debts(step: Step, records: Mapping[str, bytes], *, owes: bool = True) 
             continue
         registration, record = step.store.registration(hotkey), decode(records[hotkey])
         reason, began_ms = record["reason"], record["elimination_initiated_time_ms"]
+        # Who has returned since owes what that very elimination owed, unless he was slashed for it then.
+        its_ms = {began_ms}.difference(slash.eliminated_ms for slash in step.store.slashes(hotkey))
         slashes = [
             debt
             for debt in resting
-            # An elimination may outlive a departure and a return, and then be taken back and brought again.
-            if debt.kind == SLASH and (debt.registration == registration or debt.eliminated_ms == began_ms)
+            if debt.kind == SLASH and (debt.registration == registration or debt.eliminated_ms in its_ms)
         ]
         slashes = [debt for debt in slashes if debt.reason == reason] or _of_rule(slashes, reason)
+        slashes = [debt for debt in slashes if debt.registration == registration] or slashes
         woken = [debt for debt in resting if debt.kind != SLASH or debt in slashes]
         for debt in woken:
             step.store.put_debt(debt._replace(due=True))
@@ -457,20 +459,10 @@ def update_metagraph(
 
 
 def _count_returns(step: Step, registered: Iterable[str]) -> None:
-    """Count another registration of those who departed, and forget what rests for an earlier one."""
+    """Count another registration of those who departed; what rests for an earlier one goes on resting."""
     rows = step.store.get_many(registered)
     for hotkey in (hotkey for hotkey, row in rows.items() if row.departed_ordinal is not None):
-        number = step.store.registration(hotkey) + 1
-        step.store.put_registration(hotkey, number)
-        over = [
-            debt
-            for debt in step.store.debts(hotkey)
-            if debt.kind == SLASH and debt.state == OWED and not debt.due and debt.registration < number
-        ]
-        for debt in over:
-            step.store.remove_debt(debt)
-        if over:
-            step.record([EventOf("cancel", hotkey, note=f"{_kinds(over)}: taken back, and registered anew since")])
+        step.store.put_registration(hotkey, step.store.registration(hotkey) + 1)
 
 
 def missing(store: Store) -> list[str]:
@@ -512,22 +504,28 @@ def clear_departed(step: Step) -> None:
     step.record(EventOf("forget", hotkey, note="departures cleared") for hotkey in departed)
 
 
-def _count_one_return_less(step: Step, hotkey: str) -> None:
+def _count_one_return_less(step: Step, hotkey: str) -> bool:
+    """Take what is owed since the last return for owed before it; False where no return can be undone."""
     number = step.store.registration(hotkey)
     slashes, debts = step.store.slashes(hotkey), [d for d in step.store.debts(hotkey) if d.kind == SLASH]
     since = [debt for debt in debts if debt.registration == number]
     is_begun = any(slash.registration == number for slash in slashes) or any(d.state != OWED for d in since)
     if number == 0 or is_begun:
-        return
+        return False
     step.store.put_registration(hotkey, number - 1)
-    before = {slash.rule for slash in slashes if slash.registration == number - 1}
-    before |= {debt.rule for debt in debts if debt.registration == number - 1}
+    made = {slash.rule for slash in slashes if slash.registration == number - 1}
+    owed = {debt.rule: debt for debt in debts if debt.registration == number - 1}
     for debt in since:
         step.store.remove_debt(debt)
-        if debt.rule in before or ANY_RULE in before:
-            step.record([EventOf("cancel", hotkey, note=f"{debt.kind} ({debt.rule}): slashed for it before")])
+        before = owed.get(debt.rule) or owed.get(ANY_RULE)
+        if debt.rule in made or ANY_RULE in made or before is not None:
+            why = "slashed for it before" if before is None else "owed since before"
+            step.record([EventOf("cancel", hotkey, note=f"{debt.kind} ({debt.rule}): {why}")])
+            if before is not None and debt.due:  # it stands for both, whether it rested or was begun
+                step.store.put_debt(before._replace(due=True, eliminated_ms=debt.eliminated_ms))
         else:
             step.store.put_debt(debt._replace(registration=number - 1))
+    return True
 
 
 def undo_departures(step: Step, hotkeys: Iterable[str]) -> list[str]:
@@ -540,7 +538,7 @@ def undo_departures(step: Step, hotkeys: Iterable[str]) -> list[str]:
     undone = {hotkey: row for hotkey, row in rows.items() if row.departed_ordinal is not None}
     step.store.clear_departed(undone)
     for hotkey, row in undone.items():
-        if row.registered:
-            _count_one_return_less(step, hotkey)
+        while row.registered and _count_one_return_less(step, hotkey):
+            pass
     step.record(EventOf("forget", hotkey, note="the departure was none") for hotkey in undone)
     return list(undone)
