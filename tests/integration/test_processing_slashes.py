@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
+import signal
 import threading
 from decimal import Decimal
 from fractions import Fraction
@@ -16,12 +18,14 @@ import pytest
 from reference_validator import InjectedError, Managed
 from reference_validator.scoring import NothingMovedError
 from ten_miners import TEN, THIRD, complete, state_of_slash, ten_to_eliminate
+from waiting import until
 
 from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT, OWED
 from shmelim.errors import NotServingError, SlashNotMadeError, StateUnavailableError
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Callable
+    from pathlib import Path
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -493,6 +497,60 @@ def test_outcome_that_could_not_be_recorded_is_recorded_later(directly: Managed,
         directly.tick()
     assert complete(directly) == TEN
     assert sorted(directly.validator.collateral.slashes()) == TEN
+
+
+def test_an_answer_that_a_dead_server_could_not_take_is_recorded_before_another_tick_is_due(
+    new_name: Callable[[], str], tmp_path: Path
+) -> None:
+    """A doubt would stand for minutes, of what this process knows."""
+    with Managed("rpc", new_name(), tmp_path) as managed:
+        managed.validator.register("a")
+        managed.validator.lose("a", 0.2)
+
+        def kill() -> None:
+            os.kill(managed.manager.server_pid, signal.SIGKILL)
+
+        managed.validator.faults.at("slash!", kill)
+        with contextlib.suppress(StateUnavailableError):
+            managed.tick()
+
+        def is_recorded() -> bool:
+            with contextlib.suppress(StateUnavailableError):
+                managed.manager.process_eliminations()
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                return managed.debts == []
+            return False
+
+        until(is_recorded)
+        assert managed.validator.collateral.slashes() == ["a"]
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_an_answer_that_waits_to_be_recorded_comes_before_what_a_person_says(
+    new_name: Callable[[], str], tmp_path: Path, made: bool
+) -> None:
+    with Managed("direct", new_name(), tmp_path, slash_lease_s=0) as managed:
+        managed.validator.register("a")
+        managed.validator.lose("a", 0.2)
+        server = managed.manager._server_proxy
+        original = server.settle_debt_rpc
+
+        def lose_it(*arguments: Any) -> Any:
+            if arguments[1] != "slash":
+                return original(*arguments)
+            del server.settle_debt_rpc
+            raise NotServingError("gone")
+
+        server.settle_debt_rpc = lose_it
+        if not made:
+            managed.validator.collateral.answer = False
+        managed.tick()
+        assert managed.manager.resolve_slash("a", made=not made)
+        for _ in range(2):
+            managed.tick()
+        assert managed.debts == []
+        assert managed.validator.collateral.slashes() == ["a"]
+        assert len(managed.alerts) == (not made), "a person who was wrong is told"
 
 
 def test_an_error_whose_text_has_no_utf_8_is_recorded_and_stops_nobody(managed: Managed) -> None:

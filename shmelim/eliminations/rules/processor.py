@@ -151,6 +151,7 @@ class EliminationProcessor:
 
     def _tick(self, position_locks: Any, iteration_epoch: Any) -> bool:
         context, alerts = self.context, self.context.alerts
+        self._slashing.record_ended()
         interval_ms = context.environment.check_interval_ms
         if self._failed_in_a_row:
             interval_ms = min(interval_ms, _AGAIN_MS << min(self._failed_in_a_row - 1, _MOST_DOUBLED))

@@ -14,7 +14,7 @@ stays *owed*.
 From 1 to 3 a thread renews the attempt's lease at the server. A process that dies in between renews it no more.
 Nobody knows whether money moved: once the lease has run out the slash is put *in doubt*, told to people, and never
 made again by itself. If a living process could not record an outcome, because the server was away, it remembers it
-and records it in a later pass; that settles a doubt, too.
+and records it before the next pass of the loop does anything else; that settles a doubt, too.
 
 Which slashes are owed, and which are held, is the server's business (:mod:`shmelim.eliminations.debts.states`).
 """
@@ -83,9 +83,17 @@ class _Outcome(NamedTuple):
     said: str
 
 
-# The attempts of this process: None while they are under way, and how they ended until that is recorded. Each step
-# is one operation of the dict, so that any thread may look.
-_attempts: dict[str, _Outcome | None] = {}
+@dataclass(eq=False)
+class _Attempt:
+    """An attempt of this process, kept until it is recorded how it ended."""
+
+    whose: Slashing
+    debt: Mapping[str, Any]
+    outcome: _Outcome | None = None  # while it is under way
+
+
+# By token. Each step is one operation of the dict, so that any thread may look.
+_attempts: dict[str, _Attempt] = {}
 os.register_at_fork(after_in_child=_attempts.clear)
 
 _RENEWALS: Final = 4  # within one lease
@@ -115,7 +123,7 @@ class Slashing:
                 return
             if debt["state"] == IN_DOUBT:
                 if debt["attempt"] in _attempts:
-                    self._record(debt, debt["attempt"])  # its answer came late
+                    self._record(debt["attempt"])  # its answer came late
                 else:
                     self._remind(debt)
                 continue
@@ -177,7 +185,7 @@ class Slashing:
     def _attempt(self, debt: Mapping[str, Any], slash: Callable[[], Any]) -> bool:
         hotkey, environment = debt["hotkey"], self.context.environment
         token = new_attempt()
-        _attempts[token] = None
+        attempt = _attempts[token] = _Attempt(self, debt)
         begun = False
         try:
             begun = self.context.state.begin_slash(
@@ -190,39 +198,39 @@ class Slashing:
             )
         except BaseException:
             # The server's answer may be lost: nobody knows whether it was begun, and the contract was not called.
-            _attempts[token] = _Outcome(NOT_MADE, "broken off before the contract was called")
-            self._record(debt, token)
+            attempt.outcome = _Outcome(NOT_MADE, "broken off before the contract was called")
+            self._record(token)
             raise
         if not begun:
             _attempts.pop(token, None)
             return False
-        carry_out = functools.partial(self._carry_out, debt, token, slash)
+        carry_out = functools.partial(self._carry_out, attempt, token, slash)
         try:
             self.context.ask("the contract", carry_out, hotkey, environment.slash_deadline_s, patient=True)
         except NotAskedError as error:
-            _attempts[token] = _Outcome(NOT_MADE, str(error))
-            self._record(debt, token)
+            attempt.outcome = _Outcome(NOT_MADE, str(error))
+            self._record(token)
         return True
 
-    def _carry_out(self, debt: Mapping[str, Any], token: str, slash: Callable[[], Any]) -> None:
+    def _carry_out(self, attempt: _Attempt, token: str, slash: Callable[[], Any]) -> None:
         """Call the contract and record its answer, however late it comes."""
         outcome = _Outcome(NOT_MADE, "its turn came too late")
-        over = threading.Event()
+        hotkey, over = attempt.debt["hotkey"], threading.Event()
         renewing = threading.Thread(
-            target=self._renew, args=(debt["hotkey"], token, over), name="shmelim-lease", daemon=True
+            target=self._renew, args=(hotkey, token, over), name="shmelim-lease", daemon=True
         )
         try:
             check_turn()
             renewing.start()
             outcome = _Outcome(DOUBTFUL, "the call to the contract was broken off")
-            outcome = _call(slash, debt["hotkey"], self.context.environment.slash_outcome)
+            outcome = _call(slash, hotkey, self.context.environment.slash_outcome)
         finally:
             # Also on the way out of the process.
             over.set()
-            _attempts[token] = outcome
+            attempt.outcome = outcome
             if outcome.what == NOT_MADE:
-                self._failed_ms[_cause(debt)] = self.context.environment.now_ms()
-            self._record(debt, token)
+                self._failed_ms[_cause(attempt.debt)] = self.context.environment.now_ms()
+            self._record(token)
 
     def _renew(self, hotkey: str, token: str, over: threading.Event) -> None:
         """Renew an attempt's lease until it is over."""
@@ -279,19 +287,25 @@ class Slashing:
         """Look at a slash that is being attempted, and record how it ended if the attempt is over."""
         hotkey, token = debt["hotkey"], debt["attempt"] or ""
         if token in _attempts:
-            self._record(debt, token)
+            self._record(token)
         else:
             error = "the process that attempted it was not heard of any more"
             if self.context.state.doubt_slash(hotkey, token, error):
                 self._report_doubt(hotkey, token, error)
 
-    def _record(self, debt: Mapping[str, Any], token: str) -> None:
+    def record_ended(self) -> None:
+        """Record how attempts ended that could not be recorded then; before a person's word of them counts."""
+        for token, attempt in list(_attempts.items()):
+            if attempt.whose is self:
+                self._record(token)
+
+    def _record(self, token: str) -> None:
         """Record how an attempt ended; what cannot be recorded now is kept for a later pass."""
+        attempt, state, alerts = _attempts.get(token), self.context.state, self.context.alerts
+        if attempt is None or attempt.outcome is None:
+            return  # it is recorded, or under way
+        debt, (what, said) = attempt.debt, attempt.outcome
         hotkey = debt["hotkey"]
-        outcome, state, alerts = _attempts.get(token), self.context.state, self.context.alerts
-        if outcome is None:
-            return  # it is under way
-        what, said = outcome
         try:
             if what in (MADE, DECLINED):
                 recorded = state.settle_debt(hotkey, SLASH, token, what == DECLINED, said)
