@@ -478,11 +478,15 @@ class Calls:
         """Say whether the first refresh was made."""
 
 
+class ServerAwayError(StateUnavailableError):
+    """As ProcessingCalls alone raise it, whatever a collaborator may raise."""
+
+
 class ProcessingCalls(Calls):
     """The calls of the processing, through a manager that it does not keep alive.
 
     A collaborator may raise a channel's error too. So errors of the server itself come out of here as
-    :class:`StateUnavailableError`, and whoever handles a miner's failure can tell them apart.
+    :class:`ServerAwayError`, and whoever handles a miner's failure can tell them apart.
     """
 
     def __init__(self, manager: Calls) -> None:
@@ -497,7 +501,7 @@ class ProcessingCalls(Calls):
         except MessageTooLargeError:
             raise  # a record's fault
         except (ConnectionError, TimeoutError, StoreError) as error:
-            raise StateUnavailableError(f"{method} failed: {error}") from error
+            raise ServerAwayError(f"{method} failed: {error}") from error
 
     def _long(self) -> float:
         manager = self._manager()

@@ -24,7 +24,7 @@ from reference_validator import HOUR, Managed
 
 import shmelim.eliminations
 from shmelim import EliminationManagerServer
-from shmelim.eliminations.calls import ProcessingCalls
+from shmelim.eliminations.calls import ProcessingCalls, ServerAwayError
 from shmelim.eliminations.debts.states import IN_DOUBT
 from shmelim.errors import StateUnavailableError
 
@@ -244,7 +244,7 @@ def test_server_killed_around_every_call_of_an_elimination(
         if carried_out:
             original(self, method, *args, **options)
         os.kill(managed.manager.server_pid, signal.SIGKILL)
-        raise StateUnavailableError(f"no answer to {method}")
+        raise ServerAwayError(f"no answer to {method}")
 
     monkeypatch.setattr(ProcessingCalls, "_call", with_a_death)
     while not stop or len(calls) >= stop:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from shmelim.eliminations.calls import ServerAwayError
 from shmelim.eliminations.rules.deadlines import LeftBehindError, StuckError
 from shmelim.eliminations.validator.collaborators import Collaborators
-from shmelim.errors import ShmelimError, StateUnavailableError
+from shmelim.errors import ShmelimError
 from shmelim.notify.problems import ProblemMessages
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Problems
@@ -47,7 +48,7 @@ class OvertakenError(ShmelimError):
     """A sync replaced what this tick began with: nothing more of it may be written."""
 
 
-ENDS_A_TICK: Final = (OvertakenError, LeftBehindError, StateUnavailableError, *WISHES)
+ENDS_A_TICK: Final = (OvertakenError, LeftBehindError, ServerAwayError, *WISHES)
 """Errors that are not one miner's."""
 
 

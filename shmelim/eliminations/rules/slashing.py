@@ -34,6 +34,7 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any, Final, NamedTuple
 
+from shmelim.eliminations.calls import ServerAwayError
 from shmelim.eliminations.debts.states import (
     DECLINED,
     DOUBTFUL,
@@ -53,7 +54,6 @@ from shmelim.eliminations.rules.deadlines import (
     is_left_to_a_thread,
 )
 from shmelim.eliminations.rules.tick import Context, Tick
-from shmelim.errors import StateUnavailableError
 from shmelim.system.coroutines import is_unrun
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
@@ -314,7 +314,7 @@ class Slashing:
             contradicted = not recorded and self._is_contradicted(what, debt)
         except WISHES:
             raise
-        except StateUnavailableError:
+        except ServerAwayError:
             text = "slash of miner %s: %s, which could not be recorded yet"
             _limited(logging.ERROR, "unrecorded", text, hotkey, what, exc_info=True)
             return
