@@ -86,9 +86,10 @@ def add(step: Step, hotkey: str, record: bytes, note: str | None = None) -> bool
     """Add or replace one record; returns True for a hotkey that was not eliminated before."""
     old = step.store.put_elimination(hotkey, record)
     if old != record:
-        step.record([EventOf("add" if old is None else "update", hotkey, old, note)])
-    if old is None and step.store.ever_owed(hotkey):
-        _wake_debts(step, {hotkey: record})
+        event = EventOf("add" if old is None else "update", hotkey, old, note)
+        step.record([event])
+        if step.store.ever_owed(hotkey):
+            _follow_debts(step, [event], {hotkey: record}, note or "add")
     return old is None
 
 
@@ -202,10 +203,8 @@ def _replace(
     events += _put(step, records, reason, notes)
     if events:
         step.record(events)
-        exchanged = _exchanged(step, events, records) if is_undone else {}
-        _rest_debts(step, [*removed, *exchanged], reason)
-        added = _added(events, records)
-        _wake_debts(step, added | exchanged, owes=not is_undone)
+        _rest_debts(step, removed, reason)
+        added = _follow_debts(step, events, records, reason, is_undone=is_undone)
         judge(step, reason, len(removed), len(added))
         step.set_meta(_REPLACEMENTS, replacements(step.store) + 1)
     return list(removed)
@@ -301,39 +300,37 @@ def _cancel_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
             step.record([EventOf("cancel", hotkey, note=f"{_kinds(cancelled)}: {reason}")])
 
 
-def _exchanged(step: Step, events: Iterable[EventOf], records: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return the records of those who owe something, and are eliminated for another reason now than before."""
-    owing = step.store.debtors()
-    return {
-        event.hotkey: records[event.hotkey]
-        for event in events
-        if event.action == "update" and event.hotkey in owing and event.old is not None
-        if decode(event.old)["reason"] != decode(records[event.hotkey])["reason"]
-    }
+def _follow_debts(
+    step: Step, events: Iterable[EventOf], records: Mapping[str, bytes], why: str, *, is_undone: bool = False
+) -> dict[str, bytes]:
+    """Have due what these records owe, and rest what those owe whose place they took; returns those that are new.
 
-
-def _wake_debts(step: Step, records: Mapping[str, bytes], *, owes: bool = True) -> None:
-    """Make due again what rested of hotkeys who are eliminated again; and owed, what may be repeated.
-
-    Of slashes that of the same reason, else those of its rule. Only where the reason is in words of somebody's own
-    may it stand for any, and the last one is meant.
+    One that takes a place and has no slash of its own leaves that which is owed, unless the other `is_undone`.
     """
+    added, exchanged = {}, {}
+    owing = step.store.debtors()
+    for event in events:
+        hotkey = event.hotkey
+        if event.action == "add" and hotkey is not None:
+            added[hotkey] = records[hotkey]
+        elif event.action == "update" and hotkey in owing and event.old is not None:
+            record = records[hotkey]
+            reason = decode(record)["reason"]
+            has_own = reason in _REASONS and _meant(step, _resting(step, hotkey), record)
+            if has_own or (is_undone and decode(event.old)["reason"] != reason):
+                exchanged[hotkey] = record
+    _rest_debts(step, exchanged, why)
+    _wake_debts(step, added | exchanged, owes=not is_undone)
+    return added
+
+
+def _wake_debts(step: Step, records: Mapping[str, bytes], *, owes: bool) -> None:
+    """Make due again what rested of hotkeys who are eliminated again; and owed, what may be repeated."""
     owing = step.store.debtors() if len(records) > 1 else records.keys()
     for hotkey in owing & records.keys():
-        resting = [debt for debt in step.store.debts(hotkey) if not debt.due]
-        if not resting:
+        if not (resting := _resting(step, hotkey)):
             continue
-        registration, record = step.store.registration(hotkey), decode(records[hotkey])
-        reason, began_ms = record["reason"], record["elimination_initiated_time_ms"]
-        # Who has returned since owes what that very elimination owed, unless he was slashed for it then.
-        its_ms = {began_ms}.difference(slash.eliminated_ms for slash in step.store.slashes(hotkey))
-        slashes = [
-            debt
-            for debt in resting
-            if debt.kind == SLASH and (debt.registration == registration or debt.eliminated_ms in its_ms)
-        ]
-        slashes = [debt for debt in slashes if debt.reason == reason] or _of_rule(slashes, reason)
-        slashes = [debt for debt in slashes if debt.registration == registration] or slashes
+        slashes = _meant(step, resting, records[hotkey])
         woken = [debt for debt in resting if debt.kind != SLASH or debt in slashes]
         for debt in woken:
             step.store.put_debt(debt._replace(due=True))
@@ -341,6 +338,30 @@ def _wake_debts(step: Step, records: Mapping[str, bytes], *, owes: bool = True) 
             step.record([EventOf("wake", hotkey, note=f"{_kinds(woken)}: eliminated again")])
     if owes:
         owe_again(step, records)
+
+
+def _resting(step: Step, hotkey: str) -> list[Debt]:
+    return [debt for debt in step.store.debts(hotkey) if not debt.due]
+
+
+def _meant(step: Step, resting: Iterable[Debt], encoded: bytes) -> list[Debt]:
+    """Return the slashes that an elimination owes, of what rests of its hotkey.
+
+    That of the same reason, else those of its rule. Only where the reason is in words of somebody's own may it
+    stand for any, and the last one is meant.
+    """
+    record = decode(encoded)
+    hotkey, reason, began_ms = record["hotkey"], record["reason"], record["elimination_initiated_time_ms"]
+    registration = step.store.registration(hotkey)
+    # Who has returned since owes what that very elimination owed, unless he was slashed for it then.
+    its_ms = {began_ms}.difference(slash.eliminated_ms for slash in step.store.slashes(hotkey))
+    slashes = [
+        debt
+        for debt in resting
+        if debt.kind == SLASH and (debt.registration == registration or debt.eliminated_ms in its_ms)
+    ]
+    slashes = [debt for debt in slashes if debt.reason == reason] or _of_rule(slashes, reason)
+    return [debt for debt in slashes if debt.registration == registration] or slashes
 
 
 def _of_rule(slashes: list[Debt], reason: str) -> list[Debt]:
@@ -370,10 +391,6 @@ def owe_again(step: Step, records: Mapping[str, bytes]) -> None:
             step.record([EventOf("owe", hotkey, note=f"{', '.join(kinds)}: eliminated again")])
 
 
-def _added(events: Iterable[EventOf], records: Mapping[str, bytes]) -> dict[str, bytes]:
-    return {event.hotkey: records[event.hotkey] for event in events if event.action == "add" and event.hotkey}
-
-
 def _kinds(debts: Iterable[Debt]) -> str:
     return ", ".join(debt.kind for debt in debts)
 
@@ -382,7 +399,7 @@ def merge(step: Step, records: Mapping[str, bytes], reason: str, notes: Mapping[
     """Add or replace many records and leave the others; returns how many of them changed."""
     changed = _put(step, records, reason, notes)
     step.record(changed)
-    _wake_debts(step, _added(changed, records))
+    _follow_debts(step, changed, records, reason)
     return len(changed)
 
 
