@@ -128,6 +128,30 @@ def test_a_return_that_the_store_forgot_is_counted_once(directory):
         assert [slash["registration"] for slash in server.get_slashes_rpc("a")] == [1]
 
 
+@pytest.mark.parametrize("how", ["not made", "re-armed"])
+def test_a_return_that_was_undone_is_not_counted_again_for_what_was_not_made_since(directory, how):
+    with opened(directory) as server:
+        server.update_metagraph_rpc(["a", "b"])
+        owe(server, "a")
+        server.begin_slash_rpc("a", "one")
+        server.settle_debt_rpc("a", SLASH, "one")
+        server.update_metagraph_rpc(["b"])
+        server.update_metagraph_rpc(["a", "b"])
+        server.remove_elimination_rpc("a")
+        owe(server, "a", rule="challenge_period")
+        server.begin_slash_rpc("a", "two")
+        if how == "not made":
+            server.fail_debt_rpc("a", SLASH, "refused", "two")
+        else:
+            server.settle_debt_rpc("a", SLASH, "two")
+            server.rearm_slash_rpc("a", "challenge_period")
+        server.undo_departures_rpc(["a"])
+    with opened(directory) as server:
+        server.remove_elimination_rpc("a")
+        owe(server, "a")
+        assert "drawdown" not in [debt["rule"] for debt in server.get_debts_rpc()], "slashed for it before"
+
+
 def test_a_rearmed_one_may_be_slashed_again(directory):
     with opened(directory) as server:
         owe(server, "a")

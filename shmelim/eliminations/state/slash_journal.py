@@ -43,6 +43,8 @@ def catch_up(step: Step, entries: Iterable[Entry]) -> list[Entry]:
     known, store = said(entries), step.store
     missing = []
     for (hotkey, rule, registration), found in known.items():
+        if found.outcome is None and not found.begun:
+            continue  # nothing came of it; its registration may have been none, as a departure that is undone
         if store.registration(hotkey) < (number := _number_of(store, hotkey, registration)):
             store.put_registration(hotkey, number)
         cause = hotkey, rule, registration
