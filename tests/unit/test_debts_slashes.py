@@ -431,6 +431,50 @@ def test_one_of_the_next_registration_owes_no_slash_of_the_last(server):
     assert due(server, "a") == [False]
 
 
+@pytest.mark.parametrize("how", ["sync", "add"])
+def test_an_elimination_that_takes_anothers_place_owes_its_own_slash_and_not_the_others(server, how):
+    """As if the other had been taken back first."""
+    first, then = row("a", reason="MAX_TOTAL_DRAWDOWN"), row("a", 5, reason="PLAGIARISM")
+    server.eliminate_rpc("a", first, list(KINDS), None, "drawdown")
+    server.sync_eliminations_rpc([])
+    server.eliminate_rpc("a", then, list(KINDS), None, "challenge_period")
+
+    def bring(record):
+        if how == "sync":
+            server.sync_eliminations_rpc([record])
+        else:
+            server.add_elimination_rpc("a", record)
+        return {(debt["rule"], debt["due"]) for debt in server.get_debts_rpc()} - {("", True)}
+
+    assert bring(first) == {("drawdown", True), ("challenge_period", False)}
+    assert bring(then) == {("drawdown", False), ("challenge_period", True)}
+    # What has no slash of its own leaves him the one that he owes.
+    for reason in ("LIQUIDATED", "in words of one's own"):
+        assert bring(row("a", 7, reason=reason)) == {("drawdown", False), ("challenge_period", True)}
+    assert server.begin_slash_rpc("a", "one")
+    server.settle_debt_rpc("a", SLASH, "one")
+    assert bring(row("a", 7, reason="in other words")) == {("drawdown", False)}
+
+
+def test_a_slash_that_stands_for_two_eliminations_is_due_when_the_later_one_is_brought_again(server):
+    """Its reason is that of the first, and says nothing of the other's rule."""
+    for stamp, reason in enumerate(("FAILED_CHALLENGE_PERIOD_TIME", "PLAGIARISM")):
+        server.eliminate_rpc("a", row("a", stamp, reason=reason), [SLASH], None, "challenge_period")
+        server.sync_eliminations_rpc([])
+    server.sync_eliminations_rpc([row("a", 1, reason="PLAGIARISM")])
+    assert due(server, "a") == [True]
+
+
+def test_an_elimination_of_an_earlier_registration_that_takes_a_place_owes_its_own_slash(server):
+    server.eliminate_rpc("a", row("a", reason="MAX_TOTAL_DRAWDOWN"), [SLASH])
+    server.sync_eliminations_rpc([])
+    leave_and_return(server, "a")
+    server.add_elimination_rpc("a", row("a", 5, reason="MAX_TOTAL_DRAWDOWN"))
+    assert due(server, "a") == [False]
+    server.sync_eliminations_rpc([row("a", reason="MAX_TOTAL_DRAWDOWN")])
+    assert due(server, "a") == [True]
+
+
 def test_an_old_doubt_swallows_no_slash_of_another_rule(server):
     eliminate(server, kinds=[SLASH], rule="drawdown")
     server.begin_slash_rpc("a", "one")

@@ -361,7 +361,8 @@ def _meant(step: Step, resting: Iterable[Debt], encoded: bytes) -> list[Debt]:
         if debt.kind == SLASH and (debt.registration == registration or debt.eliminated_ms in its_ms)
     ]
     slashes = [debt for debt in slashes if debt.reason == reason] or _of_rule(slashes, reason)
-    return [debt for debt in slashes if debt.registration == registration] or slashes
+    numbers = [debt.registration for debt in slashes if debt.eliminated_ms in its_ms]
+    return [debt for debt in slashes if debt.registration == max(numbers, default=registration)]
 
 
 def _of_rule(slashes: list[Debt], reason: str) -> list[Debt]:
