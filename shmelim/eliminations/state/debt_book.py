@@ -41,7 +41,7 @@ from shmelim.eliminations.state.leases import Leases
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.history import Origin
-from shmelim.eliminations.store.store import Store
+from shmelim.eliminations.store.store import DebtFigures, Store
 from shmelim.errors import StoreError
 from shmelim.system import clock
 from shmelim.system.problems import Problems
@@ -287,8 +287,13 @@ class DebtMethods:
 
     def _debt_health(self, problems: Problems) -> dict[str, Any]:
         """Return what a health check says of debts; raise and clear what is wrong with them."""
+
+        def look(store: Store) -> tuple[DebtFigures, dict[str, Any] | None, list[Debt]]:
+            figures = store.debt_figures()
+            return figures, held_money(store), store.debts() if figures.by_state.get(ATTEMPTING) else []
+
         try:
-            figures, held = self._ask(lambda store: (store.debt_figures(), held_money(store)))
+            figures, held, debts = self._ask(look)
         except StoreError as error:
             problems.report("debts_unreadable", f"what is owed cannot be read: {error}")
             return {"num_debts": None, "debts_by_state": None, "slashes_in_doubt": None}
@@ -303,16 +308,19 @@ class DebtMethods:
             )
         else:
             problems.clear("debts_old")
-        shown = figures.in_doubt[:MOST_SHOWN]
-        if shown:
-            more = f" and {len(figures.in_doubt) - len(shown)} more" if len(figures.in_doubt) > len(shown) else ""
+        # Those begun by a process that is not heard of any more the next tick will put in doubt, if there is one.
+        unheard = (debt for debt in debts if debt.state == ATTEMPTING and not self._leases.is_live(debt))
+        doubtful = [*figures.in_doubt, *(debt.hotkey for debt in unheard)]
+        if doubtful:
+            more = f" and {len(doubtful) - MOST_SHOWN} more" if len(doubtful) > MOST_SHOWN else ""
             problems.report(
                 "slashes_in_doubt",
-                f"nobody knows whether these slashes were made: {', '.join(shown)}{more}",
+                f"nobody knows whether these slashes were made: {', '.join(doubtful[:MOST_SHOWN])}{more}",
                 remedy="see `shmelim debts`, look at the contract, and settle them with `shmelim slash resolve`",
             )
         else:
             problems.clear("slashes_in_doubt")
+        shown = figures.in_doubt[:MOST_SHOWN]
         return {"num_debts": figures.debts, "debts_by_state": figures.by_state, "slashes_in_doubt": shown}
 
 
