@@ -354,14 +354,13 @@ def _meant(step: Step, resting: Iterable[Debt], encoded: bytes) -> list[Debt]:
     hotkey, reason, began_ms = record["hotkey"], record["reason"], record["elimination_initiated_time_ms"]
     registration = step.store.registration(hotkey)
     # Who has returned since owes what that very elimination owed, unless he was slashed for it then.
-    its_ms = {began_ms}.difference(slash.eliminated_ms for slash in step.store.slashes(hotkey))
+    slashed = {(slash.rule, slash.eliminated_ms) for slash in step.store.slashes(hotkey)}
+    own = [debt for debt in resting if debt.eliminated_ms == began_ms and (debt.rule, began_ms) not in slashed]
     slashes = [
-        debt
-        for debt in resting
-        if debt.kind == SLASH and (debt.registration == registration or debt.eliminated_ms in its_ms)
+        debt for debt in resting if debt.kind == SLASH and (debt.registration == registration or debt in own)
     ]
     slashes = [debt for debt in slashes if debt.reason == reason] or _of_rule(slashes, reason)
-    numbers = [debt.registration for debt in slashes if debt.eliminated_ms in its_ms]
+    numbers = [debt.registration for debt in slashes if debt in own]
     return [debt for debt in slashes if debt.registration == max(numbers, default=registration)]
 
 
