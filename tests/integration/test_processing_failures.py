@@ -12,7 +12,7 @@ from reference_validator import HOUR, InjectedError, Managed, adapter
 from ten_miners import TEN, THIRD, complete, state_of_slash, ten_to_eliminate
 
 from shmelim.eliminations.debts.states import IN_DOUBT
-from shmelim.errors import NotServingError
+from shmelim.errors import NotServingError, StateUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +38,21 @@ def test_failure_at_the_3rd_of_10_leaves_9_complete_and_is_made_good(managed: Ma
     managed.tick()
     assert complete(managed) == TEN
     assert len(managed.alerts) == 1
+
+
+@pytest.mark.parametrize(
+    "point", ["registry", "cancel", "holdings", "lock", "store", "price", "slash", "websockets"]
+)
+def test_a_collaborator_that_speaks_of_a_server_of_its_own_ends_nobody_elses_tick(
+    directly: Managed, point: str
+) -> None:
+    """The error of this package says that the processing's server is away: here somebody else's is."""
+    ten_to_eliminate(directly)
+    hotkey = None if point in ("registry", "price", "websockets") else THIRD
+    directly.validator.faults.fail(point, StateUnavailableError("the price service is away"), hotkey=hotkey)
+    directly.tick()
+    assert len(complete(directly)) >= 9
+    assert any("price service" in alert for alert in directly.alerts)
 
 
 def _raise() -> None:

@@ -381,14 +381,15 @@ def test_health_tells_of_debts_and_of_slashes_in_doubt(server):
     assert (health["num_debts"], health["slashes_in_doubt"], health["problems"]) == (0, [], [])
     for number in range(25):
         eliminate(server, f"h{number}", [POSITIONS, SLASH])
-        server.begin_slash_rpc(f"h{number}", "t")
-    assert server.health_check_rpc()["slashes_in_doubt"] == []
+    server.begin_slash_rpc("h3", "t")
     server.doubt_slash_rpc("h3", "t", "x")
     health = server.health_check_rpc()
     assert (health["status"], health["num_debts"], health["slashes_in_doubt"]) == ("degraded", 50, ["h3"])
     (problem,) = health["problems"]
     assert problem["name"] == "slashes_in_doubt"
     assert problem["text"].endswith(": h3")
+    for number in range(25):
+        server.begin_slash_rpc(f"h{number}", "t")
     for number in range(25):
         server.doubt_slash_rpc(f"h{number}", "t", "x")
     health = server.health_check_rpc()

@@ -473,6 +473,11 @@ def test_an_elimination_of_an_earlier_registration_that_takes_a_place_owes_its_o
     assert due(server, "a") == [False]
     server.sync_eliminations_rpc([row("a", reason="MAX_TOTAL_DRAWDOWN")])
     assert due(server, "a") == [True]
+    # Also where one of this registration rests.
+    server.sync_eliminations_rpc([])
+    server.eliminate_rpc("a", row("a", 9, reason="MAX_TOTAL_DRAWDOWN"), [SLASH])
+    server.sync_eliminations_rpc([row("a", reason="MAX_TOTAL_DRAWDOWN")])
+    assert due(server, "a") == [True, False]
 
 
 def test_an_old_doubt_swallows_no_slash_of_another_rule(server):
@@ -674,6 +679,17 @@ def test_the_store_takes_no_other_teller():
     with pytest.raises(sqlite3.IntegrityError, match="said_by"):
         db.execute("INSERT INTO slashes VALUES ('a', '', 0, 1, 1, 'hearsay', 'made', NULL, NULL, NULL)")
     db.close()
+
+
+@pytest.mark.parametrize("lease_s", [0, 30])
+def test_health_tells_of_an_attempt_whose_process_is_not_heard_of_though_nobody_ticks(lease_s):
+    """The next tick, which finds the doubt, may be minutes away, or never come."""
+    with EliminationManagerServer(slash_lease_s=lease_s) as server:
+        eliminate(server, kinds=[SLASH])
+        server.begin_slash_rpc("a", "one")
+        names = [problem["name"] for problem in server.health_check_rpc()["problems"]]
+        assert names == ([] if lease_s else ["slashes_in_doubt"])
+        assert server.resolve_slash_rpc("a", made=True) is (lease_s == 0)
 
 
 # ------------------------------------------------------------------ what a person's word means for money
