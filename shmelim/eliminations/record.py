@@ -91,6 +91,15 @@ def check_hotkey(hotkey: str) -> bytes:
     return key
 
 
+def is_hotkey(value: Any) -> bool:
+    """Tell whether :func:`check_hotkey` accepts a value."""
+    try:
+        check_hotkey(value)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
 def normalise(data: Mapping[str, Any], hotkey: str | None = None) -> dict[str, Any]:
     """Check a record and return it as a new dict of plain Python values, its keys in the same order.
 

@@ -28,7 +28,7 @@ from shmelim.eliminations.files.format import (
 )
 from shmelim.eliminations.files.meaning import Meaning, Owner, Taken, decide
 from shmelim.eliminations.files.sidecar import Sidecars, read_sidecars
-from shmelim.eliminations.record import check_hotkey
+from shmelim.eliminations.record import is_hotkey
 from shmelim.eliminations.state.changes import Judge, Step, no_judge, record_departures, replace_all
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.store import Store
@@ -283,12 +283,4 @@ def _row_hash(record: bytes | None) -> bytes | None:
 
 def _named_in(bad: Iterable[BadRow]) -> list[str]:
     """Return the hotkeys of rows that cannot be taken: such a row says nothing against what is known of them."""
-    return [row.row["hotkey"] for row in bad if isinstance(row.row, dict) and _is_hotkey(row.row.get("hotkey"))]
-
-
-def _is_hotkey(value: Any) -> bool:
-    try:
-        check_hotkey(value)
-    except (ValueError, TypeError):
-        return False
-    return True
+    return [row.row["hotkey"] for row in bad if isinstance(row.row, dict) and is_hotkey(row.row.get("hotkey"))]

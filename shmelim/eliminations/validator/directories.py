@@ -7,7 +7,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from shmelim.eliminations.record import check_hotkey
+from shmelim.eliminations.record import is_hotkey
 from shmelim.system.places import place
 
 
@@ -56,8 +56,4 @@ class MinerDirectories:
 
 
 def _can_be_a_miner(name: str) -> bool:
-    try:
-        check_hotkey(name)
-    except ValueError:
-        return False
-    return not name.startswith(".") and "/" not in name and "\0" not in name
+    return is_hotkey(name) and not name.startswith(".") and "/" not in name and "\0" not in name
