@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypedDict, TypeVar, Unpack, overload
 
 import msgspec
 
@@ -99,6 +99,13 @@ class _Closed:
         return bool(self.anything)
 
 
+class _Attaching(TypedDict, total=False):
+    """What every way to attach takes besides."""
+
+    wait: float | None
+    owner: int | None
+
+
 class Reader(Attached, Mapping[K, V]):
     """The current values of a table, read from shared memory: a read-only mapping in the order its keys came.
 
@@ -171,31 +178,16 @@ class Reader(Attached, Mapping[K, V]):
     _table: Any
 
     @overload
+    def __init__(self: Reader[str, Any], name: str, **options: Unpack[_Attaching]) -> None: ...
+    @overload
+    def __init__(self: Reader[K, Any], name: str, *, keys: type[K], **options: Unpack[_Attaching]) -> None: ...
+    @overload
     def __init__(
-        self: Reader[str, Any], name: str, *, wait: float | None = None, owner: int | None = None
+        self: Reader[str, V], name: str, *, decode: Callable[[bytes], V], **options: Unpack[_Attaching]
     ) -> None: ...
     @overload
     def __init__(
-        self: Reader[K, Any], name: str, *, keys: type[K], wait: float | None = None, owner: int | None = None
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: Reader[str, V],
-        name: str,
-        *,
-        decode: Callable[[bytes], V],
-        wait: float | None = None,
-        owner: int | None = None,
-    ) -> None: ...
-    @overload
-    def __init__(
-        self,
-        name: str,
-        *,
-        keys: type[K],
-        decode: Callable[[bytes], V],
-        wait: float | None = None,
-        owner: int | None = None,
+        self, name: str, *, keys: type[K], decode: Callable[[bytes], V], **options: Unpack[_Attaching]
     ) -> None: ...
     def __init__(
         self,

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Generic, NoReturn, Self, cast, overload
+from typing import Any, Final, Generic, NoReturn, Self, TypedDict, Unpack, cast, overload
 
 import msgspec
 
@@ -32,6 +32,14 @@ _PRESENT: Final = 1
 
 _to_msgpack: Final = msgspec.msgpack.Encoder().encode
 _log = get_logger("shmelim.table")
+
+
+class _Making(TypedDict, total=False):
+    """What every way to make a writer takes besides."""
+
+    keep: bool
+    capacity: int
+    mode: int
 
 
 class Writer(Generic[K, V]):
@@ -98,44 +106,16 @@ class Writer(Generic[K, V]):
     """
 
     @overload
+    def __init__(self: Writer[str, Any], name: str | None, **options: Unpack[_Making]) -> None: ...
+    @overload
+    def __init__(self: Writer[K, Any], name: str | None, *, keys: type[K], **options: Unpack[_Making]) -> None: ...
+    @overload
     def __init__(
-        self: Writer[str, Any],
-        name: str | None,
-        *,
-        keep: bool = False,
-        capacity: int = 512,
-        mode: int = 0o600,
+        self: Writer[str, V], name: str | None, *, encode: Callable[[V], bytes], **options: Unpack[_Making]
     ) -> None: ...
     @overload
     def __init__(
-        self: Writer[K, Any],
-        name: str | None,
-        *,
-        keys: type[K],
-        keep: bool = False,
-        capacity: int = 512,
-        mode: int = 0o600,
-    ) -> None: ...
-    @overload
-    def __init__(
-        self: Writer[str, V],
-        name: str | None,
-        *,
-        encode: Callable[[V], bytes],
-        keep: bool = False,
-        capacity: int = 512,
-        mode: int = 0o600,
-    ) -> None: ...
-    @overload
-    def __init__(
-        self,
-        name: str | None,
-        *,
-        keys: type[K],
-        encode: Callable[[V], bytes],
-        keep: bool = False,
-        capacity: int = 512,
-        mode: int = 0o600,
+        self, name: str | None, *, keys: type[K], encode: Callable[[V], bytes], **options: Unpack[_Making]
     ) -> None: ...
     def __init__(
         self,
