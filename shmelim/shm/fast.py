@@ -65,9 +65,7 @@ class NativeLookups(_native.Lookups, Lookups):
 
     _methods: ClassVar[dict[str, Any]]
     _settings: ClassVar[tuple[Any, ...]]
-    _decoding: ClassVar[
-        Any
-    ]  # the decoded method as it was, to be asked where decode raises; does not bear its mark
+    _decoding: ClassVar[Any]  # the decoded method as it was, without its mark: asked where decode raises
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -199,9 +199,7 @@ class Collaborators:
 
     metagraph: Metagraph | None = None  # without it nobody departs, is a zombie, or is deleted
     position_manager: PositionManager | None = None  # without it: no positions to close, no ledgers to judge by
-    challengeperiod_manager: ChallengePeriodManager | None = (
-        None  # without it nobody fails probation, or is scored
-    )
+    challengeperiod_manager: ChallengePeriodManager | None = None  # without it nobody fails probation or is scored
     contract_manager: ContractManager | None = None  # without it nobody is slashed
     position_locks: PositionLocks | None = None  # without them positions are closed without a lock
     limit_order_manager: LimitOrderManager | None = None  # without it there are no limit orders to delete
