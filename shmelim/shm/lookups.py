@@ -74,8 +74,7 @@ class Attached:
     def version(self) -> int:
         """A number that grows with every publish, and never goes back, whoever writes. One load.
 
-        But for one case: where a table's names were removed, a new writer begins with the ms since 1970, which is
-        less if more than a thousand publishes a second went before in the mean.
+        Where a table's names were removed, it goes on with the clock.
         """
         return self._table.version
 

@@ -106,6 +106,9 @@ _BYTES_PER_CHANGE: Final = 32_768 if READ_PATH == "pure" else 512
 _ENTRY_MORE: Final = entry_size(0, 0) + WORD - 1
 _LOOK_PAUSE: Final = 0.05  # seconds between two looks at a heartbeat that may be a dead writer's last
 
+_HIGHEST: Final = SEQUENCE_MASK // 16 * 15
+"""A sequence from here on is damage, or of a clock that is."""
+
 _SHRINK_FROM: Final = 8
 """A segment this many times too large is replaced by one that fits, when everything is replaced."""
 
@@ -195,7 +198,7 @@ class TableWriter:
             return self._name(self._new_root(sequence))
         generation, last = divmod(root.words[VERSION], SEQUENCE_MASK + 1)
         self._generation = generation if generation < MAX_GENERATION else 0
-        is_damaged = last >= SEQUENCE_MASK >> 1
+        is_damaged = last >= _HIGHEST
         if not is_damaged:
             sequence = max(sequence, last)
         with contextlib.suppress(NotServingError, SegmentError):
@@ -224,7 +227,7 @@ class TableWriter:
 
     def _new_root(self, sequence: int) -> Segment:
         root = self._namespace.make_root()
-        clock = min(time.time_ns() // 1_000_000, SEQUENCE_MASK >> 1)
+        clock = min(time.time_ns() // 1_000_000, _HIGHEST)
         # Which copy is current is as before.
         sequence = max(sequence, clock + ((clock ^ sequence) & 1))
         header = pack_root_header(secrets.randbits(64) or 1, self.store_id, sequence)

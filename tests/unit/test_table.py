@@ -490,6 +490,15 @@ def test_closing_can_take_the_table_away(table_name):
     assert reader["a"] == 1
 
 
+def test_a_version_does_not_go_back_where_the_table_was_taken_away(table_name):
+    with Writer(table_name) as writer:
+        for number in range(5_000):
+            last = writer.put("a", number)
+        writer.close(unlink=True)
+    with Writer(table_name) as writer:
+        assert writer.put("a", 0) > last
+
+
 def test_a_writer_takes_away_no_names_but_its_own(table_name):
     first = Writer(table_name)
     for path in Path("/dev/shm").glob(f"shmelim-table.{table_name}*"):
