@@ -167,15 +167,18 @@ class Writer(Generic[K, V]):
     def _adopted(self) -> bool:
         """Go on with what is published, if something is."""
         try:
-            found = TableReader(self._namespace).identity().store_id
+            identity = TableReader(self._namespace).identity()
         except NotServingError:
             return False
+        found = identity.store_id
         if found != self._table.store_id:
             raise SegmentFormatError(
                 f"the table {self.name!r} has other keys or another encoding than this writer: it is a "
                 f"{found.decode('ascii', 'replace')!r}, this would be a {self._table.store_id.decode()!r}",
                 hint="give this writer the same keys= and encode=, or start empty with keep=False",
             )
+        if not identity.entries:
+            return False  # without an entry nothing tells whether the seed is still the one that readers have
         if not self._table.adopt():
             raise CorruptSegmentError(
                 f"what a predecessor left in the table {self.name!r} is damaged", hint="start with keep=False"

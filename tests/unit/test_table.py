@@ -490,6 +490,16 @@ def test_closing_can_take_the_table_away(table_name):
     assert reader["a"] == 1
 
 
+def test_an_empty_table_whose_seed_is_damaged_is_not_gone_on_with(table_name):
+    Writer(table_name).close()
+    reader = Reader(table_name)
+    segment = reader._table._namespace.open_data(1, writable=True)
+    segment.words[32 // 8] ^= 1
+    with Writer(table_name, keep=True) as writer:
+        writer.put("a", 1)
+        assert (reader.get("a"), Reader(table_name).get("a")) == (1, 1)
+
+
 def test_a_version_does_not_go_back_where_the_table_was_taken_away(table_name):
     with Writer(table_name) as writer:
         for number in range(5_000):
