@@ -174,7 +174,7 @@ def test_a_pipe_in_a_backup_is_not_waited_for(run, server, place, what):
     assert run("restore", str(place / "one"), "--state-dir", str(place / "other"), "--yes").exit_code == 4
 
 
-@pytest.mark.parametrize("harm", ["store", "manifest", "no manifest", "another store"])
+@pytest.mark.parametrize("harm", ["store", "manifest", "no manifest", "another store", "a log"])
 def test_a_backup_that_is_not_whole_is_found_out_and_not_restored(run, server, place, harm):
     target = place / "one"
     run("backup", str(target))
@@ -184,6 +184,10 @@ def test_a_backup_that_is_not_whole_is_found_out_and_not_restored(run, server, p
         (target / "backup.json").write_text("{")
     elif harm == "no manifest":
         (target / "backup.json").unlink()
+    elif harm == "a log":
+        with server.client() as client:
+            client.add_elimination("later", row("later"))
+        shutil.copy(server.state_dir / f"{FILE_NAME}-wal", target)
     else:
         with Store.open(target) as store, store.transaction():
             store.set_meta("by", "hand")

@@ -24,6 +24,7 @@ from shmelim.eliminations.starting.registry import Memory, Registry
 from shmelim.eliminations.state.changes import Step, owe_again
 from shmelim.eliminations.state.debt_book import hold_money
 from shmelim.eliminations.store.history import Change as EventOf
+from shmelim.eliminations.store.opening import log_of
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import ShmelimError, StoreError
@@ -143,6 +144,8 @@ def check_backup(backup: Path) -> list[Finding]:
         said = read_manifest(backup)
         if files.digest_of(backup / FILE_NAME) != said.sha256:
             raise StoreError(f"{backup / FILE_NAME} is not the file that was backed up")
+        if (log := log_of(backup / FILE_NAME)).exists() and log.stat().st_size:
+            raise StoreError(f"{log} was not backed up, and changes what the store says")
         return f"commit {said.commit}, {said.eliminated} eliminated, {said.departed} departed"
 
     return [_finding("backup", backup, manifest), check_store(backup)]
