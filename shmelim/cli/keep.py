@@ -204,7 +204,6 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
     """
     need_own_user(settings.name, "forget")
     name, directory = settings.name, state_directory_of(settings.name)
-    about: dict[str, Any] = {"state_dir": str(directory)}
     _need_unserved(name)
     runtime = RuntimeDirectory.of_server(name)  # its place stands in the table, which goes first
     base = registry_base(registry)
@@ -212,7 +211,13 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
     left = [runtime.path, *([] if remembered is None else [remembered.path])]
     if SharedNamespace(name).is_empty() and not any(map(os.path.lexists, left)):
         raise NotServingError(f"nothing is known of the name {name!r}", hint="`shmelim names` lists all")
-    if not yes and not output.agreed(f"Forget {name!r}?", printable(f"its state stays in {directory}")):
+    state = str(directory)
+    if not os.path.lexists(directory):  # a followed name has none; the registry may know another
+        memory = None if remembered is None else remembered.recall()
+        state = "" if memory is None else memory.directory
+    about: dict[str, Any] = {"state_dir": state or None}
+    stays = f"its state stays in {state}" if state else "there is no state of it"
+    if not yes and not output.agreed(f"Forget {name!r}?", printable(stays)):
         settings.answer({"forgotten": False, **about}, "nothing was changed")
         return NO
     with _unserved(name) as namespace:
@@ -225,7 +230,7 @@ def forget(settings: Settings, *, registry: Path | bool, yes: bool) -> int:
         why = f"{error.strerror}; {whose(runtime.path)}"
         text = f"{name!r} is forgotten, but its runtime directory {runtime.path} stays: {why}"
         raise FileProblemError(text, hint="see what is in it, and remove it by hand") from error
-    settings.answer({"forgotten": True, **about}, printable(f"forgot {name!r}; its state is in {directory}"))
+    settings.answer({"forgotten": True, **about}, printable(f"forgot {name!r}; {stays}"))
     return YES
 
 

@@ -22,7 +22,7 @@ from shmelim.eliminations.starting.registry import Memory, Registry
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import StoreError
-from shmelim.shm import SharedNamespace
+from shmelim.shm import SharedNamespace, TableWriter
 
 
 @pytest.fixture
@@ -422,6 +422,17 @@ def test_a_forgotten_name_leaves_its_state_and_nothing_else(run, server, place):
     assert not list(Path("/dev/shm").glob(f"shmelim.{server.name}*"))
     assert name_registry(place, server).recall() is None
     assert not (place / "shmelim" / server.name).exists()
+
+
+def test_forget_names_no_state_that_is_not_there(run, server, place, new_name):
+    run("backup", str(place / "one"))
+    name = new_name()
+    two = str(place / "two")
+    assert run("restore", str(place / "one"), "--name", name, "--state-dir", two, "--yes").exit_code == 0
+    assert document(run("forget", "--name", name, "--yes", "--json"))["state_dir"] == two
+    with TableWriter(SharedNamespace(name), source="redis://engine") as writer:
+        writer.load([])
+    assert document(run("forget", "--name", name, "--yes", "--json"))["state_dir"] is None
 
 
 def test_a_name_of_which_there_is_nothing_is_not_forgotten(run, server, place):
