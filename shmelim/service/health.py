@@ -59,6 +59,7 @@ class _State(ctypes.Structure):
         ("owner_tells", ctypes.c_int64),  # it has a notifier
         ("pid", ctypes.c_int64),
         ("started", ctypes.c_double),
+        ("restarting", ctypes.c_int64),  # the owner restarts it because somebody wants that
         ("ended_by", ctypes.c_int64),  # the process whose health check ends the server; 0: none does
         ("level", ctypes.c_int64),  # how bad an outage was told to be that is not over; 0: there is none
         ("number", ctypes.c_int64),  # of the outage that is on, or was the last
@@ -276,8 +277,8 @@ class Health(ABC):
             return
         if self._asked != self._failing:  # what its predecessor did counts no more
             self._failing, self._failures = self._asked, 0
-        if self._asked != self.page.server:
-            return  # there is another one by now
+        if self._asked != self.page.server or (self.page.state.restarting and self.is_owned()):
+            return  # there is another one by now, or soon
         self._failures += 1
         limit = getattr(self.facade(), "max_consecutive_failures", self._failures)
         # The traceback of the first only: the next are mostly the same. And an error of ours says it all.

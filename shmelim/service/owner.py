@@ -323,7 +323,11 @@ class Core(Health):
     def restart_by_hand(self) -> None:
         """Restart the server process, and find out whether all is well."""
         with self._lock:
-            self.restart()
+            self.page.state.restarting = 1  # whoever finds no server meanwhile need not tell
+            try:
+                self.restart()
+            finally:
+                self.page.state.restarting = 0
             # A health check may have been ending the same server; the end of the next one is not its work.
             self.page.state.ended_by = 0
         self.look()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ledger import Alerts, FileAlerts, Ledger, hang, is_alive, kill, pid_after
+from ledger import Alerts, FileAlerts, Ledger, LedgerServer, hang, is_alive, kill, pid_after
 from waiting import PATIENCE, until
 
 from shmelim.service import HealthCheckDaemon
@@ -287,6 +287,42 @@ def test_a_restart_by_hand_of_a_server_that_a_copy_is_ending_leaves_the_next_dea
         kill(service)
         until(lambda: len(alerts.levels()) == 4, "what is told of the next death")
         assert alerts.levels() == ["error", "success"] * 2
+
+
+class SlowlyEnding(LedgerServer):
+    def close(self):
+        time.sleep(0.5)  # nobody listens any more, and the process lives
+        super().close()
+
+
+class SlowLedger(Ledger):
+    def _start_server_process(self, address, authkey, server_ready):
+        return self._spawn_server(
+            SlowlyEnding, self.directory, address=address, authkey=authkey, server_ready=server_ready
+        )
+
+
+def test_a_restart_that_somebody_wants_is_no_outage_to_those_who_watch(tmp_path, alerts):
+    options = {"enable_health_check": True, "health_check_interval_s": 0, "max_consecutive_failures": 1}
+    ends = multiprocessing.Event()
+
+    def watch():
+        while not ends.is_set():
+            service.health_check()
+
+    with SlowLedger(tmp_path, slack_notifier=alerts, **options) as service:
+        watching = [multiprocessing.get_context("fork").Process(target=watch, daemon=True) for _ in range(2)]
+        for process in watching:
+            process.start()
+        for _ in range(2):
+            service.restart_server()
+        ends.set()
+        for process in watching:
+            process.join(PATIENCE)
+        assert alerts.lines() == []
+        pid = kill(service)
+        until(lambda: alerts.levels() == ["error", "success"], "the next outage is told")
+        assert service.pid() == pid_after(service, pid)
 
 
 def test_a_copy_is_not_started(service, tmp_path):
