@@ -220,9 +220,10 @@ class Health(ABC):
 
     def check(self, now_ms: float, interval_ms: float) -> bool:
         """Check if it is time to (also when time has gone back); return whether the server was found healthy."""
-        if not self._turn.acquire(blocking=False):
+        # Not by acquire(): what a signal handler raises right after it would leave the turn taken for ever.
+        if self._turn.locked():
             return self._healthy
-        try:
+        with self._turn:
             if self._last_ms is None or not 0 <= now_ms - self._last_ms < interval_ms:
                 self._last_ms = now_ms
                 self._messages.send_again()
@@ -241,8 +242,6 @@ class Health(ABC):
                 elif self.refusal is None and not self.page.state.ended:
                     self._count(finding)
             return self._healthy
-        finally:
-            self._turn.release()
 
     def look(self) -> None:
         """Find out, in the owner, whether a restart has ended the outage: where nobody checks, it has."""

@@ -1,6 +1,8 @@
 """When a service is checked, what counts as a failure, when it is restarted, and what is told of it."""
 
+import contextlib
 import logging
+import signal
 import threading
 
 import pytest
@@ -82,6 +84,30 @@ def test_checks_at_most_once_an_interval(subject):
     assert subject.probes == 1
     assert subject.check(0.001)
     assert subject.probes == 2
+
+
+def test_what_a_signal_handler_raises_in_a_check_stops_no_later_one(subject):
+    class LateError(Exception):
+        pass
+
+    def late(*_):
+        raise LateError
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        for number in range(5000):
+            with contextlib.suppress(LateError):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + number % 60))
+                    for _ in range(20):
+                        subject.check()
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    probes = subject.probes
+    assert subject.check()
+    assert subject.probes == probes + 1
 
 
 def test_the_first_check_is_made_whatever_the_time(subject):
