@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 import time
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from threading import TIMEOUT_MAX
 from typing import Any, Literal, NoReturn, Self
@@ -370,14 +371,16 @@ class Connections:
 
     def __init__(self) -> None:
         self.refusal: str | None = None  # why no more connections are handed out; never goes back
-        self._wires: dict[Wire, None] = {}  # all
+        # All, by id. One that a signal handler's exception has torn from its call is in use by nobody, and goes.
+        self._wires: weakref.WeakValueDictionary[int, Wire] = weakref.WeakValueDictionary()
         self._idle: list[Wire] = []  # those that no call uses, the last used one last
         forks.register(self)
 
     def __del__(self) -> None:
         # Nobody else holds a reference, so no call is under way.
-        for wire in getattr(self, "_wires", ()):
-            wire.close()
+        if hasattr(self, "_wires"):
+            for wire in list(self._wires.values()):
+                wire.close()
 
     def open(self, location: Location) -> Wire:
         """Enter a new wire, which is not connected yet; ``ChannelError`` when closed."""
@@ -386,7 +389,7 @@ class Connections:
                 wire = Wire(new_socket(location))
         except OSError as error:
             raise _cannot_connect(location, error) from error
-        self._wires[wire] = None
+        self._wires[id(wire)] = wire
         if self.refusal is not None:
             self.discard(wire)
             raise ChannelError(self.refusal)
@@ -409,8 +412,8 @@ class Connections:
 
     def give_back(self, wire: Wire) -> None:
         """Make a connection idle after a complete exchange; it is closed if there are enough."""
-        # A wire that was in use at a fork is not in the child's books.
-        if len(self._idle) >= _MOST_IDLE or wire not in self._wires:
+        # A wire that was in use at a fork is closed in the child.
+        if len(self._idle) >= _MOST_IDLE or wire.sock.fileno() < 0:
             self.discard(wire)
             return
         self._idle.append(wire)
@@ -419,7 +422,7 @@ class Connections:
 
     def discard(self, wire: Wire) -> None:
         """Strike a connection that its caller has in use, and close it."""
-        self._wires.pop(wire, None)
+        self._wires.pop(id(wire), None)
         wire.close()
 
     def retire(self, why: str) -> None:
@@ -431,8 +434,9 @@ class Connections:
     def close(self, why: str) -> None:
         """Retire, and shut the connections in use, which their users then discard; idempotent."""
         self.retire(why)
-        for wire in list(self._wires):
-            wire.shutdown()
+        for reference in self._wires.valuerefs():
+            if (wire := reference()) is not None:
+                wire.shutdown()
 
     def _close_idle(self) -> None:
         with contextlib.suppress(IndexError):
@@ -441,7 +445,7 @@ class Connections:
 
     def after_fork_in_child(self) -> None:
         """Forget all, which is the parent's. Called by :mod:`shmelim.system.forks`."""
-        self._wires, self._idle = {}, []
+        self._wires, self._idle = weakref.WeakValueDictionary(), []
 
 
 class Proxy:

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import pickle
+import signal
 import socket
 import stat
 import threading
@@ -500,6 +501,30 @@ def test_closing_a_client_ends_its_calls(server, target):
     assert len(errors) == 1
 
 
+def test_what_signal_handlers_raise_in_calls_leaves_no_connection_behind(client, server):
+    class LateError(Exception):
+        pass
+
+    def late(*_):
+        raise LateError
+
+    client.connect()
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        for number in range(3000):
+            with contextlib.suppress(LateError):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + number % 300))
+                    for _ in range(10):
+                        client.call("echo_rpc")
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    client.call("echo_rpc")
+    until(lambda: server.stats()["connections"] == 1, "one connection, which is idle")
+
+
 def test_a_client_cannot_be_pickled(client):
     for thing in (client, client.proxy()):
         with pytest.raises(TypeError, match="pickle"):
@@ -680,7 +705,7 @@ def test_bad_limits(tmp_path):
 def test_tcp_has_no_delay_at_both_ends(target):
     with ChannelServer(target, ("127.0.0.1", 0), KEY) as server, ChannelClient(server.address, KEY) as client:
         client.call("echo_rpc")
-        ends = [*server._peers._all, *client._connections._wires]
+        ends = [*server._peers._all, *client._connections._wires.values()]
         for end in ends:
             sock = getattr(end, "wire", end).sock
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
