@@ -18,7 +18,6 @@ import weakref
 from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shmelim.errors import MissingExtraError
@@ -27,7 +26,7 @@ from shmelim.notify.problems import Undelivered
 from shmelim.system import forks
 from shmelim.system.arguments import seconds, whole
 from shmelim.system.background import Background
-from shmelim.system.clock import now_ms
+from shmelim.system.clock import monotonic, now_ms
 from shmelim.system.logs import LimitedLog
 from shmelim.system.places import place
 from shmelim.system.text import get_logger, printable
@@ -165,6 +164,7 @@ class SlackNotifier:
         self._counts = dict.fromkeys(("sent", "held_back", "dropped", "failed"), 0)
         self._tries_at_end = 0
         self._fault: tuple[str, int] | None = None  # why the last try failed, and since when (ms) all do
+        self._trying_ms: int | None = None  # since when a try is under way
 
     def use_outbox(self, directory: Path | str) -> None:
         """Have messages wait in a directory from now on, and send those that wait there.
@@ -183,6 +183,7 @@ class SlackNotifier:
         """Return what waits although it was tried, or has waited for a minute; None while all goes well."""
         with self._changed:
             waiting, fault, since_ms = self.stats()["queued"], self._fault, None
+            trying_ms = self._trying_ms
             if self._outbox is not None and waiting:
                 with contextlib.suppress(OSError):
                     since_ms = self._outbox.since_ms()
@@ -190,6 +191,8 @@ class SlackNotifier:
             return None
         if fault is not None:
             return Undelivered(waiting, fault[1] if since_ms is None else since_ms, fault[0])
+        if trying_ms is not None and now_ms() - trying_ms > _LONG_MS:
+            return Undelivered(waiting, trying_ms, "the answer does not end")  # each piece of it comes in time
         if since_ms is not None and now_ms() - since_ms > _LONG_MS:
             return Undelivered(waiting, since_ms, "another process has the turn to send, or nobody")
         return None
@@ -352,7 +355,7 @@ class SlackNotifier:
 
     def _try(self, text: str) -> _Fault | None:
         """Try once to deliver a message; return what went wrong, without the URL."""
-        fault = None
+        fault, self._trying_ms = None, now_ms()
         try:
             answer = self._post(text)
             status = answer.status_code
@@ -367,6 +370,7 @@ class SlackNotifier:
         except Exception as error:  # its text may have the URL in it
             fault = _Fault(type(error).__name__)
         with self._changed:
+            self._trying_ms = None
             if fault is None or fault.is_final:
                 self._fault = None
             else:

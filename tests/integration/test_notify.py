@@ -1,5 +1,6 @@
 """Alerts over real HTTP on loopback: to a webhook that is well, slow, full, broken, silent or not there."""
 
+import contextlib
 import gc
 import http.server
 import json
@@ -656,3 +657,31 @@ def test_without_slack_sdk_a_webhook_is_refused_with_what_to_install(monkeypatch
         SlackNotifier(f"https://hooks.slack.invalid/services/{SECRET}")
     with pytest.raises(ValueError, match="not an http"):  # what is wrong by itself is told first
         SlackNotifier("hooks")
+
+
+def test_an_answer_that_does_not_end_is_named(make, monkeypatch):
+    """Each piece of it comes in time, and no other alert leaves meanwhile."""
+    monkeypatch.setattr("shmelim.notify.slack._LONG_MS", 200)
+    ended = threading.Event()
+
+    def drip():
+        with listener, contextlib.suppress(OSError):
+            peer, _ = listener.accept()
+            with peer:
+                peer.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                while not ended.wait(0.01):
+                    peer.sendall(b"x")
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    notifier = make(f"http://127.0.0.1:{listener.getsockname()[1]}/hook", max_tries=1)
+    try:
+        notifier.send_message("hello")
+        found = until(notifier.undelivered, "what is undelivered")
+        assert (found.messages, found.why) == (1, "the answer does not end")
+    finally:
+        ended.set()
+        dripping.join(PATIENCE)
+    assert notifier.flush(PATIENCE)
+    assert notifier.undelivered() is None
