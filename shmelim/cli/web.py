@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import re
 import socket
 import stat
@@ -82,7 +84,14 @@ def web(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...], tok
         where = f"[{host}]:{at}" if family == socket.AF_INET6 else f"{host}:{at}"
         click.echo(printable(f"the page of {settings.name!r}: http://{where}/"), err=True)
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
+        logging.getLogger("uvicorn.error").addFilter(_is_worth_telling)
         uvicorn.Server(config).run([listening])
+
+
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    """Tell whether a line is about something else than what was cut off because somebody ended the page."""
+    error = record.exc_info and record.exc_info[1]
+    return not isinstance(error, asyncio.CancelledError) and "shutdown exceeded" not in record.getMessage()
 
 
 def _token_in(path: Path) -> str:

@@ -3,14 +3,19 @@
 import asyncio
 import html
 import json
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import time
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from invoking import CliRunner
+from ledger import hang
 from prometheus_client.parser import text_string_to_metric_families
 from serving import row
 from starlette.testclient import TestClient
@@ -277,6 +282,20 @@ def test_changes_come_as_they_are_made_until_the_page_ends(running, client):
         assert json.loads(line.removeprefix("data: "))["hotkey"] == HOSTILE
     running.terminate()
     assert running.wait(PATIENCE) is not None
+
+
+def test_who_ends_the_page_hears_no_errors_of_what_it_cut_off(running, served):
+    address = urlsplit(re.search(r"http://\S+", running.stderr.readline()).group())
+    with socket.create_connection((address.hostname, address.port)) as asking:
+        hang(served.pid)
+        try:
+            asking.sendall(f"GET /miner?hotkey=a HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
+            with httpx.stream("GET", f"{address.geturl()}events", timeout=PATIENCE) as answer:
+                assert next(answer.iter_lines()).startswith(": ")
+                running.terminate()
+                assert running.communicate(timeout=PATIENCE)[1] == ""
+        finally:
+            os.kill(served.pid, signal.SIGCONT)
 
 
 async def listen(app, until_gone):
