@@ -21,10 +21,11 @@ from time import perf_counter
 from typing import Final, Literal, NamedTuple
 
 from shmelim.eliminations.runtime import RuntimeDirectory, state_directory_of
-from shmelim.errors import ShmelimError
+from shmelim.errors import ShmelimError, StoreError
 from shmelim.shm import READ_PATH
 from shmelim.shm.native import HOW_TO_COMPILE, why_pure
 from shmelim.system import clock
+from shmelim.system.durable import writing
 from shmelim.system.owner import named_owner
 from shmelim.watch.seeing import Seen, see
 
@@ -163,9 +164,10 @@ def _of_disk(directory: Path) -> Iterator[Finding]:
         yield Finding("state", "notice", text, "run as the server's user to see whether it can write there")
         return
     try:
-        took = _time_of_sync(directory)
-    except OSError as error:
-        yield Finding("state", "warning", f"{directory} cannot be written: {error.strerror}", "make it writable")
+        with writing(f"{directory} cannot be written", "make it writable"):
+            took = _time_of_sync(directory)
+    except StoreError as error:
+        yield Finding("state", "warning", error.message, error.hint or "")
         return
     if took > _SLOW_FSYNC:
         text = f"a write to {directory} takes {1000 * took:,.0f} ms, and so does each change"

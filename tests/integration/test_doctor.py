@@ -1,5 +1,6 @@
 """``shmelim doctor``: each finding is provoked once, and a machine where all is well has none."""
 
+import errno
 import json
 import os
 import resource
@@ -143,6 +144,16 @@ def test_a_state_directory_that_is_not_there_or_not_ours(finds, tmp_path, monkey
     monkeypatch.setattr(doctor, "_time_of_sync", refuse)
     ((what, text),) = finds(state_dir=tmp_path)
     assert (what, "cannot be written: Permission denied" in text) == ("state", True)
+
+
+def test_a_full_disk_is_not_to_be_made_writable(served, machine, monkeypatch):
+    def refuse(_directory):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(doctor, "_time_of_sync", refuse)
+    (found,) = examine(served.name, served.state_dir, machine)
+    assert "cannot be written: No space left on device" in found.text
+    assert "make room" in found.remedy
 
 
 def test_a_key_that_others_may_read(finds, served):
