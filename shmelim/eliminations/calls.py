@@ -332,8 +332,7 @@ class Calls:
 
         What is asked of that moment or a later one, :meth:`as_of` and :meth:`rollback` too, is answered as before;
         earlier ones raise ``ValueError`` from then on. The newest event stays, and what debts are made of. Nothing
-        but a backup brings the rest back. ``dry_run`` only counts. ``ValueError`` also where a change that the
-        guard noticed, and nobody acknowledged, could not be undone afterwards.
+        but a backup brings the rest back. ``dry_run`` only counts.
         """
 
     # ------------------------------------------------------------------ files

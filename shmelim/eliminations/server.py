@@ -43,7 +43,7 @@ from shmelim.eliminations.rules import Context, EliminationProcessor, processed
 from shmelim.eliminations.rules.membership import is_zombie
 from shmelim.eliminations.state import changes
 from shmelim.eliminations.state.debt_book import DebtMethods
-from shmelim.eliminations.state.guard import acknowledge, expire, notices, prunable, prune, tell_noticed
+from shmelim.eliminations.state.guard import acknowledge, expire, notices, tell_noticed
 from shmelim.eliminations.state.room import look_at_room
 from shmelim.eliminations.store.history import LARGEST_ID, Origin
 from shmelim.eliminations.store.opening import store_bytes
@@ -466,8 +466,10 @@ class EliminationManagerServer(Holding, DebtMethods):
     def prune_history_rpc(self, before: int | str | datetime, *, dry_run: bool = False) -> int:
         moment = Moment.of(before)
         if dry_run:
-            return self._ask(lambda store: prunable(store, moment))
-        return self._change(prune, moment)
+            return self._ask(lambda store: changes.prunable(store, moment))
+        count = self._change(changes.prune, moment)
+        tell_noticed(self.problems, self._ask(notices))  # what undoes one may be forgotten
+        return count
 
     # ------------------------------------------------------------------ files
 

@@ -162,18 +162,18 @@ def test_who_acknowledges_is_in_the_history(start):
     assert start().get_history_rpc(limit=1)[0]["action"] == "ack"
 
 
-def test_what_undoes_a_noticed_change_is_not_forgotten_before_somebody_has_looked(start):
+def test_a_notice_names_no_rollback_that_was_pruned(start):
     server = start()
     server.sync_eliminations_rpc(rows(*range(40)))
     server.sync_eliminations_rpc(rows(*range(20)))
-    for is_dry in (True, False):
-        with pytest.raises(ValueError, match=r"take back 20 of 40 .* event 40"):
-            server.prune_history_rpc(41, dry_run=is_dry)
-    assert server.prune_history_rpc(40) == 40
-    server.rollback_rpc(40)
-    assert len(server.get_eliminated_hotkeys_rpc()) == 40
-    server.acknowledge_rpc()
-    assert server.prune_history_rpc(41) == 1
+    for event, named in ((40, "rollback --to 40"), (41, "a backup")):
+        server.prune_history_rpc(event)
+        (problem,) = server.health_check_rpc()["problems"]
+        assert named in problem["remedy"]
+    (problem,) = start().health_check_rpc()["problems"]
+    assert "a backup" in problem["remedy"]
+    start().sync_eliminations_rpc(rows(*range(5)))
+    assert len(noticed(start())) == 2
 
 
 def test_what_was_forgotten_hides_no_small_change_from_the_guard(start):

@@ -10,9 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
-from shmelim.eliminations.moments import Moment
 from shmelim.eliminations.record import DAY_MS
-from shmelim.eliminations.state import changes
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.store import Counts, Store
@@ -27,13 +25,14 @@ _NOTICES: Final = "guarded_changes"
 _STEPS: Final = "guarded_steps"  # what was taken back within a day and not noticed yet, at most one for each hour
 _HOUR_MS: Final = 3_600_000
 _REMEDY: Final = "if it was meant, `shmelim ack`; if not, `shmelim rollback --to {}` undoes it and what came after"
+_FORGOTTEN: Final = "if it was meant, `shmelim ack`; if not, restore a backup: what undoes it was pruned"
 
 
 class Notice(NamedTuple):
     """A change that was carried out and that somebody should know of."""
 
-    before: int  # the number of the last event before it
-    event: int  # and of its own last one
+    before: int | None  # the number of the last event before it; None: that was pruned
+    event: int  # that of its own last one
     at_ms: int
     text: str
 
@@ -138,26 +137,13 @@ def _steps_with(step: Step, gone: int) -> list[_Steps]:
 
 def notices(store: Store) -> list[Notice]:
     """Return what was noticed within a day and not acknowledged, the oldest first."""
+    known = store.pruned.event
     found = [Notice(*each) for each in store.meta(_NOTICES, [])]
-    return [notice for notice in found if not _is_over(notice.at_ms)]
-
-
-def prunable(store: Store, moment: Moment) -> int:
-    """Return how many events up to a moment can be forgotten; ValueError: what was noticed is undone by them."""
-    count = changes.prunable(store, moment)
-    for notice in notices(store):
-        if notice.before < store.pruned.event + count:
-            raise ValueError(
-                f"{notice.text} (up to event {notice.event}) could not be undone any more: `shmelim ack` it "
-                f"first, or forget what came up to event {notice.before} at most"
-            )
-    return count
-
-
-def prune(step: Step, moment: Moment) -> int:
-    """Forget the events up to a moment; returns how many. Errors as there."""
-    prunable(step.store, moment)
-    return changes.prune(step, moment)
+    return [
+        notice if (notice.before or 0) >= known else notice._replace(before=None)
+        for notice in found
+        if not _is_over(notice.at_ms)
+    ]
 
 
 def acknowledge(step: Step) -> list[str]:
@@ -177,7 +163,7 @@ def tell_noticed(problems: Problems, found: Collection[Notice]) -> None:
             f"{notice.text} (up to event {notice.event})",
             subject=f"event {notice.event}",
             severity="notice",
-            remedy=_REMEDY.format(notice.before),
+            remedy=_FORGOTTEN if notice.before is None else _REMEDY.format(notice.before),
             since_ms=notice.at_ms,
         )
     problems.clear_others(GUARDED, [f"event {notice.event}" for notice in found])
