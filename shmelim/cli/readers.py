@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _RATES: Final = ("checks", "records", "snapshots")
 _COLUMNS: Final = ("pid", "user", "since", *(f"{name}/s" for name in _RATES), *COUNTED, "title")
 _SORTS: Final = (*COUNTED, "since")
+_FIRST: Final = 1.0  # seconds, at most, until a screen shows something
 
 
 def _begin(settings: Settings, seconds: float) -> Readers:
@@ -102,7 +104,8 @@ def top(settings: Settings, *, interval: float, sort: str) -> int:
       shmelim top
       shmelim top --sort snapshots
     """
-    watched = _begin(settings, interval)
+    is_drawn = not settings.as_json and output.can_draw() and output.can_ask()
+    watched = _begin(settings, min(interval, _FIRST) if is_drawn else interval)
 
     def look() -> dict[str, Any]:
         found = watched.look()
@@ -110,12 +113,14 @@ def top(settings: Settings, *, interval: float, sort: str) -> int:
             found["readers"].sort(key=lambda reader: -reader[f"{sort}_per_s"])
         return found
 
-    if settings.as_json or not (output.can_draw() and output.can_ask()):
+    if not is_drawn:
         found = look()
         settings.table(found, _COLUMNS, map(_cells, found["readers"]))
         return YES
     from rich.live import Live
 
+    # By an exception, so that the terminal is left as it was.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with _keys() as pressed, Live(auto_refresh=False, screen=True) as live:
         while True:
             live.update(_screen(settings.name, look()), refresh=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -169,8 +170,9 @@ def test_top_prints_once_into_a_pipe_who_reads_most_first(
     assert [each["pid"] for each in found["readers"]] == [idle.pid, busy.pid]
 
 
-def test_top_on_a_terminal_goes_on_until_q_and_leaves_the_terminal_as_it_was(
-    name: str, start: Callable[[], Process]
+@pytest.mark.parametrize(("how", "status"), [(b"xq", 0), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_top_on_a_terminal_goes_on_until_it_is_ended_and_leaves_the_terminal_as_it_was(
+    name: str, start: Callable[[], Process], how: bytes | signal.Signals, status: int
 ) -> None:
     reading = start()
     reading.read(1)
@@ -183,13 +185,36 @@ def test_top_on_a_terminal_goes_on_until_q_and_leaves_the_terminal_as_it_was(
         shown = b""
         while shown.count(b"checks in all") < 3:
             shown += os.read(main, 65536)
-        os.write(main, b"xq")
+        if isinstance(how, bytes):
+            os.write(main, how)
+        else:
+            process.send_signal(how)
         while b"\x1b[?1049l" not in shown:  # back from the other screen
             shown += os.read(main, 65536)
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(PATIENCE) == status
         assert str(reading.pid).encode() in shown
         assert b"\x1b[31mred" not in shown
         assert termios.tcgetattr(terminal) == before
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+        os.close(main)
+        os.close(terminal)
+
+
+def test_top_shows_who_reads_long_before_its_interval_is_over(name: str) -> None:
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "shmelim", "top", "--name", name, "--interval", "3600"]
+    environment = os.environ | {"TERM": "xterm"}
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+    try:
+        shown = b""
+        while b"checks in all" not in shown:
+            shown += os.read(main, 65536)
+        os.write(main, b"q")
+        while b"\x1b[?1049l" not in shown:
+            shown += os.read(main, 65536)
+        assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
         process.wait(PATIENCE)
