@@ -374,6 +374,15 @@ def test_a_disk_that_is_full_is_the_backups_own(tmp_path):
     assert list((tmp_path / "volume").iterdir()) == []
 
 
+def test_a_restore_that_no_registry_can_remember_says_that_it_is_done(run, server, place):
+    run("backup", str(place / "one"))
+    server.stop()
+    (place / "file").touch()
+    refused = run("restore", str(place / "one"), "--yes", "--registry", str(place / "file"))
+    assert refused.exit_code == 4
+    assert f"{server.state_dir} is restored, but the registry" in refused.stderr
+
+
 def test_restore_takes_no_links_place(run, server, place):
     """A store that a link leads to another disk would stay there, and the state be on this one."""
     run("backup", str(place / "one"))

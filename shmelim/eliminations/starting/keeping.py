@@ -240,8 +240,11 @@ def restore(backup: Path, directory: Path, registry: Registry | None, acknowledg
         kept = replacement.put_in_place(directory, "replaced")
         with Store.read_only(directory) as store:
             memory = memory_of(store, directory)
-        if registry is not None:
-            registry.remember(memory)
+        try:
+            if registry is not None:
+                registry.remember(memory)
+        except StoreError as error:
+            raise StoreError(f"{directory} is restored, but {error.message}", hint=error.hint) from error
         return Restored(memory.commit, memory.eliminated, memory.departed, kept)
     finally:
         lease.release()
