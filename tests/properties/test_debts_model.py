@@ -141,6 +141,8 @@ class Model(Sequences):
             return False
         debt = self.debts.pop(key)
         self.released.discard(key)
+        if kind == SLASH and declined:
+            self.begun.discard(debt.token)
         if kind == SLASH:
             self.slashes[hotkey, *key[2:]] = debt.stamp, "contract", "declined" if declined else "made"
         return True

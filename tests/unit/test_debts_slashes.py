@@ -732,6 +732,15 @@ def test_a_release_frees_what_is_due_and_later_ones_count_anew(server):
     )
 
 
+def test_what_was_declined_counts_for_no_hour(server):
+    """A contract that is not the mothership's takes nothing, of however many."""
+    for number in range(4):
+        eliminate(server, f"m{number}", kinds=[SLASH])
+        assert server.begin_slash_rpc(f"m{number}", f"t{number}", most_per_hour=2) is True
+        server.settle_debt_rpc(f"m{number}", SLASH, f"t{number}", declined=True)
+    assert server.get_money_held_rpc() is None
+
+
 @pytest.mark.parametrize(("made", "again"), [(True, False), (False, True)])
 def test_a_slash_owed_since_a_return_that_was_none_counts_for_the_registration_before(server, made, again):
     server.update_metagraph_rpc(["a", "b"])

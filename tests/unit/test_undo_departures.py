@@ -119,3 +119,31 @@ def test_one_that_was_seen_away_twice_has_not_come_back_either():
         server.remove_elimination_rpc("a")
         eliminate(server)
         assert owed(server) == []
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_who_only_a_wrong_look_showed_has_not_come_back(again):
+    """The next look, which does not show him, corrects it; and counts him once he does come."""
+    crowd = [f"m{number}" for number in range(40)]
+    with EliminationManagerServer() as server:
+        server.update_metagraph_rpc([*crowd, "a"])
+        eliminate(server)
+        slash(server)
+        server.update_metagraph_rpc(crowd)
+        server.update_metagraph_rpc([*crowd[:5], "a"])
+        assert server.get_missing_hotkeys_rpc() == sorted(crowd[5:])
+        server.update_metagraph_rpc(crowd)
+        if again:
+            server.update_metagraph_rpc([*crowd, "a"])
+        server.remove_elimination_rpc("a")
+        eliminate(server)
+        assert is_due(server) == ([(1, True)] if again else [])
+
+
+def test_who_is_first_seen_in_a_wrong_look_has_come_back_if_he_stays():
+    crowd = [f"m{number}" for number in range(40)]
+    with EliminationManagerServer() as server:
+        for hotkeys in ([*crowd, "a"], crowd, [*crowd[:5], "a"], [*crowd[:9], "a"], [*crowd, "a"], [*crowd, "a"]):
+            server.update_metagraph_rpc(hotkeys)
+        eliminate(server)
+        assert is_due(server) == [(1, True)]

@@ -453,6 +453,7 @@ def update_metagraph(
         anomalous = bool(lost) and not believe_empty
     # After an anomalous loss the lost ones stay registered, so that the next look compares with them too.
     changed = step.store.set_registered(seen | before if anomalous else seen)
+    _uncount_returns(step, unproved - seen)
     newcomers = sorted(seen - before) if anomalous else []
     if newcomers or unproved:
         step.set_meta(_UNPROVED, newcomers)
@@ -480,6 +481,13 @@ def _count_returns(step: Step, registered: Iterable[str]) -> None:
     rows = step.store.get_many(registered)
     for hotkey in (hotkey for hotkey, row in rows.items() if row.departed_ordinal is not None):
         step.store.put_registration(hotkey, step.store.registration(hotkey) + 1)
+
+
+def _uncount_returns(step: Step, hotkeys: Iterable[str]) -> None:
+    """Count the last return no more of those whom only a look showed that was not believed."""
+    for hotkey, row in step.store.get_many(hotkeys).items():
+        if row.departed_ordinal is not None:
+            _count_one_return_less(step, hotkey)
 
 
 def missing(store: Store) -> list[str]:

@@ -424,6 +424,8 @@ def settle(
     step.store.remove_debt(debt)
     outcome, entries = "", []
     if kind == SLASH:
+        if declined:
+            _forget_begun(step, debt.attempt or "")
         outcome = ", declined" if declined else ""
         entries = [_put_on_record(step, debt, BY_CONTRACT, DECLINED if declined else MADE, answer)]
     failures = f", after {debt.attempts} failures" if debt.attempts else ""
