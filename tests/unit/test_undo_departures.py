@@ -108,14 +108,18 @@ def test_a_slash_owed_before_and_since_stands_for_both_and_is_due(state):
         slash(server)
 
 
-def test_one_that_was_seen_away_twice_has_not_come_back_either():
+@pytest.mark.parametrize("is_away", [False, True])
+def test_one_that_was_seen_away_twice_has_not_come_back_either(is_away):
     with EliminationManagerServer() as server:
         server.update_metagraph_rpc(["a", "b"])
         eliminate(server)
         slash(server)
         leave_and_return(server)
         leave_and_return(server)
+        if is_away:
+            server.update_metagraph_rpc(["b"])
         server.undo_departures_rpc(["a"])
+        server.update_metagraph_rpc(["a", "b"])
         server.remove_elimination_rpc("a")
         eliminate(server)
         assert owed(server) == []

@@ -562,8 +562,8 @@ def undo_departures(step: Step, hotkeys: Iterable[str]) -> list[str]:
     rows = step.store.get_many(hotkeys)
     undone = {hotkey: row for hotkey, row in rows.items() if row.departed_ordinal is not None}
     step.store.clear_departed(undone)
-    for hotkey, row in undone.items():
-        while row.registered and _count_one_return_less(step, hotkey):
+    for hotkey in undone:
+        while _count_one_return_less(step, hotkey):
             pass
     step.record(EventOf("forget", hotkey, note="the departure was none") for hotkey in undone)
     return list(undone)
