@@ -198,6 +198,7 @@ class EliminationProcessor:
         with self._entered() as is_first:
             if not is_first:
                 return
+            self._slashing.record_ended()
             tick = self.context.begin(position_locks, epoch)
             try:
                 for each in dict.fromkeys((name, "positions", "slashes")):
