@@ -187,7 +187,8 @@ def open_error(path: str, error: OSError, action: str = "open") -> Exception:
             "run it as that user, or of that user's group where the server is to be --group-readable; "
             "or choose another name",
         )
-    return SegmentError(f"cannot {action} {path}: {error.strerror or error}")
+    hint = "raise the limit on the size of files (ulimit -f)" if error.errno == errno.EFBIG else None
+    return SegmentError(f"cannot {action} {path}: {error.strerror or error}", hint=hint)
 
 
 def _not_a_file(path: str, status: os.stat_result) -> SegmentError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import crashing
 import pytest
 
-from shmelim.errors import SegmentFullError
+from shmelim.errors import SegmentError, SegmentFullError
 from shmelim.shm import SharedNamespace, TableReader, TableWriter
 
 if TYPE_CHECKING:
@@ -160,3 +161,16 @@ def test_successor_without_room_leaves_the_predecessors_state() -> None:
         assert (reader.flags(b"a"), reader.flags(b"c")) == (0, 3)
 
     in_small_shm(run)
+
+
+def test_a_limit_on_the_size_of_files_is_named(table_name: str) -> None:
+    def run() -> str:
+        with TableWriter(SharedNamespace(table_name), capacity=8, arena_size=4096) as writer:
+            writer.load([(b"a", 1, b"", None)])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+            with pytest.raises(SegmentError, match="File too large") as caught:
+                writer.load([(b"a", 1, bytes(200_000), None)])
+            assert TableReader(SharedNamespace(table_name)).flags(b"a") == 1
+            return str(caught.value.hint)
+
+    assert "ulimit -f" in crashing.call(run)
