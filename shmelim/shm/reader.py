@@ -105,6 +105,7 @@ _POLL_LONGEST: Final = 2e-3
 _LOOK_AT_NAME: Final = 0.5
 # As `system.clock` has it, which who only reads does not load: a deadline comes though a test stops the time.
 monotonic: Final = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+monotonic_ns: Final = functools.partial(time.clock_gettime_ns, time.CLOCK_MONOTONIC)
 
 
 def end_of(wait: float | None) -> float:
@@ -126,7 +127,7 @@ class WriterState:
     NAMES = ("none", "starting", "serving", "stopped")
 
 
-_now = time.monotonic
+_now = monotonic
 RUNNING: Final = (WriterState.STARTING, WriterState.SERVING)
 
 
@@ -632,7 +633,7 @@ class TableReader:
     def _writer_of(root: Segment) -> WriterInfo:
         words = root.words
         state = words[WRITER_STATE]
-        age = (time.monotonic_ns() - words[HEARTBEAT]) / 1e9
+        age = (monotonic_ns() - words[HEARTBEAT]) / 1e9
         known = age > -1 and words[WRITER_CLOCK] == this_clock()
         running = state in RUNNING
         return WriterInfo(
@@ -656,7 +657,7 @@ class TableReader:
         if of_entries and self._seeks_page:
             self._find_page()
         words = self._view.root_words
-        age = time.monotonic_ns() - words[HEARTBEAT]
+        age = monotonic_ns() - words[HEARTBEAT]
         if words[WRITER_STATE] not in RUNNING or not -_SECOND < age < HEARTBEAT_LIMIT * _SECOND:
             self._look_at_name()
         if of_entries and self._max_staleness is not None:

@@ -87,7 +87,7 @@ from shmelim.shm.layout import (
 )
 from shmelim.shm.native import READ_PATH, WAKES, release_word
 from shmelim.shm.place import put_place
-from shmelim.shm.reader import HEARTBEAT_LIMIT, RUNNING, WriterState, this_clock
+from shmelim.shm.reader import HEARTBEAT_LIMIT, RUNNING, WriterState, monotonic_ns, this_clock
 from shmelim.shm.segment import Lock, Namespace, Segment
 
 if TYPE_CHECKING or READ_PATH == "pure":
@@ -243,7 +243,7 @@ class TableWriter:
         beat = words[HEARTBEAT]
         if words[WRITER_LOCK] in {0, self._lock.number} or words[WRITER_STATE] not in RUNNING:
             return
-        while -1 < time.monotonic_ns() - beat < HEARTBEAT_LIMIT * 1e9:
+        while -1 < monotonic_ns() - beat < HEARTBEAT_LIMIT * 1e9:
             if words[HEARTBEAT] != beat:
                 name, pid = self._namespace.name, words[WRITER_PID]
                 raise AlreadyServingError(
@@ -266,7 +266,7 @@ class TableWriter:
         put_source(root, self._source)
         if self._position is not None:
             put_position(root, self._position)
-        words[HEARTBEAT] = time.monotonic_ns()
+        words[HEARTBEAT] = monotonic_ns()
 
     # ------------------------------------------------------------------ state
 
@@ -315,7 +315,7 @@ class TableWriter:
         False: a name was removed or replaced, and the thread that owns the writer must call :meth:`renew`. A clock
         reading, a store, and three ``stat``; well within 10 µs.
         """
-        self._root.words[HEARTBEAT] = time.monotonic_ns()
+        self._root.words[HEARTBEAT] = monotonic_ns()
         if self._failure is not None:
             self._give_way()
             return False
@@ -419,7 +419,7 @@ class TableWriter:
             return
         self.abort()
         self._root.words[WRITER_STATE] = WriterState.STOPPED
-        self._root.words[HEARTBEAT] = time.monotonic_ns()
+        self._root.words[HEARTBEAT] = monotonic_ns()
         if self._former is not None:
             self._namespace.unlink(self._root)  # which never got its name
         self._lock.release()

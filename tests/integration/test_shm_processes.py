@@ -459,3 +459,27 @@ def test_tables_are_written_and_read_where_gevent_has_patched_the_standard_libra
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     SharedNamespace(table_name).remove()
     assert done.stdout.split() == ["1", "True", "True"], done.stderr
+
+
+FROZEN = """
+import sys, freezegun
+freezegun.freeze_time("2030-01-01").start()
+from shmelim import EliminationManager, EliminationReader
+name = sys.argv[1]
+with EliminationManager(None, None, None, name=name, port=None, is_backtesting=True) as manager:
+    print(EliminationReader(name).writer.alive, manager.writer.alive)
+with EliminationManager(None, None, None, running_unit_tests=True) as manager:
+    print(manager.writer.alive)
+"""
+
+
+@pytest.mark.parametrize("pure", ["0", "1"], ids=["native", "pure"])
+def test_a_server_lives_for_those_whose_clock_a_test_has_stopped(
+    table_name: str, tmp_path: Path, pure: str
+) -> None:
+    pytest.importorskip("freezegun")
+    environment = os.environ | {"SHMELIM_PURE": pure, "SHMELIM_RUNTIME_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", FROZEN, table_name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    SharedNamespace(table_name).remove()
+    assert done.stdout.split() == ["True"] * 3, done.stderr
