@@ -74,6 +74,8 @@ class AsyncEliminationClient:
     """
 
     def __init__(self, client: EliminationClient) -> None:
+        if not hasattr(client, "wait_for_change"):
+            raise TypeError(f"client must be an EliminationClient, not {client!r:.100}")
         self.client: Final = client
         self._callers = ThreadPoolExecutor(_CALLS, "shmelim-aio")
         # One thread waits for all; each waiter sees for himself whether that was for him.

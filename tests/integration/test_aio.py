@@ -39,6 +39,11 @@ def test_every_call_of_a_client_can_be_awaited():
     assert inspect.signature(AsyncEliminationClient.add_elimination) == inspect.signature(Calls.add_elimination)
 
 
+def test_a_name_is_no_client():
+    with pytest.raises(TypeError, match="client must be an EliminationClient, not 'shmelim'"):
+        AsyncEliminationClient("shmelim")
+
+
 def test_changes_and_errors_are_the_clients(run):
     async def work(client):
         assert await client.add_elimination("a", row("a")) is True
