@@ -122,6 +122,31 @@ class Model(Sequences):
         self.departed |= self.registered - seen
         self.registered, self.looked = seen, True
 
+    def undo(self, hotkey):
+        if hotkey not in self.departed:
+            return []
+        self.departed.discard(hotkey)
+        while (number := self.registrations[hotkey]) and not self._is_begun(hotkey, number):
+            self.registrations[hotkey] -= 1
+            self.debts = dict(self._moved(hotkey, number))
+        return [hotkey]
+
+    def _is_begun(self, hotkey, number):
+        made = any(cause[0] == hotkey and cause[2] == number for cause in self.slashes)
+        slashes = [debt for key, debt in self.debts.items() if key[:2] == (hotkey, SLASH) and key[3] == number]
+        return made or any(debt.state != "owed" for debt in slashes)
+
+    def _moved(self, hotkey, number):
+        """What is owed since a return counts as owed before it; of two one is left, due if either was."""
+        for key, debt in self.debts.items():
+            before = (*key[:3], number - 1)
+            if key[:2] != (hotkey, SLASH) or key[3] != number:
+                yield key, debt
+            elif before in self.debts and debt.due:
+                self.debts[before].due, self.debts[before].stamp = True, debt.stamp
+            elif before not in self.debts and (hotkey, key[2], number - 1) not in self.slashes:
+                yield before, debt
+
     def _fitting(self, hotkey, kind, token):
         for key, debt in self.debts.items():
             if key[:2] == (hotkey, kind):
@@ -242,6 +267,9 @@ class Subject(Sequences):
     def look(self, hotkeys):
         self.server.update_metagraph_rpc(hotkeys)
 
+    def undo(self, hotkey):
+        return self.server.undo_departures_rpc([hotkey])
+
     def settle(self, hotkey, kind, token, declined):
         return self.server.settle_debt_rpc(hotkey, kind, token, declined=declined)
 
@@ -282,6 +310,7 @@ step = st.one_of(
     st.tuples(st.just("sync"), st.lists(hotkey, unique=True, min_size=1), rule),
     st.tuples(st.just("look"), st.lists(hotkey, unique=True, min_size=1)),
     st.tuples(st.just("come_back"), hotkey),
+    st.tuples(st.just("undo"), hotkey),
     st.tuples(st.just("settle"), hotkey, repeatable, st.none(), no),
     st.tuples(st.just("settle"), hotkey, st.just(SLASH), token, st.booleans()),
     st.tuples(st.just("settle"), hotkey, st.just(SLASH), st.none(), no),
