@@ -162,6 +162,25 @@ def test_who_acknowledges_is_in_the_history(start):
     assert start().get_history_rpc(limit=1)[0]["action"] == "ack"
 
 
+def test_a_storm_of_syncs_is_told_in_few_notices(start):
+    """Something that syncs two lists in turn, each second, would fill the health, and each look at it."""
+    server = start()
+    lists = [rows(*range(20)), rows(*range(20, 40))]
+    server.sync_eliminations_rpc(lists[0])
+    for number in range(61):
+        server.sync_eliminations_rpc(lists[1 - number % 2])
+    found = noticed(server)
+    assert len(found) == 20
+    (merged,) = [text for text in found if "more such changes" in text]
+    assert merged.endswith(", and 41 more such changes after it")
+    problems = [each for each in server.health_check_rpc()["problems"] if each["name"] == "guarded_change"]
+    first = problems[0]["remedy"].partition("--to ")[2].partition("`")[0]
+    assert server.rollback_rpc(first) == 40
+    assert sorted(server.get_eliminations_dict_rpc()) == sorted(each["hotkey"] for each in lists[0])
+    assert len(server.acknowledge_rpc()) == 20
+    assert noticed(server) == []
+
+
 def test_a_notice_names_no_rollback_that_was_pruned(start):
     server = start()
     server.sync_eliminations_rpc(rows(*range(40)))

@@ -23,6 +23,7 @@ GuardMode: TypeAlias = Literal["tell", "refuse", "off"]
 GUARDED: Final = "guarded_change"
 _NOTICES: Final = "guarded_changes"
 _STEPS: Final = "guarded_steps"  # what was taken back within a day and not noticed yet, at most one for each hour
+_MOST_NOTICES: Final = 20  # beyond that, those in the middle become one
 _HOUR_MS: Final = 3_600_000
 _REMEDY: Final = "if it was meant, `shmelim ack`; if not, `shmelim rollback --to {}` undoes it and what came after"
 _FORGOTTEN: Final = "if it was meant, `shmelim ack`; if not, restore a backup: what undoes it was pruned"
@@ -35,6 +36,11 @@ class Notice(NamedTuple):
     event: int  # that of its own last one
     at_ms: int
     text: str
+    more: int = 0  # such changes after it that it stands for, too
+
+    def __str__(self) -> str:
+        also = f", and {self.more} more such changes after it" if self.more else ""
+        return f"{self.text} (up to event {self.event}){also}"
 
 
 class _Steps(NamedTuple):
@@ -94,7 +100,13 @@ class Guard:
             raise GuardedChangeError(
                 f"{what} would {text}; nothing was changed", hint="if it is meant, say force=True, or --force"
             )
-        step.set_meta(_NOTICES, [*notices(step.store), notice])
+        found = [*notices(step.store), notice]
+        if len(found) > _MOST_NOTICES:
+            one, other = found[_MOST_NOTICES // 2 : _MOST_NOTICES // 2 + 2]
+            found.remove(other)
+            # Under the number that it has in the health, so that nobody is told of it again.
+            found[_MOST_NOTICES // 2] = one._replace(at_ms=other.at_ms, more=one.more + other.more + 1)
+        step.set_meta(_NOTICES, found)
         self.has_noticed = True
 
     def _excess(self, before: int, gone: int, new: int) -> str | None:
@@ -160,7 +172,7 @@ def tell_noticed(problems: Problems, found: Collection[Notice]) -> None:
     for notice in found:
         problems.report(
             GUARDED,
-            f"{notice.text} (up to event {notice.event})",
+            str(notice),
             subject=f"event {notice.event}",
             severity="notice",
             remedy=_FORGOTTEN if notice.before is None else _REMEDY.format(notice.before),
