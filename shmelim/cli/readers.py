@@ -119,8 +119,6 @@ def top(settings: Settings, *, interval: float, sort: str) -> int:
         return YES
     from rich.live import Live
 
-    # By an exception, so that the terminal is left as it was.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with _keys() as pressed, Live(auto_refresh=False, screen=True) as live:
         while True:
             live.update(_screen(settings.name, look()), refresh=True)
@@ -150,17 +148,28 @@ def _screen(name: str, found: dict[str, Any]) -> Table:
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], bytes]]:
-    """Have the terminal give each key at once; yield a function that waits so many seconds for some."""
+    """Have the terminal give each key at once; yield a function that waits so many seconds for some.
+
+    It alone ends by a signal: raised at any line, an exception may leave a library's screen as it is.
+    """
     import termios
     import tty
 
     descriptor = sys.stdin.fileno()
+    ended: list[int] = []
     before = termios.tcgetattr(descriptor)
+    woken, waking = os.pipe()
+    os.set_blocking(waking, False)
 
     def pressed(seconds: float) -> bytes:
-        ready, _, _ = select.select([descriptor], [], [], seconds)
+        ready, _, _ = select.select([descriptor, woken], [], [], seconds)
+        if ended:
+            raise KeyboardInterrupt if ended[0] == signal.SIGINT else SystemExit(128 + ended[0])
         return os.read(descriptor, 64) if ready else b""
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: ended.append(number))
+    signal.set_wakeup_fd(waking)
     tty.setcbreak(descriptor)
     try:
         yield pressed

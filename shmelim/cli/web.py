@@ -14,7 +14,7 @@ import click
 from shmelim.cli.failure import extra, need_source
 from shmelim.cli.options import PATH, Settings, command
 from shmelim.errors import KeyFileError, ShmelimError
-from shmelim.system.text import printable
+from shmelim.system.text import get_logger, printable
 
 _LEAST_TOKEN = 16
 # A name, of which the first label may stand for any, or an address.
@@ -84,7 +84,7 @@ def web(settings: Settings, *, host: str, port: int, hosts: tuple[str, ...], tok
         where = f"[{host}]:{at}" if family == socket.AF_INET6 else f"{host}:{at}"
         click.echo(printable(f"the page of {settings.name!r}: http://{where}/"), err=True)
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=1)
-        logging.getLogger("uvicorn.error").addFilter(_is_worth_telling)
+        get_logger("uvicorn.error").addFilter(_is_worth_telling)
         uvicorn.Server(config).run([listening])
 
 
