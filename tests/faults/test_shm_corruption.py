@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import crashing
 import pytest
+from serving import row
 
 from shmelim import EliminationReader
+from shmelim.eliminations.comparing import difference
 from shmelim.errors import CorruptSegmentError, ShmelimError
 from shmelim.shm import SharedNamespace, TableReader, TableWriter
 from shmelim.shm.layout import (
@@ -334,6 +336,24 @@ def test_a_key_that_is_no_text_and_a_record_without_its_head(table_name: str) ->
         for read in (table.snapshot, lambda: table["b"], lambda: table.many(["b"])):
             with pytest.raises(CorruptSegmentError, match="cannot be decoded"):
                 read()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        (b"a\xff", 1, bytes(16) + b"\x80", None),
+        (b"a", 1, bytes(16) + b"\x82\xa1a", None),
+        (b"a", 1, bytes(16) + b"\xc1", None),
+    ],
+)
+def test_a_list_is_not_blamed_for_a_damaged_table_that_it_is_compared_with(table_name: str, entry: Any) -> None:
+    """The error was a ValueError, which says of a record of the list that it cannot be stored."""
+    with TableWriter(SharedNamespace(table_name)) as writer:
+        writer.load([entry, (b"b", 1, bytes(16) + b"\x80", None)])
+        reader = EliminationReader(table_name)
+        for given in ([], [row("a")], [row("a"), row("b")]):
+            with pytest.raises(CorruptSegmentError, match="cannot be decoded"):
+                difference(reader, given)
 
 
 @pytest.mark.parametrize("word", [0, 1 << SEQUENCE_BITS | SEQUENCE_MASK, 1 << SEQUENCE_BITS, 7 << SEQUENCE_BITS])

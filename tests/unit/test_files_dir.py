@@ -37,6 +37,20 @@ def test_a_manager_reads_what_another_one_wrote(of_files, files, reload):
     assert list(first.eliminations) == ["b"]
 
 
+def test_what_changes_no_row_does_not_write_over_what_another_one_wrote(of_files, files):
+    manager = of_files()
+    manager._server_proxy.eliminate_rpc("a", row("a"), ["positions"])
+    manager.save_eliminations()
+    of_files().add_elimination("b", row("b"))
+    assert manager._server_proxy.settle_debt_rpc("a", "positions")
+    manager.sync_eliminations([row("a")])
+    assert [
+        found["hotkey"] for found in json.loads((files / "eliminations.json").read_text())["eliminations"]
+    ] == [
+        *("a", "b"),
+    ]
+
+
 def test_a_damaged_file_is_refused_and_changes_nothing(of_files, files):
     manager = of_files()
     manager.sync_eliminations([row("a")])

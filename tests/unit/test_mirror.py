@@ -87,8 +87,7 @@ def test_a_table_that_cannot_be_read_for_a_while_leaves_the_files_behind_and_is_
     refused = []
 
     class Unreadable:
-        @property
-        def version(self):
+        def snapshot(self):
             refused.append(True)
             raise SegmentError("Too many open files")
 
@@ -124,6 +123,14 @@ class TestCurrent:
         lagged.save_eliminations_rpc()
         CHANGING[call](lagged)
         until(lambda: same(lagged, state_dir))
+
+    def test_what_is_on_record_alone_writes_none_anew(self, server, state_dir):
+        server.eliminate_rpc("a", row("a"), ["positions"])
+        server.save_eliminations_rpc()
+        written = (state_dir / "eliminations.json").stat().st_ino
+        assert server.settle_debt_rpc("a", "positions")
+        server.save_eliminations_rpc()
+        assert (state_dir / "eliminations.json").stat().st_ino == written
 
     def test_when_the_server_has_closed(self, never_by_itself, state_dir):
         with EliminationManagerServer(state_dir=state_dir) as server:

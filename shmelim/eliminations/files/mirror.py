@@ -86,7 +86,7 @@ class FileMirror:
         self._plain = plain
         self._ending = threading.Event()
         self._writing = threading.Lock()
-        self._shown: int | None = None  # the version that both files show at least
+        self._shown: int | None = None  # the `rows_version` that both files show at least
         self._departed: dict[str, dict[str, int]] | None = None  # as they were written last
         # The files as they stood when they were last known to be ours.
         self._ours: dict[str, tuple[int, ...]] = {}
@@ -141,22 +141,16 @@ class FileMirror:
 
     def _run(self) -> None:
         while not self._ending.wait(_COALESCE):
-            if self._is_behind() and time.monotonic() >= self._not_before:
+            if self._state.rows_version != self._shown and time.monotonic() >= self._not_before:
                 with self._writing:
                     self._write()
-
-    def _is_behind(self) -> bool:
-        try:
-            return self._table.version != self._shown
-        except ShmelimError:
-            return True  # the write names what keeps the table from being read
 
     def _write(self, *, look: bool = False) -> StoreError | None:
         """Write what is behind; returns why that is not possible, which is a named problem too."""
         began = time.monotonic()
         problem = None
         try:
-            version = self._table.version
+            version = self._state.rows_version
             changed = look and any(map(self._is_changed, self._ours))
             if changed or version != self._shown:
                 self._write_both(look=look)

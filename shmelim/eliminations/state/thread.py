@@ -98,7 +98,8 @@ class State:
 
     Belongs to the process that made it. With ``threaded`` it has a thread of its own, until it is closed.
     ``origin`` tells who asks for the change that a thread makes. ``commits`` and ``changes`` count;
-    ``published_ms`` is when the table changed last, or was taken over as it was, in ms since 1970 (UTC).
+    ``published_ms`` is when a version was published last, or was taken over as it was, in ms since 1970 (UTC);
+    ``rows_version`` is the last one that changed a row.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class State:
         self.commits = 0
         self.changes = 0
         self.published_ms = 0
+        self.rows_version = 0
         self._pid = os.getpid()
         # The store's failures so far, the last one, and the last commit that was none (ms since 1970).
         self._failures = 0
@@ -396,7 +398,10 @@ class State:
                 # Readers have nothing new to look at; a start does.
                 self._table.commit = store.next_commit
             else:
-                self._note_shown(transaction.publish(), store.next_commit)
+                version = transaction.publish()
+                self._note_shown(version, store.next_commit)
+                if written:
+                    self.rows_version = version
             self.commits += 1
             self._committed_ms = clock.now_ms()
             while self._raised:
@@ -426,7 +431,7 @@ class State:
         self._undo()
         with self._table.transaction(replace=True) as transaction:
             self._put_all(transaction)
-        self._torn = False
+        self._torn, self.rows_version = False, self._table.version
         self._note_shown(self._table.version, self._table.commit)
 
     def _report(self, error: Exception) -> None:
