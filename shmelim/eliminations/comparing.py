@@ -28,7 +28,7 @@ from shmelim.eliminations.record import (
     plausible_times,
     usual_hotkey,
 )
-from shmelim.eliminations.rows import Status, decode_hotkeys
+from shmelim.eliminations.rows import Status, decode_encoded, decode_hotkeys
 from shmelim.shm import ITEMS, KEYS, is_plain, may_mean_the_same
 
 _TURN: Final = 1024
@@ -183,7 +183,7 @@ class _Packed:
     @cached_property
     def records(self) -> dict[str, msgspec.Raw]:
         """The records by hotkey."""
-        return _decode_records(self._items)
+        return decode_encoded(self._items)
 
     def differing(self, part: Sequence[Any], listed: set[str]) -> list[Any] | None:
         """Return the records that do not stand here so, as :func:`encoded` does; None for odd ones.
@@ -232,7 +232,7 @@ class _Packed:
         """Return what stands here of these hotkeys, and perhaps of others."""
         if self._starts is None:
             end = self._place + len(self._run)
-            with suppress(msgspec.DecodeError):
+            with suppress(ValueError):
                 found = _records_in(self._items[self._place : end], len(hotkeys))
                 if found.keys() == hotkeys.keys():
                     self._place = end

@@ -143,7 +143,7 @@ def collector_at_rest(size: int) -> Iterator[None]:
             _collector_rests = False
 
 
-def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes) -> T:
+def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes | memoryview) -> T:
     with collector_at_rest(len(found)):
         try:
             return decoder.decode(found)
@@ -151,9 +151,11 @@ def _decode_all(decoder: msgspec.msgpack.Decoder[T], found: bytes) -> T:
             raise CorruptSegmentError(f"the records in shared memory cannot be decoded: {error}") from error
 
 
-# What the read paths collect: all records, in an array or by hotkey; hotkeys; the heads of records by hotkey.
+# What the read paths collect: all records, in an array or by hotkey, decoded or as they stand; hotkeys; the heads
+# of records by hotkey.
 decode_rows = partial(_decode_all, msgspec.msgpack.Decoder(list[dict[str, Any]]))
 decode_eliminations = partial(_decode_all, msgspec.msgpack.Decoder(dict[str, dict[str, Any]]))
+decode_encoded = partial(_decode_all, msgspec.msgpack.Decoder(dict[str, msgspec.Raw]))
 decode_hotkeys = partial(_decode_all, msgspec.msgpack.Decoder(list[str]))
 _Head = Annotated[bytes, msgspec.Meta(min_length=PREFIX.size, max_length=PREFIX.size)]
 _decode_heads = partial(_decode_all, msgspec.msgpack.Decoder(dict[str, _Head]))
