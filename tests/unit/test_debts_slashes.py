@@ -456,6 +456,19 @@ def test_an_elimination_that_takes_anothers_place_owes_its_own_slash_and_not_the
     assert bring(row("a", 7, reason="in other words")) == {("drawdown", False)}
 
 
+def test_an_elimination_that_was_slashed_for_and_takes_anothers_place_has_the_others_slash_rest(server):
+    """Taken back and brought in two steps it did."""
+    first, then = row("a", reason="LIQUIDATED"), row("a", 5, reason="MAX_TOTAL_DRAWDOWN")
+    server.eliminate_rpc("a", first, [SLASH], None, "perf_ledger")
+    make_slash(server)
+    server.sync_eliminations_rpc([])
+    server.eliminate_rpc("a", then, [SLASH], None, "drawdown")
+    server.sync_eliminations_rpc([first])
+    assert due(server, "a") == [False]
+    server.sync_eliminations_rpc([then])
+    assert due(server, "a") == [True]
+
+
 def test_a_slash_that_stands_for_two_eliminations_is_due_when_the_later_one_is_brought_again(server):
     """Its reason is that of the first, and says nothing of the other's rule."""
     for stamp, reason in enumerate(("FAILED_CHALLENGE_PERIOD_TIME", "PLAGIARISM")):

@@ -305,7 +305,7 @@ def _follow_debts(
 ) -> dict[str, bytes]:
     """Have due what these records owe, and rest what those owe whose place they took; returns those that are new.
 
-    One that takes a place and has no slash of its own leaves that which is owed, unless the other `is_undone`.
+    One that takes a place and never had a slash of its own leaves the one that is owed, unless that `is_undone`.
     """
     added, exchanged = {}, {}
     owing = step.store.debtors()
@@ -314,11 +314,13 @@ def _follow_debts(
         if event.action == "add" and hotkey is not None:
             added[hotkey] = records[hotkey]
         elif event.action == "update" and hotkey in owing and event.old is not None:
-            record = records[hotkey]
-            reason = decode(record)["reason"]
-            has_own = reason in _REASONS and _meant(step, _resting(step, hotkey), record)
-            if has_own or (is_undone and decode(event.old)["reason"] != reason):
-                exchanged[hotkey] = record
+            encoded = records[hotkey]
+            record = decode(encoded)
+            reason = record["reason"]
+            cause = rule_of(reason), record["elimination_initiated_time_ms"]
+            has_own = _meant(step, _resting(step, hotkey), encoded) or cause in _slashed(step, hotkey)
+            if (has_own and reason in _REASONS) or (is_undone and decode(event.old)["reason"] != reason):
+                exchanged[hotkey] = encoded
     _rest_debts(step, exchanged, why)
     _wake_debts(step, added | exchanged, owes=not is_undone)
     return added
@@ -354,7 +356,7 @@ def _meant(step: Step, resting: Iterable[Debt], encoded: bytes) -> list[Debt]:
     hotkey, reason, began_ms = record["hotkey"], record["reason"], record["elimination_initiated_time_ms"]
     registration = step.store.registration(hotkey)
     # Who has returned since owes what that very elimination owed, unless he was slashed for it then.
-    slashed = {(slash.rule, slash.eliminated_ms) for slash in step.store.slashes(hotkey)}
+    slashed = _slashed(step, hotkey)
     own = [debt for debt in resting if debt.eliminated_ms == began_ms and (debt.rule, began_ms) not in slashed]
     slashes = [
         debt for debt in resting if debt.kind == SLASH and (debt.registration == registration or debt in own)
@@ -362,6 +364,11 @@ def _meant(step: Step, resting: Iterable[Debt], encoded: bytes) -> list[Debt]:
     slashes = [debt for debt in slashes if debt.reason == reason] or _of_rule(slashes, reason)
     numbers = [debt.registration for debt in slashes if debt in own]
     return [debt for debt in slashes if debt.registration == max(numbers, default=registration)]
+
+
+def _slashed(step: Step, hotkey: str) -> set[tuple[str, int]]:
+    """Return the rules, and the times, of the eliminations that a hotkey was slashed for."""
+    return {(slash.rule, slash.eliminated_ms) for slash in step.store.slashes(hotkey)}
 
 
 def _of_rule(slashes: list[Debt], reason: str) -> list[Debt]:
