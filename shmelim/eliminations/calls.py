@@ -478,7 +478,7 @@ class Calls:
 
 
 class ServerAwayError(StateUnavailableError):
-    """As ProcessingCalls alone raise it, whatever a collaborator may raise."""
+    """The server is away; raised by :class:`ProcessingCalls` alone, never by a collaborator."""
 
 
 class ProcessingCalls(Calls):

@@ -491,7 +491,7 @@ def _count_returns(step: Step, registered: Iterable[str]) -> None:
 
 
 def _uncount_returns(step: Step, hotkeys: Iterable[str]) -> None:
-    """Count the last return no more of those whom only a look showed that was not believed."""
+    """Take back the last return of those whom only a look that was not believed had shown."""
     for hotkey, row in step.store.get_many(hotkeys).items():
         if row.departed_ordinal is not None:
             _count_one_return_less(step, hotkey)
@@ -537,7 +537,7 @@ def clear_departed(step: Step) -> None:
 
 
 def _count_one_return_less(step: Step, hotkey: str) -> bool:
-    """Take what is owed since the last return for owed before it; False where no return can be undone."""
+    """Undo the last return: what is owed since counts as owed before it. False where none can be undone."""
     number = step.store.registration(hotkey)
     slashes, debts = step.store.slashes(hotkey), [d for d in step.store.debts(hotkey) if d.kind == SLASH]
     since = [debt for debt in debts if debt.registration == number]
