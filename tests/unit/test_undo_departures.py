@@ -151,3 +151,20 @@ def test_who_is_first_seen_in_a_wrong_look_has_come_back_if_he_stays():
             server.update_metagraph_rpc(hotkeys)
         eliminate(server)
         assert is_due(server) == [(1, True)]
+
+
+@pytest.mark.parametrize("is_due", [True, False])
+def test_a_late_answer_counts_also_where_two_slashes_became_one(server, is_due):
+    """A person took it for not made; it would be made once more."""
+    eliminate(server)
+    server.sync_eliminations_rpc([])
+    leave_and_return(server)
+    eliminate(server)
+    assert server.begin_slash_rpc("a", "late", "drawdown", 1)
+    assert server.fail_debt_rpc("a", "slash", "timeout", "late", in_doubt=True)
+    assert server.resolve_slash_rpc("a", made=False)
+    if not is_due:
+        server.sync_eliminations_rpc([])
+    server.undo_departures_rpc(["a"])
+    assert server.settle_debt_rpc("a", "slash", "late")
+    assert owed(server) == []

@@ -553,8 +553,11 @@ def _count_one_return_less(step: Step, hotkey: str) -> bool:
         if debt.rule in made or ANY_RULE in made or before is not None:
             why = "slashed for it before" if before is None else "owed since before"
             step.record([EventOf("cancel", hotkey, note=f"{debt.kind} ({debt.rule}): {why}")])
-            if before is not None and debt.due:  # it stands for both, whether it rested or was begun
-                step.store.put_debt(before._replace(due=True, eliminated_ms=debt.eliminated_ms))
+            if before is not None:  # it stands for both, whether it rested or was begun; also for late answers
+                both = before._replace(attempt=before.attempt or debt.attempt)
+                step.store.put_debt(
+                    both._replace(due=True, eliminated_ms=debt.eliminated_ms) if debt.due else both
+                )
         else:
             step.store.put_debt(debt._replace(registration=number - 1))
     return True
