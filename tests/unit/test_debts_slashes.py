@@ -463,10 +463,12 @@ def test_an_elimination_that_was_slashed_for_and_takes_anothers_place_has_the_ot
     make_slash(server)
     server.sync_eliminations_rpc([])
     server.eliminate_rpc("a", then, [SLASH], None, "drawdown")
-    server.sync_eliminations_rpc([first])
-    assert due(server, "a") == [False]
-    server.sync_eliminations_rpc([then])
-    assert due(server, "a") == [True]
+    # Also one that owes nothing as he was slashed for its rule before.
+    for taking in (first, row("a", 9, reason="LIQUIDATED")):
+        server.sync_eliminations_rpc([taking])
+        assert due(server, "a") == [False]
+        server.sync_eliminations_rpc([then])
+        assert due(server, "a") == [True]
 
 
 def test_a_slash_that_stands_for_two_eliminations_is_due_when_the_later_one_is_brought_again(server):

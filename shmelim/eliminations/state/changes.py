@@ -317,8 +317,7 @@ def _follow_debts(
             encoded = records[hotkey]
             record = decode(encoded)
             reason = record["reason"]
-            cause = rule_of(reason), record["elimination_initiated_time_ms"]
-            has_own = _meant(step, _resting(step, hotkey), encoded) or cause in _slashed(step, hotkey)
+            has_own = _meant(step, _resting(step, hotkey), encoded) or _is_slashed(step, record)
             if (has_own and reason in _REASONS) or (is_undone and decode(event.old)["reason"] != reason):
                 exchanged[hotkey] = encoded
     _rest_debts(step, exchanged, why)
@@ -356,7 +355,7 @@ def _meant(step: Step, resting: Iterable[Debt], encoded: bytes) -> list[Debt]:
     hotkey, reason, began_ms = record["hotkey"], record["reason"], record["elimination_initiated_time_ms"]
     registration = step.store.registration(hotkey)
     # Who has returned since owes what that very elimination owed, unless he was slashed for it then.
-    slashed = _slashed(step, hotkey)
+    slashed = {(slash.rule, slash.eliminated_ms) for slash in step.store.slashes(hotkey)}
     own = [debt for debt in resting if debt.eliminated_ms == began_ms and (debt.rule, began_ms) not in slashed]
     slashes = [
         debt for debt in resting if debt.kind == SLASH and (debt.registration == registration or debt in own)
@@ -366,9 +365,14 @@ def _meant(step: Step, resting: Iterable[Debt], encoded: bytes) -> list[Debt]:
     return [debt for debt in slashes if debt.registration == max(numbers, default=registration)]
 
 
-def _slashed(step: Step, hotkey: str) -> set[tuple[str, int]]:
-    """Return the rules, and the times, of the eliminations that a hotkey was slashed for."""
-    return {(slash.rule, slash.eliminated_ms) for slash in step.store.slashes(hotkey)}
+def _is_slashed(step: Step, record: Mapping[str, Any]) -> bool:
+    """Tell whether a miner was slashed for an elimination, or for another one by which this one owed nothing."""
+    registration, began_ms = step.store.registration(record["hotkey"]), record["elimination_initiated_time_ms"]
+    return any(
+        slash.rule == rule_of(record["reason"])
+        and (slash.registration == registration or slash.eliminated_ms == began_ms)
+        for slash in step.store.slashes(record["hotkey"])
+    )
 
 
 def _of_rule(slashes: list[Debt], reason: str) -> list[Debt]:
