@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _RATES: Final = ("checks", "records", "snapshots")
 _COLUMNS: Final = ("pid", "user", "since", *(f"{name}/s" for name in _RATES), *COUNTED, "title")
 _SORTS: Final = (*COUNTED, "since")
+_QUIT: Final = b"q"
 _FIRST: Final = 1.0  # seconds, at most, until a screen shows something
 
 
@@ -122,7 +123,7 @@ def top(settings: Settings, *, interval: float, sort: str) -> int:
     with _keys() as pressed, Live(auto_refresh=False, screen=True) as live:
         while True:
             live.update(_screen(settings.name, look()), refresh=True)
-            if b"q" in pressed(interval).lower():
+            if _QUIT in pressed(interval).lower():
                 return YES
 
 
@@ -165,7 +166,12 @@ def _keys() -> Iterator[Callable[[float], bytes]]:
         ready, _, _ = select.select([descriptor, woken], [], [], seconds)
         if ended:
             raise KeyboardInterrupt if ended[0] == signal.SIGINT else SystemExit(128 + ended[0])
-        return os.read(descriptor, 64) if ready else b""
+        if descriptor not in ready:
+            return b""
+        with contextlib.suppress(OSError):
+            if keys := os.read(descriptor, 64):
+                return keys
+        return _QUIT  # the terminal is gone
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: ended.append(number))

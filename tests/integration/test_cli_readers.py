@@ -202,6 +202,25 @@ def test_top_on_a_terminal_goes_on_until_it_is_ended_and_leaves_the_terminal_as_
         os.close(terminal)
 
 
+def test_top_ends_with_its_terminal(name: str) -> None:
+    """Who has another controlling terminal, or none, gets no SIGHUP."""
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "shmelim", "top", "--name", name, "--interval", "0.1"]
+    process = subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, env=os.environ | {"TERM": "xterm"}
+    )
+    try:
+        os.close(terminal)
+        shown = b""
+        while b"checks in all" not in shown:
+            shown += os.read(main, 65536)
+        os.close(main)
+        process.wait(PATIENCE)
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+
+
 def test_top_shows_who_reads_long_before_its_interval_is_over(name: str) -> None:
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "shmelim", "top", "--name", name, "--interval", "3600"]
