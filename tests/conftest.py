@@ -190,7 +190,9 @@ def image(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ty
     """Have each kind of image written by the writers of a test: the compiled one, and its reference."""
     kind, check = Image, adoption.check_copy
     if request.param == "native":
-        fast = pytest.importorskip("shmelim.shm.fast_image", reason="the extension is not built")
+        fast = pytest.importorskip(
+            "shmelim.shm.fast_image", reason="the extension is not built", exc_type=ImportError
+        )
         kind, check = fast.NativeImage, fast.check_copy
     monkeypatch.setattr(writer, "Image", kind)
     monkeypatch.setattr(writer, "check_copy", check)

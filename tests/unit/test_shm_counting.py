@@ -410,7 +410,7 @@ def test_the_first_read_may_come_while_the_interpreter_ends(namespace: SharedNam
     """When most names are gone, which the counting needs."""
     command = [sys.executable, "-c", LAST_WORDS, namespace.name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert (done.stdout, done.stderr) == ("True\n", "")
+    assert (done.stdout, "Traceback" in done.stderr) == ("True\n", False)  # of a slower path it may say something
 
 
 def test_private_memory_is_not_counted() -> None:
