@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Self, TypeAlias, get_args
+from typing import Any, Final, Self, TypeAlias, TypeVar, get_args
 
 from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode, check_files
 from shmelim.eliminations.files.taking import read_state
 from shmelim.eliminations.reader import EliminationReader
-from shmelim.eliminations.runtime import lock_state, secure_state
+from shmelim.eliminations.runtime import SERVICE_NAME, lock_state, secure_state
 from shmelim.eliminations.starting.beginning import Choices, adopt, begin
 from shmelim.eliminations.starting.imports import import_departed, imported, merge_once
 from shmelim.eliminations.starting.keeping import memory_of
@@ -30,8 +31,9 @@ from shmelim.eliminations.store.history import Origin, this_process
 from shmelim.eliminations.store.schema import Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.ticks import Ticks
-from shmelim.errors import ShmelimError, StoreError
-from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter
+from shmelim.errors import AlreadyServingError, NotServingError, SegmentError, ShmelimError, StoreError
+from shmelim.service.lease import let_end
+from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter, WriterInfo
 from shmelim.system import clock
 from shmelim.system.arguments import flags
 from shmelim.system.durable import make_private_directory, writing
@@ -48,6 +50,7 @@ _CONTESTED: Final = "state_dir_contested"
 _MEMORY_LOST: Final = "shared_memory_lost"
 _KEEP_NAMES: Final = "keep others from removing them: `RemoveIPC=no` in logind.conf"
 
+_Lock = TypeVar("_Lock")
 Progress: TypeAlias = Callable[[str, int, int | None], Any]
 
 
@@ -113,7 +116,8 @@ class Holding:
         self._waits_for_files = files == "current"
         with contextlib.ExitStack() as undo:
             if self.state_dir is not None:
-                self._lease = lock_state(self.state_dir)
+                lock = functools.partial(lock_state, self.state_dir)
+                self._lease = _patiently(lock, Lease(self.state_dir / "lock").holder, tell)
                 undo.callback(self._lease.release)
             tell("opening the state", 0, None)
             choices = Choices(
@@ -126,7 +130,7 @@ class Holding:
                 judge=self._guard.judge,
             )
             remembered = self._registry(registered)
-            store, table = self._begin(choices, remembered)
+            store, table = self._begin(choices, remembered, tell)
             undo.callback(store.close)
             undo.callback(table.close)
             # From here on the heartbeat tells readers that a writer is at work.
@@ -166,9 +170,9 @@ class Holding:
             return None
         return Registry(base, self.namespace.name)
 
-    def _begin(self, choices: Choices, registry: Registry | None) -> tuple[Store, TableWriter]:
+    def _begin(self, choices: Choices, registry: Registry | None, tell: Progress) -> tuple[Store, TableWriter]:
         """Take the name, and return the store to serve from with the writer of its table."""
-        lock = self.namespace.acquire()
+        lock = _patiently(self.namespace.acquire, lambda: living_writer(self.namespace.name), tell)
         with contextlib.ExitStack() as undo:
             undo.callback(lock.release)
             memory = self._recall(registry)
@@ -312,6 +316,31 @@ def check_choices(
     check_files(files, files_mode)
     if adopt_published and replace_published:
         raise ValueError("adopt_published and replace_published contradict each other: give one of them")
+
+
+def _patiently(take: Callable[[], _Lock], holder: Callable[[], int | None], tell: Progress) -> _Lock:
+    """Take a lock, if need be from a server that is ending since its owner has died."""
+    try:
+        return take()
+    except AlreadyServingError:
+        pid = holder()
+        text = f"waiting for the end of process {pid}, whose owner has died"
+        if pid is None or not let_end(pid, SERVICE_NAME, lambda: tell(text, 0, None)):
+            raise
+    return take()
+
+
+def living_writer(name: str) -> int | None:
+    """Return the process that serves a name; None if there is none that lives, as far as can be known here."""
+    writer = writer_of(name)
+    return writer.pid if writer is not None and writer.alive is not False else None
+
+
+def writer_of(name: str) -> WriterInfo | None:
+    """Return who writes a name's table; None if nothing can be read under it."""
+    with contextlib.suppress(NotServingError, SegmentError):
+        return EliminationReader(name).writer
+    return None
 
 
 def _checked(namespace: Namespace) -> Namespace:

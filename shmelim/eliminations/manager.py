@@ -16,14 +16,15 @@ from shmelim.channel.address import Location
 from shmelim.eliminations.calls import Calls, ProcessingCalls
 from shmelim.eliminations.epochs import new_epoch
 from shmelim.eliminations.files.mirror import FILES_MODE, FilesMode
+from shmelim.eliminations.holding import living_writer
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.reading import Reading
 from shmelim.eliminations.rows import Status
 from shmelim.eliminations.rules import Context, EliminationProcessor, processed
 from shmelim.eliminations.rules.loop import run_loop
 from shmelim.eliminations.rules.membership import is_zombie
-from shmelim.eliminations.runtime import RuntimeDirectory, default_state_directory
-from shmelim.eliminations.serve import SERVICE_NAME, ServeOptions, announce, living_writer, open_server
+from shmelim.eliminations.runtime import SERVICE_NAME, RuntimeDirectory, default_state_directory
+from shmelim.eliminations.serve import ServeOptions, announce, open_server
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.state.guard import Guard, GuardMode
 from shmelim.eliminations.store.schema import Durability

@@ -50,6 +50,7 @@ from shmelim.system.problems import Problems
 from shmelim.system.processes import ProcessIdentity
 from shmelim.system.text import get_logger
 
+SERVICE_NAME: Final = "EliminationManagerServer"
 LOCALHOST: Final = "127.0.0.1"
 
 RUNTIME_VARIABLE: Final = "SHMELIM_RUNTIME_DIR"

@@ -14,22 +14,25 @@ from typing import Any, Final, Self
 
 from shmelim.channel import Address, ChannelServer, check_free, load_or_create_key
 from shmelim.eliminations.files.mirror import FILES_MODE, FilesMode
-from shmelim.eliminations.holding import Progress, check_choices
-from shmelim.eliminations.reader import EliminationReader
-from shmelim.eliminations.runtime import Announcement, RuntimeDirectory, ServerInfo, default_state_directory
+from shmelim.eliminations.holding import Progress, check_choices, writer_of
+from shmelim.eliminations.runtime import (
+    SERVICE_NAME,
+    Announcement,
+    RuntimeDirectory,
+    ServerInfo,
+    default_state_directory,
+)
 from shmelim.eliminations.server import EliminationManagerServer
 from shmelim.eliminations.state.guard import Guard, GuardMode
 from shmelim.eliminations.state.leases import LEASE_S
 from shmelim.eliminations.store.schema import FILE_NAME, Durability
-from shmelim.errors import AlreadyServingError, ChannelError, NotServingError, SegmentError, StoreError
+from shmelim.errors import AlreadyServingError, ChannelError, StoreError
 from shmelim.service import ServerReady, report_progress
 from shmelim.service.process import Ending, run_server
-from shmelim.shm import Namespace, SharedNamespace, WriterInfo
+from shmelim.shm import Namespace, SharedNamespace
 from shmelim.system.arguments import flags
 from shmelim.system.supervisor import notify_supervisor
 from shmelim.system.text import get_logger
-
-SERVICE_NAME: Final = "EliminationManagerServer"
 
 # Of the options, what says where the name is; the server is made with all others.
 _NOT_THE_SERVERS: Final = {"name", "state_dir", "port", "group_readable", "runtime_base", "in_memory"}
@@ -136,18 +139,6 @@ def start_elimination_manager_server(
     run_server((open_server, (options,), {}, partial(announce, options)), address, authkey, server_ready)
 
 
-def living_writer(name: str) -> int | None:
-    """Return the process that serves a name; None if there is none that lives, as far as can be known here."""
-    writer = _writer_of(name)
-    return writer.pid if writer is not None and writer.alive is not False else None
-
-
-def _writer_of(name: str) -> WriterInfo | None:
-    with contextlib.suppress(NotServingError, SegmentError):
-        return EliminationReader(name).writer
-    return None
-
-
 class Service:
     """A served name: locks, state and command channel, for the length of a ``with`` block.
 
@@ -180,7 +171,7 @@ class Service:
         try:
             check_free(self._address)
         except ChannelError:
-            writer = _writer_of(self.options.name)
+            writer = writer_of(self.options.name)
             if writer is None or not (writer.alive is not False or writer.hangs):
                 raise
             raise AlreadyServingError(  # which says more than that its address is taken

@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +31,8 @@ from shmelim.system.text import get_logger
 
 _POLL: Final = 0.01
 _DYING: Final = 0.1  # seconds in which a process that has lost its title is dead
+_ENDING: Final = 30.0  # seconds that a server may need for its end
+_SLICE: Final = 0.5  # of these, between two reports
 _WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104  # nothing is bound to them here
 
 _logger = get_logger("shmelim.service")
@@ -142,6 +145,26 @@ def has_living_owner(pid: int) -> bool:
 def is_server_of(pid: int, service_name: str) -> bool:
     """Tell whether a process of this user carries the title of the service's servers."""
     return is_of_this_user(pid) and title_of(pid) == server_title(service_name)
+
+
+def let_end(pid: int, service_name: str, on_wait: Callable[[], object]) -> bool:
+    """Wait for a server whose owner has died, as it ends by itself; return whether it has ended.
+
+    One that was being started then ends once it has started. `on_wait` is called again and again meanwhile.
+    False at once for any other process that lives.
+    """
+    server, deadline = ProcessIdentity.of(pid), monotonic() + _ENDING
+    if pid == os.getpid():
+        return False
+    if not is_server_of(pid, service_name):
+        return server.wait(_DYING)
+    if not has_living_owner(pid):
+        _logger.warning("waiting for the end of process %d, a server whose owner has died", pid)
+        while monotonic() < deadline:
+            on_wait()
+            if server.wait(_SLICE):
+                return True
+    return False
 
 
 # ---------------------------------------------------------------------- whether an address is free

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -17,6 +20,8 @@ from waiting import PATIENCE, until
 from shmelim import EliminationReader
 from shmelim.errors import CallTimeoutError, NotServingError, OutcomeUnknownError
 from shmelim.service import HealthCheckDaemon
+from shmelim.system.locks import Lease
+from shmelim.system.processes import ProcessIdentity
 
 # Each changer has hotkeys of its own, and for each a place in shared memory for the last acknowledged stamp.
 PER_CHANGER = 50
@@ -170,6 +175,51 @@ def test_four_kills_while_three_copies_check(managers, tmp_path):
     assert len(set(alerts.lines())) == 8
     assert len(set(pids)) == 5
     assert stamp_of("a", manager.get_elimination("a")) == 4
+
+
+MANAGER = """
+import sys
+from shmelim import EliminationManager
+name, state, *imports = sys.argv[1:]
+manager = EliminationManager(None, None, None, name=name, port=None, state_dir=state, imports=imports)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("later", ["a manager", "a server of another name"])
+def test_who_comes_while_the_server_of_a_killed_manager_is_at_work_waits_for_its_end(tmp_path, new_name, later):
+    """That server is in its start here, which a pipe holds up; one that is closing its store is the same."""
+    state, pipe, log = tmp_path / "state", tmp_path / "pipe", tmp_path / "log"
+    os.mkfifo(pipe)
+    environment = os.environ | {"SHMELIM_RUNTIME_DIR": str(tmp_path / "run"), "HOME": str(tmp_path)}
+    name = new_name()
+    command = [sys.executable, "-c", MANAGER, name, str(state)]
+    with subprocess.Popen([*command, str(pipe)], env=environment, stdin=subprocess.PIPE) as first:
+        lease = Lease(state / "lock")
+        server = ProcessIdentity.of(until(lease.holder))
+        first.kill()
+    if later == "a server of another name":
+        name = new_name()
+        command = [sys.executable, "-m", "shmelim", "serve", "--name", name, "--state-dir", str(state)]
+    with (
+        log.open("wb") as stderr,
+        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=stderr) as second,
+    ):
+        try:
+            until(lambda: b"waiting for the end of process" in log.read_bytes() or second.poll() is not None)
+            assert second.poll() is None, log.read_text()
+            pipe.write_text('{"eliminations": []}')
+            assert server.wait(PATIENCE)
+            until(lambda: lease.holder() != server.pid and pid_of_writer(name) == lease.holder())
+        finally:
+            second.stdin.close()
+            if later != "a manager":
+                second.terminate()
+
+
+def pid_of_writer(name):
+    with contextlib.suppress(NotServingError):
+        return EliminationReader(name).writer.pid
 
 
 def _two_threads(manager, acknowledged, stop, results):
