@@ -320,7 +320,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
             self._reader = server.reader if running_unit_tests else EliminationReader(name)
             self._table = self._reader._table  # noqa: SLF001  # what the reads of both look into
             self._processor = self._make_processor()
-            self._look_at_metagraph()
+            self._processor.glance(is_first=True)
             if not (self._options.in_memory or self._options.files_dir):
                 self._outbox = (self._options.state_dir or default_state_directory(name)) / _OUTBOX
             self._keep_alerts()
@@ -392,13 +392,6 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
         if self.running_unit_tests:
             self._server_proxy._processor = processor  # noqa: SLF001
         return processor
-
-    def _look_at_metagraph(self) -> None:
-        """Tell the server who is registered, if that is known yet: a look like any other."""
-        try:
-            self._processor.handle_departed()
-        except TypeError as error:
-            _log.warning("the metagraph has no list of hotkeys yet: %s", error)
 
     def _call(self, method: str, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Any:
         if method not in _GUARDED or self.running_unit_tests:

@@ -24,6 +24,7 @@ from shmelim import (
     EliminationReader,
     NotServingError,
     ShmelimError,
+    ValidatorEnvironment,
 )
 
 OTHERS = (
@@ -69,6 +70,42 @@ def test_it_can_do_without_a_metagraph_that_is_ready(make, mode, metagraph):
     assert manager.get_eliminated_hotkeys() == set()
     assert manager.get_departed_hotkeys() == {}
     assert manager.add_elimination("a", row("a")) is True
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+def test_the_look_at_its_start_counts_like_any_other(make, mode, how):
+    """A metagraph that fails then keeps nobody's validator from starting, and is named until it answers."""
+    answers = threading.Event()
+
+    class Unwell:
+        @property
+        def hotkeys(self):
+            if how == "hangs" and mode != "direct":
+                answers.wait(PATIENCE)
+            elif not answers.is_set():
+                raise ConnectionError("no chain today")
+            return ["a"]
+
+    environment = ValidatorEnvironment(call_deadline_s=0.1)
+    manager = make(mode, Unwell(), None, None, environment=environment)
+    try:
+        assert manager.add_elimination("b", row("b")) is True
+        (told,) = [text for text in problems_of(manager) if "departed hotkeys" in text]
+        assert ("did not come back" if how == "hangs" and mode != "direct" else "no chain today") in told
+    finally:
+        answers.set()
+    environment.call_deadline_s = PATIENCE
+
+    def is_well():
+        manager.process_eliminations()
+        return not [text for text in problems_of(manager) if "departed hotkeys" in text]
+
+    until(is_well)
+    assert manager.update_metagraph(["b"]) == ["a"]
+
+
+def problems_of(manager):
+    return [str(problem) for problem in manager._server_proxy.health_check_rpc()["problems"]]
 
 
 def test_use_ipc_is_accepted_and_ignored_with_a_warning(make, mode, recwarn):

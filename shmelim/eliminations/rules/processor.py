@@ -156,7 +156,7 @@ class EliminationProcessor:
         if self._failed_in_a_row:
             interval_ms = min(interval_ms, _AGAIN_MS << min(self._failed_in_a_row - 1, _MOST_DOUBLED))
         if not (context.is_backtesting or self.refresh_allowed(interval_ms) or self._challenge.is_waiting()):
-            self._glance()
+            self.glance()
             return True
         alerts.messages.send_again()
         report_undelivered(alerts, alerts.messages)
@@ -187,11 +187,19 @@ class EliminationProcessor:
         context.report()
         return well
 
-    def _glance(self) -> None:
-        """Look at the metagraph between two ticks: who has returned is registered at once."""
+    def glance(self, *, is_first: bool = False) -> None:
+        """Look at the metagraph outside of a tick: who has returned is registered at once.
+
+        At the first look, its list may not be there yet.
+        """
         with self.context.alerts.about("step", _DEPARTED, f"eliminations: {_DEPARTED} failed"):
-            self._departed()
-        self.context.report_changes()
+            try:
+                self._departed()
+            except TypeError as error:
+                if not is_first:
+                    raise
+                _log.warning("the metagraph has no list of hotkeys yet: %s", error)
+        self.context.report_changes(at_once=is_first)
 
     def _alone(self, name: str, position_locks: Any, epoch: Any) -> None:
         """Make one step outside of a tick, and settle what is owed then."""
