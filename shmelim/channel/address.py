@@ -25,7 +25,6 @@ Location: TypeAlias = str | tuple[str, int]  # an address in the form used insid
 _PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the final NUL
 _PORTS = 65535
 _BACKLOG = 512
-_PROBE = 1.0  # seconds for the question whether somebody answers at a socket file
 LOCK_WAIT = 5.0  # seconds for another server that is starting or stopping in the same directory
 _UCRED = struct.Struct("3i")
 _TAKEN = "another server uses this address; stop it or choose another address"
@@ -68,7 +67,7 @@ def check_free(address: Address) -> Location:
     """Return an address in its one form if a server could listen there now; nothing is made.
 
     ``TypeError`` or ``ValueError`` if it is not an address; ``ChannelError``, which names it, if it is taken or
-    cannot be used. Takes a second at most.
+    cannot be used.
     """
     location = normalize(address)
     with _explained(location):
@@ -191,13 +190,16 @@ def who_answers(path: str) -> int | None:
     ``OSError`` where that cannot be asked.
     """
     with new_socket(path) as probe:
-        try:
-            connect(probe, path, monotonic() + _PROBE)
-        except NotServingError:
-            return None
-        except (BlockingIOError, TimeoutError):
-            return 0  # its queue is full: somebody is listening
-        return peer_credentials(probe)[0] or 0
+        probe.setblocking(False)  # noqa: FBT003
+        match probe.connect_ex(path):  # at a path that is done at once, or not at all
+            case 0:
+                return peer_credentials(probe)[0] or 0
+            case errno.EAGAIN:
+                return 0  # its queue is full: somebody is listening
+            case errno.ECONNREFUSED | errno.ENOENT:
+                return None
+            case code:
+                raise OSError(code, os.strerror(code))
 
 
 @contextlib.contextmanager

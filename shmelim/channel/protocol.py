@@ -93,11 +93,11 @@ def greet(wire: Wire, key: bytes, where: str, epoch: str) -> int:
         raise _stranger(where, f"another program ({error})") from error
     if answer == GOODBYE:
         raise EOFError("the server is closing")
-    if is_managers_reply(answer):
-        raise _stranger(where, "a multiprocessing manager (BaseManager), and it holds the same key")
     try:
         parts = MSGPACK.loads(answer)
     except ProtocolError as error:
+        if is_managers_reply(answer):
+            raise _stranger(where, "a multiprocessing manager (BaseManager), and it holds the same key") from None
         raise _stranger(where, f"a program that holds the key ({error.message})") from error
     match parts:
         case [int(protocol), str(name), *_] if protocol != PROTOCOL:
