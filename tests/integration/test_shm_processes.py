@@ -18,9 +18,8 @@ import pytest
 from waiting import until
 
 from shmelim.errors import AlreadyServingError
-from shmelim.shm import Namespace, SharedNamespace, TableReader, TableWriter, native
+from shmelim.shm import Namespace, SharedNamespace, TableReader, TableWriter, naming, native
 from shmelim.shm import reader as shm_reader
-from shmelim.shm import writer as shm_writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -267,7 +266,7 @@ def publish_while_one_waits(
     answers: list[bool] = []
     thread = threading.Thread(target=lambda: answers.append(reader.wait_for_change()))
     thread.start()
-    waits = native.WAKES and shm_writer.WAKES
+    waits = native.WAKES and naming.WAKES
     until(lambda: going.is_set() or not waits)
     with writer.transaction() as transaction:
         transaction.put(b"a", 1)
@@ -284,7 +283,7 @@ def test_a_publish_wakes_who_sleeps_in_the_kernel(namespace: Namespace, monkeypa
 def test_a_writer_that_wakes_nobody_is_not_slept_for(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shm_writer, "WAKES", 0)
+    monkeypatch.setattr(naming, "WAKES", 0)
     assert publish_while_one_waits(namespace, monkeypatch) == ([], [True])
 
 
