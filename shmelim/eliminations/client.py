@@ -13,7 +13,7 @@ from shmelim.eliminations.calls import Calls, remote
 from shmelim.eliminations.reader import EliminationReader, WhenStale, plain
 from shmelim.eliminations.runtime import RuntimeDirectory
 from shmelim.errors import CallTimeoutError, NotServingError
-from shmelim.shm.reader import end_of, monotonic
+from shmelim.shm.facts import end_of, monotonic
 
 _WAIT_PAUSE: Final = 0.01
 

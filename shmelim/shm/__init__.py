@@ -4,18 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from shmelim.shm.counting import Counts, ReadingProcess, Readings, readings_of
+from shmelim.shm.facts import TableIdentity, TableInfo, WriterInfo, WriterState
 from shmelim.shm.lookups import HEADS, ITEMS, KEYS, VALUES, Attached, decoded, flag_choice, flag_test
 from shmelim.shm.native import READ_PATH
 from shmelim.shm.plain import DEEPEST, Kind
-from shmelim.shm.reader import (
-    LOADING_NUMPY,
-    Record,
-    TableIdentity,
-    TableInfo,
-    TableSnapshot,
-    WriterInfo,
-    WriterState,
-)
+from shmelim.shm.reader import LOADING_NUMPY, Record, TableSnapshot
 from shmelim.shm.segment import Namespace, check_name
 from shmelim.shm.shared import SharedNamespace
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
-from shmelim.shm.reader import LOADING_NUMPY, TableReader, WriterInfo
+from shmelim.shm.facts import WriterInfo
+from shmelim.shm.reader import LOADING_NUMPY, TableReader
 
 if TYPE_CHECKING:
     import numpy as np

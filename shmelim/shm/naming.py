@@ -15,6 +15,7 @@ from typing import Final
 import psutil
 
 from shmelim.errors import AlreadyServingError, NotServingError, SegmentError, ShmelimError, UntrustedSegmentError
+from shmelim.shm.facts import HEARTBEAT_LIMIT, RUNNING, WriterState, monotonic_ns, this_clock
 from shmelim.shm.following import Position, put_position, put_source
 from shmelim.shm.layout import (
     BRANCH,
@@ -40,7 +41,6 @@ from shmelim.shm.layout import (
 )
 from shmelim.shm.native import WAKES, release_word
 from shmelim.shm.place import put_place
-from shmelim.shm.reader import HEARTBEAT_LIMIT, RUNNING, WriterState, monotonic_ns, this_clock
 from shmelim.shm.segment import Lock, Namespace, Segment
 
 _LOOK_PAUSE: Final = 0.05  # seconds between two looks at a heartbeat that may be a dead writer's last

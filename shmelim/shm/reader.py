@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import functools
 import os
 import threading
 import time
@@ -29,7 +28,7 @@ from collections.abc import Callable, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, Self, TypeVar, cast
 
-from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, SegmentError, StaleError
+from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, SegmentError
 from shmelim.shm.counting import (
     BATCHES,
     COUNTS,
@@ -40,6 +39,19 @@ from shmelim.shm.counting import (
     SNAPSHOTS,
     ReadingPage,
     find_page,
+)
+from shmelim.shm.facts import (
+    HEARTBEAT_LIMIT,
+    RUNNING,
+    TableIdentity,
+    TableInfo,
+    WriterInfo,
+    check_age,
+    end_of,
+    monotonic,
+    monotonic_ns,
+    staleness_of,
+    writer_of,
 )
 from shmelim.shm.layout import (
     BRANCH,
@@ -60,10 +72,6 @@ from shmelim.shm.layout import (
     STORE_ID_SIZE,
     USED,
     VERSION,
-    WRITER_CLOCK,
-    WRITER_LOCK,
-    WRITER_PID,
-    WRITER_STARTED,
     WRITER_STATE,
     WRITER_WAKES,
     check_root,
@@ -85,9 +93,6 @@ LOADING_NUMPY: Final = threading.RLock()
 """Held while numpy is loaded, which the first question about many keys does, and by whoever forks: in a child,
 nobody would unlock a module that another thread was just importing. Re-entrant for a signal handler that forks."""
 
-HEARTBEAT_LIMIT: Final = 3.0
-"""Seconds without a heartbeat after which a writer counts as dead."""
-
 _PATIENCE: Final = 4
 """How many reads may pass without a look at the clock, where they come quickly; as in table.h."""
 _SECOND: Final = 1_000_000_000
@@ -103,32 +108,7 @@ _ATTACH_PAUSE: Final = 0.01
 _POLL_FIRST: Final = 20e-6
 _POLL_LONGEST: Final = 2e-3
 _LOOK_AT_NAME: Final = 0.5
-# As `system.clock` has it, which who only reads does not load: a deadline comes though a test stops the time.
-monotonic: Final = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
-monotonic_ns: Final = functools.partial(time.clock_gettime_ns, time.CLOCK_MONOTONIC)
-
-
-def end_of(wait: float | None) -> float:
-    """Return when a wait of so many seconds from now on is over, on :data:`monotonic`; None: now."""
-    if wait is None:
-        return monotonic()
-    from shmelim.system.arguments import seconds  # noqa: PLC0415  # as few readers wait
-
-    return monotonic() + float(seconds("wait", wait))
-
-
-class WriterState:
-    """The values of the writer's state word."""
-
-    NONE = 0
-    STARTING = 1
-    SERVING = 2
-    STOPPED = 3
-    NAMES = ("none", "starting", "serving", "stopped")
-
-
 _now = monotonic
-RUNNING: Final = (WriterState.STARTING, WriterState.SERVING)
 
 
 class Record(NamedTuple):
@@ -137,64 +117,6 @@ class Record(NamedTuple):
     flags: int
     ordinal: int
     data: bytes
-
-
-class WriterInfo(NamedTuple):
-    """Who writes: ``alive`` is decided by state and heartbeat alone, which hold across pid namespaces.
-
-    ``heartbeat_age`` is in seconds, ``started_ms`` in ms since 1970 (UTC). The age is None where the writer's
-    clock is not this process' (another time namespace), or says what cannot be; ``alive`` is None then, unless the
-    writer said that it stopped. ``lock`` is the inode of its lock file, 0 where it has none.
-    """
-
-    pid: int
-    alive: bool | None
-    heartbeat_age: float | None
-    state: str
-    started_ms: int
-    lock: int = 0
-
-    @property
-    def hangs(self) -> bool:
-        """Whether its process can be seen to run without a heartbeat: it hangs, or is stopped.
-
-        By its lock: in another pid namespace its pid is somebody else's here.
-        """
-        if self.alive is not False or self.state == "stopped":
-            return False
-        from shmelim.system.processes import has_lock  # noqa: PLC0415  # seldom asked, and readers load little
-
-        return has_lock(self.pid, self.lock)
-
-
-class TableIdentity(NamedTuple):
-    """Whose state a table is: what stands in it as of ``sequence``, its version.
-
-    ``root_id`` is of the root segment; ``store_id``, ``commit`` and its ``branch`` of the store that it was made
-    from, 16 zero bytes and 0 where there is none. ``heartbeat_age``, in seconds, is that of its writer.
-    """
-
-    root_id: int
-    store_id: bytes
-    sequence: int
-    commit: int
-    entries: int
-    heartbeat_age: float | None
-    branch: int
-
-
-class TableInfo(NamedTuple):
-    """How full the table is: ``capacity`` in slots, of which half can be in use, sizes in bytes per copy."""
-
-    version: int
-    generation: int
-    capacity: int
-    entries: int
-    flag_counts: tuple[int, ...]
-    arena_size: int
-    arena_used: int
-    arena_live: int
-    segment_size: int
 
 
 class TableSnapshot(NamedTuple):
@@ -503,7 +425,7 @@ class TableReader:
                 sequence=version & SEQUENCE_MASK,
                 commit=head[COMMIT],
                 entries=head[COUNT],
-                heartbeat_age=self._writer_of(view.root).heartbeat_age,
+                heartbeat_age=writer_of(view.root).heartbeat_age,
                 branch=view.root.words[BRANCH],
             )
 
@@ -543,11 +465,11 @@ class TableReader:
 
     def writer(self) -> WriterInfo:
         """Return who writes and whether it lives; if that is not sure, look where the name leads now."""
-        info = self._writer_of(self._view.root)
+        info = writer_of(self._view.root)
         if not info.alive:
             with contextlib.suppress(NotServingError, SegmentError):
                 if self.reattach():
-                    info = self._writer_of(self._view.root)
+                    info = writer_of(self._view.root)
         return info
 
     def source(self) -> str | None:
@@ -568,34 +490,7 @@ class TableReader:
         Of a follower's table: how long ago it was known last that its source had nothing newer. Of another: 0
         while its writer lives, and how long ago that gave its last heartbeat once it is dead.
         """
-        from shmelim.shm.following import position_of, source_of  # noqa: PLC0415  # for who asks
-
-        root = self._view.root
-        position = position_of(root)
-        if position is None and not source_of(root):
-            writer = self._writer_of(root)
-            return 0.0 if writer.alive else writer.heartbeat_age
-        if position is None or not position.confirmed or root.words[WRITER_CLOCK] != this_clock():
-            return None
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - position.confirmed / _SECOND
-        return max(0.0, age) if age > -1 else None
-
-    def _check_age(self, limit: float) -> None:
-        age = self.staleness()
-        if age is not None and age <= limit:
-            return
-        from shmelim.system.text import printable  # noqa: PLC0415  # loads logging
-
-        name, source = self._namespace.name, self.source()
-        how_old = "of unknown age" if age is None else f"{age:,.1f} s old"
-        if source is None:
-            whose, remedy = "by its last writer", f"start one: `shmelim serve --name {name}`"
-        else:
-            whose = f"as a copy of {printable(source)}"
-            remedy = "see that its follower runs here, the publisher at the source, and both reach the engine"
-        raise StaleError(
-            f"{name!r} is {how_old}, and its reader allows {limit:g} s; it stands here {whose}", hint=remedy
-        )
+        return staleness_of(self._view.root)
 
     def wait_for_change(self, timeout: float | None = None, since: int | None = None) -> bool:
         """Wait until the version is another than ``since`` (default: than now); False after ``timeout`` s.
@@ -629,22 +524,6 @@ class TableReader:
         except (NotServingError, SegmentError):
             return self._view.root.words[VERSION] & SEQUENCE_MASK
 
-    @staticmethod
-    def _writer_of(root: Segment) -> WriterInfo:
-        words = root.words
-        state = words[WRITER_STATE]
-        age = (monotonic_ns() - words[HEARTBEAT]) / 1e9
-        known = age > -1 and words[WRITER_CLOCK] == this_clock()
-        running = state in RUNNING
-        return WriterInfo(
-            pid=words[WRITER_PID],
-            alive=(age < HEARTBEAT_LIMIT if known else None) if running else False,
-            heartbeat_age=max(0.0, age) if known else None,
-            state=WriterState.NAMES[state] if state < len(WriterState.NAMES) else f"unknown ({state})",
-            started_ms=words[WRITER_STARTED],
-            lock=words[WRITER_LOCK],
-        )
-
     # ------------------------------------------------------------------ attaching
 
     def _watch(self, *, of_entries: bool = True) -> None:
@@ -661,7 +540,7 @@ class TableReader:
         if words[WRITER_STATE] not in RUNNING or not -_SECOND < age < HEARTBEAT_LIMIT * _SECOND:
             self._look_at_name()
         if of_entries and self._max_staleness is not None:
-            self._check_age(self._max_staleness)
+            check_age(self._view.root, self._max_staleness, self._namespace.name)
 
     def _find_page(self) -> None:
         find_page(self, self._namespace)
@@ -771,7 +650,7 @@ class TableReader:
                 root = other
 
     def _unpublished(self, root: Segment) -> NotServingError:
-        name, writer = self._namespace.name, self._writer_of(root)
+        name, writer = self._namespace.name, writer_of(root)
         if writer.alive:
             return NotServingError(
                 f"{name!r} is not served yet: its writer, process {writer.pid}, is still starting",
@@ -781,14 +660,6 @@ class TableReader:
             f"nothing is served under the name {name!r}: its writer ended before it published anything",
             hint=f"start it with `shmelim serve --name {name}`",
         )
-
-
-def this_clock() -> int:
-    """Return which CLOCK_MONOTONIC this process has: the inode of its time namespace, 0 where there are none."""
-    try:
-        return os.stat("/proc/self/ns/time").st_ino  # noqa: PTH116  # pathlib is for writers
-    except OSError:
-        return 0
 
 
 def _unmap_elsewhere(segment: Segment) -> None:

@@ -45,6 +45,7 @@ from shmelim.errors import (
     UntrustedSegmentError,
 )
 from shmelim.shm.copy_header import Change
+from shmelim.shm.facts import WriterState, monotonic_ns
 from shmelim.shm.layout import (
     BRANCH,
     COMMIT,
@@ -74,7 +75,6 @@ from shmelim.shm.layout import (
 )
 from shmelim.shm.naming import NameHolder
 from shmelim.shm.native import READ_PATH, release_word
-from shmelim.shm.reader import WriterState, monotonic_ns
 from shmelim.shm.segment import Lock, Namespace, Segment
 
 if TYPE_CHECKING or READ_PATH == "pure":

@@ -13,6 +13,7 @@ from waiting import until
 
 from shmelim.errors import AlreadyServingError, NotServingError, SegmentError
 from shmelim.shm import SharedNamespace, TableReader, TableWriter
+from shmelim.shm.facts import HEARTBEAT_LIMIT, WriterState
 from shmelim.shm.layout import (
     HEARTBEAT,
     MAX_GENERATION,
@@ -24,7 +25,6 @@ from shmelim.shm.layout import (
     WRITER_LOCK,
     WRITER_STATE,
 )
-from shmelim.shm.reader import HEARTBEAT_LIMIT, WriterState
 
 if TYPE_CHECKING:
     from collections.abc import Callable

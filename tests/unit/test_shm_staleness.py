@@ -16,9 +16,9 @@ from shmelim.eliminations.record import encode
 from shmelim.eliminations.rows import Row, row_entry
 from shmelim.errors import StaleError
 from shmelim.shm import Position, PrivateNamespace, SharedNamespace, TableReader, TableWriter
+from shmelim.shm.facts import WriterState
 from shmelim.shm.following import put_position, put_source
 from shmelim.shm.layout import HEARTBEAT, WRITER_CLOCK, WRITER_STATE
-from shmelim.shm.reader import WriterState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
