@@ -73,9 +73,9 @@ class ProblemMessages:
         self._numbers = itertools.count()
         problems.subscribe(self._on_change)
 
-    def send(self, text: str, level: str) -> bool:
-        """Send a message that is about no problem; False: it was not taken, and is kept."""
-        return self._send_or_keep(("", str(next(self._numbers))), text, level, is_known=True)
+    def send(self, text: str, level: str) -> None:
+        """Send a message that is about no problem; one that is not taken is kept."""
+        self._send_or_keep(("", str(next(self._numbers))), text, level, is_known=True)
 
     def _send(self, text: str, level: str) -> bool:
         """Pass a message on; False: it was not taken. What the notifier raises is logged."""
@@ -126,16 +126,15 @@ class ProblemMessages:
             return
         self._send_or_keep(key, text, level, is_known=is_known)
 
-    def _send_or_keep(self, key: tuple[str, str], text: str, level: str, *, is_known: bool) -> bool:
+    def _send_or_keep(self, key: tuple[str, str], text: str, level: str, *, is_known: bool) -> None:
         """Send a message once those before it are sent; else keep it behind them."""
         if self._unsent:
             self.send_again()
         if not self._unsent and self._send(text, level):
-            return True
+            return
         self._unsent[key] = _Unsent(text, level, is_known, now_ms())
         if len(self._unsent) > _MOST:
             self._unsent.pop(next(iter(list(self._unsent))), None)
-        return False
 
 
 def report_undelivered(problems: Problems, messages: ProblemMessages) -> None:

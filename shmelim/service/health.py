@@ -326,10 +326,13 @@ class Health(ABC):
     # ------------------------------------------------------------------ what people are told
 
     def report_down(self, text: str, severity: Severity = "degraded") -> None:
-        """Raise the problem that the server is down."""
-        if self.notifier() is not None and not self.page.state.level:
+        """Raise the problem that the server is down; people are told of an outage by whoever is first."""
+        is_heard = self.notifier() is not None
+        if is_heard and not self.page.state.level:
             self.problems.clear(_DOWN, self.name)  # an earlier one, whose end another process has told
         self.problems.report(_DOWN, text, subject=self.name, severity=severity)
+        if is_heard and (number := self.page.rise(SEVERITIES.index(severity))):
+            self._messages.send(f"{self.name}: outage {number}: {text}", "error")
 
     def say_restarted(self, text: str) -> None:
         """Say that a health check has had the server restarted, and find out whether all is well."""
@@ -348,27 +351,19 @@ class Health(ABC):
         if not (state.level or self.problems.stands(_DOWN, self.name)):
             return
         settled = settled or self.location is None or (not state.ended_by and self.page.server.is_running())
-        if (settled or not self.is_owned()) and self.problems.clear(_DOWN, self.name) is None:
-            self._say_recovered()
-
-    def _hear(self, change: Change, problem: Problem) -> None:
-        """Pass a change of this process' problems on."""
-        if problem.name != _DOWN:
-            if change == "raised" and problem.name != UNDELIVERED:
-                self._messages.send(f"{self.name}: {problem.text}", "warning")
-        elif change == "cleared":
-            self._say_recovered()
-        elif self.notifier() is not None and (number := self.page.rise(SEVERITIES.index(problem.severity))):
-            self._messages.send(f"{self.name}: outage {number}: {problem.text}", "error")
-
-    def _say_recovered(self) -> None:
-        """Say that the outage is over, if one was told of that is not over yet, by whatever process."""
-        over = self.page.fall() if self.page.state.level and self.notifier() is not None else None
-        if over is not None:
+        if not settled and self.is_owned():
+            return
+        self.problems.clear(_DOWN, self.name)
+        if state.level and self.notifier() is not None and (over := self.page.fall()) is not None:
             number, seconds, restarts = over
             count = "1 restart" if restarts == 1 else f"{restarts} restarts"
             text = f"{self.name}: outage {number}: recovered after {seconds:.1f} s and {count}"
             self._messages.send(text, "success")
+
+    def _hear(self, change: Change, problem: Problem) -> None:
+        """Tell people of this process' other problems."""
+        if change == "raised" and problem.name not in {_DOWN, UNDELIVERED}:
+            self._messages.send(f"{self.name}: {problem.text}", "warning")
 
 
 def _short(value: Any) -> str:
