@@ -212,7 +212,7 @@ class EliminationManagerServer(Holding, DebtMethods):
         clear_gone(self.problems)
         expire(self.problems)
         processing = self._ticks.health()
-        problems = [problem.as_dict() for problem in self.problems.standing()] + processing.pop("problems")
+        problems = [problem._asdict() for problem in self.problems.standing()] + processing.pop("problems")
         return {
             "status": worst(problem["severity"] for problem in problems),
             "timestamp_ms": clock.now_ms(),

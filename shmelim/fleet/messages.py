@@ -119,16 +119,11 @@ class Report(Struct, frozen=True, array_like=True):
     digest: _Digest
 
 
-_pack = msgspec.msgpack.Encoder().encode
+pack = msgspec.msgpack.Encoder().encode
 _head = msgspec.msgpack.Decoder(Head)
 _message = msgspec.msgpack.Decoder(Message)
 _report = msgspec.msgpack.Decoder(Report)
 _rows = msgspec.msgpack.Decoder(list[Row])
-
-
-def pack(what: Head | Message | Report) -> bytes:
-    """Return the bytes of a head, a message or a report."""
-    return _pack(what)
 
 
 def unpack_head(raw: bytes) -> Head:
@@ -154,7 +149,7 @@ def unpack_report(raw: bytes) -> Report:
 
 def pack_chunk(rows: list[Row]) -> bytes:
     """Return the compressed bytes of a part of a snapshot."""
-    return zlib.compress(_pack(rows), 1)
+    return zlib.compress(pack(rows), 1)
 
 
 def unpack_chunk(raw: bytes) -> list[Row]:

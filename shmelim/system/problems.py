@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from shmelim.system import forks
 from shmelim.system.clock import now_ms
@@ -42,10 +42,6 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return self.text if self.remedy is None else f"{self.text}; {self.remedy}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the attributes by name, for a health check's answer."""
-        return self._asdict()
 
 
 def subject_of(whom: object) -> str:

@@ -155,10 +155,10 @@ def test_what_a_health_check_lists_is_told_once_and_its_end_too(problems, messag
     server.report("full", "no room", remedy="make some", since_ms=1000)
     server.report("slash", "in doubt", subject="a")
     for _ in range(2):
-        take_over(problems, [problem.as_dict() for problem in server.standing()])
+        take_over(problems, [problem._asdict() for problem in server.standing()])
     server.clear("full")
     server.report("slash", "in doubt", subject="b", severity="notice")
-    take_over(problems, [problem.as_dict() for problem in server.standing()])
+    take_over(problems, [problem._asdict() for problem in server.standing()])
     assert notifier.taken == [
         ("error", "no room; make some"),
         ("error", "in doubt"),

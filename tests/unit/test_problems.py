@@ -99,7 +99,7 @@ def test_a_health_check_says_all_of_a_problem(problems, monkeypatch):
     monkeypatch.setattr("shmelim.system.problems.now_ms", lambda: 5)
     problems.report("full", "no room", severity="failing", remedy="make some")
     (problem,) = problems.standing()
-    assert problem.as_dict() == {
+    assert problem._asdict() == {
         "name": "full",
         "subject": "",
         "text": "no room",

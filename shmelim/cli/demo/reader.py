@@ -62,18 +62,18 @@ def make_record(hotkey: str, stamp: int, serial: int) -> dict[str, Any]:
     return {**record, "checksum": _checksum(record)}
 
 
-def _checksum(fields: dict[str, Any]) -> int:
-    return zlib.crc32(msgspec.msgpack.encode(fields, order="sorted"))
+def _checksum(record: dict[str, Any]) -> int:
+    return zlib.crc32(msgspec.msgpack.encode({**record, "checksum": 0}, order="sorted"))
 
 
 def is_whole(record: dict[str, Any]) -> bool:
     """Tell whether a record is one that was made, and not parts of several."""
-    return record.get("checksum") == _checksum({key: value for key, value in record.items() if key != "checksum"})
+    return record.get("checksum") == _checksum(record)
 
 
 def are_halves_mixed(even: Sequence[bool], odd: Sequence[bool]) -> bool:
     """Tell whether the answers for the two camps, read as one state, are of more than one."""
-    return not ((all(even) and not any(odd)) or (all(odd) and not any(even)))
+    return {*even} | {not it for it in odd} not in ({True}, {False})
 
 
 class Watcher:
@@ -99,11 +99,8 @@ class Watcher:
                 del self.errors[_SHOWN:]
 
     def _check(self) -> None:
-        check, found = self.reader.is_hotkey_eliminated, 0
         began = time.perf_counter_ns()
-        for hotkey in self._mixture:
-            if check(hotkey):
-                found += 1
+        found = sum(map(self.reader.is_hotkey_eliminated, self._mixture))
         self.counts["checking_ns"] += time.perf_counter_ns() - began
         self.counts["checks"] += BATCH
         # Half of them are eliminated throughout, the others never.

@@ -90,10 +90,6 @@ class Alerts(Problems):
             _log.error("%s; %s", text, remedy, exc_info=error)
         self.report(kind, text, subject=whom, remedy=remedy)
 
-    def tell(self, text: str, level: str) -> None:
-        """Send a message to Slack; what fails there is logged, since nothing may depend on it."""
-        self.messages.send(text, level)
-
     @contextmanager
     def about(self, kind: str, whom: str, text: str) -> Iterator[None]:
         """Report what the block raises, unless that ends the tick, and go on behind it; else clear it."""

@@ -49,7 +49,7 @@ def run_loop(processor: EliminationProcessor) -> None:
                 error = sys.exc_info()[1] or SystemExit()
                 text = f"the processing of eliminations has ended, though nobody asked it to: {named(error)}"
                 _log.critical("%s", text)
-                context.alerts.tell(text, "error")
+                context.alerts.messages.send(text, "error")
 
 
 def _step(processor: EliminationProcessor) -> float:

@@ -150,7 +150,7 @@ class Slashing:
                 f"{len(owed)} slashes are held, and none is begun until a person says so: {held['why']}."
                 " See `shmelim debts` and `shmelim slash list`, then say: shmelim slash release"
             )
-            alerts.tell(text, "error")
+            alerts.messages.send(text, "error")
             _log.error("%s", text)
         self._told_held = held
         return held is None
@@ -342,7 +342,7 @@ class Slashing:
                 " Compare `shmelim debts` and `shmelim slash list` with the contract; `shmelim slash re-arm` lets"
                 " him be slashed once more"
             )
-            alerts.tell(text, "error")
+            alerts.messages.send(text, "error")
             _log.error("%s", text)
 
     def _is_contradicted(self, outcome: str, debt: Mapping[str, Any]) -> bool:

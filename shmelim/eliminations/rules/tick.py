@@ -62,7 +62,7 @@ class Context:
     def report(self) -> None:
         """Tell the server, whose health lists them, of the problems that stand, and of the last whole tick."""
         self.has_changed, self.reported_at = False, monotonic()
-        standing = [problem.as_dict() for problem in self.alerts.standing()]
+        standing = [problem._asdict() for problem in self.alerts.standing()]
         try:
             self.state.report_processing(self.whole_ms, self.environment.check_interval_ms, standing)
         except BaseException:
