@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from shmelim.errors import KeyFileError, NotServingError
+from shmelim.system.durable import hint_of
 from shmelim.system.owner import named_owner, whose
 
 KeyPath: TypeAlias = str | os.PathLike[str]
@@ -91,7 +92,8 @@ def _put(path: KeyPath, key: bytes, install: Callable[[str, KeyPath], object]) -
             os.close(descriptor)
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
-        raise KeyFileError(f"cannot make the key file {path}: {error.strerror or error}") from error
+        text = f"cannot make the key file {path}: {error.strerror or error}"
+        raise KeyFileError(text, hint=hint_of(error)) from error
 
 
 def _read(path: KeyPath, *, server: bool) -> bytes:
@@ -101,7 +103,9 @@ def _read(path: KeyPath, *, server: bool) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        hint = "run as its owner, or as a member of its group if that may read it"
+        hint = hint_of(error)
+        if isinstance(error, PermissionError):
+            hint = "run as its owner, or as a member of its group if that may read it"
         if os.path.islink(path):  # noqa: PTH114  # which a directory that may not be entered does not upset
             hint = "it is a symbolic link; put the file itself there"
         why = f"{error.strerror or error}; {whose(path)}"

@@ -243,12 +243,13 @@ class Holding:
     def _beat(self, table: TableWriter) -> None:
         while not self._stopped.wait(BEAT_INTERVAL):
             lost = not table.beat() or self.problems.stands(_MEMORY_LOST)
-            # Not before the state is published; in a thread that may wait for others.
-            if lost and not self._renewing.locked() and hasattr(self, "_undo"):
-                threading.Thread(target=self._renew, name="shmelim-renewal", daemon=True).start()
             self._uploads.expire()
-            if hasattr(self, "_state"):
-                self._state.tend_log()
+            with contextlib.suppress(RuntimeError):  # no thread is to be had: the next beat tries again
+                # Not before the state is published; in a thread that may wait for others.
+                if lost and not self._renewing.locked() and hasattr(self, "_undo"):
+                    threading.Thread(target=self._renew, name="shmelim-renewal", daemon=True).start()
+                if hasattr(self, "_state"):
+                    self._state.tend_log()
             if self._lease is not None:
                 self._look_at_lock(self._lease)
 

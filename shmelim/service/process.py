@@ -32,6 +32,7 @@ from shmelim.service.lease import own
 from shmelim.service.settings import server_title
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
+from shmelim.system.durable import hint_of
 from shmelim.system.logs import log_without_waiting
 from shmelim.system.problems import Problems
 from shmelim.system.processes import ProcessIdentity, set_title
@@ -163,23 +164,24 @@ def start_server(
         "name": name,
         "daemon": True,
     }
-    if method is None:
-        with contextlib.suppress(_InCallersScriptError):
-            fresh = FreshProcess(**options)
-            fresh.start()
-            return fresh
-    context: Any = multiprocessing.get_context(method)
-    if context.get_start_method() != "fork":
-        server_ready.hint = _SCRIPT_RUNS_AGAIN
     try:
+        if method is None:
+            with contextlib.suppress(_InCallersScriptError):
+                fresh = FreshProcess(**options)
+                fresh.start()
+                return fresh
+        context: Any = multiprocessing.get_context(method)
+        if context.get_start_method() != "fork":
+            server_ready.hint = _SCRIPT_RUNS_AGAIN
         process: BaseProcess = context.Process(**options)
         with forks.logs_at_rest():
             process.start()
     except AssertionError as error:
         hint = "make that process with daemon=False, or put the factory into a module and leave start_method out"
         raise ChannelError(f"{name} cannot be served: {error}", hint=hint) from error
-    except (EOFError, RuntimeError, ConnectionError) as error:
-        raise ChannelError(f"{name} cannot be served: {error!r}", hint=server_ready.hint) from error
+    except (EOFError, RuntimeError, OSError) as error:
+        why = hint_of(error) if isinstance(error, OSError) else None
+        raise ChannelError(f"{name} cannot be served: {error!r}", hint=why or server_ready.hint) from error
     return process
 
 

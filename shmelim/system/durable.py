@@ -22,13 +22,15 @@ from typing import Final, NamedTuple
 
 from shmelim.errors import DamagedFileError, StoreError
 
-_PERMISSIONS: Final = "make it and its directory writable for this user"
+_PERMISSIONS: Final = "make it and its directory readable and writable for this user"
 _MOUNTED: Final = "it is mounted by itself, so that nothing can take its place: mount its directory instead"
 _UNLOCKABLE: Final = "that file system cannot lock files: use a directory on a local one"
 _HINTS: Final = {
     errno.ENOSPC: "make room on that file system",
     errno.EDQUOT: "make room: this user's quota on that file system is used up",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "this process has as many files open as it may: close some, or raise the limit (ulimit -n)",
+    errno.ENFILE: "this machine has as many files open as it may: close some, or raise fs.file-max",
     errno.EACCES: _PERMISSIONS,
     errno.EPERM: _PERMISSIONS,
     errno.EROFS: "mount that file system writable, or use another directory",
@@ -71,7 +73,12 @@ def writing(what: str, hint: str | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{what}: {error.strerror or error}", hint=_HINTS.get(error.errno or 0, hint)) from error
+        raise StoreError(f"{what}: {error.strerror or error}", hint=hint_of(error, hint)) from error
+
+
+def hint_of(error: OSError, otherwise: str | None = None) -> str | None:
+    """Return what to do about an error of the system, or `otherwise` where its errno does not say."""
+    return _HINTS.get(error.errno or 0, otherwise)
 
 
 class Found(NamedTuple):

@@ -7,6 +7,7 @@ when the clock is set, and so would differ between two processes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import select
@@ -45,8 +46,11 @@ class ProcessIdentity:
         return cls(pid, _start_of(pid) or 0.0)
 
     def is_running(self) -> bool:
-        """Whether it has not ended; a zombie has."""
-        return self.started != 0.0 and _start_of(self.pid) == self.started
+        """Whether it has not ended; a zombie has, if this process has a descriptor left to look at it."""
+        try:
+            return self.started != 0.0 and _start_of(self.pid) == self.started
+        except OSError:
+            return _exists(self.pid)
 
     def wait(self, timeout: float | None, *others: int) -> bool:
         """Wait up to `timeout` seconds for its end, or until a descriptor of `others` is readable.
@@ -111,6 +115,14 @@ def _start_of(pid: int) -> float | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if state in b"ZX" else float(fields[_STARTED])
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM
+    return True
 
 
 def has_lock(pid: int, inode: int) -> bool:

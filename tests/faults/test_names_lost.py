@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from serving import row, state_in_table
-from waiting import until
+from waiting import PATIENCE, until
 
 from shmelim import EliminationManagerServer, EliminationReader
 from shmelim.errors import SegmentFullError
@@ -42,6 +42,22 @@ def test_it_publishes_again_and_every_reader_follows(server, table_name):
     assert state_in_table(attached) == state_in_table(EliminationReader(table_name))
     assert attached.get_eliminated_hotkeys() == {"a", "b"}
     assert server.health_check_rpc()["problems"] == []
+
+
+def test_they_are_made_again_though_there_was_no_thread_to_be_had_at_first(server, table_name, monkeypatch):
+    tried = threading.Event()
+
+    def none_left(_thread):
+        tried.set()
+        raise RuntimeError("can't start new thread")
+
+    root = root_of(table_name)
+    with monkeypatch.context() as at_the_limit:
+        at_the_limit.setattr(threading.Thread, "start", none_left)
+        remove_names(table_name)
+        assert tried.wait(PATIENCE)
+    until(lambda: Path(f"/dev/shm/shmelim.{table_name}").exists(), "the names")
+    assert root_of(table_name) != root
 
 
 @pytest.mark.parametrize("when", ["names lost", "generations used up"])

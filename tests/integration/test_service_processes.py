@@ -1,6 +1,7 @@
 """The service base among processes: copies that are clients, forks that end in every way, owners that die."""
 
 import contextlib
+import errno
 import faulthandler
 import gc
 import logging
@@ -641,3 +642,12 @@ def test_the_end_of_an_owner_is_seen_without_the_kernels_help(owner, monkeypatch
         threading.Thread(target=lambda: (process.kill(), process.wait())).start()
         assert end.wait() == f"the end of its owner, process {process.pid}"
         assert end.wait() == f"the end of its owner, process {process.pid}"  # and when it is over already
+
+
+def test_a_start_without_descriptors_left_says_what_to_do(make, monkeypatch):
+    def none_left(*_args):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", none_left)
+    with pytest.raises(ChannelError, match=r"cannot be served: .*Too many open files.*ulimit -n"):
+        make(start_method=None)

@@ -152,6 +152,7 @@ class TestWriteWhole:
         (errno.ENOSPC, "make room"),
         (errno.EDQUOT, "quota"),
         (errno.EFBIG, "limit"),
+        (errno.EMFILE, "ulimit -n"),
         (errno.EACCES, "writable for this user"),
         (errno.EPERM, "writable for this user"),
         (errno.EROFS, "mount"),

@@ -1,5 +1,6 @@
 """The key file: whole or absent, and never in other hands."""
 
+import errno
 import os
 import threading
 
@@ -143,3 +144,15 @@ def test_a_key_that_cannot_be_put_back(tmp_path):
     with pytest.raises(KeyFileError, match="cannot make"):
         restore_key(tmp_path / "key", b"k" * 32)
     assert [entry.name for entry in tmp_path.iterdir()] == ["key"]
+
+
+def test_without_descriptors_left_nobody_is_told_to_be_somebody_else(tmp_path, monkeypatch):
+    load_or_create_key(tmp_path / "key")
+
+    def none_left(*_args):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", none_left)
+    with pytest.raises(KeyFileError) as caught:
+        load_key(tmp_path / "key")
+    assert "ulimit -n" in str(caught.value.hint)

@@ -1,5 +1,6 @@
 """The small parts of the service base, each by itself."""
 
+import errno
 import io
 import logging
 import multiprocessing
@@ -272,6 +273,25 @@ def test_a_zombie_does_not_run():
     with Ending(owner) as ending:
         assert str(pid) in ending.wait()
     os.waitpid(pid, 0)
+
+
+def test_without_descriptors_left_a_living_owner_is_not_dead_nor_an_error(monkeypatch):
+    """A server that cannot look ended itself, and the thread that watches one of those was gone for good."""
+    child = run(time.sleep, PATIENCE)
+    owner, gone = ProcessIdentity.of(child.pid), ProcessIdentity(2**22 + 1, 1.0)
+
+    def none_left(*_args, **_kwargs):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as at_the_limit:
+        at_the_limit.setattr(processes, "open", none_left, raising=False)
+        at_the_limit.setattr(processes, "_pidfd_open", none_left)
+        assert owner.is_running()
+        assert not owner.wait(0.1)
+        assert not gone.is_running()
+        child.kill()
+        child.join()
+        assert owner.wait(None)
 
 
 def test_signal_handlers_are_as_before():

@@ -36,7 +36,7 @@ from shmelim.eliminations.salvage import salvage
 from shmelim.errors import DamagedFileError, StoreError
 from shmelim.system import clock
 from shmelim.system.containers import finite
-from shmelim.system.durable import read_once, reading, write_aside, write_whole, writing
+from shmelim.system.durable import hint_of, read_once, reading, write_aside, write_whole, writing
 from shmelim.system.text import get_logger
 
 T = TypeVar("T")
@@ -156,7 +156,7 @@ def read_file(path: Path, *, stream: bool = False) -> File | None:
     try:
         found = read_once(path, stream=stream)
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}", hint=_UNREADABLE) from error
+        raise StoreError(f"{path} cannot be read: {error.strerror}", hint=hint_of(error, _UNREADABLE)) from error
     return None if found is None else File(path, *found)
 
 
@@ -168,7 +168,7 @@ def digest_of(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}", hint=_UNREADABLE) from error
+        raise StoreError(f"{path} cannot be read: {error.strerror}", hint=hint_of(error, _UNREADABLE)) from error
 
 
 def write_eliminations(

@@ -18,7 +18,7 @@ import msgspec
 import platformdirs
 
 from shmelim.errors import ShmelimError, StoreError
-from shmelim.system.durable import make_private_directory, reading, write_whole, writing
+from shmelim.system.durable import hint_of, make_private_directory, reading, write_whole, writing
 from shmelim.system.places import place
 from shmelim.system.problems import Problems
 from shmelim.system.text import get_logger
@@ -62,7 +62,9 @@ class Registry:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise StoreError(f"the registry {self.path} cannot be read: {error.strerror}", hint=_HINT) from error
+            raise StoreError(
+                f"the registry {self.path} cannot be read: {error.strerror}", hint=hint_of(error, _HINT)
+            ) from error
         except ValueError as error:
             _log.warning("the registry %s cannot be understood, and counts as missing: %s", self.path, error)
             return None

@@ -31,7 +31,8 @@ _IN_MEMORY = Path(":memory:")
 _HINTS = {
     sqlite3.SQLITE_FULL: "make room on that file system; the change was not applied",
     sqlite3.SQLITE_READONLY: "make the file and its directory writable for this user",
-    sqlite3.SQLITE_CANTOPEN: "check that the directory exists and that this user may write to it",
+    sqlite3.SQLITE_CANTOPEN: "check that the directory exists, that this user may write to it, "
+    "and that this process may open more files (ulimit -n)",
     sqlite3.SQLITE_PERM: "make the file and its directory writable for this user",
     sqlite3.SQLITE_IOERR: "check the disk and the room on it; the change was not applied",
     sqlite3.SQLITE_BUSY: "another process holds a transaction open: find it with `fuser`, and end it",
