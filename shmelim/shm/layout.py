@@ -27,6 +27,7 @@ touches is a single aligned load or store. ``docs/memory-format.md`` is the same
              16  generation        24  hash algorithm     32  hash seed
              40  capacity, slots   48  arena size, bytes  56  bytes from copy 0 to copy 1
              64  root id           72  birth: the sequence that it was published with first
+             80  checksum of 24 to 79; 0: none
            4096  copy 0, then copy 1:  header (128 bytes), slots (64 bytes each), arena
 
     copy header:  epoch, used, count, next ordinal, live bytes, commit | second line: entries per flag bit
@@ -115,6 +116,8 @@ _PADDING = [bytes(size) for size in range(WORD)]
 _HEADER = struct.Struct("<8sII")
 _ROOT_HEADER = struct.Struct("<8sIIQQ16s")
 _DATA_HEADER = struct.Struct("<8sIIQQQQQQQQ")
+_DATA_CHECKED: Final = 24, 80
+_DATA_SEED: Final = 0x44415441
 
 
 class DataHeader(NamedTuple):
@@ -186,7 +189,13 @@ def check_root(data: bytes, label: str) -> None:
 def pack_data_header(header: DataHeader) -> bytes:
     """Return the header of a data segment."""
     generation, *rest = header
-    return _DATA_HEADER.pack(DATA_MAGIC, FORMAT, BYTE_ORDER_MARK, generation, ALGORITHM, *rest)
+    packed = _DATA_HEADER.pack(DATA_MAGIC, FORMAT, BYTE_ORDER_MARK, generation, ALGORITHM, *rest)
+    return packed + _header_checksum(packed)
+
+
+def _header_checksum(data: bytes) -> bytes:
+    first, end = _DATA_CHECKED
+    return xxh64_intdigest(bytes(data[first:end]), _DATA_SEED).to_bytes(WORD, "little")
 
 
 def unpack_data_header(data: bytes, size: int, root_id: int, version: int, label: str) -> DataHeader:
@@ -215,6 +224,10 @@ def unpack_data_header(data: bytes, size: int, root_id: int, version: int, label
             f"segment {label} of {size} bytes says {capacity} slots and an arena of {arena} bytes "
             f"in copies of {stride} bytes"
         )
+    # With another seed or capacity lookups would find nothing, without a word. Older segments have no checksum.
+    end = _DATA_HEADER.size
+    if data[end : end + WORD] not in (_header_checksum(data), b"", bytes(WORD)):
+        raise CorruptSegmentError(f"the header of segment {label} does not match its checksum")
     return header
 
 

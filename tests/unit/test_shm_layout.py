@@ -137,6 +137,16 @@ def test_data_header_field_that_cannot_be(offset: int, value: int) -> None:
         unpack(changed(pack_data_header(HEADER), offset, "<Q", value))
 
 
+@pytest.mark.parametrize(("offset", "value"), [(32, 0), (32, HEADER.seed ^ 1), (40, 8), (48, 0), (72, 0)])
+def test_a_header_under_which_lookups_would_find_nothing_is_refused(offset: int, value: int) -> None:
+    with pytest.raises(CorruptSegmentError, match="label does not match its checksum"):
+        unpack(changed(pack_data_header(HEADER), offset, "<Q", value))
+
+
+def test_a_header_without_a_checksum_is_one_of_an_older_writer() -> None:
+    assert unpack(changed(pack_data_header(HEADER), 80, "<Q", 0)) == HEADER
+
+
 def test_a_segment_of_another_root_is_refused() -> None:
     with pytest.raises(CorruptSegmentError, match="label belongs to the root 0xfedc, not to 0x1"):
         unpack_data_header(pack_data_header(HEADER), HEADER.size, 1, WORD_OF_7, "label")
