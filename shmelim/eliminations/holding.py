@@ -28,7 +28,7 @@ from shmelim.eliminations.state.slash_journal import open_journal
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.state.uploads import Uploads
 from shmelim.eliminations.store.history import Origin, this_process
-from shmelim.eliminations.store.schema import Durability
+from shmelim.eliminations.store.schema import FILE_NAME, Durability
 from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.ticks import Ticks
 from shmelim.errors import AlreadyServingError, NotServingError, SegmentError, ShmelimError, StoreError
@@ -116,7 +116,7 @@ class Holding:
         self._waits_for_files = files == "current"
         with contextlib.ExitStack() as undo:
             if self.state_dir is not None:
-                lock = functools.partial(lock_state, self.state_dir)
+                lock = functools.partial(lock_state, self.state_dir, FILE_NAME)
                 self._lease = _patiently(lock, Lease(self.state_dir / "lock").holder, tell)
                 undo.callback(self._lease.release)
             tell("opening the state", 0, None)

@@ -249,8 +249,8 @@ class Announcement:
                 self._problems.clear(UNREACHABLE, place)
 
 
-def lock_state(directory: Path) -> Lease:
-    """Take the lease on a state directory: no two servers, of whatever names, use one.
+def lock_state(directory: Path, store: str | None = None) -> Lease:
+    """Take the lease on a state directory, and on the `store` in it: no two servers, of whatever names, use one.
 
     ``AlreadyServingError`` if another server has it, ``StoreError`` if it cannot be written, or is another user's:
     then nothing is made in it.
@@ -262,13 +262,13 @@ def lock_state(directory: Path) -> Lease:
                 f" {os.geteuid()}",
                 hint="run as its owner, give it to this user (chown -R), or name another (state_dir, --state-dir)",
             )
-    lease = Lease(directory / "lock")
+    lease = Lease(directory / "lock", None if store is None else directory / store)
     with writing(f"the state directory {directory} cannot be used", "name another (state_dir, --state-dir)"):
         try:
             directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
             lease.acquire()
-        except BlockingIOError:
-            raise _in_use(lease) from None
+        except BlockingIOError as error:
+            raise _in_use(lease, error) from None
     return lease
 
 
@@ -279,11 +279,16 @@ def secure_state(lease: Lease) -> None:
     """
     try:
         lease.secure()
-    except BlockingIOError:
-        raise _in_use(lease) from None
+    except BlockingIOError as error:
+        raise _in_use(lease, error) from None
 
 
-def _in_use(lease: Lease) -> AlreadyServingError:
+def _in_use(lease: Lease, error: BlockingIOError) -> AlreadyServingError:
+    if error.filename is not None:
+        return AlreadyServingError(
+            f"{error.filename} is in use by another server, to whose directory a link or a mount leads",
+            hint="stop that server, or copy the store instead (shmelim backup, shmelim restore)",
+        )
     holder = lease.holder()
     return AlreadyServingError(
         f"the state directory {lease.path.parent} is in use by another server"

@@ -26,31 +26,37 @@ class Lease:
     """A lock that the kernel releases however its holder dies.
 
     A file can be removed by somebody who takes it for a stale one. So the directory is locked as well once
-    :meth:`secure` was called, where its file system can do that, and :meth:`keep` puts the file back.
+    :meth:`secure` was called, where its file system can do that, and :meth:`keep` puts the file back. What all of
+    this is for, the file `guarded`, is locked too: links and mounts can have it stand in two directories.
 
     A forked child closes its copies, so that it does not keep a dead parent's lock. Two leases of one file exclude
     each other within a process, too.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, guarded: Path | None = None) -> None:
         self.path = path
+        self._guarded = guarded
         self._descriptor: int | None = None
         self._directory: int | None = None
+        self._files: list[int] = []
 
     def acquire(self) -> None:
-        """Take it; ``BlockingIOError`` if somebody has it, another ``OSError`` if the file cannot be used."""
+        """Take it; ``BlockingIOError`` if somebody has it, another ``OSError`` if the file cannot be used.
+
+        The former names the guarded file where it is that which somebody has.
+        """
         self._take_file()
         deadline = monotonic() + _PATIENCE
         try:
-            while (descriptor := self._lock_directory()) is None and monotonic() < deadline:
+            while (descriptor := _lock(self.path.parent)) is None and monotonic() < deadline:
                 time.sleep(_PAUSE)
+            if descriptor is None:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))  # noqa: TRY301
+            os.close(descriptor)
+            self._guard()
         except BaseException:
             self.release()
             raise
-        if descriptor is None:
-            self.release()
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        os.close(descriptor)
 
     def secure(self) -> None:
         """Lock the directory too: from now on nobody else in it does so; ``BlockingIOError`` if somebody has.
@@ -58,9 +64,10 @@ class Lease:
         Not in :meth:`acquire`, because whoever makes the database in there has that lock meanwhile.
         """
         with forks.creating_descriptors:
-            self._directory = self._lock_directory()
+            self._directory = _lock(self.path.parent)
         if self._directory is None:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        self._guard()
 
     def keep(self) -> bool:
         """Put the file back if it was removed; False where another process has the one that stands there.
@@ -87,8 +94,9 @@ class Lease:
 
     def release(self) -> None:
         """Give the lock back; idempotent."""
-        descriptors = self._descriptor, self._directory
+        descriptors = self._descriptor, self._directory, *self._files
         self._descriptor = self._directory = None
+        self._files = []
         _held.discard(self)
         for descriptor in descriptors:
             if descriptor is not None:
@@ -123,18 +131,35 @@ class Lease:
         except FileNotFoundError:
             return False
 
-    def _lock_directory(self) -> int | None:
-        """Return the directory's descriptor, with the lock where that is possible; None if somebody has that."""
-        with forks.creating_descriptors:
-            descriptor = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                return None
-            except OSError:
-                pass  # a file system that locks files alone, such as NFS
-            return descriptor
+    def _guard(self) -> None:
+        """Lock the guarded file, if there is one that was not locked yet."""
+        try:
+            if self._guarded is None or not self._guarded.is_file():
+                return
+            status = self._guarded.stat()
+            if any(os.path.samestat(status, os.fstat(known)) for known in self._files):
+                return
+            with forks.creating_descriptors:
+                if (descriptor := _lock(self._guarded)) is not None:
+                    self._files.append(descriptor)
+                    return
+        except OSError:  # whoever opens it says so
+            return
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(self._guarded))
+
+
+def _lock(path: Path) -> int | None:
+    """Return a descriptor of what is there, with its lock where that is possible; None if somebody has that."""
+    with forks.creating_descriptors:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            pass  # a file system that locks only what is open for writing, such as NFS
+        return descriptor
 
 
 # Strong references: a lease that its holder forgot is held all the same.

@@ -12,7 +12,7 @@ from shmelim import EliminationManager, EliminationManagerServer, EliminationRea
 from shmelim.eliminations.starting.registry import Registry
 from shmelim.eliminations.store.schema import FILE_NAME
 from shmelim.eliminations.store.store import Store
-from shmelim.errors import StateConflictError, StoreError
+from shmelim.errors import AlreadyServingError, StateConflictError, StoreError
 from shmelim.shm import SharedNamespace, TableReader
 
 
@@ -31,9 +31,9 @@ def start(table_name, state_dir, registry):
     """Start a server object; all are closed at the end."""
     servers = []
 
-    def make(directory=state_dir, **options):
+    def make(directory=state_dir, namespace=None, **options):
         options = {"durability": "process", "registry": registry} | options
-        servers.append(EliminationManagerServer(SharedNamespace(table_name), directory, **options))
+        servers.append(EliminationManagerServer(namespace or SharedNamespace(table_name), directory, **options))
         return servers[-1]
 
     yield make
@@ -421,6 +421,23 @@ def test_nothing_is_remembered_of_direct_mode(tmp_path, registry, monkeypatch):
     manager.add_elimination("a", row("a"))
     manager.shutdown()
     assert not registry.exists()
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_one_store_in_two_directories_has_one_server(state_dir, tmp_path, start, new_name, link, is_new):
+    """Each would keep a log, and a table, of its own: what the one acknowledged, the other's end took back."""
+    if not is_new:
+        start().close()
+    first, other = start(), tmp_path / "other"
+    other.mkdir()
+    link(state_dir / FILE_NAME, other / FILE_NAME)
+    with pytest.raises(AlreadyServingError, match=r"other/shmelim\.sqlite is in use by another server, to whose"):
+        start(other, namespace=SharedNamespace(new_name()))
+    assert first.add_elimination_rpc("c", row("c"))
+    first.close()
+    with start(other, namespace=SharedNamespace(new_name())) as second:
+        assert second.is_hotkey_eliminated_rpc("c")
 
 
 def test_a_registry_that_cannot_be_used_is_a_problem_and_no_refusal(start, registry):

@@ -229,7 +229,7 @@ def restore(backup: Path, directory: Path, registry: Registry | None, acknowledg
     bad = [finding for finding in check_backup(backup) if finding.problem]
     if bad:
         raise StoreError(f"the backup {backup} is not whole: {bad[0].problem}", hint="use another backup")
-    lease = lock_state(directory)
+    lease = lock_state(directory, FILE_NAME)
     try:
         known = _known_commit(directory)
         memory = None if registry is None else registry.recall()
