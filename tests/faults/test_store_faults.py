@@ -7,6 +7,8 @@ import resource
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -419,3 +421,48 @@ def test_a_directory_in_the_place_of_the_store_is_refused_and_left_as_it_is(tmp_
         EliminationManagerServer(None, tmp_path / "state")
     assert place.is_dir()
     assert place.stat().st_mode & 0o777 == 0o755
+
+
+SYNC_FAILS = r"""
+#include <errno.h>
+#include <unistd.h>
+int fail_syncs;
+int fdatasync(int fd) { (void)fd; return fail_syncs ? (errno = EIO, -1) : 0; }
+int fsync(int fd) { (void)fd; return fail_syncs ? (errno = EIO, -1) : 0; }
+"""
+CHANGES_THAT_ARE_NOT_SYNCED = """
+import ctypes, os, sys
+from serving import row
+from shmelim import EliminationManagerServer
+from shmelim.errors import StoreError
+syncs = ctypes.c_int.in_dll(ctypes.CDLL(sys.argv[2]), "fail_syncs")
+with EliminationManagerServer(state_dir=sys.argv[1], registry=None, files="off") as server:
+    server.sync_eliminations_rpc([row("a"), row("b")])
+    syncs.value = 1
+    refused = 0
+    for change in (lambda: server.add_elimination_rpc("c", row("c")), lambda: server.remove_elimination_rpc("a")):
+        try:
+            change()
+        except StoreError:
+            refused += 1
+    assert server.get_eliminated_hotkeys_rpc() == {"a", "b"}
+    if sys.argv[3] == "killed":
+        os._exit(refused)
+sys.exit(refused)
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="makes a library that has fsync fail")
+@pytest.mark.parametrize("how", ["killed", "closed"])
+def test_a_change_that_was_refused_for_want_of_a_sync_is_not_there_after_a_restart(tmp_path, how):
+    library, state = tmp_path / "sync_fails.so", tmp_path / "state"
+    subprocess.run(["cc", "-shared", "-fPIC", "-xc", "-", "-o", library], input=SYNC_FAILS.encode(), check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGES_THAT_ARE_NOT_SYNCED, state, library, how],
+        env=os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(Path(__file__).parents[1])},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    with EliminationManagerServer(state_dir=state, registry=None, files="off") as server:
+        assert server.get_eliminated_hotkeys_rpc() == {"a", "b"}

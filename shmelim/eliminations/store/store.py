@@ -37,7 +37,7 @@ from shmelim.eliminations.store.history import (
     this_process,
 )
 from shmelim.eliminations.store.opening import LOG_SUFFIXES, log_of
-from shmelim.eliminations.store.schema import damaged
+from shmelim.eliminations.store.schema import SCHEMA_NUMBER, damaged
 from shmelim.errors import StoreError
 
 _GONE = (0, 0)
@@ -209,15 +209,29 @@ class Store(History):
                     self._begin_branch(self._next_commit, self.own_branch)
                 self._change("UPDATE identity SET commit_number = ?", (self._next_commit,))
             self._change("COMMIT")
-        except StoreError:
+        except StoreError as error:
             # The first error is the one to tell; SQLite has nothing to add when it is asked to undo.
             with suppress(StoreError):
                 self.rollback()
+            if getattr(error.__cause__, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_FSYNC:
+                self._write_over_refused()
             raise
         if self._db.total_changes != self._changes_before:
             self._last_commit = self._next_commit
             self._is_branch_noted = True
         self.written = {}
+
+    def _write_over_refused(self) -> None:
+        """Have the next opening not find a commit in the log that is whole there, but for its sync.
+
+        What is written next takes its place: so that is a commit that changes nothing, synced or not.
+        """
+        with suppress(StoreError):
+            self._ask("BEGIN IMMEDIATE")
+            self._ask(f"PRAGMA user_version={SCHEMA_NUMBER}")
+            self._ask("COMMIT")
+        with suppress(StoreError):
+            self.rollback()
 
     def _lost(self, name: Path, found: tuple[int, int] | None) -> StoreError:
         what = "deleted" if found == _GONE else "replaced by another file"
