@@ -114,7 +114,7 @@ class Holding:
         self._stopped = threading.Event()
         self._renewing = threading.Lock()  # held while names that were lost are made again
         self._waits_for_files = files == "current"
-        with contextlib.ExitStack() as undo:
+        with writing(f"the state directory {self.state_dir} cannot be used"), contextlib.ExitStack() as undo:
             if self.state_dir is not None:
                 lock = functools.partial(lock_state, self.state_dir, FILE_NAME)
                 self._lease = _patiently(lock, Lease(self.state_dir / "lock").holder, tell)

@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from shmelim.errors import DamagedFileError, StoreError
+from shmelim.errors import DamagedFileError, ShmelimError, StoreError
 
 _PERMISSIONS: Final = "make it and its directory readable and writable for this user"
 _MOUNTED: Final = "it is mounted by itself, so that nothing can take its place: mount its directory instead"
@@ -40,6 +40,7 @@ _HINTS: Final = {
     errno.EISDIR: "a directory stands where the file should be: move it away",
     errno.ELOOP: "its symbolic links lead in a circle: mend them",
     errno.EIO: "check the disk",
+    errno.ESTALE: "mount that file system again: its server does not know the file any more",
     errno.EBUSY: _MOUNTED,
     errno.EXDEV: _MOUNTED,
     errno.ENOLCK: _UNLOCKABLE,
@@ -73,6 +74,8 @@ def writing(what: str, hint: str | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(error, ShmelimError):
+            raise
         raise StoreError(f"{what}: {error.strerror or error}", hint=hint_of(error, hint)) from error
 
 

@@ -1,5 +1,6 @@
 """The store when the world is unkind: damaged files, a full disk, no permission, death at any moment."""
 
+import errno
 import os
 import pickle
 import random
@@ -18,6 +19,7 @@ import pytest
 from shmelim import EliminationManagerServer
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.record import encode, generate_row, normalise
+from shmelim.eliminations.starting import beginning
 from shmelim.eliminations.store import schema
 from shmelim.eliminations.store.history import Change
 from shmelim.eliminations.store.schema import FILE_NAME
@@ -421,6 +423,15 @@ def test_a_directory_in_the_place_of_the_store_is_refused_and_left_as_it_is(tmp_
         EliminationManagerServer(None, tmp_path / "state")
     assert place.is_dir()
     assert place.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_start_whose_file_system_does_not_answer_names_the_directory(tmp_path, monkeypatch):
+    def gone(*_args):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "state")
+
+    monkeypatch.setattr(beginning, "name_kept", gone)
+    with pytest.raises(StoreError, match=r"state directory .*/state cannot be used: Stale file handle"):
+        EliminationManagerServer(state_dir=tmp_path / "state", registry=None)
 
 
 SYNC_FAILS = r"""
