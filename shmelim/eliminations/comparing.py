@@ -28,7 +28,7 @@ from shmelim.eliminations.record import (
     plausible_times,
     usual_hotkey,
 )
-from shmelim.eliminations.rows import Status, decode_encoded, decode_hotkeys
+from shmelim.eliminations.rows import Row, Status, decode_encoded, decode_hotkeys
 from shmelim.shm import ITEMS, KEYS, is_plain, may_mean_the_same
 
 _TURN: Final = 1024
@@ -60,6 +60,7 @@ class Comparison:
         self._since_ms = since_ms
         self.version = published.version
         self.changed: dict[str, bytes] = {}
+        self.rows: dict[str, Row] = {}  # what stands there of those, if nothing changed since
         self.notes: dict[str, str] = {}  # what is odd about those, or was filled in
         self.gone: list[str] = []
         self.size = 0  # bytes of what was ever in it
@@ -81,21 +82,24 @@ class Comparison:
         Of a hotkey that is listed twice the last record counts. ValueError and TypeError name the place of one
         that cannot be stored.
         """
-        same, changed = self._same, self.changed
+        same, changed, rows = self._same, self.changed, self.rows
         buffer, count, plausible = bytearray(), 0, plausible_times(self._since_ms)
         for record in check_listed(records):
             count += 1
             if count % _TURN == 0:
                 time.sleep(0)
             try:
-                hotkey, encoded, stored, note = self._looked_at(record, plausible, buffer)
+                hotkey, encoded, row, note = self._looked_at(record, plausible, buffer)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"elimination {first + count - 1} of the list: {error}") from None
+            stored = None if row is None else row[2]
             if stored is not None and means_the_same(encoded, stored):
                 same[hotkey] = stored
                 changed.pop(hotkey, None)
             else:
                 changed[hotkey] = encoded
+                if row is not None:
+                    rows[hotkey] = row
                 self.size += len(encoded)
                 same.pop(hotkey, None)
                 if note is not None:
@@ -104,22 +108,22 @@ class Comparison:
 
     def _looked_at(
         self, record: Any, plausible: tuple[int, int], buffer: bytearray
-    ) -> tuple[str, bytes, bytes | None, str | None]:
+    ) -> tuple[str, bytes, Row | None, str | None]:
         """Return whose a record is, what is stored of it, what stands there now, and a note."""
-        look_up = self._published.encoded_elimination
+        look_up = self._published.row
         if type(record) is msgspec.Raw:
             encoded = bytes(record)
             if (hotkey := usual_hotkey(encoded, plausible)) is not None:
                 return hotkey, encoded, look_up(hotkey), None
             record = decode(encoded)
-        elif type(record) is dict and type(hotkey := record.get("hotkey")) is str:
-            stored = look_up(hotkey)
-            if stored is not None and _is_encoded(record, stored, buffer):
-                return hotkey, stored, stored, None
+        elif type(record) is dict and type(hotkey := record.get("hotkey")) is str and hotkey.isascii():
+            row = look_up(hotkey)
+            if row is not None and row.record is not None and _is_encoded(record, row.record, buffer):
+                return hotkey, row.record, row, None
         checked = check_record(record, plausible=plausible)
-        stored = look_up(checked.hotkey)
-        encoded, note = complete(checked, stored)
-        return checked.hotkey, encoded, stored, note
+        row = look_up(checked.hotkey)
+        encoded, note = complete(checked, None if row is None else row.record)
+        return checked.hotkey, encoded, row, note
 
     def wanted(self, hotkey: str) -> bytes | None:
         """Return the record that is listed for a hotkey; None where there is none."""

@@ -9,11 +9,13 @@ from shmelim.eliminations.record import decode as decode_record
 from shmelim.eliminations.record import decode_unchecked, refuse_hotkey
 from shmelim.eliminations.rows import (
     PREFIX,
+    Row,
     Status,
     decode_departures,
     decode_eliminations,
     decode_hotkeys,
     decode_rows,
+    entry_row,
     pack,
 )
 from shmelim.errors import CorruptSegmentError
@@ -192,6 +194,11 @@ class Reading(Lookups):
     def encoded_elimination(self, hotkey: str) -> bytes | None:
         """Return a hotkey's elimination record as msgpack, or None."""
         return self._record(hotkey)
+
+    def row(self, hotkey: str) -> Row | None:
+        """Return all that is known of a hotkey, or None; of one that is text in UTF-8."""
+        found = self._table._entry(hotkey.encode())  # noqa: SLF001  # get(), without its tuple
+        return None if found is None else entry_row(hotkey, *found)
 
     @property
     def eliminations(self) -> dict[str, dict[str, Any]]:

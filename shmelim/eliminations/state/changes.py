@@ -14,6 +14,7 @@ from shmelim.eliminations.comparing import Comparison
 from shmelim.eliminations.debts.states import ANY_RULE, LIMIT_ORDERS, OWED, POSITIONS, SLASH, Debt, rule_of
 from shmelim.eliminations.moments import Moment
 from shmelim.eliminations.record import DAY_MS, EliminationReason, decode
+from shmelim.eliminations.rows import Row
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.history import Origin
 from shmelim.eliminations.store.store import Store
@@ -141,6 +142,7 @@ def replace_all(
 def sync(step: Step, comparison: Comparison, reason: str = "sync", judge: Judge = no_judge) -> list[str]:
     """Do the same with a list that was compared with a version of the table that the turn may have left behind."""
     since = _replaced_since(step, comparison.version)
+    rows = _rows_of(step, comparison)
     if since is None:
         comparison.renew()
     changed, gone = dict(comparison.changed), dict.fromkeys(comparison.gone)
@@ -152,7 +154,7 @@ def sync(step: Step, comparison: Comparison, reason: str = "sync", judge: Judge 
             changed[hotkey] = wanted
         elif row is not None and row.record is not None:
             gone[hotkey] = None
-    return _replace(step, changed, gone, reason, comparison.notes, judge)
+    return _replace(step, changed, gone, reason, comparison.notes, judge, rows=rows)
 
 
 def sync_difference(
@@ -176,7 +178,18 @@ def sync_difference(
             removed[hotkey] = None
         else:
             changed[hotkey] = wanted
-    return _replace(step, changed, removed, reason, comparison.notes, judge)
+    rows = None if since else _rows_of(step, comparison)
+    return _replace(step, changed, removed, reason, comparison.notes, judge, rows=rows)
+
+
+def _rows_of(step: Step, comparison: Comparison) -> Mapping[str, Row] | None:
+    """Return what stands where the records of a comparison differ; None where anything changed since."""
+    commit, store = step.commit_of(comparison.version), step.store
+    return comparison.rows if commit is not None and _is_last(commit, store) else None
+
+
+def _is_last(commit: int, store: Store) -> bool:
+    return commit + 1 >= store.next_commit and not store.written
 
 
 def _replaced_since(step: Step, version: int) -> dict[str, bytes | None] | None:
@@ -184,7 +197,7 @@ def _replaced_since(step: Step, version: int) -> dict[str, bytes | None] | None:
     commit, store = step.commit_of(version), step.store
     if commit is None or commit < store.pruned.commit:
         return None
-    return store.replaced_since(commit) if commit + 1 < store.next_commit or store.written else {}
+    return {} if _is_last(commit, store) else store.replaced_since(commit)
 
 
 def _replace(
@@ -195,12 +208,13 @@ def _replace(
     notes: Mapping[str, str] = _NO_NOTES,
     judge: Judge = no_judge,
     *,
+    rows: Mapping[str, Row] | None = None,
     is_undone: bool = False,
 ) -> list[str]:
     """Change many records; where that undoes others, no debt is made, nor left due for what is undone."""
     removed = step.store.remove_eliminations(gone)
     events = [EventOf("remove", hotkey, record, reason) for hotkey, record in removed.items()]
-    events += _put(step, records, reason, notes)
+    events += _put(step, records, reason, notes, rows)
     if events:
         step.record(events)
         _rest_debts(step, removed, reason)
@@ -414,14 +428,20 @@ def merge(step: Step, records: Mapping[str, bytes], reason: str, notes: Mapping[
     return len(changed)
 
 
-def _put(step: Step, records: Mapping[str, bytes], reason: str, notes: Mapping[str, str]) -> list[EventOf]:
+def _put(
+    step: Step,
+    records: Mapping[str, bytes],
+    reason: str,
+    notes: Mapping[str, str],
+    rows: Mapping[str, Row] | None = None,
+) -> list[EventOf]:
     """Add or replace many records, and return the events of those that changed."""
-    old = step.store.put_eliminations(records.items())
+    old = step.store.put_eliminations(records.items(), rows)
     said = {hotkey: f"{reason}; {note}" for hotkey, note in notes.items()}
     return [
-        EventOf("update" if hotkey in old else "add", hotkey, old.get(hotkey), said.get(hotkey, reason))
+        EventOf._make(("add" if before is None else "update", hotkey, before, said.get(hotkey, reason)))
         for hotkey, record in records.items()
-        if old.get(hotkey) != record
+        if (before := old.get(hotkey)) != record
     ]
 
 

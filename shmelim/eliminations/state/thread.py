@@ -33,7 +33,7 @@ from queue import SimpleQueue
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar, cast
 
 from shmelim.eliminations.reading import Reading
-from shmelim.eliminations.rows import ORIGIN_KEY, Row, Status, decode_hotkeys, entry_row, row_entry
+from shmelim.eliminations.rows import ORIGIN_KEY, Row, Status, decode_hotkeys, row_entry
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.store.history import Event, Origin
 from shmelim.eliminations.store.store import Store
@@ -84,8 +84,8 @@ class _Published(Reading):
         """Return the rows of these hotkeys; the unknown are left out."""
         rows = {}
         for hotkey in hotkeys:
-            if (found := self._table._entry(hotkey.encode())) is not None:  # noqa: SLF001  # get(), without its tuple
-                rows[hotkey] = entry_row(hotkey, *found)
+            if (row := self.row(hotkey)) is not None:
+                rows[hotkey] = row
         return rows
 
     def hotkeys(self) -> set[str]:

@@ -20,6 +20,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +56,13 @@ _INSERT = (
     "INSERT INTO hotkeys (hotkey, eliminated_ordinal, record, departed_ordinal, detected_ms, registered, checksum,"
     " rowid) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 )
+# New ones that are eliminated and nothing else, so many at a time: most of the price is that of the statement.
+_TOGETHER = 50
+_INSERT_TOGETHER = (
+    "INSERT INTO hotkeys (hotkey, eliminated_ordinal, record, checksum, rowid)"  # noqa: S608
+    f" VALUES {', '.join(['(?, ?, ?, ?, ?)'] * _TOGETHER)}"
+)
+_of_new_one = itemgetter(0, 1, 2, 6, 7)
 _UPDATE = f"UPDATE hotkeys SET record = ?, checksum = ? {_WHERE}"  # noqa: S608
 _REPLACE = (
     "UPDATE hotkeys SET eliminated_ordinal = ?, record = ?, departed_ordinal = ?, detected_ms = ?, registered = ?,"  # noqa: S608
@@ -364,8 +372,9 @@ class Store(History):
             checksum = None if row[2] is None else crc32(row[2])
             if before is None:
                 insertions.append((*row, checksum))
-            elif row[1] == before[1] and row[3:] == before[3:]:
-                updates.append((row[2], checksum, numbers[hotkey], hotkey))
+            elif row[1] == before[1] and row[5] == before[5] and row[3] == before[3] and row[4] == before[4]:
+                # A bytearray is bound as it is, while bytes would first be looked up among sqlite3's adapters.
+                updates.append((row[2] and bytearray(row[2]), checksum, numbers[hotkey], hotkey))
             else:
                 replacements.append((*row[1:], checksum, numbers[hotkey], hotkey))
         if insertions:
@@ -374,6 +383,7 @@ class Store(History):
             for place, number in enumerate(self._take(_LAST_NUMBER, len(insertions))):
                 numbers[insertions[place][0]] = number
                 insertions[place] += (number,)
+            insertions = insertions if len(insertions) < _TOGETHER else self._insert_together(insertions)
         for sql, changed in (
             (_DELETE, deletions),
             (_UPDATE, updates),
@@ -383,6 +393,16 @@ class Store(History):
             if changed and self._change(sql, changed, each=True) != len(changed):
                 raise damaged(self.path, "a row is not where it was")
         self.written.update(rows)
+
+    def _insert_together(self, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Insert rows, with checksums and numbers, as far as groups can be made of them; returns the others."""
+        if any(row[3] is not None or row[5] for row in rows):
+            return rows
+        end = len(rows) // _TOGETHER * _TOGETHER
+        groups = (rows[place : place + _TOGETHER] for place in range(0, end, _TOGETHER))
+        arguments = (tuple(chain.from_iterable(map(_of_new_one, group))) for group in groups)
+        self._change(_INSERT_TOGETHER, arguments, each=True)
+        return rows[end:]
 
     def _take(self, last: str, count: int) -> range:
         """Take so many numbers that are free, above the last one that is taken, for which `last` asks."""
@@ -443,24 +463,35 @@ class Store(History):
         """Store a hotkey's record; returns the one it replaces, or None for one newly eliminated."""
         return self.put_eliminations([(hotkey, record)]).get(hotkey)
 
-    def put_eliminations(self, records: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
+    def put_eliminations(
+        self, records: Iterable[tuple[str, bytes]], rows: Mapping[str, Row] | None = None
+    ) -> dict[str, bytes]:
         """Store many records at once; returns those that they replace, by hotkey.
+
+        ``rows`` is what is known of these hotkeys, where the caller has just looked.
 
         New hotkeys follow each other in the order given. Of a hotkey that is given twice the last record
         counts, at the place of the first. A record equal to the stored one costs a look and no write.
         """
         given = dict(records)
-        old = self.get_many(given)
-        replaced = {hotkey: row.record for hotkey, row in old.items() if row.record is not None}
-        ordinals = iter(self._take(_LAST_ORDINAL, len(given) - len(replaced)))
-        nothing = _nothing_of("")
-        rows: dict[str, Row | None] = {}
+        old = self.get_many(given) if rows is None else rows
+        replaced: dict[str, bytes] = {}
+        written: dict[str, Row | None] = {}
+        new = []
+        make, nothing = Row._make, _nothing_of("")
         for hotkey, record in given.items():
             _, ordinal, before, departed, detected, registered = old.get(hotkey, nothing)
+            if before is None:
+                new.append(hotkey)
+                written[hotkey] = None  # in this place
+                continue
+            replaced[hotkey] = before
             if before != record:
-                ordinal = next(ordinals) if ordinal is None else ordinal
-                rows[hotkey] = Row(hotkey, ordinal, record, departed, detected, registered)
-        self._write(rows, old)
+                written[hotkey] = make((hotkey, ordinal, record, departed, detected, registered))
+        for hotkey, ordinal in zip(new, self._take(_LAST_ORDINAL, len(new)), strict=True):
+            _, _, _, departed, detected, registered = old.get(hotkey, nothing)
+            written[hotkey] = Row(hotkey, ordinal, given[hotkey], departed, detected, registered)
+        self._write(written, old)
         return replaced
 
     def remove_eliminations(self, hotkeys: Iterable[str]) -> dict[str, bytes]:
