@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from math import isnan
-from operator import add
+from operator import add, length_hint
 from struct import Struct
 from typing import Any, Final, NamedTuple, Self
 
@@ -28,12 +28,13 @@ from shmelim.eliminations.record import (
     plausible_times,
     usual_hotkey,
 )
-from shmelim.eliminations.rows import Row, Status, decode_encoded, decode_hotkeys
+from shmelim.eliminations.rows import Row, Status, collector_at_rest, decode_encoded, decode_hotkeys
 from shmelim.shm import ITEMS, KEYS, is_plain, may_mean_the_same
 
 _TURN: Final = 1024
 """Records after which others may have the interpreter: about 1 ms where nothing differs, 3 ms where all do."""
 
+_USUAL_SIZE: Final = 512  # bytes of a record
 _AT_ONCE: Final = 64  # records that a client compares at once
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -82,9 +83,14 @@ class Comparison:
         Of a hotkey that is listed twice the last record counts. ValueError and TypeError name the place of one
         that cannot be stored.
         """
+        records = check_listed(records)
+        with collector_at_rest(length_hint(records) * _USUAL_SIZE):
+            return self._extend(records, first)
+
+    def _extend(self, records: Iterable[Mapping[str, Any] | msgspec.Raw], first: int) -> int:
         same, changed, rows = self._same, self.changed, self.rows
         buffer, count, plausible = bytearray(), 0, plausible_times(self._since_ms)
-        for record in check_listed(records):
+        for record in records:
             count += 1
             if count % _TURN == 0:
                 time.sleep(0)

@@ -538,6 +538,14 @@ class Transaction:
         self._changes.append((key, None, b"", None))
         self._need += entry_size(len(key), 0)
 
+    def extend(self, changes: list[Change]) -> None:
+        """Add changes that are known to be such as :meth:`put` and :meth:`remove` take."""
+        if self._writer._open is not self or self._staged is not None:  # noqa: SLF001
+            self._refuse()
+        for key, _, record, _ in changes:
+            self._need += len(key) + len(record) + _ENTRY_MORE & -WORD
+        self._changes += changes
+
     @property
     def staged(self) -> bool:
         """Whether the changes are made and wait for :meth:`publish`."""

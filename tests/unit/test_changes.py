@@ -1,5 +1,6 @@
 """The changes one by one, on a store in memory: what they return, touch, and write into the history."""
 
+import threading
 from typing import NamedTuple
 
 import pytest
@@ -174,3 +175,26 @@ def test_departures_can_be_cleared(store):
 def test_meta(store):
     _, left, events = apply(store, Step.set_meta, "k", [1])
     assert (left.dirty, left.written, events, store.meta("k")) == (True, {}, [], [1])
+
+
+@pytest.mark.parametrize("can_start", [True, False])
+def test_a_long_list_is_in_the_history_also_where_no_thread_can_be_had(store, monkeypatch, can_start):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    if not can_start:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    lists = [dict(prepare(row(f"h{n}", stamp)) for n in range(stamp, 1200)) for stamp in (0, 1)]
+    for records in lists:
+        removed, left, events = apply(store, changes.replace_all, records)
+    assert (removed, len(left.written)) == (["h0"], 1200)
+    assert events == [("remove", "h0", "sync"), *(("update", f"h{n}", "sync") for n in range(1, 1200))]
+    assert [event.old for event in store.events("h7")] == [lists[0]["h7"], None]
+    assert dict(store.eliminated()) == lists[1]
+
+
+def test_a_sync_asks_once_who_owes_anything(store, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Store, "debtors", lambda store: asked.append(store) or set())
+    apply(store, changes.replace_all, dict(prepare(row(f"h{n}")) for n in range(3)))
+    assert len(asked) == 1

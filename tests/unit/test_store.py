@@ -119,6 +119,15 @@ class TestRows:
         assert list(store.eliminated()) == [("a", b"3"), ("b", b"5"), ("c", b"4")]
         assert store.get("c") == Row("c", 4, b"4", 3, 1, registered=False)
 
+    def test_many_hotkeys_that_are_new_and_only_registered(self, store):
+        hotkeys = [f"h{n}" for n in range(120)]
+        with store.transaction():
+            assert store.set_registered(hotkeys) == set(hotkeys)
+            store.put_eliminations((f"e{n}", b"1") for n in range(120))
+        assert store.get("h7") == Row("h7", None, None, None, None, registered=True)
+        assert store.get("e7") == Row("e7", 8, b"1", None, None, registered=False)
+        assert store.counts() == Counts(120, 0, 120, 0)
+
     @pytest.mark.parametrize("count", [0, 1, 499, 500, 501, 1500])
     def test_chunks_leave_nothing_out(self, store, count):
         records = [(f"h{n}", b"%d" % n) for n in range(count)]

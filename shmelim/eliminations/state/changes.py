@@ -6,7 +6,7 @@ publish the rows that the store then says were written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -16,7 +16,7 @@ from shmelim.eliminations.moments import Moment
 from shmelim.eliminations.record import DAY_MS, EliminationReason, decode
 from shmelim.eliminations.rows import Row
 from shmelim.eliminations.store.history import Change as EventOf
-from shmelim.eliminations.store.history import Origin
+from shmelim.eliminations.store.history import Origin, Packing
 from shmelim.eliminations.store.store import Store
 from shmelim.system import clock
 
@@ -28,6 +28,7 @@ _BELIEVED: Final = "believed"  # how many hotkeys there were before the loss tha
 _LOSSES: Final = "losses"  # of the last day: [when, who, of how many]
 _REPLACEMENTS: Final = "replacements"
 _REASONS: Final = frozenset(reason.value for reason in EliminationReason)
+_APART: Final = 1000  # events, from which on it pays to have a thread pack them
 _NO_NOTES: Final[Mapping[str, str]] = {}
 _INTERVAL: Final = "tick_interval_ms"
 _UNPROVED: Final = "unproved"  # hotkeys that only such a look has shown
@@ -43,10 +44,10 @@ class Step:
     commit_of: Callable[[int], int | None] = lambda _version: None  # it is not known, or not any more
     recorded: int = 0  # events so far
 
-    def record(self, events: Iterable[EventOf]) -> None:
+    def record(self, events: Iterable[EventOf], packing: Packing | None = None) -> None:
         """Write events."""
         if listed := list(events):
-            self.store.add_events(listed, self.origin)
+            self.store.add_events(listed, self.origin, packing=packing)
             self.recorded += len(listed)
 
     def set_meta(self, key: str, value: Any) -> None:
@@ -213,10 +214,13 @@ def _replace(
 ) -> list[str]:
     """Change many records; where that undoes others, no debt is made, nor left due for what is undone."""
     removed = step.store.remove_eliminations(gone)
+    rows = step.store.get_many(records) if rows is None else rows
     events = [EventOf("remove", hotkey, record, reason) for hotkey, record in removed.items()]
-    events += _put(step, records, reason, notes, rows)
+    events += _events_of(records, rows, reason, notes)
+    packing = Packing(events) if len(events) >= _APART else None
+    step.store.put_eliminations(records.items(), rows)
     if events:
-        step.record(events)
+        step.record(events, packing)
         _rest_debts(step, removed, reason)
         added = _follow_debts(step, events, records, reason, is_undone=is_undone)
         judge(step, reason, len(removed), len(added))
@@ -287,10 +291,10 @@ def replacements(store: Store) -> int:
     return int(store.meta(_REPLACEMENTS, 0))
 
 
-def _rest_debts(step: Step, hotkeys: Iterable[str], reason: str) -> None:
+def _rest_debts(step: Step, hotkeys: Collection[str], reason: str) -> None:
     """Have what these hotkeys owe rest, who are no longer eliminated: it is due again when they are."""
     # Few owe anything, even where a million are removed.
-    owing = step.store.debtors()
+    owing = step.store.debtors() if hotkeys else ()
     for hotkey in hotkeys:
         if hotkey not in owing:
             continue
@@ -335,13 +339,12 @@ def _follow_debts(
             if (has_own and reason in _REASONS) or (is_undone and decode(event.old)["reason"] != reason):
                 exchanged[hotkey] = encoded
     _rest_debts(step, exchanged, why)
-    _wake_debts(step, added | exchanged, owes=not is_undone)
+    _wake_debts(step, added | exchanged, owing, owes=not is_undone)
     return added
 
 
-def _wake_debts(step: Step, records: Mapping[str, bytes], *, owes: bool) -> None:
+def _wake_debts(step: Step, records: Mapping[str, bytes], owing: set[str], *, owes: bool) -> None:
     """Make due again what rested of hotkeys who are eliminated again; and owed, what may be repeated."""
-    owing = step.store.debtors() if len(records) > 1 else records.keys()
     for hotkey in owing & records.keys():
         if not (resting := _resting(step, hotkey)):
             continue
@@ -422,21 +425,19 @@ def _kinds(debts: Iterable[Debt]) -> str:
 
 def merge(step: Step, records: Mapping[str, bytes], reason: str, notes: Mapping[str, str] = _NO_NOTES) -> int:
     """Add or replace many records and leave the others; returns how many of them changed."""
-    changed = _put(step, records, reason, notes)
+    rows = step.store.get_many(records)
+    changed = _events_of(records, rows, reason, notes)
+    step.store.put_eliminations(records.items(), rows)
     step.record(changed)
     _follow_debts(step, changed, records, reason)
     return len(changed)
 
 
-def _put(
-    step: Step,
-    records: Mapping[str, bytes],
-    reason: str,
-    notes: Mapping[str, str],
-    rows: Mapping[str, Row] | None = None,
+def _events_of(
+    records: Mapping[str, bytes], rows: Mapping[str, Row], reason: str, notes: Mapping[str, str]
 ) -> list[EventOf]:
-    """Add or replace many records, and return the events of those that changed."""
-    old = step.store.put_eliminations(records.items(), rows)
+    """Return the events of those of these records that differ from what stands in the rows."""
+    old = {hotkey: row[2] for hotkey, row in rows.items()}
     said = {hotkey: f"{reason}; {note}" for hotkey, note in notes.items()}
     return [
         EventOf._make(("add" if before is None else "update", hotkey, before, said.get(hotkey, reason)))

@@ -474,11 +474,13 @@ class State:
             if self._table.entries > known + 1:
                 others = self._published.hotkeys() - written.keys()
                 written = {**self._published.rows_of(list(others)), **written}
+        entries: list[tuple[bytes, int | None, bytes, int | None]] = []
         for hotkey, row in written.items():
             if row is not None:
-                transaction.put(*row_entry(row))
+                entries.append(row_entry(row))
             elif not rebuild:
-                transaction.remove(hotkey.encode())
+                entries.append((hotkey.encode(), None, b"", None))
+        transaction.extend(entries)
         transaction.commit = self._store.next_commit
         try:
             transaction.stage()

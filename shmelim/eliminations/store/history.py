@@ -17,10 +17,11 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import islice, takewhile
 from pathlib import Path
+from threading import Thread
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -107,6 +108,27 @@ def packed_as_one(changes: list[Change]) -> tuple[bytes, bytes]:
     """Return the changes and the hashes of their hotkeys, as one row holds them."""
     hashes = array("Q", sorted(_hash(str(change.hotkey)) for change in changes))
     return zlib.compress(msgspec.msgpack.encode(changes), 1), hashes.tobytes()
+
+
+class Packing(Thread):
+    """Makes that row while the caller goes on: nearly all of it is compressing, which needs no interpreter."""
+
+    def __init__(self, changes: list[Change]) -> None:
+        super().__init__(name="shmelim-events", daemon=True)
+        self._changes = changes
+        self._row: tuple[bytes, bytes] | None = None
+        with suppress(RuntimeError):  # there is no room for a thread: then it is made when it is asked for
+            self.start()
+
+    def run(self) -> None:
+        """Make it."""
+        self._row = packed_as_one(self._changes)
+
+    def row(self) -> tuple[bytes, bytes]:
+        """Return it, as soon as it is made."""
+        if self.ident is not None:
+            self.join()
+        return self._row or packed_as_one(self._changes)
 
 
 class History(Database):

@@ -34,6 +34,7 @@ from shmelim.eliminations.store.history import (
     Change,
     History,
     Origin,
+    Packing,
     packed_as_one,
     this_process,
 )
@@ -546,16 +547,23 @@ class Store(History):
     # ------------------------------------------------------------------ events
 
     def add_events(
-        self, changes: Iterable[Change], origin: Origin | None = None, at_ms: int | None = None
+        self,
+        changes: Iterable[Change],
+        origin: Origin | None = None,
+        at_ms: int | None = None,
+        packing: Packing | None = None,
     ) -> None:
-        """Append an event for each change, all with the same origin (None: this process) and time (None: now)."""
+        """Append an event for each change, all with the same origin (None: this process) and time (None: now).
+
+        ``packing`` is of these changes, where the caller has begun it.
+        """
         listed = list(changes)
         who = this_process() if origin is None else origin
         now = time.time_ns() // 1_000_000 if at_ms is None else at_ms
         ids = self._take(_LAST_EVENT, len(listed))
         rows: list[tuple[Any, ...]]
         if len(listed) > MANY and all(change.hotkey is not None for change in listed):
-            events, hashes = packed_as_one(listed)
+            events, hashes = packed_as_one(listed) if packing is None else packing.row()
             rows = [(ids[-1], now, "many", None, *who, None, events, self._next_commit, hashes)]
         else:
             rows = [
