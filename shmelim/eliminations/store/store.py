@@ -20,7 +20,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import chain
+from itertools import chain, count
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -374,8 +374,7 @@ class Store(History):
             if before is None:
                 insertions.append((*row, checksum))
             elif row[1] == before[1] and row[5] == before[5] and row[3] == before[3] and row[4] == before[4]:
-                # A bytearray is bound as it is, while bytes would first be looked up among sqlite3's adapters.
-                updates.append((row[2] and bytearray(row[2]), checksum, numbers[hotkey], hotkey))
+                updates.append((row[2], checksum, numbers[hotkey], hotkey))
             else:
                 replacements.append((*row[1:], checksum, numbers[hotkey], hotkey))
         if insertions:
@@ -478,20 +477,17 @@ class Store(History):
         old = self.get_many(given) if rows is None else rows
         replaced: dict[str, bytes] = {}
         written: dict[str, Row | None] = {}
-        new = []
+        ordinals = count(self._take(_LAST_ORDINAL, 0).start)
         make, nothing = Row._make, _nothing_of("")
         for hotkey, record in given.items():
             _, ordinal, before, departed, detected, registered = old.get(hotkey, nothing)
             if before is None:
-                new.append(hotkey)
-                written[hotkey] = None  # in this place
-                continue
-            replaced[hotkey] = before
+                ordinal = next(ordinals)
+            else:
+                replaced[hotkey] = before
             if before != record:
                 written[hotkey] = make((hotkey, ordinal, record, departed, detected, registered))
-        for hotkey, ordinal in zip(new, self._take(_LAST_ORDINAL, len(new)), strict=True):
-            _, _, _, departed, detected, registered = old.get(hotkey, nothing)
-            written[hotkey] = Row(hotkey, ordinal, given[hotkey], departed, detected, registered)
+        self._last[_LAST_ORDINAL] += len(given) - len(replaced)
         self._write(written, old)
         return replaced
 
