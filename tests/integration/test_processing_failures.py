@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from reference_validator import HOUR, InjectedError, Managed, adapter
+from reference_validator.scoring import NothingMovedError
 from ten_miners import TEN, THIRD, complete, state_of_slash, ten_to_eliminate
 
 from shmelim.eliminations.debts.states import IN_DOUBT
@@ -409,3 +410,57 @@ def test_hotkey_leads_nowhere_out_of_the_miners_directory(directly: Managed, hot
     directly.tick(10**9)
     assert hotkey not in directly.reasons
     assert all(victim.exists() for victim in victims)
+
+
+def standing(managed: Managed) -> list[tuple[str, str]]:
+    """The problems of the processing, by name and subject."""
+    return [(problem.name, problem.subject) for problem in managed.manager._processor.context.alerts.standing()]
+
+
+def test_a_slash_that_rests_is_no_failure_any_more(managed: Managed) -> None:
+    """It is not tried again, and would stand in the health for as long as it rests."""
+    managed.validator.register("a")
+    managed.validator.probation.fail("a", "PLAGIARISM", None)
+    managed.validator.faults.at("slash", refuse_to_slash)
+    managed.tick()
+    assert standing(managed) == [("slash not made", "a")]
+    managed.manager.remove_elimination("a")
+    managed.tick()
+    assert [debt["due"] for debt in managed.debts if debt["kind"] == "slash"] == [False]
+    assert standing(managed) == []
+
+
+def refuse_to_slash() -> None:
+    raise NothingMovedError("not now")
+
+
+@pytest.mark.parametrize("kind", ["position", "limit order"])
+def test_what_is_missing_for_a_moment_is_owed_from_its_first_elimination_on(managed: Managed, kind: str) -> None:
+    """Who is eliminated while a manager is being replaced kept his position open for ever."""
+    validator, manager = managed.validator, managed.manager
+    validator.register("a")
+    validator.open_position("a")
+    validator.limit_orders.place("a")
+    managed.tick()
+    name = f"{kind.replace(' ', '_')}_manager"
+    before = getattr(manager, name)
+    setattr(manager, name, None)
+    validator.probation.fail("a", "PLAGIARISM", None)
+    managed.tick()
+    assert managed.reasons == {"a": "PLAGIARISM"}
+    assert standing(managed) == [(f"{kind.replace(' ', '_')}s", "a")]
+    setattr(manager, name, before)
+    managed.tick()
+    assert (validator.is_flat("a"), validator.limit_orders.waiting, standing(managed)) == (True, {}, [])
+
+
+def test_a_first_refresh_that_another_process_made_has_failed_for_nobody(managed: Managed) -> None:
+    managed.validator.register("a")
+    managed.validator.open_position("a")
+    managed.manager.append_elimination_row("a", 0.2, "PLAGIARISM")
+    managed.validator.faults.fail("store", hotkey="a")
+    managed.tick()
+    assert standing(managed) == [("first refresh", "a")]
+    managed.manager.first_refresh_ran = True
+    managed.tick()
+    assert standing(managed) == []

@@ -462,3 +462,25 @@ def test_what_hangs_is_in_the_health_before_its_tick_is_over(
     assert ticking.is_alive()
     gate.set()
     ticking.join()
+
+
+def test_an_answer_that_comes_just_as_it_is_given_up_is_not_under_way_for_ever(
+    hurried: Managed, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurried.validator.register("a")
+    hurried.validator.lose("a", 0.2)
+    hurried.validator.faults.at("slash", gate.wait)
+    alerts_of = hurried.manager._processor.context.alerts
+    failed = alerts_of.failed
+
+    def after_its_answer(kind: str, *of: Any, **more: Any) -> None:
+        if kind == "slash under way":
+            gate.set()
+            until(lambda: state_of_slash(hurried) == [] and deadlines.left_behind() == [])
+        failed(kind, *of, **more)
+
+    monkeypatch.setattr(alerts_of, "failed", after_its_answer)
+    hurried.tick()
+    assert gate.is_set()
+    hurried.tick()
+    assert alerts_of.standing() == []

@@ -17,15 +17,12 @@ from typing import Any, Final
 from shmelim.eliminations.debts.states import LIMIT_ORDERS, OWED, POSITIONS
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, named
 from shmelim.eliminations.rules.deadlines import StuckError
-from shmelim.eliminations.rules.tick import Context, Tick
+from shmelim.eliminations.rules.tick import WHO, Context, Tick
 from shmelim.errors import ShmelimError
 from shmelim.system.clock import monotonic
 from shmelim.system.coroutines import carried_out, truth
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
-
-_WHO: Final = {LIMIT_ORDERS: "limit_order_manager", POSITIONS: "position_manager"}
-_KINDS: Final = tuple(_WHO)
 
 _QUEUES_PART: Final = 4
 _MOST_HANGING: Final = 4  # of a miner's positions
@@ -51,8 +48,8 @@ class Closing:
     def settle_all(self, tick: Tick) -> None:
         """Settle everything of the kind that is owed; a failure is recorded and reported, and it stays owed."""
         context = self.context
-        debts = [debt for debt in tick.look_at_debts() if debt["kind"] in _KINDS and debt["due"]]
-        for kind in _KINDS:
+        debts = [debt for debt in tick.look_at_debts() if debt["kind"] in WHO and debt["due"]]
+        for kind in WHO:
             context.alerts.clear_others(kind, {debt["hotkey"] for debt in debts if debt["kind"] == kind})
         for debt in debts:
             if context.is_stopping():
@@ -65,9 +62,9 @@ class Closing:
     def _settle(self, hotkey: str, kind: str, record: Mapping[str, Any], tick: Tick) -> None:
         context = self.context
         try:
-            manager = getattr(context.collaborators, _WHO[kind])
+            manager = getattr(context.collaborators, WHO[kind])
             if manager is None:
-                text = f"{kind.replace('_', ' ')} of {hotkey} are owed: there is no {_WHO[kind]}"
+                text = f"{kind.replace('_', ' ')} of {hotkey} are owed: there is no {WHO[kind]}"
                 context.alerts.failed(kind, hotkey, text)
                 return
             if kind == LIMIT_ORDERS:

@@ -17,7 +17,6 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar
 from shmelim.eliminations.debts.states import (
     CHALLENGE_PERIOD,
     DRAWDOWN,
-    LIMIT_ORDERS,
     PERF_LEDGER,
     POSITIONS,
     SLASH,
@@ -78,7 +77,6 @@ class EliminationProcessor:
         self._closing = Closing(context)
         self._slashing = Slashing(context)
         self._within: set[tuple[int, int]] = set()  # the threads that are within a tick
-        self._had: set[str] = set()  # the kinds of debts for which there ever was a collaborator
         self._expiry = expiry = Expiry(context, membership)
         challenge = self._challenge = ChallengePeriod(context)
         rule = functools.partial
@@ -288,6 +286,7 @@ class EliminationProcessor:
     def _first_refresh(self, tick: Tick) -> None:
         context, positions = self.context, self.context.collaborators.position_manager
         if context.is_backtesting or positions is None or context.state.get_first_refresh_ran():
+            context.alerts.clear_others("first refresh", ())
             return
         # Those whose positions are owed are closed as debts.
         owing = {debt["hotkey"] for debt in context.state.get_debts() if debt["kind"] == POSITIONS}
@@ -361,12 +360,7 @@ class EliminationProcessor:
         A slash also while there is no contract manager. Limit orders and positions where there is, or was,
         somebody who has them: else there are none.
         """
-        collaborators = self.context.collaborators
-        if collaborators.limit_order_manager is not None:
-            self._had.add(LIMIT_ORDERS)
-        if collaborators.position_manager is not None:
-            self._had.add(POSITIONS)
-        owed: list[str] = [kind for kind in (LIMIT_ORDERS, POSITIONS) if kind in self._had]
+        owed = self.context.owed()
         return [*owed, SLASH] if slash and not self.context.is_backtesting else owed
 
 

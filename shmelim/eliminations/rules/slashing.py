@@ -112,11 +112,13 @@ class Slashing:
     def settle_all(self, tick: Tick) -> None:
         """Make what is owed, remind of what is in doubt, and see how attempts ended."""
         debts = [debt for debt in tick.look_at_debts() if debt["kind"] == SLASH]
-        # What was told of debts that no longer stand can be forgotten.
-        for kind in (_NOT_MADE, _UNRECORDED):
-            self.context.alerts.clear_others(kind, {debt["hotkey"] for debt in debts})
+        # What was told of debts that no longer stand, or that rest, can be forgotten.
+        under_way = {attempt.debt["hotkey"] for attempt in list(_attempts.values())}
+        for kind in (_UNRECORDED, _UNDER_WAY):
+            self.context.alerts.clear_others(kind, under_way)
         self.context.alerts.clear_others(_DOUBT, {debt["attempt"] for debt in debts})
         owed = [debt for debt in debts if debt["state"] == OWED and debt["due"]]
+        self.context.alerts.clear_others(_NOT_MADE, {debt["hotkey"] for debt in owed})
         can_begin = self._can_begin(owed)
         for debt in debts:
             if self.context.is_stopping():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, TypeVar
 
 from shmelim.eliminations.calls import ProcessingCalls
+from shmelim.eliminations.debts.states import LIMIT_ORDERS, POSITIONS
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import generate_row
 from shmelim.eliminations.rows import Status
@@ -28,6 +29,9 @@ from shmelim.system.text import get_logger
 T = TypeVar("T")
 
 _WAS_REGISTERED: Final = Status.DEPARTED | Status.REGISTERED
+
+WHO: Final = {LIMIT_ORDERS: "limit_order_manager", POSITIONS: "position_manager"}
+"""Which collaborator settles a debt that may be repeated."""
 
 _BETWEEN_REPORTS: Final = 1.0  # seconds
 _SHUTDOWN: Final = "shutdown", "shutdown_dict"
@@ -53,6 +57,7 @@ class Context:
 
     def __post_init__(self) -> None:
         self._ending = False  # what shutdown_dict said last
+        self._had: set[str] = set()  # the kinds of debts for which there ever was a collaborator
         self.alerts = Alerts(self.collaborators, self.ask)
         self.alerts.subscribe(self._note_change)
 
@@ -86,6 +91,11 @@ class Context:
         """The miners' ledgers, or None."""
         positions = self.collaborators.position_manager
         return None if positions is None else positions.perf_ledger_manager
+
+    def owed(self) -> list[str]:
+        """Return the kinds of debts for which there is, or ever was, a collaborator; asked by each tick."""
+        self._had.update(kind for kind, who in WHO.items() if getattr(self.collaborators, who) is not None)
+        return [kind for kind in WHO if kind in self._had]
 
     @property
     def is_direct(self) -> bool:
@@ -179,6 +189,7 @@ class Context:
 
     def begin(self, position_locks: Any, epoch: Any) -> Tick:
         """Begin a tick; None stands for the collaborators' locks, and for the epoch of this moment."""
+        self.owed()  # who is there now may be replaced when somebody is eliminated
         epoch = self.epoch() if epoch is None else epoch
         # After the epoch: a sync between the two is noticed by either.
         return Tick(self, position_locks, epoch, self.state.get_replacements())
