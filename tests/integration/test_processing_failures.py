@@ -13,6 +13,7 @@ from reference_validator.scoring import NothingMovedError
 from ten_miners import TEN, THIRD, complete, state_of_slash, ten_to_eliminate
 
 from shmelim.eliminations.debts.states import IN_DOUBT
+from shmelim.eliminations.rules import tick
 from shmelim.errors import NotServingError, StateUnavailableError
 
 if TYPE_CHECKING:
@@ -464,3 +465,28 @@ def test_a_first_refresh_that_another_process_made_has_failed_for_nobody(managed
     managed.manager.first_refresh_ran = True
     managed.tick()
     assert standing(managed) == []
+
+
+def test_what_fails_is_in_the_health_of_a_server_that_was_started_anew(
+    in_rpc_mode: Managed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the next tick is due, which alone would tell it."""
+    managed = in_rpc_mode
+    managed.validator.register("a")
+    managed.validator.limit_orders.place("a")
+    managed.validator.faults.fail("cancel", times=None)
+    managed.validator.probation.fail("a", "PLAGIARISM", None)
+    managed.tick()
+
+    def named() -> list[str]:
+        problems = managed.manager._server_proxy.health_check_rpc()["problems"]
+        return [problem["name"] for problem in problems if problem.get("part") == "processing"]
+
+    assert named() == ["limit_orders"]
+    managed.manager.restart_server()
+    assert named() == []
+    managed.tick(1000)
+    assert named() == [], "nothing has changed"
+    monkeypatch.setattr(tick, "_BETWEEN_REMINDERS", 0.0)
+    managed.tick(1000)
+    assert named() == ["limit_orders"]

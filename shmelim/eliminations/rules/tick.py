@@ -34,6 +34,7 @@ WHO: Final = {LIMIT_ORDERS: "limit_order_manager", POSITIONS: "position_manager"
 """Which collaborator settles a debt that may be repeated."""
 
 _BETWEEN_REPORTS: Final = 1.0  # seconds
+_BETWEEN_REMINDERS: Final = 10.0
 _SHUTDOWN: Final = "shutdown", "shutdown_dict"
 _SHUTDOWN_S: Final = 1.0
 
@@ -75,8 +76,13 @@ class Context:
             raise
 
     def report_changes(self, *, at_once: bool = False) -> None:
-        """Report what has changed, at most once a second: a tick in which much hangs may take minutes."""
-        if self.has_changed and (at_once or monotonic() - self.reported_at > _BETWEEN_REPORTS):
+        """Report what has changed, at most once a second: a tick in which much hangs may take minutes.
+
+        Also what still stands, now and then: a server that was started meanwhile knows nothing of it.
+        """
+        passed = monotonic() - self.reported_at
+        is_told = self.has_changed and (at_once or passed > _BETWEEN_REPORTS)
+        if is_told or (passed > _BETWEEN_REMINDERS and self.alerts.standing()):
             # A server that is away is found out by what needs it; its health is asked for once it is back.
             with contextlib.suppress(Exception):
                 self.report()
