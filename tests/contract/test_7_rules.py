@@ -307,6 +307,13 @@ def test_nor_does_an_empty_one(direct):
     direct.tick()
     assert departed(direct) == []
     assert direct.reasons == {}
+    server = direct.manager._server_proxy
+    assert [problem["name"] for problem in server.health_check_rpc()["problems"]] == ["departures"]
+    assert server.get_missing_hotkeys_rpc() == ["a", "b"]
+    direct.metagraph.hotkeys = ["a", "b"]
+    direct.tick()
+    assert server.health_check_rpc()["problems"] == []
+    assert server.get_missing_hotkeys_rpc() == []
 
 
 def test_an_empty_one_is_believed_if_the_environment_says_so(validate):

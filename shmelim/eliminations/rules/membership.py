@@ -50,7 +50,7 @@ class _Seen(NamedTuple):
     """What a look at the metagraph saw."""
 
     hotkeys: list[str]
-    is_whole: bool  # else who is missing has not left for that: something in it is not a hotkey, or it is empty
+    is_whole: bool  # else who is missing has not left for that: something in it is not a hotkey
 
 
 class Membership:
@@ -93,6 +93,8 @@ class Membership:
         seen = self._look()
         if seen is None or not seen.is_whole:
             return []
+        if not (seen.hotkeys or self._context.environment.believe_empty_metagraph):
+            return []
         members = set(seen.hotkeys)
         absent = [hotkey for hotkey in hotkeys if hotkey not in members]
         if not absent:
@@ -118,8 +120,7 @@ class Membership:
         last = self._last
         if last is None or listed != last[0]:
             hotkeys, refused = valid_hotkeys(listed)
-            believed = bool(hotkeys) or self._context.environment.believe_empty_metagraph
-            self._last = last = listed, _Seen(hotkeys, not refused and believed)
+            self._last = last = listed, _Seen(hotkeys, not refused)
             if refused:
                 text = (
                     f"{len(refused)} entries of the metagraph are not hotkeys: {', '.join(refused[:10])}."
