@@ -54,6 +54,7 @@ class Model(Sequences):
         self.slashes = {}  # (hotkey, rule, registration) -> (stamp, by, outcome)
         self.registrations = dict.fromkeys(HOTKEYS, 0)
         self.registered, self.departed, self.looked = set(), set(), False
+        self.undone = {}  # the return that was undone and waits for an attempt, by hotkey
         self.replacements = 0
         self.held, self.begun, self.released = False, set(), set()
 
@@ -126,10 +127,18 @@ class Model(Sequences):
         if hotkey not in self.departed:
             return []
         self.departed.discard(hotkey)
+        self._count_down(hotkey)
+        return [hotkey]
+
+    def _count_down(self, hotkey):
         while (number := self.registrations[hotkey]) and not self._is_begun(hotkey, number):
             self.registrations[hotkey] -= 1
             self.debts = dict(self._moved(hotkey, number))
-        return [hotkey]
+        self.undone[hotkey] = number
+
+    def _owe_again(self, key):
+        if self.undone.get(key[0]) == key[3] == self.registrations[key[0]] > 0:
+            self._count_down(key[0])
 
     def _is_begun(self, hotkey, number):
         made = any(cause[0] == hotkey and cause[2] == number for cause in self.slashes)
@@ -142,9 +151,12 @@ class Model(Sequences):
             before = (*key[:3], number - 1)
             if key[:2] != (hotkey, SLASH) or key[3] != number:
                 yield key, debt
-            elif before in self.debts and debt.due:
-                self.debts[before].due, self.debts[before].stamp = True, debt.stamp
-            elif before not in self.debts and (hotkey, key[2], number - 1) not in self.slashes:
+            elif before in self.debts:
+                one = self.debts[before]
+                one.token = one.token or debt.token
+                if debt.due:
+                    one.due, one.stamp = True, debt.stamp
+            elif (hotkey, key[2], number - 1) not in self.slashes:
                 yield before, debt
 
     def _fitting(self, hotkey, kind, token):
@@ -181,6 +193,7 @@ class Model(Sequences):
         debt.state = "in_doubt" if in_doubt else "owed"
         if not in_doubt:
             self.begun.discard(token)
+            self._owe_again(key)
         return True
 
     def begin(self, hotkey, token, rule):
@@ -218,6 +231,7 @@ class Model(Sequences):
             self.slashes[hotkey, *found[0][2:]] = debt.stamp, "hand", "made"
         else:
             self.begun.discard(debt.token)
+            self._owe_again(found[0])
         return True
 
     def rearm(self, hotkey, rule):

@@ -168,3 +168,39 @@ def test_a_late_answer_counts_also_where_two_slashes_became_one(server, is_due):
     server.undo_departures_rpc(["a"])
     assert server.settle_debt_rpc("a", "slash", "late")
     assert owed(server) == []
+
+
+@pytest.mark.parametrize("is_slashed", [True, False])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_return_since_which_a_slash_was_begun_is_undone_once_that_took_nothing(server, is_slashed, by_hand):
+    """Whoever undid the departure before he said so had him slashed twice."""
+    if is_slashed:
+        eliminate(server)
+        slash(server)
+        server.sync_eliminations_rpc([])
+    server.update_metagraph_rpc(["a", "b"])
+    eliminate(server)
+    assert server.begin_slash_rpc("a", "second", "drawdown")
+    assert server.fail_debt_rpc("a", "slash", "timeout", "second", in_doubt=True)
+    server.undo_departures_rpc(["a"])
+    if by_hand:
+        assert server.resolve_slash_rpc("a", made=False)
+    else:
+        assert server.fail_debt_rpc("a", "slash", "late", "second", in_doubt=False) is True
+    assert is_due(server) == ([] if is_slashed else [(0, True)])
+
+
+def test_a_return_that_was_one_is_not_undone_by_an_attempt_that_takes_nothing(server):
+    server.update_metagraph_rpc(["a", "b"])
+    eliminate(server)
+    assert server.begin_slash_rpc("a", "one", "drawdown")
+    server.undo_departures_rpc(["a"])
+    assert server.fail_debt_rpc("a", "slash", "not now", "one")
+    assert is_due(server) == [(0, True)]
+    slash(server)
+    leave_and_return(server)
+    server.sync_eliminations_rpc([])
+    eliminate(server)
+    assert server.begin_slash_rpc("a", "two", "drawdown")
+    assert server.fail_debt_rpc("a", "slash", "not now", "two")
+    assert is_due(server) == [(1, True)]

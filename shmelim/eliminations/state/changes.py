@@ -33,6 +33,7 @@ _NO_NOTES: Final[Mapping[str, str]] = {}
 _INTERVAL: Final = "tick_interval_ms"
 _UNPROVED: Final = "unproved"  # hotkeys that only such a look has shown
 _LOOKED: Final = "looked"  # whether a metagraph was ever seen
+_UNDONE: Final = "returns_undone"  # by hotkey: the return that waits for an attempt, and how many there were
 
 
 @dataclass(slots=True)
@@ -519,7 +520,7 @@ def _uncount_returns(step: Step, hotkeys: Iterable[str]) -> None:
     """Take back the last return of those whom only a look that was not believed had shown."""
     for hotkey, row in step.store.get_many(hotkeys).items():
         if row.departed_ordinal is not None:
-            _count_one_return_less(step, hotkey)
+            _count_returns_down(step, hotkey, max(0, step.store.registration(hotkey) - 1))
 
 
 def missing(store: Store) -> list[str]:
@@ -561,6 +562,25 @@ def clear_departed(step: Step) -> None:
     step.record(EventOf("forget", hotkey, note="departures cleared") for hotkey in departed)
 
 
+def count_down_again(step: Step, debt: Debt) -> None:
+    """Undo the returns that waited for an attempt, which has taken nothing."""
+    number, least = step.store.meta(_UNDONE, {}).get(debt.hotkey, (None, 0))
+    if number == debt.registration == step.store.registration(debt.hotkey):
+        _count_returns_down(step, debt.hotkey, least)
+
+
+def _count_returns_down(step: Step, hotkey: str, least: int) -> None:
+    """Undo the returns after so many, as far as that can be done now."""
+    while step.store.registration(hotkey) > least and _count_one_return_less(step, hotkey):
+        pass
+    number, waiting = step.store.registration(hotkey), step.store.meta(_UNDONE, {})
+    left = waiting | {hotkey: [number, least]}
+    if number <= least:
+        del left[hotkey]
+    if left != waiting:
+        step.set_meta(_UNDONE, left)
+
+
 def _count_one_return_less(step: Step, hotkey: str) -> bool:
     """Undo the last return: what is owed since counts as owed before it. False where none can be undone."""
     number = step.store.registration(hotkey)
@@ -592,13 +612,12 @@ def undo_departures(step: Step, hotkeys: Iterable[str]) -> list[str]:
     """Forget departures that were none, and the returns that were counted after them; returns whose there were.
 
     What is owed since such a return is owed as if there had been none: not again, where it was slashed before. A
-    return stays counted where a slash was made or begun since.
+    return stays counted where a slash was made since; where one was begun, until it is known that it took nothing.
     """
     rows = step.store.get_many(hotkeys)
     undone = {hotkey: row for hotkey, row in rows.items() if row.departed_ordinal is not None}
     step.store.clear_departed(undone)
     for hotkey in undone:
-        while _count_one_return_less(step, hotkey):
-            pass
+        _count_returns_down(step, hotkey, 0)
     step.record(EventOf("forget", hotkey, note="the departure was none") for hotkey in undone)
     return list(undone)

@@ -36,7 +36,7 @@ from shmelim.eliminations.debts.states import (
 )
 from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.record import check_hotkey, decode, prepare
-from shmelim.eliminations.state.changes import Step, replacements
+from shmelim.eliminations.state.changes import Step, count_down_again, replacements
 from shmelim.eliminations.state.leases import Leases
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.store.history import Change as EventOf
@@ -633,6 +633,7 @@ def _put_on_record(step: Step, debt: Debt, by: str, outcome: str, answer: str | 
 
 def _owe_again(step: Step, debt: Debt) -> None:
     step.store.put_debt(debt._replace(state=OWED, in_doubt_since_ms=None))
+    count_down_again(step, debt)
 
 
 def _key(debt: Debt) -> list[Any]:
