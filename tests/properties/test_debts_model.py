@@ -68,16 +68,25 @@ class Model(Sequences):
             if kind not in kinds:
                 continue
             cause = (rule, self.registrations[hotkey]) if kind == SLASH else ("", 0)
-            key = (hotkey, kind, *cause)
-            standing = self.debts.pop(key, None)
-            if kind == SLASH and standing is None and (hotkey, *cause) in self.slashes:
+            same = self._same(hotkey) if kind == SLASH else [0]
+            causes = [key for key in self.debts if key[:3] == (hotkey, kind, cause[0]) and key[3] in same]
+            key = causes[0] if causes else (hotkey, kind, *cause)
+            standing = self.debts.get(key)
+            is_made = kind == SLASH and any((hotkey, rule, number) in self.slashes for number in same)
+            if is_made and (standing is None or standing.state == "owed"):
                 continue
+            self.debts.pop(key, None)
             if standing is None or kind != SLASH:
                 standing = Debt(stamp, rule if kind == SLASH else None)
             standing.due, standing.stamp = True, stamp
             self.debts[key] = standing
             self.owed_once.add((hotkey, kind))
         return "added"
+
+    def _same(self, hotkey):
+        """The numbers of the registration of now; a return that was none and stays counted made no other."""
+        number = self.registrations[hotkey]
+        return range(0 if self.undone.get(hotkey) == number else number, number + 1)
 
     def _take_back(self, hotkeys):
         self.eliminated -= set(hotkeys)
@@ -92,7 +101,7 @@ class Model(Sequences):
         slashes = [
             debt
             for key, debt in self.debts.items()
-            if key[:2] == (hotkey, SLASH) and not debt.due and key[3] == self.registrations[hotkey]
+            if key[:2] == (hotkey, SLASH) and not debt.due and key[3] in self._same(hotkey)
         ]
         woken = [debt for debt in slashes if debt.reason == reason] or slashes[-1:]
         for key, debt in self.debts.items():
@@ -131,9 +140,12 @@ class Model(Sequences):
         return [hotkey]
 
     def _count_down(self, hotkey):
-        while (number := self.registrations[hotkey]) and not self._is_begun(hotkey, number):
+        while number := self.registrations[hotkey]:
+            is_begun = self._is_begun(hotkey, number)
+            self.debts = dict(self._moved(hotkey, number, moves=not is_begun))
+            if is_begun:
+                break
             self.registrations[hotkey] -= 1
-            self.debts = dict(self._moved(hotkey, number))
         self.undone[hotkey] = number
 
     def _owe_again(self, key):
@@ -145,11 +157,11 @@ class Model(Sequences):
         slashes = [debt for key, debt in self.debts.items() if key[:2] == (hotkey, SLASH) and key[3] == number]
         return made or any(debt.state != "owed" for debt in slashes)
 
-    def _moved(self, hotkey, number):
+    def _moved(self, hotkey, number, *, moves):
         """What is owed since a return counts as owed before it; of two one is left, due if either was."""
         for key, debt in self.debts.items():
             before = (*key[:3], number - 1)
-            if key[:2] != (hotkey, SLASH) or key[3] != number:
+            if key[:2] != (hotkey, SLASH) or key[3] != number or debt.state != "owed":
                 yield key, debt
             elif before in self.debts:
                 one = self.debts[before]
@@ -157,7 +169,7 @@ class Model(Sequences):
                 if debt.due:
                     one.due, one.stamp = True, debt.stamp
             elif (hotkey, key[2], number - 1) not in self.slashes:
-                yield before, debt
+                yield before if moves else key, debt
 
     def _fitting(self, hotkey, kind, token):
         for key, debt in self.debts.items():

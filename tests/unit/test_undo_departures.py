@@ -190,6 +190,54 @@ def test_a_return_since_which_a_slash_was_begun_is_undone_once_that_took_nothing
     assert is_due(server) == ([] if is_slashed else [(0, True)])
 
 
+@pytest.mark.parametrize("is_eliminated", [True, False])
+@pytest.mark.parametrize("is_away", [True, False])
+def test_who_was_slashed_for_another_rule_since_is_slashed_no_second_time_for_the_first(
+    server, is_eliminated, is_away
+):
+    """The return stays counted, as a slash is on record for it; but it was none."""
+    eliminate(server)
+    slash(server)
+    server.sync_eliminations_rpc([])
+    server.update_metagraph_rpc(["a", "b"])
+    server.eliminate_rpc("a", row("a", reason="LIQUIDATED"), ["slash"], rule="perf_ledger", share=0.5)
+    assert server.begin_slash_rpc("a", "other", "perf_ledger")
+    assert server.settle_debt_rpc("a", "slash", "other")
+    server.sync_eliminations_rpc([])
+    if is_eliminated:
+        eliminate(server)
+    server.undo_departures_rpc(["a"])
+    server.sync_eliminations_rpc([])
+    eliminate(server)
+    assert owed(server) == []
+    if is_away:
+        leave_and_return(server)
+        server.sync_eliminations_rpc([])
+        eliminate(server)
+        assert owed(server) == ["drawdown"]
+
+
+def test_a_wrong_look_leaves_a_return_that_was_undone_before_one_with_the_registration_before():
+    crowd = [f"m{number}" for number in range(40)]
+    with EliminationManagerServer() as server:
+        server.update_metagraph_rpc([*crowd, "a"])
+        eliminate(server)
+        slash(server)
+        server.sync_eliminations_rpc([])
+        server.update_metagraph_rpc(crowd)
+        server.update_metagraph_rpc([*crowd, "a"])
+        server.eliminate_rpc("a", row("a", reason="LIQUIDATED"), ["slash"], rule="perf_ledger", share=0.5)
+        assert server.begin_slash_rpc("a", "other", "perf_ledger")
+        assert server.settle_debt_rpc("a", "slash", "other")
+        server.undo_departures_rpc(["a"])
+        server.update_metagraph_rpc(crowd)
+        server.update_metagraph_rpc([*crowd[:5], "a"])
+        server.update_metagraph_rpc(crowd)
+        server.sync_eliminations_rpc([])
+        eliminate(server)
+        assert owed(server) == []
+
+
 def test_a_return_that_was_one_is_not_undone_by_an_attempt_that_takes_nothing(server):
     server.update_metagraph_rpc(["a", "b"])
     eliminate(server)

@@ -371,24 +371,21 @@ def _meant(step: Step, resting: Iterable[Debt], encoded: bytes) -> list[Debt]:
     """
     record = decode(encoded)
     hotkey, reason, began_ms = record["hotkey"], record["reason"], record["elimination_initiated_time_ms"]
-    registration = step.store.registration(hotkey)
+    same = registrations(step, hotkey)
     # Who has returned since owes what that very elimination owed, unless he was slashed for it then.
     slashed = {(slash.rule, slash.eliminated_ms) for slash in step.store.slashes(hotkey)}
     own = [debt for debt in resting if debt.eliminated_ms == began_ms and (debt.rule, began_ms) not in slashed]
-    slashes = [
-        debt for debt in resting if debt.kind == SLASH and (debt.registration == registration or debt in own)
-    ]
+    slashes = [debt for debt in resting if debt.kind == SLASH and (debt.registration in same or debt in own)]
     slashes = [debt for debt in slashes if debt.reason == reason] or _of_rule(slashes, reason)
     numbers = [debt.registration for debt in slashes if debt in own]
-    return [debt for debt in slashes if debt.registration == max(numbers, default=registration)]
+    return [debt for debt in slashes if debt.registration == max(numbers)] if numbers else slashes
 
 
 def _is_slashed(step: Step, record: Mapping[str, Any]) -> bool:
     """Tell whether a miner was slashed for an elimination, or for another one by which this one owed nothing."""
-    registration, began_ms = step.store.registration(record["hotkey"]), record["elimination_initiated_time_ms"]
+    same, began_ms = registrations(step, record["hotkey"]), record["elimination_initiated_time_ms"]
     return any(
-        slash.rule == rule_of(record["reason"])
-        and (slash.registration == registration or slash.eliminated_ms == began_ms)
+        slash.rule == rule_of(record["reason"]) and (slash.registration in same or slash.eliminated_ms == began_ms)
         for slash in step.store.slashes(record["hotkey"])
     )
 
@@ -562,6 +559,13 @@ def clear_departed(step: Step) -> None:
     step.record(EventOf("forget", hotkey, note="departures cleared") for hotkey in departed)
 
 
+def registrations(step: Step, hotkey: str) -> range:
+    """Return the numbers of the registration of now: several where a return was none that stays counted."""
+    number = step.store.registration(hotkey)
+    last, least = step.store.meta(_UNDONE, {}).get(hotkey, (None, 0))
+    return range(least if last == number else number, number + 1)
+
+
 def count_down_again(step: Step, debt: Debt) -> None:
     """Undo the returns that waited for an attempt, which has taken nothing."""
     number, least = step.store.meta(_UNDONE, {}).get(debt.hotkey, (None, 0))
@@ -574,6 +578,8 @@ def _count_returns_down(step: Step, hotkey: str, least: int) -> None:
     while step.store.registration(hotkey) > least and _count_one_return_less(step, hotkey):
         pass
     number, waiting = step.store.registration(hotkey), step.store.meta(_UNDONE, {})
+    last, earlier = waiting.get(hotkey, (None, 0))
+    least = earlier if last == least else least
     left = waiting | {hotkey: [number, least]}
     if number <= least:
         del left[hotkey]
@@ -582,20 +588,24 @@ def _count_returns_down(step: Step, hotkey: str, least: int) -> None:
 
 
 def _count_one_return_less(step: Step, hotkey: str) -> bool:
-    """Undo the last return: what is owed since counts as owed before it. False where none can be undone."""
+    """Undo the last return: what is owed since counts as owed before it.
+
+    False where none can be undone; then what was made, or is owed, before is not owed again all the same.
+    """
     number = step.store.registration(hotkey)
     slashes, debts = step.store.slashes(hotkey), [d for d in step.store.debts(hotkey) if d.kind == SLASH]
     since = [debt for debt in debts if debt.registration == number]
     is_begun = any(slash.registration == number for slash in slashes) or any(d.state != OWED for d in since)
-    if number == 0 or is_begun:
+    if number == 0:
         return False
-    step.store.put_registration(hotkey, number - 1)
+    if not is_begun:
+        step.store.put_registration(hotkey, number - 1)
     made = {slash.rule for slash in slashes if slash.registration == number - 1}
     owed = {debt.rule: debt for debt in debts if debt.registration == number - 1}
-    for debt in since:
-        step.store.remove_debt(debt)
+    for debt in (debt for debt in since if debt.state == OWED):
         before = owed.get(debt.rule) or owed.get(ANY_RULE)
         if debt.rule in made or ANY_RULE in made or before is not None:
+            step.store.remove_debt(debt)
             why = "slashed for it before" if before is None else "owed since before"
             step.record([EventOf("cancel", hotkey, note=f"{debt.kind} ({debt.rule}): {why}")])
             if before is not None:  # it stands for both, whether it rested or was begun; also for late answers
@@ -603,16 +613,18 @@ def _count_one_return_less(step: Step, hotkey: str) -> bool:
                 step.store.put_debt(
                     both._replace(due=True, eliminated_ms=debt.eliminated_ms) if debt.due else both
                 )
-        else:
+        elif not is_begun:
+            step.store.remove_debt(debt)
             step.store.put_debt(debt._replace(registration=number - 1))
-    return True
+    return not is_begun
 
 
 def undo_departures(step: Step, hotkeys: Iterable[str]) -> list[str]:
     """Forget departures that were none, and the returns that were counted after them; returns whose there were.
 
     What is owed since such a return is owed as if there had been none: not again, where it was slashed before. A
-    return stays counted where a slash was made since; where one was begun, until it is known that it took nothing.
+    return stays counted where a slash was made since, and where one was begun, until it is known that it took
+    nothing; it is one with the registration before all the same.
     """
     rows = step.store.get_many(hotkeys)
     undone = {hotkey: row for hotkey, row in rows.items() if row.departed_ordinal is not None}

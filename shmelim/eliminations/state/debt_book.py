@@ -36,7 +36,7 @@ from shmelim.eliminations.debts.states import (
 )
 from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.record import check_hotkey, decode, prepare
-from shmelim.eliminations.state.changes import Step, count_down_again, replacements
+from shmelim.eliminations.state.changes import Step, count_down_again, registrations, replacements
 from shmelim.eliminations.state.leases import Leases
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.store.history import Change as EventOf
@@ -596,12 +596,14 @@ def _owe_slash(step: Step, new: Debt, known: Sequence[Debt]) -> str:
     """Have a slash owed, if its cause owes none yet and none was made for it; return what became of it."""
     new = new._replace(registration=step.store.registration(new.hotkey))
 
+    same = registrations(step, new.hotkey)
+
     def is_same(other: Debt | Slash) -> bool:
-        return other.rule in (new.rule, ANY_RULE) and other.registration == new.registration
+        return other.rule in (new.rule, ANY_RULE) and other.registration in same
 
     on_record = next(filter(is_same, step.store.slashes(new.hotkey)), None)
     standing = next((debt for debt in known if debt.kind == SLASH and is_same(debt)), None)
-    if standing is not None:
+    if standing is not None and (on_record is None or standing.state != OWED):
         # It rested, or was begun: never a second one. Its reason and share are those of the first moment.
         step.store.put_debt(standing._replace(ordinal=new.ordinal, due=True, eliminated_ms=new.eliminated_ms))
         return SLASH if standing.state == OWED else f"{SLASH} (begun before, {standing.state})"
