@@ -425,6 +425,25 @@ def test_a_directory_in_the_place_of_the_store_is_refused_and_left_as_it_is(tmp_
     assert place.stat().st_mode & 0o777 == 0o755
 
 
+def test_a_page_that_the_disk_does_not_give_for_a_moment_has_no_store_put_aside(tmp_path, monkeypatch):
+    with EliminationManagerServer(state_dir=tmp_path, registry=None) as server:
+        server.sync_eliminations_rpc([])
+    ask = Store._ask
+
+    def not_given(store, sql, *args):
+        if "integrity_check" in sql:
+            return [("Tree 5 page 13 cell 0: Page 13: unable to get the page. error code=266",)]
+        return ask(store, sql, *args)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Store, "_ask", not_given)
+        with pytest.raises(StoreError, match="cannot be read through") as caught:
+            EliminationManagerServer(state_dir=tmp_path, registry=None)
+    assert not isinstance(caught.value, DamagedStoreError)
+    with EliminationManagerServer(state_dir=tmp_path, registry=None) as server:
+        assert server.health_check_rpc()["problems"] == []
+
+
 def test_a_start_whose_file_system_does_not_answer_names_the_directory(tmp_path, monkeypatch):
     def gone(*_args):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "state")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -38,6 +39,7 @@ _HINTS = {
     sqlite3.SQLITE_BUSY: "another process holds a transaction open: find it with `fuser`, and end it",
     sqlite3.SQLITE_LOCKED: "another connection holds a transaction open: end it",
 }
+_UNREAD = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM})
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT})
 # What the driver raises; a UnicodeDecodeError where SQLite's own message quotes a damaged name.
 _ERRORS = (sqlite3.Error, UnicodeDecodeError)
@@ -211,8 +213,13 @@ class Database:
     def check(self) -> None:
         """Have SQLite check the whole file, about 2 s for each GB; DamagedStoreError has what it finds first."""
         found = [str(line) for (line,) in self._ask("PRAGMA integrity_check(10)")]
-        if found != ["ok"]:
-            raise damaged(self.path, "; ".join(found))
+        if found == ["ok"]:
+            return
+        text = "; ".join(found)
+        # What the disk, or the memory, did not give for a moment says nothing of the file.
+        if not _UNREAD.isdisjoint(int(code) & 0xFF for code in re.findall(r"error code=(\d+)", text)):
+            raise StoreError(f"{self.path} cannot be read through: {text}", hint=_HINTS[sqlite3.SQLITE_IOERR])
+        raise damaged(self.path, text)
 
     def close(self) -> None:
         """Roll back what is open, fold the write-ahead log into the main file, and close; may be repeated."""
