@@ -170,6 +170,8 @@ class Writer(Generic[K, V]):
             identity = TableReader(self._namespace).identity()
         except NotServingError:
             return False
+        except CorruptSegmentError as error:
+            raise self._is_damaged(f": {error.message}") from error
         found = identity.store_id
         if found != self._table.store_id:
             raise SegmentFormatError(
@@ -178,12 +180,14 @@ class Writer(Generic[K, V]):
                 hint="give this writer the same keys= and encode=, or start empty with keep=False",
             )
         if not identity.entries:
-            return False  # without an entry nothing tells whether the seed is still the one that readers have
+            return False  # without those, and a checksum, nothing tells whether the seed is that of readers
         if not self._table.adopt():
-            raise CorruptSegmentError(
-                f"what a predecessor left in the table {self.name!r} is damaged", hint="start with keep=False"
-            )
+            raise self._is_damaged()
         return True
+
+    def _is_damaged(self, how: str = "") -> CorruptSegmentError:
+        text = f"what a predecessor left in the table {self.name!r} is damaged{how}"
+        return CorruptSegmentError(text, hint="start with keep=False")
 
     def _has_another_writer(self) -> AlreadyServingError:
         try:

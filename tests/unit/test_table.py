@@ -495,6 +495,9 @@ def test_an_empty_table_whose_seed_is_damaged_is_not_gone_on_with(table_name):
     reader = Reader(table_name)
     segment = reader._table._namespace.open_data(1, writable=True)
     segment.words[32 // 8] ^= 1
+    with pytest.raises(CorruptSegmentError, match=r"is damaged: the header .*start with keep=False"):
+        Writer(table_name, keep=True)
+    segment.words[80 // 8] = 0  # as older writers left it
     with Writer(table_name, keep=True) as writer:
         writer.put("a", 1)
         assert (reader.get("a"), Reader(table_name).get("a")) == (1, 1)
