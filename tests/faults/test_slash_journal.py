@@ -152,6 +152,28 @@ def test_a_return_that_was_undone_is_not_counted_again_for_what_was_not_made_sin
         assert "drawdown" not in [debt["rule"] for debt in server.get_debts_rpc()], "slashed for it before"
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_doubt_of_an_earlier_state_is_none_once_the_slash_was_made(directory, is_known):
+    """A person who says once more that it was not made, which is so, had the miner slashed twice."""
+    with opened(directory) as server:
+        owe(server, "a")
+        assert server.begin_slash_rpc("a", "one")
+        assert server.fail_debt_rpc("a", SLASH, "timeout", "one", in_doubt=True)
+        copy = kept(directory)
+        assert server.resolve_slash_rpc("a", made=False)
+        assert server.begin_slash_rpc("a", "two")
+        assert server.settle_debt_rpc("a", SLASH, "two")
+    if not is_known:  # how the first one ended
+        left = [line for line in lines(directory) if line["what"] != "not made"]
+        (directory / FILE_NAME).write_text("".join(f"{json.dumps(line)}\n" for line in left))
+    put_back(directory, copy)
+    with opened(directory) as server:
+        assert slash_states(server) == ({} if is_known else {"a": "in_doubt"})
+        assert server.resolve_slash_rpc("a", made=False) is not is_known
+        assert server.get_debts_rpc() == []
+        assert [slash["outcome"] for slash in server.get_slashes_rpc()] == ["made"]
+
+
 def test_a_rearmed_one_may_be_slashed_again(directory):
     with opened(directory) as server:
         owe(server, "a")

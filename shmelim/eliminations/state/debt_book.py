@@ -634,6 +634,9 @@ def _put_on_record(step: Step, debt: Debt, by: str, outcome: str, answer: str | 
 
 
 def _owe_again(step: Step, debt: Debt) -> None:
+    if debt.kind == SLASH and any(slash[:3] == tuple(_key(debt)) for slash in step.store.slashes(debt.hotkey)):
+        step.store.remove_debt(debt)  # another attempt was made, of which the journal told
+        return
     step.store.put_debt(debt._replace(state=OWED, in_doubt_since_ms=None))
     count_down_again(step, debt)
 
