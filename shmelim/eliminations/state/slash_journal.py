@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -53,9 +53,7 @@ def catch_up(step: Step, entries: Iterable[Entry]) -> list[Entry]:
         if any(slash[:3] == cause for slash in store.slashes(hotkey)):
             continue
         if found.outcome is not None:
-            _put_on_record(step, found.outcome)
-            if debt is not None and (debt.state == OWED or debt.attempt not in found.begun):
-                step.store.remove_debt(debt)  # an attempt that an earlier state doubts has ended, too
+            _put_on_record(step, found.outcome, found.begun, debt)
         else:
             missing += _doubt_what_was_begun(step, found, debt)
     for slash in store.slashes():
@@ -88,11 +86,13 @@ def _number_of(store: Store, hotkey: str, registration: int) -> int:
     return registration - is_away
 
 
-def _put_on_record(step: Step, entry: Entry) -> None:
+def _put_on_record(step: Step, entry: Entry, still_begun: Container[str | None], debt: Debt | None) -> None:
     by = BY_HAND if entry.by == BY_HAND else BY_CONTRACT
     terms = entry.reason, entry.share, entry.answer
     slash = Slash(*entry.cause, entry.at_ms, entry.eliminated_ms, by, entry.what, *terms)
     step.store.put_slash(slash)
+    if debt is not None and (debt.state == OWED or debt.attempt not in still_begun):
+        step.store.remove_debt(debt)  # an attempt that an earlier state doubts has ended, too
     step.record([EventOf("recover", entry.hotkey, note=f"{named_cause(slash)}: {entry.what}, says the journal")])
 
 
