@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from shmelim.shm.facts import WriterInfo
+from shmelim.shm.native import READ_PATH
 from shmelim.shm.reader import LOADING_NUMPY, TableReader
 
 if TYPE_CHECKING:
@@ -108,7 +109,9 @@ class Lookups(Attached):
     make a key a member (``in``).
     """
 
-    __slots__ = ()
+    # As the compiled one has it: a client is laid out as a reader is, whatever else it inherits, and so can
+    # become one that refuses. Two bases with slots cannot be joined.
+    __slots__ = ("_table",) if READ_PATH == "pure" else ()
 
     _head: ClassVar[int] = 0
     _member: ClassVar[int] = 1

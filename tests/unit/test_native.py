@@ -525,3 +525,20 @@ def test_the_switch_at_run_time(pure: str, expected: str) -> None:
     ).stdout.split()
     assert found[0] == expected
     assert all(name.endswith("fast") == (expected == "native") for name in found[1:])
+
+
+@pytest.mark.parametrize("pure", ["0", "1"])
+def test_a_client_can_refuse_what_is_too_old_on_either_path(pure: str) -> None:
+    code = """
+from shmelim import EliminationClient
+from shmelim.eliminations.reader import _refusing
+
+client = EliminationClient.__new__(EliminationClient)
+client.__class__ = _refusing(EliminationClient)
+client._client = None  # it has none to close
+"""
+    environment = {**os.environ, "SHMELIM_PURE": pure}
+    made = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (made.returncode, made.stderr) == (0, "")
