@@ -188,6 +188,26 @@ class TestOvertaken:
         assert (unknown == 0) == (remembered > 10)
         assert unknown < 100
 
+    @pytest.mark.parametrize("same_turn", [True, False])
+    def test_by_a_departure_which_stays(self, server, same_turn):
+        server.sync_eliminations_rpc([row("a")])
+        comparison = compared(server, [row("a", 1), row("b")])
+
+        def depart(step):
+            return changes.record_departures(step, {"a": 17, "b": 18}, "gone")
+
+        def sync(step):
+            if same_turn:
+                depart(step)
+            return changes.sync(step, comparison)
+
+        if not same_turn:
+            server._state.commit(depart)
+        server._state.commit(sync)
+        assert server.get_eliminations_dict_rpc() == {"a": row("a", 1), "b": row("b")}
+        assert server.get_departed_hotkeys_rpc() == {"a": {"detected_ms": 17}, "b": {"detected_ms": 18}}
+        assert server._state.read(lambda store: dict(store.departed())) == {"a": 17, "b": 18}
+
     def test_by_a_change_of_the_same_turn(self, server):
         server.sync_eliminations_rpc([row("a"), row("b")])
         comparison = compared(server, [row("a"), row("c")])
