@@ -184,16 +184,17 @@ take_head(Packed *packed)
     if (head.kind == TEXT) {
         head.text = packed->at;
         packed->at += size;
+        uint8_t bits = 0;
         for (size_t place = 0; place < size; place++) {
-            if (head.text[place] >= 0x80) {
-                PyObject *text = PyUnicode_DecodeUTF8((const char *)head.text, (Py_ssize_t)size, NULL);
-                if (text == NULL) {
-                    PyErr_Clear();
-                    return odd;
-                }
-                Py_DECREF(text);
-                break;
+            bits |= head.text[place];
+        }
+        if (bits >= 0x80) {
+            PyObject *text = PyUnicode_DecodeUTF8((const char *)head.text, (Py_ssize_t)size, NULL);
+            if (text == NULL) {
+                PyErr_Clear();
+                return odd;
             }
+            Py_DECREF(text);
         }
     }
     else if (++packed->containers > MOST) {
