@@ -553,3 +553,17 @@ def test_interrupt_by_a_bad_record_leaves_no_segment(table_name: str) -> None:
 def test_the_examples_in_the_documentation_hold(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0
     assert doctest.testmod(module).attempted > 0
+
+
+def test_many_changes_given_at_once_are_made_as_one_by_one(writer: TableWriter, reader: TableReader) -> None:
+    given = [(b"d", 1, b"D" * 5000, None), (b"b", 5, b"", 17), (b"a", None, b"", None)]
+    with writer.transaction() as transaction:
+        transaction.extend(given)
+    assert state(reader) == [(b"c", 3, b"CCC"), (b"d", 1, b"D" * 5000), (b"b", 5, b"")]
+    transaction = writer.transaction()
+    transaction.stage()
+    with pytest.raises(ShmelimError, match="is staged"):
+        transaction.extend(given)
+    transaction.abort()
+    with pytest.raises(ShmelimError, match="has ended"):
+        transaction.extend(given)
