@@ -252,3 +252,89 @@ def test_a_return_that_was_one_is_not_undone_by_an_attempt_that_takes_nothing(se
     assert server.begin_slash_rpc("a", "two", "drawdown")
     assert server.fail_debt_rpc("a", "slash", "not now", "two")
     assert is_due(server) == [(1, True)]
+
+
+def eliminate_by(server, rule, time):
+    reason = {"drawdown": "MAX_TOTAL_DRAWDOWN", "perf_ledger": "LIQUIDATED"}[rule]
+    server.eliminate_rpc("a", row("a", time, reason=reason), ["slash"], rule=rule, share=0.5)
+
+
+def slash_by(server, rule, time):
+    eliminate_by(server, rule, time)
+    assert server.begin_slash_rpc("a", f"{rule}-{time}", rule)
+    assert server.settle_debt_rpc("a", "slash", f"{rule}-{time}")
+    server.remove_elimination_rpc("a")
+
+
+@pytest.fixture
+def present():
+    with EliminationManagerServer() as server:
+        server.update_metagraph_rpc(["a", "b"])
+        yield server
+
+
+def test_a_slash_two_returns_ago_counts_where_both_were_none(present):
+    slash_by(present, "drawdown", 1)
+    leave_and_return(present)
+    leave_and_return(present)
+    slash_by(present, "perf_ledger", 2)
+    eliminate_by(present, "drawdown", 3)
+    assert owed(present) == ["drawdown"]
+    present.undo_departures_rpc(["a"])
+    assert owed(present) == []
+
+
+def test_one_that_rested_and_one_in_doubt_are_one_where_the_return_between_them_was_none(present):
+    leave_and_return(present)
+    eliminate_by(present, "drawdown", 1)
+    present.remove_elimination_rpc("a")
+    leave_and_return(present)
+    eliminate_by(present, "drawdown", 2)
+    assert present.begin_slash_rpc("a", "one", "drawdown", 2)
+    assert present.fail_debt_rpc("a", "slash", "timeout", "one", in_doubt=True)
+    present.undo_departures_rpc(["a"])
+    assert is_due(present) == [(2, True)]
+    present.resolve_slash_rpc("a", made=False)
+    assert is_due(present) == [(0, True)]
+
+
+def test_two_that_rested_are_one_also_where_a_later_return_stays_counted(present):
+    for time in (1, 2):
+        eliminate_by(present, "drawdown", time)
+        present.remove_elimination_rpc("a")
+        leave_and_return(present)
+    slash_by(present, "perf_ledger", 3)
+    present.undo_departures_rpc(["a"])
+    assert is_due(present) == [(0, False)]
+    present.sync_eliminations_rpc([row("a", 2, reason="MAX_TOTAL_DRAWDOWN")])
+    assert is_due(present) == [(0, True)]
+
+
+def test_what_was_not_made_before_he_really_came_back_is_not_owed_twice(present):
+    slash_by(present, "drawdown", 1)
+    leave_and_return(present)
+    eliminate_by(present, "drawdown", 2)
+    assert present.begin_slash_rpc("a", "one", "drawdown", 1)
+    assert present.fail_debt_rpc("a", "slash", "timeout", "one", in_doubt=True)
+    present.undo_departures_rpc(["a"])
+    leave_and_return(present)
+    present.remove_elimination_rpc("a")
+    eliminate_by(present, "drawdown", 3)
+    present.resolve_slash_rpc("a", made=False)
+    assert is_due(present) == [(2, True)]
+
+
+def test_a_wrong_look_at_who_has_slashes_of_several_returns_leaves_them_one(present):
+    crowd = [f"m{number}" for number in range(40)]
+    present.update_metagraph_rpc([*crowd, "a", "b"])
+    slash_by(present, "drawdown", 1)
+    for _ in range(2):
+        present.update_metagraph_rpc(crowd)
+        present.update_metagraph_rpc([*crowd, "a"])
+    slash_by(present, "perf_ledger", 4)
+    present.undo_departures_rpc(["a"])
+    present.update_metagraph_rpc(crowd)
+    present.update_metagraph_rpc([*crowd[:5], "a"])
+    present.update_metagraph_rpc(crowd)
+    eliminate_by(present, "drawdown", 5)
+    assert owed(present) == []

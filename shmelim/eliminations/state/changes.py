@@ -568,55 +568,58 @@ def registrations(step: Step, hotkey: str) -> range:
 
 def count_down_again(step: Step, debt: Debt) -> None:
     """Undo the returns that waited for an attempt, which has taken nothing."""
-    number, least = step.store.meta(_UNDONE, {}).get(debt.hotkey, (None, 0))
-    if number == debt.registration == step.store.registration(debt.hotkey):
-        _count_returns_down(step, debt.hotkey, least)
+    hotkey = debt.hotkey
+    last, least = step.store.meta(_UNDONE, {}).get(hotkey, (-1, 0))
+    if not least <= debt.registration <= last:
+        return
+    if last == step.store.registration(hotkey):
+        _count_returns_down(step, hotkey, least)
+    else:  # he has come back since
+        _make_one(step, hotkey, least, last)
 
 
 def _count_returns_down(step: Step, hotkey: str, least: int) -> None:
     """Undo the returns after so many, as far as that can be done now."""
-    while step.store.registration(hotkey) > least and _count_one_return_less(step, hotkey):
-        pass
     number, waiting = step.store.registration(hotkey), step.store.meta(_UNDONE, {})
-    last, earlier = waiting.get(hotkey, (None, 0))
-    least = earlier if last == least else least
-    left = waiting | {hotkey: [number, least]}
-    if number <= least:
-        del left[hotkey]
-    if left != waiting:
-        step.set_meta(_UNDONE, left)
+    last, earlier = waiting.get(hotkey, (-1, 0))
+    if earlier <= least <= last:
+        least = earlier
+    if least >= number:
+        return
+    left = _make_one(step, hotkey, least, number)
+    step.store.put_registration(hotkey, left)
+    others = {one: known for one, known in waiting.items() if one != hotkey}
+    if (now := others | ({hotkey: [left, least]} if left > least else {})) != waiting:
+        step.set_meta(_UNDONE, now)
 
 
-def _count_one_return_less(step: Step, hotkey: str) -> bool:
-    """Undo the last return: what is owed since counts as owed before it.
+def _make_one(step: Step, hotkey: str, least: int, last: int) -> int:
+    """Make one registration of several: no rule owes a slash twice in it, nor one that was made.
 
-    False where none can be undone; then what was made, or is owed, before is not owed again all the same.
+    Returns its number: the last since which a slash was made or begun, or the least.
     """
-    number = step.store.registration(hotkey)
-    slashes, debts = step.store.slashes(hotkey), [d for d in step.store.debts(hotkey) if d.kind == SLASH]
-    since = [debt for debt in debts if debt.registration == number]
-    is_begun = any(slash.registration == number for slash in slashes) or any(d.state != OWED for d in since)
-    if number == 0:
-        return False
-    if not is_begun:
-        step.store.put_registration(hotkey, number - 1)
-    made = {slash.rule for slash in slashes if slash.registration == number - 1}
-    owed = {debt.rule: debt for debt in debts if debt.registration == number - 1}
-    for debt in (debt for debt in since if debt.state == OWED):
-        before = owed.get(debt.rule) or owed.get(ANY_RULE)
-        if debt.rule in made or ANY_RULE in made or before is not None:
-            step.store.remove_debt(debt)
+    several = range(least, last + 1)
+    made = [slash for slash in step.store.slashes(hotkey) if slash.registration in several]
+    debts = [debt for debt in step.store.debts(hotkey) if debt.kind == SLASH and debt.registration in several]
+    begun = [debt for debt in debts if debt.state != OWED]
+    number = max([least, *(slash.registration for slash in made), *(debt.registration for debt in begun)])
+    rules, standing = {slash.rule for slash in made}, {debt.rule: debt for debt in begun}
+    for debt in sorted((debt for debt in debts if debt.state == OWED), key=lambda debt: debt.registration):
+        step.store.remove_debt(debt)
+        before = standing.get(debt.rule) or standing.get(ANY_RULE)
+        if before is None and not rules & {debt.rule, ANY_RULE}:
+            both = debt._replace(registration=min(debt.registration, number))
+        else:
             why = "slashed for it before" if before is None else "owed since before"
             step.record([EventOf("cancel", hotkey, note=f"{debt.kind} ({debt.rule}): {why}")])
-            if before is not None:  # it stands for both, whether it rested or was begun; also for late answers
-                both = before._replace(attempt=before.attempt or debt.attempt)
-                step.store.put_debt(
-                    both._replace(due=True, eliminated_ms=debt.eliminated_ms) if debt.due else both
-                )
-        elif not is_begun:
-            step.store.remove_debt(debt)
-            step.store.put_debt(debt._replace(registration=number - 1))
-    return not is_begun
+            if before is None:
+                continue
+            # It stands for both, whether it rested or was begun; also for late answers.
+            both = before._replace(attempt=before.attempt or debt.attempt)
+            both = both._replace(due=True, eliminated_ms=debt.eliminated_ms) if debt.due else both
+        standing[both.rule] = both
+        step.store.put_debt(both)
+    return number
 
 
 def undo_departures(step: Step, hotkeys: Iterable[str]) -> list[str]:
