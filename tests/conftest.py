@@ -138,6 +138,13 @@ def table_name(new_name: Callable[[], str]) -> str:
 
 
 @pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory for sockets, whose path must be short; to be named before `serve`, whose servers end first."""
+    with tempfile.TemporaryDirectory(prefix="shmelim-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
 def serve(new_name: Callable[[], str], tmp_path: Path) -> Iterator[Callable[..., Served]]:
     """Start servers in processes of their own; whatever of them still runs afterwards is killed."""
     with contextlib.ExitStack() as stack:

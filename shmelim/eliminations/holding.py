@@ -114,7 +114,8 @@ class Holding:
         self._stopped = threading.Event()
         self._renewing = threading.Lock()  # held while names that were lost are made again
         self._waits_for_files = files == "current"
-        with writing(f"the state directory {self.state_dir} cannot be used"), contextlib.ExitStack() as undo:
+        what = "the state in memory" if self.state_dir is None else f"the state directory {self.state_dir}"
+        with writing(f"{what} cannot be used"), contextlib.ExitStack() as undo:
             if self.state_dir is not None:
                 lock = functools.partial(lock_state, self.state_dir, FILE_NAME)
                 self._lease = _patiently(lock, Lease(self.state_dir / "lock").holder, tell)
@@ -324,9 +325,10 @@ def _patiently(take: Callable[[], _Lock], holder: Callable[[], int | None], tell
     try:
         return take()
     except AlreadyServingError:
-        pid = holder()
+        if (pid := holder()) is None:
+            raise
         text = f"waiting for the end of process {pid}, whose owner has died"
-        if pid is None or not let_end(pid, SERVICE_NAME, lambda: tell(text, 0, None)):
+        if not let_end(pid, SERVICE_NAME, lambda: tell(text, 0, None)):
             raise
     return take()
 

@@ -286,7 +286,8 @@ def secure_state(lease: Lease) -> None:
 def _in_use(lease: Lease, error: BlockingIOError) -> AlreadyServingError:
     if error.filename is not None:
         return AlreadyServingError(
-            f"{error.filename} is in use by another server, to whose directory a link or a mount leads",
+            f"{error.filename} is locked by another process, most likely a server of another directory, from which"
+            " a link or a mount leads here",
             hint="stop that server, or copy the store instead (shmelim backup, shmelim restore)",
         )
     holder = lease.holder()

@@ -26,8 +26,8 @@ class Lease:
     """A lock that the kernel releases however its holder dies.
 
     A file can be removed by somebody who takes it for a stale one. So the directory is locked as well once
-    :meth:`secure` was called, where its file system can do that, and :meth:`keep` puts the file back. What all of
-    this is for, the file `guarded`, is locked too: links and mounts can have it stand in two directories.
+    :meth:`secure` was called, where its file system can do that, and :meth:`keep` puts the file back. The file
+    `guarded`, for which all of this is, is locked too: links and mounts can have it stand in two directories.
 
     A forked child closes its copies, so that it does not keep a dead parent's lock. Two leases of one file exclude
     each other within a process, too.
@@ -139,10 +139,13 @@ class Lease:
             status = self._guarded.stat()
             if any(os.path.samestat(status, os.fstat(known)) for known in self._files):
                 return
-            with forks.creating_descriptors:
-                if (descriptor := _lock(self._guarded)) is not None:
-                    self._files.append(descriptor)
-                    return
+            others = [known for lease in list(_held) for known in lease._files]  # noqa: SLF001  # of this class
+            # To close it again would drop the locks that SQLite has on it in this process.
+            if not any(os.path.samestat(status, os.fstat(known)) for known in others):
+                with forks.creating_descriptors:
+                    if (descriptor := _lock(self._guarded)) is not None:
+                        self._files.append(descriptor)
+                        return
         except OSError:  # whoever opens it says so
             return
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(self._guarded))

@@ -180,7 +180,7 @@ class Writer(Generic[K, V]):
                 hint="give this writer the same keys= and encode=, or start empty with keep=False",
             )
         if not identity.entries:
-            return False  # without those, and a checksum, nothing tells whether the seed is that of readers
+            return False  # older headers have no checksum: without entries nothing tells whether the seed is right
         if not self._table.adopt():
             raise self._is_damaged()
         return True

@@ -314,11 +314,11 @@ def test_debts_share_commits_with_other_changes(server, monkeypatch):
     server.eliminate_rpc("bad", row("bad"), [POSITIONS])
     add_events = Store.add_events
 
-    def refuse_bad(store, events, origin):
+    def refuse_bad(store, events, *others, **options):
         events = list(events)
         if events[0].hotkey == "bad":
             raise ValueError("on purpose")
-        add_events(store, events, origin)
+        add_events(store, events, *others, **options)
 
     monkeypatch.setattr(Store, "add_events", refuse_bad)
     state, commits = server._state, server._state.commits
@@ -369,7 +369,7 @@ def test_a_change_that_fails_takes_no_debt_with_it(server, monkeypatch):
     server.begin_slash_rpc("s", "one")
     debts = server.get_debts_rpc()
 
-    def full(*_arguments):
+    def full(*_arguments, **_options):
         raise ValueError("on purpose")
 
     with monkeypatch.context() as patch:

@@ -346,3 +346,39 @@ def test_lines_that_cannot_be_read_hold_money_once(directory, line):
     with opened(directory) as server:
         assert server.get_money_held_rpc() is None
         assert server.begin_slash_rpc("a", "one")
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("is_slashed", [True, False])
+def test_that_nothing_was_made_is_not_forgotten_with_a_line_where_a_return_was_undone(
+    directory, monkeypatch, is_slashed, by_hand
+):
+    """It is committed, and the process dies before the journal has it; the return that waited for it is gone."""
+    with opened(directory) as server:
+        server.update_metagraph_rpc(["a", "b"])
+        if is_slashed:
+            owe(server, "a")
+            assert server.begin_slash_rpc("a", "zero")
+            assert server.settle_debt_rpc("a", SLASH, "zero")
+            server.remove_elimination_rpc("a")
+        server.update_metagraph_rpc(["b"])
+        server.update_metagraph_rpc(["a", "b"])
+        owe(server, "a")
+        assert server.begin_slash_rpc("a", "one")
+        assert server.fail_debt_rpc("a", SLASH, "timeout", "one", in_doubt=True)
+        server.undo_departures_rpc(["a"])
+
+        def die(*_):
+            raise StoreError("no room")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(server._journal, "append", die)
+            if by_hand:
+                assert server.resolve_slash_rpc("a", made=False)
+            else:
+                assert server.fail_debt_rpc("a", SLASH, "refused", "one")
+    for _ in range(2):
+        with opened(directory) as server:
+            owed = [(debt["state"], debt["registration"]) for debt in server.get_debts_rpc("a")]
+            assert owed == ([] if is_slashed else [("owed", 0)])
+            assert lines(directory)[-1]["what"] == "not made"

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -423,6 +424,15 @@ def test_nothing_is_remembered_of_direct_mode(tmp_path, registry, monkeypatch):
     assert not registry.exists()
 
 
+def locks_of_sqlite(state_dir):
+    """How many POSIX locks there are on the database."""
+    inode = f":{(state_dir / FILE_NAME).stat().st_ino}"
+    with suppress(FileNotFoundError):
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return sum(fields[1] == "POSIX" and fields[5].endswith(inode) for fields in lines)
+    return 0
+
+
 @pytest.mark.parametrize("link", [os.link, os.symlink])
 @pytest.mark.parametrize("is_new", [True, False])
 def test_one_store_in_two_directories_has_one_server(state_dir, tmp_path, start, new_name, link, is_new):
@@ -432,8 +442,13 @@ def test_one_store_in_two_directories_has_one_server(state_dir, tmp_path, start,
     first, other = start(), tmp_path / "other"
     other.mkdir()
     link(state_dir / FILE_NAME, other / FILE_NAME)
-    with pytest.raises(AlreadyServingError, match=r"other/shmelim\.sqlite is in use by another server, to whose"):
+    before = locks_of_sqlite(state_dir)
+    assert before or not Path("/proc/locks").exists()
+    with pytest.raises(
+        AlreadyServingError, match=r"other/shmelim\.sqlite is locked by another process, most likely"
+    ):
         start(other, namespace=SharedNamespace(new_name()))
+    assert locks_of_sqlite(state_dir) == before  # which end where any descriptor of the file is closed
     assert first.add_elimination_rpc("c", row("c"))
     first.close()
     with start(other, namespace=SharedNamespace(new_name())) as second:

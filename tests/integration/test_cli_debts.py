@@ -2,11 +2,8 @@
 
 import json
 import os
-import shutil
 import signal
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import pytest
 from crashing import call
@@ -24,17 +21,14 @@ B = "5C5GANtAKokcPvJBGyLcFgY5fYuQaXC3MpVt75codZbLLZrZ"
 
 
 @pytest.fixture
-def server(serve):
+def server(short_path, serve):
     """A server with two eliminations, of which A's slash is in doubt."""
-    # Of its own, since a socket's path must be short.
-    runtime = Path(tempfile.mkdtemp(prefix="shmelim-"))
-    served = serve(runtime_base=runtime / "shmelim", durability="process")
+    served = serve(runtime_base=short_path / "shmelim", durability="process")
     owe(served, A)
     owe(served, B)
     change(served, "fail_debt_rpc", B, "positions", "no price for BTC/USD")
     doubt(served, A)
-    yield served
-    shutil.rmtree(runtime)
+    return served
 
 
 def change(served, method, *arguments, **options):

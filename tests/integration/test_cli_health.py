@@ -2,11 +2,9 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,11 +23,8 @@ PROBLEM = {"subject": "a", "text": "evil\x1b[2J", "remedy": "look", "since_ms": 
 
 
 @pytest.fixture
-def server(serve):
-    runtime = Path(tempfile.mkdtemp(prefix="shmelim-"))  # of its own, since a socket's path must be short
-    served = serve(runtime_base=runtime / "shmelim", durability="process")
-    yield served
-    shutil.rmtree(runtime)
+def server(short_path, serve):
+    return serve(runtime_base=short_path / "shmelim", durability="process")
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 """``shmelim missing``, against a real server."""
 
 import json
-import shutil
-import tempfile
-from pathlib import Path
 
 import pytest
 from invoking import CliRunner
@@ -16,17 +13,14 @@ GONE = EVERYBODY[:11]
 
 
 @pytest.fixture
-def server(serve):
+def server(short_path, serve):
     """A server whose metagraph lost a quarter of all at once."""
-    # Of its own, since a socket's path must be short.
-    runtime = Path(tempfile.mkdtemp(prefix="shmelim-"))
-    served = serve(runtime_base=runtime / "shmelim", durability="process")
+    served = serve(runtime_base=short_path / "shmelim", durability="process")
     client = served.client()
     client.update_metagraph(EVERYBODY)
     client.update_metagraph(EVERYBODY[11:])
     client.close()
-    yield served
-    shutil.rmtree(runtime)
+    return served
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 import contextlib
 import io
 import logging
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,15 +39,14 @@ def harmful(text, *, allowed="\n\t"):
 
 
 @pytest.fixture
-def run(serve):
-    runtime = Path(tempfile.mkdtemp(prefix="shmelim-"))  # of its own, since a socket's path must be short
-    served = serve(runtime_base=runtime / "shmelim", durability="process")
-    env = {"XDG_RUNTIME_DIR": str(runtime), "XDG_STATE_HOME": str(runtime / "state"), "SHMELIM_NAME": served.name}
+def run(short_path, serve):
+    served = serve(runtime_base=short_path / "shmelim", durability="process")
+    places = {"XDG_RUNTIME_DIR": str(short_path), "XDG_STATE_HOME": str(short_path / "state")}
+    env = places | {"SHMELIM_NAME": served.name}
     with served.client() as client:
         yield SimpleNamespace(
             client=client, cli=lambda *args: CliRunner().invoke(cli, args, prog_name="shmelim", env=env)
         )
-    shutil.rmtree(runtime)
 
 
 @hostile

@@ -5,8 +5,6 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,23 +36,18 @@ def test_python_in_documents_compiles(block: str) -> None:
     compile(block, "a document", "exec")
 
 
-def test_python_in_the_readme_runs_against_a_server(serve, table_name, monkeypatch, capsys):
-    # Of its own, since a socket's path must be short.
-    runtime = Path(tempfile.mkdtemp(prefix="shmelim-"))
-    try:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
-        serve(table_name, runtime_base=runtime / "shmelim")
-        reading, changing, managing = PYTHON.findall((ROOT / "README.md").read_text("utf-8"))
-        for block in (reading, changing, reading):
-            exec(block.replace('"shmelim"', repr(table_name)), {})
-        # Not eliminated before the change, and eliminated after it.
-        assert capsys.readouterr().out == "order refused\n"
-        told = []
-        own = dict.fromkeys(("position_manager", "challengeperiod_manager"))
-        slack = SimpleNamespace(send_message=lambda *message, **_: told.append(message))
-        metagraph = SimpleNamespace(hotkeys=["a"], has_hotkey=lambda hotkey: hotkey == "a")
-        managing = managing.replace("slack_notifier=slack", "slack_notifier=slack, running_unit_tests=True")
-        exec(managing, {"metagraph": metagraph, "slack": slack, "hotkey": "a", **own})
-        assert told == []
-    finally:
-        shutil.rmtree(runtime)
+def test_python_in_the_readme_runs_against_a_server(short_path, serve, table_name, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_path))
+    serve(table_name, runtime_base=short_path / "shmelim")
+    reading, changing, managing = PYTHON.findall((ROOT / "README.md").read_text("utf-8"))
+    for block in (reading, changing, reading):
+        exec(block.replace('"shmelim"', repr(table_name)), {})
+    # Not eliminated before the change, and eliminated after it.
+    assert capsys.readouterr().out == "order refused\n"
+    told = []
+    own = dict.fromkeys(("position_manager", "challengeperiod_manager"))
+    slack = SimpleNamespace(send_message=lambda *message, **_: told.append(message))
+    metagraph = SimpleNamespace(hotkeys=["a"], has_hotkey=lambda hotkey: hotkey == "a")
+    managing = managing.replace("slack_notifier=slack", "slack_notifier=slack, running_unit_tests=True")
+    exec(managing, {"metagraph": metagraph, "slack": slack, "hotkey": "a", **own})
+    assert told == []

@@ -33,7 +33,11 @@ _NO_NOTES: Final[Mapping[str, str]] = {}
 _INTERVAL: Final = "tick_interval_ms"
 _UNPROVED: Final = "unproved"  # hotkeys that only such a look has shown
 _LOOKED: Final = "looked"  # whether a metagraph was ever seen
-_UNDONE: Final = "returns_undone"  # by hotkey: the return that waits for an attempt, and how many there were
+ENDED: Final = "attempts_ended"
+"""Name of the value in the store that lists attempts which took nothing and whose debts are gone."""
+_MOST_ENDED: Final = 100
+# By hotkey: the number of a return that stays counted though it was none, and that from which on all are one.
+_UNDONE: Final = "returns_undone"
 
 
 @dataclass(slots=True)
@@ -593,6 +597,12 @@ def _count_returns_down(step: Step, hotkey: str, least: int) -> None:
         step.set_meta(_UNDONE, now)
 
 
+def note_ended(step: Step, debt: Debt) -> None:
+    """Remember that the attempt of a debt that goes took nothing, should the journal never come to hear it."""
+    if debt.attempt is not None:
+        step.set_meta(ENDED, [*step.store.meta(ENDED, []), debt.attempt][-_MOST_ENDED:])
+
+
 def _make_one(step: Step, hotkey: str, least: int, last: int) -> int:
     """Make one registration of several: no rule owes a slash twice in it, nor one that was made.
 
@@ -612,6 +622,7 @@ def _make_one(step: Step, hotkey: str, least: int, last: int) -> int:
         else:
             why = "slashed for it before" if before is None else "owed since before"
             step.record([EventOf("cancel", hotkey, note=f"{debt.kind} ({debt.rule}): {why}")])
+            note_ended(step, debt)
             if before is None:
                 continue
             # It stands for both, whether it rested or was begun; also for late answers.

@@ -36,7 +36,7 @@ from shmelim.eliminations.debts.states import (
 )
 from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.record import check_hotkey, decode, prepare
-from shmelim.eliminations.state.changes import Step, count_down_again, registrations, replacements
+from shmelim.eliminations.state.changes import Step, count_down_again, note_ended, registrations, replacements
 from shmelim.eliminations.state.leases import Leases
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.store.history import Change as EventOf
@@ -602,7 +602,8 @@ def _owe_slash(step: Step, new: Debt, known: Sequence[Debt]) -> str:
         return other.rule in (new.rule, ANY_RULE) and other.registration in same
 
     on_record = next(filter(is_same, step.store.slashes(new.hotkey)), None)
-    standing = next((debt for debt in known if debt.kind == SLASH and is_same(debt)), None)
+    slashes = [debt for debt in known if debt.kind == SLASH and is_same(debt)]
+    standing = next((debt for debt in slashes if debt.state != OWED), next(iter(slashes), None))
     if standing is not None and (on_record is None or standing.state != OWED):
         # It rested, or was begun: never a second one. Its reason and share are those of the first moment.
         step.store.put_debt(standing._replace(ordinal=new.ordinal, due=True, eliminated_ms=new.eliminated_ms))
@@ -636,6 +637,8 @@ def _put_on_record(step: Step, debt: Debt, by: str, outcome: str, answer: str | 
 def _owe_again(step: Step, debt: Debt) -> None:
     if debt.kind == SLASH and any(slash[:3] == tuple(_key(debt)) for slash in step.store.slashes(debt.hotkey)):
         step.store.remove_debt(debt)  # another attempt was made, of which the journal told
+        note_ended(step, debt)
+        step.record([EventOf("cancel", debt.hotkey, note=f"{_named(debt)}: slashed for it before")])
         return
     step.store.put_debt(debt._replace(state=OWED, in_doubt_since_ms=None))
     count_down_again(step, debt)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from shmelim.eliminations.debts.journal import Entry, Journal, Said, begun, entry_of, said, unmade
-from shmelim.eliminations.debts.states import BY_CONTRACT, BY_HAND, IN_DOUBT, OWED, SLASH, Debt, Slash
-from shmelim.eliminations.state.changes import Step
+import msgspec
+
+from shmelim.eliminations.debts.journal import Cause, Entry, Journal, Said, begun, entry_of, said
+from shmelim.eliminations.debts.states import BY_CONTRACT, BY_HAND, IN_DOUBT, NOT_MADE, OWED, SLASH, Debt, Slash
+from shmelim.eliminations.state.changes import ENDED, Step
 from shmelim.eliminations.state.debt_book import hold_money, named_cause
 from shmelim.eliminations.store.history import Change as EventOf
 from shmelim.eliminations.store.store import Store
@@ -41,7 +43,7 @@ def catch_up(step: Step, entries: Iterable[Entry]) -> list[Entry]:
     ended, is in doubt. Where both know of an attempt the store knows more.
     """
     known, store = said(entries), step.store
-    missing = []
+    missing = _ends_that_it_lacks(store, known)
     for (hotkey, rule, registration), found in known.items():
         if found.outcome is None and not found.begun:
             continue  # nothing came of it; its registration may have been none, as a departure that is undone
@@ -55,7 +57,7 @@ def catch_up(step: Step, entries: Iterable[Entry]) -> list[Entry]:
         if found.outcome is not None:
             _put_on_record(step, found.outcome, found.begun, debt)
         else:
-            missing += _doubt_what_was_begun(step, found, debt)
+            _doubt_what_was_begun(step, found, debt)
     for slash in store.slashes():
         there = known.get(slash[:3])
         if there is None or there.outcome is None:
@@ -68,6 +70,13 @@ def catch_up(step: Step, entries: Iterable[Entry]) -> list[Entry]:
         if debt.kind == SLASH and debt.state != OWED and (there is None or debt.attempt not in there.begun):
             missing.append(begun(debt))
     return missing
+
+
+def _ends_that_it_lacks(store: Store, known: Mapping[Cause, Said]) -> list[Entry]:
+    """Return the lines of attempts that took nothing, as the store knows; they are begun no more."""
+    ended = {*store.meta(ENDED, []), *(debt.attempt for debt in store.debts() if debt.state == OWED)}
+    lines = [found.begun.pop(attempt) for found in known.values() for attempt in ended & found.begun.keys()]
+    return [msgspec.structs.replace(line, what=NOT_MADE, at_ms=clock.now_ms()) for line in lines]
 
 
 def _attempt_of(slash: Slash, found: Said | None) -> str | None:
@@ -96,17 +105,13 @@ def _put_on_record(step: Step, entry: Entry, still_begun: Container[str | None],
     step.record([EventOf("recover", entry.hotkey, note=f"{named_cause(slash)}: {entry.what}, says the journal")])
 
 
-def _doubt_what_was_begun(step: Step, found: Said, debt: Debt | None) -> list[Entry]:
-    """Put in doubt what was begun of which the store knows nothing; return the ends that the journal lacks."""
-    missing = []
+def _doubt_what_was_begun(step: Step, found: Said, debt: Debt | None) -> None:
+    """Put in doubt what was begun of which the store knows nothing."""
     for attempt, entry in found.begun.items():
-        if debt is not None and debt.attempt == attempt:
-            missing += [unmade(debt)] if debt.state == OWED else []
-        elif debt is None or debt.state == OWED:
+        if debt is None or debt.state == OWED:
             debt = _doubtful(step, attempt, entry)
             step.store.put_debt(debt)
             step.record([EventOf("doubt", entry.hotkey, note=f"{named_cause(debt)}: {debt.error}")])
-    return missing
 
 
 def _doubtful(step: Step, attempt: str, entry: Entry) -> Debt:

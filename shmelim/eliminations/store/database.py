@@ -218,7 +218,10 @@ class Database:
         text = "; ".join(found)
         # What the disk, or the memory, did not give for a moment says nothing of the file.
         if not _UNREAD.isdisjoint(int(code) & 0xFF for code in re.findall(r"error code=(\d+)", text)):
-            raise StoreError(f"{self.path} cannot be read through: {text}", hint=_HINTS[sqlite3.SQLITE_IOERR])
+            raise StoreError(
+                f"{self.path} cannot be read through: {text}",
+                hint="check the disk and the memory, and start again",
+            )
         raise damaged(self.path, text)
 
     def close(self) -> None:

