@@ -70,6 +70,7 @@ class Model(Sequences):
             cause = (rule, self.registrations[hotkey]) if kind == SLASH else ("", 0)
             same = self._same(hotkey) if kind == SLASH else [0]
             causes = [key for key in self.debts if key[:3] == (hotkey, kind, cause[0]) and key[3] in same]
+            causes.sort(key=lambda key: self.debts[key].state == "owed")
             key = causes[0] if causes else (hotkey, kind, *cause)
             standing = self.debts.get(key)
             is_made = kind == SLASH and any((hotkey, rule, number) in self.slashes for number in same)
@@ -140,36 +141,32 @@ class Model(Sequences):
         return [hotkey]
 
     def _count_down(self, hotkey):
-        while number := self.registrations[hotkey]:
-            is_begun = self._is_begun(hotkey, number)
-            self.debts = dict(self._moved(hotkey, number, moves=not is_begun))
-            if is_begun:
-                break
-            self.registrations[hotkey] -= 1
-        self.undone[hotkey] = number
+        if last := self.registrations[hotkey]:
+            self.registrations[hotkey] = self.undone[hotkey] = self._make_one(hotkey, last)
 
     def _owe_again(self, key):
-        if self.undone.get(key[0]) == key[3] == self.registrations[key[0]] > 0:
+        last = self.undone.get(key[0], 0)
+        if last == self.registrations[key[0]]:
             self._count_down(key[0])
+        elif key[3] <= last:
+            self._make_one(key[0], last)
 
-    def _is_begun(self, hotkey, number):
-        made = any(cause[0] == hotkey and cause[2] == number for cause in self.slashes)
-        slashes = [debt for key, debt in self.debts.items() if key[:2] == (hotkey, SLASH) and key[3] == number]
-        return made or any(debt.state != "owed" for debt in slashes)
-
-    def _moved(self, hotkey, number, *, moves):
-        """What is owed since a return counts as owed before it; of two one is left, due if either was."""
-        for key, debt in self.debts.items():
-            before = (*key[:3], number - 1)
-            if key[:2] != (hotkey, SLASH) or key[3] != number or debt.state != "owed":
-                yield key, debt
-            elif before in self.debts:
-                one = self.debts[before]
-                one.token = one.token or debt.token
+    def _make_one(self, hotkey, last):
+        """Have the registrations up to one be one: of a rule's slashes one is left, if none was made."""
+        slashes = {key: debt for key, debt in self.debts.items() if key[:2] == (hotkey, SLASH) and key[3] <= last}
+        begun = {key: debt for key, debt in slashes.items() if debt.state != "owed"}
+        made = {cause for cause in self.slashes if cause[0] == hotkey and cause[2] <= last}
+        left = max([0, *(key[3] for key in begun), *(number for _, _, number in made)])
+        one = {key[2]: debt for key, debt in begun.items()}
+        for key in sorted(slashes.keys() - begun.keys(), key=lambda key: key[3]):
+            debt = self.debts.pop(key)
+            if stands := one.get(key[2]):
+                stands.token = stands.token or debt.token
                 if debt.due:
-                    one.due, one.stamp = True, debt.stamp
-            elif (hotkey, key[2], number - 1) not in self.slashes:
-                yield before if moves else key, debt
+                    stands.due, stands.stamp = True, debt.stamp
+            elif key[2] not in {rule for _, rule, _ in made}:
+                one[key[2]] = self.debts[*key[:3], min(key[3], left)] = debt
+        return left
 
     def _fitting(self, hotkey, kind, token):
         for key, debt in self.debts.items():
