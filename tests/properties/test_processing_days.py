@@ -23,7 +23,7 @@ from ledger import is_alive
 from reference_validator import HOUR, MINUTE, Managed
 from reference_validator.scoring import NothingMovedError
 from reference_validator.trading import PAIRS
-from waiting import until
+from waiting import PATIENCE, until
 
 from shmelim.eliminations.debts.states import ATTEMPTING, IN_DOUBT
 from shmelim.eliminations.rules import deadlines
@@ -69,6 +69,9 @@ class Backup(NamedTuple):
 def die_with_a_living_loop(managed: Managed, point: str | None, go_on: Path, pids: Any) -> None:
     """A validator that is killed while the process of its loop lives on, stopped until it may go on."""
     managed._open()
+    # On a busy machine a step may need longer than a day's short deadline; it would be repeated once some time has
+    # passed, and time stands still here.
+    managed.environment.call_deadline_s = PATIENCE
     loop = FORK.Process(target=managed.manager.run_update_loop)
     held_up = FORK.Value("b", False, lock=False)  # noqa: FBT003
 
