@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from shmelim.shm.writer import TableWriter, Transaction
 
 if TYPE_CHECKING or READ_PATH == "pure":
-    from shmelim.shm.lookups import Lookups
+    from shmelim.shm.lookups import PlainLookups as Lookups
     from shmelim.shm.plain import is_plain, may_mean_the_same, scan
     from shmelim.shm.reader import TableReader
 else:

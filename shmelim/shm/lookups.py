@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from shmelim.shm.facts import WriterInfo
-from shmelim.shm.native import READ_PATH
 from shmelim.shm.reader import LOADING_NUMPY, TableReader
 
 if TYPE_CHECKING:
@@ -109,9 +108,7 @@ class Lookups(Attached):
     make a key a member (``in``).
     """
 
-    # As the compiled one has it: a client is laid out as a reader is, whatever else it inherits, and so can
-    # become one that refuses. Two bases with slots cannot be joined.
-    __slots__ = ("_table",) if READ_PATH == "pure" else ()
+    __slots__ = ()
 
     _head: ClassVar[int] = 0
     _member: ClassVar[int] = 1
@@ -182,3 +179,12 @@ class Lookups(Attached):
         None where the path has nothing quicker than a snapshot, or publishes overtook it every time.
         """
         return None
+
+
+class PlainLookups(Lookups):
+    """:class:`Lookups` where nothing is compiled, laid out as the compiled ones are.
+
+    A client, which has other bases, is laid out as a reader is then, and so can become one that refuses.
+    """
+
+    __slots__ = ("_table",)
