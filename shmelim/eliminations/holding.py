@@ -14,7 +14,7 @@ from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode, check_files
 from shmelim.eliminations.files.taking import read_state
 from shmelim.eliminations.reader import EliminationReader
-from shmelim.eliminations.runtime import SERVICE_NAME, lock_state, secure_state
+from shmelim.eliminations.runtime import SERVICE_NAME, STATE_LOCK, lock_state, secure_state
 from shmelim.eliminations.starting.beginning import Choices, adopt, begin
 from shmelim.eliminations.starting.imports import import_departed, imported, merge_once
 from shmelim.eliminations.starting.keeping import memory_of
@@ -118,7 +118,7 @@ class Holding:
         with writing(f"{what} cannot be used"), contextlib.ExitStack() as undo:
             if self.state_dir is not None:
                 lock = functools.partial(lock_state, self.state_dir, FILE_NAME)
-                self._lease = _patiently(lock, Lease(self.state_dir / "lock").holder, tell)
+                self._lease = _patiently(lock, Lease(self.state_dir / STATE_LOCK).holder, tell)
                 undo.callback(self._lease.release)
             tell("opening the state", 0, None)
             choices = Choices(

@@ -52,6 +52,7 @@ from shmelim.system.text import get_logger
 
 SERVICE_NAME: Final = "EliminationManagerServer"
 LOCALHOST: Final = "127.0.0.1"
+STATE_LOCK: Final = "lock"
 
 RUNTIME_VARIABLE: Final = "SHMELIM_RUNTIME_DIR"
 """Where runtime directories are, whatever XDG_RUNTIME_DIR says."""
@@ -262,7 +263,7 @@ def lock_state(directory: Path, store: str | None = None) -> Lease:
                 f" {os.geteuid()}",
                 hint="run as its owner, give it to this user (chown -R), or name another (state_dir, --state-dir)",
             )
-    lease = Lease(directory / "lock", None if store is None else directory / store)
+    lease = Lease(directory / STATE_LOCK, None if store is None else directory / store)
     with writing(f"the state directory {directory} cannot be used", "name another (state_dir, --state-dir)"):
         try:
             directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)

@@ -116,7 +116,7 @@ _PADDING = [bytes(size) for size in range(WORD)]
 _HEADER = struct.Struct("<8sII")
 _ROOT_HEADER = struct.Struct("<8sIIQQ16s")
 _DATA_HEADER = struct.Struct("<8sIIQQQQQQQQ")
-_DATA_CHECKED: Final = 24, 80
+_DATA_CHECKED: Final = 24  # the first byte that its checksum is of
 _DATA_SEED: Final = 0x44415441
 
 
@@ -194,8 +194,8 @@ def pack_data_header(header: DataHeader) -> bytes:
 
 
 def _header_checksum(data: bytes) -> bytes:
-    first, end = _DATA_CHECKED
-    return xxh64_intdigest(bytes(data[first:end]), _DATA_SEED).to_bytes(WORD, "little")
+    checked = bytes(data[_DATA_CHECKED : _DATA_HEADER.size])
+    return xxh64_intdigest(checked, _DATA_SEED).to_bytes(WORD, "little")
 
 
 def unpack_data_header(data: bytes, size: int, root_id: int, version: int, label: str) -> DataHeader:
@@ -226,7 +226,7 @@ def unpack_data_header(data: bytes, size: int, root_id: int, version: int, label
         )
     # With another seed or capacity lookups would find nothing, without a word. Older segments have no checksum.
     end = _DATA_HEADER.size
-    if data[end : end + WORD] not in (_header_checksum(data), b"", bytes(WORD)):
+    if data[end : end + WORD] not in (_header_checksum(data), bytes(WORD)):
         raise CorruptSegmentError(f"the header of segment {label} does not match its checksum")
     return header
 

@@ -137,11 +137,12 @@ class Lease:
             if self._guarded is None or not self._guarded.is_file():
                 return
             status = self._guarded.stat()
-            if any(os.path.samestat(status, os.fstat(known)) for known in self._files):
+            # Not opened where this process has it already: to close it again would drop SQLite's locks on it.
+            known = ((lease, file) for lease in list(_held) for file in lease._files)  # noqa: SLF001  # of this class
+            holder = next((lease for lease, file in known if os.path.samestat(status, os.fstat(file))), None)
+            if holder is self:
                 return
-            others = [known for lease in list(_held) for known in lease._files]  # noqa: SLF001  # of this class
-            # To close it again would drop the locks that SQLite has on it in this process.
-            if not any(os.path.samestat(status, os.fstat(known)) for known in others):
+            if holder is None:
                 with forks.creating_descriptors:
                     if (descriptor := _lock(self._guarded)) is not None:
                         self._files.append(descriptor)

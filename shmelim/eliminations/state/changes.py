@@ -570,13 +570,13 @@ def registrations(step: Step, hotkey: str) -> range:
     return range(least if last == number else number, number + 1)
 
 
-def count_down_again(step: Step, debt: Debt) -> None:
-    """Undo the returns that waited for an attempt, which has taken nothing."""
-    hotkey = debt.hotkey
+def owe_once(step: Step, debt: Debt) -> None:
+    """Of a slash that is owed again leave no second one; undo the returns that waited for its attempt."""
+    hotkey, number = debt.hotkey, debt.registration
     last, least = step.store.meta(_UNDONE, {}).get(hotkey, (-1, 0))
-    if not least <= debt.registration <= last:
-        return
-    if last == step.store.registration(hotkey):
+    if not least <= number <= last:
+        _make_one(step, hotkey, number, number)
+    elif last == step.store.registration(hotkey):
         _count_returns_down(step, hotkey, least)
     else:  # he has come back since
         _make_one(step, hotkey, least, last)
@@ -595,12 +595,6 @@ def _count_returns_down(step: Step, hotkey: str, least: int) -> None:
     others = {one: known for one, known in waiting.items() if one != hotkey}
     if (now := others | ({hotkey: [left, least]} if left > least else {})) != waiting:
         step.set_meta(_UNDONE, now)
-
-
-def note_ended(step: Step, debt: Debt) -> None:
-    """Remember that the attempt of a debt that goes took nothing, should the journal never come to hear it."""
-    if debt.attempt is not None:
-        step.set_meta(ENDED, [*step.store.meta(ENDED, []), debt.attempt][-_MOST_ENDED:])
 
 
 def _make_one(step: Step, hotkey: str, least: int, last: int) -> int:
@@ -622,7 +616,8 @@ def _make_one(step: Step, hotkey: str, least: int, last: int) -> int:
         else:
             why = "slashed for it before" if before is None else "owed since before"
             step.record([EventOf("cancel", hotkey, note=f"{debt.kind} ({debt.rule}): {why}")])
-            note_ended(step, debt)
+            if debt.attempt is not None:  # it took nothing, which the journal may never come to hear
+                step.set_meta(ENDED, [*step.store.meta(ENDED, []), debt.attempt][-_MOST_ENDED:])
             if before is None:
                 continue
             # It stands for both, whether it rested or was begun; also for late answers.

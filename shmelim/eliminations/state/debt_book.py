@@ -36,7 +36,7 @@ from shmelim.eliminations.debts.states import (
 )
 from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.record import check_hotkey, decode, prepare
-from shmelim.eliminations.state.changes import Step, count_down_again, note_ended, registrations, replacements
+from shmelim.eliminations.state.changes import Step, owe_once, registrations, replacements
 from shmelim.eliminations.state.leases import Leases
 from shmelim.eliminations.state.thread import State
 from shmelim.eliminations.store.history import Change as EventOf
@@ -635,13 +635,9 @@ def _put_on_record(step: Step, debt: Debt, by: str, outcome: str, answer: str | 
 
 
 def _owe_again(step: Step, debt: Debt) -> None:
-    if debt.kind == SLASH and any(slash[:3] == tuple(_key(debt)) for slash in step.store.slashes(debt.hotkey)):
-        step.store.remove_debt(debt)  # another attempt was made, of which the journal told
-        note_ended(step, debt)
-        step.record([EventOf("cancel", debt.hotkey, note=f"{_named(debt)}: slashed for it before")])
-        return
     step.store.put_debt(debt._replace(state=OWED, in_doubt_since_ms=None))
-    count_down_again(step, debt)
+    if debt.kind == SLASH:  # of which the journal may have told that another attempt was made
+        owe_once(step, debt)
 
 
 def _key(debt: Debt) -> list[Any]:
