@@ -150,7 +150,7 @@ def is_server_of(pid: int, service_name: str) -> bool:
 def let_end(pid: int, service_name: str, on_wait: Callable[[], object]) -> bool:
     """Wait for a server whose owner has died, as it ends by itself; return whether it has ended.
 
-    One that was being started then ends once it has started. `on_wait` is called again and again meanwhile.
+    One that was being started breaks that off. `on_wait` is called again and again meanwhile.
     False at once for any other process that lives.
     """
     server, deadline = ProcessIdentity.of(pid), monotonic() + _ENDING

@@ -486,17 +486,18 @@ def report_progress(*_details: object) -> None:
 class Ending:
     """Waits for the end of this process' work, for the length of a ``with`` block.
 
-    Up to :meth:`defer` a SIGTERM raises ``SystemExit``, so that a start can be broken off; from then on it only
-    ends :meth:`wait`, so that neither serving nor closing is interrupted halfway. SIGINT does the same in a
-    foreground process; others ignore it: a terminal sends it to each of a group, and the owner decides what it
-    means. The owner's death is seen by a descriptor of its process: a pipe would also be held open by its other
-    children. Outside of the main thread, which alone may handle signals, only the owner's end counts.
+    Up to :meth:`defer` a SIGTERM, or the owner's end, raises ``SystemExit``, so that a start can be broken off;
+    from then on it only ends :meth:`wait`, so that neither serving nor closing is interrupted halfway. SIGINT
+    does as SIGTERM in a foreground process; others ignore it: a terminal sends it to each of a group, and the
+    owner decides what it means. The owner's death is seen by a descriptor of its process: a pipe would also be
+    held open by its other children. Outside of the main thread, which alone may handle signals, only the owner's
+    end counts, once it is waited for.
     """
 
     def __init__(self, owner: ProcessIdentity | None, *, in_foreground: bool = False) -> None:
         self._owner = owner
         self._signals = {signal.SIGTERM, signal.SIGINT} if in_foreground else {signal.SIGTERM}
-        self._deferred = False  # main thread only
+        self._deferred = False  # set by the main thread; a SIGTERM of the watcher that comes later ends wait()
         self._reading = self._writing = self._old_wakeup = -1
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -512,6 +513,9 @@ class Ending:
                 self._before[number] = signal.signal(number, handler)
             # A fresh process starts with SIGINT blocked, and inherits what the thread blocked that started it.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+            if self._owner is not None:
+                with contextlib.suppress(RuntimeError):  # no room for a thread: it is missed after the start
+                    threading.Thread(target=self._watch, args=(self._owner,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -525,6 +529,11 @@ class Ending:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if not self._deferred:
             raise SystemExit(128 + number)
+
+    def _watch(self, owner: ProcessIdentity) -> None:
+        """Break off a start that nobody waits for any more, whatever holds it up."""
+        if owner.wait(None) and not self._deferred:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def defer(self) -> None:
         """Stop raising."""

@@ -188,7 +188,7 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("later", ["a manager", "a server of another name"])
 def test_who_comes_while_the_server_of_a_killed_manager_is_at_work_waits_for_its_end(tmp_path, new_name, later):
-    """That server is in its start here, which a pipe holds up; one that is closing its store is the same."""
+    """That server is stopped in its start, which a pipe holds up; one that is closing its store is the same."""
     state, pipe, log = tmp_path / "state", tmp_path / "pipe", tmp_path / "log"
     os.mkfifo(pipe)
     environment = os.environ | {"SHMELIM_RUNTIME_DIR": str(tmp_path / "run"), "HOME": str(tmp_path)}
@@ -197,6 +197,7 @@ def test_who_comes_while_the_server_of_a_killed_manager_is_at_work_waits_for_its
     with subprocess.Popen([*command, str(pipe)], env=environment, stdin=subprocess.PIPE) as first:
         lease = Lease(state / "lock")
         server = ProcessIdentity.of(until(lease.holder))
+        os.kill(server.pid, signal.SIGSTOP)
         first.kill()
     if later == "a server of another name":
         name = new_name()
@@ -208,13 +209,27 @@ def test_who_comes_while_the_server_of_a_killed_manager_is_at_work_waits_for_its
         try:
             until(lambda: b"waiting for the end of process" in log.read_bytes() or second.poll() is not None)
             assert second.poll() is None, log.read_text()
-            pipe.write_text('{"eliminations": []}')
+            os.kill(server.pid, signal.SIGCONT)
             assert server.wait(PATIENCE)
             until(lambda: lease.holder() != server.pid and pid_of_writer(name) == lease.holder())
         finally:
             second.stdin.close()
             if later != "a manager":
                 second.terminate()
+
+
+def test_a_server_whose_owner_is_killed_ends_also_in_a_start_that_hangs(tmp_path, new_name):
+    state, pipe = tmp_path / "state", tmp_path / "pipe"
+    os.mkfifo(pipe)  # which nobody ever writes to
+    environment = os.environ | {"SHMELIM_RUNTIME_DIR": str(tmp_path / "run"), "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", MANAGER, new_name(), str(state), str(pipe)]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as manager:
+        server = ProcessIdentity.of(until(Lease(state / "lock").holder))
+        manager.kill()
+    try:
+        assert server.wait(PATIENCE)
+    finally:
+        server.end(0)
 
 
 def pid_of_writer(name):
