@@ -23,7 +23,7 @@ from waiting import until
 
 from bench.fleet import Delay
 from shmelim import EliminationReader
-from shmelim.cli.demo import hosts
+from shmelim.cli.demo import fleet as demo_fleet
 from shmelim.cli.main import cli
 from shmelim.fleet import publishing
 from shmelim.fleet.engine import Id
@@ -238,7 +238,7 @@ def test_the_demo_holds_and_leaves_nothing():
 def test_the_demo_goes_without_hosts_of_their_own_where_they_cannot_be_made(monkeypatch):
     with monkeypatch.context() as patch, contextlib.ExitStack() as undo:
         patch.setattr(os, "geteuid", lambda: 1000)
-        found, missing = hosts.make_hosts(3, undo)
+        found, missing = demo_fleet.make_hosts(3, undo)
         assert not found
         assert "root" in missing
 
@@ -249,10 +249,10 @@ def test_the_demo_goes_without_hosts_of_their_own_where_they_cannot_be_made(monk
 
     made: list[tuple[str, ...]] = []
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(hosts.shutil, "which", lambda _name: "/usr/sbin/ip")
-    monkeypatch.setattr(hosts, "_ip", refuse)
+    monkeypatch.setattr(demo_fleet.shutil, "which", lambda _name: "/usr/sbin/ip")
+    monkeypatch.setattr(demo_fleet, "_ip", refuse)
     with contextlib.ExitStack() as undo:
-        found, missing = hosts.make_hosts(3, undo)
+        found, missing = demo_fleet.make_hosts(3, undo)
         assert not found
         assert missing == "no network namespace can be made: RTNETLINK answers: Operation not permitted"
     assert [each[:2] for each in made if each[0] == "netns"] == [("netns", "add"), ("netns", "delete")]

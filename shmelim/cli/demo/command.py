@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from typing import Any, Final
 
@@ -11,7 +10,7 @@ import click
 
 from shmelim.cli import output
 from shmelim.cli.demo.scenario import Scenario
-from shmelim.cli.demo.stage import Stage, handled
+from shmelim.cli.demo.stage import Stage
 from shmelim.cli.failure import NO, YES
 from shmelim.cli.options import Number, Settings, command
 from shmelim.system.text import printable
@@ -21,19 +20,13 @@ _WHOLE: Final = 100
 
 @command
 @click.option(
-    "--seconds",
-    type=Number(1, 3600),
-    default=10.0,
-    show_default=True,
-    metavar="S",
+    "--seconds", type=Number(1, 3600), default=10.0, show_default=True, metavar="S",
     help="About how long it takes; starting processes comes on top of a short one.",
-)
+)  # fmt: skip
 @click.option(
-    "--readers",
-    type=click.IntRange(1, 64),
-    metavar="N",
+    "--readers", type=click.IntRange(1, 64), metavar="N",
     help="How many reader processes [default: one for each core but one, which is left to the server].",
-)
+)  # fmt: skip
 @click.option("--fleet", is_flag=True, help="Show more than one host instead: an engine, three followers, faults.")
 def demo(settings: Settings, *, seconds: float, readers: int | None, fleet: bool) -> int:
     """Show the whole job on 367 real hotkeys, and measure it.
@@ -59,8 +52,7 @@ def demo(settings: Settings, *, seconds: float, readers: int | None, fleet: bool
       shmelim demo --fleet
       shmelim demo --seconds 60 --readers 8 --json
     """
-    # Ctrl-C raises by itself.
-    with handled(lambda number, _: sys.exit(128 + number), signal.SIGTERM, signal.SIGHUP), Stage() as stage:
+    with Stage() as stage:
         if sys.stderr is not None and sys.stderr.isatty():
             from rich.console import Console
 
@@ -80,12 +72,8 @@ def demo(settings: Settings, *, seconds: float, readers: int | None, fleet: bool
 
 def _show(found: dict[str, Any]) -> None:
     """Print the faults and the figures, each invariant, and how many of them held."""
-    if "faults" in found:
-        rows = (
-            (each["fault"], *(f"{seconds:.2f} s" for seconds in each["equal_after_s"]), each["took_snapshot"])
-            for each in found["faults"]
-        )
-        output.records(["what happened", "follower 1 equal after", "2", "3", "snapshots taken"], rows)
+    if faults := [(it["fault"], *it["equal_after_s"], it["took_snapshot"]) for it in found.get("faults", ())]:
+        output.records(["what happened", "follower 1 equal after s", "2", "3", "snapshots taken"], faults)
         click.echo()
     for what, figure in found["figures"].items():
         shown = f"{figure:,.0f}" if isinstance(figure, int) or figure > _WHOLE else f"{figure:.1f}"

@@ -22,14 +22,12 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from shmelim.eliminations.files import format as files
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.record import EliminationReason, generate_row
 
 REAL_HOTKEYS: Final = resources.files("shmelim") / "data" / "default_departed_hotkeys.json"
 BATCH: Final = 100  # checks between two looks at the clock
 _SHOWN: Final = 3  # errors
-_REASONS: Final = list(EliminationReason)
 
 
 class Cast(NamedTuple):
@@ -45,18 +43,16 @@ class Cast(NamedTuple):
 
 def cast() -> Cast:
     """Give each of the real hotkeys its part, the same every time."""
-    with resources.as_file(REAL_HOTKEYS) as path:
-        found = files.read_departed(path)
-    assert found is not None, f"{REAL_HOTKEYS} is part of the package"
-    rest = random.Random(0).sample(sorted(found.taken), len(found.taken))  # noqa: S311 - parts, not secrets
-    return Cast(rest[:120], rest[120:180], rest[180:240], rest[240:300], rest[300], rest[301:])
+    real = sorted(json.loads(REAL_HOTKEYS.read_text(encoding="utf-8"))["departed_hotkeys"])
+    random.Random(0).shuffle(real)  # noqa: S311 - parts, not secrets
+    return Cast(real[:120], real[120:180], real[180:240], real[240:300], real[300], real[301:])
 
 
 def make_record(hotkey: str, stamp: int, serial: int) -> dict[str, Any]:
     """Return a hotkey's record as a change writes it after a sync; the same for the same arguments."""
     figures = random.Random(f"{hotkey} {serial}")  # noqa: S311 - plausible figures, not secrets
     prices = {pair: round(figures.uniform(1, 1e5), 5) for pair in ("BTC/USD", "ETH/USD", "EUR/USD")}
-    drawdown, reason = round(figures.uniform(0.02, 0.3), 4), figures.choice(_REASONS)
+    drawdown, reason = round(figures.uniform(0.02, 0.3), 4), figures.choice(list(EliminationReason))
     row = generate_row(hotkey, drawdown, reason, 1_738_000_000_000 + figures.randrange(10**10), prices)
     record = {**row, "stamp": stamp, "serial": serial}
     return {**record, "checksum": _checksum(record)}
@@ -84,7 +80,8 @@ class Watcher:
         self.counts: Counter[str] = Counter()
         self.errors: list[str] = []
         self._steady = cycle(parts.steady)
-        self._mixture = [it for pair in zip(parts.steady, parts.never, strict=False) for it in pair][:BATCH]
+        # Half of them are eliminated throughout, the others never.
+        self._mixture = parts.steady[: BATCH // 2] + parts.never[: BATCH // 2]
         self._version = 0
 
     def round(self) -> None:
@@ -103,14 +100,13 @@ class Watcher:
         found = sum(map(self.reader.is_hotkey_eliminated, self._mixture))
         self.counts["checking_ns"] += time.perf_counter_ns() - began
         self.counts["checks"] += BATCH
-        # Half of them are eliminated throughout, the others never.
         self.counts["wrong"] += found != BATCH // 2
 
     def _get(self) -> None:
         hotkey = next(self._steady)
-        record = self.reader.get_elimination(hotkey)
-        self.counts["wrong"] += record is None or record.get("hotkey") != hotkey
-        self.counts["torn"] += record is not None and not is_whole(record)
+        record = self.reader.get_elimination(hotkey) or {}
+        self.counts["wrong"] += record.get("hotkey") != hotkey
+        self.counts["torn"] += bool(record) and not is_whole(record)
 
     def _check_camps(self) -> None:
         half = len(self.parts.even)
@@ -123,7 +119,7 @@ class Watcher:
         self.counts["snapshots"] += 1
         self.counts["mixed"] += len({record.get("stamp") for record in records.values()}) > 1
         self.counts["torn"] += sum(not is_whole(record) for record in records.values())
-        self.counts["wrong"] += any(hotkey not in records for hotkey in self.parts.steady)
+        self.counts["wrong"] += not records.keys() >= {*self.parts.steady}
         self.counts["backwards"] += snapshot.version < self._version
         self._version = snapshot.version
 
@@ -136,15 +132,10 @@ def main(name: str) -> None:
         before = watcher.counts["reads"]
         watcher.round()
         if asked:
-            tally = {
-                **watcher.counts,
-                "pid": os.getpid(),
-                "retries": reader.retries,
-                "errors": watcher.errors,
-                "round": watcher.counts["reads"] - before,
-                "sees_first": reader.is_hotkey_eliminated(parts.first),
-            }
-            print(json.dumps(tally), flush=True)  # noqa: T201 - the demo reads it
+            about = {"pid": os.getpid(), "retries": reader.retries, "errors": watcher.errors}
+            about |= {"round": watcher.counts["reads"] - before}
+            about |= {"sees_first": reader.is_hotkey_eliminated(parts.first)}
+            print(json.dumps(watcher.counts | about), flush=True)  # noqa: T201 - the demo reads it
 
 
 if __name__ == "__main__":

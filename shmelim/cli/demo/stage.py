@@ -20,28 +20,6 @@ from shmelim.errors import ShmelimError
 from shmelim.shm import SharedNamespace
 
 PATIENCE: Final = 60.0
-_ENDING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@contextlib.contextmanager
-def handled(handler: Callable[[int, Any], object], *numbers: signal.Signals) -> Iterator[None]:
-    """Handle some signals in a block."""
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Let an ending signal take effect at the end of the block, which starts a process or cleans up."""
-    came: list[int] = []
-    with handled(lambda number, _: came.append(number), *_ENDING_SIGNALS):
-        yield
-    if came:
-        signal.raise_signal(came[0])
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -56,6 +34,9 @@ class Stage(contextlib.ExitStack):
     def __init__(self) -> None:
         super().__init__()
         self.narrate: Callable[[str], object] = str
+        self._busy = self._ending = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self.callback(signal.signal, number, signal.signal(number, self._end))
         self.name = f"demo-{secrets.token_hex(4)}"
         self.home = Path(tempfile.mkdtemp(prefix="shmelim-demo-"))
         self.callback(shutil.rmtree, self.home, ignore_errors=True)
@@ -63,22 +44,31 @@ class Stage(contextlib.ExitStack):
         self._log = self.home / "log"
 
     def __exit__(self, *error: Any) -> bool | None:  # noqa: PYI036 - as it is passed on
-        with _signals_held():
+        with self._signals_held():
             return super().__exit__(*error)
+
+    def _end(self, number: int, _: Any) -> None:
+        self._ending = 128 + number
+        if not self._busy:
+            sys.exit(self._ending)
+
+    @contextlib.contextmanager
+    def _signals_held(self) -> Iterator[None]:
+        """Let an ending signal take effect at the end of the block, which starts a process or cleans up."""
+        self._busy = True
+        yield
+        self._busy = False
+        if self._ending:
+            sys.exit(self._ending)
 
     def start(self, *command: str, stdout: int | None = None) -> subprocess.Popen[bytes]:
         """Start a process in a group of its own: Ctrl-C reaches the demo alone."""
         of_the_demo = {"SHMELIM_RUNTIME_DIR": str(self.home), "SHMELIM_REGISTRY": str(self.home / "registry")}
-        with _signals_held(), self._log.open("ab") as log:
+        with self._signals_held(), self._log.open("ab") as log:
             process = subprocess.Popen(  # noqa: S603 - of this package, or the engine
-                command,
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=log if stdout is None else stdout,
-                stderr=log,
-                env=os.environ | of_the_demo,
-                process_group=0,
-            )
+                command, bufsize=0, stdin=subprocess.PIPE, stdout=log if stdout is None else stdout, stderr=log,
+                env=os.environ | of_the_demo, process_group=0,
+            )  # fmt: skip
             self.callback(end, process)
         return process
 
@@ -93,9 +83,7 @@ class Stage(contextlib.ExitStack):
     def hear(self, process: subprocess.Popen[bytes]) -> bytes:
         """Return the next line that a process says; ShmelimError where it ends, or is silent for a minute."""
         assert process.stdout is not None
-        waiting = select.poll()
-        waiting.register(process.stdout, select.POLLIN)
-        if waiting.poll(1000 * PATIENCE) and (line := process.stdout.readline()):
+        if select.select([process.stdout], [], [], PATIENCE)[0] and (line := process.stdout.readline()):
             return line
         said = self._log.read_text(errors="replace").splitlines() or ["it said nothing"]
         raise ShmelimError(f"process {process.pid} of the demo ended or hangs: {said[-1]}")
