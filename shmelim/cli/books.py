@@ -89,9 +89,7 @@ def history(
         found, source = asking.events(settings.name, hotkey, limit)
     _doubt(settings, hotkey, found)
     settings.table(
-        {"source": source, "events": found},
-        ("when (UTC)", "action", "hotkey", "by", "change"),
-        map(cells, found),
+        {"source": source, "events": found}, ("when (UTC)", "action", "hotkey", "by", "change"), map(cells, found)
     )
     return YES
 
@@ -170,10 +168,7 @@ _rule_option = click.option(
     help="The rule of the slash, as `shmelim debts` names it; needed where there are several.",
 )
 _registration_option = click.option(
-    "--registration",
-    type=WholeNumber(0),
-    metavar="N",
-    help="Which registration of the hotkey, likewise.",
+    "--registration", type=WholeNumber(0), metavar="N", help="Which registration of the hotkey, likewise."
 )
 
 

@@ -31,10 +31,7 @@ _REASONS: Final = ", ".join(EliminationReason.__members__)
 @click.option("--reason", required=True, metavar="REASON", help=f"Why: normally one of {_REASONS}.")
 @click.option("--dd", type=AnyNumber(), metavar="X", help="The drawdown, stored as given.")
 @click.option(
-    "--time-ms",
-    type=WholeNumber(0),
-    metavar="T",
-    help="When, in milliseconds since 1970 UTC [default: now].",
+    "--time-ms", type=WholeNumber(0), metavar="T", help="When, in milliseconds since 1970 UTC [default: now]."
 )
 def add(settings: Settings, *, hotkey: str, reason: str, dd: float | None, time_ms: int | None) -> None:
     """Eliminate HOTKEY, or replace its record. When this returns, every reader sees it and it is durable.

@@ -140,11 +140,7 @@ def _state_dir(name: str) -> Path:
 @_engine_option("--from")
 @password_option
 @click.option(
-    "--as",
-    "local",
-    type=NAME,
-    metavar="NAME",
-    help="The name of the table on this host [default: the same].",
+    "--as", "local", type=NAME, metavar="NAME", help="The name of the table on this host [default: the same]."
 )
 @click.option("--group-readable", is_flag=True, help="Let the group read the table (0640 instead of 0600).")
 def follow(

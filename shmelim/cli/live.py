@@ -31,10 +31,7 @@ _PATIENCE: Final = 1.0  # seconds between two tries to reach a server that is aw
 
 @command
 @click.option(
-    "--since",
-    type=WholeNumber(0),
-    metavar="VERSION",
-    help="Begin after this version, not with the next change.",
+    "--since", type=WholeNumber(0), metavar="VERSION", help="Begin after this version, not with the next change."
 )
 @click.option("--count", type=COUNT, metavar="N", help="End after N changes.")
 def watch(settings: Settings, *, since: int | None, count: int | None) -> int:

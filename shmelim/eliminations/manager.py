@@ -177,14 +177,7 @@ class EliminationManager(Reading, Calls, RPCServiceBase):
 
     # CPython 3.11 does not specialise calls of an object's methods once it has more than some 25 attributes in its
     # dict, and a check then takes half as long again. So what nobody patches stands in slots.
-    __slots__ = (
-        "_RPCServiceBase__core",
-        "_live_price_fetcher",
-        "_options",
-        "_processor",
-        "_reader",
-        "_timeout",
-    )
+    __slots__ = ("_RPCServiceBase__core", "_live_price_fetcher", "_options", "_processor", "_reader", "_timeout")
 
     metagraph: Metagraph | None = None
     position_manager: PositionManager | None = None

@@ -224,10 +224,7 @@ class Reading(Lookups):
             found = [(version, pack(entries, *form)) for form in forms]
         (version, eliminated), (_, departed), (_, registered) = cast("list[tuple[int, bytes]]", found)
         return Snapshot(
-            version,
-            decode_eliminations(eliminated),
-            decode_departures(departed),
-            set(decode_hotkeys(registered)),
+            version, decode_eliminations(eliminated), decode_departures(departed), set(decode_hotkeys(registered))
         )
 
     # ------------------------------------------------------------------ the table

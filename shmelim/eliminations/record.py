@@ -288,11 +288,7 @@ _FIELDS = (
     ("return_info", _DICT_OR_NONE, "a dict or None"),
 )
 # The same as kinds of values in msgpack.
-_REQUIRED = (
-    (b"hotkey", int(Kind.TEXT)),
-    (_TIME.encode(), int(Kind.INTEGER)),
-    (_REASON.encode(), int(Kind.TEXT)),
-)
+_REQUIRED = ((b"hotkey", int(Kind.TEXT)), (_TIME.encode(), int(Kind.INTEGER)), (_REASON.encode(), int(Kind.TEXT)))
 _OPTIONAL = (
     (b"dd", int(Kind.NOTHING | Kind.INTEGER | Kind.NUMBER)),
     (b"price_info", int(Kind.NOTHING | Kind.MAP)),

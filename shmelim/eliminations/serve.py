@@ -81,9 +81,7 @@ class ServeOptions:
 
 
 def open_server(
-    options: ServeOptions,
-    on_progress: Progress | None = None,
-    namespace: Namespace | None = None,
+    options: ServeOptions, on_progress: Progress | None = None, namespace: Namespace | None = None
 ) -> EliminationManagerServer:
     """Take the locks, recover and publish in shared memory, or elsewhere; raises as the server does.
 
@@ -184,9 +182,7 @@ class Service:
 
 
 def run(
-    options: ServeOptions,
-    on_ready: Callable[[Service], Any] | None = None,
-    on_progress: Progress | None = None,
+    options: ServeOptions, on_ready: Callable[[Service], Any] | None = None, on_progress: Progress | None = None
 ) -> None:
     """Serve in the foreground until SIGTERM or SIGINT; raises what :class:`Service` raises.
 

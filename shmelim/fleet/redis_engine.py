@@ -74,10 +74,7 @@ _HINTS: Final = (
     ("WRONGPASS", _REFUSED),
     ("invalid username-password", _REFUSED),
     ("password file", "have a file there that the user may read whom this runs as"),
-    (
-        "WRONGTYPE",
-        "another program uses a key of {prefix}*: delete it, or publish under another --name",
-    ),
+    ("WRONGTYPE", "another program uses a key of {prefix}*: delete it, or publish under another --name"),
     ("NoPermissionError", _PERMIT),
     ("user executing the script", _PERMIT),
     ("ReadOnlyError", "this is a replica: name the primary"),

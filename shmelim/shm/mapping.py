@@ -194,8 +194,7 @@ def open_error(path: str, error: OSError, action: str = "open") -> Exception:
 def _not_a_file(path: str, status: os.stat_result) -> SegmentError:
     what = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
     return UntrustedSegmentError(
-        f"{path} is {what} of uid {status.st_uid}, not a file",
-        hint="remove it, or choose another name",
+        f"{path} is {what} of uid {status.st_uid}, not a file", hint="remove it, or choose another name"
     )
 
 

@@ -29,17 +29,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, NoReturn, Self, TypeVar, cast
 
 from shmelim.errors import CorruptSegmentError, NotServingError, ReaderClosedError, SegmentError
-from shmelim.shm.counting import (
-    BATCHES,
-    COUNTS,
-    HITS,
-    MISSES,
-    RECORDS,
-    RETRIES,
-    SNAPSHOTS,
-    ReadingPage,
-    find_page,
-)
+from shmelim.shm.counting import BATCHES, COUNTS, HITS, MISSES, RECORDS, RETRIES, SNAPSHOTS, ReadingPage, find_page
 from shmelim.shm.facts import (
     HEARTBEAT_LIMIT,
     RUNNING,
@@ -682,7 +672,5 @@ def _check_keys(keys: Sequence[object]) -> None:
 
 
 os.register_at_fork(
-    before=LOADING_NUMPY.acquire,
-    after_in_parent=LOADING_NUMPY.release,
-    after_in_child=LOADING_NUMPY.release,
+    before=LOADING_NUMPY.acquire, after_in_parent=LOADING_NUMPY.release, after_in_child=LOADING_NUMPY.release
 )

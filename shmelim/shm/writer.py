@@ -37,13 +37,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
-from shmelim.errors import (
-    AlreadyServingError,
-    NotServingError,
-    SegmentError,
-    ShmelimError,
-    UntrustedSegmentError,
-)
+from shmelim.errors import AlreadyServingError, NotServingError, SegmentError, ShmelimError, UntrustedSegmentError
 from shmelim.shm.copy_header import Change
 from shmelim.shm.facts import WriterState, monotonic_ns
 from shmelim.shm.layout import (

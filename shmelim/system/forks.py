@@ -64,9 +64,7 @@ def _in_child() -> None:
 
 
 os.register_at_fork(
-    before=creating_descriptors.acquire,
-    after_in_parent=creating_descriptors.release,
-    after_in_child=_in_child,
+    before=creating_descriptors.acquire, after_in_parent=creating_descriptors.release, after_in_child=_in_child
 )
 
 

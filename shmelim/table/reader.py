@@ -11,25 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypedDict, TypeVar
 import msgspec
 
 from shmelim.errors import CorruptSegmentError, NotServingError, SegmentFormatError, ShmelimError
-from shmelim.shm import (
-    ITEMS,
-    LOADING_NUMPY,
-    Attached,
-    Lookups,
-    Namespace,
-    SharedNamespace,
-    TableInfo,
-    TableReader,
-)
+from shmelim.shm import ITEMS, LOADING_NUMPY, Attached, Lookups, Namespace, SharedNamespace, TableInfo, TableReader
 from shmelim.system.arguments import functions
-from shmelim.table.naming import (
-    MSGPACK,
-    RAW,
-    TableNamespace,
-    check_key_type,
-    is_an_elimination_servers,
-    kind,
-)
+from shmelim.table.naming import MSGPACK, RAW, TableNamespace, check_key_type, is_an_elimination_servers, kind
 from shmelim.table.snapshot import Changes, K, Snapshot, V
 
 if TYPE_CHECKING:

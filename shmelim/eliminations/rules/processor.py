@@ -14,13 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar
 
-from shmelim.eliminations.debts.states import (
-    CHALLENGE_PERIOD,
-    DRAWDOWN,
-    PERF_LEDGER,
-    POSITIONS,
-    SLASH,
-)
+from shmelim.eliminations.debts.states import CHALLENGE_PERIOD, DRAWDOWN, PERF_LEDGER, POSITIONS, SLASH
 from shmelim.eliminations.rules import deadlines
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, OvertakenError
 from shmelim.eliminations.rules.challenge import ChallengePeriod

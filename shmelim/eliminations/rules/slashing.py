@@ -47,12 +47,7 @@ from shmelim.eliminations.debts.states import (
     new_attempt,
 )
 from shmelim.eliminations.rules.alerts import ENDS_A_TICK, WISHES, named, sendable
-from shmelim.eliminations.rules.deadlines import (
-    NotAskedError,
-    StuckError,
-    check_turn,
-    is_left_to_a_thread,
-)
+from shmelim.eliminations.rules.deadlines import NotAskedError, StuckError, check_turn, is_left_to_a_thread
 from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.system.coroutines import is_unrun
 from shmelim.system.logs import LimitedLog

@@ -130,11 +130,7 @@ def remove(
 
 
 def replace_all(
-    step: Step,
-    records: dict[str, bytes],
-    reason: str = "sync",
-    keep: Iterable[str] = (),
-    judge: Judge = no_judge,
+    step: Step, records: dict[str, bytes], reason: str = "sync", keep: Iterable[str] = (), judge: Judge = no_judge
 ) -> list[str]:
     """Make exactly these records the eliminations; returns the hotkeys that are no longer eliminated.
 

@@ -475,14 +475,7 @@ def doubt(step: Step, hotkey: str, attempt: str, error: str, leases: Leases) -> 
     return fail(step, hotkey, SLASH, error, attempt, Cause(), in_doubt=True)
 
 
-def begin_slash(
-    step: Step,
-    hotkey: str,
-    attempt: str,
-    cause: Cause,
-    now_ms: int,
-    most_per_hour: float,
-) -> Noted:
+def begin_slash(step: Step, hotkey: str, attempt: str, cause: Cause, now_ms: int, most_per_hour: float) -> Noted:
     """Make an owed slash the one that this attempt makes; False where it is not owed, or another's, or is held.
 
     May be repeated while the attempt stands. An attempt that failed never comes back, so that a request which is
