@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, TypeVar, Unpack, overload
 
 import msgspec
 
-from shmelim.errors import CorruptSegmentError, NotServingError, SegmentFormatError, ShmelimError
+from shmelim.errors import CorruptSegmentError, NotServingError, SegmentFormatError
 from shmelim.shm import ITEMS, LOADING_NUMPY, Attached, Lookups, Namespace, SharedNamespace, TableInfo, TableReader
 from shmelim.system.arguments import functions
 from shmelim.table.naming import MSGPACK, RAW, TableNamespace, check_key_type, is_an_elimination_servers, kind
@@ -68,19 +68,6 @@ class _ByteKeys:
 
     def collect(self) -> None:
         return None
-
-
-class _Closed:
-    """Stands for what a closed reader no longer has."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, _: str) -> NoReturn:
-        raise ShmelimError(f"this reader of the table {self._name!r} is closed")
-
-    def __contains__(self, _: object) -> bool:
-        return bool(self.anything)
 
 
 class _Attaching(TypedDict, total=False):
@@ -391,12 +378,11 @@ class Reader(Attached, Mapping[K, V]):
         return info
 
     def close(self) -> None:
-        """Let go of the table: every later read raises ``ShmelimError``. Idempotent.
+        """Let go of the table: every later read raises ``ReaderClosedError``. Idempotent.
 
         Its memory is given back once no thread is in the middle of a read any more.
         """
-        self._keys = self._table = closed = _Closed(self.name)
-        self._record = lambda _: closed.record
+        self._table.close()
 
     def __enter__(self) -> Self:
         return self

@@ -31,18 +31,34 @@ _PAGE: Final = 200
 _UNANSWERED: Final = (NotServingError, KeyFileError, CallTimeoutError, OutcomeUnknownError)
 
 
-def _ask(name: str, server: Callable[[EliminationClient], T], store: Callable[[Store], T]) -> tuple[T, str]:
+class _Stored:
+    """Answers from a store as a client does from its server."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def get_history(self, hotkey: str | None, limit: int, before_id: int | None) -> Rows:
+        return [event.as_dict() for event in self._store.events(hotkey, limit, before_id)]
+
+    def get_debts(self, hotkey: str | None) -> Rows:
+        return [debt.as_dict() for debt in self._store.debts(hotkey)]
+
+    def get_slashes(self, hotkey: str | None) -> Rows:
+        return [slash._asdict() for slash in self._store.slashes(hotkey)]
+
+
+def _ask(name: str, question: Callable[[EliminationClient | _Stored], T]) -> tuple[T, str]:
     """Return what the server or the store has; where there is neither, raise what the server's absence raised."""
     try:
         with EliminationClient(name) as client:
-            return server(client), "server"
+            return question(client), "server"
     except FollowerError:
         raise  # a store that is here is of another time, or of another name's
     except _UNANSWERED as error:
         directory = state_directory_of(name)
         try:
             with Store.read_only(directory) as opened:
-                return store(opened), "store"
+                return question(_Stored(opened)), "store"
         except StoreError as damaged:
             if (directory / FILE_NAME).exists():
                 raise
@@ -51,48 +67,32 @@ def _ask(name: str, server: Callable[[EliminationClient], T], store: Callable[[S
 
 def events(name: str, hotkey: str | None, limit: int) -> tuple[Rows, str]:
     """Return the last events of a hotkey, or of all (None), newest first."""
-    return _ask(name, lambda client: _pages(client, hotkey, limit), lambda store: _events_in(store, hotkey, limit))
+    return _ask(name, lambda one: _pages(one, hotkey, limit))
 
 
 def debts(name: str, hotkey: str | None) -> tuple[Rows, str]:
     """Return what a hotkey owes, or what all do (None), oldest first."""
-    return _ask(name, lambda client: client.get_debts(hotkey), lambda store: _debts_in(store, hotkey))
+    return _ask(name, lambda one: one.get_debts(hotkey))
 
 
 def slashes(name: str, hotkey: str | None) -> tuple[Rows, str]:
     """Return the slashes of a hotkey, or of all (None), that were made or declined."""
-    return _ask(name, lambda client: client.get_slashes(hotkey), lambda store: _slashes_in(store, hotkey))
+    return _ask(name, lambda one: one.get_slashes(hotkey))
 
 
 def all_of(name: str, hotkey: str, limit: int) -> tuple[tuple[Rows, Rows, Rows], str]:
     """Return a hotkey's last events, debts and slashes, all from one of the two."""
-    return _ask(
-        name,
-        lambda client: (_pages(client, hotkey, limit), client.get_debts(hotkey), client.get_slashes(hotkey)),
-        lambda store: (_events_in(store, hotkey, limit), _debts_in(store, hotkey), _slashes_in(store, hotkey)),
-    )
+    return _ask(name, lambda one: (_pages(one, hotkey, limit), one.get_debts(hotkey), one.get_slashes(hotkey)))
 
 
-def _events_in(store: Store, hotkey: str | None, limit: int) -> Rows:
-    return [event.as_dict() for event in store.events(hotkey, limit)]
-
-
-def _debts_in(store: Store, hotkey: str | None) -> Rows:
-    return [debt.as_dict() for debt in store.debts(hotkey)]
-
-
-def _slashes_in(store: Store, hotkey: str | None) -> Rows:
-    return [slash._asdict() for slash in store.slashes(hotkey)]
-
-
-def _pages(client: EliminationClient, hotkey: str | None, limit: int) -> Rows:
+def _pages(one: EliminationClient | _Stored, hotkey: str | None, limit: int) -> Rows:
     """Ask the server in pages, each of which fits into a message."""
     events: Rows = []
     page = _PAGE
     while len(events) < limit:
         wanted = min(page, limit - len(events))
         try:
-            found = client.get_history(hotkey, wanted, events[-1]["id"] if events else None)
+            found = one.get_history(hotkey, wanted, events[-1]["id"] if events else None)
         except MessageTooLargeError:
             if page == 1:
                 raise

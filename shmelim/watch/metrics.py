@@ -30,7 +30,8 @@ _READ: Final = {
 }
 _STATUSES: Final = ("ok", "degraded", "failing", "not served")
 
-Metric: TypeAlias = CounterMetricFamily | GaugeMetricFamily | InfoMetricFamily
+Counted: TypeAlias = CounterMetricFamily | GaugeMetricFamily
+Metric: TypeAlias = Counted | InfoMetricFamily
 
 
 class ShmelimCollector(Collector):
@@ -112,7 +113,7 @@ class ShmelimCollector(Collector):
         found = readings_of(SharedNamespace(self._name, owner=self._owner))
         yield self._gauge("readers", "Processes that read the table now.", len(found.processes))
         for name, text in _READ.items():
-            yield self._counter(f"read_{name}", text, getattr(found.total, name))
+            yield self._gauge(f"read_{name}", text, getattr(found.total, name), CounterMetricFamily)
 
     def _of_server(self, seen: Seen) -> Iterator[Metric]:
         server = seen.server
@@ -121,8 +122,9 @@ class ShmelimCollector(Collector):
         now_ms = clock.now_ms()
         yield self._gauge("uptime_seconds", "Since the server's start.", (now_ms - server["started_ms"]) / 1000)
         yield self._gauge("store_bytes", "Bytes of the store.", server["store_bytes"])
-        yield self._counter("commits", "Commits since the server's start.", server["commits"])
-        yield self._counter("changes", "Changes since the server's start.", server["changes"])
+        for name in ("commits", "changes"):
+            text = f"{name.capitalize()} since the server's start."
+            yield self._gauge(name, text, server[name], CounterMetricFamily)
         # A server of an older release, which still runs after an upgrade, says less.
         if (published := server.get("published_ms")) is not None:
             about = "When the table changed last, since 1970."
@@ -137,13 +139,8 @@ class ShmelimCollector(Collector):
         if server.get("tick_age_s") is not None:
             yield self._gauge("tick_age_seconds", "Since the last whole tick.", server["tick_age_s"])
 
-    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(f"shmelim_{name}", text, labels=["name"])
-        family.add_metric([self._name], float(value))
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
-        family = CounterMetricFamily(f"shmelim_{name}", text, labels=["name"])
+    def _gauge(self, name: str, text: str, value: float, kind: type[Counted] = GaugeMetricFamily) -> Counted:
+        family = kind(f"shmelim_{name}", text, labels=["name"])
         family.add_metric([self._name], float(value))
         return family
 

@@ -604,7 +604,7 @@ def test_a_closed_reader_says_so(table):
         lambda: reader.numbers(["a"]),
         lambda: reader.writer,
     ):
-        with pytest.raises(ShmelimError, match=f"this reader of the table '{table.name}' is closed"):
+        with pytest.raises(ShmelimError, match=f"this reader of '{table.name}' is closed"):
             ask()
 
 

@@ -195,7 +195,7 @@ def write_departed(
     before_rename: Callable[[Summary], object] = lambda _: None,
 ) -> Summary:
     """Write the departed file from (hotkey, ``detected_ms``); otherwise as :func:`write_eliminations`."""
-    rows = ((hotkey, departed_row(ms)) for hotkey, ms in times)
+    rows = ((hotkey, _json_encoder.encode({"detected_ms": ms})) for hotkey, ms in times)
     return _write(path, DEPARTED_HOTKEYS_KEY, "{}", rows, mode, before_rename)
 
 
@@ -203,11 +203,6 @@ def elimination_row(record: bytes) -> tuple[str, bytes]:
     """Return the hotkey of a record, and how it stands in the file: NaN and infinities as null."""
     row = decode(record)
     return row["hotkey"], _json_encoder.encode(row)
-
-
-def departed_row(ms: int) -> bytes:
-    """Return how a departure stands in the file."""
-    return _json_encoder.encode({"detected_ms": ms})
 
 
 def hash_of(text: str | bytes) -> bytes:
@@ -311,17 +306,18 @@ def _write(
             separator = b",\n"
         yield f"\n{brackets[1]}}}\n".encode()
 
-    def digested() -> Iterator[bytes]:
-        for part in parts():
-            digest.update(part)
-            yield part
+    def digested(part: bytes) -> bytes:
+        digest.update(part)
+        return part
 
     def summary(identity: tuple[int, ...]) -> Summary:
         return Summary(digest.hexdigest(), bytes(hashes), identity)
 
     place = Path(os.path.realpath(path)).parent
     with writing(f"{path} could not be written", hint=f"check that {place} exists and has room"):
-        identity = write_whole(path, digested(), mode=mode, before_rename=lambda it: before_rename(summary(it)))
+        identity = write_whole(
+            path, map(digested, parts()), mode=mode, before_rename=lambda it: before_rename(summary(it))
+        )
     return summary(identity)
 
 
