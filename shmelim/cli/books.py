@@ -37,7 +37,7 @@ _dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what wo
 
 @command
 @any_hotkey_argument
-@click.option("--limit", type=COUNT, default=50, show_default=True, metavar="N", help="At most N.")
+@click.option("--limit", type=COUNT, default=50, metavar="N", help="At most N.")
 @click.option(
     "--state-dir", type=PATH, metavar="DIR", help="Read the store in this directory, without asking a server."
 )

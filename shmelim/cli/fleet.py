@@ -58,7 +58,6 @@ def _engine_option(name: str) -> Callable[..., Any]:
     "--beat",
     type=Number(0.05, 5),
     default=0.5,
-    show_default=True,
     metavar="SECONDS",
     help="How often it is said that nothing is newer.",
 )

@@ -100,7 +100,7 @@ class _Commands(Group):
 
 @click.group(
     cls=_Commands,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     epilog="Exit codes: 0 done, 1 the answer is no or the request was refused, 2 wrong usage, "
     "3 nothing is served under that name, 4 any other error. `status` and `health`: 0 ok, 1 degraded, 2 failing.",
 )

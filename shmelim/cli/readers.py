@@ -41,15 +41,9 @@ def _begin(settings: Settings, seconds: float) -> Readers:
 
 
 def _cells(reader: dict[str, Any]) -> tuple[object, ...]:
-    rates = (reader[f"{name}_per_s"] for name in _RATES)
-    return (
-        reader["pid"],
-        reader["user"],
-        utc_text(reader["since_ms"]),
-        *(None if rate is None else round(rate, 1) for rate in rates),
-        *(reader[name] for name in COUNTED),
-        reader["title"],
-    )
+    rates = [rate and round(rate, 1) for rate in (reader[f"{name}_per_s"] for name in _RATES)]
+    counts = (reader[name] for name in COUNTED)
+    return reader["pid"], reader["user"], utc_text(reader["since_ms"]), *rates, *counts, reader["title"]
 
 
 @command
@@ -57,7 +51,6 @@ def _cells(reader: dict[str, Any]) -> tuple[object, ...]:
     "--interval",
     type=Number(min=0, max=3600),
     default=1.0,
-    show_default=True,
     metavar="SECONDS",
     help="How long rates are taken over; 0: none are.",
 )
@@ -81,18 +74,12 @@ def readers(settings: Settings, *, interval: float) -> int:
 
 @command
 @click.option(
-    "--interval",
-    type=Number(min=0.1, max=3600),
-    default=1.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Between two looks.",
+    "--interval", type=Number(min=0.1, max=3600), default=1.0, metavar="SECONDS", help="Between two looks."
 )
 @click.option(
     "--sort",
     type=click.Choice(_SORTS),
     default="checks",
-    show_default=True,
     help="The highest rate of this first; since: who reads longest.",
 )
 def top(settings: Settings, *, interval: float, sort: str) -> int:

@@ -83,21 +83,18 @@ _FORMATTERS: Final = {"text": _LineFormatter, "json": _JsonFormatter}
     "--durability",
     type=click.Choice(["power", "process"]),
     default="power",
-    show_default=True,
     help="What an acknowledged change survives: a power cut, or only the death of the process.",
 )
 @click.option(
     "--files",
     type=click.Choice(["current", "lagged", "off"]),
     default="lagged",
-    show_default=True,
     help="Whether the JSON files are current when a change returns, follow within a second, or are not kept.",
 )
 @click.option(
     "--files-mode",
     type=PERMISSIONS,
     default="600",
-    show_default=True,
     help="Permissions of a JSON file that is new, such as 640; one that exists keeps its own.",
 )
 @click.option(
@@ -113,7 +110,6 @@ _FORMATTERS: Final = {"text": _LineFormatter, "json": _JsonFormatter}
     "--sync-guard",
     type=click.Choice(["tell", "refuse", "off"]),
     default="tell",
-    show_default=True,
     help="What becomes of a change that takes back many eliminations at once, or doubles them.",
 )
 @registry_option
@@ -128,7 +124,6 @@ _FORMATTERS: Final = {"text": _LineFormatter, "json": _JsonFormatter}
     "--log-format",
     type=click.Choice([*_FORMATTERS]),
     default="text",
-    show_default=True,
     help="How log lines look on stderr; json, as with --json: an object each, with time, level, logger, message,"
     " exception.",
 )

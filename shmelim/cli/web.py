@@ -31,14 +31,11 @@ def _check_host(context: click.Context, parameter: click.Parameter, given: tuple
 
 
 @command
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="The address to listen on."
-)
+@click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="The address to listen on.")
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=8765,
-    show_default=True,
     metavar="PORT",
     help="The port to listen on; 0: any that is free.",
 )

@@ -302,21 +302,13 @@ class Holding:
         self.close()
 
 
-def check_choices(
-    durability: str,
-    files: str,
-    files_mode: int,
-    *,
-    adopt_published: bool,
-    replace_published: bool,
-    must_exist: bool,
-) -> None:
+def check_choices(durability: str, files: str, files_mode: int, **yes_or_no: bool) -> None:
     """Raise TypeError or ValueError for what no server can be told."""
-    flags(adopt_published=adopt_published, replace_published=replace_published, must_exist=must_exist)
+    flags(**yes_or_no)
     if durability not in get_args(Durability):
         raise ValueError(f"durability must be one of {', '.join(get_args(Durability))}, not {durability!r}")
     check_files(files, files_mode)
-    if adopt_published and replace_published:
+    if yes_or_no["adopt_published"] and yes_or_no["replace_published"]:
         raise ValueError("adopt_published and replace_published contradict each other: give one of them")
 
 

@@ -30,7 +30,6 @@ from shmelim.errors import AlreadyServingError, ChannelError, StoreError
 from shmelim.service import ServerReady, report_progress
 from shmelim.service.process import Ending, run_server
 from shmelim.shm import Namespace, SharedNamespace
-from shmelim.system.arguments import flags
 from shmelim.system.supervisor import notify_supervisor
 from shmelim.system.text import get_logger
 
@@ -67,15 +66,10 @@ class ServeOptions:
     slash_lease_s: float = LEASE_S
 
     def __post_init__(self) -> None:
-        flags(group_readable=self.group_readable)
-        check_choices(
-            self.durability,
-            "current" if self.files is None else self.files,
-            self.files_mode,
-            adopt_published=self.adopt_published,
-            replace_published=self.replace_published,
-            must_exist=self.must_exist,
-        )
+        names = ("group_readable", "adopt_published", "replace_published", "must_exist")
+        yes_or_no = {name: getattr(self, name) for name in names}
+        files = "current" if self.files is None else self.files
+        check_choices(self.durability, files, self.files_mode, **yes_or_no)
         if not isinstance(self.sync_guard, Guard):
             Guard(self.sync_guard)
 

@@ -405,8 +405,7 @@ class EliminationManagerServer(Holding, DebtMethods):
 
     def _judge(self, *, force: bool) -> changes.Judge:
         """Return who looks at a change; one that is meant is told of all the same."""
-        guard = self._guard
-        return guard.judge_meant if force else guard.judge
+        return functools.partial(self._guard.judge, is_meant=force)
 
     def _since_ms(self) -> int:
         """Return from when on the time of an elimination is plausible."""

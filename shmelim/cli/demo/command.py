@@ -20,7 +20,7 @@ _WHOLE: Final = 100
 
 @command
 @click.option(
-    "--seconds", type=Number(1, 3600), default=10.0, show_default=True, metavar="S",
+    "--seconds", type=Number(1, 3600), default=10.0, metavar="S",
     help="About how long it takes; starting processes comes on top of a short one.",
 )  # fmt: skip
 @click.option(

@@ -14,11 +14,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files.format import DEPARTED_FILE, ELIMINATIONS_FILE, Summary
@@ -183,21 +183,16 @@ class FileMirror:
                 # Right before the file is replaced: what comes in while something is synced is not lost.
                 self._keep_edit(name)
 
-        path = self.directory / ELIMINATIONS_FILE
-        records = _records(entries)
-        self._know(
-            path,
-            files.write_eliminations(path, records, mode=self._mode, before_rename=partial(confirm, path.name)),
-        )
+        def write(name: str, how: Callable[..., Summary], rows: Iterator[Any]) -> None:
+            path = self.directory / name
+            self._know(path, how(path, rows, mode=self._mode, before_rename=partial(confirm, name)))
+
+        write(ELIMINATIONS_FILE, files.write_eliminations, _records(entries))
         departed = departed_in(entries)
-        path = self.directory / DEPARTED_FILE
-        if departed == self._departed and not (look and self._is_changed(path.name)):
-            return
-        times = ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())
-        self._know(
-            path, files.write_departed(path, times, mode=self._mode, before_rename=partial(confirm, path.name))
-        )
-        self._departed = departed
+        if departed != self._departed or (look and self._is_changed(DEPARTED_FILE)):
+            times = ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())
+            write(DEPARTED_FILE, files.write_departed, times)
+            self._departed = departed
 
     def _is_changed(self, name: str) -> bool:
         """Whether a file is not as it was left; one that others may write only if it is gone."""

@@ -121,8 +121,8 @@ class Slashing:
             if debt["state"] == IN_DOUBT:
                 if debt["attempt"] in _attempts:
                     self._record(debt["attempt"])  # its answer came late
-                else:
-                    self._remind(debt)
+                elif not self.context.alerts.stands(_DOUBT, debt["attempt"]):
+                    self._report_doubt(debt["hotkey"], debt["attempt"], debt["error"])  # who found it may be gone
                 continue
             tick.check()
             if debt["state"] != OWED:
@@ -274,11 +274,6 @@ class Slashing:
                 raise LookupError("neither the debt nor an elimination says for which reason it is")
             reason = record["reason"]
         return str(reason)
-
-    def _remind(self, debt: Mapping[str, Any]) -> None:
-        """Tell of a slash that is in doubt, unless this process did; who found the doubt may be gone."""
-        if not self.context.alerts.stands(_DOUBT, debt["attempt"]):
-            self._report_doubt(debt["hotkey"], debt["attempt"], debt["error"])
 
     def _review(self, debt: Mapping[str, Any]) -> None:
         """Look at a slash that is being attempted, and record how it ended if the attempt is over."""

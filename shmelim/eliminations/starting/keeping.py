@@ -106,18 +106,9 @@ def back_up(directory: Path, target: Path, on_progress: Progress = lambda *_: No
 
 
 def _describe(store: Store, directory: Path, sha256: str) -> Manifest:
-    counts = store.counts()
-    store_id = store.store_id
-    return Manifest(
-        None if store_id is None else store_id.hex(),
-        store.commit_number,
-        counts.eliminated,
-        counts.departed,
-        counts.events,
-        clock.now_ms(),
-        str(directory.resolve()),
-        sha256,
-    )
+    counts, store_id = store.counts(), None if store.store_id is None else store.store_id.hex()
+    held = counts.eliminated, counts.departed, counts.events
+    return Manifest(store_id, store.commit_number, *held, clock.now_ms(), str(directory.resolve()), sha256)
 
 
 def read_manifest(backup: Path) -> Manifest:
@@ -252,16 +243,9 @@ def restore(backup: Path, directory: Path, registry: Registry | None, acknowledg
 
 def memory_of(store: Store, directory: Path) -> Memory:
     """Return what a registry is to remember of a store, now."""
-    counts = store.counts()
-    return Memory(
-        (store.store_id or b"").hex(),
-        str(directory.resolve()),
-        store.commit_number,
-        counts.eliminated,
-        counts.departed,
-        clock.now_ms(),
-        store.branch,
-    )
+    eliminated, departed, *_ = store.counts()
+    whose = (store.store_id or b"").hex(), str(directory.resolve())
+    return Memory(*whose, store.commit_number, eliminated, departed, clock.now_ms(), store.branch)
 
 
 def _known_commit(directory: Path) -> int:

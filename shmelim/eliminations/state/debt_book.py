@@ -113,14 +113,11 @@ class DebtMethods:
         share_asked: bool = False,
     ) -> str:
         check_hotkey(hotkey)  # which also refuses None: prepare would take the record's word for it
-        if replacements is not None:
-            _check_type("replacements", replacements, int, "a whole number or None")
-        if rule is not None:
-            _check_rule(rule)
-        if share is not None:
-            _check_type("share", share, (int, float), "a number or None")
-            if not 0 <= share <= 1:  # NaN is neither
-                raise ValueError(f"share must be 0 to 1, not {share!r}")
+        _check_type("replacements", replacements, int | None, "a whole number or None")
+        _check_rule(rule)
+        _check_type("share", share, int | float | None, "a number or None")
+        if share is not None and not 0 <= share <= 1:  # NaN is neither
+            raise ValueError(f"share must be 0 to 1, not {share!r}")
         _check_type("share_asked", share_asked, bool, "True or False")
         _, encoded = prepare(record, hotkey)
         plain = decode(encoded)
@@ -189,10 +186,8 @@ class DebtMethods:
         check_hotkey(hotkey)
         _check_attempt(attempt)
         cause = _check_cause(rule, registration)
-        if at_ms is not None:
-            _check_type("at_ms", at_ms, int, "a whole number or None")
-        if most_per_hour is not None:
-            _check_type("most_per_hour", most_per_hour, (int, float), "a number or None")
+        _check_type("at_ms", at_ms, int | None, "a whole number or None")
+        _check_type("most_per_hour", most_per_hour, int | float | None, "a number or None")
         now = clock.now_ms() if at_ms is None else at_ms
         most = math.inf if most_per_hour is None else most_per_hour
         self._leases.renew(attempt)
@@ -333,17 +328,17 @@ def _check(hotkey: str, kind: str, attempt: str | None) -> None:
             raise ValueError(f"attempt goes with kind {SLASH!r}, not with {kind!r}")
 
 
-def _check_rule(rule: str) -> None:
+def _check_rule(rule: str | None) -> None:
+    if rule is None:
+        return
     _check_type("rule", rule, str, "text")
     if len(rule) > _MAX_RULE or not (rule.isascii() and rule.isprintable()):
         raise ValueError(f"rule must be at most {_MAX_RULE} printable ASCII characters, not {rule!r:.100}")
 
 
 def _check_cause(rule: str | None, registration: int | None) -> Cause:
-    if rule is not None:
-        _check_rule(rule)
-    if registration is not None:
-        _check_type("registration", registration, int, "a whole number or None")
+    _check_rule(rule)
+    _check_type("registration", registration, int | None, "a whole number or None")
     return Cause(rule, registration)
 
 
@@ -372,7 +367,7 @@ def _check_attempt(attempt: str) -> None:
         raise ValueError(f"attempt must be 1 to {_MAX_ATTEMPT} printable ASCII characters")
 
 
-def _check_type(name: str, value: object, wanted: type | tuple[type, ...], words: str) -> None:
+def _check_type(name: str, value: object, wanted: Any, words: str) -> None:
     """Refuse a value of another type: a text that says "false" would count as true, and True as a number."""
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise TypeError(f"{name} must be {words}, not {type(value).__name__}: {value!r:.60}")

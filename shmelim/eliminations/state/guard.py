@@ -69,15 +69,11 @@ class Guard:
         if not (self.count >= 1 and 0 <= self.share <= 1):
             raise ValueError(f"the guard takes a count of 1 or more and a share of 0 to 1, not {self!r}")
 
-    def judge(self, step: Step, what: str, gone: int, new: int) -> None:
-        """Look at a change that took so many back and added so many; GuardedChangeError if it is refused."""
-        self._look(step, what, gone, new, refuse=self.mode == "refuse")
+    def judge(self, step: Step, what: str, gone: int, new: int, *, is_meant: bool = False) -> None:
+        """Look at a change that took so many back and added so many; GuardedChangeError if it is refused.
 
-    def judge_meant(self, step: Step, what: str, gone: int, new: int) -> None:
-        """Look at a change of which somebody said that it is meant: it is told, and never refused."""
-        self._look(step, what, gone, new, refuse=False)
-
-    def _look(self, step: Step, what: str, gone: int, new: int, *, refuse: bool) -> None:
+        One of which somebody said that it is meant is told, and never refused.
+        """
         if self.mode == "off" or not (gone or new >= self.count):
             return
         steps = _steps_with(step, gone) if gone else []
@@ -89,17 +85,17 @@ class Guard:
                 text = self._excess_since(step, steps[0].before, total, counts)
                 before = max(steps[0].before, step.store.pruned.event)
             if text is not None:
-                self._notice(step, Notice(before, counts.events, clock.now_ms(), f"{what}: {text}"), refuse=refuse)
+                if self.mode == "refuse" and not is_meant:
+                    raise GuardedChangeError(
+                        f"{what} would {text}; nothing was changed",
+                        hint="if it is meant, say force=True, or --force",
+                    )
+                self._notice(step, Notice(before, counts.events, clock.now_ms(), f"{what}: {text}"))
                 steps = []
         if gone:
             step.set_meta(_STEPS, steps)
 
-    def _notice(self, step: Step, notice: Notice, *, refuse: bool) -> None:
-        if refuse:
-            what, _, text = notice.text.partition(": ")
-            raise GuardedChangeError(
-                f"{what} would {text}; nothing was changed", hint="if it is meant, say force=True, or --force"
-            )
+    def _notice(self, step: Step, notice: Notice) -> None:
         found = [*notices(step.store), notice]
         if len(found) > _MOST_NOTICES:
             one, other = found[_MOST_NOTICES // 2 : _MOST_NOTICES // 2 + 2]
