@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-from shmelim.channel.wire import poller_of, wait
+from shmelim.channel.wire import wait
 from shmelim.errors import AddressError, ChannelError, NotServingError
 from shmelim.system.clock import monotonic
 
@@ -243,7 +243,7 @@ def connect(sock: socket.socket, location: Location, deadline: float) -> None:
     sock.setblocking(False)  # noqa: FBT003
     code = sock.connect_ex(location)
     if code == errno.EINPROGRESS:  # EAGAIN: the queue of a Unix socket is full
-        wait(poller_of(sock, select.POLLOUT), deadline)
+        wait(sock, select.POLLOUT, deadline)
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code in (errno.ECONNREFUSED, errno.ENOENT):
         raise NotServingError(f"nobody serves at {describe(location)}") from OSError(code, os.strerror(code))

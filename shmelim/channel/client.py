@@ -377,19 +377,20 @@ class Connections:
         forks.register(self)
 
     def __del__(self) -> None:
-        # Nobody else holds a reference, so no call is under way.
+        # Nobody else holds a reference, so no call is under way; and a child that is forked just now has no books.
         if hasattr(self, "_wires"):
-            for wire in list(self._wires.values()):
-                wire.close()
+            with forks.creating_descriptors:
+                for wire in list(self._wires.values()):
+                    wire.close()
 
     def open(self, location: Location) -> Wire:
         """Enter a new wire, which is not connected yet; ``ChannelError`` when closed."""
         try:
             with forks.creating_descriptors:
                 wire = Wire(new_socket(location))
+                self._wires[id(wire)] = wire
         except OSError as error:
             raise _cannot_connect(location, error) from error
-        self._wires[id(wire)] = wire
         if self.refusal is not None:
             self.discard(wire)
             raise ChannelError(self.refusal)
@@ -422,8 +423,8 @@ class Connections:
 
     def discard(self, wire: Wire) -> None:
         """Strike a connection that its caller has in use, and close it."""
+        wire.close()  # first: a child that is forked meanwhile finds it in the books
         self._wires.pop(id(wire), None)
-        wire.close()
 
     def retire(self, why: str) -> None:
         """Hand out no more connections, and close idle ones; those in use are left alone."""
@@ -444,7 +445,9 @@ class Connections:
                 self.discard(self._idle.pop())
 
     def after_fork_in_child(self) -> None:
-        """Forget all, which is the parent's. Called by :mod:`shmelim.system.forks`."""
+        """Close and forget all, which is the parent's. Called by :mod:`shmelim.system.forks`."""
+        for wire in list(self._wires.values()):
+            wire.after_fork_in_child()
         self._wires, self._idle = weakref.WeakValueDictionary(), []
 
 

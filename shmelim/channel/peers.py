@@ -56,6 +56,7 @@ class Peers:
         """Accept a connection from a non-blocking listener and enter it; ``OSError`` if there is none."""
         with forks.creating_descriptors:
             peer = Peer(listener.accept()[0], patience)
+            forks.register(peer.wire)
         with self.lock:
             self._all[peer] = None
             self.counts["accepted"] += 1

@@ -28,7 +28,7 @@ from shmelim.channel.failures import FAILURE_LIMIT
 from shmelim.channel.key import check_key, restore_key
 from shmelim.channel.peers import Peer, Peers
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE, GOODBYE, PROTOCOL, encode_welcome, receive_hello
-from shmelim.channel.wire import LARGEST, LONGEST, poller_of
+from shmelim.channel.wire import LARGEST, LONGEST
 from shmelim.errors import ProtocolError
 from shmelim.system import forks
 from shmelim.system.arguments import whole
@@ -242,7 +242,9 @@ class ChannelServer:
         look = monotonic() + _LOOK
         while not self._peers.closing:
             listener = self._listeners[-1]
-            poller_of(listener, select.POLLIN).poll(_LOOK * 1000)
+            poller = select.poll()
+            poller.register(listener, select.POLLIN)
+            poller.poll(_LOOK * 1000)
             self._accept_one(listener)
             if monotonic() >= look:
                 self._keep_address()

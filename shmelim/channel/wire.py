@@ -23,7 +23,6 @@ import threading
 from typing import Final
 
 from shmelim.errors import ProtocolError
-from shmelim.system import forks
 from shmelim.system.clock import monotonic
 
 _HEADER = struct.Struct("!i")
@@ -43,11 +42,10 @@ _LONGEST_WAIT = 1e6  # seconds; poll() takes little more
 _SHOWN = 24  # bytes of a message that go into an error
 
 
-def wait(poller: select.poll, deadline: float | None) -> None:
-    """Wait until what is registered is ready; ``TimeoutError`` when the deadline, if there is one, has passed."""
-    if deadline is None:
-        poller.poll()
-        return
+def wait(sock: socket.socket, event: int, deadline: float) -> None:
+    """Wait until a socket is ready; ``TimeoutError`` when the deadline has passed."""
+    poller = select.poll()
+    poller.register(sock, event)
     while True:
         left = deadline - monotonic()
         if left <= 0:
@@ -56,19 +54,13 @@ def wait(poller: select.poll, deadline: float | None) -> None:
             return
 
 
-def poller_of(sock: socket.socket, event: int) -> select.poll:
-    """Return what waits for one event of a socket."""
-    poller = select.poll()
-    poller.register(sock, event)
-    return poller
-
-
 class Wire:
     """A connected stream socket with message framing and deadlines, which owns the socket.
 
     One thread at a time may send and receive; :meth:`shutdown`, :meth:`bid_farewell` and :meth:`close` may come
     from any. After an error of sending or receiving the wire is of no use any more. Make it together with its
-    socket inside ``forks.creating_descriptors``: a forked child closes its copy without a word to the peer.
+    socket inside ``forks.creating_descriptors``, and have a forked child close its copy: by the books of a client
+    (:class:`~shmelim.channel.client.Connections`), or by ``forks.register``.
     """
 
     def __init__(self, sock: socket.socket, patience: float = 0.0) -> None:
@@ -80,12 +72,12 @@ class Wire:
         self.longest: int = 0  # message in bytes that the peer takes, once it has said so
         self.begun = False  # a part of a message has come in; any thread may look
         self.sock = sock
-        self._readable = poller_of(sock, select.POLLIN)
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
         self._surplus = b""  # received beyond the last message; only the thread that uses the wire touches it
         # Keeps shutdown() from a descriptor number that was given away again. Re-entrant, since a signal handler
         # may shut a wire that its thread is about to close.
         self._closing = threading.RLock()
-        forks.register(self)
 
     def send_bytes(self, data: bytes) -> None:
         """Send one message of up to 2 GiB; after an error (``OSError``) the peer cannot have got all of it."""
@@ -99,7 +91,7 @@ class Wire:
             try:
                 sent = self.sock.sendmsg(rest)
             except BlockingIOError:
-                wait(poller_of(self.sock, select.POLLOUT), deadline)
+                wait(self.sock, select.POLLOUT, deadline)
                 continue
             while rest and sent >= len(rest[0]):
                 sent -= len(rest.pop(0))
@@ -169,10 +161,13 @@ class Wire:
         """Return `data` with what comes after it, `size` bytes or more in all."""
         parts, missing = [data] if data else [], size - len(data)  # one alone is not copied
         while missing > 0:
-            wait(self._readable, deadline)
+            left = _LONGEST_WAIT if deadline is None else deadline - monotonic()
+            if left <= 0:
+                raise TimeoutError("the deadline has passed")
+            self._readable.poll(min(left, _LONGEST_WAIT) * 1000)
             try:
                 part = self.sock.recv(min(max(missing, _FIRST_READ), _NEXT_READ))
-            except BlockingIOError:  # poll() may be wrong
+            except BlockingIOError:  # nothing came in time; or poll() was wrong
                 continue
             if not part:
                 raise EOFError("the connection was closed")
@@ -201,7 +196,7 @@ class Wire:
             self.sock.close()
 
     def after_fork_in_child(self) -> None:
-        """Close the child's copy, whoever held the lock. Called by :mod:`shmelim.system.forks`."""
+        """Close the child's copy without a word to the peer, whoever held the lock."""
         self._closing = threading.RLock()
         self.sock.close()
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -33,13 +34,12 @@ from queue import SimpleQueue
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar, cast
 
 from shmelim.eliminations.reading import Reading
-from shmelim.eliminations.rows import ORIGIN_KEY, Row, Status, decode_hotkeys, row_entry
+from shmelim.eliminations.rows import ORIGIN_KEY, Row, Status, decode_hotkeys, entry_row, row_entry
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.store.history import Event, Origin
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import ChangesUnknownError, DamagedFileError, SegmentFullError, ShmelimError, StoreError
 from shmelim.shm import KEYS, Namespace, TableReader, TableWriter, Transaction
-from shmelim.system import clock
 from shmelim.system.problems import Problems
 
 P = ParamSpec("P")
@@ -81,11 +81,12 @@ class _Published(Reading):
         _ = self._table.version
 
     def rows_of(self, hotkeys: list[str]) -> dict[str, Row]:
-        """Return the rows of these hotkeys; the unknown are left out."""
+        """Return the rows of these hotkeys, texts in UTF-8; the unknown are left out."""
         rows = {}
         for hotkey in hotkeys:
-            if (row := self.row(hotkey)) is not None:
-                rows[hotkey] = row
+            found = self._table._entry(hotkey.encode())  # noqa: SLF001  # row(), without a call for each
+            if found is not None:
+                rows[hotkey] = entry_row(hotkey, *found)
         return rows
 
     def hotkeys(self) -> set[str]:
@@ -403,14 +404,14 @@ class State:
                 if written:
                     self.rows_version = version
             self.commits += 1
-            self._committed_ms = clock.now_ms()
+            self._committed_ms = time.time_ns() // 1_000_000
             while self._raised:
                 self._problems.clear(self._raised.pop())
         self.changes += len(group)
 
     def _note_shown(self, version: int, commit: int) -> None:
         """Note of which commit the version is that is published from now on."""
-        self.published_ms = clock.now_ms()
+        self.published_ms = time.time_ns() // 1_000_000
         self._shown[version] = commit
         if len(self._shown) > _VERSIONS:
             del self._shown[next(iter(self._shown))]
