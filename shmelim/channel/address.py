@@ -25,6 +25,7 @@ Location: TypeAlias = str | tuple[str, int]  # an address in the form used insid
 _PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the final NUL
 _PORTS = 65535
 _BACKLOG = 512
+_POLL = 0.01  # seconds between two looks whether an address is free
 LOCK_WAIT = 5.0  # seconds for another server that is starting or stopping in the same directory
 _UCRED = struct.Struct("3i")
 _TAKEN = "another server uses this address; stop it or choose another address"
@@ -80,6 +81,32 @@ def check_free(address: Address) -> Location:
             with new_socket(location) as probe:
                 _bind_tcp(probe, location)
     return location
+
+
+def is_free(location: Location) -> bool:
+    """Whether a server could listen at an address; True where the question itself fails, which listening will."""
+    if isinstance(location, str):
+        try:
+            return who_answers(location) is None
+        except OSError:
+            return True
+    with new_socket(location) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind(location)
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+    return True
+
+
+def wait_until_free(location: Location, timeout: float) -> bool:
+    """Wait until a server could listen at an address; return whether it can."""
+    deadline = monotonic() + timeout
+    while not is_free(location):
+        if monotonic() > deadline:
+            return False
+        time.sleep(_POLL)
+    return True
 
 
 class SocketFile:

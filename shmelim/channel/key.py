@@ -6,12 +6,13 @@ A key is 32 random bytes. It appears in no message, log or ``repr`` of this pack
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.context
 import os
 import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from shmelim.errors import KeyFileError, NotServingError
 from shmelim.system.durable import hint_of
@@ -75,6 +76,33 @@ def check_key(authkey: object) -> bytes:
     if len(authkey) < _SHORTEST:
         raise ValueError(f"the key must have {_SHORTEST} bytes or more; it has {len(authkey)}")
     return authkey
+
+
+class SharedKey:
+    """The key of a server and its clients, who are copies of one object: in a file, or without one.
+
+    Without a file it exists in the memory of the processes that need it only, and can be pickled to a process
+    that is being started, as the keys of :mod:`multiprocessing` can, and in no other way.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.path = None if path is None else os.path.abspath(path)  # noqa: PTH100  # links are for load_key to judge
+        self._key = secrets.token_bytes(KEY_SIZE) if path is None else b""
+
+    def for_server(self) -> bytes:
+        """Return the key for a server, making the file if there is none; ``KeyFileError`` if it cannot be had."""
+        return self._key if self.path is None else load_or_create_key(self.path)
+
+    def for_client(self) -> bytes:
+        """Return the key that the server has; ``NotServingError`` or ``KeyFileError`` if it cannot be had."""
+        return self._key if self.path is None else load_key(self.path)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        multiprocessing.context.assert_spawning(self)
+        return self.__dict__
 
 
 def _put(path: KeyPath, key: bytes, install: Callable[[str, KeyPath], object]) -> None:

@@ -31,6 +31,8 @@ from multiprocessing.connection import answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from shmelim.channel.codec import MSGPACK, is_pickle
 from shmelim.channel.wire import Wire
 from shmelim.errors import AuthenticationFailedError, ChannelError, ProtocolError
@@ -58,7 +60,7 @@ class Hello(NamedTuple):
 def encode_hello(epoch: str) -> bytes:
     """Return this process' hello; the epoch is that under which it speaks, "" if under none."""
     program = Path((sys.argv and sys.argv[0]) or sys.executable).name
-    return MSGPACK.dumps([PROTOCOL, os.getpid(), _short(program), _short(epoch)])
+    return msgspec.msgpack.encode([PROTOCOL, os.getpid(), _short(program), _short(epoch)])
 
 
 def decode_hello(data: bytes) -> Hello:
@@ -73,7 +75,7 @@ def decode_hello(data: bytes) -> Hello:
 
 def encode_welcome(service_name: str, refusal: str | None, max_message: int) -> bytes:
     """Return the answer to a hello."""
-    return MSGPACK.dumps([PROTOCOL, _short(service_name), refusal, max_message])
+    return msgspec.msgpack.encode([PROTOCOL, _short(service_name), refusal, max_message])
 
 
 def greet(wire: Wire, key: bytes, where: str, epoch: str) -> int:

@@ -73,9 +73,16 @@ class ProblemMessages:
         self._numbers = itertools.count()
         problems.subscribe(self._on_change)
 
-    def send(self, text: str, level: str) -> None:
-        """Send a message that is about no problem; one that is not taken is kept."""
-        self._send_or_keep(("", str(next(self._numbers))), text, level, is_known=True)
+    def send(self, text: str, level: str, about: tuple[str, str] | None = None, *, is_known: bool = True) -> None:
+        """Send a message about a problem or none, once those before it are sent; else keep it behind them."""
+        if self._unsent:
+            self.send_again()
+        if not self._unsent and self._send(text, level):
+            return
+        key = about or ("", str(next(self._numbers)))
+        self._unsent[key] = _Unsent(text, level, is_known, now_ms())
+        if len(self._unsent) > _MOST:
+            self._unsent.pop(next(iter(list(self._unsent))), None)
 
     def _send(self, text: str, level: str) -> bool:
         """Pass a message on; False: it was not taken. What the notifier raises is logged."""
@@ -124,17 +131,7 @@ class ProblemMessages:
             text, level = over(problem), "success"
         else:
             return
-        self._send_or_keep(key, text, level, is_known=is_known)
-
-    def _send_or_keep(self, key: tuple[str, str], text: str, level: str, *, is_known: bool) -> None:
-        """Send a message once those before it are sent; else keep it behind them."""
-        if self._unsent:
-            self.send_again()
-        if not self._unsent and self._send(text, level):
-            return
-        self._unsent[key] = _Unsent(text, level, is_known, now_ms())
-        if len(self._unsent) > _MOST:
-            self._unsent.pop(next(iter(list(self._unsent))), None)
+        self.send(text, level, key, is_known=is_known)
 
 
 def report_undelivered(problems: Problems, messages: ProblemMessages) -> None:

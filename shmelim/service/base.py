@@ -14,9 +14,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any, ClassVar, Self
 
 from shmelim.channel.address import Address, Location
+from shmelim.channel.key import SharedKey
 from shmelim.errors import ChannelError, NoTableError
 from shmelim.notify.problems import Notifier, checked_notifier
-from shmelim.service.lease import ServiceKey
 from shmelim.service.owner import Absent, Core
 from shmelim.service.process import ServerReady, serve_rpc, start_server
 from shmelim.service.settings import Figure, ServiceSettings, check_service_name, service_location
@@ -157,7 +157,7 @@ class RPCServiceBase(ABC):
         self.__core = Core(
             service_name,
             None if running_unit_tests else service_location(port, address),
-            ServiceKey(key_path),
+            SharedKey(key_path),
             ServiceSettings.checked(type(self).__name__, settings),
             self.served_methods,
         )

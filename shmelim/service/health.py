@@ -346,10 +346,10 @@ class Health(ABC):
         Unless all is `settled`, the owner may be about to tell of another server, which answers and is not yet in
         the books.
         """
-        self.problems.clear("cannot_check", self.name)
         state = self.page.state
-        if not (state.level or self.problems.stands(_DOWN, self.name)):
+        if not (state.level or self.problems.standing()):
             return
+        self.problems.clear("cannot_check", self.name)
         settled = settled or self.location is None or (not state.ended_by and self.page.server.is_running())
         if not settled and self.is_owned():
             return

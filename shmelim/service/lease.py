@@ -1,4 +1,4 @@
-"""Where a service is reached, and who may be there: key, address, and servers that an earlier run left behind.
+"""Who may be at a service's address: which object of this process, and servers that an earlier run left behind.
 
 A process is ended only if it holds the address, carries the title of this service's servers, belongs to this user,
 and has no living owner. All that is looked at once more right before each signal. Anything else at the address is
@@ -8,28 +8,22 @@ an error that names it, a Python process included.
 from __future__ import annotations
 
 import contextlib
-import errno
-import multiprocessing.context
 import os
-import secrets
-import socket
-import sys
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from shmelim.channel.address import Location, describe, has_socket, new_socket, who_answers
-from shmelim.channel.key import KEY_SIZE, load_key, load_or_create_key
+from shmelim.channel.address import Location, describe, has_socket, wait_until_free, who_answers
+from shmelim.channel.key import SharedKey
 from shmelim.errors import ChannelError, KeyFileError, NotServingError
+from shmelim.service.process import has_living_owner
 from shmelim.service.settings import server_title
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
 from shmelim.system.processes import ProcessIdentity, is_of_this_user, title_of
 from shmelim.system.text import get_logger
 
-_POLL: Final = 0.01
 _DYING: Final = 0.1  # seconds in which a process that has lost its title is dead
 _ENDING: Final = 30.0  # seconds that a server may need for its end
 _SLICE: Final = 0.5  # of these, between two reports
@@ -38,34 +32,7 @@ _WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104  # nothing is bou
 _logger = get_logger("shmelim.service")
 
 
-class ServiceKey:
-    """The key that a service's server and clients share.
-
-    Without a file it exists in the memory of the processes that need it only, and can be pickled to a process
-    that is being started, as the keys of :mod:`multiprocessing` can, and in no other way.
-    """
-
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = None if path is None else os.path.abspath(path)  # noqa: PTH100  # links are for load_key to judge
-        self._key = secrets.token_bytes(KEY_SIZE) if path is None else b""
-
-    def for_server(self) -> bytes:
-        """Return the key for a server, making the file if there is none; ``KeyFileError`` if it cannot be had."""
-        return self._key if self.path is None else load_or_create_key(self.path)
-
-    def for_client(self) -> bytes:
-        """Return the key that the server has; ``NotServingError`` or ``KeyFileError`` if it cannot be had."""
-        return self._key if self.path is None else load_key(self.path)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}>"
-
-    def __getstate__(self) -> dict[str, Any]:
-        multiprocessing.context.assert_spawning(self)
-        return self.__dict__
-
-
-def check_available(location: Location, key: ServiceKey) -> None:
+def check_available(location: Location, key: SharedKey) -> None:
     """Raise ``ChannelError`` if no server could have an address, once that is free, and key; makes nothing."""
     if isinstance(location, str):
         if not _is_writable(Path(location).parent):
@@ -115,33 +82,6 @@ def claim(location: Location, claimant: Any, *, takes_over: bool) -> None:
 # ---------------------------------------------------------------------- whose server a process is
 
 
-def own(pid: int) -> socket.socket:
-    """Mark a server process as one whose owner lives, until the returned socket is closed or this process ends.
-
-    The mark is a name in the kernel, an abstract Unix socket that is never listened on: it goes with its process,
-    however that dies. Every local user who guesses the id can bind it, so it can only keep a server from being
-    ended. Where there are no such names (they are Linux'), every server counts as left behind.
-    """
-    with forks.creating_descriptors:
-        mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    if sys.platform == "linux":
-        try:
-            mark.bind(f"\0shmelim.owner.{os.getuid()}.{pid}")
-        except OSError as error:
-            _logger.warning("server process %d cannot be marked as having an owner: %s", pid, error)
-    return mark
-
-
-def has_living_owner(pid: int) -> bool:
-    """Tell whether a server process of this user has an owner that lives: this process, or another."""
-    with forks.creating_descriptors, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind(f"\0shmelim.owner.{os.getuid()}.{pid}")
-        except OSError as error:
-            return error.errno == errno.EADDRINUSE
-    return False
-
-
 def is_server_of(pid: int, service_name: str) -> bool:
     """Tell whether a process of this user carries the title of the service's servers."""
     return is_of_this_user(pid) and title_of(pid) == server_title(service_name)
@@ -167,47 +107,16 @@ def let_end(pid: int, service_name: str, on_wait: Callable[[], object]) -> bool:
     return False
 
 
-# ---------------------------------------------------------------------- whether an address is free
-
-
-def is_free(location: Location) -> bool:
-    """Whether a server could listen at an address; True where the question itself fails, which listening will."""
-    if isinstance(location, str):
-        try:
-            return who_answers(location) is None
-        except OSError:
-            return True
-    with new_socket(location) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
-        try:
-            probe.bind(location)
-        except OSError as error:
-            return error.errno != errno.EADDRINUSE
-    return True
-
-
-def wait_until_free(location: Location, timeout: float) -> bool:
-    """Wait until a server could listen at an address; return whether it can."""
-    deadline = monotonic() + timeout
-    while not is_free(location):
-        if monotonic() > deadline:
-            return False
-        time.sleep(_POLL)
-    return True
-
-
 # ---------------------------------------------------------------------- stale servers
 
 
 def clear_stale(location: Location, service_name: str, *, grace: float = 1.0, release: float = 2.0) -> list[int]:
-    """Make an address free for a new server, if it is free or held by a server of the same service.
+    """Make an address that is taken free for a new server, if a server of the same service holds it.
 
     Ends stale servers by SIGTERM, and after `grace` seconds SIGKILL; returns their ids. Waits `release` seconds
     for the address to become free once its holders are gone, or where only connections hold the port.
     ``ChannelError`` names whoever else holds it.
     """
-    if is_free(location):
-        return []
     listening, connected = _pids_at(location)
     if not listening and not wait_until_free(location, release if connected else 0.0):
         raise _nobody_listens(location, connected)

@@ -13,9 +13,10 @@ from collections.abc import Callable, Collection
 from pickle import PicklingError
 from typing import Any, Final, NoReturn
 
-from shmelim.channel.address import Location, describe
+from shmelim.channel.address import Location, describe, is_free, wait_until_free
 from shmelim.channel.client import ChannelClient, Proxy
 from shmelim.channel.codec import MSGPACK
+from shmelim.channel.key import SharedKey
 from shmelim.errors import (
     AuthenticationFailedError,
     ChannelError,
@@ -24,7 +25,7 @@ from shmelim.errors import (
     UnknownMethodError,
 )
 from shmelim.service.health import Health, SharedPage
-from shmelim.service.lease import ServiceKey, check_available, claim, clear_stale, is_server_of, wait_until_free
+from shmelim.service.lease import check_available, claim, clear_stale, is_server_of
 from shmelim.service.process import ServerOptions, ServerProcess, ServerReady
 from shmelim.service.settings import ServiceSettings
 from shmelim.system import forks
@@ -83,7 +84,7 @@ class Core(Health):
         self,
         name: str,
         location: Location | None,
-        key: ServiceKey,
+        key: SharedKey,
         settings: ServiceSettings,
         methods: Collection[str],
         page: SharedPage | None = None,
@@ -275,7 +276,7 @@ class Core(Health):
         try:
             if location[1] != 0 and self.server is None:
                 claim(location, self, takes_over=settings.replace_stale)
-            if location[1] != 0 and settings.replace_stale:
+            if location[1] != 0 and settings.replace_stale and not is_free(location):
                 grace = min(settings.stop_timeout, 1.0)
                 clear_stale(location, self.name, grace=grace, release=settings.release_timeout)
         except ChannelError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.process
@@ -11,6 +12,7 @@ import os
 import pickle
 import pickletools
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -28,7 +30,6 @@ from shmelim.channel.failures import pack_failure, unpack_failure
 from shmelim.channel.protocol import DEFAULT_MAX_MESSAGE
 from shmelim.channel.server import ChannelServer
 from shmelim.errors import CallTimeoutError, ChannelError, NotServingError, ProtocolError, ShmelimError
-from shmelim.service.lease import own
 from shmelim.service.settings import server_title
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
@@ -279,9 +280,7 @@ class ServerReady:
         ``NotServingError`` if it ends before, and whatever it says has kept it from serving.
         """
         name = self.options.service_name
-        while (report := self._next(server, monotonic() + timeout)) == ["progress"]:
-            pass
-        match report:
+        match self._next(server, timeout):
             case ["ready", None | str() as said]:
                 return said
             case ["ready", [str(host), int(port)]]:
@@ -295,19 +294,24 @@ class ServerReady:
                 )
         raise ProtocolError(f"the server process of {name} sent an unknown report")
 
-    def _next(self, server: ServerProcess, deadline: float) -> Any:
-        """Return the next report, None if none comes in time; ``NotServingError`` if the process ends before."""
+    def _next(self, server: ServerProcess, timeout: float) -> Any:
+        """Return a report other than progress, or None in time; ``NotServingError`` if the process ends before."""
         assert self._reading is not None
         if self._writing is not None:  # ours; once it is closed, the end of the process is the end of the pipe
             self._writing.close()
             self._writing = None
+        deadline = monotonic() + timeout
         while True:
             pause = max(0.0, min(_LOOK_AGAIN, deadline - monotonic()))
             # The process is looked at before its pipe: what it reports, it reports alive.
             has_ended = not self._reading.poll(pause) and not server.identity.is_running()
             try:
                 if self._reading.poll():
-                    return MSGPACK.loads(self._reading.recv_bytes(_REPORT_LIMIT))
+                    report = MSGPACK.loads(self._reading.recv_bytes(_REPORT_LIMIT))
+                    if report != ["progress"]:
+                        return report
+                    deadline = monotonic() + timeout
+                    continue
             except (EOFError, OSError):  # it closed the pipe, and so is about to end
                 has_ended = server.identity.wait(pause)
             if has_ended:
@@ -325,6 +329,33 @@ class ServerReady:
 
 
 # ---------------------------------------------------------------------- the process, seen from its owner
+
+
+def own(pid: int) -> socket.socket:
+    """Mark a server process as one whose owner lives, until the returned socket is closed or this process ends.
+
+    The mark is a name in the kernel, an abstract Unix socket that is never listened on: it goes with its process,
+    however that dies. Every local user who guesses the id can bind it, so it can only keep a server from being
+    ended. Where there are no such names (they are Linux'), every server counts as left behind.
+    """
+    with forks.creating_descriptors:
+        mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    if sys.platform == "linux":
+        try:
+            mark.bind(f"\0shmelim.owner.{os.getuid()}.{pid}")
+        except OSError as error:
+            _logger.warning("server process %d cannot be marked as having an owner: %s", pid, error)
+    return mark
+
+
+def has_living_owner(pid: int) -> bool:
+    """Tell whether a server process of this user has an owner that lives: this process, or another."""
+    with forks.creating_descriptors, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind(f"\0shmelim.owner.{os.getuid()}.{pid}")
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 class ServerProcess:

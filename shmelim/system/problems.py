@@ -126,6 +126,8 @@ class Problems:
 
     def clear(self, name: str, subject: str = "") -> Problem | None:
         """Clear a problem; return it, or None if it did not stand."""
+        if not self._standing:  # as mostly
+            return None
         with self._lock:
             problem = self._standing.pop((name, subject_of(subject)), None)
         if problem is not None:

@@ -16,9 +16,10 @@ import pytest
 from ledger import Ledger, is_alive, kill
 from waiting import PATIENCE, until
 
+from shmelim.channel.address import is_free, wait_until_free
 from shmelim.errors import ChannelError
 from shmelim.service import lease
-from shmelim.service.lease import clear_stale, is_free, wait_until_free
+from shmelim.service.lease import clear_stale
 from shmelim.service.process import ServerReady
 from shmelim.system import processes
 
@@ -140,9 +141,12 @@ def test_where_one_of_several_holders_is_foreign_none_is_touched(hold):
     assert holder.process.poll() is None
 
 
-def test_a_free_address_needs_nothing(address, monkeypatch):
+def test_at_a_free_address_nobody_is_looked_for(make, hold, address, monkeypatch):
+    holder = hold(address)
+    holder.close()
     monkeypatch.setattr(lease, "_pids_at", None)
-    assert clear_stale(address, NAME) == []
+    service = make(holder.address)
+    assert service.pid() == service.server_pid
 
 
 def test_it_says_whom_it_ended(hold, address):

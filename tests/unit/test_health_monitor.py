@@ -9,9 +9,9 @@ import pytest
 from ledger import Alerts
 from waiting import PATIENCE
 
+from shmelim.channel.key import SharedKey
 from shmelim.errors import CallerFaultError, KeyFileError, NotServingError, UnknownMethodError
 from shmelim.service import health
-from shmelim.service.lease import ServiceKey
 from shmelim.service.owner import Core
 from shmelim.service.settings import ServiceSettings
 from shmelim.system.processes import ProcessIdentity
@@ -34,7 +34,7 @@ class Subject:
         self.healed_by_restart = True
         self.slack_notifier = Alerts()
         self.now = 0.0
-        self.core = Core("Svc", "/nowhere", ServiceKey(), ServiceSettings(restart_on_exit=False), ())
+        self.core = Core("Svc", "/nowhere", SharedKey(), ServiceSettings(restart_on_exit=False), ())
         self.core.facade = lambda: self
         self.core.page.server = self.identity = ProcessIdentity.this_process()
         self.core._checking = self.core.server = self.mark = self
