@@ -90,7 +90,7 @@ class _FreshPopen(popen_spawn_posix.Popen):
     _fds: list[int]
 
     def _launch(self, process: BaseProcess) -> None:
-        pickled = _pickled(_preparation(process.name), self) + _pickled(process, self)
+        pickled = pickle.dumps(_preparation(process.name)) + _pickled(process, self)
         ends: list[int] = []
         try:
             with forks.creating_descriptors:
@@ -129,7 +129,7 @@ def _preparation(name: str) -> dict[str, Any]:
         sys_path[sys_path.index("")] = here or ""
     data = {
         "name": name,
-        "authkey": multiprocessing.current_process().authkey,
+        "authkey": bytes(multiprocessing.current_process().authkey),
         "sys_path": sys_path,
         "sys_argv": sys.argv,
         "orig_dir": here,
