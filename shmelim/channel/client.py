@@ -268,14 +268,14 @@ class ChannelClient:
             except NotServingError as error:
                 raise _TryAgainError(error) from None
         location = self._location
-        where = describe(location)
         wire = self._connections.open(location)
         try:
             connect(wire.sock, location, deadline)
             wire.deadline = deadline
-            wire.longest = greet(wire, self._key(where), where, self._epoch)
+            wire.longest = greet(wire, self._key(location), location, self._epoch)
         except BaseException as error:
             self._connections.discard(wire)
+            where = describe(location)
             match error:
                 case NotServingError():
                     raise _TryAgainError(error) from None
@@ -296,7 +296,7 @@ class ChannelClient:
             raise
         return wire
 
-    def _key(self, where: str) -> bytes:
+    def _key(self, location: Location) -> bytes:
         """Return the key, asked for after connecting, so that it is that of the server that listens now."""
         if not callable(self._authkey):
             return self._authkey
@@ -304,7 +304,7 @@ class ChannelClient:
             return check_key(self._authkey())
         except NotServingError as error:
             hint = "a living server puts it back within a second; else this process looks in the wrong place"
-            missing = KeyFileError(f"a server listens at {where}, but {error.message}", hint=hint)
+            missing = KeyFileError(f"a server listens at {describe(location)}, but {error.message}", hint=hint)
             raise _TryAgainError(missing) from error
 
     def _exchange(self, method: str, request: bytes, deadline: float, *, idempotent: bool) -> bytes:

@@ -11,6 +11,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -93,9 +94,10 @@ class SharedKey:
         """Return the key for a server, making the file if there is none; ``KeyFileError`` if it cannot be had."""
         return self._key if self.path is None else load_or_create_key(self.path)
 
-    def for_client(self) -> bytes:
-        """Return the key that the server has; ``NotServingError`` or ``KeyFileError`` if it cannot be had."""
-        return self._key if self.path is None else load_key(self.path)
+    @property
+    def for_client(self) -> bytes | Callable[[], bytes]:
+        """What a client takes for its key: the key, or :func:`load_key` for the file that a server has by then."""
+        return self._key if self.path is None else partial(load_key, self.path)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}>"

@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from shmelim.channel.address import Location, describe
 from shmelim.channel.codec import MSGPACK, is_pickle
 from shmelim.channel.wire import Wire
 from shmelim.errors import AuthenticationFailedError, ChannelError, ProtocolError
@@ -78,7 +79,7 @@ def encode_welcome(service_name: str, refusal: str | None, max_message: int) -> 
     return msgspec.msgpack.encode([PROTOCOL, _short(service_name), refusal, max_message])
 
 
-def greet(wire: Wire, key: bytes, where: str, epoch: str) -> int:
+def greet(wire: Wire, key: bytes, where: Location, epoch: str) -> int:
     """Shake hands as a client, under an epoch; return the longest request in bytes that the server takes.
 
     ``AuthenticationFailedError``, ``ProtocolError`` or ``ChannelError`` if another attempt would end so, too;
@@ -104,13 +105,13 @@ def greet(wire: Wire, key: bytes, where: str, epoch: str) -> int:
     match parts:
         case [int(protocol), str(name), *_] if protocol != PROTOCOL:
             raise ProtocolError(
-                f"{name} at {where} speaks protocol {protocol}, this client {PROTOCOL}",
+                f"{name} at {describe(where)} speaks protocol {protocol}, this client {PROTOCOL}",
                 hint="run the same version of the package at both ends",
             )
         case [int(), str(), None, int(longest), *_]:
             return longest
         case [int(), str(), str(refusal), *_]:
-            raise ChannelError(f"the server at {where} refuses the connection: {refusal}")
+            raise ChannelError(f"the server at {describe(where)} refuses the connection: {refusal}")
     raise _stranger(where, "a program that holds the key (its welcome has an unknown form)")
 
 
@@ -135,21 +136,21 @@ def is_managers_reply(data: bytes) -> bool:
     return is_pickle(data) and any(kind in data[:40] for kind in (b"#TRACEBACK", b"#ERROR", b"#RETURN"))
 
 
-def _other_key(wire: Wire, where: str) -> ChannelError:
+def _other_key(wire: Wire, where: Location) -> ChannelError:
     """Say who refused our key, or has another: a manager says one thing more before it hangs up."""
     wire.deadline = min(wire.deadline or 0.0, monotonic() + _LAST_WORDS)
     with contextlib.suppress(EOFError, OSError):
         if is_managers_reply(wire.recv_bytes(WELCOME_LIMIT)):
             return _stranger(where, "a multiprocessing manager (BaseManager), and it holds another key")
     return AuthenticationFailedError(
-        f"the server at {where} holds another key",
+        f"the server at {describe(where)} holds another key",
         hint="load the key again from the server's key file; or see whether another service listens there",
     )
 
 
-def _stranger(where: str, what: str) -> ProtocolError:
+def _stranger(where: Location, what: str) -> ProtocolError:
     return ProtocolError(
-        f"whoever listens at {where} is not a server of shmelim but {what}",
+        f"whoever listens at {describe(where)} is not a server of shmelim but {what}",
         hint="stop that program, or give the server another address",
     )
 

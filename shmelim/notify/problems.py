@@ -108,16 +108,26 @@ class ProblemMessages:
                 return  # the others would wait as long, and for nothing
             self._unsent.pop(key, None)
 
-    def undelivered(self) -> Undelivered | None:
-        """Return what the notifier has not taken, or has not delivered; None while all goes well."""
-        unsent = next(iter(list(self._unsent.values())), None)
-        if unsent is not None:
-            return Undelivered(len(self._unsent), unsent.since_ms, "the notifier refuses them")
-        found = None
-        with contextlib.suppress(Exception):  # a notifier of somebody's own may say anything, or fail
-            asked = getattr(self._notifier(), "undelivered", None)
-            found = asked() if callable(asked) else None
-        return found if isinstance(found, Undelivered) else None
+    def report_undelivered(self, problems: Problems) -> None:
+        """Raise or clear the problem that the notifier has not taken messages, or has not delivered them."""
+        found: object = None
+        if unsent := next(iter(list(self._unsent.values())), None):
+            found = Undelivered(len(self._unsent), unsent.since_ms, "the notifier refuses them")
+        else:
+            with contextlib.suppress(Exception):  # a notifier of somebody's own may say anything, or fail
+                asked = getattr(self._notifier(), "undelivered", None)
+                found = asked() if callable(asked) else None
+        if not isinstance(found, Undelivered):
+            problems.clear(UNDELIVERED)
+            return
+        count = "1 alert waits" if found.messages == 1 else f"{found.messages} alerts wait"
+        problems.report(
+            UNDELIVERED,
+            f"{count} to be delivered: {found.why}",
+            remedy="see whether Slack can be reached from here and the webhook is valid; "
+            "they are sent once it can be",
+            since_ms=found.since_ms,
+        )
 
     def _on_change(self, change: Change, problem: Problem) -> None:
         if problem.name == UNDELIVERED:
@@ -132,21 +142,6 @@ class ProblemMessages:
         else:
             return
         self.send(text, level, key, is_known=is_known)
-
-
-def report_undelivered(problems: Problems, messages: ProblemMessages) -> None:
-    """Raise or clear the problem that people cannot be told."""
-    found = messages.undelivered()
-    if found is None:
-        problems.clear(UNDELIVERED)
-        return
-    count = "1 alert waits" if found.messages == 1 else f"{found.messages} alerts wait"
-    problems.report(
-        UNDELIVERED,
-        f"{count} to be delivered: {found.why}",
-        remedy="see whether Slack can be reached from here and the webhook is valid; they are sent once it can be",
-        since_ms=found.since_ms,
-    )
 
 
 def take_over(problems: Problems, reported: object) -> None:

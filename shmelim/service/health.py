@@ -21,21 +21,14 @@ from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, Self
 
 from shmelim.channel.address import Location, describe
 from shmelim.errors import CallerFaultError, KeyFileError, ShmelimError, UnknownMethodError
-from shmelim.notify.problems import (
-    UNDELIVERED,
-    Notifier,
-    ProblemMessages,
-    checked_notifier,
-    report_undelivered,
-    take_over,
-)
+from shmelim.notify.problems import Notifier, ProblemMessages, checked_notifier, take_over
 from shmelim.service.process import disown
 from shmelim.service.settings import ServiceSettings, server_title
 from shmelim.system import forks
 from shmelim.system.arguments import seconds
 from shmelim.system.clock import monotonic
 from shmelim.system.logs import log_problems
-from shmelim.system.problems import SEVERITIES, Change, Problem, Problems, Severity
+from shmelim.system.problems import SEVERITIES, Problems, Severity
 from shmelim.system.processes import ProcessIdentity, set_title, terminal_left_to_owner
 from shmelim.system.text import get_logger
 
@@ -201,7 +194,6 @@ class Health(ABC):
         self.page.begin_here()
         self.problems = Problems()
         log_problems(self.problems, _logger)
-        self.problems.subscribe(self._hear)
         self._reported = Problems()  # what the server says is wrong with it
         self._messages = ProblemMessages(self._reported, self.notifier)
 
@@ -227,7 +219,7 @@ class Health(ABC):
             if self._last_ms is None or not 0 <= now_ms - self._last_ms < interval_ms:
                 self._last_ms = now_ms
                 self._messages.send_again()
-                report_undelivered(self.problems, self._messages)
+                self._messages.report_undelivered(self.problems)
                 self._asked = self.page.server
                 # The owner knows of a dead server; for a copy, another owner's may be at the address.
                 if self.is_makers and self.location is not None and not self._asked.is_running():
@@ -254,7 +246,7 @@ class Health(ABC):
             answer = self.ask()
         except UnknownMethodError as error:
             text = f"health cannot be checked, and counts as good: {error}"
-            self.problems.report("unchecked", text, subject=self.name, severity="notice")
+            self._notice("unchecked", text)
             return None
         except Exception as error:
             return Finding(f"RPC error: {type(error).__name__}: {error}", error)
@@ -272,7 +264,7 @@ class Health(ABC):
         text, error = finding
         if isinstance(error, KeyFileError | CallerFaultError | MemoryError):
             text = f"this process ({os.getpid()}) cannot check the server, which may be well: {text}"
-            self.problems.report("cannot_check", text, subject=self.name, severity="notice")
+            self._notice("cannot_check", text)
             return
         if self._asked != self._failing:  # what its predecessor did counts no more
             self._failing, self._failures = self._asked, 0
@@ -360,10 +352,10 @@ class Health(ABC):
             text = f"{self.name}: outage {number}: recovered after {seconds:.1f} s and {count}"
             self._messages.send(text, "success")
 
-    def _hear(self, change: Change, problem: Problem) -> None:
-        """Tell people of this process' other problems."""
-        if change == "raised" and problem.name not in {_DOWN, UNDELIVERED}:
-            self._messages.send(f"{self.name}: {problem.text}", "warning")
+    def _notice(self, name: str, text: str) -> None:
+        """Raise a problem of this process', and tell people of it once."""
+        if self.problems.report(name, text, subject=self.name, severity="notice"):
+            self._messages.send(f"{self.name}: {text}", "warning")
 
 
 def _short(value: Any) -> str:

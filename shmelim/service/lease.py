@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shmelim.channel.address import Location, describe, has_socket, wait_until_free, who_answers
-from shmelim.channel.key import SharedKey
+from shmelim.channel.key import SharedKey, load_key
 from shmelim.errors import ChannelError, KeyFileError, NotServingError
 from shmelim.service.process import has_living_owner
 from shmelim.service.settings import server_title
@@ -39,10 +39,12 @@ def check_available(location: Location, key: SharedKey) -> None:
             text = f"no server can be at {location}: it cannot use the directory {Path(location).parent}"
             raise ChannelError(text)
         has_socket(location)  # and nothing else
+    if key.path is None:
+        return
     try:
-        key.for_client()
+        load_key(key.path)
     except NotServingError:
-        if not _is_writable(Path(str(key.path)).parent):
+        if not _is_writable(Path(key.path).parent):
             raise KeyFileError(f"the key file {key.path} is missing and cannot be made") from None
 
 

@@ -632,7 +632,8 @@ def test_a_repetition_keeps_no_other_message_waiting(slack, make):
         problems.report("positions", "no price", subject="a")
         problems.clear("positions", "a")
     problems.report("slash in doubt", "nobody knows", subject="b")
-    assert messages.undelivered() is None
+    messages.report_undelivered(problems)
+    assert not problems.stands("alerts_undelivered")
     assert notifier.flush(PATIENCE)
     assert [text.removeprefix("❌ ") for text in slack.accepted] == ["no price", "nobody knows"]
 

@@ -364,7 +364,9 @@ def test_a_coroutine_that_nobody_runs_is_no_answer(directly: Managed, call: str)
         directly.validator.faults.fail("slash")
         manager.slack_notifier = SimpleNamespace(send_message=answer)
         directly.tick()
-        assert manager._processor.context.alerts.messages.undelivered()
+        alerts = manager._processor.context.alerts
+        alerts.messages.report_undelivered(alerts)
+        assert alerts.stands("alerts_undelivered")
 
 
 @pytest.mark.parametrize("odd", [123, None, "lone \ud800"])

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from shmelim.notify.problems import ProblemMessages, report_undelivered, take_over
+from shmelim.notify.problems import ProblemMessages, take_over
 from shmelim.system.problems import Problems
 
 
@@ -89,13 +89,13 @@ def test_that_people_cannot_be_told_is_a_problem_of_which_they_are_not_told(
     monkeypatch.setattr("shmelim.notify.problems.now_ms", lambda: 1000)
     notifier.refusal = OSError("no")
     problems.report("full", "no room")
-    report_undelivered(problems, messages)
+    messages.report_undelivered(problems)
     [_, problem] = problems.standing()
     assert (problem.name, problem.since_ms) == ("alerts_undelivered", 1000)
     assert problem.remedy
     notifier.refusal = None
     messages.send_again()
-    report_undelivered(problems, messages)
+    messages.report_undelivered(problems)
     assert not problems.stands("alerts_undelivered")
     assert [text for _, text in notifier.taken] == ["no room"]
 

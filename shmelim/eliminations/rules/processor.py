@@ -28,7 +28,6 @@ from shmelim.eliminations.rules.slashing import Slashing, checked_share
 from shmelim.eliminations.rules.tick import Context, Tick
 from shmelim.eliminations.rules.zombies import zombies
 from shmelim.errors import NoCollaboratorsError
-from shmelim.notify.problems import report_undelivered
 from shmelim.system.logs import LimitedLog
 from shmelim.system.text import get_logger
 
@@ -151,7 +150,7 @@ class EliminationProcessor:
             self.glance()
             return True
         alerts.messages.send_again()
-        report_undelivered(alerts, alerts.messages)
+        alerts.messages.report_undelivered(alerts)
         tick = context.begin(position_locks, iteration_epoch)
         well = True
         for name, step in self._steps.items():
