@@ -216,7 +216,7 @@ def who_answers(path: str) -> int | None:
 
     ``OSError`` where that cannot be asked.
     """
-    with new_socket(path) as probe:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # noqa: FBT003
         match probe.connect_ex(path):  # at a path that is done at once, or not at all
             case 0:
