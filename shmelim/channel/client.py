@@ -377,11 +377,11 @@ class Connections:
         forks.register(self)
 
     def __del__(self) -> None:
-        # Nobody else holds a reference, so no call is under way; and a child that is forked just now has no books.
+        # Nobody else holds a reference, so no call is under way. Without a lock of forks, which a fork holds while
+        # it waits for that of the logging module, inside which the collector may come here.
         if hasattr(self, "_wires"):
-            with forks.creating_descriptors:
-                for wire in list(self._wires.values()):
-                    wire.close()
+            for wire in list(self._wires.values()):
+                wire.close()
 
     def open(self, location: Location) -> Wire:
         """Enter a new wire, which is not connected yet; ``ChannelError`` when closed."""

@@ -199,6 +199,19 @@ def test_a_servers_forked_copy_is_inert(address, tmp_path):
             assert Path(server.address).is_socket()
 
 
+def test_a_child_that_is_forked_while_another_thread_calls_holds_no_copy_of_its_connection(address):
+    gc.collect()
+    before, counter = count_sockets(), Counter()
+    with ChannelServer(counter, address, KEY) as server, ChannelClient(server.address, KEY) as client:
+        with counter.lock:
+            thread = threading.Thread(target=client.call, args=("add_rpc",))
+            thread.start()
+            until(lambda: server.stats()["running"] == 1)
+            assert in_child(count_sockets) == str(before)
+        thread.join()
+        assert counter.count == 1
+
+
 def test_a_dead_servers_child_does_not_hold_its_port(context, address, tmp_path):
     """The server's process is killed while a child of it lives; the next server takes over at once."""
     key_path = str(tmp_path / "key")
