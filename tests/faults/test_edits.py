@@ -122,6 +122,27 @@ class TestAnEditOlderThanTheLastCommit:
         die_after(table_name, state_dir, work)
         assert start().get_departed_hotkeys_rpc() == {"of-a-person": {"detected_ms": 5}}
 
+    def test_of_departed_hotkeys_is_kept_where_it_takes_back_or_dates_anew(self, state_dir, start, table_name):
+        departed = state_dir / "departed_hotkeys.json"
+
+        def work(server):
+            for hotkeys in (["a", "b", "c", "d"], ["d"]):
+                server.update_metagraph_rpc(hotkeys)
+            server.save_eliminations_rpc()
+
+        die_after(table_name, state_dir, work)
+        content = json.loads(departed.read_text())["departed_hotkeys"]
+        edited = {"b": {"detected_ms": 5}, "c": None, "of-a-person": content["c"]}  # of "c" it says nothing else
+        departed.write_text(json.dumps({"departed_hotkeys": edited}))
+        server = start()
+        assert server.get_departed_hotkeys_rpc() == {**content, "of-a-person": content["c"]}
+        (problem,) = server.health_check_rpc()["problems"]
+        assert problem["name"] == "file_not_applied"
+        assert "but for 2 hotkeys that departed (b, a, …)" in problem["text"]
+        assert "shmelim returned" in problem["remedy"]
+        kept = json.loads(Path(problem["subject"]).read_text())
+        assert kept == {"departed_hotkeys": edited}
+
     def test_our_own_older_file_is_none(self, table_name, state_dir, path, start):
         def work(server):
             server.sync_eliminations_rpc([row("a"), row("b")])

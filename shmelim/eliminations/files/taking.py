@@ -18,6 +18,7 @@ from shmelim.eliminations.files.format import (
     BadRow,
     Content,
     File,
+    departed_row,
     departures_in,
     elimination_row,
     eliminations_in,
@@ -147,6 +148,8 @@ def _report_kept(path: Path, aside: Path, text: str, problems: Problems) -> None
     apply = f"the next start with `--import {aside}` adds what it has"
     if path.name == ELIMINATIONS_FILE:
         apply += f"; `shmelim sync {aside}` makes the state just that, and takes back what was added since"
+    else:
+        apply += "; `shmelim returned` undoes a departure"
     problems.report(
         _NOT_APPLIED,
         f"{text}; it is now {aside}",
@@ -229,7 +232,8 @@ def _take(step: Step, file: File, sidecars: Sidecars, problems: Problems, *, fre
     step.record([EventOf("import", note=f"{name} was put there by somebody else: taken over")])
     _mark_taken(step, file, sidecars)
     if overtaken:
-        text = f"the edit of {name} is applied, but for {len(overtaken)} hotkeys that were changed since"
+        how = "were changed since" if name == ELIMINATIONS_FILE else "departed"
+        text = f"the edit of {name} is applied, but for {len(overtaken)} hotkeys that {how}"
         step.record([_keep_copy(file, f"{text} ({', '.join(overtaken[:3])}, …)", problems)])
 
 
@@ -271,10 +275,18 @@ def _apply_eliminations(step: Step, name: str, edit: _Edit, judge: Judge) -> lis
 
 
 def _apply_departures(step: Step, name: str, edit: _Edit) -> list[str]:
-    """Record the departures that were added by hand: they are for ever, so there is nothing to take back."""
-    new = {hotkey: ms for hotkey, ms in edit.taken.items() if hash_of(hotkey) not in edit.base}
+    """Record the departures that were added by hand; returns the hotkeys that it takes back or dates anew.
+
+    A departure is for ever, with the time at which it was seen; a time of 0 says nothing against another.
+    """
+    stored = dict(step.store.departed())
+    rows = {hotkey: hash_of(departed_row(ms)) for hotkey, ms in edit.taken.items()}
+    changed = {hotkey: edit.taken[hotkey] for hotkey in rows if edit.base.get(hash_of(hotkey)) != rows[hotkey]}
+    new = {hotkey: ms for hotkey, ms in changed.items() if hash_of(hotkey) not in edit.base}
     record_departures(step, new, f"file {name}")
-    return []
+    dated = [hotkey for hotkey, ms in changed.items() if ms not in (0, stored.get(hotkey, ms))]
+    missing = edit.base.keys() - {hash_of(hotkey) for hotkey in (*edit.taken, *edit.unsure)}
+    return dated + [hotkey for hotkey in stored if hash_of(hotkey) in missing]
 
 
 def _row_hash(record: bytes | None) -> bytes | None:
