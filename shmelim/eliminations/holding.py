@@ -141,7 +141,7 @@ class Holding:
             self._beating.start()
             undo.callback(self._beating.join)
             undo.callback(self._stopped.set)
-            self._secure(store, default)
+            self._secure(store)
             self._journal = None if self.state_dir is None else open_journal(self.state_dir, store)
             merge_once(store, imported, lambda path: tell(f"importing {path}", 0, None))
             self._state = State(
@@ -158,7 +158,7 @@ class Holding:
                 self._remembering = self._remember(remembered)
                 undo.callback(self._remembering.stop)
             self.reader = EliminationReader.over(self.namespace)
-            self._mirror = None if files == "off" else self._start_mirror(files_mode)
+            self._mirror = None if files == "off" else self._start_mirror(files_mode, default)
             self._undo = undo.pop_all()
 
     def _make_guard(self, given: GuardMode | Guard) -> Guard:
@@ -216,7 +216,7 @@ class Holding:
         """Return what the registry is to remember."""
         return self._state.read(lambda store: memory_of(store, self.state_dir or Path()))
 
-    def _secure(self, store: Store, default: Path | None) -> None:
+    def _secure(self, store: Store) -> None:
         """Make the lock proof against its removal; or have a store in memory say what the files say."""
         directory = self._files_dir
         if self._lease is not None:
@@ -226,12 +226,9 @@ class Holding:
         with writing(f"{directory} cannot be used"):
             make_private_directory(directory)
         with store.transaction():
-            step = changes.Step(store, None)
-            read_state(step, directory)
-            if default is not None and not store.counts().departed:
-                import_departed(step, default)
+            read_state(changes.Step(store, None), directory)
 
-    def _start_mirror(self, mode: int) -> FileMirror | None:
+    def _start_mirror(self, mode: int, default: Path | None) -> FileMirror | None:
         directory, plain = self._files_dir or self.state_dir, self._files_dir is not None
         if directory is None:
             return None
@@ -239,6 +236,8 @@ class Holding:
         mirror = FileMirror(directory, table, self._state, self.problems, mode=mode, plain=plain)
         if not plain:
             mirror.start()
+        elif default is not None and not self._state.read(Store.counts).departed:
+            self._state.commit(import_departed, default)  # which the files do not have
         return mirror
 
     def _beat(self, table: TableWriter) -> None:

@@ -51,6 +51,43 @@ def test_what_changes_no_row_does_not_write_over_what_another_one_wrote(of_files
     ]
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda manager: manager.get_eliminations_from_disk(),
+        lambda manager: manager.save_eliminations(),
+        lambda manager: manager.sync_eliminations([]),
+        lambda manager: manager.shutdown(),
+        lambda manager: (manager.reload_from_disk(), manager.shutdown()),
+    ],
+    ids=["disk", "save", "sync", "shutdown", "reload"],
+)
+def test_a_manager_that_changed_nothing_writes_over_nothing(of_files, files, use):
+    of_files().shutdown()
+    first, second = of_files(), of_files()
+    first.add_elimination("a", row("a"))
+    first.update_metagraph(["m", "n"])
+    first.update_metagraph(["n"])
+    use(second)
+    third = of_files()
+    assert list(third.eliminations) == ["a"]
+    assert list(third.get_departed_hotkeys()) == ["m"]
+
+
+def test_a_manager_that_changed_one_file_leaves_the_other_to_who_changed_that(of_files):
+    first, second = of_files(), of_files()
+    first.update_metagraph(["m", "n"])
+    first.update_metagraph(["n"])
+    second.add_elimination("a", row("a"))
+    assert list(of_files().get_departed_hotkeys()) == ["m"]
+
+
+def test_files_that_are_missing_are_written_when_they_are_asked_for(of_files, files):
+    manager = of_files()
+    manager.save_eliminations()
+    assert sorted(path.name for path in files.iterdir()) == ["departed_hotkeys.json", "eliminations.json"]
+
+
 def test_a_damaged_file_is_refused_and_changes_nothing(of_files, files):
     manager = of_files()
     manager.sync_eliminations([row("a")])

@@ -23,7 +23,7 @@ from typing import Any, Final, Literal
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files.format import DEPARTED_FILE, ELIMINATIONS_FILE, Summary
 from shmelim.eliminations.files.sidecar import Written, announce, read_sidecars, settle
-from shmelim.eliminations.files.taking import KNOWN, meaning_of, set_aside
+from shmelim.eliminations.files.taking import KNOWN, NAMES, meaning_of, set_aside
 from shmelim.eliminations.rows import PREFIX, Status, departed_in
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.state.thread import State
@@ -93,6 +93,8 @@ class FileMirror:
         self._not_before = 0.0
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
+        if plain:
+            self._know_read()
 
     def start(self) -> None:
         """Start the thread that writes what nobody waits for."""
@@ -123,12 +125,15 @@ class FileMirror:
 
     @contextmanager
     def at_rest(self) -> Iterator[Path]:
-        """Keep the files from being written while they are read; then they are written anew."""
+        """Keep the files from being written while they are read; then they are written anew, but `plain` ones."""
         with self._writing:
             try:
                 yield self.directory
+                if self._plain:
+                    self._know_read()
             finally:
-                self._shown = self._departed = None
+                if not self._plain:
+                    self._shown = self._departed = None
 
     def stop(self) -> None:
         """Write what is stale, and end the thread. Idempotent."""
@@ -151,7 +156,7 @@ class FileMirror:
         problem = None
         try:
             version = self._state.rows_version
-            changed = look and any(map(self._is_changed, self._ours))
+            changed = look and any(map(self._is_changed, NAMES))
             if changed or version != self._shown:
                 self._write_both(look=look)
                 self._shown = version
@@ -189,10 +194,14 @@ class FileMirror:
 
         write(ELIMINATIONS_FILE, files.write_eliminations, _records(entries))
         departed = departed_in(entries)
-        if departed != self._departed or (look and self._is_changed(DEPARTED_FILE)):
+        if departed != self._departed or ((look or self._plain) and self._is_changed(DEPARTED_FILE)):
             times = ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())
             write(DEPARTED_FILE, files.write_departed, times)
             self._departed = departed
+
+    def _know_read(self) -> None:
+        """Take what was read for what the files show: nothing is written over until there is more to say."""
+        self._shown, self._departed = self._state.rows_version, departed_in(self._table.snapshot().entries)
 
     def _is_changed(self, name: str) -> bool:
         """Whether a file is not as it was left; one that others may write only if it is gone."""
