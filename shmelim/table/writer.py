@@ -202,6 +202,7 @@ class Writer(Generic[K, V]):
     def after_fork_in_child(self) -> None:
         """Let a call in the child fail where it would wait for a thread that is not there."""
         self._lock = threading.RLock()
+        self._publishing = False
 
     # ------------------------------------------------------------------ changes
 

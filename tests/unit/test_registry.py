@@ -5,6 +5,7 @@ import stat
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 from waiting import until
 
@@ -40,7 +41,17 @@ def test_it_is_private(registry):
     assert stat.S_IMODE(registry.path.parent.stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"store_id": 7}', b'{"store_id": "\xff"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b'{"store_id": 7}', b'{"store_id": "\xff"}'),
+        *(
+            msgspec.json.encode({**msgspec.structs.asdict(MEMORY), name: value})
+            for name, value in (("store_id", "zz"), ("store_id", "a"), ("commit", -1), ("at_ms", 1 << 62))
+        ),
+        msgspec.json.encode(MEMORY).replace(b'"commit":7', b'"commit":99999999999999999999999'),
+    ],
+)
 def test_what_cannot_be_understood_counts_as_missing_and_says_so(registry, content, caplog):
     registry.remember(MEMORY)
     registry.path.write_bytes(content)

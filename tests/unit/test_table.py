@@ -450,12 +450,16 @@ def test_a_forked_child_reads_and_does_not_write(table):
 
     taken, forked = threading.Event(), threading.Event()
 
-    def publishing():
-        with table._lock:
-            taken.set()
-            forked.wait()
+    def changes():
+        taken.set()
+        forked.wait()
+        return iter([])
 
-    thread = threading.Thread(target=publishing)
+    class Changes(list):
+        def __iter__(self):
+            return changes()
+
+    thread = threading.Thread(target=table._publish, args=(Changes(),))
     thread.start()
     taken.wait()
     with crashing.Child(child) as forked_child:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 import platformdirs
@@ -33,16 +33,20 @@ _HINT: Final = f"make it writable for this user, or name another place (registry
 _log = get_logger("shmelim.registry")
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # what a store can have
+_LAST_MS: Final = 253_402_300_799_999  # of the year 9999
+
+
 class Memory(msgspec.Struct, frozen=True):
     """What is remembered of a name."""
 
-    store_id: str  # in hexadecimal digits
+    store_id: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{2})*\Z")]  # in hexadecimal digits
     directory: str
-    commit: int
-    eliminated: int
-    departed: int
-    at_ms: int  # when that was so: ms since 1970, UTC
-    branch: int = 0  # of its last commit; 0 where an earlier release wrote this
+    commit: _Count
+    eliminated: _Count
+    departed: _Count
+    at_ms: Annotated[int, msgspec.Meta(ge=0, le=_LAST_MS)]  # when that was so: ms since 1970, UTC
+    branch: _Count = 0  # of its last commit; 0 where an earlier release wrote this
 
 
 class Registry:
