@@ -22,6 +22,11 @@ from shmelim.shm.native import extension
 
 READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 WRITE: Final = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_LIMITS: Final = {
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EAGAIN: "raise the limit on locked memory (ulimit -l): this process locks whatever it maps",
+    errno.ENOMEM: "raise the limit on what a process maps (ulimit -v)",
+}
 _KINDS: Final = {
     stat.S_IFDIR: "a directory",
     stat.S_IFLNK: "a symbolic link",
@@ -82,7 +87,7 @@ def _map(descriptor: int, size: int, protection: int) -> Any:
     if address == _FAILED:
         import ctypes  # noqa: PLC0415
 
-        raise OSError(ctypes.get_errno(), "mmap failed")
+        raise OSError(number := ctypes.get_errno(), os.strerror(number))
     return _kind(size).from_address(address)
 
 
@@ -187,8 +192,7 @@ def open_error(path: str, error: OSError, action: str = "open") -> Exception:
             "run it as that user, or of that user's group where the server is to be --group-readable; "
             "or choose another name",
         )
-    hint = "raise the limit on the size of files (ulimit -f)" if error.errno == errno.EFBIG else None
-    return SegmentError(f"cannot {action} {path}: {error.strerror or error}", hint=hint)
+    return SegmentError(f"cannot {action} {path}: {error.strerror or error}", hint=_LIMITS.get(error.errno or 0))
 
 
 def _not_a_file(path: str, status: os.stat_result) -> SegmentError:

@@ -122,6 +122,17 @@ def test_a_backup_never_takes_the_place_of_anything(run, server, place):
         assert len(client) == 4
 
 
+def test_a_backup_onto_a_file_system_of_its_own_says_to_name_a_directory_in_it(run, server, place, monkeypatch):
+    """As a volume of a container is, whose name nothing can take."""
+    volume = place / "volume"
+    volume.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == volume)
+    result = run("backup", str(volume))
+    assert result.exit_code == 4
+    assert "name a directory in it" in result.stderr
+    assert list(volume.iterdir()) == []
+
+
 def test_a_backup_is_made_in_no_place_that_somebody_else_prepared(run, server, place):
     (place / "elsewhere").mkdir()
     (place / ".one.part").symlink_to(place / "elsewhere")

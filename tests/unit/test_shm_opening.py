@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import resource
@@ -441,3 +442,19 @@ def test_a_mapping_ends_with_the_last_view_of_it(table_name: str) -> None:
 def test_a_name_that_is_not_there_is_not_served(table_name: str) -> None:
     with pytest.raises(NotServingError, match="nothing is served"):
         TableReader(SharedNamespace(table_name))
+
+
+def test_a_limit_on_memory_is_named(table_name: str) -> None:
+    writer = TableWriter(SharedNamespace(table_name), capacity=8, arena_size=64 << 20)
+    writer.load([(b"a", 1, b"record", None)])
+
+    def attached_with_little_room() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))
+        with pytest.raises(SegmentError, match=r"Cannot allocate memory \(raise .*ulimit -v"):
+            TableReader(SharedNamespace(table_name)).get(b"a")
+
+    crashing.call(attached_with_little_room)
+    locked = OSError(errno.EAGAIN, "as mlockall() has it")
+    assert "ulimit -l" in str(mapping.open_error("/dev/shm/there-is-none", locked))
+    writer.close()

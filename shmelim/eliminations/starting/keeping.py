@@ -86,6 +86,8 @@ def back_up(directory: Path, target: Path, on_progress: Progress = lambda *_: No
     with Store.read_only(directory) as store:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise StoreError(f"{target} exists already", hint="name a directory that is not there, or is empty")
+        if target.is_mount():  # whose name nothing can take
+            raise StoreError(f"{target} is a file system of its own", hint="name a directory in it")
         with writing(f"the backup {target} cannot be written", hint="name another place"):
             make_private_directory(target.parent)
             making = make_aside(target, ".part", directory=True)
