@@ -479,7 +479,7 @@ class EliminationManagerServer(Holding, DebtMethods):
     def get_eliminations_from_disk_rpc(self) -> list[dict[str, Any]]:
         if self._mirror is not None:
             try:
-                self._mirror.flush(look=True)
+                self._mirror.flush(look=self._files_dir is None)  # else the files may be of another manager
                 found = read_eliminations(self._mirror.directory / ELIMINATIONS_FILE)
             except StoreError as error:
                 _limited(logging.WARNING, "file", "%s; answering from the store", error)

@@ -55,12 +55,11 @@ def test_what_changes_no_row_does_not_write_over_what_another_one_wrote(of_files
     "use",
     [
         lambda manager: manager.get_eliminations_from_disk(),
-        lambda manager: manager.save_eliminations(),
         lambda manager: manager.sync_eliminations([]),
         lambda manager: manager.shutdown(),
         lambda manager: (manager.reload_from_disk(), manager.shutdown()),
     ],
-    ids=["disk", "save", "sync", "shutdown", "reload"],
+    ids=["disk", "sync", "shutdown", "reload"],
 )
 def test_a_manager_that_changed_nothing_writes_over_nothing(of_files, files, use):
     of_files().shutdown()
@@ -80,6 +79,20 @@ def test_a_manager_that_changed_one_file_leaves_the_other_to_who_changed_that(of
     first.update_metagraph(["n"])
     second.add_elimination("a", row("a"))
     assert list(of_files().get_departed_hotkeys()) == ["m"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda manager: manager.write_eliminations_to_disk([]), lambda manager: manager.save_eliminations()],
+    ids=["write", "save"],
+)
+def test_what_a_manager_is_told_to_write_is_written(of_files, write):
+    first, second = of_files(), of_files()
+    for _ in range(2):
+        first.sync_eliminations([row("a")])
+        first.save_eliminations()
+        write(second)
+        assert first.get_eliminations_from_disk() == []
 
 
 def test_files_that_are_missing_are_written_when_they_are_asked_for(of_files, files):

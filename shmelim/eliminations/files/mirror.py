@@ -194,7 +194,8 @@ class FileMirror:
 
         write(ELIMINATIONS_FILE, files.write_eliminations, _records(entries))
         departed = departed_in(entries)
-        if departed != self._departed or ((look or self._plain) and self._is_changed(DEPARTED_FILE)):
+        is_gone = not (self.directory / DEPARTED_FILE).exists()
+        if departed != self._departed or is_gone or (look and self._is_changed(DEPARTED_FILE)):
             times = ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())
             write(DEPARTED_FILE, files.write_departed, times)
             self._departed = departed
@@ -204,9 +205,9 @@ class FileMirror:
         self._shown, self._departed = self._state.rows_version, departed_in(self._table.snapshot().entries)
 
     def _is_changed(self, name: str) -> bool:
-        """Whether a file is not as it was left; one that others may write only if it is gone."""
+        """Whether a file is not as it was left, or not there."""
         found = identity_of(self.directory / name)
-        return found is None if self._plain else found != self._ours.get(name)
+        return found is None or found != self._ours.get(name)
 
     def _know(self, path: Path, written: Summary) -> None:
         # Not what stands there by now, which may be an edit already.
