@@ -195,7 +195,7 @@ def write_departed(
     before_rename: Callable[[Summary], object] = lambda _: None,
 ) -> Summary:
     """Write the departed file from (hotkey, ``detected_ms``); otherwise as :func:`write_eliminations`."""
-    rows = ((hotkey, _json_encoder.encode({"detected_ms": ms})) for hotkey, ms in times)
+    rows = ((hotkey, departed_row(ms)) for hotkey, ms in times)
     return _write(path, DEPARTED_HOTKEYS_KEY, "{}", rows, mode, before_rename)
 
 
@@ -203,6 +203,11 @@ def elimination_row(record: bytes) -> tuple[str, bytes]:
     """Return the hotkey of a record, and how it stands in the file: NaN and infinities as null."""
     row = decode(record)
     return row["hotkey"], _json_encoder.encode(row)
+
+
+def departed_row(ms: int) -> bytes:
+    """Return how a departure stands in the file."""
+    return _json_encoder.encode({"detected_ms": ms})
 
 
 def hash_of(text: str | bytes) -> bytes:
