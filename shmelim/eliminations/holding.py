@@ -25,7 +25,7 @@ from shmelim.eliminations.state.debt_book import held_money
 from shmelim.eliminations.state.guard import Guard, GuardMode, notices, tell_noticed
 from shmelim.eliminations.state.leases import LEASE_S, Leases
 from shmelim.eliminations.state.slash_journal import open_journal
-from shmelim.eliminations.state.thread import State
+from shmelim.eliminations.state.thread import Published, State
 from shmelim.eliminations.state.uploads import Uploads
 from shmelim.eliminations.store.history import Origin, this_process
 from shmelim.eliminations.store.schema import FILE_NAME, Durability
@@ -33,7 +33,7 @@ from shmelim.eliminations.store.store import Store
 from shmelim.eliminations.ticks import Ticks
 from shmelim.errors import AlreadyServingError, NotServingError, SegmentError, ShmelimError, StoreError
 from shmelim.service.lease import let_end
-from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableReader, TableWriter, WriterInfo
+from shmelim.shm import Namespace, PrivateNamespace, SharedNamespace, TableWriter, WriterInfo
 from shmelim.system import clock
 from shmelim.system.arguments import flags
 from shmelim.system.durable import make_private_directory, writing
@@ -232,8 +232,8 @@ class Holding:
         directory, plain = self._files_dir or self.state_dir, self._files_dir is not None
         if directory is None:
             return None
-        table = TableReader(self.namespace)
-        mirror = FileMirror(directory, table, self._state, self.problems, mode=mode, plain=plain)
+        published = Published(self.namespace)
+        mirror = FileMirror(directory, published, self._state, self.problems, mode=mode, plain=plain)
         if not plain:
             mirror.start()
         elif default is not None and not self._state.read(Store.counts).departed:

@@ -31,7 +31,20 @@ def names(path):
 
 
 class TestWriteEliminations:
-    @pytest.mark.parametrize("count", [0, 1, 2, 999, 1000, 1001, 2500])
+    def test_others_have_the_interpreter_between_a_few_rows(self, path, monkeypatch):
+        events = []
+
+        def rows():
+            for n in range(1000):
+                events.append("row")
+                yield encode(record(f"h{n}"))
+
+        monkeypatch.setattr("time.sleep", lambda seconds: events.append("pause" if seconds > 0 else "none"))
+        files.write_eliminations(path, rows())
+        longest = max(len(run) // len("row") for run in "".join(events).split("pause"))
+        assert longest <= 50
+
+    @pytest.mark.parametrize("count", [0, 1, 2, 49, 50, 51, 2500])
     def test_content_is_what_json_reads(self, path, count):
         rows = [record(f"h{n}", n=n) for n in range(count)]
         summary = files.write_eliminations(path, map(encode, rows))

@@ -87,15 +87,15 @@ def test_a_table_that_cannot_be_read_for_a_while_leaves_the_files_behind_and_is_
     refused = []
 
     class Unreadable:
-        def snapshot(self):
+        def pack_eliminations(self):
             refused.append(True)
             raise SegmentError("Too many open files")
 
-    table = lagged._mirror._table
-    lagged._mirror._table = Unreadable()
+    published = lagged._mirror._published
+    lagged._mirror._published = Unreadable()
     lagged.add_elimination_rpc("a", row("a"))
     until(lambda: [one["name"] for one in lagged.health_check_rpc()["problems"]] == ["files_behind"])
-    lagged._mirror._table = table
+    lagged._mirror._published = published
     until(lambda: in_file(state_dir) == ["a"])
     until(lambda: lagged.health_check_rpc()["problems"] == [])
 

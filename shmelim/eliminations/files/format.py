@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -44,7 +45,8 @@ T = TypeVar("T")
 ELIMINATIONS_FILE: Final = "eliminations.json"
 DEPARTED_FILE: Final = "departed_hotkeys.json"
 
-_CHUNK: Final = 1000  # rows in memory at once, and in one write
+_CHUNK: Final = 50  # rows in memory at once, and in one write
+_PAUSE: Final = 50e-6  # seconds after each: a change that waits for the interpreter soon has it
 _LATEST_MS: Final = (1 << 63) - 1
 _SHOWN: Final = 20  # bad rows in the log
 _HASH: Final = 8  # bytes
@@ -181,8 +183,8 @@ def write_eliminations(
     """Replace the eliminations file by one of these msgpack records, in order.
 
     A file that is new gets `mode`. `before_rename` is called with the summary when the new file is complete and
-    about to take its place; what it raises cancels that. About 6 s for a million records of 0.5 kB, of which a
-    thousand are in memory at a time.
+    about to take its place; what it raises cancels that. About 6 s for a million records of 0.5 kB, of which
+    few are in memory at a time.
     """
     return _write(path, ELIMINATIONS_KEY, "[]", map(elimination_row, records), mode, before_rename)
 
@@ -309,6 +311,8 @@ def _write(
         while chunk := list(islice(rows, _CHUNK)):
             yield separator + b",\n".join(line(*row) for row in chunk)
             separator = b",\n"
+            if len(chunk) == _CHUNK:
+                time.sleep(_PAUSE)
         yield f"\n{brackets[1]}}}\n".encode()
 
     def digested(part: bytes) -> bytes:

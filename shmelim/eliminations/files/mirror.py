@@ -20,15 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from shmelim.eliminations.comparing import unpacked
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files.format import DEPARTED_FILE, ELIMINATIONS_FILE, Summary
 from shmelim.eliminations.files.sidecar import Written, announce, read_sidecars, settle
 from shmelim.eliminations.files.taking import KNOWN, NAMES, meaning_of, set_aside
-from shmelim.eliminations.rows import PREFIX, Status, departed_in
 from shmelim.eliminations.state.changes import Step
-from shmelim.eliminations.state.thread import State
+from shmelim.eliminations.state.thread import Published, State
 from shmelim.errors import DamagedFileError, ShmelimError, StoreError
-from shmelim.shm import Entry, TableReader
 from shmelim.system.durable import identity_of
 from shmelim.system.logs import LimitedLog
 from shmelim.system.problems import Problems
@@ -71,7 +70,7 @@ class FileMirror:
     def __init__(
         self,
         directory: Path,
-        table: TableReader,
+        published: Published,
         state: State,
         problems: Problems,
         *,
@@ -79,7 +78,7 @@ class FileMirror:
         plain: bool = False,
     ) -> None:
         self.directory = directory
-        self._table = table
+        self._published = published
         self._state = state
         self._problems = problems
         self._mode = mode
@@ -121,7 +120,7 @@ class FileMirror:
 
     def follow(self) -> None:
         """Move to where the table is published by now."""
-        _ = self._table.version
+        self._published.follow()
 
     @contextmanager
     def at_rest(self) -> Iterator[Path]:
@@ -178,9 +177,8 @@ class FileMirror:
         return problem
 
     def _write_both(self, *, look: bool) -> None:
-        # Asked before the table is: what stands there then is of this commit, or of a later one.
+        # Asked before the table is, each time: what stands there then is of this commit, or of a later one.
         store_id, commit = self._state.read(lambda store: (store.store_id, store.commit_number))
-        entries = self._table.snapshot().entries
 
         def confirm(name: str, summary: Summary) -> None:
             if not self._plain:
@@ -192,8 +190,9 @@ class FileMirror:
             path = self.directory / name
             self._know(path, how(path, rows, mode=self._mode, before_rename=partial(confirm, name)))
 
-        write(ELIMINATIONS_FILE, files.write_eliminations, _records(entries))
-        departed = departed_in(entries)
+        records = map(bytes, unpacked(self._published.pack_eliminations()))
+        write(ELIMINATIONS_FILE, files.write_eliminations, records)
+        departed = self._published.get_departed_hotkeys()
         is_gone = not (self.directory / DEPARTED_FILE).exists()
         if departed != self._departed or is_gone or (look and self._is_changed(DEPARTED_FILE)):
             times = ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())
@@ -202,7 +201,7 @@ class FileMirror:
 
     def _know_read(self) -> None:
         """Take what was read for what the files show: nothing is written over until there is more to say."""
-        self._shown, self._departed = self._state.rows_version, departed_in(self._table.snapshot().entries)
+        self._shown, self._departed = self._state.rows_version, self._published.get_departed_hotkeys()
 
     def _is_changed(self, name: str) -> bool:
         """Whether a file is not as it was left, or not there."""
@@ -232,7 +231,3 @@ class FileMirror:
                 return
         text = f"{name} was changed while the server ran, which does not read it"
         self._state.commit(Step.record, [set_aside(path, text, self._problems)])
-
-
-def _records(entries: dict[bytes, Entry]) -> Iterator[bytes]:
-    return (record[PREFIX.size :] for flags, record, _ in entries.values() if flags & Status.ELIMINATED)

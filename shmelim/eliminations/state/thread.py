@@ -70,8 +70,8 @@ class _Request:
     error: BaseException | None = None
 
 
-class _Published(Reading):
-    """What is published; for who takes a turn."""
+class Published(Reading):
+    """What is published; for who takes a turn, and for who writes the files."""
 
     def __init__(self, namespace: Namespace) -> None:
         self._table = TableReader(namespace)
@@ -170,7 +170,7 @@ class State:
     def go_on(self, origin_record: bytes) -> None:
         """Take changes from now on: the table shows the whole store already, and this record."""
         self._origin_record = origin_record
-        self._published = _Published(self._namespace)
+        self._published = Published(self._namespace)
         self._store.look_up = self._published.rows_of
         self._note_shown(self._table.version, self._table.commit)
         if self._thread is not None:
