@@ -386,6 +386,16 @@ def test_export_leaves_alone_what_is_not_a_regular_file(run, tmp_path):
     assert json.loads(target.read_text()) == {"eliminations": []}
 
 
+@pytest.mark.parametrize("name", ["shmelim.sqlite", "shmelim.sqlite-wal", "lock", "slashes.jsonl"])
+def test_export_writes_over_nothing_of_a_store(run, tmp_path, name):
+    for one in {"shmelim.sqlite", name}:
+        (tmp_path / one).write_text("precious")
+    found = run("export", str(tmp_path / name))
+    assert found.exit_code == 4
+    assert "belongs to the store" in found.stderr
+    assert (tmp_path / name).read_text() == "precious"
+
+
 @pytest.mark.parametrize("wrong", [("--reason", " "), ("--reason", "ZOMBIE", "--dd", "nan")])
 def test_add_refuses_what_says_nothing(run, wrong):
     found = run("add", A, *wrong)
