@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import compileall
 import contextlib
 import itertools
 import os
 import secrets
+import sys
 import tempfile
 import threading
 import traceback
@@ -19,7 +19,6 @@ from segments import published_segments_of, segments_of
 from serving import Served
 from waiting import until
 
-import shmelim
 from shmelim import EliminationManager
 from shmelim.eliminations.rules import deadlines
 from shmelim.shm import READ_PATH, Namespace, PrivateNamespace, SharedNamespace, adoption, writer
@@ -30,6 +29,10 @@ from shmelim.table.naming import TableNamespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
+
+# Where this is set, thousands of processes would compile what they import, and each of ours all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 _SHM = Path("/dev/shm")
 _PREFIX = f"t{secrets.token_hex(3)}"
@@ -60,12 +63,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.quick)
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.timeout(_LONGEST))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Compile the package once: each of thousands of processes does it anew under PYTHONDONTWRITEBYTECODE."""
-    if not hasattr(config, "workerinput"):
-        compileall.compile_dir(Path(shmelim.__file__).parent, quiet=2)
 
 
 def pytest_report_header() -> str:
