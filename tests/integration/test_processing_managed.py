@@ -34,8 +34,9 @@ def shared() -> Iterator[Any]:
 @pytest.fixture
 def managed(new_name: Callable[[], str], tmp_path: Path, shared: Any) -> Iterator[Managed]:
     """A validator all of whose shared things live in the manager's process."""
-    figures = {"tick_pause_s": 0.0, "error_pause_s": 0.0, "check_interval_ms": 0}
+    figures: dict[str, Any] = {"tick_pause_s": 0.0, "error_pause_s": 0.0, "check_interval_ms": 0}
     # A clock that goes on in the child too: a millisecond each time that it is looked at.
+    figures["start_method"] = None  # here everything is as validators have it
     with Managed("rpc", new_name(), tmp_path, clock=itertools.count(START + HOUR).__next__, **figures) as made:
         validator, manager = made.validator, made.manager
         validator.register(*MINERS)

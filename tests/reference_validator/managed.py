@@ -42,7 +42,7 @@ class Managed:
     live, figures
         As for the validator and its environment.
     start_method
-        Of the server's process.
+        Of the server's process: the quickest, unless it matters; ``None`` is the default of a manager.
 
     """
 
@@ -53,7 +53,7 @@ class Managed:
         directory: Path,
         *,
         live: bool = False,
-        start_method: str | None = None,
+        start_method: str | None = "fork",
         **figures: Any,
     ) -> None:
         self.mode = mode
