@@ -132,7 +132,7 @@ def test_at_some_lines_of_a_change(new_name, tmp_path, change):
     crash = Crash(new_name, tmp_path, change)
     lines = crash.lines()
     assert lines > 100
-    stride = lines // 9
+    stride = lines // 5
     offset = random.randrange(1, stride + 1)
     print(f"{lines} lines, every {stride}th from {offset}")
     for number in range(offset, lines + 1, stride):

@@ -169,7 +169,7 @@ def test_at_some_lines_of_a_step(tmp_path, step):
     lines, taken = crash.at(1 << 30)
     assert lines > 50
     assert taken
-    stride = lines // 8
+    stride = lines // 4
     offset = random.randrange(1, stride + 1)
     print(f"{lines} lines, every {stride}th from {offset}")
     crash.at_all(range(offset, lines + 1, stride))
