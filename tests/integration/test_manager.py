@@ -133,6 +133,9 @@ def direct(request):
 @pytest.fixture
 def make(managers, direct):
     def make(*args, **options):
+        options.setdefault(
+            "start_method", "fork"
+        )  # the quickest; the tests of the server's process take the default
         return managers(*args, running_unit_tests=direct, **options)
 
     return make

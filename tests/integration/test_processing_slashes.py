@@ -558,7 +558,7 @@ def test_an_error_whose_text_has_no_utf_8_is_recorded_and_stops_nobody(managed: 
     ten_to_eliminate(managed)
     faults = managed.validator.faults
     for place in ("slash!", "cancel", "store"):
-        faults.fail(place, InjectedError("no such file: \udcff" + "x" * (1 << 24)), hotkey=THIRD)
+        faults.fail(place, InjectedError("no such file: \udcff" + "x" * (1 << 21)), hotkey=THIRD)
     managed.tick()
     assert sorted(complete(managed)) == [hotkey for hotkey in TEN if hotkey != THIRD]
     owed = {debt["kind"]: (debt["state"], debt["error"]) for debt in managed.debts}
