@@ -135,7 +135,7 @@ def make(managers, direct):
     def make(*args, **options):
         options.setdefault(
             "start_method", "fork"
-        )  # the quickest; the tests of the server's process take the default
+        )  # the quickest; tests of that process do not
         return managers(*args, running_unit_tests=direct, **options)
 
     return make

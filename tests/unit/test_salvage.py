@@ -6,13 +6,16 @@ from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from shmelim.eliminations.record import MAX_RECORD_BYTES, encode
 from shmelim.eliminations.salvage import salvage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NOW = 1_700_000_000_000
 WHOLE = {
@@ -122,16 +125,16 @@ def test_of_a_record_that_is_too_large_the_largest_fields_go(count: int) -> None
 @pytest.mark.parametrize(
     "fields",
     [
-        {"k" * 2_000_000: 1},
-        {f"{number:07}" * 20: number for number in range(10_000)},
-        {f"{number:07}": number for number in range(200_000)},
-        {f"{number:07}": "x" * 20 for number in range(200_000)},
-        {f"{number:07}": None for number in range(MAX_RECORD_BYTES + 1)},
+        lambda: {"k" * 2_000_000: 1},
+        lambda: {f"{number:07}" * 20: number for number in range(10_000)},
+        lambda: {f"{number:07}": number for number in range(200_000)},
+        lambda: {f"{number:07}": "x" * 20 for number in range(200_000)},
+        lambda: {f"{number:07}": None for number in range(MAX_RECORD_BYTES + 1)},
     ],
     ids=["a long name", "long names", "many numbers", "many texts", "more fields than bytes"],
 )
-def test_names_that_are_too_large_go_with_their_fields(fields: dict[str, Any]) -> None:
-    record, notes = salvage(WHOLE | fields, NOW)
+def test_names_that_are_too_large_go_with_their_fields(fields: Callable[[], dict[str, Any]]) -> None:
+    record, notes = salvage(WHOLE | fields(), NOW)
     assert len(encode(record)) <= MAX_RECORD_BYTES
     assert {name: record[name] for name in WHOLE} == WHOLE | {"price_info": {"BTCUSD": [1.5, NOW]}}
     assert max(map(len, notes)) < 200
