@@ -51,8 +51,14 @@ _QUICK = (
     "contract/test_2_",
     "contract/test_3_",
 )
-# Examples that start servers, type checkers, and hunts for leaks.
-_SLOW = ("unit/test_documents", "unit/test_face", "unit/test_native")
+# Examples that start servers, type checkers, hunts for leaks, and reads overtaken at each access.
+_SLOW = (
+    "unit/test_documents",
+    "unit/test_face",
+    "unit/test_native",
+    "unit/test_shm_overlap",
+    "unit/test_calls.py::test_a_type_checker",
+)
 _LONGEST = 3600  # seconds that a long test may take
 
 
@@ -60,7 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is quick by where it stands, so that no test has to say so, and give long ones their time."""
     for item in items:
         where = str(item.path.relative_to(_TESTS)) if item.path.is_relative_to(_TESTS) else ""
-        if where.startswith(_QUICK) and not where.startswith(_SLOW) and not item.get_closest_marker("long"):
+        slow = item.get_closest_marker("long") or f"{where}::{item.name}".startswith(_SLOW)
+        if where.startswith(_QUICK) and not slow:
             item.add_marker(pytest.mark.quick)
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.timeout(_LONGEST))

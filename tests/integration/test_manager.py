@@ -133,9 +133,7 @@ def direct(request):
 @pytest.fixture
 def make(managers, direct):
     def make(*args, **options):
-        options.setdefault(
-            "start_method", "fork"
-        )  # the quickest; tests of that process do not
+        options.setdefault("start_method", "fork")  # the quickest; tests of that process do not
         return managers(*args, running_unit_tests=direct, **options)
 
     return make

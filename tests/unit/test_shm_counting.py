@@ -310,8 +310,8 @@ def test_ended_counts_that_were_written_half_are_those_of_before(
     assert readings_of(namespace).total.hits == 2
     after = ended.read_bytes()
     seen = set()
-    for cut in range(PAGE):
-        ended.write_bytes(after[:cut] + before[cut:])
+    for torn in {after[:cut] + before[cut:] for cut in range(PAGE)}:
+        ended.write_bytes(torn)
         seen.add(readings_of(namespace).total.hits)
     assert seen == {1, 2}
 
