@@ -46,6 +46,9 @@ _HINTS: Final = {
     errno.ENOLCK: _UNLOCKABLE,
     errno.EOPNOTSUPP: _UNLOCKABLE,
 }
+PIECE: Final = 4 << 20
+"""Bytes of a large file after which it is synced while it is written: all at once keeps the disk from others."""
+
 _CIRCLE: Final = "a link that leads to itself"
 _KINDS: Final = {
     stat.S_IFDIR: "a directory",
@@ -168,11 +171,16 @@ def write_whole(
         with temporary.open("wb", buffering=0) as file:
             descriptor = file.fileno()
             _copy_permissions(target, descriptor, mode)
+            unsynced = 0
             for part in parts:
                 # A raw write may take less than it is given, as on a disk that fills up.
                 rest = memoryview(part)
                 while rest:
                     rest = rest[file.write(rest) :]
+                unsynced += len(part)
+                if unsynced >= PIECE:
+                    os.fsync(descriptor)
+                    unsynced = 0
             os.fsync(descriptor)
             identity = _identity(os.fstat(descriptor))
         if before_rename is not None:

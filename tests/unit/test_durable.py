@@ -8,6 +8,7 @@ import re
 import stat
 import tempfile
 import threading
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -144,6 +145,21 @@ class TestWriteWhole:
         monkeypatch.setattr(os, "fsync", noted)
         durable.write_whole(path, [b"new"])
         assert synced == [("content", False), ("names", True)]
+
+    def test_a_large_file_is_synced_in_pieces_and_keeps_the_disk_from_nobody_for_long(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sizes = [0]
+
+        def noted(descriptor: int) -> None:
+            if not stat.S_ISDIR((found := os.fstat(descriptor)).st_mode):
+                sizes.append(found.st_size)
+
+        monkeypatch.setattr(os, "fsync", noted)
+        part = bytes(durable.PIECE // 3)
+        durable.write_whole(path, [part] * 20)
+        assert sizes[-1] == path.stat().st_size == 20 * len(part)
+        assert max(after - before for before, after in pairwise(sizes)) <= durable.PIECE + len(part)
 
 
 @pytest.mark.parametrize(

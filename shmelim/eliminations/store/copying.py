@@ -12,7 +12,7 @@ from typing import Any
 
 from shmelim.system.durable import sync_directory, sync_file
 
-_PAGES = 1000  # in one step, about 4 MB
+_PAGES = 1000  # in one step, about as many as are synced at once
 # The database that is copied is only read.
 _OF_THE_COPY = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
@@ -30,14 +30,20 @@ def copy(db: sqlite3.Connection, target: Path, on_progress: Callable[[int, int],
     """
     part = target.with_name(f".{target.name}.part")
     part.unlink(missing_ok=True)
-    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def step(_status: int, remaining: int, total: int) -> None:
+        os.fsync(descriptor)  # all at the end would keep the disk from those who go on writing
+        if on_progress is not None:
+            on_progress(total - remaining, total)
+
     try:
         with closing(sqlite3.connect(part, isolation_level=None)) as copied:
             # A read transaction of its own keeps every step of the copy at one and the same moment.
             db.execute("BEGIN")
             try:
                 db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-                db.backup(copied, pages=_PAGES, progress=_steps(on_progress))
+                db.backup(copied, pages=_PAGES, progress=step)
             finally:
                 db.execute("ROLLBACK")
             # One file, with no log beside it that could be forgotten.
@@ -51,9 +57,5 @@ def copy(db: sqlite3.Connection, target: Path, on_progress: Callable[[int, int],
         if (number := _OF_THE_COPY.get(getattr(error, "sqlite_errorcode", 0))) is not None:
             raise OSError(number, os.strerror(number)) from error
         raise
-
-
-def _steps(on_progress: Callable[[int, int], Any] | None) -> Callable[[int, int, int], object] | None:
-    if on_progress is None:
-        return None
-    return lambda _status, remaining, total: on_progress(total - remaining, total)
+    finally:
+        os.close(descriptor)
