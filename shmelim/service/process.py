@@ -529,6 +529,7 @@ class Ending:
         self._owner = owner
         self._signals = {signal.SIGTERM, signal.SIGINT} if in_foreground else {signal.SIGTERM}
         self._deferred = False  # set by the main thread; a SIGTERM of the watcher that comes later ends wait()
+        self._sending = threading.Lock()  # held by the watcher while it sends one
         self._reading = self._writing = self._old_wakeup = -1
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -550,10 +551,12 @@ class Ending:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before:
+        self.defer()
+        with self._sending:  # from here on the watcher sends nothing, which would end this process
             for number, handler in self._before.items():
                 signal.signal(number, handler)
-            signal.set_wakeup_fd(self._old_wakeup)
+            if self._before:
+                signal.set_wakeup_fd(self._old_wakeup)
         os.close(self._reading)
         os.close(self._writing)
 
@@ -563,8 +566,10 @@ class Ending:
 
     def _watch(self, owner: ProcessIdentity) -> None:
         """Break off a start that nobody waits for any more, whatever holds it up."""
-        if owner.wait(None) and not self._deferred:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if owner.wait(None):
+            with self._sending:
+                if not self._deferred:
+                    os.kill(os.getpid(), signal.SIGTERM)
 
     def defer(self) -> None:
         """Stop raising."""

@@ -639,6 +639,7 @@ def test_the_end_of_an_owner_is_seen_without_the_kernels_help(owner, monkeypatch
     monkeypatch.setattr(processes, "_LOOK_AGAIN", 0.01)
     process, _ = owner("wait")
     with Ending(processes.ProcessIdentity.of(process.pid)) as end:
+        end.defer()
         threading.Thread(target=lambda: (process.kill(), process.wait())).start()
         assert end.wait() == f"the end of its owner, process {process.pid}"
         assert end.wait() == f"the end of its owner, process {process.pid}"  # and when it is over already

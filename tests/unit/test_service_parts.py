@@ -270,9 +270,28 @@ def test_a_zombie_does_not_run():
     owner = ProcessIdentity.of(pid)
     until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     assert not owner.is_running()
-    with Ending(owner) as ending:
-        assert str(pid) in ending.wait()
+
+    def use():  # not in the main thread, whose start it would break off
+        with Ending(owner) as ending:
+            return ending.wait()
+
+    assert str(pid) in in_thread(use)
     os.waitpid(pid, 0)
+
+
+def test_the_end_of_an_owner_ends_no_process_whose_start_failed_before():
+    owner = run(time.sleep, PATIENCE).pid
+
+    def go_on():
+        with pytest.raises(ValueError, match="no start"), Ending(ProcessIdentity.of(owner)):
+            raise ValueError("no start")
+        os.kill(owner, signal.SIGKILL)
+        for thread in set(threading.enumerate()) - {threading.current_thread()}:
+            thread.join(PATIENCE)
+
+    process = run(go_on)
+    process.join(PATIENCE)
+    assert process.exitcode == 0
 
 
 def test_without_descriptors_left_a_living_owner_is_not_dead_nor_an_error(monkeypatch):
