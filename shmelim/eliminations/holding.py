@@ -12,7 +12,7 @@ from typing import Any, Final, Self, TypeAlias, TypeVar, get_args
 
 from shmelim.eliminations.epochs import Teller
 from shmelim.eliminations.files.mirror import FILES_MODE, FileMirror, FilesMode, check_files
-from shmelim.eliminations.files.taking import read_state
+from shmelim.eliminations.files.taking import Read, read_state
 from shmelim.eliminations.reader import EliminationReader
 from shmelim.eliminations.runtime import SERVICE_NAME, STATE_LOCK, lock_state, secure_state
 from shmelim.eliminations.starting.beginning import Choices, adopt, begin
@@ -141,7 +141,7 @@ class Holding:
             self._beating.start()
             undo.callback(self._beating.join)
             undo.callback(self._stopped.set)
-            self._secure(store)
+            read = self._secure(store)
             self._journal = None if self.state_dir is None else open_journal(self.state_dir, store)
             merge_once(store, imported, lambda path: tell(f"importing {path}", 0, None))
             self._state = State(
@@ -158,7 +158,7 @@ class Holding:
                 self._remembering = self._remember(remembered)
                 undo.callback(self._remembering.stop)
             self.reader = EliminationReader.over(self.namespace)
-            self._mirror = None if files == "off" else self._start_mirror(files_mode, default)
+            self._mirror = None if files == "off" else self._start_mirror(files_mode, default, read)
             self._undo = undo.pop_all()
 
     def _make_guard(self, given: GuardMode | Guard) -> Guard:
@@ -216,25 +216,25 @@ class Holding:
         """Return what the registry is to remember."""
         return self._state.read(lambda store: memory_of(store, self.state_dir or Path()))
 
-    def _secure(self, store: Store) -> None:
-        """Make the lock proof against its removal; or have a store in memory say what the files say."""
+    def _secure(self, store: Store) -> Read | None:
+        """Make the lock proof against its removal; or have a store in memory say what files do; return that."""
         directory = self._files_dir
         if self._lease is not None:
             secure_state(self._lease)
         if directory is None:
-            return
+            return None
         with writing(f"{directory} cannot be used"):
             make_private_directory(directory)
         with store.transaction():
-            read_state(changes.Step(store, None), directory)
+            return read_state(changes.Step(store, None), directory)
 
-    def _start_mirror(self, mode: int, default: Path | None) -> FileMirror | None:
-        directory, plain = self._files_dir or self.state_dir, self._files_dir is not None
+    def _start_mirror(self, mode: int, default: Path | None, read: Read | None) -> FileMirror | None:
+        directory = self._files_dir or self.state_dir
         if directory is None:
             return None
         published = Published(self.namespace)
-        mirror = FileMirror(directory, published, self._state, self.problems, mode=mode, plain=plain)
-        if not plain:
+        mirror = FileMirror(directory, published, self._state, self.problems, mode=mode, read=read)
+        if read is None:
             mirror.start()
         elif default is not None and not self._state.read(Store.counts).departed:
             self._state.commit(import_departed, default)  # which the files do not have

@@ -493,7 +493,7 @@ class EliminationManagerServer(Holding, DebtMethods):
             return
         with self._mirror.at_rest() as directory:
             if self._files_dir is not None:
-                self._state.commit(read_state, directory)
+                self._mirror.know(self._state.commit(read_state, directory))
             else:
                 self._state.commit(take_files, directory, self.problems, fresh=False, judge=self._guard.judge)
         self._follow()

@@ -7,6 +7,7 @@ from serving import row
 
 from shmelim import EliminationManager
 from shmelim.eliminations.files import mirror
+from shmelim.eliminations.state import changes
 from shmelim.errors import DamagedFileError, StoreError
 
 
@@ -79,6 +80,37 @@ def test_a_manager_that_changed_one_file_leaves_the_other_to_who_changed_that(of
     first.update_metagraph(["n"])
     second.add_elimination("a", row("a"))
     assert list(of_files().get_departed_hotkeys()) == ["m"]
+    first.update_metagraph(["n", "o"])
+    assert list(of_files().eliminations) == ["a"]
+
+
+def test_a_manager_that_has_taken_default_departures_leaves_the_eliminations_to_who_changed_them(
+    of_files, tmp_path
+):
+    default = tmp_path / "default.json"
+    default.write_text(json.dumps(["m"]))
+    first, second = of_files(default_departed=default), of_files(default_departed=default)
+    first.add_elimination("a", row("a"))
+    assert second.get_eliminations_from_disk() == [row("a")]
+    assert list(of_files().get_departed_hotkeys()) == ["m"]
+
+
+def test_a_change_that_comes_right_after_a_reload_is_written(of_files, monkeypatch):
+    manager = of_files()
+    manager.add_elimination("a", row("a"))
+    state = manager._server_proxy._state
+    commit = state.commit
+
+    def with_another(change, *args, **kwargs):
+        result = commit(change, *args, **kwargs)
+        commit(changes.remove, ["a"])  # by another thread, whose write waits until the files are no longer at rest
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "commit", with_another)
+        manager.reload_from_disk()
+    assert manager.eliminations == {}
+    assert manager.get_eliminations_from_disk() == []
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from shmelim.eliminations.comparing import unpacked
 from shmelim.eliminations.files import format as files
 from shmelim.eliminations.files.format import DEPARTED_FILE, ELIMINATIONS_FILE, Summary
 from shmelim.eliminations.files.sidecar import Written, announce, read_sidecars, settle
-from shmelim.eliminations.files.taking import KNOWN, NAMES, meaning_of, set_aside
+from shmelim.eliminations.files.taking import KNOWN, NAMES, Read, meaning_of, set_aside
 from shmelim.eliminations.state.changes import Step
 from shmelim.eliminations.state.thread import Published, State
 from shmelim.errors import DamagedFileError, ShmelimError, StoreError
@@ -63,8 +63,9 @@ def check_files(files: str, mode: int) -> None:
 class FileMirror:
     """Writes the two files behind the published state.
 
-    One writes at a time, under ``_writing``, which guards what is known of the files. With ``plain`` the files
-    are for other managers to write as well: nothing is kept beside them, and nobody's work is moved aside.
+    One writes at a time, under ``_writing``, which guards what is known of the files. Those of which `read` tells
+    what they say are for other managers to write as well: nothing is kept beside them, nobody's work is moved
+    aside, and a file that shows what this manager last wrote or read there is not written over.
     """
 
     def __init__(
@@ -75,25 +76,28 @@ class FileMirror:
         problems: Problems,
         *,
         mode: int = 0o600,
-        plain: bool = False,
+        read: Read | None = None,
     ) -> None:
         self.directory = directory
         self._published = published
         self._state = state
         self._problems = problems
         self._mode = mode
-        self._plain = plain
+        self._plain = read is not None
         self._ending = threading.Event()
         self._writing = threading.Lock()
-        self._shown: int | None = None  # the `rows_version` that both files show at least
-        self._departed: dict[str, dict[str, int]] | None = None  # as they were written last
+        # The `rows_version` that both files show at least; what was read before that is no change.
+        self._shown = state.rows_version if self._plain else None
+        # As they were written last; the former of files of others only.
+        self._eliminated: list[bytes] | None = None
+        self._departed: dict[str, int] | None = None
         # The files as they stood when they were last known to be ours.
         self._ours: dict[str, tuple[int, ...]] = {}
         self._not_before = 0.0
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
-        if plain:
-            self._know_read()
+        if read is not None:
+            self.know(read)
 
     def start(self) -> None:
         """Start the thread that writes what nobody waits for."""
@@ -124,15 +128,20 @@ class FileMirror:
 
     @contextmanager
     def at_rest(self) -> Iterator[Path]:
-        """Keep the files from being written while they are read; then they are written anew, but `plain` ones."""
+        """Keep the files from being written while they are read; then they are written anew.
+
+        Those of others are not: what they say is to be told by :meth:`know`.
+        """
         with self._writing:
             try:
                 yield self.directory
-                if self._plain:
-                    self._know_read()
             finally:
                 if not self._plain:
                     self._shown = self._departed = None
+
+    def know(self, read: Read) -> None:
+        """Note what the files of others say, while they are at rest."""
+        self._eliminated, self._departed = read
 
     def stop(self) -> None:
         """Write what is stale, and end the thread. Idempotent."""
@@ -186,22 +195,20 @@ class FileMirror:
                 # Right before the file is replaced: what comes in while something is synced is not lost.
                 self._keep_edit(name)
 
-        def write(name: str, how: Callable[..., Summary], rows: Iterator[Any]) -> None:
+        def write(name: str, how: Callable[..., Summary], rows: Iterable[Any], *, is_known: bool) -> None:
             path = self.directory / name
-            self._know(path, how(path, rows, mode=self._mode, before_rename=partial(confirm, name)))
+            if not (is_known and path.exists()) or (look and self._is_changed(name)):
+                self._know(path, how(path, rows, mode=self._mode, before_rename=partial(confirm, name)))
 
-        records = map(bytes, unpacked(self._published.pack_eliminations()))
-        write(ELIMINATIONS_FILE, files.write_eliminations, records)
-        departed = self._published.get_departed_hotkeys()
-        is_gone = not (self.directory / DEPARTED_FILE).exists()
-        if departed != self._departed or is_gone or (look and self._is_changed(DEPARTED_FILE)):
-            times = ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())
-            write(DEPARTED_FILE, files.write_departed, times)
-            self._departed = departed
-
-    def _know_read(self) -> None:
-        """Take what was read for what the files show: nothing is written over until there is more to say."""
-        self._shown, self._departed = self._state.rows_version, self._published.get_departed_hotkeys()
+        records: Iterable[bytes] = map(bytes, unpacked(self._published.pack_eliminations()))
+        if self._plain:
+            records = list(records)
+        write(ELIMINATIONS_FILE, files.write_eliminations, records, is_known=records == self._eliminated)
+        self._eliminated = records if isinstance(records, list) else None
+        found = self._published.get_departed_hotkeys()
+        departed = {hotkey: info["detected_ms"] for hotkey, info in found.items()}
+        write(DEPARTED_FILE, files.write_departed, departed.items(), is_known=departed == self._departed)
+        self._departed = departed
 
     def _is_changed(self, name: str) -> bool:
         """Whether a file is not as it was left, or not there."""

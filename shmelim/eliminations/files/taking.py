@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from shmelim.eliminations.files.format import (
     DEPARTED_FILE,
@@ -41,6 +41,9 @@ from shmelim.system.text import get_logger
 T = TypeVar("T")
 
 NAMES: Final = (ELIMINATIONS_FILE, DEPARTED_FILE)
+
+Read: TypeAlias = tuple[list[bytes], dict[str, int]]
+"""The records and the departures that the two files say."""
 
 # A file that says nothing which the store does not know.
 KNOWN: Final = (Meaning.TAKEN, Meaning.CURRENT, Meaning.OLDER)
@@ -184,18 +187,23 @@ def _is_gone(path: Path) -> bool:
     return False
 
 
-def read_state(step: Step, directory: Path) -> None:
-    """Make what stands in the files the eliminations, and record the departures in them."""
+def read_state(step: Step, directory: Path) -> Read:
+    """Make what stands in the files the eliminations, and record the departures in them; returns what they say."""
+    eliminated: list[bytes] = []
+    departed: dict[str, int] = {}
     file = read_file(directory / ELIMINATIONS_FILE)
     if file is not None:
         listed = eliminations_in(file)
         replace_all(step, news_of(step.store, listed), f"file {file.path.name}", _named_in(listed.bad))
         quarantine(file.path, listed.bad)
+        eliminated = [record for _, record in step.store.eliminated()]
     file = read_file(directory / DEPARTED_FILE)
     if file is not None:
-        departed = departures_in(file)
-        record_departures(step, departed.taken, f"file {file.path.name}")
-        quarantine(file.path, departed.bad)
+        found = departures_in(file)
+        record_departures(step, found.taken, f"file {file.path.name}")
+        quarantine(file.path, found.bad)
+        departed = found.taken
+    return eliminated, departed
 
 
 def _set_damaged_aside(path: Path, error: DamagedFileError, problems: Problems) -> EventOf:
