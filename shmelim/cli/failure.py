@@ -139,7 +139,7 @@ def to_be_written(path: Path) -> Path:
         need_file(path)
         if not path.is_file():
             raise FileProblemError(f"{path} is not a regular file", hint='write to stdout with "-" instead')
-        if path.suffix != ".json" and (path.parent / FILE_NAME).exists():
+        if path.suffix not in (".json", ".prom") and (path.parent / FILE_NAME).exists():
             raise FileProblemError(
                 f"{path} belongs to the store in that directory", hint="name a file in another directory"
             )

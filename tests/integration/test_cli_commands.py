@@ -396,6 +396,12 @@ def test_export_writes_over_nothing_of_a_store(run, tmp_path, name):
     assert (tmp_path / name).read_text() == "precious"
 
 
+def test_metrics_are_written_again_beside_a_store(run, tmp_path):
+    (tmp_path / "shmelim.sqlite").write_text("precious")
+    for _ in range(2):
+        assert run("metrics", "--to", str(tmp_path / "shmelim.prom")).exit_code == 0
+
+
 @pytest.mark.parametrize("wrong", [("--reason", " "), ("--reason", "ZOMBIE", "--dd", "nan")])
 def test_add_refuses_what_says_nothing(run, wrong):
     found = run("add", A, *wrong)
