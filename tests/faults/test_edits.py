@@ -143,6 +143,22 @@ class TestAnEditOlderThanTheLastCommit:
         kept = json.loads(Path(problem["subject"]).read_text())
         assert kept == {"departed_hotkeys": edited}
 
+    def test_that_dates_a_departure_anew_which_was_undone_since_is_kept(self, state_dir, start, table_name):
+        departed = state_dir / "departed_hotkeys.json"
+
+        def work(server):
+            for hotkeys in (["a", "b"], ["b"]):
+                server.update_metagraph_rpc(hotkeys)
+            server.save_eliminations_rpc()
+            departed.write_text(json.dumps({"departed_hotkeys": {"a": {"detected_ms": 5}}}))
+            server.undo_departures_rpc(["a"])
+
+        die_after(table_name, state_dir, work)
+        server = start()
+        assert server.get_departed_hotkeys_rpc() == {}
+        (problem,) = server.health_check_rpc()["problems"]
+        assert problem["name"] == "file_not_applied"
+
     def test_our_own_older_file_is_none(self, table_name, state_dir, path, start):
         def work(server):
             server.sync_eliminations_rpc([row("a"), row("b")])

@@ -287,12 +287,12 @@ def _apply_departures(step: Step, name: str, edit: _Edit) -> list[str]:
 
     A departure is for ever, with the time at which it was seen; a time of 0 says nothing against another.
     """
-    stored = dict(step.store.departed())
     rows = {hotkey: hash_of(departed_row(ms)) for hotkey, ms in edit.taken.items()}
     changed = {hotkey: edit.taken[hotkey] for hotkey in rows if edit.base.get(hash_of(hotkey)) != rows[hotkey]}
     new = {hotkey: ms for hotkey, ms in changed.items() if hash_of(hotkey) not in edit.base}
     record_departures(step, new, f"file {name}")
-    dated = [hotkey for hotkey, ms in changed.items() if ms not in (0, stored.get(hotkey, ms))]
+    stored = dict(step.store.departed())
+    dated = [hotkey for hotkey, ms in changed.items() if ms not in (0, stored.get(hotkey))]
     missing = edit.base.keys() - {hash_of(hotkey) for hotkey in (*edit.taken, *edit.unsure)}
     return dated + [hotkey for hotkey in stored if hash_of(hotkey) in missing]
 
