@@ -80,6 +80,23 @@ def fill(server):
     server.update_metagraph_rpc(["m1", "m2"])
 
 
+def test_what_changes_while_the_one_file_is_written_is_not_in_the_other(
+    never_by_itself, lagged, state_dir, monkeypatch
+):
+    """Or that would have more than the commit that is noted of it."""
+    lagged.update_metagraph_rpc(["m1", "m2"])
+    write = files.write_eliminations
+
+    def meanwhile(*args, **options):
+        lagged.update_metagraph_rpc(["m2"])
+        return write(*args, **options)
+
+    monkeypatch.setattr(files, "write_eliminations", meanwhile)
+    lagged._mirror.flush()
+    assert json.loads((state_dir / "departed_hotkeys.json").read_text()) == {"departed_hotkeys": {}}
+    assert lagged.reader.get_departed_hotkeys().keys() == {"m1"}
+
+
 def test_a_table_that_cannot_be_read_for_a_while_leaves_the_files_behind_and_is_named(
     lagged, state_dir, monkeypatch
 ):

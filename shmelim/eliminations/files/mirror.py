@@ -186,8 +186,13 @@ class FileMirror:
         return problem
 
     def _write_both(self, *, look: bool) -> None:
-        # Asked before the table is, each time: what stands there then is of this commit, or of a later one.
+        # Asked before the table is: what stands there then is of this commit, or of a later one.
         store_id, commit = self._state.read(lambda store: (store.store_id, store.commit_number))
+        records: Iterable[bytes] = map(bytes, unpacked(self._published.pack_eliminations()))
+        if self._plain:
+            records = list(records)
+        found = self._published.get_departed_hotkeys()
+        departed = {hotkey: info["detected_ms"] for hotkey, info in found.items()}
 
         def confirm(name: str, summary: Summary) -> None:
             if not self._plain:
@@ -200,13 +205,8 @@ class FileMirror:
             if not (is_known and path.exists()) or (look and self._is_changed(name)):
                 self._know(path, how(path, rows, mode=self._mode, before_rename=partial(confirm, name)))
 
-        records: Iterable[bytes] = map(bytes, unpacked(self._published.pack_eliminations()))
-        if self._plain:
-            records = list(records)
         write(ELIMINATIONS_FILE, files.write_eliminations, records, is_known=records == self._eliminated)
         self._eliminated = records if isinstance(records, list) else None
-        found = self._published.get_departed_hotkeys()
-        departed = {hotkey: info["detected_ms"] for hotkey, info in found.items()}
         write(DEPARTED_FILE, files.write_departed, departed.items(), is_known=departed == self._departed)
         self._departed = departed
 
