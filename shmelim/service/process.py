@@ -562,6 +562,7 @@ class Ending:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if not self._deferred:
+            self.defer()  # whatever comes while that is undone: a supervisor may end the owner at the same time
             raise SystemExit(128 + number)
 
     def _watch(self, owner: ProcessIdentity) -> None:

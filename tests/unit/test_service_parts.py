@@ -326,6 +326,22 @@ def test_signal_handlers_are_as_before():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def test_a_start_that_is_broken_off_is_undone_whatever_comes_then():
+    """As where a supervisor ends server and owner at once."""
+    undone = []
+
+    def start():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            undone.append(True)
+
+    with pytest.raises(SystemExit), Ending(None):
+        start()
+    assert undone
+
+
 def test_outside_of_the_main_thread_signals_are_left_alone():
     def use():
         with Ending(ProcessIdentity(1, -1.0)) as ending:
