@@ -90,7 +90,7 @@ class FileMirror:
         self._shown = state.rows_version if self._plain else None
         # As they were written last; the former of files of others only.
         self._eliminated: list[bytes] | None = None
-        self._departed: dict[str, int] | None = None
+        self._departed: dict[str, dict[str, int]] | None = None
         # The files as they stood when they were last known to be ours.
         self._ours: dict[str, tuple[int, ...]] = {}
         self._not_before = 0.0
@@ -141,7 +141,8 @@ class FileMirror:
 
     def know(self, read: Read) -> None:
         """Note what the files of others say, while they are at rest."""
-        self._eliminated, self._departed = read
+        self._eliminated, departed = read
+        self._departed = {hotkey: {"detected_ms": ms} for hotkey, ms in departed.items()}
 
     def stop(self) -> None:
         """Write what is stale, and end the thread. Idempotent."""
@@ -191,8 +192,7 @@ class FileMirror:
         records: Iterable[bytes] = map(bytes, unpacked(self._published.pack_eliminations()))
         if self._plain:
             records = list(records)
-        found = self._published.get_departed_hotkeys()
-        departed = {hotkey: info["detected_ms"] for hotkey, info in found.items()}
+        departed = self._published.get_departed_hotkeys()
 
         def confirm(name: str, summary: Summary) -> None:
             if not self._plain:
@@ -200,15 +200,16 @@ class FileMirror:
                 # Right before the file is replaced: what comes in while something is synced is not lost.
                 self._keep_edit(name)
 
-        def write(name: str, how: Callable[..., Summary], rows: Iterable[Any], *, is_known: bool) -> None:
+        times = ((hotkey, info["detected_ms"]) for hotkey, info in departed.items())
+        both: tuple[tuple[str, Callable[..., Summary], Iterable[Any], bool], ...] = (
+            (ELIMINATIONS_FILE, files.write_eliminations, records, records == self._eliminated),
+            (DEPARTED_FILE, files.write_departed, times, departed == self._departed),
+        )
+        for name, write, rows, is_known in both:
             path = self.directory / name
             if not (is_known and path.exists()) or (look and self._is_changed(name)):
-                self._know(path, how(path, rows, mode=self._mode, before_rename=partial(confirm, name)))
-
-        write(ELIMINATIONS_FILE, files.write_eliminations, records, is_known=records == self._eliminated)
-        self._eliminated = records if isinstance(records, list) else None
-        write(DEPARTED_FILE, files.write_departed, departed.items(), is_known=departed == self._departed)
-        self._departed = departed
+                self._know(path, write(path, rows, mode=self._mode, before_rename=partial(confirm, name)))
+        self._eliminated, self._departed = records if isinstance(records, list) else None, departed
 
     def _is_changed(self, name: str) -> bool:
         """Whether a file is not as it was left, or not there."""
