@@ -132,17 +132,20 @@ def need_source(path: Path) -> None:
 
 def to_be_written(path: Path) -> Path:
     """Return where a file is to be written, through a link, which stays one; FileProblemError where none may."""
-    from shmelim.eliminations.store.schema import FILE_NAME  # most commands load no SQLite
+    # Most commands load no SQLite.
+    from shmelim.eliminations.debts.journal import FILE_NAME as JOURNAL
+    from shmelim.eliminations.runtime import STATE_LOCK
+    from shmelim.eliminations.starting.keeping import MANIFEST
+    from shmelim.eliminations.store.schema import FILE_NAME
 
     path = Path(os.path.realpath(path))
     if path.exists():
         need_file(path)
         if not path.is_file():
             raise FileProblemError(f"{path} is not a regular file", hint='write to stdout with "-" instead')
-        if path.suffix not in (".json", ".prom") and (path.parent / FILE_NAME).exists():
-            raise FileProblemError(
-                f"{path} belongs to the store in that directory", hint="name a file in another directory"
-            )
+    is_a_stores = path.name.startswith(FILE_NAME) or path.name in (STATE_LOCK, JOURNAL, MANIFEST)
+    if is_a_stores and (path.parent / FILE_NAME).exists():
+        raise FileProblemError(f"{path} belongs to the store in that directory", hint="name another file")
     if not path.parent.is_dir():
         raise FileProblemError(f"there is no directory {path.parent} to write {path.name} to", hint="make it")
     return path

@@ -386,7 +386,7 @@ def test_export_leaves_alone_what_is_not_a_regular_file(run, tmp_path):
     assert json.loads(target.read_text()) == {"eliminations": []}
 
 
-@pytest.mark.parametrize("name", ["shmelim.sqlite", "shmelim.sqlite-wal", "lock", "slashes.jsonl"])
+@pytest.mark.parametrize("name", ["shmelim.sqlite", "shmelim.sqlite-wal", "lock", "slashes.jsonl", "backup.json"])
 def test_export_writes_over_nothing_of_a_store(run, tmp_path, name):
     for one in {"shmelim.sqlite", name}:
         (tmp_path / one).write_text("precious")
@@ -394,6 +394,7 @@ def test_export_writes_over_nothing_of_a_store(run, tmp_path, name):
     assert found.exit_code == 4
     assert "belongs to the store" in found.stderr
     assert (tmp_path / name).read_text() == "precious"
+    assert run("export", str(tmp_path / "of-a-persons-own.txt")).exit_code == 0
 
 
 def test_metrics_are_written_again_beside_a_store(run, tmp_path):

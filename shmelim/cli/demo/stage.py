@@ -56,8 +56,10 @@ class Stage(contextlib.ExitStack):
     def _signals_held(self) -> Iterator[None]:
         """Let an ending signal take effect at the end of the block, which starts a process or cleans up."""
         self._busy = True
-        yield
-        self._busy = False
+        try:
+            yield
+        finally:
+            self._busy = False
         if self._ending:
             sys.exit(self._ending)
 
