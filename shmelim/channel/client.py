@@ -379,8 +379,8 @@ class Connections:
     def __del__(self) -> None:
         # Nobody else holds a reference, so no call is under way. Without a lock of forks, which a fork holds while
         # it waits for that of the logging module, inside which the collector may come here.
-        if hasattr(self, "_wires"):
-            for wire in list(self._wires.values()):
+        if hasattr(self, "_idle"):
+            for wire in {*self._wires.values(), *self._idle}:  # in a cycle, the collector has emptied the first
                 wire.close()
 
     def open(self, location: Location) -> Wire:

@@ -1,5 +1,6 @@
 """The client's pool, closed at every single step of its own methods, as by a signal handler of the same thread."""
 
+import gc
 import socket
 import sys
 import threading
@@ -133,4 +134,13 @@ def test_one_that_is_retired_leaves_those_in_use_alone(sockets):
     with pytest.raises(EOFError):
         used.recv_bytes(10)
     pool.give_back(used)
+    assert sockets.all_closed()
+
+
+def test_one_that_ends_in_a_cycle_closes_what_is_idle(sockets):
+    pool = Connections()
+    pool.give_back(pool.open("/nowhere"))
+    pool.itself = pool
+    del pool
+    gc.collect()
     assert sockets.all_closed()
