@@ -42,3 +42,18 @@ def due(server, hotkey):
 def slash(server, hotkey="a"):
     (debt,) = [debt for debt in server.get_debts_rpc(hotkey) if debt["kind"] == SLASH]
     return debt
+
+
+def make_slash(server, hotkey="a", how="contract"):
+    assert server.begin_slash_rpc(hotkey, "one")
+    if how == "contract":
+        assert server.settle_debt_rpc(hotkey, SLASH, "one")
+    else:
+        assert server.doubt_slash_rpc(hotkey, "one", "timeout")
+        assert server.resolve_slash_rpc(hotkey, made=True)
+
+
+def leave_and_return(server, *hotkeys):
+    server.update_metagraph_rpc(["other", *hotkeys])
+    server.update_metagraph_rpc(["other"])
+    server.update_metagraph_rpc(["other", *hotkeys])

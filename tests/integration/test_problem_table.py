@@ -40,7 +40,7 @@ SHOWN_BY = {
     "debts_old": "integration/test_health_problems.py::test_what_is_owed_for_long_is_named",
     "slashes_in_doubt": "unit/test_debts.py::test_health_tells_of_debts_and_of_slashes_in_doubt",
     "slash_journal": "faults/test_slash_journal.py::test_a_slash_that_cannot_be_written_there_is_not_begun",
-    "money_held": "unit/test_debts_slashes.py::test_one_too_many_within_an_hour_holds_all",
+    "money_held": "unit/test_debts_held.py::test_one_too_many_within_an_hour_holds_all",
     "shared_memory_lost": "faults/test_names_lost.py::test_it_publishes_again_and_every_reader_follows",
     "registry_behind": "faults/test_whose_state.py"
     "::test_a_registry_that_cannot_be_used_is_a_problem_and_no_refusal",

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from owing import ELIMINATED_MS, a_server, due, eliminate, owed, slash, told
+from owing import ELIMINATED_MS, due, eliminate, owed, slash, told
 from serving import row
 
 from shmelim.eliminations.debts.states import (
@@ -13,13 +13,6 @@ from shmelim.eliminations.debts.states import (
     POSITIONS,
     SLASH,
 )
-
-
-@pytest.fixture(params=["memory", "disk"])
-def server(request, tmp_path):
-    with a_server(request.param, tmp_path) as server:
-        yield server
-
 
 # ------------------------------------------------------------------ eliminating
 
