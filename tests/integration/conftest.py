@@ -1,15 +1,22 @@
-"""What several of these tests begin with: a validator with a manager of ours."""
+"""What several of these tests begin with: a validator with a manager of ours, or a server reached in every way."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import apis
 import pytest
 from reference_validator import Managed
+
+from shmelim import EliminationManagerServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from serving import Served
+
+    from shmelim import EliminationManager
 
 
 @pytest.fixture
@@ -40,3 +47,35 @@ def directly(make: Callable[..., Managed]) -> Managed:
 @pytest.fixture
 def in_rpc_mode(make: Callable[..., Managed]) -> Managed:
     return make("rpc")
+
+
+@pytest.fixture(
+    params=[
+        "in memory",
+        "with files",
+        "served",
+        "direct manager",
+        "manager",
+        pytest.param("over tcp", marks=pytest.mark.long),
+    ]
+)
+def api(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    serve: Callable[..., Served],
+    managers: Callable[..., EliminationManager],
+) -> Iterator[apis.Api]:
+    """The methods of a server, reached in each way."""
+    if request.param == "in memory":
+        with EliminationManagerServer() as server:
+            yield apis.Direct(server)
+    elif request.param == "with files":
+        with EliminationManagerServer(state_dir=tmp_path / "state", durability="process") as server:
+            yield apis.Direct(server)
+    elif request.param.endswith("manager"):
+        yield apis.Managed(managers(running_unit_tests=request.param == "direct manager", start_method="fork"))
+    else:
+        served = serve(durability="process", port=0 if request.param == "over tcp" else None)
+        with_client = served.client()
+        yield apis.Remote(with_client)
+        with_client.close()

@@ -1,4 +1,4 @@
-"""What a validator holds, in both modes by the same test bodies; what reads and changes say is in test_api.py."""
+"""What a validator holds, in both modes by the same test bodies; what reads and changes say is in test_api*.py."""
 
 from __future__ import annotations
 
