@@ -1,4 +1,4 @@
-"""What several of these tests begin with: a validator with a manager of ours, or a server reached in every way."""
+"""What several of these tests begin with: a validator with a manager of ours, a manager, a server in each way."""
 
 from __future__ import annotations
 
@@ -79,3 +79,22 @@ def api(
         with_client = served.client()
         yield apis.Remote(with_client)
         with_client.close()
+
+
+@pytest.fixture(params=["direct", "rpc"])
+def direct(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "direct")
+
+
+@pytest.fixture
+def make_manager(
+    managers: Callable[..., EliminationManager],
+    direct: bool,
+) -> Callable[..., EliminationManager]:
+    """Make managers without a validator around them, in each mode."""
+
+    def make(*args: Any, **options: Any) -> EliminationManager:
+        options.setdefault("start_method", "fork")  # the quickest; tests of that process do not
+        return managers(*args, running_unit_tests=direct, **options)
+
+    return make
