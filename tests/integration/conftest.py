@@ -1,19 +1,23 @@
-"""What several of these tests begin with: a validator with a manager of ours, a manager, a server in each way."""
+"""What several of these tests begin with: a validator, a manager, a server in each way, commands."""
 
 from __future__ import annotations
 
+import secrets
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import apis
 import pytest
+from commanding import B, Server, runner, serving
 from reference_validator import Managed
 
 from shmelim import EliminationManagerServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
+    from click.testing import Result
     from serving import Served
 
     from shmelim import EliminationManager
@@ -98,3 +102,23 @@ def make_manager(
         return managers(*args, running_unit_tests=direct, **options)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that the commands of a whole module ask."""
+    departed = Path(sys.modules["shmelim"].__file__).parent / "data" / "default_departed_hotkeys.json"
+    with serving(
+        f"cli-{secrets.token_hex(4)}", tmp_path_factory.mktemp("c"), "--default-departed", str(departed)
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def run(served: Server) -> Callable[..., Result]:
+    """Run a command that asks it; nobody is eliminated there."""
+    client = served.client()
+    client.clear_eliminations()
+    client.update_metagraph([B])
+    client.close()
+    return runner(served.name, served.home)

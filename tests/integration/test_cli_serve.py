@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from commanding import A, B, T, environment, row, runner, serving, write
 from invoking import CliRunner
-from test_cli_commands import A, B, T, environment, row, runner, serving, write
 from waiting import PATIENCE, until
 
 from shmelim import EliminationManagerServer, EliminationReader

@@ -45,7 +45,7 @@ SHOWN_BY = {
     "registry_behind": "faults/test_whose_state.py"
     "::test_a_registry_that_cannot_be_used_is_a_problem_and_no_refusal",
     "debts_unreadable": "integration/test_health_problems.py::test_debts_that_cannot_be_read_are_named",
-    "guarded_change": "integration/test_cli_commands.py::test_a_guarded_change_needs_force_and_is_acknowledged",
+    "guarded_change": "integration/test_cli_changing.py::test_a_guarded_change_needs_force_and_is_acknowledged",
     "connections_crowded": "faults/test_rpc_crowd.py::test_health_names_the_crowd_until_it_is_gone",
     "channel_unreachable": "integration/test_health_problems.py"
     "::test_what_is_wrong_with_its_channel_is_in_its_health",

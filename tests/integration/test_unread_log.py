@@ -12,8 +12,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from commanding import T, environment
 from ledger import Ledger, LedgerServer, is_alive
-from test_cli_commands import T, environment
 from waiting import PATIENCE
 
 from shmelim import EliminationClient
