@@ -4,6 +4,8 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -34,6 +36,22 @@ def kill(pid):
     """SIGKILL, and wait until it is dead; whoever is its parent reaps it."""
     os.kill(pid, signal.SIGKILL)
     until(lambda: not is_alive(pid), f"the death of {pid}")
+
+
+def run(tmp_path, text, *arguments, by_stdin=False):
+    """Run a script in an interpreter of its own."""
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    here = str(Path(__file__).parent)
+    return subprocess.run(
+        [sys.executable, "-" if by_stdin else str(script), str(tmp_path), *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([here, *sys.path])},
+        input=text if by_stdin else "",
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
 
 
 class FileAlerts:
