@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import apis
 import pytest
 from commanding import B, Server, runner, serving
+from ledger import Ledger
 from reference_validator import Managed
 
 from shmelim import EliminationManagerServer
@@ -122,3 +124,14 @@ def run(served: Server) -> Callable[..., Result]:
     client.update_metagraph([B])
     client.close()
     return runner(served.name, served.home)
+
+
+@pytest.fixture
+def make_ledger(tmp_path: Path) -> Iterator[Callable[..., Ledger]]:
+    """Make services that are not eliminations; all are shut down at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(kind: type[Ledger] = Ledger, *, directory: Path = tmp_path, **options: Any) -> Ledger:
+            return stack.enter_context(kind(directory, **options))
+
+        yield make

@@ -1,11 +1,9 @@
-"""The end of a service, seen by its own calls, by signal handlers, and by its copies: an end, and no failure."""
+"""The end of a service, as its calls, signal handlers and its other objects see it: an end, no failure."""
 
-import contextlib
 import json
 import logging
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,25 +11,15 @@ import threading
 from pathlib import Path
 
 import pytest
-from ledger import Alerts, Clock, FileAlerts, Ledger, LedgerServer, core_of, hang, is_alive, kill, pid_after
+from ledger import Alerts, Clock, Ledger, LedgerServer, core_of, is_alive, kill
 from waiting import PATIENCE, until
 
 from shmelim.channel import PickleCodec
 from shmelim.errors import ChannelError
-from shmelim.service import HealthCheckDaemon, RPCServiceBase, owner
+from shmelim.service import RPCServiceBase, owner
 
 TESTS = str(Path(__file__).parents[1])
 fork = multiprocessing.get_context("fork")
-
-
-@pytest.fixture
-def make(tmp_path):
-    with contextlib.ExitStack() as stack:
-
-        def make(kind=Ledger, *, directory=tmp_path, **options):
-            return stack.enter_context(kind(directory, **options))
-
-        yield make
 
 
 class SlowServer(LedgerServer):
@@ -106,9 +94,9 @@ def test_shutdown_by_a_signal_handler_in_the_middle_of_a_call(tmp_path, step):
     assert (tmp_path / "closed").exists()
 
 
-def test_shutdown_by_a_signal_handler_in_the_middle_of_a_start(make):
+def test_shutdown_by_a_signal_handler_in_the_middle_of_a_start(make_ledger):
     """The lock of all starts is held by the thread that the handler interrupts."""
-    service = make()
+    service = make_ledger()
 
     def start_and_end(address, authkey, server_ready):
         process = Ledger._start_server_process(service, address, authkey, server_ready)
@@ -181,8 +169,8 @@ def test_shutdown_by_a_signal_handler_while_a_change_commits(tmp_path, table_nam
 # ------------------------------------------------------------------ the owner's own calls
 
 
-def test_shutdown_lets_the_owners_running_calls_finish(make, tmp_path):
-    service = make(SlowLedger, stop_timeout=2 * PATIENCE)
+def test_shutdown_lets_the_owners_running_calls_finish(make_ledger, tmp_path):
+    service = make_ledger(SlowLedger, stop_timeout=2 * PATIENCE)
     answers = []
     caller = threading.Thread(target=lambda: answers.append(service._server_proxy.slow_rpc()))
     caller.start()
@@ -198,8 +186,8 @@ def test_shutdown_lets_the_owners_running_calls_finish(make, tmp_path):
     assert answers == ["finished"]
 
 
-def test_shutdown_does_not_wait_for_a_restart_under_way(make, tmp_path):
-    service = make(SlowLedger, ready_timeout=4 * PATIENCE)
+def test_shutdown_does_not_wait_for_a_restart_under_way(make_ledger, tmp_path):
+    service = make_ledger(SlowLedger, ready_timeout=4 * PATIENCE)
     (tmp_path / "hang").touch()
     errors = []
 
@@ -222,8 +210,8 @@ def test_shutdown_does_not_wait_for_a_restart_under_way(make, tmp_path):
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_after_the_end_everything_says_so(make, direct, caplog):
-    service = make(running_unit_tests=direct)
+def test_after_the_end_everything_says_so(make_ledger, direct, caplog):
+    service = make_ledger(running_unit_tests=direct)
     service.shutdown()
     for use in (service.pid, service.restart_server, lambda: service._server_proxy.anything):
         with pytest.raises(ChannelError, match="LedgerServer was shut down"):
@@ -256,259 +244,6 @@ def test_without_a_server_everything_says_what_to_do(direct):
     assert service.health_check() is False
 
 
-# ------------------------------------------------------------------ copies
-
-
-def check_until_it_ends(service, pipe):
-    service.health_check(0)
-    pipe.send("ready")
-    now, outcomes = 0.0, []
-    while not service.has_ended:
-        now += 60_000
-        outcomes.append(service.health_check(now))
-    pipe.send((outcomes[-1] if outcomes else None, service.health_check(now + 60_000)))
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_copies_see_an_orderly_end_as_an_end(make, tmp_path, method):
-    alerts = FileAlerts(tmp_path)
-    service = make(
-        enable_health_check=True, max_consecutive_failures=1, slack_notifier=alerts, ready_timeout=4 * PATIENCE
-    )
-    context = multiprocessing.get_context(method)
-    here, there = context.Pipe()
-    copies = [context.Process(target=check_until_it_ends, args=(service, there)) for _ in range(2)]
-    for copy in copies:
-        copy.start()
-    assert [here.recv() for _ in copies] == ["ready"] * 2
-    service.shutdown()
-    for copy in copies:
-        copy.join(PATIENCE)
-    assert [copy.exitcode for copy in copies] == [0, 0]
-    assert [here.recv()[1] for _ in copies] == [False, False]
-    assert alerts.lines() == []
-
-
-@pytest.mark.parametrize("kind", ["thread", "process"])
-def test_the_daemon_stops_with_the_service(make, tmp_path, kind):
-    alerts = FileAlerts(tmp_path)
-    service = make(
-        enable_health_check=True, health_check_interval_s=0, max_consecutive_failures=1, slack_notifier=alerts
-    )
-    daemon = HealthCheckDaemon(service, 0.01, alerts).start(kind)
-    service.shutdown()
-    # Not by joining it: the daemon does, too, and who comes second learns a moment later that it has ended.
-    until(lambda: not daemon._runner.is_alive())
-    assert alerts.levels() in ([], ["flushed"] * 2)
-    assert getattr(daemon._runner, "exitcode", 0) == 0
-
-
-def check_round_after_round(service, stop):
-    while not stop.is_set():
-        service.health_check()
-
-
-@pytest.fixture
-def watched(tmp_path):
-    """A service that is checked without pause by other processes, and by a thread of this one."""
-    with contextlib.ExitStack() as stack:
-
-        def start(copies, *, owner, **options):
-            alerts, stop = FileAlerts(tmp_path), fork.Event()
-            service = stack.enter_context(
-                Ledger(
-                    tmp_path,
-                    enable_health_check=True,
-                    health_check_interval_s=0,
-                    slack_notifier=alerts,
-                    restart_pause=0.0,
-                    **options,
-                )
-            )
-            watchers = [fork.Process(target=check_round_after_round, args=(service, stop)) for _ in range(copies)]
-            if owner:
-                watchers.append(threading.Thread(target=check_round_after_round, args=(service, stop)))
-            for watcher in watchers:
-                watcher.start()
-
-            def end():
-                stop.set()
-                for watcher in watchers:
-                    watcher.join(PATIENCE)
-                assert [getattr(watcher, "exitcode", 0) for watcher in watchers] == [0] * len(watchers)
-
-            stack.callback(end)
-            return service, alerts
-
-        yield start
-
-
-def count_starts(service):
-    starts, start = [], service._start_server_process
-    service._start_server_process = lambda *arguments: starts.append(1) or start(*arguments)
-    return starts
-
-
-@pytest.mark.parametrize("owner", [False, True])
-def test_a_dead_server_is_one_restart_and_two_alerts_however_many_watch(watched, owner):
-    service, alerts = watched(10, owner=owner, max_consecutive_failures=1)
-    starts = count_starts(service)
-    for round_number in range(1, 4):
-        dead = kill(service)
-        until(lambda: len(alerts.lines()) == 2 * round_number)  # noqa: B023
-        assert service.pid() == pid_after(service, dead)
-        assert len(starts) == round_number
-    assert alerts.levels() == ["error", "success"] * 3
-    assert len(set(alerts.lines())) == 6
-
-
-@pytest.mark.parametrize("owner", [False, True])
-def test_a_server_that_hangs_is_replaced_once_and_told_of_once_however_many_watch(watched, owner):
-    service, alerts = watched(
-        3, owner=owner, max_consecutive_failures=2, health_check_timeout=1.0, stop_timeout=0.1
-    )
-    starts = count_starts(service)
-    for round_number in range(1, 3):
-        hung = service.server_pid
-        hang(hung)
-        until(lambda: alerts.levels().count("success") == round_number)  # noqa: B023
-        assert service.pid() == pid_after(service, hung)
-        assert len(starts) == round_number
-    assert alerts.levels() == ["error", "warning", "success"] * 2
-    assert len(set(alerts.lines())) == 6
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_copy_ends_a_server_that_hangs_and_the_owner_restarts_it(make, method):
-    """The copy alone checks."""
-    alerts = Alerts()
-    service = make(
-        enable_health_check=True,
-        max_consecutive_failures=2,
-        health_check_timeout=1.0,
-        stop_timeout=0.1,
-        slack_notifier=alerts,
-    )
-    hung = service.server_pid
-    hang(hung)
-    context = multiprocessing.get_context(method)
-    here, there = context.Pipe()
-    copy = context.Process(target=check_three_times, args=(service, there))
-    copy.start()
-    assert here.poll(PATIENCE)
-    outcomes, told, pid = here.recv()
-    copy.join(PATIENCE)
-    assert outcomes == [False, False, True]
-    assert pid == pid_after(service, hung)
-    assert told[0] == "error"  # by who found it
-    until(lambda: sorted(told + [level for level, _ in alerts.messages]) == ["error", "success", "warning"])
-    assert f"process {copy.pid} found that it hung" in alerts.messages[0][1]
-
-
-def check_three_times(service, pipe):
-    service.slack_notifier = alerts = Alerts()
-    outcomes = [service.health_check(60_000.0 * number) for number in (1, 2)]
-    until(lambda: is_alive(service._server_proxy and core_of(service).page.server.pid))
-    until(lambda: not core_of(service).page.state.ended_by)  # the owner has another, and has told
-    outcomes.append(service.health_check(60_000.0 * 3))
-    pipe.send((outcomes, [level for level, _ in alerts.messages], service.pid()))
-
-
-def test_a_copy_leaves_a_process_alone_that_does_not_look_like_the_server(make, monkeypatch):
-    service = make(enable_health_check=True, max_consecutive_failures=1, health_check_timeout=0.5)
-    hang(service.server_pid)
-    here, there = fork.Pipe()
-
-    def check():
-        monkeypatch.setattr(owner, "is_server_of", lambda _pid, _name: False)
-        service.slack_notifier = alerts = Alerts()
-        service.health_check()
-        there.send(alerts.of("error"))
-
-    copy = fork.Process(target=check)
-    copy.start()
-    assert here.poll(PATIENCE)
-    _, last = here.recv()
-    copy.join(PATIENCE)
-    assert "does not look like the server of LedgerServer, and is left alone" in last
-    assert is_alive(service.server_pid)
-    os.kill(service.server_pid, signal.SIGCONT)
-
-
-def own_and_vanish(directory, alerts, pids, go_on):
-    service = Ledger(
-        directory, enable_health_check=True, max_consecutive_failures=1, connect_wait=0.0, slack_notifier=alerts
-    )
-
-    def check_alone():
-        go_on.recv()
-        for number in range(1, 4):
-            service.health_check(60_000.0 * number)
-        pids.send("checked")
-
-    copy = fork.Process(target=check_alone)
-    copy.start()
-    pids.send((copy.pid, service.server_pid))
-    threading.Event().wait(PATIENCE)
-
-
-def test_where_the_owner_is_gone_whoever_checks_says_so_once(tmp_path):
-    alerts = FileAlerts(tmp_path)
-    here, there = fork.Pipe()
-    go_on, waiting = fork.Pipe()
-    owner = fork.Process(target=own_and_vanish, args=(tmp_path, alerts, there, waiting))
-    owner.start()
-    _, server = here.recv()
-    owner.kill()
-    owner.join()
-    until(lambda: not is_alive(server))
-    go_on.send("now")
-    assert here.poll(PATIENCE)
-    assert here.recv() == "checked"
-    assert alerts.levels() == ["error", "error"]
-    assert f"nobody restarts it: process {owner.pid}, which made the service, is gone" in alerts.lines()[1]
-
-
-def check_and_tell(service, alerts):
-    service.slack_notifier = alerts
-    while alerts.levels()[-1:] != ["success"]:
-        service.health_check()
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_copy_tells_by_itself_if_the_owner_has_no_notifier(make, tmp_path, method):
-    alerts = FileAlerts(tmp_path)
-    service = make(enable_health_check=True, health_check_interval_s=0, max_consecutive_failures=1)
-    copy = multiprocessing.get_context(method).Process(target=check_and_tell, args=(service, alerts))
-    copy.start()
-    until(lambda: service.entries is not None)
-    while not alerts.lines():
-        dead = service.server_pid
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(dead, signal.SIGKILL)
-        pid_after(service, dead)
-    copy.join(PATIENCE)
-    assert copy.exitcode == 0
-    assert alerts.levels() == ["error", "success"]
-
-
-def test_without_restart_on_exit_a_copy_counts_and_tells_and_the_owner_restarts(make, tmp_path):
-    alerts = FileAlerts(tmp_path)
-    service = make(
-        enable_health_check=True, max_consecutive_failures=2, restart_on_exit=False, slack_notifier=alerts
-    )
-    dead = kill(service)
-    copy = fork.Process(target=lambda: [service.health_check(60_000.0 * number) for number in range(1, 5)])
-    copy.start()
-    copy.join(PATIENCE)
-    assert service.server_pid == dead
-    assert alerts.levels() == ["error", "error"]
-    assert "2 failed health checks in a row, only process" in alerts.lines()[1]
-    assert [service.health_check(60_000.0 * number) for number in range(1, 4)] == [False, False, True]
-    assert service.pid() == service.server_pid != dead
-    assert alerts.levels() == ["error", "error", "warning", "success"]
-
-
 # ------------------------------------------------------------------ two objects of one process
 
 
@@ -525,7 +260,7 @@ def test_a_name_can_be_bound_anew(tmp_path):
 
 
 @pytest.mark.parametrize("key", [None, "key"])
-def test_the_earlier_object_gives_way_for_good(make, tmp_path, key):
+def test_the_earlier_object_gives_way_for_good(make_ledger, tmp_path, key):
     clock, alerts = Clock(), Alerts()
     options = {
         "enable_health_check": True,
@@ -534,8 +269,8 @@ def test_the_earlier_object_gives_way_for_good(make, tmp_path, key):
         "clock_ms": clock,
         "key_path": None if key is None else tmp_path / key,
     }
-    first = make(**options)
-    second = make(port=first.port, **options)
+    first = make_ledger(**options)
+    second = make_ledger(port=first.port, **options)
     pid = second.server_pid
     for use in (first.pid, first.restart_server):
         with pytest.raises(ChannelError, match="a later LedgerServer of this process has taken"):
@@ -550,14 +285,14 @@ def test_the_earlier_object_gives_way_for_good(make, tmp_path, key):
 
 
 @pytest.mark.parametrize("other", ["other key", "no key", "other name", "not replacing"])
-def test_another_service_of_this_process_is_refused(make, tmp_path, other):
+def test_another_service_of_this_process_is_refused(make_ledger, tmp_path, other):
     class Other(Ledger):
         def __init__(self, directory, port, **options):
             RPCServiceBase.__init__(self, "OtherServer", port, **options)
             self.directory = directory
             self._initialize_service()
 
-    first = make(key_path=tmp_path / "a")
+    first = make_ledger(key_path=tmp_path / "a")
     pid = first.server_pid
     kind, options = {
         "other key": (Ledger, {"key_path": tmp_path / "b"}),
@@ -566,31 +301,31 @@ def test_another_service_of_this_process_is_refused(make, tmp_path, other):
         "not replacing": (Ledger, {"key_path": tmp_path / "a", "replace_stale": False}),
     }[other]
     with pytest.raises(ChannelError, match=r"is in use by another LedgerServer of this process \(shut that down"):
-        make(kind, port=first.port, **options)
+        make_ledger(kind, port=first.port, **options)
     assert first.pid() == first.server_pid == pid
     first.restart_server()
     first.shutdown()
-    assert make(kind, port=first.port, **options).pid() != pid
+    assert make_ledger(kind, port=first.port, **options).pid() != pid
 
 
-def test_another_name_of_the_same_address_helps_nobody(make, tmp_path):
-    first = make(key_path=tmp_path / "a")
+def test_another_name_of_the_same_address_helps_nobody(make_ledger, tmp_path):
+    first = make_ledger(key_path=tmp_path / "a")
     with pytest.raises(
         ChannelError, match=f"is in use by process {first.server_pid}, the server of a process that"
     ):
-        make(address=("localhost", first.port), key_path=tmp_path / "b")
+        make_ledger(address=("localhost", first.port), key_path=tmp_path / "b")
     assert first.pid() == first.server_pid
 
 
-def test_an_object_that_was_shut_down_is_in_nobodys_way(make, tmp_path):
-    first = make(key_path=tmp_path / "a")
+def test_an_object_that_was_shut_down_is_in_nobodys_way(make_ledger, tmp_path):
+    first = make_ledger(key_path=tmp_path / "a")
     first.shutdown()
-    second = make(port=first.port, key_path=tmp_path / "b")
+    second = make_ledger(port=first.port, key_path=tmp_path / "b")
     assert second.pid() == second.server_pid
 
 
-def test_a_forked_child_knows_that_its_copy_holds_nothing(make, tmp_path):
-    first = make(key_path=tmp_path / "a")
+def test_a_forked_child_knows_that_its_copy_holds_nothing(make_ledger, tmp_path):
+    first = make_ledger(key_path=tmp_path / "a")
     here, there = fork.Pipe()
 
     def take():
@@ -622,9 +357,9 @@ class UncheckedService(Ledger):
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_a_server_without_the_method_is_not_restarted(make, direct, caplog):
+def test_a_server_without_the_method_is_not_restarted(make_ledger, direct, caplog):
     clock, alerts = Clock(), Alerts()
-    service = make(
+    service = make_ledger(
         UncheckedService,
         running_unit_tests=direct,
         enable_health_check=True,
@@ -647,8 +382,8 @@ def test_a_server_without_the_method_is_not_restarted(make, direct, caplog):
 # ------------------------------------------------------------------ what is said
 
 
-def test_a_plain_death_is_logged_without_tracebacks(make, caplog):
-    service = make(enable_health_check=True, health_check_interval_s=0, enable_auto_restart=False)
+def test_a_plain_death_is_logged_without_tracebacks(make_ledger, caplog):
+    service = make_ledger(enable_health_check=True, health_check_interval_s=0, enable_auto_restart=False)
     kill(service)
     with caplog.at_level(logging.DEBUG):
         assert service.health_check() is False
@@ -710,8 +445,8 @@ def test_what_may_be_changed_at_any_time_is_checked_then_too(tmp_path):
         assert (service.health_check_interval_s, service.max_consecutive_failures) == (0.5, 3)
 
 
-def test_a_time_that_is_no_number_is_refused_and_spoils_no_later_check(make):
-    service = make(enable_health_check=True)
+def test_a_time_that_is_no_number_is_refused_and_spoils_no_later_check(make_ledger):
+    service = make_ledger(enable_health_check=True)
     with pytest.raises(TypeError, match="current_time_ms must be a number of milliseconds, not 'now'"):
         service.health_check("now")
     assert service.health_check()

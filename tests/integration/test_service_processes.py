@@ -40,18 +40,8 @@ def method(request):
 
 
 @pytest.fixture
-def make(tmp_path):
-    with contextlib.ExitStack() as stack:
-
-        def make(kind=Ledger, *, directory=tmp_path, **options):
-            return stack.enter_context(kind(directory, **options))
-
-        yield make
-
-
-@pytest.fixture
-def service(make, method):
-    return make(start_method=method, enable_health_check=True)
+def service(make_ledger, method):
+    return make_ledger(start_method=method, enable_health_check=True)
 
 
 def in_fork(function):
@@ -153,9 +143,9 @@ if __name__ == "__main__":
 """
 
 
-def test_a_fork_while_other_threads_restart_and_check(make, monkeypatch):
+def test_a_fork_while_other_threads_restart_and_check(make_ledger, monkeypatch):
     """Whatever locks they hold, the child's calls, checks and ending work."""
-    service = make(enable_health_check=True, health_check_interval_s=0)
+    service = make_ledger(enable_health_check=True, health_check_interval_s=0)
     stop = threading.Event()
     # A log stream's lock, held by another thread at the fork, is stuck in the child: no matter of the service.
     monkeypatch.setattr(logging.getLogger("shmelim"), "disabled", True)
@@ -195,8 +185,8 @@ def test_a_copy_may_go_to_a_starting_process_only(service):
             pickle.dumps(part)
 
 
-def test_a_direct_service_stays_where_it_is(make):
-    service = make(running_unit_tests=True)
+def test_a_direct_service_stays_where_it_is(make_ledger):
+    service = make_ledger(running_unit_tests=True)
     process = multiprocessing.get_context("spawn").Process(target=print, args=(service,))
     with pytest.raises(TypeError, match="in this process only"):
         process.start()
@@ -209,8 +199,8 @@ def call_until_changed(service, first, ready):
 
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])
-def test_every_client_in_every_process_finds_the_next_server(make, how):
-    service = make(connect_wait=PATIENCE, idempotent=["pid_rpc"])
+def test_every_client_in_every_process_finds_the_next_server(make_ledger, how):
+    service = make_ledger(connect_wait=PATIENCE, idempotent=["pid_rpc"])
     first = service.pid()
     context = multiprocessing.get_context(how)
     processes = []
@@ -237,16 +227,16 @@ def test_every_client_in_every_process_finds_the_next_server(make, how):
 
 
 @pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
-def test_whatever_keeps_the_server_from_being_made_reaches_the_owner(make, tmp_path, method):
+def test_whatever_keeps_the_server_from_being_made_reaches_the_owner(make_ledger, tmp_path, method):
     with pytest.raises(FileNotFoundError) as caught:
-        make(directory=tmp_path / "missing", start_method=method)
+        make_ledger(directory=tmp_path / "missing", start_method=method)
     assert caught.value.filename == str(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
-def test_a_server_that_dies_before_it_is_ready_is_not_waited_for(make, tmp_path, method):
+def test_a_server_that_dies_before_it_is_ready_is_not_waited_for(make_ledger, tmp_path, method):
     with pytest.raises(NotServingError, match="ended with exit code 1 before it was ready"):
-        make(EntryPointLedger, directory=tmp_path / "missing", start_method=method)
+        make_ledger(EntryPointLedger, directory=tmp_path / "missing", start_method=method)
 
 
 class Sluggish:
@@ -263,16 +253,16 @@ class SluggishService(Ledger):
         )
 
 
-def test_a_server_that_is_not_ready_in_time_is_ended(make, tmp_path):
+def test_a_server_that_is_not_ready_in_time_is_ended(make_ledger, tmp_path):
     """One that does not even react to SIGTERM."""
     with pytest.raises(TimeoutError, match=r"was not ready within 0\.2 s"):
-        make(SluggishService, ready_timeout=0.2, stop_timeout=0.1)
+        make_ledger(SluggishService, ready_timeout=0.2, stop_timeout=0.1)
     pid = tmp_path / "pid"
     assert not pid.exists() or not is_alive(pid.read_text())
 
 
-def test_a_restart_that_is_not_ready_in_time_leaves_no_process(make):
-    service = make(ready_timeout=PATIENCE, stop_timeout=0.1)
+def test_a_restart_that_is_not_ready_in_time_leaves_no_process(make_ledger):
+    service = make_ledger(ready_timeout=PATIENCE, stop_timeout=0.1)
     started = []
 
     def start(address, authkey, server_ready):
@@ -292,20 +282,20 @@ def test_a_restart_that_is_not_ready_in_time_leaves_no_process(make):
     assert not started[0].is_alive()
 
 
-def test_a_fork_of_a_direct_service_closes_nothing(make, tmp_path):
-    service = make(running_unit_tests=True)
+def test_a_fork_of_a_direct_service_closes_nothing(make_ledger, tmp_path):
+    service = make_ledger(running_unit_tests=True)
     assert in_fork(service.shutdown) == 0
     assert not (tmp_path / "closed").exists()
     assert service.enter("still here") == "still here"
 
 
-def test_what_is_not_a_started_process_is_refused(make):
+def test_what_is_not_a_started_process_is_refused(make_ledger):
     class Wrong(Ledger):
         def _start_server_process(self, address, authkey, server_ready):
             return multiprocessing.Process(target=print)
 
     with pytest.raises(TypeError, match="must return a started Process"):
-        make(Wrong)
+        make_ledger(Wrong)
 
 
 class Unreachable(Ledger):
@@ -324,9 +314,9 @@ def say_ready(address, server_ready):
     threading.Event().wait(PATIENCE)
 
 
-def test_connecting_is_tried_as_often_as_said(make, tmp_path, caplog):
+def test_connecting_is_tried_as_often_as_said(make_ledger, tmp_path, caplog):
     with pytest.raises(NotServingError):
-        make(Unreachable, address=tmp_path / "s", connect_tries=3, connect_delay=0.01, connect_wait=0.0)
+        make_ledger(Unreachable, address=tmp_path / "s", connect_tries=3, connect_delay=0.01, connect_wait=0.0)
     assert [record.getMessage() for record in caplog.records if "tries left" in record.getMessage()] == [
         f"LedgerServer: cannot connect, {left} tries left: nobody serves at {tmp_path / 's'}" for left in (2, 1, 0)
     ]
@@ -338,9 +328,9 @@ class OtherKey(Ledger):
         return super()._start_server_process(address, bytes(reversed(authkey)), server_ready)
 
 
-def test_connecting_to_a_server_with_another_key_is_not_tried_again(make, caplog):
+def test_connecting_to_a_server_with_another_key_is_not_tried_again(make_ledger, caplog):
     with pytest.raises(AuthenticationFailedError):
-        make(OtherKey)
+        make_ledger(OtherKey)
     assert "tries left" not in caplog.text
 
 
@@ -377,8 +367,8 @@ class GettingOnLedger(Ledger):
         )
 
 
-def test_a_server_that_reports_progress_is_given_more_than_the_limit(make):
-    service = make(GettingOnLedger, ready_timeout=0.5, start_method="fork")
+def test_a_server_that_reports_progress_is_given_more_than_the_limit(make_ledger):
+    service = make_ledger(GettingOnLedger, ready_timeout=0.5, start_method="fork")
     assert service.pid() == service.server_pid
 
 
@@ -390,15 +380,15 @@ def sockets_of(pid):
     return {name for name in found if name.startswith("socket:")}
 
 
-def test_a_fresh_server_inherits_no_descriptor_and_no_thread(make):
+def test_a_fresh_server_inherits_no_descriptor_and_no_thread(make_ledger):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.set_inheritable(True)
-        service = make(start_method=None)
+        service = make_ledger(start_method=None)
         assert sockets_of(service.server_pid)
         assert not sockets_of(service.server_pid) & sockets_of(os.getpid())
 
 
-def test_a_fresh_server_is_not_interrupted_by_its_owners_terminal_while_it_starts(make):
+def test_a_fresh_server_is_not_interrupted_by_its_owners_terminal_while_it_starts(make_ledger):
     class Interrupted(Ledger):
         def _start_server_process(self, address, authkey, server_ready):
             process = super()._start_server_process(address, authkey, server_ready)
@@ -406,7 +396,7 @@ def test_a_fresh_server_is_not_interrupted_by_its_owners_terminal_while_it_start
                 os.kill(process.pid, signal.SIGINT)
             return process
 
-    service = make(Interrupted, start_method=None)
+    service = make_ledger(Interrupted, start_method=None)
     os.kill(service.server_pid, signal.SIGINT)
     assert service.pid() == service.server_pid
 
@@ -439,10 +429,10 @@ def test_a_module_level_service_needs_no_guard(tmp_path, by):
     assert (tmp_path / "closed").exists()
 
 
-def test_a_copy_without_descriptors_left_blames_itself(make):
+def test_a_copy_without_descriptors_left_blames_itself(make_ledger):
     """It cannot even ask; the server is well."""
     alerts = []
-    service = make(enable_health_check=True, max_consecutive_failures=1)
+    service = make_ledger(enable_health_check=True, max_consecutive_failures=1)
     pid = service.pid()
     here, there = multiprocessing.get_context("fork").Pipe()
 
@@ -478,16 +468,16 @@ def test_a_copy_without_descriptors_left_blames_itself(make):
 # ------------------------------------------------------------------ ending
 
 
-def test_shutdown_is_clean(make, tmp_path, method):
-    service = make(start_method=method)
+def test_shutdown_is_clean(make_ledger, tmp_path, method):
+    service = make_ledger(start_method=method)
     process = service._server_process
     service.shutdown()
     assert process.exitcode == 0
     assert (tmp_path / "closed").exists()
 
 
-def test_a_server_that_does_not_end_is_killed(make):
-    service = make(stop_timeout=0.05)
+def test_a_server_that_does_not_end_is_killed(make_ledger):
+    service = make_ledger(stop_timeout=0.05)
     process = service._server_process
     os.kill(process.pid, signal.SIGSTOP)
     service.shutdown()
@@ -495,10 +485,10 @@ def test_a_server_that_does_not_end_is_killed(make):
 
 
 @pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
-def test_a_server_that_a_thread_started_which_blocks_signals_ends_by_sigterm(make, method):
+def test_a_server_that_a_thread_started_which_blocks_signals_ends_by_sigterm(make_ledger, method):
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
     try:
-        service = make(start_method=method)
+        service = make_ledger(start_method=method)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     process = service._server_process
@@ -506,9 +496,9 @@ def test_a_server_that_a_thread_started_which_blocks_signals_ends_by_sigterm(mak
     assert process.exitcode == 0
 
 
-def test_a_call_under_way_may_finish(make, tmp_path):
+def test_a_call_under_way_may_finish(make_ledger, tmp_path):
     """The server ends as soon as the call does, and the caller gets its answer."""
-    service = make(SlowLedger)
+    service = make_ledger(SlowLedger)
     answers = []
     thread = threading.Thread(target=lambda: answers.append(service._server_proxy.slow_rpc()))
     thread.start()
@@ -545,8 +535,8 @@ class SlowLedger(Ledger):
 
 
 @pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
-def test_a_terminals_interrupt_ends_the_owner_and_not_the_server(make, method):
-    service = make(start_method=method)
+def test_a_terminals_interrupt_ends_the_owner_and_not_the_server(make_ledger, method):
+    service = make_ledger(start_method=method)
     os.kill(service.server_pid, signal.SIGINT)
     assert service.pid() == service.server_pid
 
@@ -620,14 +610,14 @@ def test_an_owner_that_is_killed_takes_its_server_along(owner, tmp_path):
 
 
 @pytest.mark.parametrize("method", SPAWN_LONG, indirect=True)
-def test_a_server_outlives_its_owner_if_it_is_told_to(owner, make, tmp_path):
+def test_a_server_outlives_its_owner_if_it_is_told_to(owner, make_ledger, tmp_path):
     process, server = owner("outlive")
     port = psutil.Process(server).net_connections("tcp")[0].laddr.port
     process.kill()
     process.wait()
     assert is_alive(server)
     # The next owner finds it there, as a stale one.
-    service = make(port=port)
+    service = make_ledger(port=port)
     assert service.pid() != server
     assert not is_alive(server)
 
@@ -645,10 +635,10 @@ def test_the_end_of_an_owner_is_seen_without_the_kernels_help(owner, monkeypatch
         assert end.wait() == f"the end of its owner, process {process.pid}"  # and when it is over already
 
 
-def test_a_start_without_descriptors_left_says_what_to_do(make, monkeypatch):
+def test_a_start_without_descriptors_left_says_what_to_do(make_ledger, monkeypatch):
     def none_left(*_args):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", none_left)
     with pytest.raises(ChannelError, match=r"cannot be served: .*Too many open files.*ulimit -n"):
-        make(start_method=None)
+        make_ledger(start_method=None)
