@@ -1,4 +1,4 @@
-"""What several of these tests begin with: a validator, a manager, a server in each way, commands."""
+"""What several of these tests begin with: a validator, a manager, a service, a channel, a server for commands."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import pytest
 from commanding import B, Server, runner, serving
 from ledger import Ledger
 from reference_validator import Managed
+from targets import KEY, Target
+from waiting import PATIENCE
 
 from shmelim import EliminationManagerServer
+from shmelim.channel import ChannelClient, ChannelServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -135,3 +138,33 @@ def make_ledger(tmp_path: Path) -> Iterator[Callable[..., Ledger]]:
             return stack.enter_context(kind(directory, **options))
 
         yield make
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str | tuple[str, int]:
+    """Where a channel can be served, of each kind."""
+    return str(tmp_path / "s") if request.param == "unix" else ("127.0.0.1", 0)
+
+
+@pytest.fixture
+def target() -> Iterator[Target]:
+    """What a channel serves; calls that hang end with the test at the latest."""
+    target = Target()
+    yield target
+    target.release.set()
+
+
+@pytest.fixture
+def server(target: Target, address: str | tuple[str, int]) -> Iterator[ChannelServer]:
+    """A channel's server in this process."""
+    with ChannelServer(target, address, KEY, service_name="svc") as server:
+        target.server = server
+        yield server
+        target.release.set()
+
+
+@pytest.fixture
+def client(server: ChannelServer) -> Iterator[ChannelClient]:
+    """A client of that server."""
+    with ChannelClient(server.address, KEY, timeout=PATIENCE) as client:
+        yield client

@@ -47,11 +47,6 @@ def context(request):
     return multiprocessing.get_context(request.param)
 
 
-@pytest.fixture(params=["unix", "tcp"])
-def address(request, tmp_path):
-    return str(tmp_path / "s") if request.param == "unix" else ("127.0.0.1", 0)
-
-
 class ServerProcess:
     """A server in a process of its own."""
 

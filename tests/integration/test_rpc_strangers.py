@@ -29,11 +29,6 @@ class Target:
         return value
 
 
-@pytest.fixture(params=["unix", "tcp"])
-def address(request, tmp_path):
-    return str(tmp_path / "s") if request.param == "unix" else ("127.0.0.1", 0)
-
-
 @pytest.fixture
 def manager(address):
     """A manager's server, in threads of this process."""
