@@ -83,6 +83,7 @@ PASSED_ON = {
     },
     ("alerts", "kind"): set(),  # it passes on what its callers say
     ("server", "whole_ms"): set(),  # a report of ticks
+    ("health", "name"): {"cannot_check", "unchecked"},
     ("room", "name"): {"disk_nearly_full", "shared_memory_nearly_full"},
 }  # fmt: skip
 
