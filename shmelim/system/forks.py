@@ -44,15 +44,31 @@ def register(owner: ForkAware) -> None:
         _owners.add(owner)
 
 
-# How often logs_at_rest() holds it for the thread that has it; the child of a fork in there never leaves it.
-_resting = 0
+# Whether this thread's forks wait for log lines of others, and what each fork under way has taken of the logs.
+_thread = threading.local()
+_taken: list[contextlib.ExitStack] = []
+
+
+def _before() -> None:
+    creating_descriptors.acquire()
+    _taken.append(stack := contextlib.ExitStack())
+    # The holder of the logging module's lock may wait for that of a handler.
+    if getattr(_thread, "waits_for_logs", False) and _held(getattr(logging, "_lock", None), stack):
+        loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+        for handler in {h for one in loggers if isinstance(one, logging.Logger) for h in one.handlers}:
+            _held(handler.lock, stack)
+
+
+def _in_parent() -> None:
+    try:
+        if _taken:  # a signal handler that raises may have broken off what is done before
+            _taken.pop().close()
+    finally:
+        creating_descriptors.release()
 
 
 def _in_child() -> None:
-    global _resting  # noqa: PLW0603
-    for _ in range(_resting):
-        creating_descriptors.release()
-    _resting = 0
+    _taken.clear()  # logging has re-made them
     try:
         for owner in list(_owners):
             try:
@@ -63,35 +79,23 @@ def _in_child() -> None:
         creating_descriptors.release()
 
 
-os.register_at_fork(
-    before=creating_descriptors.acquire, after_in_parent=creating_descriptors.release, after_in_child=_in_child
-)
+os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
 
 
 @contextlib.contextmanager
 def logs_at_rest() -> Iterator[None]:
-    """Keep a fork from catching another thread in the middle of writing a log line.
+    """Keep forks of this thread from catching another thread in the middle of writing a log line.
 
     A stream's own lock is not re-made in a forked child. If another thread holds it at the fork, the child's first
-    log line waits for ever for a thread that does not exist there. So this takes the locks of all log handlers, as
-    far as they can be had soon. A fork takes `creating_descriptors` and then the lock of the logging module, whose
-    holder may wait for that of a handler; so they are taken in this order, or two threads that fork at the same
-    time would wait for each other. If the second cannot be had soon, none of the handlers' is taken.
+    log line waits for ever for a thread that does not exist there. So such a fork takes the locks of all log
+    handlers, as far as they can be had soon. It does so itself, after it took those of other modules: two threads
+    that fork at the same time would otherwise wait for each other.
     """
-    global _resting  # noqa: PLW0603
-    creating_descriptors.acquire()
-    _resting += 1
+    _thread.waits_for_logs = True
     try:
-        with contextlib.ExitStack() as stack:
-            if _held(getattr(logging, "_lock", None), stack):
-                loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-                for handler in {h for one in loggers if isinstance(one, logging.Logger) for h in one.handlers}:
-                    _held(handler.lock, stack)
-            yield
+        yield
     finally:
-        if _resting:
-            _resting -= 1
-            creating_descriptors.release()
+        _thread.waits_for_logs = False
 
 
 def _held(lock: Any, stack: contextlib.ExitStack) -> bool:

@@ -28,10 +28,12 @@ def test_one_owner_that_fails_keeps_no_other_from_closing_its_descriptors():
     assert not any(owner.told for owner in owners)
 
 
-def test_locks_of_logs_are_taken_in_the_order_in_which_a_fork_takes_them():
-    """Else a thread that has those of the logs, and one that forks already, wait for each other for ever."""
+def test_who_is_about_to_fork_holds_nothing_that_another_fork_waits_for():
+    """That one has locks of others already, which this one's fork takes first: they would wait for each other."""
     with ThreadPoolExecutor(1) as elsewhere, forks.logs_at_rest():
-        assert not elsewhere.submit(lambda: forks.creating_descriptors.acquire(blocking=False)).result(60)
+        assert elsewhere.submit(
+            lambda: forks.creating_descriptors.acquire(blocking=False) and not forks.creating_descriptors.release()
+        ).result(60)
 
 
 def test_a_child_that_is_forked_while_logs_rest_may_create_descriptors_in_any_thread():

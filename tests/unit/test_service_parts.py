@@ -1,5 +1,6 @@
 """The small parts of the service base, each by itself."""
 
+import contextlib
 import errno
 import io
 import logging
@@ -47,8 +48,19 @@ def in_thread(function):
     return results[0]
 
 
-def test_no_handler_is_at_work_during_a_fork(handler):
+@contextlib.contextmanager
+def forking():
+    """What a fork holds while it is made."""
     with forks.logs_at_rest():
+        forks._before()
+        try:
+            yield
+        finally:
+            forks._in_parent()
+
+
+def test_no_handler_is_at_work_during_a_fork(handler):
+    with forking():
         assert not in_thread(lambda: handler.lock.acquire(blocking=False))
         logging.getLogger("shmelim.test.streams").error("this thread may still log")
     assert in_thread(lambda: handler.lock.acquire(blocking=False) and not handler.lock.release())
@@ -66,7 +78,7 @@ def test_a_handler_that_hangs_does_not_hold_up_a_fork(handler, monkeypatch):
     thread = threading.Thread(target=hang)
     thread.start()
     assert held.wait(PATIENCE)
-    with forks.logs_at_rest():
+    with forking():
         pass
     go_on.set()
     thread.join(PATIENCE)
@@ -86,11 +98,11 @@ def test_whoever_forks_waits_for_the_logging_module_first(handler, monkeypatch):
     thread = threading.Thread(target=configure)
     thread.start()
     assert held.wait(PATIENCE)
-    with forks.logs_at_rest():
+    with forking():
         assert in_thread(lambda: handler.lock.acquire(blocking=False) and not handler.lock.release())
     go_on.set()
     thread.join(PATIENCE)
-    with forks.logs_at_rest():
+    with forking():
         assert not in_thread(lambda: logging._lock.acquire(blocking=False))
 
 
