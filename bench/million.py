@@ -122,7 +122,7 @@ def main() -> None:
     namespace = SharedNamespace(f"bench-{os.getpid()}")
     with tempfile.TemporaryDirectory() as directory:
         state = Path(directory)
-        server = EliminationManagerServer(namespace, state, registry=None)
+        server = EliminationManagerServer(namespace, state, registry=None, files="lagged")
         server.sync_eliminations_rpc([record(number) for number in range(1000)])
         durable_add(server, "1,000", watch)
         token = server.begin_upload_rpc()
@@ -151,7 +151,8 @@ def main() -> None:
         child.join()
         watch.time("close", server.close)
         server = watch.time(
-            "restart: check, load, publish", lambda: EliminationManagerServer(namespace, state, registry=None)
+            "restart: check, load, publish",
+            lambda: EliminationManagerServer(namespace, state, registry=None, files="lagged"),
         )
         server.close()
     namespace.remove()
