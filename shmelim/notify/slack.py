@@ -364,6 +364,10 @@ class SlackNotifier:
                 lasts = HTTPStatus.TOO_MANY_REQUESTS != status < HTTPStatus.INTERNAL_SERVER_ERROR
                 is_final = lasts and (self._outbox is None or status in _ITS_OWN_FAULT)
                 fault = _Fault(f"HTTP status {status}", _seconds(answer.headers.get("Retry-After")), is_final)
+            elif answer.body.lstrip().startswith(
+                "<"
+            ):  # where a redirection led, without the message: a login, mostly
+                fault = _Fault("a web page answered in its place")
         except OSError as error:  # no connection, no answer in time
             reason = getattr(error, "reason", error)
             fault = _Fault(getattr(reason, "strerror", None) or type(reason).__name__)

@@ -65,6 +65,11 @@ class Slack:
                 self.end_headers()
                 self.wfile.write(b"ok")
 
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"<!doctype html><title>Sign in</title>")
+
             def log_message(self, *_):
                 pass
 
@@ -216,6 +221,16 @@ def test_what_is_refused_for_now_is_tried_again(slack, make, refusal):
     assert notifier.flush(PATIENCE)
     assert len(slack.texts) == 4
     assert slack.accepted == ["\u2139\ufe0f important", "\u2139\ufe0f the next one"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+def test_a_page_to_which_a_redirection_led_is_no_delivery(slack, make, status):
+    slack.answers = [(status, {"Location": slack.url})]
+    notifier = make(max_tries=1)
+    notifier.send_message("hello")
+    assert notifier.flush(PATIENCE)
+    assert notifier.stats() == {"sent": 0, "held_back": 0, "dropped": 0, "failed": 1, "queued": 0}
+    assert len(slack.texts) == 1
 
 
 def test_retry_after_is_obeyed(slack, make):
