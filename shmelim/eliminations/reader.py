@@ -129,7 +129,7 @@ class EliminationReader(Reading, Mapping[str, dict[str, Any]]):
     def _attach(self, namespace: Namespace, wait: float | None) -> None:
         limit = None if self.when_stale == "serve" else self.max_staleness
         try:
-            self._table = TableReader.attached(namespace, wait, limit)
+            self._table = TableReader.attached(namespace, wait, max_staleness=limit)
         except NotServingError as error:
             from shmelim.table.naming import is_a_table  # noqa: PLC0415  # nothing that a reader pays for
 

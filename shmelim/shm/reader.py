@@ -152,13 +152,21 @@ class TableReader:
     slowly.
 
     With ``max_staleness``, in seconds, each read of entries first looks how old the table is, which takes some
-    microseconds, and raises StaleError where that is more, or not known.
+    microseconds, and raises StaleError where that is more, or not known. ``check`` is called with the ``store_id``
+    of each root segment before it is read, and raises where this reader cannot read that.
     """
 
     _view_type: ClassVar[type[View]] = View
 
-    def __init__(self, namespace: Namespace, *, max_staleness: float | None = None) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        *,
+        max_staleness: float | None = None,
+        check: Callable[[bytes], Any] = lambda _: None,
+    ) -> None:
         self._namespace = namespace
+        self._check = check
         self._max_staleness = max_staleness
         self._guarded = max_staleness is not None
         self.retries = 0
@@ -174,12 +182,12 @@ class TableReader:
         self._view: View = self._view_of(self._open_root())
 
     @classmethod
-    def attached(cls, namespace: Namespace, wait: float | None, max_staleness: float | None = None) -> Self:
+    def attached(cls, namespace: Namespace, wait: float | None, **options: Any) -> Self:
         """Return a reader, made within so many seconds once something is published; None: at once, or not."""
         deadline = end_of(wait)
         while True:
             try:
-                return cls(namespace, max_staleness=max_staleness)
+                return cls(namespace, **options)
             except NotServingError:
                 if monotonic() >= deadline:
                     raise
@@ -615,6 +623,7 @@ class TableReader:
             raise CorruptSegmentError(f"segment {root.label} is {root.size} bytes long, not {ROOT_SIZE}")
         if root.memory[:ROOT_SIZE].strip(b"\0"):
             check_root(root.memory[:PAGE], root.label)
+            self._check(root.memory[STORE_ID : STORE_ID + STORE_ID_SIZE])
         return root
 
     def _view_of(self, root: Segment) -> View:

@@ -187,29 +187,14 @@ class Reader(Attached, Mapping[K, V]):
         self._private = not isinstance(namespace, SharedNamespace)
         self._key_type = keys
         self._decode: Callable[[Any], V] = decode or _from_msgpack
+        # Of each table that takes this one's place, too. Not a method: that would keep a dropped reader's table.
+        check = partial(_check_kind, self.name, keys, self._decode)
         try:
-            self._table = TableReader.attached(namespace, wait)
+            self._table = TableReader.attached(namespace, wait, check=check)
         except NotServingError as error:
             raise _nothing_there(namespace.name) from error
-        self._check_kind()
         self._keys = (_TextKeys if keys is str else _ByteKeys)(self._table)
         self._record: Callable[[Any], bytes | None] = self._keys.record
-
-    def _check_kind(self) -> bytes:
-        """Return what the table says of its keys and values, if they can be read as this reader would."""
-        found: bytes = self._table.identity().store_id
-        keys = self._key_type
-        if found[:-5] != kind(keys, RAW)[:-5]:
-            other = "str" if keys is bytes else "bytes"
-            raise SegmentFormatError(
-                f"the keys of the table {self.name!r} are not {keys.__name__}", hint=f"attach with keys={other}"
-            )
-        if self._decode is _from_msgpack and found != kind(keys, MSGPACK):
-            raise SegmentFormatError(
-                f"the values of the table {self.name!r} are not the msgpack that a writer makes by itself",
-                hint="attach with the decode= that its encode= calls for; bytes gives them as they are",
-            )
-        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._private:
@@ -259,7 +244,6 @@ class Reader(Attached, Mapping[K, V]):
 
     def _explain(self, error: Exception) -> None:
         """Raise a better error than the decoder's, if there is one."""
-        self._check_kind()
         if self._decode is _from_msgpack:
             raise CorruptSegmentError(f"a value of the table {self.name!r} cannot be decoded: {error}") from error
 
@@ -333,7 +317,8 @@ class Reader(Attached, Mapping[K, V]):
         """
         keys = self._keys
         try:
-            found = keys.collect() if self._check_kind().endswith(MSGPACK.encode()) else None
+            is_msgpack = self._table.identity().store_id.endswith(MSGPACK.encode())
+            found = keys.collect() if is_msgpack else None
             if found is None:
                 version, entries = self._table.snapshot()
                 found = (version, {keys.to_key(key): entry.record for key, entry in entries.items()})
@@ -392,6 +377,20 @@ class Reader(Attached, Mapping[K, V]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of the table {self.name!r}>"
+
+
+def _check_kind(name: str, keys: type, decode: Any, found: bytes) -> None:
+    """Raise unless keys and values of a table that says this of them are what a reader takes them for."""
+    if found[:-5] != kind(keys, RAW)[:-5]:
+        other = "str" if keys is bytes else "bytes"
+        raise SegmentFormatError(
+            f"the keys of the table {name!r} are not {keys.__name__}", hint=f"attach with keys={other}"
+        )
+    if decode is _from_msgpack and found != kind(keys, MSGPACK):
+        raise SegmentFormatError(
+            f"the values of the table {name!r} are not the msgpack that a writer makes by itself",
+            hint="attach with the decode= that its encode= calls for; bytes gives them as they are",
+        )
 
 
 def _nothing_there(name: str) -> NotServingError:

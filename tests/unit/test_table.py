@@ -419,6 +419,25 @@ def test_a_successor_of_another_kind_takes_readers_to_an_error_that_says_so(tabl
             reader.snapshot()
 
 
+@pytest.mark.parametrize(("keys", "other"), [(str, bytes), (bytes, str)])
+def test_a_successor_with_other_keys_is_an_error_to_lookups_and_not_a_table_without_theirs(
+    table_name, keys, other
+):
+    with Writer(table_name, keys=keys) as writer:
+        reader = Reader(table_name, keys=keys)
+        key = "a" if keys is str else b"a"
+        writer.put(key, 1)
+        assert reader[key] == 1
+    with Writer(table_name, keys=other):
+        reads = [reader.get, reader.__getitem__, reader.__contains__, lambda key: reader.many([key])]
+        for read in [*reads, lambda key: reader.read(key, bytes), lambda _: len(reader), lambda _: list(reader)]:
+            with pytest.raises(SegmentFormatError, match=rf"are not {keys.__name__} .attach with keys"):
+                read(key)
+    with Writer(table_name, keys=keys) as writer:
+        writer.put(key, 2)
+        assert reader[key] == 2
+
+
 def test_there_is_one_writer(table):
     with pytest.raises(AlreadyServingError, match=rf"{table.name}' has a writer already, process {os.getpid()}"):
         Writer(table.name)
