@@ -332,7 +332,7 @@ static PyMethodDef module_methods[] = {
     {"key_hash", hash, METH_VARARGS, NULL},
     {"fence", fence, METH_NOARGS, NULL},
     {"map_file", map_file, METH_O, NULL},
-    {"map_counts", map_counts, METH_O, NULL},
+    {"map_writable", map_writable, METH_VARARGS, NULL},
     {"wait_word", wait_word, METH_VARARGS, NULL},
     {"is_plain", is_plain, METH_O, NULL},
     {"may_mean_the_same", may_mean_the_same, METH_VARARGS, NULL},

@@ -26,8 +26,8 @@ from typing import Any, Final, NamedTuple, Protocol, Self
 
 from shmelim.errors import ShmelimError
 from shmelim.shm.layout import PAGE, WORD, sealed, unsealed
-from shmelim.shm.mapping import READ, WRITE, is_anybody, map_counts, open_file
-from shmelim.shm.segment import Namespace
+from shmelim.shm.mapping import READ, WRITE, is_anybody, map_writable, open_file
+from shmelim.shm.segment import Namespace, Segment
 from shmelim.shm.shared import reserve
 
 MISSES, HITS, BATCHES, RECORDS, SNAPSHOTS, RETRIES = range(6)
@@ -125,7 +125,7 @@ class ReadingPage:
             header = _HEADER.pack(_MAGIC, _FORMAT, number, os.getpid(), now_ms, len(title))
             os.pwrite(descriptor, header, 0)
             os.pwrite(descriptor, title, _TITLE)
-            words = memoryview(map_counts(descriptor)).cast("B").cast("Q")
+            words = Segment(path, map_writable(descriptor, PAGE)).words
             # The directory goes for nothing beside a path that is whole; with one, the link in /proc is followed.
             os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)
         self.path = path

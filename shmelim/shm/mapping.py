@@ -4,8 +4,8 @@ A name in ``/dev/shm`` may be anybody's, and lead to anything. So it is opened w
 following links, what it is and whose it is are looked at on the descriptor, and every error says what stands
 there.
 
-A reader's mapping owns no descriptor: a program that closes all it finds, to become a daemon, must not have this
-one closed once more later, under a number that is something else's by then. (``mmap.mmap`` keeps one.)
+A mapping owns no descriptor, a writer's lock neither: a program that closes all it finds, to become a daemon, must
+not have one closed once more later, under a number that is something else's by then. (``mmap.mmap`` keeps one.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import errno
 import mmap
 import os
 import stat
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final
 
 from shmelim.errors import NotServingError, SegmentError, UntrustedSegmentError
@@ -74,23 +74,31 @@ def map_file(path: str) -> tuple[Any, os.stat_result]:
         return (_map(file.fileno(), found.st_size, mmap.PROT_READ) if is_file else None), found
 
 
-def map_counts(descriptor: int) -> Any:
-    """Map the first page of an open file for counting in it; the mapping keeps the file's ``flock``."""
+def map_writable(descriptor: int, size: int) -> Any:
+    """Map an open file for reading and writing; the mapping keeps the file's ``flock``."""
     if extension is not None:
-        return extension.map_counts(descriptor)
-    return _map(descriptor, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE).plain()
+        return extension.map_writable(descriptor, size)
+    return _map(descriptor, size, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def _map(descriptor: int, size: int, protection: int) -> Any:
-    libc = _libc()
-    address = libc.mmap(None, size, protection, mmap.MAP_SHARED, descriptor, 0)
+    # First the place, and who gives it back: whatever interrupts this, no file stays mapped, and no lock held.
+    place = _mmap(None, size, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+    mapped = _kind(place, size, is_writable=bool(protection & mmap.PROT_WRITE)).from_address(place)
+    _mmap(place, size, protection, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
+    return mapped
+
+
+def _mmap(place: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
+    address: int = _libc().mmap(place, size, protection, flags, descriptor, 0)
     if address == _FAILED:
         import ctypes  # noqa: PLC0415
 
         raise OSError(number := ctypes.get_errno(), os.strerror(number))
-    return _kind(size).from_address(address)
+    return address
 
 
+_MAP_FIXED: Final = 0x10
 _FAILED: Final = (1 << 64) - 1
 
 
@@ -107,26 +115,28 @@ def _libc() -> Any:
     return libc
 
 
-def _kind(size: int) -> Any:
-    """Return the type of a read-only mapping of this size, in the place of the extension's ``Memory``."""
+def _kind(place: int, size: int, *, is_writable: bool) -> Any:
+    """Return the type of the mapping at this place, which stands for the extension's ``Memory``."""
     import ctypes  # noqa: PLC0415
 
     libc = _libc()
     byte: Any = type("Byte", (ctypes.Union,), {"_fields_": [("byte", ctypes.c_ubyte)]})
 
     class Mapped(ctypes.c_char * size):  # type: ignore[misc]
-        def __del__(self, unmap: Any = libc.munmap, where: Any = ctypes.addressof) -> None:
-            unmap(where(self), size)
+        __del__ = staticmethod(partial(libc.munmap, place, size))  # which nothing in Python interrupts
 
         def plain(self) -> memoryview:
             # An array of ctypes says that it is one of "<c", which cannot be cast; unions are plain bytes.
-            return memoryview((byte * size).from_buffer(self))
+            view = memoryview((byte * size).from_buffer(self))
+            return view if is_writable else view.toreadonly()
 
-        def __setitem__(self, key: Any, value: Any) -> None:
-            raise TypeError("this memory is mapped for reading")
+        if not is_writable:
+
+            def __setitem__(self, key: Any, value: Any) -> None:
+                raise TypeError("this memory is mapped for reading")
 
         def discard(self) -> None:
-            libc.madvise(ctypes.addressof(self), size, mmap.MADV_DONTNEED)
+            libc.madvise(place, size, mmap.MADV_DONTNEED)
 
     return Mapped
 

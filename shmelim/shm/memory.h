@@ -1,4 +1,4 @@
-/* Memory: a file of shared memory, mapped for reading; and how it is opened.
+/* Memory: a file of shared memory that is mapped; and how it is opened for reading.
  *
  * The descriptor is closed before anybody knows of it, and no signal handler runs in between: an interrupted reader leaves
  * none, and owns none. What the file is and whose it is was looked at on that descriptor. */
@@ -37,16 +37,17 @@ memory_of(PyObject *module, void *start, size_t size, int readonly)
     return (PyObject *)memory;
 }
 
-/* Map the first page of an open file for counting in it: (descriptor). The mapping keeps the file's flock. */
+/* Map an open file for writing: (descriptor, size). The mapping owns no descriptor, but keeps the file's flock. */
 static PyObject *
-map_counts(PyObject *module, PyObject *descriptor)
+map_writable(PyObject *module, PyObject *args)
 {
-    int file = PyObject_AsFileDescriptor(descriptor);
-    if (file < 0) {
+    int file;
+    Py_ssize_t size;
+    if (!PyArg_ParseTuple(args, "in", &file, &size)) {
         return NULL;
     }
-    void *start = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-    return start == MAP_FAILED ? PyErr_SetFromErrno(PyExc_OSError) : memory_of(module, start, PAGE, 0);
+    void *start = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    return start == MAP_FAILED ? PyErr_SetFromErrno(PyExc_OSError) : memory_of(module, start, (size_t)size, 0);
 }
 
 /* Map a file: (memory, or None where it is not a file or is empty; mode, inode, device, links, uid, gid, size). */
@@ -103,23 +104,61 @@ memory_length(PyObject *op)
     return ((Memory *)op)->size;
 }
 
-/* A slice is a copy, and never leaves the mapping. */
+/* Where a slice begins and its size, which never leaves the mapping; -1 with an error. */
+static Py_ssize_t
+memory_slice(Memory *self, PyObject *key, char **start)
+{
+    Py_ssize_t first, stop, step;
+    if (!PySlice_Check(key)) {
+        PyErr_Format(PyExc_TypeError, "memory is sliced, not indexed with %.200s", Py_TYPE(key)->tp_name);
+        return -1;
+    }
+    if (PySlice_Unpack(key, &first, &stop, &step) < 0) {
+        return -1;
+    }
+    Py_ssize_t size = PySlice_AdjustIndices(self->size, &first, &stop, step);
+    if (step != 1) {
+        PyErr_Format(PyExc_ValueError, "memory is sliced in steps of 1, not %zd", step);
+        return -1;
+    }
+    *start = (char *)self->start + first;
+    return size;
+}
+
+/* A slice is a copy. */
 static PyObject *
 memory_subscript(PyObject *op, PyObject *key)
 {
-    Memory *self = (Memory *)op;
-    Py_ssize_t start, stop, step;
-    if (!PySlice_Check(key)) {
-        return PyErr_Format(PyExc_TypeError, "memory is sliced, not indexed with %.200s", Py_TYPE(key)->tp_name);
+    char *start;
+    Py_ssize_t size = memory_slice((Memory *)op, key, &start);
+    return size < 0 ? NULL : PyBytes_FromStringAndSize(start, size);
+}
+
+static int
+memory_assign(PyObject *op, PyObject *key, PyObject *value)
+{
+    char *start;
+    Py_ssize_t size = memory_slice((Memory *)op, key, &start);
+    if (size < 0) {
+        return -1;
     }
-    if (PySlice_Unpack(key, &start, &stop, &step) < 0) {
-        return NULL;
+    if (((Memory *)op)->readonly || value == NULL) {
+        PyErr_SetString(PyExc_TypeError, "this memory is mapped for reading");
+        return -1;
     }
-    Py_ssize_t size = PySlice_AdjustIndices(self->size, &start, &stop, step);
-    if (step != 1) {
-        return PyErr_Format(PyExc_ValueError, "memory is sliced in steps of 1, not %zd", step);
+    Py_buffer bytes;
+    if (PyObject_GetBuffer(value, &bytes, PyBUF_SIMPLE) < 0) {
+        return -1;
     }
-    return PyBytes_FromStringAndSize((const char *)self->start + start, size);
+    int fits = bytes.len == size;
+    if (fits) {
+        memcpy(start, bytes.buf, (size_t)size);
+    }
+    else {
+        PyErr_Format(PyExc_ValueError, "a slice of %zd bytes takes as many, not %zd", size, bytes.len);
+    }
+    PyBuffer_Release(&bytes);
+    return fits ? 0 : -1;
 }
 
 PyDoc_STRVAR(memory_discard_doc,
@@ -149,11 +188,12 @@ static PyMethodDef memory_methods[] = {
 };
 
 static PyType_Slot memory_slots[] = {
-    {Py_tp_doc, "A file, mapped for reading by map_file, or for counting by map_counts."},
+    {Py_tp_doc, "A file, mapped for reading by map_file, or by map_writable."},
     {Py_tp_methods, memory_methods},
     {Py_tp_dealloc, memory_dealloc},
     {Py_mp_length, memory_length},
     {Py_mp_subscript, memory_subscript},
+    {Py_mp_ass_subscript, memory_assign},
     {Py_bf_getbuffer, memory_buffer},
     {0, NULL},
 };

@@ -6,11 +6,13 @@ the same face over anonymous memory, so that a table without a name in ``/dev/sh
 
 from __future__ import annotations
 
-import mmap
 import re
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from shmelim.shm.layout import WORD
+
+if TYPE_CHECKING:
+    import mmap
 
 _NAME: Final = re.compile(r"[a-z0-9_-]{1,16}")
 
@@ -32,7 +34,7 @@ class Segment:
 
     __slots__ = ("identity", "label", "memory", "window", "words")
 
-    memory: mmap.mmap  # or what slices like one: a reader's mapping
+    memory: mmap.mmap  # or what slices like one
 
     def __init__(self, label: str, memory: Any, identity: tuple[int, int] = (0, 0)) -> None:
         self.label = label
@@ -40,8 +42,7 @@ class Segment:
         self.identity = identity
         whole = memory.plain() if hasattr(memory, "plain") else memoryview(memory)
         self.window = whole.toreadonly()
-        writable = isinstance(memory, mmap.mmap) and not whole.readonly
-        self.words = (whole if writable else self.window)[: len(memory) & -WORD].cast("Q")
+        self.words = whole[: len(memory) & -WORD].cast("Q")
 
     @property
     def size(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import stat
 import struct
@@ -20,8 +19,8 @@ from shmelim.errors import (
     SegmentFullError,
     UnsupportedPlatformError,
 )
-from shmelim.shm.layout import ROOT_MAGIC, ROOT_SIZE
-from shmelim.shm.mapping import WRITE, check_file, map_file, open_error, open_file, untrusted
+from shmelim.shm.layout import PAGE, ROOT_MAGIC, ROOT_SIZE
+from shmelim.shm.mapping import WRITE, check_file, map_file, map_writable, open_error, open_file, untrusted
 from shmelim.shm.native import READ_PATH
 from shmelim.shm.segment import Lock, Namespace, Segment, check_name
 
@@ -95,11 +94,11 @@ class SharedNamespace(Namespace):
             file = self._open_lock(path)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = _FileLock(file, path)
             except BlockingIOError:
                 raise self._already_serving() from None
             except OSError as error:
                 raise open_error(path, error, "lock") from error
-            lock = _FileLock(file, path)
             # The lock of a file that was removed or replaced between open and flock keeps nobody out.
             if self.holds(lock):
                 return lock
@@ -267,10 +266,10 @@ class SharedNamespace(Namespace):
 
 
 class _FileLock(Lock):
-    """An ``flock``, and the descriptor that holds it."""
+    """An ``flock``, and the mapping that holds it."""
 
     def __init__(self, file: Any, path: str) -> None:
-        self._file = file
+        self._held = map_writable(file.fileno(), PAGE)
         self.path = path
         status = os.fstat(file.fileno())
         self.identity = (status.st_dev, status.st_ino)
@@ -278,7 +277,7 @@ class _FileLock(Lock):
         _locks.add(self)
 
     def release(self) -> None:
-        self._file.close()
+        self._held = None
 
 
 def _identity_at(path: str) -> tuple[int, int] | None:
@@ -303,7 +302,7 @@ def _try_lock(file: Any) -> bool:
 
 def _map(descriptor: int, label: str, size: int) -> Segment:
     status = os.fstat(descriptor)
-    return Segment(label, mmap.mmap(descriptor, size), (status.st_dev, status.st_ino))
+    return Segment(label, map_writable(descriptor, size), (status.st_dev, status.st_ino))
 
 
 def _remove_own(path: str) -> None:
@@ -374,7 +373,7 @@ _locks: weakref.WeakSet[_FileLock] = weakref.WeakSet()
 
 
 def _drop_locks_in_child() -> None:
-    # An flock lives as long as any copy of its descriptor: a child must not keep a dead writer's lock.
+    # An flock lives as long as anybody has the file: a child must not keep a dead writer's lock.
     for lock in list(_locks):
         lock.release()
 

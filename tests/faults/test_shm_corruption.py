@@ -255,7 +255,7 @@ def test_key_lengths_that_differ(table_name: str) -> None:
                 - len(KEYS[1])
                 - 4
             )
-            assert damaged.data.memory[at] == len(KEYS[1])
+            assert damaged.data.window[at] == len(KEYS[1])
             damaged.data.memory[at : at + 1] = b"\1"
         assert damaged.attached.flags(KEYS[1]) == 255
         with pytest.raises(CorruptSegmentError):

@@ -141,10 +141,10 @@ def test_no_bit_of_a_current_copy_can_be_wrong_unnoticed(namespace: Namespace, i
     chosen = random.Random(2).sample(places, 400) + places[:COPY_HEADER_SIZE]
     for at in chosen:
         bit = 1 << at % 8
-        segment.memory[at : at + 1] = bytes([segment.memory[at] ^ bit])
+        segment.memory[at : at + 1] = bytes([segment.window[at] ^ bit])
         with pytest.raises(CorruptSegmentError):
             check(copy, "data")
-        segment.memory[at : at + 1] = bytes([segment.memory[at] ^ bit])
+        segment.memory[at : at + 1] = bytes([segment.window[at] ^ bit])
     check(copy, "data")
     segment.words[base // WORD + NEXT_ORDINAL] -= 1
     with pytest.raises(CorruptSegmentError, match="header"):

@@ -22,6 +22,7 @@ from waiting import until
 
 from shmelim.errors import NotServingError, SegmentError, UntrustedSegmentError
 from shmelim.shm import SharedNamespace, TableReader, TableWriter, mapping
+from shmelim.table import Reader, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -256,6 +257,38 @@ def test_a_reader_owns_no_descriptor(table_name: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "[0, 1, 0]\n", done.stderr
     writer.close()
+
+
+def test_a_tables_writer_owns_none_and_keeps_others_out_all_the_same(table_name: str) -> None:
+    program = (
+        f"import sys; sys.path[:0] = {sys.path!r}\nimport test_shm_opening as test\ntest.write({table_name!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "[0, True, 500, True, 0]\n", done.stderr
+
+
+def write(name: str) -> None:
+    """Write, close all descriptors, open others, grow, end: say what was owned, kept, written and lost."""
+    gc.collect()
+    before = descriptors()
+    writer = Writer(name)
+    owned = len(descriptors() - before)
+    os.closerange(3, 256)
+    taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(64)]
+    kept = _is_written(name)
+    for number in range(500):
+        writer.put(f"{number}", b"x" * 1000)
+    count = len(Reader(name))
+    writer.close(unlink=True)
+    del writer
+    gc.collect()
+    print([owned, kept, count, not _is_written(name), sum(not _open(number) for number in taken)])
+
+
+def _is_written(name: str) -> bool:
+    program = f"from shmelim.table import Writer; Writer({name!r}).close(unlink=True)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    return "has a writer already" in done.stderr
 
 
 def main(name: str) -> None:
