@@ -102,3 +102,14 @@ def test_a_state_that_moved_is_told_by_its_directory(tmp_path, table_name, state
         SharedNamespace(table_name), tmp_path / "elsewhere", replace_published=True
     ) as server:
         assert [event["action"] for event in server.get_history_rpc(limit=None)][-1] == "recover"
+
+
+def test_a_file_with_both_is_merged_whole(tmp_path, start):
+    both = tmp_path / "both.json"
+    content = {"eliminations": [row("a"), 17], "departed_hotkeys": {"gone": {"detected_ms": 5}, "": {}}}
+    both.write_text(json.dumps(content))
+    server = start(both)
+    assert server.get_eliminated_hotkeys_rpc() == {"a"}
+    assert server.get_departed_hotkeys_rpc() == {"gone": {"detected_ms": 5}}
+    kept = [json.loads(path.read_text())["rows"][0]["row"] for path in tmp_path.glob("both.json.quarantine-*")]
+    assert sorted(map(str, kept)) == ["17", "{}"]

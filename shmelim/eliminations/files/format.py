@@ -88,12 +88,15 @@ class File:
             what = str(error) if isinstance(error, _AmbiguousError) else f"it is not JSON ({error})"
             raise DamagedFileError(f"{self.path} is damaged: {what}", hint=_HINT) from error
 
-    def names_departed(self) -> bool:
-        """Whether it is a file of departed hotkeys, by its shape."""
+    def holds(self) -> list[str]:
+        """Return the keys under which it has eliminations, departed hotkeys or both, by its shape."""
         content = self.content
         if isinstance(content, dict):
-            return DEPARTED_HOTKEYS_KEY in content and ELIMINATIONS_KEY not in content
-        return isinstance(content, list) and bool(content) and all(isinstance(row, str) for row in content)
+            return [key for key in (ELIMINATIONS_KEY, DEPARTED_HOTKEYS_KEY) if key in content] or [
+                ELIMINATIONS_KEY
+            ]
+        are_texts = isinstance(content, list) and content and all(isinstance(row, str) for row in content)
+        return [DEPARTED_HOTKEYS_KEY if are_texts else ELIMINATIONS_KEY]
 
 
 class _AmbiguousError(ValueError):

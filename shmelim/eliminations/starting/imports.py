@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from shmelim.eliminations.files.format import BadRow, File, departures_in, eliminations_in, quarantine, read_file
 from shmelim.eliminations.files.taking import news_of
+from shmelim.eliminations.record import DEPARTED_HOTKEYS_KEY, ELIMINATIONS_KEY
 from shmelim.eliminations.state.changes import Step, merge, record_departures
 from shmelim.eliminations.store.store import Store
 from shmelim.errors import StoreError
@@ -85,11 +86,14 @@ def _read(path: Path) -> File:
 
 
 def _import(step: Step, file: File) -> tuple[int, int]:
-    """Merge a file of eliminations or departed hotkeys; returns how many rows were taken and set aside."""
-    if file.names_departed():
-        return _import_departed(step, file, f"import of {file.path}")
+    """Merge a file of eliminations, departed hotkeys or both; returns how many rows were taken and set aside."""
+    done = [_MERGES[key](step, file, f"import of {file.path}") for key in file.holds()]
+    return sum(taken for taken, _ in done), sum(bad for _, bad in done)
+
+
+def _import_eliminations(step: Step, file: File, reason: str) -> tuple[int, int]:
     found = eliminations_in(file)
-    merge(step, news_of(step.store, found), f"import of {file.path}")
+    merge(step, news_of(step.store, found), reason)
     _set_aside(step, file, found.bad)
     return len(found.taken), len(found.bad)
 
@@ -99,6 +103,9 @@ def _import_departed(step: Step, file: File, reason: str) -> tuple[int, int]:
     record_departures(step, found.taken, reason)
     _set_aside(step, file, found.bad)
     return len(found.taken), len(found.bad)
+
+
+_MERGES: Final = {ELIMINATIONS_KEY: _import_eliminations, DEPARTED_HOTKEYS_KEY: _import_departed}
 
 
 def _set_aside(step: Step, file: File, bad: list[BadRow]) -> None:
