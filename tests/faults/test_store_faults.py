@@ -324,6 +324,17 @@ class TestNoPermission:
         directory.chmod(0o555)
         assert [event.action for event in self.as_nobody(lambda: read_events(directory))] == ["add"]
 
+    def test_a_copy_of_a_killed_servers_store_is_read_with_its_log_where_nothing_may_be_written(self, directory):
+        with tempfile.TemporaryDirectory() as served, Store.open(Path(served)) as store:
+            with store.transaction():
+                store.add_events([Change("add", "a")])
+            for name in (FILE_NAME, f"{FILE_NAME}-wal"):
+                shutil.copy(Path(served, name), directory / name)
+                (directory / name).chmod(0o444)
+        directory.chmod(0o555)
+        assert [event.action for event in self.as_nobody(lambda: read_events(directory))] == ["add"]
+        assert {path.name for path in directory.iterdir()} == {FILE_NAME, f"{FILE_NAME}-wal"}
+
     def test_unreadable_files(self, directory):
         with Store.open(directory):
             pass

@@ -176,17 +176,22 @@ def connect_read_only(path: Path) -> sqlite3.Connection:
     try:
         return _read_only(location, path)
     except sqlite3.OperationalError:
-        # A reader needs the index of the write-ahead log, and may be unable to make one (a directory that it
-        # may not write). Where nothing stands in the log, the main file alone is the whole truth.
+        # A reader needs the index of the write-ahead log, and may be unable to make one (in a directory that it
+        # may not write). Where nothing stands in the log, the main file alone is the whole truth. Where there is
+        # no index, nobody has the database, and a reader that locks it for himself keeps one in memory.
         wal = log_of(path)
-        if os.access(path.parent, os.W_OK) or (wal.exists() and wal.stat().st_size):
+        is_logged = wal.exists() and wal.stat().st_size > 0
+        if os.access(path.parent, os.W_OK) or (is_logged and log_of(path, LOG_SUFFIXES[1]).exists()):
             raise
+        if is_logged:
+            return _read_only(f"{location}&vfs=unix-none", path, "EXCLUSIVE")
         return _read_only(f"{location}&immutable=1", path)
 
 
-def _read_only(location: str, path: Path) -> sqlite3.Connection:
+def _read_only(location: str, path: Path, locking: str = "NORMAL") -> sqlite3.Connection:
     db = _connect(location, uri=True)
     with closed_on_error(db):
+        db.execute(f"PRAGMA locking_mode={locking}")
         found = schema.identify(db, path)
         if not found:
             raise StoreError(f"{path} holds no tables yet", hint="nothing was ever stored there")
