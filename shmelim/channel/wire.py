@@ -16,6 +16,7 @@ byte with which neither msgpack nor a pickle begins.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import struct
@@ -72,6 +73,8 @@ class Wire:
         self.longest: int = 0  # message in bytes that the peer takes, once it has said so
         self.begun = False  # a part of a message has come in; any thread may look
         self.sock = sock
+        # A program that becomes a daemon closes all it finds: then the number is somebody else's.
+        self._identity = os.fstat(sock.fileno())[1:3]
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
         self._surplus = b""  # received beyond the last message; only the thread that uses the wire touches it
@@ -177,7 +180,11 @@ class Wire:
 
     def quiet(self) -> bool:
         """Whether the connection is up and nothing has come in: what an idle connection must look like."""
-        return not self._surplus and not self._readable.poll(0)
+        try:
+            is_own = os.fstat(self.sock.fileno())[1:3] == self._identity
+        except OSError:
+            return False
+        return is_own and not self._surplus and not self._readable.poll(0)
 
     def shutdown(self) -> None:
         """End the connection and wake the thread that waits on it; harmless on a closed wire."""
@@ -193,7 +200,10 @@ class Wire:
     def close(self) -> None:
         """Release the descriptor, which no other thread may be using; idempotent."""
         with self._closing:
-            self.sock.close()
+            with contextlib.suppress(OSError):
+                if os.fstat(self.sock.fileno())[1:3] == self._identity:
+                    self.sock.close()
+            self.sock.detach()
 
     def after_fork_in_child(self) -> None:
         """Close the child's copy without a word to the peer, whoever held the lock."""

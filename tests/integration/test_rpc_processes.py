@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from pathlib import Path
 
@@ -125,6 +126,21 @@ def test_a_forked_child_has_connections_of_its_own(server):
     assert client.call("add_rpc") == 3
     assert server.stats()["accepted"] == 2  # the parent's connection, still the same, and the child's
     client.close()
+
+
+def test_a_number_that_is_somebody_elses_by_now_is_neither_used_nor_closed(server):
+    client = ChannelClient(server.address, KEY, timeout=PATIENCE)
+    assert client.call("add_rpc") == 1
+    (wire,) = client._connections._idle
+    number = wire.sock.fileno()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        os.dup2(theirs.fileno(), number)  # as where a program closes all it finds, and then opens its own
+        assert client.call("add_rpc") == 2
+        client.close()
+        with pytest.raises(BlockingIOError):
+            ours.recv(1, socket.MSG_DONTWAIT)
+        os.close(number)
 
 
 def test_a_child_says_no_goodbye_on_inherited_connections(server):
