@@ -24,6 +24,7 @@ from shmelim.errors import CallerFaultError, KeyFileError, ShmelimError, Unknown
 from shmelim.notify.problems import Notifier, ProblemMessages, checked_notifier, take_over
 from shmelim.service.process import disown
 from shmelim.service.settings import ServiceSettings, server_title
+from shmelim.shm.mapping import map_writable
 from shmelim.system import forks
 from shmelim.system.arguments import seconds
 from shmelim.system.clock import monotonic
@@ -80,9 +81,12 @@ class SharedPage:
             with forks.creating_descriptors:
                 self._descriptor = os.memfd_create("shmelim-service")
             os.ftruncate(self._descriptor, mmap.PAGESIZE)
+        memory: Any = mmap.mmap(-1, mmap.PAGESIZE)
         if shared:
-            weakref.finalize(self, os.close, self._descriptor).atexit = False
-        self.state = _State.from_buffer(mmap.mmap(self._descriptor, mmap.PAGESIZE))
+            memory = map_writable(self._descriptor, mmap.PAGESIZE)
+            weakref.finalize(self, _close, self._descriptor, _identity(self._descriptor)).atexit = False
+        self.state = _State.from_buffer(memory)
+        self._identity = _identity(self._descriptor)
         self.begin_here()
 
     def begin_here(self) -> None:
@@ -128,8 +132,10 @@ class SharedPage:
     def _alone(self) -> Iterator[None]:
         """Keep others from rising and falling, unless one that does has been stopped."""
         with self._lock:
+            # A program that becomes a daemon may have closed it: then other processes are not kept from anything.
+            is_shared = self._descriptor >= 0 and _identity(self._descriptor) == self._identity
             deadline = monotonic() + _STOPPED
-            while self._descriptor >= 0 and monotonic() < deadline:
+            while is_shared and monotonic() < deadline:
                 with contextlib.suppress(OSError):
                     fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
@@ -137,8 +143,21 @@ class SharedPage:
             try:
                 yield
             finally:
-                if self._descriptor >= 0:
+                if is_shared:
                     fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+
+
+def _identity(descriptor: int) -> tuple[Any, ...] | None:
+    """Return what tells an open file from others; None where the descriptor is closed."""
+    try:
+        return os.fstat(descriptor)[1:3]
+    except OSError:
+        return None
+
+
+def _close(descriptor: int, identity: tuple[Any, ...] | None) -> None:
+    if _identity(descriptor) == identity:  # else it is somebody else's by now
+        os.close(descriptor)
 
 
 def _again(name: str, descriptor: Any) -> SharedPage:

@@ -19,7 +19,7 @@ from waiting import PATIENCE, until
 from shmelim.channel import MSGPACK, PickleCodec
 from shmelim.channel.codec import UncarriedValueError
 from shmelim.errors import CallTimeoutError, NotServingError, ProtocolError
-from shmelim.service import ServerReady, ServiceSettings, report_progress
+from shmelim.service import ServerReady, ServiceSettings, health, report_progress
 from shmelim.service.health import SharedPage
 from shmelim.service.process import Ending, ServerOptions, ServerProcess
 from shmelim.system import forks, processes
@@ -425,6 +425,20 @@ def test_a_process_that_was_stopped_with_the_lock_stops_nobody(monkeypatch):
     assert page.rise(1)
     process.kill()
     process.join()
+
+
+def test_what_has_the_number_of_a_closed_page_is_left_alone(tmp_path):
+    page = SharedPage("Daemon")
+    number = page._descriptor
+    with (tmp_path / "other").open("w") as other:
+        os.dup2(other.fileno(), number)  # as where a program closes all it finds, and then opens its own
+        began = time.monotonic()
+        assert page.rise(1)
+        assert page.fall()
+        assert time.monotonic() - began < health._STOPPED
+        del page
+        os.write(number, b"x")
+        os.close(number)
 
 
 def test_no_two_outages_of_a_name_have_one_number():
