@@ -522,7 +522,7 @@ class Ending:
     does as SIGTERM in a foreground process; others ignore it: a terminal sends it to each of a group, and the
     owner decides what it means. The owner's death is seen by a descriptor of its process: a pipe would also be
     held open by its other children. Outside of the main thread, which alone may handle signals, only the owner's
-    end counts, once it is waited for.
+    end counts, once it is waited for. Children that this process forks end by a SIGTERM of theirs, and alone.
     """
 
     def __init__(self, owner: ProcessIdentity | None, *, in_foreground: bool = False) -> None:
@@ -537,12 +537,11 @@ class Ending:
         self._reading, self._writing = os.pipe()
         if threading.current_thread() is threading.main_thread():
             os.set_blocking(self._writing, False)
-            # The interpreter writes each signal to the pipe, which needs no lock that the main thread could hold.
-            # Whatever descriptor stood there before is the parent's, who must not be told of our signals.
-            self._old_wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
             for number in (signal.SIGTERM, signal.SIGINT):
                 handler = self._handle if number in self._signals else signal.SIG_IGN
                 self._before[number] = signal.signal(number, handler)
+            self._old_wakeup = self._be_woken()
+            forks.register(self)
             # A fresh process starts with SIGINT blocked, and inherits what the thread blocked that started it.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
             if self._owner is not None:
@@ -557,8 +556,25 @@ class Ending:
                 signal.signal(number, handler)
             if self._before:
                 signal.set_wakeup_fd(self._old_wakeup)
+            self._before.clear()
         os.close(self._reading)
         os.close(self._writing)
+
+    def _be_woken(self) -> int:
+        """Have the interpreter write each signal to the pipe; return the descriptor that it wrote to.
+
+        That needs no lock which the main thread could hold. What stood there before is the parent's, who must not
+        be told of our signals.
+        """
+        return signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+
+    def after_fork_in_child(self) -> None:
+        """Leave signals to do there what they do by themselves. Called by :mod:`shmelim.system.forks`."""
+        if self._before:
+            signal.set_wakeup_fd(-1)
+        for number in self._before:
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, signal.SIG_DFL)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if not self._deferred:
@@ -575,6 +591,10 @@ class Ending:
     def defer(self) -> None:
         """Stop raising."""
         self._deferred = True
+        if self._before:  # an asyncio loop that handled a signal, and has ended, took the pipe and handlers away
+            self._be_woken()
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                signal.signal(signal.SIGTERM, self._handle)
 
     def wait(self) -> str:
         """Wait for the end; return what it was."""

@@ -1,5 +1,6 @@
 """The small parts of the service base, each by itself."""
 
+import asyncio
 import contextlib
 import errno
 import io
@@ -352,6 +353,40 @@ def test_a_start_that_is_broken_off_is_undone_whatever_comes_then():
     with pytest.raises(SystemExit), Ending(None):
         start()
     assert undone
+
+
+def test_a_signal_to_a_forked_child_ends_the_child_and_not_the_server():
+    """A server whose helper process was terminated ended by itself, and the helper did not."""
+    with Ending(None) as ending:
+        ending.defer()
+        pid = os.fork()
+        if pid == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+        own_end = threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGUSR1])
+        told = []
+        before = signal.signal(signal.SIGUSR1, lambda *_: (told.append(True), signal.raise_signal(signal.SIGTERM)))
+        try:
+            own_end.start()
+            assert ending.wait() == "a signal"
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+    assert told
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_an_event_loop_that_handled_signals_during_the_start_takes_no_end_from_the_server(number):
+    """The server was killed after its stop_timeout, with its object not closed."""
+
+    async def handle_a_signal():
+        asyncio.get_running_loop().add_signal_handler(number, lambda: None)
+
+    with Ending(None) as ending:
+        asyncio.run(handle_a_signal())
+        ending.defer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ending.wait() == "a signal"
 
 
 def test_outside_of_the_main_thread_signals_are_left_alone():
