@@ -203,6 +203,7 @@ class ChannelClient:
                     return result
                 case [answered, False, parts] if answered == number:
                     failure = unpack_failure(parts)
+                    vars(failure)["is_servers"] = True  # for who must not take it for a fault of this process
                 case _:
                     failure = self._unknown_outcome(method, "the reply has an unknown form")
         except ProtocolError as error:

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
+import msgspec
+
 from shmelim.system.clock import now_ms
 from shmelim.system.coroutines import carried_out
 from shmelim.system.logs import LimitedLog
@@ -149,10 +151,14 @@ def take_over(problems: Problems, reported: object) -> None:
 
     `problems` should be that server's alone: what is not listed is over. What is not a problem is passed over.
     """
-    rows = [row for row in reported if isinstance(row, Mapping)] if isinstance(reported, list) else []
-    listed = {(row["name"], row["subject"]): row for row in rows if row.keys() == set(Problem._fields)}
+    listed: dict[tuple[str, str], Problem] = {}
+    for row in reported if isinstance(reported, list) else []:
+        if isinstance(row, Mapping) and row.keys() == set(Problem._fields):
+            with contextlib.suppress(msgspec.ValidationError):
+                each = msgspec.convert([row[name] for name in Problem._fields], Problem)
+                listed[each.name, each.subject] = each
     for old in problems.standing():
         if (old.name, old.subject) not in listed:
             problems.clear(old.name, old.subject)
     for each in listed.values():
-        problems.report(**each)
+        problems.report(**each._asdict())

@@ -281,7 +281,8 @@ class Health(ABC):
     def _count(self, finding: Finding) -> None:
         """Count and tell what a check found, and at the threshold have the server replaced."""
         text, error = finding
-        if isinstance(error, KeyFileError | CallerFaultError | MemoryError):
+        is_ours = isinstance(error, KeyFileError | CallerFaultError | MemoryError)
+        if is_ours and not hasattr(error, "is_servers"):
             text = f"this process ({os.getpid()}) cannot check the server, which may be well: {text}"
             self._notice("cannot_check", text)
             return

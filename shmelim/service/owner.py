@@ -275,6 +275,7 @@ class Core(Health):
             raise ChannelError(f"{self.name} is gone")
         try:
             if location[1] != 0 and self.server is None:
+                check_available(location, self.key)  # before an earlier object is ended, and what it left
                 claim(location, self, takes_over=settings.replace_stale)
             if location[1] != 0 and settings.replace_stale and not is_free(location):
                 grace = min(settings.stop_timeout, 1.0)

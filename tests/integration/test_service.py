@@ -25,6 +25,7 @@ from waiting import PATIENCE, until
 
 from shmelim.channel import ChannelClient, PickleCodec, load_key
 from shmelim.errors import (
+    CallerFaultError,
     ChannelError,
     MessageTooLargeError,
     NotServingError,
@@ -430,6 +431,34 @@ def test_threads_that_all_see_a_server_hang_restart_it_once(make):
         thread.join(PATIENCE)
     assert levels(alerts) == ["error", "warning", "success"]
     assert service.pid() == service.server_pid
+
+
+class FaultyServer(LedgerServer):
+    def health_check_rpc(self):
+        raise self.error
+
+
+class PoorServer(FaultyServer):
+    error = MemoryError()
+
+
+class CutOffServer(FaultyServer):
+    error = CallerFaultError("cannot connect to another service: Too many open files")
+
+
+@pytest.mark.parametrize("kind", [PoorServer, CutOffServer])
+def test_a_server_that_wants_for_memory_or_descriptors_is_no_fault_of_who_checks_it(tmp_path, kind):
+    """It was never restarted: who checked took the error for its own."""
+
+    class Service(Ledger):
+        def _start_server_process(self, address, authkey, server_ready):
+            ready = {"address": address, "authkey": authkey, "server_ready": server_ready}
+            return self._spawn_server(kind, self.directory, **ready)
+
+    with Service(tmp_path, enable_health_check=True, max_consecutive_failures=1) as service:
+        pid = service.server_pid
+        assert service.health_check() is False
+        assert service.server_pid != pid
 
 
 def test_automatic_restart_can_be_off_and_on_again(make):

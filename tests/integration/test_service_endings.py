@@ -15,8 +15,8 @@ from ledger import Alerts, Clock, Ledger, LedgerServer, core_of, is_alive, kill
 from waiting import PATIENCE, until
 
 from shmelim.channel import PickleCodec
-from shmelim.errors import ChannelError
-from shmelim.service import RPCServiceBase, owner
+from shmelim.errors import ChannelError, KeyFileError
+from shmelim.service import HealthCheckDaemon, RPCServiceBase, owner
 
 TESTS = str(Path(__file__).parents[1])
 fork = multiprocessing.get_context("fork")
@@ -282,6 +282,15 @@ def test_the_earlier_object_gives_way_for_good(make_ledger, tmp_path, key):
     first.shutdown()
     assert second.pid() == second.server_pid == pid
     assert alerts.messages == []
+
+
+def test_the_earlier_object_goes_on_where_the_later_one_cannot_have_a_server(make_ledger, tmp_path):
+    first = make_ledger(key_path=tmp_path / "key")
+    (tmp_path / "key").chmod(0o644)
+    with pytest.raises(KeyFileError, match=r"LedgerServer cannot be served: the key file .* has mode 0644"):
+        make_ledger(port=first.port, key_path=tmp_path / "key")
+    (tmp_path / "key").chmod(0o600)
+    assert first.pid() == first.server_pid
 
 
 @pytest.mark.parametrize("other", ["other key", "no key", "other name", "not replacing"])

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from shmelim.notify.problems import ProblemMessages, take_over
-from shmelim.system.problems import Problems
+from shmelim.system.problems import Problem, Problems
 
 
 class Notifier:
@@ -165,3 +165,22 @@ def test_what_a_health_check_lists_is_told_once_and_its_end_too(problems, messag
         ("success", "over after 3.0 s: no room"),
         ("warning", "in doubt"),
     ]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"name": value} for value in ([], None)),
+        *({"subject": value} for value in ({}, 1)),
+        {"text": 5},
+        {"severity": "critical"},
+        {"remedy": 7},
+        {"since_ms": "yesterday"},
+    ],
+)
+def test_what_a_health_check_lists_and_is_no_problem_is_passed_over(problems, messages, notifier, wrong):
+    """It came out of the health check as a bare TypeError."""
+    right = Problem("full", "", "no room", "degraded", None, 1000)
+    take_over(problems, [right._asdict() | wrong, right._asdict(), "text", {}])
+    assert problems.standing() == [right]
+    assert notifier.taken == [("error", "no room")]
