@@ -175,7 +175,10 @@ def _explained(location: Location) -> Iterator[None]:
 
 def _about_port(location: Location) -> str:
     """Say so if a port may be held by a mere connection."""
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    try:
+        low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    except OSError:  # as under systemd's ProcSubset=pid
+        return ""
     if isinstance(location, str) or not low <= location[1] <= high:
         return ""
     return (

@@ -21,12 +21,13 @@ from shmelim.service.process import has_living_owner
 from shmelim.service.settings import server_title
 from shmelim.system import forks
 from shmelim.system.clock import monotonic
-from shmelim.system.processes import ProcessIdentity, is_of_this_user, title_of
+from shmelim.system.processes import ProcessIdentity, family, is_of_this_user, title_of
 from shmelim.system.text import get_logger
 
 _DYING: Final = 0.1  # seconds in which a process that has lost its title is dead
 _ENDING: Final = 30.0  # seconds that a server may need for its end
 _SLICE: Final = 0.5  # of these, between two reports
+_NAME_CUT: Final = 15  # bytes of a name, which the kernel cuts off there
 _WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104  # nothing is bound to them here
 
 _logger = get_logger("shmelim.service")
@@ -140,7 +141,8 @@ def _pids_at(location: Location) -> tuple[list[int], list[int]]:
 
     listening: set[int | None] = set()
     connected: set[int | None] = set()
-    with contextlib.suppress(psutil.AccessDenied):  # some systems show nothing to an ordinary user
+    # Some systems show nothing to an ordinary user, and systemd's ProcSubset=pid nothing to anybody.
+    with contextlib.suppress(psutil.AccessDenied, FileNotFoundError):
         if isinstance(location, str):
             pid = None
             with contextlib.suppress(OSError):
@@ -177,11 +179,8 @@ def _nobody_listens(location: Location, connected: list[int]) -> ChannelError:
 
 def _check(pid: int, service_name: str, location: Location) -> None:
     """Raise ``ChannelError`` unless a process is a server of this service and user that was left behind."""
-    import psutil  # noqa: PLC0415
-
     # This process and those above it cannot be left over from an earlier run.
-    family = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    if pid in family or not is_server_of(pid, service_name):
+    if pid in family() or not is_server_of(pid, service_name):
         if ProcessIdentity.of(pid).wait(_DYING):
             return  # it goes by itself; one that is about to be dead has no title any more
         raise ChannelError(
@@ -197,9 +196,9 @@ def _check(pid: int, service_name: str, location: Location) -> None:
 
 
 def _name_of(pid: int) -> str:
-    import psutil  # noqa: PLC0415
-
     try:
-        return str(psutil.Process(pid).name())
-    except psutil.Error:
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
+    except OSError:
         return "of another user"
+    title = title_of(pid) or ""
+    return title if len(name) == _NAME_CUT and title.startswith(name) else name

@@ -12,8 +12,6 @@ import secrets
 import time
 from typing import Final
 
-import psutil
-
 from shmelim.errors import AlreadyServingError, NotServingError, SegmentError, ShmelimError, UntrustedSegmentError
 from shmelim.shm.facts import HEARTBEAT_LIMIT, RUNNING, WriterState, monotonic_ns, this_clock
 from shmelim.shm.following import Position, put_position, put_source
@@ -42,6 +40,8 @@ from shmelim.shm.layout import (
 from shmelim.shm.native import WAKES, release_word
 from shmelim.shm.place import put_place
 from shmelim.shm.segment import Lock, Namespace, Segment
+from shmelim.system.clock import boottime
+from shmelim.system.processes import ProcessIdentity
 
 _LOOK_PAUSE: Final = 0.05  # seconds between two looks at a heartbeat that may be a dead writer's last
 
@@ -149,7 +149,7 @@ class NameHolder:
         words = root.words
         words[WRITER_STATE] = WriterState.STARTING if self._segment is None else WriterState.SERVING
         words[WRITER_PID] = self._pid
-        words[WRITER_STARTED] = int(psutil.Process().create_time() * 1000)
+        words[WRITER_STARTED] = _started_ms()
         words[WRITER_CLOCK] = this_clock()
         words[WRITER_LOCK] = self._lock.number
         words[WRITER_WAKES] = WAKES
@@ -218,3 +218,9 @@ class NameHolder:
         if self._left is not None:
             self._namespace.unlink(self._left)
             self._left = None
+
+
+def _started_ms() -> int:
+    """Return when this process was started: ms since 1970, UTC, by the clocks that no test stops."""
+    age = boottime() - ProcessIdentity.this_process().started / os.sysconf("SC_CLK_TCK")
+    return int((time.clock_gettime(time.CLOCK_REALTIME) - age) * 1000)

@@ -140,6 +140,16 @@ def has_lock(pid: int, inode: int) -> bool:
     return any([fields[1], *fields[4:8:3]] == wanted for fields in found)
 
 
+def family() -> set[int]:
+    """Return the ids of this process and of those above it, as far as they are seen."""
+    found, pid = set[int](), os.getpid()
+    with contextlib.suppress(OSError):
+        while pid:
+            found.add(pid)
+            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+    return found
+
+
 def set_title(title: str) -> bool:
     """Give this process a title; return whether it has it now."""
     from setproctitle import setproctitle  # noqa: PLC0415  # few processes have a title of ours

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -276,7 +277,7 @@ def test_it_is_looked_at_again_right_before_each_signal(hold, monkeypatch):
         looks.clear()
         with pytest.raises(ChannelError, match=f"in use by process {holder.pid} "):
             clear_stale(holder.address, NAME, grace=0.05)
-        assert len(looks) == honest + 1  # the first look; before SIGTERM; before SIGKILL
+        assert len(looks) == honest + 2  # the first look; before SIGTERM; before SIGKILL; for its name
         assert holder.process.poll() is None
 
 
@@ -395,3 +396,55 @@ def test_two_services_at_one_address_are_told_apart(make, tmp_path):
     assert second.pid() == second.server_pid
     with pytest.raises(ChannelError, match="a later LedgerServer of this process has taken"):
         first.pid()
+
+
+HARDENED = """
+import contextlib, os, socket, sys
+from pathlib import Path
+from ledger import Ledger
+from shmelim.channel import ChannelServer
+from shmelim.errors import ChannelError
+from shmelim.table import Writer
+directory, table = Path(sys.argv[1]), sys.argv[2]
+
+def main():
+    Writer(table).close(unlink=True)
+    if os.fork() == 0:
+        Ledger(directory, address=directory / "socket", outlive_owner=True)
+        os._exit(0)
+    os.wait()
+    with Ledger(directory, address=directory / "socket") as service:
+        print(service.pid() == service.server_pid)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = taken.getsockname()
+        for serve in lambda: Ledger(directory, address[1]), ChannelServer(0, address, b"k" * 32).start:
+            try:
+                serve()
+            except ChannelError as error:
+                print(error.message)
+
+main()
+"""
+
+
+def test_where_proc_shows_nothing_but_processes_a_service_starts_and_names_what_is_wrong(tmp_path, table_name):
+    """As systemd's ProcSubset=pid has it: each part of it was a bare FileNotFoundError."""
+    mount = "mount --make-rprivate / && mount -t proc -o subset=pid proc /proc"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount, and a kernel that can hide so")
+    command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", HARDENED]
+    paths = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [*command, str(tmp_path), table_name],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    starts, *refusals = done.stdout.splitlines()
+    assert starts == "True", done.stderr
+    assert re.fullmatch(r"LedgerServer cannot be served: 127\.0\.0\.1:\d+ is in use by a process .*", refusals[0])
+    assert re.fullmatch(r"cannot serve at 127\.0\.0\.1:\d+: Address already in use", refusals[1])
