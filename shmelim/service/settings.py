@@ -20,6 +20,7 @@ from shmelim.system.arguments import flags, functions, number, whole
 _LOCALHOST: Final = "127.0.0.1"
 _NAME_LIMIT: Final = 60  # bytes
 _OF_CALLS: Final = frozenset({"call_timeout", "connect_wait", "health_check_timeout"})  # which end some day
+_TAKE_TIME: Final = frozenset({"call_timeout", "health_check_timeout", "ready_timeout"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,10 @@ def _figure(name: str, value: Any, default: float) -> float:
         return whole(name, value, least=FAILURE_LIMIT, most=LONGEST)
     if type(default) is int:
         return whole(name, value)
-    return number(name, value, most=TIMEOUT_MAX if name in _OF_CALLS else inf)  # type: ignore[no-any-return]
+    if name in _TAKE_TIME and value == 0:
+        raise ValueError(f"{name} must be more than 0")
+    # For ever is 292 years: locks and threads take no longer timeout.
+    return min(number(name, value, most=TIMEOUT_MAX if name in _OF_CALLS else inf), TIMEOUT_MAX)  # type: ignore[no-any-return]
 
 
 def _check(name: str, fits: bool, what: str, value: object) -> None:

@@ -17,6 +17,7 @@ from waiting import PATIENCE, until
 from shmelim.channel import PickleCodec
 from shmelim.errors import ChannelError, KeyFileError
 from shmelim.service import HealthCheckDaemon, RPCServiceBase, owner
+from shmelim.service.settings import ServiceSettings
 
 TESTS = str(Path(__file__).parents[1])
 fork = multiprocessing.get_context("fork")
@@ -169,8 +170,9 @@ def test_shutdown_by_a_signal_handler_while_a_change_commits(tmp_path, table_nam
 # ------------------------------------------------------------------ the owner's own calls
 
 
-def test_shutdown_lets_the_owners_running_calls_finish(make_ledger, tmp_path):
-    service = make_ledger(SlowLedger, stop_timeout=2 * PATIENCE)
+@pytest.mark.parametrize("stop_timeout", [2 * PATIENCE, float("inf")])
+def test_shutdown_lets_the_owners_running_calls_finish(make_ledger, tmp_path, stop_timeout):
+    service = make_ledger(SlowLedger, stop_timeout=stop_timeout)
     answers = []
     caller = threading.Thread(target=lambda: answers.append(service._server_proxy.slow_rpc()))
     caller.start()
@@ -415,6 +417,9 @@ def test_a_direct_service_is_nowhere(tmp_path):
         ({"connect_tries": 2.5}, TypeError, "Ledger: connect_tries must be a whole number"),
         ({"call_timeout": float("nan")}, ValueError, "Ledger: call_timeout must be 0 or more and finite, not nan"),
         ({"call_timeout": float("inf")}, ValueError, "Ledger: call_timeout must be 0 or more and finite, not inf"),
+        ({"call_timeout": 0}, ValueError, "Ledger: call_timeout must be more than 0"),
+        ({"health_check_timeout": 0.0}, ValueError, "Ledger: health_check_timeout must be more than 0"),
+        ({"ready_timeout": 0}, ValueError, "Ledger: ready_timeout must be more than 0"),
         ({"connect_wait": -1}, ValueError, "Ledger: connect_wait must be 0 or more and finite, not -1"),
         (
             {"health_check_timeout": 10**30},
@@ -442,6 +447,12 @@ def test_a_direct_service_is_nowhere(tmp_path):
 def test_impossible_settings_name_service_and_setting(tmp_path, settings, kind, message):
     with pytest.raises(kind, match=message):
         Ledger(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("name", ["restart_pause_most", "release_timeout", "stop_timeout", "connect_delay"])
+def test_for_ever_is_a_time_that_threads_can_wait(name):
+    """Whoever watched the server failed each second, and no server came back."""
+    assert threading.Lock().acquire(timeout=getattr(ServiceSettings(**{name: float("inf")}), name))
 
 
 def test_what_may_be_changed_at_any_time_is_checked_then_too(tmp_path):
