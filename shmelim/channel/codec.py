@@ -44,7 +44,7 @@ class UncarriedValueError(TypeError, ValueError):
 
     def naming(self, root: str, path: tuple[Any, ...]) -> str:
         """Return the message with `root` and `path` as the value's place."""
-        steps = "".join(f"[{step!r}]" for step in path)
+        steps = "".join(f"[{step!r:.100}]" for step in path)
         return f"{root}{steps} cannot be sent: {self.reason}"
 
 

@@ -352,7 +352,7 @@ class Core(Health):
                     self._tell_of_death(server)
                 deaths += 1
                 self._bring_back(server, deaths)
-            except Exception:
+            except BaseException:
                 _logger.exception("%s: watching its server failed, and goes on", self.name)
                 self._changed.wait(_LOOK_AGAIN)
 
@@ -386,7 +386,7 @@ class Core(Health):
                 if self._is_missed(dead):
                     self.restart()
                     self._aside(self._tell_of_restart)
-        except Exception as error:
+        except BaseException as error:  # a subclass's exit must not end the watching
             if self._is_missed(dead):  # else another one was ready, and has died in its turn; or the end has come
                 text = f"restart failed, will be tried again: {type(error).__name__}: {error}"
                 self._aside(lambda: self.report_down(text, "failing"))

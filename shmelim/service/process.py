@@ -367,7 +367,7 @@ class ServerProcess:
 
     def __init__(self, process: BaseProcess, service_name: str) -> None:
         pid = getattr(process, "pid", None)
-        if pid is None:
+        if pid is None or not hasattr(process, "exitcode"):
             raise TypeError(f"_start_server_process must return a started Process, not {process!r}")
         self.process = disown(process)
         self.pid: int = pid

@@ -1,5 +1,6 @@
 """A server that is killed again and again under load: nothing acknowledged is lost, nothing is done twice."""
 
+import asyncio
 import contextlib
 import importlib
 import itertools
@@ -208,6 +209,24 @@ def test_one_that_lived_long_enough_begins_anew(tmp_path, monkeypatch):
     with Ledger(tmp_path, restart_pause=PATIENCE) as service:
         for _ in range(4):
             pid_after(service, kill(service))
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, asyncio.CancelledError])
+def test_whatever_a_subclass_raises_for_a_restart_it_is_tried_again(tmp_path, error):
+    """What is no Exception ended the thread that watches, and nobody ever restarted the server."""
+
+    class Refusing(Ledger):
+        starts = 0
+
+        def _start_server_process(self, *args):
+            self.starts += 1
+            if self.starts == 2:
+                raise error("not now")
+            return super()._start_server_process(*args)
+
+    with Refusing(tmp_path, restart_pause=0.0) as service:
+        pid_after(service, kill(service))
+        assert service.starts == 3
 
 
 def test_strangers_at_the_port_disturb_nobody(tmp_path):

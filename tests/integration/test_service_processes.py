@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -289,10 +290,15 @@ def test_a_fork_of_a_direct_service_closes_nothing(make_ledger, tmp_path):
     assert service.enter("still here") == "still here"
 
 
-def test_what_is_not_a_started_process_is_refused(make_ledger):
+@pytest.mark.parametrize(
+    "what", [None, multiprocessing.Process(target=print), SimpleNamespace(pid=os.getpid(), returncode=None)]
+)
+def test_what_is_not_a_started_process_is_refused(make_ledger, what):
+    """A Popen of subprocess was an AttributeError at its end."""
+
     class Wrong(Ledger):
         def _start_server_process(self, address, authkey, server_ready):
-            return multiprocessing.Process(target=print)
+            return what
 
     with pytest.raises(TypeError, match="must return a started Process"):
         make_ledger(Wrong)
