@@ -291,7 +291,7 @@ def test_a_fork_of_a_direct_service_closes_nothing(make_ledger, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "what", [None, multiprocessing.Process(target=print), SimpleNamespace(pid=os.getpid(), returncode=None)]
+    "what", [None, multiprocessing.Process(target=print), SimpleNamespace(pid=2**22 + 1, returncode=None)]
 )
 def test_what_is_not_a_started_process_is_refused(make_ledger, what):
     """A Popen of subprocess was an AttributeError at its end."""
