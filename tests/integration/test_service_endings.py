@@ -16,7 +16,7 @@ from waiting import PATIENCE, until
 
 from shmelim.channel import PickleCodec
 from shmelim.errors import ChannelError, KeyFileError
-from shmelim.service import HealthCheckDaemon, RPCServiceBase, owner
+from shmelim.service import RPCServiceBase, owner
 from shmelim.service.settings import ServiceSettings
 
 TESTS = str(Path(__file__).parents[1])
