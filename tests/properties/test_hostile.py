@@ -124,7 +124,7 @@ def test_neither_log_nor_slack_nor_health_obeys_what_a_miner_chose(tmp_path_fact
 def test_nothing_in_a_message_means_something_to_slack(text, source):
     bodies = []
     with pytest.MonkeyPatch.context() as patch:
-        answer = SimpleNamespace(status_code=200, headers={})
+        answer = SimpleNamespace(status_code=200, headers={}, body="ok")
         patch.setattr(SlackNotifier, "_post", lambda _, body: bodies.append(body) or answer)
         notifier = SlackNotifier("http://127.0.0.1/", source=source)
         notifier.send_message(text, level="error")
