@@ -94,11 +94,14 @@ class SharedNamespace(Namespace):
             file = self._open_lock(path)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lock = _FileLock(file, path)
             except BlockingIOError:
                 raise self._already_serving() from None
             except OSError as error:
                 raise open_error(path, error, "lock") from error
+            try:
+                lock = _FileLock(file, path)
+            except OSError as error:  # at a limit on locked memory, it is a BlockingIOError, too
+                raise open_error(path, error, "map") from error
             # The lock of a file that was removed or replaced between open and flock keeps nobody out.
             if self.holds(lock):
                 return lock

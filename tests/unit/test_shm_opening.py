@@ -477,6 +477,17 @@ def test_a_name_that_is_not_there_is_not_served(table_name: str) -> None:
         TableReader(SharedNamespace(table_name))
 
 
+def test_a_lock_that_cannot_be_mapped_is_not_taken_for_another_writers(
+    table_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_the_limit(*_: object) -> None:
+        raise OSError(errno.EAGAIN, "as mlockall() has it")
+
+    monkeypatch.setattr("shmelim.shm.shared.map_writable", at_the_limit)
+    with pytest.raises(SegmentError, match=r"cannot map .*lock.*ulimit -l"):
+        Writer(table_name)
+
+
 def test_a_limit_on_memory_is_named(table_name: str) -> None:
     writer = TableWriter(SharedNamespace(table_name), capacity=8, arena_size=64 << 20)
     writer.load([(b"a", 1, b"record", None)])
