@@ -538,8 +538,7 @@ class Ending:
         if threading.current_thread() is threading.main_thread():
             os.set_blocking(self._writing, False)
             for number in (signal.SIGTERM, signal.SIGINT):
-                handler = self._handle if number in self._signals else signal.SIG_IGN
-                self._before[number] = signal.signal(number, handler)
+                self._before[number] = self._take(number)
             self._old_wakeup = self._be_woken()
             forks.register(self)
             # A fresh process starts with SIGINT blocked, and inherits what the thread blocked that started it.
@@ -559,6 +558,9 @@ class Ending:
             self._before.clear()
         os.close(self._reading)
         os.close(self._writing)
+
+    def _take(self, number: signal.Signals) -> signal._HANDLER:
+        return signal.signal(number, self._handle if number in self._signals else signal.SIG_IGN)
 
     def _be_woken(self) -> int:
         """Have the interpreter write each signal to the pipe; return the descriptor that it wrote to.
@@ -593,8 +595,9 @@ class Ending:
         self._deferred = True
         if self._before:  # an asyncio loop that handled a signal, and has ended, took the pipe and handlers away
             self._be_woken()
-            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-                signal.signal(signal.SIGTERM, self._handle)
+            for number in self._before:
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    self._take(number)
 
     def wait(self) -> str:
         """Wait for the end; return what it was."""

@@ -389,6 +389,20 @@ def test_an_event_loop_that_handled_signals_during_the_start_takes_no_end_from_t
         assert ending.wait() == "a signal"
 
 
+def test_an_event_loop_that_handled_an_interrupt_during_the_start_leaves_it_to_the_owner():
+    """What a terminal sends to each of its group broke the server off with a KeyboardInterrupt."""
+
+    async def handle_a_signal():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, lambda: None)
+
+    with Ending(None) as ending:
+        asyncio.run(handle_a_signal())
+        ending.defer()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ending.wait() == "a signal"
+
+
 def test_outside_of_the_main_thread_signals_are_left_alone():
     def use():
         with Ending(ProcessIdentity(1, -1.0)) as ending:
