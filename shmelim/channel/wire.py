@@ -180,16 +180,19 @@ class Wire:
 
     def quiet(self) -> bool:
         """Whether the connection is up and nothing has come in: what an idle connection must look like."""
+        return self._is_own() and not self._surplus and not self._readable.poll(0)
+
+    def _is_own(self) -> bool:
         try:
-            is_own = os.fstat(self.sock.fileno())[1:3] == self._identity
+            return os.fstat(self.sock.fileno())[1:3] == self._identity
         except OSError:
             return False
-        return is_own and not self._surplus and not self._readable.poll(0)
 
     def shutdown(self) -> None:
         """End the connection and wake the thread that waits on it; harmless on a closed wire."""
         with self._closing, contextlib.suppress(OSError):  # closed here, or the peer was faster
-            self.sock.shutdown(socket.SHUT_RDWR)
+            if self._is_own():
+                self.sock.shutdown(socket.SHUT_RDWR)
 
     def bid_farewell(self, data: bytes) -> None:
         """Send a short last message if that is possible at once, and shut down; no thread may be sending."""
@@ -201,14 +204,14 @@ class Wire:
         """Release the descriptor, which no other thread may be using; idempotent."""
         with self._closing:
             with contextlib.suppress(OSError):
-                if os.fstat(self.sock.fileno())[1:3] == self._identity:
+                if self._is_own():
                     self.sock.close()
             self.sock.detach()
 
     def after_fork_in_child(self) -> None:
         """Close the child's copy without a word to the peer, whoever held the lock."""
         self._closing = threading.RLock()
-        self.sock.close()
+        self.close()
 
 
 def _too_long(data: bytes, size: int, maxlength: int) -> str:

@@ -143,6 +143,22 @@ def test_a_number_that_is_somebody_elses_by_now_is_neither_used_nor_closed(serve
         os.close(number)
 
 
+def test_a_number_that_is_somebody_elses_by_now_is_neither_shut_down_nor_closed_in_a_child(server):
+    client = ChannelClient(server.address, KEY, timeout=PATIENCE)
+    client.call("add_rpc")
+    in_use = client._connections.take()
+    number = in_use.sock.fileno()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        os.dup2(theirs.fileno(), number)
+        assert in_child(lambda: os.fstat(number).st_ino) == str(os.fstat(number).st_ino)
+        client.close()
+        ours.send(b"still up")
+        assert theirs.recv(8) == b"still up"
+        client._connections.discard(in_use)
+        os.close(number)
+
+
 def test_a_child_says_no_goodbye_on_inherited_connections(server):
     client = ChannelClient(server.address, KEY, timeout=PATIENCE)
     client.call("add_rpc")
