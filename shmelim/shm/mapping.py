@@ -130,10 +130,8 @@ def _kind(place: int, size: int, *, is_writable: bool) -> Any:
             view = memoryview((byte * size).from_buffer(self))
             return view if is_writable else view.toreadonly()
 
-        if not is_writable:
-
-            def __setitem__(self, key: Any, value: Any) -> None:
-                raise TypeError("this memory is mapped for reading")
+        def __setitem__(self, key: Any, value: Any) -> None:
+            self.plain()[key] = value  # an array of ctypes would take each byte by itself
 
         def discard(self) -> None:
             libc.madvise(place, size, mmap.MADV_DONTNEED)
