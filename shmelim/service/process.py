@@ -549,7 +549,7 @@ class Ending:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.defer()
+        self._deferred = True
         with self._sending:  # from here on the watcher sends nothing, which would end this process
             for number, handler in self._before.items():
                 signal.signal(number, handler)
