@@ -86,7 +86,7 @@ def all_of(name: str, hotkey: str, limit: int) -> tuple[tuple[Rows, Rows, Rows],
 
 
 def _pages(one: EliminationClient | _Stored, hotkey: str | None, limit: int) -> Rows:
-    """Ask the server in pages, each of which fits into a message."""
+    """Ask in pages, each of which fits into a message of a server."""
     events: Rows = []
     page = _PAGE
     while len(events) < limit:

@@ -61,7 +61,7 @@ class ShmelimCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield what is seen now; one call to the server, at most 2 s."""
         seen = see(self._name, self._owner)
-        yield self._gauge("up", "Whether a writer lives.", seen.is_served)
+        yield self._figure("up", "Whether a writer lives.", seen.is_served)
         status = GaugeMetricFamily("shmelim_status", "1 for the status of the health.", labels=["name", "status"])
         for each in _STATUSES:
             status.add_metric([self._name, each], float(each == seen.status))
@@ -84,62 +84,64 @@ class ShmelimCollector(Collector):
         if writer is None or table is None:
             return
         if writer.heartbeat_age is not None:
-            yield self._gauge("heartbeat_age_seconds", "Since the writer's last heartbeat.", writer.heartbeat_age)
+            yield self._figure("heartbeat_age_seconds", "Since the writer's last heartbeat.", writer.heartbeat_age)
         if seen.source is not None:
             about = "Since the source of a table that follows it was known to have nothing newer."
             age = float("inf") if seen.staleness is None else seen.staleness
-            yield self._gauge("follower_age_seconds", about, age)
+            yield self._figure("follower_age_seconds", about, age)
         if seen.publishing is not None:
             about = "Changes that the publisher of the name has not sent."
-            yield self._gauge("publisher_behind_changes", about, seen.publishing.behind)
-            yield self._gauge("publisher_up", "Whether it says that it lives.", seen.publishing.is_up)
+            yield self._figure("publisher_behind_changes", about, seen.publishing.behind)
+            yield self._figure("publisher_up", "Whether it says that it lives.", seen.publishing.is_up)
         eliminated, departed, registered, *_ = table.flag_counts
-        yield self._gauge("eliminated_hotkeys", "Hotkeys that are eliminated.", eliminated)
-        yield self._gauge("departed_hotkeys", "Hotkeys that once left the metagraph.", departed)
-        yield self._gauge("registered_hotkeys", "Hotkeys in the metagraph.", registered)
-        yield self._gauge("table_entries", "Entries in the table.", table.entries)
-        yield self._gauge("table_usable_entries", "Entries that fit before it grows.", table.capacity // 2)
-        yield self._gauge("table_load_ratio", "Entries by slots; at 0.5 it grows.", table.entries / table.capacity)
-        yield self._gauge("table_records_bytes", "Bytes of the arena that are used.", table.arena_used)
-        yield self._gauge("table_arena_bytes", "Bytes of the arena, in each of two copies.", table.arena_size)
-        yield self._gauge("table_segment_bytes", "Bytes of the data segment.", table.segment_size)
-        yield self._gauge("version", "The version that is published; it only grows.", table.version)
-        yield self._gauge("generation", "The number of the data segment.", table.generation)
+        yield self._figure("eliminated_hotkeys", "Hotkeys that are eliminated.", eliminated)
+        yield self._figure("departed_hotkeys", "Hotkeys that once left the metagraph.", departed)
+        yield self._figure("registered_hotkeys", "Hotkeys in the metagraph.", registered)
+        yield self._figure("table_entries", "Entries in the table.", table.entries)
+        yield self._figure("table_usable_entries", "Entries that fit before it grows.", table.capacity // 2)
+        yield self._figure(
+            "table_load_ratio", "Entries by slots; at 0.5 it grows.", table.entries / table.capacity
+        )
+        yield self._figure("table_records_bytes", "Bytes of the arena that are used.", table.arena_used)
+        yield self._figure("table_arena_bytes", "Bytes of the arena, in each of two copies.", table.arena_size)
+        yield self._figure("table_segment_bytes", "Bytes of the data segment.", table.segment_size)
+        yield self._figure("version", "The version that is published; it only grows.", table.version)
+        yield self._figure("generation", "The number of the data segment.", table.generation)
 
     def _of_readers(self, seen: Seen) -> Iterator[Metric]:
         """Yield what all processes read; a series for each process would never end."""
         if seen.table is None:
             return
         found = readings_of(SharedNamespace(self._name, owner=self._owner))
-        yield self._gauge("readers", "Processes that read the table now.", len(found.processes))
+        yield self._figure("readers", "Processes that read the table now.", len(found.processes))
         for name, text in _READ.items():
-            yield self._gauge(f"read_{name}", text, getattr(found.total, name), CounterMetricFamily)
+            yield self._figure(f"read_{name}", text, getattr(found.total, name), CounterMetricFamily)
 
     def _of_server(self, seen: Seen) -> Iterator[Metric]:
         server = seen.server
         if server is None:
             return
         now_ms = clock.now_ms()
-        yield self._gauge("uptime_seconds", "Since the server's start.", (now_ms - server["started_ms"]) / 1000)
-        yield self._gauge("store_bytes", "Bytes of the store.", server["store_bytes"])
+        yield self._figure("uptime_seconds", "Since the server's start.", (now_ms - server["started_ms"]) / 1000)
+        yield self._figure("store_bytes", "Bytes of the store.", server["store_bytes"])
         for name in ("commits", "changes"):
             text = f"{name.capitalize()} since the server's start."
-            yield self._gauge(name, text, server[name], CounterMetricFamily)
+            yield self._figure(name, text, server[name], CounterMetricFamily)
         # A server of an older release, which still runs after an upgrade, says less.
         if (published := server.get("published_ms")) is not None:
             about = "When the table changed last, since 1970."
-            yield self._gauge("last_publish_timestamp_seconds", about, published / 1000)
+            yield self._figure("last_publish_timestamp_seconds", about, published / 1000)
         behind = any(problem["name"] == "files_behind" for problem in seen.problems)
-        yield self._gauge("files_behind", "Whether the JSON files cannot be written.", behind)
+        yield self._figure("files_behind", "Whether the JSON files cannot be written.", behind)
         if (by_state := server.get("debts_by_state")) is not None:
             debts = GaugeMetricFamily("shmelim_debts", "What eliminations still owe.", labels=["name", "state"])
             for state in (OWED, ATTEMPTING, IN_DOUBT):
                 debts.add_metric([self._name, state], by_state.get(state, 0))
             yield debts
         if server.get("tick_age_s") is not None:
-            yield self._gauge("tick_age_seconds", "Since the last whole tick.", server["tick_age_s"])
+            yield self._figure("tick_age_seconds", "Since the last whole tick.", server["tick_age_s"])
 
-    def _gauge(self, name: str, text: str, value: float, kind: type[Counted] = GaugeMetricFamily) -> Counted:
+    def _figure(self, name: str, text: str, value: float, kind: type[Counted] = GaugeMetricFamily) -> Counted:
         family = kind(f"shmelim_{name}", text, labels=["name"])
         family.add_metric([self._name], float(value))
         return family
