@@ -55,6 +55,17 @@ def wait(sock: socket.socket, event: int, deadline: float) -> None:
             return
 
 
+def file_of(descriptor: int) -> tuple[int, ...] | None:
+    """Return which file a descriptor leads to by now; None where it is closed.
+
+    A program that becomes a daemon closes all it finds: then a number may be somebody else's.
+    """
+    try:
+        return os.fstat(descriptor)[1:3]
+    except OSError:
+        return None
+
+
 class Wire:
     """A connected stream socket with message framing and deadlines, which owns the socket.
 
@@ -73,8 +84,7 @@ class Wire:
         self.longest: int = 0  # message in bytes that the peer takes, once it has said so
         self.begun = False  # a part of a message has come in; any thread may look
         self.sock = sock
-        # A program that becomes a daemon closes all it finds: then the number is somebody else's.
-        self._identity = os.fstat(sock.fileno())[1:3]
+        self._file = file_of(sock.fileno())
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
         self._surplus = b""  # received beyond the last message; only the thread that uses the wire touches it
@@ -180,18 +190,12 @@ class Wire:
 
     def quiet(self) -> bool:
         """Whether the connection is up and nothing has come in: what an idle connection must look like."""
-        return self._is_own() and not self._surplus and not self._readable.poll(0)
-
-    def _is_own(self) -> bool:
-        try:
-            return os.fstat(self.sock.fileno())[1:3] == self._identity
-        except OSError:
-            return False
+        return file_of(self.sock.fileno()) == self._file and not self._surplus and not self._readable.poll(0)
 
     def shutdown(self) -> None:
         """End the connection and wake the thread that waits on it; harmless on a closed wire."""
         with self._closing, contextlib.suppress(OSError):  # closed here, or the peer was faster
-            if self._is_own():
+            if file_of(self.sock.fileno()) == self._file:
                 self.sock.shutdown(socket.SHUT_RDWR)
 
     def bid_farewell(self, data: bytes) -> None:
@@ -204,7 +208,7 @@ class Wire:
         """Release the descriptor, which no other thread may be using; idempotent."""
         with self._closing:
             with contextlib.suppress(OSError):
-                if self._is_own():
+                if file_of(self.sock.fileno()) == self._file:
                     self.sock.close()
             self.sock.detach()
 

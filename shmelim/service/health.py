@@ -20,6 +20,7 @@ from multiprocessing.reduction import DupFd
 from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, Self
 
 from shmelim.channel.address import Location, describe
+from shmelim.channel.wire import file_of
 from shmelim.errors import CallerFaultError, KeyFileError, ShmelimError, UnknownMethodError
 from shmelim.notify.problems import Notifier, ProblemMessages, checked_notifier, take_over
 from shmelim.service.process import disown
@@ -84,9 +85,9 @@ class SharedPage:
         memory: Any = mmap.mmap(-1, mmap.PAGESIZE)
         if shared:
             memory = map_writable(self._descriptor, mmap.PAGESIZE)
-            weakref.finalize(self, _close, self._descriptor, _identity(self._descriptor)).atexit = False
+            weakref.finalize(self, _close, self._descriptor, file_of(self._descriptor)).atexit = False
         self.state = _State.from_buffer(memory)
-        self._identity = _identity(self._descriptor)
+        self._file = file_of(self._descriptor)
         self.begin_here()
 
     def begin_here(self) -> None:
@@ -132,8 +133,8 @@ class SharedPage:
     def _alone(self) -> Iterator[None]:
         """Keep others from rising and falling, unless one that does has been stopped."""
         with self._lock:
-            # A program that becomes a daemon may have closed it: then other processes are not kept from anything.
-            is_shared = self._descriptor >= 0 and _identity(self._descriptor) == self._identity
+            # One that was closed, and may be somebody else's, keeps other processes from nothing.
+            is_shared = self._descriptor >= 0 and file_of(self._descriptor) == self._file
             deadline = monotonic() + _STOPPED
             while is_shared and monotonic() < deadline:
                 with contextlib.suppress(OSError):
@@ -147,16 +148,8 @@ class SharedPage:
                     fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
 
-def _identity(descriptor: int) -> tuple[Any, ...] | None:
-    """Return what tells an open file from others; None where the descriptor is closed."""
-    try:
-        return os.fstat(descriptor)[1:3]
-    except OSError:
-        return None
-
-
-def _close(descriptor: int, identity: tuple[Any, ...] | None) -> None:
-    if _identity(descriptor) == identity:  # else it is somebody else's by now
+def _close(descriptor: int, file: tuple[int, ...] | None) -> None:
+    if file_of(descriptor) == file:  # else it is somebody else's by now
         os.close(descriptor)
 
 
